@@ -1,0 +1,1 @@
+"""The ONNX backend: onnx-ir for rewriting, ONNX Runtime for execution."""

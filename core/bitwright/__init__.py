@@ -1,0 +1,3 @@
+"""bitwright: simulate, improve and export quantized neural networks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,158 @@
+"""What a framework adapter must offer, and what it may: the whole surface between the core and a framework.
+
+A backend shows a model as a `Graph`, reads and edits it, runs it and simulates it. It decides nothing:
+placement, encodings, the order of steps and every search live in the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.edits import Edit
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.plan import Plan, SiteId
+from bitwright.statistics.base import Tap
+
+M = TypeVar("M")
+M_co = TypeVar("M_co", covariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
+Array = NDArray[Any]
+Batch = Mapping[TensorId, Array]
+"""Model inputs by name; the first axis of each is samples."""
+
+
+class Capability(StrEnum):
+    """What a technique may need beyond the required protocol."""
+
+    PARTIAL_EXECUTION = "partial_execution"
+    TRAINABLE = "trainable"
+    INTEGER_RUNTIME = "integer_runtime"
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A model compiled once for fixed taps, to be run many times."""
+
+    def run(self, batch: Batch) -> Mapping[Tap, Array]:
+        """Feed model inputs (or a segment's feeds) and get the taps, keyed by the `Tap` asked for."""
+
+
+@runtime_checkable
+class Simulation(Protocol[M_co]):
+    """The native model with fake quantization at the planned sites."""
+
+    @property
+    def model(self) -> M_co:
+        """The native simulated model, for the user's own evaluation."""
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install encodings; None bypasses a site. Sites that share an encoding follow their root."""
+
+    def get(self) -> EncodingTable:
+        """The encodings in force."""
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Run the simulated network and hand out tensors (after their own fake quantization)."""
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """As `PartialExecution.segment`, in the simulated network. A fed tensor is taken as it is given."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an export wrote.
+
+    Attributes:
+        files: by purpose: "model" (float artefact), "encodings", "qdq", ….
+        names: site id → tensor name in the artefact, where they differ.
+    """
+
+    files: Mapping[str, Path]
+    names: Mapping[SiteId, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Backend(Protocol[M]):
+    """One framework. `M` is its native model type; models given in are never changed."""
+
+    name: str
+
+    def owns(self, model: object) -> bool:
+        """Whether an object is a model of this framework."""
+
+    def load(self, path: Path, **options: Any) -> M:
+        """Open a model file."""
+
+    def save(self, model: M, path: Path) -> Path:
+        """Write the native format, atomically."""
+
+    def adopt(self, model: object, sample: Batch | None = None) -> M:
+        """Turn what the user holds (a ModelProto, an nn.Module, …) into the backend's own model form."""
+
+    def graph(self, model: M) -> Graph:
+        """The canonical graph."""
+
+    def read(self, model: M, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Parameter values in canonical layout."""
+
+    def edit(self, model: M, edits: Sequence[Edit]) -> M:
+        """A new model with the edits applied, in order."""
+
+    def session(self, model: M, taps: Sequence[Tap]) -> Session:
+        """Compile the float model to hand out these tensors."""
+
+    def simulate(self, model: M, plan: Plan, encodings: EncodingTable, *, trainable: bool = False) -> Simulation[M]:
+        """Put fake quantization at the plan's sites."""
+
+    def export(self, model: M, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""
+
+    def formats(self) -> Mapping[str, str]:
+        """Export formats: name → description. The first is the float artefact that encodings go with."""
+
+    def input_specs(self, model: M) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shape (None: free) and dtype of each model input, to check data before any work."""
+
+
+@runtime_checkable
+class PartialExecution(Protocol[M_contra]):
+    """Running a part of the float model, for layer-by-layer techniques in O(layers) and not O(layers²)."""
+
+    def segment(self, model: M_contra, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Compile only what lies between `feeds` and `taps`.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+
+
+@runtime_checkable
+class IntegerRuntime(Protocol):
+    """A runtime that executes an exported bundle with integer kernels, for `verify`."""
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
+
+
+@runtime_checkable
+class Trainable(Protocol[M_contra]):
+    """Fine-tuning a simulation with the framework's own optimizer (convenience; users' loops work without it)."""
+
+    def fit(self, simulation: Any, data: Any, loss: Any, settings: Any) -> None:
+        """Train the simulated model in place."""
+
+
+@runtime_checkable
+class LatencyModel(Protocol):
+    """Cost of an op at given bit widths, measured on a target."""
+
+    def cost(self, op: str, weight_bits: int, activation_bits: int) -> float:
+        """Seconds for one sample."""

@@ -1,0 +1,1 @@
+"""Calibration: from statistics to encodings."""

@@ -1,0 +1,39 @@
+"""Every error that bitwright raises on purpose: each names the object, the reason and the way out."""
+
+from __future__ import annotations
+
+
+class BitwrightError(Exception):
+    """Base of all deliberate errors; the command line prints them as one line and exits with 2."""
+
+
+class InputError(BitwrightError, ValueError):
+    """Data, files or arguments that can't be used: wrong shape, NaN, empty, corrupt, unknown name."""
+
+
+class ModelError(BitwrightError):
+    """A model that can't be opened, captured or rewritten as asked."""
+
+
+class TargetError(BitwrightError, ValueError):
+    """A target configuration that breaks the schema; names the file and the key."""
+
+
+class EncodingError(BitwrightError, ValueError):
+    """An encoding, or an encodings file, that is invalid or doesn't fit the model."""
+
+
+class PluginError(BitwrightError):
+    """A backend or technique that is unknown, broken or registered twice."""
+
+
+class MissingExtraError(PluginError, ImportError):
+    """A framework that isn't installed; the message holds the `pip install` line."""
+
+
+class CapabilityError(BitwrightError):
+    """A technique asks for what the backend can't do; the message names an alternative."""
+
+
+class CheckFailed(BitwrightError):
+    """A check ran to its end and its answer is no; the command line exits with 1."""

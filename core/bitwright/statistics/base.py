@@ -1,0 +1,76 @@
+"""What every statistic can do: take batches, merge with another of its kind, and travel as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.graph import TensorId
+
+Source = Literal["float", "simulated"]
+Reduction = Literal["none", "minmax"]
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A mergeable summary of one tensor (or of the same tensor in two networks).
+
+    `reduction` tells the backend what may leave its graph: "none" (the whole tensor) or "minmax"
+    (an array [2] or, with `axis`, [2, channels], computed inside the graph).
+    """
+
+    reduction: Reduction
+    axis: int | None
+
+    def update(self, *values: NDArray[Any]) -> None:
+        """Take one batch: the tensors of the request, in its order, or their reductions."""
+
+    def merge(self, other: Self) -> None:
+        """Take what another instance has seen; the order of merges doesn't matter beyond rounding."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Plain arrays that `restore` rebuilds it from."""
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Replace what it has seen by a saved state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A tensor that a session hands out, whole or reduced inside the graph (see `Statistic.reduction`)."""
+
+    tensor: TensorId
+    reduce: Reduction = "none"
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A technique's wish for one statistic.
+
+    Attributes:
+        key: the technique's own name for it.
+        tensors: the tensors whose batches `update` gets, in order.
+        make: builds an empty statistic.
+        sources: for each tensor, the network it is taken from.
+        memory: bytes that the finished statistic holds, for the pass's budget.
+    """
+
+    key: str
+    tensors: tuple[TensorId, ...]
+    make: Callable[[], Statistic]
+    sources: tuple[Source, ...] = field(default=("float",))
+    memory: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.tensors):
+            object.__setattr__(self, "sources", self.sources[:1] * len(self.tensors))
+
+
+def finite(values: Sequence[NDArray[np.floating]]) -> bool:
+    """Whether all values are finite (one pass, no temporary of the same size)."""
+    return all(bool(np.isfinite(v.min(initial=0)) and np.isfinite(v.max(initial=0))) for v in values)

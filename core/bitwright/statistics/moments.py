@@ -1,0 +1,127 @@
+"""First and second moments of a linear op's input columns: all that layer-wise reconstruction needs of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import InputError
+from bitwright.graph import Op
+from bitwright.linear_form import columns, groups_of
+from bitwright.statistics.base import Reduction
+
+Moments = NDArray[np.float64]
+
+
+class LayerMoments:
+    """Moments of the columns x (float network) and x̂ (quantized network) of one linear op (see `linear_form`).
+
+    With weights W, candidate Ŵ and bias change handled apart, the mean squared output error of a layer is
+    ``tr(Ŵ Ĥ Ŵᵀ) − 2 tr(Ŵ Cᵀ Wᵀ) + tr(W H Wᵀ)``, with gradient ``2 (Ŵ Ĥ − W C)`` (AdaRound, Nagel et al. 2020,
+    eq. 20 written in moments). Sums are kept in float64, batches are multiplied in float32.
+
+    Args:
+        op: the op, for its geometry.
+        features: K, the length of a column.
+        channel_axis: where the channels of the input lie.
+        paired: whether updates bring x and x̂; otherwise x̂ = x and one matrix is held in place of three.
+    """
+
+    reduction: Reduction = "none"
+    axis: int | None = None
+
+    def __init__(self, op: Op, features: int, channel_axis: int | None = None, *, paired: bool = True) -> None:
+        groups = groups_of(op)
+        self.op, self.channel_axis, self.paired = op, channel_axis, paired
+        self.count = 0
+        self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
+        self._products: list[Moments] = [np.zeros((groups, features, features)) for _ in range(3 if paired else 1)]
+
+    @staticmethod
+    def bytes_for(op: Op, features: int, *, paired: bool = True) -> int:
+        """Memory that the finished statistic holds."""
+        return 8 * groups_of(op) * features * ((3 if paired else 1) * features + 2)
+
+    def update(self, *values: NDArray[Any]) -> None:
+        """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
+
+        Raises:
+            InputError: the inputs differ in shape.
+        """
+        if len(values) != 1 + self.paired:
+            raise InputError(f"{self.op.id!r}: expected {1 + self.paired} tensors, got {len(values)}")
+        if self.paired and values[0].shape != values[1].shape:
+            raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
+        for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
+            self.count += chunks[0].shape[2]
+            for total, part in zip(self._sum, chunks, strict=True):
+                total += part.sum(axis=2, dtype=np.float64)
+            x, q = chunks[0], chunks[-1]
+            # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
+            pairs = ((x, x), (q, q), (x, q)) if self.paired else ((x, x),)
+            for total, (a, b) in zip(self._products, pairs, strict=True):
+                for g in range(len(total)):
+                    total[g] += a[g] @ b[g].T
+
+    def merge(self, other: Self) -> None:
+        """Add what another instance has seen."""
+        self.count += other.count
+        for mine, theirs in zip(self._sum + self._products, other._sum + other._products, strict=True):
+            mine += theirs
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Plain arrays."""
+        names = ("sum_x", "sum_q")[: len(self._sum)], ("xx", "qq", "xq")[: len(self._products)]
+        return {
+            "count": np.array(self.count),
+            **dict(zip(names[0], self._sum, strict=True)),
+            **dict(zip(names[1], self._products, strict=True)),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take a saved state."""
+        self.count = int(state["count"])
+        self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
+        self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
+
+    def _scaled(self, total: Moments) -> Moments:
+        if self.count == 0:
+            raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
+        return total / self.count
+
+    @property
+    def mean(self) -> Moments:
+        """E[x], (groups, K)."""
+        return self._scaled(self._sum[0])
+
+    @property
+    def mean_quantized(self) -> Moments:
+        """E[x̂], (groups, K)."""
+        return self._scaled(self._sum[-1])
+
+    @property
+    def xx(self) -> Moments:
+        """H = E[x xᵀ], (groups, K, K)."""
+        return self._scaled(self._products[0])
+
+    @property
+    def qq(self) -> Moments:
+        """Ĥ = E[x̂ x̂ᵀ], (groups, K, K)."""
+        return self._scaled(self._products[1 if self.paired else 0])
+
+    @property
+    def xq(self) -> Moments:
+        """C = E[x x̂ᵀ], (groups, K, K)."""
+        return self._scaled(self._products[2 if self.paired else 0])
+
+    def centred(self) -> tuple[Moments, Moments, Moments]:
+        """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""
+        m, n = self.mean, self.mean_quantized
+        return self.xx - _outer(m, m), self.qq - _outer(n, n), self.xq - _outer(m, n)
+
+
+def _outer(a: Moments, b: Moments) -> Moments:
+    return a[:, :, None] * b[:, None, :]

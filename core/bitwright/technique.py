@@ -1,0 +1,191 @@
+"""Techniques: pure functions in the core's terms, written once for every framework.
+
+A technique sees a graph, parameters, statistics and encodings, and returns new ones. It never sees a
+framework object. Third parties implement `Technique` and register a `TechniqueInfo` (see `hookspecs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from bitwright.backend import Capability
+from bitwright.edits import Edit
+from bitwright.encoding import Encoding
+from bitwright.graph import Graph, Op, OpId, ParamId
+from bitwright.plan import Plan, SiteId
+from bitwright.statistics.base import Request, Statistic
+from bitwright.statistics.moments import LayerMoments
+
+Params = Mapping[ParamId, NDArray[np.float32]]
+
+
+class Settings(BaseModel):
+    """Base of all techniques' settings: unknown keys are refused, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a technique did: one summary line, figures, and a table with a row for each thing it touched."""
+
+    summary: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A technique's result; empty fields mean "unchanged".
+
+    Attributes:
+        params: new parameter values, canonical layout.
+        encodings: new encodings; those of trained or searched weights are `frozen`.
+        edits: graph edits, applied before `params` are set.
+    """
+
+    params: Params = field(default_factory=dict)
+    encodings: Mapping[SiteId, Encoding] = field(default_factory=dict)
+    edits: Sequence[Edit] = ()
+    report: Report = field(default_factory=lambda: Report("nothing to do"))
+
+
+class Progress(Protocol):
+    """Where long work tells how far it is."""
+
+    def start(self, description: str, total: int | None) -> None:
+        """A stage begins."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """So many steps of the stage are done."""
+
+    def finish(self) -> None:
+        """The stage ends."""
+
+
+class Store(Protocol):
+    """Durable results of one step, for resuming after `kill -9`. Writes are atomic."""
+
+    def get(self, key: str) -> Mapping[str, NDArray[Any]] | None:
+        """What an earlier, equal run stored under this key; None if nothing."""
+
+    def put(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Store arrays durably."""
+
+
+@dataclass
+class Layer:
+    """One linear op in a layer-by-layer walk, with the moments of its input.
+
+    Attributes:
+        op: the op.
+        weight: float weight, canonical layout.
+        bias: float bias (out,), or None.
+        moments: of its input rows, in the float network (x) and in the network quantized so far (x̂).
+        encoding: the weight's current encoding.
+    """
+
+    op: Op
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    moments: LayerMoments
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a technique made of a layer: new weight and encoding, and a new bias or None to leave it."""
+
+    weight: NDArray[np.float32]
+    encoding: Encoding
+    bias: NDArray[np.float32] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class LayerWalk(Protocol):
+    """Visits linear ops in topological order; each sees its input as the replaced layers before it make it."""
+
+    def __call__(
+        self, ops: Sequence[OpId], solve: Any, *, quantized_inputs: bool = True, quantized_activations: bool = True
+    ) -> Mapping[OpId, LayerResult]:
+        """Run `solve(layer: Layer) -> LayerResult` on each op, resuming finished ones from the store.
+
+        Args:
+            quantized_inputs: x̂ comes from the network with the layers so far replaced; otherwise x̂ = x.
+            quantized_activations: activation encodings are active in the network that gives x̂.
+        """
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a technique may see.
+
+    Attributes:
+        graph, plan: of the current model.
+        encodings: in force now; weights always have one where the plan quantizes them.
+        statistics: the requested ones, by key.
+        settings: the technique's own, validated.
+        walk: the layer-by-layer service (needs calibration data).
+        store, progress: durability and display.
+        seed: of the run.
+        folded: what batch-norm folding left behind, by op: (γ, β) of the batch norm it absorbed, after later scaling.
+    """
+
+    graph: Graph
+    plan: Plan
+    params: Params
+    encodings: Mapping[SiteId, Encoding]
+    statistics: Mapping[str, Statistic]
+    settings: Any
+    walk: LayerWalk | None
+    store: Store
+    progress: Progress
+    seed: int = 0
+    folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
+
+    def rng(self, key: str) -> np.random.Generator:
+        """A Philox generator keyed by (seed, key): independent of order, resume and batch size."""
+        import hashlib
+
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@runtime_checkable
+class Technique(Protocol):
+    """One technique. Instances hold no state between calls."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]]
+    requires: ClassVar[frozenset[Capability]]
+
+    def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
+        """What it needs from the one streaming pass over the calibration data."""
+
+    def apply(self, ctx: Context) -> Outcome:
+        """Compute the change; the context is not modified."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A technique with its settings, as a recipe lists it."""
+
+    technique: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order. Also a file: YAML or JSON, a list of names or of one-key mappings name → settings."""
+
+    steps: tuple[Step, ...]
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
