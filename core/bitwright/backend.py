@@ -143,7 +143,7 @@ class IntegerRuntime(Protocol):
 
 
 @runtime_checkable
-class Trainable(Protocol[M_contra]):
+class Trainable(Protocol):
     """Fine-tuning a simulation with the framework's own optimizer (convenience; users' loops work without it)."""
 
     def fit(self, simulation: Any, data: Any, loss: Any, settings: Any) -> None:
