@@ -1,0 +1,278 @@
+"""The layer-by-layer walk: each linear op sees the input that the already replaced layers before it produce.
+
+The float and the quantized network advance together through the graph. Between two layers only the tensors
+that cross a cut of the graph are kept (in memory up to a budget, else on disk), so that every op runs a bounded
+number of times and memory doesn't grow with depth. The schedule of cuts depends on the graph alone: a resumed
+run executes the same segments as the first, so that its numbers are bit-equal.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Backend, Batch, PartialExecution, Session, Simulation
+from bitwright.cuts import CACHE_BYTES, CutCache, Stage, schedule
+from bitwright.data import Dataset
+from bitwright.edits import Edit, SetBias, SetParams
+from bitwright.encoding import EncodingTable
+from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
+from bitwright.errors import CapabilityError, InputError, ModelError
+from bitwright.graph import Graph, Op, OpId, ParamId, ParamRole, TensorId
+from bitwright.linear_form import groups_of, input_channels, to_matrix
+from bitwright.plan import Plan, SiteKind
+from bitwright.statistics.base import Tap
+from bitwright.statistics.moments import LayerMoments
+from bitwright.technique import Layer, LayerResult, Progress, Store
+
+GRAM_BYTES = 2 * 2**30
+"""Largest moments that a layer may need; a layer beyond it is left as it is, with a line in the report."""
+
+Solve = Callable[[Layer], LayerResult]
+
+
+@dataclass
+class LayerwiseWalk:
+    """The real `LayerWalk` (see `technique`) over a backend, a model and calibration data.
+
+    Attributes:
+        encodings: current ones; weights of ops not visited stay quantized by these.
+        activations: gives the activation encodings when they are first needed.
+        store: finished layers are kept here under "layer/<op id>".
+    """
+
+    backend: Backend[Any]
+    model: Any
+    graph: Graph
+    plan: Plan
+    encodings: EncodingTable
+    data: Dataset
+    store: Store
+    progress: Progress
+    activations: Callable[[], EncodingTable] | None = None
+    cache_bytes: int = CACHE_BYTES
+    gram_bytes: int = GRAM_BYTES
+    _current: Any = field(init=False)
+
+    def __call__(
+        self,
+        ops: Sequence[OpId],
+        solve: Solve,
+        *,
+        quantized_inputs: bool = True,
+        quantized_activations: bool = True,
+    ) -> Mapping[OpId, LayerResult]:
+        """See `LayerWalk`."""
+        results: dict[OpId, LayerResult] = {}
+        stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
+        stages = schedule(self.graph, ops, partial=self._partial)
+        self._current = self.model
+        encodings = self.encodings
+        if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
+            encodings = self.activations()
+        self.progress.start("Layers", len(stages))
+        pair = _Networks(self, quantized_inputs, quantized_activations, encodings)
+        unfinished = [i for i, s in enumerate(stages) if s.op.id not in stored]
+        replaced: dict[ParamId, LayerResult] = {}
+        try:
+            for index, stage in enumerate(stages):
+                result = stored.get(stage.op.id)
+                # A weight that several ops share was settled by the first of them.
+                shared = replaced.get(stage.op.weight or "")
+                moments = self._moments(stage, paired=quantized_inputs) if result is None and shared is None else None
+                # Behind the last unfinished layer nothing has to run any more.
+                if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
+                    pair.run(stage, moments)
+                if result is None:
+                    result = (
+                        self._solve(stage.op, moments, solve, encodings)
+                        if shared is None
+                        else replace(shared, bias=None, figures={"shared": 1.0})
+                    )
+                    self.store.put(f"layer/{stage.op.id}", _dump(result))
+                results[stage.op.id] = result
+                replaced[stage.op.weight or ""] = result
+                pair.replace(stage.op, result)
+                self.progress.advance(1, stage.op.id)
+        finally:
+            pair.close()
+            self.progress.finish()
+        return results
+
+    @cached_property
+    def _partial(self) -> bool:
+        return isinstance(self.backend, PartialExecution)
+
+    def _moments(self, stage: Stage, *, paired: bool) -> LayerMoments | None:
+        op = stage.op
+        assert op.weight is not None
+        shape = self.graph.params[op.weight].shape
+        kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
+        features = input_channels(op, shape) // groups_of(op) * kernel
+        if LayerMoments.bytes_for(op, features, paired=paired) > self.gram_bytes:
+            return None
+        return LayerMoments(op, features, self.graph.tensors[op.data_inputs[0]].channel_axis, paired=paired)
+
+    def _solve(self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable) -> LayerResult:
+        assert op.weight is not None
+        bias_id = op.params.get(ParamRole.BIAS)
+        values = self.backend.read(self.model, [p for p in (op.weight, bias_id) if p is not None])
+        weight, encoding = np.asarray(values[op.weight], np.float32), encodings.get(op.weight)
+        if encoding is None:
+            raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
+        if moments is None:
+            return LayerResult(encoding.fake_quantize(weight), encoding, figures={"skipped": 1.0})
+        if moments.count == 0:
+            raise InputError("the calibration data are empty; give at least one batch")
+        bias = None if bias_id is None else np.asarray(values[bias_id], np.float32)
+        begin = time.perf_counter()
+        result = solve(Layer(op, weight, bias, moments, encoding))
+        if result.weight.shape != weight.shape or not np.isfinite(result.weight).all():
+            raise ModelError(f"{op.id!r}: the technique returned a weight of shape {result.weight.shape} or not finite")
+        figures = {**result.figures, "seconds": time.perf_counter() - begin}
+        figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
+        return replace(result, figures=figures)
+
+
+def reconstruction_loss(
+    op: Op, weight: NDArray[np.float32], candidate: NDArray[np.float32], moments: LayerMoments
+) -> float:
+    """Mean squared output error of a layer relative to its output's power, the bias absorbing the mean difference."""
+    w, v = to_matrix(op, weight).astype(np.float64), to_matrix(op, candidate).astype(np.float64)
+    h, hq, c = moments.centred()
+    power = float(np.einsum("gok,gkl,gol->", w, h, w, optimize=True))
+    error = (
+        float(np.einsum("gok,gkl,gol->", v, hq, v, optimize=True))
+        - 2 * float(np.einsum("gok,gkl,gol->", w, c, v, optimize=True))
+        + power
+    )
+    return max(error, 0.0) / max(power, 1e-30)
+
+
+class _Networks:
+    """The float and the quantized network, advancing from cut to cut."""
+
+    def __init__(self, walk: LayerwiseWalk, quantized: bool, activations: bool, encodings: EncodingTable) -> None:
+        self.walk, self.quantized, self.active = walk, quantized, activations
+        self.encodings = encodings
+        self.pending: list[Edit] = []
+        self.caches: list[CutCache | None] = [None, None]
+        self.start: tuple[TensorId, ...] = walk.graph.inputs
+
+    def replace(self, op: Op, result: LayerResult) -> None:
+        assert op.weight is not None
+        self.encodings = self.encodings.merged({op.weight: result.encoding})
+        self.pending.append(SetParams({op.weight: result.weight}))
+        if result.bias is not None:
+            self.pending.append(SetBias(op.id, result.bias))
+
+    def run(self, stage: Stage, moments: LayerMoments | None) -> None:
+        """Stream the layer's inputs into `moments`, and move the cut if the stage says so."""
+        walk = self.walk
+        source = stage.op.data_inputs[0]
+        wanted = stage.cut if stage.moves else (source,)
+        sessions = [self._float_session(stage.start, wanted)]
+        if self.quantized:
+            sessions.append(self._quantized_session(stage.start, wanted))
+        fresh = [CutCache(walk.cache_bytes // 2) for _ in sessions]
+        try:
+            for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
+                outputs = []
+                for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
+                    values = _through(session, batch, wanted)
+                    if stage.moves:
+                        fresh[index].append(values)
+                    outputs.append(values[source])
+                if moments is not None:
+                    moments.update(*outputs)
+        except BaseException:
+            for cache in fresh:
+                cache.close()
+            raise
+        if stage.moves:
+            self.close()
+            self.caches = [*fresh, None][:2]
+            self.start = stage.cut
+
+    def _batches(self, index: int) -> Iterator[Batch]:
+        cache = self.caches[index]
+        if cache is None:
+            cache_of_start = self.start == self.walk.graph.inputs
+            if not cache_of_start:
+                raise ModelError("the walk lost its cache")
+            return iter(self.walk.data)
+        return iter(cache)
+
+    def _float_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
+        taps = [Tap(t) for t in wanted if t not in feeds]
+        if not taps:
+            return None
+        if self.walk._partial and feeds != self.walk.graph.inputs:
+            return self.walk.backend.segment(self.walk.model, feeds, taps)  # type: ignore[attr-defined,no-any-return]
+        return self.walk.backend.session(self.walk.model, taps)
+
+    def _quantized_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
+        # A model input is quantized at its own site, so that it passes through the session even when it is wanted.
+        from_inputs = feeds == self.walk.graph.inputs
+        taps = [Tap(t) for t in wanted if from_inputs or t not in feeds]
+        if not taps:
+            return None
+        simulation = self._simulation()
+        return simulation.session(taps) if from_inputs else simulation.segment(feeds, taps)
+
+    def _simulation(self) -> Simulation[Any]:
+        walk = self.walk
+        if self.pending:
+            walk._current = walk.backend.edit(walk._current, self.pending)
+            self.pending = []
+        simulation = walk.backend.simulate(walk._current, walk.plan, self.encodings)
+        if not self.active:
+            simulation.set({s: None for s, site in walk.plan.items() if site.kind is SiteKind.ACTIVATION})
+        return simulation
+
+    def close(self) -> None:
+        for cache in self.caches:
+            if cache is not None:
+                cache.close()
+        self.caches = [None, None]
+
+
+def _through(session: Session | None, batch: Batch, wanted: tuple[TensorId, ...]) -> dict[TensorId, NDArray[Any]]:
+    outputs = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
+    return {t: outputs[t] if t in outputs else batch[t] for t in wanted}
+
+
+def _dump(result: LayerResult) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"weight": result.weight, **encoding_arrays(result.encoding)}
+    if result.bias is not None:
+        arrays["bias"] = result.bias
+    arrays["figures"] = np.array(json.dumps(dict(result.figures)))
+    return arrays
+
+
+def _load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
+    if arrays is None:
+        return None
+    return LayerResult(
+        arrays["weight"], encoding_of_arrays(arrays), arrays.get("bias"), json.loads(str(arrays["figures"]))
+    )
+
+
+def require_walk(walk: Any, technique: str) -> Any:
+    """The walk, or an error for a technique that was run without calibration data.
+
+    Raises:
+        CapabilityError: there is none.
+    """
+    if walk is None:
+        raise CapabilityError(
+            f"{technique} works layer by layer on calibration data; pass some, for example 250 samples"
+        )
+    return walk
