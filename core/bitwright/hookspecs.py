@@ -1,0 +1,100 @@
+"""The whole plugin surface: two hooks that return light descriptors, and the markers to implement them.
+
+A distribution names a module in the entry-point group ``bitwright``::
+
+    [project.entry-points.bitwright]
+    lsq = "bitwright_lsq.plugin"
+
+and that module, which must import no framework, implements one or both hooks::
+
+    from bitwright.hookspecs import TechniqueInfo, hookimpl
+
+    @hookimpl
+    def register_techniques():
+        return [TechniqueInfo("lsq", "Learned step sizes.", factory="bitwright_lsq.lsq:Lsq")]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pluggy import HookimplMarker, HookspecMarker
+
+from bitwright.backend import Capability
+
+PROJECT = "bitwright"
+"""Name of the pluggy project and of the entry-point group."""
+
+API_VERSIONS = range(1, 2)
+"""The plugin interface versions that this release serves; `api` of a descriptor must be one of them."""
+
+hookspec = HookspecMarker(PROJECT)
+hookimpl = HookimplMarker(PROJECT)
+
+Factory = str | Callable[[], Any]
+"""What makes the object: ``"package.module:Name"``, imported on first use, or a callable without arguments."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One framework's adapter, described without importing the framework.
+
+    Attributes:
+        name: what `backend=` and the command line call it.
+        summary: one line.
+        factory: makes the `Backend`.
+        modules: top-level modules of the framework. A model object is offered to this backend only where one of
+            them is in `sys.modules`; all of them must be installed for the factory to work.
+        suffixes: file suffixes that it opens, with the dot, lower case.
+        sniff: optional; ``"package.module:function"`` or a function, `Path -> bool`, that tells by content whether
+            it can open a file or folder. Must import no framework.
+        extra: the extra of its distribution that installs the framework; empty where there is none.
+        api: version of the plugin interface that it was written for.
+        capabilities: what it offers beyond the required protocol.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    modules: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+    extra: str = ""
+    api: int = 1
+    capabilities: frozenset[Capability] = field(default_factory=frozenset)
+    sniff: str | Callable[[Path], bool] | None = None
+
+
+@dataclass(frozen=True)
+class TechniqueInfo:
+    """One technique, described without importing its module.
+
+    Attributes:
+        name: what recipes call it.
+        summary: one line.
+        factory: makes the `Technique`.
+        settings: its pydantic model, ``"package.module:Settings"`` or the class; None takes `Technique.Settings`.
+        requires: capabilities that a backend must offer.
+        api: version of the plugin interface that it was written for.
+        aliases: other names that recipes may use.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    settings: str | type | None = None
+    requires: frozenset[Capability] = field(default_factory=frozenset)
+    api: int = 1
+    aliases: tuple[str, ...] = ()
+
+
+@hookspec
+def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
+    """Return the backends that this distribution provides. Must not import a framework."""
+
+
+@hookspec
+def register_techniques() -> Iterable[TechniqueInfo]:  # type: ignore[empty-body]
+    """Return the techniques that this distribution provides. Must not import a framework."""

@@ -1,0 +1,39 @@
+"""What the built-in techniques register; their modules are imported on first use."""
+
+from __future__ import annotations
+
+from bitwright.hookspecs import TechniqueInfo, hookimpl
+
+
+@hookimpl
+def register_techniques() -> list[TechniqueInfo]:
+    """The techniques that ship with bitwright."""
+    return [
+        TechniqueInfo(
+            "fold_batch_norm",
+            "Fold batch normalization into the convolution or linear layer beside it.",
+            factory="bitwright_techniques.fold_batch_norm:FoldBatchNorm",
+            aliases=("bn_fold",),
+        ),
+        TechniqueInfo(
+            "cross_layer_equalization",
+            "Equalize channel ranges of consecutive layers, and absorb high biases.",
+            factory="bitwright_techniques.cross_layer_equalization:CrossLayerEqualization",
+            aliases=("cle",),
+        ),
+        TechniqueInfo(
+            "bias_correction",
+            "Correct the shift of output means that quantization causes.",
+            factory="bitwright_techniques.bias_correction:BiasCorrection",
+        ),
+        TechniqueInfo(
+            "adaround",
+            "Choose each weight's rounding, up or down, by the layer's output error.",
+            factory="bitwright_techniques.adaround:AdaRound",
+        ),
+        TechniqueInfo(
+            "seq_mse",
+            "Choose weight scales by the layer's output error, layer after layer.",
+            factory="bitwright_techniques.seq_mse:SeqMse",
+        ),
+    ]
