@@ -1,0 +1,97 @@
+"""Small reference models, one for each shape of network that a technique or a backend must cope with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.testing.builder import Builder
+from bitwright.testing.reference import ReferenceModel
+
+
+def conv_bn_relu(seed: int = 0, *, depth: int = 3, relu6: bool = False, bias: bool = False) -> ReferenceModel:
+    """`depth` times conv → batch norm → ReLU (or ReLU6), then global pooling and a linear classifier."""
+    b = Builder(seed)
+    x = b.input("x", 3, 8, 8)
+    for i in range(1, depth + 1):
+        x = b.conv(f"conv{i}", x, 4 + 2 * i, pad=1, bias=bias)
+        x = b.batch_norm(f"bn{i}", x)
+        x = b.clip(f"act{i}", x) if relu6 else b.relu(f"act{i}", x)
+    x = b.flatten("flatten", b.global_pool("pool", x))
+    return b.build(b.linear("fc", x, 5))
+
+
+def depthwise_triple(seed: int = 0, *, spread: float = 1.0) -> ReferenceModel:
+    """Pointwise → depthwise → pointwise with ReLU6 between, as in MobileNet; `spread` widens the channels' ranges.
+
+    Channel scales are drawn log-normal with that standard deviation and cancel between layers, so that the float
+    function is well behaved while per-tensor weight quantization is not.
+    """
+    b = Builder(seed)
+    x = b.input("x", 4, 8, 8)
+    s, t = (np.exp(b.rng.normal(0, spread, 8)) for _ in range(2))
+    weight = b.rng.normal(0, 0.5, (8, 4, 1, 1)) * s[:, None, None, None]
+    x = b.clip("act1", b.conv("expand", x, 8, 1, weight=weight, bias=b.rng.normal(0, 0.1, 8) * s))
+    weight = b.rng.normal(0, 0.4, (8, 1, 3, 3)) * (t / s)[:, None, None, None]
+    x = b.clip("act2", b.conv("depthwise", x, 8, 3, pad=1, groups=8, weight=weight, bias=b.rng.normal(0, 0.1, 8) * t))
+    weight = b.rng.normal(0, 0.4, (6, 8, 1, 1)) / t[:, None, None]
+    return b.build(b.conv("project", x, 6, 1, weight=weight))
+
+
+def residual(seed: int = 0) -> ReferenceModel:
+    """A block whose input is also added to its output."""
+    b = Builder(seed)
+    x = b.relu("act0", b.conv("stem", b.input("x", 3, 8, 8), 6, pad=1))
+    y = b.relu("act1", b.conv("conv1", x, 6, pad=1))
+    y = b.conv("conv2", y, 6, pad=1)
+    y = b.relu("act2", b.binary("add", "Add", x, y))
+    return b.build(b.conv("head", y, 4, 1))
+
+
+def concat_branches(seed: int = 0) -> ReferenceModel:
+    """Two branches concatenated, with max pooling and a grouped convolution."""
+    b = Builder(seed)
+    x = b.relu("act0", b.conv("stem", b.input("x", 3, 8, 8), 4, pad=1))
+    left = b.relu("act1", b.conv("left", x, 4, 1))
+    right = b.pool("pool", b.conv("right", x, 4, pad=1, groups=2), 3, pad=1)
+    y = b.concat("concat", [left, right])
+    return b.build(b.conv("head", y, 6, 3, stride=2, groups=2))
+
+
+def mlp(seed: int = 0) -> ReferenceModel:
+    """Linear layers with ReLU and softmax on (samples, features)."""
+    b = Builder(seed)
+    x = b.relu("act1", b.linear("fc1", b.input("x", 10), 16))
+    x = b.relu("act2", b.linear("fc2", x, 12, bias=False))
+    return b.build(b.softmax("softmax", b.linear("fc3", x, 4)))
+
+
+def transposed(seed: int = 0) -> ReferenceModel:
+    """An upsampling decoder: conv → transposed conv → batch norm → ReLU → grouped transposed conv."""
+    b = Builder(seed)
+    x = b.relu("act1", b.conv("conv", b.input("x", 3, 6, 6), 8, pad=1))
+    x = b.conv("up1", x, 6, 4, stride=2, pad=1, transposed=True, bias=False)
+    x = b.relu("act2", b.batch_norm("bn", x))
+    x = b.conv("up2", x, 4, 3, stride=2, pad=1, groups=2, transposed=True, output_padding=1)
+    return b.build(x)
+
+
+MODELS = {
+    "conv_bn_relu": conv_bn_relu,
+    "depthwise_triple": depthwise_triple,
+    "residual": residual,
+    "concat_branches": concat_branches,
+    "mlp": mlp,
+    "transposed": transposed,
+}
+"""All of them by name; each takes a seed."""
+
+
+def batch(model: ReferenceModel, samples: int = 8, seed: int = 0) -> Mapping[str, NDArray[Any]]:
+    """Normal random inputs for a model."""
+    rng = np.random.default_rng(seed)
+    shapes = {t: model.graph.tensors[t].shape or (None,) for t in model.graph.inputs}
+    return {t: rng.normal(size=(samples, *(n or 1 for n in s[1:]))).astype(np.float32) for t, s in shapes.items()}

@@ -1,0 +1,331 @@
+"""A complete backend in plain numpy: the worked example for adapters, and the model that everything is tested on.
+
+Its native model is the canonical graph itself with the parameter values, so nothing needs translating; an adapter
+for a framework differs in that `graph` and `read` convert names and layouts at its door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch, Bundle
+from bitwright.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError, InputError, ModelError
+from bitwright.graph import ActivationAttrs, Graph, Op, OpId, OpKind, Param, ParamId, ParamRole, TensorId
+from bitwright.plan import Float, Plan, SiteId
+from bitwright.statistics.base import Tap
+from bitwright.testing import archive
+from bitwright.testing.kernels import compute, supports
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceModel:
+    """A graph with its numbers.
+
+    Attributes:
+        graph: the canonical graph.
+        params: values in canonical layout.
+        perms: permutations of the transposes, which the canonical graph doesn't carry.
+        encodings: fake quantization in force, by site; empty for a float model.
+    """
+
+    graph: Graph
+    params: Mapping[ParamId, Array]
+    perms: Mapping[OpId, tuple[int, ...]] = field(default_factory=dict)
+    encodings: Mapping[SiteId, Encoding] = field(default_factory=dict)
+
+    def __call__(self, batch: Batch) -> dict[TensorId, Array]:
+        """Run the model: outputs by name."""
+        taps = [Tap(t) for t in self.graph.outputs]
+        return {t.tensor: v for t, v in ReferenceSession(self, taps).run(batch).items()}
+
+
+class ReferenceSession:
+    """The ops between feeds and taps, in order, with the point after which each tensor may be dropped.
+
+    Without `feeds` it is the whole model, fed by its inputs, which have sites of their own; the feeds of a segment
+    are taken as they are given.
+    """
+
+    def __init__(self, model: ReferenceModel, taps: Sequence[Tap], feeds: Sequence[TensorId] | None = None) -> None:
+        self.model, self.taps, self.whole = model, tuple(taps), feeds is None
+        self.feeds = model.graph.inputs if feeds is None else tuple(feeds)
+        wanted = [t.tensor for t in taps]
+        needed: dict[OpId, Op] = {}
+        stack = [t for t in wanted if t not in self.feeds]
+        while stack:
+            tensor = stack.pop()
+            op = model.graph.producer(tensor)
+            if op is None:
+                known = "a model input that isn't fed" if tensor in model.graph.inputs else "not in the model"
+                raise ModelError(f"can't compute {wanted} from {list(self.feeds)}: tensor {tensor!r} is {known}")
+            if op.id not in needed:
+                if not supports(op):
+                    raise ModelError(f"the reference backend can't run {op.id!r} ({op.native or op.type})")
+                needed[op.id] = op
+                stack += [t for t in op.data_inputs if t not in self.feeds]
+        self.ops = [op for op in model.graph.ops if op.id in needed]
+        self._last_use = {t: i for i, op in enumerate(self.ops) for t in op.data_inputs}
+
+    def run(self, batch: Batch) -> Mapping[Tap, Array]:
+        """Feed and interpret.
+
+        Raises:
+            InputError: a feed is missing.
+        """
+        missing = [t for t in self.feeds if t not in batch]
+        if missing:
+            raise InputError(f"the batch lacks {missing}; it has {list(batch)}")
+        model = self.model
+        values = {t: self._quantized(t, batch[t]) if self.whole else np.asarray(batch[t]) for t in self.feeds}
+        keep = {t.tensor for t in self.taps}
+        for i, op in enumerate(self.ops):
+            inputs = tuple(values[t] for t in op.data_inputs)
+            params = {role: self._quantized(p, model.params[p]) for role, p in op.params.items()}
+            outputs = compute(op, model.graph, inputs, params, model.perms.get(op.id, ()))
+            for t, y in zip(op.outputs, outputs, strict=True):
+                values.setdefault(t, self._quantized(t, y))
+            for t in op.data_inputs:
+                if self._last_use[t] == i and t not in keep:
+                    values.pop(t, None)
+        return {tap: reduce(values[tap.tensor], tap) for tap in self.taps}
+
+    def _quantized(self, site: SiteId, value: Array) -> Array:
+        encoding = self.model.encodings.get(site)
+        return value if encoding is None else encoding.fake_quantize(value)
+
+
+def reduce(value: Array, tap: Tap) -> Array:
+    """Apply a tap's reduction: [2] or [2, channels] for "minmax"."""
+    if tap.reduce == "none":
+        return value
+    axes = None if tap.axis is None else tuple(i for i in range(value.ndim) if i != tap.axis % value.ndim)
+    return np.stack([value.min(axis=axes), value.max(axis=axes)])
+
+
+class ReferenceSimulation:
+    """Fake quantization by site. The model reads the live table, so `set` rebuilds nothing."""
+
+    def __init__(self, model: ReferenceModel, plan: Plan, encodings: EncodingTable) -> None:
+        self.plan = plan
+        self._in_force: dict[SiteId, Encoding] = {}  # every site that quantizes, ties included
+        self.model = replace(model, encodings=self._in_force)
+        self.set({s: e for s, e in encodings.items() if s in plan})
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install or bypass; a site that shares its encoding stands for all that share it.
+
+        Raises:
+            EncodingError: a site isn't in the plan or stays in float, or an encoding doesn't fit its parameter.
+        """
+        for site, encoding in encodings.items():
+            if site not in self.plan:
+                raise EncodingError(f"the plan for target {self.plan.target!r} has no site {site!r}")
+            decision = self.plan[self.plan.root(site)].decision
+            if isinstance(decision, Float) and encoding is not None:
+                raise EncodingError(f"site {site!r} stays in float ({decision.reason}); it takes no encoding")
+            if encoding is not None and site in self.model.params:
+                encoding.spread(self.model.params[site].shape)
+        for site, encoding in encodings.items():
+            for tied in self.plan.tied(self.plan.root(site)):
+                if encoding is None:
+                    self._in_force.pop(tied, None)
+                else:
+                    self._in_force[tied] = encoding
+
+    def get(self) -> EncodingTable:
+        """The encodings in force, by root site."""
+        return EncodingTable({s: e for s, e in self._in_force.items() if self.plan.root(s) == s})
+
+    def session(self, taps: Sequence[Tap]) -> ReferenceSession:
+        """Run the simulated network."""
+        return ReferenceSession(self.model, taps)
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> ReferenceSession:
+        """Run a part of it."""
+        return ReferenceSession(self.model, taps, feeds)
+
+
+class ReferenceBackend:
+    """Backend + PartialExecution for `ReferenceModel`."""
+
+    name = "reference"
+
+    def owns(self, model: object) -> bool:
+        """Whether it is a `ReferenceModel`."""
+        return isinstance(model, ReferenceModel)
+
+    def load(self, path: Path, **options: Any) -> ReferenceModel:
+        """Open a file that `save` or `export` wrote."""
+        return ReferenceModel(*archive.read(path))
+
+    def save(self, model: ReferenceModel, path: Path) -> Path:
+        """Write one .npz, atomically."""
+        return archive.write(path, model.graph, model.params, model.perms, model.encodings)
+
+    def adopt(self, model: object, sample: Batch | None = None) -> ReferenceModel:
+        """Models come as they are."""
+        if not isinstance(model, ReferenceModel):
+            raise ModelError(f"the reference backend takes a ReferenceModel, got {type(model).__name__}")
+        return model
+
+    def graph(self, model: ReferenceModel) -> Graph:
+        """The canonical graph."""
+        return model.graph
+
+    def read(self, model: ReferenceModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Copies of parameter values."""
+        unknown = [i for i in ids if i not in model.params]
+        if unknown:
+            raise ModelError(f"the model has no parameters {unknown}")
+        return {i: np.array(model.params[i], np.float32) for i in ids}
+
+    def edit(self, model: ReferenceModel, edits: Sequence[Edit]) -> ReferenceModel:
+        """Apply edits, in order, to a copy."""
+        for edit in edits:
+            model = EDITORS[type(edit)](model, edit)
+        return model
+
+    def session(self, model: ReferenceModel, taps: Sequence[Tap]) -> ReferenceSession:
+        """The whole model."""
+        return ReferenceSession(model, taps)
+
+    def segment(self, model: ReferenceModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> ReferenceSession:
+        """A part of it."""
+        return ReferenceSession(model, taps, feeds)
+
+    def simulate(
+        self, model: ReferenceModel, plan: Plan, encodings: EncodingTable, *, trainable: bool = False
+    ) -> ReferenceSimulation:
+        """Fake quantization at the plan's sites."""
+        return ReferenceSimulation(model, plan, encodings)
+
+    def export(self, model: ReferenceModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write the float model ("npz") or the model with its encodings ("npz-quantized")."""
+        if format not in self.formats():
+            raise InputError(f"unknown export format {format!r}; known: {', '.join(self.formats())}")
+        if format == "npz-quantized":
+            model = self.simulate(model, plan, encodings).model
+        purpose = "model" if format == "npz" else "qdq"
+        return Bundle({purpose: self.save(model, path)})
+
+    def formats(self) -> Mapping[str, str]:
+        """The float artefact first."""
+        return {"npz": "float graph and parameters", "npz-quantized": "the same with fake quantization in force"}
+
+    def input_specs(self, model: ReferenceModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shapes and dtypes of the inputs."""
+        tensors = (model.graph.tensors[t] for t in model.graph.inputs)
+        return {t.id: (t.shape or (None,), t.dtype) for t in tensors}
+
+
+def rebuild(
+    model: ReferenceModel,
+    ops: Sequence[Op],
+    params: Mapping[ParamId, Array] | None = None,
+    outputs: Sequence[TensorId] | None = None,
+) -> ReferenceModel:
+    """The model with other ops; tensors and parameters that nothing uses any more are dropped."""
+    values = model.params if params is None else params
+    used = {p for op in ops for p in op.params.values()}
+    old = model.graph
+    outputs = old.outputs if outputs is None else outputs
+    live = {*old.inputs, *outputs, *(t for op in ops for t in (*op.data_inputs, *op.outputs))}
+    graph = Graph(
+        ops,
+        {t: tensor for t, tensor in old.tensors.items() if t in live},
+        {p: old.params.get(p) or Param(p, values[p].shape) for p in values if p in used},
+        old.inputs,
+        outputs,
+    )
+    return replace(model, graph=graph, params={p: v for p, v in values.items() if p in used})
+
+
+def _swap(model: ReferenceModel, changed: Op) -> list[Op]:
+    return [changed if op.id == changed.id else op for op in model.graph.ops]
+
+
+def _set_params(model: ReferenceModel, edit: SetParams) -> ReferenceModel:
+    for p, value in edit.values.items():
+        if p not in model.params:
+            raise ModelError(f"the model has no parameter {p!r}")
+        if value.shape != model.params[p].shape:
+            raise ModelError(f"parameter {p!r} has shape {model.params[p].shape}, can't set it to {value.shape}")
+    new = {p: np.array(v, np.float32) for p, v in edit.values.items()}
+    return replace(model, params={**model.params, **new})
+
+
+def _set_bias(model: ReferenceModel, edit: SetBias) -> ReferenceModel:
+    op = model.graph.op(edit.op)
+    current = op.params.get(ParamRole.BIAS)
+    if current is not None and len(model.graph.users(current)) == 1:
+        return _set_params(model, SetParams({current: edit.value}))
+    bias = f"{op.id}.bias"
+    if bias in model.params:
+        raise ModelError(f"can't add a bias to {op.id!r}: parameter {bias!r} exists and belongs to another op")
+    changed = replace(op, params={**op.params, ParamRole.BIAS: bias})
+    return rebuild(model, _swap(model, changed), {**model.params, bias: np.array(edit.value, np.float32)})
+
+
+def _fold_batch_norm(model: ReferenceModel, edit: FoldBatchNorm) -> ReferenceModel:
+    norm, into = model.graph.op(edit.batch_norm), model.graph.op(edit.into)
+    if norm.data_inputs[0] == into.output:
+        changed = replace(into, outputs=norm.outputs)
+    elif norm.output in into.data_inputs:
+        changed = replace(into, inputs=tuple(norm.inputs[0] if t == norm.output else t for t in into.inputs))
+    else:
+        raise ModelError(f"{into.id!r} is no neighbour of batch norm {norm.id!r}; it can't absorb it")
+    return rebuild(model, [op for op in _swap(model, changed) if op.id != norm.id])
+
+
+def _replace_activation(model: ReferenceModel, edit: ReplaceActivation) -> ReferenceModel:
+    forms = {"Relu": (OpKind.RELU, None), "Relu6": (OpKind.CLIPPED_RELU, ActivationAttrs(0.0, 6.0))}
+    if edit.type not in forms:
+        raise ModelError(f"can't turn {edit.op!r} into {edit.type!r}; known: {', '.join(forms)}")
+    kind, attrs = forms[edit.type]
+    changed = replace(model.graph.op(edit.op), kind=kind, type=edit.type, attrs=attrs, params={})
+    return rebuild(model, _swap(model, changed))
+
+
+def _remove_op(model: ReferenceModel, edit: RemoveOp) -> ReferenceModel:
+    op = model.graph.op(edit.op)
+    source, gone = op.data_inputs[0], op.output
+    ops = [o for o in model.graph.ops if o.id != op.id]
+    if gone not in model.graph.outputs:
+        return rebuild(model, [replace(o, inputs=tuple(source if t == gone else t for t in o.inputs)) for o in ops])
+    if source in model.graph.inputs or source in model.graph.outputs:
+        raise ModelError(f"{op.id!r} can't be removed: both its ends are model inputs or outputs")
+
+    def renamed(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(gone if t == source else t for t in tensors)
+
+    return rebuild(model, [replace(o, inputs=renamed(o.inputs), outputs=renamed(o.outputs)) for o in ops])
+
+
+def _split_shared(model: ReferenceModel, edit: SplitSharedParam) -> ReferenceModel:
+    op = model.graph.op(edit.op)
+    roles = [r for r, p in op.params.items() if p == edit.param]
+    if not roles:
+        raise ModelError(f"{op.id!r} doesn't use parameter {edit.param!r}")
+    own = f"{edit.param}@{op.id}"
+    changed = replace(op, params={r: own if r in roles else p for r, p in op.params.items()})
+    return rebuild(model, _swap(model, changed), {**model.params, own: model.params[edit.param]})
+
+
+EDITORS: dict[type[Any], Callable[[ReferenceModel, Any], ReferenceModel]] = {
+    SetParams: _set_params,
+    SetBias: _set_bias,
+    FoldBatchNorm: _fold_batch_norm,
+    ReplaceActivation: _replace_activation,
+    RemoveOp: _remove_op,
+    SplitSharedParam: _split_shared,
+}
