@@ -49,11 +49,14 @@ class Outcome:
         params: new parameter values, canonical layout.
         encodings: new encodings; those of trained or searched weights are `frozen`.
         edits: graph edits, applied before `params` are set.
+        folded: (γ, β) of the batch norm that each linear op has absorbed, so that its output is about N(β, γ²)
+            in each channel; entries replace those that `Context.folded` had.
     """
 
     params: Params = field(default_factory=dict)
     encodings: Mapping[SiteId, Encoding] = field(default_factory=dict)
     edits: Sequence[Edit] = ()
+    folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report("nothing to do"))
 
 
