@@ -1,0 +1,93 @@
+"""Files that are whole or not there: written beside, flushed to disk and renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from bitwright.errors import InputError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when it raises.
+
+    Raises:
+        InputError: the disk is full, the folder isn't there or isn't writable; `path` is then as it was before.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        discard(beside)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        discard(beside)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text atomically.
+
+    Raises:
+        InputError: as `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    return Path(path)
+
+
+def make_directory(path: str | Path) -> Path:
+    """Create a folder and its parents, and check that files can be written there.
+
+    Raises:
+        InputError: it can't be created, is a file, or isn't writable.
+    """
+    path = Path(path)
+    probe = path / f".{os.getpid()}.probe"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    discard(probe)
+    return path
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The error for a failed write, with the way out where it is known."""
+    remedy = {
+        errno.ENOSPC: "; free some space or choose another folder",
+        errno.EDQUOT: "; free some space or choose another folder",
+        errno.EACCES: "; choose a folder that you may write to",
+        errno.EROFS: "; choose a folder that you may write to",
+        errno.ENOTDIR: "; a part of the path is a file",
+        errno.EEXIST: "; it is a file, not a folder",
+    }.get(error.errno or 0, "")
+    return InputError(f"can't write {str(path)!r}: {error.strerror or error}{remedy}")
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in a folder durable, where the system can."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def discard(path: Path) -> None:
+    """Remove a file if it is there and can be removed."""
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,158 @@
+"""Where long work shows how far it is: nowhere, as bars on a terminal, or as plain lines in a log.
+
+The library is silent unless it is given a `technique.Progress`; the command line gives `progress_for(stream)`.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichBars
+    from rich.progress import TaskID
+
+LINE_SECONDS = 10.0
+"""How often `Lines` reports within a stage."""
+
+
+class Silent:
+    """Shows nothing; what the library uses by default."""
+
+    def start(self, description: str, total: int | None) -> None:
+        """A stage begins."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """So many steps of the stage are done."""
+
+    def finish(self) -> None:
+        """The stage ends."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the display; stages that still run are abandoned."""
+
+
+class _Stage:
+    """A stage in progress."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total = description, total
+        self.done = 0
+        self.begun = self.told = time.monotonic()
+
+    @property
+    def count(self) -> str:
+        return f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+
+class Lines(Silent):
+    """A line when a stage ends, and one every ten seconds meanwhile: for logs and pipes."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._stages: list[_Stage] = []
+
+    def start(self, description: str, total: int | None) -> None:
+        """A stage begins; it may lie within another."""
+        self._stages.append(_Stage(description, total))
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count, and report where the last line is long ago."""
+        if not self._stages:
+            return
+        stage = self._stages[-1]
+        stage.done += steps
+        if time.monotonic() - stage.told >= LINE_SECONDS:
+            stage.told = time.monotonic()
+            self._tell(f"{stage.description}: {stage.count}" + (f" {note}" if note else ""))
+
+    def finish(self) -> None:
+        """Report the stage and its duration."""
+        if self._stages:
+            stage = self._stages.pop()
+            self._tell(f"{stage.description}: {stage.count} done, {stage.seconds:.1f} s")
+
+    def _tell(self, line: str) -> None:
+        self._stream.write("  " * len(self._stages) + line + "\n")
+        self._stream.flush()
+
+
+class Bars(Silent):
+    """Bars on a terminal, drawn by Rich: one for each stage, with time spent and time left.
+
+    Use it in a ``with`` block, so that the cursor comes back whatever happens.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._bars: RichBars | None = None
+        self._stages: list[TaskID] = []
+
+    def start(self, description: str, total: int | None) -> None:
+        """A stage begins; it may lie within another."""
+        bars = self._shown()
+        self._stages.append(bars.add_task("  " * len(self._stages) + description, total=total, note=""))
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move the innermost bar."""
+        if self._stages:
+            self._shown().update(self._stages[-1], advance=steps, note=note)
+
+    def finish(self) -> None:
+        """Fill the innermost bar; a stage within another disappears."""
+        if not self._stages:
+            return
+        bars, task = self._shown(), self._stages.pop()
+        if self._stages:
+            bars.remove_task(task)
+            return
+        done = next(t.completed for t in bars.tasks if t.id == task)
+        bars.update(task, total=max(done, 1), completed=max(done, 1), note="")
+        bars.stop_task(task)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        self._stages.clear()
+
+    def _shown(self) -> RichBars:
+        if self._bars is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichBars
+
+            self._bars = RichBars(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("[dim]{task.fields[note]}"),
+                console=self._console,
+            )
+            self._bars.start()
+        return self._bars
+
+
+def progress_for(stream: IO[str]) -> Bars | Lines:
+    """Bars where the stream is a terminal, lines otherwise."""
+    if stream.isatty():
+        from rich.console import Console
+
+        return Bars(Console(file=stream))
+    return Lines(stream)

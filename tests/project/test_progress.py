@@ -1,0 +1,68 @@
+"""Progress on a terminal, in a log, and not at all."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from bitwright import progress
+from bitwright.progress import Bars, Lines, Silent, progress_for
+
+
+def work(shown) -> None:
+    shown.start("Layers", 3)
+    for name in ("conv1", "conv2", "conv3"):
+        shown.start("Batches", None)
+        shown.advance(5)
+        shown.finish()
+        shown.advance(1, name)
+    shown.finish()
+
+
+def test_silent(capsys):
+    work(Silent())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_tell_each_stage(monkeypatch):
+    stream = io.StringIO()
+    work(Lines(stream))
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" done")[0] for line in lines] == ["  Batches: 5"] * 3 + ["Layers: 3/3"]
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    work(Lines(stream))
+    assert "Layers: 2/3 conv2" in stream.getvalue()
+
+
+def test_bars_draw_and_leave_the_terminal_clean():
+    stream = io.StringIO()
+    with Bars(Console(file=stream, force_terminal=True, width=100)) as shown:
+        work(shown)
+    text = stream.getvalue()
+    assert "Layers" in text
+    assert "3/3" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is hidden once and comes back"
+
+
+def test_bars_come_down_on_interrupt():
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Bars(Console(file=stream, force_terminal=True, width=100)) as shown:
+        shown.start("Layers", 3)
+        raise KeyboardInterrupt
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_unbalanced_calls_are_harmless():
+    for shown in (Silent(), Lines(io.StringIO()), Bars(Console(file=io.StringIO()))):
+        shown.advance()
+        shown.finish()
+        shown.close()
+
+
+def test_choice_by_stream():
+    assert isinstance(progress_for(io.StringIO()), Lines)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert isinstance(progress_for(terminal), Bars)
