@@ -149,6 +149,11 @@ class Bars(Silent):
         return self._bars
 
 
+def silent() -> Silent:
+    """A progress that shows nothing."""
+    return Silent()
+
+
 def progress_for(stream: IO[str]) -> Bars | Lines:
     """Bars where the stream is a terminal, lines otherwise."""
     if stream.isatty():

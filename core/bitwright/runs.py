@@ -53,11 +53,21 @@ class MemoryStore:
         self._results[key] = dict(arrays)
 
 
+def memory_store() -> MemoryStore:
+    """A store that lives as long as the process."""
+    return MemoryStore()
+
+
 class FileStore:
     """A `technique.Store` in a folder, one .npz a key; created on the first `put`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """The step's fingerprint, in a run directory; it names the folder."""
+        return self.path.name
 
     def get(self, key: str) -> Arrays | None:
         """What was stored under this key; None if nothing, or if the file is damaged."""
@@ -134,18 +144,24 @@ class RunDirectory:
         """Release the lock; what is stored stays."""
         self._lock.close()
 
-    def step(self, fingerprint_of_step: str, description: str = "") -> FileStore:
-        """The store of a step that depends on what the fingerprint covers; bitwright's and numpy's versions are added.
+    def discard_if_empty(self) -> None:
+        """Release the lock, and remove the directory if no step has stored anything that a later run could use."""
+        if not any((self.path / "steps").glob("*/*.npz")):
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def step(self, name: str, depends: Mapping[str, Any]) -> FileStore:
+        """The store of one step; the same step of an equal run finds what an earlier process left.
 
         Args:
-            fingerprint_of_step: hash of model, graph, technique, settings, data, seed and the backend's `versions`
-                (see `fingerprint`).
-            description: for the journal.
+            name: the technique, or what else the step is.
+            depends: everything else that the result depends on, JSON-like: hashes of model, graph and data,
+                settings, seed, the backend's versions. Those of bitwright and numpy are added here.
         """
-        name = fingerprint.of_json([fingerprint_of_step, STORE_FORMAT, versions()])
-        self._used.add(name)
-        store = FileStore(self.path / "steps" / name)
-        self.record("step", fingerprint=name, description=description, resumed=store.path.is_dir())
+        key = fingerprint.of_json([name, depends, STORE_FORMAT, versions()])
+        self._used.add(key)
+        store = FileStore(self.path / "steps" / key)
+        self.record("step", name=name, fingerprint=key, resumed=store.path.is_dir(), depends=depends)
         return store
 
     def finish(self) -> None:

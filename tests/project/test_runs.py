@@ -120,25 +120,44 @@ def test_folder_without_permission(tmp_path):
 
 def test_steps_are_separate_and_unused_ones_go(tmp_path):
     with RunDirectory(tmp_path / "run") as run:
-        run.step("a").put("k", ARRAYS)
-        run.step("b").put("k", {"w": np.ones(1)})
+        run.step("a", {"seed": 0}).put("k", ARRAYS)
+        run.step("b", {"seed": 0}).put("k", {"w": np.ones(1)})
         run.finish()
     with RunDirectory(tmp_path / "run") as run:
-        assert same(run.step("a", "adaround").get("k"), ARRAYS)
-        assert run.step("c").get("k") is None
+        assert same(run.step("a", {"seed": 0}).get("k"), ARRAYS)
+        assert run.step("c", {"seed": 0}).get("k") is None
         run.finish()
     with RunDirectory(tmp_path / "run") as run:
-        assert run.step("b").get("k") is None, "the second run didn't use step b"
-        assert run.step("a").get("k") is not None
-        steps = [(e["description"], e["resumed"]) for e in run.events() if e["event"] == "step"]
-    assert steps == [("", False), ("", False), ("adaround", True), ("", False), ("", False), ("", True)]
+        assert run.step("b", {"seed": 0}).get("k") is None, "the second run didn't use step b"
+        assert run.step("a", {"seed": 0}).get("k") is not None
+        steps = [(e["name"], e["resumed"]) for e in run.events() if e["event"] == "step"]
+    assert steps == [("a", False), ("b", False), ("a", True), ("c", False), ("b", False), ("a", True)]
 
 
 def test_other_versions_are_another_step(tmp_path, monkeypatch):
     with RunDirectory(tmp_path) as run:
-        run.step("a").put("k", ARRAYS)
+        run.step("a", {"seed": 0}).put("k", ARRAYS)
         monkeypatch.setattr("bitwright.__version__", "999")
-        assert run.step("a").get("k") is None
+        assert run.step("a", {"seed": 0}).get("k") is None
+
+
+def test_what_a_step_depends_on_separates_it(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.step("a", {"seed": 0, "data": "x"}).put("k", ARRAYS)
+        assert run.step("a", {"data": "x", "seed": 0}).get("k") is not None, "the order of keys means nothing"
+        assert run.step("a", {"seed": 1, "data": "x"}).get("k") is None
+
+
+def test_an_empty_run_can_be_discarded(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.step("a", {})
+    run.discard_if_empty()
+    assert not (tmp_path / "run").exists()
+    run = RunDirectory(tmp_path / "run")
+    run.step("a", {}).put("k", ARRAYS)
+    run.discard_if_empty()
+    with RunDirectory(tmp_path / "run") as run:
+        assert run.step("a", {}).get("k") is not None
 
 
 def test_journal_survives_a_cut_line(tmp_path):
@@ -162,7 +181,7 @@ import sys, time
 import numpy as np
 from bitwright.runs import RunDirectory
 run = RunDirectory(sys.argv[1])
-store = run.step("a")
+store = run.step("a", {"seed": 0})
 for i in range(1000):
     store.put(f"layer/{i}", {"w": np.full((64, 64), i, np.float32)})
     print(i, flush=True)
@@ -183,7 +202,7 @@ def test_second_process_is_refused_and_kill_leaves_whole_results(tmp_path: Path)
         child.wait()
         child.stdout.close()
     with RunDirectory(tmp_path / "run") as run:
-        store = run.step("a")
+        store = run.step("a", {"seed": 0})
         done = [store.get(f"layer/{i}") for i in range(1000)]
         assert all(found is not None for found in done[:21])
         assert all((found["w"] == i).all() for i, found in enumerate(done) if found is not None)
