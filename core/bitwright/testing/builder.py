@@ -46,10 +46,11 @@ class Builder:
         self._perms: dict[str, tuple[int, ...]] = {}
         self._inputs: list[TensorId] = []
 
-    def input(self, name: str, *shape: int, dtype: str = "float32") -> TensorId:
+    def input(self, name: str, *shape: int, dtype: str = "float32", channel_axis: int = 1) -> TensorId:
         """A model input; `shape` without the sample axis."""
         self._inputs.append(name)
-        return self._tensor(name, (None, *shape), dtype)
+        self._tensors[name] = Tensor(name, (None, *shape), dtype, channel_axis if shape else None)
+        return name
 
     def conv(
         self,
@@ -220,7 +221,11 @@ class Builder:
         attrs: Attrs | None = None,
     ) -> TensorId:
         """Any op with one output of `shape`."""
-        output = self._tensor(f"{name}.output", shape)
+        output = f"{name}.output"
+        source = self._tensors[inputs[0]]
+        same_rank = len(source.shape or ()) == len(shape)
+        axis = len(shape) - 1 if kind is OpKind.LINEAR else source.channel_axis if same_rank else 1
+        self._tensors[output] = Tensor(output, shape, channel_axis=axis)
         self._ops.append(Op(name, kind, type, inputs, (output,), dict(params or {}), attrs, native=type))
         return output
 
@@ -238,11 +243,6 @@ class Builder:
         params = {p: Param(p, v.shape) for p, v in self._values.items()}
         graph = Graph(self._ops, self._tensors, params, self._inputs, outputs)
         return ReferenceModel(graph, dict(self._values), dict(self._perms))
-
-    def _tensor(self, name: str, shape: Shape, dtype: str = "float32") -> TensorId:
-        axis = 1 if len(shape) != 3 else len(shape) - 1  # (samples, tokens, features) has its features last
-        self._tensors[name] = Tensor(name, shape, dtype, axis if len(shape) > 1 else None)
-        return name
 
     def _normal(self, shape: tuple[int, ...], fan_in: int) -> Array:
         return self.rng.normal(0, np.sqrt(2 / fan_in), shape)
