@@ -1,0 +1,324 @@
+"""QDQ models: the float graph with QuantizeLinear/DequantizeLinear pairs that integer runtimes turn into integer ops.
+
+Every site that the plan quantizes gets exactly one pair: activations Q and DQ, parameters an initializer of
+integers and a DQ. The dequantized tensor takes the site's own name (that of a model input: `<input>_dequantized`),
+around it lie `<tensor>_float`, `<tensor>_quantized`, `<tensor>_scale` and `<tensor>_zero_point`.
+
+Storage: the narrowest ONNX integer type that holds the codes (4, 8, 16 bits, int32 for biases). An activation grid
+smaller than its type (3, 5, 6, 7 or 9 to 15 bits, strict grids) gets a Clip beside its Q, since Q saturates at the
+type's ends only. float16 and bfloat16 sites are casts there and back; fp8 has Q and DQ of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError, ModelError
+from bitwright.graph import Graph, Param, ParamId
+from bitwright.grid import Blockwise, PerChannel, PerTensor
+from bitwright.plan import Derived, Plan, SiteId, SiteKind
+from bitwright.ranges import bias_encoding, guarded
+from bitwright_onnx.model import save_model
+from bitwright_onnx.opset import raise_opset
+from bitwright_onnx.session import tensor_array
+from bitwright_onnx.site_ops import Chain, fixed_site, form_of, from_float32, in_float32, merged
+from bitwright_onnx.storage import opset_for, stored, storage_type
+from bitwright_onnx.subgraph import values_of
+
+
+@dataclass(frozen=True)
+class QdqReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        names: site → its dequantized tensor, where it isn't the site's own name.
+        raised: weights whose scales were raised so that their int32 biases fit, with the channels.
+        skipped: quantized sites without a pair, with the reason.
+    """
+
+    path: Path
+    names: Mapping[SiteId, str] = field(default_factory=dict)
+    raised: Mapping[ParamId, tuple[int, ...]] = field(default_factory=dict)
+    skipped: Mapping[SiteId, str] = field(default_factory=dict)
+
+
+def write_qdq(
+    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding], path: str | Path
+) -> QdqReport:
+    """Write a QDQ model, atomically.
+
+    Args:
+        model: the float model, with the weights that are to be quantized; never changed.
+        graph: its canonical graph.
+        plan: the sites.
+        encodings: of every site with a specification; shared ones may be left out, biases follow from the others.
+        path: the file to write.
+
+    Raises:
+        EncodingError: an encoding that ONNX has no ops for (the message names the site).
+        ModelError: the model's opset can't be raised to what the encodings need.
+        InputError: the file can't be written.
+    """
+    built, report = build_qdq(model, graph, plan, encodings)
+    written = save_model(built, path)
+    return QdqReport(written, report.names, report.raised, report.skipped)
+
+
+def build_qdq(
+    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding]
+) -> tuple[ir.Model, QdqReport]:
+    """The QDQ model in memory; arguments and errors as `write_qdq`."""
+    table, raised = _table(model, graph, plan, encodings)
+    opset = max((opset_for(e) for e in table.values()), default=13)
+    work = raise_opset(model, opset)
+    if work is model:
+        work = model.clone()
+        work.graph.meta.update(model.graph.meta)
+    writer = _Writer(work, graph)
+    skipped: dict[SiteId, str] = {}
+    for site in plan.quantized:
+        if site not in table:
+            skipped[site] = "it has no encoding"
+        elif site not in writer.values:
+            skipped[site] = "the model has no such tensor"
+        elif plan[site].kind is SiteKind.ACTIVATION:
+            writer.activation(site, table[site])
+        else:
+            writer.parameter(site, table[site], _bias_groups(graph, plan, site, table))
+    return work, QdqReport(Path(), writer.names, raised, skipped)
+
+
+def _table(
+    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding]
+) -> tuple[dict[SiteId, Encoding], dict[ParamId, tuple[int, ...]]]:
+    """One encoding for each quantized site, with weight scales that leave room for the biases."""
+    own = EncodingTable({s: e for s, e in encodings.items() if s in plan and plan.root(s) == s})
+    values = values_of(model.graph)
+    biases = {s: _canonical(values[s], graph.params[s]) for s in plan.quantized
+              if isinstance(plan[s].decision, Derived) and s in values}  # fmt: skip
+    safe = guarded(plan, own, biases)
+    raised = {
+        s: tuple(int(c) for c in np.flatnonzero(safe[s].scale != own[s].scale)) for s in safe if safe[s] is not own[s]
+    }
+    table: dict[SiteId, Encoding] = {}
+    for site in plan.quantized:
+        encoding = safe.get(plan.root(site))
+        if encoding is not None and not isinstance(plan[plan.root(site)].decision, Derived):
+            table[site] = encoding
+    for site in plan.quantized:
+        decision = plan[plan.root(site)].decision
+        if isinstance(decision, Derived) and all(s in table for s in decision.sites):
+            bias = bias_encoding(*(table[s] for s in decision.sites))
+            if bias is not None:
+                table[site] = bias
+    return table, raised
+
+
+def _bias_groups(
+    graph: Graph, plan: Plan, site: SiteId, table: Mapping[SiteId, Encoding]
+) -> dict[str, Encoding]:
+    """Ops that share a bias but not its scale, each with the grid of its own accumulator.
+
+    An integer kernel takes s_input·s_weight for granted, so one dequantized bias can't serve two scales.
+    """
+    found: dict[str, Encoding] = {}
+    if not isinstance(plan[plan.root(site)].decision, Derived):
+        return found
+    for op in graph.users(site):
+        weight, inputs = op.weight, op.data_inputs[:1]
+        if weight in table and inputs and inputs[0] in table:
+            own = bias_encoding(table[inputs[0]], table[weight])
+            if own is not None and not own.equals(table[site]):
+                found[op.id] = own
+    return found
+
+
+def _canonical(value: ir.Value, param: Param) -> NDArray[np.float32]:
+    if value.const_value is None:
+        raise ModelError(f"parameter {param.id!r} is not an initializer of the main graph")
+    native = tensor_array(value.const_value)
+    layout = param.layout or tuple(range(native.ndim))
+    return np.asarray(native.transpose(layout), np.float32).reshape(param.shape)
+
+
+class _Writer:
+    """Puts pairs into a model that it owns."""
+
+    def __init__(self, model: ir.Model, graph: Graph) -> None:
+        self.model = model
+        self.params = graph.params
+        self.values = values_of(model.graph)
+        self.names: dict[SiteId, str] = {}
+        self._first = model.graph[0] if len(model.graph) else None
+        self._taken = {str(v.name) for v in ir.convenience.create_value_mapping(model.graph).values()}
+
+    def activation(self, site: SiteId, encoding: Encoding) -> None:
+        """A pair behind the tensor, for all its readers."""
+        value, graph = self.values[site], self.model.graph
+        dtype = value.dtype or ir.DataType.FLOAT
+        uses = list(value.uses())
+        is_input = value.is_graph_input()
+        chain = Chain(self._fresh(f"{site}_qdq"))
+        if encoding.float_format in ("float16", "bfloat16"):
+            form, known = form_of(encoding, None), merged(form_of(encoding, None), encoding)
+
+            def operand(suffix: str) -> ir.Value:
+                return self._initializer(f"{site}_{suffix}", known[suffix])
+
+            y = fixed_site(chain, value, form, operand, dtype, 21, encoding)
+        else:
+            y = self._pair(chain, value, site, encoding, dtype)
+        y.type, y.shape = value.type, value.shape
+        for user, index in uses:
+            user.replace_input_with(index, y)
+        if is_input:
+            # A model output that is an input goes by the input's name and stays as it is.
+            y.name = self.names[site] = self._fresh(f"{site}_dequantized")
+            self._at_start(chain)
+            return
+        for index, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[index] = y
+        producer = value.producer()
+        assert producer is not None
+        graph.insert_after(producer, chain.nodes)
+        value.name, y.name = self._fresh(f"{site}_float"), site
+
+    def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, dtype: ir.DataType) -> ir.Value:
+        kind = storage_type(encoding)
+        if kind is ir.DataType.INT32:
+            raise EncodingError(
+                f"activation {site!r}: QuantizeLinear has no 32-bit type; give it at most 16 bits or leave it in float"
+            )
+        shape = tuple(x.shape) if x.shape is not None else ()
+        layout = encoding.granularity
+        if isinstance(layout, Blockwise):
+            raise EncodingError(
+                f"activation {site!r}: blockwise grids of activations can't be exported; use one scale a channel or one"
+            )
+        axis = {"axis": layout.axis % len(shape)} if isinstance(layout, PerChannel) else {}
+        scale = self._initializer(f"{site}_scale", encoding.scale)
+        zero = self._initializer(f"{site}_zero_point", encoding.zero_point, kind)
+        x = in_float32(chain, x, dtype)
+        grid = encoding.grid
+        clipped = encoding.float_format is None and grid.steps != 2 ** kind.bitwidth - 1
+        if clipped and kind.bitwidth > 8:
+            # ONNX Runtime clips no 16-bit integers. The ends are codes times scale, so that codes come out the same.
+            if not isinstance(layout, PerTensor):
+                raise EncodingError(f"activation {site!r}: {encoding.bits} bits a channel can't be exported; use 8 or 16")
+            low = self._initializer(f"{site}_minimum", encoding.minimum)
+            x = chain("Clip", x, low, self._initializer(f"{site}_maximum", encoding.maximum))
+        q = chain("QuantizeLinear", x, scale, zero, **axis)
+        q.name = self._fresh(f"{site}_quantized")
+        if clipped and kind.bitwidth <= 8:
+            low = self._initializer(f"{site}_lowest", np.asarray(grid.qmin), kind)
+            q = chain("Clip", q, low, self._initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
+        return from_float32(chain, chain("DequantizeLinear", q, scale, zero, **axis), dtype)
+
+    def parameter(self, site: ParamId, encoding: Encoding, others: Mapping[str, Encoding]) -> None:
+        """Integers in place of the parameter; `others` are ops that need the same values on another grid."""
+        value, graph = self.values[site], self.model.graph
+        param = self.params[site]
+        canonical = _canonical(value, param)
+        uses = list(value.uses())
+        is_output = value.is_graph_output()
+        main = self._stored(site, value, param, canonical, encoding)
+        apart: list[tuple[Encoding, ir.Value]] = []
+        for user, index in uses:
+            own = others.get(str(user.name))
+            y = main
+            if own is not None:
+                y = next((v for e, v in apart if e.equals(own)), None)
+                if y is None:
+                    y = self._stored(f"{site}_{len(apart) + 2}", value, param, canonical, own)
+                    y.name = self._fresh(f"{site}_{len(apart) + 2}")
+                    apart.append((own, y))
+            user.replace_input_with(index, y)
+        if is_output:
+            main.name = self.names[site] = self._fresh(f"{site}_dequantized")
+        else:
+            del graph.initializers[site]
+            main.name = site
+
+    def _stored(
+        self, name: str, value: ir.Value, param: Param, canonical: NDArray[np.float32], encoding: Encoding
+    ) -> ir.Value:
+        assert value.const_value is not None
+        native = tuple(value.const_value.shape)
+        dtype = value.const_value.dtype
+        layout = param.layout or tuple(range(len(native)))
+        codes = stored(canonical, encoding)
+        back = np.argsort(layout)
+        canonical_native = tuple(native[i] for i in layout)
+        kind = storage_type(encoding)
+        q = self._initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
+        chain = Chain(self._fresh(f"{name}_dq"))
+        if encoding.float_format in ("float16", "bfloat16"):
+            y = chain.cast(q, dtype)
+        else:
+            scale, zero, attributes = _native_numbers(encoding, param, layout, canonical_native, back)
+            operands = [self._initializer(f"{name}_scale", scale)]
+            if encoding.float_format is None:
+                operands.append(self._initializer(f"{name}_zero_point", zero, kind))
+            y = from_float32(chain, chain("DequantizeLinear", q, *operands, **attributes), dtype)
+        y.type, y.shape = ir.TensorType(dtype), ir.Shape(native)
+        self._at_start(chain)
+        return y
+
+    def _at_start(self, chain: Chain) -> None:
+        if self._first is None:
+            self.model.graph.extend(chain.nodes)
+        else:
+            self.model.graph.insert_before(self._first, chain.nodes)
+
+    def _initializer(self, name: str, array: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
+        array = np.ascontiguousarray(array)
+        dtype = kind or ir.DataType.from_numpy(array.dtype)
+        fresh = self._fresh(name)
+        tensor = ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=fresh)
+        made = ir.Value(name=fresh, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.model.graph.register_initializer(made)
+        return made
+
+    def _fresh(self, name: str) -> str:
+        chosen, count = name, 1
+        while chosen in self._taken:
+            count += 1
+            chosen = f"{name}_{count}"
+        self._taken.add(chosen)
+        return chosen
+
+
+def _native_numbers(
+    encoding: Encoding,
+    param: Param,
+    layout: tuple[int, ...],
+    canonical: tuple[int, ...],
+    back: NDArray[np.intp],
+) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, int]]:
+    """Scale, zero point and attributes of DequantizeLinear in the parameter's native layout."""
+    how = encoding.granularity
+    extra = len(canonical) - len(param.shape)
+    if isinstance(how, PerTensor):
+        return encoding.scale, encoding.zero_point, {}
+    if isinstance(how, PerChannel):
+        return encoding.scale, encoding.zero_point, {"axis": int(layout[how.axis % len(param.shape) + extra])}
+    # Blocks run along one axis; ONNX wants a scale for every index of all the others.
+    axis, block_axis = how.axis % len(param.shape), how.block_axis % len(param.shape)
+    shape = list(param.shape)
+    shape[block_axis] = encoding.scale.shape[1]
+    whole = [shape[i] if i in (axis, block_axis) else 1 for i in range(len(shape))]
+    arrays = []
+    for array in (encoding.scale, encoding.zero_point):
+        two = array if axis < block_axis else array.T
+        arrays.append(np.broadcast_to(two.reshape(whole), shape).transpose(back))
+    return arrays[0], arrays[1], {"axis": int(layout[block_axis]), "block_size": how.block_size}
