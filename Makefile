@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
+.DELETE_ON_ERROR:
+.PHONY: help test lint format types docs demo dist clean
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+DEMO_BIN := .venv-demo/bin
+DEMO_OUT ?= demo-out
+PIP := -m pip --disable-pip-version-check --quiet
+SOURCES := core backends plugins tests examples benchmarks
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+# Make two environments; a stamp is newer than what it depends on once its installation has succeeded.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "bitwright needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv-demo/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "bitwright needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(DEMO_BIN)/python || $(PYTHON) -m venv .venv-demo
+	$(DEMO_BIN)/python $(PIP) install --constraint constraints.txt --editable '.[onnx]'
+	$(DEMO_BIN)/python $(PIP) install --constraint constraints.txt --no-deps pillow rapidocr
+	touch $@
+
+test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed ## style, types and import rules
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed ## reformat the sources
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: .venv/.installed ## types alone
+	$(BIN)/mypy
+
+docs: .venv/.docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+demo: .venv-demo/.installed ## quantize a pretrained model and compare float, simulated and integer accuracy
+	$(DEMO_BIN)/python examples/text_orientation.py $(DEMO_OUT)
+
+dist: .venv/.installed ## build wheel and sdist into dist/
+	$(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist .
+
+clean: ## remove environments and everything generated
+	rm -rf .venv .venv-demo $(DEMO_OUT) dist site build
+	find . -name __pycache__ -prune -exec rm -rf {} +
