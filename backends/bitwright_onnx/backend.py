@@ -1,0 +1,170 @@
+"""The ONNX backend: onnx-ir rewrites models, ONNX Runtime runs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch, Bundle, Session, Simulation
+from bitwright.edits import Edit
+from bitwright.encoding import EncodingTable
+from bitwright.errors import InputError
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.plan import Plan
+from bitwright.statistics.base import Tap
+from bitwright_onnx.attributes import static_dims
+from bitwright_onnx.canonical import canonical_graph
+from bitwright_onnx.edits import edit_model
+from bitwright_onnx.model import adopt_model, load_model, save_model
+from bitwright_onnx.operands import dtype_name
+from bitwright_onnx.params import read_params
+from bitwright_onnx.session import OrtSession
+from bitwright_onnx.session import segment as segment_session
+
+_FORMATS = {
+    "onnx": "the float model with its updated weights; encodings files go with it",
+    "qdq": "the quantized model with QuantizeLinear/DequantizeLinear pairs, for ONNX Runtime and other runtimes",
+}
+
+
+class OnnxBackend:
+    """`bitwright.backend.Backend`, `PartialExecution` and `IntegerRuntime` for models of type `onnx_ir.Model`.
+
+    Every model that it is handed must come from its own `load`, `adopt` or `edit`: those bring it into the normal
+    form of `bitwright_onnx.normalize`.
+    """
+
+    name = "onnx"
+
+    def owns(self, model: object) -> bool:
+        """Whether an object is a `ModelProto` or an onnx-ir model."""
+        onnx = sys.modules.get("onnx")
+        return isinstance(model, ir.Model) or (onnx is not None and isinstance(model, onnx.ModelProto))
+
+    def load(self, path: Path, **options: Any) -> ir.Model:
+        """Open a model file.
+
+        Args:
+            path: the file.
+            options: `custom_ops`: shared libraries with the model's custom ops.
+
+        Raises:
+            InputError: no such file, not an ONNX model, or an unknown option.
+            ModelError: the model can't be brought into normal form.
+        """
+        return load_model(path, custom_ops=_custom_ops(options))
+
+    def save(self, model: ir.Model, path: Path, *, external_data: bool | None = None) -> Path:
+        """Write a model atomically; weights go to `<path>.data` on request, and where the file would pass 2 GB.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        return save_model(model, path, external_data=external_data)
+
+    def adopt(self, model: object, sample: Batch | None = None, **options: Any) -> ir.Model:
+        """The backend's own copy of a path, `ModelProto`, its bytes, or onnx-ir model. `sample` isn't needed.
+
+        Raises:
+            InputError: not an ONNX model.
+            ModelError: the model can't be brought into normal form.
+        """
+        return adopt_model(model, custom_ops=_custom_ops(options))
+
+    def graph(self, model: ir.Model) -> Graph:
+        """The canonical graph.
+
+        Raises:
+            ModelError: the model is quantized already.
+        """
+        return canonical_graph(model)
+
+    def read(self, model: ir.Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Parameter values in canonical layout.
+
+        Raises:
+            ModelError: an id names no float parameter.
+        """
+        return read_params(model, ids)
+
+    def edit(self, model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
+        """A new model with the edits applied in order; unchanged weights are shared.
+
+        Raises:
+            ModelError: an edit can't be carried out; the model given is as it was.
+        """
+        return edit_model(model, edits)
+
+    def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
+        """Compile the float model to hand out these tensors.
+
+        Raises:
+            ModelError: a tap is unknown, or ONNX Runtime refuses the model.
+        """
+        return OrtSession(model, taps)
+
+    def segment(self, model: ir.Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Compile only what lies between `feeds` and `taps`.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return segment_session(model, feeds, taps)
+
+    def simulate(
+        self, model: ir.Model, plan: Plan, encodings: EncodingTable, *, trainable: bool = False
+    ) -> Simulation[Any]:
+        """Put fake quantization at the plan's sites.
+
+        Raises:
+            CapabilityError: `trainable` is asked for; ONNX models can't be trained.
+        """
+        from bitwright_onnx.simulation import simulate
+
+        return simulate(model, self.graph(model), plan, encodings, trainable=trainable)
+
+    def export(self, model: ir.Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write one of `formats()` at `path`.
+
+        Raises:
+            InputError: unknown format, or the file can't be written.
+        """
+        if format == "onnx":
+            return Bundle({"model": self.save(model, path)})
+        if format == "qdq":
+            from bitwright_onnx.qdq import export_qdq
+
+            return export_qdq(model, self.graph(model), plan, encodings, path)
+        raise InputError(f"the ONNX backend has no format {format!r}; there are {', '.join(_FORMATS)}")
+
+    def formats(self) -> Mapping[str, str]:
+        """Export formats: name → description."""
+        return dict(_FORMATS)
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """Load an exported bundle's quantized model into ONNX Runtime's integer kernels.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_onnx.runtime import compile_bundle
+
+        return compile_bundle(bundle, taps)
+
+    def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shape (None: free) and dtype of each model input; an input of unknown rank has shape ()."""
+        return {str(v.name): (static_dims(v) or (), dtype_name(v.dtype)) for v in model.graph.inputs}
+
+
+def _custom_ops(options: Mapping[str, Any]) -> tuple[str | os.PathLike[str], ...]:
+    if unknown := sorted(set(options) - {"custom_ops"}):
+        raise InputError(f"the ONNX backend knows no option {unknown[0]!r}; there is custom_ops")
+    libraries = options.get("custom_ops", ())
+    return (libraries,) if isinstance(libraries, str | os.PathLike) else tuple(libraries)

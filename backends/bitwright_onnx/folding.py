@@ -1,0 +1,105 @@
+"""Evaluating what depends on initializers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from bitwright_onnx.initializers import add_initializer, is_private
+from bitwright_onnx.session import compile_session
+from bitwright_onnx.subgraph import bodies
+
+FOLD_BYTES = 2**20
+"""A folded constant may be this big, or as big as the constants that it was computed from."""
+_NOT_FOLDED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormalLike",
+                         "RandomUniformLike", "Bernoulli", "Multinomial"})  # fmt: skip
+_RESHAPING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"})
+
+
+def bypass_constant_identities(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type == "Identity" and node.domain == "" and not node.outputs[0].is_graph_output():
+            source = node.inputs[0]
+            if source is not None and source.is_initializer():
+                node.outputs[0].replace_all_uses_with(source)
+                graph.remove(node, safe=True)
+
+
+def fold_static_shapes(graph: ir.Graph) -> bool:
+    """Replace Shape and Size of tensors whose shape is fully known."""
+    changed = False
+    for node in list(graph):
+        if node.domain != "" or node.op_type not in ("Shape", "Size") or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        if source is None or source.shape is None:
+            continue
+        dims = list(source.shape)
+        if node.op_type == "Shape":
+            start, end = (node.attributes.get_int(k, d) for k, d in (("start", 0), ("end", len(dims))))
+            dims = dims[start:end]
+        if not all(isinstance(d, int) and d >= 0 for d in dims):
+            continue
+        array = np.array(dims if node.op_type == "Shape" else np.prod(dims), np.int64)
+        _replace_by_constant(graph, node, array)
+        changed = True
+    return changed
+
+
+def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    known = set(graph.initializers.values())
+    for node in graph:
+        inputs = [v for v in node.inputs if v is not None]
+        plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node))
+        if plain and inputs and all(v in known for v in inputs):
+            known.update(node.outputs)
+            yield node
+
+
+def fold_constants(model: ir.Model) -> bool:
+    """Evaluate what depends on initializers alone; results that would blow up the file are left to be computed."""
+    graph = model.graph
+    nodes = list(_constant_nodes(graph))
+    inside = set(nodes)
+    wanted = [
+        o
+        for node in nodes
+        for o in node.outputs
+        if len(node.outputs) == 1 and not o.is_graph_output() and any(u not in inside for u in o.consumers())
+    ]
+    if not wanted:
+        return False
+    try:
+        session = compile_session(model, [str(v.name) for v in wanted], optimize=False)
+        results = session.run(None, {})
+    except Exception:
+        # Only a convenience: what can't be folded stays in the graph and is computed there.
+        return False
+    changed = False
+    for value, array in zip(wanted, results, strict=True):
+        node = value.producer()
+        assert node is not None
+        sources = sum(v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None)
+        if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes <= max(FOLD_BYTES, sources):
+            _replace_by_constant(graph, node, array)
+            changed = True
+    passes.RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
+    """Put an initializer in a node's place; a weight that was only reshaped keeps the user's name for it."""
+    output = node.outputs[0]
+    source = node.inputs[0]
+    name = str(output.name)
+    output.name = None
+    if node.op_type in _RESHAPING and source is not None and source.is_initializer() and is_private(source):
+        name = str(source.name)
+        node.replace_input_with(0, None)
+        graph.initializers.pop(name)
+    value = add_initializer(graph, name, array)
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)

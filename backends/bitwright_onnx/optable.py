@@ -1,0 +1,141 @@
+"""Which ONNX operator is of which canonical kind, and which operand is which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from bitwright.graph import OpKind, ParamRole
+
+K, R = OpKind, ParamRole
+
+KINDS: Mapping[str, OpKind] = {
+    **dict.fromkeys(("Conv",), K.CONV),
+    **dict.fromkeys(("ConvTranspose",), K.CONV_TRANSPOSE),
+    **dict.fromkeys(("Gemm",), K.LINEAR),
+    **dict.fromkeys(("MatMul", "Einsum"), K.MATMUL),
+    **dict.fromkeys(("BatchNormalization",), K.BATCH_NORM),
+    **dict.fromkeys(("LayerNormalization",), K.LAYER_NORM),
+    **dict.fromkeys(
+        ("InstanceNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "LRN",
+         "MeanVarianceNormalization"),
+        K.NORM,
+    ),
+    **dict.fromkeys(("Relu",), K.RELU),
+    **dict.fromkeys(("LeakyRelu", "PRelu"), K.PRELU),
+    **dict.fromkeys(
+        ("Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Gelu",
+         "Erf", "Mish", "Swish", "ThresholdedRelu", "Shrink", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal",
+         "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh",
+         "Acosh", "Atanh"),
+        K.ACTIVATION,
+    ),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), K.SOFTMAX),
+    **dict.fromkeys(("Add", "Sum"), K.ADD),
+    **dict.fromkeys(("Mul",), K.MUL),
+    **dict.fromkeys(
+        ("Sub", "Div", "Max", "Min", "Pow", "Mean", "Mod", "Where", "ReduceSum", "ReduceL1", "ReduceL2",
+         "ReduceProd", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp", "CumSum"),
+        K.ELEMENTWISE,
+    ),
+    **dict.fromkeys(("Concat",), K.CONCAT),
+    **dict.fromkeys(("Split",), K.SPLIT),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), K.AVERAGE_POOL),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "MaxRoiPool"), K.MAX_POOL),
+    **dict.fromkeys(("Resize", "Upsample"), K.RESIZE),
+    **dict.fromkeys(
+        ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"), K.RESHAPE
+    ),
+    **dict.fromkeys(("Transpose",), K.TRANSPOSE),
+    **dict.fromkeys(("Slice", "Gather", "GatherElements", "GatherND", "Compress"), K.SLICE),
+    **dict.fromkeys(("Pad",), K.PAD),
+    **dict.fromkeys(("Identity", "Dropout"), K.IDENTITY),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), K.RECURRENT),
+}  # fmt: skip
+"""Kind by operator of the default domain, before operands and attributes are looked at; all else is OPAQUE."""
+
+OPERANDS: Mapping[str, Mapping[int, ParamRole]] = {
+    "Conv": {1: R.WEIGHT, 2: R.BIAS},
+    "ConvTranspose": {1: R.WEIGHT, 2: R.BIAS},
+    "Gemm": {1: R.WEIGHT, 2: R.BIAS},
+    "BatchNormalization": {1: R.GAMMA, 2: R.BETA, 3: R.MEAN, 4: R.VAR},
+    "LayerNormalization": {1: R.GAMMA, 2: R.BETA},
+    "InstanceNormalization": {1: R.GAMMA, 2: R.BETA},
+    "GroupNormalization": {1: R.GAMMA, 2: R.BETA},
+    "RMSNormalization": {1: R.GAMMA},
+    "PRelu": {1: R.SLOPE},
+    "LSTM": {1: R.WEIGHT, 2: R.RECURRENT, 3: R.BIAS},
+    "GRU": {1: R.WEIGHT, 2: R.RECURRENT, 3: R.BIAS},
+    "RNN": {1: R.WEIGHT, 2: R.RECURRENT, 3: R.BIAS},
+}
+"""Roles of constant operands by position; elementwise ops take theirs from either side (see `constant_operands`)."""
+
+CONSTANT_KINDS = frozenset({K.ADD, K.MUL, K.ELEMENTWISE, K.MATMUL})
+"""Kinds whose constant float operand is a parameter of role CONSTANT."""
+
+QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv",
+                           "QLinearMatMul", "ConvInteger", "MatMulInteger", "QAttention", "QGemm", "QLinearAdd",
+                           "MatMulNBits"})  # fmt: skip
+"""Operators that only models which are quantized already contain."""
+
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+def is_float_constant(value: ir.Value | None) -> bool:
+    """Whether a value is an initializer of a float type."""
+    return (
+        value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and value.const_value.dtype in FLOAT_TYPES
+    )
+
+
+def is_default_domain(node: ir.Node) -> bool:
+    """Whether an op is one of ONNX's own (custom domains may reuse its names)."""
+    return node.domain in ("", "ai.onnx")
+
+
+def linear_weight(node: ir.Node) -> ir.Value | None:
+    """The constant weight of a Conv, ConvTranspose, Gemm, or a MatMul with a constant matrix on the right."""
+    if not is_default_domain(node) or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    weight = node.inputs[1]
+    if not is_float_constant(weight) or is_float_constant(node.inputs[0]):
+        return None
+    assert weight is not None and weight.const_value is not None
+    if node.op_type in ("Gemm", "MatMul") and len(weight.const_value.shape) != 2:
+        return None
+    if node.op_type == "Gemm" and (
+        node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1
+    ):
+        return None
+    return weight
+
+
+def out_features(node: ir.Node, weight: ir.Value) -> int:
+    """Output width of a Gemm or MatMul."""
+    assert weight.const_value is not None
+    axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 1
+    return int(weight.const_value.shape[axis])
+
+
+def bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add that gives a MatMul its bias: the only reader of its output, with a constant (out,) operand."""
+    weight = linear_weight(node) if node.op_type == "MatMul" else None
+    output = node.outputs[0]
+    if weight is None or output.is_graph_output() or len(readers := list(output.uses())) != 1:
+        return None
+    add, index = readers[0]
+    if not is_default_domain(add) or add.op_type != "Add" or add.graph is not node.graph:
+        return None
+    bias = add.inputs[1 - index]
+    if not is_float_constant(bias):
+        return None
+    assert bias is not None and bias.const_value is not None
+    shape = tuple(bias.const_value.shape)
+    width = out_features(node, weight)
+    rank = len(output.shape) if output.shape is not None else None
+    leading = all(d == 1 for d in shape[:-1]) and (len(shape) == 1 or (rank is not None and len(shape) <= rank))
+    return add if shape and shape[-1] == width and leading else None
