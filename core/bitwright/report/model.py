@@ -1,0 +1,141 @@
+"""What a report holds. `RunReport.model_dump_json()` is `report.json`; fields are only ever added."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Cell = str | int | float | bool | None
+"""A table cell; NaN and infinities are stored as null."""
+
+
+class Record(BaseModel):
+    """Base: immutable, and strict about what it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelInfo(Record):
+    """The model that was quantized.
+
+    Attributes:
+        source: file name or type.
+        ops, opaque_ops: all operations, and those that run in float because their type isn't known.
+        parameters: number of parameter values.
+        float_bytes, quantized_bytes: size of all parameters before, and with the planned widths (scales included).
+        inputs, outputs: name → shape as text.
+    """
+
+    source: str
+    backend: str
+    ops: int
+    opaque_ops: int
+    parameters: int
+    float_bytes: int
+    quantized_bytes: int
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class Calibration(Record):
+    """The data that ranges and techniques were computed on."""
+
+    source: str
+    samples: int | None
+    batch_size: int
+    scheme: str
+    fingerprint: str
+
+
+class StepRecord(Record):
+    """One technique: settings, summary, figures, and a table."""
+
+    technique: str
+    settings: dict[str, object] = Field(default_factory=dict)
+    summary: str
+    figures: dict[str, float | None] = Field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Cell, ...], ...] = ()
+
+
+class LayerRow(Record):
+    """One quantized weight.
+
+    Attributes:
+        range_smallest, range_median, range_largest: over output channels, of the largest magnitude in a channel.
+        sqnr_db: of rounding the exported weight to its grid; null where it lies on its grid already.
+    """
+
+    op: str
+    type: str
+    weight: str
+    shape: tuple[int, ...]
+    quantizer: str
+    range_smallest: float
+    range_median: float
+    range_largest: float
+    sqnr_db: float | None
+
+
+class SiteRow(Record):
+    """One place where the target may quantize.
+
+    Attributes:
+        decision: "quantized", "shared", "derived" or "float".
+        detail: the grid, whom it is shared with or derived from, or why it is float.
+        low, high: ends of the grid's range, over all its groups.
+        scale_smallest, scale_largest: over groups; equal for one scale.
+    """
+
+    site: str
+    kind: str
+    op: str
+    decision: str
+    detail: str
+    low: float | None = None
+    high: float | None = None
+    scale_smallest: float | None = None
+    scale_largest: float | None = None
+    zero_point: int | None = None
+    source: str = ""
+
+
+class Accuracy(Record):
+    """Top-1 of the float model and of the simulation, as fractions, on the data that were given with labels."""
+
+    samples: int
+    float_model: float
+    simulated: float
+    agreement: float
+
+
+class RunReport(Record):
+    """Everything about one `quantize` run.
+
+    Attributes:
+        created: UTC, ISO 8601.
+        weights, activations: the types asked for; null takes the target's.
+        seconds: duration of each stage.
+        versions: of Python, bitwright, numpy and the framework.
+        files: what the run wrote, by purpose.
+    """
+
+    schema_version: int = 1
+    created: str
+    name: str
+    model: ModelInfo
+    target: str
+    weights: str | None
+    activations: str | None
+    seed: int
+    calibration: Calibration | None
+    steps: tuple[StepRecord, ...]
+    sites: tuple[SiteRow, ...]
+    layers: tuple[LayerRow, ...]
+    accuracy: Accuracy | None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    def count(self, decision: str) -> int:
+        """How many sites were decided so."""
+        return sum(site.decision == decision for site in self.sites)
