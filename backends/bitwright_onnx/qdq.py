@@ -180,6 +180,7 @@ class _Writer:
         y.type, y.shape = value.type, value.shape
         for user, index in uses:
             user.replace_input_with(index, y)
+        self._open_clip(site, value, encoding)
         if is_input:
             # A model output that is an input goes by the input's name and stays as it is.
             y.name = self.names[site] = self._fresh(f"{site}_dequantized")
@@ -223,6 +224,29 @@ class _Writer:
             low = self._initializer(f"{site}_lowest", np.asarray(grid.qmin), kind)
             q = chain("Clip", q, low, self._initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
         return from_float32(chain, chain("DequantizeLinear", q, scale, zero, **axis), dtype)
+
+    def _open_clip(self, site: SiteId, value: ir.Value, encoding: Encoding) -> None:
+        """Move the bounds of a Clip before Q to the grid's ends where those saturate it to the very same codes.
+
+        The grid of a clipped ReLU ends at its bound but for the last bit of 255·scale, and ONNX Runtime drops a Clip
+        (without which it makes no integer kernel of the op before) only if its bounds enclose the grid's.
+        """
+        node = value.producer()
+        if node is None or node.op_type != "Clip" or node.domain != "" or encoding.float_format is not None:
+            return
+        if encoding.scale.ndim or encoding.grid.steps != 2 ** storage_type(encoding).bitwidth - 1:
+            return
+        ends = ((1, encoding.minimum, encoding.grid.qmin), (2, encoding.maximum, encoding.grid.qmax))
+        for index, end, code in ends:
+            bound = node.inputs[index] if len(node.inputs) > index else None
+            tensor = None if bound is None else bound.const_value
+            if bound is None or tensor is None or tensor.dtype is not ir.DataType.FLOAT:
+                continue
+            limit = tensor_array(tensor).astype(np.float32)
+            inside = limit > end if index == 1 else limit < end
+            if inside and int(encoding.quantize(limit)) == code:
+                name = f"{site}_{'minimum' if index == 1 else 'maximum'}"
+                node.replace_input_with(index, self._initializer(name, np.asarray(end)))
 
     def parameter(self, site: ParamId, encoding: Encoding, others: Mapping[str, Encoding]) -> None:
         """Integers in place of the parameter; `others` are ops that need the same values on another grid."""
@@ -281,7 +305,7 @@ class _Writer:
             self.model.graph.insert_before(self._first, chain.nodes)
 
     def _initializer(self, name: str, array: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
         dtype = kind or ir.DataType.from_numpy(array.dtype)
         fresh = self._fresh(name)
         tensor = ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=fresh)

@@ -249,7 +249,7 @@ class OnnxSimulation:
 def _fake_quantized(native: NDArray[Any], param: Param, encoding: Encoding) -> NDArray[Any]:
     layout = param.layout or tuple(range(native.ndim))
     quantized = encoding.fake_quantize(native.transpose(layout).astype(np.float32, copy=False))
-    return np.ascontiguousarray(quantized.transpose(np.argsort(layout)).astype(native.dtype, copy=False))
+    return np.asarray(quantized.transpose(np.argsort(layout)), native.dtype, order="C")
 
 
 def _attach(
