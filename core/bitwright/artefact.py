@@ -1,0 +1,245 @@
+"""Exported bundles: the float model with updated weights, its encodings file and the quantized artefact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitwright import __version__, formats, registry
+from bitwright.backend import Bundle
+from bitwright.durable import make_directory
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError, InputError
+from bitwright.formats import EncodingsFile, ExpectedEntry, Problem, TensorGeometry
+from bitwright.graph import Graph, OpKind, Param, ParamId, ParamRole
+from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.plan import Decision, Derived, Float, Plan, Site, SiteId, SiteKind
+
+if TYPE_CHECKING:
+    from bitwright.quantsim import QuantSim
+
+ENCODINGS_SUFFIX = ".encodings"
+QDQ = "qdq"
+
+
+def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None) -> Bundle:
+    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole."""
+    if Path(name).name != name or not name:
+        raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
+    table, backend = sim.table, sim.backend
+    make_directory(directory)
+    staging = directory / f".{name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        files: dict[str, Path] = {}
+        artefact, *_ = backend.formats()
+        info = registry.backends().get(backend.name)
+        suffix = info.suffixes[0] if info is not None else ""
+        bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", artefact)
+        files["model"] = bundle.files["model"]
+        if QDQ in backend.formats():
+            files[QDQ] = backend.export(sim.native, sim.plan, table, staging / f"{name}.qdq.onnx", QDQ).files[QDQ]
+        bias = version >= "2" if include_bias is None else include_bias
+        entries = encodings_file(sim.graph, sim.plan, table, version, bundle.names, include_bias=bias)
+        files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
+        # External weights lie beside their model and move with it; the encodings come last, as the seal.
+        written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
+        for path in written:
+            path.replace(directory / path.name)
+        return Bundle({k: directory / p.name for k, p in files.items()}, bundle.names)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def encodings_file(
+    graph: Graph,
+    plan: Plan,
+    table: EncodingTable,
+    version: str,
+    names: Mapping[SiteId, str] | None = None,
+    *,
+    include_bias: bool = False,
+) -> EncodingsFile:
+    """The encodings of a table in the artefact's names and native axes."""
+    names = names or {}
+    activations, parameters = {}, {}
+    for site, encoding in table.items():
+        name = names.get(site, site)
+        if plan[site].kind is SiteKind.ACTIVATION:
+            activations[name] = formats.unbind(encoding)
+        elif include_bias or not isinstance(plan[site].decision, Derived):
+            param = graph.params[site]
+            parameters[name] = formats.unbind(formats.permute(encoding, param.layout), native_shape(param))
+    return EncodingsFile(
+        activations=activations,
+        parameters=parameters,
+        version=version,  # type: ignore[arg-type]
+        producer={"package": "bitwright", "version": __version__},
+        quantizer_args=quantizer_args(plan),
+        provenance=table.provenance,
+    )
+
+
+def quantizer_args(plan: Plan) -> dict[str, object]:
+    """The run's defaults, as schemas have a place for them."""
+    weights = next(
+        (s for p in plan.parameters if (s := plan.spec(p)) and plan[p].role is ParamRole.WEIGHT), QuantSpec()
+    )
+    acts = next((s for a in plan.activations if (s := plan.spec(a))), QuantSpec())
+    return {
+        "activation_bitwidth": acts.bits,
+        "param_bitwidth": weights.bits,
+        "dtype": "float" if weights.float_format else "int",
+        "is_symmetric": weights.symmetric,
+        "per_channel_quantization": isinstance(weights.granularity, PerChannel),
+        "quant_scheme": plan.scheme,
+    }
+
+
+def native_shape(param: Param) -> tuple[int, ...]:
+    """A parameter's shape in the artefact."""
+    if param.layout is None:
+        return param.shape
+    shape = [0] * len(param.shape)
+    for canonical, native in enumerate(param.layout):
+        shape[native] = param.shape[canonical]
+    return tuple(shape)
+
+
+def geometry(graph: Graph, param: ParamId) -> TensorGeometry:
+    """Native shape and axes of a parameter: output channels, and input channels for blocks."""
+    record, users = graph.params[param], graph.users(param)
+    transposed = any(op.kind is OpKind.CONV_TRANSPOSE for op in users)
+    if len(record.shape) < 2:
+        return TensorGeometry(native_shape(record), 0 if record.shape else None, None)
+    channel, block = (1, 0) if transposed else (0, 1)
+    if record.layout is not None:
+        channel, block = record.layout[channel], record.layout[block]
+    return TensorGeometry(native_shape(record), channel, block)
+
+
+def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict: bool = True) -> EncodingTable:
+    """A file's encodings, bound to a graph's sites in canonical layout.
+
+    Args:
+        path: an encodings file of any schema.
+        graph: of the model that it goes with.
+        plan: keep only the sites that it specifies, in its conventions; None keeps all.
+        strict: an entry for what the graph (or the plan) doesn't have is an error.
+
+    Raises:
+        EncodingError: the file is invalid or doesn't fit.
+    """
+    file = formats.read(path).split(graph.params)
+    found: dict[SiteId, Encoding] = {}
+    for name, entry in file.entries.items():
+        if name not in graph.params and name not in graph.tensors:
+            if strict:
+                raise EncodingError(f"{path.name}: the model has no tensor {name!r}; pass strict=False to ignore it")
+            continue
+        if plan is not None and not isinstance(_decision(plan, name), QuantSpec):
+            # Shared and derived sites follow others; their entries carry nothing new.
+            if strict and isinstance(decision := _decision(plan, name), Float):
+                raise EncodingError(
+                    f"{path.name}: {name!r} isn't quantized by this target ({decision.reason}); pass strict=False"
+                )
+            continue
+        spec = plan.spec(name) if plan is not None else None
+        where = f"{path.name}: {name}"
+        if name in graph.params:
+            encoding = formats.bind(entry, geometry(graph, name), spec, name=where)
+            found[name] = formats.permute(encoding, formats.inverse(graph.params[name].layout))
+        else:
+            found[name] = formats.bind(entry, None, spec, name=where)
+    return EncodingTable(found, file.provenance)
+
+
+def _decision(plan: Plan, site: SiteId) -> Decision:
+    return plan[site].decision if site in plan else Float("not a site of this plan")
+
+
+def plan_of(graph: Graph, table: EncodingTable) -> Plan:
+    """The plan that a table of encodings amounts to: what has an entry is quantized so, biases follow."""
+    sites: dict[SiteId, Site] = {}
+    for site, encoding in table.items():
+        kind = SiteKind.PARAMETER if site in graph.params else SiteKind.ACTIVATION
+        producer = graph.users(site)[0] if kind is SiteKind.PARAMETER and graph.users(site) else graph.producer(site)
+        role = next((r for r, p in producer.params.items() if p == site), None) if producer is not None else None
+        if role is ParamRole.BIAS and encoding.bits == 32:
+            continue
+        sites[site] = Site(site, kind, spec_of(encoding), producer.id if producer else None, role)
+    for op in graph.linear_ops:
+        bias, weight = op.params.get(ParamRole.BIAS), op.weight
+        source = op.data_inputs[0]
+        if bias is None or weight is None or bias in sites or weight not in table or source not in table:
+            continue
+        if not (table[source].float_format or table[weight].float_format):
+            decision = Derived((source, weight))
+            sites[bias] = Site(bias, SiteKind.PARAMETER, decision, op.id, ParamRole.BIAS)
+    return Plan(sites, "encodings file")
+
+
+def spec_of(encoding: Encoding) -> QuantSpec:
+    """The specification that an encoding fulfils."""
+    return QuantSpec(
+        bits=encoding.bits,
+        signed=encoding.signed,
+        symmetric=encoding.symmetric,
+        strict=encoding.strict,
+        granularity=encoding.granularity,
+        float_format=encoding.float_format,
+    )
+
+
+def find_bundle(directory: Path, name: str | None = None) -> Bundle:
+    """The bundle in a directory.
+
+    Raises:
+        InputError: there is none, several, or a file of it is missing.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give what `bitwright quantize --out` wrote")
+    found = sorted(directory.glob(f"{name or '*'}{ENCODINGS_SUFFIX}"))
+    if len(found) != 1:
+        names = ", ".join(p.stem for p in found)
+        raise InputError(
+            f"{directory} holds {len(found)} encodings files" + (f" ({names}); choose one by --name" if found else "")
+        )
+    stem = found[0].stem
+    suffixes = [s for info in registry.backends().values() for s in info.suffixes]
+    model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)
+    if model is None:
+        raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it")
+    files = {"model": model, "encodings": found[0]}
+    if (quantized := directory / f"{stem}.qdq.onnx").exists():
+        files[QDQ] = quantized
+    return Bundle(files)
+
+
+def check_bundle(graph: Graph, plan: Plan, path: Path) -> list[Problem]:
+    """Whether an encodings file has exactly one right entry for each tensor that the plan quantizes.
+
+    Args:
+        graph, plan: of the exported model.
+        path: the encodings file.
+    """
+    expected: dict[str, ExpectedEntry] = {}
+    for site in plan.quantized:
+        record = plan[site]
+        if isinstance(record.decision, Derived):
+            expected[site] = ExpectedEntry("parameter", 32, optional=True)
+            continue
+        spec = plan.spec(site)
+        assert spec is not None
+        if record.kind is SiteKind.PARAMETER:
+            expected[site] = ExpectedEntry.of(spec, "parameter", graph.params[site].shape)
+        else:
+            layout = spec.granularity
+            shape = () if isinstance(layout, (PerTensor, Blockwise)) else None
+            expected[site] = ExpectedEntry.of(spec, "activation", shape)
+    file = formats.read(path).split(graph.params)
+    return formats.check(file, expected, {*graph.tensors, *graph.params})

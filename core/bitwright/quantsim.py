@@ -1,0 +1,432 @@
+"""QuantSim: one model, one target, and everything that happens to it from opening to export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright import fingerprint, registry
+from bitwright.backend import Backend, Batch, Bundle, Session, Simulation
+from bitwright.collect import collect
+from bitwright.data import Dataset, open_data
+from bitwright.edits import SetParams
+from bitwright.encoding import Encoding, EncodingTable, Provenance
+from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
+from bitwright.errors import CapabilityError, EncodingError, InputError
+from bitwright.graph import Graph, OpId
+from bitwright.layerwise import LayerwiseWalk
+from bitwright.params import ParamReader
+from bitwright.placement import build_plan
+from bitwright.plan import Plan, SiteId, SiteKind
+from bitwright.progress import Silent
+from bitwright.ranges import activation_encodings, full_table, guarded, weight_encodings
+from bitwright.runs import MemoryStore, RunDirectory, versions
+from bitwright.statistics.base import Source, Statistic, Tap
+from bitwright.target import Target, load_target, target_names
+from bitwright.technique import Context, Outcome, Progress, Report, Store, Technique
+
+
+class QuantSim:
+    """Simulates a model on an integer target, improves it, and exports it.
+
+    Args:
+        model: a framework's model object, or a path to a model file.
+        sample: one batch, for frameworks that trace a model; not needed for ONNX.
+        target: a preset's name (`bitwright targets`), a configuration file, or a `Target`.
+        weights, activations: types such as "int8", "int4:block32", "uint16", "float16"; None takes the target's.
+        scheme: calibration scheme of activations; "percentile:99.9" carries a setting.
+        weight_scheme: calibration scheme of weights.
+        overrides: exceptions by op or site, see `placement.build_plan`.
+        backend: a backend's name, if several could open the model.
+        seed: of everything random.
+        run: where long steps keep finished work, for resuming; None keeps it in memory.
+        progress: where progress is shown.
+
+    Raises:
+        ModelError: the model can't be opened.
+        TargetError: the target's configuration is invalid.
+        MissingExtraError: the model's framework isn't installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sample: Batch | None = None,
+        *,
+        target: str | Path | Mapping[str, Any] | Target = "default",
+        weights: str | None = None,
+        activations: str | None = None,
+        scheme: str = "sqnr",
+        weight_scheme: str = "minmax",
+        overrides: Mapping[str, Any] | None = None,
+        backend: str | None = None,
+        seed: int = 0,
+        run: RunDirectory | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.target = load_target(target)
+        self.weights, self.activations = weights, activations
+        self.scheme, self.weight_scheme = scheme, weight_scheme
+        self.overrides = dict(overrides or {})
+        self.seed, self.run = seed, run
+        self.progress: Progress = progress or Silent()
+        self.backend, self.native = _open(model, sample, backend)
+        self.folded: dict[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self.reports: list[tuple[str, Report]] = []
+        self.encodings = EncodingTable()
+        self._simulation: Simulation[Any] | None = None
+        self._refresh()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments that a saved state needs to be opened again."""
+        preset = self.target.name in target_names()
+        return {
+            "target": self.target.name if preset else self.target.config.model_dump(mode="json", exclude_none=True),
+            "weights": self.weights,
+            "activations": self.activations,
+            "scheme": self.scheme,
+            "weight_scheme": self.weight_scheme,
+            "overrides": self.overrides,
+            "seed": self.seed,
+        }
+
+    def _refresh(self) -> None:
+        """Rebuild graph and plan after an edit; encodings of sites that are gone go too."""
+        self.graph: Graph = self.backend.graph(self.native)
+        self.plan: Plan = build_plan(
+            self.graph,
+            self.target,
+            weights=self.weights,
+            activations=self.activations,
+            scheme=self.scheme,
+            weight_scheme=self.weight_scheme,
+            overrides=self.overrides,
+        )
+        self.encodings = self.encodings.restricted(set(self.plan))
+        self._simulation = None
+
+    @property
+    def params(self) -> ParamReader:
+        """The current float parameters, in canonical layout."""
+        return ParamReader(self.backend, self.native, self.graph)
+
+    def open(self, data: Any, *, batch_size: int = 32, limit: int | None = None) -> Dataset:
+        """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
+        if isinstance(data, Dataset):
+            return data
+        return open_data(data, self.backend.input_specs(self.native), batch_size=batch_size, limit=limit)
+
+    # -- encodings
+
+    def calibrate(self, data: Any) -> Self:
+        """Set the ranges of every site that isn't frozen: weights by their values, activations on `data`.
+
+        Nothing changes if it fails (empty data, NaN).
+
+        Raises:
+            InputError: the data are empty, don't fit the model, or hold NaN.
+        """
+        dataset = self.open(data)
+        params = self.params
+        table = EncodingTable(self.encodings.frozen, self.encodings.provenance)
+        table = table.merged(weight_encodings(self.plan, params, table))
+        table = table.merged(self._activation_encodings(table, dataset))
+        self.encodings = guarded(self.plan, table, params)
+        self._simulation = None
+        return self
+
+    def _activation_encodings(self, table: EncodingTable, dataset: Dataset) -> dict[SiteId, Encoding]:
+        store = self._store(
+            "calibrate", {"schemes": {s: self.plan.scheme_of(s) for s in self.plan.activations}}, table, dataset
+        )
+        done = _stored_encodings(store, self.plan.activations)
+        if done is None:
+            done = activation_encodings(
+                self.backend, self.native, self.plan, self.params, table, dataset, self.progress
+            )
+            for site, encoding in done.items():
+                store.put(f"site/{site}", encoding_arrays(encoding))
+            store.put("sites", {"sites": np.array(list(done), dtype=np.str_)})
+        return done
+
+    def _with_weights(self) -> EncodingTable:
+        return self.encodings.merged(weight_encodings(self.plan, self.params, self.encodings))
+
+    @property
+    def table(self) -> EncodingTable:
+        """One encoding for every quantized site: shared ones resolved, biases derived.
+
+        Raises:
+            EncodingError: the simulation isn't calibrated yet.
+        """
+        return full_table(self.plan, self.encodings)
+
+    def set(self, encodings: Mapping[SiteId, Encoding], *, freeze: bool = False) -> Self:
+        """Install encodings by hand; `freeze` keeps them through later calibrations.
+
+        Raises:
+            EncodingError: a site isn't in the plan, or takes its encoding from another.
+        """
+        for site in encodings:
+            if site not in self.plan:
+                raise EncodingError(f"the plan has no site {site!r}")
+            if self.plan.root(site) != site or self.plan.spec(site) is None:
+                raise EncodingError(f"site {site!r} has no grid of its own ({self.plan[site].decision})")
+        self.encodings = self.encodings.merged({s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()})
+        self._simulation = None
+        return self
+
+    def load_encodings(
+        self, path: str | Path, *, strict: bool = True, partial: bool = True, freeze: bool = True
+    ) -> Self:
+        """Take encodings from a file of any schema, AIMET's included.
+
+        Args:
+            path: the file.
+            strict: an entry for a tensor that this plan doesn't quantize is an error; otherwise it is ignored.
+            partial: sites without an entry keep what they have; otherwise they are bypassed (left in float).
+            freeze: later calibrations keep the loaded ones.
+
+        Raises:
+            EncodingError: the file is invalid or doesn't fit the model.
+        """
+        from bitwright.artefact import read_encodings
+
+        loaded = read_encodings(Path(path), self.graph, self.plan, strict=strict)
+        if not partial:
+            missing = {s: "float" for s in (*self.plan.activations, *self.plan.parameters) if s not in loaded}
+            self.overrides = {**self.overrides, **missing}
+            self._refresh()
+        return self.set(loaded, freeze=freeze)
+
+    # -- techniques
+
+    def apply(self, technique: str | Technique, data: Any = None, /, **settings: Any) -> Self:
+        """Run one technique and take its result. Nothing changes if it fails.
+
+        Args:
+            technique: a registered name or alias, or an object.
+            data: calibration data, where the technique needs some.
+            settings: the technique's own.
+
+        Raises:
+            PluginError: unknown technique.
+            CapabilityError: the backend, or the absence of data, doesn't allow it.
+            InputError: a setting or the data are invalid.
+        """
+        body = registry.technique(technique) if isinstance(technique, str) else technique
+        chosen = _settings(body, settings)
+        self._require(body)
+        dataset = None if data is None else self.open(data)
+        begin = time.perf_counter()
+        # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
+        base = EncodingTable(self.encodings.frozen, self.encodings.provenance)
+        table = base.merged(weight_encodings(self.plan, self.params, base))
+        store = self._store(body.name, chosen.model_dump(mode="json"), table, dataset)
+        context = Context(
+            graph=self.graph,
+            plan=self.plan,
+            params=self.params,
+            encodings=table,
+            statistics=self._statistics(body, chosen, table, dataset),
+            settings=chosen,
+            walk=None if dataset is None else self._walk(table, dataset, store),
+            store=store,
+            progress=self.progress,
+            seed=self.seed,
+            folded=self.folded,
+        )
+        outcome = body.apply(context)
+        self._take(body, chosen, outcome, store, time.perf_counter() - begin)
+        return self
+
+    def _require(self, technique: Technique) -> None:
+        info = registry.backends().get(self.backend.name)
+        offered = info.capabilities if info is not None else frozenset(technique.requires)
+        if lacking := technique.requires - offered:
+            raise CapabilityError(
+                f"{technique.name} needs {', '.join(sorted(lacking))}, which the {self.backend.name} backend doesn't "
+                "offer; convert the model to a framework that does, or choose another technique"
+            )
+
+    def _statistics(
+        self, technique: Technique, settings: Any, table: EncodingTable, dataset: Dataset | None
+    ) -> Mapping[str, Statistic]:
+        requests = list(technique.statistics(self.graph, self.plan, settings))
+        if not requests:
+            return {}
+        if dataset is None:
+            raise InputError(f"{technique.name} needs calibration data; pass some, for example 250 samples")
+
+        def open_session(source: Source, taps: Any) -> Session:
+            if source == "float":
+                return self.backend.session(self.native, taps)
+            full = table.merged(self._activation_encodings(table, dataset))
+            return self.backend.simulate(self.native, self.plan, full).session(taps)
+
+        return collect(requests, open_session, dataset, progress=self.progress)
+
+    def _walk(self, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:
+        return LayerwiseWalk(
+            self.backend,
+            self.native,
+            self.graph,
+            self.plan,
+            table,
+            dataset,
+            store,
+            self.progress,
+            activations=lambda: table.merged(self._activation_encodings(table, dataset)),
+        )
+
+    def _take(self, technique: Technique, settings: Any, outcome: Outcome, store: Store, seconds: float) -> None:
+        edits = list(outcome.edits)
+        if outcome.params:
+            edits.append(SetParams(dict(outcome.params)))
+        if edits:
+            self.native = self.backend.edit(self.native, edits)
+            # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
+            self.encodings = EncodingTable(self.encodings.frozen, self.encodings.provenance)
+        self.folded.update(outcome.folded)
+        self.encodings = self.encodings.merged(outcome.encodings).recorded(
+            Provenance(technique.name, settings.model_dump(mode="json"), getattr(store, "fingerprint", ""))
+        )
+        self._refresh()
+        figures = {**outcome.report.figures, "seconds": seconds}
+        report = outcome.report
+        self.reports.append((technique.name, Report(report.summary, figures, report.columns, report.rows)))
+
+    def _store(self, step: str, settings: Any, table: EncodingTable, dataset: Dataset | None) -> Store:
+        if self.run is None:
+            return MemoryStore()
+        info = registry.backends().get(self.backend.name)
+        depends = {
+            "backend": versions(info.modules if info is not None else ()),
+            "graph": fingerprint.of_graph(self.graph),
+            "params": fingerprint.of_params(self.params),
+            "plan": fingerprint.of_json([(s, repr(site.decision)) for s, site in self.plan.items()]),
+            "encodings": fingerprint.of_encodings(table),
+            "settings": settings,
+            "data": None if dataset is None else dataset.fingerprint(),
+            "seed": self.seed,
+        }
+        return self.run.step(step, depends)
+
+    # -- simulation and export
+
+    @property
+    def simulation(self) -> Simulation[Any]:
+        """The simulation with the encodings in force.
+
+        Raises:
+            EncodingError: not calibrated yet.
+        """
+        if self._simulation is None:
+            missing = [s for s in (*self.plan.activations, *self.plan.parameters) if s not in self.encodings]
+            if missing:
+                raise EncodingError(
+                    f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
+                )
+            self._simulation = self.backend.simulate(self.native, self.plan, self.encodings)
+        return self._simulation
+
+    @property
+    def model(self) -> Any:
+        """The native model with quantization simulated, for your own evaluation."""
+        return self.simulation.model
+
+    def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
+        """The model's outputs over a whole dataset, in the order of `graph.outputs`.
+
+        Args:
+            data: as for `open`.
+            simulated: of the simulation, or of the float model.
+        """
+        taps = [Tap(t) for t in self.graph.outputs]
+        session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
+        batches = [session.run(batch) for batch in self.open(data)]
+        if not batches:
+            raise InputError("there are no data to predict on")
+        return [np.concatenate([b[tap] for b in batches]) for tap in taps]
+
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        name: str = "model",
+        encodings_version: str = "1.0.0",
+        include_bias: bool | None = None,
+    ) -> Bundle:
+        """Write the float model with updated weights, its encodings and the quantized artefact.
+
+        Args:
+            directory: made if it doesn't exist.
+            name: stem of the files.
+            encodings_version: schema of the encodings file (0.6.1, 1.0.0, 2.0.0, 2.1.0).
+            include_bias: write int32 bias encodings; default: in schemas from 2.0.0 on.
+
+        Raises:
+            EncodingError: the simulation isn't calibrated yet.
+        """
+        from bitwright.artefact import export
+
+        return export(self, Path(directory), name, encodings_version, include_bias)
+
+    def save(self, directory: str | Path) -> Path:
+        """Keep the whole state (model, encodings, provenance) to go on with `load`."""
+        from bitwright.saved_state import save
+
+        return save(self, Path(directory))
+
+    @classmethod
+    def load(cls, directory: str | Path, model: Any = None, **options: Any) -> Self:
+        """Go on from `save`. `model` replaces the saved one (it must have the same graph)."""
+        from bitwright.saved_state import load
+
+        return load(cls, Path(directory), model, options)
+
+    def activation_sites(self) -> tuple[SiteId, ...]:
+        """Every activation that the target quantizes, shared ones included."""
+        return tuple(s for s in self.plan.quantized if self.plan[s].kind is SiteKind.ACTIVATION)
+
+
+def _open(model: Any, sample: Batch | None, name: str | None) -> tuple[Backend[Any], Any]:
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if not path.exists():
+            raise InputError(f"there is no file {path}")
+        backend = registry.backend(name) if name else registry.backend_for_path(path)
+        return backend, backend.load(path)
+    backend = registry.backend(name) if name else registry.backend_for_model(model)
+    return backend, backend.adopt(model, sample)
+
+
+def _settings(technique: Technique, values: Mapping[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return technique.Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(p) for p in first["loc"]) or "settings"
+        known = ", ".join(technique.Settings.model_fields)
+        raise InputError(f"{technique.name}: {field}: {first['msg']} (settings: {known})") from None
+
+
+def _stored_encodings(store: Store, sites: tuple[SiteId, ...]) -> dict[SiteId, Encoding] | None:
+    index = store.get("sites")
+    if index is None:
+        return None
+    found: dict[SiteId, Encoding] = {}
+    for site in map(str, index["sites"]):
+        arrays = store.get(f"site/{site}")
+        if site not in sites or arrays is None:
+            return None
+        found[site] = encoding_of_arrays(arrays)
+    return found

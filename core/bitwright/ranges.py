@@ -1,0 +1,152 @@
+"""Range setting for a whole plan: weights from their values, activations from one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitwright.backend import Backend, Session
+from bitwright.calibration import calibrate_array, scheme
+from bitwright.collect import collect
+from bitwright.data import Dataset
+from bitwright.edits import SetParams
+from bitwright.encoding import Encoding, EncodingTable, two_level
+from bitwright.errors import EncodingError
+from bitwright.grid import Granularity, PerChannel, PerTensor
+from bitwright.plan import Derived, Plan, SiteId
+from bitwright.statistics.base import Request, Source, Tap
+from bitwright.technique import Params, Progress
+
+LIMIT = 2**31 - 1
+"""Largest magnitude of an int32 bias code."""
+
+
+def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[SiteId, Encoding]:
+    """Encodings of every parameter site with a specification that `kept` doesn't have already."""
+    found: dict[SiteId, Encoding] = {}
+    for site in plan.parameters:
+        if site in kept:
+            continue
+        spec = plan.spec(site)
+        assert spec is not None
+        try:
+            found[site] = two_level(calibrate_array(params[site], spec, plan.weight_scheme_of(site)))
+        except EncodingError as error:
+            raise EncodingError(f"parameter {site!r}: {error}") from None
+    return found
+
+
+def activation_encodings(
+    backend: Backend[Any],
+    model: Any,
+    plan: Plan,
+    params: Params,
+    encodings: EncodingTable,
+    data: Dataset,
+    progress: Progress,
+) -> dict[SiteId, Encoding]:
+    """Encodings of every activation site with a specification of its own, unless frozen.
+
+    Statistics are taken from the network with quantized weights and float activations: what a site sees depends on
+    the weights that the target has, and not on ranges that aren't set yet.
+    """
+    wanted = [s for s in plan.activations if not (s in encodings and encodings[s].frozen)]
+    if not wanted:
+        return {}
+    requests = []
+    for site in wanted:
+        spec = plan.spec(site)
+        assert spec is not None
+        requests.append(Request(site, (site,), scheme(plan.scheme_of(site)).statistic(spec)))
+    quantized = quantized_weights(backend, model, encodings)
+
+    def open_session(source: Source, taps: Sequence[Tap]) -> Session:
+        return backend.session(quantized, taps)
+
+    statistics = collect(requests, open_session, data, progress=progress)
+    found: dict[SiteId, Encoding] = {}
+    for site in wanted:
+        spec = plan.spec(site)
+        assert spec is not None
+        try:
+            found[site] = scheme(plan.scheme_of(site)).encoding(statistics[site], spec)
+        except EncodingError as error:
+            raise EncodingError(f"tensor {site!r}: {error}") from None
+    return found
+
+
+def quantized_weights(backend: Backend[Any], model: Any, encodings: Mapping[SiteId, Encoding]) -> Any:
+    """The model with its weights rounded to their grids."""
+    known = backend.graph(model).params
+    sites = [s for s in encodings if s in known]
+    values = backend.read(model, sites)
+    return backend.edit(model, [SetParams({s: encodings[s].fake_quantize(np.asarray(values[s])) for s in sites})])
+
+
+def full_table(plan: Plan, encodings: EncodingTable) -> EncodingTable:
+    """One encoding for every quantized site: shared ones resolved, int32 biases derived.
+
+    Raises:
+        EncodingError: a site that has to be calibrated isn't; the message names it.
+    """
+    table: dict[SiteId, Encoding] = {}
+    for site in plan.quantized:
+        decision = plan[plan.root(site)].decision
+        if isinstance(decision, Derived):
+            continue
+        root = plan.root(site)
+        if root not in encodings:
+            raise EncodingError(f"site {root!r} has no encoding yet: call calibrate(data) first")
+        encoding = encodings[root]
+        table[site] = encoding if site == root else encoding.with_(source=f"shared with {root}")
+    for site in plan.quantized:
+        decision = plan[plan.root(site)].decision
+        if isinstance(decision, Derived):
+            bias = bias_encoding(*(table[s] for s in decision.sites))
+            if bias is not None:
+                table[site] = bias
+    return EncodingTable(table, encodings.provenance)
+
+
+def guarded(plan: Plan, encodings: EncodingTable, params: Params) -> EncodingTable:
+    """Raise weight scales so that every int32 bias fits: s_w ≥ |bias| / (s_input · (2**31 − 1)).
+
+    It touches only channels whose weights are negligible beside their bias (all-zero channels are common in trained
+    depthwise layers), where an integer accumulator could not hold the bias otherwise. Without it the runtime clips.
+    """
+    changed: dict[SiteId, Encoding] = {}
+    for site in plan.quantized:
+        decision = plan[site].decision
+        if not isinstance(decision, Derived):
+            continue
+        roots = [plan.root(s) for s in decision.sites]
+        if any(r not in encodings for r in roots):
+            continue
+        inputs, weight = encodings[roots[0]], changed.get(roots[1], encodings[roots[1]])
+        if inputs.float_format or weight.float_format or inputs.scale.ndim or weight.scale.ndim == 2:
+            continue
+        bias = np.abs(np.asarray(params[site], np.float64))
+        needed = bias / (float(inputs.scale) * LIMIT) * (1 + 1e-6)
+        needed = needed.max() if weight.scale.ndim == 0 else needed
+        if (needed > weight.scale).any():
+            changed[roots[1]] = weight.with_(scale=np.maximum(weight.scale, needed).astype(np.float32))
+    return encodings.merged(changed) if changed else encodings
+
+
+def bias_encoding(inputs: Encoding, weight: Encoding) -> Encoding | None:
+    """The int32 grid of an integer accumulator: scale = s_input · s_weight for each output channel, zero point 0.
+
+    None where an operand isn't an integer grid with one weight scale for each channel (LPBQ counts: its channel scale).
+    """
+    if inputs.float_format or weight.float_format or inputs.scale.ndim:
+        return None
+    per_channel = weight.scale
+    if per_channel.ndim == 2:
+        if weight.block_scale is None:
+            return None
+        per_channel = (weight.scale[:, 0] / weight.block_scale[:, 0]).astype(np.float32)
+    scale = np.maximum(np.asarray(inputs.scale * per_channel, np.float32), np.finfo(np.float32).tiny)
+    layout: Granularity = PerTensor() if scale.ndim == 0 else PerChannel(0)
+    return Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), layout, source="bias")

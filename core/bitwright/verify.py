@@ -1,0 +1,238 @@
+"""Verify: does the simulation predict what the integer runtime computes? End to end, and tensor by tensor.
+
+Four views of one exported bundle run on the same data: the float model, the simulation, the exact integer
+simulation and the integer runtime. Outputs are compared over the whole dataset; the tensors inside on a few samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright import registry
+from bitwright.artefact import find_bundle, plan_of, read_encodings
+from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
+from bitwright.data import Dataset
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import CapabilityError, InputError
+from bitwright.graph import Graph
+from bitwright.integer import IntegerSimulation
+from bitwright.plan import Plan, SiteKind
+from bitwright.progress import Silent
+from bitwright.ranges import full_table
+from bitwright.statistics.base import Tap
+from bitwright.technique import Progress
+
+INSPECTED = 8
+"""Samples on which the tensors inside are compared."""
+
+Labels = NDArray[np.integer]
+
+
+class TensorComparison(BaseModel):
+    """One quantized tensor, float against simulation and simulation against integers.
+
+    Attributes:
+        name: the tensor.
+        sqnr_db: signal (float) to quantization noise (simulation) ratio, decibels.
+        simulated_differs: share of codes in which the float simulation departs from the integer runtime.
+        simulated_max_steps: the largest departure, in grid steps.
+        exact_differs, exact_max_steps: the same for the exact integer simulation; None where the runtime fused the
+            tensor away.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    sqnr_db: float
+    simulated_differs: float | None = None
+    simulated_max_steps: int | None = None
+    exact_differs: float | None = None
+    exact_max_steps: int | None = None
+
+
+class Verification(BaseModel):
+    """The result of `verify`; `model_dump_json()` is what ``bitwright verify --json`` prints.
+
+    Attributes:
+        samples: how many were run.
+        accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
+        agreement: share of equal argmax: "simulated_float", "integer_float", "integer_simulated".
+        sqnr_db: of the outputs: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
+        exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
+            output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
+            int32's range).
+        tensors: those that differ most first.
+        problems: what is wrong in words; empty if all is well.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int
+    accuracy: dict[str, float] = Field(default_factory=dict)
+    agreement: dict[str, float] = Field(default_factory=dict)
+    sqnr_db: dict[str, float] = Field(default_factory=dict)
+    exact: dict[str, float] = Field(default_factory=dict)
+    tensors: list[TensorComparison] = Field(default_factory=list)
+    problems: list[str] = Field(default_factory=list)
+
+
+def verify(
+    directory: str | Path,
+    data: Any,
+    labels: Labels | None = None,
+    *,
+    name: str | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    inspected: int = INSPECTED,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare the four views of an exported bundle.
+
+    Args:
+        directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
+        data: samples in any accepted form.
+        labels: class index of each sample, for accuracy.
+        name: stem of the files, if the directory holds several bundles.
+        batch_size, limit: of the data; the first `limit` samples are used.
+        inspected: samples for the comparison inside.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: the directory holds no bundle, or the data or labels don't fit.
+        CapabilityError: the backend has no integer runtime.
+    """
+    bundle = find_bundle(Path(directory), name)
+    backend, model = _open(bundle)
+    from bitwright.data import open_data
+
+    dataset = open_data(data, backend.input_specs(model), batch_size=batch_size, limit=limit)
+    graph = backend.graph(model)
+    encodings = read_encodings(bundle.files["encodings"], graph)
+    plan = plan_of(graph, encodings)
+    table = full_table(plan, encodings)
+    views = _Views(backend, model, graph, plan, table, bundle)
+    outputs, samples = _outputs(views, graph, dataset, progress or Silent())
+    if labels is not None and len(labels) < samples:
+        raise InputError(f"{len(labels)} labels for {samples} samples")
+    problems = [f"the {view} output holds NaN or infinity" for view, v in outputs.items() if not np.isfinite(v).all()]
+    exact, tensors = _inside(views, dataset, inspected)
+    pairs = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
+             "integer_simulated": ("integer", "simulated")}  # fmt: skip
+    classes = {view: v.reshape(len(v), -1).argmax(axis=1) for view, v in outputs.items()}
+    return Verification(
+        samples=samples,
+        accuracy={}
+        if labels is None
+        else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items()},
+        agreement={k: float((classes[a] == classes[b]).mean()) for k, (a, b) in pairs.items()},
+        sqnr_db={k: sqnr(outputs[b], outputs[a]) for k, (a, b) in pairs.items()},
+        exact=exact,
+        tensors=tensors,
+        problems=problems,
+    )
+
+
+def sqnr(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
+    """10·log10(Σ signal² / Σ (noisy − signal)²) in decibels over all elements at once; infinite if equal."""
+    reference = np.asarray(signal, np.float64)
+    noise = float(np.square(np.asarray(noisy, np.float64) - reference).sum())
+    power = float(np.square(reference).sum())
+    return float("inf") if noise == 0 else 10 * float(np.log10(max(power, 1e-300) / noise))
+
+
+class _Views:
+    """Openers of the four views' sessions."""
+
+    def __init__(
+        self, backend: Backend[Any], model: Any, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
+    ) -> None:
+        if not isinstance(backend, IntegerRuntime):
+            raise CapabilityError(f"the {backend.name} backend has no integer runtime to verify against")
+        self.graph, self.plan, self.table = graph, plan, table
+        simulation = backend.simulate(model, plan, table)
+        self.integer = IntegerSimulation(backend, model, graph, table)
+        self.open: dict[str, Callable[[list[str]], Session]] = {
+            "float": lambda tensors: backend.session(model, [Tap(t) for t in tensors]),
+            "simulated": lambda tensors: simulation.session([Tap(t) for t in tensors]),
+            "exact": lambda tensors: self.integer.session([Tap(t) for t in tensors]),
+            "integer": lambda tensors: backend.compile(bundle, tensors),
+        }
+
+
+def _open(bundle: Bundle) -> tuple[Backend[Any], Any]:
+    path = bundle.files["model"]
+    backend = registry.backend_for_path(path)
+    return backend, backend.load(path)
+
+
+def _outputs(views: _Views, graph: Graph, dataset: Dataset, progress: Progress) -> tuple[dict[str, NDArray[Any]], int]:
+    """The first output of float, simulation and runtime over the dataset."""
+    tap = Tap(graph.outputs[0])
+    sessions = {view: views.open[view]([tap.tensor]) for view in ("float", "simulated", "integer")}
+    parts: dict[str, list[NDArray[Any]]] = {view: [] for view in sessions}
+    progress.start("Verify", dataset.samples)
+    for batch in dataset:
+        for view, session in sessions.items():
+            parts[view].append(np.asarray(session.run(batch)[tap]))
+        progress.advance(len(parts["float"][-1]))
+    progress.finish()
+    if not parts["float"]:
+        raise InputError("there are no data to verify on")
+    return {view: np.concatenate(p) for view, p in parts.items()}, sum(map(len, parts["float"]))
+
+
+def _inside(views: _Views, dataset: Dataset, inspected: int) -> tuple[dict[str, float], list[TensorComparison]]:
+    sites = [s for s, x in views.plan.items() if x.kind is SiteKind.ACTIVATION and s in views.table]
+    output = views.graph.outputs[0]
+    wanted = list(dict.fromkeys([*sites, output]))
+    sessions = {view: views.open[view](wanted) for view in views.open}
+    values: dict[str, dict[str, NDArray[Any]]] = {view: {} for view in sessions}
+    for batch in _few(dataset, inspected):
+        for view, session in sessions.items():
+            for tap, v in session.run(batch).items():
+                held = values[view].get(tap.tensor)
+                values[view][tap.tensor] = np.asarray(v) if held is None else np.concatenate([held, v])
+    compared = [_compare(s, views.table[s], {view: v.get(s) for view, v in values.items()}) for s in sites]
+    compared.sort(key=lambda c: (-(c.simulated_differs or 0.0), c.sqnr_db))
+    exact, runtime = values["exact"][output], values["integer"][output]
+    classes = [v.reshape(len(v), -1).argmax(axis=1) for v in (exact, runtime)]
+    ops = len(views.integer.integer_ops)
+    return {
+        "output_differs": float((exact != runtime).mean()),
+        "argmax_agreement": float((classes[0] == classes[1]).mean()),
+        "integer_ops": ops,
+        "float_ops": len(views.graph.ops) - ops,
+        "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
+    }, compared
+
+
+def _compare(site: str, encoding: Encoding, views: dict[str, NDArray[Any] | None]) -> TensorComparison:
+    real, simulated, runtime = views["float"], views["simulated"], views["integer"]
+    assert real is not None and simulated is not None
+    figures: dict[str, Any] = {"name": site, "sqnr_db": sqnr(real, simulated)}
+    if runtime is not None and encoding.float_format is None:
+        codes = encoding.quantize(runtime)
+        for view in ("simulated", "exact"):
+            other = views[view]
+            if other is not None:
+                steps = np.abs(encoding.quantize(other) - codes)
+                figures[f"{view}_differs"] = float((steps > 0).mean())
+                figures[f"{view}_max_steps"] = int(steps.max(initial=0))
+    return TensorComparison(**figures)
+
+
+def _few(dataset: Dataset, samples: int) -> Iterator[Batch]:
+    left = samples
+    for batch in dataset:
+        if left <= 0:
+            return
+        part = {k: v[:left] for k, v in batch.items()}
+        left -= len(next(iter(part.values())))
+        yield part
