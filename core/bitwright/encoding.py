@@ -157,9 +157,11 @@ def encoding_from_range(
         )
     if (lo > hi).any():
         raise EncodingError("the range's low end exceeds its high end")
-    if spec.minimum is not None:
+    if spec.minimum is not None and spec.maximum is not None:
+        lo, hi = np.full_like(lo, spec.minimum), np.full_like(hi, spec.maximum)
+    elif spec.minimum is not None:
         lo, hi = np.maximum(lo, spec.minimum), np.maximum(hi, spec.minimum)
-    if spec.maximum is not None:
+    elif spec.maximum is not None:
         lo, hi = np.minimum(lo, spec.maximum), np.minimum(hi, spec.maximum)
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
     if spec.float_format is not None:

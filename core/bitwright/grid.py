@@ -75,7 +75,7 @@ class QuantSpec:
         unsigned_symmetric: a symmetric site whose data are never negative uses the codes 0..2**bits − 1.
         granularity: which elements share a scale.
         float_format: a float format in place of integers; `bits` is then its width.
-        minimum, maximum: the target's encoding constraints; calibrated ranges are clamped into them.
+        minimum, maximum: the target's encoding constraints. Both together pin the range; one clamps that end of it.
         scheme: the calibration scheme's name; None takes the one that the user chose for the run.
     """
 

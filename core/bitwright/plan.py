@@ -9,7 +9,7 @@ from functools import cached_property
 
 from bitwright.errors import EncodingError
 from bitwright.graph import OpId, ParamRole
-from bitwright.grid import QuantSpec
+from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
 
 SiteId = str
 """A tensor id or a parameter id; backends keep the two sets disjoint."""
@@ -65,12 +65,33 @@ class Site:
 
 
 class Plan(Mapping[SiteId, Site]):
-    """Every quantizable site of one graph for one target, in topological order."""
+    """Every quantizable site of one graph for one target, in topological order.
 
-    def __init__(self, sites: Mapping[SiteId, Site], target: str, scheme: str = "minmax") -> None:
+    Args:
+        sites: by id.
+        target: the target's name.
+        scheme: calibration scheme of activations without one of their own.
+        weight_scheme: the same for parameters.
+        observed: for roots of ties whose range several tensors span together: those tensors.
+        notes: what the user should know of fallbacks and exceptions.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[SiteId, Site],
+        target: str,
+        scheme: str = "minmax",
+        *,
+        weight_scheme: str = "minmax",
+        observed: Mapping[SiteId, tuple[SiteId, ...]] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self._sites = dict(sites)
         self.target = target
         self.scheme = scheme
+        self.weight_scheme = weight_scheme
+        self.notes = notes
+        self._observed = dict(observed or {})
 
     def __getitem__(self, site: SiteId) -> Site:
         return self._sites[site]
@@ -102,6 +123,18 @@ class Plan(Mapping[SiteId, Site]):
         spec = self.spec(site)
         return (spec.scheme if spec is not None else None) or self.scheme
 
+    def weight_scheme_of(self, site: SiteId) -> str:
+        """The calibration scheme of a parameter: its own, or the run's."""
+        spec = self.spec(site)
+        return (spec.scheme if spec is not None else None) or self.weight_scheme
+
+    def observed(self, root: SiteId) -> tuple[SiteId, ...]:
+        """Tensors whose values together span the range that `root`'s encoding must cover; usually itself alone.
+
+        Several where ties chain: a tensor that is read by two concatenations ties their outputs together.
+        """
+        return self._observed.get(root, (root,))
+
     @cached_property
     def quantized(self) -> tuple[SiteId, ...]:
         """Sites that must have an encoding: specified, shared or derived."""
@@ -132,3 +165,49 @@ class Plan(Mapping[SiteId, Site]):
         for s in self._sites:
             ties.setdefault(self.root(s), []).append(s)
         return {r: (r, *(s for s in members if s != r)) for r, members in ties.items()}
+
+    def table(self) -> tuple[Row, ...]:
+        """A row for each site, for display."""
+        return tuple(self._row(site) for site in self._sites.values())
+
+    def _row(self, site: Site) -> Row:
+        op, decision = site.op or "", site.decision
+        match decision:
+            case Float(reason):
+                return Row(site.id, op, "float", "", "float", reason)
+            case Derived(sources, rule):
+                return Row(site.id, op, "int32", "", "derived", f"{rule} of {' and '.join(sources)}")
+            case SharedWith(other):
+                spec = self.spec(site.id)
+                kind, layout = ("float", "") if spec is None else (_type_name(spec), _layout_name(spec))
+                return Row(site.id, op, kind, layout, "shared", f"the grid of {other}")
+        limits = [f"{n} {v:g}" for n, v in (("min", decision.minimum), ("max", decision.maximum)) if v is not None]
+        symmetry = "symmetric" if decision.symmetric else "asymmetric"
+        reason = ", ".join([*([] if decision.float_format else [symmetry]), *limits])
+        return Row(site.id, op, _type_name(decision), _layout_name(decision), "quantized", reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of `Plan.table`: what is done at a site, in words."""
+
+    site: SiteId
+    op: OpId
+    bits: str
+    granularity: str
+    decision: str
+    reason: str
+
+
+def _type_name(spec: QuantSpec) -> str:
+    return spec.float_format or f"{'int' if spec.signed else 'uint'}{spec.bits}"
+
+
+def _layout_name(spec: QuantSpec) -> str:
+    match spec.granularity:
+        case PerTensor():
+            return "per tensor"
+        case PerChannel():
+            return "per channel"
+        case Blockwise(block_size=size, decompressed_bits=wide):
+            return f"blocks of {size}" + (f", {wide}-bit LPBQ" if wide else "")

@@ -1,0 +1,1 @@
+"""The parts of placement: activations, parameters, ties, overrides and hardware exceptions."""
