@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs
+from bitwright_onnx.optable import constant_shape, flag
 from bitwright_onnx.session import tensor_array
 
 Pads = tuple[tuple[int, int], ...]
@@ -32,8 +33,8 @@ def _ints(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]
 def convolution(node: ir.Node) -> ConvAttrs | None:
     """Geometry of a Conv or ConvTranspose; None where automatic padding depends on a dimension that isn't fixed."""
     weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    kernel = tuple(int(d) for d in weight.const_value.shape[2:])
+    assert weight is not None
+    kernel = constant_shape(weight)[2:]
     ones = (1,) * len(kernel)
     strides, dilations = _ints(node, "strides", ones), _ints(node, "dilations", ones)
     groups = node.attributes.get_int("group", 1)
@@ -131,7 +132,7 @@ def clip(node: ir.Node) -> tuple[OpKind, ActivationAttrs]:
 
 def batch_norm(node: ir.Node) -> BatchNormAttrs | None:
     """None for a batch norm in training mode."""
-    if node.attributes.get_int("training_mode", 0) or len([o for o in node.outputs if o.name]) > 1:
+    if flag(node, "training_mode") or len([o for o in node.outputs if o.name]) > 1:
         return None
     return BatchNormAttrs(node.attributes.get_float("epsilon", 1e-5))
 
@@ -148,7 +149,7 @@ def pool(node: ir.Node) -> PoolAttrs | None:
         if operand is not None and array is None:
             return None
         axes = _ints(node, "axes", ()) if array is None else tuple(int(a) for a in array.reshape(-1))
-        if not axes and node.attributes.get_int("noop_with_empty_axes", 0):
+        if not axes and flag(node, "noop_with_empty_axes"):
             return None
         if dims is not None:
             axes = tuple(a % len(dims) for a in axes) or tuple(range(len(dims)))
@@ -157,8 +158,8 @@ def pool(node: ir.Node) -> PoolAttrs | None:
     ones = (1,) * len(kernel)
     strides, dilations = _ints(node, "strides", ones), _ints(node, "dilations", ones)
     pads = window_pads(node, kernel, strides, dilations)
-    inside = bool(node.attributes.get_int("count_include_pad", 0))
-    if pads is None or node.attributes.get_int("ceil_mode", 0):
+    inside = flag(node, "count_include_pad")
+    if pads is None or flag(node, "ceil_mode"):
         return PoolAttrs(count_include_pad=inside)
     return PoolAttrs(window=ConvAttrs(kernel, strides, dilations, pads), count_include_pad=inside)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch, Bundle, Session, Simulation
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
-from bitwright.errors import InputError
+from bitwright.errors import CapabilityError, InputError
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
@@ -126,9 +126,13 @@ class OnnxBackend:
         Raises:
             CapabilityError: `trainable` is asked for; ONNX models can't be trained.
         """
-        from bitwright_onnx.simulation import simulate
+        if trainable:
+            raise CapabilityError(
+                "ONNX models can't be fine-tuned: take the model in PyTorch or Keras, or a technique without training"
+            )
+        from bitwright_onnx.simulation import OnnxSimulation
 
-        return simulate(model, self.graph(model), plan, encodings, trainable=trainable)
+        return OnnxSimulation(model, self.graph(model), plan, encodings)
 
     def export(self, model: ir.Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path`.
@@ -139,9 +143,10 @@ class OnnxBackend:
         if format == "onnx":
             return Bundle({"model": self.save(model, path)})
         if format == "qdq":
-            from bitwright_onnx.qdq import export_qdq
+            from bitwright_onnx.qdq import write_qdq
 
-            return export_qdq(model, self.graph(model), plan, encodings, path)
+            report = write_qdq(model, self.graph(model), plan, encodings, path)
+            return Bundle({"qdq": report.path}, report.names)
         raise InputError(f"the ONNX backend has no format {format!r}; there are {', '.join(_FORMATS)}")
 
     def formats(self) -> Mapping[str, str]:

@@ -22,6 +22,7 @@ from bitwright_onnx.optable import (
     KINDS,
     QUANTIZED_OPS,
     bias_add,
+    constant_shape,
     is_default_domain,
     is_float_constant,
     linear_weight,
@@ -170,7 +171,7 @@ def _matrix_product(node: ir.Node) -> OpKind:
         return OpKind.OPAQUE
     if bias is None:
         return OpKind.LINEAR
-    plain = is_float_constant(bias) and bias.const_value is not None and len(bias.const_value.shape) == 1
+    plain = is_float_constant(bias) and len(constant_shape(bias)) == 1
     return OpKind.LINEAR if plain and node.attributes.get_float("beta", 1.0) == 1.0 else OpKind.OPAQUE
 
 

@@ -15,7 +15,14 @@ from bitwright.graph import OpId, OpKind, ParamRole
 from bitwright_onnx.initializers import add_initializer, is_private, rewrite_operand, unique_name
 from bitwright_onnx.operands import parameters
 from bitwright_onnx.opset import opset_of
-from bitwright_onnx.optable import KINDS, bias_add, is_default_domain, linear_weight
+from bitwright_onnx.optable import (
+    KINDS,
+    bias_add,
+    constant_shape,
+    is_default_domain,
+    linear_weight,
+    out_channels,
+)
 from bitwright_onnx.params import write_params
 from bitwright_onnx.rewrites import take_over
 from bitwright_onnx.session import tensor_array
@@ -82,7 +89,7 @@ class Editor:
         if weight is None or weight.const_value is None:
             raise ModelError(f"{edit.op!r} is a {node.op_type} without a constant weight; it can't be given a bias")
         value = np.asarray(edit.value)
-        width = _width(node, weight)
+        width = out_channels(node, weight)
         if value.shape != (width,):
             raise ModelError(f"the bias of {edit.op!r} has shape ({width},), the new one {value.shape}")
         if not np.isfinite(value).all():
@@ -93,8 +100,8 @@ class Editor:
         if place is not None:
             owner, index = place
             old = owner.inputs[index]
-            assert old is not None and old.const_value is not None
-            rewrite_operand(self._graph, owner, index, native.reshape(tuple(old.const_value.shape)))
+            assert old is not None
+            rewrite_operand(self._graph, owner, index, native.reshape(constant_shape(old)))
         elif node.op_type == "MatMul":
             self._add_behind(node, self._new_bias(node, weight, native, dtype))
         elif len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -216,16 +223,3 @@ def _give_name(graph: ir.Graph, source: ir.Value, last: ir.Node) -> None:
     result.replace_all_uses_with(source, replace_graph_outputs=True)
     graph.remove(last, safe=True)
     source.name = name
-
-
-def _width(node: ir.Node, weight: ir.Value) -> int:
-    assert weight.const_value is not None
-    shape = tuple(int(d) for d in weight.const_value.shape)
-    match node.op_type:
-        case "ConvTranspose":
-            return shape[1] * node.attributes.get_int("group", 1)
-        case "Conv":
-            return shape[0]
-        case "Gemm":
-            return shape[0 if node.attributes.get_int("transB", 0) else 1]
-    return shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ _RESHAPING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten
 
 
 def bypass_constant_identities(graph: ir.Graph) -> None:
+    """Let the readers of an Identity of an initializer read the initializer, so that weights keep their names."""
     for node in list(graph):
         if node.op_type == "Identity" and node.domain == "" and not node.outputs[0].is_graph_output():
             source = node.inputs[0]
@@ -41,9 +43,10 @@ def fold_static_shapes(graph: ir.Graph) -> bool:
         if node.op_type == "Shape":
             start, end = (node.attributes.get_int(k, d) for k, d in (("start", 0), ("end", len(dims))))
             dims = dims[start:end]
-        if not all(isinstance(d, int) and d >= 0 for d in dims):
+        fixed = [d for d in dims if isinstance(d, int) and d >= 0]
+        if len(fixed) != len(dims):
             continue
-        array = np.array(dims if node.op_type == "Shape" else np.prod(dims), np.int64)
+        array = np.array(fixed if node.op_type == "Shape" else math.prod(fixed), np.int64)
         _replace_by_constant(graph, node, array)
         changed = True
     return changed

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from bitwright.errors import InputError, ModelError
 from bitwright_onnx.normalize import normalize
@@ -67,7 +66,7 @@ def adopt_model(model: object, *, custom_ops: Sequence[str | os.PathLike[str]] =
         proto = onnx.ModelProto()
         try:
             proto.ParseFromString(bytes(model))
-        except DecodeError as error:
+        except Exception as error:
             raise InputError(f"the bytes are not an ONNX model: {_first_line(error)}") from error
         return _from_proto(proto, "the model in memory", Path(), custom_ops)
     if isinstance(model, str | os.PathLike):

@@ -12,6 +12,8 @@ from bitwright_onnx.optable import (
     KINDS,
     OPERANDS,
     bias_add,
+    constant_shape,
+    flag,
     is_default_domain,
     is_float_constant,
     linear_weight,
@@ -44,10 +46,9 @@ def parameters(node: ir.Node) -> Mapping[ParamRole, tuple[ir.Node, int]]:
 def is_embedding(node: ir.Node) -> bool:
     """A Gather of rows of a constant float table."""
     table = node.inputs[0]
-    if node.op_type != "Gather" or not is_float_constant(table) or node.attributes.get_int("axis", 0) != 0:
+    if node.op_type != "Gather" or table is None or not is_float_constant(table):
         return False
-    assert table is not None and table.const_value is not None
-    return len(table.const_value.shape) == 2
+    return not node.attributes.get_int("axis", False) and len(constant_shape(table)) == 2
 
 
 def layout_of(node: ir.Node, role: ParamRole, rank: int) -> tuple[int, ...]:
@@ -56,7 +57,7 @@ def layout_of(node: ir.Node, role: ParamRole, rank: int) -> tuple[int, ...]:
     if role is ParamRole.WEIGHT and rank == 2:
         if node.op_type == "MatMul":
             return (1, 0)
-        if node.op_type == "Gemm" and not node.attributes.get_int("transB", 0):
+        if node.op_type == "Gemm" and not flag(node, "transB"):
             return (1, 0)
     return natural
 
@@ -74,7 +75,7 @@ def canonical_shape(node: ir.Node, role: ParamRole, native: tuple[int, ...]) -> 
 def describe(node: ir.Node, role: ParamRole, value: ir.Value) -> Param:
     """The parameter that `value` is to an op."""
     assert value.const_value is not None and value.name is not None
-    native = tuple(int(d) for d in value.const_value.shape)
+    native = constant_shape(value)
     shape = canonical_shape(node, role, native)
     layout = layout_of(node, role, len(native)) if len(shape) == len(native) else None
     return Param(value.name, shape, dtype_name(value.const_value.dtype), layout)

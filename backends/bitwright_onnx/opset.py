@@ -83,7 +83,7 @@ def _detach(model: ir.Model) -> dict[str, ir.TensorProtocol]:
             raise ModelError(f"initializer {name!r} has no data")
         if tensor.nbytes > INLINE_BYTES:
             weights[name] = tensor
-            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor_array(tensor).shape), tensor.dtype
             graph.initializers.pop(name)
             value.const_value = None
             if value not in graph.inputs:

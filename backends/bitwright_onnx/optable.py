@@ -97,28 +97,42 @@ def is_default_domain(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
+def constant_shape(value: ir.Value) -> tuple[int, ...]:
+    """Shape of an initializer, from its data."""
+    assert value.const_value is not None
+    return tuple(d for d in value.const_value.shape if isinstance(d, int))
+
+
+def flag(node: ir.Node, name: str) -> bool:
+    """An attribute that is 0 or 1, by default 0."""
+    return bool(node.attributes.get_int(name, False))
+
+
 def linear_weight(node: ir.Node) -> ir.Value | None:
     """The constant weight of a Conv, ConvTranspose, Gemm, or a MatMul with a constant matrix on the right."""
     if not is_default_domain(node) or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     weight = node.inputs[1]
-    if not is_float_constant(weight) or is_float_constant(node.inputs[0]):
+    if weight is None or not is_float_constant(weight) or is_float_constant(node.inputs[0]):
         return None
-    assert weight is not None and weight.const_value is not None
-    if node.op_type in ("Gemm", "MatMul") and len(weight.const_value.shape) != 2:
+    if node.op_type in ("Gemm", "MatMul") and len(constant_shape(weight)) != 2:
         return None
-    if node.op_type == "Gemm" and (
-        node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1
-    ):
+    if node.op_type == "Gemm" and (flag(node, "transA") or node.attributes.get_float("alpha", 1.0) != 1.0):
         return None
     return weight
 
 
-def out_features(node: ir.Node, weight: ir.Value) -> int:
-    """Output width of a Gemm or MatMul."""
-    assert weight.const_value is not None
-    axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 1
-    return int(weight.const_value.shape[axis])
+def out_channels(node: ir.Node, weight: ir.Value) -> int:
+    """Output channels of a Conv or ConvTranspose, output width of a Gemm or MatMul."""
+    shape = constant_shape(weight)
+    match node.op_type:
+        case "Conv":
+            return shape[0]
+        case "ConvTranspose":
+            return shape[1] * (node.attributes.get_int("group") or 1)
+        case "Gemm":
+            return shape[0 if flag(node, "transB") else 1]
+    return shape[1]
 
 
 def bias_add(node: ir.Node) -> ir.Node | None:
@@ -131,11 +145,9 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     if not is_default_domain(add) or add.op_type != "Add" or add.graph is not node.graph:
         return None
     bias = add.inputs[1 - index]
-    if not is_float_constant(bias):
+    if bias is None or not is_float_constant(bias):
         return None
-    assert bias is not None and bias.const_value is not None
-    shape = tuple(bias.const_value.shape)
-    width = out_features(node, weight)
+    shape = constant_shape(bias)
     rank = len(output.shape) if output.shape is not None else None
     leading = all(d == 1 for d in shape[:-1]) and (len(shape) == 1 or (rank is not None and len(shape) <= rank))
-    return add if shape and shape[-1] == width and leading else None
+    return add if shape and shape[-1] == out_channels(node, weight) and leading else None

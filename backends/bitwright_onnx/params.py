@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_onnx.operands import canonical_shape, layout_of, parameters
-from bitwright_onnx.optable import FLOAT_TYPES
+from bitwright_onnx.optable import FLOAT_TYPES, constant_shape
 from bitwright_onnx.session import tensor_array
 
 
@@ -30,7 +30,7 @@ def write_params(model: ir.Model, values: Mapping[ParamId, NDArray[np.floating]]
     Raises:
         ModelError: an id names no float parameter, a shape differs, or a value isn't finite. Nothing is set then.
     """
-    tensors: list[tuple[ir.Value, ir.Tensor]] = []
+    tensors: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for id, array in values.items():
         value = _parameter(model, id)
         tensors.append((value, _native_tensor(value, np.asarray(array))))
@@ -46,14 +46,14 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     return np.ascontiguousarray(array.transpose(layout).reshape(shape), np.float32)
 
 
-def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.Tensor:
+def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
     assert value.const_value is not None
     layout, shape = _form(value)
     if array.shape != shape:
         raise ModelError(f"parameter {value.name!r} has shape {shape}, the new value {array.shape}")
     if not np.isfinite(array).all():
         raise ModelError(f"the new value of parameter {value.name!r} holds NaN or infinity")
-    native = tuple(int(d) for d in value.const_value.shape)
+    native = constant_shape(value)
     permuted = array.reshape(tuple(native[i] for i in layout))
     back = np.ascontiguousarray(permuted.transpose(np.argsort(layout)))
     return ir.Tensor(back.astype(value.const_value.dtype.numpy()), dtype=value.const_value.dtype, name=value.name)
@@ -69,7 +69,7 @@ def _parameter(model: ir.Model, id: ParamId) -> ir.Value:
 def _form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Native axis of each canonical axis, and the canonical shape, as the first op that has a role for it sees it."""
     assert value.const_value is not None
-    native = tuple(int(d) for d in value.const_value.shape)
+    native = constant_shape(value)
     graph = value.graph
     for node, index in _uses_in_order(value):
         owner = node

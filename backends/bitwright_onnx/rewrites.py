@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright_onnx.initializers import rewrite_operand
-from bitwright_onnx.optable import is_default_domain, is_float_constant, linear_weight
+from bitwright_onnx.optable import constant_shape, is_default_domain, is_float_constant, linear_weight, out_channels
 from bitwright_onnx.session import tensor_array
 
 
@@ -46,11 +46,8 @@ def absorb_bias(graph: ir.Graph, node: ir.Node) -> None:
     bias = add.inputs[1 - index] if add.op_type == "Add" and is_default_domain(add) else None
     if add.graph is not graph or not is_float_constant(bias):
         return
-    assert bias is not None and bias.const_value is not None and weight.const_value is not None
-    shape, rank = tuple(bias.const_value.shape), len(weight.const_value.shape)
-    channels = weight.const_value.shape[0]
-    if node.op_type == "ConvTranspose":
-        channels = weight.const_value.shape[1] * node.attributes.get_int("group", 1)
+    assert bias is not None and bias.const_value is not None
+    shape, rank, channels = constant_shape(bias), len(constant_shape(weight)), out_channels(node, weight)
     if shape not in ((1, channels, *(1,) * (rank - 2)), (channels, *(1,) * (rank - 2))):
         return
     node.resize_inputs(3)
@@ -86,7 +83,7 @@ def normalize_gemm(graph: ir.Graph, node: ir.Node) -> None:
         return
     if bias.const_value is None or not bias.is_initializer():
         return
-    out = weight.const_value.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    out = out_channels(node, weight)
     array = tensor_array(bias.const_value)
     if array.size in (1, out) and (array.ndim < 2 or array.shape[0] == 1):
         scaled = (array.reshape(-1) * np.asarray(beta, array.dtype)).astype(array.dtype)

@@ -17,7 +17,7 @@ from bitwright.statistics.base import Tap
 from bitwright_onnx.subgraph import extract, values_of
 
 INLINE_BYTES = 1024
-"""Initializers above this size are handed to ONNX Runtime by reference; smaller ones (shapes, axes) stay in the proto."""
+"""Bigger initializers are handed to ONNX Runtime by reference; smaller ones (shapes, axes) stay in the proto."""
 LIBRARIES = "bitwright.custom_op_libraries"
 """Key of `graph.meta` under which a model remembers the custom-op libraries that the user gave."""
 SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
