@@ -38,6 +38,7 @@ from bitwright.plan import Plan
 from bitwright.statistics.base import Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
+from bitwright_techniques.bias_edits import bias_changes
 
 Values = NDArray[np.float64]
 
@@ -138,21 +139,10 @@ class FoldBatchNorm:
 
 def _outcome(run: Folding, norms: int) -> Outcome:
     graph = run.graph
-    changes = list(run.edits)
-    params = dict(run.params)
+    biases, changes = bias_changes(graph, run.biases)
+    params = run.params | biases
     for id, weight in run.weights.items():
-        op = graph.op(id)
-        if id not in run.biases:  # looked at, not folded into
-            continue
-        params[op.params[ParamRole.WEIGHT]] = weight.astype(np.float32)
-        value = run.biases[id].astype(np.float32)
-        bias = op.params.get(ParamRole.BIAS)
-        if bias is not None and len(graph.users(bias)) == 1:
-            params[bias] = value
-            continue
-        if bias is not None:
-            changes.append(edits.SplitSharedParam(id, bias))
-        changes.append(edits.SetBias(id, value))
+        params[graph.op(id).params[ParamRole.WEIGHT]] = weight.astype(np.float32)
     folded = int(run.counts["backward"] + run.counts["forward"])
     summary = f"folded {folded} of {norms} batch norms" if norms else "the model has no batch norm"
     if standalone := int(run.counts["standalone"]):
@@ -160,7 +150,7 @@ def _outcome(run: Folding, norms: int) -> Outcome:
     if left := int(run.counts["left"]):
         summary += f"; {left} left"
     report = Report(summary, dict(run.counts), ("batch norm", "into", "how", "remark"), tuple(run.rows))
-    return Outcome(params, {}, changes, run.folded, report)
+    return Outcome(params, {}, [*run.edits, *changes], run.folded, report)
 
 
 def _scale_shift(run: Folding, norm: Op) -> tuple[Values, Values]:

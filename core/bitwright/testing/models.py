@@ -24,8 +24,8 @@ def conv_bn_relu(seed: int = 0, *, depth: int = 3, relu6: bool = False, bias: bo
     return b.build(b.linear("fc", x, 5))
 
 
-def depthwise_triple(seed: int = 0, *, spread: float = 1.0) -> ReferenceModel:
-    """Pointwise → depthwise → pointwise with ReLU6 between, as in MobileNet; `spread` widens the channels' ranges.
+def depthwise_triple(seed: int = 0, *, spread: float = 1.0, relu6: bool = True) -> ReferenceModel:
+    """Pointwise → depthwise → pointwise with ReLU6 (or ReLU) between, as in MobileNet; `spread` widens its ranges.
 
     Channel scales are drawn log-normal with that standard deviation and cancel between layers, so that the float
     function is well behaved while per-tensor weight quantization is not.
@@ -34,9 +34,11 @@ def depthwise_triple(seed: int = 0, *, spread: float = 1.0) -> ReferenceModel:
     x = b.input("x", 4, 8, 8)
     s, t = (np.exp(b.rng.normal(0, spread, 8)) for _ in range(2))
     weight = b.rng.normal(0, 0.5, (8, 4, 1, 1)) * s[:, None, None, None]
-    x = b.clip("act1", b.conv("expand", x, 8, 1, weight=weight, bias=b.rng.normal(0, 0.1, 8) * s))
+    x = b.conv("expand", x, 8, 1, weight=weight, bias=b.rng.normal(0, 0.1, 8) * s)
+    x = b.clip("act1", x) if relu6 else b.relu("act1", x)
     weight = b.rng.normal(0, 0.4, (8, 1, 3, 3)) * (t / s)[:, None, None, None]
-    x = b.clip("act2", b.conv("depthwise", x, 8, 3, pad=1, groups=8, weight=weight, bias=b.rng.normal(0, 0.1, 8) * t))
+    x = b.conv("depthwise", x, 8, 3, pad=1, groups=8, weight=weight, bias=b.rng.normal(0, 0.1, 8) * t)
+    x = b.clip("act2", x) if relu6 else b.relu("act2", x)
     weight = b.rng.normal(0, 0.4, (6, 8, 1, 1)) / t[:, None, None]
     return b.build(b.conv("project", x, 6, 1, weight=weight))
 

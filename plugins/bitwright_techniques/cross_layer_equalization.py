@@ -1,0 +1,238 @@
+"""Cross-layer equalization: give neighbouring layers equal channel ranges without changing the function.
+
+With r_0 … r_n the largest absolute weights that a channel meets in the layers of a set (output channel of the
+first, the channel of the depthwise ones, input channel of the last) and g their geometric mean, layer k of the set
+is multiplied by S_(k−1)/S_k, where S_k = Π_(j≤k) r_j / g^k and S_0 … S_n = 1. All its ranges are then g. For two
+layers S = √(r_0/r_1), for three S_1 = r_0/g and S_2 = g/r_2 (Nagel et al. 2019, "Data-Free Quantization Through
+Weight Equalization and Bias Correction", §4.1).
+
+High-bias absorption (§4.1.3 there) then moves what a bias adds above zero into the next layer:
+c = max(0, β − 3·|γ|) before a rectifier, c = β without one; b_1 −= c, b_2 += W_2·c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from bitwright.backend import Capability
+from bitwright.edits import Edit, ReplaceActivation
+from bitwright.graph import ActivationAttrs, ConvAttrs, Graph, Op, OpId, OpKind, ParamId, ParamRole, PoolAttrs, TensorId
+from bitwright.plan import Plan
+from bitwright.statistics.base import Request
+from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Settings as BaseSettings
+from bitwright_techniques.bias_edits import bias_changes
+from bitwright_techniques.channel_chains import Chain, Link, find_chains, input_axis, is_depthwise, output_axis
+
+Values = NDArray[np.float64]
+
+NEGLIGIBLE = 1e-6
+"""Channels with weights below this share of their layer's largest count as zero: scaling them up would only inflate
+the bias that they carry."""
+
+
+class Settings(BaseSettings):
+    """How far equalization goes.
+
+    Attributes:
+        iterations: passes over all sets, at most.
+        tolerance: stop once no scale of a pass differs from 1 by more than this.
+        replace_relu6: drop the upper bound of clipped ReLUs between layers; otherwise they end a chain.
+            The float function changes where the bound was active.
+        across_pooling: equalize through pooling and flattening too.
+        absorb_high_bias: move high biases into the next layer, where folded batch norms tell how high they are.
+        absorb_through_padding: also where the next layer pads with zeros; its borders then change.
+    """
+
+    iterations: int = Field(default=1, ge=1)
+    tolerance: float = Field(default=0.01, ge=0)
+    replace_relu6: bool = True
+    across_pooling: bool = True
+    absorb_high_bias: bool = True
+    absorb_through_padding: bool = False
+
+
+class CrossLayerEqualization:
+    """Equalizes channel ranges of consecutive layers, and absorbs high biases. Fold batch norms first."""
+
+    name: ClassVar[str] = "cross_layer_equalization"
+    Settings: ClassVar[type[BaseSettings]] = Settings
+    requires: ClassVar[frozenset[Capability]] = frozenset()
+
+    def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
+        """It needs no data."""
+        return ()
+
+    def apply(self, ctx: Context) -> Outcome:
+        """Equalize to convergence or for the set number of passes, then absorb."""
+        settings = ctx.settings
+        sets = find_chains(
+            ctx.graph,
+            lambda op: _own_params(ctx, op),
+            lambda tensor: not _frozen(ctx, tensor),
+            clipped=settings.replace_relu6,
+            pooling=settings.across_pooling,
+        )
+        layers = _Layers(ctx, sets)
+        scales = [np.ones((len(chain), _channels(chain))) for chain in sets]
+        ctx.progress.start("Equalizing layers", settings.iterations)
+        passes, change = 0, np.inf
+        while sets and passes < settings.iterations and change > settings.tolerance:
+            steps = [layers.equalize(chain) for chain in sets]
+            scales = [total * step for total, step in zip(scales, steps, strict=True)]
+            change = max(float(np.abs(np.log(step)).max(initial=0)) for step in steps)
+            passes += 1
+            ctx.progress.advance()
+        absorbed = [layers.absorb(chain, settings) for chain in sets]
+        ctx.progress.finish()
+        rows = [
+            (_title(chain), scale.shape[1], _spread(scale), taken)
+            for chain, scale, taken in zip(sets, scales, absorbed, strict=True)
+        ]
+        return _outcome(ctx, sets, layers, rows, passes)
+
+
+def _outcome(ctx: Context, sets: list[Chain], layers: _Layers, rows: list[tuple[Any, ...]], passes: int) -> Outcome:
+    replaced = {
+        op.id
+        for chain in sets
+        for link in chain
+        for op in link.between
+        if op.kind is OpKind.CLIPPED_RELU and isinstance(op.attrs, ActivationAttrs) and op.attrs.maximum is not None
+    }
+    changes: list[Edit] = [ReplaceActivation(op.id, "Relu") for op in ctx.graph if op.id in replaced]
+    params, added = bias_changes(ctx.graph, layers.biases)
+    changes += added
+    for id, weight in layers.weights.items():
+        params[ctx.graph.op(id).params[ParamRole.WEIGHT]] = weight.astype(np.float32)
+    folded = {id: (g.astype(np.float32), b.astype(np.float32)) for id, (g, b) in layers.folded.items()}
+    absorbed = sum(row[3] for row in rows)
+    norms = sum(op.kind is OpKind.BATCH_NORM for op in ctx.graph)
+    summary = f"equalized {len(sets)} sets of layers" if sets else "no layers to equalize"
+    if replaced:
+        summary += f"; {len(replaced)} clipped ReLUs became ReLUs"
+    if absorbed:
+        summary += f"; absorbed the bias of {absorbed} channels"
+    if norms:
+        summary += f"; {norms} batch norms end chains (apply fold_batch_norm first)"
+    figures = {
+        "sets": float(len(sets)),
+        "passes": float(passes),
+        "replaced_activations": float(len(replaced)),
+        "absorbed_channels": float(absorbed),
+        "largest_scale": max((row[2] for row in rows), default=1.0),
+    }
+    columns = ("layers", "channels", "largest scale", "absorbed channels")
+    return Outcome(params, {}, changes, folded, Report(summary, figures, columns, tuple(rows)))
+
+
+def _title(chain: Chain) -> str:
+    return " → ".join([chain[0].first.id, *(link.second.id for link in chain)])
+
+
+def _spread(scale: Values) -> float:
+    return float(np.exp(np.abs(np.log(scale)).max(initial=0)))
+
+
+def _channels(chain: Chain) -> int:
+    return int(chain[0].channel_of.max()) + 1
+
+
+def _frozen(ctx: Context, site: ParamId | TensorId) -> bool:
+    encoding = ctx.encodings.get(ctx.plan.root(site) if site in ctx.plan else site)
+    return encoding is not None and encoding.frozen
+
+
+def _own_params(ctx: Context, op: Op) -> bool:
+    """Whether the op's parameters are its own and free to change."""
+    ids = [op.params[r] for r in (ParamRole.WEIGHT, ParamRole.BIAS) if r in op.params]
+    return all(len(ctx.graph.users(id)) == 1 and not _frozen(ctx, id) for id in ids)
+
+
+class _Layers:
+    """Weights, biases and folded statistics of all layers in the sets, in float64, as they change."""
+
+    def __init__(self, ctx: Context, sets: list[Chain]) -> None:
+        self.graph = ctx.graph
+        self.weights: dict[OpId, Values] = {}
+        self.biases: dict[OpId, Values] = {}
+        self.folded: dict[OpId, tuple[Values, Values]] = {}
+        for op in {o.id: o for chain in sets for link in chain for o in (link.first, link.second)}.values():
+            self.weights[op.id] = np.asarray(ctx.params[op.params[ParamRole.WEIGHT]], np.float64)
+            if ParamRole.BIAS in op.params:
+                self.biases[op.id] = np.asarray(ctx.params[op.params[ParamRole.BIAS]], np.float64)
+            if op.id in ctx.folded:
+                gamma, beta = ctx.folded[op.id]
+                self.folded[op.id] = np.asarray(gamma, np.float64), np.asarray(beta, np.float64)
+
+    def equalize(self, chain: Chain) -> Values:
+        """One pass over one set; returns S_1 … S_n, (links, channels)."""
+        ranges = [self._range(chain[0].first, output_axis(self.graph, chain[0].first))]
+        for link in chain:
+            by_feature = self._range(link.second, input_axis(self.graph, link.second))
+            by_channel = np.zeros(len(ranges[0]))
+            np.maximum.at(by_channel, link.channel_of, by_feature)
+            ranges.append(by_channel)
+        r = np.stack(ranges)
+        alive = (np.isfinite(r) & (r > NEGLIGIBLE * r.max(axis=1, keepdims=True))).all(axis=0)
+        logs = np.log(np.where(alive, r, 1.0))
+        scale = np.exp(np.cumsum(logs - logs.mean(axis=0), axis=0)[:-1])
+        for step, link in zip(scale, chain, strict=True):
+            self._multiply(link.first, output_axis(self.graph, link.first), 1 / step)
+            self._multiply(link.second, input_axis(self.graph, link.second), step[link.channel_of])
+            if link.first.id in self.biases:
+                self.biases[link.first.id] = self.biases[link.first.id] / step
+            if link.first.id in self.folded:
+                gamma, beta = self.folded[link.first.id]
+                self.folded[link.first.id] = gamma / step, beta / step
+        return np.asarray(scale)
+
+    def absorb(self, chain: Chain, settings: Any) -> int:
+        """Absorb high biases along one set; returns how many channels had one."""
+        if not settings.absorb_high_bias:
+            return 0
+        return sum(self._absorb(link) for link in chain if _takes_constants(link, settings.absorb_through_padding))
+
+    def _absorb(self, link: Link) -> int:
+        first, second = link.first.id, link.second.id
+        if first not in self.folded or first not in self.biases:
+            return 0
+        gamma, beta = self.folded[first]
+        high = np.maximum(0.0, beta - 3 * np.abs(gamma)) if link.rectified else beta
+        if not high.any():
+            return 0
+        self.biases[first] = self.biases[first] - high
+        self.folded[first] = gamma, beta - high
+        weight, features = self.weights[second], high[link.channel_of]
+        if is_depthwise(self.graph, link.second):
+            added = weight.reshape(len(weight), -1).sum(axis=1) * features
+        else:
+            added = weight.reshape(*weight.shape[:2], -1).sum(axis=2) @ features
+        self.biases[second] = self.biases.get(second, np.zeros(len(added))) + added
+        return int(np.count_nonzero(high))
+
+    def _range(self, op: Op, axis: int) -> Values:
+        weight = np.abs(self.weights[op.id])
+        return np.asarray(weight.max(axis=tuple(i for i in range(weight.ndim) if i != axis)))
+
+    def _multiply(self, op: Op, axis: int, factor: Values) -> None:
+        weight = self.weights[op.id]
+        self.weights[op.id] = weight * factor.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+
+
+def _takes_constants(link: Link, through_padding: bool) -> bool:
+    """Whether a constant added to the link's channels reaches every output of its second op alike."""
+    for op in link.between:
+        # Zeros that count in an average mix with the constant at the borders.
+        window = op.attrs.window if isinstance(op.attrs, PoolAttrs) and op.attrs.count_include_pad else None
+        if window is not None and any(map(any, window.pads)):
+            return False
+    if link.second.kind is OpKind.CONV_TRANSPOSE:  # the kernel's taps differ from output to output
+        return False
+    attrs = link.second.attrs
+    return through_padding or not (isinstance(attrs, ConvAttrs) and any(map(any, attrs.pads)))
