@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -63,8 +64,10 @@ def build_report(
         name=name,
         model=_model(sim, source, table),
         target=sim.target.name,
+        target_config=json.loads(sim.target.to_json()),
         weights=sim.weights,
         activations=sim.activations,
+        overrides={name: _plain(value) for name, value in sim.overrides.items()},
         seed=sim.seed,
         calibration=calibration,
         steps=tuple(_step(t, s, r) for (t, r), s in zip(sim.reports, settings, strict=False)),
@@ -88,6 +91,13 @@ def write_report(report: RunReport, directory: str | Path) -> tuple[Path, Path]:
     directory = Path(directory)
     json_file = write_text(directory / "report.json", report.model_dump_json(indent=1) + "\n")
     return json_file, write_text(directory / "report.html", render(report))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
 
 
 def _registered(backend: str) -> bool:
@@ -127,9 +137,7 @@ def _shape(tensor: Tensor | None) -> str:
 def _step(technique: str, settings: Mapping[str, Any], report: Report) -> StepRecord:
     return StepRecord(
         technique=technique,
-        settings={
-            k: v if isinstance(v, bool | int | float | str) or v is None else str(v) for k, v in settings.items()
-        },
+        settings={k: _plain(v) for k, v in settings.items()},
         summary=report.summary,
         figures={k: finite(v) for k, v in report.figures.items()},
         columns=report.columns,

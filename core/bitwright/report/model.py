@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 Cell = str | int | float | bool | None
@@ -113,7 +115,9 @@ class RunReport(Record):
 
     Attributes:
         created: UTC, ISO 8601.
+        target_config: the target's whole configuration.
         weights, activations: the types asked for; null takes the target's.
+        overrides: exceptions by op or tensor.
         seconds: duration of each stage.
         versions: of Python, bitwright, numpy and the framework.
         files: what the run wrote, by purpose.
@@ -124,8 +128,10 @@ class RunReport(Record):
     name: str
     model: ModelInfo
     target: str
+    target_config: dict[str, Any]
     weights: str | None
     activations: str | None
+    overrides: dict[str, Any]
     seed: int
     calibration: Calibration | None
     steps: tuple[StepRecord, ...]

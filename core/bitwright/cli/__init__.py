@@ -1,0 +1,74 @@
+"""The command line. Exit status: 0 done, 1 a check failed, 2 bad usage or input (one line says what), 130 stopped."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+DONE, CHECK_FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; errors become one line on the error stream.
+
+    Args:
+        arguments: without the program's name; None takes the process's.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+        return _run(words, debug=debug)
+
+
+def complain(line: str) -> None:
+    """One line on the error stream."""
+    sys.stderr.write(" ".join(line.split()) + "\n")
+
+
+def _run(words: list[str], *, debug: bool) -> int:
+    import typer
+
+    from bitwright.cli.app import app
+    from bitwright.errors import BitwrightError, CheckFailed
+
+    # Typer's own copy of click has no public name for its base of usage errors.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
+    try:
+        status = app(args=words, prog_name="bitwright", standalone_mode=False)
+        return status if isinstance(status, int) else DONE
+    except usage_error as error:
+        complain(f"bitwright: {error.format_message()}{_help_hint(error)}")  # type: ignore[attr-defined]
+        return BAD_INPUT
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        complain("bitwright: stopped; the same command goes on from the last finished layer")
+        return STOPPED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; nothing more can be said
+        return DONE
+    except CheckFailed as error:
+        complain(f"bitwright: {error}")
+        return CHECK_FAILED
+    except BitwrightError as error:
+        if debug:
+            traceback.print_exc()
+        complain(f"bitwright: {error}")
+        return BAD_INPUT
+    except Exception as error:
+        if debug:
+            raise
+        complain(
+            f"bitwright: unexpected {type(error).__name__}: {error}. This is a bug, or a limit that should be said "
+            "better; --debug shows where it arose"
+        )
+        return BAD_INPUT
+
+
+def _help_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see `{context.command_path} --help`)" if context is not None else ""

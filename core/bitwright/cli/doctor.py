@@ -1,0 +1,54 @@
+"""``bitwright doctor``: is this installation able to work, and if not, what would help?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import typer
+
+from bitwright.cli import console
+
+
+def doctor() -> None:
+    """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
+    from bitwright.errors import BitwrightError
+    from bitwright.registry import default_registry
+    from bitwright.runs import versions
+
+    registry = default_registry()
+    problems: list[str] = []
+    modules = [m for info in registry.backends().values() for m in info.modules]
+    rows = [(name, version) for name, version in versions(modules).items()]
+    rows.append(("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} CPUs"))
+    rows.append(("executable", sys.executable))
+    console.table(("", ""), rows)
+    working = 0
+    for name in registry.backends():
+        try:
+            registry.backend(name)
+        except (BitwrightError, ImportError) as error:
+            problems.append(f"backend {name}: {error}")
+        else:
+            working += 1
+            console.say(f"backend {name}: ready")
+    for name in registry.techniques():
+        try:
+            registry.technique(name)
+            registry.settings(name)
+        except (BitwrightError, ImportError) as error:
+            problems.append(f"technique {name}: {error}")
+    console.say(f"{len(registry.techniques())} techniques")
+    problems += [
+        f"plugin {plugin.name} ({plugin.distribution}) failed: {plugin.reason}\n{plugin.traceback}"
+        for plugin in registry.plugins()
+        if plugin.state == "failed"
+    ]
+    if not working:
+        problems.append('no backend is ready; the light one comes with: pip install "bitwright[onnx]"')
+    for problem in problems:
+        console.say(problem.rstrip())
+    console.say("all well" if not problems else f"{len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)

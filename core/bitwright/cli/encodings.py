@@ -1,0 +1,204 @@
+"""``bitwright encodings convert | check | diff``: tools for encodings files of every schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitwright.cli import complain, console
+from bitwright.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from bitwright.graph import Graph
+    from bitwright.plan import Plan
+
+app = typer.Typer(help="Convert, check and compare encodings files.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """Convert, check and compare encodings files."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An encodings file of any schema.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="Schema wanted: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model that it goes with, for axes and shapes that a schema leaves out.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the same encodings in another schema; scales and zero points never change."""
+    from bitwright import formats
+    from bitwright.artefact import geometry
+
+    file = formats.read(source)
+    graph = _graph(model) if model is not None else None
+    geometries = None if graph is None else {p: geometry(graph, p) for p in graph.params}
+    result = formats.convert(file, to, geometries, None if graph is None else set(graph.params))
+    for warning in result.warnings:
+        complain(f"warning: {warning}")
+    formats.write(result.file, destination, to)
+    console.say(f"{len(result.file.entries)} encodings, {file.version} → {to}: {destination}")
+
+
+@app.command("check")
+def check(
+    *,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="What `bitwright quantize --out` wrote, or an encodings file.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="The model that a single file goes with.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What must have an entry (default for a folder: the target of its report).", show_default=False
+        ),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Type of weights.", show_default=False)] = None,
+    activations: Annotated[str | None, typer.Option(help="Type of activations.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that every tensor that the target quantizes has exactly one right entry, and no other tensor has one.
+
+    A file alone is checked against its schema; with --model, names and shapes too; with --target, completeness.
+    """
+    from bitwright.artefact import check_bundle, read_encodings
+    from bitwright.formats import Problem, read
+
+    asked = Asked.of(path, model=model, target=target, weights=weights, activations=activations, name=name)
+    problems: list[Problem] = []
+    file = read(asked.encodings)
+    if asked.model is not None:
+        graph = _graph(asked.model)
+        if asked.target is not None:
+            problems += check_bundle(graph, asked.plan(graph), asked.encodings)
+        else:
+            read_encodings(asked.encodings, graph)
+    scope = "its schema" if asked.model is None else "the model" if asked.target is None else "model and target"
+    if as_json:
+        found = [{"name": p.name, "message": p.message} for p in problems]
+        sys.stdout.write(
+            json.dumps({"entries": len(file.entries), "against": scope, "problems": found}, indent=1) + "\n"
+        )
+    else:
+        for problem in problems:
+            console.say(str(problem))
+        console.say(f"{len(file.entries)} entries of schema {file.version}, checked against {scope}")
+    if problems:
+        raise CheckFailed(f"{asked.encodings}: {len(problems)} problems, the first: {problems[0]}")
+
+
+@app.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="An encodings file.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another, of any schema.", show_default=False)],
+    tolerance: Annotated[float, typer.Option(min=0, help="Relative difference of scales that is let pass.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Say what differs between two encodings files. Exits with 1 if anything does."""
+    from bitwright import formats
+
+    found = formats.diff(formats.read(first), formats.read(second), tolerance)
+    if as_json:
+        rows = [{**asdict(d), "first": _plain(d.first), "second": _plain(d.second)} for d in found]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    else:
+        for difference in found:
+            console.say(str(difference))
+    if found:
+        raise CheckFailed(f"{len(found)} differences between {first} and {second}")
+    if not as_json:
+        console.say("equal")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to check, against what."""
+
+    encodings: Path
+    model: Path | None
+    target: Any
+    weights: str | None
+    activations: str | None
+    overrides: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        *,
+        model: Path | None,
+        target: str | None,
+        weights: str | None,
+        activations: str | None,
+        name: str | None,
+    ) -> Asked:
+        """Complete what the user said by what a folder's report knows."""
+        if not path.is_dir():
+            if target is not None and model is None:
+                raise InputError("--target needs --model: what it quantizes depends on the model")
+            return cls(path, model, target, weights, activations, {})
+        from bitwright.artefact import find_bundle
+        from bitwright.report import RunReport
+
+        bundle = find_bundle(path, name)
+        known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
+        report_file = path / "report.json"
+        if target is None:
+            try:
+                report = RunReport.model_validate_json(report_file.read_bytes())
+            except (OSError, ValueError) as error:
+                raise InputError(f"can't read {str(report_file)!r}, which names the target; give --target") from error
+            known = {
+                "target": report.target_config,
+                "weights": weights or report.weights,
+                "activations": activations or report.activations,
+                "overrides": report.overrides,
+            }
+        return cls(bundle.files["encodings"], model or bundle.files["model"], **known)
+
+    def plan(self, graph: Graph) -> Plan:
+        """The plan that the encodings must fulfil."""
+        from bitwright.placement import build_plan
+
+        return build_plan(
+            graph, _target(self.target), weights=self.weights, activations=self.activations, overrides=self.overrides
+        )
+
+
+def _target(given: Any) -> Any:
+    from bitwright.target import load_target
+
+    return load_target(given)
+
+
+def _graph(model: Path) -> Graph:
+    from bitwright import registry
+
+    backend = registry.backend_for_path(model)
+    return backend.graph(backend.load(model))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool) or value is None else str(value)

@@ -1,0 +1,128 @@
+"""``bitwright verify``: does the integer runtime compute what the simulation promised?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitwright.cli import console
+from bitwright.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from bitwright.verify import Verification
+
+SHOWN_TENSORS = 10
+
+
+def verify(
+    *,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `bitwright quantize --out` wrote.", show_default=False)
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False),
+    ],
+    labels: Annotated[
+        Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    name: Annotated[
+        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Fail if the integer runtime and float agree on less.", show_default=False),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Fail if integer accuracy is more points below float (needs --labels).", show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Compare float, simulation, exact integers and the integer runtime on the same samples.
+
+    Exits with 1 if an output isn't finite, or a limit that was given isn't kept.
+    """
+    from bitwright.cli.labels import read_labels
+    from bitwright.progress import progress_for, silent
+    from bitwright.verify import verify as run
+
+    if max_drop is not None and labels is None:
+        raise typer.BadParameter("--max-drop needs --labels")
+    known = read_labels(labels, None) if labels is not None else None
+    with silent() if quiet or as_json else progress_for(sys.stderr) as progress:
+        result = run(directory, data, known, name=name, batch_size=batch_size, limit=samples, progress=progress)
+    if as_json:
+        sys.stdout.write(result.model_dump_json(indent=1) + "\n")
+    else:
+        _show(result)
+    if failures := [*result.problems, *_broken_limits(result, min_agreement, max_drop)]:
+        raise CheckFailed("; ".join(failures))
+
+
+def _broken_limits(result: Verification, min_agreement: float | None, max_drop: float | None) -> list[str]:
+    broken = []
+    agreement = result.agreement["integer_float"]
+    if min_agreement is not None and agreement < min_agreement:
+        broken.append(f"integer and float agree on {agreement:.4f} of the samples, {min_agreement:g} is asked")
+    if max_drop is not None:
+        drop = 100 * (result.accuracy["float"] - result.accuracy["integer"])
+        if drop > max_drop:
+            broken.append(f"integer top-1 is {drop:.2f} points below float, {max_drop:g} are allowed")
+    return broken
+
+
+def _show(result: Verification) -> None:
+    console.say(f"{result.samples} samples")
+    rows: list[tuple[str, ...]] = []
+    for view in ("float", "simulated", "integer"):
+        accuracy = result.accuracy.get(view)
+        pair = f"{view}_float"
+        rows.append(
+            (
+                view,
+                "" if accuracy is None else console.percent(accuracy),
+                "" if pair not in result.agreement else console.percent(result.agreement[pair]),
+                "" if pair not in result.sqnr_db else console.decibels(result.sqnr_db[pair]),
+            )
+        )
+    columns: tuple[str, ...] = ("", "top-1", "same class as float", "output SQNR")
+    if not result.accuracy:
+        columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
+    console.table(columns, rows, numbers=columns[1:])
+    console.say(
+        f"simulation and integer runtime: {console.percent(result.agreement['integer_simulated'])} same class, "
+        f"{console.decibels(result.sqnr_db['integer_simulated'])}"
+    )
+    if result.exact:
+        exact = result.exact
+        console.say(
+            f"exact integer simulation: {exact['integer_ops']:.0f} ops in integers, {exact['float_ops']:.0f} in float, "
+            f"{console.percent(exact['output_differs'])} of output values differ from the runtime's, "
+            f"accumulators use {console.percent(exact['peak_accumulator'])} of int32"
+        )
+    if result.tensors:
+        console.say("\ntensors in which simulation and runtime differ most:")
+        console.table(
+            ("tensor", "SQNR", "codes that differ", "by steps"),
+            (
+                (
+                    t.name,
+                    console.decibels(t.sqnr_db),
+                    "" if t.simulated_differs is None else console.percent(t.simulated_differs),
+                    t.simulated_max_steps,
+                )
+                for t in result.tensors[:SHOWN_TENSORS]
+            ),
+            numbers=("SQNR", "codes that differ", "by steps"),
+        )
