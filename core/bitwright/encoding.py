@@ -69,7 +69,7 @@ class Encoding:
             )
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise EncodingError("a scale must be finite and greater than 0")
-        if self.float_format is None and (zero.min(initial=0) < self.grid.qmin or zero.max(initial=0) > self.grid.qmax):
+        if self.float_format is None and ((zero < self.grid.qmin).any() or (zero > self.grid.qmax).any()):
             raise EncodingError(f"a zero point lies outside the codes {self.grid.qmin}..{self.grid.qmax}")
         scale.setflags(write=False)
         zero.setflags(write=False)

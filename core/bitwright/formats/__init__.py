@@ -1,1 +1,37 @@
-"""Readers and writers of encodings files."""
+"""Encodings files: readers and writers of schemas 0.6.1, 1.0.0, 2.0.0 and 2.1.0, and tools that work on any of them.
+
+`read` → `EncodingsFile` of `Entry` → `bind` → `Encoding`; `unbind` → `EncodingsFile` → `write`.
+"""
+
+from bitwright.formats.binding import TensorGeometry, bind, inverse, permute, renumber, settle, unbind
+from bitwright.formats.check import ExpectedEntry, Problem, check
+from bitwright.formats.compare import Difference, diff
+from bitwright.formats.convert import Conversion, convert
+from bitwright.formats.entries import VERSIONS, EncodingsFile, Entry, Layout, Version
+from bitwright.formats.files import dumps, loads, read, write
+
+__all__ = [
+    "VERSIONS",
+    "Conversion",
+    "Difference",
+    "EncodingsFile",
+    "Entry",
+    "ExpectedEntry",
+    "Layout",
+    "Problem",
+    "TensorGeometry",
+    "Version",
+    "bind",
+    "check",
+    "convert",
+    "diff",
+    "dumps",
+    "inverse",
+    "loads",
+    "permute",
+    "read",
+    "renumber",
+    "settle",
+    "unbind",
+    "write",
+]
