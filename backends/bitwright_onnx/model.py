@@ -107,16 +107,29 @@ def _own_tensors(model: ir.Model) -> None:
             tensor = value.const_value
             if tensor is None:
                 raise ModelError(f"initializer {name!r} has no data")
-            if isinstance(tensor, ir.ExternalTensor):
-                _check_location(tensor)
-            if tensor.dtype == ir.DataType.STRING:
-                continue
-            array = tensor_array(tensor)
-            if array.shape != tuple(tensor.shape):
-                raise ModelError(f"initializer {name!r} is declared {list(tensor.shape)} but holds {list(array.shape)}")
-            if not isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
-            value.shape, value.dtype = ir.Shape(array.shape), tensor.dtype
+            own = _own_tensor(tensor, name)
+            value.const_value = own
+            value.shape, value.dtype = ir.Shape(tensor_array(own).shape), own.dtype
+        for node in graph:
+            for key, attr in list(node.attributes.items()):
+                if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
+                    node.attributes[key] = ir.AttrTensor(key, _own_tensor(attr.as_tensor(), attr.as_tensor().name))
+
+
+def _own_tensor(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.ExternalTensor):
+        _check_location(tensor)
+        tensor_array(tensor)
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor_array(tensor).shape),
+            name=name or "", base_dir=tensor.base_dir,
+        )  # fmt: skip
+    array = tensor_array(tensor)
+    if array.shape != tuple(tensor.shape):
+        raise ModelError(f"tensor {name!r} is declared {list(tensor.shape)} but holds {list(array.shape)}")
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(array, shape=ir.Shape(array.shape), name=name)
+    return ir.Tensor(array, dtype=tensor.dtype, name=name)
 
 
 def _check_location(tensor: ir.ExternalTensor) -> None:
@@ -156,11 +169,9 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
             f"can't write {str(path)!r} with external data: {str(data)!r} exists and belongs to no model of that name; "
             "remove it or choose another name"
         )
-    for tensor in tensors:
-        if isinstance(tensor, ir.ExternalTensor):
-            # Maps the old file, which stays readable after it is replaced by name.
-            tensor_array(tensor)
     copy = model.clone()
+    _map_external(model)
+    _map_external(copy)
     copy.ir_version = max(model.ir_version, minimal_ir_version(opset_of(model) or 1))
     try:
         with tempfile.TemporaryDirectory(prefix=".bitwright-", dir=path.parent) as folder:
@@ -168,7 +179,6 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
             if external:
                 ir.save(copy, written, external_data=data.name)
             else:
-                _inline(copy)
                 written.write_bytes(ir.to_proto(copy).SerializeToString())
             files = [p for p in (Path(folder) / data.name, written) if p.exists()]
             for file in files:
@@ -182,7 +192,8 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
     return path
 
 
-def _inline(model: ir.Model) -> None:
+def _map_external(model: ir.Model) -> None:
+    """Hold external tensors as memory maps: these stay readable when the file is replaced under its name."""
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor):

@@ -39,6 +39,7 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
             f"the model uses opset {present}; opsets from {OLDEST_OPSET} on can be converted. Export it again"
         )
     bare = model.clone()
+    bare.ir_version = max(bare.ir_version, 4)  # before, initializers had to be inputs too
     weights = _detach(bare)
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(bare), version))
