@@ -87,6 +87,10 @@ def build_plan(
     used = [p for p in graph.params if graph.users(p)]
     decisions.update({p: params.decide(p) for p in used if p not in biases})
     apply_exceptions(placement, decisions, notes)
+    for t, table in placement.lookups.items():
+        if isinstance(decisions[t], QuantSpec) and placement.wishes[t].precision is None:
+            known = isinstance(decisions[table], QuantSpec)
+            decisions[t] = SharedWith(table) if known else Float("neither the target nor its table gives it a grid")
     decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
     notes += _outside_kernels(graph, target, spec_of)
     return Plan(

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from bitwright.composites import COMPOSITES, Composite
 from bitwright.errors import InputError, TargetError
-from bitwright.graph import ConvAttrs, Graph, Op, OpId, OpKind, TensorId
+from bitwright.graph import ConvAttrs, Graph, Op, OpId, OpKind, ParamId, TensorId
 from bitwright.op_types import INTEGER_TYPES, preserves_grid
 from bitwright.patterns import BatchNormFold, Chain, Match, batch_norm_fold, chain, op_type, where
 from bitwright.placing.overrides import Overrides
@@ -77,6 +77,8 @@ class ActivationPlacement:
             for c in COMPOSITES[name](graph)
             if overrides.float_ops.isdisjoint(op.id for op in c.ops)
         ]
+        self.lookups: dict[TensorId, ParamId] = {}
+        """Outputs of embeddings that take their table's grid, because the target gives them none."""
         order: list[TensorId] = [*graph.inputs, *(t for op in graph for t in op.outputs)]
         self.wishes: dict[TensorId, Wish] = {t: Wish() for t in order}
         for t in graph.inputs:
@@ -136,7 +138,9 @@ class ActivationPlacement:
             if settings is None:
                 continue
             for t in op.outputs:
-                if settings.is_output_quantized is not None and not (self.follows(op) and op.data_inputs):
+                if settings.is_output_quantized is False and op.kind is OpKind.EMBEDDING and op.weight is not None:
+                    self.lookups[t] = op.weight
+                elif settings.is_output_quantized is not None and not self.follows(op):
                     self._vote(t, "quantized", settings.is_output_quantized, op, "is_output_quantized")
                 elif settings.is_output_quantized is False:
                     self.wishes[t].off(f"the target leaves outputs of {op.type} in float")

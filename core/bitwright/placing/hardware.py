@@ -15,7 +15,7 @@ def apply_exceptions(placement: ActivationPlacement, decisions: Decisions, notes
 
     - V66 to V69: the second operand of a product of two activations is symmetric and has 8 bits.
     - From V73: a 16-bit second operand is symmetric, and the first has 16 bits too; weights of embeddings and group
-      normalizations take their output's width.
+      normalizations take the width of activations there.
     - Layer normalization: the weight is symmetric only with 16 bits. RMS and instance normalization: the weight is
       symmetric as the output is.
     """
