@@ -321,6 +321,11 @@ def test_ops_that_the_target_cannot_run_in_integers():
     assert {"conv1.output", "swish.output", "conv2.output"} <= own(plan)
     assert plan["erf.output"].decision == Float("the target runs Erf in float")
     assert "erf.output" in own(build_plan(g, "generic-int8"))
+    b = Builder()
+    x = b.batch_norm("bn", b.conv("conv", b.input("x", 3, 8, 8), 4))
+    plan = build_plan(b.build(b.activation("swish", x, "HardSwish")).graph, "onnxruntime-cpu")
+    assert "bn.output" in own(plan)  # the convolution's, once folded
+    assert plan["bn.mean"].decision == Float("folds into 'conv'")
 
 
 def integers():

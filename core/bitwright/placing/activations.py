@@ -92,9 +92,12 @@ class ActivationPlacement:
         self._integers()
 
     def floats(self, op: Op) -> str | None:
-        """Why an op runs in float; None if it doesn't."""
+        """Why an op runs in float; None if it doesn't. A batch norm that folds backward is a part of its linear op."""
         if op.id in self.overrides.float_ops:
             return f"op {op.id!r} is kept in float by an override"
+        fold = self.folds.get(op.id)
+        if fold is not None and fold.direction == "backward":
+            return self.floats(fold.into)
         if op.kind is OpKind.OPAQUE:
             return f"opaque op {op.id!r} ({op.native or op.type}) runs in float"
         if not self.target.runs(op.type) and not preserves_grid(op):
