@@ -41,12 +41,13 @@ class Lowering:
     """Puts chains into a part, which it owns.
 
     The names of a tensor move with its quantized values: readers, taps and model outputs find these under the old
-    name. A quantized model input can't take over its name and is called `<prefix>/quantized`.
+    name. A quantized model input can't take over its name and is called `<input>/quantized`.
     """
 
     def __init__(self, part: ir.Model) -> None:
         self._graph = part.graph
         self._opset = opset_of(part)
+        self._taken = {str(v.name) for v in ir.convenience.create_value_mapping(part.graph).values()}
         self._operands: dict[str, ir.Value] = {}
         self.live_inputs: list[str] = []
         """Names of the inputs that live chains have added."""
@@ -82,7 +83,7 @@ class Lowering:
         chain, place = Chain(f"{value.name}/quantize"), self._place(value, form)
         y = self._attach(value, chain, lambda: fixed_site(chain, value, place, self._once(prefix, operand), encoding))
         # A model output that is an input goes by the input's name, so it stays as it is.
-        return self._named(value, y, prefix, outputs=False)
+        return self._named(value, y, outputs=False)
 
     def _place(self, value: ir.Value, form: Form) -> Place:
         return Place(form, value.dtype or ir.DataType.FLOAT, self._opset)
@@ -113,7 +114,7 @@ class Lowering:
             self._graph.extend(chain.nodes)
         return y
 
-    def _named(self, value: ir.Value, y: ir.Value, prefix: str, *, outputs: bool) -> str:
+    def _named(self, value: ir.Value, y: ir.Value, *, outputs: bool) -> str:
         is_input = value.is_graph_input()
         name = str(value.name)
         if outputs or not is_input:
@@ -121,7 +122,13 @@ class Lowering:
                 if output is value:
                     self._graph.outputs[index] = y
         if is_input:
-            y.name = f"{prefix}/quantized"
+            y.name = self._fresh(f"{name}/quantized")
         else:
-            value.name, y.name = f"{name}/float", name
+            value.name, y.name = self._fresh(f"{name}/float"), name
         return str(y.name)
+
+    def _fresh(self, name: str) -> str:
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name

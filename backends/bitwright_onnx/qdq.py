@@ -11,6 +11,7 @@ type's ends only. float16 and bfloat16 sites are casts there and back; fp8 has Q
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from bitwright.backend import Bundle
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId
@@ -27,11 +29,14 @@ from bitwright.grid import Blockwise, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
-from bitwright_onnx.opset import raise_opset
+from bitwright_onnx.opset import INT4_OPSET, raise_opset
 from bitwright_onnx.session import tensor_array
-from bitwright_onnx.site_ops import Chain, fixed_site, form_of, from_float32, in_float32, merged
-from bitwright_onnx.storage import opset_for, stored, storage_type
+from bitwright_onnx.site_ops import Chain, Place, fixed_site, form_of, from_float32, in_float32, merged
+from bitwright_onnx.storage import opset_for, storage_type, stored
 from bitwright_onnx.subgraph import values_of
+
+NAMES = "bitwright.names"
+"""Metadata key of a QDQ file: JSON of site → dequantized tensor, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,14 @@ def write_qdq(
     return QdqReport(written, report.names, report.raised, report.skipped)
 
 
+def export_qdq(
+    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding], path: str | Path
+) -> Bundle:
+    """`write_qdq`, as the bundle that `Backend.export` returns."""
+    report = write_qdq(model, graph, plan, encodings, path)
+    return Bundle({"qdq": report.path}, report.names)
+
+
 def build_qdq(
     model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding]
 ) -> tuple[ir.Model, QdqReport]:
@@ -94,6 +107,7 @@ def build_qdq(
             writer.activation(site, table[site])
         else:
             writer.parameter(site, table[site], _bias_groups(graph, plan, site, table))
+    work.metadata_props[NAMES] = json.dumps(writer.names)
     return work, QdqReport(Path(), writer.names, raised, skipped)
 
 
@@ -123,9 +137,7 @@ def _table(
     return table, raised
 
 
-def _bias_groups(
-    graph: Graph, plan: Plan, site: SiteId, table: Mapping[SiteId, Encoding]
-) -> dict[str, Encoding]:
+def _bias_groups(graph: Graph, plan: Plan, site: SiteId, table: Mapping[SiteId, Encoding]) -> dict[str, Encoding]:
     """Ops that share a bias but not its scale, each with the grid of its own accumulator.
 
     An integer kernel takes s_input·s_weight for granted, so one dequantized bias can't serve two scales.
@@ -135,7 +147,7 @@ def _bias_groups(
         return found
     for op in graph.users(site):
         weight, inputs = op.weight, op.data_inputs[:1]
-        if weight in table and inputs and inputs[0] in table:
+        if weight is not None and weight in table and inputs and inputs[0] in table:
             own = bias_encoding(table[inputs[0]], table[weight])
             if own is not None and not own.equals(table[site]):
                 found[op.id] = own
@@ -174,7 +186,7 @@ class _Writer:
             def operand(suffix: str) -> ir.Value:
                 return self._initializer(f"{site}_{suffix}", known[suffix])
 
-            y = fixed_site(chain, value, form, operand, dtype, 21, encoding)
+            y = fixed_site(chain, value, Place(form, dtype, INT4_OPSET), operand, encoding)
         else:
             y = self._pair(chain, value, site, encoding, dtype)
         y.type, y.shape = value.type, value.shape
@@ -211,11 +223,13 @@ class _Writer:
         zero = self._initializer(f"{site}_zero_point", encoding.zero_point, kind)
         x = in_float32(chain, x, dtype)
         grid = encoding.grid
-        clipped = encoding.float_format is None and grid.steps != 2 ** kind.bitwidth - 1
+        clipped = encoding.float_format is None and grid.steps != 2**kind.bitwidth - 1
         if clipped and kind.bitwidth > 8:
             # ONNX Runtime clips no 16-bit integers. The ends are codes times scale, so that codes come out the same.
             if not isinstance(layout, PerTensor):
-                raise EncodingError(f"activation {site!r}: {encoding.bits} bits a channel can't be exported; use 8 or 16")
+                raise EncodingError(
+                    f"activation {site!r}: {encoding.bits}-bit codes a channel can't be exported; use 8 or 16"
+                )
             low = self._initializer(f"{site}_minimum", encoding.minimum)
             x = chain("Clip", x, low, self._initializer(f"{site}_maximum", encoding.maximum))
         q = chain("QuantizeLinear", x, scale, zero, **axis)
@@ -259,14 +273,16 @@ class _Writer:
         apart: list[tuple[Encoding, ir.Value]] = []
         for user, index in uses:
             own = others.get(str(user.name))
-            y = main
-            if own is not None:
-                y = next((v for e, v in apart if e.equals(own)), None)
-                if y is None:
-                    y = self._stored(f"{site}_{len(apart) + 2}", value, param, canonical, own)
-                    y.name = self._fresh(f"{site}_{len(apart) + 2}")
-                    apart.append((own, y))
-            user.replace_input_with(index, y)
+            if own is None:
+                user.replace_input_with(index, main)
+                continue
+            twin = next((v for e, v in apart if e.equals(own)), None)
+            if twin is None:
+                name = f"{site}_{len(apart) + 2}"
+                twin = self._stored(name, value, param, canonical, own)
+                twin.name = self._fresh(name)
+                apart.append((own, twin))
+            user.replace_input_with(index, twin)
         if is_output:
             main.name = self.names[site] = self._fresh(f"{site}_dequantized")
         else:
@@ -277,7 +293,7 @@ class _Writer:
         self, name: str, value: ir.Value, param: Param, canonical: NDArray[np.float32], encoding: Encoding
     ) -> ir.Value:
         assert value.const_value is not None
-        native = tuple(value.const_value.shape)
+        native = tensor_array(value.const_value).shape
         dtype = value.const_value.dtype
         layout = param.layout or tuple(range(len(native)))
         codes = stored(canonical, encoding)
@@ -328,14 +344,18 @@ def _native_numbers(
     layout: tuple[int, ...],
     canonical: tuple[int, ...],
     back: NDArray[np.intp],
-) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, int]]:
+) -> tuple[NDArray[Any], NDArray[Any], dict[str, int]]:
     """Scale, zero point and attributes of DequantizeLinear in the parameter's native layout."""
     how = encoding.granularity
     extra = len(canonical) - len(param.shape)
     if isinstance(how, PerTensor):
         return encoding.scale, encoding.zero_point, {}
     if isinstance(how, PerChannel):
-        return encoding.scale, encoding.zero_point, {"axis": int(layout[how.axis % len(param.shape) + extra])}
+        axis = how.axis % len(param.shape)
+        if extra:
+            # A bias kept with axes of length 1, (1, out) or (out, 1, 1): its channels are the axis that is longer.
+            axis = next((i for i, n in enumerate(canonical) if n > 1), len(canonical) - 1)
+        return encoding.scale, encoding.zero_point, {"axis": int(layout[axis])}
     # Blocks run along one axis; ONNX wants a scale for every index of all the others.
     axis, block_axis = how.axis % len(param.shape), how.block_axis % len(param.shape)
     shape = list(param.shape)

@@ -19,29 +19,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from bitwright.backend import Array, Batch
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import EncodingError, ModelError
+from bitwright.errors import CapabilityError, EncodingError, ModelError
 from bitwright.graph import Graph, Param, TensorId
-from bitwright.plan import Derived, Float, Plan, SharedWith, SiteId, SiteKind
+from bitwright.plan import Float, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
+from bitwright_onnx.lowering import Lowering, fake_quantized, moved_from
 from bitwright_onnx.opset import raise_opset
 from bitwright_onnx.session import SIMULATION_CONFIG, OrtSession, tensor_array
-from bitwright_onnx.site_ops import Chain, Form, constants, fixed_site, form_of, live_site, merged, numbers
+from bitwright_onnx.site_ops import Form, constants, extents, form_of, numbers
 from bitwright_onnx.subgraph import extract, values_of
 
-GRID_KEEPING = frozenset(
-    {"Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity",
-     "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
-)  # fmt: skip
-"""Operators whose outputs hold only values of their data inputs."""
+
+def simulate(
+    model: ir.Model,
+    graph: Graph,
+    plan: Plan,
+    encodings: Mapping[SiteId, Encoding | None],
+    *,
+    trainable: bool = False,
+) -> OnnxSimulation:
+    """`Backend.simulate`.
+
+    Raises:
+        CapabilityError: `trainable` is asked for.
+        EncodingError: as `OnnxSimulation`.
+    """
+    if trainable:
+        raise CapabilityError(
+            "ONNX models can't be trained; quantization-aware training needs the torch, keras or tensorflow backend, "
+            "adaround and seq_mse improve an ONNX model without training"
+        )
+    return OnnxSimulation(model, graph, plan, encodings)
 
 
 class OnnxSimulation:
@@ -65,6 +79,7 @@ class OnnxSimulation:
         self._table: dict[SiteId, Encoding] = {}
         self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
         self._sites = tuple(s for s in plan.quantized if plan[s].kind is SiteKind.ACTIVATION and s in self._values)
+        self._site_set = frozenset(self._sites)
         self._prefix = {s: self._free_name(f"{s}/quantizer") for s in {plan.root(s) for s in self._sites}}
         self._forms: dict[SiteId, Form] = {}
         self._bound: dict[str, Array] = {}
@@ -154,21 +169,18 @@ class OnnxSimulation:
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
         if self._plan[site].kind is SiteKind.PARAMETER:
-            shape: tuple[int | None, ...] | None = self._graph.params[site].shape
+            shape = self._graph.params[site].shape
+        elif encoding.scale.ndim == 0:
+            return
         else:
             value = self._values.get(site)
-            shape = None if value is None or value.shape is None else tuple(
-                d if isinstance(d, int) else None for d in value.shape
-            )  # fmt: skip
-            if shape is None:
-                if encoding.scale.ndim:
-                    raise EncodingError(
-                        f"{site!r} has no known rank, so only one scale for the whole tensor can be set"
-                    )
-                return
+            if value is None or value.shape is None:
+                raise EncodingError(f"{site!r} has no known rank, so only one scale for the whole tensor can be set")
+            # Free dimensions fit anything; along the axes that carry scales the encoding's own lengths stand in.
+            scaled = extents(encoding, len(value.shape))
+            shape = tuple(d if isinstance(d, int) else n for d, n in zip(value.shape, scaled, strict=True))
         try:
-            if all(isinstance(d, int) for d in shape):
-                encoding.spread(shape)  # type: ignore[arg-type]
+            encoding.spread(shape)
         except ValueError as error:
             raise EncodingError(f"{site!r}: {error}") from None
 
@@ -176,7 +188,8 @@ class OnnxSimulation:
         known = self._forms.get(root)
         if encoding is not None:
             form = form_of(encoding, self._rank(root))
-        form = known if form is None or (known is not None and known.covers(form)) else form
+        if known is not None and (form is None or known.covers(form)):
+            form = known
         assert form is not None
         if form != known:
             self._forms[root] = form
@@ -187,16 +200,11 @@ class OnnxSimulation:
 
     def _on_grid(self, site: SiteId) -> bool:
         """Whether a site's values have been rounded to its grid by the ops before it."""
-        if not isinstance(self._plan[site].decision, SharedWith) and not self._plan.tied(self._plan.root(site))[1:]:
+        if len(self._plan.tied(self._plan.root(site))) == 1:
             return False
-        node = self._values[site].producer()
-        if node is None or node.op_type not in GRID_KEEPING or node.domain not in ("", "ai.onnx"):
-            return False
-        count = len(node.inputs) if node.op_type == "Concat" else 1
-        sources = [v.name for v in node.inputs[:count] if v is not None]
+        sources = moved_from(self._values[site])
         root = self._plan.root(site)
-        sites = set(self._sites)
-        return all(s in sites and self._plan.root(str(s)) == root for s in sources)
+        return bool(sources) and all(s in self._site_set and self._plan.root(s) == root for s in sources)
 
     def _lower(
         self, outputs: Sequence[TensorId], feeds: tuple[TensorId, ...] | None, *, fixed: bool
@@ -216,104 +224,34 @@ class OnnxSimulation:
             part = raise_opset(part, wanted)
             values = values_of(part.graph)
         part.ir_version = max(part.ir_version, 10)
-        for param, encoding in self._table.items():
-            for site in self._plan.tied(param):
+        for shared, grid in self._table.items():
+            for site in self._plan.tied(shared):
                 if self._plan[site].kind is SiteKind.PARAMETER and site in values:
-                    self._set_parameter(values[site], self._graph.params[site], encoding)
-        operands: dict[str, ir.Value] = {}
+                    self._set_parameter(values[site], self._graph.params[site], grid)
+        lowering = Lowering(part)
         aliases: dict[TensorId, str] = {}
         for site in active:
             root = self._plan.root(site)
             encoding = self._table.get(root)
-            if fixed and encoding is None:
+            if not fixed:
+                alias = lowering.live(values[site], forms[site], self._prefix[root])
+            elif encoding is not None:
+                alias = lowering.fixed(values[site], forms[site], self._prefix[root], encoding)
+            else:
                 continue
-            alias = _attach(
-                part, values[site], forms[site], self._prefix[root], operands, encoding if fixed else None
-            )
             if alias != site:
                 aliases[site] = alias
-        return part, aliases, [] if fixed else list(operands)
+        return part, aliases, lowering.live_inputs
 
     def _set_parameter(self, value: ir.Value, param: Param, encoding: Encoding) -> None:
         known = self._quantized.get(param.id)
         if known is None or known[0] is not encoding:
             if value.const_value is None:
                 raise ModelError(f"parameter {param.id!r} is not an initializer of the main graph")
-            native = tensor_array(value.const_value)
-            array = _fake_quantized(native, param, encoding)
+            array = fake_quantized(tensor_array(value.const_value), param, encoding)
             known = (encoding, ir.Tensor(array, dtype=value.const_value.dtype, name=value.name))
             self._quantized[param.id] = known
         value.const_value = known[1]
-
-
-def _fake_quantized(native: NDArray[Any], param: Param, encoding: Encoding) -> NDArray[Any]:
-    layout = param.layout or tuple(range(native.ndim))
-    quantized = encoding.fake_quantize(native.transpose(layout).astype(np.float32, copy=False))
-    return np.asarray(quantized.transpose(np.argsort(layout)), native.dtype, order="C")
-
-
-def _attach(
-    part: ir.Model,
-    value: ir.Value,
-    form: Form,
-    prefix: str,
-    operands: dict[str, ir.Value],
-    encoding: Encoding | None,
-) -> str:
-    """Put a chain behind a tensor, for all its readers; returns the name of the quantized tensor.
-
-    With an encoding its numbers are constants, else they become inputs of the part.
-    """
-    graph = part.graph
-    opset = graph.opset_imports[""]
-    dtype = value.dtype or ir.DataType.FLOAT
-    known = None if encoding is None else merged(form, encoding)
-
-    def operand(suffix: str) -> ir.Value:
-        name = f"{prefix}/{suffix}"
-        if name not in operands:
-            if known is None:
-                array = merged(form, None)[suffix]
-                made = ir.Value(
-                    name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape([None] * array.ndim)
-                )
-                graph.inputs.append(made)
-            else:
-                made = ir.Value(name=name, const_value=ir.tensor(known[suffix], name=name))
-                graph.register_initializer(made)
-            operands[name] = made
-        return operands[name]
-
-    uses = list(value.uses())
-    chain = Chain(f"{value.name}/quantize")
-    if encoding is None:
-        y = live_site(chain, value, form, operand, dtype, opset)
-    else:
-        y = fixed_site(chain, value, form, operand, dtype, opset, encoding)
-    y.type, y.shape = value.type, value.shape
-    for user, index in uses:
-        user.replace_input_with(index, y)
-    name = str(value.name)
-    if value.is_graph_input():
-        # A model output that is an input goes by the input's name, so constants leave it as it is.
-        if encoding is None:
-            _replace_outputs(graph, value, y)
-        graph.insert_before(graph[0], chain.nodes) if len(graph) else graph.extend(chain.nodes)
-        y.name = f"{prefix}/quantized"
-    else:
-        _replace_outputs(graph, value, y)
-        producer = value.producer()
-        assert producer is not None
-        graph.insert_after(producer, chain.nodes)
-        value.name = f"{prefix}/float"
-        y.name = name
-    return str(y.name)
-
-
-def _replace_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = new
 
 
 class SimulatedSession:

@@ -20,7 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.encoding import Encoding
-from bitwright.grid import FLOAT_FORMATS, PerChannel, PerTensor, QuantSpec, spread
+from bitwright.errors import EncodingError
+from bitwright.grid import FLOAT_FORMATS, Blockwise, PerTensor, QuantSpec, spread
 
 Numbers = dict[str, NDArray[Any]]
 """A chain's operands by suffix."""
@@ -72,7 +73,9 @@ def numbers(form: Form, encoding: Encoding | None) -> Numbers:
     on = encoding is not None
     if form.kind in ("integer8", "integer") and form.rank is None:
         found = _scalar_numbers(encoding)
-        return {k: found[k] for k in ("narrow", "scale", "zero8", "low8", "high8")} if form.kind == "integer8" else found
+        if form.kind == "integer8":
+            found = {k: found[k] for k in ("narrow", "scale", "zero8", "low8", "high8")}
+        return found
     if encoding is None:
         scale, zero = np.ones((1,) * (form.rank or 0), np.float32), np.zeros((1,) * (form.rank or 0), np.int32)
         low, high = zero, zero
@@ -121,11 +124,26 @@ def _spread(values: NDArray[Any], encoding: Encoding, form: Form) -> NDArray[Any
     layout = encoding.granularity
     if form.rank is None or isinstance(layout, PerTensor):
         return values.reshape(())
-    shape = [1] * form.rank
-    shape[layout.axis] = values.shape[0]
-    if not isinstance(layout, PerChannel):
-        shape[layout.block_axis] = values.shape[1] * layout.block_size
-    return np.asarray(spread(values, tuple(shape), layout))
+    return np.asarray(spread(values, extents(encoding, form.rank), layout))
+
+
+def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
+    """The smallest shape of that rank that an encoding's scales fit: 1 along axes that they don't vary over.
+
+    Raises:
+        EncodingError: an axis is out of range.
+    """
+    layout, shape = encoding.granularity, [1] * rank
+    axes: tuple[int, ...] = () if isinstance(layout, PerTensor) else (layout.axis,)
+    if isinstance(layout, Blockwise):
+        axes = (layout.axis, layout.block_axis)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise EncodingError(f"an encoding over axes {axes} doesn't fit a tensor of rank {rank}")
+    for axis, length in zip(axes, encoding.scale.shape, strict=True):
+        shape[axis] = length
+    if isinstance(layout, Blockwise):
+        shape[layout.block_axis] *= layout.block_size
+    return tuple(shape)
 
 
 Operand = Callable[[str], ir.Value]
@@ -136,52 +154,61 @@ class Chain:
 
     def __init__(self, prefix: str) -> None:
         self.nodes: list[ir.Node] = []
-        self._prefix = prefix
+        self.prefix = prefix
 
-    def __call__(self, op: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> ir.Value:
-        """Append one node; returns its first output."""
-        name = f"{self._prefix}/{op}_{len(self.nodes)}"
-        values = [ir.Value(name=f"{name}:{i}") for i in range(outputs)]
-        self.nodes.append(ir.node(op, inputs=inputs, attributes=attributes or None, outputs=values, name=name))
-        return values[0]
+    def __call__(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Append one node; returns its output."""
+        name = f"{self.prefix}/{op}_{len(self.nodes)}"
+        output = ir.Value(name=f"{name}:0")
+        self.nodes.append(ir.node(op, inputs=inputs, attributes=attributes or None, outputs=[output], name=name))
+        return output
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """x as another type."""
         return self("Cast", x, to=int(dtype))
 
 
-def live_site(chain: Chain, x: ir.Value, form: Form, operand: Operand, dtype: ir.DataType, opset: int) -> ir.Value:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chain goes: its form, the tensor's type and the graph's opset."""
+
+    form: Form
+    dtype: ir.DataType
+    opset: int
+
+
+def live_site(chain: Chain, x: ir.Value, place: Place, operand: Operand) -> ir.Value:
     """The chain with its switches: bypassed, the tensor passes as it is."""
+    form = place.form
     branches: list[tuple[str, Callable[[Chain, ir.Value], ir.Value]]]
     if form.kind == "integer8":
         branches = [("narrow", lambda c, v: _pair8(c, v, operand))]
     elif form.kind == "integer" and form.rank is None:
         branches = [("narrow", lambda c, v: _pair8(c, v, operand))]
-        if opset >= WIDE_OPSET:
+        if place.opset >= WIDE_OPSET:
             branches += [("wide", lambda c, v: _pair16(c, v, operand))]
         else:
             branches += [("wide", lambda c, v: _composed(c, v, operand, clip=True))]
         branches += [("odd", lambda c, v: _composed(c, v, operand, clip=True))]
     else:
         branches = [("on", lambda c, v: _plain(c, v, form, operand))]
-    return _switch(chain, x, branches, operand, dtype)
+    return _switch(chain, x, branches, operand, place.dtype)
 
 
-def fixed_site(
-    chain: Chain, x: ir.Value, form: Form, operand: Operand, dtype: ir.DataType, opset: int, encoding: Encoding
-) -> ir.Value:
+def fixed_site(chain: Chain, x: ir.Value, place: Place, operand: Operand, encoding: Encoding) -> ir.Value:
     """The chain of one encoding, without switches, for graphs whose encodings are constants."""
-    x = in_float32(chain, x, dtype)
+    form = place.form
+    x = in_float32(chain, x, place.dtype)
     if form.kind in ("integer8", "integer") and form.rank is None:
         if encoding.bits <= 8:
             y = _pair8(chain, x, operand, clip=encoding.grid.steps < 255)
-        elif encoding.grid.steps == 2**16 - 1 and opset >= WIDE_OPSET:
+        elif encoding.grid.steps == 2**16 - 1 and place.opset >= WIDE_OPSET:
             y = _pair16(chain, x, operand)
         else:
             y = _composed(chain, x, operand, clip=True)
     else:
         y = _plain(chain, x, form, operand)
-    return from_float32(chain, y, dtype)
+    return from_float32(chain, y, place.dtype)
 
 
 def _switch(
@@ -194,11 +221,11 @@ def _switch(
     if not branches:
         return chain("Identity", x)
     (switch, build), *rest = branches
-    prefix = f"{chain._prefix}/{switch}"
+    prefix = f"{chain.prefix}/{switch}"
     taken, passed = Chain(f"{prefix}/then"), Chain(f"{prefix}/else")
     y = from_float32(taken, build(taken, in_float32(taken, x, dtype)), dtype)
     z = _switch(passed, x, rest, operand, dtype)
-    graphs = {
+    graphs: dict[str, Any] = {
         "then_branch": ir.Graph([], [_typed(y, x)], nodes=taken.nodes, name=f"{prefix}/then"),
         "else_branch": ir.Graph([], [_typed(z, x)], nodes=passed.nodes, name=f"{prefix}/else"),
     }
@@ -211,10 +238,12 @@ def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
 
 
 def in_float32(chain: Chain, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A tensor of type `dtype` as float32, in which grids are computed."""
     return x if dtype is ir.DataType.FLOAT else chain.cast(x, ir.DataType.FLOAT)
 
 
 def from_float32(chain: Chain, y: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A float32 tensor back in the type `dtype`."""
     return y if dtype is ir.DataType.FLOAT else chain.cast(y, dtype)
 
 
