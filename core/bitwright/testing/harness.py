@@ -190,7 +190,13 @@ class SimpleWalk:
             sessions.append(simulation.session([tap]))
         for batch in self.data:
             moments.update(*(np.asarray(s.run(batch)[tap]) for s in sessions))
-        return Layer(op, values[op.weight], None if bias is None else values[bias], moments, encodings[op.weight])
+        return Layer(
+            op,
+            _sealed(values[op.weight]),
+            None if bias is None else _sealed(values[bias]),
+            moments,
+            encodings[op.weight],
+        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ def run_technique(
     store = MemoryStore() if store is None else store
     chosen: Any = technique.Settings(**settings)
     walk = SimpleWalk(backend, model, plan, table, data, store) if data else None
-    params: Params = backend.read(model, list(graph.params))
+    params: Params = {p: _sealed(v) for p, v in backend.read(model, list(graph.params)).items()}
     requests = list(technique.statistics(graph, plan, chosen))
     if requests and not data:
         raise InputError(f"{technique.name} asks for statistics; give run_technique calibration data")
@@ -261,6 +267,13 @@ def run_technique(
     kept = {s: e for s, e in kept.items() if s in after.tensors or s in after.params}
     new_plan = plan if set(plan) <= {*after.tensors, *after.params} else simple_plan(after)
     return Applied(outcome, changed, context, min_max_encodings(backend, changed, new_plan, data, kept), walk)
+
+
+def _sealed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A read-only copy, so that a technique that writes into its inputs fails at once."""
+    copy = np.array(values, np.float32)
+    copy.setflags(write=False)
+    return copy
 
 
 def _collect(

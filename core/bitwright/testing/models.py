@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def transposed(seed: int = 0) -> ReferenceModel:
     return b.build(x)
 
 
-MODELS = {
+MODELS: dict[str, Callable[..., ReferenceModel]] = {
     "conv_bn_relu": conv_bn_relu,
     "depthwise_triple": depthwise_triple,
     "residual": residual,

@@ -303,7 +303,8 @@ def _remove_op(model: ReferenceModel, edit: RemoveOp) -> ReferenceModel:
     if gone not in model.graph.outputs:
         return rebuild(model, [replace(o, inputs=tuple(source if t == gone else t for t in o.inputs)) for o in ops])
     if source in model.graph.inputs or source in model.graph.outputs:
-        raise ModelError(f"{op.id!r} can't be removed: both its ends are model inputs or outputs")
+        # Both ends have names that must stay, so something has to lie between them.
+        return rebuild(model, _swap(model, replace(op, kind=OpKind.IDENTITY, type="Identity", attrs=None, params={})))
 
     def renamed(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(gone if t == source else t for t in tensors)

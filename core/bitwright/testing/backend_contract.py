@@ -1,0 +1,28 @@
+"""What every backend must hold, as a pytest class to subclass::
+
+    class TestMyBackend(BackendContract):
+        suffix = ".pt"
+
+        def backend(self):
+            return MyBackend()
+
+        def cases(self):
+            return {"resnet block": Case(build_resnet_block, {"x": batch})}
+
+Between them the cases should hold a convolution, a batch norm after one, a depthwise or grouped and a transposed
+convolution, a linear op, a clipped ReLU, a residual sum and a concatenation; `kinds` says what is checked for.
+"""
+
+from __future__ import annotations
+
+from bitwright.testing.contract_base import Case
+from bitwright.testing.edit_contract import EditContract
+from bitwright.testing.file_contract import FileContract
+from bitwright.testing.graph_contract import GraphContract
+from bitwright.testing.simulation_contract import SimulationContract
+
+__all__ = ["BackendContract", "Case"]
+
+
+class BackendContract(GraphContract, EditContract, SimulationContract, FileContract):
+    """Subclass it and give `backend` and `cases`."""

@@ -1,0 +1,150 @@
+"""What the parts of the backend contract share: cases, sessions, and the core's own idea of each op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bitwright.backend import Backend, Batch, Session, Simulation
+from bitwright.encoding import Encoding
+from bitwright.graph import BatchNormAttrs, ConvAttrs, Graph, Op, OpKind, ParamRole, TensorId
+from bitwright.linear_form import columns, input_channels, output_channels, to_matrix
+from bitwright.plan import Plan
+from bitwright.statistics.base import Tap
+from bitwright.testing.harness import min_max_encodings
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model.
+
+    Attributes:
+        build: makes it, in the form that the backend works on (what `adopt` or `load` return).
+        batch: an input batch of at least four samples.
+        tolerance: of float outputs, relative to their largest magnitude.
+    """
+
+    build: Callable[[], Any]
+    batch: Batch
+    tolerance: float = 1e-5
+
+
+class Contract:
+    """Base of the contract's parts.
+
+    Attributes:
+        kinds: ops that the cases must cover between them.
+        suffix: of the backend's model files.
+    """
+
+    kinds: ClassVar[frozenset[OpKind]] = frozenset(
+        {OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR, OpKind.BATCH_NORM, OpKind.RELU, OpKind.CLIPPED_RELU,
+         OpKind.ADD, OpKind.CONCAT, OpKind.MAX_POOL}
+    )  # fmt: skip
+    suffix: ClassVar[str] = ".model"
+
+    def backend(self) -> Backend[Any]:
+        """The backend under test."""
+        raise NotImplementedError("give the backend under test")
+
+    def cases(self) -> Mapping[str, Case]:
+        """Models by name."""
+        raise NotImplementedError("give models to test it on")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test for each case."""
+        if "case" in metafunc.fixturenames:
+            found = self.cases()
+            metafunc.parametrize("case", list(found.values()), ids=list(found))
+
+    def outputs(self, model: Any, case: Case) -> dict[TensorId, Array]:
+        """The float model's outputs, in order."""
+        backend = self.backend()
+        return run(backend.session(model, [Tap(t) for t in backend.graph(model).outputs]), case.batch)
+
+
+def run(session: Session, batch: Batch) -> dict[TensorId, Array]:
+    """Whole taps by tensor."""
+    return {tap.tensor: np.asarray(v) for tap, v in session.run(batch).items()}
+
+
+def assert_close(found: Array, expected: Array, tolerance: float, what: str) -> None:
+    """Compare relative to the largest magnitude expected."""
+    assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
+    scale = max(float(np.abs(expected).max(initial=0)), 1e-6)
+    worst = float(np.abs(found.astype(np.float64) - expected).max(initial=0))
+    assert worst <= tolerance * scale, f"{what}: differs by {worst:.3g} where values reach {scale:.3g}"
+
+
+def bare(backend: Backend[Any], model: Any, case: Case, plan: Plan) -> Simulation[Any]:
+    """A simulation with every site bypassed."""
+    simulation = backend.simulate(model, plan, min_max_encodings(backend, model, plan, [case.batch]))
+    simulation.set(dict.fromkeys((*plan.activations, *plan.parameters)))
+    return simulation
+
+
+def grid_points(encoding: Encoding, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Values on the grid, midway between its points, and outside it, as many as fit."""
+    size = int(np.prod(shape))
+    grid = encoding.grid
+    codes = np.linspace(grid.qmin - 2, grid.qmax + 2, 2 * (grid.steps + 4) + 1)  # halves: every code and midpoint
+    chosen = codes if size >= len(codes) else codes[:: -(-len(codes) // size)]
+    values = (np.resize(chosen, size) - int(encoding.zero_point)) * np.float64(encoding.scale)
+    return values.astype(np.float32).reshape(shape)
+
+
+def floats(graph: Graph) -> list[TensorId]:
+    """Float tensors that an op of the graph writes, and float inputs."""
+    return [t.id for t in graph.tensors.values() if t.is_float and (graph.producer(t.id) or t.id in graph.inputs)]
+
+
+def own(op: Op) -> list[str]:
+    """Ids of the weight and the bias."""
+    return [op.params[r] for r in (ParamRole.WEIGHT, ParamRole.BIAS) if r in op.params]
+
+
+def check_weight(graph: Graph, op: Op) -> None:
+    """Shapes of a linear op's parameters."""
+    assert op.weight is not None
+    shape = graph.params[op.weight].shape
+    if isinstance(op.attrs, ConvAttrs):
+        assert shape[2:] == op.attrs.kernel, op.id
+        assert (shape[0] if op.kind is OpKind.CONV else input_channels(op, shape)) % op.attrs.groups == 0, op.id
+    else:
+        assert len(shape) == 2, op.id
+    if ParamRole.BIAS in op.params:
+        assert graph.params[op.params[ParamRole.BIAS]].shape == (output_channels(op, shape),), op.id
+
+
+def linear_output(graph: Graph, op: Op, x: Array, params: Mapping[str, Array]) -> Array:
+    """(out, rows) of a linear op, computed by the core."""
+    assert op.weight is not None
+    matrix = to_matrix(op, np.asarray(params[op.weight], np.float32))
+    axis = graph.tensors[op.data_inputs[0]].channel_axis
+    y = np.concatenate([np.matmul(matrix, c) for c in columns(op, x, axis)], axis=2)
+    y = y.reshape(-1, y.shape[2])
+    bias = op.params.get(ParamRole.BIAS)
+    return y if bias is None else y + np.asarray(params[bias])[:, None]
+
+
+def rows(graph: Graph, op: Op, y: Array) -> Array:
+    """An output tensor as (out, rows)."""
+    known = graph.tensors[op.output].channel_axis
+    axis = (-1 if op.kind is OpKind.LINEAR else 1) if known is None else known
+    return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1)
+
+
+def scale_shift(backend: Backend[Any], model: Any, norm: Op) -> tuple[Array, Array]:
+    """s and t of a batch norm as y = s·x + t, for each channel."""
+    assert isinstance(norm.attrs, BatchNormAttrs)
+    values = {r: v.astype(np.float64) for r, p in norm.params.items() for v in [backend.read(model, [p])[p]]}
+    sigma = np.sqrt(values[ParamRole.VAR] + norm.attrs.epsilon)
+    scale = values.get(ParamRole.GAMMA, np.ones(len(sigma))) / sigma
+    return scale, values.get(ParamRole.BETA, np.zeros(len(sigma))) - values[ParamRole.MEAN] * scale

@@ -1,0 +1,46 @@
+"""The part of the backend contract about files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitwright.errors import BitwrightError
+from bitwright.testing.contract_base import (
+    Case,
+    Contract,
+    assert_close,
+)
+from bitwright.testing.harness import min_max_encodings, simple_plan
+
+
+class FileContract(Contract):
+    """Saving, exporting and loading."""
+
+    def test_save_and_load(self, case: Case, tmp_path: Path) -> None:
+        """A saved model computes the same, and no other file is left."""
+        backend, model = self.backend(), case.build()
+        path = backend.save(model, tmp_path / f"model{self.suffix}")
+        assert path.exists()
+        before, after = self.outputs(model, case), self.outputs(backend.load(path), case)
+        assert list(after) == list(before)
+        for t in before:
+            assert_close(after[t], before[t], case.tolerance, t)
+
+    def test_export_and_reload(self, case: Case, tmp_path: Path) -> None:
+        """Every format is written; the float artefact computes what the model does and has its parameters."""
+        backend, model = self.backend(), case.build()
+        plan = simple_plan(backend.graph(model))
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        before = self.outputs(model, case)
+        for index, name in enumerate(backend.formats()):
+            bundle = backend.export(model, plan, table, tmp_path / f"{index}{self.suffix}", name)
+            assert bundle.files
+            assert all(p.exists() for p in bundle.files.values())
+            if index == 0:
+                again = self.outputs(backend.load(bundle.files["model"]), case)
+                for t, v in zip(before, again.values(), strict=True):
+                    assert_close(v, before[t], case.tolerance, t)
+        with pytest.raises(BitwrightError):
+            backend.export(model, plan, table, tmp_path / "x", "no such format")

@@ -1,0 +1,152 @@
+"""The part of the backend contract about fake quantization and partial execution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitwright.backend import PartialExecution
+from bitwright.encoding import encoding_from_range
+from bitwright.errors import EncodingError, ModelError
+from bitwright.grid import QuantSpec
+from bitwright.statistics.base import Tap
+from bitwright.testing.contract_base import (
+    Case,
+    Contract,
+    assert_close,
+    bare,
+    floats,
+    grid_points,
+    linear_output,
+    own,
+    rows,
+    run,
+)
+from bitwright.testing.harness import min_max_encodings, simple_plan
+
+
+class SimulationContract(Contract):
+    """Simulations and segments."""
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            QuantSpec(8, signed=False, symmetric=False),
+            QuantSpec(8),
+            QuantSpec(8, strict=True),
+            QuantSpec(4, signed=False, symmetric=False),
+            QuantSpec(16, signed=False, symmetric=False),
+        ],
+        ids=["uint8", "int8", "int8 strict", "uint4", "uint16"],
+    )
+    def test_fake_quantization_is_the_core_s_grid(self, case: Case, spec: QuantSpec) -> None:
+        """Bit-equal to `Encoding.fake_quantize` on every code, every midpoint between codes, and beyond the ends."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        plan = simple_plan(graph, activations=spec)
+        for t in (t for t in graph.inputs if graph.tensors[t].is_float):
+            encoding = encoding_from_range(spec, -1.3, 2.1)
+            batch = {**case.batch, t: grid_points(encoding, case.batch[t].shape)}
+            simulation = bare(backend, model, case, plan)
+            simulation.set({t: encoding})
+            found = run(simulation.session([Tap(t)]), batch)[t]
+            assert np.array_equal(found, encoding.fake_quantize(batch[t]))
+
+    def test_activations_are_quantized_where_the_plan_says(self, case: Case) -> None:
+        """With one site active, its tensor is the float one on the grid; bypassed, the network is the float one."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        plan = simple_plan(graph, weights=QuantSpec(8))
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulation = bare(backend, model, case, plan)
+        floats = run(backend.session(model, [Tap(t) for t in plan.activations]), case.batch)
+        outputs = self.outputs(model, case)
+        session = simulation.session([Tap(t) for t in plan.activations])
+        for site in plan.activations:
+            simulation.set({site: table[site]})
+            assert simulation.get()[site].equals(table[site])
+            found = run(session, case.batch)[site]
+            expected = table[site].fake_quantize(floats[site])
+            # Fusions may move the float value by its last bit, and so a few values to the neighbouring code.
+            steps = np.rint(np.abs(found - expected) / float(table[site].scale))
+            assert steps.max(initial=0) <= 1, site
+            assert np.mean(steps > 0) <= 0.01, site
+            simulation.set({site: None})
+        for t, v in run(simulation.session([Tap(t) for t in graph.outputs]), case.batch).items():
+            assert_close(v, outputs[t], case.tolerance, t)
+
+    def test_weights_are_quantized(self, case: Case) -> None:
+        """With one weight active, its op computes with the weight on its grid."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        plan = simple_plan(graph, weights=QuantSpec(4))
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulation = bare(backend, model, case, plan)
+        for op in graph.linear_ops:
+            assert op.weight is not None
+            if len(graph.users(op.weight)) > 1:
+                continue
+            simulation.set({op.weight: table[op.weight]})
+            values = run(simulation.session([Tap(op.data_inputs[0]), Tap(op.output)]), case.batch)
+            params = dict(backend.read(model, own(op)))
+            params[op.weight] = table[op.weight].fake_quantize(params[op.weight])
+            expected = linear_output(graph, op, values[op.data_inputs[0]], params)
+            assert_close(rows(graph, op, values[op.output]), expected, max(case.tolerance, 1e-5), op.id)
+            simulation.set({op.weight: None})
+
+    def test_unknown_sites_are_refused(self, case: Case) -> None:
+        """And nothing is changed by the attempt."""
+        backend, model = self.backend(), case.build()
+        plan = simple_plan(backend.graph(model))
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulation = backend.simulate(model, plan, table)
+        with pytest.raises(EncodingError):
+            simulation.set({"no such site": next(iter(table.values()))})
+        assert all(simulation.get()[s].equals(e) for s, e in table.items())
+
+    def test_simulating_leaves_the_model_alone(self, case: Case) -> None:
+        """The float model computes what it did before."""
+        backend, model = self.backend(), case.build()
+        before = self.outputs(model, case)
+        plan = simple_plan(backend.graph(model))
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulated = backend.simulate(model, plan, table).session([Tap(t) for t in before])
+        assert all(np.isfinite(v).all() for v in run(simulated, case.batch).values())
+        for t, v in self.outputs(model, case).items():
+            assert np.array_equal(v, before[t])
+
+    def test_segments_compute_what_the_whole_does(self, case: Case) -> None:
+        """From any tensor through which everything flows, in the float and in the simulated network."""
+        backend, model = self.backend(), case.build()
+        if not isinstance(backend, PartialExecution):
+            pytest.skip("no PartialExecution")
+        graph = backend.graph(model)
+        plan = simple_plan(graph)
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulation = backend.simulate(model, plan, table)
+        networks: list[tuple[Any, Any, float]] = [
+            (
+                lambda taps: backend.session(model, taps),
+                lambda feeds, taps: backend.segment(model, feeds, taps),
+                case.tolerance,
+            ),
+            (simulation.session, simulation.segment, 1e-2),  # a value on the edge may fall to the next code
+        ]
+        for whole, segment, tolerance in networks:
+            values = run(whole([Tap(t) for t in floats(graph)]), case.batch)
+            for op in graph.linear_ops:
+                feeds = [op.data_inputs[0]]
+                part = run(segment(feeds, [Tap(op.output)]), {feeds[0]: values[feeds[0]]})
+                assert_close(part[op.output], values[op.output], tolerance, op.id)
+
+    def test_segments_that_can_t_be_computed_are_refused(self, case: Case) -> None:
+        """A tap before the feed is a ModelError when the segment is compiled."""
+        backend, model = self.backend(), case.build()
+        if not isinstance(backend, PartialExecution):
+            pytest.skip("no PartialExecution")
+        graph = backend.graph(model)
+        first = graph.linear_ops[0]
+        with pytest.raises(ModelError):
+            backend.segment(model, [graph.outputs[0]], [Tap(first.output)])

@@ -1,0 +1,234 @@
+"""What every technique must hold, as a pytest class to subclass::
+
+class TestMyTechnique(TechniqueContract):
+    reconstructs = True
+    settings = {"iterations": 50}
+
+    def technique(self):
+        return MyTechnique()
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from bitwright.backend import Capability
+from bitwright.edits import SetBias
+from bitwright.errors import BitwrightError
+from bitwright.graph import ParamRole
+from bitwright.grid import PerChannel, QuantSpec
+from bitwright.linear_form import to_matrix
+from bitwright.plan import Plan
+from bitwright.statistics.base import Request
+from bitwright.technique import Layer, Outcome, Technique
+from bitwright.testing import models
+from bitwright.testing.harness import Applied, Interrupted, MemoryStore, run_technique, simple_plan
+from bitwright.testing.reference import ReferenceBackend, ReferenceModel
+
+FRAMEWORKS = ("torch", "tensorflow", "keras", "onnx", "onnx_ir", "onnxruntime", "jax")
+
+
+class TechniqueContract:
+    """Subclass it, give `technique`, and set what applies.
+
+    Attributes:
+        settings: the technique's settings for these tests; choose quick ones.
+        needs_data: it must be refused in clear words without calibration data.
+        reconstructs: it lowers the output error of single layers, so that it may never be above nearest rounding.
+        weights, activations: what the test plan quantizes to.
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {}
+    needs_data: ClassVar[bool] = True
+    reconstructs: ClassVar[bool] = False
+    weights: ClassVar[QuantSpec] = QuantSpec(4, granularity=PerChannel(0))
+    activations: ClassVar[QuantSpec | None] = QuantSpec(8, signed=False, symmetric=False)
+
+    def technique(self) -> Technique:
+        """The technique under test."""
+        raise NotImplementedError("give the technique under test")
+
+    def models(self) -> Mapping[str, Callable[[], ReferenceModel]]:
+        """Models that it must cope with; by default all small ones (see `models`)."""
+        return models.MODELS
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test for each model."""
+        if "model" in metafunc.fixturenames:
+            found = self.models()
+            metafunc.parametrize("model", [make() for make in found.values()], ids=list(found))
+
+    def plan(self, model: ReferenceModel) -> Plan:
+        """The plan that tests use."""
+        return simple_plan(model.graph, weights=self.weights, activations=self.activations)
+
+    def apply(self, model: ReferenceModel, store: MemoryStore | None = None, seed: int = 0) -> Applied:
+        """One run."""
+        data = [models.batch(model, 6, s) for s in range(3)]
+        return run_technique(
+            self.technique(),
+            ReferenceBackend(),
+            model,
+            data,
+            plan=self.plan(model),
+            store=store,
+            seed=seed,
+            **self.settings,
+        )
+
+    # -- the contract
+
+    def test_describes_itself(self) -> None:
+        """Name, settings, capabilities and requests have the right forms."""
+        technique = self.technique()
+        assert isinstance(technique, Technique)
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", technique.name)
+        assert issubclass(technique.Settings, BaseModel)
+        assert all(isinstance(c, Capability) for c in technique.requires)
+        model = models.conv_bn_relu()
+        settings = technique.Settings(**self.settings)
+        requests = list(technique.statistics(model.graph, self.plan(model), settings))
+        assert all(isinstance(r, Request) for r in requests)
+        assert len({r.key for r in requests}) == len(requests)
+
+    def test_refuses_unknown_settings(self) -> None:
+        """A mistyped setting is an error, not a silent default; settings don't change."""
+        settings = self.technique().Settings
+        with pytest.raises(ValidationError):
+            settings.model_validate({"no_such_setting": 1})
+        made = settings(**self.settings)
+        for name in settings.model_fields:
+            with pytest.raises(ValidationError):
+                setattr(made, name, getattr(made, name))
+
+    def test_imports_no_framework(self) -> None:
+        """Its module, and making one, loads none of the frameworks."""
+        kind = type(self.technique())
+        loaded = f"print([f for f in {FRAMEWORKS!r} if f in sys.modules])"
+        code = f"import sys, {kind.__module__} as m; m.{kind.__qualname__}(); {loaded}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+    def test_outcome_fits_the_model(self, model: ReferenceModel) -> None:
+        """New values name what exists, have its shapes, and are finite; the changed model runs."""
+        done = self.apply(model)
+        outcome, params = done.outcome, done.model.graph.params
+        for p, value in outcome.params.items():
+            assert p in params, f"unknown parameter {p!r}"
+            assert value.shape == params[p].shape
+            assert np.isfinite(value).all()
+        for site, encoding in outcome.encodings.items():
+            assert site in done.context.plan
+            encoding.spread(params[site].shape if site in params else (1,))
+        assert all(np.isfinite(v).all() for v in done.model(models.batch(model)).values())
+
+    def test_report_says_what_was_done(self, model: ReferenceModel) -> None:
+        """A summary, finite figures, and rows as wide as their header."""
+        report = self.apply(model).outcome.report
+        assert report.summary
+        assert "\n" not in report.summary
+        assert all(np.isfinite(v) for v in report.figures.values())
+        assert all(len(row) == len(report.columns) for row in report.rows)
+
+    def test_is_deterministic(self, model: ReferenceModel) -> None:
+        """Equal inputs and seed give bit-equal results."""
+        assert same(self.apply(model, seed=1).outcome, self.apply(model, seed=1).outcome)
+
+    def test_leaves_its_inputs_alone(self, model: ReferenceModel) -> None:
+        """Neither the model nor the context change."""
+        before = {p: v.copy() for p, v in model.params.items()}
+        ops = model.graph.ops
+        done = self.apply(model)
+        assert model.graph.ops == ops
+        assert all(np.array_equal(model.params[p], v) for p, v in before.items())
+        assert all(np.array_equal(done.context.params[p], v) for p, v in before.items())
+        again = self.apply(model).context.encodings
+        assert all(done.context.encodings[s].equals(e) for s, e in again.items())
+
+    def test_resumes_after_a_crash(self, model: ReferenceModel) -> None:
+        """What was finished isn't done again, and the result is bit-equal to that of one run."""
+        whole = MemoryStore()
+        expected = self.apply(model, whole).outcome
+        for kept in range(1, len(whole.entries)):
+            store = MemoryStore(fail_after=kept)
+            with pytest.raises(Interrupted):
+                self.apply(model, store)
+            finished = set(store.entries)
+            store.fail_after = None
+            done = self.apply(model, store)
+            assert same(done.outcome, expected)
+            assert done.walk is not None
+            assert not {f"layer/{op}" for op in done.walk.visited} & finished
+
+    def test_needs_data_or_not(self) -> None:
+        """Without calibration data it works, or says what it needs."""
+
+        def run() -> Applied:
+            model = models.conv_bn_relu()
+            return run_technique(self.technique(), ReferenceBackend(), model, plan=self.plan(model), **self.settings)
+
+        if self.needs_data:
+            with pytest.raises(BitwrightError, match=r"data|samples"):
+                run()
+        else:
+            run()
+
+    def test_never_above_nearest_rounding(self, model: ReferenceModel) -> None:
+        """On the data that each layer saw, its mean squared output error isn't above that of nearest rounding."""
+        if not self.reconstructs:
+            pytest.skip("the technique doesn't reconstruct layers")
+        done = self.apply(model)
+        assert done.walk is not None
+        assert done.walk.layers, "the technique visited no layer"
+        for id, layer in done.walk.layers.items():
+            assert layer.op.weight is not None
+            weight = done.outcome.params.get(layer.op.weight, layer.weight)
+            encoding = done.outcome.encodings.get(layer.op.weight, layer.encoding)
+            reached = output_error(layer, encoding.fake_quantize(weight), new_bias(done.outcome, layer))
+            nearest = output_error(layer, layer.encoding.fake_quantize(layer.weight), layer.bias)
+            assert reached <= nearest * (1 + 1e-5) + 1e-9, f"{id}: {reached} above {nearest}"
+
+
+def new_bias(outcome: Outcome, layer: Layer) -> NDArray[np.float32] | None:
+    """A layer's bias after the technique."""
+    for edit in outcome.edits:
+        if isinstance(edit, SetBias) and edit.op == layer.op.id:
+            return np.asarray(edit.value, np.float32)
+    bias = layer.op.params.get(ParamRole.BIAS)
+    return layer.bias if bias is None else outcome.params.get(bias, layer.bias)
+
+
+def output_error(layer: Layer, weight: NDArray[np.floating], bias: NDArray[np.floating] | None) -> float:
+    """E‖(W x + b) − (Ŵ x̂ + b̂)‖² over the layer's moments, summed over outputs."""
+    w, v = (to_matrix(layer.op, np.asarray(a, np.float64)) for a in (layer.weight, weight))
+    m = layer.moments
+    square = np.einsum("gok,gkl,gol->", w, m.xx, w) + np.einsum("gok,gkl,gol->", v, m.qq, v)
+    square -= 2 * np.einsum("gok,gkl,gol->", w, m.xq, v)
+    shift = np.zeros(w.shape[0] * w.shape[1])
+    for value, sign in ((layer.bias, 1), (bias, -1)):
+        shift = shift if value is None else shift + sign * np.asarray(value, np.float64)
+    means = np.einsum("gok,gk->go", w, m.mean) - np.einsum("gok,gk->go", v, m.mean_quantized)
+    return float(square + 2 * shift @ means.reshape(-1) + shift @ shift)
+
+
+def same(a: Outcome, b: Outcome) -> bool:
+    """Whether two outcomes are bit-equal."""
+    if a.params.keys() != b.params.keys() or a.encodings.keys() != b.encodings.keys() or len(a.edits) != len(b.edits):
+        return False
+    pairs = [(a.params[p], b.params[p]) for p in a.params]
+    pairs += [(x.value, y.value) for x, y in zip(a.edits, b.edits, strict=True)
+              if isinstance(x, SetBias) and isinstance(y, SetBias)]  # fmt: skip
+    return (
+        all(type(x) is type(y) for x, y in zip(a.edits, b.edits, strict=True))
+        and all(np.array_equal(x, y) for x, y in pairs)
+        and all(a.encodings[s].equals(b.encodings[s]) for s in a.encodings)
+    )

@@ -1,0 +1,188 @@
+"""The kits must fail what is wrong: each fault below breaks one promise, and one contract test has to notice."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from bitwright.edits import SetParams
+from bitwright.encoding import Encoding
+from bitwright.technique import Outcome, Report
+from bitwright.testing import models
+from bitwright.testing.backend_contract import BackendContract, Case
+from bitwright.testing.reference import ReferenceBackend, ReferenceSession
+from bitwright.testing.technique_contract import TechniqueContract
+from bitwright_techniques.bias_correction import BiasCorrection
+
+
+class _Kit(BackendContract):
+    def __init__(self, backend):
+        self._backend = backend
+
+    def backend(self):
+        return self._backend
+
+
+CASE = Case(lambda: models.transposed(1), models.batch(models.transposed(1)))
+
+
+class EditsInPlace(ReferenceBackend):
+    def edit(self, model, edits):
+        for edit in edits:
+            if isinstance(edit, SetParams):
+                for p, v in edit.values.items():
+                    model.params[p][...] = v
+        return super().edit(model, edits)
+
+
+class WrongLayout(ReferenceBackend):
+    def read(self, model, ids):
+        return {p: np.flip(v, -1).copy() for p, v in super().read(model, ids).items()}
+
+    def edit(self, model, edits):
+        flipped = [SetParams({p: np.flip(v, -1) for p, v in e.values.items()}) if isinstance(e, SetParams) else e
+                   for e in edits]  # fmt: skip
+        return super().edit(model, flipped)
+
+
+class RoundsHalfUp(ReferenceBackend):
+    def simulate(self, model, plan, encodings, *, trainable=False):
+        simulation = super().simulate(model, plan, encodings)
+        session = ReferenceSession._quantized
+
+        def half_up(self, site, value):
+            encoding = self.model.encodings.get(site)
+            if not isinstance(encoding, Encoding) or encoding.scale.ndim:
+                return session(self, site, value)
+            codes = np.floor(value / encoding.scale + np.float32(0.5)) + encoding.zero_point
+            return encoding.dequantize(np.clip(codes, encoding.grid.qmin, encoding.grid.qmax).astype(np.int32))
+
+        made = simulation.session
+
+        def open_session(taps):
+            opened = made(taps)
+            opened._quantized = half_up.__get__(opened)
+            return opened
+
+        simulation.session = open_session
+        return simulation
+
+
+class ForgetsBias(ReferenceBackend):
+    def export(self, model, plan, encodings, path, format):
+        bare = {p: v if not p.endswith("bias") else np.zeros_like(v) for p, v in model.params.items()}
+        return super().export(replace(model, params=bare), plan, encodings, path, format)
+
+
+def test_a_right_backend_passes():
+    kit = _Kit(ReferenceBackend())
+    kit.test_read_and_edit_round_trip(CASE)
+    kit.test_canonical_layouts(CASE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "test"),
+    [
+        (EditsInPlace(), "test_read_and_edit_round_trip"),
+        (WrongLayout(), "test_canonical_layouts"),
+        (ForgetsBias(), "test_export_and_reload"),
+    ],
+)
+def test_faulty_backends_fail(backend, test, tmp_path):
+    arguments = (tmp_path,) if "export" in test else ()
+    with pytest.raises(AssertionError):
+        getattr(_Kit(backend), test)(CASE, *arguments)
+
+
+def test_half_up_rounding_fails_on_midpoints():
+    from bitwright.grid import QuantSpec
+
+    spec = QuantSpec(4, signed=False, symmetric=False)
+    _Kit(ReferenceBackend()).test_fake_quantization_is_the_core_s_grid(CASE, spec)
+    with pytest.raises(AssertionError):
+        _Kit(RoundsHalfUp()).test_fake_quantization_is_the_core_s_grid(CASE, spec)
+
+
+class Faulty(BiasCorrection):
+    """A technique whose way of going wrong is set from outside."""
+
+    fault = ""
+    calls = 0
+
+    def apply(self, ctx):
+        if self.fault == "writes into its inputs":
+            next(iter(ctx.params.values()))[...] = 0
+        outcome = super().apply(ctx)
+        if self.fault == "random":
+            params = {p: v + np.random.default_rng().normal(size=v.shape) for p, v in outcome.params.items()}
+            return replace(outcome, params=params)
+        if self.fault == "worse":
+            return replace(outcome, params={p: v + 1 for p, v in outcome.params.items()})
+        if self.fault == "wrong shape":
+            return replace(outcome, params={p: v[:1] for p, v in outcome.params.items()})
+        if self.fault == "ragged report":
+            return replace(outcome, report=Report("done", {}, ("a", "b"), (("only one",),)))
+        if self.fault == "forgets the store":
+            for op in ctx.graph.linear_ops:
+                ctx.store.put(f"layer/{op.id}", {"weight": np.zeros(1)})
+            Faulty.calls += 1
+            done = {"fc1.bias": np.full(16, Faulty.calls, np.float32)}
+            return Outcome(done, report=Report("done"))
+        return outcome
+
+
+class Loose(BaseModel):
+    mode: str = "auto"
+    quantized_activations: bool = True
+
+
+class FaultyKit(TechniqueContract):
+    reconstructs = True
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def technique(self):
+        made = Faulty()
+        made.fault = self.fault
+        return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "test"),
+    [
+        ("random", "test_is_deterministic"),
+        ("worse", "test_never_above_nearest_rounding"),
+        ("ragged report", "test_report_says_what_was_done"),
+        ("forgets the store", "test_resumes_after_a_crash"),
+    ],
+)
+def test_faulty_techniques_fail(fault, test):
+    getattr(FaultyKit(""), test)(models.mlp())
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        getattr(FaultyKit(fault), test)(models.mlp())
+
+
+def test_writing_into_the_context_fails():
+    with pytest.raises(ValueError, match="read-only"):
+        FaultyKit("writes into its inputs").apply(models.mlp())
+
+
+def test_loose_settings_fail():
+    kit = FaultyKit("")
+    technique = kit.technique()
+    technique.Settings = Loose
+    kit.technique = lambda: technique
+    with pytest.raises(pytest.fail.Exception):
+        kit.test_refuses_unknown_settings()
+
+
+def test_layer_results_travel_through_the_store_bit_for_bit():
+    kit = FaultyKit("")
+    model = models.transposed()
+    first = kit.apply(model)
+    again = kit.apply(model, first.context.store)
+    assert again.walk.visited == []
+    for p, v in first.outcome.params.items():
+        assert np.array_equal(again.outcome.params[p], v)
