@@ -1,0 +1,153 @@
+"""What is there is documented, and what is documented is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bitwright import hookspecs
+from bitwright.backend import Capability
+from bitwright.registry import Registry
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
+COMMANDS = PAGES["command-line.md"]
+
+
+def commands():
+    """Every command and group with its parameters, as `(words, parameter)`."""
+    import typer
+
+    from bitwright.cli.app import app
+
+    def walk(command, words):
+        yield words, command
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, [*words, name])
+
+    return list(walk(typer.main.get_command(app), ["bitwright"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), commands(), ids=lambda value: "-".join(value) if isinstance(value, list) else ""
+)
+def test_every_command_and_option_is_documented(words, command):
+    assert " ".join(words) in COMMANDS or words[-1] in COMMANDS
+    for parameter in command.params:
+        for option in parameter.opts:
+            if option.startswith("-") and option not in ("--help", "-h"):
+                assert re.search(rf"(?<![\w-]){option}(?![\w-])", COMMANDS), option
+
+
+def test_no_documented_option_is_gone():
+    known = {option for _, command in commands() for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    known |= {"--help", "--upgrade"}
+    for page in ("command-line.md", "quickstart.md", "techniques.md", "concepts.md", "targets.md", "encodings.md"):
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - {"--quantization_overrides"}
+        assert {option for option in used if "_" not in option} - {"--quantization"} <= known, page
+
+
+def test_every_technique_and_its_aliases_are_documented():
+    for info in Registry(entry_points=False).techniques().values():
+        assert f"## {info.name}\n" in PAGES["techniques.md"]
+        for alias in info.aliases:
+            assert f"`{alias}`" in PAGES["techniques.md"]
+
+
+def test_every_hook_is_documented():
+    hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
+    assert len(hooks) == 2
+    text = PAGES["write-a-technique.md"] + PAGES["write-a-backend.md"]
+    for hook in hooks:
+        assert f"def {hook}():" in text
+        assert getattr(hookspecs, hook).__doc__
+
+
+def test_every_preset_scheme_and_environment_variable_is_documented():
+    from bitwright.calibration import schemes
+    from bitwright.formats import VERSIONS
+    from bitwright.target import target_names
+
+    for name in target_names():
+        family = name.partition("_v")[0]
+        assert f"`{name}`" in PAGES["targets.md"] or f"`{family}_v" in PAGES["targets.md"], name
+    for name in schemes():
+        assert f"`{name}" in PAGES["concepts.md"]
+    for version in VERSIONS:
+        assert f"| {version}" in PAGES["encodings.md"]
+    sources = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "core").rglob("*.py"))
+    for variable in set(re.findall(r"BITWRIGHT_[A-Z_]+", sources)):
+        assert variable in COMMANDS
+
+
+def test_every_target_key_is_documented():
+    from bitwright.target_schema import Extension
+
+    for key in Extension.model_fields:
+        assert f"`{key}`" in PAGES["targets.md"], key
+
+
+def test_backend_page_names_the_whole_protocol():
+    from bitwright.backend import Backend
+
+    methods = [name for name in vars(Backend) if not name.startswith("_") and callable(getattr(Backend, name))]
+    for name in methods:
+        assert f"`{name}(" in PAGES["write-a-backend.md"], name
+    assert len(Capability) == 3
+
+
+def test_examples_in_the_technique_page_work():
+    from bitwright.registry import Registry
+    from bitwright.testing import models
+    from bitwright.testing.harness import run_technique
+    from bitwright.testing.reference import ReferenceBackend
+
+    (code,) = [block for block in blocks(PAGES["write-a-technique.md"]) if "class ClipWeights:" in block]
+    scope: dict = {"__name__": "docs"}
+    exec(code, scope)
+    found = Registry((), entry_points=False)
+    found.add(scope["ClipWeights"])
+    technique = found.technique("clip_weights")
+    model = models.mlp()
+    applied = run_technique(technique, ReferenceBackend(), model, quantile=0.5)
+    assert applied.outcome.report.rows
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_python_examples_compile(page):
+    for block in blocks(PAGES[page]):
+        compile(block, page, "exec")
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*(DOCS / name for name in sorted(PAGES)), ROOT / "README.md", ROOT / "CONTRIBUTING.md"],
+    ids=lambda p: p.name,
+)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_navigation_lists_every_page():
+    listed = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_configuration_example_loads(tmp_path):
+    from bitwright.target import load_target
+
+    examples = re.findall(r"```json\n(.*?)```", PAGES["targets.md"], re.DOTALL)
+    assert len(examples) == 2
+    for index, text in enumerate(examples):
+        file = tmp_path / f"example{index}.json"
+        file.write_text(text)
+        load_target(file)
