@@ -59,7 +59,9 @@ def activation_encodings(
     for site in wanted:
         spec = plan.spec(site)
         assert spec is not None
-        requests.append(Request(site, (site,), scheme(plan.scheme_of(site)).statistic(spec)))
+        statistic = scheme(plan.scheme_of(site)).statistic(spec)
+        # A grid that several tensors share must cover the values of all of them.
+        requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
     quantized = quantized_weights(backend, model, encodings)
 
     def open_session(source: Source, taps: Sequence[Tap]) -> Session:
@@ -71,7 +73,10 @@ def activation_encodings(
         spec = plan.spec(site)
         assert spec is not None
         try:
-            found[site] = scheme(plan.scheme_of(site)).encoding(statistics[site], spec)
+            first, *others = (statistics[f"{site}\0{t}"] for t in plan.observed(site))
+            for other in others:
+                first.merge(other)
+            found[site] = scheme(plan.scheme_of(site)).encoding(first, spec)
         except EncodingError as error:
             raise EncodingError(f"tensor {site!r}: {error}") from None
     return found

@@ -37,16 +37,8 @@ def walk_of(model, *, store=None, samples=10, batch_size=4, backend=None, **opti
     plan = simple_plan(graph)
     data = models.batch(model, samples)
     encodings = min_max_encodings(backend, model, plan, [data])
-    walk = LayerwiseWalk(
-        model,
-        graph,
-        plan,
-        encodings,
-        ArrayDataset(data, batch_size),
-        store or MemoryStore(),
-        Quiet(),
-        **options,
-    )
+    dataset, memory = ArrayDataset(data, batch_size), store or MemoryStore()
+    walk = LayerwiseWalk(backend, model, graph, plan, encodings, dataset, memory, Quiet(), **options)
     return walk, graph, plan, data
 
 
