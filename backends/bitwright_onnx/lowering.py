@@ -65,10 +65,9 @@ class Lowering:
             return made
 
         chain = Chain(f"{value.name}/quantize")
-        y = self._attach(
-            value, chain, lambda: live_site(chain, value, self._place(value, form), self._once(prefix, operand))
-        )
-        return self._named(value, y, prefix, outputs=True)
+        place, once = self._place(value, form), self._once(prefix, operand)
+        y = self._attach(value, chain, lambda: live_site(chain, value, place, once))
+        return self._named(value, y, outputs=True)
 
     def fixed(self, value: ir.Value, form: Form, prefix: str, encoding: Encoding) -> str:
         """A chain whose numbers are constants; returns the name of the quantized tensor."""

@@ -29,7 +29,7 @@ from bitwright.grid import Blockwise, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
-from bitwright_onnx.opset import INT4_OPSET, raise_opset
+from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET, raise_opset
 from bitwright_onnx.session import tensor_array
 from bitwright_onnx.site_ops import Chain, Place, fixed_site, form_of, from_float32, in_float32, merged
 from bitwright_onnx.storage import opset_for, storage_type, stored
@@ -57,7 +57,13 @@ class QdqReport:
 
 
 def write_qdq(
-    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding], path: str | Path
+    model: ir.Model,
+    graph: Graph,
+    plan: Plan,
+    encodings: Mapping[SiteId, Encoding],
+    path: str | Path,
+    *,
+    packed: bool = True,
 ) -> QdqReport:
     """Write a QDQ model, atomically.
 
@@ -67,13 +73,16 @@ def write_qdq(
         plan: the sites.
         encodings: of every site with a specification; shared ones may be left out, biases follow from the others.
         path: the file to write.
+        packed: keep codes of up to 4 bits in ONNX's 4-bit types (opset 21). ONNX Runtime has integer kernels for
+            those in matrix products only; without, they are kept as 8-bit codes of the same values, which its
+            convolutions take too.
 
     Raises:
         EncodingError: an encoding that ONNX has no ops for (the message names the site).
         ModelError: the model's opset can't be raised to what the encodings need.
         InputError: the file can't be written.
     """
-    built, report = build_qdq(model, graph, plan, encodings)
+    built, report = build_qdq(model, graph, plan, encodings, packed=packed)
     written = save_model(built, path)
     return QdqReport(written, report.names, report.raised, report.skipped)
 
@@ -87,11 +96,12 @@ def export_qdq(
 
 
 def build_qdq(
-    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding]
+    model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding], *, packed: bool = True
 ) -> tuple[ir.Model, QdqReport]:
     """The QDQ model in memory; arguments and errors as `write_qdq`."""
     table, raised = _table(model, graph, plan, encodings)
-    opset = max((opset_for(e) for e in table.values()), default=13)
+    kinds = {s: storage_type(e, computed=plan[s].kind is SiteKind.ACTIVATION, packed=packed) for s, e in table.items()}
+    opset = max((opset_for(e, kinds[s]) for s, e in table.items()), default=MINIMUM_OPSET)
     work = raise_opset(model, opset)
     if work is model:
         work = model.clone()
@@ -104,9 +114,9 @@ def build_qdq(
         elif site not in writer.values:
             skipped[site] = "the model has no such tensor"
         elif plan[site].kind is SiteKind.ACTIVATION:
-            writer.activation(site, table[site])
+            writer.activation(site, table[site], kinds[site])
         else:
-            writer.parameter(site, table[site], _bias_groups(graph, plan, site, table))
+            writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
     work.metadata_props[NAMES] = json.dumps(writer.names)
     return work, QdqReport(Path(), writer.names, raised, skipped)
 
@@ -173,7 +183,7 @@ class _Writer:
         self._first = model.graph[0] if len(model.graph) else None
         self._taken = {str(v.name) for v in ir.convenience.create_value_mapping(model.graph).values()}
 
-    def activation(self, site: SiteId, encoding: Encoding) -> None:
+    def activation(self, site: SiteId, encoding: Encoding, kind: ir.DataType) -> None:
         """A pair behind the tensor, for all its readers."""
         value, graph = self.values[site], self.model.graph
         dtype = value.dtype or ir.DataType.FLOAT
@@ -188,11 +198,11 @@ class _Writer:
 
             y = fixed_site(chain, value, Place(form, dtype, INT4_OPSET), operand, encoding)
         else:
-            y = self._pair(chain, value, site, encoding, dtype)
+            y = self._pair(chain, value, site, encoding, kind)
         y.type, y.shape = value.type, value.shape
         for user, index in uses:
             user.replace_input_with(index, y)
-        self._open_clip(site, value, encoding)
+        self._open_clip(site, value, encoding, kind)
         if is_input:
             # A model output that is an input goes by the input's name and stays as it is.
             y.name = self.names[site] = self._fresh(f"{site}_dequantized")
@@ -206,8 +216,8 @@ class _Writer:
         graph.insert_after(producer, chain.nodes)
         value.name, y.name = self._fresh(f"{site}_float"), site
 
-    def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, dtype: ir.DataType) -> ir.Value:
-        kind = storage_type(encoding)
+    def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
+        dtype = x.dtype or ir.DataType.FLOAT
         if kind is ir.DataType.INT32:
             raise EncodingError(
                 f"activation {site!r}: QuantizeLinear has no 32-bit type; give it at most 16 bits or leave it in float"
@@ -239,7 +249,7 @@ class _Writer:
             q = chain("Clip", q, low, self._initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
         return from_float32(chain, chain("DequantizeLinear", q, scale, zero, **axis), dtype)
 
-    def _open_clip(self, site: SiteId, value: ir.Value, encoding: Encoding) -> None:
+    def _open_clip(self, site: SiteId, value: ir.Value, encoding: Encoding, kind: ir.DataType) -> None:
         """Move the bounds of a Clip before Q to the grid's ends where those saturate it to the very same codes.
 
         The grid of a clipped ReLU ends at its bound but for the last bit of 255·scale, and ONNX Runtime drops a Clip
@@ -248,7 +258,7 @@ class _Writer:
         node = value.producer()
         if node is None or node.op_type != "Clip" or node.domain != "" or encoding.float_format is not None:
             return
-        if encoding.scale.ndim or encoding.grid.steps != 2 ** storage_type(encoding).bitwidth - 1:
+        if encoding.scale.ndim or encoding.grid.steps != 2**kind.bitwidth - 1:
             return
         ends = ((1, encoding.minimum, encoding.grid.qmin), (2, encoding.maximum, encoding.grid.qmax))
         for index, end, code in ends:
@@ -262,14 +272,14 @@ class _Writer:
                 name = f"{site}_{'minimum' if index == 1 else 'maximum'}"
                 node.replace_input_with(index, self._initializer(name, np.asarray(end)))
 
-    def parameter(self, site: ParamId, encoding: Encoding, others: Mapping[str, Encoding]) -> None:
+    def parameter(self, site: ParamId, encoding: Encoding, kind: ir.DataType, others: Mapping[str, Encoding]) -> None:
         """Integers in place of the parameter; `others` are ops that need the same values on another grid."""
         value, graph = self.values[site], self.model.graph
         param = self.params[site]
         canonical = _canonical(value, param)
         uses = list(value.uses())
         is_output = value.is_graph_output()
-        main = self._stored(site, value, param, canonical, encoding)
+        main = self._stored(site, value, kind, canonical, encoding)
         apart: list[tuple[Encoding, ir.Value]] = []
         for user, index in uses:
             own = others.get(str(user.name))
@@ -279,7 +289,7 @@ class _Writer:
             twin = next((v for e, v in apart if e.equals(own)), None)
             if twin is None:
                 name = f"{site}_{len(apart) + 2}"
-                twin = self._stored(name, value, param, canonical, own)
+                twin = self._stored(name, value, kind, canonical, own)
                 twin.name = self._fresh(name)
                 apart.append((own, twin))
             user.replace_input_with(index, twin)
@@ -290,16 +300,16 @@ class _Writer:
             main.name = site
 
     def _stored(
-        self, name: str, value: ir.Value, param: Param, canonical: NDArray[np.float32], encoding: Encoding
+        self, name: str, value: ir.Value, kind: ir.DataType, canonical: NDArray[np.float32], encoding: Encoding
     ) -> ir.Value:
+        param = self.params[str(value.name)]
         assert value.const_value is not None
         native = tensor_array(value.const_value).shape
         dtype = value.const_value.dtype
         layout = param.layout or tuple(range(len(native)))
-        codes = stored(canonical, encoding)
+        codes = stored(canonical, encoding, kind)
         back = np.argsort(layout)
         canonical_native = tuple(native[i] for i in layout)
-        kind = storage_type(encoding)
         q = self._initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
         chain = Chain(self._fresh(f"{name}_dq"))
         if encoding.float_format in ("float16", "bfloat16"):

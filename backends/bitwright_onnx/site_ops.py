@@ -76,21 +76,18 @@ def numbers(form: Form, encoding: Encoding | None) -> Numbers:
         if form.kind == "integer8":
             found = {k: found[k] for k in ("narrow", "scale", "zero8", "low8", "high8")}
         return found
-    if encoding is None:
-        scale, zero = np.ones((1,) * (form.rank or 0), np.float32), np.zeros((1,) * (form.rank or 0), np.int32)
-        low, high = zero, zero
-    else:
-        scale, zero = _spread(encoding.scale, encoding, form), _spread(encoding.zero_point, encoding, form)
-        low, high = zero, zero
-        if form.kind in ("integer", "int32"):
-            low, high = np.full_like(zero, encoding.grid.qmin), np.full_like(zero, encoding.grid.qmax)
+    scale, zero = np.ones((1,) * (form.rank or 0), np.float32), np.zeros((1,) * (form.rank or 0))
+    low = high = 0.0
+    if encoding is not None:
+        scale = _spread(encoding.scale, encoding, form)
+        zero = _spread(encoding.zero_point, encoding, form).astype(np.float64)
+        if encoding.float_format is None:
+            low, high = float(encoding.grid.qmin), float(encoding.grid.qmax)
     found = {"on": np.asarray(on)}
     if form.kind == "integer":
-        shifted = zero.astype(np.float32)
-        found |= {"scale": scale, "low": low.astype(np.float32) - shifted, "high": high.astype(np.float32) - shifted}
+        found |= {"scale": scale, "low": (low - zero).astype(np.float32), "high": (high - zero).astype(np.float32)}
     elif form.kind == "int32":
-        found |= {"scale": scale, "zero": zero.astype(np.float64)}
-        found |= {"low": low.astype(np.float64), "high": high.astype(np.float64)}
+        found |= {"scale": scale, "zero": zero, "low": np.full_like(zero, low), "high": np.full_like(zero, high)}
     elif form.kind.startswith("float8"):
         found |= {"scale": scale}
     return found

@@ -14,22 +14,28 @@ from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET
 from bitwright_onnx.site_ops import FLOAT8_OPSET, FLOAT_TYPES
 
 
-def storage_type(encoding: Encoding) -> ir.DataType:
+def storage_type(encoding: Encoding, *, computed: bool = False, packed: bool = True) -> ir.DataType:
     """The narrowest ONNX type that QuantizeLinear or DequantizeLinear knows and that holds the codes.
 
     Widths without a type of their own take the next one: 2 and 3 bits int4, 5 to 7 int8, 9 to 15 int16.
+
+    Args:
+        computed: codes come from QuantizeLinear, so that a grid smaller than its type needs a Clip, which has no
+            4-bit types: such grids take 8 bits.
+        packed: use the 4-bit types at all.
     """
     if encoding.float_format is not None:
         return FLOAT_TYPES[encoding.float_format]
     if encoding.bits > 16:
         return ir.DataType.INT32
     width = 4 if encoding.bits <= 4 else 8 if encoding.bits <= 8 else 16
+    if width == 4 and (not packed or (computed and encoding.grid.steps != 15)):
+        width = 8
     return ir.DataType[f"{'' if encoding.signed else 'U'}INT{width}"]
 
 
-def opset_for(encoding: Encoding) -> int:
-    """The lowest opset that expresses an encoding."""
-    kind = storage_type(encoding)
+def opset_for(encoding: Encoding, kind: ir.DataType) -> int:
+    """The lowest opset that expresses an encoding with codes of type `kind`."""
     if encoding.float_format is not None:
         return FLOAT8_OPSET if kind.bitwidth == 8 else MINIMUM_OPSET
     if kind.bitwidth in (4, 16) or isinstance(encoding.granularity, Blockwise):
@@ -37,9 +43,8 @@ def opset_for(encoding: Encoding) -> int:
     return MINIMUM_OPSET
 
 
-def stored(x: NDArray[np.float32], encoding: Encoding) -> NDArray[Any]:
+def stored(x: NDArray[np.float32], encoding: Encoding, kind: ir.DataType) -> NDArray[Any]:
     """A parameter's codes (canonical layout) in the numpy type of its storage."""
-    kind = storage_type(encoding)
     if encoding.float_format is None:
         return encoding.quantize(x).astype(kind.numpy())
     scale = spread(encoding.scale, x.shape, encoding.granularity)

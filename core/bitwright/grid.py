@@ -250,7 +250,7 @@ def quantize(
     if grid.steps >= 2**24:
         wide = np.rint(np.divide(x, scale, dtype=np.float64))
         return np.asarray(np.clip(wide + zero_point, grid.qmin, grid.qmax), np.int32)
-    q = np.divide(x, scale, dtype=np.float32)
+    q = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(q, out=q)
     q = q + np.asarray(zero_point, np.float32)
     return np.asarray(np.clip(q, grid.qmin, grid.qmax), np.int32)
