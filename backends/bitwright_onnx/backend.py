@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Session, Simulation
+from bitwright.backend import Array, Batch, Bundle, Session, Simulation
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
@@ -162,6 +162,19 @@ class OnnxBackend:
         from bitwright_onnx.runtime import compile_bundle
 
         return compile_bundle(bundle, taps)
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+            ModelError: it can't be read.
+        """
+        from bitwright_onnx.qdq_pairs import pairs_of
+
+        if "qdq" not in bundle.files:
+            raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
+        return pairs_of(bundle.files["qdq"])
 
     def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each model input; an input of unknown rank has shape ()."""

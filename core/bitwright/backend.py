@@ -143,6 +143,14 @@ class IntegerRuntime(Protocol):
 
 
 @runtime_checkable
+class QuantizedArtefact(Protocol):
+    """Reading back what an exported bundle's quantized artefact quantizes, for `bitwright encodings check`."""
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+        """Tensor → the scales of each quantize/dequantize pair that it passes through, native layout."""
+
+
+@runtime_checkable
 class Trainable(Protocol):
     """Fine-tuning a simulation with the framework's own optimizer (convenience; users' loops work without it)."""
 

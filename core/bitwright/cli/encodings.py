@@ -14,6 +14,7 @@ from bitwright.cli import complain, console
 from bitwright.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
+    from bitwright.backend import Backend, Bundle
     from bitwright.graph import Graph
     from bitwright.plan import Plan
 
@@ -45,7 +46,7 @@ def convert(
     from bitwright.artefact import geometry
 
     file = formats.read(source)
-    graph = _graph(model) if model is not None else None
+    graph = _open(model)[1] if model is not None else None
     geometries = None if graph is None else {p: geometry(graph, p) for p in graph.params}
     result = formats.convert(file, to, geometries, None if graph is None else set(graph.params))
     for warning in result.warnings:
@@ -85,14 +86,18 @@ def check(
     """
     from bitwright.artefact import check_bundle, read_encodings
     from bitwright.formats import Problem, read
+    from bitwright.pair_check import check_pairs
 
     asked = Asked.of(path, model=model, target=target, weights=weights, activations=activations, name=name)
     problems: list[Problem] = []
     file = read(asked.encodings)
     if asked.model is not None:
-        graph = _graph(asked.model)
+        backend, graph = _open(asked.model)
         if asked.target is not None:
-            problems += check_bundle(graph, asked.plan(graph), asked.encodings)
+            plan = asked.plan(graph)
+            problems += check_bundle(graph, plan, asked.encodings)
+            if asked.bundle is not None:
+                problems += check_pairs(backend, asked.bundle, plan, file)
         else:
             read_encodings(asked.encodings, graph)
     scope = "its schema" if asked.model is None else "the model" if asked.target is None else "model and target"
@@ -141,7 +146,8 @@ class Asked:
     target: Any
     weights: str | None
     activations: str | None
-    overrides: dict[str, str]
+    overrides: dict[str, Any]
+    bundle: Bundle | None = None
 
     @classmethod
     def of(
@@ -176,7 +182,7 @@ class Asked:
                 "activations": activations or report.activations,
                 "overrides": report.overrides,
             }
-        return cls(bundle.files["encodings"], model or bundle.files["model"], **known)
+        return cls(bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle)
 
     def plan(self, graph: Graph) -> Plan:
         """The plan that the encodings must fulfil."""
@@ -193,11 +199,11 @@ def _target(given: Any) -> Any:
     return load_target(given)
 
 
-def _graph(model: Path) -> Graph:
+def _open(model: Path) -> tuple[Backend[Any], Graph]:
     from bitwright import registry
 
     backend = registry.backend_for_path(model)
-    return backend.graph(backend.load(model))
+    return backend, backend.graph(backend.load(model))
 
 
 def _plain(value: Any) -> Any:
