@@ -280,8 +280,9 @@ def fake_quantize(
 def cast_float(x: NDArray[np.floating], format: FloatFormat, scale: NDArray[np.float32] | float = 1.0) -> FloatArray:
     """Round to a float format and back, saturating at its largest finite value.
 
-    fp8 values are scaled first: x' = cast(x / scale) · scale, the division in float32 as in QuantizeLinear. Formulas: OCP 8-bit Floating Point
-    Specification (E4M3, E5M2), IEEE 754 binary16, bfloat16; all round half to even, subnormals kept.
+    fp8 values are scaled first: x' = cast(x / scale) · scale, the division in float32 as in QuantizeLinear.
+    Formulas: OCP 8-bit Floating Point Specification (E4M3, E5M2), IEEE 754 binary16, bfloat16; all round half
+    to even, subnormals kept.
     """
     exponent_bits, mantissa_bits, largest = FLOAT_FORMATS[format]
     v = np.divide(x, scale, dtype=np.float32).astype(np.float64)
