@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.errors import InputError
 from bitwright.graph import TensorId
 
 Source = Literal["float", "simulated"]
@@ -74,3 +75,27 @@ class Request:
 def finite(values: Sequence[NDArray[np.floating]]) -> bool:
     """Whether all values are finite (one pass, no temporary of the same size)."""
     return all(bool(np.isfinite(v.min(initial=0)) and np.isfinite(v.max(initial=0))) for v in values)
+
+
+def require_finite(*extremes: NDArray[np.floating]) -> None:
+    """Refuse a batch whose extremes (or means) show a NaN or an infinity.
+
+    Raises:
+        InputError: they do.
+    """
+    if not all(bool(np.isfinite(e).all()) for e in extremes):
+        raise InputError(
+            "NaN or infinite values; check the calibration data and the model's outputs in float, and "
+            "whether the data are scaled as the model expects"
+        )
+
+
+def by_channel(tensor: NDArray[Any], axis: int) -> NDArray[Any]:
+    """A tensor as (channels, values of the channel); a view where the layout allows it.
+
+    Raises:
+        InputError: the tensor has no such axis.
+    """
+    if not -tensor.ndim <= axis < tensor.ndim:
+        raise InputError(f"channel axis {axis} for a tensor of shape {tensor.shape}")
+    return np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)

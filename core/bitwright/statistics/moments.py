@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitwright.errors import InputError
 from bitwright.graph import Op
 from bitwright.linear_form import columns, groups_of
-from bitwright.statistics.base import Reduction
+from bitwright.statistics.base import Reduction, finite
 
 Moments = NDArray[np.float64]
 
@@ -49,12 +49,14 @@ class LayerMoments:
         """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
 
         Raises:
-            InputError: the inputs differ in shape.
+            InputError: the inputs differ in shape, hold NaN or infinity, or don't fit the op; nothing is taken then.
         """
         if len(values) != 1 + self.paired:
             raise InputError(f"{self.op.id!r}: expected {1 + self.paired} tensors, got {len(values)}")
         if self.paired and values[0].shape != values[1].shape:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
+        if not finite(values):
+            raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
             self.count += chunks[0].shape[2]
             for total, part in zip(self._sum, chunks, strict=True):

@@ -1,0 +1,152 @@
+"""One batch: from what the user's iterable yields to arrays by input name, checked and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitwright.backend import Array, Batch
+from bitwright.errors import InputError
+
+InputSpecs = Mapping[str, tuple[tuple[int | None, ...], str]]
+"""Shape (None: free) and dtype of each model input."""
+
+
+def single_input(specs: InputSpecs) -> str:
+    """The name of the model's one input.
+
+    Raises:
+        InputError: it has several.
+    """
+    if len(specs) != 1:
+        raise InputError(
+            f"one array for a model with {len(specs)} inputs; give a mapping with {', '.join(map(repr, specs))}"
+        )
+    return next(iter(specs))
+
+
+def batch_dimension(specs: InputSpecs) -> int | None:
+    """The batch size that the model fixes, None where it is free.
+
+    Raises:
+        InputError: an input has no axes, or two inputs fix different sizes.
+    """
+    for name, (shape, _) in specs.items():
+        if not shape:
+            raise InputError(f"input {name!r} is a scalar; only inputs whose first axis is samples can be fed")
+    sizes = {shape[0] for shape, _ in specs.values()} - {None}
+    if len(sizes) > 1:
+        told = ", ".join(f"{name!r} {list(shape)}" for name, (shape, _) in specs.items())
+        raise InputError(f"the model's inputs fix different numbers of samples: {told}")
+    return next(iter(sizes), None)
+
+
+def array_of(value: Any, where: str) -> Array:
+    """A numpy array of what may be a tensor of any framework.
+
+    Raises:
+        InputError: it isn't numeric, or its rows differ in length.
+    """
+    if hasattr(value, "detach"):  # a torch tensor, perhaps on a device or with a gradient
+        value = value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: can't be read as an array ({error})") from None
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise InputError(f"{where}: holds {array.dtype} values; give numbers")
+    return array
+
+
+def named_batch(item: Any, specs: InputSpecs, where: str) -> Batch:
+    """A batch as the user's iterable gives it (mapping, array, tuple, list) → arrays by input name.
+
+    Raises:
+        InputError: names are missing or unknown, or there are fewer elements than inputs.
+    """
+    if isinstance(item, Mapping):
+        if missing := [n for n in specs if n not in item]:
+            raise InputError(f"{where}: no array for input {missing[0]!r}; it holds {', '.join(map(str, item))}")
+        return {n: array_of(item[n], f"{where}, input {n!r}") for n in specs}
+    if isinstance(item, tuple | list) and not all(np.isscalar(x) for x in item):
+        return {n: array_of(v, f"{where}, input {n!r}") for n, v in _in_order(item, specs, where)}
+    return {single_input(specs): array_of(item, where)}
+
+
+def _in_order(item: Sequence[Any], specs: InputSpecs, where: str) -> list[tuple[str, Any]]:
+    if len(item) < len(specs):
+        raise InputError(f"{where}: {len(item)} elements for {len(specs)} inputs ({', '.join(specs)})")
+    return list(zip(specs, item, strict=False))
+
+
+def check_batch(
+    batch: Batch, specs: InputSpecs, where: str, *, any_length: bool = False, first_sample: int = 0
+) -> Batch:
+    """Check ranks, fixed dimensions, lengths, dtypes and finiteness; returns contiguous arrays of the model's dtypes.
+
+    Args:
+        batch: arrays by input name, one for each input.
+        specs: what the model takes.
+        where: what messages begin with.
+        any_length: accept any number of samples, where the model fixes it.
+        first_sample: index of the first sample, for messages.
+
+    Raises:
+        InputError: something doesn't fit; names the place, the input and the reason.
+    """
+    checked = {}
+    for name, (shape, dtype) in specs.items():
+        values, place = batch[name], f"{where}, input {name!r}"
+        _check_shape(values, shape, place, any_length)
+        _check_finite(values, place, first_sample)
+        checked[name] = _convert(values, dtype, place)
+    lengths = {name: len(values) for name, values in checked.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name!r} {n}" for name, n in lengths.items())
+        raise InputError(f"{where}: the inputs hold different numbers of samples: {told}")
+    return checked
+
+
+def _check_shape(values: Array, shape: tuple[int | None, ...], place: str, any_length: bool) -> None:
+    expected = "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
+    if values.ndim != len(shape):
+        hint = "; add a samples axis in front, x[None]" if values.ndim == len(shape) - 1 else ""
+        raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected}{hint}")
+    for axis, (n, wanted) in enumerate(zip(values.shape, shape, strict=True)):
+        if wanted is not None and n != wanted and not (axis == 0 and any_length):
+            raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected} (axis {axis})")
+    if values.size == 0:
+        raise InputError(f"{place}: the array is empty, shape {list(values.shape)}")
+
+
+def _check_finite(values: Array, place: str, first_sample: int) -> None:
+    if values.dtype.kind in "biu" or (np.isfinite(values.min()) and np.isfinite(values.max())):
+        return
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    kind = "NaN" if np.isnan(values).any() else "infinite"
+    raise InputError(f"{place}: {kind} values in sample {first_sample + int(bad.argmax())} ({int(bad.sum())} such)")
+
+
+def _convert(values: Array, dtype: str, place: str) -> Array:
+    """Convert where no value changes beyond float rounding: never out of range, never a fraction to an integer."""
+    try:
+        target = np.dtype(dtype)
+    except TypeError:
+        return np.ascontiguousarray(values)  # a dtype that numpy doesn't know is the backend's to convert
+    if values.dtype == target:
+        return np.ascontiguousarray(values)
+    if target.kind in "iu":
+        info = np.iinfo(target)
+        if values.dtype.kind not in "biu" and not (np.rint(values) == values).all():
+            raise InputError(f"{place}: the model takes {dtype}, but the {values.dtype} values have fractions")
+        if values.min() < info.min or values.max() > info.max:
+            raise InputError(f"{place}: values outside {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "f":
+        largest = float(np.finfo(target).max)
+        if max(abs(float(values.min())), abs(float(values.max()))) > largest:
+            raise InputError(f"{place}: values too large for {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "b" and not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{place}: the model takes booleans, but there are values other than 0 and 1")
+    return np.ascontiguousarray(values, target)

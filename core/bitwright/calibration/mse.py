@@ -1,0 +1,18 @@
+"""MSE: the grid with the least mean squared error."""
+
+from __future__ import annotations
+
+from bitwright.calibration.base import Scheme
+from bitwright.calibration.density import Density, Rows
+from bitwright.calibration.search import least_squares_range
+from bitwright.grid import QuantSpec
+
+
+class MeanSquaredError(Scheme):
+    """Rounding and saturation error count alike. A lone huge value is kept, however rare: see `Sqnr`."""
+
+    name = "mse"
+
+    def range(self, data: Density, spec: QuantSpec) -> tuple[Rows, Rows]:
+        """The least-squares range."""
+        return least_squares_range(data, spec)
