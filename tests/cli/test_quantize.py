@@ -104,7 +104,7 @@ def test_the_same_command_again_resumes_and_gives_the_same_bytes(net, run, tmp_p
         ({"--recipe": "nowhere.yaml"}, "can't read recipe 'nowhere.yaml': No such file"),
         ({"--target": "htp_v99"}, "no target is called 'htp_v99'"),
         ({"--data": "absent.npz"}, "absent.npz"),
-        ({"--labels": "absent.npy"}, "can't read labels 'absent.npy'"),
+        ({"--labels": "absent.npy"}, "there is no labels file 'absent.npy'"),
         ({"--weights": "int1"}, "int1"),
         ({"--scheme": "guess"}, "guess"),
         ({"--encodings-version": "3.0"}, "there is no encodings version '3.0'; there are 0.6.1"),
@@ -135,7 +135,7 @@ def save(path, **arrays):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (lambda x: {"picture": x}, ("image",)),
+        (lambda x: {"picture": x, "other": x}, ("image", "picture")),
         (lambda x: {"image": x, "more": x}, ("more",)),
         (lambda x: {"image": x[:, :2]}, ("image", "3")),
         (lambda x: {"image": x[0]}, ("image",)),
@@ -158,8 +158,8 @@ def test_bad_data_name_the_input_and_write_nothing(net, run, tmp_path, arrays, w
     ("labels", "message"),
     [
         (np.zeros(3, np.int64), "3 labels"),
-        (np.zeros(48), "class indices, one a sample, are needed"),
-        (np.zeros((48, 5), np.int64), "class indices, one a sample, are needed"),
+        (np.full(48, 0.5), "labels are class indices"),
+        (np.zeros((48, 5), np.int64), "labels have shape (samples,)"),
     ],
 )
 def test_bad_labels(net, run, tmp_path, labels, message):

@@ -39,6 +39,8 @@ def _run(words: list[str], *, debug: bool) -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:
         status = app(args=words, prog_name="bitwright", standalone_mode=False)
+        if status == STOPPED:  # Typer turns KeyboardInterrupt into this
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else DONE
     except usage_error as error:
         complain(f"bitwright: {error.format_message()}{_help_hint(error)}")  # type: ignore[attr-defined]

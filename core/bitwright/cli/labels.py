@@ -14,26 +14,17 @@ Labels = NDArray[np.int64]
 
 
 def read_labels(path: Path, samples: int | None) -> Labels:
-    """Class indices from a .npy file, one for each sample.
+    """Class indices from a file (see `data.labels`), as many as there are samples.
 
     Raises:
-        InputError: unreadable, not one-dimensional integers, or not as many as there are samples.
+        InputError: unreadable, not class indices, or too few or many of them.
     """
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"can't read labels {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(values, np.ndarray):
-        raise InputError(f"labels {str(path)!r} must be a .npy file with one array, not an archive of several")
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1 or values.dtype.kind not in "iub":
-        raise InputError(
-            f"labels {str(path)!r} are {values.dtype} of shape {values.shape}; class indices, one a sample, are needed"
-        )
+    from bitwright.data import labels
+
+    values = labels(path)
     if samples is not None and len(values) != samples:
         raise InputError(f"there are {len(values)} labels in {str(path)!r} for {samples} samples")
-    return np.asarray(values, np.int64)
+    return values
 
 
 def classes(outputs: NDArray[Any]) -> Labels:
