@@ -43,7 +43,7 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     assert value.const_value is not None
     array = tensor_array(value.const_value)
     layout, shape = _form(value)
-    return np.ascontiguousarray(array.transpose(layout).reshape(shape), np.float32)
+    return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
 
 
 def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
@@ -55,7 +55,7 @@ def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
         raise ModelError(f"the new value of parameter {value.name!r} holds NaN or infinity")
     native = constant_shape(value)
     permuted = array.reshape(tuple(native[i] for i in layout))
-    back = np.ascontiguousarray(permuted.transpose(np.argsort(layout)))
+    back = np.asarray(permuted.transpose(np.argsort(layout)), order="C")
     return ir.Tensor(back.astype(value.const_value.dtype.numpy()), dtype=value.const_value.dtype, name=value.name)
 
 
