@@ -19,8 +19,9 @@ from bitwright.plan import Derived, Plan, SiteId
 from bitwright.statistics.base import Request, Source, Tap
 from bitwright.technique import Params, Progress
 
-LIMIT = 2**31 - 1
-"""Largest magnitude of an int32 bias code."""
+LIMIT = 2**30
+"""Largest magnitude that an int32 bias code may have: the other half of the accumulator's range is for the products,
+which wrap around otherwise (8-bit operands: 2**30 holds the sums of 32 768 of them)."""
 
 
 def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[SiteId, Encoding]:
@@ -116,7 +117,7 @@ def full_table(plan: Plan, encodings: EncodingTable) -> EncodingTable:
 
 
 def guarded(plan: Plan, encodings: EncodingTable, params: Params) -> EncodingTable:
-    """Raise weight scales so that every int32 bias fits: s_w ≥ |bias| / (s_input · (2**31 − 1)).
+    """Raise weight scales so that every int32 bias fits: s_w ≥ |bias| / (s_input · 2**30).
 
     It touches only channels whose weights are negligible beside their bias (all-zero channels are common in trained
     depthwise layers), where an integer accumulator could not hold the bias otherwise. Without it the runtime clips.

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_nets import ACTIVATION, conv_net, encoding, encodings_of, identity_net, plan_of
+from onnx import helper
+from small_nets import ACTIVATION, conv_net, encoding, encodings_of, identity_net, opened, plan_of, proto
 
 from bitwright.backend import Bundle
-from bitwright.encoding import EncodingTable
+from bitwright.encoding import EncodingTable, encoding_of_weights
 from bitwright.errors import InputError, ModelError
 from bitwright.grid import PerChannel, QuantSpec
 from bitwright.ranges import full_table
@@ -77,6 +78,23 @@ def test_within_one_step_of_the_simulation(tmp_path, seed, reference, specs):
         # 16-bit steps come near float32's summation noise.
         assert steps.max() <= (2 if wide else 1), site
         assert (steps > 0).mean() < 0.01, site
+
+
+def test_a_large_bias_leaves_the_accumulator_room_for_products(tmp_path):
+    """Weights that are negligible beside their bias: with the bias at int32's end, the products would wrap around."""
+    weight = np.full((1, 32, 1, 1), -3e-6, np.float32)
+    conv = helper.make_node("Conv", ["x", "w", "b"], ["y"])
+    native, graph = opened(proto([conv], {"x": ["N", 32, 4, 4]}, ["y"], {"w": weight, "b": np.float32([-100.0])}))
+    plan = plan_of(graph)
+    encodings = {
+        "x": encoding(ACTIVATION, 0.01),
+        "y": encoding(QuantSpec(8, signed=False, symmetric=False), 0.5, 255),
+        "w": encoding_of_weights(weight, QuantSpec(granularity=PerChannel(0))),
+    }
+    bundle = export_qdq(native, graph, plan, encodings, tmp_path / "m.onnx")
+    got = compile_bundle(bundle).run({"x": np.full((2, 32, 4, 4), 2.5, np.float32)})[Tap("y")]
+    assert runtime_ops(bundle.files["qdq"]).counts["QLinearConv"] == 1
+    np.testing.assert_array_equal(got, np.full((2, 1, 4, 4), -100, np.float32))
 
 
 def test_taps_do_not_change_the_outputs(tmp_path):
