@@ -127,7 +127,7 @@ class PartialExecution(Protocol[M_contra]):
     """Running a part of the float model, for layer-by-layer techniques in O(layers) and not O(layers²)."""
 
     def segment(self, model: M_contra, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Compile only what lies between `feeds` and `taps`.
+        """Compile only what lies between `feeds` and `taps`; feeds that no tap depends on need no value at run time.
 
         Raises:
             ModelError: a tap can't be computed from the feeds alone.

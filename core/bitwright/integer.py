@@ -58,6 +58,7 @@ class IntegerSimulation:
         self._fused = {op.id: f for op in graph.ops if (f := self._fusion(op)) is not None}
         self._skipped = {f.swallowed.id for f in self._fused.values() if f.swallowed is not None}
         self._last_use = {t: i for i, op in enumerate(graph.ops) for t in op.data_inputs}
+        self._inputs: dict[TensorId, NDArray[Any]] = {}
         self.peaks: dict[str, float] = {}
         """Largest accumulator magnitude seen at each integer linear op, as a share of int32's range."""
 
@@ -82,6 +83,7 @@ class IntegerSimulation:
             InputError: an input is missing, or a wanted tensor doesn't exist on its own (fused away).
         """
         keep = set(wanted)
+        self._inputs = {name: np.asarray(v) for name, v in batch.items()}
         held: dict[TensorId, NDArray[Any]] = {}
         for name in self._graph.inputs:
             if name not in batch:
@@ -165,8 +167,11 @@ class IntegerSimulation:
     def _float(self, op: Op, held: Mapping[TensorId, NDArray[Any]]) -> dict[TensorId, NDArray[Any]]:
         if op.id not in self._segments:
             taps = [Tap(t) for t in op.outputs if t in self._graph.tensors]
-            self._segments[op.id] = self._backend.segment(self._model, op.data_inputs, taps)
+            # Shapes may be computed from the model's inputs.
+            sources = tuple(dict.fromkeys((*op.data_inputs, *self._graph.inputs)))
+            self._segments[op.id] = self._backend.segment(self._model, sources, taps)
         feeds = {t: self._real(t, held[t]) for t in op.data_inputs}
+        feeds = {**self._inputs, **feeds}
         outputs = self._segments[op.id].run(feeds)
         return {tap.tensor: self._coded(tap.tensor, v) for tap, v in outputs.items()}
 

@@ -204,18 +204,16 @@ class _Networks:
     def _batches(self, index: int) -> Iterator[Batch]:
         cache = self.caches[index]
         if cache is None:
-            cache_of_start = self.start == self.walk.graph.inputs
-            if not cache_of_start:
-                raise ModelError("the walk lost its cache")
             return iter(self.walk.data)
-        return iter(cache)
+        # Shapes are often computed from the model's inputs, which therefore stay at hand behind every cut.
+        return ({**inputs, **held} for inputs, held in zip(self.walk.data, cache, strict=True))
 
     def _float_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
         taps = [Tap(t) for t in wanted if t not in feeds]
         if not taps:
             return None
-        if self.walk._partial and feeds != self.walk.graph.inputs:
-            return self.walk.backend.segment(self.walk.model, feeds, taps)  # type: ignore[attr-defined,no-any-return]
+        if feeds != self.walk.graph.inputs and isinstance(self.walk.backend, PartialExecution):
+            return self.walk.backend.segment(self.walk.model, self._with_inputs(feeds), taps)
         return self.walk.backend.session(self.walk.model, taps)
 
     def _quantized_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
@@ -225,7 +223,10 @@ class _Networks:
         if not taps:
             return None
         simulation = self._simulation()
-        return simulation.session(taps) if from_inputs else simulation.segment(feeds, taps)
+        return simulation.session(taps) if from_inputs else simulation.segment(self._with_inputs(feeds), taps)
+
+    def _with_inputs(self, feeds: tuple[TensorId, ...]) -> tuple[TensorId, ...]:
+        return tuple(dict.fromkeys((*feeds, *self.walk.graph.inputs)))
 
     def _simulation(self) -> Simulation[Any]:
         walk = self.walk

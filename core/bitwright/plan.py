@@ -138,9 +138,7 @@ class Plan(Mapping[SiteId, Site]):
     @cached_property
     def quantized(self) -> tuple[SiteId, ...]:
         """Sites that must have an encoding: specified, shared or derived."""
-        return tuple(
-            s for s, site in self._sites.items() if not isinstance(self._sites[self.root(s)].decision, Float) and site
-        )
+        return tuple(s for s in self._sites if not isinstance(self._sites[self.root(s)].decision, Float))
 
     @cached_property
     def activations(self) -> tuple[SiteId, ...]:

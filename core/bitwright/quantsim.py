@@ -98,7 +98,12 @@ class QuantSim:
 
     def _refresh(self) -> None:
         """Rebuild graph and plan after an edit; encodings of sites that are gone go too."""
+        known = getattr(self, "graph", None)
         self.graph: Graph = self.backend.graph(self.native)
+        if known is not None:
+            # Exceptions for what a fold has removed have nothing left to apply to; a wrong name was refused at first.
+            gone = (_names(known) - _names(self.graph)) & set(self.overrides)
+            self.overrides = {k: v for k, v in self.overrides.items() if k not in gone}
         self.plan: Plan = build_plan(
             self.graph,
             self.target,
@@ -394,6 +399,10 @@ class QuantSim:
     def activation_sites(self) -> tuple[SiteId, ...]:
         """Every activation that the target quantizes, shared ones included."""
         return tuple(s for s in self.plan.quantized if self.plan[s].kind is SiteKind.ACTIVATION)
+
+
+def _names(graph: Graph) -> set[str]:
+    return {op.id for op in graph.ops} | set(graph.tensors) | set(graph.params)
 
 
 def _open(model: Any, sample: Batch | None, name: str | None) -> tuple[Backend[Any], Any]:
