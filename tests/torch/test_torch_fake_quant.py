@@ -1,0 +1,320 @@
+"""`FakeQuantize`: bit-equal to the core's grid, gradients, following weights, learning, state."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from bitwright.encoding import Encoding, encoding_from_range, encoding_of_weights, two_level  # noqa: E402
+from bitwright.gradients import range_vjp  # noqa: E402
+from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec  # noqa: E402
+from bitwright_torch import kernels as kernel_module  # noqa: E402
+from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
+from bitwright_torch.rounding import round_to_grid  # noqa: E402
+
+INTEGERS = {
+    "uint8": QuantSpec(8, signed=False, symmetric=False),
+    "int8": QuantSpec(8),
+    "int8 strict": QuantSpec(8, strict=True),
+    "uint4": QuantSpec(4, signed=False, symmetric=False),
+    "int2": QuantSpec(2),
+    "uint16": QuantSpec(16, signed=False, symmetric=False),
+    "int16": QuantSpec(16),
+    "int32": QuantSpec(32),
+}
+FLOATS = ["float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
+WEIGHTS = {
+    "tensor": QuantSpec(4),
+    "asymmetric": QuantSpec(4, signed=False, symmetric=False, granularity=PerChannel(0)),
+    "unsigned symmetric": QuantSpec(8, signed=False, granularity=PerChannel(0)),
+    "channel": QuantSpec(8, granularity=PerChannel(0)),
+    "strict": QuantSpec(8, strict=True, granularity=PerChannel(0)),
+    "input channel": QuantSpec(8, granularity=PerChannel(1)),
+    "blocks": QuantSpec(4, granularity=Blockwise(0, 1, 4)),
+    "blocks across": QuantSpec(4, granularity=Blockwise(1, 0, 2)),
+    "lpbq": QuantSpec(4, granularity=Blockwise(0, 1, 4, 8)),
+    "fp8": QuantSpec(8, float_format="float8e4m3fn", granularity=PerChannel(0)),
+}
+
+
+def probe(encoding: Encoding) -> np.ndarray:
+    """Codes, midpoints, their neighbours, and what lies beyond."""
+    grid = encoding.grid
+    codes = np.linspace(grid.qmin - 3, grid.qmax + 3, min(2 * grid.steps + 13, 4001))
+    points = (np.rint(codes * 2) / 2 - int(encoding.zero_point)) * np.float64(encoding.scale)
+    points = points.astype(np.float32)
+    return np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("spec", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_integers_are_the_core_s(spec: QuantSpec, grad: bool) -> None:
+    encoding = encoding_from_range(spec, -1.3, 2.1)
+    x = probe(encoding)
+    module = FakeQuantize()
+    module.set(encoding)
+    found = module(torch.tensor(x, requires_grad=grad)).detach().numpy()
+    np.testing.assert_array_equal(found, encoding.fake_quantize(x))
+    assert module.get().equals(encoding)
+
+
+@pytest.mark.parametrize("form", FLOATS)
+def test_float_formats_are_the_core_s(form: str) -> None:
+    encoding = encoding_from_range(QuantSpec(8, float_format=form), -3.0, 2.0)
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
+    module = FakeQuantize()
+    module.set(encoding)
+    np.testing.assert_array_equal(module(torch.tensor(x)).numpy(), encoding.fake_quantize(x))
+
+
+@pytest.mark.parametrize("spec", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_and_the_grids_that_follow_them(spec: QuantSpec) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(8, 8, 3)).astype(np.float32) for _ in range(2))
+    weight = torch.tensor(first)
+    module = FakeQuantize((0, 1, 2), (8, 8, 3))
+    encoding = encoding_of_weights(first, spec)
+    module.set(encoding, weight)
+    np.testing.assert_array_equal(module(weight).numpy(), encoding.fake_quantize(first))
+    weight.copy_(torch.tensor(second))
+    later = encoding_of_weights(second, spec)
+    np.testing.assert_array_equal(module(weight).numpy(), later.fake_quantize(second))
+    assert module.get().equals(later)
+
+
+def test_a_chosen_grid_keeps_its_ratio() -> None:
+    weight = torch.randn(4, 10)
+    encoding = encoding_of_weights(weight.numpy(), QuantSpec(4, granularity=PerChannel(0)))
+    chosen = encoding.with_(scale=encoding.scale * np.float32(0.7))
+    module = FakeQuantize((0, 1), (4, 10))
+    module.set(chosen, weight)
+    module(weight)
+    assert module.get().equals(chosen)
+    weight.mul_(2)
+    module(weight)
+    np.testing.assert_allclose(module.get().scale, 2 * chosen.scale, rtol=1e-6)
+    module.set(chosen.with_(frozen=True), weight)
+    weight.mul_(2)
+    module(weight)
+    assert module.get().equals(chosen)
+
+
+def test_native_layouts_are_translated() -> None:
+    canonical = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    for spec in (WEIGHTS["channel"], WEIGHTS["blocks"], WEIGHTS["lpbq"]):
+        encoding = encoding_of_weights(canonical, spec)
+        module = FakeQuantize((1, 0), (4, 6))
+        weight = torch.tensor(canonical.T.copy())
+        module.set(encoding, weight)
+        np.testing.assert_array_equal(module(weight).numpy(), encoding.fake_quantize(canonical).T)
+        assert module.get().equals(encoding)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_types_are_kept_and_computed_in_float32(dtype: str) -> None:
+    encoding = encoding_from_range(INTEGERS["uint8"], -1.0, 2.0)
+    x = torch.randn(100).to(getattr(torch, dtype)).requires_grad_()
+    module = FakeQuantize()
+    module.set(encoding)
+    y = module(x)
+    assert y.dtype == x.dtype
+    expected = torch.tensor(encoding.fake_quantize(x.detach().float().numpy())).to(x.dtype)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad.dtype == x.dtype
+
+
+def test_scales_stay_float32_when_the_model_is_halved() -> None:
+    module = FakeQuantize()
+    encoding = encoding_from_range(INTEGERS["uint8"], -1.0, 2.0)
+    module.set(encoding)
+    module.learn()
+    module.half()
+    assert module.scale.dtype == module.log_scale.dtype == torch.float32
+    assert module.get().equals(encoding)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_memory_formats(layout: str) -> None:
+    x = torch.randn(2, 6, 5, 7)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = torch.randn(2, 6, 7, 10)[..., ::2].transpose(2, 3)
+    encoding = encoding_from_range(QuantSpec(4), -1.0, 1.0)
+    module = FakeQuantize()
+    module.set(encoding)
+    np.testing.assert_array_equal(module(x).numpy(), encoding.fake_quantize(x.numpy()))
+    leaf = x.clone().requires_grad_()
+    weights = torch.randn(x.shape)
+    (module(leaf) * weights).sum().backward()
+    inside = (x / encoding.scale.item()).round().clamp(-8, 7) == (x / encoding.scale.item()).round()
+    assert torch.equal(leaf.grad, torch.where(inside, weights, 0.0))
+
+
+class Reference(torch.nn.Module):
+    """Straight-through autograd in double, with min and max as parameters."""
+
+    def __init__(self, low: float, high: float, bits: int) -> None:
+        super().__init__()
+        self.low = torch.nn.Parameter(torch.tensor(low, dtype=torch.float64))
+        self.high = torch.nn.Parameter(torch.tensor(high, dtype=torch.float64))
+        self.steps = 2**bits - 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def straight(v: torch.Tensor) -> torch.Tensor:
+            return v + (v.round() - v).detach()
+
+        scale = (self.high - self.low) / self.steps
+        zero = straight(-self.low / scale)
+        return ((straight(x / scale) + zero).clamp(0, self.steps) - zero) * scale
+
+
+@pytest.mark.parametrize("ends", [(-5.0, 0.0), (-5.0, 5.0), (0.0, 5.0)])
+def test_range_learning_agrees_with_straight_through_autograd(ends: tuple[float, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2000, generator=generator) * 20 - 10
+    g = torch.randn(2000, generator=generator)
+    encoding = encoding_from_range(INTEGERS["uint8"], *ends)
+    whole = float(encoding.minimum), float(encoding.maximum)  # the ends, moved to a whole zero point
+    reference = Reference(*whole, 8)
+    leaf = x.double().requires_grad_()
+    reference(leaf).backward(g.double())
+
+    scale = torch.tensor(encoding.scale).requires_grad_()
+    zero = torch.tensor(float(encoding.zero_point)).requires_grad_()
+    mine = x.clone().requires_grad_()
+    round_to_grid(mine, scale, zero, encoding.grid, PerTensor()).backward(g)
+    low, high = range_vjp(scale.grad, zero.grad, *whole, encoding.grid, symmetric=False)
+    assert (mine.grad.double() - leaf.grad).abs().max() <= 1e-6
+    torch.testing.assert_close(low.double(), reference.low.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(high.double(), reference.high.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_accumulate_and_frozen_grids_get_none() -> None:
+    encoding = encoding_from_range(INTEGERS["uint4"], -1.0, 1.0)
+    module = FakeQuantize()
+    module.set(encoding)
+    module.learn()
+    x = torch.randn(500)
+    module(x).sum().backward()
+    once = module.log_scale.grad.clone(), module.zero_shift.grad.clone()
+    module(x).sum().backward()
+    torch.testing.assert_close((module.log_scale.grad, module.zero_shift.grad), (2 * once[0], 2 * once[1]))
+    assert once[0] != 0
+    assert once[1] != 0
+    module.set(encoding.with_(frozen=True))
+    assert list(module.parameters()) == []
+
+
+def test_learned_parameters_move_the_grid() -> None:
+    encoding = encoding_from_range(INTEGERS["uint4"], -1.0, 1.0)
+    module = FakeQuantize()
+    module.set(encoding)
+    module.learn(evened=True)
+    assert module.get().equals(encoding)
+    x = torch.randn(500)
+    with torch.no_grad():
+        module.log_scale.fill_(0.2)
+        module.zero_shift.fill_(2.2 / 15)
+    found = module.get()
+    assert found.frozen
+    np.testing.assert_allclose(found.scale, encoding.scale * np.exp(0.2), rtol=1e-6)
+    assert found.zero_point == encoding.zero_point + 2
+    np.testing.assert_array_equal(module(x).detach().numpy(), found.fake_quantize(x.numpy()))
+
+
+def test_zero_points_behind_a_relu_stay() -> None:
+    module = FakeQuantize()
+    module.set(encoding_from_range(INTEGERS["uint4"], 0.0, 1.0))
+    module.learn()
+    assert module.zero_shift is None
+    assert module.log_scale is not None
+
+
+def test_state_round_trips_to_the_bit() -> None:
+    weight = torch.randn(8, 8, 3)
+    for spec in WEIGHTS.values():
+        one, other = FakeQuantize((0, 1, 2), (8, 8, 3)), FakeQuantize((0, 1, 2), (8, 8, 3))
+        encoding = encoding_of_weights(weight.numpy(), spec)
+        one.set(two_level(encoding.with_(scale=encoding.scale * np.float32(1.5), block_scale=None)), weight)
+        state = one.state_dict()
+        assert all(isinstance(v, torch.Tensor) for v in state.values())
+        other.load_state_dict(state)
+        assert torch.equal(one(weight), other(weight))
+        assert other.get().equals(one.get())
+        third = copy.deepcopy(one)
+        assert torch.equal(third(weight), one(weight))
+
+
+def test_a_float_state_leaves_the_site_alone() -> None:
+    module = FakeQuantize()
+    encoding = encoding_from_range(INTEGERS["uint4"], -1.0, 1.0)
+    module.set(encoding)
+    module.load_state_dict({})
+    assert module.get().equals(encoding)
+
+
+def test_a_learned_state_opens_in_an_untrained_site() -> None:
+    one, other = FakeQuantize(), FakeQuantize()
+    one.set(encoding_from_range(INTEGERS["uint4"], -1.0, 1.0))
+    one.learn()
+    with torch.no_grad():
+        one.log_scale.fill_(0.3)
+        one.zero_shift.fill_(3 / 15)
+    other.set(encoding_from_range(INTEGERS["uint4"], -1.0, 1.0))
+    other.load_state_dict(one.state_dict())
+    assert other.get().equals(one.get())
+
+
+def test_rounded_weights_are_kept_in_evaluation_only() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    module = FakeQuantize((0, 1), (4, 4)).eval()
+    module.set(encoding_of_weights(weight.detach().numpy(), QuantSpec(4)), weight)
+    with torch.inference_mode():
+        first = module(weight)
+        assert module(weight) is first
+    assert not first.is_inference()
+    assert module(weight).requires_grad
+    with torch.no_grad():
+        weight.mul_(3)
+        assert not torch.equal(module(weight), first)
+
+
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    module = FakeQuantize()
+    encoding = encoding_from_range(INTEGERS["uint8"], -1.0, 2.0)
+    module.set(encoding)
+    x = torch.randn(1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(module(x).numpy(), encoding.fake_quantize(x.numpy()))
+
+
+def test_kernels_that_fail_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", "compiled")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    kernels = kernel_module.Kernels()
+    x, scale, low, high = torch.randn(40_000), torch.tensor(0.1), torch.tensor(-8.0), torch.tensor(7.0)
+    assert torch.equal(kernels("forward", x, scale, low, high), kernel_module.composed_forward(x, scale, low, high))
+    assert kernels.state() == {"forward/1/cpu": "composed"}
+
+
+def test_kernels_that_aren_t_bit_equal_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", "compiled")
+
+    def reciprocal(*_: object, **__: object) -> object:
+        return lambda x, s, low, high: (x * (1 / s)).round().clamp(low, high) * s
+
+    monkeypatch.setattr(torch, "compile", reciprocal)
+    kernels = kernel_module.Kernels()
+    kernels("forward", torch.randn(40_000), torch.tensor(0.1), torch.tensor(-8.0), torch.tensor(7.0))
+    assert kernels.state() == {"forward/1/cpu": "composed"}
