@@ -22,7 +22,8 @@ def read_npy(path: Path) -> Array:
         InputError: it is no .npy file, is truncated, or holds objects.
     """
     try:
-        return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        with path.open("rb") as file:
+            return _mapped(path, file, 0, path.stat().st_size)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
 
@@ -39,7 +40,7 @@ def read_npz(path: Path) -> dict[str, Array]:
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if entry.compress_type == zipfile.ZIP_STORED:
-                    arrays[name] = _mapped(path, file, entry)
+                    arrays[name] = _mapped(path, file, _start(file, entry), entry.file_size)
                 else:
                     with archive.open(entry) as member:
                         arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
@@ -48,30 +49,34 @@ def read_npz(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def _mapped(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> Array:
+def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored zip entry begin."""
     file.seek(entry.header_offset)
     header = file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER:
-        raise ValueError("truncated file")
-    start = entry.header_offset + _LOCAL_HEADER
-    start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        raise ValueError("the file is truncated")
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + _LOCAL_HEADER + lengths
+
+
+def _mapped(path: Path, file: BinaryIO, start: int, size: int) -> Array:
+    """The array of a .npy stream of `size` bytes that begins at `start`, memory-mapped."""
     file.seek(start)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError(f"array {entry.filename!r} holds Python objects")
+        raise ValueError("it holds Python objects")
     offset = file.tell()
-    if offset - start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > entry.file_size:
-        raise ValueError(f"array {entry.filename!r} is truncated")
+    if offset - start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > size:
+        raise ValueError("the file is truncated")
     if 0 in shape:
         return np.empty(shape, dtype)
-    order = "F" if fortran else "C"
-    return np.memmap(path, dtype, "r", offset, shape, order)  # type: ignore[call-overload,no-any-return]
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
-    if "pickle" in text.lower() or "object" in text.lower():
+    if "objects" in text or "object arrays" in text.lower():
         return "it holds Python objects, which are not loaded; save plain numeric arrays with numpy.savez"
     return f"{text}; expected a file written by numpy.save or numpy.savez"

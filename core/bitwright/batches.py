@@ -70,7 +70,7 @@ def named_batch(item: Any, specs: InputSpecs, where: str) -> Batch:
         if missing := [n for n in specs if n not in item]:
             raise InputError(f"{where}: no array for input {missing[0]!r}; it holds {', '.join(map(str, item))}")
         return {n: array_of(item[n], f"{where}, input {n!r}") for n in specs}
-    if isinstance(item, tuple | list) and not all(np.isscalar(x) for x in item):
+    if isinstance(item, tuple | list) and not (item and all(np.isscalar(x) for x in item)):
         return {n: array_of(v, f"{where}, input {n!r}") for n, v in _in_order(item, specs, where)}
     return {single_input(specs): array_of(item, where)}
 

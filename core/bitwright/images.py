@@ -95,7 +95,7 @@ class ImageFolder:
             if len(files) < fixed:
                 raise InputError(f"{path}: {len(files)} images, but the model takes batches of exactly {fixed}")
             warnings.warn(
-                f"{path}: the model takes batches of exactly {fixed}; {len(files) % fixed} images at the end are left out",
+                f"{path}: the model takes batches of exactly {fixed}; {len(files) % fixed} images are left out",
                 stacklevel=4,
             )
             files = files[: len(files) - len(files) % fixed]

@@ -93,11 +93,13 @@ class Scheme(ABC):
         return self._encode(data, spec, shape)
 
     def _extremes(self, spec: QuantSpec) -> bool:
+        """Whether smallest and largest value decide: for this scheme, or because the specification leaves no choice."""
         # A scaled float format maps the largest magnitude to its largest number; the others have no scale at all.
-        return self.extremes_only or spec.float_format is not None
+        pinned = spec.minimum is not None and spec.maximum is not None
+        return self.extremes_only or pinned or spec.float_format is not None
 
     def _encode(self, data: Density, spec: QuantSpec, shape: tuple[int, ...]) -> Encoding:
-        low, high = (data.minimum, data.maximum) if spec.float_format is not None else self.range(data, spec)
+        low, high = (data.minimum, data.maximum) if self._extremes(spec) else self.range(data, spec)
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         if low.shape != data.minimum.shape or high.shape != data.minimum.shape:
             raise EncodingError(f"{self.name}: {low.shape} and {high.shape} for {data.minimum.shape} groups")

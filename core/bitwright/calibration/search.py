@@ -17,8 +17,11 @@ from bitwright.grid import QuantSpec
 CELLS = 2**19
 """Intervals looked at together, for bounded memory."""
 
-COARSE, FINE = 12, 96
-"""Scales tried in an octave: everywhere, and then around the best."""
+COARSE = 12
+"""Scales tried in an octave, everywhere."""
+
+FINE, FINEST = (96,), (96, 768)
+"""Scales tried in an octave around the best so far, again and again; the error of single points is not smooth."""
 
 POSITIONS = 33
 """Positions of an asymmetric grid tried for each scale: evenly over those that touch the data, then around the best."""
@@ -75,6 +78,7 @@ class _Search:
         inner, outer, mass = (np.ascontiguousarray(a[:, ::-1]) for a in (-high, -low, data.mass))
         self.left = _Tail.of(inner, outer, mass)
         self.octaves = _octaves(data, self.unit)
+        self.refinements = FINEST if data.exact else FINE
 
     def run(self) -> tuple[Rows, Rows]:
         """Low and high end of the best grid of each row, in the data's own unit."""
@@ -84,10 +88,13 @@ class _Search:
         steps = np.arange(np.ceil(self.octaves.max() * COARSE) + 1)
         for part in np.split(steps, range(together, len(steps), together)):
             self._attempt(best, np.outer(2.0 ** (-part / COARSE), np.ones(rows)))
-        centre, end = best.fraction.copy(), best.high.copy()
-        steps = np.arange(-FINE // COARSE, FINE // COARSE + 1)
-        for part in np.split(steps, range(together, len(steps), together)):
-            self._attempt(best, np.minimum(np.outer(2.0 ** (part / FINE), centre), 1.0), end)
+        wide = COARSE
+        for fine in self.refinements:
+            centre, end = best.fraction.copy(), best.high.copy()
+            steps = np.arange(-(fine // wide), fine // wide + 1)
+            for part in np.split(steps, range(together, len(steps), together)):
+                self._attempt(best, np.minimum(np.outer(2.0 ** (part / fine), centre), 1.0), end)
+            wide = fine
         return best.low * self.unit, best.high * self.unit
 
     def _attempt(self, best: _Best, fraction: Rows, around: Rows | None = None) -> None:

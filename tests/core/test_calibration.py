@@ -1,0 +1,437 @@
+"""Calibration schemes: percentiles and entropy by definition, searches never worse than AIMET's, outliers survived."""
+
+import numpy as np
+import pytest
+
+from bitwright.calibration import Density, Scheme, calibrate_array, scheme, schemes
+from bitwright.encoding import encoding_of_weights
+from bitwright.errors import EncodingError, InputError
+from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.statistics import HistogramStatistic, RangeStatistic
+
+ASYMMETRIC, SYMMETRIC = {"signed": False, "symmetric": False}, {"signed": True, "symmetric": True}
+
+
+def calibrate(name, spec, *values):
+    """An encoding by the way activations take: statistic, batches, encoding."""
+    chosen = scheme(name)
+    statistic = chosen.statistic(spec)()
+    for v in values:
+        if isinstance(statistic, RangeStatistic):
+            statistic.observe(np.asarray(v, np.float32))
+        else:
+            statistic.update(np.asarray(v, np.float32))
+    return chosen.encoding(statistic, spec)
+
+
+def noise(x, encoding):
+    return float(np.square(encoding.fake_quantize(x).astype(np.float64) - x).mean())
+
+
+def samples(name, n=10_000):
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=n)
+    x = {
+        "normal": lambda: normal,
+        "laplace": lambda: rng.laplace(size=n),
+        "relu": lambda: np.maximum(normal, 0),
+        "relu6": lambda: np.clip(4 * normal, 0, 6),
+        "uniform": lambda: rng.uniform(-1, 3, n),
+        "mixture": lambda: np.where(rng.random(n) < 0.1, rng.normal(3, 5, n), rng.normal(0, 0.3, n)),
+        "one outlier": lambda: np.where(np.arange(n) == 7, 1000, normal),
+    }[name]()
+    return x.astype(np.float32)
+
+
+def aimet_sqnr(x, bits, symmetric):
+    """The search of AIMET 2.42 (`Sqnr`) on the values themselves: the noise of the grid that it picks."""
+    n, gamma = 2**bits - 1, 3.0
+    lo, hi = min(x.min(), 0.0), max(x.max(), 0.0)
+    candidates = []
+    if symmetric:
+        largest = 2 * max(-lo, hi) / n
+        candidates = [(largest * k / 100, -(n + 1) // 2) for k in range(1, 102)]
+    else:
+        largest = (hi - lo) / n
+        offsets = [-n + round(n / 20 * i) for i in range(21)] + [round(lo / largest)]
+        for k in range(1, 18):
+            for offset in offsets:
+                delta = largest * k / 16
+                low, high = max(delta * offset, lo), min(delta * (offset + n), hi)
+                if high - low > 0:
+                    delta = (high - low) / n
+                    candidates.append((delta, round(low / delta)))
+    best, picked = np.inf, 0.0
+    for delta, offset in candidates:
+        code = np.rint(x / delta) - offset
+        error = np.square((np.clip(code, 0, n) + offset) * delta - x)
+        cost = np.where((code < 0) | (code > n), gamma * error, error).mean()
+        if cost < best:
+            best, picked = cost, error
+    return float(picked.mean()), picked
+
+
+# -- names
+
+
+def test_names_aliases_and_settings():
+    assert set(schemes()) == {"minmax", "percentile", "sqnr", "mse", "entropy"}
+    assert scheme("tf_enhanced").name == scheme("TF-Enhanced").name == "sqnr"
+    assert scheme("percentile:99.9").percentile == 99.9
+    assert scheme(scheme("mse")).name == "mse"
+    for wrong, message in [
+        ("best", "unknown calibration scheme 'best'; known: minmax"),
+        ("sqnr:3", "takes no setting"),
+        ("percentile:-1", "between 50 and 100"),
+        ("percentile:49", "between 50 and 100"),
+        ("percentile:101", "between 50 and 100"),
+        ("percentile:high", "write a number"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            scheme(wrong)
+    with pytest.raises(ValueError, match="between 50 and 100"):
+        scheme("percentile:101")
+
+
+def test_min_max_is_reduced_in_the_graph_and_others_are_not():
+    spec = QuantSpec(8, **ASYMMETRIC)
+    assert isinstance(scheme("minmax").statistic(spec)(), RangeStatistic)
+    assert scheme("minmax").statistic(spec)().reduction == "minmax"
+    for name in ("percentile", "sqnr", "mse", "entropy"):
+        assert isinstance(scheme(name).statistic(spec)(), HistogramStatistic)
+        for free in (spec.with_(bits=16, float_format="float16"), spec.with_(minimum=0.0, maximum=1.0)):
+            assert isinstance(scheme(name).statistic(free)(), RangeStatistic)
+    per_channel = scheme("sqnr").statistic(spec.with_(granularity=PerChannel(1)))()
+    assert per_channel.axis == 1
+    with pytest.raises(InputError, match="not in blocks"):
+        scheme("sqnr").statistic(spec.with_(granularity=Blockwise()))
+
+
+# -- min-max and percentile
+
+
+def test_min_max():
+    x = np.array([-1, -0.5, 0, 0.3, 2], np.float32)
+    for e in (
+        calibrate("minmax", QuantSpec(8, **ASYMMETRIC), x[:2], x[2:]),
+        calibrate_array(x, QuantSpec(8, **ASYMMETRIC)),
+    ):
+        assert (float(e.scale), int(e.zero_point), e.source) == (pytest.approx(0.0117647061, rel=1e-6), 85, "minmax")
+
+
+@pytest.mark.parametrize(("p", "high"), [(100, 1000), (99, 990), (50, 500)])
+@pytest.mark.parametrize("way", ["histogram", "values"])
+def test_percentile_vectors(p, high, way):
+    x = np.arange(1001, dtype=np.float32)
+    strict = QuantSpec(8, strict=True)
+    run = (
+        (lambda s: calibrate(f"percentile:{p}", s, x))
+        if way == "histogram"
+        else (lambda s: calibrate_array(x, s, f"percentile:{p}"))
+    )
+    e = run(QuantSpec(8, **ASYMMETRIC))
+    assert (e.minimum, e.maximum) == (0, pytest.approx(high, rel=1e-6))
+    e = run(strict)
+    assert (e.minimum, e.maximum) == (pytest.approx(-high, rel=1e-6), pytest.approx(high, rel=1e-6))
+
+
+def test_percentile_with_five_hundred_bins():
+    h = HistogramStatistic(precision=8)  # bins of width 2 from 512 on: AIMET's 500 over this range
+    h.update(np.arange(1001, dtype=np.float32))
+    for p, high in [(100, 1000), (99.9, 998), (99, 990), (50, 500)]:
+        e = scheme(f"percentile:{p}").encoding(h, QuantSpec(8, **ASYMMETRIC))
+        assert e.maximum == pytest.approx(high, rel=1e-6)
+
+
+def test_percentile_drops_outliers():
+    x = np.arange(101, dtype=np.float32)
+    x[-2:] = 800, 1000
+    for e in (
+        calibrate("percentile:90", QuantSpec(8, **ASYMMETRIC), x),
+        calibrate_array(x, QuantSpec(8, **ASYMMETRIC), "percentile:90"),
+    ):
+        assert 89 < e.maximum < 91
+
+
+def test_percentile_of_nearly_all_zeros_keeps_the_rest():
+    x = np.zeros(10_000, np.float32)
+    x[:2] = 3
+    assert calibrate("percentile:99", QuantSpec(8, **ASYMMETRIC), x).maximum == pytest.approx(3)
+
+
+# -- searches
+
+DISTRIBUTIONS = ["normal", "laplace", "relu", "relu6", "uniform", "mixture"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_noise_is_at_most_aimets(distribution, bits, symmetric):
+    x = samples(distribution)
+    spec = QuantSpec(bits, **(SYMMETRIC if symmetric else ASYMMETRIC))
+    theirs, _ = aimet_sqnr(x, bits, symmetric)
+    for name in ("sqnr", "mse"):
+        # The error of ten thousand points jumps by some 0.1 % between neighbouring scales.
+        assert noise(x, calibrate_array(x, spec, name)) <= theirs * 1.002, name
+        # On bins the choice is as good up to what is lost by not seeing the values.
+        assert noise(x, calibrate(name, spec, x)) <= theirs * 1.02, name
+        assert noise(x, calibrate_array(x, spec, name)) <= noise(x, calibrate_array(x, spec, "minmax")) * (1 + 1e-4)
+
+
+def test_the_least_squares_range_is_the_least():
+    x = samples("laplace", 2000)
+    for bits in (3, 4, 6):
+        spec = QuantSpec(bits)
+        found = noise(x, calibrate_array(x, spec, "mse"))
+        extreme = float(np.abs(x).max()) / (2 ** (bits - 1) - 1)
+        e = calibrate_array(x, spec, "minmax")
+        brute = min(noise(x, e.with_(scale=np.float32(extreme * f))) for f in np.linspace(0.02, 1, 2000))
+        assert found <= brute * 1.003
+
+
+def test_the_best_zero_point_is_found():
+    x = samples("mixture", 2000)
+    spec = QuantSpec(3, **ASYMMETRIC)
+    found = noise(x, calibrate_array(x, spec, "mse"))
+    e = calibrate_array(x, spec, "minmax")
+    scales = float(e.scale) * np.linspace(0.05, 1, 300)
+    brute = min(noise(x, e.with_(scale=np.float32(s), zero_point=np.int32(z))) for s in scales for z in range(8))
+    assert found <= brute * 1.003
+
+
+def test_known_ranges_of_a_normal_distribution():
+    x = samples("normal")
+    e = calibrate("sqnr", QuantSpec(4, **ASYMMETRIC), x)
+    # 0.3352 is the best step of a uniform 16-level quantizer for N(0, 1) (Max 1960).
+    assert e.scale == pytest.approx(0.3352, rel=0.05)
+    e = calibrate("sqnr", QuantSpec(8, **ASYMMETRIC), x)
+    assert e.maximum > 3.3
+    assert e.minimum < -3.7
+
+
+@pytest.mark.parametrize("way", ["histogram", "values"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_one_outlier_does_not_cost_the_body_its_resolution(bits, symmetric, size, way):
+    clean = samples("normal")
+    x = np.where(np.arange(len(clean)) == 7, size, clean).astype(np.float32)
+    body = np.delete(x, 7)
+    spec = QuantSpec(bits, **(SYMMETRIC if symmetric else ASYMMETRIC))
+    run = (lambda v: calibrate("sqnr", spec, v)) if way == "histogram" else (lambda v: calibrate_array(v, spec, "sqnr"))
+    assert noise(body, run(x)) <= 1.1 * noise(body, run(clean))
+    if size == 1e3:
+        _, error = aimet_sqnr(x, bits, symmetric)
+        assert noise(body, run(x)) < 0.02 * np.delete(error, 7).mean()
+
+
+def test_an_outlier_that_the_grid_can_afford_is_kept():
+    x = samples("one outlier")
+    assert calibrate("sqnr", QuantSpec(16, **ASYMMETRIC), x).maximum > 990
+    mild = samples("normal")
+    mild[7] = 10
+    assert calibrate("sqnr", QuantSpec(8, **ASYMMETRIC), mild).maximum > 9
+
+
+def test_outliers_that_are_not_rare_are_kept():
+    x = samples("normal")
+    x[::200] = 100
+    assert calibrate("sqnr", QuantSpec(8, **ASYMMETRIC), x).maximum > 95
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mse_keeps_an_outlier_and_has_less_error_than_aimet(bits, symmetric):
+    x = samples("one outlier")
+    e = calibrate_array(x, QuantSpec(bits, **(SYMMETRIC if symmetric else ASYMMETRIC)), "mse")
+    theirs, _ = aimet_sqnr(x, bits, symmetric)
+    assert noise(x, e) <= theirs * (1 + 1e-4)
+    assert np.abs(e.fake_quantize(x) - x).max() <= e.scale
+
+
+@pytest.mark.parametrize("name", ["sqnr", "mse", "percentile", "entropy"])
+@pytest.mark.parametrize(
+    "values", [np.zeros(100), np.full(100, 3.0), np.full(100, -3.0), np.array([1e-30]), np.array([3e38, -3e38])]
+)
+def test_degenerate_tensors(name, values):
+    for spec in (QuantSpec(8, **ASYMMETRIC), QuantSpec(4), QuantSpec(8, unsigned_symmetric=True)):
+        for e in (calibrate(name, spec, values), calibrate_array(values, spec, name)):
+            x = values.astype(np.float32)
+            assert np.abs(e.fake_quantize(x) - x).max() <= np.abs(x).max() * 0.2 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["sqnr", "mse", "percentile:99", "entropy"])
+def test_constraints_are_honoured(name):
+    x = samples("normal")
+    e = calibrate(name, QuantSpec(8, **ASYMMETRIC, minimum=0.0), x)
+    assert (e.minimum, int(e.zero_point)) == (0, 0)
+    assert e.maximum > 2
+    e = calibrate(name, QuantSpec(8, **ASYMMETRIC, maximum=1.5), x)
+    assert 1 < e.maximum <= 1.51
+    e = calibrate(name, QuantSpec(8, **ASYMMETRIC, minimum=0.0, maximum=1.0), x)
+    assert (e.minimum, e.maximum) == (0, pytest.approx(1))
+
+
+@pytest.mark.parametrize("name", ["sqnr", "mse"])
+def test_searched_grids_follow_the_policy_flags(name):
+    x = samples("relu")
+    signed, unsigned = calibrate(name, QuantSpec(4), x), calibrate(name, QuantSpec(4, unsigned_symmetric=True), x)
+    assert signed.signed
+    assert not unsigned.signed
+    assert noise(x, unsigned) < 0.5 * noise(x, signed)
+    strict = calibrate(name, QuantSpec(4, strict=True), samples("normal"))
+    assert strict.minimum == -strict.maximum
+
+
+# -- streams
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile:99.9", "sqnr", "mse", "entropy"])
+def test_batches_in_any_order_give_the_same_encoding(name):
+    x = samples("mixture")
+    spec = QuantSpec(8, **ASYMMETRIC)
+    whole = calibrate(name, spec, x)
+    parts = np.array_split(x, 7)
+    assert calibrate(name, spec, *parts).equals(whole)
+    assert calibrate(name, spec, *parts[::-1]).equals(whole)
+
+
+# -- channels and blocks
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile:99", "sqnr", "mse", "entropy"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_channels_are_calibrated_as_if_each_were_alone(name, axis):
+    rng = np.random.default_rng(0)
+    w = (rng.laplace(size=(6, 5, 40, 4)) * np.exp2(rng.integers(-8, 8, (6, 1, 1, 1)))).astype(np.float32)
+    for spec in (QuantSpec(4), QuantSpec(8, **ASYMMETRIC)):
+        together = calibrate_array(w, spec.with_(granularity=PerChannel(axis)), name)
+        for c in range(w.shape[axis]):
+            alone = calibrate_array(np.take(w, c, axis), spec, name)
+            assert together.scale[c] == pytest.approx(float(alone.scale), rel=1e-6)
+            assert together.zero_point[c] == alone.zero_point
+
+
+def test_activations_per_channel():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(50, 3, 40)) * np.array([1, 10, 0.1])[:, None]).astype(np.float32)
+    spec = QuantSpec(4, granularity=PerChannel(1))
+    for name in schemes():
+        e = calibrate(name, spec, x[:20], x[20:])
+        for c in range(3):
+            alone = calibrate(name, QuantSpec(4), x[:, c])
+            assert noise(
+                x[:, c], e.with_(scale=e.scale[c], zero_point=e.zero_point[c], granularity=PerTensor())
+            ) <= 1.05 * noise(x[:, c], alone)
+
+
+def test_blocks_and_two_level_scales():
+    w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    blocks = QuantSpec(4, granularity=Blockwise(block_size=16))
+    assert calibrate_array(w, blocks).equals(encoding_of_weights(w, blocks))
+    whole = calibrate_array(w, QuantSpec(4, granularity=Blockwise(block_size=64)), "mse")
+    channels = calibrate_array(w, QuantSpec(4, granularity=PerChannel(0)), "mse")
+    assert np.array_equal(whole.fake_quantize(w), channels.fake_quantize(w))
+    assert noise(w, calibrate_array(w, blocks, "mse")) < noise(w, channels)
+    lpbq = calibrate_array(w, QuantSpec(4, granularity=Blockwise(block_size=16, decompressed_bits=8)), "mse")
+    assert lpbq.block_scale is not None
+    assert lpbq.block_scale.max() == 16
+    with pytest.raises(InputError, match="block size 48 doesn't divide"):
+        calibrate_array(w, QuantSpec(4, granularity=Blockwise(block_size=48)))
+
+
+def test_large_arrays_are_searched_through_bins(monkeypatch):
+    x = samples("laplace")
+    exact = calibrate_array(x, QuantSpec(4), "sqnr")
+    monkeypatch.setattr("bitwright.calibration.density.EXACT_LIMIT", 100)
+    binned = calibrate_array(x, QuantSpec(4), "sqnr")
+    assert noise(x, binned) <= noise(x, exact) * 1.01
+
+
+# -- entropy
+
+
+def test_entropy_matches_the_definition():
+    """A plain loop over every threshold, as TensorRT describes it."""
+    x = np.abs(samples("laplace", 40_000))
+    e = calibrate("entropy", QuantSpec(4, **ASYMMETRIC), x)
+    width = 2.0 ** (np.floor(np.log2(x.max())) + 1) / 2048
+    counts = np.bincount((x / width).astype(int), minlength=2048).astype(float)
+    divergences = {}
+    for n in range(16, 2049):
+        p = counts[:n].copy()
+        p[-1] += counts[n:].sum()
+        q = np.zeros(n)
+        level = np.arange(n) * 16 // n
+        for k in range(16):
+            inside = (level == k) & (p > 0)
+            if inside.any():
+                q[inside] = counts[:n][level == k].sum() / inside.sum()
+        p, q = p / p.sum(), q / q.sum()
+        used = p > 0
+        divergences[n] = (p[used] * np.log(p[used] / np.maximum(q[used], 1e-12))).sum()
+    best = min(divergences.values())
+    chosen = round(float(e.maximum) / width)
+    assert divergences[min(divergences, key=lambda n: abs(n - chosen))] <= best * 1.1
+    assert e.maximum < 0.9 * x.max()
+
+
+def test_entropy_without_enough_values_takes_the_full_range():
+    x = samples("normal", 30)
+    assert np.array_equal(calibrate_array(x, QuantSpec(8), "entropy").scale, calibrate_array(x, QuantSpec(8)).scale)
+
+
+# -- checks of the base
+
+
+class Halved(Scheme):
+    name = "halved"
+
+    def range(self, data: Density, spec: QuantSpec):
+        return data.minimum / 2, data.maximum / 2
+
+
+class Broken(Scheme):
+    name = "broken"
+
+    def range(self, data: Density, spec: QuantSpec):
+        return np.zeros(7), np.ones(7)
+
+
+def test_a_scheme_of_ones_own_is_a_formula():
+    x = np.array([-4, 4], np.float32)
+    assert calibrate(Halved(), QuantSpec(8, **ASYMMETRIC), x).maximum == pytest.approx(2, rel=1e-2)
+    assert calibrate_array(x, QuantSpec(8, **ASYMMETRIC), Halved()).source == "halved"
+    with pytest.raises(EncodingError, match="broken: "):
+        calibrate_array(x, QuantSpec(8), Broken())
+
+
+def test_what_goes_in_is_checked():
+    spec = QuantSpec(8)
+    with pytest.raises(EncodingError, match="no calibration data reached this tensor"):
+        scheme("sqnr").encoding(HistogramStatistic(), spec)
+    with pytest.raises(EncodingError, match="needs a histogram"):
+        ranged = RangeStatistic()
+        ranged.observe(np.ones(3))
+        scheme("mse").encoding(ranged, spec)
+    with pytest.raises(EncodingError, match="PerChannel grid"):
+        h = HistogramStatistic()
+        h.update(np.ones(3))
+        scheme("mse").encoding(h, spec.with_(granularity=PerChannel(0)))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(EncodingError, match="NaN or infinity"):
+            calibrate_array(np.array([1, bad]), spec, "sqnr")
+    with pytest.raises(EncodingError, match="nothing to calibrate"):
+        calibrate_array(np.zeros((0, 3)), spec)
+    with pytest.raises(InputError, match="axis 4 is out of range"):
+        calibrate_array(np.zeros((2, 3)), spec.with_(granularity=PerChannel(4)))
+
+
+def test_float_formats_need_no_search():
+    x = samples("one outlier")
+    fp8 = calibrate("sqnr", QuantSpec(8, float_format="float8e4m3fn"), x)
+    assert fp8.scale == pytest.approx(1000 / 448)
+    half = calibrate_array(x, QuantSpec(16, float_format="float16"), "mse")
+    assert half.scale == 1
+    assert half.fake_quantize(x) == pytest.approx(x, rel=1e-3)

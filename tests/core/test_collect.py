@@ -1,0 +1,133 @@
+"""One pass serves all requests: shared taps, budgets, several sources, errors that name the tensor."""
+
+import numpy as np
+import pytest
+
+from bitwright.collect import collect
+from bitwright.data import ArrayDataset
+from bitwright.errors import InputError
+from bitwright.graph import Op, OpKind
+from bitwright.statistics import ChannelMoments, HistogramStatistic, LayerMoments, RangeStatistic, Request
+
+FC = Op("fc", OpKind.LINEAR, "MatMul", ("h",), ("y",))
+
+
+class Network:
+    """y = 2x in float, rounded to halves when simulated; counts what is asked of it."""
+
+    def __init__(self, poison=None):
+        self.opened, self.runs, self.poison = [], 0, poison
+
+    def open(self, source, taps):
+        self.opened.append((source, tuple(taps)))
+        return Session(self, source, taps)
+
+
+class Session:
+    def __init__(self, network, source, taps):
+        self.network, self.source, self.taps = network, source, taps
+
+    def run(self, batch):
+        self.network.runs += 1
+        y = 2 * batch["x"]
+        if self.source == "simulated":
+            y = np.rint(2 * y) / 2
+        if self.network.poison == self.network.runs:
+            y = y * np.nan
+        tensors = {"x": batch["x"], "y": y}
+        found = {}
+        for tap in self.taps:
+            value = tensors[tap.tensor]
+            if tap.reduce == "minmax":
+                axes = tuple(i for i in range(value.ndim) if tap.axis is None or i != tap.axis)
+                value = np.stack([value.min(axis=axes), value.max(axis=axes)])
+            found[tap] = value
+        return found
+
+
+class Progress:
+    def __init__(self):
+        self.log = []
+
+    def start(self, description, total):
+        self.log.append((description, total))
+
+    def advance(self, steps=1, note=""):
+        self.log.append(steps)
+
+    def finish(self):
+        self.log.append("finish")
+
+
+X = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+DATA = ArrayDataset({"x": X}, 4)
+
+
+def test_one_pass_serves_everything_and_shares_tensors():
+    network, progress = Network(), Progress()
+    requests = [
+        Request("range", ("y",), RangeStatistic),
+        Request("range per channel", ("y",), lambda: RangeStatistic(1)),
+        Request("histogram", ("y",), HistogramStatistic),
+        Request("same", ("y",), HistogramStatistic),
+        Request("quantized mean", ("y",), lambda: ChannelMoments(1), ("simulated",)),
+        Request("pair", ("y", "y"), lambda: LayerMoments(FC, 4), ("float", "simulated")),
+    ]
+    found = collect(requests, network.open, DATA, progress=progress)
+    assert list(found) == [r.key for r in requests]
+    assert [source for source, _ in network.opened] == ["float", "simulated"]
+    assert [(t.tensor, t.reduce, t.axis) for t in network.opened[0][1]] == [
+        ("y", "minmax", None),
+        ("y", "minmax", 1),
+        ("y", "none", None),
+    ]
+    assert network.runs == 2 * 3
+    y, q = 2 * X, np.rint(4 * X) / 2
+    assert (float(found["range"].low), float(found["range"].high)) == (y.min(), y.max())
+    assert np.array_equal(found["range per channel"].high, y.max(axis=0))
+    assert found["histogram"].total == found["same"].total == y.size
+    assert found["quantized mean"].mean == pytest.approx(q.mean(axis=0, dtype=np.float64))
+    assert found["pair"].xq[0] == pytest.approx(y.T @ q / 10, rel=1e-5)
+    assert progress.log == [("Collecting statistics", 10), 4, 4, 2, "finish"]
+
+
+def test_memory_over_the_budget_takes_several_passes():
+    network = Network()
+    requests = [Request(str(m), ("y",), HistogramStatistic, memory=m) for m in (60, 50, 30, 200, 40)]
+    found = collect(requests, network.open, DATA, budget_bytes=100)
+    assert list(found) == ["60", "50", "30", "200", "40"]
+    assert len(network.opened) == 3  # 60 + 30, 50 + 40, 200
+    assert all(s.total == 40 for s in found.values())
+    one = collect(requests, Network().open, DATA)
+    for key in found:
+        assert np.array_equal(found[key].state()["counts"], one[key].state()["counts"])
+
+
+def test_repeatable():
+    requests = [Request(f"{i}", ("y",), lambda: ChannelMoments(1)) for i in range(8)]
+    a, b = (collect(requests, Network().open, DATA) for _ in range(2))
+    for key in a:
+        assert np.array_equal(a[key].mean, b[key].mean)
+        assert np.array_equal(a[key].variance, b[key].variance)
+
+
+def test_no_requests_run_nothing():
+    network = Network()
+    assert collect([], network.open, DATA) == {}
+    assert network.runs == 0
+
+
+@pytest.mark.parametrize("make", [RangeStatistic, HistogramStatistic, lambda: ChannelMoments(1)])
+def test_nan_names_tensor_network_and_batch(make):
+    progress = Progress()
+    with pytest.raises(InputError, match=r"tensor 'y' \(float network, batch 1\): NaN or infinite"):
+        collect([Request("a", ("y",), make)], Network(poison=2).open, DATA, progress=progress)
+    assert progress.log[-1] == "finish"
+
+
+def test_empty_data_and_repeated_keys():
+    request = Request("a", ("y",), RangeStatistic)
+    with pytest.raises(InputError, match="calibration data are empty"):
+        collect([request], Network().open, ArrayDataset({"x": X[:0]}, 4))
+    with pytest.raises(InputError, match="under the key 'a'"):
+        collect([request, request], Network().open, DATA)

@@ -1,0 +1,362 @@
+"""Data in every accepted form, and every way in which it can be wrong, with its message."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+from bitwright.data import ArrayDataset, Dataset, ImageOptions, labels, open_data
+from bitwright.errors import InputError
+
+ONE = {"x": ((None, 3, 4), "float32")}
+TWO = {"ids": ((None, 5), "int64"), "mask": ((None, 5), "float32")}
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(10, 3, 4)).astype(np.float32)
+
+
+def whole(dataset, name="x"):
+    return np.concatenate([b[name] for b in dataset])
+
+
+class Loader:
+    """As a framework's data loader: re-iterable, no length in samples, yields (inputs, labels)."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter([(b, np.zeros(len(b))) for b in self.batches])
+
+
+def sources(tmp_path):
+    np.save(tmp_path / "a.npy", X)
+    np.savez(tmp_path / "named.npz", x=X)
+    np.savez(tmp_path / "unnamed.npz", X)
+    np.savez_compressed(tmp_path / "packed.npz", x=X)
+    np.savez(tmp_path / "fortran.npz", x=np.asfortranarray(X))
+    parts = [X[:4], X[4:8], X[8:]]
+    return {
+        "array": X,
+        "float64": X.astype(np.float64),
+        "mapping": {"x": X},
+        "npy": str(tmp_path / "a.npy"),
+        "named npz": tmp_path / "named.npz",
+        "unnamed npz": tmp_path / "unnamed.npz",
+        "compressed npz": tmp_path / "packed.npz",
+        "fortran npz": tmp_path / "fortran.npz",
+        "list": parts,
+        "list of mappings": [{"x": p, "unused": p} for p in parts],
+        "list of tuples": [(p,) for p in parts],
+        "loader with labels": Loader(parts),
+        "function": lambda: iter(parts),
+        "generator function": lambda: (p for p in parts),
+    }
+
+
+def test_every_form_gives_the_same_batches(tmp_path):
+    for name, source in sources(tmp_path).items():
+        dataset = open_data(source, ONE, batch_size=4)
+        assert isinstance(dataset, Dataset), name
+        for _ in range(2):
+            batches = list(dataset)
+            assert [len(b["x"]) for b in batches] == [4, 4, 2], name
+            assert np.array_equal(whole(dataset), X), name
+            assert all(b["x"].dtype == np.float32 and b["x"].flags.c_contiguous for b in batches), name
+        assert dataset.samples in (10, None)
+        assert dataset.fingerprint() == open_data(source, ONE, batch_size=4).fingerprint(), name
+
+
+def test_limit(tmp_path):
+    for name, source in sources(tmp_path).items():
+        assert np.array_equal(whole(open_data(source, ONE, batch_size=4, limit=5)), X[:5]), name
+        assert np.array_equal(whole(open_data(source, ONE, batch_size=4, limit=99)), X), name
+
+
+def test_files_are_memory_mapped_where_they_can_be(tmp_path):
+    for name, source in sources(tmp_path).items():
+        if name.endswith(("npy", "npz")):
+            array = open_data(source, ONE).arrays["x"]
+            mapped = isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
+            assert mapped == (name != "compressed npz"), name
+
+
+def test_fingerprints_tell_contents_and_batches_apart():
+    base = open_data(X, ONE, batch_size=4).fingerprint()
+    changed = X.copy()
+    changed[9, 2, 3] += 1
+    assert base != open_data(changed, ONE, batch_size=4).fingerprint()
+    assert base != open_data(X, ONE, batch_size=5).fingerprint()
+    assert base != open_data(X, ONE, batch_size=4, limit=9).fingerprint()
+    parts = [X[:5], X[5:]]
+    assert open_data(parts, ONE).fingerprint() != open_data([X[:4], X[4:]], ONE).fingerprint()
+
+
+def test_several_inputs_by_name_or_order():
+    ids, mask = RNG.integers(0, 9, (6, 5)), np.ones((6, 5))
+    for source in (
+        {"mask": mask, "ids": ids},
+        [(ids[:4], mask[:4]), (ids[4:], mask[4:])],
+        [{"mask": mask, "ids": ids}],
+        lambda: iter([[ids, mask, "label"]]),
+    ):
+        batches = list(open_data(source, TWO, batch_size=4))
+        assert np.array_equal(np.concatenate([b["ids"] for b in batches]), ids)
+        assert batches[0]["ids"].dtype == np.int64
+        assert batches[0]["mask"].dtype == np.float32
+
+
+def test_safe_conversions():
+    spec = {"x": ((None, 2), "uint8")}
+    assert whole(open_data(np.array([[1.0, 255.0]]), spec)).tolist() == [[1, 255]]
+    assert whole(open_data(np.array([[True, False]]), {"x": ((None, 2), "float32")})).tolist() == [[1, 0]]
+    for values, kind, message in [
+        ([[0.5, 1]], "int64", "have fractions"),
+        ([[1, 256]], "uint8", "outside uint8"),
+        ([[-1, 2]], "uint8", "outside uint8"),
+        ([[1e39, 0]], "float32", "too large for float32"),
+        ([[1e5, 0]], "float16", "too large for float16"),
+        ([[0, 2]], "bool", "other than 0 and 1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_data(np.array(values), {"x": ((None, 2), kind)})
+
+
+def test_torch_like_tensors_are_taken():
+    class Tensor:
+        def __init__(self, values):
+            self.values, self.shape = values, values.shape
+
+        def detach(self):
+            return self
+
+        def cpu(self):
+            return self
+
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
+    assert np.array_equal(whole(open_data(Tensor(X), ONE)), X)
+    assert np.array_equal(whole(open_data([(Tensor(X), None)], ONE)), X)
+
+
+def bad(values, at=(7, 1, 2)):
+    x = X.copy()
+    x[at] = values
+    return x
+
+
+WRONG = [
+    (lambda: np.zeros((0, 3, 4)), "the data are empty"),
+    (lambda: [], "the data are empty"),
+    (lambda: {"y": X}, "no array for input 'x'; array 'y' is no input of the model"),
+    (lambda: {"x": X, "y": X}, "array 'y' is no input of the model; the model's inputs are 'x'"),
+    (lambda: X[..., :3], r"input 'x': shape \[10, 3, 3\], but the model takes \[\?, 3, 4\] \(axis 2\)"),
+    (lambda: X[0], r"shape \[3, 4\], but the model takes \[\?, 3, 4\]; add a samples axis in front, x\[None\]"),
+    (lambda: bad(np.nan), r"input 'x': NaN values in sample 7 \(1 such\)"),
+    (lambda: bad(np.inf), "infinite values in sample 7"),
+    (lambda: np.array([["a"]]), "holds <U1 values; give numbers"),
+    (lambda: np.array([{}]), "holds object values"),
+    (lambda: np.array(3.0), "is a scalar"),
+    (lambda: 3, "can't read data from a int"),
+    (lambda: iter([X]), "can be gone through only once, .*a function that returns a new iterator"),
+    (lambda: (p for p in [X]), "a generator can be gone through only once"),
+    (lambda: [X, X[:, :2]], r"batch 1, input 'x': shape \[10, 2, 4\]"),
+    (lambda: [X, bad(np.nan)], "batch 1, input 'x': NaN values in sample 7"),
+    (lambda: [{"y": X}], "batch 0: no array for input 'x'; it holds y"),
+    (lambda: [()], "batch 0: 0 elements for 1 inputs"),
+    (lambda: [[[1, 2], [3]]], "batch 0.*"),
+    (lambda: "no/such/file.npz", "there is no file or folder 'no/such/file.npz'"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_wrong_data(make, message):
+    with pytest.raises(InputError, match=message):
+        open_data(make(), ONE)
+
+
+def test_wrong_data_for_several_inputs():
+    ids, mask = np.zeros((6, 5), int), np.ones((6, 5))
+    for source, message in [
+        (ids, "one array for a model with 2 inputs; give a mapping with 'ids', 'mask'"),
+        ({"ids": ids}, "no array for input 'mask'"),
+        ({"ids": ids, "mask": mask[:4]}, "different numbers of samples: 'ids' 6, 'mask' 4"),
+        ([(ids, mask[:4])], "batch 0: the inputs hold different numbers of samples"),
+        ([(ids,)], "batch 0: 1 elements for 2 inputs"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_data(source, TWO)
+
+
+def test_batches_that_come_late_are_checked_too():
+    dataset = open_data(lambda: iter([X, bad(np.nan)]), ONE)
+    with pytest.raises(InputError, match="batch 1, input 'x': NaN"):
+        list(dataset)
+
+
+def test_a_function_that_returns_one_iterator_is_caught():
+    once = iter([X, X])
+    with pytest.raises(InputError, match="same iterator twice"):
+        list(open_data(lambda: once, ONE))
+
+
+def test_wrong_files(tmp_path):
+    np.savez(tmp_path / "object.npz", x=np.array([{}], dtype=object))
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
+    np.savez(tmp_path / "good.npz", x=X)
+    content = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    np.save(tmp_path / "good.npy", X)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:200])
+    (tmp_path / "text.npy").write_text("hello")
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "x.csv").write_text("1,2")
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("x.npy", json.dumps([1]))
+    np.savez(tmp_path / "names.npz", a=X, b=X)
+    np.save(tmp_path / "empty.npy", X[:0])
+    np.savez_compressed(tmp_path / "packed.npz", x=np.array([{}], dtype=object))
+    for name, message in [
+        ("object.npz", "holds Python objects, which are not loaded"),
+        ("empty.npy", "the data are empty"),
+        ("packed.npz", "holds Python objects, which are not loaded"),
+        ("object.npy", "holds Python objects, which are not loaded"),
+        ("cut.npz", "can't read"),
+        ("cut.npy", "can't read"),
+        ("text.npy", "expected a file written by numpy.save"),
+        ("text.npz", "expected a file written by numpy.save"),
+        ("other.npz", "can't read"),
+        ("x.csv", "give a .npz, a .npy or a folder of images"),
+        ("names.npz", "no array for input 'x'; array 'a' is no input"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            open_data(tmp_path / name, ONE)
+        assert name in str(error.value)
+    nan = tmp_path / "nan.npz"
+    np.savez(nan, x=bad(np.nan))
+    with pytest.raises(InputError, match=r"nan.npz, input 'x': NaN values in sample 7"):
+        open_data(nan, ONE, batch_size=3)
+
+
+def test_settings():
+    for options, message in [({"batch_size": 0}, "batch_size=0"), ({"limit": 0}, "limit=0")]:
+        with pytest.raises(InputError, match=message):
+            open_data(X, ONE, **options)
+    with pytest.raises(InputError, match="no inputs"):
+        open_data(X, {})
+    dataset = ArrayDataset({"x": X}, 4)
+    assert open_data(dataset, ONE) is dataset
+
+
+FIXED = {"x": ((4, 3, 4), "float32")}
+
+
+def test_a_fixed_batch_dimension_is_kept():
+    with pytest.warns(UserWarning, match="batches of exactly 4; the last 2 of 10 samples are left out"):
+        dataset = open_data(X, FIXED)
+    assert dataset.samples == 8
+    assert [b["x"].shape for b in dataset] == [(4, 3, 4)] * 2
+    with pytest.warns(UserWarning, match="2 samples of a batch of 10"):
+        assert np.array_equal(whole(open_data([X], FIXED)), X[:8])
+    assert np.array_equal(whole(open_data([X[:8]], FIXED, limit=7)), X[:4])
+    with pytest.raises(InputError, match="3 samples, but the model takes batches of exactly 4"):
+        open_data(X[:3], FIXED)
+    assert len(list(open_data(X, {"x": ((1, 3, 4), "float32")}))) == 10
+    with pytest.raises(InputError, match="fix different numbers of samples"):
+        open_data({"a": X, "b": X}, {"a": ((2, 3, 4), "float32"), "b": ((4, 3, 4), "float32")})
+
+
+def test_labels(tmp_path):
+    np.save(tmp_path / "l.npy", np.array([3, 1, 2], np.int32))
+    np.savez(tmp_path / "l.npz", np.array([[3.0], [1], [2]]))
+    (tmp_path / "l.txt").write_text("3\n1\n2\n")
+    for name in ("l.npy", "l.npz", "l.txt"):
+        found = labels(tmp_path / name)
+        assert found.tolist() == [3, 1, 2]
+        assert found.dtype == np.int64
+    np.save(tmp_path / "one_hot.npy", np.eye(3))
+    np.save(tmp_path / "negative.npy", np.array([-1]))
+    np.save(tmp_path / "half.npy", np.array([0.5]))
+    np.savez(tmp_path / "two.npz", a=np.ones(2), b=np.ones(2))
+    (tmp_path / "words.txt").write_text("cat\ndog\n")
+    for name, message in [
+        ("none.npy", "there is no labels file"),
+        ("one_hot.npy", r"shape \(samples,\), got \(3, 3\)"),
+        ("negative.npy", "non-negative integers"),
+        ("half.npy", "non-negative integers"),
+        ("two.npz", "labels are one array, this file holds a, b"),
+        ("words.txt", "text with one integer a line"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            labels(tmp_path / name)
+
+
+# -- images
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "more").mkdir()
+    colours = {"b.png": (255, 0, 51), "a.png": (0, 102, 255), "more/c.png": (51, 51, 51)}
+    for name, colour in colours.items():
+        image.new("RGB", (20, 10), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+NCHW, NHWC = {"x": ((None, 3, 4, 6), "float32")}, {"x": ((None, 4, 6, 3), "float32")}
+
+
+def test_image_folders(pictures):
+    dataset = open_data(pictures, NCHW, batch_size=2)
+    assert dataset.samples == 3
+    batches = list(dataset)
+    assert [b["x"].shape for b in batches] == [(2, 3, 4, 6), (1, 3, 4, 6)]
+    assert batches[0]["x"][0, :, 1, 1] == pytest.approx([0, 0.4, 1])
+    assert np.array_equal(whole(open_data(pictures, NHWC)), np.moveaxis(whole(dataset), 1, -1))
+    assert len(whole(open_data(pictures, NCHW, limit=2))) == 2
+    assert dataset.fingerprint() == open_data(pictures, NCHW, batch_size=2).fingerprint()
+    assert dataset.fingerprint() != open_data(pictures, NCHW, batch_size=2, images=ImageOptions("-1..1")).fingerprint()
+
+
+def test_image_options(pictures):
+    first = lambda options, specs=NCHW: whole(open_data(pictures, specs, images=options))[0, :, 0, 0]
+    assert first(ImageOptions("-1..1")) == pytest.approx([-1, -0.2, 1], abs=1e-6)
+    assert first(ImageOptions("0..255")) == pytest.approx([0, 102, 255])
+    assert first(ImageOptions("imagenet"))[1] == pytest.approx((0.4 - 0.456) / 0.224, rel=1e-5)
+    assert first(ImageOptions((127, 128))) == pytest.approx([-127 / 128, -25 / 128, 1])
+    assert first(ImageOptions(bgr=True)) == pytest.approx([1, 0.4, 0])
+    assert first(ImageOptions(), {"x": ((None, 3, 4, 6), "uint8")}).tolist() == [0, 102, 255]
+    assert whole(open_data(pictures, {"x": ((None, 1, 4, 6), "float32")})).shape == (3, 1, 4, 6)
+    free = {"x": ((None, 3, None, None), "float32")}
+    assert whole(open_data(pictures, free, images=ImageOptions(size=(5, 7)))).shape == (3, 3, 5, 7)
+    for specs, options, message in [
+        (free, None, "leaves the image size free"),
+        (ONE, None, "which is not images"),
+        (NCHW, ImageOptions("0..2"), "unknown image scaling '0..2'"),
+        (NCHW, ImageOptions((0, 0)), "deviation must be greater than 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_data(pictures, specs, images=options)
+
+
+def test_cropping_keeps_the_aspect_and_stretching_does_not(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    stripes = np.zeros((10, 30, 3), np.uint8)
+    stripes[:, 10:20] = 255
+    image.fromarray(stripes).save(tmp_path / "s.png")
+    spec = {"x": ((None, 3, 10, 10), "float32")}
+    assert whole(open_data(tmp_path, spec)).mean() == pytest.approx(1, abs=0.05)
+    assert whole(open_data(tmp_path, spec, images=ImageOptions(fit="stretch"))).mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_wrong_image_folders(pictures, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        open_data(empty, NCHW)
+    (pictures / "more" / "d.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"can't read the image .*d\.png"):
+        list(open_data(pictures, NCHW))

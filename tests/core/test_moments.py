@@ -1,0 +1,122 @@
+"""Layer moments: the loss that they give is the loss on the outputs, for every geometry and any split of the data."""
+
+import numpy as np
+import pytest
+from direct_convolution import CASES, conv_op, direct, tensors
+
+from bitwright.errors import InputError
+from bitwright.graph import ConvAttrs, Op, OpKind
+from bitwright.linear_form import to_matrix
+from bitwright.statistics import LayerMoments
+
+
+def moments_of(op, features, *batches, **options):
+    m = LayerMoments(op, features, **options)
+    for batch in batches:
+        m.update(*batch)
+    return m
+
+
+def trace(a, m, b):
+    return float(np.einsum("goi,gij,goj->", a, m, b))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_identity(name):
+    op, x, w = tensors(name)
+    rng = np.random.default_rng(3)
+    # Few mantissa bits, so that the float32 products of the moments are exact and only float64 rounding is left.
+    x, w = np.round(x * 16) / 16, np.round(w * 16) / 16
+    xq = (x + np.round(rng.normal(size=x.shape)) / 16).astype(np.float32)
+    wq = (w + np.round(rng.normal(size=w.shape)) / 16).astype(np.float32)
+    a, b = to_matrix(op, w).astype(np.float64), to_matrix(op, wq).astype(np.float64)
+    m = moments_of(op, a.shape[2], (x, xq))
+    y, yq = direct(op, x, w), direct(op, xq, wq)
+    positions = y.size // y.shape[1]
+    assert m.count == positions
+    loss = trace(b, m.qq, b) - 2 * trace(b, np.swapaxes(m.xq, 1, 2), a) + trace(a, m.xx, a)
+    expected = np.square(yq - y).sum() / positions
+    assert loss == pytest.approx(expected, rel=1e-10)
+    gradient = 2 * (b @ m.qq - a @ m.xq)
+    step = rng.normal(size=b.shape)
+    moved = lambda t: trace(b + t * step, m.qq, b + t * step) - 2 * trace(b + t * step, np.swapaxes(m.xq, 1, 2), a)
+    assert (moved(1e-3) - moved(-1e-3)) / 2e-3 == pytest.approx(float((gradient * step).sum()), rel=1e-7)
+    # The bias that takes the mean error away leaves the centred loss.
+    h, hq, c = m.centred()
+    centred = trace(b, hq, b) - 2 * trace(b, np.swapaxes(c, 1, 2), a) + trace(a, h, a)
+    error = np.moveaxis(yq - y, 1, 0).reshape(y.shape[1], -1)
+    assert centred == pytest.approx(np.square(error - error.mean(axis=1, keepdims=True)).sum() / positions, rel=1e-8)
+    assert (b @ m.mean_quantized[..., None] - a @ m.mean[..., None]).ravel() == pytest.approx(
+        error.mean(axis=1), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["strided_padded", "depthwise", "transposed"])
+def test_merges_and_splits_in_any_order(name):
+    op, x, w = tensors(name)
+    x = np.concatenate([x, x + 1, 2 * x])
+    features = to_matrix(op, w).shape[2]
+    whole = moments_of(op, features, (x,), paired=False)
+    parts = [moments_of(op, features, (p,), paired=False) for p in np.array_split(x, 3)]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        merged = moments_of(op, features, paired=False)
+        for i in order:
+            merged.merge(parts[i])
+        assert merged.count == whole.count
+        assert merged.xx == pytest.approx(whole.xx, rel=1e-5, abs=1e-6)
+        assert merged.mean == pytest.approx(whole.mean, rel=1e-6, abs=1e-7)
+
+
+def test_unpaired_is_paired_with_itself_and_holds_one_matrix():
+    op, x, w = tensors("grouped")
+    features = to_matrix(op, w).shape[2]
+    one, two = moments_of(op, features, (x,), paired=False), moments_of(op, features, (x, x))
+    for name in ("xx", "qq", "xq", "mean", "mean_quantized"):
+        assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-5, abs=1e-6)
+    held = sum(a.nbytes for k, a in one.state().items() if k != "count")
+    assert held <= LayerMoments.bytes_for(op, features, paired=False) < LayerMoments.bytes_for(op, features)
+
+
+def test_channels_last_gives_the_same_moments():
+    op, x, w = tensors("depthwise")
+    features = to_matrix(op, w).shape[2]
+    last = moments_of(op, features, (np.moveaxis(x, 1, -1),), channel_axis=3, paired=False)
+    assert np.array_equal(last.xx, moments_of(op, features, (x,), paired=False).xx)
+
+
+def test_state_round_trip():
+    op, x, w = tensors("plain")
+    features = to_matrix(op, w).shape[2]
+    m = moments_of(op, features, (x, x + 1))
+    back = LayerMoments(op, features)
+    back.restore(m.state())
+    assert np.array_equal(back.xq, m.xq)
+    back.update(x, x)
+    assert back.count == 2 * m.count
+
+
+def test_bad_batches_change_nothing():
+    op, x, w = tensors("plain")
+    m = moments_of(op, to_matrix(op, w).shape[2], (x, x))
+    before = m.xx.copy()
+    for batch, message in [((x,), "expected 2"), ((x, x[:1]), "float input"), ((x, x * np.nan), "'layer'.*NaN")]:
+        with pytest.raises(InputError, match=message):
+            m.update(*batch)
+    assert np.array_equal(m.xx, before)
+    with pytest.raises(InputError, match="no calibration data"):
+        _ = LayerMoments(op, 36).xx
+
+
+def test_linear_rows():
+    op = Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",))
+    x = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+    m = moments_of(op, 5, (x,), paired=False)
+    rows = x.reshape(-1, 5).astype(np.float64)
+    assert m.count == 12
+    assert m.xx[0] == pytest.approx(rows.T @ rows / 12, rel=1e-5)
+
+
+def test_an_empty_batch_adds_nothing():
+    attrs = ConvAttrs((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)))
+    m = moments_of(conv_op(OpKind.CONV, attrs), 2, (np.ones((1, 2, 3, 3)),), (np.ones((0, 2, 3, 3)),), paired=False)
+    assert m.count == 9
