@@ -48,7 +48,7 @@ types: .venv/.installed ## types alone
 	$(BIN)/mypy
 
 docs: .venv/.docs ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: .venv-demo/.installed ## quantize a pretrained model and compare float, simulated and integer accuracy
 	$(DEMO_BIN)/python examples/text_orientation.py $(DEMO_OUT)

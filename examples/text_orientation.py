@@ -90,7 +90,7 @@ def main(out: Path) -> None:
         np.save(data / f"{name}.npy", images)
         np.save(data / f"{name}_labels.npy", labels)
     run("quantize", model_path(), "--data", data / "calibration.npy", "--labels", data / "calibration_labels.npy",
-        "--recipe", "fold_batch_norm,cle,bias_correction", "--target", "onnxruntime-cpu",
+        "--recipe", "fold_batch_norm", "--target", "onnxruntime-cpu",
         "--out", out / "orientation", "--name", "orientation")  # fmt: skip
     run("verify", out / "orientation", "--data", data / "test.npy", "--labels", data / "test_labels.npy")
     print(f"\nReport: {out / 'orientation' / 'report.html'}")
