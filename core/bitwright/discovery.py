@@ -20,7 +20,7 @@ from bitwright import hookspecs
 from bitwright.errors import PluginError
 from bitwright.hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo
 
-DEFAULT_PLUGINS = ("bitwright_onnx.plugin", "bitwright_techniques.plugin")
+DEFAULT_PLUGINS = ("bitwright_onnx.plugin", "bitwright_torch.plugin", "bitwright_techniques.plugin")
 """The built-in plugins; they take the same two hooks as everyone's."""
 
 Info = BackendInfo | TechniqueInfo
