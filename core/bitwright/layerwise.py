@@ -68,6 +68,7 @@ class LayerwiseWalk:
         *,
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
+        products: bool = True,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
         results: dict[OpId, LayerResult] = {}
@@ -86,7 +87,9 @@ class LayerwiseWalk:
                 result = stored.get(stage.op.id)
                 # A weight that several ops share was settled by the first of them.
                 shared = replaced.get(stage.op.weight or "")
-                moments = self._moments(stage, paired=quantized_inputs) if result is None and shared is None else None
+                moments = None
+                if result is None and shared is None:
+                    moments = self._moments(stage, quantized_inputs, products)
                 # Behind the last unfinished layer nothing has to run any more.
                 if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
                     pair.run(stage, moments)
@@ -110,15 +113,16 @@ class LayerwiseWalk:
     def _partial(self) -> bool:
         return isinstance(self.backend, PartialExecution)
 
-    def _moments(self, stage: Stage, *, paired: bool) -> LayerMoments | None:
+    def _moments(self, stage: Stage, paired: bool, products: bool) -> LayerMoments | None:
         op = stage.op
         assert op.weight is not None
         shape = self.graph.params[op.weight].shape
         kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
         features = input_channels(op, shape) // groups_of(op) * kernel
-        if LayerMoments.bytes_for(op, features, paired=paired) > self.gram_bytes:
+        if LayerMoments.bytes_for(op, features, paired=paired, products=products) > self.gram_bytes:
             return None
-        return LayerMoments(op, features, self.graph.tensors[op.data_inputs[0]].channel_axis, paired=paired)
+        axis = self.graph.tensors[op.data_inputs[0]].channel_axis
+        return LayerMoments(op, features, axis, paired=paired, products=products)
 
     def _solve(self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable) -> LayerResult:
         assert op.weight is not None
@@ -137,7 +141,8 @@ class LayerwiseWalk:
         if result.weight.shape != weight.shape or not np.isfinite(result.weight).all():
             raise ModelError(f"{op.id!r}: the technique returned a weight of shape {result.weight.shape} or not finite")
         figures = {**result.figures, "seconds": time.perf_counter() - begin}
-        figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
+        if moments.has_products:
+            figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
         return replace(result, figures=figures)
 
 

@@ -338,7 +338,8 @@ class QuantSim:
                 raise EncodingError(
                     f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
                 )
-            self._simulation = self.backend.simulate(self.native, self.plan, self.encodings)
+            # With the derived int32 biases, as the target has them.
+            self._simulation = self.backend.simulate(self.native, self.plan, self.table)
         return self._simulation
 
     @property

@@ -116,13 +116,20 @@ class LayerWalk(Protocol):
     """Visits linear ops in topological order; each sees its input as the replaced layers before it make it."""
 
     def __call__(
-        self, ops: Sequence[OpId], solve: Any, *, quantized_inputs: bool = True, quantized_activations: bool = True
+        self,
+        ops: Sequence[OpId],
+        solve: Any,
+        *,
+        quantized_inputs: bool = True,
+        quantized_activations: bool = True,
+        products: bool = True,
     ) -> Mapping[OpId, LayerResult]:
         """Run `solve(layer: Layer) -> LayerResult` on each op, resuming finished ones from the store.
 
         Args:
             quantized_inputs: x̂ comes from the network with the layers so far replaced; otherwise x̂ = x.
             quantized_activations: activation encodings are active in the network that gives x̂.
+            products: collect second moments; without them `layer.moments` has means only, at a fraction of the cost.
         """
 
 

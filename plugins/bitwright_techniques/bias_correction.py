@@ -96,7 +96,8 @@ def _empirical(ctx: Context, ops: list[Op]) -> Biases:
         return LayerResult(layer.weight, layer.encoding, bias)
 
     walk = require_walk(ctx.walk, "empirical bias correction")
-    results = walk([op.id for op in ops], solve, quantized_activations=ctx.settings.quantized_activations)
+    names = [op.id for op in ops]
+    results = walk(names, solve, quantized_activations=ctx.settings.quantized_activations, products=False)
     return {id: r.bias for id, r in results.items() if r.bias is not None}
 
 

@@ -28,22 +28,33 @@ class LayerMoments:
         features: K, the length of a column.
         channel_axis: where the channels of the input lie.
         paired: whether updates bring x and x̂; otherwise x̂ = x and one matrix is held in place of three.
+        products: whether second moments are wanted; means alone cost a fraction of the time and memory.
     """
 
     reduction: Reduction = "none"
     axis: int | None = None
 
-    def __init__(self, op: Op, features: int, channel_axis: int | None = None, *, paired: bool = True) -> None:
+    def __init__(
+        self,
+        op: Op,
+        features: int,
+        channel_axis: int | None = None,
+        *,
+        paired: bool = True,
+        products: bool = True,
+    ) -> None:
         groups = groups_of(op)
         self.op, self.channel_axis, self.paired = op, channel_axis, paired
         self.count = 0
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
-        self._products: list[Moments] = [np.zeros((groups, features, features)) for _ in range(3 if paired else 1)]
+        self._products: list[Moments] = [
+            np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
+        ]
 
     @staticmethod
-    def bytes_for(op: Op, features: int, *, paired: bool = True) -> int:
+    def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
         """Memory that the finished statistic holds."""
-        return 8 * groups_of(op) * features * ((3 if paired else 1) * features + 2)
+        return 8 * groups_of(op) * features * ((3 if paired else 1) * products * features + 2)
 
     def update(self, *values: NDArray[Any]) -> None:
         """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
@@ -63,10 +74,12 @@ class LayerMoments:
                 total += part.sum(axis=2, dtype=np.float64)
             x, q = chunks[0], chunks[-1]
             # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
-            pairs = ((x, x), (q, q), (x, q)) if self.paired else ((x, x),)
+            pairs = ((x, x), (q, q), (x, q))[: len(self._products)]
             for total, (a, b) in zip(self._products, pairs, strict=True):
-                for g in range(len(total)):
-                    total[g] += a[g] @ b[g].T
+                if len(total) == 1:
+                    total[0] += a[0] @ b[0].T
+                else:
+                    total += np.matmul(a, np.swapaxes(b, 1, 2))
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
@@ -89,6 +102,16 @@ class LayerMoments:
         self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
         self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
 
+    @property
+    def has_products(self) -> bool:
+        """Whether second moments were collected."""
+        return bool(self._products)
+
+    def _product(self, index: int) -> Moments:
+        if not self._products:
+            raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        return self._scaled(self._products[index])
+
     def _scaled(self, total: Moments) -> Moments:
         if self.count == 0:
             raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
@@ -107,17 +130,17 @@ class LayerMoments:
     @property
     def xx(self) -> Moments:
         """H = E[x xᵀ], (groups, K, K)."""
-        return self._scaled(self._products[0])
+        return self._product(0)
 
     @property
     def qq(self) -> Moments:
         """Ĥ = E[x̂ x̂ᵀ], (groups, K, K)."""
-        return self._scaled(self._products[1 if self.paired else 0])
+        return self._product(1 if self.paired else 0)
 
     @property
     def xq(self) -> Moments:
         """C = E[x x̂ᵀ], (groups, K, K)."""
-        return self._scaled(self._products[2 if self.paired else 0])
+        return self._product(2 if self.paired else 0)
 
     def centred(self) -> tuple[Moments, Moments, Moments]:
         """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""

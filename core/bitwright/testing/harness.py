@@ -147,6 +147,7 @@ class SimpleWalk:
         *,
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
+        products: bool = True,
     ) -> dict[OpId, LayerResult]:
         """See `LayerWalk`."""
         graph = self.backend.graph(self.model)
@@ -157,7 +158,7 @@ class SimpleWalk:
             key = f"layer/{op.id}"
             stored = self.store.get(key)
             if stored is None:
-                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations)
+                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations, products)
                 self.visited.append(op.id)
                 self.layers[op.id] = layer
                 result = solve(layer)
@@ -173,7 +174,9 @@ class SimpleWalk:
             results[op.id] = result
         return results
 
-    def _layer(self, id: OpId, current: Any, encodings: EncodingTable, quantized: bool, activations: bool) -> Layer:
+    def _layer(
+        self, id: OpId, current: Any, encodings: EncodingTable, quantized: bool, activations: bool, products: bool
+    ) -> Layer:
         op = self.backend.graph(self.model).op(id)
         assert op.weight is not None
         bias = op.params.get(ParamRole.BIAS)
@@ -181,7 +184,7 @@ class SimpleWalk:
         tap = Tap(op.data_inputs[0])
         axis = self.backend.graph(self.model).tensors[tap.tensor].channel_axis
         features = to_matrix(op, values[op.weight]).shape[2]
-        moments = LayerMoments(op, features, axis, paired=quantized)
+        moments = LayerMoments(op, features, axis, paired=quantized, products=products)
         sessions = [self.backend.session(self.model, [tap])]
         if quantized:
             simulation = self.backend.simulate(current, self.plan, encodings)
