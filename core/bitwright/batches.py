@@ -55,9 +55,13 @@ def array_of(value: Any, where: str) -> Array:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: can't be read as an array ({error})") from None
+    _check_numeric(array, where)
+    return array
+
+
+def _check_numeric(array: Array, where: str) -> None:
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise InputError(f"{where}: holds {array.dtype} values; give numbers")
-    return array
 
 
 def named_batch(item: Any, specs: InputSpecs, where: str) -> Batch:
@@ -100,6 +104,7 @@ def check_batch(
     for name, (shape, dtype) in specs.items():
         values, place = batch[name], f"{where}, input {name!r}"
         _check_shape(values, shape, place, any_length)
+        _check_numeric(values, place)
         _check_finite(values, place, first_sample)
         checked[name] = _convert(values, dtype, place)
     lengths = {name: len(values) for name, values in checked.items()}

@@ -100,7 +100,7 @@ def test_builtin_plugins_come_through_the_hooks():
         found.techniques()
     )
     assert "onnx" in found.backends()
-    assert [p.name for p in found.plugins()] == ["bitwright_onnx.plugin", "bitwright_techniques.plugin"]
+    assert {"bitwright_onnx.plugin", "bitwright_techniques.plugin"} <= {p.name for p in found.plugins()}
     assert found.technique_info("cle").name == "cross_layer_equalization"
 
 

@@ -13,7 +13,7 @@ from bitwright.cli import console
 
 def doctor() -> None:
     """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
-    from bitwright.errors import BitwrightError
+    from bitwright.errors import BitwrightError, MissingExtraError
     from bitwright.registry import default_registry
     from bitwright.runs import versions
 
@@ -28,6 +28,8 @@ def doctor() -> None:
     for name in registry.backends():
         try:
             registry.backend(name)
+        except MissingExtraError as error:
+            console.say(f"{error}")
         except (BitwrightError, ImportError) as error:
             problems.append(f"backend {name}: {error}")
         else:
