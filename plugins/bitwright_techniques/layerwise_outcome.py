@@ -1,0 +1,84 @@
+"""What techniques that solve one linear layer after another share: which layers, and what the results become."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from bitwright.errors import InputError
+from bitwright.graph import Op, OpId
+from bitwright.technique import Context, LayerResult, LayerWalk, Outcome, Report
+from bitwright_techniques.bias_edits import bias_changes
+
+_WIDEST = 16
+"""A 32-bit grid is finer than float32 weights: nothing is left to choose."""
+
+
+def walk_of(ctx: Context, technique: str) -> LayerWalk:
+    """The layer-by-layer service.
+
+    Raises:
+        InputError: there are no calibration data.
+    """
+    if ctx.walk is None:
+        raise InputError(f"{technique} minimises the output error on data; give it calibration data")
+    return ctx.walk
+
+
+def select_layers(
+    ctx: Context, include: Sequence[str], exclude: Sequence[str], *, skip_frozen: bool = False
+) -> tuple[list[OpId], dict[OpId, str]]:
+    """Linear ops whose weight has an integer grid of its own, in topological order.
+
+    Args:
+        ctx: the technique's context.
+        include, exclude: names or glob patterns of ops; nothing included means all.
+        skip_frozen: leave out weights whose encoding is frozen.
+
+    Returns:
+        Names of the ops, and of the linear ops left out with the reason in words.
+
+    Raises:
+        InputError: a pattern matches no linear op.
+    """
+    ops = ctx.graph.linear_ops
+    for pattern in (*include, *exclude):
+        if not any(fnmatch.fnmatchcase(op.id, pattern) for op in ops):
+            some = ", ".join(op.id for op in ops[:5]) or "none"
+            raise InputError(f"{pattern!r} matches no linear layer of the model; its layers are called {some}, …")
+
+    def listed(op: Op, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(op.id, p) for p in patterns)
+
+    chosen: list[OpId] = []
+    skipped: dict[OpId, str] = {}
+    for op in ops:
+        encoding = ctx.encodings.get(op.weight or "")
+        reason = None
+        if (include and not listed(op, include)) or listed(op, exclude):
+            reason = "excluded"
+        elif encoding is None:
+            reason = "weight stays in float"
+        elif encoding.float_format is not None:
+            reason = f"weight has the float format {encoding.float_format}"
+        elif encoding.bits > _WIDEST:
+            reason = f"{encoding.bits}-bit grid"
+        elif len(ctx.graph.users(op.weight or "")) > 1:
+            reason = "weight is shared with another op"
+        elif skip_frozen and encoding.frozen:
+            reason = f"encoding is frozen ({encoding.source or 'loaded'})"
+        if reason is None:
+            chosen.append(op.id)
+        else:
+            skipped[op.id] = reason
+    return chosen, skipped
+
+
+def outcome_of(ctx: Context, results: Mapping[OpId, LayerResult], report: Report, *, weights: bool) -> Outcome:
+    """Results of a walk as an outcome: frozen encodings, biases, and with `weights` the weights themselves."""
+    ids = {op: ctx.graph.op(op).weight or "" for op in results}
+    params, edits = bias_changes(ctx.graph, {op: r.bias for op, r in results.items() if r.bias is not None})
+    if weights:
+        params |= {ids[op]: r.weight for op, r in results.items()}
+    encodings = {ids[op]: r.encoding for op, r in results.items()}
+    return Outcome(params=params, encodings=encodings, edits=edits, report=report)

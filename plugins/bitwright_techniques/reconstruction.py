@@ -1,0 +1,132 @@
+"""Layer reconstruction as a least-squares problem in moments: what AdaRound, SeqMSE and GPTQ all minimise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.graph import Op
+from bitwright.linear_form import to_matrix
+from bitwright.statistics.moments import LayerMoments
+
+Array = NDArray[np.float64]
+Inputs = Literal["asymmetric", "quantized", "float"]
+
+_ROUNDOFF = 1e-6
+"""Moments are sums of float32 products: a variance below this share of E[x̂²] is rounding noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """Mean squared output error of one linear op as a function of its new weight matrix Ŵ.
+
+    With x the columns of the float network, x̂ those of the quantized network and W the float weight, each output
+    row has ``E(W x − Ŵ x̂)² = Ŵ Ĥ Ŵᵀ − 2 Ŵ (W C)ᵀ + W H Wᵀ`` (AdaRound, Nagel et al. 2020, eq. 21, in moments).
+    Solvers see the damped error, which adds ``damping · ‖Ŵ − W‖²`` and equals
+    ``(Ŵ − T)(Ĥ + damping·I)(Ŵ − T)ᵀ`` up to a constant; it is well posed for dead inputs, few samples, singular Ĥ.
+
+    Attributes:
+        weight: W, (groups, rows, K).
+        gram: Ĥ + damping·I, (groups, K, K).
+        damping: (groups,).
+        target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
+        cross: W C, (groups, rows, K).
+        energy: W H Wᵀ of each row, (groups, rows): the power of the output that is to be reproduced.
+    """
+
+    weight: Array
+    gram: Array
+    damping: Array
+    target: Array
+    cross: Array
+    energy: Array
+
+    def loss(self, values: NDArray[np.floating]) -> Array:
+        """Mean squared output error of each row, without damping, (groups, rows)."""
+        values = values.astype(np.float64)
+        product = values @ self.gram - self.damping[:, None, None] * values - 2 * self.cross
+        return np.asarray(np.maximum(np.einsum("grk,grk->gr", values, product) + self.energy, 0.0))
+
+    def objective(self, values: NDArray[np.floating]) -> Array:
+        """Damped error of each row, less its minimum over real matrices, (groups, rows), in float64."""
+        error = values - self.target
+        return np.asarray(np.einsum("grk,grk->gr", error @ self.gram, error))
+
+    @cached_property
+    def unit(self) -> Array:
+        """Mean diagonal of the damped Ĥ, (groups,): what `unit_gram` is divided by."""
+        return np.asarray(np.einsum("gkk->g", self.gram) / self.gram.shape[1])
+
+    @cached_property
+    def unit_gram(self) -> NDArray[np.float32]:
+        """Damped Ĥ of mean diagonal 1, safe in float32 whatever the input's magnitude."""
+        return (self.gram / self.unit[:, None, None]).astype(np.float32)
+
+    @cached_property
+    def goal(self) -> NDArray[np.float32]:
+        """T in float32."""
+        return self.target.astype(np.float32)
+
+    def quick_objective(self, values: NDArray[np.float32]) -> Array:
+        """`objective` with products in float32: for comparing many candidates."""
+        error = values - self.goal
+        loss = np.einsum("grk,grk->gr", error @ self.unit_gram, error)
+        return np.asarray(loss.astype(np.float64) * self.unit[:, None])
+
+
+def reconstruction(
+    op: Op,
+    weight: NDArray[np.floating],
+    moments: LayerMoments,
+    *,
+    free_bias: bool = True,
+    damping: float = 0.01,
+    inputs: Inputs = "asymmetric",
+) -> Reconstruction:
+    """Set up the problem of one layer.
+
+    Args:
+        op, weight: the op and its float weight in canonical layout.
+        moments: of its input.
+        free_bias: the bias absorbs any difference of means (`corrected_bias`), so only centred moments count.
+        damping: share of the mean diagonal of Ĥ that is added to it.
+        inputs: "asymmetric": x for the target and x̂ for the candidate; "quantized": x̂ for both; "float": x for both.
+    """
+    matrix = np.asarray(to_matrix(op, weight), np.float64)
+    if free_bias:
+        xx, qq, xq = moments.centred()
+    else:
+        xx, qq, xq = moments.xx, moments.qq, moments.xq
+    if inputs != "asymmetric":
+        xx = qq = xq = qq if inputs == "quantized" else xx
+    features = qq.shape[1]
+    power = np.einsum("gkk->g", moments.qq) / features
+    ridge = np.maximum(damping * np.einsum("gkk->g", qq) / features, _ROUNDOFF * power)
+    # An input that is always zero makes any weight as good as another: stay near W.
+    ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
+    gram = qq + ridge[:, None, None] * np.eye(features)
+    cross = matrix @ xq
+    target = matrix
+    if moments.paired and inputs == "asymmetric":
+        right = cross + ridge[:, None, None] * matrix
+        target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
+    energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
+    return Reconstruction(matrix, gram, ridge, target, cross, energy)
+
+
+def corrected_bias(
+    op: Op,
+    weight: NDArray[np.floating],
+    replaced: NDArray[np.floating],
+    bias: NDArray[np.floating] | None,
+    moments: LayerMoments,
+) -> NDArray[np.float32]:
+    """Bias that keeps the mean output: ``b + W E[x] − Ŵ E[x̂]``, (out,); with it the squared error is least."""
+    before = np.einsum("grk,gk->gr", to_matrix(op, weight).astype(np.float64), moments.mean)
+    after = np.einsum("grk,gk->gr", to_matrix(op, replaced).astype(np.float64), moments.mean_quantized)
+    shift = (before - after).reshape(-1)
+    return np.asarray(shift if bias is None else bias + shift, np.float32)

@@ -1,0 +1,150 @@
+"""A weight's integer grid in matrix form, so that solvers needn't know layouts and granularities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.encoding import Encoding
+from bitwright.errors import EncodingError
+from bitwright.graph import Op
+from bitwright.grid import spread
+from bitwright.linear_form import from_matrix, to_matrix
+
+Matrix = NDArray[np.float32]
+"""(groups, rows, K), as `linear_form.to_matrix` gives it; rows = output channels of a group."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGrid:
+    """The grid points a weight matrix may take: ``ŵ = c · scale`` with integer c, ``qmin − z ≤ c ≤ qmax − z``.
+
+    Codes here are counted from the zero point (c = q − z), which makes symmetric and asymmetric grids alike.
+    A *tie* is a set of rows that must be scaled together: one row per channel or blockwise, all rows per tensor.
+
+    Attributes:
+        op, shape: the op and its weight's canonical shape.
+        encoding: gives bits, signedness, granularity and zero points; its own scale is replaced by `scale`.
+        cells: (groups, rows, 1 or K), index into `scale`; 1 where a row has a single scale.
+        scale: float32, the encoding's scale array, flattened.
+        multiples: LPBQ's integer block scales, flattened; None otherwise.
+    """
+
+    op: Op
+    shape: tuple[int, ...]
+    encoding: Encoding
+    cells: NDArray[np.intp]
+    scale: NDArray[np.float32]
+    multiples: NDArray[np.int32] | None = None
+
+    @classmethod
+    def of(cls, op: Op, shape: tuple[int, ...], encoding: Encoding) -> WeightGrid:
+        """The grid of a weight of `shape` under an integer encoding.
+
+        Raises:
+            EncodingError: the encoding is a float format.
+        """
+        if encoding.float_format is not None:
+            raise EncodingError(f"{op.id!r}: a {encoding.float_format} weight has no rounding to choose")
+        index = np.arange(encoding.scale.size).reshape(encoding.scale.shape)
+        cells = to_matrix(op, np.broadcast_to(spread(index, shape, encoding.granularity), shape))
+        if (cells == cells[..., :1]).all():
+            cells = cells[..., :1]
+        multiples = None if encoding.block_scale is None else encoding.block_scale.reshape(-1)
+        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), encoding.scale.reshape(-1), multiples)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether each row has a single scale (per tensor, per output channel)."""
+        return bool(self.cells.shape[2] == 1)
+
+    @cached_property
+    def ties(self) -> NDArray[np.intp]:
+        """(groups, rows): number of the tie that a row belongs to."""
+        groups, rows, _ = self.cells.shape
+        if self.whole_rows:
+            return np.unique(self.cells[..., 0], return_inverse=True)[1].reshape(groups, rows)
+        own = [np.unique(row) for row in self.cells.reshape(groups * rows, -1)]
+        if sum(map(len, own)) == len(np.unique(self.cells)):
+            return np.arange(groups * rows).reshape(groups, rows)
+        return np.zeros((groups, rows), np.intp)
+
+    @cached_property
+    def tie_of_cell(self) -> NDArray[np.intp]:
+        """(scales,): number of the tie that a scale belongs to."""
+        owner = np.zeros(self.scale.size, np.intp)
+        owner[self.cells] = self.ties[..., None]
+        return owner
+
+    def per_tie(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Sums of (groups, rows) values over each tie."""
+        sums = np.bincount(self.ties.reshape(-1), values.reshape(-1), minlength=int(self.ties.max()) + 1)
+        return sums.astype(np.float64)
+
+    def scaled(self, factors: NDArray[np.floating]) -> WeightGrid:
+        """The grid with the scales of each tie multiplied by its factor; block scales stay integer multiples."""
+        return self.with_scale(self.scale * factors.astype(np.float32)[self.tie_of_cell])
+
+    def with_scale(self, scale: NDArray[np.floating], multiples: NDArray[np.int32] | None = None) -> WeightGrid:
+        """The grid with other scales, flattened; for LPBQ, with other multiples of the channels' scales too."""
+        scale = np.maximum(np.asarray(scale, np.float32), np.finfo(np.float32).tiny)
+        kept = self.multiples if multiples is None else multiples
+        if kept is not None:
+            shape = self.encoding.scale.shape
+            unit = (scale / kept).reshape(shape)[:, :1].astype(np.float32)
+            scale = (kept.reshape(shape) * unit).astype(np.float32).reshape(-1)
+        return replace(self, scale=scale, multiples=kept)
+
+    def chosen(self, take: NDArray[np.bool_], other: WeightGrid) -> WeightGrid:
+        """This grid, with the scales of `other` for the ties where `take` holds."""
+        which = take[self.tie_of_cell]
+        multiples = self.multiples
+        if multiples is not None and other.multiples is not None:
+            multiples = np.where(which, other.multiples, multiples)
+        return replace(self, scale=np.where(which, other.scale, self.scale), multiples=multiples)
+
+    @cached_property
+    def step(self) -> Matrix:
+        """Scale of each element, (groups, rows, 1 or K)."""
+        return self.scale[self.cells]
+
+    @cached_property
+    def low(self) -> Matrix:
+        """Lowest code of each element, (groups, rows, 1 or K)."""
+        return (self.encoding.grid.qmin - self._zero).astype(np.float32)[self.cells]
+
+    @cached_property
+    def high(self) -> Matrix:
+        """Highest code of each element, (groups, rows, 1 or K)."""
+        return (self.encoding.grid.qmax - self._zero).astype(np.float32)[self.cells]
+
+    @property
+    def _zero(self) -> NDArray[np.int64]:
+        return self.encoding.zero_point.reshape(-1).astype(np.int64)
+
+    def nearest(self, matrix: NDArray[np.floating]) -> Matrix:
+        """Codes of the grid points nearest to a real matrix."""
+        codes = np.divide(matrix, self.step, dtype=np.float32)
+        return np.asarray(np.clip(np.rint(codes, out=codes), self.low, self.high, out=codes))
+
+    def neighbours(self, matrix: NDArray[np.floating]) -> tuple[Matrix, Matrix]:
+        """Codes just below and just above a real matrix, clipped to the grid; equal where it lies on the grid."""
+        codes = np.divide(matrix, self.step, dtype=np.float32)
+        return np.clip(np.floor(codes), self.low, self.high), np.clip(np.ceil(codes), self.low, self.high)
+
+    def values(self, codes: Matrix) -> Matrix:
+        """Real values of codes."""
+        return np.asarray(codes * self.step)
+
+    def weight(self, codes: Matrix) -> NDArray[np.float32]:
+        """Real values of codes as a weight in canonical layout, bit-equal to `Encoding.dequantize` of the codes."""
+        return np.asarray(from_matrix(self.op, self.values(codes), self.shape), np.float32)
+
+    def frozen(self, source: str) -> Encoding:
+        """The encoding with this grid's scales, which later calibrations keep."""
+        shape = self.encoding.scale.shape
+        blocks = None if self.multiples is None else self.multiples.reshape(shape)
+        return self.encoding.with_(scale=self.scale.reshape(shape), block_scale=blocks, frozen=True, source=source)
