@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, Session, Simulation
+from bitwright.backend import Array, Batch, Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
@@ -119,7 +119,7 @@ class OnnxBackend:
         return segment_session(model, feeds, taps)
 
     def simulate(
-        self, model: ir.Model, plan: Plan, encodings: EncodingTable, *, trainable: bool = False
+        self, model: ir.Model, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
     ) -> Simulation[Any]:
         """Put fake quantization at the plan's sites.
 

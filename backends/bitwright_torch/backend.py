@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 
-from bitwright.backend import Bundle, Session, Simulation
+from bitwright.backend import Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -125,7 +125,7 @@ class TorchBackend:
         return open_session(model, taps, feeds)
 
     def simulate(
-        self, model: CapturedModel, plan: Plan, encodings: EncodingTable, *, trainable: bool = False
+        self, model: CapturedModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
     ) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
         from bitwright_torch.simulation import TorchSimulation

@@ -177,22 +177,25 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return x
         if not self.is_parameter:
-            return self._round(x, *self.numbers())
+            return self.round(x, *self.numbers())
         if torch.compiler.is_compiling():
-            return self._round(x, *(self._followed(x) if self.follows else self.numbers()))
+            return self.round(x, *(self._followed(x) if self.follows else self.numbers()))
         if self.follows:
-            self._follow(x)
+            self.follow(x)
         if self.training or (torch.is_grad_enabled() and (x.requires_grad or self.log_scale is not None)):
             self._rounded = None
-            return self._round(x, *self.numbers())
+            return self.round(x, *self.numbers())
         version = _version(x)
         key = (version, _version(self.scale), self._learned_version())
         if version is None or self._rounded is None or self._rounded[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # it may serve a backward pass later
-                self._rounded = key, self._round(x, *self.numbers())
+                self._rounded = key, self.round(x, *self.numbers())
         return self._rounded[1]
 
-    def _round(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def round(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+        """x on the grid with these numbers, or with those in force."""
+        if scale is None or zero is None:
+            scale, zero = self.numbers()
         form, factor = self._form, 1.0
         if self.evened:
             factor = lsq_factor(Groups.of(tuple(x.shape), self._granularity).elements, form.grid)
@@ -207,7 +210,8 @@ class FakeQuantize(nn.Module):
             zero = torch.where(self.ratio == 1, zero, self.zero_point)
             return two_level(scale, self._form), zero.float()
 
-    def _follow(self, parameter: Tensor) -> None:
+    def follow(self, parameter: Tensor) -> None:
+        """Fit the grid to the parameter's present values, if they have changed."""
         version = _version(parameter)
         if version is not None and version == self._seen:
             return

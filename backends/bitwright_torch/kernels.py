@@ -160,7 +160,7 @@ def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
 
 def _has_exact_division() -> bool:
     # Triton's own division is off by an ulp; the option exists in recent releases only.
-    import torch._inductor.config as config
+    from torch._inductor import config
 
     return hasattr(getattr(config, "eager_numerics", None), "division_rounding")
 

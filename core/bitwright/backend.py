@@ -37,6 +37,20 @@ class Capability(StrEnum):
     INTEGER_RUNTIME = "integer_runtime"
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the grids of a trainable simulation are trained.
+
+    Attributes:
+        range_learning: scales and zero points are parameters; otherwise activations keep their grids and those of
+            the weights follow the weights, step by step.
+        gradient_scale: learned scales' gradients are evened out as LSQ does (`gradients.lsq_factor`).
+    """
+
+    range_learning: bool = False
+    gradient_scale: bool = False
+
+
 @runtime_checkable
 class Session(Protocol):
     """A model compiled once for fixed taps, to be run many times."""
@@ -64,6 +78,14 @@ class Simulation(Protocol[M_co]):
 
     def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
         """As `PartialExecution.segment`, in the simulated network. A fed tensor is taken as it is given."""
+
+
+@runtime_checkable
+class TrainableSimulation(Simulation[Any], Protocol):
+    """What `Backend.simulate(…, trainable=…)` returns where the framework can train."""
+
+    def float_model(self) -> Any:
+        """A new float model with the simulation's present weights; `get` has the encodings."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +131,13 @@ class Backend(Protocol[M]):
     def session(self, model: M, taps: Sequence[Tap]) -> Session:
         """Compile the float model to hand out these tensors."""
 
-    def simulate(self, model: M, plan: Plan, encodings: EncodingTable, *, trainable: bool = False) -> Simulation[M]:
-        """Put fake quantization at the plan's sites."""
+    def simulate(
+        self, model: M, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
+    ) -> Simulation[M]:
+        """Put fake quantization at the plan's sites.
+
+        A trainable one is a `TrainableSimulation` and has tensors of its own.
+        """
 
     def export(self, model: M, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.grid import Blockwise, Granularity, Grid, PerChannel, PerTensor, block_count
+from bitwright.grid import Blockwise, Granularity, Grid, PerChannel, PerTensor, _axis, block_count
 
 Array = Any
 """An array of whichever framework the namespace belongs to."""
@@ -89,17 +89,17 @@ class Groups:
         """The groups of a tensor.
 
         Raises:
-            InputError: the block size doesn't divide its axis.
+            InputError: an axis is out of range, or the block size doesn't divide its axis.
         """
         rank = len(shape)
         if isinstance(granularity, PerTensor):
             return cls(shape, shape, (), (), tuple(range(rank)))
-        axis = granularity.axis % rank
+        axis = _axis(granularity.axis, shape)
         if isinstance(granularity, PerChannel):
             spread = tuple(n if i == axis else 1 for i, n in enumerate(shape))
             return cls(shape, shape, (shape[axis],), spread, tuple(i for i in range(rank) if i != axis))
         assert isinstance(granularity, Blockwise)
-        along = granularity.block_axis % rank
+        along = _axis(granularity.block_axis, shape)
         blocks = block_count(shape, granularity)
         split = (*shape[:along], blocks, granularity.block_size, *shape[along + 1 :])
         channel = axis + int(axis > along)

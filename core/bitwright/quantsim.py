@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import fingerprint, registry
-from bitwright.backend import Backend, Batch, Bundle, Session, Simulation
+from bitwright.backend import Backend, Batch, Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.collect import collect
 from bitwright.data import Dataset, open_data
 from bitwright.edits import SetParams
@@ -80,6 +80,7 @@ class QuantSim:
         self.reports: list[tuple[str, Report]] = []
         self.encodings = EncodingTable()
         self._simulation: Simulation[Any] | None = None
+        self._training: tuple[TrainableSimulation, Training] | None = None
         self._refresh()
 
     @property
@@ -346,6 +347,40 @@ class QuantSim:
     def model(self) -> Any:
         """The native model with quantization simulated, for your own evaluation."""
         return self.simulation.model
+
+    def trainable(self, *, range_learning: bool = False, gradient_scale: bool = False) -> Any:
+        """The native simulated model for quantization-aware training in your own loop; `take` ends it.
+
+        Args:
+            range_learning: scales and zero points are trained too, as parameters of the model; otherwise activations
+                keep their grids, and those of weights follow the weights, step by step.
+            gradient_scale: even out the gradients of learned scales, as LSQ does.
+
+        Raises:
+            CapabilityError: the backend can't train.
+            EncodingError: not calibrated yet.
+        """
+        from bitwright import training
+
+        settings = Training(range_learning, gradient_scale)
+        self._training = training.start(self, settings), settings
+        return self._training[0].model
+
+    def take(self) -> Self:
+        """Take over the weights and encodings that the model of `trainable` has now; encodings become frozen.
+
+        Raises:
+            InputError: `trainable` wasn't called.
+            EncodingError: the model was edited in the meantime.
+        """
+        from bitwright import training
+
+        if self._training is None:
+            raise InputError("there is no model in training: call trainable() first")
+        encodings = training.learned(self, *self._training)
+        self.native, self.encodings = self._training[0].float_model(), encodings
+        self._refresh()
+        return self
 
     def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
         """The model's outputs over a whole dataset, in the order of `graph.outputs`.

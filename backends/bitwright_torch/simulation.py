@@ -1,0 +1,294 @@
+"""A simulation for PyTorch: the captured model with `FakeQuantize` modules at its sites, an `nn.Module` to train.
+
+Setting an encoding copies a few numbers; nothing is built or compiled again. Sites that share an encoding share one
+module. Where values lie on the grid already (reshape, max pooling, concat, embedding … of tensors on the same grid)
+no module is called. Derived biases stay in float unless an encoding is set for them.
+
+Sessions run on the float model's own memory. The first time that `model` is asked for, its tensors become copies of
+its own, so that training it leaves the float model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bitwright.backend import Session, Training
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError
+from bitwright.gradients import Groups
+from bitwright.graph import Graph, OpKind, TensorId
+from bitwright.grid import PerTensor
+from bitwright.plan import Float, Plan, SiteId, SiteKind
+from bitwright.statistics.base import Tap
+from bitwright_torch.canonical import canonical
+from bitwright_torch.fake_quant import FakeQuantize
+from bitwright_torch.model import NAMES, CapturedModel, info, program_of, share
+from bitwright_torch.operands import operands
+from bitwright_torch.session import TorchSession
+
+_MOVES = frozenset({
+    OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.CONCAT, OpKind.IDENTITY,
+})  # fmt: skip
+"""Ops whose outputs are some of their inputs' values; dropout too, whose larger values in training must not clip."""
+
+
+class SimulatedModel(CapturedModel):
+    """A captured model with fake quantization: called, trained, saved and moved as the user's own model is.
+
+    Its state dict has the user's keys, and those of the quantizers under one name of their own; a state dict without
+    the latter loads too. See `FakeQuantize` for how grids behave in training.
+    """
+
+    def extra_repr(self) -> str:
+        """Number of quantizers."""
+        count = sum(isinstance(m, FakeQuantize) for m in self.modules())
+        return f"{super().extra_repr()}, {count} quantizers"
+
+
+class TorchSimulation:
+    """`bitwright.backend.Simulation` of a captured model.
+
+    Args:
+        model: the float model; never changed.
+        plan: the sites.
+        encodings: encodings to start with; sites without one run in float.
+        trainable: how grids are trained. By default those of weights follow the weights where these change.
+
+    Raises:
+        EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.
+    """
+
+    def __init__(
+        self,
+        model: CapturedModel,
+        plan: Plan,
+        encodings: Mapping[SiteId, Encoding | None],
+        *,
+        trainable: bool | Training = False,
+    ) -> None:
+        self._float, self._plan = model, plan
+        self._graph: Graph = canonical(model).graph
+        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
+        self._owned = False
+        self._quantizers: dict[SiteId, FakeQuantize] = {}
+        self._parameters: dict[SiteId, Any] = {}
+        self._module = self._build()
+        self.set(encodings)
+        if trainable:
+            self._own()
+        if isinstance(trainable, Training) and trainable.range_learning:
+            for quantizer in self._quantizers.values():
+                if quantizer.enabled:
+                    quantizer.learn(evened=trainable.gradient_scale)
+
+    # -- building
+
+    def _build(self) -> SimulatedModel:
+        found = canonical(self._float)
+        graph, copies = fx.Graph(), dict[fx.Node, Any]()
+        graph.output(graph.graph_copy(found.lowered, copies))
+        graph.output_node().meta = dict(found.lowered.output_node().meta)
+        holder = share(self._float)
+        name = "quantizers"
+        while hasattr(holder, name):
+            name += "_"
+        quantizers = nn.Module()
+        nodes = {t: copies[n] for t, n in found.tensors.items()}
+        known = operands(graph, holder)
+        roots = {
+            operand.id: node
+            for node, operand in reversed(known.items())
+            if not any(n in known and known[n].id == operand.id for n in node.all_input_nodes)
+        }
+        for site in self._plan.quantized:
+            is_parameter = self._plan[site].kind is SiteKind.PARAMETER
+            node = roots.get(site) if is_parameter else nodes.get(site)
+            if node is None or (not is_parameter and self._on_grid(site)):
+                continue
+            root = self._plan.root(site)
+            module: nn.Module = self._quantizer(root, known, roots)
+            if not is_parameter and self._plan[root].kind is SiteKind.PARAMETER:
+                module = _Tied(self._quantizers[root])
+            key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
+            quantizers._modules.setdefault(key, module)
+            _insert(graph, node, f"{name}.{key}", site)
+        holder.add_module(name, quantizers)
+        graph.lint()
+        quantizers.train(holder.training)
+        model = SimulatedModel(holder, program_of(self._float).with_graph(graph))
+        # A quantized model input has its placeholder's name too; the quantizer comes later and wins.
+        self._tensors = {info(n).tensor: n for n in graph.nodes if n.op not in ("get_attr", "output")}
+        for site, node in roots.items():
+            self._parameters[site] = known[node]
+        return model
+
+    def _quantizer(self, root: SiteId, known: Mapping[fx.Node, Any], roots: Mapping[SiteId, fx.Node]) -> FakeQuantize:
+        if root not in self._quantizers:
+            made = FakeQuantize()
+            if self._plan[root].kind is SiteKind.PARAMETER and root in roots:
+                param, native = self._graph.params[root], known[roots[root]].shape
+                made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native)
+            self._quantizers[root] = made
+        return self._quantizers[root]
+
+    def _on_grid(self, site: SiteId) -> bool:
+        """Whether a site's values have been rounded to its grid by the ops before it."""
+        root, op = self._plan.root(site), self._graph.producer(site)
+        if op is None or len(self._plan.tied(root)) == 1:
+            return False
+        sources = [t for t in op.data_inputs if self._graph.tensors[t].is_float]
+        if op.kind is OpKind.EMBEDDING:
+            sources = [p for p in (op.weight,) if p is not None]
+        elif op.kind not in _MOVES:
+            return False
+        return bool(sources) and all(s in self._plan and self._plan.root(s) == root for s in sources)
+
+    def _own(self) -> None:
+        if not self._owned:
+            self._owned = True
+            for tensor in (*self._module.parameters(), *self._module.buffers()):
+                tensor.data = tensor.data.clone()
+
+    # -- the protocol
+
+    @property
+    def model(self) -> SimulatedModel:
+        """The simulated model, in memory of its own."""
+        self._own()
+        return self._module
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install encodings; None bypasses a site. All are checked before the first is installed.
+
+        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
+
+        Raises:
+            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
+        """
+        changes: dict[SiteId, Encoding | None] = {}
+        for site, encoding in encodings.items():
+            if site not in self._plan:
+                raise EncodingError(f"the plan has no site {site!r} to put an encoding on")
+            root = self._plan.root(site)
+            decision = self._plan[root].decision
+            if isinstance(decision, Float):
+                if encoding is not None:
+                    raise EncodingError(f"{site!r} stays in float ({decision.reason}) and takes no encoding")
+                continue
+            if encoding is not None:
+                self._check(site, encoding)
+            if root == site or root not in encodings:
+                changes[root] = encoding
+        for root, encoding in changes.items():
+            if root in self._quantizers:
+                operand = self._parameters.get(root) if self._plan[root].kind is SiteKind.PARAMETER else None
+                with torch.no_grad():
+                    self._quantizers[root].set(encoding, None if operand is None else operand.view(self._module))
+
+    def _check(self, site: SiteId, encoding: Encoding) -> None:
+        shape: tuple[int | None, ...] | None
+        if self._plan[site].kind is SiteKind.PARAMETER:
+            shape = self._graph.params[site].shape
+        else:
+            shape = self._graph.tensors[site].shape
+        if isinstance(encoding.granularity, PerTensor):
+            return
+        if shape is None:
+            raise EncodingError(f"{site!r} has no known rank, so only one scale for the whole tensor can be set")
+        try:
+            # Free dimensions fit anything; a length that every block size divides stands in for them.
+            size = getattr(encoding.granularity, "block_size", 1)
+            groups = Groups.of(tuple(size if n is None else n for n in shape), encoding.granularity)
+        except (ValueError, IndexError) as error:
+            raise EncodingError(f"{site!r}: {error}") from None
+        free = None in shape
+        if len(groups.scale) != encoding.scale.ndim or (not free and groups.scale != encoding.scale.shape):
+            raise EncodingError(f"{site!r}: scales of shape {encoding.scale.shape} for a tensor of shape {shape}")
+
+    def get(self) -> EncodingTable:
+        """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
+        by_root = {}
+        for root, quantizer in self._quantizers.items():
+            if quantizer.follows:
+                quantizer.follow(self._parameters[root].view(self._module))
+            by_root[root] = quantizer.get()
+        found = {}
+        for site in self._plan.quantized:
+            encoding = by_root.get(self._plan.root(site))
+            if encoding is not None:
+                found[site] = encoding
+        return EncodingTable(found, self._provenance)
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Run the simulated network; taps are handed out after their own fake quantization."""
+        return self._session(taps, None)
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return self._session(taps, feeds)
+
+    def _session(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> Session:
+        program = program_of(self._module)
+        convention = program.convention
+        constants = {convention.names[i]: v for i, v in convention.constants.items()}
+        return TorchSession(self._module, program.graph, self._tensors, taps, feeds, constants)
+
+    # -- after training
+
+    def float_model(self) -> CapturedModel:
+        """The float model with the simulation's present weights and running statistics, in memory of its own."""
+        holder = share(self._module)
+        for name, child in list(holder.named_children()):
+            if name not in self._float._modules:
+                delattr(holder, name)
+                assert child is not None
+        model = type(self._float)(holder, program_of(self._float))
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        for name, module in self._float.named_modules():
+            model.get_submodule(name).training = module.training
+        return model
+
+
+class _Tied(nn.Module):
+    """Rounds an activation to the grid of a parameter, in training too."""
+
+    def __init__(self, source: FakeQuantize) -> None:
+        super().__init__()
+        self.__dict__["source"] = source  # not a child: the state is the parameter's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x on the grid."""
+        source: FakeQuantize = self.__dict__["source"]
+        return source.round(x) if source.enabled else x
+
+
+def _key(holder: nn.Module, site: SiteId, module: nn.Module) -> str:
+    """A child's name for a site: one path element, which isn't an attribute of every module."""
+    key = site.replace(".", "/")
+    while (held := holder._modules.get(key)) is not module and (held is not None or hasattr(holder, key)):
+        key += "_"
+    return key
+
+
+def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId) -> None:
+    """Call a quantizer on a node's value; it takes over the node's readers and its name."""
+    after = node
+    if node.op == "placeholder":
+        after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(after):
+        call = graph.call_module(target, (node,))
+    known = info(node)
+    call.meta = {NAMES: known}
+    if node.op == "call_function":
+        node.meta = {**node.meta, NAMES: replace(known, tensor=f"{site}/float")}
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)

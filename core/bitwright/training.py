@@ -1,0 +1,48 @@
+"""Quantization-aware training around a framework's own loop: a model goes out, weights and grids come back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitwright import registry
+from bitwright.backend import Capability, TrainableSimulation, Training
+from bitwright.encoding import EncodingTable, Provenance
+from bitwright.errors import CapabilityError, EncodingError
+
+if TYPE_CHECKING:
+    from bitwright.quantsim import QuantSim
+
+
+def start(sim: QuantSim, training: Training) -> TrainableSimulation:
+    """A simulation to be trained, from the encodings in force.
+
+    Raises:
+        CapabilityError: the backend can't train.
+        EncodingError: not calibrated yet.
+    """
+    info = registry.backends().get(sim.backend.name)
+    if info is not None and Capability.TRAINABLE not in info.capabilities:
+        raise CapabilityError(
+            f"the {sim.backend.name} backend can't train a model; open it in PyTorch, or use adaround or seq_mse, "
+            "which need no training"
+        )
+    assert sim.simulation is not None  # says what isn't calibrated
+    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=training)
+    if not isinstance(made, TrainableSimulation):
+        raise CapabilityError(f"the {sim.backend.name} backend's simulation can't be trained")
+    return made
+
+
+def learned(sim: QuantSim, simulation: TrainableSimulation, training: Training) -> EncodingTable:
+    """The encodings after training, frozen: the weights were trained for these grids.
+
+    Raises:
+        EncodingError: there is a site that the plan doesn't know; the model was edited in the meantime.
+    """
+    found = simulation.get()
+    if strange := [s for s in found if s not in sim.plan]:
+        raise EncodingError(f"site {strange[0]!r} is gone: take() what was trained before applying other techniques")
+    own = (*sim.plan.activations, *sim.plan.parameters)
+    table = {s: found[s].with_(frozen=True) for s in own if s in found}
+    settings = {"range_learning": training.range_learning, "gradient_scale": training.gradient_scale}
+    return sim.encodings.merged(table).recorded(Provenance("training", settings))

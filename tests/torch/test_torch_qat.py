@@ -1,0 +1,162 @@
+"""Quantization-aware training: plain loops, Lightning, and the way back into QuantSim."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from simulated import ConvNet, Setup, conv_setup  # noqa: E402
+
+from bitwright.backend import Training  # noqa: E402
+from bitwright.encoding import encoding_of_weights  # noqa: E402
+from bitwright.errors import CapabilityError, InputError  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
+
+MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images whose class is which of five places is bright."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        y = torch.randint(0, 5, (24,), generator=generator)
+        x = torch.randn(24, 3, 9, 9, generator=generator) * 0.3
+        x[torch.arange(24), y % 3] += 1.0 + 0.6 * (y // 3)[:, None, None]
+        found.append((x, y))
+    return found
+
+
+def train(model: torch.nn.Module, data: list, rate: float = 0.01) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    model.train()
+    losses = []
+    for x, y in data:
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def net() -> Setup:
+    return conv_setup(weights="int4", activations="uint4")
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_plain_loop_trains(net: Setup, mode: Training) -> None:
+    simulation = net.simulation(mode)
+    losses = train(simulation.model, batches(30))
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    table = simulation.get()
+    trained = simulation.float_model()
+    for site in net.plan.parameters:
+        weight = trained.get_parameter(site).detach().numpy()
+        if mode.range_learning:
+            assert not table[site].equals(net.table[site])
+            assert table[site].frozen
+        else:
+            assert table[site].equals(encoding_of_weights(weight, net.plan.spec(site)))
+    changed = [s for s in net.plan.activations if not table[s].equals(net.table[s])]
+    assert bool(changed) is mode.range_learning
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_what_was_trained_is_what_is_exported(net: Setup, mode: Training) -> None:
+    """The float model with the encodings read back simulates to the same bits as the trained module."""
+    simulation = net.simulation(mode)
+    train(simulation.model, batches(5))
+    again = type(simulation)(simulation.float_model(), net.plan, simulation.get())
+    with torch.no_grad():
+        assert torch.equal(again.model(net.sample), simulation.model(net.sample))
+
+
+def test_accumulated_gradients_double(net: Setup) -> None:
+    model = net.simulation(Training(True)).model
+    model(net.sample).sum().backward()
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model(net.sample).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in once:
+            torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_forwards_before_one_backward(net: Setup) -> None:
+    model = net.simulation().model.train()
+    first = model(net.sample)
+    second = model(net.sample[:3])
+    (first.sum() + second.sum()).backward()
+
+
+def test_frozen_grids_stay_in_range_learning(net: Setup) -> None:
+    frozen = {s: net.table[s].with_(frozen=True) for s in ("conv2.weight", "x")}
+    simulation = net.simulation(Training(True), **frozen)
+    train(simulation.model, batches(5))
+    assert all(simulation.get()[s].equals(net.table[s]) for s in frozen)
+    assert not simulation.get()["fc.weight"].equals(net.table["fc.weight"])
+
+
+def test_lightning_needs_no_special_code(net: Setup) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Task(lightning.LightningModule):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: tuple, _: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), 0.01)
+
+    simulation = net.simulation(Training(True))
+    before = {n: p.detach().clone() for n, p in simulation.model.named_parameters()}
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    simulation.model.train()
+    trainer.fit(Task(simulation.model), torch.utils.data.DataLoader(batches(4), batch_size=None))
+    moved = [n for n, p in simulation.model.named_parameters() if not torch.equal(p, before[n])]
+    assert "conv1.weight" in moved
+    assert any(n.endswith("log_scale") for n in moved)
+
+
+def test_quantsim_trains_and_takes_back() -> None:
+    torch.manual_seed(0)
+    module = ConvNet().eval()
+    data = batches(8)
+    sim = QuantSim(module, data[0][0], weights="int4", activations="uint8", scheme="minmax")
+    sim.calibrate([x.numpy() for x, _ in data[:4]])
+    with pytest.raises(InputError, match="trainable"):
+        sim.take()
+    model = sim.trainable(range_learning=True)
+    assert any(isinstance(m, FakeQuantize) and m.learns for m in model.modules())
+    train(model, data)
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    sim.take()
+    with torch.no_grad():
+        assert torch.equal(sim.model(data[0][0]), model(data[0][0]))
+    assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+    assert sim.encodings.provenance[-1].technique == "training"
+    kept = dict(sim.encodings)
+    sim.calibrate([x.numpy() for x, _ in data[:1]])
+    assert all(sim.encodings[s].equals(e) for s, e in kept.items())
+
+
+def test_backends_that_can_t_train_say_so() -> None:
+    onnx = pytest.importorskip("onnx")
+    x = onnx.helper.make_tensor_value_info("x", 1, [1, 2])
+    y = onnx.helper.make_tensor_value_info("y", 1, [1, 2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    sim = QuantSim(model, scheme="minmax").calibrate([np.ones((1, 2), np.float32)])
+    with pytest.raises(CapabilityError, match="PyTorch"):
+        sim.trainable()

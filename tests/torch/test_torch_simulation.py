@@ -1,0 +1,232 @@
+"""The simulation as an nn.Module: values, modes, state, copies, compilation, sessions."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from simulated import ConvNet, Setup, TiedNet, conv_setup, setup  # noqa: E402
+from torch import nn  # noqa: E402
+
+from bitwright.backend import Training  # noqa: E402
+from bitwright.errors import EncodingError, ModelError  # noqa: E402
+from bitwright.grid import PerChannel  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def net() -> Setup:
+    return conv_setup()
+
+
+def by_hand(net: Setup, x: torch.Tensor) -> torch.Tensor:
+    """`ConvNet` in evaluation, with the core's fake quantization written out."""
+    m: ConvNet = net.module
+    f = nn.functional
+
+    def q(site: str, v: torch.Tensor) -> torch.Tensor:
+        encoding = net.table.get(net.plan.root(site))
+        return v if encoding is None else torch.tensor(encoding.fake_quantize(v.detach().numpy()))
+
+    x = q("x", x)
+    x = f.conv2d(x, q("conv1.weight", m.conv1.weight), None, padding=1)
+    x = q("relu.output", torch.relu(m.bn1(x)))
+    y = f.conv2d(x, q("dw.weight", m.dw.weight), m.dw.bias, padding=1, groups=8)
+    x = q("add.output", q("relu6.output", f.relu6(y)) + x)
+    x = q("cat.output", torch.cat([x, f.max_pool2d(x, 3, 1, 1)], 1))
+    x = q("relu#1.output", torch.relu(f.conv2d(x, q("conv2.weight", m.conv2.weight), m.conv2.bias)))
+    x = q("mean.output", x.mean((2, 3)))
+    return q("fc.output", f.linear(x, q("fc.weight", m.fc.weight), m.fc.bias))
+
+
+def test_output_is_fake_quantization_at_the_planned_sites(net: Setup) -> None:
+    model = net.simulation().model
+    with torch.no_grad():
+        found, expected = model(net.sample), by_hand(net, net.sample)
+        flips = (found - expected).abs() > 1e-6
+        assert flips.float().mean() < 0.05  # summation order may move a value across a midpoint
+        assert not torch.allclose(found, net.module(net.sample), atol=1e-5)
+
+
+def test_sessions_hand_out_the_same(net: Setup) -> None:
+    simulation = net.simulation()
+    sites = [*net.plan.activations]
+    values = simulation.session([Tap(s) for s in sites]).run({"x": net.sample.numpy()})
+    for site in sites:
+        v = values[Tap(site)]
+        np.testing.assert_array_equal(net.table[site].fake_quantize(v), v)
+    with torch.no_grad():
+        np.testing.assert_array_equal(values[Tap("fc.output")], simulation.model(net.sample).numpy())
+
+
+def test_segments_take_fed_tensors_as_they_are(net: Setup) -> None:
+    simulation = net.simulation()
+    whole = simulation.session([Tap("add.output"), Tap("fc.output")]).run({"x": net.sample.numpy()})
+    part = simulation.segment(["add.output"], [Tap("fc.output"), Tap("add.output")])
+    found = part.run({"add.output": whole[Tap("add.output")]})
+    np.testing.assert_array_equal(found[Tap("fc.output")], whole[Tap("fc.output")])
+    odd = whole[Tap("add.output")] + np.float32(1e-3)
+    np.testing.assert_array_equal(part.run({"add.output": odd})[Tap("add.output")], odd)
+    with pytest.raises(ModelError):
+        simulation.segment(["fc.output"], [Tap("add.output")])
+
+
+def test_setting_bypassing_and_getting(net: Setup) -> None:
+    simulation = net.simulation()
+    model = simulation.model
+    with torch.no_grad():
+        quantized = model(net.sample)
+        simulation.set(dict.fromkeys(net.table))
+        assert len(simulation.get()) == 0
+        torch.testing.assert_close(model(net.sample), net.module(net.sample), rtol=1e-5, atol=1e-6)
+        simulation.set(net.table)
+        assert torch.equal(model(net.sample), quantized)
+    for site in net.plan.quantized:
+        root = net.plan.root(site)
+        if root in net.table:
+            assert simulation.get()[site].equals(net.table[root])
+
+
+def test_shared_sites_follow_their_root(net: Setup) -> None:
+    shared = next(s for s in net.plan.quantized if net.plan.root(s) != s)
+    simulation = net.simulation()
+    other = net.table[net.plan.root(shared)].with_(scale=np.float32(0.5))
+    simulation.set({shared: other})
+    assert simulation.get()[net.plan.root(shared)].equals(other)
+
+
+def test_bad_encodings_change_nothing(net: Setup) -> None:
+    simulation = net.simulation()
+    good = net.table["add.output" if "add.output" in net.table else "cat.output"]
+    floating = next(s for s in net.plan if s not in net.plan.quantized)
+    wrong = good.with_(granularity=PerChannel(1), scale=np.ones(5, np.float32), zero_point=np.zeros(5, np.int32))
+    for bad in (
+        {"nowhere": good},
+        {floating: good},
+        {"conv2.weight": wrong},
+        {"fc.output": wrong.with_(granularity=PerChannel(7))},
+    ):
+        with pytest.raises(EncodingError):
+            simulation.set({"x": None, **bad})
+    assert all(simulation.get()[s].equals(e) for s, e in net.table.items())
+
+
+def test_the_float_model_is_left_alone(net: Setup) -> None:
+    before = {k: v.clone() for k, v in net.model.state_dict().items()}
+    model = net.simulation().model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(net.sample).square().sum().backward()
+    optimizer.step()
+    for key, value in net.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+    assert not torch.equal(model.conv1.weight, before["conv1.weight"])
+
+
+def test_names_are_the_user_s_and_states_round_trip(net: Setup) -> None:
+    model = net.simulation().model
+    mine = net.module.state_dict()
+    state = model.state_dict()
+    assert [k for k in state if not k.startswith("quantizers.")] == list(mine)
+    other = net.simulation(**{s: None for s in net.table}).model
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(net.sample), model(net.sample))
+        other.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in mine.items()})
+    assert torch.equal(other.conv1.weight, mine["conv1.weight"] * 2)
+
+
+def test_copies_are_independent(net: Setup) -> None:
+    simulation = net.simulation()
+    model = simulation.model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(net.sample)
+        assert torch.equal(twin(net.sample), expected)
+        simulation.set({"x": None, "conv1.weight": None})
+        assert torch.equal(twin(net.sample), expected)
+        assert not torch.equal(model(net.sample), expected)
+
+
+def test_train_and_eval_reach_batch_norm_and_dropout() -> None:
+    net = conv_setup(0.5)
+    model = net.simulation().model
+    assert not model.training
+    with torch.no_grad():
+        assert torch.equal(model(net.sample), model(net.sample))
+        model.train()
+        before = model.bn1.running_mean.clone()
+        assert not torch.equal(model(net.sample), model(net.sample))
+        assert not torch.equal(model.bn1.running_mean, before)
+
+
+def test_tied_parameters_have_one_quantizer() -> None:
+    torch.manual_seed(0)
+    net = setup(TiedNet(), torch.randint(0, 11, (3, 4)))
+    model = net.simulation(Training(range_learning=True)).model.train()
+    assert model.table.weight is model.head.weight
+    model(net.sample).sum().backward()
+    assert model.table.weight.grad.abs().sum() > 0
+    quantizers = [n for n, m in model.named_modules() if isinstance(m, FakeQuantize) and "weight" in n]
+    assert len(quantizers) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(net: Setup, dtype: torch.dtype) -> None:
+    model = net.simulation().model.train()
+    with torch.autocast("cpu", dtype):
+        loss = model(net.sample).float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_weights_in_evaluation_are_rounded_once(net: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net.simulation().model
+    count = 0
+    original = FakeQuantize.round
+
+    def counted(self: FakeQuantize, *args: object) -> object:
+        nonlocal count
+        count += self.is_parameter
+        return original(self, *args)
+
+    monkeypatch.setattr(FakeQuantize, "round", counted)
+    with torch.no_grad():
+        first = model(net.sample)
+        once = count
+        assert torch.equal(model(net.sample), first)
+        assert count == once > 0
+        model.fc.weight.mul_(1.5)
+        assert not torch.equal(model(net.sample), first)
+        assert count == once + 1
+
+
+def test_compiled_models_agree(net: Setup) -> None:
+    model = net.simulation().model
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(net.sample)
+        torch.testing.assert_close(compiled(net.sample), expected, rtol=0, atol=float(net.table["fc.output"].scale))
+    model.train()
+    compiled(net.sample).sum().backward()
+    assert model.conv1.weight.grad is not None
+
+
+def test_data_parallel_training() -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = conv_setup()
+        model = DistributedDataParallel(net.simulation(Training(range_learning=True)).model.train())
+        for _ in range(2):  # the second pass checks that every parameter got its gradient
+            model(net.sample).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
