@@ -258,12 +258,11 @@ def _adopt_inputs(
 ) -> None:
     """Parameters become `get_attr` nodes, user inputs get the user's names, state is written back at the end."""
     names = aliases(holder)
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     leaves = iter(convention.names)
     output = graph.output_node()
     first = next(n for n in graph.nodes if n.op != "placeholder")
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        spec = specs[node.name]
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             node.meta["input"] = next(leaves)
             continue

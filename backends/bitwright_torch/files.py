@@ -38,7 +38,7 @@ def save_pt2(model: CapturedModel, path: Path) -> Path:
     exported = reexport(model)
     program = program_of(model)
     record = {
-        "ops": [[call_name(n), info(n).op, info(n).tensor] for n in _named(program.graph)],
+        "ops": [[call_name(n), info(n).op, info(n).tensor, info(n).source] for n in _named(program.graph)],
         "inputs": list(program.convention.names),
         "given": list(program.convention.given),
     }
@@ -171,13 +171,13 @@ def _first(value: Any, position: int) -> str:
     return value if isinstance(value, str) else f"argument_{position}"
 
 
-def _renamed(model: CapturedModel, ops: list[list[str]]) -> CapturedModel:
+def _renamed(model: CapturedModel, ops: list[list[Any]]) -> CapturedModel:
     """Give the nodes the names that were recorded, if the record fits the graph."""
     nodes = list(_named(program_of(model).graph))
     if [call_name(n) for n in nodes] != [o[0] for o in ops]:
         return model
-    for node, (_, op, tensor) in zip(nodes, ops, strict=True):
-        node.meta[NAMES] = replace(info(node), op=op, tensor=tensor)
+    for node, (_, op, tensor, source) in zip(nodes, ops, strict=True):
+        node.meta[NAMES] = replace(info(node), op=op, tensor=tensor, source=source)
     for node in program_of(model).graph.nodes:
         # Tuples have the name of what is picked from them.
         if node.op == "call_function" and info(node).shape is None and node.users:

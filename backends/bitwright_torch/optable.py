@@ -68,7 +68,7 @@ KINDS: Mapping[str, tuple[OpKind, str]] = {
     **_all("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
            "upsample_bicubic2d upsample_trilinear3d upsample_nearest_exact1d upsample_nearest_exact2d "
            "upsample_bilinear2d_aa upsample_bicubic2d_aa", K.RESIZE, "Resize"),
-    **_all("reshape view unsafe_view view_as unflatten", K.RESHAPE, "Reshape"),
+    **_all("reshape reshape_as view unsafe_view view_as unflatten", K.RESHAPE, "Reshape"),
     **_all("flatten", K.RESHAPE, "Flatten"),
     **_all("squeeze", K.RESHAPE, "Squeeze"),
     **_all("unsqueeze", K.RESHAPE, "Unsqueeze"),
