@@ -1,3 +1,30 @@
-"""bitwright: simulate, improve and export quantized neural networks."""
+"""bitwright: simulate, improve and export quantized neural networks.
+
+What a user starts from is here and imported on first use: `QuantSim`, `RunDirectory`, and the module `registry`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitwright import registry
+    from bitwright.quantsim import QuantSim
+    from bitwright.runs import RunDirectory
 
 __version__ = "0.1.0"
+__all__ = ["QuantSim", "RunDirectory", "__version__", "registry"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "registry":
+        return import_module("bitwright.registry")
+    if module := {"QuantSim": "bitwright.quantsim", "RunDirectory": "bitwright.runs"}.get(name):
+        return getattr(import_module(module), name)
+    raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -57,6 +57,14 @@ def test_every_technique_and_its_aliases_are_documented():
             assert f"`{alias}`" in PAGES["techniques.md"]
 
 
+def test_recipe_example_is_valid(tmp_path):
+    from bitwright.recipe import read_recipe
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGES["techniques.md"], re.DOTALL)
+    (tmp_path / "r.yaml").write_text(text)
+    assert len(read_recipe(tmp_path / "r.yaml").steps) == 3
+
+
 def test_every_hook_is_documented():
     hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
     assert len(hooks) == 2

@@ -290,6 +290,7 @@ FRAMEWORKS = (
     "code",
     [
         "import bitwright",
+        "from bitwright import *; QuantSim, RunDirectory, registry",
         "from bitwright import registry as r; r.techniques(), r.backends(), r.plugins()",
         "from bitwright import registry as r; [r.technique(name) for name in r.techniques()]",
     ],
