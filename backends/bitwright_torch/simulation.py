@@ -239,7 +239,7 @@ class TorchSimulation:
     def _session(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> Session:
         program = program_of(self._module)
         convention = program.convention
-        constants = {convention.names[i]: v for i, v in convention.constants.items()}
+        constants = {program.prefix + convention.names[i]: v for i, v in convention.constants.items()}
         return TorchSession(self._module, program.graph, self._tensors, taps, feeds, constants)
 
     # -- after training

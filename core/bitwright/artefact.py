@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
 
 ENCODINGS_SUFFIX = ".encodings"
-QDQ = "qdq"
+QDQ, WEIGHTS = "qdq", "safetensors"
+"""Export formats that a bundle has too, where the backend offers them."""
 
 
 def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None) -> Bundle:
@@ -37,20 +38,19 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
     try:
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
-        info = registry.backends().get(backend.name)
-        suffix = info.suffixes[0] if info is not None else ""
-        bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", artefact)
+        bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
         files["model"] = bundle.files["model"]
-        if QDQ in backend.formats():
-            files[QDQ] = backend.export(sim.native, sim.plan, table, staging / f"{name}.qdq.onnx", QDQ).files[QDQ]
+        for other, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")):
+            if other in backend.formats():
+                files |= backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other).files
         bias = version >= "2" if include_bias is None else include_bias
-        entries = encodings_file(sim.graph, sim.plan, table, version, bundle.names, include_bias=bias)
+        entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
         # External weights lie beside their model and move with it; the encodings come last, as the seal.
         written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
         for path in written:
             path.replace(directory / path.name)
-        return Bundle({k: directory / p.name for k, p in files.items()}, bundle.names)
+        return Bundle({k: directory / p.name for k, p in files.items()}, bundle.names, bundle.layouts)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -60,19 +60,20 @@ def encodings_file(
     plan: Plan,
     table: EncodingTable,
     version: str,
-    names: Mapping[SiteId, str] | None = None,
+    bundle: Bundle | None = None,
     *,
     include_bias: bool = False,
 ) -> EncodingsFile:
-    """The encodings of a table in the artefact's names and native axes."""
-    names = names or {}
+    """The encodings of a table in the names and native axes of the artefact (the model's own without a bundle)."""
+    names = {} if bundle is None else bundle.names
+    layouts = {} if bundle is None else bundle.layouts
     activations, parameters = {}, {}
     for site, encoding in table.items():
         name = names.get(site, site)
         if plan[site].kind is SiteKind.ACTIVATION:
             activations[name] = formats.unbind(encoding)
         elif include_bias or not isinstance(plan[site].decision, Derived):
-            param = graph.params[site]
+            param = replace(graph.params[site], layout=layouts.get(site, graph.params[site].layout))
             parameters[name] = formats.unbind(formats.permute(encoding, param.layout), native_shape(param))
     return EncodingsFile(
         activations=activations,

@@ -95,10 +95,12 @@ class Bundle:
     Attributes:
         files: by purpose: "model" (float artefact), "encodings", "qdq", ….
         names: site id → tensor name in the artefact, where they differ.
+        layouts: parameter → the artefact's axis for each canonical axis, where it isn't the model's (`Param.layout`).
     """
 
     files: Mapping[str, Path]
     names: Mapping[SiteId, str] = field(default_factory=dict)
+    layouts: Mapping[ParamId, tuple[int, ...]] = field(default_factory=dict)
 
 
 @runtime_checkable

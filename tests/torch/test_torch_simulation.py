@@ -133,7 +133,7 @@ def test_names_are_the_user_s_and_states_round_trip(net: Setup) -> None:
     mine = net.module.state_dict()
     state = model.state_dict()
     assert [k for k in state if not k.startswith("quantizers.")] == list(mine)
-    other = net.simulation(**{s: None for s in net.table}).model
+    other = net.simulation(**dict.fromkeys(net.table)).model
     other.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(other(net.sample), model(net.sample))

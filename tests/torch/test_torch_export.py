@@ -1,0 +1,142 @@
+"""Export: ONNX with the user's names, QDQ, safetensors, .pt2; reopening gives the same simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+from simulated import Setup, conv_setup, setup  # noqa: E402
+from torch import nn  # noqa: E402
+
+from bitwright.encoding import EncodingTable  # noqa: E402
+from bitwright.errors import InputError  # noqa: E402
+from bitwright.grid import PerChannel  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright_onnx.backend import OnnxBackend  # noqa: E402
+from bitwright_torch.export import export  # noqa: E402
+
+
+class Sequence(nn.Module):
+    """Linear layers on three dimensions, which the exporter turns into MatMul with a transposed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 5, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(self.norm(self.embed(ids)))))
+
+
+@pytest.fixture(scope="module")
+def conv() -> Setup:
+    return conv_setup(0.3)
+
+
+@pytest.fixture(scope="module")
+def sequence() -> Setup:
+    torch.manual_seed(0)
+    return setup(Sequence(), torch.randint(0, 11, (3, 4)))
+
+
+def written(net: Setup, folder: Path, format: str) -> Path:
+    bundle = export(net.model, net.plan, EncodingTable(net.table), folder / f"m.{format}", format)
+    (path,) = bundle.files.values()
+    return path
+
+
+@pytest.mark.parametrize("which", ["conv", "sequence"])
+def test_onnx_has_the_user_s_names_and_the_same_simulation(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    net: Setup = request.getfixturevalue(which)
+    bundle = export(net.model, net.plan, EncodingTable(net.table), tmp_path / "m.onnx", "onnx")
+    backend = OnnxBackend()
+    model = backend.load(tmp_path / "m.onnx")
+    graph = backend.graph(model)
+    for site in net.plan.quantized:
+        assert bundle.names.get(site, site) in {*graph.tensors, *graph.params}, site
+    assert set(graph.params) <= set(net.graph.params)
+    assert graph.inputs == net.graph.inputs
+    assert graph.outputs == net.graph.outputs
+    for id, value in backend.read(model, list(graph.params)).items():
+        np.testing.assert_array_equal(value.ravel(), net.module.state_dict()[id].numpy().ravel(), err_msg=id)
+    sites = [s for s in net.plan.activations if s not in bundle.names]
+    feed = {net.graph.inputs[0]: net.sample.numpy()}
+    mine = net.simulation().session([Tap(s) for s in sites]).run(feed)
+    table = EncodingTable({s: e for s, e in net.table.items() if s not in bundle.names})
+    theirs = backend.simulate(model, net.plan, table).session([Tap(s) for s in sites]).run(feed)
+    for site in sites:
+        steps = np.rint(np.abs(mine[Tap(site)] - theirs[Tap(site)]) / float(net.table[site].scale))
+        assert steps.max() <= 1, site
+        assert np.mean(steps > 0) < 0.01, site
+
+
+def test_batches_stay_free(conv: Setup, tmp_path: Path) -> None:
+    session = ort.InferenceSession(written(conv, tmp_path, "onnx"))
+    x = torch.randn(11, 3, 9, 9)
+    (found,) = session.run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, conv.module.eval()(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["conv", "sequence"])
+def test_qdq_runs_and_agrees(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    net: Setup = request.getfixturevalue(which)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(written(net, tmp_path, "qdq"), options)
+    (found,) = session.run(None, {net.graph.inputs[0]: net.sample.numpy()})
+    with torch.no_grad():
+        expected = net.simulation().model(net.sample).numpy()
+    scale = float(net.table[net.graph.outputs[0]].scale)
+    # Biases are int32 there and float in the simulation.
+    assert np.abs(found - expected).max() <= 2.01 * scale
+    assert np.mean(np.abs(found - expected) > 0.5 * scale) < 0.1
+
+
+def test_weights(conv: Setup, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(written(conv, tmp_path, "safetensors"))
+    state = conv.module.state_dict()
+    assert set(found) == set(state)
+    assert all(torch.equal(found[k], v) for k, v in state.items())
+
+
+def test_the_simulation_as_a_program(conv: Setup, tmp_path: Path) -> None:
+    program = torch.export.load(written(conv, tmp_path, "pt2")).module()
+    with torch.no_grad():
+        for x in (conv.sample, torch.randn(2, 3, 9, 9)):
+            assert torch.equal(program(x), conv.simulation().model(x))
+
+
+def test_unknown_formats_are_named(conv: Setup, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="safetensors"):
+        written(conv, tmp_path, "tflite")
+
+
+def test_quantsim_bundles_reopen_in_the_onnx_backend(tmp_path: Path) -> None:
+    """The encodings file, axes included, fits the .onnx beside it."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (3, 4))
+    sim = QuantSim(Sequence().eval(), ids, weights="int8", scheme="minmax", target="default_per_channel")
+    sim.calibrate([ids.numpy()])
+    assert isinstance(sim.encodings["up.weight"].granularity, PerChannel)
+    bundle = sim.export(tmp_path, name="net", encodings_version="2.0.0")
+    assert {p.name for p in tmp_path.iterdir()} == {"net.onnx", "net.qdq.onnx", "net.safetensors", "net.encodings"}
+    other = QuantSim(str(bundle.files["model"]), target="default_per_channel", weights="int8", scheme="minmax")
+    other.load_encodings(bundle.files["encodings"], strict=False)
+    for site in (*sim.plan.activations, *sim.plan.parameters):
+        assert other.encodings[site].equals(sim.encodings[site]), site
+    (mine,), (theirs,) = sim.predict([ids.numpy()]), other.predict([ids.numpy()])
+    assert np.abs(mine - theirs).max() <= 1.01 * float(sim.encodings["down.output"].scale)
