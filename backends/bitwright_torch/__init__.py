@@ -1,1 +1,33 @@
-"""The PyTorch backend: torch.export captures, the captured graph runs with the user's own parameters."""
+"""The PyTorch backend: torch.export captures, the captured graph runs with the user's own parameters.
+
+`capture(module, sample, …)` gives the model form that `bitwright.QuantSim` takes as it is, with options that QuantSim
+doesn't have: free dimensions, and the names of submodules to capture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitwright_torch.backend import capture_model as capture
+    from bitwright_torch.capture import CaptureNotice
+    from bitwright_torch.model import CapturedModel
+
+__all__ = ["CaptureNotice", "CapturedModel", "capture"]
+
+
+def __getattr__(name: str) -> Any:
+    # The plugin's descriptor lives in this package and must not import torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'bitwright_torch' has no attribute {name!r}")
+    if name == "capture":
+        from bitwright_torch.backend import capture_model
+
+        return capture_model
+    if name == "CapturedModel":
+        from bitwright_torch.model import CapturedModel
+
+        return CapturedModel
+    from bitwright_torch.capture import CaptureNotice
+
+    return CaptureNotice

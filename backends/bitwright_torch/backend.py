@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from bitwright.backend import Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
-from bitwright.errors import InputError
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
@@ -23,12 +23,26 @@ from bitwright_torch.capture import DynamicShapes, capture
 from bitwright_torch.edits import edit_model
 from bitwright_torch.files import load_exported, load_factory, load_pt2, save_pt2
 from bitwright_torch.model import CapturedModel
+from bitwright_torch.parts import (
+    PartitionedModel,
+    capture_parts,
+    edit_parts,
+    parts_graph,
+    parts_segment,
+    parts_session,
+    read_parts,
+)
 from bitwright_torch.params import read_params
 from bitwright_torch.session import open_session
 
+_IN_PARTS = (
+    "the model was captured in parts, with Python around them that no file can hold; write each of model.parts by itself"
+)
+Model = CapturedModel | PartitionedModel
+
 
 class TorchBackend:
-    """`bitwright.backend.Backend` and `PartialExecution` for models of type `CapturedModel`."""
+    """`bitwright.backend.Backend` and `PartialExecution` for captured models, whole or in parts."""
 
     name = "torch"
 
@@ -53,29 +67,38 @@ class TorchBackend:
             return load_factory(str(path), options.get("sample"))
         return load_pt2(Path(path))
 
-    def save(self, model: CapturedModel, path: Path) -> Path:
+    def save(self, model: Model, path: Path) -> Path:
         """Write a .pt2 program atomically; training modes aren't kept in it.
 
         Raises:
             InputError: the file can't be written.
         """
+        if isinstance(model, PartitionedModel):
+            raise InputError(_IN_PARTS)
         return save_pt2(model, path)
 
     def adopt(
-        self, model: object, sample: Any = None, *, dynamic_shapes: DynamicShapes = None
-    ) -> CapturedModel:
+        self,
+        model: object,
+        sample: Any = None,
+        *,
+        dynamic_shapes: DynamicShapes = None,
+        modules: Sequence[str] | None = None,
+    ) -> Model:
         """Capture a module; a captured model or an exported program is taken as it is.
 
         Args:
             model: an `nn.Module`; it isn't changed.
             sample: one batch: a tensor or array, a tuple of arguments, or a mapping by argument name.
             dynamic_shapes: see `capture.capture`.
+            modules: names of the submodules to capture, where the Python around them can't be. By default the whole
+                module is captured; if that fails, its largest submodules that can be, and a `CaptureNotice` says so.
 
         Raises:
             InputError: no sample, or it doesn't fit `forward`.
             ModelError: the module can't be captured; with the source line and a remedy.
         """
-        if isinstance(model, CapturedModel):
+        if isinstance(model, CapturedModel | PartitionedModel):
             return model
         if isinstance(model, ExportedProgram):
             return load_exported(model)
@@ -86,60 +109,68 @@ class TorchBackend:
                 f"{type(model).__name__} needs a sample batch to be captured: QuantSim(model, sample, …), a tensor, a "
                 "tuple of arguments, or a mapping by argument name"
             )
-        return capture(model, sample, dynamic_shapes=dynamic_shapes)
+        return capture_model(model, sample, dynamic_shapes=dynamic_shapes, modules=modules)
 
-    def graph(self, model: CapturedModel) -> Graph:
+    def graph(self, model: Model) -> Graph:
         """The canonical graph."""
-        return canonical(model).graph
+        return parts_graph(model) if isinstance(model, PartitionedModel) else canonical(model).graph
 
-    def read(self, model: CapturedModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+    def read(self, model: Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """Parameter values in canonical layout.
 
         Raises:
             ModelError: an id names no float parameter.
         """
-        return read_params(model, ids)
+        return read_parts(model, ids) if isinstance(model, PartitionedModel) else read_params(model, ids)
 
-    def edit(self, model: CapturedModel, edits: Sequence[Edit]) -> CapturedModel:
+    def edit(self, model: Model, edits: Sequence[Edit]) -> Model:
         """A new model with the edits applied in order; unchanged tensors share memory.
 
         Raises:
             ModelError: an edit can't be carried out; the model given is as it was.
         """
-        return edit_model(model, edits)
+        return edit_parts(model, edits) if isinstance(model, PartitionedModel) else edit_model(model, edits)
 
-    def session(self, model: CapturedModel, taps: Sequence[Tap]) -> Session:
+    def session(self, model: Model, taps: Sequence[Tap]) -> Session:
         """Prepare the float model to hand out these tensors.
 
         Raises:
             ModelError: a tap is unknown.
         """
-        return open_session(model, taps)
+        return parts_session(model, taps) if isinstance(model, PartitionedModel) else open_session(model, taps)
 
-    def segment(self, model: CapturedModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+    def segment(self, model: Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
         """Prepare only what lies between `feeds` and `taps`.
 
         Raises:
             ModelError: a tap can't be computed from the feeds alone.
         """
+        if isinstance(model, PartitionedModel):
+            return parts_segment(model, feeds, taps)
         return open_session(model, taps, feeds)
 
     def simulate(
-        self, model: CapturedModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
+        self, model: Model, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
     ) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
+        if isinstance(model, PartitionedModel):
+            from bitwright_torch.parts_simulation import PartitionedSimulation
+
+            return PartitionedSimulation(model, plan, encodings, trainable=trainable)
         from bitwright_torch.simulation import TorchSimulation
 
         return TorchSimulation(model, plan, encodings, trainable=trainable)
 
     def export(
-        self, model: CapturedModel, plan: Plan, encodings: EncodingTable, path: Path, format: str
+        self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str
     ) -> Bundle:
         """Write one of `formats()` at `path`.
 
         Raises:
             InputError: unknown format, or the file can't be written.
         """
+        if isinstance(model, PartitionedModel):
+            raise InputError(_IN_PARTS)
         from bitwright_torch.export import export
 
         return export(model, plan, encodings, path, format)
@@ -150,7 +181,36 @@ class TorchBackend:
 
         return dict(FORMATS)
 
-    def input_specs(self, model: CapturedModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+    def input_specs(self, model: Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each tensor input."""
+        if isinstance(model, PartitionedModel):
+            return dict(model.specs)
         graph = self.graph(model)
         return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
+
+
+def capture_model(
+    model: nn.Module,
+    sample: Any,
+    *,
+    dynamic_shapes: DynamicShapes = None,
+    modules: Sequence[str] | None = None,
+) -> Model:
+    """Capture a module whole, or in parts (see `TorchBackend.adopt`).
+
+    Raises:
+        InputError: the sample doesn't fit `forward`.
+        ModelError: neither the whole nor any part can be captured.
+    """
+    if modules is not None:
+        return capture_parts(model, sample, modules)
+    try:
+        return capture(model, sample, dynamic_shapes=dynamic_shapes)
+    except ModelError as error:
+        if dynamic_shapes is not None or next(model.children(), None) is None:
+            raise
+        failure = error
+    try:
+        return capture_parts(model, sample, None, str(failure))
+    except ModelError:
+        raise failure from None

@@ -29,11 +29,13 @@ class Arguments:
 def arguments_of(sample: Any, signature: inspect.Signature) -> Arguments:
     """Read a sample: a tensor or array, a tuple of arguments, or a mapping by argument name.
 
-    A mapping whose keys aren't argument names is itself the one argument; so is a list.
+    A mapping whose keys aren't argument names is itself the one argument; so is a list. `Arguments` stay as they are.
 
     Raises:
         InputError: the arguments don't fit `forward`.
     """
+    if isinstance(sample, Arguments):
+        return sample
     values = pytree.tree_map(_as_tensor, sample)
     if isinstance(values, tuple):
         args, kwargs = values, {}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,8 @@ def private_copy(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+    """Silence what export tells of its own workings; a failure prints the whole graph to standard error."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

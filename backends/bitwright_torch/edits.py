@@ -120,7 +120,7 @@ class _Editor:
             return
         weight = tensor_of(self._tree, operand.base)
         bias = torch.from_numpy(np.ascontiguousarray(value)).to(weight.device, weight.dtype)
-        name = self._register(_bias_name(operand.id, edit.op), bias, weight.requires_grad)
+        name = self._register(_bias_name(operand, edit.op), bias, weight.requires_grad)
         self._declare(edit.op, ParamRole.BIAS, name, bias)
         self._attach_bias(node, self._read(node, name))
         self._restructured = True
@@ -164,9 +164,9 @@ class _Editor:
     def _declare(self, op: OpId, role: ParamRole, name: str, value: torch.Tensor) -> None:
         dtype = str(value.dtype).removeprefix("torch.")
         shape = tuple(value.shape)
-        operand = Operand(name, name, (), False, shape, dtype)
-        self._known[name] = (operand, Param(name, shape, dtype, tuple(range(len(shape)))))
-        self._params[op][role] = name
+        id = self._program.prefix + name
+        self._known[id] = (Operand(id, name, (), False, shape, dtype), Param(id, shape, dtype, tuple(range(len(shape)))))
+        self._params[op][role] = id
 
     def _read(self, node: fx.Node, name: str) -> fx.Node:
         """A `get_attr` of a tensor, in front of a node."""
@@ -174,7 +174,8 @@ class _Editor:
         with self._graph.inserting_before(node):
             read = self._graph.create_node("get_attr", name)
         dtype = str(value.dtype).removeprefix("torch.")
-        read.meta[NAMES] = NodeInfo("", name, tuple(value.shape), dtype, tuple(map(str, value.shape)))
+        id = self._program.prefix + name
+        read.meta[NAMES] = NodeInfo("", id, tuple(value.shape), dtype, tuple(map(str, value.shape)))
         return read
 
     # -- structure
@@ -225,7 +226,7 @@ class _Editor:
                     owner, last = owner_of(self._tree, name)
                     owner._parameters.pop(last, None)
                     owner._buffers.pop(last, None)
-                    self._known.pop(name, None)
+                    self._known.pop(self._program.prefix + name, None)
 
     @apply.register
     def _replace_activation(self, edit: ReplaceActivation) -> None:
@@ -282,17 +283,18 @@ class _Editor:
                 turned.meta[NAMES] = NodeInfo("", f"{info(node).op}/{name}")
                 own_node = turned
             node.replace_input_with(reader, own_node)
-        stored = Operand(name, name, (), operand.transposed, operand.shape, operand.dtype)
-        self._known[name] = (stored, replace(shown, id=name))
+        id = self._program.prefix + name
+        stored = Operand(id, name, (), operand.transposed, operand.shape, operand.dtype)
+        self._known[id] = (stored, replace(shown, id=id))
         for role in roles:
-            self._params[edit.op][role] = name
+            self._params[edit.op][role] = id
         self._restructured = True
 
     def _untie(self, op: OpId, operand: Operand, value: torch.Tensor, trainable: bool) -> str:
         """A tensor of its own: the layer's, if its attribute is tied to the shared one, else a new parameter."""
         shared = tensor_of(self._tree, operand.base)
         last = operand.base.rpartition(".")[2]
-        layer = op.partition("#")[0]
+        layer = op.removeprefix(self._program.prefix).partition("#")[0]
         try:
             module = self._tree.get_submodule(layer)
         except AttributeError:
@@ -306,5 +308,6 @@ class _Editor:
         return self._register(operand.base, value, trainable)
 
 
-def _bias_name(weight: str, op: OpId) -> str:
-    return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{op}.bias"
+def _bias_name(weight: Operand, op: OpId) -> str:
+    whole = not weight.steps and weight.base.endswith("weight")
+    return weight.base.removesuffix("weight") + "bias" if whole else f"{op}.bias"

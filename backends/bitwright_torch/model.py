@@ -62,12 +62,15 @@ class Program:
         convention: how the user calls the model.
         example: shape of each flat input in the sample; None where it is no tensor.
         notices: what capturing had to restrict (a fixed batch size, …), for the user.
+        prefix: "backbone." for the part of that name in a bigger model: all ids of ops, tensors and parameters start
+            with it.
     """
 
     graph: fx.Graph
     convention: CallingConvention
     example: tuple[tuple[int, ...] | None, ...] = ()
     notices: tuple[str, ...] = ()
+    prefix: str = ""
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property

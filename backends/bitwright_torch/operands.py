@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bitwright_torch.model import tensor_of
+from bitwright_torch.model import info, tensor_of
 from bitwright_torch.naming import call_name
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ def operands(graph: fx.Graph, model: nn.Module) -> Mapping[fx.Node, Operand]:
             tensor = tensor_of(model, name)
             if tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                found[node] = Operand(name, name, (), False, tuple(tensor.shape), dtype)
+                found[node] = Operand(info(node).tensor, name, (), False, tuple(tensor.shape), dtype)
             continue
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if source is None or len(node.all_input_nodes) != 1 or node.kwargs:

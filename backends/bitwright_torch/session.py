@@ -183,6 +183,6 @@ def open_session(model: CapturedModel, taps: Sequence[Tap], feeds: Sequence[str]
     own = {info(n).tensor: n for n in program_of(model).graph.nodes}
     if all(name in own for name in (*(t.tensor for t in taps), *(feeds or ()))):
         graph, tensors = program_of(model).graph, {t: own[t] for t in found.tensors if t in own}
-    convention = program_of(model).convention
-    constants = {convention.names[i]: v for i, v in convention.constants.items()}
+    convention, prefix = program_of(model).convention, program_of(model).prefix
+    constants = {prefix + convention.names[i]: v for i, v in convention.constants.items()}
     return TorchSession(model, graph, tensors, taps, feeds, constants)

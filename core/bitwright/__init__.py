@@ -1,6 +1,7 @@
 """bitwright: simulate, improve and export quantized neural networks.
 
-What a user starts from is here and imported on first use: `QuantSim`, `RunDirectory`, and the module `registry`.
+What a user starts from is here and imported on first use: `QuantSim`, `RunDirectory`, `validate`,
+and the module `registry`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ if TYPE_CHECKING:
     from bitwright import registry
     from bitwright.quantsim import QuantSim
     from bitwright.runs import RunDirectory
+    from bitwright.validation import validate
 
 __version__ = "0.1.0"
-__all__ = ["QuantSim", "RunDirectory", "__version__", "registry"]
+__all__ = ["QuantSim", "RunDirectory", "__version__", "registry", "validate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +23,9 @@ def __getattr__(name: str) -> Any:
 
     if name == "registry":
         return import_module("bitwright.registry")
-    if module := {"QuantSim": "bitwright.quantsim", "RunDirectory": "bitwright.runs"}.get(name):
-        return getattr(import_module(module), name)
+    homes = {"QuantSim": "quantsim", "RunDirectory": "runs", "validate": "validation"}
+    if module := homes.get(name):
+        return getattr(import_module(f"bitwright.{module}"), name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
 
 

@@ -75,7 +75,7 @@ class QuantSim:
         self.overrides = dict(overrides or {})
         self.seed, self.run = seed, run
         self.progress: Progress = progress or Silent()
-        self.backend, self.native = _open(model, sample, backend)
+        self.backend, self.native = open_model(model, sample, backend)
         self.folded: dict[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         self.reports: list[tuple[str, Report]] = []
         self.encodings = EncodingTable()
@@ -265,6 +265,8 @@ class QuantSim:
         self, technique: Technique, settings: Any, table: EncodingTable, dataset: Dataset | None
     ) -> Mapping[str, Statistic]:
         requests = list(technique.statistics(self.graph, self.plan, settings))
+        if dataset is None:
+            requests = [r for r in requests if not r.optional]
         if not requests:
             return {}
         if dataset is None:
@@ -441,11 +443,18 @@ def _names(graph: Graph) -> set[str]:
     return {op.id for op in graph.ops} | set(graph.tensors) | set(graph.params)
 
 
-def _open(model: Any, sample: Batch | None, name: str | None) -> tuple[Backend[Any], Any]:
+def open_model(model: Any, sample: Any = None, name: str | None = None) -> tuple[Backend[Any], Any]:
+    """The backend for a model object or path, and the model in that backend's form.
+
+    Raises:
+        InputError: no such file, or the sample doesn't fit.
+        ModelError: the model can't be opened.
+        PluginError, MissingExtraError: no backend takes it, or its framework isn't installed.
+    """
     if isinstance(model, (str, Path)):
         path = Path(model)
-        if not path.exists():
-            raise InputError(f"there is no file {path}")
+        if not registry.model_file(path).exists():
+            raise InputError(f"there is no file {registry.model_file(path)}")
         backend = registry.backend(name) if name else registry.backend_for_path(path)
         return backend, backend.load(path)
     backend = registry.backend(name) if name else registry.backend_for_model(model)

@@ -33,7 +33,7 @@ from bitwright.hookspecs import BackendInfo, TechniqueInfo
 from bitwright.technique import Settings, Technique
 
 __all__ = ["PluginStatus", "PluginWarning", "Registry", "add", "backend", "backend_for_model", "backend_for_path",
-           "backends", "default_registry", "plugins", "technique", "techniques"]  # fmt: skip
+           "backends", "default_registry", "model_file", "plugins", "technique", "techniques"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -215,7 +215,7 @@ class Registry:
             InputError: there is no such file, or no backend opens it.
             MissingExtraError: the backend's framework isn't installed.
         """
-        path = Path(path)
+        path = model_file(path)
         if not path.exists():
             raise InputError(f"there is no model {str(path)!r}")
         offered = self._catalogue.of(BackendInfo)
@@ -251,6 +251,12 @@ class Registry:
         self._instances.pop((type(info).__name__, info.name), None)
         admit(self._catalogue, info)
         return item
+
+
+def model_file(path: str | Path) -> Path:
+    """The file behind a model's path: "model.py" of "model.py:build", everything else as it is."""
+    file, colon, function = str(path).rpartition(":")
+    return Path(file) if colon and file.endswith(".py") and function.isidentifier() else Path(path)
 
 
 def _describe(cls: object) -> BackendInfo | TechniqueInfo:

@@ -1,0 +1,433 @@
+"""Models that can't be captured whole: their largest capturable submodules are, the Python around them stays.
+
+Each part is captured on the inputs that it got in one run of the sample, and swapped into a copy of the user's model.
+The graph of such a model holds the ops of all parts. Between them stand OPAQUE ops called "python", one in front of
+each part and one behind the last: each reads what exists by then (model inputs, results of earlier parts). The
+model's own inputs and results are Python's, and aren't quantized; the inputs and results of the parts are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from bitwright.backend import Array, Batch, Session
+from bitwright.edits import Edit, FoldBatchNorm, SetParams
+from bitwright.errors import InputError, ModelError
+from bitwright.graph import Graph, Op, OpKind, ParamId, Tensor
+from bitwright.statistics.base import Tap
+from bitwright_torch.calling import Arguments, CallingConvention, arguments_of, convention_of
+from bitwright_torch.canonical import canonical
+from bitwright_torch.capture import CaptureNotice, capture, private_copy
+from bitwright_torch.edits import edit_model
+from bitwright_torch.model import NAMES, CapturedModel, device_of, info, program_of, share, with_program
+from bitwright_torch.params import read_params
+from bitwright_torch.session import open_session
+
+Spec = tuple[tuple[int | None, ...], str]
+OUTSIDE = "object"
+"""Dtype of tensors that only Python handles: no target quantizes them."""
+
+
+class PartitionedModel(nn.Module):
+    """A copy of the user's model with captured parts in it; called as the original, with its `state_dict` keys.
+
+    Args:
+        root: the copy.
+        parts: names of the captured submodules, in the order in which they run.
+        convention: how the model is called.
+        specs: shape and dtype of each tensor input; every first dimension is free.
+    """
+
+    def __init__(
+        self, root: nn.Module, parts: tuple[str, ...], convention: CallingConvention, specs: Mapping[str, Spec]
+    ) -> None:
+        super().__init__()
+        # The very tables of the root, so that moving or loading one moves or loads the other.
+        self._modules = root._modules
+        self._parameters = root._parameters
+        self._buffers = root._buffers
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set
+        self.training = root.training
+        self.__dict__["_root"] = root
+        self._parts = parts
+        self._convention = convention
+        self.specs = dict(specs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the user's `forward`."""
+        return self.__dict__["_root"](*args, **kwargs)
+
+    def train(self, mode: bool = True) -> PartitionedModel:
+        """As `nn.Module.train`."""
+        super().train(mode)
+        self.__dict__["_root"].training = mode
+        return self
+
+    @property
+    def parts(self) -> Mapping[str, CapturedModel]:
+        """The captured parts by name, in the order in which they run."""
+        found = {name: self.get_submodule(name) for name in self._parts}
+        return {name: part for name, part in found.items() if isinstance(part, CapturedModel)}
+
+    def with_parts(self, parts: Mapping[str, nn.Module]) -> PartitionedModel:
+        """A model with other modules in the place of its parts; the rest shares memory."""
+        root = share(self.__dict__["_root"])
+        for name, part in parts.items():
+            _swap(root, name, part)
+        return PartitionedModel(root, self._parts, self._convention, self.specs)
+
+
+@dataclass
+class _Call:
+    """The first call of a submodule in the sample's run."""
+
+    arguments: Arguments
+    count: int = 1
+
+
+def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, failure: str = "") -> PartitionedModel:
+    """Capture submodules of a module.
+
+    Args:
+        module: the user's; it isn't changed.
+        sample: as for `capture.capture`.
+        names: of the submodules; None takes the largest ones that can be captured, and tells so in a notice.
+        failure: why the whole couldn't be captured.
+
+    Raises:
+        InputError: a named submodule doesn't exist, or isn't run exactly once.
+        ModelError: a named submodule can't be captured, or none can.
+    """
+    signature = inspect.signature(module.forward)
+    arguments = arguments_of(sample, signature)
+    root = private_copy(module)
+    flags = {name: m.training for name, m in root.named_modules()}
+    root.eval()
+    calls, result = _record(root, arguments)
+    for name in names or ():
+        if name not in dict(root.named_modules()) or not name:
+            raise InputError(f"modules: the model has no submodule {name!r}")
+        if name not in calls or calls[name].count != 1:
+            times = calls[name].count if name in calls else 0
+            raise InputError(f"modules: {name!r} is run {times} times by the sample; a part must be run once")
+    captured: dict[str, CapturedModel] = {}
+    failures: list[str] = [failure] if failure else []
+    for name, part in _captured(root, "", calls, names, failures):
+        captured[name] = _prefixed(part, f"{name}.")
+    if not captured:
+        raise ModelError(f"no part of {type(module).__name__} can be captured: {'; '.join(failures)[:600]}")
+    for name, part in captured.items():
+        _swap(root, name, part)
+    for name, submodule in root.named_modules():
+        submodule.training = flags.get(name, submodule.training)
+    order = tuple(sorted(captured, key=list(calls).index))
+    convention = convention_of(signature, arguments, pytree.tree_flatten(result)[1])
+    if names is None:
+        left = [n for n, m in root.named_modules() if n and not any(n == p or n.startswith(p + ".") for p in order)
+                and next(m.children(), None) is None and next(m.parameters(), None) is not None]  # fmt: skip
+        text = f"{type(module).__name__} is captured in parts ({', '.join(order)}); the Python around them stays"
+        text += f", and in float: {', '.join(left)}" if left else ""
+        warnings.warn(f"{text}. The whole can't be captured: {failure}", CaptureNotice, stacklevel=3)
+    return PartitionedModel(root, order, convention, _specs(arguments, convention))
+
+
+def _specs(arguments: Arguments, convention: CallingConvention) -> dict[str, Spec]:
+    """What the sample shows of the inputs."""
+    leaves = pytree.tree_leaves((arguments.args, arguments.kwargs))
+    found: dict[str, Spec] = {}
+    for name, leaf in zip(convention.names, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            found[name] = ((None, *leaf.shape[1:]) if leaf.ndim else (), str(leaf.dtype).removeprefix("torch."))
+    return found
+
+
+def _record(root: nn.Module, arguments: Arguments) -> tuple[dict[str, _Call], Any]:
+    """Run the sample once; which submodules run, in order of their ends, with what."""
+    calls: dict[str, _Call] = {}
+    handles = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in calls:
+                calls[name].count += 1
+            else:
+                calls[name] = _Call(Arguments(args, dict(kwargs)))
+
+        return before
+
+    for name, submodule in root.named_modules():
+        if name:
+            handles.append(submodule.register_forward_pre_hook(hook(name), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            result = root(*arguments.args, **arguments.kwargs)
+    except Exception as error:
+        raise ModelError(
+            f"{type(root).__name__} fails on the sample: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, result
+
+
+def _captured(
+    root: nn.Module, name: str, calls: Mapping[str, _Call], names: Sequence[str] | None, failures: list[str]
+) -> Iterator[tuple[str, CapturedModel]]:
+    """Parts below a module, largest first; named ones only, if names are given."""
+    module = root.get_submodule(name)
+    wanted = name in names if names is not None else bool(name) and next(module.parameters(), None) is not None
+    call = calls.get(name)
+    if wanted and call is not None and call.count == 1 and (names is not None or not isinstance(module, nn.Embedding)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CaptureNotice)
+                part = capture(module, call.arguments)
+            if canonical(part).graph.outputs:
+                yield name, part
+                return
+        except (ModelError, InputError) as error:
+            if names is not None:
+                raise ModelError(f"modules: {error}") from error
+            failures.append(f"{name}: {error}")
+    for child, _ in module.named_children():
+        yield from _captured(root, f"{name}.{child}" if name else child, calls, names, failures)
+
+
+def _prefixed(part: CapturedModel, prefix: str) -> CapturedModel:
+    """The part with the ids that it has in the whole."""
+    program = program_of(part)
+    for node in program.graph.nodes:
+        about = info(node)
+        node.meta[NAMES] = replace(about, op=about.op and prefix + about.op, tensor=prefix + about.tensor)
+    return with_program(part, replace(program, prefix=prefix, memo={}))
+
+
+def _swap(root: nn.Module, name: str, part: nn.Module) -> None:
+    path, _, last = name.rpartition(".")
+    root.get_submodule(path)._modules[last] = part
+
+
+# -- the backend's operations
+
+
+def parts_graph(model: PartitionedModel) -> Graph:
+    """One graph of all parts, with OPAQUE ops for the Python between them."""
+    ops: list[Op] = []
+    tensors: dict[str, Tensor] = {}
+    params = {}
+    inputs = list(model._convention.inputs)
+    known = list(inputs)
+    tensors.update({name: Tensor(name, None, OUTSIDE) for name in inputs})
+    for name, part in model.parts.items():
+        shown = canonical(part).graph
+        ops.append(
+            Op(f"{name}/python", OpKind.OPAQUE, "python", tuple(known), shown.inputs, native="python")
+        )  # fmt: skip
+        ops += shown.ops
+        tensors.update(shown.tensors)
+        params.update(shown.params)
+        known += [t for t in shown.outputs if t not in known]
+    results = [f"result.{i}" for i in range(model._convention.out_spec.num_leaves)]
+    tensors.update({name: Tensor(name, None, OUTSIDE) for name in results})
+    ops.append(Op("python", OpKind.OPAQUE, "python", tuple(known), tuple(results), native="python"))
+    return Graph(ops, tensors, params, inputs, results)
+
+
+def read_parts(model: PartitionedModel, ids: Collection[ParamId]) -> dict[ParamId, NDArray[np.float32]]:
+    """As `params.read_params`.
+
+    Raises:
+        ModelError: an id names no float parameter.
+    """
+    values: dict[ParamId, NDArray[np.float32]] = {}
+    for id in ids:
+        values.update(read_params(model.parts[part_of(model, id)], [id]))
+    return values
+
+
+def edit_parts(model: PartitionedModel, edits: Sequence[Edit]) -> PartitionedModel:
+    """As `edits.edit_model`.
+
+    Raises:
+        ModelError: an edit can't be carried out.
+    """
+    work: dict[str, list[Edit]] = {}
+    for edit in edits:
+        if isinstance(edit, SetParams):
+            for id, value in edit.values.items():
+                part = part_of(model, id)
+                work.setdefault(part, []).append(SetParams({id: value}))
+        else:
+            op = edit.batch_norm if isinstance(edit, FoldBatchNorm) else edit.op
+            work.setdefault(part_of(model, op), []).append(edit)
+    return model.with_parts({name: edit_model(model.parts[name], todo) for name, todo in work.items()})
+
+
+def part_of(model: PartitionedModel, id: str) -> str:
+    """The part that an op, tensor or parameter belongs to.
+
+    Raises:
+        ModelError: none.
+    """
+    found = [name for name in model.parts if id.startswith(f"{name}.")]
+    if not found:
+        raise ModelError(f"the model has no op or parameter {id!r} in its captured parts ({', '.join(model.parts)})")
+    return max(found, key=len)
+
+
+Opener = Callable[[str, Sequence[Tap], Sequence[str] | None], Session]
+"""Makes a session of one part for some taps, from the part's inputs or from feeds."""
+
+
+class PartitionedSession:
+    """Runs the user's Python, and hands out tensors of the parts on the way.
+
+    Args:
+        model: the model to run.
+        graph: its graph.
+        taps: tensors of parts, model inputs ("x") or results ("result.0").
+        open_part: makes a session of one part for some taps.
+
+    Raises:
+        ModelError: a tap is unknown.
+    """
+
+    def __init__(self, model: PartitionedModel, graph: Graph, taps: Sequence[Tap], open_part: Opener) -> None:
+        self._model = copy.copy(model)
+        self._taps = tuple(dict.fromkeys(taps))
+        by_part: dict[str, list[Tap]] = {}
+        for tap in self._taps:
+            if tap.tensor not in graph.tensors:
+                raise ModelError(f"the model has no tensor {tap.tensor!r}")
+            if graph.tensors[tap.tensor].dtype != OUTSIDE:
+                by_part.setdefault(part_of(model, tap.tensor), []).append(tap)
+        self._sessions = {name: open_part(name, tapped, None) for name, tapped in by_part.items()}
+
+    def run(self, batch: Batch) -> Mapping[Tap, Array]:
+        """Feed one batch of the whole model's inputs.
+
+        Raises:
+            InputError: an input is missing.
+            ModelError: the model failed while running.
+        """
+        found: dict[Tap, Array] = {}
+        model, convention = self._model, self._model._convention
+        handles = []
+        flags = {m: m.training for m in model.modules()}
+        for name, session in self._sessions.items():
+            part = model.get_submodule(name)
+            handles.append(part.register_forward_pre_hook(_collector(session, found), with_kwargs=True))
+        device = device_of(model)
+        tensors = {n: torch.as_tensor(np.asarray(v)).to(device) for n, v in batch.items()}
+        values = pytree.tree_unflatten(convention.call(tensors), convention.in_spec)
+        bound = inspect.BoundArguments(
+            convention.signature, dict(zip(convention.given, values, strict=True))  # type: ignore[arg-type]
+        )  # fmt: skip
+        try:
+            model.eval()
+            with torch.inference_mode():
+                results = pytree.tree_leaves(model(*bound.args, **bound.kwargs))
+        except (InputError, ModelError):
+            raise
+        except Exception as error:
+            raise ModelError(f"running the model failed: {type(error).__name__}: {str(error)[:300]}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, flag in flags.items():
+                module.training = flag
+        outside = {**tensors, **{f"result.{i}": v for i, v in enumerate(results)}}
+        for tap in self._taps:
+            if tap not in found:
+                found[tap] = _numpy(outside[tap.tensor], tap)
+        return {tap: found[tap] for tap in self._taps}
+
+
+def _collector(session: Session, found: dict[Tap, Array]) -> Callable[..., None]:
+    def before(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(part, CapturedModel)
+        convention, prefix = program_of(part).convention, program_of(part).prefix
+        leaves = convention.flatten(args, kwargs)
+        given: dict[str, Any] = {prefix + n: leaf for n, leaf in zip(convention.names, leaves, strict=True)}
+        found.update(session.run(given))
+
+    return before
+
+
+def _numpy(value: Any, tap: Tap) -> Array:
+    array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    if tap.reduce == "none":
+        return array
+    axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
+    return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32)
+
+
+class PartSegments:
+    """Segments inside parts, run one after the other on what they are fed.
+
+    Args:
+        segments: with the taps of each.
+    """
+
+    def __init__(self, segments: Sequence[Session]) -> None:
+        self._segments = tuple(segments)
+
+    def run(self, batch: Batch) -> Mapping[Tap, Array]:
+        """Feed the tensors that the segments start at."""
+        return {tap: value for segment in self._segments for tap, value in segment.run(batch).items()}
+
+
+def parts_session(model: PartitionedModel, taps: Sequence[Tap]) -> PartitionedSession:
+    """As `session.open_session`.
+
+    Raises:
+        ModelError: a tap is unknown.
+    """
+    return PartitionedSession(model, parts_graph(model), taps, _opener(model))
+
+
+def parts_segment(model: PartitionedModel, feeds: Sequence[str], taps: Sequence[Tap]) -> Session:
+    """As `session.open_session` with feeds, see `segment_of`."""
+    return segment_of(model, parts_graph(model), feeds, taps, _opener(model))
+
+
+def _opener(model: PartitionedModel) -> Opener:
+    parts = model.parts
+    return lambda name, tapped, fed: open_session(parts[name], tapped, fed)
+
+
+def segment_of(
+    model: PartitionedModel, graph: Graph, feeds: Sequence[str], taps: Sequence[Tap], open_part: Opener
+) -> Session:
+    """What lies between `feeds` and `taps`, if that is inside parts.
+
+    Over the Python between parts there is no segment: then the whole model runs, which needs its inputs among the
+    feeds, and computes the other feeds itself.
+
+    Raises:
+        ModelError: a tap can't be computed from the feeds alone.
+    """
+    try:
+        by_part: dict[str, list[Tap]] = {}
+        for tap in taps:
+            by_part.setdefault(part_of(model, tap.tensor), []).append(tap)
+        return PartSegments([
+            open_part(name, tapped, [f for f in feeds if f in graph.tensors and f.startswith(f"{name}.")])
+            for name, tapped in by_part.items()
+        ])  # fmt: skip
+    except ModelError:
+        if set(graph.inputs) <= set(feeds):
+            return PartitionedSession(model, graph, taps, open_part)
+        raise

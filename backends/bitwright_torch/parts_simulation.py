@@ -1,0 +1,105 @@
+"""Simulation of a model that is captured in parts: each part is simulated, the Python around them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bitwright.backend import Session, Training
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError
+from bitwright.graph import TensorId
+from bitwright.plan import Plan, SiteId
+from bitwright.statistics.base import Tap
+from bitwright_torch.canonical import canonical
+from bitwright_torch.model import CapturedModel
+from bitwright_torch.parts import Opener, PartitionedModel, PartitionedSession, parts_graph, segment_of
+from bitwright_torch.simulation import TorchSimulation
+
+
+class PartitionedSimulation:
+    """`bitwright.backend.Simulation` of a `PartitionedModel`.
+
+    Args:
+        model: the float model; never changed.
+        plan: the sites of all parts.
+        encodings: encodings to start with.
+        trainable: as `TorchSimulation`.
+
+    Raises:
+        EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.
+    """
+
+    def __init__(
+        self,
+        model: PartitionedModel,
+        plan: Plan,
+        encodings: EncodingTable,
+        *,
+        trainable: bool | Training = False,
+    ) -> None:
+        self._float, self._plan, self._graph = model, plan, parts_graph(model)
+        self._provenance = encodings.provenance
+        self._simulations: dict[str, TorchSimulation] = {}
+        for name, part in model.parts.items():
+            sites = _sites(part)
+            own = _restricted(plan, sites)
+            table = EncodingTable({s: e for s, e in encodings.items() if s in sites})
+            self._simulations[name] = TorchSimulation(part, own, table, trainable=trainable)
+        self._model: PartitionedModel | None = None
+
+    @property
+    def model(self) -> PartitionedModel:
+        """The user's model with simulated parts."""
+        if self._model is None:
+            self._model = self._float.with_parts({n: s.model for n, s in self._simulations.items()})
+        return self._model
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install encodings; None bypasses a site.
+
+        Raises:
+            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
+        """
+        if unknown := [s for s in encodings if s not in self._plan]:
+            raise EncodingError(f"the plan has no site {unknown[0]!r} to put an encoding on")
+        for name, simulation in self._simulations.items():
+            sites = _sites(self._float.parts[name])
+            simulation.set({s: e for s, e in encodings.items() if s in sites})
+
+    def get(self) -> EncodingTable:
+        """The encodings in force."""
+        found = {s: e for simulation in self._simulations.values() for s, e in simulation.get().items()}
+        return EncodingTable(found, self._provenance)
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Run the simulated network."""
+        return PartitionedSession(self.model, self._graph, taps, self._opener())
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """As `parts.segment_of`, in the simulated network.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return segment_of(self.model, self._graph, feeds, taps, self._opener())
+
+    def float_model(self) -> PartitionedModel:
+        """The float model with the present weights and running statistics."""
+        return self.model.with_parts({n: s.float_model() for n, s in self._simulations.items()})
+
+    def _opener(self) -> Opener:
+        return lambda name, taps, feeds: (
+            self._simulations[name].session(taps) if feeds is None else self._simulations[name].segment(feeds, taps)
+        )
+
+
+def _sites(part: CapturedModel) -> frozenset[SiteId]:
+    graph = canonical(part).graph
+    return frozenset((*graph.tensors, *graph.params))
+
+
+def _restricted(plan: Plan, sites: frozenset[SiteId]) -> Plan:
+    """The plan of one part. No grid is shared over the Python between parts, so nothing points out of it."""
+    observed = {s: plan.observed(s) for s in plan if s in sites and plan.root(s) == s}
+    return Plan({s: site for s, site in plan.items() if s in sites}, plan.target, plan.scheme,
+                weight_scheme=plan.weight_scheme, observed=observed, notes=plan.notes)  # fmt: skip

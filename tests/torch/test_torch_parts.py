@@ -1,0 +1,136 @@
+"""Models that can't be captured whole, and what users are told."""
+
+import copy
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import nets  # noqa: E402
+import numpy as np  # noqa: E402
+from torch import nn  # noqa: E402
+
+import bitwright  # noqa: E402
+import bitwright_torch  # noqa: E402
+from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright_torch.backend import TorchBackend  # noqa: E402
+
+BACKEND = TorchBackend()
+
+
+class Detector(nn.Module):
+    """A backbone and a head; which boxes are kept depends on their scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        features = self.backbone(x).flatten(2).transpose(1, 2)
+        boxes = self.head(features)
+        kept = [b[b[:, 0] > 0] for b in boxes]
+        if len(kept[0]) > 1000:
+            return None
+        return {"boxes": kept, "all": boxes}
+
+
+@pytest.fixture
+def detector():
+    torch.manual_seed(0)
+    return nets.settled(Detector())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def captured(detector, x, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bitwright_torch.CaptureNotice)
+        return BACKEND.adopt(detector, x, **options)
+
+
+def same(a, b):
+    assert torch.equal(a["all"], b["all"])
+    assert all(torch.equal(p, q) for p, q in zip(a["boxes"], b["boxes"], strict=True))
+
+
+def test_the_largest_parts_are_captured_with_a_notice(detector, x):
+    with pytest.warns(bitwright_torch.CaptureNotice, match=r"in parts \(backbone, head\)"):
+        model = BACKEND.adopt(detector, x)
+    same(model(x), detector(x))
+    same(model(x[:2]), detector(x[:2]))
+    assert list(model.state_dict()) == list(detector.state_dict())
+    assert not any(m.training for m in model.modules())
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.head.weight.zero_()
+    same(model(x), detector(x))
+
+
+def test_parts_can_be_named(detector, x):
+    model = captured(detector, x, modules=["head"])
+    assert list(model.parts) == ["head"]
+    same(model(x), detector(x))
+    with pytest.raises(InputError, match="no submodule 'neck'"):
+        BACKEND.adopt(detector, x, modules=["neck"])
+
+
+def test_one_graph_spans_the_parts(detector, x):
+    graph = BACKEND.graph(captured(detector, x))
+    assert [op.id for op in graph] == [
+        "backbone/python", "backbone.0", "backbone.1", "backbone.2", "head/python", "head", "python",
+    ] or [op.id for op in graph][0] == "backbone/python"  # fmt: skip
+    assert graph.producer(graph.outputs[0]).type == "python"
+    assert {"backbone.0.weight", "head.weight", "head.bias"} <= graph.params.keys()
+
+
+def test_taps_and_edits_reach_into_the_parts(detector, x):
+    model = captured(detector, x)
+    graph = BACKEND.graph(model)
+    conv = graph.linear_ops[0]
+    taps = [Tap(conv.output), Tap("x"), Tap(graph.linear_ops[1].output, "minmax")]
+    found = BACKEND.session(model, taps).run({"x": x.numpy()})
+    assert torch.equal(torch.from_numpy(found[taps[0]]), detector.backbone[0](x))
+    np.testing.assert_array_equal(found[taps[1]], x.numpy())
+    assert found[taps[2]][0] == detector(x)["all"].min()
+    part = BACKEND.segment(model, [conv.data_inputs[0]], [Tap(conv.output)])
+    np.testing.assert_array_equal(
+        part.run({conv.data_inputs[0]: x.numpy()})[Tap(conv.output)], found[taps[0]]
+    )
+    weight = BACKEND.read(model, [conv.weight])[conv.weight]
+    changed = BACKEND.edit(model, [bitwright.edits.SetParams({conv.weight: 2 * weight})])
+    assert torch.equal(changed.backbone.get_parameter("0.weight"), 2 * detector.backbone[0].weight)
+    same(model(x), detector(x))
+    with pytest.raises(ModelError, match="over the Python|alone"):
+        BACKEND.segment(model, [conv.data_inputs[0]], [Tap(graph.linear_ops[1].output)])
+
+
+def test_parts_are_simulated(detector, x):
+    sim = bitwright.QuantSim(captured(detector, x), target="default_per_channel", scheme="minmax")
+    sim.calibrate({"x": x.numpy()})
+    model = sim.simulation.model
+    close = (model(x)["all"] - detector(x)["all"]).abs().max()
+    assert 0 < close < 0.1 * detector(x)["all"].abs().max()
+
+
+def test_a_failure_names_the_line_and_a_way_out():
+    class Bad(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(ModelError, match=r"test_torch_parts.py:\d+ in forward: return x \* 2 if.*torch.where"):
+        BACKEND.adopt(Bad(), torch.ones(2))
+
+
+def test_validate_tells_what_stays_in_float(detector, x):
+    report = bitwright.validate(detector, x)
+    assert report.opened
+    assert any("in parts" in n for n in report.notices)
+    assert "python" in {f.where for f in report.unknown} or report.sites > 0
+    refused = bitwright.validate(nn.Sequential(), "text")
+    assert not refused.opened
