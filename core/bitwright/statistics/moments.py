@@ -68,10 +68,10 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
         if not finite(values):
             raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        self.count += [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)][0]
+        if not self._products:
+            return
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
-            self.count += chunks[0].shape[2]
-            for total, part in zip(self._sum, chunks, strict=True):
-                total += part.sum(axis=2, dtype=np.float64)
             x, q = chunks[0], chunks[-1]
             # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
             pairs = ((x, x), (q, q), (x, q))[: len(self._products)]
@@ -80,6 +80,18 @@ class LayerMoments:
                     total[0] += a[0] @ b[0].T
                 else:
                     total += np.matmul(a, np.swapaxes(b, 1, 2))
+
+    def _add_means(self, total: Moments, values: NDArray[Any]) -> int:
+        """Add the sum of all columns, and tell how many they are.
+
+        Columns are linear in the input, so that those of the samples' sum are enough.
+        """
+        batch = values[None] if values.ndim == 1 else values
+        rows = 0
+        for part in columns(self.op, batch.sum(axis=0, keepdims=True, dtype=np.float64), self.channel_axis):
+            total += part.sum(axis=2, dtype=np.float64)
+            rows += part.shape[2]
+        return rows * len(batch)
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
