@@ -68,7 +68,8 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
         if not finite(values):
             raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
-        self.count += [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)][0]
+        rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
+        self.count += rows.pop()
         if not self._products:
             return
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
