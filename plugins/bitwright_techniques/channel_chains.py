@@ -2,7 +2,7 @@
 
 Two neighbours form a link where everything between them is positively homogeneous and keeps channels apart:
 f(s·x) = s·f(x) for every s > 0 of each channel. That holds for ReLU, PReLU, pooling and flattening, and for a
-clipped ReLU once its upper bound is dropped.
+clipped ReLU as far as its upper bound plays no part.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ class Link:
 
 
 Chain = tuple[Link, ...]
+ClipRule = Callable[[Op, Op], bool]
+
+
+def _always(first: Op, clip: Op) -> bool:
+    return True
+
+
+def bounded(op: Op) -> bool:
+    """A clipped ReLU with an upper bound."""
+    return op.kind is OpKind.CLIPPED_RELU and isinstance(op.attrs, ActivationAttrs) and op.attrs.maximum is not None
 
 
 def is_depthwise(graph: Graph, op: Op) -> bool:
@@ -76,7 +86,7 @@ def find_chains(
     eligible: Callable[[Op], bool],
     movable: Callable[[TensorId], bool],
     *,
-    clipped: bool = True,
+    clipped: ClipRule = _always,
     pooling: bool = True,
 ) -> list[Chain]:
     """All maximal chains, cut into sets that are equalized together.
@@ -89,7 +99,7 @@ def find_chains(
         graph: the graph.
         eligible: whether an op's parameters may change.
         movable: whether a tensor's range may change.
-        clipped: go through clipped ReLUs (whose upper bound must then be dropped).
+        clipped: whether to go on through a clipped ReLU, given the op that begins the link and the clip.
         pooling: go through pooling and flattening.
     """
     links: dict[str, Link] = {}
@@ -130,7 +140,9 @@ class _Flow:
     positions: int | None = None  # spatial positions that were flattened, where known
 
 
-def _link(graph: Graph, op: Op, movable: Callable[[TensorId], bool], *, clipped: bool, pooling: bool) -> Link | None:
+def _link(
+    graph: Graph, op: Op, movable: Callable[[TensorId], bool], *, clipped: ClipRule, pooling: bool
+) -> Link | None:
     assert op.weight is not None
     flow = _flow(graph, op, output_channels(op, graph.params[op.weight].shape))
     tensor = op.output
@@ -142,7 +154,7 @@ def _link(graph: Graph, op: Op, movable: Callable[[TensorId], bool], *, clipped:
         if following.kind in LINEAR_KINDS:
             channel_of = _arrival(graph, flow, following)
             return None if channel_of is None else Link(op, following, tuple(between), channel_of)
-        if not _passes(graph, flow, following, clipped=clipped, pooling=pooling):
+        if not _passes(graph, flow, following, pooling=pooling) or (bounded(following) and not clipped(op, following)):
             return None
         between.append(following)
         tensor = following.output
@@ -159,14 +171,13 @@ def _flow(graph: Graph, op: Op, channels: int) -> _Flow:
     return _Flow(channels, axis if rank is None else axis % rank, rank)
 
 
-def _passes(graph: Graph, flow: _Flow, op: Op, *, clipped: bool, pooling: bool) -> bool:
+def _passes(graph: Graph, flow: _Flow, op: Op, *, pooling: bool) -> bool:
     """Whether channels stay apart and scale through an op; moves `flow` behind it."""
     if op.kind in (OpKind.RELU, OpKind.PRELU, OpKind.IDENTITY):
         return True
     if op.kind is OpKind.CLIPPED_RELU:
-        attrs = op.attrs
-        # Only a clip at zero from below is homogeneous, once the bound above is gone.
-        return isinstance(attrs, ActivationAttrs) and attrs.minimum == 0 and (clipped or attrs.maximum is None)
+        # Only a clip at zero from below is homogeneous, once the bound above doesn't matter.
+        return isinstance(op.attrs, ActivationAttrs) and op.attrs.minimum == 0
     if not pooling or flow.layout != "whole" or flow.rank is None:
         return False
     if op.kind in _POOLS and isinstance(op.attrs, PoolAttrs):

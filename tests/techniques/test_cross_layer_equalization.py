@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitwright.errors import InputError
 from bitwright.graph import OpKind
 from bitwright.grid import QuantSpec
 from bitwright.testing import models
@@ -10,7 +11,7 @@ from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.reference import ReferenceBackend
 from bitwright_techniques.channel_chains import find_chains
-from bitwright_techniques.cross_layer_equalization import CrossLayerEqualization
+from bitwright_techniques.cross_layer_equalization import CrossLayerEqualization, _balanced
 from bitwright_techniques.fold_batch_norm import FoldBatchNorm
 
 BACKEND = ReferenceBackend()
@@ -163,13 +164,76 @@ def test_relu6_is_replaced_only_where_equalization_needs_it():
     x = b.clip("inside", b.conv("a", b.input("x", 3, 6, 6), 4))
     x = b.conv("b", x, 4)
     model = b.build(b.clip("last", x))
-    done = equalize(model)
+    done = equalize(model, clipped_relu="replace")
     kinds = {op.id: op.kind for op in done.model.graph}
     assert kinds["inside"] is OpKind.RELU
     assert kinds["last"] is OpKind.CLIPPED_RELU
-    kept = equalize(model, replace_relu6=False)
-    assert kept.outcome.params == {}
-    assert not kept.outcome.edits
+    for mode in ("stop", "auto"):  # nothing tells how far channels reach
+        kept = equalize(model, clipped_relu=mode)
+        assert kept.outcome.params == {}
+        assert not kept.outcome.edits
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mode", ["auto", "keep"])
+def test_relu6_stays_and_cuts_what_it_cut(seed, mode):
+    model = models.depthwise_triple(seed, spread=1.5)
+    data = [models.batch(model, 16, s) for s in range(2)]
+    done = equalize(model, data=data, clipped_relu=mode, iterations=5)
+    assert [op.kind for op in done.model.graph] == [op.kind for op in model.graph]
+    assert done.outcome.report.figures["sets"] == 1
+    for batch in data:
+        before, after = model(batch)["project.output"], done.model(batch)["project.output"]
+        assert np.abs(before - after).max() < 1e-5 * np.abs(before).max()
+    held = done.outcome.report.figures["held_channels"]
+    fixed = np.isclose(done.outcome.params["expand.bias"], model.params["expand.bias"], rtol=1e-6).sum()
+    assert 0 < held < 16
+    assert fixed <= 8
+
+    def unevenness(params):
+        first = np.log(np.abs(params["expand.weight"]).max(axis=(1, 2, 3)))
+        middle = np.log(np.abs(params["depthwise.weight"]).max(axis=(1, 2, 3)))
+        last = np.log(np.abs(params["project.weight"]).max(axis=(0, 2, 3)))
+        return np.square(first) + np.square(middle) + np.square(last)
+
+    assert (unevenness(done.outcome.params) <= unevenness(model.params) + 1e-5).all()
+    assert unevenness(done.outcome.params).sum() < unevenness(model.params).sum()
+
+
+def test_folded_batch_norms_tell_how_far_channels_reach():
+    b = Builder(3)
+    weight = b.rng.normal(size=(4, 5))
+    weight /= np.linalg.norm(weight, axis=1, keepdims=True)  # of standard normal inputs: standard normal outputs
+    x = b.linear("a", b.input("x", 5), 4, weight=weight, bias=False)
+    gamma, beta = np.array([0.4, 0.5, 2.0, 1.5]), np.array([0.5, -1.0, 1.0, 3.0])  # the last two reach 9
+    x = b.batch_norm("bn", x, gamma=gamma, beta=beta, mean=np.zeros(4), var=np.ones(4))
+    model = b.build(b.linear("b", b.clip("clip", x), 3))
+    folded = run_technique(FoldBatchNorm(), BACKEND, model)
+    done = equalize(folded.model, folded=folded.outcome.folded, absorb_high_bias=False)
+    assert done.outcome.report.figures["sets"] == 1
+    assert done.outcome.report.figures["held_channels"] == 2
+    assert not done.outcome.edits
+    before, after = (m.params["a.weight"] for m in (folded.model, done.model))
+    assert np.array_equal(before[2:], after[2:])
+    assert not np.allclose(before[:2], after[:2])
+    batch = {"x": np.random.default_rng(0).normal(size=(400, 5)).clip(-1.5, 1.5).astype(np.float32)}
+    assert np.abs(done.model(batch)["b.output"] - model(batch)["b.output"]).max() < 1e-4
+    with pytest.raises(InputError, match="calibration data"):
+        equalize(folded.model, folded=folded.outcome.folded, clipped_relu="keep")
+
+
+def test_lower_bounds_hold_and_the_rest_is_as_equal_as_can_be():
+    logs = np.array([[2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]])
+    free = np.full((2, 3), -np.inf)
+    expected = np.cumsum(logs - logs.mean(axis=0), axis=0)[:-1]
+    assert np.array_equal(_balanced(logs, free), expected)
+    lowest = free.copy()
+    lowest[0, 1] = np.inf  # fixed: the second link equalizes the two others
+    lowest[1, 2] = 3.0  # bound: the first link follows it
+    found = _balanced(logs, lowest)
+    assert np.allclose(found[:, 0], expected[:, 0])
+    assert np.allclose(found[:, 1], [0, 0.5], atol=1e-9)
+    assert np.allclose(found[:, 2], [(2.0 - 0.0 + 3.0) / 2, 3.0], atol=1e-9)
 
 
 def test_frozen_encodings_and_shared_parameters_are_respected():

@@ -59,6 +59,7 @@ class Request:
         make: builds an empty statistic.
         sources: for each tensor, the network it is taken from.
         memory: bytes that the finished statistic holds, for the pass's budget.
+        optional: the technique also works without it; it is left out where there are no data.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Request:
     make: Callable[[], Statistic]
     sources: tuple[Source, ...] = field(default=("float",))
     memory: int = 0
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.tensors):

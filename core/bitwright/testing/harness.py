@@ -7,7 +7,7 @@ yardstick for the real one (`bitwright.layerwise`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ class SimpleWalk:
 
     Attributes:
         visited: ops that `solve` was called for, in order; a resumed op isn't among them.
-        layers: what `solve` was given, by op.
+        layers: what `solve` was given, by op; always with second moments, for judging.
     """
 
     backend: Backend[Any]
@@ -158,10 +158,10 @@ class SimpleWalk:
             key = f"layer/{op.id}"
             stored = self.store.get(key)
             if stored is None:
-                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations, products)
+                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations)
                 self.visited.append(op.id)
                 self.layers[op.id] = layer
-                result = solve(layer)
+                result = solve(layer if products else replace(layer, moments=_means_only(layer.moments)))
                 biases = {} if result.bias is None else {"bias": result.bias}
                 self.store.put(key, {"weight": result.weight, **biases, **encoding_arrays(result.encoding)})
             else:
@@ -174,9 +174,7 @@ class SimpleWalk:
             results[op.id] = result
         return results
 
-    def _layer(
-        self, id: OpId, current: Any, encodings: EncodingTable, quantized: bool, activations: bool, products: bool
-    ) -> Layer:
+    def _layer(self, id: OpId, current: Any, encodings: EncodingTable, quantized: bool, activations: bool) -> Layer:
         op = self.backend.graph(self.model).op(id)
         assert op.weight is not None
         bias = op.params.get(ParamRole.BIAS)
@@ -184,7 +182,7 @@ class SimpleWalk:
         tap = Tap(op.data_inputs[0])
         axis = self.backend.graph(self.model).tensors[tap.tensor].channel_axis
         features = to_matrix(op, values[op.weight]).shape[2]
-        moments = LayerMoments(op, features, axis, paired=quantized, products=products)
+        moments = LayerMoments(op, features, axis, paired=quantized)
         sessions = [self.backend.session(self.model, [tap])]
         if quantized:
             simulation = self.backend.simulate(current, self.plan, encodings)
@@ -200,6 +198,13 @@ class SimpleWalk:
             moments,
             encodings[op.weight],
         )
+
+
+def _means_only(moments: LayerMoments) -> LayerMoments:
+    features = moments.mean.shape[1]
+    bare = LayerMoments(moments.op, features, moments.channel_axis, paired=moments.paired, products=False)
+    bare.restore(moments.state())
+    return bare
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def run_technique(
     chosen: Any = technique.Settings(**settings)
     walk = SimpleWalk(backend, model, plan, table, data, store) if data else None
     params: Params = {p: _sealed(v) for p, v in backend.read(model, list(graph.params)).items()}
-    requests = list(technique.statistics(graph, plan, chosen))
+    requests = [r for r in technique.statistics(graph, plan, chosen) if data or not r.optional]
     if requests and not data:
         raise InputError(f"{technique.name} asks for statistics; give run_technique calibration data")
     simulation = backend.simulate(model, plan, table) if requests else None
