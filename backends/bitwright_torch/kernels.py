@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -121,7 +122,7 @@ class Kernels:
             return composed(*operands)
         try:
             with torch.no_grad():
-                return kernel(*operands)
+                return kernel(*(t.detach() for t in operands))
         except Exception as error:  # a recompilation for another layout may fail where the first one didn't
             logger.warning("compiled fake quantization gave up (%s); composed from now on", _first_line(error))
             self._compiled[key] = None
@@ -142,12 +143,18 @@ kernels = Kernels()
 
 def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
     composed, source = _FORMS[name]
+    # What is called has one type, device, rank and dense layout, so the guards that torch.compile would check at each
+    # call, and compile anew for (inference mode, autocast, gradients, …), can't matter. Compiled code belongs to a
+    # code object: each kernel needs its own.
+    own = types.FunctionType(source.__code__.replace(co_name=f"{name}_{rank}_{device.type}"), source.__globals__)
     try:
-        options = {"eager_numerics.division_rounding": True} if _has_exact_division() else None
-        compiled = torch.compile(source, dynamic=True, fullgraph=True, options=options)  # type: ignore[call-overload]
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        if _has_exact_division():
+            options["eager_numerics.division_rounding"] = True
+        compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)  # type: ignore[call-overload]
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            for size in (40_009, 32_768):  # with a vector's tail, and without
+            for size in (40_009, 32_768, 7):  # with a vector's tail, without, and none whole
                 operands = _probe(name, rank, size, device)
                 if not _equal(compiled(*operands), composed(*operands)):
                     logger.warning("compiled fake quantization isn't bit-equal on %s; it stays composed", device)

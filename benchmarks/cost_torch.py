@@ -1,0 +1,154 @@
+"""What quantization costs beside a float pass in PyTorch: MobileNetV2, 224², batch 8, two threads, one run.
+
+    pip install "bitwright[torch]"
+    python benchmarks/cost_torch.py [--repeats 5]
+
+Prints a line for each figure: seconds, and the ratio to the float pass (or step) of the same run. Weights are random:
+time doesn't depend on them. Float is the user's module, batch norms and all; the simulation has them folded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("BITWRIGHT_TORCH_KERNELS", "compiled")
+
+import torch
+from torch import nn
+
+from bitwright.quantsim import QuantSim
+
+# expansion, channels out, repeats, stride (Sandler et al. 2018, table 2)
+STAGES = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+
+
+def unit(cin, cout, kernel=1, stride=1, groups=1, act=True):
+    layers = [nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(cout)]
+    return [*layers, nn.ReLU6(inplace=True)] if act else layers
+
+
+class Block(nn.Module):
+    def __init__(self, cin, cout, expansion, stride):
+        super().__init__()
+        mid = cin * expansion
+        expand = unit(cin, mid) if expansion > 1 else []
+        self.body = nn.Sequential(*expand, *unit(mid, mid, 3, stride, mid), *unit(mid, cout, act=False))
+        self.skip = stride == 1 and cin == cout
+
+    def forward(self, x):
+        return x + self.body(x) if self.skip else self.body(x)
+
+
+def mobilenet_v2(classes=1000):
+    layers, cin = unit(3, 32, 3, 2), 32
+    for expansion, cout, repeats, stride in STAGES:
+        for i in range(repeats):
+            layers.append(Block(cin, cout, expansion, stride if i == 0 else 1))
+            cin = cout
+    layers += [*unit(cin, 1280), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, classes)]
+    return nn.Sequential(*layers)
+
+
+def interleaved(tasks, repeats):
+    """Median seconds of each task; they take turns, so that all see the same machine."""
+    for task in tasks.values():
+        task()
+    times = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            begin = time.perf_counter()
+            task()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def train_step(model, x, y):
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+    def step():
+        model.train()
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    module = mobilenet_v2().eval()
+    x, y = torch.randn(options.batch, 3, options.size, options.size), torch.randint(0, 1000, (options.batch,))
+    with torch.no_grad():
+        module.train()
+        module(x)
+        module.eval()
+
+    def float_pass():
+        with torch.inference_mode():
+            module(x)
+
+    tasks = {"float pass": float_pass}
+    sims = {}
+    for scheme in ("minmax", "sqnr"):
+        sim = QuantSim(module, x, weights="int8", activations="uint8", scheme=scheme)
+        sims[scheme] = sim.apply("fold_batch_norm").calibrate([x])
+        tasks[f"calibration, {scheme}, a batch"] = calibration(sims[scheme], x)
+    simulated = sims["minmax"].model
+
+    def simulated_pass():
+        with torch.inference_mode():
+            simulated(x)
+
+    tasks["simulated pass"] = simulated_pass
+    found = interleaved(tasks, options.repeats)
+
+    qat = QuantSim(module, x, weights="int8", activations="uint8", scheme="minmax").calibrate([x])
+    steps = {
+        "float step": train_step(mobilenet_v2(), x, y),
+        "QAT step, regular": train_step(qat.trainable(), x, y),
+        "QAT step, range learning": train_step(qat.trainable(range_learning=True), x, y),
+    }
+    found |= interleaved(steps, max(options.repeats // 2, 2))
+    for name, seconds in found.items():
+        base = found["float step" if "step" in name else "float pass"]
+        print(f"{name:32} {seconds:8.3f} s {seconds / base:6.2f} ×")
+
+
+def calibration(sim, x):
+    """The streaming pass of a calibration: the float network with every site's statistic, over one batch."""
+    from bitwright.calibration import scheme
+    from bitwright.collect import collect
+    from bitwright.progress import Silent
+    from bitwright.statistics.base import Request
+
+    data = sim.open([x])
+    session = None
+
+    def open_session(source, taps):
+        nonlocal session
+        session = session or sim.backend.session(sim.native, taps)
+        return session
+
+    def run():
+        requests = [
+            Request(f"{s}/{t}", (t,), scheme(sim.plan.scheme_of(s)).statistic(sim.plan.spec(s)))
+            for s in sim.plan.activations
+            for t in sim.plan.observed(s)
+        ]
+        collect(requests, open_session, data, progress=Silent())
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Quantization-aware training on Fashion-MNIST: a small depthwise CNN with 4-bit weights and activations.
+
+    apt-get install dataset-fashion-mnist
+    python benchmarks/qat_torch.py [--data /usr/share/datasets/fashion-mnist] [--epochs 4]
+
+Prints test accuracy of float, nearest rounding, AdaRound, regular QAT and range learning (both from the same
+calibrated start, same steps, same learning rate), with seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitwright.quantsim import QuantSim
+
+
+class DepthwiseNet(nn.Module):
+    """28 × 28 gray images → 10 classes; 27 thousand parameters."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        layers, cin = [nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)], width
+        for cout, stride in ((2 * width, 1), (2 * width, 2), (4 * width, 1), (4 * width, 2)):
+            layers += [
+                nn.Conv2d(cin, cin, 3, stride, 1, groups=cin, bias=False), nn.BatchNorm2d(cin), nn.ReLU(inplace=True),
+                nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True),
+            ]  # fmt: skip
+            cin = cout
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(cin, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def read(folder, split):
+    """Images (N, 1, 28, 28), normalized, and labels, from the idx files."""
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.tensor((images.astype(np.float32) / 255 - 0.286) / 0.353), torch.tensor(labels.astype(np.int64))
+
+
+def train(model, data, epochs, rate, decay=0.0):
+    x, y = data
+    optimizer = torch.optim.Adam(model.parameters(), rate, weight_decay=decay)
+    batches = -(-len(x) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x), generator=generator).split(128):
+            images = x[chosen]
+            if torch.rand((), generator=generator) < 0.5:
+                images = images.flip(3)
+            loss = nn.functional.cross_entropy(model(images), y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model, data):
+    hits = [(model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(500), data[1].split(500), strict=True)]
+    return 100 * float(torch.stack(hits).sum()) / len(data[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
+    parser.add_argument("--limit", type=int, default=60000)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    training = tuple(t[: options.limit] for t in read(options.data, "train"))
+    test = read(options.data, "t10k")
+    begin = time.perf_counter()
+
+    def say(what, model):
+        nonlocal begin
+        print(f"{what:24} {accuracy(model, test):6.2f} %  {time.perf_counter() - begin:6.1f} s", flush=True)
+        begin = time.perf_counter()
+
+    model = train(DepthwiseNet(), training, max(options.epochs * 3 // 2, 1), 5e-3)
+    say("float", model)
+    calibration = list(training[0][:1024].split(128))
+
+    def opened():
+        return QuantSim(
+            copy.deepcopy(model), calibration[0], weights="int4", activations="uint4", target="default_per_channel"
+        )
+
+    sim = opened().apply("fold_batch_norm").calibrate(calibration)
+    say("PTQ, nearest", sim.model)
+    sim = opened().apply("fold_batch_norm").apply("adaround", calibration).calibrate(calibration)
+    say("PTQ, AdaRound", sim.model)
+    for name, learned in (("regular QAT", False), ("range learning", True)):
+        sim = opened().calibrate(calibration)
+        train(sim.trainable(range_learning=learned), training, options.epochs, options.rate)
+        sim.take()
+        say(name, sim.model)
+        sim.apply("batch_norm_reestimation", list(training[0][:8192].split(512))).calibrate(calibration)
+        say(f"{name}, BN re-estimated", sim.model)
+
+
+if __name__ == "__main__":
+    main()
