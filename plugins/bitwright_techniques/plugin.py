@@ -36,4 +36,16 @@ def register_techniques() -> list[TechniqueInfo]:
             "Choose weight scales by the layer's output error, layer after layer.",
             factory="bitwright_techniques.seq_mse:SeqMse",
         ),
+        TechniqueInfo(
+            "batch_norm_reestimation",
+            "Measure batch-norm statistics anew in the quantized network, after training.",
+            factory="bitwright_techniques.batch_norm_reestimation:BatchNormReestimation",
+            aliases=("bn_reestimation",),
+        ),
+        TechniqueInfo(
+            "fold_batch_norm_to_scale",
+            "Fold batch norms into the scales of quantized weights; the integer codes stay.",
+            factory="bitwright_techniques.fold_batch_norm_to_scale:FoldBatchNormToScale",
+            aliases=("fold_to_scale",),
+        ),
     ]

@@ -1,0 +1,90 @@
+"""Batch-norm re-estimation: running statistics measured anew in the quantized network.
+
+Quantization shifts what a batch norm sees, and its running averages were gathered while weights still moved. The
+mean and variance of each norm's input, over the calibration data in the simulated network, replace them (Sun et al.
+2019, §3; AIMET averages the statistics of batches instead, which leaves out the variance between them).
+
+A norm's input depends on the norms before it. All are measured in one pass with the statistics that they have, so a
+deep network whose statistics are far off takes a second application.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Capability
+from bitwright.errors import InputError
+from bitwright.graph import BatchNormAttrs, Graph, Op, OpKind, ParamId, ParamRole
+from bitwright.plan import Plan
+from bitwright.statistics import ChannelMoments
+from bitwright.statistics.base import Request
+from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Settings as BaseSettings
+
+
+class Settings(BaseSettings):
+    """How far statistics move.
+
+    Attributes:
+        momentum: weight of the new statistics, above 0 and at most 1; 1 replaces the old ones.
+    """
+
+    momentum: float = 1.0
+
+
+class BatchNormReestimation:
+    """Measures every batch norm's mean and variance in the simulated network."""
+
+    name: ClassVar[str] = "batch_norm_reestimation"
+    Settings: ClassVar[type[BaseSettings]] = Settings
+    requires: ClassVar[frozenset[Capability]] = frozenset()
+
+    def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
+        """Channel moments of each norm's input, as the simulated network computes it."""
+        if not 0 < settings.momentum <= 1:
+            raise InputError(f"momentum={settings.momentum}: it is the new statistics' share, above 0 and at most 1")
+        for norm in _norms(graph):
+            assert isinstance(norm.attrs, BatchNormAttrs)
+            moments = partial(ChannelMoments, norm.attrs.axis)
+            yield Request(norm.id, norm.data_inputs[:1], moments, ("simulated",))
+
+    def apply(self, ctx: Context) -> Outcome:
+        """Set the measured statistics; a norm that is used in several places takes those of all of them."""
+        merged: dict[ParamId, ChannelMoments] = {}
+        norms = _norms(ctx.graph)
+        for norm in norms:
+            mean = norm.params[ParamRole.MEAN]
+            seen = ctx.statistics[norm.id]
+            assert isinstance(seen, ChannelMoments)
+            if mean in merged:
+                merged[mean].merge(seen)
+            else:
+                merged[mean] = seen
+        share = ctx.settings.momentum
+        params: dict[ParamId, NDArray[np.float32]] = {}
+        rows: list[tuple[Any, ...]] = []
+        for norm in norms:
+            mean, var = norm.params[ParamRole.MEAN], norm.params[ParamRole.VAR]
+            if mean in params:
+                continue
+            old_mean, old_var = (np.asarray(ctx.params[p], np.float64) for p in (mean, var))
+            moments = merged[mean]
+            params[mean] = ((1 - share) * old_mean + share * moments.mean).astype(np.float32)
+            params[var] = ((1 - share) * old_var + share * moments.variance).astype(np.float32)
+            deviation = np.sqrt(old_var + 1e-12)
+            shift = float(np.sqrt(np.mean(((params[mean] - old_mean) / deviation) ** 2)))
+            ratio = float(np.exp(np.mean(np.log((params[var] + 1e-12) / (old_var + 1e-12)))))
+            rows.append((norm.id, round(shift, 4), round(ratio, 4)))
+        figures = {"norms": float(len(rows)), "largest_shift": max((r[1] for r in rows), default=0.0)}
+        summary = f"statistics of {len(rows)} batch norms measured" if rows else "the model has no batch norm"
+        columns = ("batch norm", "mean shift (old deviations)", "variance ratio")
+        return Outcome(params=params, report=Report(summary, figures, columns, tuple(rows)))
+
+
+def _norms(graph: Graph) -> list[Op]:
+    return [op for op in graph if op.kind is OpKind.BATCH_NORM and {ParamRole.MEAN, ParamRole.VAR} <= set(op.params)]
