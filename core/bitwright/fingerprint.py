@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ def of_arrays(arrays: Iterable[tuple[str, NDArray[Any]]]) -> str:
         digest.update(f"{name}{values.dtype}{values.shape}".encode())
         digest.update(values.tobytes() if values.dtype.kind == "U" else np.ascontiguousarray(values).data)
     return _short(digest)
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_graph(graph: Graph) -> str:

@@ -75,6 +75,7 @@ class QuantSim:
         self.overrides = dict(overrides or {})
         self.seed, self.run = seed, run
         self.progress: Progress = progress or Silent()
+        self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.backend, self.native = open_model(model, sample, backend)
         self.folded: dict[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         self.reports: list[tuple[str, Report]] = []
@@ -160,9 +161,6 @@ class QuantSim:
                 store.put(f"site/{site}", encoding_arrays(encoding))
             store.put("sites", {"sites": np.array(list(done), dtype=np.str_)})
         return done
-
-    def _with_weights(self) -> EncodingTable:
-        return self.encodings.merged(weight_encodings(self.plan, self.params, self.encodings))
 
     @property
     def table(self) -> EncodingTable:

@@ -6,6 +6,7 @@ simulation and the integer runtime. Outputs are compared over the whole dataset;
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, InputError
+from bitwright.fingerprint import of_file
 from bitwright.graph import Graph
 from bitwright.integer import IntegerSimulation
 from bitwright.plan import Plan, SiteKind
@@ -61,6 +63,7 @@ class Verification(BaseModel):
 
     Attributes:
         samples: how many were run.
+        float_model: "original", or "exported" where the original isn't at hand (its weights may be on their grids).
         accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
         agreement: share of equal argmax: "simulated_float", "integer_float", "integer_simulated".
         sqnr_db: of the outputs: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
@@ -74,6 +77,7 @@ class Verification(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     samples: int
+    float_model: str = "exported"
     accuracy: dict[str, float] = Field(default_factory=dict)
     agreement: dict[str, float] = Field(default_factory=dict)
     sqnr_db: dict[str, float] = Field(default_factory=dict)
@@ -91,6 +95,7 @@ def verify(
     batch_size: int = 32,
     limit: int | None = None,
     inspected: int = INSPECTED,
+    float_model: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare the four views of an exported bundle.
@@ -102,6 +107,8 @@ def verify(
         name: stem of the files, if the directory holds several bundles.
         batch_size, limit: of the data; the first `limit` samples are used.
         inspected: samples for the comparison inside.
+        float_model: the original model, which "float" means at the outputs; default: the one that the run's report
+            names, if it is still there unchanged, otherwise the exported model. Inside, it is always the exported one.
         progress: where progress is shown.
 
     Raises:
@@ -118,7 +125,9 @@ def verify(
     plan = plan_of(graph, encodings)
     table = full_table(plan, encodings)
     views = _Views(backend, model, graph, plan, table, bundle)
-    outputs, samples = _outputs(views, graph, dataset, progress or Silent())
+    original = original_model(Path(directory)) if float_model is None else Path(float_model)
+    reference = model if original is None else backend.load(original)
+    outputs, samples = _outputs(views, reference, dataset, progress or Silent())
     if labels is not None and len(labels) < samples:
         raise InputError(f"{len(labels)} labels for {samples} samples")
     problems = [f"the {view} output holds NaN or infinity" for view, v in outputs.items() if not np.isfinite(v).all()]
@@ -128,6 +137,7 @@ def verify(
     classes = {view: v.reshape(len(v), -1).argmax(axis=1) for view, v in outputs.items()}
     return Verification(
         samples=samples,
+        float_model="exported" if original is None else "original",
         accuracy={}
         if labels is None
         else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items()},
@@ -137,6 +147,16 @@ def verify(
         tensors=tensors,
         problems=problems,
     )
+
+
+def original_model(directory: Path) -> Path | None:
+    """The model that a run's report names, if it is still there with the same contents."""
+    try:
+        record = json.loads((directory / "report.json").read_text())["model"]
+        path, digest = Path(record["path"]), record["sha256"]
+        return path if path.is_file() and of_file(path) == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def sqnr(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
@@ -155,7 +175,7 @@ class _Views:
     ) -> None:
         if not isinstance(backend, IntegerRuntime):
             raise CapabilityError(f"the {backend.name} backend has no integer runtime to verify against")
-        self.graph, self.plan, self.table = graph, plan, table
+        self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
         simulation = backend.simulate(model, plan, table)
         self.integer = IntegerSimulation(backend, model, graph, table)
         self.open: dict[str, Callable[[list[str]], Session]] = {
@@ -172,10 +192,13 @@ def _open(bundle: Bundle) -> tuple[Backend[Any], Any]:
     return backend, backend.load(path)
 
 
-def _outputs(views: _Views, graph: Graph, dataset: Dataset, progress: Progress) -> tuple[dict[str, NDArray[Any]], int]:
+def _outputs(
+    views: _Views, reference: Any, dataset: Dataset, progress: Progress
+) -> tuple[dict[str, NDArray[Any]], int]:
     """The first output of float, simulation and runtime over the dataset."""
-    tap = Tap(graph.outputs[0])
-    sessions = {view: views.open[view]([tap.tensor]) for view in ("float", "simulated", "integer")}
+    tap = Tap(views.graph.outputs[0])
+    sessions = {view: views.open[view]([tap.tensor]) for view in ("simulated", "integer")}
+    sessions["float"] = views.backend.session(reference, [tap])
     parts: dict[str, list[NDArray[Any]]] = {view: [] for view in sessions}
     progress.start("Verify", dataset.samples)
     for batch in dataset:

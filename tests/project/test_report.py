@@ -65,7 +65,7 @@ def sim():
         graph=graph, plan=plan, encodings=table, table=full, params={"w": weight, "b": np.zeros(4, np.float32)},
         reports=[("adaround", report)], backend=SimpleNamespace(name="none"), 
         target=SimpleNamespace(name="default", to_json=lambda: "{}"), overrides={},
-        weights="int4", activations=None, seed=0,
+        weights="int4", activations=None, seed=0, source=None,
     )  # fmt: skip
 
 

@@ -37,6 +37,12 @@ def verify(
     name: Annotated[
         str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
     ] = None,
+    float_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--float", help="The original model (default: the one that the report names).", show_default=False
+        ),
+    ] = None,
     min_agreement: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Fail if the integer runtime and float agree on less.", show_default=False),
@@ -61,7 +67,16 @@ def verify(
         raise typer.BadParameter("--max-drop needs --labels")
     known = read_labels(labels, None) if labels is not None else None
     with silent() if quiet or as_json else progress_for(sys.stderr) as progress:
-        result = run(directory, data, known, name=name, batch_size=batch_size, limit=samples, progress=progress)
+        result = run(
+            directory,
+            data,
+            known,
+            name=name,
+            batch_size=batch_size,
+            limit=samples,
+            progress=progress,
+            float_model=float_model,
+        )
     if as_json:
         sys.stdout.write(result.model_dump_json(indent=1) + "\n")
     else:
@@ -83,7 +98,7 @@ def _broken_limits(result: Verification, min_agreement: float | None, max_drop: 
 
 
 def _show(result: Verification) -> None:
-    console.say(f"{result.samples} samples")
+    console.say(f"{result.samples} samples; float is the {result.float_model} model")
     rows: list[tuple[str, ...]] = []
     for view in ("float", "simulated", "integer"):
         accuracy = result.accuracy.get(view)

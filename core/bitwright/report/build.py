@@ -13,6 +13,7 @@ import numpy as np
 
 from bitwright.durable import write_text
 from bitwright.encoding import Encoding
+from bitwright.fingerprint import of_file
 from bitwright.graph import Graph, OpKind, Tensor
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec, to_groups
 from bitwright.plan import Derived, Float, Plan, SharedWith, Site, SiteKind
@@ -108,8 +109,11 @@ def _model(sim: QuantSim, source: str, table: Mapping[str, Encoding]) -> ModelIn
     graph = sim.graph
     counts = {p: math.prod(param.shape) for p, param in graph.params.items()}
     quantized = sum(_stored_bytes(count, table.get(p)) for p, count in counts.items())
+    original = sim.source.resolve() if sim.source is not None and sim.source.is_file() else None
     return ModelInfo(
         source=source,
+        path=None if original is None else str(original),
+        sha256=None if original is None else of_file(original),
         backend=sim.backend.name,
         ops=len(graph),
         opaque_ops=sum(op.kind is OpKind.OPAQUE for op in graph),

@@ -21,6 +21,8 @@ class ModelInfo(Record):
 
     Attributes:
         source: file name or type.
+        path, sha256: where the original lies and what it holds, so that `verify` can compare with it; null for a model
+            object.
         ops, opaque_ops: all operations, and those that run in float because their type isn't known.
         parameters: number of parameter values.
         float_bytes, quantized_bytes: size of all parameters before, and with the planned widths (scales included).
@@ -28,6 +30,8 @@ class ModelInfo(Record):
     """
 
     source: str
+    path: str | None = None
+    sha256: str | None = None
     backend: str
     ops: int
     opaque_ops: int
