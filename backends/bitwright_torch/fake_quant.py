@@ -269,7 +269,7 @@ class FakeQuantize(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: `model.half()` must not round scales."""
         held = {n: t.detach().clone() for n, t in (*self._buffers.items(), *self._parameters.items()) if t is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in held.items():
             now: Tensor = getattr(self, name)
             if now.dtype != before.dtype:

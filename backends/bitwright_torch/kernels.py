@@ -39,10 +39,25 @@ logger = logging.getLogger("bitwright.torch")
 class TorchNamespace:
     """`bitwright.gradients.Namespace` of torch."""
 
-    round = staticmethod(torch.round)
-    where = staticmethod(torch.where)
-    reshape = staticmethod(torch.reshape)
-    transpose = staticmethod(torch.permute)
+    @staticmethod
+    def round(x: Tensor, /) -> Tensor:
+        """Halves to even."""
+        return torch.round(x)
+
+    @staticmethod
+    def where(mask: Tensor, x: Any, y: Any, /) -> Tensor:
+        """x where the mask is true, else y."""
+        return torch.where(mask, x, y)
+
+    @staticmethod
+    def reshape(x: Tensor, shape: tuple[int, ...], /) -> Tensor:
+        """The same elements in another shape."""
+        return torch.reshape(x, shape)
+
+    @staticmethod
+    def transpose(x: Tensor, axes: tuple[int, ...], /) -> Tensor:
+        """Axes in another order."""
+        return torch.permute(x, axes)
 
     @staticmethod
     def clip(x: Tensor, low: Any, high: Any, /) -> Tensor:
@@ -151,7 +166,7 @@ def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         if _has_exact_division():
             options["eager_numerics.division_rounding"] = True
-        compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)  # type: ignore[call-overload]
+        compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             for size in (40_009, 32_768, 7):  # with a vector's tail, without, and none whole
@@ -162,7 +177,7 @@ def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
     except Exception as error:
         logger.info("fake quantization stays composed: compiling failed (%s)", _first_line(error))
         return None
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 def _has_exact_division() -> bool:

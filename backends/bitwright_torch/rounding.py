@@ -123,8 +123,8 @@ def _backward(
     groups = Groups.of(tuple(x.shape), granularity)
     value, g = x.float(), g.float()
     if grid.steps >= WIDE:
-        wide = (v.double() for v in (g, value, scale, zero))
-        dx, ds, dz = fake_quantize_vjp(NAMESPACE, *wide, grid, groups, learned=learned)
+        g, value, scale, zero = (v.double() for v in (g, value, scale, zero))
+        dx, ds, dz = fake_quantize_vjp(NAMESPACE, g, value, scale, zero, grid, groups, learned=learned)
         return dx.float(), None if ds is None else ds.float(), None if dz is None else dz.float()
     rows = bool(groups.scale) and _in_rows(groups)
     if torch.compiler.is_compiling() or (groups.scale and not rows):

@@ -102,7 +102,7 @@ class TorchSimulation:
         known = operands(graph, holder)
         roots = {
             operand.id: node
-            for node, operand in reversed(known.items())
+            for node, operand in reversed(list(known.items()))
             if not any(n in known and known[n].id == operand.id for n in node.all_input_nodes)
         }
         for site in self._plan.quantized:

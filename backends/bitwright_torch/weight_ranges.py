@@ -62,4 +62,5 @@ def two_level(scale: Tensor, form: Encoding) -> Tensor:
         return scale
     ratio = 2 ** (layout.decompressed_bits - form.bits)
     gamma = (scale.amax(1, keepdim=True) / ratio).float()
-    return torch.round(scale / gamma).clamp_(1, ratio) * gamma
+    result: Tensor = torch.round(scale / gamma).clamp_(1, ratio) * gamma
+    return result
