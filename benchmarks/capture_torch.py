@@ -23,7 +23,7 @@ from bitwright.errors import BitwrightError
 from bitwright.graph import OpKind
 from bitwright.placement import build_plan
 from bitwright_torch.backend import TorchBackend
-from bitwright_torch.capture import CaptureNotice
+from bitwright_torch.capturing import CaptureNotice
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitwright_torch.backend import capture_model as capture
-    from bitwright_torch.capture import CaptureNotice
+    from bitwright_torch.capturing import CaptureNotice
     from bitwright_torch.model import CapturedModel
 
 __all__ = ["CaptureNotice", "CapturedModel", "capture"]
@@ -28,6 +28,6 @@ def __getattr__(name: str) -> Any:
         from bitwright_torch.model import CapturedModel
 
         return CapturedModel
-    from bitwright_torch.capture import CaptureNotice
+    from bitwright_torch.capturing import CaptureNotice
 
     return CaptureNotice

@@ -19,10 +19,11 @@ from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
-from bitwright_torch.capture import DynamicShapes, capture
+from bitwright_torch.capturing import DynamicShapes, capture
 from bitwright_torch.edits import edit_model
 from bitwright_torch.files import load_exported, load_factory, load_pt2, save_pt2
 from bitwright_torch.model import CapturedModel
+from bitwright_torch.params import read_params
 from bitwright_torch.parts import (
     PartitionedModel,
     capture_parts,
@@ -32,12 +33,9 @@ from bitwright_torch.parts import (
     parts_session,
     read_parts,
 )
-from bitwright_torch.params import read_params
 from bitwright_torch.session import open_session
 
-_IN_PARTS = (
-    "the model was captured in parts, with Python around them that no file can hold; write each of model.parts by itself"
-)
+_IN_PARTS = "the model was captured in parts, with Python around them that no file can hold; write each of model.parts by itself"
 Model = CapturedModel | PartitionedModel
 
 
@@ -90,7 +88,7 @@ class TorchBackend:
         Args:
             model: an `nn.Module`; it isn't changed.
             sample: one batch: a tensor or array, a tuple of arguments, or a mapping by argument name.
-            dynamic_shapes: see `capture.capture`.
+            dynamic_shapes: see `capturing.capture`.
             modules: names of the submodules to capture, where the Python around them can't be. By default the whole
                 module is captured; if that fails, its largest submodules that can be, and a `CaptureNotice` says so.
 
@@ -161,9 +159,7 @@ class TorchBackend:
 
         return TorchSimulation(model, plan, encodings, trainable=trainable)
 
-    def export(
-        self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str
-    ) -> Bundle:
+    def export(self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path`.
 
         Raises:

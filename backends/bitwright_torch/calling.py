@@ -112,6 +112,11 @@ class CallingConvention:
                     f"argument {self.names[position]!r} is {leaves[position]!r}, but the model was captured with "
                     f"{constant!r}, which its graph contains; capture it again with the other value"
                 )
+        for position, leaf in enumerate(leaves):
+            if position not in self.constants and not isinstance(leaf, torch.Tensor):
+                raise InputError(
+                    f"argument {self.names[position]!r} is {leaf!r}, but the model was captured with a tensor there"
+                )
         return leaves
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
@@ -131,9 +136,7 @@ class CallingConvention:
             elif name in batch:
                 leaves.append(batch[name])
             else:
-                raise InputError(
-                    f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}"
-                )
+                raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
         return leaves
 
     @property

@@ -165,7 +165,10 @@ class _Editor:
         dtype = str(value.dtype).removeprefix("torch.")
         shape = tuple(value.shape)
         id = self._program.prefix + name
-        self._known[id] = (Operand(id, name, (), False, shape, dtype), Param(id, shape, dtype, tuple(range(len(shape)))))
+        self._known[id] = (
+            Operand(id, name, (), False, shape, dtype),
+            Param(id, shape, dtype, tuple(range(len(shape)))),
+        )
         self._params[op][role] = id
 
     def _read(self, node: fx.Node, name: str) -> fx.Node:
@@ -234,9 +237,7 @@ class _Editor:
         if op.kind not in _ACTIVATION_KINDS:
             raise ModelError(f"{edit.op!r} ({op.type}) is no activation; it can't be turned into a {edit.type}")
         if edit.type not in _ACTIVATIONS:
-            raise ModelError(
-                f"{edit.op!r} can't be turned into a {edit.type!r}; possible: {', '.join(_ACTIVATIONS)}"
-            )
+            raise ModelError(f"{edit.op!r} can't be turned into a {edit.type!r}; possible: {', '.join(_ACTIVATIONS)}")
         node.target, node.args, node.kwargs = _ACTIVATIONS[edit.type], (node.args[0],), {}
         self._params[edit.op] = {}
         self._restructured = True
@@ -245,9 +246,7 @@ class _Editor:
     def _remove_op(self, edit: RemoveOp) -> None:
         op, node = self._op(edit.op), self._node(edit.op)
         if len(op.data_inputs) != 1 or len(op.outputs) != 1 or info(node).shape is None:
-            raise ModelError(
-                f"{edit.op!r} ({op.type}) doesn't pass one input on to one output; it can't be removed"
-            )
+            raise ModelError(f"{edit.op!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
         source = next(n for n in node.all_input_nodes if n.op == "placeholder" or info(n).op)
         final = self._graph.output_node()
         if final not in node.users:
@@ -271,7 +270,9 @@ class _Editor:
         if sum(edit.param in held.values() for held in self._params.values()) < 2:
             return
         operand, shown = self._known[edit.param]
-        readers = [n for n, o in operands(self._graph, self._tree).items() if o.id == edit.param and n in node.all_input_nodes]
+        readers = [
+            n for n, o in operands(self._graph, self._tree).items() if o.id == edit.param and n in node.all_input_nodes
+        ]
         value = operand.view(self._tree).clone()
         trainable = tensor_of(self._tree, operand.base).requires_grad
         name = self._untie(edit.op, operand, value, trainable)
@@ -301,7 +302,12 @@ class _Editor:
             module = None
         for key in () if module is None else (last, "weight", "bias"):
             name = f"{layer}.{key}"
-            if not operand.steps and name != operand.base and module is not None and module._parameters.get(key) is shared:
+            if (
+                not operand.steps
+                and name != operand.base
+                and module is not None
+                and module._parameters.get(key) is shared
+            ):
                 module._parameters[key] = nn.Parameter(value, requires_grad=trainable)
                 self._owned.add(name)
                 return name

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bitwright.durable import atomic_write
 from bitwright.errors import InputError, ModelError
 from bitwright_torch.calling import CallingConvention
-from bitwright_torch.capture import capture, from_exported
+from bitwright_torch.capturing import capture, from_exported
 from bitwright_torch.model import NAMES, CapturedModel, info, program_of, with_program
 from bitwright_torch.naming import call_name
 
@@ -35,8 +35,12 @@ def save_pt2(model: CapturedModel, path: Path) -> Path:
         InputError: the file can't be written.
         ModelError: the model can't be exported again.
     """
-    exported = reexport(model)
     program = program_of(model)
+    result: list[Any] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
+    if text := [leaf for leaf in result if isinstance(leaf, str)]:
+        # torch.export writes these, and then can't read its own file.
+        raise ModelError(f"a .pt2 file can't hold a model that returns a text ({text[0]!r}); return tensors or numbers")
+    exported = reexport(model)
     record = {
         "ops": [[call_name(n), info(n).op, info(n).tensor, info(n).source] for n in _named(program.graph)],
         "inputs": list(program.convention.names),

@@ -19,19 +19,17 @@ def source_of(node: fx.Node) -> str | None:
 
 
 def last_user_line(trace: str) -> str | None:
-    """The innermost frame of a printed stack that isn't PyTorch's own; else the innermost one."""
+    """The innermost frame of a printed stack that isn't PyTorch's own; None where there is none."""
     found: str | None = None
-    any_frame: str | None = None
     lines = trace.splitlines()
     for i, line in enumerate(lines):
         if (match := _FRAME.match(line)) is None:
             continue
         code = lines[i + 1].strip() if i + 1 < len(lines) and not _FRAME.match(lines[i + 1]) else ""
         text = f"{match['file']}:{match['line']} in {match['function']}" + (f": {code}" if code else "")
-        any_frame = text
         if not _LIBRARY.search(match["file"]):
             found = text
-    return found or any_frame
+    return found
 
 
 def owner_of(node: fx.Node) -> str:

@@ -62,7 +62,8 @@ KINDS: Mapping[str, tuple[OpKind, str]] = {
            K.AVERAGE_POOL, "AveragePool"),
     **_all("mean", K.AVERAGE_POOL, "ReduceMean"),
     **_all("max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
-           "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", K.MAX_POOL, "MaxPool"),
+           "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+           K.MAX_POOL, "MaxPool"),
     **_all("amax max", K.MAX_POOL, "ReduceMax"),
     **_all("amin min", K.MAX_POOL, "ReduceMin"),
     **_all("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "

@@ -28,7 +28,7 @@ from bitwright.graph import Graph, Op, OpKind, ParamId, Tensor
 from bitwright.statistics.base import Tap
 from bitwright_torch.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.canonical import canonical
-from bitwright_torch.capture import CaptureNotice, capture, private_copy
+from bitwright_torch.capturing import CaptureNotice, capture, private_copy
 from bitwright_torch.edits import edit_model
 from bitwright_torch.model import NAMES, CapturedModel, device_of, info, program_of, share, with_program
 from bitwright_torch.params import read_params
@@ -101,7 +101,7 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
 
     Args:
         module: the user's; it isn't changed.
-        sample: as for `capture.capture`.
+        sample: as for `capturing.capture`.
         names: of the submodules; None takes the largest ones that can be captured, and tells so in a notice.
         failure: why the whole couldn't be captured.
 
@@ -207,10 +207,15 @@ def _captured(
 
 def _prefixed(part: CapturedModel, prefix: str) -> CapturedModel:
     """The part with the ids that it has in the whole."""
-    program = program_of(part)
+    program, shown = program_of(part), canonical(part).graph
+    # A part that is one layer is one op, of the layer's name.
+    lone = shown.ops[0].id if len(shown) == 1 and next(part.children(), None) is None else None
     for node in program.graph.nodes:
         about = info(node)
-        node.meta[NAMES] = replace(about, op=about.op and prefix + about.op, tensor=prefix + about.tensor)
+        op, tensor = about.op and prefix + about.op, prefix + about.tensor
+        if lone is not None and about.op == lone:
+            op, tensor = prefix[:-1], prefix + about.tensor.removeprefix(f"{lone}.")
+        node.meta[NAMES] = replace(about, op=op, tensor=tensor)
     return with_program(part, replace(program, prefix=prefix, memo={}))
 
 
@@ -232,17 +237,19 @@ def parts_graph(model: PartitionedModel) -> Graph:
     tensors.update({name: Tensor(name, None, OUTSIDE) for name in inputs})
     for name, part in model.parts.items():
         shown = canonical(part).graph
-        ops.append(
-            Op(f"{name}/python", OpKind.OPAQUE, "python", tuple(known), shown.inputs, native="python")
-        )  # fmt: skip
+        ops.append(_python(f"{name}/python", known, shown.inputs))
         ops += shown.ops
         tensors.update(shown.tensors)
         params.update(shown.params)
         known += [t for t in shown.outputs if t not in known]
     results = [f"result.{i}" for i in range(model._convention.out_spec.num_leaves)]
     tensors.update({name: Tensor(name, None, OUTSIDE) for name in results})
-    ops.append(Op("python", OpKind.OPAQUE, "python", tuple(known), tuple(results), native="python"))
+    ops.append(_python("python", known, results))
     return Graph(ops, tensors, params, inputs, results)
+
+
+def _python(id: str, reads: Sequence[str], writes: Sequence[str]) -> Op:
+    return Op(id, OpKind.OPAQUE, "python", tuple(reads), tuple(writes), native="the model's Python code")
 
 
 def read_parts(model: PartitionedModel, ids: Collection[ParamId]) -> dict[ParamId, NDArray[np.float32]]:

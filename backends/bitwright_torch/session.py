@@ -180,7 +180,7 @@ def open_session(model: CapturedModel, taps: Sequence[Tap], feeds: Sequence[str]
     """
     found = canonical(model)
     graph, tensors = found.lowered, found.tensors
-    own = {info(n).tensor: n for n in program_of(model).graph.nodes}
+    own = {info(n).tensor: n for n in program_of(model).graph.nodes if n.op in ("placeholder", "call_function")}
     if all(name in own for name in (*(t.tensor for t in taps), *(feeds or ()))):
         graph, tensors = program_of(model).graph, {t: own[t] for t in found.tensors if t in own}
     convention, prefix = program_of(model).convention, program_of(model).prefix

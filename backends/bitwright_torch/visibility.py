@@ -18,9 +18,12 @@ def data_nodes(graph: fx.Graph, holder: nn.Module) -> frozenset[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder":
             found.add(node)
-        elif node.op == "call_function" and not _is_size(node):
-            if any(n in found or _is_trainable(n, holder) for n in node.all_input_nodes):
-                found.add(node)
+        elif (
+            node.op == "call_function"
+            and not _is_size(node)
+            and any(n in found or _is_trainable(n, holder) for n in node.all_input_nodes)
+        ):
+            found.add(node)
     return frozenset(found)
 
 

@@ -25,9 +25,7 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.relu = nn.ReLU(inplace=True)

@@ -17,7 +17,7 @@ from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
 from bitwright.target import load_target
 from bitwright_torch.canonical import canonical
-from bitwright_torch.capture import capture
+from bitwright_torch.capturing import capture
 from bitwright_torch.model import CapturedModel
 from bitwright_torch.params import read_params
 from bitwright_torch.session import open_session

@@ -7,7 +7,10 @@ torch = pytest.importorskip("torch")
 import nets  # noqa: E402
 import numpy as np  # noqa: E402
 
+from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
+from bitwright.testing.contract_base import run  # noqa: E402
+from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
 
@@ -33,6 +36,11 @@ class TestTorchContract(BackendContract):
 
     def backend(self):
         return TorchBackend()
+
+    def artefact_outputs(self, path, case):
+        onnx = OnnxBackend()
+        model = onnx.load(path)
+        return run(onnx.session(model, [Tap(t) for t in onnx.graph(model).outputs]), case.batch)
 
     def cases(self):
         return {

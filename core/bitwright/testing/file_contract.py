@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from bitwright.errors import BitwrightError
+from bitwright.graph import TensorId
 from bitwright.testing.contract_base import (
+    Array,
     Case,
     Contract,
     assert_close,
@@ -17,6 +20,10 @@ from bitwright.testing.harness import min_max_encodings, simple_plan
 
 class FileContract(Contract):
     """Saving, exporting and loading."""
+
+    def artefact_outputs(self, path: Path, case: Case) -> Mapping[TensorId, Array]:
+        """What the exported float artefact computes; override it where another backend opens that format."""
+        return self.outputs(self.backend().load(path), case)
 
     def test_save_and_load(self, case: Case, tmp_path: Path) -> None:
         """A saved model computes the same, and no other file is left."""
@@ -39,7 +46,7 @@ class FileContract(Contract):
             assert bundle.files
             assert all(p.exists() for p in bundle.files.values())
             if index == 0:
-                again = self.outputs(backend.load(bundle.files["model"]), case)
+                again = self.artefact_outputs(bundle.files["model"], case)
                 for t, v in zip(before, again.values(), strict=True):
                     assert_close(v, before[t], case.tolerance, t)
         with pytest.raises(BitwrightError):

@@ -65,8 +65,6 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     with _quiet():
         exported = export_program(holder, arguments, dynamic_shapes, notices)
     convention = convention_of(signature, arguments, _out_spec(exported))
-    if dynamic_shapes is None:
-        notices += _fixed_batch(exported, convention)
     model = from_exported(holder, exported, convention, notices)
     for name, submodule in holder.named_modules():
         submodule.training = flags[name]
@@ -107,24 +105,28 @@ def export_program(
 ) -> ExportedProgram:
     """Export with free dimensions if that works, else with the sample's shapes."""
     wanted: Any
+    given = arguments
     if dynamic_shapes is None:
         arguments, wanted = _with_batch(arguments)
     else:
         wanted = _spelled_out(arguments, dynamic_shapes, inspect.signature(holder.forward))
     if wanted is not None:
         try:
-            return _export(holder, arguments, wanted)
+            exported = _export(holder, arguments, wanted)
         except Exception as error:
-            dynamic_failure = error
-        if dynamic_shapes is not None:
-            raise capture_error(holder, dynamic_failure) from dynamic_failure
+            if dynamic_shapes is not None:
+                raise capture_error(holder, error) from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        else:
+            if dynamic_shapes is not None or not _fixes_batch(exported):
+                return exported
+            reason = "the model's code fixes it"
     try:
-        exported = _export(holder, arguments, None)
+        exported = _export(holder, given, None)
     except Exception as error:
         raise capture_error(holder, error) from error
     if wanted is not None:
-        reason = str(dynamic_failure).strip().splitlines()[0][:200] or type(dynamic_failure).__name__
-        notices.append(f"the model is captured with fixed input shapes, as a free batch size failed: {reason}")
+        notices.append(f"the model is captured with fixed input shapes; a free batch size isn't possible: {reason}")
     return exported
 
 
@@ -206,20 +208,18 @@ def _out_spec(exported: ExportedProgram) -> pytree.TreeSpec:
     return spec
 
 
-def _fixed_batch(exported: ExportedProgram, convention: CallingConvention) -> list[str]:
-    """A notice, if the model's code fixed the batch size."""
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.ndim and any(not isinstance(n, int) for n in value.shape):
-                return []
-    batches = [
-        node.meta["val"].shape[0]
-        for node in exported.graph.nodes
-        if node.name in exported.graph_signature.user_inputs and isinstance(node.meta.get("val"), torch.Tensor)
-        and node.meta["val"].ndim
-    ]  # fmt: skip
-    return [f"the model's code fixes the batch size to {batches[0]}; every batch must have it"] if batches else []
+def _fixes_batch(exported: ExportedProgram) -> bool:
+    """Whether the model's code fixes the batch size: no input, or no result of the batch's length, is free there."""
+    signature = exported.graph_signature
+    values = {n.name: n.meta.get("val") for n in exported.graph.nodes}
+    inputs, results = ([values[n] for n in names if isinstance(n, str) and isinstance(values.get(n), torch.Tensor)]
+                       for names in (signature.user_inputs, signature.user_outputs))  # fmt: skip
+    free = [v for v in inputs if v.ndim and not isinstance(v.shape[0], int)]
+    if not free:
+        return any(v.ndim for v in inputs)
+    batch = int(free[0].shape[0].node.hint)
+    long = [v for v in results if v.ndim and v.shape[0] == batch] if results else []
+    return bool(long) and all(isinstance(n, int) for v in long for n in v.shape)
 
 
 def from_exported(
@@ -362,7 +362,7 @@ def annotate(graph: fx.Graph, holder: nn.Module) -> None:
             id = ids.get(node, node.name)
             found = NodeInfo(id, f"{id}.output", source=source_of(node), owner=owner_of(node))
         else:
-            found = NodeInfo("", node.name)
+            found = NodeInfo("", "")
         value = node.meta.get("val")
         if node.op == "get_attr" and not str(node.target).endswith("training"):
             value = tensor_of(holder, str(node.target))
