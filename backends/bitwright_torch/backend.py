@@ -29,13 +29,14 @@ from bitwright_torch.parts import (
     capture_parts,
     edit_parts,
     parts_graph,
-    parts_segment,
-    parts_session,
     read_parts,
 )
+from bitwright_torch.parts_session import parts_segment, parts_session
 from bitwright_torch.session import open_session
 
-_IN_PARTS = "the model was captured in parts, with Python around them that no file can hold; write each of model.parts by itself"
+_IN_PARTS = (
+    "the model was captured in parts; no file can hold the Python around them: write each of model.parts by itself"
+)
 Model = CapturedModel | PartitionedModel
 
 

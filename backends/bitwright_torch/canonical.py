@@ -147,7 +147,7 @@ class _Builder:
     def _classify(
         self, node: fx.Node, name: str, kind: OpKind, type: str
     ) -> tuple[OpKind, str, Attrs | None, dict[ParamRole, fx.Node]]:
-        opaque = (OpKind.OPAQUE, type, None, {})
+        opaque: tuple[OpKind, str, Attrs | None, dict[ParamRole, fx.Node]] = (OpKind.OPAQUE, type, None, {})
         given = attributes.arguments(node)
         match kind:
             case OpKind.CONV | OpKind.CONV_TRANSPOSE:

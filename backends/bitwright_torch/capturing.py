@@ -204,7 +204,7 @@ def _remedy(text: str) -> str:
 
 def _out_spec(exported: ExportedProgram) -> pytree.TreeSpec:
     spec = exported.call_spec.out_spec
-    assert spec is not None
+    assert isinstance(spec, pytree.TreeSpec)
     return spec
 
 
@@ -218,8 +218,9 @@ def _fixes_batch(exported: ExportedProgram) -> bool:
     if not free:
         return any(v.ndim for v in inputs)
     batch = int(free[0].shape[0].node.hint)
-    long = [v for v in results if v.ndim and v.shape[0] == batch] if results else []
-    return bool(long) and all(isinstance(n, int) for v in long for n in v.shape)
+    if any(not isinstance(n, int) for v in results for n in v.shape):
+        return False
+    return any(v.ndim and v.shape[0] == batch for v in results)
 
 
 def from_exported(
@@ -336,8 +337,10 @@ def _drop_copies(graph: fx.Graph) -> None:
 def _takes_all(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
-    _, _, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    return start in (0, None) and (end is None or end == _LARGEST) and step == 1
+    start, end, step = (
+        node.args[i] if i < len(node.args) else default for i, default in ((2, None), (3, None), (4, 1))
+    )
+    return start in (0, None) and end in (None, _LARGEST) and bool(step == 1)
 
 
 def annotate(graph: fx.Graph, holder: nn.Module) -> None:

@@ -71,7 +71,7 @@ def reexport(model: CapturedModel) -> ExportedProgram:
             free.append({i: Dim.AUTO for i, n in enumerate(about.shape) if n is None} or None)
     given = dict(zip(convention.given, pytree.tree_unflatten(leaves, convention.in_spec), strict=True))
     shapes = dict(zip(convention.given, pytree.tree_unflatten(free, convention.in_spec), strict=True))
-    bound = inspect.BoundArguments(convention.signature, given)  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(convention.signature, given)
     for parameter in convention.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD and parameter.name in shapes:
             shapes.update(shapes.pop(parameter.name))

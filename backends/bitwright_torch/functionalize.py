@@ -91,10 +91,11 @@ class _Functionalizer:
         return self._current.get(node, node)
 
     def _functional(self, node: fx.Node) -> fx.Node:
-        target, args = node.target, node.args
+        target: Any = node.target
+        args: tuple[Any, ...] = node.args
         if target is aten.copy_.default:
             destination, value = args[0].meta["val"], args[1].meta["val"]
-            new = args[1]
+            new: fx.Node = args[1]
             if value.dtype != destination.dtype:
                 new = self._call(node, aten.to.dtype, (new, destination.dtype), None)
             if tuple(value.shape) != tuple(destination.shape):
@@ -185,8 +186,7 @@ def _is_mutation(node: fx.Node) -> bool:
 
 
 def _same_memory(a: fx.Node, b: fx.Node) -> bool:
-    values = [node.meta.get("val") for node in (a, b)]
-    if not all(isinstance(v, torch.Tensor) for v in values):
+    first, second = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return False
-    first, second = (v.untyped_storage()._cdata for v in values)
-    return bool(first == second)
+    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)

@@ -75,7 +75,7 @@ def _inline(module: fx.GraphModule, call: fx.Node) -> None:
                 values[node] = copied
             elif node.op != "output":
                 values[node] = graph.node_copy(node, lambda n: values[n])
-        results = fx.node.map_arg(inner.graph.output_node().args[0], lambda n: values[n])
+        results: Any = fx.node.map_arg(inner.graph.output_node().args[0], lambda n: values[n])
         if detached:
             results = fx.node.map_arg(results, lambda n: _detach(graph, n))
     for user in list(call.users):

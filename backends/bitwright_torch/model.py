@@ -192,9 +192,10 @@ def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
 def replace_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Put another tensor in the place of a parameter or buffer, under every name that it is tied to."""
     old = tensor_of(model, name)
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    new: Any = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for key, held in table.items():
                 if held is old:
                     table[key] = new

@@ -12,7 +12,8 @@ from bitwright.plan import Plan, SiteId
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.model import CapturedModel
-from bitwright_torch.parts import Opener, PartitionedModel, PartitionedSession, parts_graph, segment_of
+from bitwright_torch.parts import PartitionedModel, parts_graph
+from bitwright_torch.parts_session import Opener, PartitionedSession, segment_of
 from bitwright_torch.simulation import TorchSimulation
 
 

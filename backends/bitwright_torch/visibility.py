@@ -16,13 +16,8 @@ def data_nodes(graph: fx.Graph, holder: nn.Module) -> frozenset[fx.Node]:
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            found.add(node)
-        elif (
-            node.op == "call_function"
-            and not _is_size(node)
-            and any(n in found or _is_trainable(n, holder) for n in node.all_input_nodes)
-        ):
+        reads = any(n in found or _is_trainable(n, holder) for n in node.all_input_nodes)
+        if node.op == "placeholder" or (node.op == "call_function" and reads and not _is_size(node)):
             found.add(node)
     return frozenset(found)
 
