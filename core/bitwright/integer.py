@@ -19,7 +19,7 @@ from bitwright import integer_kernels as kernels
 from bitwright.backend import Backend, Batch, PartialExecution, Session
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, InputError
-from bitwright.graph import LINEAR_KINDS, ActivationAttrs, Graph, Op, OpKind, ParamRole, PoolAttrs, TensorId
+from bitwright.graph import LINEAR_KINDS, ActivationAttrs, AxisAttrs, Graph, Op, OpKind, ParamRole, PoolAttrs, TensorId
 from bitwright.statistics.base import Tap
 
 ACCUMULATOR = 2**31
@@ -143,6 +143,9 @@ class IntegerSimulation:
         if op.kind in (OpKind.ADD, OpKind.MUL):
             operands = self._operands(op)
             return len(operands) == 2 and all(self._grid(t) is not None for t in operands)
+        if op.kind is OpKind.SOFTMAX:
+            grid = self._grid(op.data_inputs[0])
+            return isinstance(op.attrs, AxisAttrs) and grid is not None and grid.bits == 8
         if op.kind is OpKind.AVERAGE_POOL:
             return isinstance(op.attrs, PoolAttrs) and self._grid(op.data_inputs[0]) is not None
         return False
@@ -183,6 +186,9 @@ class IntegerSimulation:
         if op.kind is OpKind.AVERAGE_POOL:
             assert isinstance(op.attrs, PoolAttrs)
             return kernels.average_pool(held[a], self._table[a], op.attrs, out, out.grid)
+        if op.kind is OpKind.SOFTMAX:
+            assert isinstance(op.attrs, AxisAttrs)
+            return kernels.softmax(held[a], self._table[a], op.attrs.axis, out)
         b = self._operands(op)[1]
         other = held[b] if b in held else self._constant(b)
         kernel = kernels.add if op.kind is OpKind.ADD else kernels.multiply

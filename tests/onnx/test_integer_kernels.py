@@ -94,6 +94,21 @@ def test_average_pool_equals_the_runtime(seed, include):
     assert np.array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("classes", [2, 7, 100])
+def test_softmax_equals_the_runtime(seed, classes):
+    rng = np.random.default_rng(seed)
+    a, y = uint8(rng.uniform(0.01, 0.15), rng.integers(0, 256)), uint8(rng.choice([1 / 256, 1 / 255, 0.003]), 0)
+    x = rng.integers(0, 256, (200, classes)).astype(np.uint8)
+    node = helper.make_node(
+        "QLinearSoftmax", ["a", "sa", "za", "sy", "zy"], ["y"], domain="com.microsoft", axis=-1, opset=13
+    )
+    expected = run([node], operands(("a", a), ("y", y)), {"a": x})
+    steps = np.abs(kernels.softmax(x.astype(np.int32), a, -1, y) - expected)
+    assert steps.max() <= 1
+    assert (steps > 0).mean() <= 1e-3
+
+
 CONVS = {
     "pointwise": (64, 32, 1, 1, 1, (0, 0)),
     "three": (16, 24, 3, 1, 1, (1, 1)),
