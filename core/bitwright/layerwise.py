@@ -25,8 +25,8 @@ from bitwright.edits import Edit, SetBias, SetParams
 from bitwright.encoding import EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
 from bitwright.errors import CapabilityError, InputError, ModelError
-from bitwright.graph import Graph, Op, OpId, ParamId, ParamRole, TensorId
-from bitwright.linear_form import groups_of, input_channels, to_matrix
+from bitwright.graph import Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId
+from bitwright.linear_form import groups_of, input_channels, output_channels, to_matrix
 from bitwright.plan import Plan, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright.statistics.moments import LayerMoments
@@ -69,6 +69,7 @@ class LayerwiseWalk:
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
         products: bool = True,
+        residuals: bool = False,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
         results: dict[OpId, LayerResult] = {}
@@ -87,12 +88,13 @@ class LayerwiseWalk:
                 result = stored.get(stage.op.id)
                 # A weight that several ops share was settled by the first of them.
                 shared = replaced.get(stage.op.weight or "")
-                moments = None
+                moments, addend = None, None
                 if result is None and shared is None:
-                    moments = self._moments(stage, quantized_inputs, products)
+                    addend = self._addend(stage) if residuals and products and quantized_inputs else None
+                    moments = self._moments(stage, quantized_inputs, products, residual=addend is not None)
                 # Behind the last unfinished layer nothing has to run any more.
                 if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
-                    pair.run(stage, moments)
+                    pair.run(stage, moments, addend if moments is not None else None)
                 if result is None:
                     result = (
                         self._solve(stage.op, moments, solve, encodings)
@@ -113,7 +115,19 @@ class LayerwiseWalk:
     def _partial(self) -> bool:
         return isinstance(self.backend, PartialExecution)
 
-    def _moments(self, stage: Stage, paired: bool, products: bool) -> LayerMoments | None:
+    def _addend(self, stage: Stage) -> TensorId | None:
+        """The tensor that is added to the layer's output and known before it; None if there is no such sum."""
+        op, graph = stage.op, self.graph
+        total = graph.sole_consumer(op.output)
+        if groups_of(op) > 1 or total is None or total.kind is not OpKind.ADD or len(total.data_inputs) != 2:
+            return None
+        other = next((t for t in total.data_inputs if t != op.output), None)
+        if other is None or other not in stage.cut:
+            return None
+        shape = graph.tensors[op.output].shape
+        return other if shape is not None and shape == graph.tensors[other].shape else None
+
+    def _moments(self, stage: Stage, paired: bool, products: bool, *, residual: bool) -> LayerMoments | None:
         op = stage.op
         assert op.weight is not None
         shape = self.graph.params[op.weight].shape
@@ -122,7 +136,8 @@ class LayerwiseWalk:
         if LayerMoments.bytes_for(op, features, paired=paired, products=products) > self.gram_bytes:
             return None
         axis = self.graph.tensors[op.data_inputs[0]].channel_axis
-        return LayerMoments(op, features, axis, paired=paired, products=products)
+        outputs = output_channels(op, shape) if residual else 0
+        return LayerMoments(op, features, axis, paired=paired, products=products, residual_outputs=outputs)
 
     def _solve(self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable) -> LayerResult:
         assert op.weight is not None
@@ -178,25 +193,25 @@ class _Networks:
         if result.bias is not None:
             self.pending.append(SetBias(op.id, result.bias))
 
-    def run(self, stage: Stage, moments: LayerMoments | None) -> None:
+    def run(self, stage: Stage, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
         """Stream the layer's inputs into `moments`, and move the cut if the stage says so."""
         walk = self.walk
-        source = stage.op.data_inputs[0]
-        wanted = stage.cut if stage.moves else (source,)
+        needed = [t for t in (stage.op.data_inputs[0], addend) if t is not None]
+        wanted = stage.cut if stage.moves else tuple(dict.fromkeys(needed))
         sessions = [self._float_session(stage.start, wanted)]
         if self.quantized:
             sessions.append(self._quantized_session(stage.start, wanted))
         fresh = [CutCache(walk.cache_bytes // 2) for _ in sessions]
         try:
             for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
-                outputs = []
+                seen: list[dict[TensorId, NDArray[Any]]] = []
                 for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
                     values = _through(session, batch, wanted)
                     if stage.moves:
                         fresh[index].append(values)
-                    outputs.append(values[source])
+                    seen.append(values)
                 if moments is not None:
-                    moments.update(*outputs)
+                    moments.update(*(v[needed[0]] for v in seen), *(seen[0][t] - seen[1][t] for t in needed[1:]))
         except BaseException:
             for cache in fresh:
                 cache.close()

@@ -123,12 +123,15 @@ class LayerWalk(Protocol):
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
         products: bool = True,
+        residuals: bool = False,
     ) -> Mapping[OpId, LayerResult]:
         """Run `solve(layer: Layer) -> LayerResult` on each op, resuming finished ones from the store.
 
         Args:
             quantized_inputs: x̂ comes from the network with the layers so far replaced; otherwise x̂ = x.
             quantized_activations: activation encodings are active in the network that gives x̂.
+            residuals: where a layer's output is added to a tensor that is known by then (a skip connection), observe
+                that tensor's error too (`LayerMoments.residual`), so that the layer can make up for it.
             products: collect second moments; without them `layer.moments` has means only, at a fraction of the cost.
         """
 

@@ -35,6 +35,7 @@ class AdaRoundSettings(BaseSettings):
         inputs: "quantized": each layer makes up for the error of those before it (asymmetric reconstruction);
             "float": layers are independent.
         quantized_activations: activations are quantized too in the network that gives the quantized inputs.
+        residuals: a layer whose output is added to a skip connection also makes up for that connection's error.
         scales: "search" chooses the weight scales by the same error; "keep" leaves the encodings' ranges. Frozen
             encodings are kept in any case.
         choices: "neighbours": each weight goes to the grid point just below or above it (AdaRound); "any": to any.
@@ -42,13 +43,15 @@ class AdaRoundSettings(BaseSettings):
         damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
         include, exclude: names or glob patterns of layers; nothing included means all.
         candidates: scales tried for each channel: fractions i/N of its full range.
-        max_sweeps, kicks: coordinate descent: sweeps at most, random restarts from its end.
+        max_sweeps, kicks: coordinate descent: sweeps at most, random restarts from its end. Ten restarts lower the
+            layers' error by 2 %, double the time, and made no difference to the accuracy of EfficientNet-Lite0.
         iterations, learning_rate, regularization, beta, warm_start: gradient (see `Relaxation`).
     """
 
     solver: Literal["coordinate_descent", "gradient"] = "coordinate_descent"
     inputs: Literal["quantized", "float"] = "quantized"
     quantized_activations: bool = True
+    residuals: bool = True
     scales: Literal["search", "keep"] = "search"
     choices: Choices = "neighbours"
     bias_correction: bool = True
@@ -57,7 +60,7 @@ class AdaRoundSettings(BaseSettings):
     exclude: tuple[str, ...] = ()
     candidates: int = Field(20, ge=1)
     max_sweeps: int = Field(20, ge=1)
-    kicks: int = Field(10, ge=0)
+    kicks: int = Field(0, ge=0)
     iterations: int = Field(1500, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     regularization: float = Field(1.0, ge=0)
@@ -97,6 +100,7 @@ class AdaRound:
             lambda layer: round_layer(layer, s, ctx.rng(layer.op.id)),
             quantized_inputs=s.inputs == "quantized",
             quantized_activations=s.quantized_activations,
+            residuals=s.residuals,
         )
         return outcome_of(ctx, results, _report(results, skipped), weights=True)
 

@@ -4,13 +4,14 @@ Quantization shifts what a batch norm sees, and its running averages were gather
 mean and variance of each norm's input, over the calibration data in the simulated network, replace them (Sun et al.
 2019, §3; AIMET averages the statistics of batches instead, which leaves out the variance between them).
 
-A norm's input depends on the norms before it. All are measured in one pass with the statistics that they have, so a
-deep network whose statistics are far off takes a second application.
+A norm's input depends on the norms before it, so they are measured one after another, each in the network that holds
+the new statistics of those before it. Measured all at once, every norm would correct the same drift again: in a CNN
+with nine norms the variances then moved away by up to 48 % and accuracy fell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,9 +33,11 @@ class Settings(BaseSettings):
 
     Attributes:
         momentum: weight of the new statistics, above 0 and at most 1; 1 replaces the old ones.
+        norms: the batch norms to measure in one pass; None measures all, one after another.
     """
 
     momentum: float = 1.0
+    norms: tuple[str, ...] | None = None
 
 
 class BatchNormReestimation:
@@ -44,11 +47,20 @@ class BatchNormReestimation:
     Settings: ClassVar[type[BaseSettings]] = Settings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
+    def stages(self, graph: Graph, plan: Plan, settings: Any) -> Sequence[BaseSettings]:
+        """A pass for each norm; norms that share statistics are measured together."""
+        if settings.norms is not None:
+            return (settings,)
+        groups: dict[ParamId, list[str]] = {}
+        for norm in _norms(graph, None):
+            groups.setdefault(norm.params[ParamRole.MEAN], []).append(norm.id)
+        return [settings.model_copy(update={"norms": tuple(g)}) for g in groups.values()]
+
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
         """Channel moments of each norm's input, as the simulated network computes it."""
         if not 0 < settings.momentum <= 1:
             raise InputError(f"momentum={settings.momentum}: it is the new statistics' share, above 0 and at most 1")
-        for norm in _norms(graph):
+        for norm in _norms(graph, settings.norms):
             assert isinstance(norm.attrs, BatchNormAttrs)
             moments = partial(ChannelMoments, norm.attrs.axis)
             yield Request(norm.id, norm.data_inputs[:1], moments, ("simulated",))
@@ -56,7 +68,7 @@ class BatchNormReestimation:
     def apply(self, ctx: Context) -> Outcome:
         """Set the measured statistics; a norm that is used in several places takes those of all of them."""
         merged: dict[ParamId, ChannelMoments] = {}
-        norms = _norms(ctx.graph)
+        norms = _norms(ctx.graph, ctx.settings.norms)
         for norm in norms:
             mean = norm.params[ParamRole.MEAN]
             seen = ctx.statistics[norm.id]
@@ -86,5 +98,6 @@ class BatchNormReestimation:
         return Outcome(params=params, report=Report(summary, figures, columns, tuple(rows)))
 
 
-def _norms(graph: Graph) -> list[Op]:
-    return [op for op in graph if op.kind is OpKind.BATCH_NORM and {ParamRole.MEAN, ParamRole.VAR} <= set(op.params)]
+def _norms(graph: Graph, chosen: Collection[str] | None) -> list[Op]:
+    found = [o for o in graph if o.kind is OpKind.BATCH_NORM and {ParamRole.MEAN, ParamRole.VAR} <= set(o.params)]
+    return found if chosen is None else [o for o in found if o.id in chosen]

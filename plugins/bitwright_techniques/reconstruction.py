@@ -35,7 +35,8 @@ class Reconstruction:
         damping: (groups,).
         target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
         cross: W C, (groups, rows, K).
-        energy: W H Wᵀ of each row, (groups, rows): the power of the output that is to be reproduced.
+        energy: power of the output that is to be reproduced, (groups, rows): W H Wᵀ, or E(W x + r)² where the layer
+            makes up for the error r of a skip connection.
     """
 
     weight: Array
@@ -95,6 +96,9 @@ def reconstruction(
         free_bias: the bias absorbs any difference of means (`corrected_bias`), so only centred moments count.
         damping: share of the mean diagonal of Ĥ that is added to it.
         inputs: "asymmetric": x for the target and x̂ for the candidate; "quantized": x̂ for both; "float": x for both.
+
+    Where the moments know the error r of a tensor that is added to the output (`LayerMoments.residual`), the layer is
+    to give W x + r: what its sum is to be, less what the quantized skip connection brings.
     """
     matrix = np.asarray(to_matrix(op, weight), np.float64)
     if free_bias:
@@ -110,11 +114,18 @@ def reconstruction(
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
     gram = qq + ridge[:, None, None] * np.eye(features)
     cross = matrix @ xq
+    energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
+    if moments.has_residual and inputs == "asymmetric":
+        rx, rq, mean, square = moments.residual
+        if free_bias:
+            rx, rq = rx - np.outer(mean, moments.mean[0]), rq - np.outer(mean, moments.mean_quantized[0])
+            square = square - np.square(mean)
+        cross = cross + rq[None]
+        energy = energy + (2 * np.einsum("rk,rk->r", matrix[0], rx) + square)[None]
     target = matrix
     if moments.paired and inputs == "asymmetric":
         right = cross + ridge[:, None, None] * matrix
         target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
-    energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
     return Reconstruction(matrix, gram, ridge, target, cross, energy)
 
 
@@ -125,8 +136,13 @@ def corrected_bias(
     bias: NDArray[np.floating] | None,
     moments: LayerMoments,
 ) -> NDArray[np.float32]:
-    """Bias that keeps the mean output: ``b + W E[x] − Ŵ E[x̂]``, (out,); with it the squared error is least."""
+    """Bias that keeps the mean output: ``b + W E[x] + E[r] − Ŵ E[x̂]``, (out,); with it the squared error is least.
+
+    r is the error of a tensor that is added to the output, where the moments know it.
+    """
     before = np.einsum("grk,gk->gr", to_matrix(op, weight).astype(np.float64), moments.mean)
     after = np.einsum("grk,gk->gr", to_matrix(op, replaced).astype(np.float64), moments.mean_quantized)
     shift = (before - after).reshape(-1)
+    if moments.has_residual:
+        shift = shift + moments.residual[2]
     return np.asarray(shift if bias is None else bias + shift, np.float32)

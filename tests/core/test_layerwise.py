@@ -222,3 +222,33 @@ def test_bad_input_is_named():
         walk([graph.linear_ops[0].id], lambda x: replace(nearest(x), weight=x.weight * np.nan))
     with pytest.raises(CapabilityError, match="calibration data"):
         require_walk(None, "adaround")
+
+
+def test_a_layer_before_a_sum_learns_the_skip_connections_error():
+    model = models.residual()
+    walk, graph, _, data = walk_of(model)
+    seen = {}
+
+    def coarse(layer):
+        seen[layer.op.id] = layer.moments
+        encoding = encoding_of_weights(layer.weight, QuantSpec(bits=3))
+        return LayerResult(encoding.fake_quantize(layer.weight), encoding)
+
+    ops = [op.id for op in graph.linear_ops]
+    walk(ops, coarse, residuals=True)
+    assert [o for o in ops if seen[o].has_residual] == ["conv2"]
+    op = graph.op("conv2")
+    add = graph.sole_consumer(op.output)
+    other = next(t for t in add.data_inputs if t != op.output)
+    rx, rq, mean, square = seen["conv2"].residual
+    # The skip connection carries the error that the 3-bit weights before it have made.
+    assert square.min() > 0
+    channels = graph.params[op.weight].shape[0]
+    assert rx.shape == rq.shape == (channels, seen["conv2"].mean.shape[1])
+    x = walk.backend.session(model, [Tap(other)]).run(data)[Tap(other)]
+    assert np.abs(mean).max() < np.abs(x).max()
+    state = seen["conv2"].state()
+    copy = LayerMoments(op, rx.shape[1], 1, residual_outputs=channels)
+    copy.restore(state)
+    for ours, theirs in zip(copy.residual, seen["conv2"].residual, strict=True):
+        assert np.array_equal(ours, theirs)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from layers import KINDS, inputs, make_layer
 
 from bitwright.linear_form import columns, to_matrix
+from bitwright.statistics.moments import LayerMoments
+from bitwright.technique import Layer
+from bitwright_techniques.adaround import AdaRoundSettings, round_layer
 from bitwright_techniques.joint_search import Effort, LayerSearch
 from bitwright_techniques.reconstruction import corrected_bias, reconstruction
 from bitwright_techniques.rounding_descent import (
@@ -196,3 +199,39 @@ def test_joint_search_is_no_worse_than_fixed_scales():
     fixed = search.roundings(grid, np.random.default_rng(0))
     joint_grid, joint = search.roundings_and_scales(grid, np.random.default_rng(0))
     assert problem.objective(joint_grid.values(joint)).sum() <= problem.objective(grid.values(fixed)).sum() * (1 + 1e-6)
+
+
+def skip_layer():
+    """A layer whose output is added to a tensor with an error r that the layer's input partly explains."""
+    rng = np.random.default_rng(7)
+    layer = make_layer("linear")
+    x = rng.uniform(0, 1, (400, 12)).astype(np.float32)
+    q = x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+    r = (0.2 * q @ rng.normal(size=(12, 6)) + 0.05 * rng.normal(size=(400, 6)) + 0.3).astype(np.float32)
+    layer.moments = LayerMoments(layer.op, 12, residual_outputs=6)
+    layer.moments.update(x, q, r)
+    return layer, x, q, r
+
+
+def test_a_skip_connection_s_error_is_part_of_the_target():
+    layer, x, q, r = skip_layer()
+    w, v = layer.weight.astype(float), layer.encoding.fake_quantize(layer.weight).astype(float)
+    problem = reconstruction(layer.op, layer.weight, layer.moments, free_bias=False, damping=0.0)
+    direct = [np.mean((x @ w.T + r - q @ a.T) ** 2, axis=0) for a in (v, w)]
+    change = problem.loss(v[None]) - problem.loss(w[None])
+    assert np.allclose(change[0], direct[0] - direct[1], rtol=1e-4, atol=1e-5)
+    bias = corrected_bias(layer.op, layer.weight, v, layer.bias, layer.moments)
+    assert np.allclose(np.mean(x @ w.T + layer.bias + r, axis=0), np.mean(q @ v.T + bias, axis=0), atol=1e-4)
+
+
+def test_making_up_for_a_skip_connection_lowers_the_error_of_the_sum():
+    layer, x, q, r = skip_layer()
+    alone = LayerMoments(layer.op, 12)
+    alone.update(x, q)
+    errors = []
+    for moments in (layer.moments, alone):
+        given = Layer(layer.op, layer.weight, layer.bias, moments, layer.encoding)
+        result = round_layer(given, AdaRoundSettings(), np.random.default_rng(0))
+        sums = x @ layer.weight.T + layer.bias + r, q @ result.weight.T + result.bias
+        errors.append(np.mean((sums[0] - sums[1]) ** 2))
+    assert errors[0] < 0.7 * errors[1]

@@ -116,3 +116,24 @@ def test_per_tensor_grids_keep_their_norm():
     assert any(op.kind is OpKind.BATCH_NORM for op in done.model.graph)
     assert done.outcome.encodings == {}
     assert "frozen" in done.outcome.report.rows[0][-1]
+
+
+def test_norms_are_measured_one_after_another():
+    """Each in the network that holds the new statistics of those before it, so a second run changes nothing."""
+    b = Builder(0)
+    x = b.input("x", 3, 6, 6)
+    for i in range(3):
+        x = b.relu(f"relu{i}", b.batch_norm(f"bn{i}", b.conv(f"conv{i}", x, 3 if i == 0 else 4, 3, pad=1)))
+    model = b.build(x)
+    technique, data = BatchNormReestimation(), [models.batch(model, 16)]
+    stages = technique.stages(model.graph, simple_plan(model.graph), technique.Settings())
+    assert [s.norms for s in stages] == [("bn0",), ("bn1",), ("bn2",)]
+    plan = simple_plan(model.graph, activations=None)
+    again = model
+    for _ in range(2):
+        changed = again
+        for stage in stages:
+            changed = run_technique(technique, BACKEND, changed, data, plan=plan, **stage.model_dump()).model
+        first, again = again, changed
+    for p, value in again.params.items():
+        np.testing.assert_allclose(value, first.params[p], rtol=1e-5, atol=1e-6, err_msg=p)

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
-from bitwright.graph import Op
+from bitwright.graph import Op, OpKind
 from bitwright.linear_form import columns, groups_of
 from bitwright.statistics.base import Reduction, finite
 
 Moments = NDArray[np.float64]
+RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
+SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
 
 
 class LayerMoments:
@@ -29,6 +31,9 @@ class LayerMoments:
         channel_axis: where the channels of the input lie.
         paired: whether updates bring x and x̂; otherwise x̂ = x and one matrix is held in place of three.
         products: whether second moments are wanted; means alone cost a fraction of the time and memory.
+        residual_outputs: output channels of an op whose output is one operand of a sum: updates then also bring the
+            error r of the other operand (float minus quantized, shaped like the output), which the layer can make up
+            for. 0 for none. Needs an op without groups.
     """
 
     reduction: Reduction = "none"
@@ -42,6 +47,7 @@ class LayerMoments:
         *,
         paired: bool = True,
         products: bool = True,
+        residual_outputs: int = 0,
     ) -> None:
         groups = groups_of(op)
         self.op, self.channel_axis, self.paired = op, channel_axis, paired
@@ -50,6 +56,12 @@ class LayerMoments:
         self._products: list[Moments] = [
             np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
         ]
+
+        self._residual: list[Moments] = (
+            [np.zeros(s) for s in (*[(residual_outputs, features)] * 2, residual_outputs, residual_outputs)]
+            if residual_outputs
+            else []
+        )
 
     @staticmethod
     def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
@@ -62,18 +74,26 @@ class LayerMoments:
         Raises:
             InputError: the inputs differ in shape, hold NaN or infinity, or don't fit the op; nothing is taken then.
         """
-        if len(values) != 1 + self.paired:
-            raise InputError(f"{self.op.id!r}: expected {1 + self.paired} tensors, got {len(values)}")
+        expected = 1 + self.paired + self.has_residual
+        if len(values) != expected:
+            raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
         if self.paired and values[0].shape != values[1].shape:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
         if not finite(values):
             raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        error = self._rows(values[-1]) if self.has_residual else None
+        values = values[: 1 + self.paired]
         rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
         self.count += rows.pop()
         if not self._products:
             return
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
             x, q = chunks[0], chunks[-1]
+            if error is not None:
+                part, error = np.split(error, [q.shape[2]], axis=1)
+                sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
+                for total, addend in zip(self._residual, sums, strict=True):
+                    total += addend
             # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
             pairs = ((x, x), (q, q), (x, q))[: len(self._products)]
             for total, (a, b) in zip(self._products, pairs, strict=True):
@@ -81,6 +101,11 @@ class LayerMoments:
                     total[0] += a[0] @ b[0].T
                 else:
                     total += np.matmul(a, np.swapaxes(b, 1, 2))
+
+    def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
+        """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
+        axis = self.channel_axis if self.channel_axis is not None else (1 if self.op.kind in SPATIAL else -1)
+        return np.moveaxis(np.asarray(error, np.float32), axis, 0).reshape(error.shape[axis], -1)
 
     def _add_means(self, total: Moments, values: NDArray[Any]) -> int:
         """Add the sum of all columns, and tell how many they are.
@@ -97,7 +122,7 @@ class LayerMoments:
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
         self.count += other.count
-        for mine, theirs in zip(self._sum + self._products, other._sum + other._products, strict=True):
+        for mine, theirs in zip(self._all, other._all, strict=True):
             mine += theirs
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -107,6 +132,7 @@ class LayerMoments:
             "count": np.array(self.count),
             **dict(zip(names[0], self._sum, strict=True)),
             **dict(zip(names[1], self._products, strict=True)),
+            **dict(zip(RESIDUAL, self._residual, strict=False)),
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -114,6 +140,28 @@ class LayerMoments:
         self.count = int(state["count"])
         self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
         self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
+        self._residual = [np.array(state[n]) for n in RESIDUAL[: len(self._residual)]]
+
+    @property
+    def _all(self) -> list[Moments]:
+        return self._sum + self._products + self._residual
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the error of a sum's other operand is known."""
+        return bool(self._residual)
+
+    @property
+    def residual(self) -> tuple[Moments, Moments, Moments, Moments]:
+        """E[r xᵀ], E[r x̂ᵀ] (outputs, K), E[r], E[r²] (outputs,) of the other operand's error r (`residual_outputs`).
+
+        Raises:
+            InputError: it wasn't collected.
+        """
+        if not self._residual:
+            raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        rx, rq, mean, square = (self._scaled(total) for total in self._residual)
+        return rx, rq, mean, square
 
     @property
     def has_products(self) -> bool:

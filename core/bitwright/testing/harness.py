@@ -148,6 +148,7 @@ class SimpleWalk:
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
         products: bool = True,
+        residuals: bool = False,
     ) -> dict[OpId, LayerResult]:
         """See `LayerWalk`."""
         graph = self.backend.graph(self.model)
