@@ -23,7 +23,7 @@ from bitwright.errors import EncodingError
 from bitwright.gradients import Groups
 from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.grid import PerTensor
-from bitwright.plan import Float, Plan, SiteId, SiteKind
+from bitwright.plan import Derived, Float, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.fake_quant import FakeQuantize
@@ -82,8 +82,8 @@ class TorchSimulation:
         if trainable:
             self._own()
         if isinstance(trainable, Training) and trainable.range_learning:
-            for quantizer in self._quantizers.values():
-                if quantizer.enabled:
+            for site, quantizer in self._quantizers.items():
+                if quantizer.enabled and not isinstance(plan[site].decision, Derived):
                     quantizer.learn(evened=trainable.gradient_scale)
 
     # -- building

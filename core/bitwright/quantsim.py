@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import fingerprint, registry
+from bitwright import fingerprint, registry, staged
 from bitwright.backend import Backend, Batch, Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.collect import collect
 from bitwright.data import Dataset, open_data
@@ -26,6 +26,7 @@ from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import activation_encodings, full_table, guarded, weight_encodings
 from bitwright.runs import MemoryStore, RunDirectory, versions
+from bitwright.staged import Staged
 from bitwright.statistics.base import Source, Statistic, Tap
 from bitwright.target import Target, load_target, target_names
 from bitwright.technique import Context, Outcome, Progress, Report, Store, Technique
@@ -228,6 +229,9 @@ class QuantSim:
         chosen = _settings(body, settings)
         self._require(body)
         dataset = None if data is None else self.open(data)
+        if isinstance(body, Staged) and len(stages := body.stages(self.graph, self.plan, chosen)) > 1:
+            staged.run(self, body, chosen, stages, dataset)
+            return self
         begin = time.perf_counter()
         # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
         base = EncodingTable(self.encodings.frozen, self.encodings.provenance)

@@ -143,7 +143,8 @@ def test_quantsim_trains_and_takes_back() -> None:
     before = {n: p.clone() for n, p in module.named_parameters()}
     sim.take()
     with torch.no_grad():
-        assert torch.equal(sim.model(data[0][0]), model(data[0][0]))
+        step = float(sim.encodings["fc.output"].scale)  # biases are int32 in the one, float in the other
+        assert (sim.model(data[0][0]) - model(data[0][0])).abs().max() <= 1.01 * step
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
     assert sim.encodings.provenance[-1].technique == "training"
     kept = dict(sim.encodings)

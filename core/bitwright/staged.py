@@ -1,0 +1,44 @@
+"""Techniques that take several passes, each over the network that the one before has left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from bitwright.encoding import EncodingTable, Provenance
+from bitwright.graph import Graph
+from bitwright.plan import Plan
+from bitwright.technique import Report, Settings
+
+if TYPE_CHECKING:
+    from bitwright.data import Dataset
+    from bitwright.quantsim import QuantSim
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """What such a technique has beside those of `Technique`."""
+
+    name: str
+
+    def stages(self, graph: Graph, plan: Plan, settings: Any) -> Sequence[Settings]:
+        """The settings of each pass, in order; one for a pass on its own."""
+
+
+def run(sim: QuantSim, technique: Any, settings: Settings, stages: Sequence[Settings], data: Dataset | None) -> None:
+    """Apply each stage; the report and the provenance are those of one technique. Nothing changes if one fails."""
+    before = sim.native, sim.encodings, dict(sim.folded), dict(sim.overrides), list(sim.reports)
+    try:
+        for stage in stages:
+            sim.apply(technique, data, **stage.model_dump())
+    except BaseException:
+        sim.native, sim.encodings, sim.folded, sim.overrides, sim.reports = before
+        sim._refresh()
+        raise
+    done = [report for _, report in sim.reports[len(before[-1]) :]]
+    figures = {"stages": float(len(done)), "seconds": sum(r.figures.get("seconds", 0.0) for r in done)}
+    rows = tuple(row for report in done for row in report.rows)
+    summary = f"{len(done)} passes; the last: {done[-1].summary}"
+    sim.reports = [*before[-1], (technique.name, Report(summary, figures, done[-1].columns, rows))]
+    last = Provenance(technique.name, settings.model_dump(mode="json"))
+    sim.encodings = EncodingTable(dict(sim.encodings), (*before[1].provenance, last))
