@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Tap
+from bitwright.statistics.base import Tap, thinned
 from bitwright_onnx.subgraph import extract, values_of
 
 INLINE_BYTES = 1024
@@ -235,7 +235,12 @@ class OrtSession:
             if tap in self._passed:
                 results[tap] = _numpy_reduced(feed[tap.tensor], tap)
             elif len(names := self._fetch[tap]) == 1:
-                results[tap] = _numpy_reduced(fetched[names[0]], tap)
+                value = fetched[names[0]]
+                # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
+                done = tap.step > 1 and names[0] != tap.tensor
+                results[tap] = value if done else _numpy_reduced(value, tap)
+                if tap.reduce == "minmax" and names[0] != tap.tensor:
+                    results[tap][0] = 0.0
             else:
                 low, high = (fetched[n] for n in names[:2])
                 results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
@@ -261,15 +266,20 @@ def _dtype(kind: str) -> np.dtype[Any] | None:
 
 def _numpy_reduced(array: Array, tap: Tap) -> Array:
     if tap.reduce == "none":
-        return array
+        return thinned(array, tap.step)
     axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
     return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32, copy=False)
 
 
 def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
     """Values to fetch for a tap: the tensor itself, or its minimum and maximum computed in the graph."""
+    if tap.reduce == "none" and tap.step > 1:
+        return _thinned(part, value, tap.step)
     if tap.reduce == "none" or (tap.axis is not None and value.shape is None):
         return [value]
+    if _never_negative(value) and value.shape is not None and len(value.shape) == 4 and tap.axis in (None, 1):
+        # Unlike ReduceMax, this op reads the blocked layout that ONNX Runtime's convolutions write.
+        return [_append(part, ir.node("GlobalMaxPool", [value]), f"{value.name}/GlobalMaxPool")]
     nodes: list[ir.Node] = []
     source = value
     if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
@@ -302,6 +312,41 @@ def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
         node.name = node.outputs[0].name = name
     part.graph.extend(nodes)
     return [n.outputs[0] for n in nodes if n.op_type.startswith("Reduce")]
+
+
+def _never_negative(value: ir.Value) -> bool:
+    """Whether the op that makes a value can't make it negative."""
+    node = value.producer()
+    if node is None or value.dtype not in (None, ir.DataType.FLOAT):
+        return False
+    if node.op_type == "Clip" and len(node.inputs) > 1 and node.inputs[1] is not None:
+        low = node.inputs[1].const_value
+        return low is not None and float(low.numpy().reshape(-1)[0]) >= 0
+    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+
+
+def _thinned(part: ir.Model, value: ir.Value, step: int) -> list[ir.Value]:
+    """Every `step`-th value of each sample, taken in the graph so that the rest never leaves it."""
+    constants = {"shape": [0, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [step]}
+    made = {
+        name: _append(
+            part, ir.node("Constant", [], {"value": ir.tensor(v, dtype=ir.DataType.INT64)}), f"{value.name}/{name}"
+        )
+        for name, v in constants.items()
+    }
+    flat = _append(part, ir.node("Reshape", [value, made["shape"]]), f"{value.name}/Flat")
+    ends = [made[name] for name in ("start", "end", "axis", "step")]
+    return [_append(part, ir.node("Slice", [flat, *ends]), f"{value.name}/Thinned")]
+
+
+def _append(part: ir.Model, node: ir.Node, name: str) -> ir.Value:
+    """Add a node at the end; its name and its output's are free variants of `name`."""
+    taken = set(values_of(part.graph))
+    while name in taken:
+        name += "_"
+    node.name = node.outputs[0].name = name
+    part.graph.append(node)
+    return node.outputs[0]
 
 
 def segment(model: ir.Model, feeds: Sequence[str], taps: Sequence[Tap]) -> OrtSession:

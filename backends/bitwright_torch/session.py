@@ -113,6 +113,8 @@ def _handed_out(value: torch.Tensor, tap: Tap) -> Array:
             rows = value.movedim(tap.axis, 0).reshape(value.shape[tap.axis], -1)
             value = torch.stack([rows.amin(1), rows.amax(1)])
         value = value.float()
+    elif tap.step > 1:
+        value = value.reshape(len(value), -1)[:, :: tap.step]
     if value.dtype == torch.bfloat16:
         value = value.float()
     return value.cpu().numpy()

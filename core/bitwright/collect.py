@@ -30,7 +30,8 @@ class _Collected:
     def taps(self) -> tuple[tuple[Source, Tap], ...]:
         s = self.statistic
         pairs = zip(self.request.sources, self.request.tensors, strict=True)
-        return tuple((source, Tap(tensor, s.reduction, s.axis)) for source, tensor in pairs)
+        step = getattr(s, "step", 1)
+        return tuple((source, Tap(tensor, s.reduction, s.axis, step)) for source, tensor in pairs)
 
 
 def collect(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from bitwright.encoding import Encoding, EncodingTable, two_level
 from bitwright.errors import EncodingError
 from bitwright.grid import Granularity, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId
-from bitwright.statistics.base import Request, Source, Tap
+from bitwright.statistics.base import Request, Source, Statistic, Tap
+from bitwright.statistics.histogram import HistogramStatistic
 from bitwright.technique import Params, Progress
 
+COUNTED = 2**14
+"""Values of each sample that a histogram counts at least, where a tensor has so many."""
 LIMIT = 2**30
 """Largest magnitude that an int32 bias code may have: the other half of the accumulator's range is for the products,
 which wrap around otherwise (8-bit operands: 2**30 holds the sums of 32 768 of them)."""
@@ -53,6 +57,7 @@ def activation_encodings(
     Statistics are taken from the network with quantized weights and float activations: what a site sees depends on
     the weights that the target has, and not on ranges that aren't set yet.
     """
+    graph = backend.graph(model)
     wanted = [s for s in plan.activations if not (s in encodings and encodings[s].frozen)]
     if not wanted:
         return {}
@@ -60,7 +65,7 @@ def activation_encodings(
     for site in wanted:
         spec = plan.spec(site)
         assert spec is not None
-        statistic = scheme(plan.scheme_of(site)).statistic(spec)
+        statistic = _sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
         # A grid that several tensors share must cover the values of all of them.
         requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
     quantized = quantized_weights(backend, model, encodings)
@@ -81,6 +86,27 @@ def activation_encodings(
         except EncodingError as error:
             raise EncodingError(f"tensor {site!r}: {error}") from None
     return found
+
+
+def _sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:
+    """Histograms of large tensors count every step-th value, at least `COUNTED` of each sample.
+
+    The step has no divisor in common with any dimension, so that rows, columns and channels are met alike.
+    """
+    if shape is None or len(shape) < 2 or None in shape[1:]:
+        return make
+    sizes = [d for d in shape[1:] if d is not None]
+    step = max(1, int(np.prod(sizes)) // COUNTED)
+    while step > 1 and any(gcd(step, d) > 1 for d in sizes):
+        step += 1
+
+    def sampled() -> Statistic:
+        statistic = make()
+        if isinstance(statistic, HistogramStatistic) and statistic.axis is None:
+            statistic.step = step
+        return statistic
+
+    return sampled
 
 
 def quantized_weights(backend: Backend[Any], model: Any, encodings: Mapping[SiteId, Encoding]) -> Any:

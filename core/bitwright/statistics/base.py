@@ -42,11 +42,25 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A tensor that a session hands out, whole or reduced inside the graph (see `Statistic.reduction`)."""
+    """A tensor that a session hands out, whole or reduced inside the graph (see `Statistic.reduction`).
+
+    Attributes:
+        tensor: its id.
+        reduce: "none", or "minmax": an array [2] (with `axis`, [2, channels]). Of tensors that can't be negative by
+            their op (ReLU, sigmoid), a backend may report the minimum as 0.
+        axis: channel axis of a reduction.
+        step: with "none": hand out every `step`-th value of each sample, flattened, (samples, ⌈size/step⌉).
+    """
 
     tensor: TensorId
     reduce: Reduction = "none"
     axis: int | None = None
+    step: int = 1
+
+
+def thinned(values: NDArray[Any], step: int) -> NDArray[Any]:
+    """Every `step`-th value of each sample, flattened (see `Tap.step`); the tensor itself for step 1."""
+    return values if step == 1 else values.reshape(len(values), -1)[:, ::step]
 
 
 @dataclass(frozen=True)

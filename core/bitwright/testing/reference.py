@@ -20,7 +20,7 @@ from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import ActivationAttrs, Graph, Op, OpId, OpKind, Param, ParamId, ParamRole, TensorId
 from bitwright.plan import Float, Plan, SiteId
-from bitwright.statistics.base import Tap
+from bitwright.statistics.base import Tap, thinned
 from bitwright.testing import archive
 from bitwright.testing.kernels import compute, supports
 
@@ -107,7 +107,7 @@ class ReferenceSession:
 def reduce(value: Array, tap: Tap) -> Array:
     """Apply a tap's reduction: [2] or [2, channels] for "minmax"."""
     if tap.reduce == "none":
-        return value
+        return thinned(value, tap.step)
     axes = None if tap.axis is None else tuple(i for i in range(value.ndim) if i != tap.axis % value.ndim)
     return np.stack([value.min(axis=axes), value.max(axis=axes)])
 
