@@ -127,7 +127,7 @@ def open_data(
     source: Any,
     specs: InputSpecs,
     *,
-    batch_size: int = 32,
+    batch_size: int = 8,
     limit: int | None = None,
     images: ImageOptions | None = None,
 ) -> Dataset:

@@ -124,7 +124,7 @@ class QuantSim:
         """The current float parameters, in canonical layout."""
         return ParamReader(self.backend, self.native, self.graph)
 
-    def open(self, data: Any, *, batch_size: int = 32, limit: int | None = None) -> Dataset:
+    def open(self, data: Any, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
         if isinstance(data, Dataset):
             return data

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from typing import Any
 
@@ -21,7 +23,7 @@ from bitwright.statistics.base import Request, Source, Statistic, Tap
 from bitwright.statistics.histogram import HistogramStatistic
 from bitwright.technique import Params, Progress
 
-COUNTED = 2**14
+COUNTED = 2**13
 """Values of each sample that a histogram counts at least, where a tensor has so many."""
 LIMIT = 2**30
 """Largest magnitude that an int32 bias code may have: the other half of the accumulator's range is for the products,
@@ -74,18 +76,21 @@ def activation_encodings(
         return backend.session(quantized, taps)
 
     statistics = collect(requests, open_session, data, progress=progress)
-    found: dict[SiteId, Encoding] = {}
-    for site in wanted:
+
+    def encoding(site: SiteId) -> Encoding:
         spec = plan.spec(site)
         assert spec is not None
+        first, *others = (statistics[f"{site}\0{t}"] for t in plan.observed(site))
+        for other in others:
+            first.merge(other)
         try:
-            first, *others = (statistics[f"{site}\0{t}"] for t in plan.observed(site))
-            for other in others:
-                first.merge(other)
-            found[site] = scheme(plan.scheme_of(site)).encoding(first, spec)
+            return scheme(plan.scheme_of(site)).encoding(first, spec)
         except EncodingError as error:
             raise EncodingError(f"tensor {site!r}: {error}") from None
-    return found
+
+    # Each site's search is its own, so that threads change nothing but the time.
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        return dict(zip(wanted, pool.map(encoding, wanted), strict=True))
 
 
 def _sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:

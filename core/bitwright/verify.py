@@ -92,7 +92,7 @@ def verify(
     labels: Labels | None = None,
     *,
     name: str | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
     limit: int | None = None,
     inspected: int = INSPECTED,
     float_model: str | Path | None = None,

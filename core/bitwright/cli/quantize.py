@@ -66,7 +66,7 @@ def quantize(
     calibration_samples: Annotated[
         int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     name: Annotated[
         str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)

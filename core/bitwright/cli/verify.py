@@ -33,7 +33,7 @@ def verify(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
     name: Annotated[
         str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
     ] = None,
