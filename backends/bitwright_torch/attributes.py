@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -72,7 +73,8 @@ def convolution(node: fx.Node, kernel: tuple[int, ...]) -> ConvAttrs | None:
 
 def batch_norm(node: fx.Node) -> BatchNormAttrs:
     """Of `modes.batch_norm`."""
-    return BatchNormAttrs(float(node.args[8]), 1)  # type: ignore[arg-type]
+    # In float32, as the exported artefact holds it: folding then gives the same bits on both sides.
+    return BatchNormAttrs(float(np.float32(node.args[8])), 1)  # type: ignore[arg-type]
 
 
 def clip(node: fx.Node, name: str) -> tuple[OpKind, ActivationAttrs]:
