@@ -82,7 +82,10 @@ class Simulation(Protocol[M_co]):
 
 @runtime_checkable
 class TrainableSimulation(Simulation[Any], Protocol):
-    """What `Backend.simulate(…, trainable=…)` returns where the framework can train."""
+    """What `Backend.simulate(…, trainable=…)` returns where the framework can train (`Capability.TRAINABLE`).
+
+    Its model is trained by the user's own loop, optimizer and data; nothing of these is the backend's.
+    """
 
     def float_model(self) -> Any:
         """A new float model with the simulation's present weights; `get` has the encodings."""
@@ -177,14 +180,6 @@ class QuantizedArtefact(Protocol):
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
         """Tensor → the scales of each quantize/dequantize pair that it passes through, native layout."""
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """Fine-tuning a simulation with the framework's own optimizer (convenience; users' loops work without it)."""
-
-    def fit(self, simulation: Any, data: Any, loss: Any, settings: Any) -> None:
-        """Train the simulated model in place."""
 
 
 @runtime_checkable
