@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=250, help="images")
     parser.add_argument("--evaluate", type=int, default=250, help="images")
     parser.add_argument("--adaround", type=int, default=64, help="images of AdaRound")
+    parser.add_argument("--only", choices=("recipes", "equal"), help="recipes, or techniques on equal inputs")
     parser.add_argument("--folded", type=Path, help="an export with batch norms folded, to compare the weights")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -147,7 +148,7 @@ def main() -> None:
         def data(sim: QuantSim, count: int | None = None) -> dict[str, np.ndarray]:
             return {sim.graph.inputs[0]: chosen[:count]}
 
-        for title, (how, steps) in RECIPES.items():
+        for title, (how, steps) in RECIPES.items() if options.only != "equal" else ():
             sims = opened(**how)
             names = pairs(sims["torch"].graph, sims["onnx"].graph)
             if title == "W8A8":
@@ -174,7 +175,7 @@ def main() -> None:
                 f"that differ {100 * seen.codes:.3f} %; activation scales apart {seen.activations:.1e}",
                 flush=True,
             )
-        for title, (how, steps) in FROM_FLOAT.items():
+        for title, (how, steps) in FROM_FLOAT.items() if options.only != "recipes" else ():
             sims = opened(**how)
             names = pairs(sims["torch"].graph, sims["onnx"].graph)
             for sim in sims.values():
