@@ -40,11 +40,12 @@ class AdaRoundSettings(BaseSettings):
             encodings are kept in any case.
         choices: "neighbours": each weight goes to the grid point just below or above it (AdaRound); "any": to any.
         bias_correction: set the bias that keeps the mean output (closed form).
-        damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
+        damping: share of the mean input power that is added to the input moments' diagonal, against overfitting. On
+            EfficientNet-Lite0 with 128 and 250 samples 0.05 kept the logits nearer to float than 0.01.
         include, exclude: names or glob patterns of layers; nothing included means all.
         candidates: scales tried for each channel: fractions i/N of its full range.
         max_sweeps, kicks: coordinate descent: sweeps at most, random restarts from its end. Ten restarts lower the
-            layers' error by 2 %, double the time, and made no difference to the accuracy of EfficientNet-Lite0.
+            layers' error by 2 % in twice the time; EfficientNet-Lite0 was no more accurate for it.
         iterations, learning_rate, regularization, beta, warm_start: gradient (see `Relaxation`).
     """
 
@@ -55,7 +56,7 @@ class AdaRoundSettings(BaseSettings):
     scales: Literal["search", "keep"] = "search"
     choices: Choices = "neighbours"
     bias_correction: bool = True
-    damping: float = Field(0.01, ge=0, le=1)
+    damping: float = Field(0.05, ge=0, le=1)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     candidates: int = Field(20, ge=1)

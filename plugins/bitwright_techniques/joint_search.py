@@ -37,7 +37,7 @@ class Effort:
     max_sweeps: int = 20
     kicks: int = 0
     factors: tuple[float, ...] = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1)
-    refits: int = 4
+    refits: int = 2
 
 
 class LayerSearch:

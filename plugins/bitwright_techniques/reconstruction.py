@@ -85,7 +85,7 @@ def reconstruction(
     moments: LayerMoments,
     *,
     free_bias: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.05,
     inputs: Inputs = "asymmetric",
 ) -> Reconstruction:
     """Set up the problem of one layer.

@@ -119,9 +119,9 @@ def _sweep(problem: RoundingProblem, codes: Array) -> Array:
                 moved *= problem.at(step, k)
                 local[:, k - begin + 1 :] += gram[:, k, k + 1 : end, None] * moved[:, None]
         change = codes[:, begin:end] - before
-        if change.any():
+        if end < features and change.any():
             change *= step[:, begin:end] if step.shape[1] > 1 else step
-            slope += gram[:, :, begin:end] @ change
+            slope[:, end:] += gram[:, end:, begin:end] @ change
     return codes
 
 
