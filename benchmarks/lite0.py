@@ -118,8 +118,10 @@ def peer(folder: Path) -> dict:
     options.intra_op_num_threads = arguments.threads
     found = [plain_pass(ort.InferenceSession(str(p), options), evaluation["image"]).argmax(1)
              for p in (folder / "peer.onnx", arguments.model)]  # fmt: skip
-    return {"title": "ONNX Runtime quantizer", "float": float((found[1] == truth).mean()), "seconds": seconds,
-            "integer": float((found[0] == truth).mean()), "agreement": float((found[0] == found[1]).mean())}  # fmt: skip
+    accuracy = [float((classes == truth).mean()) for classes in found]
+    agreement = float((found[0] == found[1]).mean())
+    title = "ONNX Runtime quantizer"
+    return {"title": title, "float": accuracy[1], "integer": accuracy[0], "agreement": agreement, "seconds": seconds}
 
 
 def plain_pass(session: ort.InferenceSession, x: np.ndarray, batch: int = 32) -> np.ndarray:
