@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from torch import nn  # noqa: E402
 
+from bitwright.graph import OpKind  # noqa: E402
 from bitwright.plan import Derived, SharedWith, SiteKind  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 
@@ -76,6 +77,9 @@ def opened(tmp_path: Path, **options: object) -> tuple[QuantSim, QuantSim, dict[
     net = module()
     onnx.save(as_onnx(net), tmp_path / "net.onnx")
     a, b = QuantSim(net, torch.tensor(DATA[:2]), **options), QuantSim(tmp_path / "net.onnx", **options)
+    norms = [[op.attrs for op in sim.graph.ops if op.kind is OpKind.BATCH_NORM] for sim in (a, b)]
+    assert norms[0] == norms[1]
+    assert len(norms[0]) == 3
     a.apply("fold_batch_norm")
     b.apply("fold_batch_norm")
     names = dict(zip(a.graph.inputs, b.graph.inputs, strict=True))
