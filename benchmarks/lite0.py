@@ -156,9 +156,8 @@ def w4() -> None:
     for title, steps in (
         ("nearest, min-max", []),
         ("SeqMSE", [("seq_mse", {})]),
+        ("AdaRound", [("adaround", {})]),
         ("AdaRound, gradient", [("adaround", {"solver": "gradient"})]),
-        ("AdaRound, default", [("adaround", {})]),
-        ("CLE + AdaRound", [CLE, ("adaround", {})]),
     ):
         _, row = recipe(title, steps, weights="int4")
         rows.append(row)
