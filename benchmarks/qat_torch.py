@@ -3,8 +3,9 @@
     apt-get install dataset-fashion-mnist
     python benchmarks/qat_torch.py [--data /usr/share/datasets/fashion-mnist] [--epochs 4]
 
-Prints test accuracy of float, nearest rounding, AdaRound, regular QAT and range learning (both from the same
-calibrated start, same steps, same learning rate), with seconds.
+Prints test accuracy and loss of float, nearest rounding, AdaRound, regular QAT and range learning (both from the same
+calibrated start, same steps, same learning rate of weights), with seconds. The loss tells two ways of training apart
+sooner than the accuracy, whose standard deviation over 10,000 images is 0.3 points.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from bitwright.quantsim import QuantSim
+from bitwright_torch import parameter_groups
 
 
 class DepthwiseNet(nn.Module):
@@ -49,12 +51,13 @@ def read(folder, split):
     return torch.tensor((images.astype(np.float32) / 255 - 0.286) / 0.353), torch.tensor(labels.astype(np.int64))
 
 
-def train(model, data, epochs, rate, decay=0.0):
+def train(model, data, epochs, rate, seed=0, grid_factor=5.0):
     x, y = data
-    optimizer = torch.optim.Adam(model.parameters(), rate, weight_decay=decay)
+    optimizer = torch.optim.Adam(parameter_groups(model, rate, grid_factor=grid_factor))
     batches = -(-len(x) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
-    generator = torch.Generator().manual_seed(0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * batches)
+    generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
         for chosen in torch.randperm(len(x), generator=generator).split(128):
@@ -70,9 +73,11 @@ def train(model, data, epochs, rate, decay=0.0):
 
 
 @torch.inference_mode()
-def accuracy(model, data):
-    hits = [(model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(500), data[1].split(500), strict=True)]
-    return 100 * float(torch.stack(hits).sum()) / len(data[1])
+def measured(model, data):
+    """Accuracy in percent, mean cross-entropy."""
+    outputs = torch.cat([model(x) for x in data[0].split(500)])
+    hits = (outputs.argmax(1) == data[1]).float().mean()
+    return 100 * float(hits), float(nn.functional.cross_entropy(outputs, data[1]))
 
 
 def main():
@@ -81,6 +86,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
     parser.add_argument("--limit", type=int, default=60000)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--grid-factor", type=float, default=5.0, help="learning rate of learned grids to weights'")
+    parser.add_argument("--seed", type=int, default=0, help="order of the images in QAT")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -91,7 +98,8 @@ def main():
 
     def say(what, model):
         nonlocal begin
-        print(f"{what:24} {accuracy(model, test):6.2f} %  {time.perf_counter() - begin:6.1f} s", flush=True)
+        accuracy, loss = measured(model, test)
+        print(f"{what:30} {accuracy:6.2f} %  loss {loss:.4f}  {time.perf_counter() - begin:6.1f} s", flush=True)
         begin = time.perf_counter()
 
     model = train(DepthwiseNet(), training, max(options.epochs * 3 // 2, 1), 5e-3)
@@ -109,7 +117,8 @@ def main():
     say("PTQ, AdaRound", sim.model)
     for name, learned in (("regular QAT", False), ("range learning", True)):
         sim = opened().calibrate(calibration)
-        train(sim.trainable(range_learning=learned), training, options.epochs, options.rate)
+        model_in_training = sim.trainable(range_learning=learned)
+        train(model_in_training, training, options.epochs, options.rate, options.seed, options.grid_factor)
         sim.take()
         say(name, sim.model)
         sim.apply("batch_norm_reestimation", list(training[0][:8192].split(512))).calibrate(calibration)

@@ -1,7 +1,8 @@
 """The PyTorch backend: torch.export captures, the captured graph runs with the user's own parameters.
 
 `capture(module, sample, …)` gives the model form that `bitwright.QuantSim` takes as it is, with options that QuantSim
-doesn't have: free dimensions, and the names of submodules to capture.
+doesn't have: free dimensions, and the names of submodules to capture. `parameter_groups(model, rate)` gives an
+optimizer the learned grids of range learning at a rate of their own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
     from bitwright_torch.backend import capture_model as capture
     from bitwright_torch.capturing import CaptureNotice
     from bitwright_torch.model import CapturedModel
+    from bitwright_torch.optimizing import parameter_groups
 
-__all__ = ["CaptureNotice", "CapturedModel", "capture"]
+__all__ = ["CaptureNotice", "CapturedModel", "capture", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from bitwright_torch.backend import capture_model
 
         return capture_model
+    if name == "parameter_groups":
+        from bitwright_torch.optimizing import parameter_groups
+
+        return parameter_groups
     if name == "CapturedModel":
         from bitwright_torch.model import CapturedModel
 

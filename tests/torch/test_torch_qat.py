@@ -13,6 +13,7 @@ from bitwright.backend import Training  # noqa: E402
 from bitwright.encoding import encoding_of_weights  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright_torch import parameter_groups  # noqa: E402
 from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
 
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
@@ -100,6 +101,20 @@ def test_frozen_grids_stay_in_range_learning(net: Setup) -> None:
     train(simulation.model, batches(5))
     assert all(simulation.get()[s].equals(net.table[s]) for s in frozen)
     assert not simulation.get()["fc.weight"].equals(net.table["fc.weight"])
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_grids_get_a_learning_rate_of_their_own(net: Setup, mode: Training) -> None:
+    model = torch.nn.Sequential(net.simulation(mode).model)  # as a trainer would wrap it
+    groups = parameter_groups(model, 0.01, grid_factor=4.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups][1:] == [(0.04, 0.0)] * mode.range_learning
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    if mode.range_learning:
+        grids = {n for n, p in model.named_parameters() if any(p is q for q in groups[1]["params"])}
+        assert grids == {n for n, _ in model.named_parameters() if n.endswith(("log_scale", "zero_shift"))}
 
 
 def test_lightning_needs_no_special_code(net: Setup) -> None:
