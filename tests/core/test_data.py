@@ -151,7 +151,7 @@ WRONG = [
     (lambda: [], "the data are empty"),
     (lambda: {"y": X}, "no array for input 'x'; array 'y' is no input of the model"),
     (lambda: {"x": X, "y": X}, "array 'y' is no input of the model; the model's inputs are 'x'"),
-    (lambda: X[..., :3], r"input 'x': shape \[10, 3, 3\], but the model takes \[\?, 3, 4\] \(axis 2\)"),
+    (lambda: X[..., :3], r"input 'x': shape \[8, 3, 3\], but the model takes \[\?, 3, 4\] \(axis 2\)"),
     (lambda: X[0], r"shape \[3, 4\], but the model takes \[\?, 3, 4\]; add a samples axis in front, x\[None\]"),
     (lambda: bad(np.nan), r"input 'x': NaN values in sample 7 \(1 such\)"),
     (lambda: bad(np.inf), "infinite values in sample 7"),

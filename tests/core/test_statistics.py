@@ -10,7 +10,7 @@ from bitwright.errors import InputError
 from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic
 from bitwright.statistics.base import Statistic
 
-FLOATS = st.floats(-(2.0**60), 2.0**60, width=32)
+FLOATS = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 
 
 def batches(seed=0, count=5, shape=(4, 3, 5)):
@@ -130,6 +130,14 @@ def test_every_value_lies_in_the_bin_that_counts_it(x, precision):
     for a, b, n in zip(low, high, count, strict=True):
         inside = (flushed >= a) & (flushed <= b)
         assert inside.sum() >= n
+
+
+def test_subnormal_values_count_as_zero():
+    h = HistogramStatistic()
+    h.update(np.array([1e-45, -1e-40, 0.0, 1.0], np.float32))
+    bins = h.bins()
+    assert h.total == bins.count.sum() == 4
+    assert bins.count[0][(bins.low[0] <= 0) & (bins.high[0] >= 0)].sum() == 3
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
