@@ -57,11 +57,8 @@ class LayerMoments:
             np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
         ]
 
-        self._residual: list[Moments] = (
-            [np.zeros(s) for s in (*[(residual_outputs, features)] * 2, residual_outputs, residual_outputs)]
-            if residual_outputs
-            else []
-        )
+        shapes = [(residual_outputs, features)] * 2 + [(residual_outputs,)] * 2 if residual_outputs else []
+        self._residual: list[Moments] = [np.zeros(shape) for shape in shapes]
 
     @staticmethod
     def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
