@@ -155,9 +155,8 @@ def w4() -> None:
     rows = []
     for title, steps in (
         ("nearest, min-max", []),
-        ("SeqMSE", [("seq_mse", {})]),
         ("AdaRound", [("adaround", {})]),
-        ("AdaRound, gradient", [("adaround", {"solver": "gradient"})]),
+        ("SeqMSE", [("seq_mse", {})]),
     ):
         _, row = recipe(title, steps, weights="int4")
         rows.append(row)
