@@ -30,6 +30,17 @@ def bypass_constant_identities(graph: ir.Graph) -> None:
                 graph.remove(node, safe=True)
 
 
+def cast_to_known_types(graph: ir.Graph) -> None:
+    """Turn CastLike into Cast where the type is known, so that constants don't seem to depend on activations."""
+    for node in graph:
+        if node.domain == "" and node.op_type == "CastLike" and len(node.inputs) == 2:
+            like = node.inputs[1]
+            if like is not None and like.dtype is not None:
+                node.op_type = "Cast"
+                node.attributes.add(ir.AttrInt64("to", int(like.dtype)))
+                node.resize_inputs(1)
+
+
 def fold_static_shapes(graph: ir.Graph) -> bool:
     """Replace Shape and Size of tensors whose shape is fully known."""
     changed = False

@@ -15,7 +15,12 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bitwright.errors import ModelError
-from bitwright_onnx.folding import bypass_constant_identities, fold_constants, fold_static_shapes
+from bitwright_onnx.folding import (
+    bypass_constant_identities,
+    cast_to_known_types,
+    fold_constants,
+    fold_static_shapes,
+)
 from bitwright_onnx.opset import MINIMUM_OPSET, raise_opset
 from bitwright_onnx.rewrites import rewrite
 from bitwright_onnx.session import compile_session
@@ -48,6 +53,7 @@ def normalize(model: ir.Model) -> ir.Model:
     for _ in range(3):
         infer_shapes(model)
         bypass_constant_identities(model.graph)
+        cast_to_known_types(model.graph)
         if not (fold_static_shapes(model.graph) | fold_constants(model)):
             break
     _ask_runtime_for_types(model)

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
 from bitwright.errors import InputError, ModelError
+from bitwright.graph import ParamRole
 from bitwright.statistics.base import Tap
 from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.opset import opset_of, raise_opset
@@ -334,3 +335,17 @@ def test_bytes_of_a_model_are_adopted():
     x = b.image(2, 3, 6)
     session = OrtSession(model, [Tap("y")])
     np.testing.assert_allclose(session.run({"x": x})[Tap("y")], b.run(b.mlp(), {"x": x})[0], atol=1e-6)
+
+
+def test_a_bias_that_exporters_spell_by_cast_and_expand_is_a_parameter():
+    m = b.ModelBuilder(18)
+    m.input("x", ["N", 3, 8, 8])
+    m.node("CastLike", [m.const("zero", np.float32(0.25)), "x"], "zero_like")
+    m.node("Expand", ["zero_like", m.const("four", np.array([4], np.int64))], "bias")
+    m.node("Conv", ["x", m.weight("w", 4, 3, 3, 3), "bias"], "y")
+    m.output("y", None)
+    backend = OnnxBackend()
+    model = backend.adopt(m.build())
+    (op,) = backend.graph(model).linear_ops
+    bias = op.params[ParamRole.BIAS]
+    assert np.array_equal(backend.read(model, [bias])[bias], np.full(4, 0.25, np.float32))
