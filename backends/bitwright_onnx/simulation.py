@@ -29,7 +29,7 @@ from bitwright.backend import Array, Batch
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, EncodingError, ModelError
 from bitwright.graph import Graph, Param, TensorId
-from bitwright.plan import Float, Plan, SiteId, SiteKind
+from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_onnx.lowering import Lowering, fake_quantized, moved_from
 from bitwright_onnx.opset import raise_opset
@@ -105,21 +105,7 @@ class OnnxSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        changes: dict[SiteId, Encoding | None] = {}
-        for site, encoding in encodings.items():
-            if site not in self._plan:
-                raise EncodingError(f"the plan has no site {site!r} to put an encoding on")
-            root = self._plan.root(site)
-            decision = self._plan[root].decision
-            if isinstance(decision, Float):
-                if encoding is not None:
-                    raise EncodingError(f"{site!r} stays in float ({decision.reason}) and takes no encoding")
-                continue
-            if encoding is not None:
-                self._check(site, encoding)
-            if root == site or root not in encodings:
-                changes[root] = encoding
-        for root, encoding in changes.items():
+        for root, encoding in self._plan.by_root(encodings, self._check).items():
             if encoding is None:
                 self._table.pop(root, None)
             else:

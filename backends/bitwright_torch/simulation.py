@@ -23,7 +23,7 @@ from bitwright.errors import EncodingError
 from bitwright.gradients import Groups
 from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.grid import PerTensor
-from bitwright.plan import Derived, Float, Plan, SiteId, SiteKind
+from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.fake_quant import FakeQuantize
@@ -170,21 +170,7 @@ class TorchSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        changes: dict[SiteId, Encoding | None] = {}
-        for site, encoding in encodings.items():
-            if site not in self._plan:
-                raise EncodingError(f"the plan has no site {site!r} to put an encoding on")
-            root = self._plan.root(site)
-            decision = self._plan[root].decision
-            if isinstance(decision, Float):
-                if encoding is not None:
-                    raise EncodingError(f"{site!r} stays in float ({decision.reason}) and takes no encoding")
-                continue
-            if encoding is not None:
-                self._check(site, encoding)
-            if root == site or root not in encodings:
-                changes[root] = encoding
-        for root, encoding in changes.items():
+        for root, encoding in self._plan.by_root(encodings, self._check).items():
             if root in self._quantizers:
                 operand = self._parameters.get(root) if self._plan[root].kind is SiteKind.PARAMETER else None
                 with torch.no_grad():

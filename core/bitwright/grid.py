@@ -270,7 +270,8 @@ def fake_quantize(
     """`dequantize(quantize(x))` in one float32 pass, bit-equal to the two steps for grids of up to 16 bits."""
     if grid.steps >= 2**24:
         return dequantize(quantize(x, scale, zero_point, grid), scale, zero_point)
-    q = np.divide(x, scale, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
+        q = np.divide(x, scale, dtype=np.float32)
     q = np.rint(q, out=q) if isinstance(q, np.ndarray) else np.rint(q)
     zero = np.asarray(zero_point, np.float32)
     q = np.clip(q, grid.qmin - zero, grid.qmax - zero)

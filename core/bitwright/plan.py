@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import TypeVar
 
 from bitwright.errors import EncodingError
 from bitwright.graph import OpId, ParamRole
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
 
+E = TypeVar("E")
 SiteId = str
 """A tensor id or a parameter id; backends keep the two sets disjoint."""
 
@@ -152,6 +154,36 @@ class Plan(Mapping[SiteId, Site]):
 
     def _own(self, kind: SiteKind) -> tuple[SiteId, ...]:
         return tuple(s for s, x in self._sites.items() if x.kind is kind and isinstance(x.decision, QuantSpec))
+
+    def by_root(
+        self, encodings: Mapping[SiteId, E | None], check: Callable[[SiteId, E], None]
+    ) -> dict[SiteId, E | None]:
+        """What a simulation is to install, by the root site that holds each encoding; None bypasses.
+
+        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
+
+        Args:
+            encodings: by site, as `Simulation.set` takes them.
+            check: raises where an encoding doesn't fit its site; called for each before anything is installed.
+
+        Raises:
+            EncodingError: unknown site, or one that stays in float.
+        """
+        changes: dict[SiteId, E | None] = {}
+        for site, encoding in encodings.items():
+            if site not in self._sites:
+                raise EncodingError(f"the plan has no site {site!r} to put an encoding on")
+            root = self.root(site)
+            decision = self._sites[root].decision
+            if isinstance(decision, Float):
+                if encoding is not None:
+                    raise EncodingError(f"{site!r} stays in float ({decision.reason}) and takes no encoding")
+                continue
+            if encoding is not None:
+                check(site, encoding)
+            if root == site or root not in encodings:
+                changes[root] = encoding
+        return changes
 
     def tied(self, root: SiteId) -> tuple[SiteId, ...]:
         """All sites that use `root`'s encoding, itself first."""
