@@ -250,7 +250,8 @@ def quantize(
     if grid.steps >= 2**24:
         wide = np.rint(np.divide(x, scale, dtype=np.float64))
         return np.asarray(np.clip(wide + zero_point, grid.qmin, grid.qmax), np.int32)
-    q = np.asarray(np.divide(x, scale, dtype=np.float32))
+    with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
+        q = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(q, out=q)
     q = q + np.asarray(zero_point, np.float32)
     return np.asarray(np.clip(q, grid.qmin, grid.qmax), np.int32)
