@@ -1,7 +1,7 @@
 """bitwright: simulate, improve and export quantized neural networks.
 
-What a user starts from is here and imported on first use: `QuantSim`, `RunDirectory`, `validate`,
-and the module `registry`.
+What a user starts from is here and imported on first use: `QuantSim`, `RunDirectory`, `validate`, the module
+`registry`, and every tool by its name (`auto_quantize`, `quant_analyzer`, …).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def __getattr__(name: str) -> Any:
     homes = {"QuantSim": "quantsim", "RunDirectory": "runs", "validate": "validation"}
     if module := homes.get(name):
         return getattr(import_module(f"bitwright.{module}"), name)
+    if not name.startswith("_") and name in (registry := import_module("bitwright.registry")).tools():
+        return registry.tool(name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
 
 

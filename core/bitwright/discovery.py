@@ -18,14 +18,22 @@ from pluggy import PluginManager
 import bitwright
 from bitwright import hookspecs
 from bitwright.errors import PluginError
-from bitwright.hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo
+from bitwright.hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo, ToolInfo
 
-DEFAULT_PLUGINS = ("bitwright_onnx.plugin", "bitwright_torch.plugin", "bitwright_techniques.plugin")
-"""The built-in plugins; they take the same two hooks as everyone's."""
+DEFAULT_PLUGINS = (
+    "bitwright_onnx.plugin",
+    "bitwright_torch.plugin",
+    "bitwright_keras.plugin",
+    "bitwright_tensorflow.plugin",
+    "bitwright_techniques.plugin",
+    "bitwright_search.plugin",
+    "bitwright_analysis.plugin",
+)
+"""The built-in plugins; they take the same hooks as everyone's."""
 
-Info = BackendInfo | TechniqueInfo
+Info = BackendInfo | TechniqueInfo | ToolInfo
 I_co = TypeVar("I_co", bound=Info, covariant=True)
-I = TypeVar("I", BackendInfo, TechniqueInfo)  # noqa: E741
+I = TypeVar("I", BackendInfo, TechniqueInfo, ToolInfo)  # noqa: E741
 State = Literal["ok", "missing framework", "failed", "blocked"]
 
 
@@ -64,7 +72,7 @@ class PluginStatus:
         distribution, version: what was installed.
         state: "ok", "missing framework", "failed" or "blocked" (by BITWRIGHT_PLUGINS).
         reason: why it isn't ok, and the way out.
-        backends, techniques: names that it provides.
+        backends, techniques, tools: names that it provides.
         traceback: of the failure, where there was an exception.
     """
 
@@ -75,6 +83,7 @@ class PluginStatus:
     reason: str
     backends: tuple[str, ...]
     techniques: tuple[str, ...]
+    tools: tuple[str, ...] = ()
     traceback: str = ""
 
 
@@ -141,7 +150,7 @@ class Catalogue:
 
 
 def _word(kind: type[Any]) -> str:
-    return "backend" if kind is BackendInfo else "technique"
+    return {BackendInfo: "backend", TechniqueInfo: "technique"}.get(kind, "tool")
 
 
 def import_dotted(dotted: str) -> Any:
@@ -209,6 +218,7 @@ def _read(catalogue: Catalogue, manager: PluginManager, owner: Owner, load: Call
         for hook, kind in (
             (manager.hook.register_backends, BackendInfo),
             (manager.hook.register_techniques, TechniqueInfo),
+            (manager.hook.register_tools, ToolInfo),
         ):
             for implementation in hook.get_hookimpls():
                 if implementation.plugin is plugin:

@@ -1,11 +1,11 @@
-"""The whole plugin surface: two hooks that return light descriptors, and the markers to implement them.
+"""The whole plugin surface: three hooks that return light descriptors, and the markers to implement them.
 
 A distribution names a module in the entry-point group ``bitwright``::
 
     [project.entry-points.bitwright]
     lsq = "bitwright_lsq.plugin"
 
-and that module, which must import no framework, implements one or both hooks::
+and that module, which must import no framework, implements one or more of the hooks::
 
     from bitwright.hookspecs import TechniqueInfo, hookimpl
 
@@ -90,6 +90,28 @@ class TechniqueInfo:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ToolInfo:
+    """What works on whole models, by running many simulations: a search, an analysis. Not a recipe's step.
+
+    Attributes:
+        name: what `registry.tool` and ``bitwright.<name>`` call it.
+        summary: one line.
+        factory: the tool itself, a callable whose first argument is a model or a `QuantSim`; ``"package.module:name"``.
+        command: its command of ``bitwright``: a dotted function with Typer annotations; empty where it has none.
+            Its module must be light: what is heavy is imported within.
+        command_name: what the command line calls it; the tool's name with hyphens if empty.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    factory: str
+    command: str = ""
+    command_name: str = ""
+    api: int = 1
+
+
 @hookspec
 def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
     """Return the backends that this distribution provides. Must not import a framework."""
@@ -98,3 +120,8 @@ def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
 @hookspec
 def register_techniques() -> Iterable[TechniqueInfo]:  # type: ignore[empty-body]
     """Return the techniques that this distribution provides. Must not import a framework."""
+
+
+@hookspec
+def register_tools() -> Iterable[ToolInfo]:  # type: ignore[empty-body]
+    """Return the tools that this distribution provides. Must not import a framework."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,11 +29,11 @@ from bitwright.discovery import (
     import_dotted,
 )
 from bitwright.errors import InputError, MissingExtraError, PluginError
-from bitwright.hookspecs import BackendInfo, TechniqueInfo
+from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
 from bitwright.technique import Settings, Technique
 
 __all__ = ["PluginStatus", "PluginWarning", "Registry", "add", "backend", "backend_for_model", "backend_for_path",
-           "backends", "default_registry", "model_file", "plugins", "technique", "techniques"]  # fmt: skip
+           "backends", "default_registry", "model_file", "plugins", "technique", "techniques", "tool", "tools"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -78,6 +78,15 @@ class Registry:
         self._catalogue.refuse_conflicts(TechniqueInfo)
         return {d.info.name: d.info for d in self._catalogue.of(TechniqueInfo)}
 
+    def tools(self) -> Mapping[str, ToolInfo]:
+        """Every usable tool's descriptor, by name.
+
+        Raises:
+            PluginError: two distributions register the same name.
+        """
+        self._catalogue.refuse_conflicts(ToolInfo)
+        return {d.info.name: d.info for d in self._catalogue.of(ToolInfo)}
+
     def plugins(self) -> tuple[PluginStatus, ...]:
         """The state of every plugin: "ok", "missing framework", "failed" or "blocked", with the reason."""
         return tuple(self._status(owner) for owner in self._catalogue.owners)
@@ -93,6 +102,7 @@ class Registry:
             owner.name, owner.distribution, owner.version, state, reason,
             tuple(d.info.name for d in mine if isinstance(d.info, BackendInfo)),
             tuple(d.info.name for d in mine if isinstance(d.info, TechniqueInfo)),
+            tuple(d.info.name for d in mine if isinstance(d.info, ToolInfo)),
             owner.traceback,
         )  # fmt: skip
 
@@ -133,6 +143,19 @@ class Registry:
         if not (inspect.isclass(model) and issubclass(model, Settings)):
             raise PluginError(f"the settings of technique {name!r} must be a subclass of bitwright.technique.Settings")
         return model
+
+    def tool(self, name: str) -> Callable[..., Any]:
+        """The tool of that name, a callable.
+
+        Raises:
+            PluginError: unknown, registered twice, or its module doesn't provide it.
+        """
+        descriptor = self._catalogue.find(ToolInfo, name)
+        made: Any = import_dotted(descriptor.info.factory)
+        if not callable(made):
+            raise PluginError(f"tool {name!r} of {descriptor.owner.title} can't be called: {descriptor.info.factory}")
+        found: Callable[..., Any] = made
+        return found
 
     def backend_info(self, name: str) -> BackendInfo:
         """The descriptor of a backend.
@@ -247,7 +270,7 @@ class Registry:
         Raises:
             PluginError: the name belongs to an installed plugin, or the class lacks what the protocol asks.
         """
-        info = item if isinstance(item, BackendInfo | TechniqueInfo) else _describe(item)
+        info = item if isinstance(item, BackendInfo | TechniqueInfo | ToolInfo) else _describe(item)
         self._instances.pop((type(info).__name__, info.name), None)
         admit(self._catalogue, info)
         return item
@@ -333,6 +356,16 @@ def backend_for_model(model: object) -> Backend[Any]:
 def backend_for_path(path: str | Path) -> Backend[Any]:
     """`Registry.backend_for_path` of the default registry."""
     return default_registry().backend_for_path(path)
+
+
+def tools() -> Mapping[str, ToolInfo]:
+    """`Registry.tools` of the default registry."""
+    return default_registry().tools()
+
+
+def tool(name: str) -> Callable[..., Any]:
+    """`Registry.tool` of the default registry."""
+    return default_registry().tool(name)
 
 
 def add(item: T) -> T:

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 import bitwright
-from bitwright.cli import doctor, encodings, listings, quantize, verify
+from bitwright.cli import complain, doctor, encodings, listings, quantize, verify
+from bitwright.discovery import import_dotted
+from bitwright.registry import default_registry
 
 app = typer.Typer(
     name="bitwright",
@@ -37,3 +39,16 @@ app.command("targets")(listings.targets)
 app.command("techniques")(listings.techniques)
 app.command("plugins")(listings.plugins)
 app.command("doctor")(doctor.doctor)
+
+
+def _add_tools() -> None:
+    """The commands that tools bring; one that can't be imported is named and left out."""
+    for info in default_registry().tools().values():
+        if info.command:
+            try:
+                app.command(info.command_name or info.name.replace("_", "-"))(import_dotted(info.command))
+            except Exception as error:
+                complain(f"warning: tool {info.name!r} has no command: {type(error).__name__}: {error}")
+
+
+_add_tools()

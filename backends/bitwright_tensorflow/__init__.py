@@ -1,0 +1,1 @@
+"""The TensorFlow backend: graphs of v1 sessions, SavedModels, concrete functions and frozen files."""

@@ -1,0 +1,1 @@
+"""Where quantization hurts and why: analysis, visualization, dumps and comparison."""

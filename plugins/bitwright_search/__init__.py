@@ -1,0 +1,1 @@
+"""Searches over recipes and precisions: AutoQuant and mixed precision."""
