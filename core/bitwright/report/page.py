@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib import resources
 
 from bitwright.report import charts
 from bitwright.report.model import Cell, LayerRow, RunReport, SiteRow, StepRecord
+from bitwright.report.parts import facts, figure, fold, page, section, size, table, text, tile
 
 
 def render(report: RunReport) -> str:
@@ -20,18 +20,7 @@ def render(report: RunReport) -> str:
         _sites(report.sites),
         _about(report),
     ]
-    title = escape(f"{report.name} on {report.target}")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_asset('style.css')}</style></head><body><main>"
-        f"<header><p class=mark>bitwright</p><h1>{title}</h1><p class=sub>{escape(_subtitle(report))}</p></header>"
-        f"{''.join(sections)}</main><script>{_asset('page.js')}</script></body></html>\n"
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("bitwright.report").joinpath(name).read_text(encoding="utf-8")
+    return page(f"{report.name} on {report.target}", _subtitle(report), sections)
 
 
 def _subtitle(report: RunReport) -> str:
@@ -47,16 +36,16 @@ def _overview(report: RunReport) -> str:
     if report.accuracy:
         points = 100 * (report.accuracy.simulated - report.accuracy.float_model)
         tiles += [
-            _tile("Float top-1", f"{report.accuracy.float_model:.2%}", f"{report.accuracy.samples} samples"),
-            _tile("Simulated top-1", f"{report.accuracy.simulated:.2%}", f"{points:+.2f} points"),
-            _tile("Same class", f"{report.accuracy.agreement:.2%}", "simulation and float"),
+            tile("Float top-1", f"{report.accuracy.float_model:.2%}", f"{report.accuracy.samples} samples"),
+            tile("Simulated top-1", f"{report.accuracy.simulated:.2%}", f"{points:+.2f} points"),
+            tile("Same class", f"{report.accuracy.agreement:.2%}", "simulation and float"),
         ]
     model = report.model
     tiles += [
-        _tile("Parameters", _bytes(model.quantized_bytes), f"from {_bytes(model.float_bytes)}"),
-        _tile("Quantized", f"{report.count('quantized')}", f"of {len(report.sites)} sites"),
-        _tile("Shared or derived", f"{report.count('shared') + report.count('derived')}", "follow another site"),
-        _tile("Float", f"{report.count('float')}", "sites, reasons below"),
+        tile("Parameters", size(model.quantized_bytes), f"from {size(model.float_bytes)}"),
+        tile("Quantized", f"{report.count('quantized')}", f"of {len(report.sites)} sites"),
+        tile("Shared or derived", f"{report.count('shared') + report.count('derived')}", "follow another site"),
+        tile("Float", f"{report.count('float')}", "sites, reasons below"),
     ]
     note = ""
     if model.opaque_ops:
@@ -64,21 +53,17 @@ def _overview(report: RunReport) -> str:
     return f'<section><div class="tiles">{"".join(tiles)}</div>{note}</section>'
 
 
-def _tile(label: str, value: str, below: str) -> str:
-    return f"<div class=tile><p>{escape(label)}</p><strong>{escape(value)}</strong><p>{escape(below)}</p></div>"
-
-
 def _step(number: int, step: StepRecord) -> str:
-    chosen = ", ".join(f"{k} {_text(v)}" for k, v in step.settings.items())
+    chosen = ", ".join(f"{k} {text(v)}" for k, v in step.settings.items())
     parts = [f"<p>{escape(step.summary)}</p>"]
     if chosen:
         parts.append(f"<p class=note>{escape(chosen)}</p>")
     if step.figures:
-        parts.append(_facts({k: _text(v) for k, v in step.figures.items()}))
+        parts.append(facts({k: text(v) for k, v in step.figures.items()}))
     parts.append(_step_chart(step))
     if step.rows:
-        parts.append(_fold(f"{len(step.rows)} rows", _table(step.columns, step.rows)))
-    return _section(f"Step {number}: {step.technique}", "".join(parts))
+        parts.append(fold(f"{len(step.rows)} rows", table(step.columns, step.rows)))
+    return section(f"Step {number}: {step.technique}", "".join(parts))
 
 
 def _step_chart(step: StepRecord) -> str:
@@ -93,10 +78,10 @@ def _step_chart(step: StepRecord) -> str:
         if old and new and min(*old, *new) >= 0:
             plot = charts.pairs(label, old, new, charts.log_axis([*old, *new]))
             key = f"{escape(step.columns[before])} (grey) and {escape(step.columns[after])} (blue), logarithmic"
-            return _figure(plot, key)
+            return figure(plot, key)
     elif loss is not None and (values := _numbers(step.rows, loss)) and min(values) >= 0:
         plot = charts.bars(label, [*values], charts.log_axis(values))
-        return _figure(plot, f"{escape(step.columns[loss])} of each row, logarithmic")
+        return figure(plot, f"{escape(step.columns[loss])} of each row, logarithmic")
     return ""
 
 
@@ -119,21 +104,19 @@ def _weights(layers: Sequence[LayerRow]) -> str:
         axis = charts.linear_axis(min(0.0, *shown), max(shown), " dB")
         caption = "Signal to rounding noise of each weight. A gap: the weights lie on their grid already."
         parts.append(
-            _figure(charts.bars(labels, [max(v, 0.0) if v is not None else None for v in values], axis, " dB"), caption)
+            figure(charts.bars(labels, [max(v, 0.0) if v is not None else None for v in values], axis, " dB"), caption)
         )
     low, high = [row.range_smallest for row in layers], [row.range_largest for row in layers]
     plot = charts.ranges(labels, low, high, charts.log_axis([*low, *high]), [row.range_median for row in layers])
-    parts.append(
-        _figure(plot, "Largest weight of a channel: smallest to largest channel, and the median. Logarithmic.")
-    )
+    parts.append(figure(plot, "Largest weight of a channel: smallest to largest channel, and the median. Logarithmic."))
     columns = ("Layer", "Type", "Shape", "Quantizer", "Smallest", "Median", "Largest channel", "SQNR dB")
     rows = [
         (r.op, r.type, " × ".join(map(str, r.shape)), r.quantizer, r.range_smallest, r.range_median, r.range_largest,
          "exact" if r.sqnr_db is None else r.sqnr_db)
         for r in layers
     ]  # fmt: skip
-    parts.append(_fold(f"{len(layers)} layers", _table(columns, rows)))
-    return _section("Weights", "".join(parts))
+    parts.append(fold(f"{len(layers)} layers", table(columns, rows)))
+    return section("Weights", "".join(parts))
 
 
 def _activations(sites: Sequence[SiteRow]) -> str:
@@ -143,7 +126,7 @@ def _activations(sites: Sequence[SiteRow]) -> str:
     lows, highs = [float(s.low or 0) for s in shown], [float(s.high or 0) for s in shown]
     plot = charts.ranges([s.site for s in shown], lows, highs, charts.symlog_axis([*lows, *highs]))
     caption = "Range of each activation's grid, in the order of the network. Logarithmic away from zero."
-    return _section("Activations", _figure(plot, caption))
+    return section("Activations", figure(plot, caption))
 
 
 def _sites(sites: Sequence[SiteRow]) -> str:
@@ -151,17 +134,17 @@ def _sites(sites: Sequence[SiteRow]) -> str:
     rows = [
         (s.site, s.kind, s.op, s.decision, s.detail, s.low, s.high, _scale(s), s.zero_point, s.source) for s in sites
     ]
-    return _section("Every site", _table(columns, rows))
+    return section("Every site", table(columns, rows))
 
 
 def _scale(site: SiteRow) -> Cell:
     if site.scale_smallest == site.scale_largest:
         return site.scale_smallest
-    return f"{_text(site.scale_smallest)} … {_text(site.scale_largest)}"
+    return f"{text(site.scale_smallest)} … {text(site.scale_largest)}"
 
 
 def _about(report: RunReport) -> str:
-    facts = {
+    known = {
         "Target": report.target,
         "Weights": report.weights or "the target's",
         "Activations": report.activations or "the target's",
@@ -169,57 +152,11 @@ def _about(report: RunReport) -> str:
     }
     if report.calibration:
         data = report.calibration
-        facts["Calibration"] = f"{data.samples} samples of {data.source}, batches of {data.batch_size}, {data.scheme}"
-        facts["Data fingerprint"] = data.fingerprint
-    facts |= {f"Input {name}": shape for name, shape in report.model.inputs.items()}
-    facts |= {f"Output {name}": shape for name, shape in report.model.outputs.items()}
-    facts |= {f"Time: {stage}": f"{value:.1f} s" for stage, value in report.seconds.items()}
-    facts |= {f"File: {purpose}": file for purpose, file in report.files.items()}
-    facts |= report.versions
-    return _section("About this run", _facts(facts))
-
-
-# -- parts
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _figure(plot: str, caption: str) -> str:
-    return f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"
-
-
-def _fold(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    return f"<dl>{''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in facts.items())}</dl>"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    head = "".join(f"<th scope=col>{escape(c)}</th>" for c in columns)
-    body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in rows)
-    return f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(value: Cell) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td class="n" data-v="{value!r}">{escape(_text(value))}</td>'
-    return f"<td>{escape(_text(value))}</td>"
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
+        known["Calibration"] = f"{data.samples} samples of {data.source}, batches of {data.batch_size}, {data.scheme}"
+        known["Data fingerprint"] = data.fingerprint
+    known |= {f"Input {name}": shape for name, shape in report.model.inputs.items()}
+    known |= {f"Output {name}": shape for name, shape in report.model.outputs.items()}
+    known |= {f"Time: {stage}": f"{value:.1f} s" for stage, value in report.seconds.items()}
+    known |= {f"File: {purpose}": file for purpose, file in report.files.items()}
+    known |= report.versions
+    return section("About this run", facts(known))

@@ -1,0 +1,87 @@
+"""The parts that every report page is put together from: frame, sections, tables, tiles. Every value is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+
+from bitwright.report.model import Cell
+
+
+def page(title: str, subtitle: str, sections: Iterable[str], *, head: str = "", script: str = "") -> str:
+    """One HTML file that needs nothing else: styles and script are inside.
+
+    Args:
+        title, subtitle: plain text.
+        sections: HTML, in order.
+        head: further HTML for the head, such as a plotting library's scripts.
+        script: further JavaScript, run after the page's own.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{asset('style.css')}</style>{head}</head><body><main>"
+        f"<header><p class=mark>bitwright</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p></header>"
+        f"{''.join(sections)}</main><script>{asset('page.js')}{script}</script></body></html>\n"
+    )
+
+
+def asset(name: str) -> str:
+    """A file of this package, as text."""
+    return resources.files("bitwright.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def tile(label: str, value: str, below: str) -> str:
+    """A figure with a label above and a remark below; plain text."""
+    return f"<div class=tile><p>{escape(label)}</p><strong>{escape(value)}</strong><p>{escape(below)}</p></div>"
+
+
+def section(title: str, content: str) -> str:
+    """A heading, plain text, and what stands under it, HTML."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def figure(plot: str, caption: str) -> str:
+    """A plot with its caption, both HTML."""
+    return f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"
+
+
+def fold(title: str, content: str) -> str:
+    """Content that opens on a click."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
+def facts(named: Mapping[str, str]) -> str:
+    """Names and values in columns."""
+    return f"<dl>{''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in named.items())}</dl>"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table that sorts by a click on a heading, and that scrolls; long ones get a filter."""
+    head = "".join(f"<th scope=col>{escape(c)}</th>" for c in columns)
+    body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in rows)
+    return f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f'<td class="n" data-v="{value!r}">{escape(text(value))}</td>'
+    return f"<td>{escape(text(value))}</td>"
+
+
+def text(value: object) -> str:
+    """A value as a reader wants it: four digits, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def size(count: int) -> str:
+    """A number of bytes in a readable unit."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:.3g} {unit}"
+    return f"{count} B"
