@@ -127,10 +127,9 @@ def main():
 
 def calibration(sim, x):
     """The streaming pass of a calibration: the float network with every site's statistic, over one batch."""
-    from bitwright.calibration import scheme
     from bitwright.collect import collect
     from bitwright.progress import Silent
-    from bitwright.statistics.base import Request
+    from bitwright.ranges import activation_requests
 
     data = sim.open([x])
     session = None
@@ -141,11 +140,7 @@ def calibration(sim, x):
         return session
 
     def run():
-        requests = [
-            Request(f"{s}/{t}", (t,), scheme(sim.plan.scheme_of(s)).statistic(sim.plan.spec(s)))
-            for s in sim.plan.activations
-            for t in sim.plan.observed(s)
-        ]
+        requests = activation_requests(sim.graph, sim.plan, sim.plan.activations)
         collect(requests, open_session, data, progress=Silent())
 
     return run

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Tap
+from bitwright.statistics.base import Reduction, Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.model import CapturedModel, compile_graph, device_of, info, program_of
 from bitwright_torch.modes import is_flag
@@ -55,8 +55,8 @@ class TorchSession:
         part, self._needed = extract(graph, [tensors[t] for t in wanted], sources)
         self._constants = {n: v for n, v in (constants or {}).items() if n in self._needed}
         self._shapes = {info(n).tensor: (info(n).shape, info(n).dtype) for n in sources}
+        _reduce(part, wanted, self.taps)
         self._function = compile_graph(part)
-        self._index = {t: i for i, t in enumerate(wanted)}
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class TorchSession:
         try:
             with torch.inference_mode():
                 values = self._function(self._root, *leaves)
-                return {tap: _handed_out(values[self._index[tap.tensor]], tap) for tap in self.taps}
+                return {tap: value.cpu().numpy() for tap, value in zip(self.taps, values, strict=True)}
         except Exception as error:
             given = ", ".join(f"{n} {np.shape(v)}" for n, v in zip(self._needed, leaves, strict=True))
             raise ModelError(f"running the model on {given} failed: {str(error).splitlines()[0][:300]}") from error
@@ -105,19 +105,38 @@ class TorchSession:
         return tensor.to(device)
 
 
-def _handed_out(value: torch.Tensor, tap: Tap) -> Array:
-    if tap.reduce == "minmax":
-        if tap.axis is None:
-            value = torch.stack(list(torch.aminmax(value)))
+def _reduce(graph: fx.Graph, wanted: Sequence[str], taps: Sequence[Tap]) -> None:
+    """Reduce tensors right after they are computed, while caches hold them, so that none outlives its last reader.
+
+    Args:
+        graph: its output is the list of the wanted tensors; afterwards, of what the taps hand out.
+        wanted: their names.
+        taps: what is asked of them.
+    """
+    nodes: dict[str, fx.Node] = dict(zip(wanted, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+    results = []
+    for tap in taps:
+        node = nodes[tap.tensor]
+        after = last if node.op == "placeholder" else node
+        assert after is not None
+        with graph.inserting_after(after):
+            results.append(graph.call_function(handed_out, (node, tap.reduce, tap.axis, tap.step)))
+    graph.output_node().args = (results,)
+
+
+def handed_out(value: torch.Tensor, reduction: Reduction, axis: int | None, step: int) -> torch.Tensor:
+    """What a tap makes of its tensor, on the tensor's device (see `Tap`)."""
+    if reduction == "minmax":
+        if axis is None:
+            value = torch.stack(torch.aminmax(value))
         else:
-            rows = value.movedim(tap.axis, 0).reshape(value.shape[tap.axis], -1)
+            rows = value.movedim(axis, 0).reshape(value.shape[axis], -1)
             value = torch.stack([rows.amin(1), rows.amax(1)])
-        value = value.float()
-    elif tap.step > 1:
-        value = value.reshape(len(value), -1)[:, :: tap.step]
-    if value.dtype == torch.bfloat16:
-        value = value.float()
-    return value.cpu().numpy()
+        return value.float()
+    if step > 1:
+        value = value.reshape(len(value), -1)[:, ::step].contiguous()
+    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -> tuple[fx.Graph, tuple[str, ...]]:

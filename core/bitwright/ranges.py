@@ -17,6 +17,7 @@ from bitwright.data import Dataset
 from bitwright.edits import SetParams
 from bitwright.encoding import Encoding, EncodingTable, two_level
 from bitwright.errors import EncodingError
+from bitwright.graph import Graph
 from bitwright.grid import Granularity, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId
 from bitwright.statistics.base import Request, Source, Statistic, Tap
@@ -63,13 +64,7 @@ def activation_encodings(
     wanted = [s for s in plan.activations if not (s in encodings and encodings[s].frozen)]
     if not wanted:
         return {}
-    requests = []
-    for site in wanted:
-        spec = plan.spec(site)
-        assert spec is not None
-        statistic = _sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
-        # A grid that several tensors share must cover the values of all of them.
-        requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
+    requests = activation_requests(graph, plan, wanted)
     quantized = quantized_weights(backend, model, encodings)
 
     def open_session(source: Source, taps: Sequence[Tap]) -> Session:
@@ -91,6 +86,18 @@ def activation_encodings(
     # Each site's search is its own, so that threads change nothing but the time.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return dict(zip(wanted, pool.map(encoding, wanted), strict=True))
+
+
+def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> list[Request]:
+    """The statistics that the calibration of these sites takes; keys are site and tensor."""
+    requests = []
+    for site in sites:
+        spec = plan.spec(site)
+        assert spec is not None
+        statistic = _sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
+        # A grid that several tensors share must cover the values of all of them.
+        requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
+    return requests
 
 
 def _sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:
