@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -10,26 +9,22 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import fingerprint, registry, staged
-from bitwright.backend import Backend, Batch, Bundle, Session, Simulation, TrainableSimulation, Training
-from bitwright.collect import collect
+from bitwright import applying
+from bitwright.backend import Batch, Bundle, Simulation, TrainableSimulation, Training
 from bitwright.data import Dataset, open_data
-from bitwright.edits import SetParams
-from bitwright.encoding import Encoding, EncodingTable, Provenance
-from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
-from bitwright.errors import CapabilityError, EncodingError, InputError
+from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import EncodingError, InputError
 from bitwright.graph import Graph, OpId
-from bitwright.layerwise import LayerwiseWalk
+from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.progress import Silent
-from bitwright.ranges import activation_encodings, full_table, guarded, weight_encodings
-from bitwright.runs import MemoryStore, RunDirectory, versions
-from bitwright.staged import Staged
-from bitwright.statistics.base import Source, Statistic, Tap
+from bitwright.ranges import full_table, guarded, weight_encodings
+from bitwright.runs import RunDirectory
+from bitwright.statistics.base import Tap
 from bitwright.target import Target, load_target, target_names
-from bitwright.technique import Context, Outcome, Progress, Report, Store, Technique
+from bitwright.technique import Progress, Report, Technique
 
 
 class QuantSim:
@@ -83,7 +78,7 @@ class QuantSim:
         self.encodings = EncodingTable()
         self._simulation: Simulation[Any] | None = None
         self._training: tuple[TrainableSimulation, Training] | None = None
-        self._refresh()
+        self.refresh()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -99,7 +94,7 @@ class QuantSim:
             "seed": self.seed,
         }
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Rebuild graph and plan after an edit; encodings of sites that are gone go too."""
         known = getattr(self, "graph", None)
         self.graph: Graph = self.backend.graph(self.native)
@@ -144,24 +139,10 @@ class QuantSim:
         params = self.params
         table = EncodingTable(self.encodings.frozen, self.encodings.provenance)
         table = table.merged(weight_encodings(self.plan, params, table))
-        table = table.merged(self._activation_encodings(table, dataset))
+        table = table.merged(applying.calibrated_activations(self, table, dataset))
         self.encodings = guarded(self.plan, table, params)
         self._simulation = None
         return self
-
-    def _activation_encodings(self, table: EncodingTable, dataset: Dataset) -> dict[SiteId, Encoding]:
-        store = self._store(
-            "calibrate", {"schemes": {s: self.plan.scheme_of(s) for s in self.plan.activations}}, table, dataset
-        )
-        done = _stored_encodings(store, self.plan.activations)
-        if done is None:
-            done = activation_encodings(
-                self.backend, self.native, self.plan, self.params, table, dataset, self.progress
-            )
-            for site, encoding in done.items():
-                store.put(f"site/{site}", encoding_arrays(encoding))
-            store.put("sites", {"sites": np.array(list(done), dtype=np.str_)})
-        return done
 
     @property
     def table(self) -> EncodingTable:
@@ -207,7 +188,7 @@ class QuantSim:
         if not partial:
             missing = {s: "float" for s in (*self.plan.activations, *self.plan.parameters) if s not in loaded}
             self.overrides = {**self.overrides, **missing}
-            self._refresh()
+            self.refresh()
         return self.set(loaded, freeze=freeze)
 
     # -- techniques
@@ -225,108 +206,8 @@ class QuantSim:
             CapabilityError: the backend, or the absence of data, doesn't allow it.
             InputError: a setting or the data are invalid.
         """
-        body = registry.technique(technique) if isinstance(technique, str) else technique
-        chosen = _settings(body, settings)
-        self._require(body)
-        dataset = None if data is None else self.open(data)
-        if isinstance(body, Staged) and len(stages := body.stages(self.graph, self.plan, chosen)) > 1:
-            staged.run(self, body, chosen, stages, dataset)
-            return self
-        begin = time.perf_counter()
-        # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
-        base = EncodingTable(self.encodings.frozen, self.encodings.provenance)
-        table = base.merged(weight_encodings(self.plan, self.params, base))
-        store = self._store(body.name, chosen.model_dump(mode="json"), table, dataset)
-        context = Context(
-            graph=self.graph,
-            plan=self.plan,
-            params=self.params,
-            encodings=table,
-            statistics=self._statistics(body, chosen, table, dataset),
-            settings=chosen,
-            walk=None if dataset is None else self._walk(table, dataset, store),
-            store=store,
-            progress=self.progress,
-            seed=self.seed,
-            folded=self.folded,
-        )
-        outcome = body.apply(context)
-        self._take(body, chosen, outcome, store, time.perf_counter() - begin)
+        applying.apply(self, technique, data, settings)
         return self
-
-    def _require(self, technique: Technique) -> None:
-        info = registry.backends().get(self.backend.name)
-        offered = info.capabilities if info is not None else frozenset(technique.requires)
-        if lacking := technique.requires - offered:
-            raise CapabilityError(
-                f"{technique.name} needs {', '.join(sorted(lacking))}, which the {self.backend.name} backend doesn't "
-                "offer; convert the model to a framework that does, or choose another technique"
-            )
-
-    def _statistics(
-        self, technique: Technique, settings: Any, table: EncodingTable, dataset: Dataset | None
-    ) -> Mapping[str, Statistic]:
-        requests = list(technique.statistics(self.graph, self.plan, settings))
-        if dataset is None:
-            requests = [r for r in requests if not r.optional]
-        if not requests:
-            return {}
-        if dataset is None:
-            raise InputError(f"{technique.name} needs calibration data; pass some, for example 250 samples")
-
-        def open_session(source: Source, taps: Any) -> Session:
-            if source == "float":
-                return self.backend.session(self.native, taps)
-            full = table.merged(self._activation_encodings(table, dataset))
-            return self.backend.simulate(self.native, self.plan, full).session(taps)
-
-        return collect(requests, open_session, dataset, progress=self.progress)
-
-    def _walk(self, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:
-        return LayerwiseWalk(
-            self.backend,
-            self.native,
-            self.graph,
-            self.plan,
-            table,
-            dataset,
-            store,
-            self.progress,
-            activations=lambda: table.merged(self._activation_encodings(table, dataset)),
-        )
-
-    def _take(self, technique: Technique, settings: Any, outcome: Outcome, store: Store, seconds: float) -> None:
-        edits = list(outcome.edits)
-        if outcome.params:
-            edits.append(SetParams(dict(outcome.params)))
-        if edits:
-            self.native = self.backend.edit(self.native, edits)
-            # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
-            self.encodings = EncodingTable(self.encodings.frozen, self.encodings.provenance)
-        self.folded.update(outcome.folded)
-        self.encodings = self.encodings.merged(outcome.encodings).recorded(
-            Provenance(technique.name, settings.model_dump(mode="json"), getattr(store, "fingerprint", ""))
-        )
-        self._refresh()
-        figures = {**outcome.report.figures, "seconds": seconds}
-        report = outcome.report
-        self.reports.append((technique.name, Report(report.summary, figures, report.columns, report.rows)))
-
-    def _store(self, step: str, settings: Any, table: EncodingTable, dataset: Dataset | None) -> Store:
-        if self.run is None:
-            return MemoryStore()
-        info = registry.backends().get(self.backend.name)
-        depends = {
-            "backend": versions(info.modules if info is not None else ()),
-            "graph": fingerprint.of_graph(self.graph),
-            "params": fingerprint.of_params(self.params),
-            "plan": fingerprint.of_json([(s, repr(site.decision)) for s, site in self.plan.items()]),
-            "encodings": fingerprint.of_encodings(table),
-            "settings": settings,
-            "data": None if dataset is None else dataset.fingerprint(),
-            "seed": self.seed,
-        }
-        return self.run.step(step, depends)
 
     # -- simulation and export
 
@@ -383,7 +264,7 @@ class QuantSim:
             raise InputError("there is no model in training: call trainable() first")
         encodings = training.learned(self, *self._training)
         self.native, self.encodings = self._training[0].float_model(), encodings
-        self._refresh()
+        self.refresh()
         return self
 
     def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
@@ -443,46 +324,3 @@ class QuantSim:
 
 def _names(graph: Graph) -> set[str]:
     return {op.id for op in graph.ops} | set(graph.tensors) | set(graph.params)
-
-
-def open_model(model: Any, sample: Any = None, name: str | None = None) -> tuple[Backend[Any], Any]:
-    """The backend for a model object or path, and the model in that backend's form.
-
-    Raises:
-        InputError: no such file, or the sample doesn't fit.
-        ModelError: the model can't be opened.
-        PluginError, MissingExtraError: no backend takes it, or its framework isn't installed.
-    """
-    if isinstance(model, (str, Path)):
-        path = Path(model)
-        if not registry.model_file(path).exists():
-            raise InputError(f"there is no file {registry.model_file(path)}")
-        backend = registry.backend(name) if name else registry.backend_for_path(path)
-        return backend, backend.load(path)
-    backend = registry.backend(name) if name else registry.backend_for_model(model)
-    return backend, backend.adopt(model, sample)
-
-
-def _settings(technique: Technique, values: Mapping[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return technique.Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(p) for p in first["loc"]) or "settings"
-        known = ", ".join(technique.Settings.model_fields)
-        raise InputError(f"{technique.name}: {field}: {first['msg']} (settings: {known})") from None
-
-
-def _stored_encodings(store: Store, sites: tuple[SiteId, ...]) -> dict[SiteId, Encoding] | None:
-    index = store.get("sites")
-    if index is None:
-        return None
-    found: dict[SiteId, Encoding] = {}
-    for site in map(str, index["sites"]):
-        arrays = store.get(f"site/{site}")
-        if site not in sites or arrays is None:
-            return None
-        found[site] = encoding_of_arrays(arrays)
-    return found

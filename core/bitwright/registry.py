@@ -1,4 +1,4 @@
-"""Finds backends and techniques: built-in, from installed plugins, or added by hand in a notebook.
+"""Finds backends, techniques and tools: built-in, from installed plugins, or added by hand in a notebook.
 
 Nothing is discovered before the first look-up; the answer is kept. `Registry` is the only caller of the hooks.
 
@@ -32,8 +32,23 @@ from bitwright.errors import InputError, MissingExtraError, PluginError
 from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
 from bitwright.technique import Settings, Technique
 
-__all__ = ["PluginStatus", "PluginWarning", "Registry", "add", "backend", "backend_for_model", "backend_for_path",
-           "backends", "default_registry", "model_file", "plugins", "technique", "techniques", "tool", "tools"]  # fmt: skip
+__all__ = [
+    "PluginStatus",
+    "PluginWarning",
+    "Registry",
+    "add",
+    "backend",
+    "backend_for_model",
+    "backend_for_path",
+    "backends",
+    "default_registry",
+    "model_file",
+    "plugins",
+    "technique",
+    "techniques",
+    "tool",
+    "tools",
+]
 
 T = TypeVar("T")
 
@@ -290,7 +305,8 @@ def _describe(cls: object) -> BackendInfo | TechniqueInfo:
     summary = (inspect.getdoc(item) or item.__name__).splitlines()[0]
     if hasattr(item, "apply") and hasattr(item, "Settings"):
         requires: frozenset[Capability] = getattr(item, "requires", frozenset())
-        return TechniqueInfo(item.name, summary, factory=item, settings=item.Settings, requires=requires)
+        auto = getattr(item, "auto", None)
+        return TechniqueInfo(item.name, summary, factory=item, settings=item.Settings, requires=requires, auto=auto)
     if hasattr(item, "owns") and hasattr(item, "graph"):
         return BackendInfo(item.name, summary, factory=item)
     raise PluginError(

@@ -33,7 +33,7 @@ def run(sim: QuantSim, technique: Any, settings: Settings, stages: Sequence[Sett
             sim.apply(technique, data, **stage.model_dump())
     except BaseException:
         sim.native, sim.encodings, sim.folded, sim.overrides, sim.reports = before
-        sim._refresh()
+        sim.refresh()
         raise
     done = [report for _, report in sim.reports[len(before[-1]) :]]
     figures = {"stages": float(len(done)), "seconds": sum(r.figures.get("seconds", 0.0) for r in done)}

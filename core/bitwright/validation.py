@@ -86,7 +86,7 @@ def validate(
         InputError: the sample doesn't fit the model, or there is no such file.
         TargetError: the target's configuration is invalid.
     """
-    from bitwright.quantsim import open_model
+    from bitwright.opening import open_model
     from bitwright.target import load_target
 
     chosen = load_target(target)
