@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.hookspecs import TechniqueInfo, hookimpl
+from bitwright.hookspecs import AutoStage, TechniqueInfo, hookimpl
 
 
 @hookimpl
@@ -14,22 +14,26 @@ def register_techniques() -> list[TechniqueInfo]:
             "Fold batch normalization into the convolution or linear layer beside it.",
             factory="bitwright_techniques.fold_batch_norm:FoldBatchNorm",
             aliases=("bn_fold",),
+            auto=AutoStage(10, prepares=True),
         ),
         TechniqueInfo(
             "cross_layer_equalization",
             "Equalize channel ranges of consecutive layers, and absorb high biases.",
             factory="bitwright_techniques.cross_layer_equalization:CrossLayerEqualization",
             aliases=("cle",),
+            auto=AutoStage(20),
         ),
         TechniqueInfo(
             "bias_correction",
             "Correct the shift of output means that quantization causes.",
             factory="bitwright_techniques.bias_correction:BiasCorrection",
+            auto=AutoStage(30),
         ),
         TechniqueInfo(
             "adaround",
             "Choose each weight's rounding, up or down, by the layer's output error.",
             factory="bitwright_techniques.adaround:AdaRound",
+            auto=AutoStage(40, weights_only=True),
         ),
         TechniqueInfo(
             "seq_mse",
