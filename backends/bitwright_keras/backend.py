@@ -1,0 +1,150 @@
+"""The Keras backend: models are brought into a normal form, run and trained on whichever Keras backend is active."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch, Bundle, Session, Simulation, Training
+from bitwright.edits import Edit
+from bitwright.encoding import EncodingTable
+from bitwright.errors import InputError
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.plan import Plan
+from bitwright.statistics.base import Tap
+from bitwright_keras.canonical import canonical
+from bitwright_keras.edits import edit_model
+from bitwright_keras.files import load_model, save_model
+from bitwright_keras.model import KerasModel
+from bitwright_keras.normalize import normalize
+from bitwright_keras.params import read_params
+from bitwright_keras.session import KerasSession
+
+
+class KerasBackend:
+    """`bitwright.backend.Backend` and `PartialExecution` for `KerasModel`s."""
+
+    name = "keras"
+
+    def owns(self, model: object) -> bool:
+        """Whether an object is a Keras model."""
+        return isinstance(model, KerasModel | keras.Model)
+
+    def load(self, path: Path, **options: Any) -> KerasModel:
+        """Open a .keras or .h5 file.
+
+        Args:
+            path: the file.
+            options: `custom_objects`: the model's own classes by name; `safe_mode`: False lets Lambda layers run
+                code that the file holds; `sample`: for a subclassed model that isn't built.
+
+        Raises:
+            InputError: no such file, not a Keras model, or an unknown option.
+            ModelError: the model can't be brought into normal form.
+        """
+        if unknown := sorted(set(options) - {"custom_objects", "safe_mode", "sample"}):
+            raise InputError(
+                f"the Keras backend knows no option {unknown[0]!r}; there are custom_objects, safe_mode and sample"
+            )
+        return load_model(Path(path), **options)
+
+    def save(self, model: KerasModel, path: Path) -> Path:
+        """Write a .keras or .h5 file atomically; plain Keras loads it.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        return save_model(model, Path(path))
+
+    def adopt(self, model: object, sample: Any = None) -> KerasModel:
+        """Bring a copy of a Keras model into normal form.
+
+        Args:
+            model: a `keras.Model`; it isn't changed.
+            sample: one batch; only needed for a subclassed model that has never been called.
+
+        Raises:
+            InputError: not a Keras model.
+            ModelError: the model can't be brought into normal form.
+        """
+        if isinstance(model, KerasModel):
+            return model
+        if not isinstance(model, keras.Model):
+            raise InputError(f"a {type(model).__name__} is no Keras model")
+        return normalize(model, sample)
+
+    def graph(self, model: KerasModel) -> Graph:
+        """The canonical graph."""
+        return canonical(model).graph
+
+    def read(self, model: KerasModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Parameter values in canonical layout.
+
+        Raises:
+            ModelError: an id names no float parameter.
+        """
+        return read_params(model, ids)
+
+    def edit(self, model: KerasModel, edits: Sequence[Edit]) -> KerasModel:
+        """A new model with the edits applied in order; layers that stay as they are are shared.
+
+        Raises:
+            ModelError: an edit can't be carried out; the model given is as it was.
+        """
+        return edit_model(model, edits)
+
+    def session(self, model: KerasModel, taps: Sequence[Tap]) -> Session:
+        """Compile the float model to hand out these tensors.
+
+        Raises:
+            ModelError: a tap is unknown.
+        """
+        return KerasSession(model, self.graph(model), taps)
+
+    def segment(self, model: KerasModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Compile only what lies between `feeds` and `taps`.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return KerasSession(model, self.graph(model), taps, feeds)
+
+    def simulate(
+        self, model: KerasModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
+    ) -> Simulation[Any]:
+        """Put fake quantization at the plan's sites; the simulation's model is a `keras.Model`."""
+        from bitwright_keras.simulation import KerasSimulation
+
+        return KerasSimulation(model, plan, encodings, trainable=trainable)
+
+    def export(self, model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write one of `formats()` at `path`.
+
+        Raises:
+            InputError: unknown format, or the file can't be written.
+        """
+        from bitwright_keras.export import export
+
+        return export(model, plan, encodings, path, format)
+
+    def formats(self) -> Mapping[str, str]:
+        """Export formats: name → description."""
+        from bitwright_keras.export import FORMATS
+
+        return dict(FORMATS)
+
+    def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shape (None: free) and dtype of each input."""
+        return {t: (model.specs[t].shape, model.specs[t].dtype) for t in model.inputs}
+
+
+def adopt_batch(model: KerasModel, batch: Batch) -> Any:
+    """A batch by input name, in the structure in which the user's model takes its inputs."""
+    from bitwright_keras.model import substitute
+
+    return substitute(model.call, lambda ref: batch[ref.id])
