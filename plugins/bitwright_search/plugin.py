@@ -8,4 +8,12 @@ from bitwright.hookspecs import ToolInfo, hookimpl
 @hookimpl
 def register_tools() -> list[ToolInfo]:
     """The searches that ship with bitwright."""
-    return []
+    return [
+        ToolInfo(
+            "auto_quantize",
+            "Quantize a model so that it loses no more than an allowed drop.",
+            factory="bitwright_search.auto_quantize:auto_quantize",
+            command="bitwright_search.auto_command:auto",
+            command_name="auto",
+        ),
+    ]

@@ -1,0 +1,215 @@
+"""`auto_quantize`: from a float model and an allowed drop to the quantized network that meets it, or the best there is.
+
+Stages, each run once and stored: prepare (batch-norm folding) and validate; evaluate the float model, weights alone and
+activations alone; calibration schemes; then every technique that takes part, in its order, each on top of the best
+network so far. The first network within the allowed drop ends the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitwright import registry
+from bitwright.calibration import scheme as calibration_scheme
+from bitwright.errors import InputError, ModelError
+from bitwright.grid import PerTensor
+from bitwright.quantsim import QuantSim
+from bitwright.recipe import RecipeLike, read_recipe
+from bitwright.runs import RunDirectory
+from bitwright.technique import Progress, Step
+from bitwright.validation import Validation, validate
+from bitwright_search.auto_advice import advise
+from bitwright_search.auto_result import AutoQuantResult
+from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
+from bitwright_search.evaluation import Mode, read_evaluate
+from bitwright_search.stages import Stages, open_sim, run_of
+
+if TYPE_CHECKING:
+    from bitwright.data import Dataset
+
+
+def auto_quantize(
+    model: Any,
+    calibration: Any,
+    evaluate: Any,
+    *,
+    allowed_drop: float,
+    target: Any = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    sample: Any = None,
+    backend: str | None = None,
+    seed: int | None = None,
+    schemes: Sequence[str | tuple[str, str]] | None = None,
+    techniques: RecipeLike = None,
+    batch_size: int = 8,
+    out: str | Path | None = None,
+    name: str | None = None,
+    encodings_version: str = "1.0.0",
+    run: RunDirectory | str | Path | None = None,
+    budget_seconds: float | None = None,
+    budget_evaluations: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> AutoQuantResult:
+    """Quantize a model so that it loses no more than `allowed_drop`; otherwise return the best that was found.
+
+    Args:
+        model: a framework's model, a path, or a `QuantSim` (whose settings then hold).
+        calibration: calibration data in any form that `QuantSim.open` takes.
+        evaluate: a function from the native simulated model to a number, higher is better; or ``(data, labels)`` for
+            top-1. For an executor of processes it must be picklable.
+        allowed_drop: largest loss against the float model, in the unit of `evaluate` (top-1: 0.01 is one point).
+        target, weights, activations, overrides, sample, backend, seed: as `QuantSim` takes them.
+        schemes: calibration schemes of activations to try, or pairs of (activations, weights); default: those of
+            `auto_search.SCHEMES`, for activations of 16 bits and more the whole range alone.
+        techniques: a recipe to try step by step, in place of the registered techniques that take part.
+        batch_size: samples a batch, for data that are arrays or files.
+        out: where the best network is exported to, with a report and a diagnosis; None exports nothing.
+        name: stem of the exported files; default: the model file's, or "model".
+        encodings_version: schema of the encodings file.
+        run: where finished stages are kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
+        budget_seconds: no stage begins after so much work, earlier processes included.
+        budget_evaluations: no more calls of `evaluate` than this, at least 2.
+        executor: any `concurrent.futures.Executor`: independent networks (references, calibration schemes) are
+            evaluated on it. They travel as paths, so its workers need the same file system.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: an argument or the data can't be used, or not one network could be calibrated and evaluated.
+        ModelError: the model can't be opened.
+        PluginError: an unknown technique.
+    """
+    _check(allowed_drop, budget_seconds, budget_evaluations, name)
+    options = {"target": target, "weights": weights, "activations": activations, "overrides": overrides,
+               "backend": backend, "seed": seed}  # fmt: skip
+    preparations, steps = _steps(techniques)
+    validation = None if isinstance(model, QuantSim) else _validated(model, sample, options)
+    with run_of(run, out) as directory:
+        sim = open_sim(model, sample, options, directory, progress)
+        data = sim.open(calibration, batch_size=batch_size)
+        search = AutoSearch(
+            sim,
+            data,
+            read_evaluate(evaluate, sim),
+            Stages(directory),
+            Limits(allowed_drop, budget_seconds, budget_evaluations),
+            _schemes(schemes, sim),
+            preparations,
+            steps,
+            executor,
+        )
+        best = search.run()
+        result = _result(search, validation, data)
+        best.built.sim.run = run if isinstance(run, RunDirectory) else None
+        if out is not None:
+            from bitwright_search.auto_export import write
+
+            write(result, Path(out), name or _stem(model), model, data, encodings_version)
+    return result
+
+
+def _check(allowed: float, seconds: float | None, evaluations: int | None, name: str | None) -> None:
+    if not allowed >= 0:
+        raise InputError(f"allowed_drop={allowed}: give the largest loss that is good enough, 0 or more")
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"budget_seconds={seconds}: give a positive number")
+    if evaluations is not None and evaluations < 2:
+        raise InputError(f"budget_evaluations={evaluations}: the float model and one network need 2")
+    if name is not None and (not name or Path(name).name != name):
+        raise InputError(f"name={name!r} can't be a file name; use a plain stem such as 'mobilenet'")
+
+
+def _validated(model: Any, sample: Any, options: Mapping[str, Any]) -> Validation:
+    asked = {k: options[k] for k in ("target", "weights", "activations", "backend") if options[k] is not None}
+    found = validate(model, sample, **asked)
+    if not found.opened:
+        raise ModelError(found.error)
+    return found
+
+
+def _steps(techniques: RecipeLike) -> tuple[list[Step], list[Step]]:
+    """Preparations and techniques, in order."""
+    infos = registry.techniques()
+    if techniques is None:
+        taking = sorted((i for i in infos.values() if i.auto is not None), key=lambda i: (i.auto.order, i.name))  # type: ignore[union-attr]
+        chosen = [Step(i.name) for i in taking]
+    else:
+        chosen = list(read_recipe(techniques))
+    prepares = [s for s in chosen if (auto := infos[s.technique].auto) is not None and auto.prepares]
+    return prepares, [s for s in chosen if s not in prepares]
+
+
+def _schemes(given: Sequence[str | tuple[str, str]] | None, sim: QuantSim) -> list[tuple[str, str]]:
+    if given is not None:
+        pairs = [(s, "minmax") if isinstance(s, str) else (s[0], s[1]) for s in given]
+        if not pairs:
+            raise InputError("schemes is empty; name at least one, such as 'sqnr'")
+    elif _activation_bits(sim) >= WIDE:
+        pairs = list(dict.fromkeys(("minmax", w) for _, w in SCHEMES))
+    else:
+        pairs = list(SCHEMES)
+    for name in {n for pair in pairs for n in pair}:
+        calibration_scheme(name)
+    return pairs
+
+
+def _activation_bits(sim: QuantSim) -> int:
+    widths = [spec.bits for s in sim.plan.activations if (spec := sim.plan.spec(s)) is not None]
+    return max(set(widths), key=widths.count, default=32)
+
+
+def _stem(model: Any) -> str:
+    return Path(model).stem.partition(":")[0] if isinstance(model, str | Path) else "model"
+
+
+def _result(search: AutoSearch, validation: Validation | None, data: Dataset) -> AutoQuantResult:
+    best, sim = search.best, search.best.built.sim
+    scores = {m: search.diagnosis.get(m) for m in (Mode.WEIGHTS, Mode.ACTIVATIONS)}
+    specs = [sim.plan.spec(op.weight) for op in sim.graph.linear_ops if op.weight is not None]
+    advice = advise(
+        float_score=search.float_score,
+        score=best.score,
+        allowed_drop=search.limits.allowed_drop,
+        met=search.met,
+        weights_only=scores[Mode.WEIGHTS],
+        activations_only=scores[Mode.ACTIVATIONS],
+        trials=search.trials,
+        stopped=search.stopped,
+        samples=data.samples,
+        per_channel=not any(s is not None and isinstance(s.granularity, PerTensor) for s in specs),
+        activation_bits=_activation_bits(sim),
+        in_float=0 if validation is None else len(validation.unknown),
+    )
+    if search.stages.unsaved:
+        advice += (f"Networks couldn't be saved, so a crash repeats them: {search.stages.unsaved}",)
+    return AutoQuantResult(
+        sim=sim,
+        score=best.score,
+        float_score=search.float_score,
+        met=search.met,
+        allowed_drop=search.limits.allowed_drop,
+        best=best.name,
+        steps=best.steps,
+        trials=tuple(search.trials),
+        weights_only=scores[Mode.WEIGHTS],
+        activations_only=scores[Mode.ACTIVATIONS],
+        findings=() if validation is None else _findings(validation),
+        advice=advice,
+        seconds=search.stages.clock.total,
+        evaluations=search.evaluations,
+        target=sim.target.name,
+    )
+
+
+def _findings(found: Validation) -> tuple[str, ...]:
+    lines = [f"{found.ops} ops, {found.sites} quantized sites", *found.notices]
+    lines += [f"{f.where}: {f.what}" + (f" ({f.source})" if f.source else "") for f in found.unknown]
+    if found.in_float:
+        lines.append(f"{len(found.in_float)} further sites stay in float, such as {found.in_float[0].where}: "
+                     f"{found.in_float[0].what}")  # fmt: skip
+    return tuple([*lines, *found.notes])

@@ -1,0 +1,116 @@
+"""What `auto_quantize` found: every trial in order, the best network, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from bitwright.backend import Bundle
+from bitwright.quantsim import QuantSim
+
+
+class Status(StrEnum):
+    """What became of a trial."""
+
+    REFERENCE = "reference"  # evaluated to compare with, never returned
+    PREPARED = "prepared"
+    KEPT = "kept"  # what follows builds on it
+    WORSE = "worse"
+    UNCHANGED = "unchanged"  # it had nothing to do
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing that was tried.
+
+    Attributes:
+        name: "float", "weights only", "minmax", "adaround", ….
+        kind: "reference", "preparation", "calibration" or "technique".
+        status: what became of it.
+        steps: the stages that made the network, itself last.
+        score: what `evaluate` gave; None where it wasn't evaluated.
+        seconds: what making and evaluating it took, in whichever process.
+        reason: why it failed or was skipped, or what the technique reports.
+        settings: the technique's, where they aren't its defaults.
+    """
+
+    name: str
+    kind: str
+    status: Status
+    steps: tuple[str, ...] = ()
+    score: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AutoQuantResult:
+    """The result of `auto_quantize`.
+
+    Attributes:
+        sim: the best network, calibrated; its `model` is the native simulated model.
+        score, float_score: what `evaluate` gave for it, and for the float model.
+        met: whether it loses no more than `allowed_drop`.
+        allowed_drop: as given.
+        best: name of its trial.
+        steps: the stages that made it, in order.
+        trials: everything that was tried, in order.
+        weights_only, activations_only: scores with one kind of site quantized; None if the budget left no room.
+        findings: what validation said of the model.
+        advice: what to do next, in words.
+        seconds, evaluations: what it took, earlier processes included.
+        target: the target's name.
+        bundle: what was exported; None without `out`.
+        files: every file written, by purpose.
+    """
+
+    sim: QuantSim
+    score: float
+    float_score: float
+    met: bool
+    allowed_drop: float
+    best: str
+    steps: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    weights_only: float | None
+    activations_only: float | None
+    findings: tuple[str, ...]
+    advice: tuple[str, ...]
+    seconds: float
+    evaluations: int
+    target: str
+    bundle: Bundle | None = None
+    files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        """The native simulated model of the best network."""
+        return self.sim.model
+
+    @property
+    def drop(self) -> float:
+        """How much the best network's score lies below the float model's."""
+        return self.float_score - self.score
+
+    def to_json(self) -> str:
+        """Everything but the network, for programs."""
+        left_out = {"sim", "bundle", "files", "trials"}
+        found: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in left_out}
+        found["drop"] = self.drop
+        found["trials"] = [asdict(t) for t in self.trials]
+        found["files"] = {k: p.name for k, p in self.files.items()}
+        return json.dumps({"schema_version": 1, **found}, indent=1, default=str) + "\n"
+
+    def __str__(self) -> str:
+        verdict = "within" if self.met else "beyond"
+        return (
+            f"{self.best}: {self.score:.4g}, float {self.float_score:.4g}; a drop of {self.drop:.4g} is {verdict} "
+            f"the allowed {self.allowed_drop:.4g}"
+        )

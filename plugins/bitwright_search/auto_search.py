@@ -1,0 +1,364 @@
+"""The search of `auto_quantize`: which network is tried next, on top of what, and when it is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from bitwright import registry
+from bitwright.data import Dataset
+from bitwright.errors import BitwrightError, CapabilityError, InputError
+from bitwright.forking import fork
+from bitwright.quantsim import QuantSim
+from bitwright.technique import Step
+from bitwright_search.auto_result import Status, Trial
+from bitwright_search.evaluation import Evaluate, Mode, identity, measure, measure_saved
+from bitwright_search.stages import Built, Record, Stages, content_of
+
+SCHEMES = (
+    ("sqnr", "minmax"),
+    ("minmax", "minmax"),
+    ("percentile:99.99", "minmax"),
+    ("mse", "minmax"),
+    ("sqnr", "mse"),
+)
+"""Calibration schemes of activations and weights that are tried by default."""
+
+WIDE = 16
+"""From this width on clipping gains nothing, so activations keep their whole range."""
+
+
+Job = tuple[str, Built, Mode]
+"""A network to evaluate: what to call it, where it is, and which of its sites are quantized."""
+
+
+@dataclass
+class Limits:
+    """When to stop.
+
+    Attributes:
+        allowed_drop: largest loss that is good enough.
+        seconds, evaluations: budgets; None is unlimited. A stage that has begun is finished.
+    """
+
+    allowed_drop: float
+    seconds: float | None = None
+    evaluations: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network with its score, and the stages that made it, in order."""
+
+    steps: tuple[str, ...]
+    built: Built
+    score: float
+
+    @property
+    def name(self) -> str:
+        """The stages, joined."""
+        return " + ".join(self.steps)
+
+
+@dataclass
+class AutoSearch:
+    """One search.
+
+    Args:
+        sim: the model as it was given; never changed.
+        data: calibration data.
+        evaluate: the user's evaluation.
+        stages: where finished stages are kept.
+        limits: when to stop.
+        schemes: calibration schemes of activations and weights.
+        preparations, techniques: steps of each kind, in order.
+        executor: where independent networks are evaluated; None evaluates here, one after the other.
+    """
+
+    sim: QuantSim
+    data: Dataset
+    evaluate: Evaluate
+    stages: Stages
+    limits: Limits
+    schemes: Sequence[tuple[str, str]]
+    preparations: Sequence[Step]
+    techniques: Sequence[Step]
+    executor: Executor | None = None
+    trials: list[Trial] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    evaluations: int = 0
+    float_score: float = 0.0
+    diagnosis: dict[Mode, float] = field(default_factory=dict)
+    stopped: str = ""
+    """Which budget ended the search; empty if none did."""
+
+    def __post_init__(self) -> None:
+        self._data = self.data.fingerprint()
+        self._evaluation = identity(self.evaluate)
+        self._prepared: tuple[str, ...] = ()
+        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source}
+
+    # -- the order of things
+
+    def run(self) -> Candidate:
+        """The first candidate that is good enough, or the best of all.
+
+        Raises:
+            BitwrightError: not one network could be calibrated and evaluated; the message says why.
+        """
+        base = self._prepare()
+        first = self._first_calibration(base)
+        self._reference(first)
+        self._diagnose(first)
+        self._calibrations(base, first)
+        if not self.candidates:
+            reasons = "; ".join(f"{t.name}: {t.reason}" for t in self.trials if t.status is Status.FAILED)
+            raise InputError(f"no quantized network could be evaluated: {reasons}")
+        current = self.best
+        for step in self.techniques:
+            if self.met or not self._left(step.technique, "technique", (*current.steps, step.technique)):
+                break
+            current = self._technique(step, current)
+        return self.best
+
+    @property
+    def best(self) -> Candidate:
+        """The highest score; of equals the last, which has had most done for it."""
+        return max(reversed(self.candidates), key=lambda c: c.score)
+
+    @property
+    def met(self) -> bool:
+        """Whether some candidate is good enough."""
+        return bool(self.candidates) and self.good(self.best.score)
+
+    def good(self, score: float) -> bool:
+        """Whether a score is within the allowed drop; the last bit of a difference doesn't decide."""
+        return self.float_score - score <= self.limits.allowed_drop + 1e-12 * max(1.0, abs(self.float_score))
+
+    # -- stages
+
+    def _prepare(self) -> QuantSim:
+        """The network in the form that the target runs."""
+        current, content = self.sim, content_of(self.sim)
+        for step in self.preparations:
+            depends = {"base": content, "data": self._data, "settings": dict(step.settings)}
+            try:
+                built = self.stages.build(
+                    f"auto: {step.technique}", depends, self._applied(step, current), self._opened
+                )
+            except Exception as error:
+                self._failed(step.technique, "preparation", (), error)
+                continue
+            status = Status.UNCHANGED
+            if built.content != content:
+                status = Status.PREPARED
+                self._prepared += (step.technique,)
+            summary = built.sim.reports[-1][1].summary
+            self._note(
+                Trial(
+                    step.technique, "preparation", status, self._prepared, None, built.seconds, summary, step.settings
+                )
+            )
+            current, content = built.sim, built.content
+        return current
+
+    def _first_calibration(self, base: QuantSim) -> tuple[int, Built]:
+        """The first scheme that can be computed on these data."""
+        for index in range(len(self.schemes)):
+            if (built := self._calibrated(base, index)) is not None:
+                return index, built
+        reasons = "; ".join(f"{t.name}: {t.reason}" for t in self.trials if t.status is Status.FAILED)
+        raise InputError(f"the model can't be calibrated: {reasons}")
+
+    def _reference(self, first: tuple[int, Built]) -> None:
+        """The float model, without which no drop can be told: its failure is the search's."""
+        # Evaluated as the first network with every site bypassed, so that both scores come the same way.
+        (result,) = self._scores([("float", first[1], Mode.FLOAT)])
+        if isinstance(result, Exception):
+            raise result
+        self.float_score, seconds = result
+        self._note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
+
+    def _diagnose(self, first: tuple[int, Built]) -> None:
+        """What quantized weights and quantized activations cost alone."""
+        modes = (Mode.WEIGHTS, Mode.ACTIVATIONS)
+        if self.limits.evaluations is not None and self.limits.evaluations - self.evaluations <= len(modes):
+            for mode in modes:
+                self._note(
+                    Trial(mode.value, "reference", Status.SKIPPED, reason="the budget leaves no evaluation for it")
+                )
+            return
+        steps = (*self._prepared, self._scheme_name(first[0]))
+        for mode, result in zip(modes, self._scores([(m.value, first[1], m) for m in modes]), strict=True):
+            if isinstance(result, Exception):
+                self._failed(mode.value, "reference", steps, result)
+                continue
+            self.diagnosis[mode] = result[0]
+            self._note(Trial(mode.value, "reference", Status.REFERENCE, steps, *result))
+
+    def _calibrations(self, base: QuantSim, first: tuple[int, Built]) -> None:
+        """Each calibration scheme, until one is good enough."""
+        indices = range(first[0], len(self.schemes))
+        if self.limits.evaluations is not None:
+            indices = indices[: max(1, self.limits.evaluations - self.evaluations)]
+        sent: list[tuple[tuple[str, ...], Built]] = []
+
+        def jobs() -> Iterator[Job]:
+            for index in indices:
+                name = self._scheme_name(index)
+                steps = (*self._prepared, name)
+                if index != first[0] and not self._left(name, "calibration", steps):
+                    return
+                built = first[1] if index == first[0] else self._calibrated(base, index)
+                if built is not None:
+                    sent.append((steps, built))
+                    yield name, built, Mode.FULL
+
+        with closing(self._scores(jobs())) as results:
+            for position, result in enumerate(results):
+                steps, built = sent[position]
+                if isinstance(result, Exception):
+                    self._failed(steps[-1], "calibration", steps, result)
+                    continue
+                score, seconds = result
+                status = Status.KEPT if not self.candidates or score > self.best.score else Status.WORSE
+                self.candidates.append(Candidate(steps, built, score))
+                self._note(Trial(steps[-1], "calibration", status, steps, score, built.seconds + seconds))
+                if self.met:
+                    return
+        if len(indices) < len(self.schemes) - first[0]:
+            self.stopped = f"{self.limits.evaluations} evaluations"
+
+    def _technique(self, step: Step, current: Candidate) -> Candidate:
+        """A technique on top of the best network; the one to go on from."""
+        steps = (*current.steps, step.technique)
+        auto = registry.techniques()[step.technique].auto
+        weights = self.diagnosis.get(Mode.WEIGHTS)
+        if auto is not None and auto.weights_only and weights is not None and weights >= self.float_score:
+            reason = "quantized weights alone cost nothing, and it repairs weights"
+            self._note(Trial(step.technique, "technique", Status.SKIPPED, steps, reason=reason))
+            return current
+        depends = {"base": current.built.content, "data": self._data, "settings": dict(step.settings),
+                   "schemes": [current.built.sim.scheme, current.built.sim.weight_scheme]}  # fmt: skip
+        make = self._applied(step, current.built.sim)
+        try:
+            built = self.stages.build(
+                f"auto: {step.technique}", depends, lambda: make().calibrate(self.data), self._opened
+            )
+        except Exception as error:
+            self._failed(step.technique, "technique", steps, error)
+            return current
+        summary = built.sim.reports[-1][1].summary
+        if built.content == current.built.content:
+            self._note(
+                Trial(step.technique, "technique", Status.UNCHANGED, steps, current.score, built.seconds, summary,
+                      step.settings)
+            )  # fmt: skip
+            return current
+        (result,) = self._scores([(" + ".join(steps), built, Mode.FULL)])
+        if isinstance(result, Exception):
+            self._failed(step.technique, "technique", steps, result)
+            return current
+        score, seconds = result
+        kept = score >= current.score
+        self._note(
+            Trial(step.technique, "technique", Status.KEPT if kept else Status.WORSE, steps, score,
+                  built.seconds + seconds, summary, step.settings)
+        )  # fmt: skip
+        candidate = Candidate(steps, built, score)
+        self.candidates.append(candidate)
+        return candidate if kept else current
+
+    # -- how one thing is done
+
+    def _applied(self, step: Step, base: QuantSim) -> Callable[[], QuantSim]:
+        return lambda: fork(base).apply(step.technique, self.data, **step.settings)
+
+    def _calibrated(self, base: QuantSim, index: int) -> Built | None:
+        scheme, weight_scheme = self.schemes[index]
+        depends = {"base": content_of(base), "data": self._data, "schemes": [scheme, weight_scheme]}
+
+        def make() -> QuantSim:
+            return fork(base, scheme=scheme, weight_scheme=weight_scheme).calibrate(self.data)
+
+        try:
+            return self.stages.build("auto: calibrate", depends, make, self._opened)
+        except Exception as error:
+            name = self._scheme_name(index)
+            self._failed(name, "calibration", (*self._prepared, name), error)
+            return None
+
+    def _scores(self, jobs: Iterable[Job]) -> Generator[tuple[float, float] | Exception]:
+        """(score, seconds) of each network, or the error, in order; to be closed when enough is known.
+
+        Without an executor each is evaluated when it is asked for. With one, all are sent before the first is waited
+        for; what comes of those after the one that decides is not used, so that an executor changes the time alone.
+        """
+        if self.executor is None:
+            for job in jobs:
+                yield self._scored(job, None)
+            return
+        sent: list[tuple[Job, Future[tuple[float, float]] | None]] = []
+        try:
+            for job in jobs:
+                _, built, mode = job
+                known = self.stages.known("auto: evaluate", self._depends(built, mode)) is not None
+                # A network that can't be saved can't travel: it is evaluated here.
+                send = built.path is not None and not known
+                arguments = str(built.path), self.evaluate, str(mode)
+                sent.append((job, self.executor.submit(measure_saved, *arguments) if send else None))
+            for job, future in sent:
+                yield self._scored(job, future)
+        finally:
+            for _, future in sent:
+                if future is not None:
+                    future.cancel()
+
+    def _depends(self, built: Built, mode: Mode) -> Record:
+        return {"network": built.content, "mode": str(mode), "evaluation": self._evaluation}
+
+    def _scored(self, job: Job, future: Future[tuple[float, float]] | None) -> tuple[float, float] | Exception:
+        name, built, mode = job
+        self.sim.progress.start(f"Evaluating {name}", 1)
+
+        def work() -> Record:
+            score, seconds = measure(self.evaluate, built.sim, mode) if future is None else future.result()
+            return {"score": score, "seconds": seconds}
+
+        try:
+            record = self.stages.once("auto: evaluate", self._depends(built, mode), work)
+        except Exception as error:
+            self.evaluations += 1
+            return error
+        finally:
+            self.sim.progress.finish()
+        self.evaluations += 1
+        return record["score"], record["seconds"]
+
+    def _left(self, name: str, kind: str, steps: tuple[str, ...]) -> bool:
+        """Whether the budget allows one more stage; if not, that is noted once."""
+        limits, spent = self.limits, self.stages.clock.total
+        if limits.evaluations is not None and self.evaluations >= limits.evaluations:
+            self.stopped = f"{limits.evaluations} evaluations"
+        elif limits.seconds is not None and spent >= limits.seconds:
+            self.stopped = f"{limits.seconds:g} s"
+        else:
+            return True
+        reason = f"the budget of {self.stopped} is spent: this and what would follow is left out"
+        self._note(Trial(name, kind, Status.SKIPPED, steps, reason=reason))
+        return False
+
+    def _scheme_name(self, index: int) -> str:
+        scheme, weight_scheme = self.schemes[index]
+        return scheme if weight_scheme == "minmax" else f"{scheme}, weights {weight_scheme}"
+
+    def _failed(self, name: str, kind: str, steps: tuple[str, ...], error: Exception) -> None:
+        expected = isinstance(error, BitwrightError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        status = Status.SKIPPED if isinstance(error, CapabilityError) else Status.FAILED
+        self._note(Trial(name, kind, status, steps, reason=reason))
+
+    def _note(self, trial: Trial) -> None:
+        self.trials.append(trial)

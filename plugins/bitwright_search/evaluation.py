@@ -1,0 +1,222 @@
+"""The user's evaluation: one number for a simulated network, higher is better; here, or on an executor."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright import fingerprint
+from bitwright.backend import Simulation
+from bitwright.errors import InputError
+from bitwright.plan import SiteKind
+from bitwright.quantsim import QuantSim
+from bitwright.statistics.base import Tap
+
+
+class Mode(StrEnum):
+    """Which sites of a calibrated simulation are quantized."""
+
+    FLOAT = "float"
+    WEIGHTS = "weights only"
+    ACTIVATIONS = "activations only"
+    FULL = "quantized"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Evaluation by top-1 accuracy: the share of samples whose largest output is at their label.
+
+    Attributes:
+        data: samples, in any form that `QuantSim.open` takes.
+        labels: class indices, one a sample; an array, or a file (see `bitwright.data.labels`).
+        batch_size: samples a batch, for arrays and files.
+    """
+
+    data: Any
+    labels: Any
+    batch_size: int = 8
+
+    def opened(self, sim: QuantSim) -> Labelled:
+        """The same with data and labels read and checked against the model and each other.
+
+        Raises:
+            InputError: they can't be used, or don't go together.
+        """
+        from bitwright.data import labels as read_labels
+
+        dataset = sim.open(self.data, batch_size=self.batch_size)
+        values = read_labels(self.labels) if isinstance(self.labels, str | Path) else np.asarray(self.labels)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise InputError(f"labels are integers of shape (samples,), got {values.dtype} {values.shape}")
+        if dataset.samples is not None and len(values) != dataset.samples:
+            raise InputError(f"there are {len(values)} labels for {dataset.samples} samples")
+        return Labelled(dataset, values, self.batch_size)
+
+    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> float:
+        """Top-1 of the first output, as a fraction."""
+        tap = Tap(sim.graph.outputs[0])
+        session = simulation.session([tap])
+        found = [np.asarray(session.run(batch)[tap]) for batch in sim.open(self.data, batch_size=self.batch_size)]
+        predicted = np.concatenate([y.reshape(len(y), -1).argmax(axis=1) for y in found])
+        if len(predicted) != len(self.labels):
+            raise InputError(f"there are {len(self.labels)} labels for {len(predicted)} samples")
+        return float((predicted == self.labels).mean())
+
+
+@dataclass(frozen=True)
+class FileFunction:
+    """An evaluation function in a Python file, as ``file.py:function``; travels to other processes by its path."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> FileFunction:
+        """Read ``file.py:function`` and check that both exist.
+
+        Raises:
+            InputError: not of that form, no such file or function, or the file can't be run.
+        """
+        file, colon, name = text.rpartition(":")
+        if not colon or not file.endswith(".py") or not name.isidentifier():
+            raise InputError(f"{text!r} isn't of the form file.py:function")
+        if not Path(file).is_file():
+            raise InputError(f"there is no file {file!r}")
+        found = cls(str(Path(file).resolve()), name)
+        found.function()
+        return found
+
+    def function(self) -> Callable[[Any], Any]:
+        """The function itself; the file is run once a process.
+
+        Raises:
+            InputError: it can't be run, or has no such function.
+        """
+        module = _module(self.path)
+        function = getattr(module, self.name, None)
+        if not callable(function):
+            raise InputError(f"{self.path!r} has no function {self.name!r}")
+        return function  # type: ignore[no-any-return]
+
+    def __call__(self, model: Any) -> Any:
+        return self.function()(model)
+
+
+@functools.cache
+def _module(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"bitwright_evaluation_{Path(path).stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path!r} can't be run: {type(error).__name__}: {error}") from error
+    return module
+
+
+Evaluate = Callable[[Any], Any] | Labelled
+"""A function from the native simulated model to a number, or labelled data for top-1."""
+
+
+def read_evaluate(given: Any, sim: QuantSim) -> Evaluate:
+    """What the user gave as `evaluate`, checked: a function, ``(data, labels)``, or a `Labelled`.
+
+    Raises:
+        InputError: none of these, or data and labels don't fit the model.
+    """
+    if isinstance(given, tuple) and len(given) == 2:
+        given = Labelled(*given)
+    if isinstance(given, Labelled):
+        return given.opened(sim)
+    if not callable(given):
+        raise InputError(
+            f"evaluate={given!r}: give a function that takes the simulated model and returns a number, or "
+            "(data, labels) for top-1"
+        )
+    return given  # type: ignore[no-any-return]
+
+
+def simulation_in(sim: QuantSim, mode: Mode) -> Simulation[Any]:
+    """A calibrated network with all, none, or only one kind of its sites quantized."""
+    if mode is Mode.FULL:
+        return sim.simulation
+    simulation = sim.backend.simulate(sim.native, sim.plan, sim.table)
+    kept = {Mode.WEIGHTS: sim.plan.parameters, Mode.ACTIVATIONS: sim.plan.activations}.get(mode, ())
+    # Int32 biases are derived from both; with one of them in float they are float too.
+    roots = {sim.plan.root(s) for s in sim.plan.quantized} - set(kept)
+    simulation.set(dict.fromkeys(sorted(roots)))
+    return simulation
+
+
+def measure(evaluate: Evaluate, sim: QuantSim, mode: Mode) -> tuple[float, float]:
+    """(score, seconds) of a calibrated network.
+
+    Raises:
+        InputError: the evaluation returned no finite number.
+    """
+    begin = time.perf_counter()
+    simulation = simulation_in(sim, mode)
+    value = evaluate.score(sim, simulation) if isinstance(evaluate, Labelled) else evaluate(simulation.model)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"evaluate returned {value!r}; it must return a number, higher is better") from None
+    if not math.isfinite(number):
+        raise InputError(f"evaluate returned {number}; it must return a finite number, higher is better")
+    return number, time.perf_counter() - begin
+
+
+def measure_saved(directory: str, evaluate: Evaluate, mode: str) -> tuple[float, float]:
+    """`measure` of a saved simulation: what is sent to an executor, so all of it travels by value or by path."""
+    return measure(evaluate, QuantSim.load(directory), Mode(mode))
+
+
+def identity(evaluate: Evaluate) -> str:
+    """A fingerprint of an evaluation: the data and labels, or the function's source.
+
+    What a function reads when it runs can't be seen from here; a changed file needs another run directory.
+    """
+    return fingerprint.of_json(_describe(evaluate))
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Labelled):
+        return ["top-1", value.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(value.labels))])]
+    if isinstance(value, FileFunction):
+        return ["file", fingerprint.of_file(Path(value.path)), value.name]
+    if isinstance(value, functools.partial):
+        return ["partial", _describe(value.func), [_describe(a) for a in value.args],
+                {k: _describe(v) for k, v in sorted(value.keywords.items())}]  # fmt: skip
+    if isinstance(value, np.ndarray):
+        return ["array", _of_array(value)]
+    if inspect.isfunction(value) or inspect.ismethod(value):
+        return ["function", value.__module__, value.__qualname__, _source(value)]
+    if callable(value) and not isinstance(value, type):
+        return ["object", type(value).__module__, type(value).__qualname__, _source(type(value))]
+    # Addresses differ from process to process and say nothing.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _of_array(values: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _source(item: Any) -> str:
+    try:
+        return inspect.getsource(item)
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,142 @@
+"""Two plots for the searches' pages: scores as rows of dots between reference lines, and a front of cost and score.
+
+HTML and SVG alone, so that they print, open offline and fit a phone; the SVG stretches and its strokes don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from bitwright.report.charts import HEIGHT, Axis, linear_axis
+
+STYLE = """<style>
+.dots{display:grid;grid-template-columns:minmax(96px,26%) 1fr max-content;font-size:13px;column-gap:10px}
+.dots>*{min-width:0;align-self:center}
+.dots .label{overflow-wrap:anywhere;padding:3px 0;line-height:1.3}
+.dots .value{text-align:right;font-variant-numeric:tabular-nums}
+.dots .lane{position:relative;min-height:26px;align-self:stretch;background:linear-gradient(var(--line),var(--line)) 0 50%/100% 1px no-repeat}
+.dots .dot,.legend .dot{width:12px;height:12px;border-radius:50%;background:var(--second)}
+.dots .dot{position:absolute;top:50%;transform:translate(-50%,-50%)}
+.dots .dot.first,.legend .dot.first{background:var(--first)}
+.dots .dot.mark,.legend .dot.mark{background:var(--mark)}
+.dots .rule{position:absolute;top:0;bottom:0;width:0;border-left:2px dashed var(--soft)}
+.dots .rule.solid{border-left-style:solid}
+.dots .axis{position:relative;height:18px;font-size:11px;color:var(--soft);font-variant-numeric:tabular-nums}
+.dots .axis span{position:absolute;transform:translateX(-50%);white-space:nowrap}
+.dots .axis span:first-child{transform:none}.dots .axis span:last-child{transform:translateX(-100%)}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px}.legend span{display:inline-flex;align-items:center;gap:6px}
+.legend i.line{width:0;height:14px;border-left:2px dashed var(--soft)}.legend i.line.solid{border-left-style:solid}
+.front{display:grid;grid-template-columns:64px 1fr;font-size:11px;color:var(--soft)}
+.front .below{grid-column:2;position:relative;height:18px}
+.front .below span{position:absolute;transform:translateX(-50%);white-space:nowrap}
+.front .below span:first-child{transform:none}.front .below span:last-child{transform:translateX(-100%)}
+.front .plot{grid-column:1/3;display:grid;grid-template-columns:64px 1fr;height:240px}.front svg{height:240px;overflow:visible}
+.front path{fill:none;stroke-linecap:round;stroke-linejoin:round;vector-effect:non-scaling-stroke}
+.front .trace{stroke:var(--second);stroke-width:2}
+.front .spot{stroke:var(--second);stroke-width:9}.front .spot.first{stroke:var(--first)}.front .spot.mark{stroke:var(--mark);stroke-width:14}
+.front .level{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 5;stroke-linecap:butt}
+ol.next{margin:0;padding-left:22px}ol.next li{margin:0 0 8px;overflow-wrap:anywhere}
+code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--line);border-radius:4px;padding:1px 4px}
+</style>"""
+"""What the plots need beside the report's own style."""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One row: a label, a value, how it reads, and how it is drawn ("first", "second" or "mark")."""
+
+    label: str
+    value: float
+    shown: str
+    kind: str = "second"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line through all rows at a value."""
+
+    label: str
+    value: float
+    solid: bool = False
+
+
+def dots(rows: Sequence[Dot], rules: Sequence[Rule]) -> str:
+    """A row for each value on one common axis."""
+    values = [r.value for r in rows] + [r.value for r in rules]
+    axis = linear_axis(min(values), max(values))
+    lines = "".join(
+        f'<i class="rule{" solid" if r.solid else ""}" style="left:{axis.place(r.value):.2f}%" '
+        f'title="{escape(r.label)}"></i>'
+        for r in rules
+    )
+    cells = [
+        f'<span class=label>{escape(r.label)}</span><span class=lane>{lines}<i class="dot {r.kind}" '
+        f'style="left:{axis.place(r.value):.2f}%" title="{escape(r.label)}: {escape(r.shown)}"></i></span>'
+        f"<span class=value>{escape(r.shown)}</span>"
+        for r in rows
+    ]
+    return f'<div class="dots" role="img">{"".join(cells)}<span></span>{_ticks(axis, "axis")}<span></span></div>'
+
+
+def steps_to_do(lines: Sequence[str]) -> str:
+    """A numbered list of sentences; what stands between backticks is code."""
+    items = []
+    for line in lines:
+        pieces = [escape(piece) for piece in line.split("`")]
+        items.append("".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(pieces)))
+    return f'<ol class="next">{"".join(f"<li>{item}</li>" for item in items)}</ol>'
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """What the marks mean: (kind, text); kind "line" and "line solid" are rules, others dots."""
+    return '<span class="legend">' + "".join(
+        f'<span><i class="{escape(kind if kind.startswith("line") else "dot " + kind)}"></i>{escape(text)}</span>'
+        for kind, text in entries
+    ) + "</span>"  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of a front."""
+
+    x: float
+    y: float
+    title: str
+    kind: str = "second"
+
+
+def front(spots: Sequence[Spot], *, levels: Sequence[float] = (), trace: Sequence[tuple[float, float]] = ()) -> str:
+    """Points over two linear axes, with horizontal lines at `levels` and a line through `trace`."""
+    xs = [s.x for s in spots] + [x for x, _ in trace]
+    ys = [s.y for s in spots] + [y for _, y in trace] + list(levels)
+    across, up = linear_axis(min(xs), max(xs)), linear_axis(min(ys), max(ys))
+
+    def at(x: float, y: float) -> str:
+        return f"{across.place(x):.2f} {HEIGHT - up.place(y):.2f}"
+
+    grid = "".join(
+        f'<line x1="0" x2="100" y1="{HEIGHT - up.place(v):.2f}" y2="{HEIGHT - up.place(v):.2f}"/>' for v, _ in up.ticks
+    )
+    parts = [f'<path class="level" d="M{at(across.ticks[0][0], v)}H100"/>' for v in levels]
+    if len(trace) > 1:
+        parts.append(f'<path class="trace" d="M{"L".join(at(x, y) for x, y in trace)}"/>')
+    # A line of no length with round ends is a circle that stays one when the plot is stretched.
+    parts += [
+        f'<path class="spot {s.kind}" d="M{at(s.x, s.y)}h0.001"><title>{escape(s.title)}</title></path>' for s in spots
+    ]
+    texts = "".join(f'<span style="bottom:{up.place(v):.2f}%">{escape(t)}</span>' for v, t in up.ticks)
+    return (
+        f'<div class="front"><div class="plot"><div class="ticks" aria-hidden="true">{texts}</div>'
+        f'<svg viewBox="0 0 100 {HEIGHT:g}" preserveAspectRatio="none" role="img"><g class="grid">{grid}</g>'
+        f"{''.join(parts)}</svg></div>{_ticks(across, 'below')}</div>"
+    )
+
+
+def _ticks(axis: Axis, kind: str) -> str:
+    """The ticks below a plot; at most five, so that they don't collide on a phone."""
+    stride = -(-len(axis.ticks) // 5)
+    shown = [t for i, t in enumerate(axis.ticks) if (len(axis.ticks) - 1 - i) % stride == 0]
+    spans = "".join(f'<span style="left:{axis.place(v):.2f}%">{escape(t)}</span>' for v, t in shown)
+    return f'<span class="{kind}" aria-hidden="true">{spans}</span>'

@@ -1,0 +1,211 @@
+"""Finished stages of a search, by content: each is run once, whatever kills the process in between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitwright import fingerprint, registry
+from bitwright.errors import BitwrightError
+from bitwright.quantsim import QuantSim
+from bitwright.runs import RunDirectory, versions
+from bitwright.technique import Progress, Report
+
+Record = dict[str, Any]
+
+
+class Stopwatch:
+    """Seconds of work, those of earlier processes included: what was resumed counts what it took then."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, added to the total."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.total += seconds
+        return seconds
+
+    def resumed(self, seconds: float) -> None:
+        """A stage that an earlier process finished in so many seconds."""
+        self.total += seconds
+        self._mark = time.perf_counter()
+
+
+@dataclass
+class Built:
+    """A calibrated network and where it lies.
+
+    Attributes:
+        sim: the network.
+        content: fingerprint of everything that its outputs depend on.
+        seconds: what making it took.
+        path: its saved state; None where the backend can't save such a model.
+    """
+
+    sim: QuantSim
+    content: str
+    seconds: float
+    path: Path | None
+
+
+class Stages:
+    """A run directory's view of a search.
+
+    Args:
+        run: where finished stages are kept.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.clock = Stopwatch()
+        self.unsaved: str = ""
+        """Why networks couldn't be saved, if so: they are then built again after a crash."""
+
+    def once(self, name: str, depends: Mapping[str, Any], work: Callable[[], Record]) -> Record:
+        """The record of a stage: from an earlier process, or made now and stored."""
+        store = self.run.step(name, depends)
+        if (record := _read(store.get("record"))) is not None:
+            self.clock.resumed(record["lap"])
+            return record
+        record = work()
+        record["lap"] = self.clock.lap()
+        self._finish(name, store, record)
+        return record
+
+    def known(self, name: str, depends: Mapping[str, Any]) -> Record | None:
+        """The record of a stage that is finished already."""
+        return _read(self.run.step(name, depends).get("record"))
+
+    def build(
+        self,
+        name: str,
+        depends: Mapping[str, Any],
+        make: Callable[[], QuantSim],
+        opened: Mapping[str, Any],
+    ) -> Built:
+        """A network that is made once, and opened from its saved state by later processes.
+
+        Args:
+            name, depends: as `RunDirectory.step` takes them.
+            make: makes and calibrates it.
+            opened: attributes that a saved state doesn't hold: run, progress.
+        """
+        store = self.run.step(name, depends)
+        state = store.path / "state"
+        if (record := _read(store.get("record"))) is not None and record["saved"]:
+            try:
+                sim = QuantSim.load(state)
+            except BitwrightError:
+                shutil.rmtree(state, ignore_errors=True)  # damaged: it is made again
+            else:
+                self.clock.resumed(record["lap"])
+                sim.reports = [(n, Report(s, f, tuple(c), tuple(map(tuple, r)))) for n, s, f, c, r in record["reports"]]
+                return Built(_with(sim, opened), record["content"], record["seconds"], state)
+        begin = time.perf_counter()
+        sim = make()
+        seconds = time.perf_counter() - begin
+        try:
+            sim.save(state)
+            saved = True
+        except BitwrightError as error:
+            self.unsaved, saved = str(error), False
+        content = content_of(sim)
+        reports = [(n, r.summary, dict(r.figures), r.columns, r.rows) for n, r in sim.reports]
+        record = {"content": content, "seconds": seconds, "saved": saved, "reports": reports}
+        record["lap"] = self.clock.lap()
+        self._finish(name, store, record)
+        return Built(sim, content, seconds, state if saved else None)
+
+    def _finish(self, name: str, store: Any, record: Record) -> None:
+        text = json.dumps(record, default=_plain)
+        store.put("record", {"json": np.array(text, dtype=np.str_)})
+        self.run.record("stage", name=name, fingerprint=store.fingerprint, seconds=record["lap"])
+
+
+def _with(sim: QuantSim, attributes: Mapping[str, Any]) -> QuantSim:
+    for name, value in attributes.items():
+        setattr(sim, name, value)
+    return sim
+
+
+def _read(arrays: Mapping[str, Any] | None) -> Record | None:
+    if arrays is None:
+        return None
+    record: Record = json.loads(str(arrays["json"]))
+    return record
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def content_of(sim: QuantSim) -> str:
+    """Fingerprint of all that a network's outputs and further changes depend on."""
+    info = registry.backends().get(sim.backend.name)
+    return fingerprint.of_json(
+        {
+            "backend": [sim.backend.name, versions(info.modules if info is not None else ())],
+            "graph": fingerprint.of_graph(sim.graph),
+            "params": fingerprint.of_params(sim.params),
+            "plan": [(s, repr(site.decision)) for s, site in sim.plan.items()],
+            "encodings": fingerprint.of_encodings(sim.encodings),
+            "frozen": sorted(sim.encodings.frozen),
+            "folded": fingerprint.of_arrays((op, v) for op, pair in sorted(sim.folded.items()) for v in pair),
+            "seed": sim.seed,
+        }
+    )
+
+
+@contextmanager
+def run_of(run: RunDirectory | str | Path | None, out: str | Path | None) -> Iterator[RunDirectory]:
+    """The run directory of a search: the one given, ``out/.run``, or one that lives as long as the search."""
+    if isinstance(run, RunDirectory):
+        yield run
+        return
+    if run is None and out is not None:
+        from bitwright.cli.quantize import run_in
+
+        with run_in(Path(out)) as opened:
+            yield opened
+            opened.finish()
+        return
+    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder, RunDirectory(run or folder) as opened:
+        yield opened
+        opened.finish()
+
+
+def open_sim(
+    model: Any, sample: Any, options: Mapping[str, Any], run: RunDirectory, progress: Progress | None
+) -> QuantSim:
+    """A `QuantSim` to search from: a copy of the one given, or a new one.
+
+    Raises:
+        InputError: a simulation is given together with options that it has already.
+    """
+    from bitwright.errors import InputError
+    from bitwright.forking import fork
+
+    if not isinstance(model, QuantSim):
+        sim = QuantSim(model, sample, **{k: v for k, v in options.items() if v is not None}, run=run)
+        if progress is not None:
+            sim.progress = progress
+        return sim
+    if given := [k for k, v in options.items() if v is not None]:
+        raise InputError(f"{', '.join(given)}: the simulation given has its own; set them where it is made")
+    sim = fork(model)
+    sim.run = run
+    if progress is not None:
+        sim.progress = progress
+    return sim
