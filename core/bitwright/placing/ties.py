@@ -41,20 +41,23 @@ def settle(placement: ActivationPlacement) -> list[Edge]:
     """Decide every tensor that depends on its neighbours, in topological order, and list the ties.
 
     A tensor behind an op that preserves the grid takes its input's; where the input is float, it gets a grid of its
-    own if a quantized op reads it. Tensors with a precision of their own stay out of ties.
+    own if a quantized op reads it. Tensors that were given different precisions aren't tied.
     """
     graph, wishes = placement.graph, placement.wishes
     edges: list[Edge] = []
 
-    def free(t: TensorId) -> bool:
-        return wishes[t].on and wishes[t].precision is None
+    def alike(a: TensorId, b: TensorId) -> bool:
+        return wishes[a].on and wishes[b].on and wishes[a].precision == wishes[b].precision
 
     for op in graph:
         if placement.follows(op):
             source = op.data_inputs[0]
             for t in op.outputs:
                 wish = wishes[t]
-                if wish.final or wish.precision is not None:
+                own = wish.precision is not None and not (
+                    wishes[source].on and wish.precision == wishes[source].precision
+                )
+                if wish.final or own:
                     continue
                 if wishes[source].on:
                     wish.on = True
@@ -63,10 +66,10 @@ def settle(placement: ActivationPlacement) -> list[Edge]:
                     wish.off(f"its input {source!r} stays in float")
         elif op.kind is OpKind.RECURRENT and len(op.outputs) > 1:
             states, last = op.outputs[:2]
-            if free(states) and free(last):
+            if alike(states, last):
                 edges.append((states, last))
         elif op.type in placement.config.bitwright.ties and placement.floats(op) is None:
-            edges += [(op.output, t) for t in dict.fromkeys(op.data_inputs) if free(op.output) and free(t)]
+            edges += [(op.output, t) for t in dict.fromkeys(op.data_inputs) if alike(op.output, t)]
     return edges
 
 
