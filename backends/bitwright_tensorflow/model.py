@@ -101,7 +101,9 @@ class TfModel:
 
     def with_values(self, values: Mapping[str, Array]) -> TfModel:
         """The same graph with other contents of some variables."""
-        return replace(self, values={**self.values, **values})
+        # What was worked out about the graph still holds; an open session has the old values.
+        memo = {key: value for key, value in self.memo.items() if key != "session"}
+        return replace(self, values={**self.values, **values}, memo=memo)
 
     def with_meta(self, meta: MetaGraphDef, values: Mapping[str, Array] | None = None) -> TfModel:
         """Another graph of the same inputs and outputs."""
