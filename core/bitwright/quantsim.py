@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from bitwright.runs import RunDirectory
 from bitwright.statistics.base import Tap
 from bitwright.target import Target, load_target, target_names
 from bitwright.technique import Progress, Report, Technique
+
+if TYPE_CHECKING:
+    from bitwright.precision import Conflict
 
 
 class QuantSim:
@@ -167,6 +170,20 @@ class QuantSim:
         self.encodings = self.encodings.merged({s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()})
         self._simulation = None
         return self
+
+    def set_precision(
+        self,
+        what: Any,
+        *,
+        weights: str | None = None,
+        activations: str | None = None,
+        inputs: str | None = None,
+        strict: bool = True,
+    ) -> tuple[Conflict, ...]:
+        """Give ops, modules, op types or tensors another type, see `bitwright.precision.set_precision`."""
+        from bitwright.precision import set_precision
+
+        return set_precision(self, what, weights=weights, activations=activations, inputs=inputs, strict=strict)
 
     def load_encodings(
         self, path: str | Path, *, strict: bool = True, partial: bool = True, freeze: bool = True
