@@ -187,7 +187,7 @@ class Extension(_Section):
     quantized_ops: tuple[str, ...] | None = None
     ties: tuple[str, ...] = ("Concat", "AveragePool", "Resize", "Upsample", "CropAndResize")
     accumulator_bits: Literal[16, 32, 64] = 32
-    runtime: Literal["onnxruntime"] | None = None
+    runtime: Literal["onnxruntime", "tflite"] | None = None
     extra_op_types: tuple[str, ...] = ()
 
     @field_validator("activations")
