@@ -30,12 +30,17 @@ def write_params(model: ir.Model, values: Mapping[ParamId, NDArray[np.floating]]
     Raises:
         ModelError: an id names no float parameter, a shape differs, or a value isn't finite. Nothing is set then.
     """
-    tensors: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    for id, array in values.items():
-        value = _parameter(model, id)
-        tensors.append((value, _native_tensor(value, np.asarray(array))))
-    for value, tensor in tensors:
-        value.const_value = tensor
+    for id, tensor in native_tensors(model, values).items():
+        model.graph.initializers[id].const_value = tensor
+
+
+def native_tensors(model: ir.Model, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[ParamId, ir.TensorProtocol]:
+    """Values given in canonical layout, in the parameters' own dtypes and layouts.
+
+    Raises:
+        ModelError: as `write_params`.
+    """
+    return {id: _native_tensor(_parameter(model, id), np.asarray(array)) for id, array in values.items()}
 
 
 def to_canonical(value: ir.Value) -> NDArray[np.float32]:

@@ -22,17 +22,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from bitwright.backend import Array, Batch
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, EncodingError, ModelError
-from bitwright.graph import Graph, Param, TensorId
+from bitwright.graph import Graph, Param, ParamId, TensorId
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_onnx.lowering import Lowering, fake_quantized, moved_from
 from bitwright_onnx.opset import raise_opset
+from bitwright_onnx.params import native_tensors
 from bitwright_onnx.session import SIMULATION_CONFIG, OrtSession, tensor_array
 from bitwright_onnx.site_ops import Form, constants, extents, form_of, numbers
 from bitwright_onnx.subgraph import extract, values_of
@@ -86,6 +89,7 @@ class OnnxSimulation:
         self._forms: dict[SiteId, Form] = {}
         self._bound: dict[str, Array] = {}
         self._quantized: dict[SiteId, tuple[Encoding, ir.TensorProtocol]] = {}
+        self._replaced: dict[ParamId, tuple[int, ir.TensorProtocol]] = {}
         self._revision = 0
         for root in self._prefix:
             spec = plan.spec(root)
@@ -114,6 +118,14 @@ class OnnxSimulation:
                 self._install(root, encoding)
             if any(self._plan[s].kind is SiteKind.PARAMETER for s in self._plan.tied(root)):
                 self._revision += 1
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `bitwright.backend.ParamUpdates`; sessions opened before are built again where they hold what changed."""
+        replaced = native_tensors(self._float, values)
+        self._revision += 1
+        for id, tensor in replaced.items():
+            self._replaced[id] = self._revision, tensor
+            self._quantized.pop(id, None)
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them."""
@@ -212,6 +224,9 @@ class OnnxSimulation:
             part = raise_opset(part, wanted)
             values = values_of(part.graph)
         part.ir_version = max(part.ir_version, 10)
+        for id, (_, tensor) in self._replaced.items():
+            if id in values:
+                values[id].const_value = tensor
         for shared, grid in self._table.items():
             for site in self._plan.tied(shared):
                 if self._plan[site].kind is SiteKind.PARAMETER and site in values:
@@ -249,7 +264,7 @@ class SimulatedSession:
         self._simulation = simulation
         self._feeds = feeds
         self._taps = tuple(dict.fromkeys(taps))
-        self._state: tuple[dict[SiteId, Form], dict[SiteId, Encoding | None]] | None = None
+        self._state: tuple[dict[str, object], ...] | None = None
         self._revision = -1
         self._aliases: dict[Tap, Tap] = {}
         self._session: OrtSession | None = None
@@ -278,7 +293,7 @@ class SimulatedSession:
             part, aliases, live = simulation._lower([t.tensor for t in self._taps], self._feeds, fixed=False)
             values = values_of(part.graph)
             plan = simulation._plan
-            self._parameters = frozenset(s for s in plan if plan[s].kind is SiteKind.PARAMETER and s in values)
+            self._parameters = frozenset(p for p in simulation._graph.params if p in values)
             self._roots = frozenset(plan.root(s) for s in simulation._sites if s in values)
             self._aliases = {t: replace(t, tensor=aliases.get(t.tensor, t.tensor)) for t in self._taps}
             self._session = OrtSession(
@@ -292,11 +307,14 @@ class SimulatedSession:
         self._revision = simulation._revision
         return self._session
 
-    def _present(self) -> tuple[dict[SiteId, Form], dict[SiteId, Encoding | None]]:
+    def _present(self) -> tuple[dict[str, object], ...]:
+        """Forms of grids, encodings of parameters, and replaced parameters that the session was built for."""
         simulation = self._simulation
-        forms = {r: simulation._forms[r] for r in self._roots}
+        forms: dict[str, object] = {r: simulation._forms[r] for r in self._roots}
         table, plan = simulation._table, simulation._plan
-        return forms, {p: table.get(plan.root(p)) for p in self._parameters}
+        encodings: dict[str, object] = {p: table.get(plan.root(p)) for p in self._parameters if p in plan}
+        replaced: dict[str, object] = {p: r for p, (r, _) in simulation._replaced.items() if p in self._parameters}
+        return forms, encodings, replaced
 
 
 class SimulatedModel:

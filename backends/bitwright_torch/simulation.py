@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx, nn
 
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
 from bitwright.gradients import Groups
-from bitwright.graph import Graph, OpKind, TensorId
+from bitwright.graph import Graph, OpKind, ParamId, TensorId
 from bitwright.grid import PerTensor
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
@@ -29,6 +31,7 @@ from bitwright_torch.canonical import canonical
 from bitwright_torch.fake_quant import FakeQuantize
 from bitwright_torch.model import NAMES, CapturedModel, info, program_of, share
 from bitwright_torch.operands import operands
+from bitwright_torch.params import write_params
 from bitwright_torch.session import TorchSession
 
 _MOVES = frozenset({
@@ -75,6 +78,7 @@ class TorchSimulation:
         self._graph: Graph = canonical(model).graph
         self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
         self._owned = False
+        self._replaced: set[str] = set()
         self._quantizers: dict[SiteId, FakeQuantize] = {}
         self._parameters: dict[SiteId, Any] = {}
         self._module = self._build()
@@ -175,6 +179,13 @@ class TorchSimulation:
                 operand = self._parameters.get(root) if self._plan[root].kind is SiteKind.PARAMETER else None
                 with torch.no_grad():
                     self._quantizers[root].set(encoding, None if operand is None else operand.view(self._module))
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `bitwright.backend.ParamUpdates`: tensors that are written become the simulation's own, grids stay."""
+        roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._quantizers)
+        kept = {root: self._quantizers[root].get() for root in roots}
+        write_params(self._module, canonical(self._float).params, values, self._replaced)
+        self.set(kept)
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
         shape: tuple[int | None, ...] | None

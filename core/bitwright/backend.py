@@ -81,6 +81,18 @@ class Simulation(Protocol[M_co]):
 
 
 @runtime_checkable
+class ParamUpdates(Protocol):
+    """What a simulation may offer: new parameter values without being built again, for layer-by-layer techniques."""
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """Replace float values (canonical layout); sessions opened from then on see them. The model isn't changed.
+
+        Raises:
+            ModelError: an id names no parameter, a shape differs, or a value isn't finite. Nothing is set then.
+        """
+
+
+@runtime_checkable
 class TrainableSimulation(Simulation[Any], Protocol):
     """What `Backend.simulate(…, trainable=…)` returns where the framework can train (`Capability.TRAINABLE`).
 

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, PartialExecution, Session, Simulation
+from bitwright.backend import Backend, Batch, ParamUpdates, PartialExecution, Session, Simulation
 from bitwright.cuts import CACHE_BYTES, CutCache, Stage, schedule
 from bitwright.data import Dataset
 from bitwright.edits import Edit, SetBias, SetParams
-from bitwright.encoding import EncodingTable
+from bitwright.encoding import Encoding, EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
 from bitwright.errors import CapabilityError, InputError, ModelError
 from bitwright.graph import Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId
 from bitwright.linear_form import groups_of, input_channels, output_channels, to_matrix
-from bitwright.plan import Plan, SiteKind
+from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright.statistics.moments import LayerMoments
 from bitwright.technique import Layer, LayerResult, Progress, Store
@@ -80,7 +80,7 @@ class LayerwiseWalk:
         if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
             encodings = self.activations()
         self.progress.start("Layers", len(stages))
-        pair = _Networks(self, quantized_inputs, quantized_activations, encodings)
+        pair = _Networks(self, [s.op for s in stages], quantized_inputs, quantized_activations, encodings)
         unfinished = [i for i, s in enumerate(stages) if s.op.id not in stored]
         replaced: dict[ParamId, LayerResult] = {}
         try:
@@ -179,19 +179,33 @@ def reconstruction_loss(
 class _Networks:
     """The float and the quantized network, advancing from cut to cut."""
 
-    def __init__(self, walk: LayerwiseWalk, quantized: bool, activations: bool, encodings: EncodingTable) -> None:
-        self.walk, self.quantized, self.active = walk, quantized, activations
+    def __init__(
+        self, walk: LayerwiseWalk, ops: Sequence[Op], quantized: bool, activations: bool, encodings: EncodingTable
+    ) -> None:
+        self.walk, self.ops, self.quantized, self.active = walk, ops, quantized, activations
         self.encodings = encodings
-        self.pending: list[Edit] = []
+        self.simulation: Simulation[Any] | None = None
+        own = {p for p in walk.graph.params if len(walk.graph.users(p)) == 1}
+        self.biases = {op.id: b if (b := op.params.get(ParamRole.BIAS)) in own else None for op in ops}
+        self.changed: dict[ParamId, NDArray[np.float32]] = {}
+        """What `walk._current` doesn't have yet."""
+        self.added: dict[OpId, NDArray[np.float32]] = {}
+        self.params: dict[ParamId, NDArray[np.float32]] = {}
+        """What the simulation doesn't have yet."""
+        self.installed: dict[SiteId, Encoding] = {}
         self.caches: list[CutCache | None] = [None, None]
         self.start: tuple[TensorId, ...] = walk.graph.inputs
 
     def replace(self, op: Op, result: LayerResult) -> None:
         assert op.weight is not None
         self.encodings = self.encodings.merged({op.weight: result.encoding})
-        self.pending.append(SetParams({op.weight: result.weight}))
-        if result.bias is not None:
-            self.pending.append(SetBias(op.id, result.bias))
+        self.installed[op.weight] = result.encoding
+        self.params[op.weight] = result.weight
+        bias = self.biases[op.id]
+        if result.bias is not None and bias is None:
+            self.added[op.id] = result.bias
+        elif result.bias is not None and bias is not None:
+            self.params[bias] = result.bias
 
     def run(self, stage: Stage, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
         """Stream the layer's inputs into `moments`, and move the cut if the stage says so."""
@@ -249,10 +263,33 @@ class _Networks:
         return tuple(dict.fromkeys((*feeds, *self.walk.graph.inputs)))
 
     def _simulation(self) -> Simulation[Any]:
+        """The quantized network with all that was replaced; lowered only once where its parameters can be changed."""
+        self.changed.update(self.params)
+        known = self.simulation
+        if not isinstance(known, ParamUpdates) or self.added:
+            known = self.simulation = self._lowered(known)
+        else:
+            known.set_params(self.params)
+            known.set(self.installed)
+        self.params, self.installed = {}, {}
+        return known
+
+    def _lowered(self, known: Simulation[Any] | None) -> Simulation[Any]:
         walk = self.walk
-        if self.pending:
-            walk._current = walk.backend.edit(walk._current, self.pending)
-            self.pending = []
+        if isinstance(known, ParamUpdates):
+            # One layer gets a bias that it didn't have, so others will: with zeros for now, so that this is done once.
+            for op in self.ops:
+                shape = walk.graph.params[op.weight or ""].shape
+                if ParamRole.BIAS not in op.params and self.biases[op.id] is None and op.id not in self.added:
+                    self.added[op.id] = np.zeros(output_channels(op, shape), np.float32)
+        edits: list[Edit] = [SetParams(self.changed)] if self.changed else []
+        edits += [SetBias(op, bias) for op, bias in self.added.items()]
+        if edits:
+            walk._current = walk.backend.edit(walk._current, edits)
+        if self.added:
+            graph = walk.backend.graph(walk._current)
+            self.biases.update((o, graph.op(o).params.get(ParamRole.BIAS)) for o in self.added if o in graph)
+        self.changed, self.added = {}, {}
         simulation = walk.backend.simulate(walk._current, walk.plan, self.encodings)
         if not self.active:
             simulation.set({s: None for s, site in walk.plan.items() if site.kind is SiteKind.ACTIVATION})

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitwright.backend import PartialExecution
+from bitwright.backend import ParamUpdates, PartialExecution
+from bitwright.edits import SetParams
 from bitwright.encoding import encoding_from_range
 from bitwright.errors import EncodingError, ModelError
 from bitwright.grid import QuantSpec
@@ -150,3 +151,28 @@ class SimulationContract(Contract):
         first = graph.linear_ops[0]
         with pytest.raises(ModelError):
             backend.segment(model, [graph.outputs[0]], [Tap(first.output)])
+
+    def test_new_parameters_are_those_of_an_edited_model(self, case: Case) -> None:
+        """`ParamUpdates.set_params` gives bit for bit what simulating the edited model gives; the model stays."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        plan = simple_plan(graph)
+        table = min_max_encodings(backend, model, plan, [case.batch])
+        simulation = backend.simulate(model, plan, table)
+        if not isinstance(simulation, ParamUpdates):
+            pytest.skip("no ParamUpdates")
+        before = self.outputs(model, case)
+        taps = [Tap(t) for t in graph.outputs]
+        run(simulation.session(taps), case.batch)
+        known = backend.read(model, [p for op in graph.linear_ops for p in own(op)])
+        for factor in (0.5, 0.75):
+            values = {p: v * np.float32(factor) for p, v in known.items()}
+            simulation.set_params(values)
+            found = run(simulation.session(taps), case.batch)
+            edited = backend.simulate(backend.edit(model, [SetParams(values)]), plan, table)
+            for t, v in run(edited.session(taps), case.batch).items():
+                assert np.array_equal(found[t], v), t
+        with pytest.raises(ModelError):
+            simulation.set_params({"no such parameter": np.zeros(3, np.float32)})
+        for t, v in self.outputs(model, case).items():
+            assert np.array_equal(v, before[t])
