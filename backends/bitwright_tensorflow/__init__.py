@@ -1,1 +1,28 @@
-"""The TensorFlow backend: graphs of v1 sessions, SavedModels, concrete functions and frozen files."""
+"""The TensorFlow backend: graphs of v1 sessions, SavedModels, concrete functions and frozen files.
+
+`SessionModel(session, inputs=[…], outputs=[…])` tells `bitwright.QuantSim` which tensors of a session are the network.
+`TfModel` is the form that the backend works on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitwright_tensorflow.model import TfModel
+    from bitwright_tensorflow.sources import SessionModel
+
+__all__ = ["SessionModel", "TfModel"]
+
+
+def __getattr__(name: str) -> Any:
+    # The plugin's descriptor lives in this package and must not import tensorflow.
+    if name == "SessionModel":
+        from bitwright_tensorflow.sources import SessionModel
+
+        return SessionModel
+    if name == "TfModel":
+        from bitwright_tensorflow.model import TfModel
+
+        return TfModel
+    raise AttributeError(f"module 'bitwright_tensorflow' has no attribute {name!r}")

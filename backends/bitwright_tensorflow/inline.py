@@ -51,7 +51,8 @@ def flatten(
     Raises:
         ModelError: it captures something that is no variable (a lookup table, an iterator).
     """
-    graph_def = function.graph.as_graph_def()
+    # Static shapes that Python knew: inference alone loses some behind `tf.tensordot`.
+    graph_def = function.graph.as_graph_def(add_shapes=True)
     fetches = [*inputs.values(), *outputs.values(), *(inner.name for _, inner in function.graph.captures)]
     if any(node.op in CALLS for node in graph_def.node):
         graph_def = inline_calls(graph_def, fetches)
@@ -125,8 +126,8 @@ class _Flat:
 
     def origin(self, tensor: TensorId) -> TensorId:
         """The tensor behind Identities that only pass it on."""
-        while tensor not in self._fed and self._nodes[node_of(tensor)].op == "Identity":
-            tensor = tensor_id(self._nodes[node_of(tensor)].input[0])
+        while tensor not in self._fed and self._nodes[node_of(tensor)].op in ("Identity", "IdentityN"):
+            tensor = tensor_id(self._nodes[node_of(tensor)].input[int(tensor.rpartition(":")[2])])
         return tensor
 
     def _through(self, operand: str) -> str:

@@ -16,7 +16,7 @@ from bitwright.graph import ConvAttrs, OpKind, ParamRole, TensorId
 from bitwright_tensorflow.forms import Reshaped, Transposed
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.geometry import channel_axis, spatial_axes, transposed, window_pads
-from bitwright_tensorflow.model import NodeDef
+from bitwright_tensorflow.model import NodeDef, node_of
 from bitwright_tensorflow.network import ALIAS, Network, Read
 
 BACKWARD = frozenset({"Conv2DBackpropInput", "Conv2DBackpropInputV2", "Conv3DBackpropInputV2"})
@@ -219,9 +219,24 @@ def _folded(
         return plain
     # With equal leading sizes, at most one of them free, both reshapes only join and split these.
     same = into[:-1] == out[:-1] and sum(n is None for n in into[:-1]) <= 1
-    if not same or into[-1] != weight[1] or out[-1] != weight[0]:
+    same = same and into[-1] == weight[1] and out[-1] == weight[0]
+    if not same and not (matrix[1] == weight[1] and _restores(net, after, source, len(into), weight)):
         return plain
     return source, after, tuple(nodes)
+
+
+def _restores(net: Network, after: NodeDef, source: TensorId, rank: int, weight: tuple[int, ...]) -> bool:
+    """Whether a Reshape goes back to the leading sizes of `source`, as `tf.tensordot` computes them."""
+    shape = net.node(node_of(net.operands(after)[1]))
+    if shape.op != "ConcatV2" or len(net.operands(shape)) != 3:
+        return False
+    sizes, width = net.operands(shape)[:2]
+    gather = net.node(node_of(sizes))
+    if net.ints(width) != weight[:1] or gather.op != "GatherV2":
+        return False
+    of = net.node(node_of(net.operands(gather)[0]))
+    known = of.op == "Shape" and net.operands(of)[0] in (source, net.resolve(source))
+    return known and net.ints(net.operands(gather)[1]) == tuple(range(rank - 1))
 
 
 def _with_bias(net: Network, found: Found) -> Found:

@@ -90,7 +90,10 @@ class Network:
         if (node.op in _SHAPE_SOURCES or follows) and not any(node_of(t) == name for t in self.outputs):
             self.sizes.add(name)
             return
-        if node.op in PASSING and name not in self.collapsed:
+        if node.op == "IdentityN" and not any(node_of(t) == name for t in self.outputs):
+            # What custom gradients are wrapped in.
+            self.alias.update({f"{name}:{i}": self.resolve(t) for i, t in enumerate(operands)})
+        elif node.op in PASSING and name not in self.collapsed:
             tensor = f"{name}:0"
             if tensor not in self.outputs and ALIAS not in node.attr:
                 self.alias[tensor] = self.resolve(operands[0])

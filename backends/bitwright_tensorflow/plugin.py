@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bitwright.backend import Capability
 from bitwright.hookspecs import BackendInfo, hookimpl
 
@@ -17,6 +19,12 @@ def register_backends() -> list[BackendInfo]:
             modules=("tensorflow",),
             suffixes=(".pb", ".meta"),
             extra="tensorflow",
+            sniff=is_saved_model,
             capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE}),
         )
     ]
+
+
+def is_saved_model(path: Path) -> bool:
+    """Whether a path is a SavedModel's folder; files are known by their suffix."""
+    return (path / "saved_model.pb").is_file()

@@ -1,0 +1,167 @@
+"""The TensorFlow backend: graphs of sessions, SavedModels, functions and frozen files, rewritten as GraphDefs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Bundle, Session, Simulation, Training
+from bitwright.edits import Edit
+from bitwright.encoding import EncodingTable
+from bitwright.errors import InputError
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.plan import Plan
+from bitwright.statistics.base import Tap
+from bitwright_tensorflow import sources
+from bitwright_tensorflow.canonical import recognize
+from bitwright_tensorflow.edits import edit_model
+from bitwright_tensorflow.freezing import save_frozen, save_saved_model
+from bitwright_tensorflow.model import Kind, TfModel
+from bitwright_tensorflow.params import read_params
+from bitwright_tensorflow.session import open_taps
+
+_OPTIONS = {
+    ".pb": {"inputs", "outputs"},
+    ".meta": {"checkpoint", "inputs", "outputs", "constants"},
+    "": {"signature", "tags"},
+}
+
+
+class TensorFlowBackend:
+    """`bitwright.backend.Backend` and `PartialExecution` for TensorFlow graphs."""
+
+    name = "tensorflow"
+
+    def owns(self, model: object) -> bool:
+        """Whether an object is a session, a function, a loaded SavedModel or a GraphDef (Keras models are Keras's)."""
+        return sources.owns(model)
+
+    def load(self, path: Path, **options: Any) -> TfModel:
+        """Open a SavedModel folder, a frozen .pb, or a .meta with its checkpoint.
+
+        Args:
+            path: the file or folder; "saved_model.pb" stands for its folder.
+            options: SavedModel: `signature` ("serving_default"), `tags` (("serve",)). Frozen: `inputs`, `outputs`
+                (placeholders, and what nothing reads). .meta: `checkpoint` (the prefix; default the same name),
+                `inputs` (placeholders), `outputs` (the signature's), `constants` (values of placeholders that are no
+                data).
+
+        Raises:
+            InputError: no such file, not a model, an unknown option or name.
+            ModelError: it can't be loaded.
+        """
+        path = Path(path)
+        path = path.parent if path.name == "saved_model.pb" else path
+        form = "" if path.is_dir() else path.suffix.lower()
+        if not path.exists():
+            raise InputError(f"there is no model {str(path)!r}")
+        if form not in _OPTIONS:
+            raise InputError(f"{path} is no TensorFlow model: a SavedModel folder, a .pb or a .meta")
+        if unknown := sorted(set(options) - _OPTIONS[form]):
+            known = ", ".join(sorted(_OPTIONS[form]))
+            raise InputError(f"{path} is opened without the option {unknown[0]!r}; there is {known}")
+        if form == "":
+            return sources.from_saved_model(path, options.get("signature"), options.get("tags", sources.SERVE))
+        if form == ".pb":
+            graph_def = sources.read_frozen(path)
+            return sources.from_frozen(graph_def, options.get("inputs"), options.get("outputs"))
+        checkpoint = options.get("checkpoint")
+        return sources.from_meta(
+            path, None if checkpoint is None else Path(checkpoint), options.get("inputs"), options.get("outputs"),
+            options.get("constants"),
+        )  # fmt: skip
+
+    def save(self, model: TfModel, path: Path) -> Path:
+        """Write a .pb (variables frozen), a .meta with its checkpoint, or else a SavedModel folder.
+
+        Raises:
+            InputError: it can't be written, or a .meta is wanted of what is no session's graph.
+        """
+        path = Path(path)
+        if path.suffix == ".pb":
+            return save_frozen(model, path)
+        if path.suffix == ".meta":
+            if model.kind is not Kind.SESSION:
+                raise InputError(f"a .meta file holds a session's graph; write a {model.kind} as .pb or as a folder")
+            from bitwright_tensorflow.checkpoints import save_checkpoint
+
+            return save_checkpoint(model, path)
+        return save_saved_model(model, path)
+
+    def adopt(self, model: object, sample: Any = None) -> TfModel:
+        """What the user holds as a `TfModel` (see `sources.adopt`).
+
+        Raises:
+            InputError: outputs or a sample are missing, or name what isn't there.
+            ModelError: the model can't be opened.
+        """
+        return sources.adopt(model, sample)
+
+    def graph(self, model: TfModel) -> Graph:
+        """The canonical graph."""
+        return recognize(model).graph
+
+    def read(self, model: TfModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Parameter values in canonical layout.
+
+        Raises:
+            ModelError: an id names no float parameter.
+        """
+        return read_params(model, ids)
+
+    def edit(self, model: TfModel, edits: Sequence[Edit]) -> TfModel:
+        """A new model with the edits applied in order; unchanged values are shared.
+
+        Raises:
+            ModelError: an edit can't be carried out; the model given is as it was.
+        """
+        return edit_model(model, edits)
+
+    def session(self, model: TfModel, taps: Sequence[Tap]) -> Session:
+        """Prepare the float model to hand out these tensors.
+
+        Raises:
+            ModelError: a tap is unknown.
+        """
+        return open_taps(model, taps)
+
+    def segment(self, model: TfModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Prepare only what lies between `feeds` and `taps`.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return open_taps(model, taps, feeds)
+
+    def simulate(
+        self, model: TfModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
+    ) -> Simulation[Any]:
+        """Put fake quantization at the plan's sites."""
+        from bitwright_tensorflow.simulation import simulate
+
+        return simulate(model, plan, encodings, trainable)
+
+    def export(self, model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write one of `formats()` at `path`.
+
+        Raises:
+            InputError: unknown format, or the file can't be written.
+        """
+        from bitwright_tensorflow.export import export
+
+        return export(model, plan, encodings, path, format)
+
+    def formats(self) -> Mapping[str, str]:
+        """Export formats: name → description."""
+        from bitwright_tensorflow.export import FORMATS
+
+        return dict(FORMATS)
+
+    def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shape (None: free) and dtype of each input."""
+        graph = self.graph(model)
+        return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
