@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Session, Simulation, Training
+from bitwright.backend import Array, Batch, Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -134,9 +134,30 @@ class KerasBackend:
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""
-        from bitwright_keras.export import FORMATS
+        from bitwright_keras.export import formats
 
-        return dict(FORMATS)
+        return formats()
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """Load what a bundle has of quantized models: .tflite into LiteRT, otherwise QDQ into ONNX Runtime.
+
+        Raises:
+            InputError: the bundle holds neither.
+            MissingExtraError: the runtime isn't installed.
+        """
+        from bitwright_keras.integer_runtime import compile_bundle
+
+        return compile_bundle(bundle, taps)
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_keras.integer_runtime import pairs_of
+
+        return pairs_of(bundle)
 
     def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""

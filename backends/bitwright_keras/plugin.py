@@ -17,6 +17,6 @@ def register_backends() -> list[BackendInfo]:
             modules=("keras",),
             suffixes=(".keras", ".h5", ".hdf5"),
             extra="keras",
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE}),
+            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE, Capability.INTEGER_RUNTIME}),
         )
     ]

@@ -77,6 +77,17 @@ class IntegerSession:
         self._session = compile_session(model, self._outputs, config=INTEGER_CONFIG, optimize=not reference)
         self._inputs = tuple(i.name for i in self._session.get_inputs())
 
+    @staticmethod
+    def tensors(path: str | Path) -> frozenset[str]:
+        """What can be tapped in a QDQ file: its tensors, and sites under their own names.
+
+        Raises:
+            InputError: there is no such file, or it isn't an ONNX model.
+        """
+        model = _load(Path(path))
+        names: dict[str, str] = json.loads(model.metadata_props.get(NAMES, "{}"))
+        return frozenset(values_of(model.graph)) | frozenset(names)
+
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """The outputs, then the taps.
 

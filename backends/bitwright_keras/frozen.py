@@ -1,0 +1,247 @@
+"""A model as a frozen TensorFlow graph whose tensors and constants have bitwright's names.
+
+The graph is traced call by call, so that every activation is known by its tensor; nodes are then renamed, so that the
+activation "block/relu" is the tensor "block/relu:0" and the parameter "block/kernel" the constant "block/kernel".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from bitwright.errors import CapabilityError, MissingExtraError, ModelError
+from bitwright.graph import ParamId, TensorId
+from bitwright_keras.canonical import canonical
+from bitwright_keras.constants import constant_of
+from bitwright_keras.model import KerasModel, Node, execute, variables_of
+
+_PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
+"""What TensorFlow allows as a node's name."""
+
+
+@dataclass(frozen=True)
+class FrozenGraph:
+    """A graph without variables.
+
+    Attributes:
+        graph_def: with static shapes noted at its nodes.
+        tensors: activation → tensor ("name:0"); model inputs and outputs too.
+        constants: parameter → constant's node name; those that the graph computes anew are missing.
+    """
+
+    graph_def: Any
+    tensors: Mapping[TensorId, str]
+    constants: Mapping[ParamId, str]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Site → its name in the file."""
+        return {**self.tensors, **self.constants}
+
+
+def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
+    """The model's graph; made once for each batch size.
+
+    Args:
+        model: the model.
+        batch_size: of the inputs; None leaves it as it is in the model.
+
+    Raises:
+        MissingExtraError: TensorFlow isn't installed.
+        ModelError: the model can't be traced by TensorFlow.
+        CapabilityError: another Keras backend is active, and the model can't be handed to TensorFlow's.
+    """
+    key = f"frozen/{batch_size}"
+    if key not in model.memo:
+        try:
+            import tensorflow  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingExtraError('frozen graphs need TensorFlow: pip install "bitwright[tensorflow]"') from error
+        here = keras.backend.backend() == "tensorflow"
+        model.memo[key] = _traced(model, batch_size) if here else _elsewhere(model, batch_size)
+    found = model.memo[key]
+    assert isinstance(found, FrozenGraph)
+    return found
+
+
+def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    recorded: dict[TensorId, Any] = {}
+    operands: dict[ParamId, Any] = {}
+    nodes = tuple(model.nodes)
+
+    def call(*inputs: Any) -> list[Any]:
+        recorded.clear()
+        operands.clear()
+        values: dict[TensorId, Any] = dict(zip(model.inputs, inputs, strict=True))
+        execute((_with_operands(node, operands) for node in nodes), values)
+        recorded.update(values)
+        return [tf.identity(values[t]) for t in model.output_ids]
+
+    specs = [_spec(tf, model, name, batch_size, i) for i, name in enumerate(model.inputs)]
+    try:
+        concrete = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
+        names = {t: x.name for t, x in recorded.items() if hasattr(x, "graph") and x.graph is concrete.graph}
+        constants = _constant_names(model, concrete)
+        constants |= {p: x.op.name for p, x in operands.items() if x.graph is concrete.graph}
+        made = convert_variables_to_constants_v2(concrete)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(f"TensorFlow can't freeze {model.name!r}: {reason}") from error
+    outputs = dict(zip(model.output_ids, (t.name for t in made.outputs), strict=True))
+    graph_def = made.graph.as_graph_def(add_shapes=True)
+    return _renamed(graph_def, names, constants, outputs)
+
+
+def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, index: int) -> Any:
+    shape = list(model.specs[name].shape)
+    if batch_size is not None:
+        if shape and shape[0] is None:
+            shape[0] = batch_size
+        if None in shape:
+            raise ModelError(
+                f"input {name!r} has free dimensions {list(model.specs[name].shape)} behind the batch; TFLite files "
+                "have static shapes: build the model with a fixed input shape"
+            )
+    return tf.TensorSpec(shape, model.specs[name].dtype, name=f"bitwright_input_{index}")
+
+
+def _with_operands(node: Node, found: dict[ParamId, Any]) -> Node:
+    """The node with its constant operands as TensorFlow constants that can be found again."""
+    import tensorflow as tf
+
+    if node.layer is not None or not node.params:
+        return node
+    args, kwargs = list(node.args), dict(node.kwargs)
+    reference = next((x for x in node.inputs), None)
+    for key, param in node.params.items():
+        value = constant_of(node, key)
+        where, _, name = key.partition("/")
+        if isinstance(value, int | float) or reference is None:
+            continue
+        constant = found[param] = tf.constant(value)
+        if where == "args":
+            args[int(name)] = constant
+        else:
+            kwargs[name] = constant
+    return replace(node, args=tuple(args), kwargs=kwargs)
+
+
+def _constant_names(model: KerasModel, concrete: Any) -> dict[ParamId, str]:
+    """Parameter → the placeholder of its variable, which becomes the constant."""
+    handles = {id(external): internal.op.name for external, internal in concrete.graph.captures}
+    found: dict[ParamId, str] = {}
+    for param, place in canonical(model).places.items():
+        if place.node.layer is None:
+            continue
+        variable = variables_of(place.node.layer)[place.key]
+        handle = getattr(variable.value, "handle", None)
+        if handle is not None and id(handle) in handles:
+            found[param] = handles[id(handle)]
+    return found
+
+
+def _renamed(
+    graph_def: Any, tensors: Mapping[TensorId, str], constants: Mapping[ParamId, str], outputs: Mapping[TensorId, str]
+) -> FrozenGraph:
+    """Nodes called by the sites that they compute; the outputs' Identity nodes are left out."""
+    nodes = {n.name: n for n in graph_def.node}
+    ends = {}
+    for t, name in outputs.items():
+        node = nodes[name.rpartition(":")[0]]
+        source = node.input[0] if node.op == "Identity" else name
+        ends[t] = source if ":" in source else f"{source}:0"
+    known = {**{t: n for t, n in tensors.items() if n.rpartition(":")[0] in nodes}, **ends}
+    fresh: dict[str, str] = {}
+    taken = set(nodes)
+    for site, old in [*((t, n.rpartition(":")[0]) for t, n in known.items()), *constants.items()]:
+        name = re.sub(r":\d+$", "", site)
+        if old in fresh or name in fresh.values() or old not in nodes or _PLAIN.fullmatch(name) is None:
+            continue
+        if name in taken and name != old:
+            spare = _free(f"{name}/inner", taken)
+            fresh.setdefault(name, spare)
+            taken.add(spare)
+        fresh[old] = name
+        taken.add(name)
+    for node in graph_def.node:
+        node.name = fresh.get(node.name, node.name)
+        for i, reference in enumerate(node.input):
+            node.input[i] = _moved(reference, fresh)
+    dropped = {fresh.get(n, n) for n in (x.rpartition(":")[0] for x in outputs.values())}
+    dropped -= {_moved(n, fresh).rpartition(":")[0] for n in known.values()}
+    read = {i.lstrip("^").partition(":")[0] for node in graph_def.node for i in node.input}
+    kept = [n for n in graph_def.node if not (n.op == "Identity" and n.name in dropped and n.name not in read)]
+    kept = [n for n in kept if n.op != "NoOp" or n.name in read]
+    left = type(graph_def)(versions=graph_def.versions, library=graph_def.library)
+    left.node.extend(kept)
+    names = {t: _moved(n, fresh) for t, n in known.items()}
+    present = {n.name for n in left.node}
+    held = {p: fresh.get(n, n) for p, n in constants.items()}
+    return FrozenGraph(left, names, {p: n for p, n in held.items() if n in present})
+
+
+def _free(name: str, taken: set[str]) -> str:
+    found, number = name, 1
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found
+
+
+def _moved(reference: str, fresh: Mapping[str, str]) -> str:
+    control, plain = ("^", reference[1:]) if reference.startswith("^") else ("", reference)
+    name, colon, index = plain.partition(":")
+    return f"{control}{fresh.get(name, name)}{colon}{index}"
+
+
+# -- under another Keras backend
+
+
+def _elsewhere(model: KerasModel, batch_size: int | None) -> FrozenGraph:
+    """The graph traced by a process in which Keras runs on TensorFlow."""
+    from tensorflow.core.framework import graph_pb2
+
+    from bitwright_keras.files import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = save_model(model, Path(folder) / "model.keras")
+        result = Path(folder) / "graph.pb"
+        command = [sys.executable, "-m", "bitwright_keras.frozen", str(source), str(result), str(batch_size or "")]
+        paths = os.pathsep.join(filter(None, sys.path))
+        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": paths}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not result.exists():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise CapabilityError(
+                f"TensorFlow graphs of {model.name!r} need Keras on TensorFlow, and the model can't be handed over: "
+                f"{said[-1][:300] if said else 'no message'}; run with KERAS_BACKEND=tensorflow"
+            )
+        graph_def = graph_pb2.GraphDef.FromString(result.read_bytes())
+        names = json.loads(result.with_suffix(".json").read_text())
+    return FrozenGraph(graph_def, names["tensors"], names["constants"])
+
+
+def _main(source: str, result: str, batch_size: str) -> None:
+    from bitwright_keras.files import load_model
+
+    found = frozen(load_model(Path(source)), batch_size=int(batch_size) if batch_size else None)
+    Path(result).with_suffix(".json").write_text(
+        json.dumps({"tensors": dict(found.tensors), "constants": dict(found.constants)})
+    )
+    Path(result).write_bytes(found.graph_def.SerializeToString())
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
