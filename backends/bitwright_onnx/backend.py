@@ -16,7 +16,7 @@ from bitwright.backend import Array, Batch, Bundle, Session, Simulation, Trainin
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
-from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
 from bitwright_onnx.attributes import static_dims
@@ -162,6 +162,20 @@ class OnnxBackend:
         from bitwright_onnx.runtime import compile_bundle
 
         return compile_bundle(bundle, taps)
+
+    def op_seconds(
+        self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
+    ) -> Mapping[OpId, float]:
+        """See `bitwright.backend.OpTimer`.
+
+        Raises:
+            InputError: the bundle holds no quantized model, or the runtime refuses a batch.
+        """
+        from bitwright_onnx.op_times import op_times
+
+        if "qdq" not in bundle.files:
+            raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
+        return op_times(bundle.files["qdq"], tuple(ops), batches, repeats=repeats, threads=threads)
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
         """See `QuantizedArtefact`.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bitwright.edits import Edit
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.plan import Plan, SiteId
 from bitwright.statistics.base import Tap
 
@@ -167,6 +167,14 @@ class Backend(Protocol[M]):
 
 
 @runtime_checkable
+class BundledFormats(Protocol[M_contra]):
+    """Saying what an exported bundle holds beside the float artefact, where it depends on the model."""
+
+    def bundled(self, model: M_contra) -> Mapping[str, str]:
+        """Export formats that a bundle of this model has too → the ending of the name of each one's file or folder."""
+
+
+@runtime_checkable
 class PartialExecution(Protocol[M_contra]):
     """Running a part of the float model, for layer-by-layer techniques in O(layers) and not O(layers²)."""
 
@@ -184,6 +192,16 @@ class IntegerRuntime(Protocol):
 
     def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
         """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
+
+
+@runtime_checkable
+class OpTimer(Protocol):
+    """Timing the ops of an exported bundle on the integer runtime, for latency tables."""
+
+    def op_seconds(
+        self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
+    ) -> Mapping[OpId, float]:
+        """Seconds of each op for one sample; ops that the runtime has fused into others are left out."""
 
 
 @runtime_checkable

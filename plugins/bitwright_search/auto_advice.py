@@ -49,8 +49,8 @@ def advise(
     said += [f"{t.name} failed and was left out: {t.reason}" for t in failed]
     if samples is not None and samples < FEW_SAMPLES:
         said.append(
-            f"{samples} calibration samples are few: some hundreds that look like real inputs make ranges and roundings "
-            "steadier."
+            f"{samples} calibration samples are few: some hundreds that look like real inputs make ranges and "
+            "roundings steadier."
         )
     if in_float:
         said.append(f"{in_float} ops run in float because no target knows their type; see the findings.")
@@ -81,8 +81,8 @@ def _causes(
             else "leave the sensitive ones in float"
         )
         said.append(
-            f"Quantized activations alone cost {by_activations:.4g}, more than the allowed {allowed:.4g}, so changes to "
-            f"weights will hardly be enough: {remedy}, or set sites with outliers to float by an override."
+            f"Quantized activations alone cost {by_activations:.4g}, more than the allowed {allowed:.4g}, so changes "
+            f"to weights will hardly be enough: {remedy}, or set sites with outliers to float by an override."
         )
     if by_weights > allowed:
         remedy = (

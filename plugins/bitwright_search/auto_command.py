@@ -86,7 +86,7 @@ def auto(
     """
     from bitwright.formats import VERSIONS
     from bitwright.progress import progress_for, silent
-    from bitwright.quantsim import open_model
+    from bitwright.opening import open_model
     from bitwright_search.auto_quantize import auto_quantize
 
     if encodings_version not in VERSIONS:

@@ -1,40 +1,63 @@
-"""Writes what `auto_quantize` found: the bundle, the run's report, and the diagnosis."""
+"""Writes what a search found: the bundle and the run's report, and for `auto_quantize` the diagnosis."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitwright.backend import Bundle
 from bitwright.data import Dataset
 from bitwright.durable import make_directory, write_text
+from bitwright.quantsim import QuantSim
 from bitwright.report import Calibration, build_report, write_report
 from bitwright_search.auto_page import render
 from bitwright_search.auto_result import AutoQuantResult
 
 
-def write(result: AutoQuantResult, out: Path, name: str, model: Any, data: Dataset, version: str) -> None:
+def write(result: AutoQuantResult, out: Path, name: str | None, model: Any, data: Dataset, version: str) -> None:
     """Export the best network to a folder and note its files in the result.
 
     Raises:
         InputError: the folder can't be written.
     """
     make_directory(out)
-    sim = result.sim
-    result.bundle = sim.export(out, name=name, encodings_version=version)
-    files = dict(result.bundle.files)
-    source = Path(model).name if isinstance(model, str | Path) else type(model).__name__
+    seconds = {"auto_quantize": result.seconds}
+    stem, result.bundle, files = export_network(result.sim, out, name, model, data, version, seconds)
+    result.files = {**files, "diagnosis": out / "diagnosis.json", "diagnosis page": out / "diagnosis.html"}
+    write_text(out / "diagnosis.json", result.to_json())
+    write_text(out / "diagnosis.html", render(result, f"{stem} on {result.target}"))
+
+
+def export_network(
+    sim: QuantSim,
+    out: Path,
+    name: str | None,
+    model: Any,
+    data: Dataset,
+    version: str,
+    seconds: Mapping[str, float],
+) -> tuple[str, Bundle, dict[str, Path]]:
+    """The bundle and ``report.json``, which `bitwright verify` reads.
+
+    Returns:
+        The files' stem, the bundle, and every file by purpose.
+    """
+    if isinstance(model, QuantSim):
+        model = model.source or model.native
+    named = isinstance(model, str | Path)
+    stem = name or (Path(str(model).rpartition(":")[0] or str(model)).stem if named else "model")
+    bundle = sim.export(out, name=stem, encodings_version=version)
     report = build_report(
         sim,
-        name=name,
-        source=source,
+        name=stem,
+        source=Path(model).name if named else type(model).__name__,
         calibration=Calibration(
             source=type(data).__name__, samples=data.samples, batch_size=getattr(data, "batch_size", 0),
             scheme=sim.scheme, fingerprint=data.fingerprint(),
         ),
-        seconds={"auto_quantize": result.seconds},
-        files={purpose: path.name for purpose, path in files.items()},
+        seconds=seconds,
+        files={purpose: path.name for purpose, path in bundle.files.items()},
     )  # fmt: skip
-    files["report"], files["page"] = write_report(report, out)
-    result.files = {**files, "diagnosis": out / "diagnosis.json", "diagnosis page": out / "diagnosis.html"}
-    write_text(out / "diagnosis.json", result.to_json())
-    write_text(out / "diagnosis.html", render(result, f"{name} on {result.target}"))
+    json_file, page = write_report(report, out)
+    return stem, bundle, {**bundle.files, "report": json_file, "page": page}

@@ -12,19 +12,19 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitwright import registry
 from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import InputError, ModelError
 from bitwright.grid import PerTensor
 from bitwright.quantsim import QuantSim
-from bitwright.recipe import RecipeLike, read_recipe
+from bitwright.recipe import RecipeLike
 from bitwright.runs import RunDirectory
-from bitwright.technique import Progress, Step
+from bitwright.technique import Progress
 from bitwright.validation import Validation, validate
 from bitwright_search.auto_advice import advise
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
+from bitwright_search.participants import split_steps
 from bitwright_search.stages import Stages, open_sim, run_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def auto_quantize(
     _check(allowed_drop, budget_seconds, budget_evaluations, name)
     options = {"target": target, "weights": weights, "activations": activations, "overrides": overrides,
                "backend": backend, "seed": seed}  # fmt: skip
-    preparations, steps = _steps(techniques)
+    preparations, steps = split_steps(techniques)
     validation = None if isinstance(model, QuantSim) else _validated(model, sample, options)
     with run_of(run, out) as directory:
         sim = open_sim(model, sample, options, directory, progress)
@@ -109,7 +109,7 @@ def auto_quantize(
         if out is not None:
             from bitwright_search.auto_export import write
 
-            write(result, Path(out), name or _stem(model), model, data, encodings_version)
+            write(result, Path(out), name, model, data, encodings_version)
     return result
 
 
@@ -132,18 +132,6 @@ def _validated(model: Any, sample: Any, options: Mapping[str, Any]) -> Validatio
     return found
 
 
-def _steps(techniques: RecipeLike) -> tuple[list[Step], list[Step]]:
-    """Preparations and techniques, in order."""
-    infos = registry.techniques()
-    if techniques is None:
-        taking = sorted((i for i in infos.values() if i.auto is not None), key=lambda i: (i.auto.order, i.name))  # type: ignore[union-attr]
-        chosen = [Step(i.name) for i in taking]
-    else:
-        chosen = list(read_recipe(techniques))
-    prepares = [s for s in chosen if (auto := infos[s.technique].auto) is not None and auto.prepares]
-    return prepares, [s for s in chosen if s not in prepares]
-
-
 def _schemes(given: Sequence[str | tuple[str, str]] | None, sim: QuantSim) -> list[tuple[str, str]]:
     if given is not None:
         pairs = [(s, "minmax") if isinstance(s, str) else (s[0], s[1]) for s in given]
@@ -161,10 +149,6 @@ def _schemes(given: Sequence[str | tuple[str, str]] | None, sim: QuantSim) -> li
 def _activation_bits(sim: QuantSim) -> int:
     widths = [spec.bits for s in sim.plan.activations if (spec := sim.plan.spec(s)) is not None]
     return max(set(widths), key=widths.count, default=32)
-
-
-def _stem(model: Any) -> str:
-    return Path(model).stem.partition(":")[0] if isinstance(model, str | Path) else "model"
 
 
 def _result(search: AutoSearch, validation: Validation | None, data: Dataset) -> AutoQuantResult:
@@ -212,4 +196,4 @@ def _findings(found: Validation) -> tuple[str, ...]:
     if found.in_float:
         lines.append(f"{len(found.in_float)} further sites stay in float, such as {found.in_float[0].where}: "
                      f"{found.in_float[0].what}")  # fmt: skip
-    return tuple([*lines, *found.notes])
+    return (*lines, *found.notes)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from bitwright import fingerprint
 from bitwright.backend import Simulation
 from bitwright.errors import InputError
-from bitwright.plan import SiteKind
 from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
 
@@ -112,6 +111,7 @@ class FileFunction:
         return function  # type: ignore[no-any-return]
 
     def __call__(self, model: Any) -> Any:
+        """Evaluate a model."""
         return self.function()(model)
 
 

@@ -8,38 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
 
 from bitwright.report.charts import HEIGHT, Axis, linear_axis
 
-STYLE = """<style>
-.dots{display:grid;grid-template-columns:minmax(96px,26%) 1fr max-content;font-size:13px;column-gap:10px}
-.dots>*{min-width:0;align-self:center}
-.dots .label{overflow-wrap:anywhere;padding:3px 0;line-height:1.3}
-.dots .value{text-align:right;font-variant-numeric:tabular-nums}
-.dots .lane{position:relative;min-height:26px;align-self:stretch;background:linear-gradient(var(--line),var(--line)) 0 50%/100% 1px no-repeat}
-.dots .dot,.legend .dot{width:12px;height:12px;border-radius:50%;background:var(--second)}
-.dots .dot{position:absolute;top:50%;transform:translate(-50%,-50%)}
-.dots .dot.first,.legend .dot.first{background:var(--first)}
-.dots .dot.mark,.legend .dot.mark{background:var(--mark)}
-.dots .rule{position:absolute;top:0;bottom:0;width:0;border-left:2px dashed var(--soft)}
-.dots .rule.solid{border-left-style:solid}
-.dots .axis{position:relative;height:18px;font-size:11px;color:var(--soft);font-variant-numeric:tabular-nums}
-.dots .axis span{position:absolute;transform:translateX(-50%);white-space:nowrap}
-.dots .axis span:first-child{transform:none}.dots .axis span:last-child{transform:translateX(-100%)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px}.legend span{display:inline-flex;align-items:center;gap:6px}
-.legend i.line{width:0;height:14px;border-left:2px dashed var(--soft)}.legend i.line.solid{border-left-style:solid}
-.front{display:grid;grid-template-columns:64px 1fr;font-size:11px;color:var(--soft)}
-.front .below{grid-column:2;position:relative;height:18px}
-.front .below span{position:absolute;transform:translateX(-50%);white-space:nowrap}
-.front .below span:first-child{transform:none}.front .below span:last-child{transform:translateX(-100%)}
-.front .plot{grid-column:1/3;display:grid;grid-template-columns:64px 1fr;height:240px}.front svg{height:240px;overflow:visible}
-.front path{fill:none;stroke-linecap:round;stroke-linejoin:round;vector-effect:non-scaling-stroke}
-.front .trace{stroke:var(--second);stroke-width:2}
-.front .spot{stroke:var(--second);stroke-width:9}.front .spot.first{stroke:var(--first)}.front .spot.mark{stroke:var(--mark);stroke-width:14}
-.front .level{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 5;stroke-linecap:butt}
-ol.next{margin:0;padding-left:22px}ol.next li{margin:0 0 8px;overflow-wrap:anywhere}
-code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--line);border-radius:4px;padding:1px 4px}
-</style>"""
+STYLE = f"<style>{resources.files('bitwright_search').joinpath('figures.css').read_text(encoding='utf-8')}</style>"
 """What the plots need beside the report's own style."""
 
 

@@ -16,4 +16,15 @@ def register_tools() -> list[ToolInfo]:
             command="bitwright_search.auto_command:auto",
             command_name="auto",
         ),
+        ToolInfo(
+            "mixed_precision",
+            "Give each group of layers the bit widths that it needs.",
+            factory="bitwright_search.mixed_precision:mixed_precision",
+            command="bitwright_search.mixed_command:mixed",
+        ),
+        ToolInfo(
+            "measure_latency",
+            "Time a model's ops on an integer runtime at several bit widths.",
+            factory="bitwright_search.latency_measure:measure_latency",
+        ),
     ]

@@ -1,0 +1,154 @@
+"""`mixed_precision`: a type for each group of sites, so that a cost falls and accuracy holds.
+
+Phase 1 measures how much noise each group adds alone at each candidate. A solver turns noise and cost into a front of
+assignments. Phase 2 evaluates assignments on it with the user's own function, by bisection, for the cheapest that
+loses no more than `allowed_drop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from bitwright.errors import InputError
+from bitwright.quantsim import QuantSim
+from bitwright.recipe import RecipeLike, read_recipe
+from bitwright.runs import RunDirectory
+from bitwright.technique import Progress
+from bitwright_search.candidates import group_sites, read_candidates
+from bitwright_search.costs import Cost, CostModel, multiply_accumulates
+from bitwright_search.evaluation import read_evaluate
+from bitwright_search.latency import read_latency
+from bitwright_search.mixed_result import MixedPrecisionResult
+from bitwright_search.mixed_search import Goal, MixedSearch
+from bitwright_search.participants import split_steps
+from bitwright_search.sensitivity import SAMPLES, first_samples, measure_noise
+from bitwright_search.stages import Stages, open_sim, run_of
+
+CANDIDATES = (("int8", "uint16"), ("int8", "uint8"), ("int4", "uint8"))
+"""The candidates by default."""
+
+
+def mixed_precision(
+    model: Any,
+    calibration: Any,
+    evaluate: Any = None,
+    *,
+    candidates: Sequence[Any] = CANDIDATES,
+    allowed_drop: float | None = None,
+    budget: float | None = None,
+    lite: float | None = None,
+    cost: Cost = "bit_operations",
+    latency: Any = None,
+    solver: Literal["exact", "greedy"] = "exact",
+    techniques: RecipeLike = None,
+    sensitivity_samples: int = SAMPLES,
+    target: Any = None,
+    scheme: str | None = None,
+    weight_scheme: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    sample: Any = None,
+    backend: str | None = None,
+    seed: int | None = None,
+    batch_size: int = 8,
+    out: str | Path | None = None,
+    name: str | None = None,
+    encodings_version: str = "1.0.0",
+    run: RunDirectory | str | Path | None = None,
+    progress: Progress | None = None,
+) -> MixedPrecisionResult:
+    """Give each group of sites the type that it needs.
+
+    Args:
+        model: a framework's model, a path, or a `QuantSim` (whose settings and techniques then hold).
+        calibration: calibration data in any form that `QuantSim.open` takes.
+        evaluate: a function from the native simulated model to a number, higher is better, or ``(data, labels)``;
+            needed for `allowed_drop`.
+        candidates: pairs of types (weights, activations).
+        allowed_drop: largest loss against the float model: the cheapest assignment within it is wanted.
+        budget: largest cost, as a share (0 to 1) of the reference, which has the dearest candidate everywhere. Alone:
+            the least noise within it. With `allowed_drop`: no assignment above it is tried.
+        lite: no search: everything at the cheapest candidate, but this percentage of the groups, the most sensitive
+            ones, at the most precise.
+        cost: "bit_operations" (multiply-accumulates × weight bits × activation bits), "weight_bytes", or "latency".
+        latency: for `cost="latency"`: a table (`latency.LatencyTable`, a file, decoded JSON) or a `LatencyModel`.
+        solver: "exact" (integer programming; needs scipy) or "greedy".
+        techniques: a recipe that every network gets before it is calibrated and evaluated, such as "adaround".
+        sensitivity_samples: samples of the calibration data for phase 1.
+        target, scheme, weight_scheme, overrides, sample, backend, seed: as `QuantSim` takes them; `weight_scheme` is
+            "mse" by default, which suits narrow weights.
+        batch_size: samples a batch, for data that are arrays or files.
+        out: where the chosen network, its report, the front (JSON) and a page are written.
+        name: stem of the exported files.
+        encodings_version: schema of the encodings file.
+        run: where finished work is kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: no goal or contradicting ones, an unattainable budget, or unusable data or arguments.
+        MissingExtraError: the exact solver without scipy.
+    """
+    goal = _goal(evaluate, allowed_drop, budget, lite)
+    choices = read_candidates(candidates)
+    if solver not in ("exact", "greedy"):
+        raise InputError(f"solver={solver!r}: choose exact or greedy")
+    if sensitivity_samples < 1:
+        raise InputError(f"sensitivity_samples={sensitivity_samples}: use at least one sample")
+    steps = read_recipe(techniques)
+    is_sim = isinstance(model, QuantSim)
+    options = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme, "overrides": overrides,
+               "backend": backend, "seed": seed}  # fmt: skip
+    if not is_sim:
+        options["weight_scheme"] = weight_scheme or "mse"
+    with run_of(run, out) as directory:
+        sim = open_sim(model, sample, options, directory, progress)
+        data = sim.open(calibration, batch_size=batch_size)
+        if not is_sim:
+            # The target runs folded batch norms, so noise is measured with them folded. A simulation is as it is.
+            for step in split_steps(None)[0]:
+                sim.apply(step.technique, data)
+        batches = first_samples(data, sensitivity_samples)
+        groups, notes = group_sites(sim, choices)
+        macs = multiply_accumulates(sim, batches[0])
+        costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))
+        table = costs.table(groups, choices)
+        stages = Stages(directory)
+        noises = measure_noise(sim, groups, choices, data, batches, directory)
+        search = MixedSearch(
+            sim=sim,
+            data=data,
+            evaluate=None if evaluate is None else read_evaluate(evaluate, sim),
+            stages=stages,
+            groups=groups,
+            candidates=choices,
+            costs=table,
+            noises=noises,
+            outside=costs.outside(groups),
+            solver=solver,
+            goal=goal,
+            steps=tuple(steps),
+        )
+        result = search.run(cost, notes)
+        result.sim.run = run if isinstance(run, RunDirectory) else None
+        if out is not None:
+            from bitwright_search.mixed_export import write
+
+            write(result, Path(out), name, model, data, encodings_version)
+    return result
+
+
+def _goal(evaluate: Any, allowed_drop: float | None, budget: float | None, lite: float | None) -> Goal:
+    if allowed_drop is None and budget is None and lite is None:
+        raise InputError("mixed precision needs a goal: allowed_drop (with evaluate), budget, or lite")
+    if lite is not None and (allowed_drop is not None or budget is not None):
+        raise InputError("lite decides by itself; leave out allowed_drop and budget, or lite")
+    if allowed_drop is not None and evaluate is None:
+        raise InputError("allowed_drop needs evaluate: a function that scores the simulated model, or (data, labels)")
+    if allowed_drop is not None and not allowed_drop >= 0:
+        raise InputError(f"allowed_drop={allowed_drop}: give the largest loss that is good enough, 0 or more")
+    if budget is not None and not 0 < budget <= 1:
+        raise InputError(f"budget={budget}: give a share of the reference's cost, more than 0 and at most 1")
+    if lite is not None and not 0 <= lite <= 100:
+        raise InputError(f"lite={lite}: give a percentage, 0 to 100")
+    return Goal(allowed_drop, budget, lite)

@@ -1,0 +1,259 @@
+"""Phase 2 of `mixed_precision`: from noise and cost to assignments, and from assignments to evaluated networks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bitwright.data import Dataset
+from bitwright.precision import retyped
+from bitwright.quantsim import QuantSim
+from bitwright.technique import Step
+from bitwright_search.candidates import Candidate, Group
+from bitwright_search.evaluation import Evaluate, Mode, identity, measure
+from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
+from bitwright_search.sensitivity import decibels
+from bitwright_search.solvers import (
+    Choice,
+    Point,
+    Solver,
+    Table,
+    cheapest,
+    dearest,
+    front,
+    point,
+    solve,
+    undominated,
+    within,
+)
+from bitwright_search.stages import Built, Record, Stages, content_of
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted, see `mixed_precision`."""
+
+    allowed_drop: float | None
+    budget: float | None
+    lite: float | None
+
+
+@dataclass
+class MixedSearch:
+    """One search.
+
+    Args:
+        sim: the model as it was given; never changed.
+        data: calibration data.
+        evaluate: the user's evaluation; None decides by noise alone.
+        stages: where finished stages are kept.
+        groups, candidates, costs, noises: what is chosen between; tables are (groups, candidates).
+        outside: cost of what no group decides on.
+        solver, goal, steps: see `mixed_precision`.
+    """
+
+    sim: QuantSim
+    data: Dataset
+    evaluate: Evaluate | None
+    stages: Stages
+    groups: Sequence[Group]
+    candidates: Sequence[Candidate]
+    costs: Table
+    noises: Table
+    outside: float
+    solver: Solver
+    goal: Goal
+    steps: tuple[Step, ...]
+    scores: dict[Choice, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._content, self._data = content_of(self.sim), self.data.fingerprint()
+        self._evaluation = "" if self.evaluate is None else identity(self.evaluate)
+        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source}
+        self._networks: dict[Choice, Built] = {}
+        precise = np.where(np.isfinite(self.noises), self.costs, -np.inf).argmax(axis=1)
+        self.reference = point(tuple(map(int, precise)), self.costs, self.noises)
+        """Every group at its dearest candidate: what a uniform network of the most precise types costs."""
+
+    def run(self, kind: str, notes: Sequence[str]) -> MixedPrecisionResult:
+        """Search, and tell."""
+        points = front(self.costs, self.noises, self.solver)
+        float_score = None
+        if self.goal.lite is not None:
+            chosen = self._lite(self.goal.lite)
+        elif self.goal.allowed_drop is None:
+            chosen = solve(self.costs, self.noises, self._limit, self.solver)
+        if self.evaluate is not None:
+            float_score = self._float_score()
+            if self.goal.allowed_drop is not None:
+                chosen = self._bisect(points, float_score - self.goal.allowed_drop)
+            else:
+                self._score(chosen.choice)
+            self._score(self.reference.choice)
+        built = self._built(chosen.choice)
+        met = self._good(self.scores.get(chosen.choice), float_score) and within(chosen.cost, self._limit)
+        told = undominated([*points, chosen])
+        measured = [
+            self._told(p) for c in self.scores if c != chosen.choice for p in [point(c, self.costs, self.noises)]
+        ]
+        return MixedPrecisionResult(
+            sim=built.sim,
+            assignment=self._assignment(chosen.choice),
+            cost=chosen.cost + self.outside,
+            reference_cost=self.reference.cost + self.outside,
+            cost_kind=kind,
+            solver=self.solver,
+            score=self.scores.get(chosen.choice),
+            float_score=float_score,
+            reference_score=self.scores.get(self.reference.choice),
+            allowed_drop=self.goal.allowed_drop,
+            met=met,
+            front=tuple(map(self._told, told)),
+            measured=monotone([*measured, self._told(chosen)] if chosen.choice in self.scores else measured),
+            sensitivities=tuple(self._sensitivities()),
+            notes=(*notes, *self.notes),
+            seconds=self.stages.clock.total,
+            target=self.sim.target.name,
+        )
+
+    # -- choosing
+
+    @property
+    def _limit(self) -> float:
+        """The budget for what the groups decide on, in the cost's unit."""
+        if self.goal.budget is None:
+            return math.inf
+        return self.goal.budget * (self.reference.cost + self.outside) - self.outside
+
+    def _lite(self, percent: float) -> Point:
+        """Everything at the cheapest candidate, the most sensitive at the most precise."""
+        low, high = cheapest(self.costs, self.noises), dearest(self.costs, self.noises)
+        rows = np.arange(len(self.groups))
+        order = np.argsort(-self.noises[rows, low], kind="stable")
+        flipped = set(order[: math.ceil(len(self.groups) * percent / 100)].tolist())
+        return point([h if g in flipped else c for g, (c, h) in enumerate(zip(low, high, strict=True))], self.costs,
+                     self.noises)  # fmt: skip
+
+    def _bisect(self, points: Sequence[Point], goal: float) -> Point:
+        """The cheapest assignment on the front that reaches the goal, where scores rise along it.
+
+        Where they don't, it is one that reaches the goal all the same. If none that is tried does, it is the one with
+        the best score.
+        """
+        allowed = [p for p in points if within(p.cost, self._limit)]
+        if not allowed:
+            # Raises, and says what the least cost is.
+            allowed = [solve(self.costs, self.noises, self._limit, self.solver)]
+        low, high = 0, len(allowed) - 1
+        if self._reaches(allowed[low], goal):
+            return allowed[low]
+        if not self._reaches(allowed[high], goal):
+            best = max(allowed, key=lambda p: (self.scores.get(p.choice, -math.inf), -p.cost))
+            self.notes.append(
+                "not even the most precise assignment reaches the goal; the best that was evaluated is returned. Add a "
+                "more precise candidate, or give techniques"
+            )
+            return best
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._reaches(allowed[middle], goal):
+                high = middle
+            else:
+                low = middle
+        return allowed[high]
+
+    def _reaches(self, candidate: Point, goal: float) -> bool:
+        return self._score(candidate.choice) >= goal - 1e-12 * max(1.0, abs(goal))
+
+    def _good(self, score: float | None, float_score: float | None) -> bool:
+        if self.goal.allowed_drop is None or score is None or float_score is None:
+            return self.goal.allowed_drop is None
+        return float_score - score <= self.goal.allowed_drop + 1e-12 * max(1.0, abs(float_score))
+
+    # -- networks
+
+    def _built(self, choice: Choice) -> Built:
+        """The network of an assignment: types, techniques, calibration."""
+        if choice not in self._networks:
+            self._networks[choice] = self._build(choice)
+        return self._networks[choice]
+
+    def _build(self, choice: Choice) -> Built:
+        depends = {"base": self._content, "data": self._data, "assignment": self._assignment(choice),
+                   "schemes": [self.sim.scheme, self.sim.weight_scheme],
+                   "steps": [[s.technique, dict(s.settings)] for s in self.steps]}  # fmt: skip
+
+        def make() -> QuantSim:
+            twin = retyped(self.sim, self._types(choice))
+            for step in self.steps:
+                twin.apply(step.technique, self.data, **step.settings)
+            return twin.calibrate(self.data)
+
+        return self.stages.build("mixed precision: network", depends, make, self._opened)
+
+    def _types(self, choice: Choice) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for group, c in zip(self.groups, choice, strict=True):
+            found |= group.types(self.sim, self.candidates[c])
+        return found
+
+    def _score(self, choice: Choice) -> float:
+        if choice not in self.scores:
+            self.scores[choice] = self._evaluated(self._built(choice), Mode.FULL)
+        return self.scores[choice]
+
+    def _float_score(self) -> float:
+        return self._evaluated(self._built(self.reference.choice), Mode.FLOAT)
+
+    def _evaluated(self, built: Built, mode: Mode) -> float:
+        assert self.evaluate is not None
+        evaluate = self.evaluate
+        depends = {"network": built.content, "mode": str(mode), "evaluation": self._evaluation}
+
+        def work() -> Record:
+            self.sim.progress.start("Evaluating", 1)
+            try:
+                score, seconds = measure(evaluate, built.sim, mode)
+            finally:
+                self.sim.progress.finish()
+            return {"score": score, "seconds": seconds}
+
+        return float(self.stages.once("mixed precision: evaluate", depends, work)["score"])
+
+    # -- telling
+
+    def _assignment(self, choice: Choice) -> dict[str, str]:
+        return {g.name: str(self.candidates[c]) for g, c in zip(self.groups, choice, strict=True)}
+
+    def _told(self, p: Point) -> FrontPoint:
+        assignment = self._assignment(p.choice)
+        total, reference = p.cost + self.outside, self.reference.cost + self.outside
+        return FrontPoint(
+            cost=total,
+            relative_cost=total / reference if reference else 1.0,
+            predicted_sqnr_db=decibels(p.noise),
+            score=self.scores.get(p.choice),
+            counts=dict(Counter(assignment.values())),
+            assignment=assignment,
+        )
+
+    def _sensitivities(self) -> list[Sensitivity]:
+        return [
+            Sensitivity(g.name, str(self.candidates[c]), decibels(float(self.noises[i, c])), float(self.costs[i, c]))
+            for i, g in enumerate(self.groups)
+            for c in g.allowed
+        ]
+
+
+def monotone(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
+    """Evaluated points by rising cost with strictly rising score."""
+    kept: list[FrontPoint] = []
+    for p in sorted(points, key=lambda p: (p.cost, -(p.score or 0.0))):
+        if p.score is not None and (not kept or p.score > (kept[-1].score or -math.inf)):
+            kept.append(p)
+    return tuple(kept)
