@@ -20,14 +20,18 @@ __all__ = ["QuantSim", "RunDirectory", "__version__", "registry", "validate"]
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
+    from importlib.util import find_spec
 
     if name == "registry":
         return import_module("bitwright.registry")
     homes = {"QuantSim": "quantsim", "RunDirectory": "runs", "validate": "validation"}
     if module := homes.get(name):
         return getattr(import_module(f"bitwright.{module}"), name)
-    if not name.startswith("_") and name in (registry := import_module("bitwright.registry")).tools():
-        return registry.tool(name)
+    # `from bitwright import hookspecs` asks here first, while the registry may be half imported itself.
+    if not name.startswith("_") and find_spec(f"bitwright.{name}") is None:
+        registry = import_module("bitwright.registry")
+        if name in registry.tools():
+            return registry.tool(name)
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
 
 
