@@ -13,8 +13,12 @@ from bitwright.errors import InputError, ModelError
 from bitwright_tensorflow.model import VARIABLES, Array, GraphDef, Kind, TfModel, tensor_id
 
 
-def session_config() -> tf.compat.v1.ConfigProto:
+def session_config(graph: tf.Graph | None = None) -> tf.compat.v1.ConfigProto:
     """Threads from BITWRIGHT_THREADS or OMP_NUM_THREADS, else TensorFlow's own default.
+
+    Args:
+        graph: what will be run. With grouped convolutions in it, TensorFlow may not fuse ops: its CPU kernel of a
+            convolution fused with a bias refuses groups.
 
     Raises:
         InputError: the variable isn't a whole number ≥ 0.
@@ -28,7 +32,20 @@ def session_config() -> tf.compat.v1.ConfigProto:
             config.inter_op_parallelism_threads = 1
             break
     config.allow_soft_placement = True
+    if graph is not None and any(_is_grouped(op) for op in graph.get_operations()):
+        off = config.graph_options.rewrite_options.OFF
+        config.graph_options.rewrite_options.remapping = off
     return config
+
+
+def _is_grouped(op: tf.Operation) -> bool:
+    if op.type not in ("Conv2D", "Conv3D"):
+        return False
+    x, kernel = op.inputs[0].shape, op.inputs[1].shape
+    axis = 1 if op.get_attr("data_format").startswith(b"NC") else -1
+    if x.rank is None or kernel.rank is None or x[axis] is None or kernel[-2] is None:
+        return False
+    return bool(x[axis] != kernel[-2])
 
 
 def import_graph(graph_def: GraphDef) -> tf.Graph:
@@ -67,7 +84,8 @@ def import_values(session: tf.compat.v1.Session, values: Mapping[str, Array]) ->
 
 def open_graph(graph_def: GraphDef, values: Mapping[str, Array]) -> tf.compat.v1.Session:
     """A session on a new graph of these nodes, with its variables set."""
-    session = tf.compat.v1.Session(graph=import_graph(graph_def), config=session_config())
+    graph = import_graph(graph_def)
+    session = tf.compat.v1.Session(graph=graph, config=session_config(graph))
     import_values(session, values)
     return session
 
@@ -88,7 +106,7 @@ def open_session(model: TfModel) -> tf.compat.v1.Session:
             tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
     except (ValueError, tf.errors.OpError) as error:
         raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
-    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    session = tf.compat.v1.Session(graph=graph, config=session_config(graph))
     import_values(session, model.values)
     tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
     if tables:
@@ -116,7 +134,12 @@ def call(model: TfModel, arguments: Sequence[Any], named: Mapping[str, Any]) -> 
     return results[0] if len(results) == 1 else dict(zip(model.signature.outputs, results, strict=True))
 
 
+_TRACES = ("Graph execution error", "Detected at node", "Defined at", "Node:")
+
+
 def reason(error: BaseException) -> str:
-    """The first line of TensorFlow's message."""
+    """What TensorFlow's message says, in one line."""
     text = str(getattr(error, "message", "") or error).strip() or type(error).__name__
-    return text.splitlines()[0].strip()[:400]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(_TRACES)]
+    return (told or lines)[0][:400]
