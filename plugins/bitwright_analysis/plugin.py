@@ -8,4 +8,43 @@ from bitwright.hookspecs import ToolInfo, hookimpl
 @hookimpl
 def register_tools() -> list[ToolInfo]:
     """The analysis tools that ship with bitwright."""
-    return []
+    return [
+        ToolInfo(
+            "quant_analyzer",
+            "Where quantization hurts in a model: sensitivities, ranges, errors, and what to do.",
+            factory="bitwright_analysis.analyzer:quant_analyzer",
+            command="bitwright_analysis.commands:analyze",
+            command_name="analyze",
+        ),
+        ToolInfo(
+            "visualize",
+            "Weights and activations before and after a technique, on one page.",
+            factory="bitwright_analysis.visualization:visualize",
+            command="bitwright_analysis.commands:visualize",
+        ),
+        ToolInfo(
+            "architecture_hints",
+            "What in a model's architecture quantization or the target doesn't like.",
+            factory="bitwright_analysis.hints:architecture_hints",
+            command="bitwright_analysis.commands:validate",
+            command_name="validate",
+        ),
+        ToolInfo(
+            "layer_outputs",
+            "Write each layer's output, as the tools of targets dump them.",
+            factory="bitwright_analysis.layer_outputs:layer_outputs",
+            command="bitwright_analysis.target_cli:layer_outputs",
+        ),
+        ToolInfo(
+            "compare",
+            "Where a target's dump first departs from the simulation.",
+            factory="bitwright_analysis.departures:compare",
+            command="bitwright_analysis.target_cli:compare",
+        ),
+        ToolInfo(
+            "target_commands",
+            "The command lines that bring an export onto a target.",
+            factory="bitwright_analysis.target_commands:target_commands",
+            command="bitwright_analysis.target_cli:target_commands",
+        ),
+    ]

@@ -1,0 +1,29 @@
+"""An export opened again as a simulation: the model and the grids of its encodings file, whatever made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitwright.artefact import find_bundle, plan_of, read_encodings
+from bitwright.quantsim import QuantSim
+from bitwright.technique import Progress
+
+
+def exported(directory: str | Path, name: str | None = None, *, progress: Progress | None = None) -> QuantSim:
+    """The simulation that an export came from, without its target: what has an entry is quantized so.
+
+    Args:
+        directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
+        name: stem of the files, if it holds several exports.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: the directory holds no bundle.
+        EncodingError: the encodings don't fit the model.
+    """
+    bundle = find_bundle(Path(directory), name)
+    sim = QuantSim(bundle.files["model"], progress=progress)
+    encodings = read_encodings(bundle.files["encodings"], sim.graph)
+    sim.plan = plan_of(sim.graph, encodings)
+    sim.encodings = encodings.restricted(set(sim.plan))
+    return sim
