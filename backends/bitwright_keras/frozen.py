@@ -158,39 +158,57 @@ def _renamed(
 ) -> FrozenGraph:
     """Nodes called by the sites that they compute; the outputs' Identity nodes are left out."""
     nodes = {n.name: n for n in graph_def.node}
-    ends = {}
-    for t, name in outputs.items():
-        node = nodes[name.rpartition(":")[0]]
-        source = node.input[0] if node.op == "Identity" else name
-        ends[t] = source if ":" in source else f"{source}:0"
-    known = {**{t: n for t, n in tensors.items() if n.rpartition(":")[0] in nodes}, **ends}
+    known = {t: n for t, n in tensors.items() if n.rpartition(":")[0] in nodes}
+    passed = {n: _source(nodes, n) for n in {*known.values(), *outputs.values()}}
+    known = {t: passed[n] for t, n in {**known, **outputs}.items()}
     fresh: dict[str, str] = {}
+    given: set[str] = set()
     taken = set(nodes)
     for site, old in [*((t, n.rpartition(":")[0]) for t, n in known.items()), *constants.items()]:
         name = re.sub(r":\d+$", "", site)
-        if old in fresh or name in fresh.values() or old not in nodes or _PLAIN.fullmatch(name) is None:
+        if old in fresh or name in given or old not in nodes or _PLAIN.fullmatch(name) is None:
             continue
         if name in taken and name != old:
             spare = _free(f"{name}/inner", taken)
             fresh.setdefault(name, spare)
             taken.add(spare)
         fresh[old] = name
+        given.add(name)
         taken.add(name)
-    for node in graph_def.node:
-        node.name = fresh.get(node.name, node.name)
-        for i, reference in enumerate(node.input):
-            node.input[i] = _moved(reference, fresh)
-    dropped = {fresh.get(n, n) for n in (x.rpartition(":")[0] for x in outputs.values())}
-    dropped -= {_moved(n, fresh).rpartition(":")[0] for n in known.values()}
-    read = {i.lstrip("^").partition(":")[0] for node in graph_def.node for i in node.input}
-    kept = [n for n in graph_def.node if not (n.op == "Identity" and n.name in dropped and n.name not in read)]
-    kept = [n for n in kept if n.op != "NoOp" or n.name in read]
     left = type(graph_def)(versions=graph_def.versions, library=graph_def.library)
-    left.node.extend(kept)
+    for node in _needed(graph_def, nodes, {n.rpartition(":")[0] for n in known.values()}):
+        copy = left.node.add()
+        copy.CopyFrom(node)
+        copy.name = fresh.get(node.name, node.name)
+        del copy.input[:]
+        copy.input.extend(_moved(i, fresh) for i in node.input if not i.startswith("^"))
     names = {t: _moved(n, fresh) for t, n in known.items()}
     present = {n.name for n in left.node}
     held = {p: fresh.get(n, n) for p, n in constants.items()}
     return FrozenGraph(left, names, {p: n for p, n in held.items() if n in present})
+
+
+def _source(nodes: Mapping[str, Any], tensor: str) -> str:
+    """What a chain of Identity nodes passes on; tf.function puts one at each output."""
+    while (node := nodes[tensor.rpartition(":")[0]]).op == "Identity":
+        source = node.input[0]
+        if nodes[source.partition(":")[0]].op == "Const":
+            break
+        tensor = source if ":" in source else f"{source}:0"
+    return tensor
+
+
+def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str]) -> list[Any]:
+    """Nodes that the ends are computed from; control edges only order reads of variables, which are gone."""
+    found: set[str] = set()
+    stack = list(ends)
+    while stack:
+        name = stack.pop()
+        if name in found:
+            continue
+        found.add(name)
+        stack += [i.partition(":")[0] for i in nodes[name].input if not i.startswith("^")]
+    return [n for n in graph_def.node if n.name in found]
 
 
 def _free(name: str, taken: set[str]) -> str:
