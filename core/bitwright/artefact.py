@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitwright import __version__, formats, registry
-from bitwright.backend import Bundle
+from bitwright.backend import Backend, Bundle, BundledFormats
 from bitwright.durable import make_directory
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import EncodingError, InputError
+from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.formats import EncodingsFile, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import Graph, OpKind, Param, ParamId, ParamRole
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
@@ -39,20 +41,44 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
         bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
-        files["model"] = bundle.files["model"]
-        for other, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")):
-            if other in backend.formats():
+        files |= bundle.files
+        for other, suffix in _others(backend, sim.native).items():
+            try:
                 files |= backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other).files
+            except ModelError as error:
+                if other != QDQ:
+                    raise
+                # Ops without a counterpart in ONNX must not cost the user the native artefact.
+                warnings.warn(f"{name}{suffix} isn't written: {error}", stacklevel=3)
         bias = version >= "2" if include_bias is None else include_bias
         entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
         # External weights lie beside their model and move with it; the encodings come last, as the seal.
         written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
         for path in written:
-            path.replace(directory / path.name)
+            _move(path, directory / path.name)
         return Bundle({k: directory / p.name for k, p in files.items()}, bundle.names, bundle.layouts)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
+    """Formats that a bundle has beside the float artefact → the endings of their names."""
+    if isinstance(backend, BundledFormats):
+        return backend.bundled(model)
+    return {f: suffix for f, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")) if f in backend.formats()}
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; what is there is replaced."""
+    if not target.is_dir():
+        source.replace(target)
+        return
+    # A folder can't be replaced in one step.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.replace(old)
+    source.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def encodings_file(
