@@ -16,7 +16,7 @@ from bitwright.backend import Training
 from bitwright.encoding import Encoding
 from bitwright.graph import ParamId, ParamRole, TensorId
 from bitwright.plan import Plan, SiteId, SiteKind
-from bitwright_tensorflow.canonical import Canonical
+from bitwright_tensorflow.canonical import Canonical, recognize
 from bitwright_tensorflow.fake_quant import OPERANDS, kind_of, switched
 from bitwright_tensorflow.instrument import Instrument, drop_unread, variable_records
 from bitwright_tensorflow.model import Kind, MetaGraphDef, TfModel, node_of
@@ -34,7 +34,7 @@ class SimulatedNetwork:
     Attributes:
         meta: the graph with its collections.
         aliases: tensor → its quantized tensor, where there is one.
-        outputs: tensors of the model's outputs.
+        outputs: output of the model → its tensor here.
         switches: root → prefix and kind of its variables (inference).
         quantized: parameter → variable of its quantized values (inference).
         sites: root → its grid (training).
@@ -43,7 +43,7 @@ class SimulatedNetwork:
 
     meta: MetaGraphDef
     aliases: dict[TensorId, TensorId] = field(default_factory=dict)
-    outputs: tuple[TensorId, ...] = ()
+    outputs: Mapping[TensorId, TensorId] = field(default_factory=dict)
     switches: dict[SiteId, tuple[str, str]] = field(default_factory=dict)
     quantized: dict[ParamId, str] = field(default_factory=dict)
     sites: dict[SiteId, TrainedSite] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Builder:
         Args:
             kinds: root → the kind of ops (`fake_quant.kind_of`).
         """
-        self._collect()
+        collect_variables(self._ins, self._model)
         ins, made = self._ins, self._made
         for root in dict.fromkeys(self._plan.root(s) for s in self._active):
             kind = kinds[root]
@@ -97,7 +97,7 @@ class Builder:
         """Sites with an encoding have their ops."""
         ins, made = self._ins, self._made
         self._open_constants()
-        self._collect()
+        collect_variables(self._ins, self._model)
         for param in self._parameters():
             root = self._plan.root(param)
             if root in encodings and root not in made.sites:
@@ -163,30 +163,37 @@ class Builder:
                 self._reads[param] = self._ins.variable_for(param, native, trainable=True)
         self._made.constants = tuple(self._reads)
 
-    def _collect(self) -> None:
-        """Enter variables that no collection has, so that savers, optimizers and functions find them."""
-        statistics = {p for op in self._found.graph.ops for r, p in op.params.items() if r in STATISTICS}
-        order = set(self._found.network.inference.order)
-        known = variable_records(self._ins.meta, GLOBAL)
-        for node in list(self._model.graph_def.node):
-            if node.op != "VarHandleOp" or node.name in known:
-                continue
-            shape = tf.TensorShape(node.attr["shape"].shape)
-            dtype = tf.as_dtype(node.attr["dtype"].type)
-            trainable = (
-                self._model.kind is not Kind.SESSION
-                and dtype.is_floating
-                and node.name in order
-                and node.name not in statistics
-            )
-            self._ins.collect(node.name, None if shape.rank is None else shape.as_list(), trainable=trainable)
-
     def _finish(self) -> SimulatedNetwork:
         made = self._made
         made.meta = self._ins.finish()
-        made.outputs = tuple(made.aliases.get(t, t) for t in self._model.outputs)
-        drop_unread(made.meta, set(made.quantized), made.outputs)
+        made.outputs = {t: made.aliases.get(t, t) for t in self._model.outputs}
+        drop_unread(made.meta, set(made.quantized), list(made.outputs.values()))
         return made
+
+
+def collect_variables(ins: Instrument, model: TfModel) -> None:
+    """Enter variables that no collection has, so that savers, optimizers and functions find them."""
+    found = recognize(model)
+    statistics = {p for op in found.graph.ops for r, p in op.params.items() if r in STATISTICS}
+    order = set(found.network.inference.order)
+    known = variable_records(ins.meta, GLOBAL)
+    for node in model.graph_def.node:
+        if node.op != "VarHandleOp" or node.name in known:
+            continue
+        shape = tf.TensorShape(node.attr["shape"].shape)
+        trained = model.kind is not Kind.SESSION and node.name in order and node.name not in statistics
+        ins.collect(
+            node.name,
+            None if shape.rank is None else shape.as_list(),
+            trainable=trained and tf.as_dtype(node.attr["dtype"].type).is_floating,
+        )
+
+
+def declare_variables(model: TfModel) -> MetaGraphDef:
+    """The model's graph, all its resource variables in the collections."""
+    ins = Instrument(model.copy_meta(), ())
+    collect_variables(ins, model)
+    return ins.finish()
 
 
 def kinds_of(plan: Plan, roots: tuple[SiteId, ...]) -> dict[SiteId, str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
-from bitwright_tensorflow.model import VARIABLES, Array, MetaGraphDef, Signature, tensor_id
-from bitwright_tensorflow.runtime import reason, session_config
+from bitwright_tensorflow.graph_function import GraphFunction, feed_of, import_meta, named_arguments
+from bitwright_tensorflow.model import VARIABLES, Array, MetaGraphDef, Signature
+from bitwright_tensorflow.runtime import session_config
 
 v1 = tf.compat.v1
 
@@ -89,17 +88,18 @@ class SimulatedModel:
         meta: MetaGraphDef,
         values: Mapping[str, Array],
         inputs: Sequence[TensorId],
-        outputs: Sequence[TensorId],
+        outputs: Mapping[TensorId, TensorId],
         signature: Signature,
     ) -> None:
-        self.inputs, self.outputs, self.signature = tuple(inputs), tuple(outputs), signature
+        self.inputs, self.outputs, self.signature = tuple(inputs), tuple(outputs.values()), signature
+        self._results = {name: outputs[tensor] for name, tensor in signature.outputs.items()}
         self.meta = meta
         self.graph = tf.Graph()
         with self.graph.as_default():
-            _import(meta)
-        self.session = v1.Session(graph=self.graph, config=session_config())
+            import_meta(meta)
+        self.session = v1.Session(graph=self.graph, config=session_config(self.graph))
         self._assigner = Assigner(self.session)
-        self._function: SimulatedFunction | None = None
+        self._function: GraphFunction | None = None
         self.assign(values)
         tables = self.graph.get_collection(v1.GraphKeys.TABLE_INITIALIZERS)
         if tables:
@@ -113,19 +113,19 @@ class SimulatedModel:
         Raises:
             InputError: an input is missing or unknown.
         """
-        feed = _feed(batch, self.inputs, self.signature)
+        feed = feed_of(batch, self.inputs, self.signature)
         found: dict[str, Array] = self.session.run(self.signature_outputs, feed)
         return found
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run it on arrays, by position or by name; one array, or a dictionary where there are several outputs."""
-        results = self.run(_named(arguments, named, self.inputs))
+        results = self.run(named_arguments(arguments, named, self.inputs))
         return next(iter(results.values())) if len(results) == 1 else results
 
     @property
     def signature_outputs(self) -> dict[str, TensorId]:
         """The user's names of outputs → tensors of this graph."""
-        return dict(zip(self.signature.outputs, self.outputs, strict=True))
+        return dict(self._results)
 
     # -- training in the session
 
@@ -150,7 +150,7 @@ class SimulatedModel:
     # -- as a function
 
     @property
-    def function(self) -> SimulatedFunction:
+    def function(self) -> GraphFunction:
         """The same network for eager code, with `tf.Variable`s of its own, which hold what the session's hold now.
 
         From the first call on they are what `float_model` and `get` of a trainable simulation read.
@@ -161,7 +161,7 @@ class SimulatedModel:
         if self._function is None:
             names = [n for n in self._assigner.names if not n.startswith("bitwright/")]
             values = read_variables(self.session, names)
-            self._function = SimulatedFunction(self.meta, values, self.inputs, self.signature_outputs, self.signature)
+            self._function = GraphFunction(self.meta, values, self.inputs, self.signature_outputs, self.signature)
         return self._function
 
     # -- for the simulation
@@ -184,98 +184,3 @@ class SimulatedModel:
             return self._function.fetch(tensors)
         found: list[Array] = self.session.run(list(tensors))
         return found
-
-
-class SimulatedFunction:
-    """A simulated network as a callable for eager code and `tf.GradientTape`.
-
-    Attributes:
-        variables, trainable_variables: `tf.Variable`s, under their names in the graph.
-        concrete: the `ConcreteFunction`; its inputs are in the order of the model's.
-    """
-
-    def __init__(
-        self,
-        meta: MetaGraphDef,
-        values: Mapping[str, Array],
-        inputs: Sequence[TensorId],
-        outputs: Mapping[str, TensorId],
-        signature: Signature,
-    ) -> None:
-        references = [n.name for n in meta.graph_def.node if n.op in VARIABLES and n.op != "VarHandleOp"]
-        if references:
-            raise ModelError(
-                f"{references[0]!r} is a reference variable, which functions can't have: evaluate and train in the "
-                "session, or build the graph with resource variables (tf.compat.v1.enable_resource_variables())"
-            )
-        self._inputs, self._signature = tuple(inputs), signature
-        self._whole = v1.wrap_function(lambda: _import(meta), signature=[])
-        graph = self._whole.graph
-        self._by_name = {v.name.partition(":")[0]: v for v in self._whole.variables}
-        self.assign(values)
-        tables = graph.get_collection(v1.GraphKeys.TABLE_INITIALIZERS)
-        if tables:
-            self._whole.prune([], tables)()
-        feeds = [graph.get_tensor_by_name(t) for t in inputs]
-        self.concrete = self._whole.prune(feeds, {n: graph.get_tensor_by_name(t) for n, t in outputs.items()})
-
-    @property
-    def variables(self) -> tuple[Any, ...]:
-        """All variables."""
-        return tuple(self._by_name.values())
-
-    @property
-    def trainable_variables(self) -> tuple[Any, ...]:
-        """Those to train: the user's own, and learned scales."""
-        return tuple(v for v in self._by_name.values() if v.trainable)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Tensors for tensors, by position or by name; one, or a dictionary where there are several outputs."""
-        feed = _feed(_named(arguments, named, self._inputs), self._inputs, self._signature)
-        graph = self._whole.graph
-        given = [tf.convert_to_tensor(feed[t], graph.get_tensor_by_name(t).dtype) for t in self._inputs]
-        results = self.concrete(*given)
-        return next(iter(results.values())) if len(results) == 1 else results
-
-    def assign(self, values: Mapping[str, Array]) -> None:
-        """Set variables by node name; others are passed over."""
-        for name, value in values.items():
-            if name in self._by_name:
-                self._by_name[name].assign(value)
-
-    def read(self, names: Sequence[str]) -> dict[str, Array]:
-        """Present values, by node name."""
-        return {n: self._by_name[n].numpy() for n in names if n in self._by_name}
-
-    def fetch(self, tensors: Sequence[TensorId]) -> list[Array]:
-        """Tensors that depend on variables alone."""
-        graph = self._whole.graph
-        found = self._whole.prune([], [graph.get_tensor_by_name(t) for t in tensors])()
-        return [np.asarray(v) for v in found]
-
-
-def _import(meta: MetaGraphDef) -> None:
-    copied = MetaGraphDef()
-    copied.CopyFrom(meta)
-    try:
-        v1.train.import_meta_graph(copied, clear_devices=True)
-    except (ValueError, tf.errors.OpError) as error:
-        raise ModelError(f"TensorFlow refuses the simulated graph: {reason(error)}") from error
-
-
-def _named(arguments: Sequence[Any], named: Mapping[str, Any], inputs: Sequence[TensorId]) -> dict[str, Any]:
-    if len(arguments) > len(inputs):
-        raise InputError(f"the model takes {len(inputs)} inputs, {len(arguments)} are given")
-    return {**dict(zip(inputs, arguments, strict=False)), **named}
-
-
-def _feed(batch: Mapping[str, Any], inputs: Sequence[TensorId], signature: Signature) -> dict[TensorId, Any]:
-    feed: dict[TensorId, Any] = {}
-    for name, value in batch.items():
-        tensor = signature.inputs.get(name, tensor_id(name))
-        if tensor not in inputs:
-            raise InputError(f"the model has no input {name!r}; it takes {', '.join(signature.inputs) or inputs}")
-        feed[tensor] = value
-    if missing := [t for t in inputs if t not in feed]:
-        raise InputError(f"no array for input {missing[0]!r}")
-    return feed

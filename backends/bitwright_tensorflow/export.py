@@ -1,0 +1,89 @@
+"""Export: a frozen .pb, .meta with a checkpoint, a SavedModel, and QDQ ONNX, all under the graph's own names.
+
+None of these files needs bitwright: plain TensorFlow (or an ONNX runtime) loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bitwright.backend import Bundle
+from bitwright.encoding import EncodingTable
+from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.plan import Plan
+from bitwright_tensorflow.building import declare_variables
+from bitwright_tensorflow.canonical import recognize
+from bitwright_tensorflow.checkpoints import save_checkpoint
+from bitwright_tensorflow.freezing import frozen_graph, save_frozen, save_saved_model
+from bitwright_tensorflow.model import Kind, TfModel
+from bitwright_tensorflow.runtime import import_graph
+
+FORMATS: Mapping[str, str] = {
+    "pb": "the float model with its updated weights as a frozen graph; encodings files go with it",
+    "meta": "the source's whole graph with its variables: .meta and a checkpoint (.index, .data) of the same name",
+    "saved_model": "the float model as a SavedModel folder, with the source's signature",
+    "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
+}
+LARGEST = 2**31 - 1
+"""Bytes that a protobuf message holds at most."""
+
+
+def export(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+    """`Backend.export`.
+
+    Raises:
+        InputError: unknown format, the files can't be written, or there are no variables for a checkpoint.
+        MissingExtraError: QDQ ONNX without the packages that it needs.
+        ModelError: the model can't be expressed in the format.
+    """
+    if format == "pb":
+        if sum(value.nbytes for value in model.values.values()) > LARGEST:
+            raise ModelError("the frozen graph exceeds 2 GiB, which a .pb can't hold; export as meta or saved_model")
+        return Bundle({"model": save_frozen(model, path)})
+    if format == "meta":
+        return Bundle(_write_meta(model, path))
+    if format == "saved_model":
+        return Bundle({"saved_model": save_saved_model(model, path)})
+    if format == "qdq":
+        return _write_qdq(model, plan, encodings, path)
+    raise InputError(f"the TensorFlow backend has no format {format!r}; there are {', '.join(FORMATS)}")
+
+
+def bundled(model: TfModel) -> Mapping[str, str]:
+    """What a bundle has beside the frozen graph, the source's own form first: format → ending of the name."""
+    own = {
+        Kind.SESSION: {"meta": ".meta"},
+        Kind.SAVED_MODEL: {"saved_model": "_saved_model"},
+        Kind.FUNCTION: {"saved_model": "_saved_model"},
+        Kind.FROZEN: {},
+    }
+    return {**own[model.kind], "qdq": ".qdq.onnx"}
+
+
+def _write_meta(model: TfModel, path: Path) -> dict[str, Path]:
+    if not model.variables:
+        raise InputError("the model has no variables for a checkpoint to hold; export it as pb or saved_model")
+    path = path if path.suffix == ".meta" else path.with_name(f"{path.name}.meta")
+    if model.kind is not Kind.SESSION:
+        model = replace(model, meta=declare_variables(model), kind=Kind.SESSION)
+    save_checkpoint(model, path)
+    parts = {"checkpoint": ".index", "checkpoint_data": ".data-00000-of-00001"}
+    return {"meta": path, **{purpose: path.with_suffix(ending) for purpose, ending in parts.items()}}
+
+
+def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    try:
+        from bitwright_onnx.backend import OnnxBackend
+        from bitwright_onnx.graphdef import import_graphdef
+        from bitwright_onnx.qdq import write_qdq
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'QDQ export needs {error.name}: pip install "bitwright[tensorflow]"') from error
+    graph = recognize(model).graph
+    graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
+    names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
+    backend = OnnxBackend()
+    made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names))
+    report = write_qdq(made, backend.graph(made), plan, encodings, path)
+    return Bundle({"qdq": report.path}, report.names)
