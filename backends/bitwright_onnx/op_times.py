@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from bitwright.graph import OpId
 from bitwright_onnx.runtime import INTEGER_CONFIG
 from bitwright_onnx.session import session_options
 
-_FUSED = "_quant"
-"""What ONNX Runtime puts behind the name of an op that it has made an integer kernel of."""
+_REWRITTEN = re.compile(r"(_token_\d+|_quant|_nchwc)+$")
+"""What ONNX Runtime's rewrites put behind the name of an op that they give another kernel or layout."""
 
 
 def op_times(
@@ -70,7 +71,7 @@ def _by_op(
         if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
             continue
         op = name.removesuffix("_kernel_time")
-        op = op if op in wanted else op.removesuffix(_FUSED)
+        op = op if op in wanted else _REWRITTEN.sub("", op)
         if op in wanted:
             runs.setdefault(op, []).append(float(str(event["dur"])) * 1e-6)
     found = {}

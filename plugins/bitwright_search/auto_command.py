@@ -85,8 +85,8 @@ def auto(
     Exit status 1 if none was good enough. Interrupted, the same command goes on from the last finished stage.
     """
     from bitwright.formats import VERSIONS
-    from bitwright.progress import progress_for, silent
     from bitwright.opening import open_model
+    from bitwright.progress import progress_for, silent
     from bitwright_search.auto_quantize import auto_quantize
 
     if encodings_version not in VERSIONS:

@@ -90,8 +90,8 @@ def mixed(
     """
     from bitwright.data import open_data
     from bitwright.formats import VERSIONS
-    from bitwright.progress import progress_for, silent
     from bitwright.opening import open_model
+    from bitwright.progress import progress_for, silent
     from bitwright_search.mixed_precision import mixed_precision
 
     if encodings_version not in VERSIONS:
