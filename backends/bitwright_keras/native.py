@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +13,22 @@ from bitwright.errors import ModelError
 from bitwright_keras.model import KerasModel, Spec, execute, substitute, variables_of
 
 
-def keras_model(model: KerasModel, *, copies: bool = True) -> keras.Model:
+def keras_model(model: KerasModel, *, keep: Collection[int] | None = ()) -> keras.Model:
     """A plain functional `keras.Model` that computes the same, with the same input and output structure.
 
     Args:
         model: in normal form.
-        copies: layers are copies with memory of their own; otherwise the model's very layers become the Keras
-            model's, which is for layers that are used nowhere else.
+        keep: `id`s of layers and operations that become the Keras model's own; of all others it gets copies with
+            memory of their own. None keeps all, which is for those that are used nowhere else.
     """
     symbols: dict[str, Any] = {name: input_of(name, model.specs[name]) for name in model.inputs}
     nodes = model.nodes
-    if copies:
+    if keep is not None:
         made: dict[int, Any] = {}
         for node in nodes:
-            if id(node.operation) not in made:
-                made[id(node.operation)] = copy_of(node.operation)
+            key = id(node.operation)
+            if key not in made:
+                made[key] = node.operation if key in keep else copy_of(node.operation)
         nodes = tuple(replace(node, operation=made[id(node.operation)]) for node in nodes)
     inputs = dict(symbols)
     execute(nodes, symbols)
@@ -52,12 +54,14 @@ def copy_of(operation: keras.Operation) -> keras.Operation:
     return copy_layer(operation)
 
 
-def copy_layer(layer: keras.layers.Layer, *, weights: bool = True, **changes: Any) -> keras.layers.Layer:
+def copy_layer(
+    layer: keras.layers.Layer, *, source: keras.layers.Layer | None = None, **changes: Any
+) -> keras.layers.Layer:
     """A layer of the same class with some arguments changed, built as the original, with its weights.
 
     Args:
         layer: a built layer.
-        weights: copy those that both have, by name.
+        source: another layer of the same weights to take them from.
         changes: constructor arguments.
 
     Raises:
@@ -79,11 +83,10 @@ def copy_layer(layer: keras.layers.Layer, *, weights: bool = True, **changes: An
         ) from error
     _build_as(twin, layer)
     twin.trainable = layer.trainable
-    if weights:
-        new = variables_of(twin)
-        for key, variable in variables_of(layer).items():
-            if key in new and new[key].shape == variable.shape:
-                new[key].assign(variable.value)
+    new = variables_of(twin)
+    for key, variable in variables_of(layer if source is None else source).items():
+        if key in new and new[key].shape == variable.shape:
+            new[key].assign(variable.value)
     return twin
 
 

@@ -1,0 +1,445 @@
+"""Bringing a Keras model into normal form: its recorded calls are made again on fresh symbolic tensors, each by
+copies of the user's layers, with composite ones spelled out on the way (`expand`).
+
+- Nested models are inlined; "conv" in "block" becomes "block/conv".
+- Subclassed models and layers, and custom layers that have only sublayers, are recorded through their `call` on
+  symbolic tensors; the result is compared with the original on a batch.
+- Masks that Keras passes along unseen become arguments.
+- What can't be looked into (Lambda, custom layers with weights of their own, recurrent layers) stays one opaque call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from bitwright.errors import InputError, ModelError
+from bitwright.graph import ParamId
+from bitwright_keras.constants import constant_params
+from bitwright_keras.model import KerasModel, Node, Ref, Spec, execute, pruned, refs, substitute, variables_of
+from bitwright_keras.native import copy_layer, copy_of, input_of
+from bitwright_keras.tracing import Call, Recording, functional_of, history, recorded, trace
+
+
+class CaptureNotice(UserWarning):
+    """What capturing had to leave as it is."""
+
+
+def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
+    """A copy of a model in normal form.
+
+    Args:
+        model: any built Keras model; it isn't changed.
+        sample: one batch, for a subclassed model that was never called.
+
+    Raises:
+        InputError: the sample doesn't fit.
+        ModelError: the model can't be captured, or is quantized already.
+    """
+    recording, captured = _recording(model, sample)
+    made = Normalizer()
+    names: dict[str, Any] = {}
+    for index, tensor in enumerate(recording.inputs):
+        name = _input_name(tensor, index)
+        if name in names:
+            raise ModelError(f"two inputs of the model are called {name!r}; names must be unique")
+        names[name] = tensor
+    symbols = {name: input_of(name, Spec(tuple(t.shape), t.dtype)) for name, t in names.items()}
+    for name, symbol in symbols.items():
+        made.declare(name, symbol)
+    by_tensor = {id(t): symbols[name] for name, t in names.items()}
+    with warnings.catch_warnings():
+        # Masks are arguments here, so that none is lost where a layer doesn't hand it on.
+        warnings.filterwarnings("ignore", message=".*does not support masking.*")
+        outputs = made.inline(recording, by_tensor, "")
+    result = KerasModel(
+        model.name,
+        tuple(names),
+        _structure(recording.inputs_structure, {id(t): Ref(name) for name, t in names.items()}, captured),
+        pruned(made.nodes, refs(made.references(outputs))),
+        made.references(outputs),
+        made.specs,
+    )
+    used = set(result.inputs).union(*(n.outputs for n in result.nodes))
+    result = replace(result, specs={t: s for t, s in result.specs.items() if t in used})
+    if made.traced or captured:
+        _compare(model, result, sample, made.traced)
+    return result
+
+
+def _structure(structure: Any, names: Mapping[int, Ref], captured: bool) -> Any:
+    """How the model takes its inputs; a captured `call` takes its first argument."""
+    found = keras.tree.map_structure(lambda x: names.get(id(x), x), structure)
+    if not captured:
+        return found
+    args, kwargs = found
+    return args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+
+
+def _input_name(tensor: Any, index: int) -> str:
+    operation = getattr(getattr(tensor, "_keras_history", None), "operation", None)
+    return str(operation.name) if operation is not None else str(tensor.name or f"input_{index}")
+
+
+def _recording(model: keras.Model, sample: Any) -> tuple[Recording, bool]:
+    """The model's calls, and whether they come from its `call`."""
+    functional = functional_of(model)
+    if functional is None and isinstance(model, keras.Sequential) and sample is not None:
+        twin = keras.Sequential([copy_layer(x) if x.built else x for x in model.layers], name=model.name)
+        twin.build((None, *np.shape(_arrays(sample)[0])[1:]))
+        functional = functional_of(twin)
+    if functional is not None:
+        return recorded(functional), False
+    if isinstance(model, keras.Sequential):
+        raise ModelError(
+            f"{model.name!r} has no input shape yet: call model.build(shape), or give a sample batch: "
+            "QuantSim(model, sample, …)"
+        )
+    symbols = _symbolic(model, sample)
+    if not model.built or any(not layer.built for layer in model._flatten_layers()):
+        if sample is None:
+            raise ModelError(
+                f"the subclassed model {model.name!r} was never called, so it has no weights yet: call it on a batch "
+                "first, or give a sample batch: QuantSim(model, sample, …)"
+            )
+        model(_tensors(sample))
+    return trace(model, (symbols,), {}), True
+
+
+def _symbolic(model: keras.Model, sample: Any) -> Any:
+    """Symbolic inputs for a subclassed model: by the sample, or by the shapes that it was built with."""
+    if sample is not None:
+        index = iter(range(1000))
+
+        def symbol(path_value: Any) -> Any:
+            array = np.asarray(path_value)
+            dtype = "float32" if array.dtype.kind == "f" else "int32" if array.dtype.kind in "iu" else "bool"
+            return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype, name=f"input_{next(index)}")
+
+        if isinstance(sample, Mapping):
+            named = {k: symbol(v) for k, v in sample.items()}
+            for key, value in named.items():
+                value.name = key
+            return named
+        return keras.tree.map_structure(symbol, sample)
+    inputs = getattr(model, "inputs", None)
+    if inputs:
+        return inputs[0] if len(inputs) == 1 else list(inputs)
+    shapes = model._build_shapes_dict or {}
+    if len(shapes) == 1:
+        (shape,) = shapes.values()
+        if isinstance(shape, list | tuple) and all(n is None or isinstance(n, int) for n in shape):
+            return keras.KerasTensor((None, *shape[1:]), name="input")
+    raise ModelError(
+        f"the subclassed model {model.name!r} doesn't tell the shape of its inputs: give a sample batch: "
+        "QuantSim(model, sample, …)"
+    )
+
+
+def _tensors(sample: Any) -> Any:
+    return keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(np.asarray(x)), sample)
+
+
+def _arrays(sample: Any) -> list[Any]:
+    return [np.asarray(x) for x in keras.tree.flatten(sample)]
+
+
+class Normalizer:
+    """Makes calls again, one canonical thing at a time.
+
+    Attributes:
+        nodes: the calls so far.
+        specs: shapes and types of the activations so far.
+        traced: names of layers whose `call` was recorded.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.specs: dict[str, Spec] = {}
+        self.traced: list[str] = []
+        self._ids: dict[int, str] = {}
+        self._kept: list[Any] = []  # ids of objects are only good while these live
+        self._layers: dict[tuple[int, str], tuple[keras.layers.Layer, dict[str, ParamId]]] = {}
+        self._names: dict[tuple[int, str], str] = {}
+        self._taken: set[str] = set()
+        self._files: set[str] = set()
+
+    # -- recordings
+
+    def inline(self, recording: Recording, given: Mapping[int, Any], prefix: str) -> Any:
+        """Make a recording's calls; returns its outputs.
+
+        Args:
+            recording: of the user's layers.
+            given: symbolic tensors by `id` of the recording's inputs.
+            prefix: of the names, "block/".
+        """
+        values = dict(given)
+        for call in recording.calls:
+            if any(id(x) not in values for x in _symbols((call.args, call.kwargs))):
+                continue
+            args, kwargs = keras.tree.map_structure(
+                lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x, (call.args, dict(call.kwargs))
+            )
+            results = keras.tree.flatten(self.apply(call, args, kwargs, prefix))
+            for tensor, result in zip(call.outputs, results, strict=True):
+                values[id(tensor)] = result
+        return keras.tree.map_structure(lambda x: values[id(x)], recording.outputs)
+
+    def apply(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str) -> Any:
+        """One call of the user's, on new tensors."""
+        from bitwright_keras.expand import EXPANSIONS
+
+        operation = call.operation
+        name = self.name(operation, prefix, call.index)
+        args, kwargs = self._plain(args, kwargs, name)
+        if isinstance(operation, keras.Model):
+            return self._model(operation, args, kwargs, name)
+        if not isinstance(operation, keras.layers.Layer):
+            expansion = EXPANSIONS.get(type(operation).__name__) if _of_keras(operation) else None
+            made = expansion(self, operation, name, args, kwargs) if expansion is not None else None
+            return self.emit(name, copy_of(operation), *args, **kwargs) if made is None else made
+        if getattr(operation, "quantization_mode", None) is not None:
+            raise ModelError(
+                f"layer {operation.name!r} is quantized already ({operation.quantization_mode}); start from the float "
+                "model"
+            )
+        self._masks(operation, args, kwargs)
+        if _of_keras(operation):
+            expansion = EXPANSIONS.get(type(operation).__name__)
+            if expansion is not None:
+                made = expansion(self, operation, name, args, kwargs)
+                if made is not None:
+                    return made
+        elif (made := self._composite(operation, args, kwargs, name)) is not None:
+            return made
+        layer, params = self.layer(operation, name)
+        return self.emit(name, layer, *args, params=params, **kwargs)
+
+    def _model(self, model: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        functional = functional_of(model)
+        if functional is None:
+            return self._traced(model, args, kwargs, name)
+        recording = recorded(functional)
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
+        flat = keras.tree.flatten(given)
+        return self.inline(recording, {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}, f"{name}/")
+
+    def _traced(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        recording = trace(layer, args, kwargs)
+        flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+        result = self.inline(recording, {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}, f"{name}/")
+        self.traced.append(name)
+        return result
+
+    def _composite(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        """A custom layer that has only sublayers, by its `call`; None where it can't be recorded."""
+        inner = [x for x in layer._layers if x.weights]
+        own = {id(v) for v in layer.weights} - {id(v) for x in inner for v in x.weights}
+        if not inner or own or _of_keras(layer) or "training" in kwargs:
+            return None
+        mark = len(self.nodes), len(self.traced)
+        try:
+            return self._traced(layer, args, kwargs, name)
+        except ModelError as error:
+            del self.nodes[mark[0] :], self.traced[mark[1] :]
+            warnings.warn(CaptureNotice(f"{error}; it runs in float as one op"), stacklevel=2)
+            return None
+
+    # -- calls
+
+    def emit(self, name: str, operation: Any, *args: Any, params: Mapping[str, ParamId] | None = None, **kwargs: Any) -> Any:
+        """Make one call of the normal form.
+
+        Args:
+            name: the op's id.
+            operation: a layer of the normal form, or a `keras.ops` operation or function.
+            args, kwargs: with the normal form's symbolic tensors.
+            params: parameter ids by variable; by default those of a layer's own name.
+        """
+        result = operation(*args, **kwargs)
+        tensors = keras.tree.flatten(result)
+        if not isinstance(operation, keras.Operation):  # what the function made of its arguments
+            call = history(tensors[0])
+            assert call is not None
+            operation, args, kwargs = call.operation, call.args, dict(call.kwargs)
+        if not isinstance(operation, keras.layers.Layer):
+            operation.name = self.file_name(name)
+        name = self.unique(name)
+        outputs = (name,) if len(tensors) == 1 else tuple(f"{name}:{i}" for i in range(len(tensors)))
+        for id, tensor in zip(outputs, tensors, strict=True):
+            self.declare(id, tensor)
+        new_args, new_kwargs = self.references((args, kwargs))
+        if params is None and isinstance(operation, keras.layers.Layer):
+            params = {key: f"{name}/{key}" for key in variables_of(operation)}
+        node = Node(name, operation, new_args, new_kwargs, outputs, dict(params or {}))
+        self.nodes.append(constant_params(node))
+        return result
+
+    def layer(
+        self,
+        source: keras.layers.Layer,
+        name: str,
+        part: str = "",
+        make: Callable[[str], keras.layers.Layer] | None = None,
+        params: Mapping[str, ParamId] | None = None,
+    ) -> tuple[keras.layers.Layer, Mapping[str, ParamId]]:
+        """The normal form's layer for (a part of) the user's; the same one each time that a shared layer is called.
+
+        Args:
+            source: the user's layer.
+            name: op id, from which the layer's name is made at first.
+            part: which part.
+            make: makes it, given its name; by default a copy.
+            params: parameter ids by variable, where they aren't "name/variable".
+        """
+        key = (id(source), part)
+        if key not in self._layers:
+            file_name = self.file_name(name)
+            made = copy_layer(source, name=file_name) if make is None else make(file_name)
+            if params is None:
+                params = {key: f"{name}/{key}" for key in variables_of(made)} if made.built else {}
+            self._layers[key] = (made, dict(params))
+            self._kept.append(source)
+        return self._layers[key]
+
+    def name(self, operation: keras.Operation, prefix: str, index: int) -> str:
+        """Op id of a call: the first call's name, with a number from the second call on."""
+        key = (id(operation), prefix)
+        self._kept.append(operation)
+        first = self._names.setdefault(key, f"{prefix}{operation.name}")
+        return first if index == 0 else f"{first}_{index}"
+
+    def unique(self, name: str) -> str:
+        """A free op id: this one, or with a number."""
+        found, number = name, 0
+        while found in self._taken or found in self.specs:
+            number += 1
+            found = f"{name}_{number}"
+        self._taken.add(found)
+        return found
+
+    def file_name(self, name: str) -> str:
+        """A free name for a layer or operation in files; Keras allows no "/" there."""
+        plain = name.replace("/", ".")
+        found, number = plain, 0
+        while found in self._files:
+            number += 1
+            found = f"{plain}_{number}"
+        self._files.add(found)
+        return found
+
+    def declare(self, id: str, tensor: Any) -> None:
+        """Give a symbolic tensor its id."""
+        self._ids[id_of(tensor)] = id
+        self._kept.append(tensor)
+        self.specs[id] = Spec(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
+        if id not in self._files and "/" not in id:
+            self._files.add(id)
+
+    def references(self, structure: Any) -> Any:
+        """A structure with `Ref`s in place of symbolic tensors; those that Keras computed unseen are taken up."""
+
+        def reference(x: Any) -> Any:
+            if not isinstance(x, keras.KerasTensor):
+                return x
+            if id_of(x) not in self._ids:
+                self._take_up(x)
+            return Ref(self._ids[id_of(x)])
+
+        return keras.tree.map_structure(reference, structure)
+
+    def _take_up(self, tensor: Any) -> None:
+        """Record a tensor (a mask) that a layer computed beside its output."""
+        call = history(tensor)
+        if call is None:
+            raise ModelError(f"the symbolic tensor {tensor.name!r} isn't computed from the model's inputs")
+        args, kwargs = self.references((call.args, dict(call.kwargs)))
+        name = self.unique(f"mask/{type(call.operation).__name__.lower()}")
+        call.operation.name = self.file_name(name)
+        outputs = (name,) if len(call.outputs) == 1 else tuple(f"{name}:{i}" for i in range(len(call.outputs)))
+        for id, x in zip(outputs, call.outputs, strict=True):
+            self.declare(id, x)
+        self.nodes.append(Node(name, call.operation, args, kwargs, outputs))
+
+    # -- arguments
+
+    def _plain(self, args: Any, kwargs: Any, name: str) -> Any:
+        """Arguments with variables and framework tensors as numpy constants."""
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, keras.Variable):
+                if x.trainable:
+                    warnings.warn(
+                        CaptureNotice(f"variable {x.path!r}, which {name!r} reads, isn't a layer's own: a constant here"),
+                        stacklevel=2,
+                    )
+                return keras.ops.convert_to_numpy(x.value)
+            return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor) else x
+
+        return keras.tree.map_structure(plain, (args, kwargs))
+
+    def _masks(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pass a mask that Keras would hand on unseen."""
+        tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
+        if len(args) == 1 and len(tensors) == 1 and "mask" in layer._call_signature.parameters:
+            mask = getattr(tensors[0], "_keras_mask", None)
+            if mask is not None and kwargs.get("mask") is None:
+                kwargs["mask"] = mask
+
+
+def id_of(tensor: Any) -> int:
+    """Identity of a symbolic tensor."""
+    return id(tensor)
+
+
+def _symbols(structure: Any) -> list[Any]:
+    return [x for x in keras.tree.flatten(structure) if isinstance(x, keras.KerasTensor)]
+
+
+def _of_keras(operation: keras.Operation) -> bool:
+    return type(operation).__module__.partition(".")[0] == "keras"
+
+
+def _compare(model: keras.Model, normal: KerasModel, sample: Any, traced: Sequence[str]) -> None:
+    """Refuse a capture that computes something else than the model."""
+    batch = _batch(normal, sample)
+    try:
+        expected = keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False))
+    except Exception as error:
+        if sample is None:  # made-up numbers needn't suit the model
+            return
+        raise InputError(f"the sample doesn't fit the model: {str(error).splitlines()[0]}") from error
+    values: dict[str, Any] = dict(batch)
+    execute(normal.nodes, values)
+    found = [values[t] for t in refs(normal.outputs)]
+    for x, y in zip(expected, found, strict=True):
+        a, b = (np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in (x, y))
+        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-3, atol=1e-4 * max(float(np.abs(a).max(initial=0)), 1.0)):
+            raise ModelError(
+                f"capturing {', '.join(map(repr, traced)) or repr(model.name)} through call() gives other results than "
+                "calling it: it depends on Python state, on values, or on the batch's shape; write it with keras.layers "
+                "and keras.ops only"
+            )
+
+
+def _batch(normal: KerasModel, sample: Any) -> dict[str, Any]:
+    if sample is not None:
+        flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else _arrays(sample)
+        return {
+            t: keras.ops.convert_to_tensor(np.asarray(x), dtype=normal.specs[t].dtype)
+            for t, x in zip(normal.inputs, flat, strict=True)
+        }
+    rng = np.random.default_rng(0)
+    batch = {}
+    for t in normal.inputs:
+        spec = normal.specs[t]
+        shape = [2 if i == 0 and n is None else 8 if n is None else n for i, n in enumerate(spec.shape)]
+        drawn = rng.normal(size=shape) if spec.dtype.startswith(("float", "bfloat")) else np.ones(shape)
+        batch[t] = keras.ops.convert_to_tensor(drawn, dtype=spec.dtype)
+    return batch
