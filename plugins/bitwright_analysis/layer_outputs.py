@@ -39,6 +39,8 @@ from bitwright_analysis.tensor_names import file_names
 INDEX = "index.json"
 LAYOUTS = ("NHWC", "native")
 FORMAT = 1
+ORDER, INPUT_LIST = "layer_output_name_order.json", "input_list.txt"
+OWN = {INDEX, ORDER, INPUT_LIST, "inputs", "outputs"}
 
 
 class Stored(BaseModel):
@@ -175,8 +177,7 @@ def layer_outputs(
     if layout not in LAYOUTS:
         raise InputError(f"layout={layout!r}: layouts are {', '.join(LAYOUTS)}")
     out = Path(out)
-    if out.exists() and not (out.is_dir() and ((out / INDEX).is_file() or not any(out.iterdir()))):
-        raise InputError(f"{out} is there and is no dump of layer outputs; choose another folder")
+    _check_free(out)
     sim = opened(model, sample, options, progress)
     dataset = FirstSamples(sim.open(data, batch_size=batch_size), limit)
     if quantized and not isinstance(model, QuantSim):
@@ -196,6 +197,22 @@ def layer_outputs(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Dump.open(out)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder with anything in it that isn't of a dump: it would be lost.
+
+    Raises:
+        InputError: there is such a thing.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; choose a folder")
+    other = sorted(p.name for p in out.iterdir() if p.name not in OWN)
+    if other or (any(out.iterdir()) and not (out / INDEX).is_file()):
+        named = f" holds {other[0]!r}" if other else ""
+        raise InputError(f"{out}{named} and would be replaced as a whole; choose another folder")
 
 
 def _wanted(graph: Graph, asked: Sequence[str] | None) -> list[str]:
@@ -245,7 +262,7 @@ class _Writer:
                 self.samples += 1
         if not self.samples:
             raise InputError("the data are empty; give at least one sample")
-        write_text(self.folder / "input_list.txt", "\n".join(lines) + "\n")
+        write_text(self.folder / INPUT_LIST, "\n".join(lines) + "\n")
 
     def outputs(self, tensors: Sequence[str], data: Dataset) -> None:
         self.names = file_names(tensors)
@@ -317,7 +334,7 @@ class _Writer:
             tensors={t: self.stored[t] for t in ordered},
         )
         order = {"layer_output_names": [self.stored[t].file for t in ordered]}
-        write_text(self.folder / "layer_output_name_order.json", json.dumps(order, indent=1) + "\n")
+        write_text(self.folder / ORDER, json.dumps(order, indent=1) + "\n")
         write_text(self.folder / INDEX, index.model_dump_json(indent=1) + "\n")
 
 

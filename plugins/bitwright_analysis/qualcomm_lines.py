@@ -1,7 +1,9 @@
 """Command lines of Qualcomm's tools: QNN, SNPE and QAIRT.
 
 Options are those of the vendor's documentation for releases 2.29 and 2.39; the tools need a licence, so that no test
-here runs them.
+here runs them. All work in the folder ``NAME.TOOL`` of the export: ``expected`` holds the dump of the simulation, from
+whose folder the tools are started, because paths in its ``input_list.txt`` are relative to it; ``target`` is what they
+compute.
 """
 
 from __future__ import annotations
@@ -11,19 +13,74 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bitwright.errors import InputError
+from bitwright_analysis.layer_outputs import INPUT_LIST
 from bitwright_analysis.target_job import Command, Job, shell_line
 
 SCHEMAS = {"snpe": ("1.0.0", "0.6.1"), "qnn": ("1.0.0", "0.6.1"), "qairt": ("1.0.0", "0.6.1", "2.0.0")}
 """Schemas of encodings files that a tool's `--quantization_overrides` takes, the preferred one first."""
 V2 = "2.0.0"
 """Needs QAIRT 2.37 and its second quantizer."""
+BIAS_BITS = "32"
+"""Files leave biases out; integer targets hold them in 32 bits."""
 
 
-def _overrides(job: Job, tool: str) -> tuple[list[Command], Path, str]:
-    """The encodings file that the tool takes: the bundle's own, or one to be converted first."""
+class _Workplace:
+    """Where one tool's files go, and its lines."""
+
+    def __init__(self, job: Job, tool: str, layout: str) -> None:
+        self.job, self.tool, self.layout = job, tool, layout
+        folder = job.beside(f".{tool}")
+        self.expected, self.target = folder / "expected", folder / "target"
+        self.overrides, self.schema, self.before = _overrides(job, tool)
+        floats = [n for n, e in job.file.entries.items() if e.float_format is not None]
+        if floats:
+            job.warnings.append(
+                f"{len(floats)} tensors stay in a float format ({floats[0]} first): the target must have it, and the "
+                "quantizer needs --float_fallback for tensors without an entry"
+            )
+
+    def line(self, purpose: str, tool: str, *options: str | Path, shapes: str = "", outputs: str = "") -> Command:
+        """A tool, started in the folder of the dump.
+
+        Args:
+            shapes, outputs: option that takes a name and shape of an input, or the name of an output; once for each.
+        """
+        more: list[str] = []
+        if shapes:
+            for name, shape in self.job.shapes.items():
+                more += [shapes, name, ",".join(map(str, shape))]
+        if outputs:
+            for name in self.job.outputs:
+                more += [outputs, name]
+        return Command(purpose, f"cd {shlex.quote(str(self.expected))} && {shell_line(tool, *options, *more)}")
+
+    def around(self, *lines: Command) -> list[Command]:
+        """The lines between the dump that they start from and the comparison at the end."""
+        job = self.job
+        words: list[str | Path] = [
+            "bitwright",
+            "layer-outputs",
+            job.directory,
+            "--data",
+            job.data,
+            "--out",
+            self.expected,
+        ]
+        words += ["--name", job.stem, *(["--layout", self.layout] if self.layout != "NHWC" else [])]
+        compare = shell_line("bitwright", "compare", self.expected, self.target)
+        return [
+            *self.before,
+            Command("inputs for the target, and what each layer should give", shell_line(*words)),
+            *lines,
+            Command("where the target departs from the simulation", compare),
+        ]
+
+
+def _overrides(job: Job, tool: str) -> tuple[Path, str, list[Command]]:
+    """The encodings file that the tool takes, its schema, and the conversion that it needs first."""
     known = SCHEMAS[tool]
     if job.file.version in known:
-        return [], job.encodings, job.file.version
+        return job.encodings.resolve(), job.file.version, []
     # Not *.encodings: a bundle has one file of that kind.
     converted = job.beside(f".{known[0]}.json")
     job.warnings.append(
@@ -32,29 +89,7 @@ def _overrides(job: Job, tool: str) -> tuple[list[Command], Path, str]:
     line = shell_line(
         "bitwright", "encodings", "convert", job.encodings, converted, "--to", known[0], "--model", job.model
     )
-    return [Command(f"encodings in schema {known[0]}", line)], converted, known[0]
-
-
-def _dump(job: Job, layout: str) -> tuple[Command, Path]:
-    dump = job.beside(".layer_outputs")
-    words = [
-        "bitwright",
-        "layer-outputs",
-        str(job.directory),
-        "--data",
-        job.data,
-        "--out",
-        str(dump),
-        "--name",
-        job.stem,
-    ]
-    if layout != "NHWC":
-        words += ["--layout", layout]
-    return Command("inputs for the target, and what each layer should give", shell_line(*words)), dump
-
-
-def _compare(dump: Path, found: Path) -> Command:
-    return Command("where the target departs from the simulation", shell_line("bitwright", "compare", dump, found))
+    return converted.resolve(), known[0], [Command(f"encodings in schema {known[0]}", line)]
 
 
 def _converter(job: Job, tools: Mapping[str, str]) -> str:
@@ -63,206 +98,113 @@ def _converter(job: Job, tools: Mapping[str, str]) -> str:
     Raises:
         InputError: there is none.
     """
-    suffix = job.model.suffix
-    if suffix not in tools:
+    if job.model.suffix not in tools:
         raise InputError(
             f"{job.model.name}: the converters take {', '.join(tools)}; export the model to ONNX and quantize that"
         )
-    return tools[suffix]
-
-
-def _network(job: Job, flag: str) -> list[str]:
-    words = []
-    for name, shape in job.shapes.items():
-        words += [flag, name, ",".join(map(str, shape))]
-    return words
-
-
-def _missing(job: Job) -> None:
-    """Tensors without an entry are calibrated by the tools, unless they are told to leave them in float."""
-    floats = [n for n, e in job.file.entries.items() if e.float_format is not None]
-    if floats:
-        job.warnings.append(
-            f"{len(floats)} tensors stay in a float format ({floats[0]} first): the target must have it, and the "
-            "quantizer needs --float_fallback for tensors without an entry"
-        )
+    return tools[job.model.suffix]
 
 
 def qnn(job: Job) -> list[Command]:
     """From the bundle to a model library of QNN, and back to a comparison."""
-    steps, overrides, _ = _overrides(job, "qnn")
-    _missing(job)
-    dump_step, dump = _dump(job, "NHWC")
+    # The older converters put channels last, so that inputs and dumps have them there too.
+    at, name = _Workplace(job, "qnn", "NHWC"), job.stem
     tool = _converter(
         job, {".onnx": "qnn-onnx-converter", ".pb": "qnn-tensorflow-converter", ".tflite": "qnn-tflite-converter"}
     )
-    words = [
-        tool,
-        "--input_network",
-        str(job.model),
-        *_network(job, "-d"),
-        "--quantization_overrides",
-        str(overrides),
-        "--input_list",
-        "input_list.txt",
-        "--bias_bw",
-        "32",
-        "--output_path",
-        f"{job.stem}.cpp",
-    ]
-    if tool == "qnn-tensorflow-converter":
-        words += [w for o in job.outputs for w in ("--out_node", o)]
-    absolute = [str(Path(w).resolve()) if w in (str(job.model), str(overrides)) else w for w in words]
-    inside = f"cd {shlex.quote(str(dump))} && "
-    libraries = "$QNN_SDK_ROOT/lib/x86_64-linux-clang"
-    return [
-        *steps,
-        dump_step,
-        Command("convert; paths of input_list.txt are those of its folder", inside + shell_line(*absolute)),
-        Command(
-            "compile",
-            inside
-            + shell_line("qnn-model-lib-generator", "-c", f"{job.stem}.cpp", "-b", f"{job.stem}.bin", "-o", "libs"),
+    return at.around(
+        at.line(
+            "convert and quantize by the encodings",
+            tool,
+            *("--input_network", job.model.resolve(), "--quantization_overrides", at.overrides),
+            *("--input_list", INPUT_LIST, "--bias_bw", BIAS_BITS, "--output_path", f"../{name}.cpp"),
+            shapes="-d",
+            outputs="--out_node" if job.model.suffix == ".pb" else "",
         ),
-        Command(
-            "run, and write every tensor",
-            inside
-            + shell_line(
-                "qnn-net-run",
-                "--model",
-                f"libs/x86_64-linux-clang/lib{job.stem}.so",
-                "--backend",
-                f"{libraries}/libQnnHtp.so",
-                "--input_list",
-                "input_list.txt",
-                "--debug",
-                "--output_dir",
-                "target",
-            ),
+        at.line(
+            "compile", "qnn-model-lib-generator", "-c", f"../{name}.cpp", "-b", f"../{name}.bin", "-o", "../libraries"
         ),
-        _compare(dump, dump / "target"),
-    ]
+        at.line(
+            "run on the host, and write every tensor",
+            "qnn-net-run",
+            *("--model", f"../libraries/x86_64-linux-clang/lib{name}.so"),
+            *("--backend", "$QNN_SDK_ROOT/lib/x86_64-linux-clang/libQnnHtp.so"),
+            *("--input_list", INPUT_LIST, "--debug", "--output_dir", "../target"),
+        ),
+    )
 
 
 def snpe(job: Job) -> list[Command]:
     """From the bundle to a DLC of SNPE, and back to a comparison."""
-    steps, overrides, _ = _overrides(job, "snpe")
-    _missing(job)
-    dump_step, dump = _dump(job, "NHWC")
+    at, name = _Workplace(job, "snpe", "NHWC"), job.stem
     tool = _converter(
         job, {".onnx": "snpe-onnx-to-dlc", ".pb": "snpe-tensorflow-to-dlc", ".tflite": "snpe-tflite-to-dlc"}
     )
-    inside = f"cd {shlex.quote(str(dump))} && "
-    convert = [
-        tool,
-        "--input_network",
-        str(job.model.resolve()),
-        *_network(job, "-d"),
-        "--quantization_overrides",
-        str(overrides.resolve()),
-        "--output_path",
-        f"{job.stem}.dlc",
-    ]
-    if tool == "snpe-tensorflow-to-dlc":
-        convert += [w for o in job.outputs for w in ("--out_node", o)]
-    quantize = [
-        "snpe-dlc-quant",
-        f"--input_dlc={job.stem}.dlc",
-        "--input_list=input_list.txt",
-        "--override_params",
-        "--bias_bitwidth=32",
-        f"--output_dlc={job.stem}_quantized.dlc",
-    ]
-    prepare = [
-        "snpe-dlc-graph-prepare",
-        f"--input_dlc={job.stem}_quantized.dlc",
-        *([f"--htp_socs={job.soc}"] if job.soc else []),
-        f"--output_dlc={job.stem}_cached.dlc",
-    ]
-    run = [
-        "snpe-net-run",
-        "--container",
-        f"{job.stem}_cached.dlc",
-        "--input_list",
-        "input_list.txt",
-        "--debug",
-        "--use_dsp",
-        "--output_dir",
-        "target",
-    ]
-    return [
-        *steps,
-        dump_step,
-        Command("convert", inside + shell_line(*convert)),
-        Command("quantize by the encodings (snpe-dlc-quantize in releases before 2.x)", inside + shell_line(*quantize)),
-        Command("prepare for the Hexagon processor", inside + shell_line(*prepare)),
-        Command("run on the device, and write every tensor", inside + shell_line(*run)),
-        _compare(dump, dump / "target"),
-    ]
+    return at.around(
+        at.line(
+            "convert",
+            tool,
+            *("--input_network", job.model.resolve(), "--quantization_overrides", at.overrides),
+            *("--output_path", f"../{name}.dlc"),
+            shapes="-d",
+            outputs="--out_node" if job.model.suffix == ".pb" else "",
+        ),
+        at.line(
+            "quantize by the encodings (snpe-dlc-quantize in older releases)",
+            "snpe-dlc-quant",
+            *(f"--input_dlc=../{name}.dlc", f"--input_list={INPUT_LIST}", "--override_params"),
+            *(f"--bias_bitwidth={BIAS_BITS}", f"--output_dlc=../{name}_quantized.dlc"),
+        ),
+        at.line(
+            "prepare for the Hexagon processor",
+            "snpe-dlc-graph-prepare",
+            *(f"--input_dlc=../{name}_quantized.dlc", f"--output_dlc=../{name}_cached.dlc"),
+            *([f"--htp_socs={job.soc}"] if job.soc else []),
+        ),
+        at.line(
+            "run on the device, and write every tensor",
+            "snpe-net-run",
+            *("--container", f"../{name}_cached.dlc", "--input_list", INPUT_LIST, "--debug", "--use_dsp"),
+            *("--output_dir", "../target"),
+        ),
+    )
 
 
 def qairt(job: Job) -> list[Command]:
     """From the bundle to a DLC of QAIRT, and back to a comparison."""
-    steps, overrides, schema = _overrides(job, "qairt")
-    _missing(job)
     # Unlike the older converters this one keeps the model's own layout.
-    dump_step, dump = _dump(job, "native")
-    _converter(job, {".onnx": "qairt-converter", ".pb": "qairt-converter", ".tflite": "qairt-converter"})
-    inside = f"cd {shlex.quote(str(dump))} && "
-    convert = [
-        "qairt-converter",
-        "--input_network",
-        str(job.model.resolve()),
-        *_network(job, "--source_model_input_shape"),
-        "--quantization_overrides",
-        str(overrides.resolve()),
-        "--output_path",
-        f"{job.stem}.dlc",
-    ]
-    if job.model.suffix == ".pb":
-        convert += [w for o in job.outputs for w in ("--out_tensor_node", o)]
-    quantize = [
-        "qairt-quantizer",
-        "--input_dlc",
-        f"{job.stem}.dlc",
-        "--input_list",
-        "input_list.txt",
-        "--bias_bitwidth",
-        "32",
-        "--output_dlc",
-        f"{job.stem}_quantized.dlc",
-    ]
-    if schema == V2:
-        quantize.append("--use_quantize_v2")
+    at, name = _Workplace(job, "qairt", "native"), job.stem
+    tool = _converter(job, dict.fromkeys((".onnx", ".pb", ".tflite"), "qairt-converter"))
+    if at.schema == V2:
         job.warnings.append("schema 2.0.0 needs QAIRT 2.37 or newer")
-    libraries = "$QAIRT_SDK_ROOT/lib/x86_64-linux-clang"
-    binary = [
-        "qnn-context-binary-generator",
-        "--dlc_path",
-        f"{job.stem}_quantized.dlc",
-        "--backend",
-        f"{libraries}/libQnnHtp.so",
-        "--binary_file",
-        job.stem,
-    ]
-    run = [
-        "qnn-net-run",
-        "--dlc_path",
-        f"{job.stem}_quantized.dlc",
-        "--backend",
-        f"{libraries}/libQnnHtp.so",
-        "--input_list",
-        "input_list.txt",
-        "--debug",
-        "--output_dir",
-        "target",
-    ]
+    backend = ("--backend", "$QAIRT_SDK_ROOT/lib/x86_64-linux-clang/libQnnHtp.so")
     return [
-        *steps,
-        dump_step,
-        Command("convert (before 2.30 the option is --desired_input_shape)", inside + shell_line(*convert)),
-        Command("quantize by the encodings", inside + shell_line(*quantize)),
-        Command("run on the host, and write every tensor", inside + shell_line(*run)),
-        _compare(dump, dump / "target"),
-        Command("a context binary for the device", inside + shell_line(*binary)),
+        *at.around(
+            at.line(
+                "convert (--desired_input_shape in releases before 2.30)",
+                tool,
+                *("--input_network", job.model.resolve(), "--quantization_overrides", at.overrides),
+                *("--output_path", f"../{name}.dlc"),
+                shapes="--source_model_input_shape",
+                outputs="--out_tensor_node" if job.model.suffix == ".pb" else "",
+            ),
+            at.line(
+                "quantize by the encodings",
+                "qairt-quantizer",
+                *("--input_dlc", f"../{name}.dlc", "--input_list", INPUT_LIST, "--bias_bitwidth", BIAS_BITS),
+                *("--output_dlc", f"../{name}_quantized.dlc"),
+                *(["--use_quantize_v2"] if at.schema == V2 else []),
+            ),
+            at.line(
+                "run on the host, and write every tensor",
+                "qnn-net-run",
+                *("--dlc_path", f"../{name}_quantized.dlc", *backend, "--input_list", INPUT_LIST),
+                *("--debug", "--output_dir", "../target"),
+            ),
+        ),
+        at.line(
+            "a context binary for the device",
+            "qnn-context-binary-generator",
+            *("--dlc_path", f"../{name}_quantized.dlc", *backend, "--binary_file", name, "--output_dir", ".."),
+        ),
     ]
