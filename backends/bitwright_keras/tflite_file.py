@@ -81,7 +81,7 @@ class TfliteFile:
 
     def pack(self) -> bytes:
         """The model as a file's bytes."""
-        import flatbuffers
+        import flatbuffers  # type: ignore[import-untyped]
 
         builder = flatbuffers.Builder(1024)
         builder.Finish(self.model.Pack(builder), file_identifier=IDENTIFIER)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
 
 ENCODINGS_SUFFIX = ".encodings"
-QDQ, WEIGHTS = "qdq", "safetensors"
-"""Export formats that a bundle has too, where the backend offers them."""
+QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
+"""Export formats that a bundle has too, where the backend offers them; the last one for targets that run it."""
 
 
 def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None) -> Bundle:
@@ -42,7 +42,10 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
         artefact, *_ = backend.formats()
         bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
         files |= bundle.files
-        for other, suffix in _others(backend, sim.native).items():
+        others = dict(_others(backend, sim.native))
+        if sim.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
+            others[TFLITE] = ".tflite"
+        for other, suffix in others.items():
             try:
                 files |= backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other).files
             except ModelError as error:
@@ -161,7 +164,7 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
     Raises:
         EncodingError: the file is invalid or doesn't fit.
     """
-    file = formats.read(path).split(graph.params)
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
     found: dict[SiteId, Encoding] = {}
     for name, entry in file.entries.items():
         if name not in graph.params and name not in graph.tensors:
@@ -183,6 +186,20 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
         else:
             found[name] = formats.bind(entry, None, spec, name=where)
     return EncodingTable(found, file.provenance)
+
+
+def _in_names_of(graph: Graph, file: EncodingsFile) -> EncodingsFile:
+    """The file with tensors called as in the graph: TensorFlow's "conv:0" is the first output of "conv"."""
+
+    def known(name: str) -> str:
+        plain = name.removesuffix(":0")
+        if name == plain or name in graph.tensors or name in graph.params:
+            return name
+        return plain if plain in graph.tensors or plain in graph.params else name
+
+    tables = (file.activations, file.parameters, file.unsplit)
+    activations, parameters, unsplit = ({known(name): entry for name, entry in table.items()} for table in tables)
+    return replace(file, activations=activations, parameters=parameters, unsplit=unsplit)
 
 
 def _decision(plan: Plan, site: SiteId) -> Decision:
@@ -244,6 +261,8 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     files = {"model": model, "encodings": found[0]}
     if (quantized := directory / f"{stem}.qdq.onnx").exists():
         files[QDQ] = quantized
+    if (flat := directory / f"{stem}.tflite").exists():
+        files[TFLITE] = flat
     return Bundle(files)
 
 
@@ -268,5 +287,5 @@ def check_bundle(graph: Graph, plan: Plan, path: Path) -> list[Problem]:
             layout = spec.granularity
             shape = () if isinstance(layout, (PerTensor, Blockwise)) else None
             expected[site] = ExpectedEntry.of(spec, "activation", shape)
-    file = formats.read(path).split(graph.params)
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
     return formats.check(file, expected, {*graph.tensors, *graph.params})

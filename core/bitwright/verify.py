@@ -7,7 +7,8 @@ simulation and the integer runtime. Outputs are compared over the whole dataset;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def verify(
     limit: int | None = None,
     inspected: int = INSPECTED,
     float_model: str | Path | None = None,
+    runtime: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare the four views of an exported bundle.
@@ -109,13 +111,15 @@ def verify(
         inspected: samples for the comparison inside.
         float_model: the original model, which "float" means at the outputs; default: the one that the run's report
             names, if it is still there unchanged, otherwise the exported model. Inside, it is always the exported one.
+        runtime: "onnxruntime" or "tflite", where the bundle has a quantized artefact for both; default: the one that
+            was exported for the target.
         progress: where progress is shown.
 
     Raises:
-        InputError: the directory holds no bundle, or the data or labels don't fit.
+        InputError: the directory holds no bundle, or none for that runtime, or the data or labels don't fit.
         CapabilityError: the backend has no integer runtime.
     """
-    bundle = find_bundle(Path(directory), name)
+    bundle = _for_runtime(find_bundle(Path(directory), name), runtime)
     backend, model = _open(bundle)
     from bitwright.data import open_data
 
@@ -147,6 +151,23 @@ def verify(
         tensors=tensors,
         problems=problems,
     )
+
+
+ARTEFACTS: Mapping[str, str] = {"onnxruntime": "qdq", "tflite": "tflite"}
+"""What each integer runtime executes, by purpose in a bundle."""
+
+
+def _for_runtime(bundle: Bundle, runtime: str | None) -> Bundle:
+    """The bundle without what other runtimes execute."""
+    if runtime is None:
+        return bundle
+    if runtime not in ARTEFACTS:
+        raise InputError(f"there is no integer runtime {runtime!r}; there are {', '.join(ARTEFACTS)}")
+    wanted = ARTEFACTS[runtime]
+    if wanted not in bundle.files:
+        raise InputError(f"the bundle has nothing for {runtime}; export it for a target with that runtime")
+    others = {v for v in ARTEFACTS.values() if v != wanted}
+    return replace(bundle, files={k: p for k, p in bundle.files.items() if k not in others})
 
 
 def original_model(directory: Path) -> Path | None:

@@ -43,6 +43,12 @@ def verify(
             "--float", help="The original model (default: the one that the report names).", show_default=False
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="onnxruntime or tflite, if the export is for both (default: the target's).", show_default=False
+        ),
+    ] = None,
     min_agreement: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Fail if the integer runtime and float agree on less.", show_default=False),
@@ -76,6 +82,7 @@ def verify(
             limit=samples,
             progress=progress,
             float_model=float_model,
+            runtime=runtime,
         )
     if as_json:
         sys.stdout.write(result.model_dump_json(indent=1) + "\n")
