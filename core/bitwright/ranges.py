@@ -94,13 +94,13 @@ def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> li
     for site in sites:
         spec = plan.spec(site)
         assert spec is not None
-        statistic = _sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
+        statistic = sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
         # A grid that several tensors share must cover the values of all of them.
         requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
     return requests
 
 
-def _sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:
+def sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:
     """Histograms of large tensors count every step-th value, at least `COUNTED` of each sample.
 
     The step has no divisor in common with any dimension, so that rows, columns and channels are met alike.
