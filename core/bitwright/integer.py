@@ -185,7 +185,8 @@ class IntegerSimulation:
             return self._linear(fused, held[a], self._table[a], out)
         if op.kind is OpKind.AVERAGE_POOL:
             assert isinstance(op.attrs, PoolAttrs)
-            return kernels.average_pool(held[a], self._table[a], op.attrs, out, out.grid)
+            axis = self._graph.tensors[a].channel_axis
+            return kernels.average_pool(held[a], self._table[a], op.attrs, out, out.grid, axis)
         if op.kind is OpKind.SOFTMAX:
             assert isinstance(op.attrs, AxisAttrs)
             return kernels.softmax(held[a], self._table[a], op.attrs.axis, out)

@@ -112,8 +112,13 @@ def softmax(codes: Codes, encoding: Encoding, axis: int, out: Encoding) -> Codes
     return _clip(np.rint(shares) + F(out.zero_point), out.grid.qmin, out.grid.qmax)
 
 
-def average_pool(codes: Codes, encoding: Encoding, attrs: PoolAttrs, out: Encoding, grid: Grid) -> Codes:
-    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime contrib operators)."""
+def average_pool(
+    codes: Codes, encoding: Encoding, attrs: PoolAttrs, out: Encoding, grid: Grid, channel_axis: int | None = None
+) -> Codes:
+    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime contrib operators); channels by default on axis 1."""
+    if attrs.window is not None and channel_axis is not None and channel_axis % codes.ndim != 1:
+        first = average_pool(np.moveaxis(codes, channel_axis, 1), encoding, attrs, out, grid)
+        return np.moveaxis(first, 1, channel_axis)
     centred = codes.astype(np.int64) - int(encoding.zero_point)
     if attrs.window is None:
         count: Any = int(np.prod([codes.shape[a] for a in attrs.axes]))

@@ -92,6 +92,8 @@ def test_average_pool_equals_the_runtime(seed, include):
     attrs = PoolAttrs(window=ConvAttrs((3, 3), (2, 2), (1, 1), pads), count_include_pad=include)
     ours = kernels.average_pool(x.astype(np.int32), a, attrs, y, Grid(0, 255))
     assert np.array_equal(ours, expected)
+    last = kernels.average_pool(np.moveaxis(x, 1, 3).astype(np.int32), a, attrs, y, Grid(0, 255), channel_axis=3)
+    assert np.array_equal(np.moveaxis(last, 3, 1), expected)
 
 
 @pytest.mark.parametrize("seed", range(10))
