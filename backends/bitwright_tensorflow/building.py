@@ -17,7 +17,7 @@ from bitwright.encoding import Encoding
 from bitwright.graph import ParamId, ParamRole, TensorId
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright_tensorflow.canonical import Canonical, recognize
-from bitwright_tensorflow.fake_quant import OPERANDS, kind_of, switched
+from bitwright_tensorflow.fake_quant import OPERANDS, Chain, switched
 from bitwright_tensorflow.instrument import Instrument, drop_unread, variable_records
 from bitwright_tensorflow.model import Kind, MetaGraphDef, TfModel, node_of
 from bitwright_tensorflow.trained_sites import Operand, TrainedSite
@@ -35,7 +35,7 @@ class SimulatedNetwork:
         meta: the graph with its collections.
         aliases: tensor → its quantized tensor, where there is one.
         outputs: output of the model → its tensor here.
-        switches: root → prefix and kind of its variables (inference).
+        switches: root → prefix of its variables, and what its ops compute (inference).
         quantized: parameter → variable of its quantized values (inference).
         sites: root → its grid (training).
         constants: those that have become variables (training).
@@ -44,7 +44,7 @@ class SimulatedNetwork:
     meta: MetaGraphDef
     aliases: dict[TensorId, TensorId] = field(default_factory=dict)
     outputs: Mapping[TensorId, TensorId] = field(default_factory=dict)
-    switches: dict[SiteId, tuple[str, str]] = field(default_factory=dict)
+    switches: dict[SiteId, tuple[str, Chain]] = field(default_factory=dict)
     quantized: dict[ParamId, str] = field(default_factory=dict)
     sites: dict[SiteId, TrainedSite] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
@@ -66,24 +66,25 @@ class Builder:
         self._made = SimulatedNetwork(self._ins.meta)
         self._reads: dict[ParamId, TensorId] = {}
 
-    def for_inference(self, kinds: Mapping[SiteId, str]) -> SimulatedNetwork:
+    def for_inference(self, chains: Mapping[SiteId, Chain]) -> SimulatedNetwork:
         """Every planned site has its ops.
 
         Args:
-            kinds: root → the kind of ops (`fake_quant.kind_of`).
+            chains: root → its ops.
         """
         collect_variables(self._ins, self._model)
         ins, made = self._ins, self._made
         for root in dict.fromkeys(self._plan.root(s) for s in self._active):
-            kind = kinds[root]
+            chain = chains[root]
+            shape = chain.shape(self._rank(root))
             prefix = ins.free(f"{_scope(root)}/quantizer")
-            made.switches[root] = (prefix, kind)
+            made.switches[root] = (prefix, chain)
             on = ins.variable(f"{prefix}/on", tf.bool, ())
-            operands = {n: ins.variable(f"{prefix}/{n}", t, None) for n, t in OPERANDS[kind].items()}
+            operands = {n: ins.variable(f"{prefix}/{n}", t, shape) for n, t in OPERANDS[chain.kind].items()}
             for site in (s for s in self._active if self._plan.root(s) == root):
                 x, scope = self._activation(site), prefix if site == root else ins.free(f"{_scope(site)}/quantizer")
                 with ins.scratch.as_default(), tf.name_scope(f"{scope}/"):
-                    y = switched(x, on, kind, operands, "value")
+                    y = switched(x, on, chain.kind, operands, "value")
                 self._place(site, y)
         for param in self._parameters():
             read = self._found.params[param]
@@ -101,7 +102,8 @@ class Builder:
         for param in self._parameters():
             root = self._plan.root(param)
             if root in encodings and root not in made.sites:
-                self._site(root, encodings[root], training, self._operand(root if root in self._found.params else param))
+                owner = root if root in self._found.params else param
+                self._site(root, encodings[root], training, self._operand(owner))
         for site in self._active:
             root = self._plan.root(site)
             if root in encodings:
@@ -124,6 +126,11 @@ class Builder:
     def _parameters(self) -> list[ParamId]:
         quantized = (s for s in self._plan.quantized if self._plan[s].kind is SiteKind.PARAMETER)
         return [p for p in quantized if p in self._found.params]
+
+    def _rank(self, site: SiteId) -> int | None:
+        graph = self._found.graph
+        shape = graph.params[site].shape if site in graph.params else graph.tensors[site].shape
+        return None if shape is None else len(shape)
 
     def _site(self, root: SiteId, encoding: Encoding, training: Training, operand: Operand | None) -> None:
         site = TrainedSite(self._ins.free(f"{_scope(root)}/quantizer"), encoding, training, operand)
@@ -196,10 +203,9 @@ def declare_variables(model: TfModel) -> MetaGraphDef:
     return ins.finish()
 
 
-def kinds_of(plan: Plan, roots: tuple[SiteId, ...]) -> dict[SiteId, str]:
-    """The kind of ops that each root's specification asks for."""
-    specs = {root: plan.spec(root) for root in roots}
-    return {root: "integer" if spec is None else kind_of(spec) for root, spec in specs.items()}
+def chains_of(plan: Plan, roots: tuple[SiteId, ...]) -> dict[SiteId, Chain]:
+    """The ops that each root's specification asks for."""
+    return {root: Chain.of(plan.spec(root)) for root in roots}
 
 
 def _scope(site: SiteId) -> str:

@@ -69,6 +69,33 @@ def kind_of(encoding: Encoding | QuantSpec) -> str:
     return "wide" if encoding.grid.steps >= WIDE else "integer"
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a site's ops can compute: other numbers are assigned, another chain needs another graph.
+
+    Attributes:
+        kind: see `kind_of`.
+        spread: whether scales vary over the tensor. The ops would be the same, but their variables then have no fixed
+            shape, and where grappler can't tell shapes it fuses what no kernel computes (grouped convolutions).
+    """
+
+    kind: str = "integer"
+    spread: bool = False
+
+    @classmethod
+    def of(cls, encoding: Encoding | QuantSpec | None) -> Chain:
+        """The chain for an encoding or a specification."""
+        if encoding is None:
+            return cls()
+        return cls(kind_of(encoding), not isinstance(encoding.granularity, PerTensor))
+
+    def shape(self, rank: int | None) -> tuple[int | None, ...] | None:
+        """Static shape of its variables, for a tensor of `rank`."""
+        if not self.spread:
+            return ()
+        return None if rank is None else (None,) * rank
+
+
 OPERANDS: dict[str, dict[str, Any]] = {
     "integer": {"scale": np.float32, "low": np.float32, "high": np.float32},
     "wide": {"scale": np.float32, "zero": np.float64, "low": np.float64, "high": np.float64},
@@ -89,14 +116,15 @@ def numbers(kind: str, encoding: Encoding | None, rank: int | None) -> dict[str,
         EncodingError: an axis is out of range, or the rank isn't known where scales vary.
     """
     if encoding is None:
-        return {name: np.ones((), dtype) for name, dtype in OPERANDS[kind].items()}
+        return {name: np.ones((1,) * (rank or 0), dtype) for name, dtype in OPERANDS[kind].items()}
     scale, zero = _spread(encoding.scale, encoding, rank), _spread(encoding.zero_point, encoding, rank)
     found: dict[str, NDArray[Any]] = {"scale": scale}
     if kind == "integer":
         base = zero.astype(np.float32)
         found |= {"low": encoding.grid.qmin - base, "high": encoding.grid.qmax - base}
     elif kind == "wide":
-        found |= {"zero": zero, "low": np.array(encoding.grid.qmin), "high": np.array(encoding.grid.qmax)}
+        ends = (np.full_like(zero, end) for end in (encoding.grid.qmin, encoding.grid.qmax))
+        found |= {"zero": zero, **dict(zip(("low", "high"), ends, strict=True))}
     return {name: np.asarray(found[name], dtype) for name, dtype in OPERANDS[kind].items()}
 
 

@@ -74,11 +74,7 @@ class GraphFunction:
         held = [graph.get_tensor_by_name(t) for t in self._inputs]
         specs = [tf.TensorSpec(h.shape, h.dtype, names.get(t)) for h, t in zip(held, self._inputs, strict=True)]
 
-        @tf.function(input_signature=specs, autograph=False)
-        def serve(*tensors: Any) -> Any:
-            return self.concrete(*tensors)
-
-        return serve
+        return tf.function(lambda *tensors: self.concrete(*tensors), input_signature=specs, autograph=False)
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set variables by node name; others are passed over."""

@@ -61,7 +61,7 @@ class Instrument:
 
     # -- variables
 
-    def variable(self, name: str, dtype: Any, shape: Sequence[int] | None, *, trainable: bool = False) -> Node:
+    def variable(self, name: str, dtype: Any, shape: Sequence[int | None] | None, *, trainable: bool = False) -> Node:
         """A new resource variable; returns the symbol of its value.
 
         Its initializer does nothing, so that `global_variables_initializer` leaves its value.
@@ -72,7 +72,7 @@ class Instrument:
         handle.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
         return self.collect(name, shape, trainable=trainable)
 
-    def collect(self, handle: str, shape: Sequence[int] | None, *, trainable: bool) -> Node:
+    def collect(self, handle: str, shape: Sequence[int | None] | None, *, trainable: bool) -> Node:
         """Enter a VarHandleOp in the collections of variables, with an initializer that does nothing."""
         dtype = self._nodes[handle].attr["dtype"].type
         read = self._node(self.free(f"{handle}/Read/ReadVariableOp"), "ReadVariableOp", handle)

@@ -18,7 +18,7 @@ v1 = tf.compat.v1
 class Assigner:
     """Sets variables of a session's graph; the ops are made once for each."""
 
-    def __init__(self, session: v1.Session) -> None:
+    def __init__(self, session: tf.compat.v1.Session) -> None:
         self._session = session
         self._handles = {op.name: op for op in session.graph.get_operations() if op.type in VARIABLES}
         self._made: dict[str, tuple[Any, Any]] = {}
@@ -50,7 +50,7 @@ class Assigner:
         return v1.assign(op.outputs[0], given, validate_shape=False).op, given
 
 
-def read_variables(session: v1.Session, names: Sequence[str]) -> dict[str, Array]:
+def read_variables(session: tf.compat.v1.Session, names: Sequence[str]) -> dict[str, Array]:
     """Values of variables by node name."""
     graph, fetches = session.graph, {}
     wanted = set(names)

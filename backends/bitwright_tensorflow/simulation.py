@@ -1,7 +1,8 @@
 """A simulation for TensorFlow: the model's graph with fake quantization at its sites, to evaluate and to train.
 
 Encodings are numbers in variables, so that `set` assigns a few of them; nothing is built or compiled again. Only a
-kind of grid that a site's ops can't compute (another float format, more than 24 bits) builds the graph again.
+kind of grid that a site's ops can't compute (another float format, more than 24 bits, many scales for one) builds the
+graph again.
 Sites that share an encoding share the variables. Where values lie on the grid already (reshape, max pooling, concat,
 embedding … of tensors on the same grid) there are no ops. Derived biases stay in float unless an encoding is set for
 them.
@@ -23,9 +24,9 @@ from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.grid import PerTensor, spread
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
-from bitwright_tensorflow.building import Builder, SimulatedNetwork, kinds_of
+from bitwright_tensorflow.building import Builder, SimulatedNetwork, chains_of
 from bitwright_tensorflow.canonical import Canonical, recognize
-from bitwright_tensorflow.fake_quant import kind_of, numbers
+from bitwright_tensorflow.fake_quant import Chain, kind_of, numbers
 from bitwright_tensorflow.model import Array, TfModel, array_of
 from bitwright_tensorflow.session import TfSession, known_tensor
 from bitwright_tensorflow.shapes import Inference
@@ -55,7 +56,8 @@ def simulate(
         EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.
     """
     if trainable:
-        return TrainableTfSimulation(model, plan, encodings, trainable if isinstance(trainable, Training) else Training())
+        training = trainable if isinstance(trainable, Training) else Training()
+        return TrainableTfSimulation(model, plan, encodings, training)
     return TfSimulation(model, plan, encodings)
 
 
@@ -81,7 +83,7 @@ class TfSimulation:
         self._start(encodings)
 
     def _start(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        self._kinds = kinds_of(self._plan, self._roots)
+        self._chains = chains_of(self._plan, self._roots)
         self._network = self._build()
         self.set(encodings)
 
@@ -120,9 +122,9 @@ class TfSimulation:
     # -- building
 
     def _build(self) -> SimulatedNetwork:
-        """Build the graph for the present kinds, with the numbers that `_table` has."""
+        """Build the graph for the present chains, with the numbers that `_table` has."""
         builder = Builder(self._float, self._found, self._plan, self._active)
-        network = builder.for_inference(self._kinds)
+        network = builder.for_inference(self._chains)
         self.revision += 1
         self.values = dict(self._float.values)
         self._network, self._user = network, None
@@ -135,9 +137,9 @@ class TfSimulation:
         for root in dict.fromkeys(roots):
             encoding = self._table.get(root)
             if root in self._network.switches:
-                prefix, kind = self._network.switches[root]
+                prefix, chain = self._network.switches[root]
                 changed[f"{prefix}/on"] = np.asarray(encoding is not None)
-                for name, value in numbers(kind, encoding, self._rank(root)).items():
+                for name, value in numbers(chain.kind, encoding, self._rank(root) if chain.spread else None).items():
                     changed[f"{prefix}/{name}"] = value
             for site in self._plan.tied(root):
                 if site in self._network.quantized:
@@ -195,9 +197,9 @@ class TfSimulation:
         self._table = {**self._table, **{r: e for r, e in changes.items() if e is not None}}
         for root in (r for r, e in changes.items() if e is None):
             self._table.pop(root, None)
-        kinds = {r: kind_of(e) for r, e in changes.items() if e is not None and r in self._kinds}
-        if any(self._kinds[r] != k for r, k in kinds.items()):
-            self._kinds.update(kinds)
+        wanted = {r: Chain.of(e) for r, e in changes.items() if e is not None and r in self._chains}
+        if any(self._chains[r] != chain for r, chain in wanted.items()):
+            self._chains.update(wanted)
             self._build()
         else:
             changed = self._put(list(changes))
@@ -261,7 +263,9 @@ class SimulatedSession:
     def _open(self) -> None:
         simulation, part = self._simulation, self._simulation.part
         aliases = simulation.network.aliases
-        self._fed = {t: t if self._feeds is None else aliases.get(t, t) for t in self._feeds or simulation.source.inputs}
+        self._fed = {t: t for t in simulation.source.inputs}
+        if self._feeds is not None:
+            self._fed = {t: aliases.get(t, t) for t in self._feeds}
         named = {fed: t for t, fed in self._fed.items()}
         self._session = TfSession(
             simulation.network.meta.graph_def,
@@ -312,7 +316,7 @@ class TrainableTfSimulation(TfSimulation):
 
     def _start(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
         changes = self._plan.by_root(encodings, self._check)
-        self._kinds = {}
+        self._chains = {}
         self._table = {r: e for r, e in changes.items() if e is not None}
         self._network = self._build()
 
@@ -345,8 +349,8 @@ class TrainableTfSimulation(TfSimulation):
         for root, encoding in changes.items():
             if root not in sites or not sites[root].takes(encoding):
                 raise EncodingError(
-                    f"{root!r} can't take this encoding while training: its graph is built for the kind of grid that it "
-                    "started with; make a new trainable simulation with the encoding"
+                    f"{root!r} can't take this encoding while training: its graph is built for the kind of grid that "
+                    "it started with; make a new trainable simulation with the encoding"
                 )
         changed: dict[str, Array] = {}
         for root, encoding in changes.items():
@@ -392,4 +396,3 @@ class TrainableTfSimulation(TfSimulation):
             if node.name in constants:
                 node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(present[node.name]))
         return model.with_meta(meta)
-

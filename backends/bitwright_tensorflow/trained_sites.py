@@ -274,4 +274,3 @@ def _groups(x: Node, granularity: Granularity, name: str) -> Groups:
     if isinstance(granularity, Blockwise) and shape.count(-1) > 1:
         raise EncodingError(f"{name!r} has several free dimensions; a blockwise grid can't be trained on it")
     return Groups.of(shape, granularity)
-
