@@ -223,14 +223,20 @@ class Registry:
     def backend_for_model(self, model: object) -> Backend[Any]:
         """The backend that owns a model object.
 
-        Only backends whose framework is already imported are asked: an object of any other can't exist.
+        Only backends whose framework is already imported are asked: an object of any other can't exist. First that of
+        the class nearest to the object's: a Keras model that runs on PyTorch is an `nn.Module` too.
 
         Raises:
             PluginError: none owns it; the message lists the backends that there are.
             MissingExtraError: none owns it, and one that might needs something installed.
         """
         missing: list[str] = []
-        for descriptor in self._catalogue.of(BackendInfo):
+        packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+
+        def distance(descriptor: Descriptor[BackendInfo]) -> int:
+            return next((i for i, p in enumerate(packages) if p in descriptor.info.modules), len(packages))
+
+        for descriptor in sorted(self._catalogue.of(BackendInfo), key=distance):
             modules = descriptor.info.modules
             if modules and not any(m in sys.modules for m in modules):
                 continue
