@@ -115,7 +115,7 @@ def softmax(codes: Codes, encoding: Encoding, axis: int, out: Encoding) -> Codes
 def average_pool(
     codes: Codes, encoding: Encoding, attrs: PoolAttrs, out: Encoding, grid: Grid, channel_axis: int | None = None
 ) -> Codes:
-    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime); channels on axis 1, or on the axis given."""
+    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime contrib operators); by default channels first."""
     if attrs.window is not None and channel_axis is not None and channel_axis % codes.ndim != 1:
         first = average_pool(np.moveaxis(codes, channel_axis, 1), encoding, attrs, out, grid)
         return np.moveaxis(first, 1, channel_axis)
