@@ -6,9 +6,10 @@ import types
 
 from bitwright.hookspecs import BackendInfo, hookimpl
 from bitwright.registry import Registry
+from bitwright.testing.reference import ReferenceBackend
 
 
-class Owning:
+class Owning(ReferenceBackend):
     def __init__(self, name, base):
         self.name, self._base = name, base
 
