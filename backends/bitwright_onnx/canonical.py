@@ -81,14 +81,17 @@ def refuse_quantized(model: ir.Model) -> None:
 
 
 def shape_computations(graph: ir.Graph) -> frozenset[ir.Node]:
-    """Nodes that work on shapes alone: Shape and Size, and what follows from them and from constants only."""
+    """Nodes that work on shapes alone: Shape and Size, and what follows from them and from constants only.
+
+    Not the lookup of embeddings by position: its table is a parameter.
+    """
     known: set[ir.Value] = set()
     hidden: set[ir.Node] = set()
     for node in graph:
         inputs = [v for v in (*node.inputs, *captured(node)) if v is not None]
         source = is_default_domain(node) and node.op_type in ("Shape", "Size")
         follows = any(v in known for v in inputs) and all(v in known or v.is_initializer() for v in inputs)
-        if (source or follows) and not any(o.is_graph_output() for o in node.outputs):
+        if (source or (follows and not is_embedding(node))) and not any(o.is_graph_output() for o in node.outputs):
             hidden.add(node)
             known.update(node.outputs)
     return frozenset(hidden)

@@ -67,10 +67,20 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     known = set(graph.initializers.values())
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
-        plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node))
+        plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node)) and not _embeds(node)
         if plain and inputs and all(v in known for v in inputs):
             known.update(node.outputs)
             yield node
+
+
+def _embeds(node: ir.Node) -> bool:
+    """Whether a node takes several rows of a table of floats: an embedding, whose table is a parameter."""
+    if node.op_type != "Gather" or len(node.inputs) != 2:
+        return False
+    table, rows = node.inputs
+    if table is None or rows is None or table.shape is None or rows.shape is None or table.dtype is None:
+        return False
+    return table.is_initializer() and table.dtype.is_floating_point() and len(table.shape) == 2 and len(rows.shape) > 0
 
 
 def fold_constants(model: ir.Model) -> bool:

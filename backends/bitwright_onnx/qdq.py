@@ -212,9 +212,15 @@ class _Writer:
             if output is value:
                 graph.outputs[index] = y
         producer = value.producer()
-        assert producer is not None
-        graph.insert_after(producer, chain.nodes)
-        value.name, y.name = self._fresh(f"{site}_float"), site
+        if producer is None:  # a constant, for example what was folded into one
+            self._at_start(chain)
+            graph.initializers.pop(str(value.name), None)
+            value.name = self._fresh(f"{site}_float")
+            graph.register_initializer(value)
+        else:
+            graph.insert_after(producer, chain.nodes)
+            value.name = self._fresh(f"{site}_float")
+        y.name = site
 
     def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
         dtype = x.dtype or ir.DataType.FLOAT

@@ -161,13 +161,15 @@ class TorchBackend:
         return TorchSimulation(model, plan, encodings, trainable=trainable)
 
     def export(self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path`.
+        """Write one of `formats()` at `path`; of a model in parts, a file for each (see `parts_export`).
 
         Raises:
             InputError: unknown format, or the file can't be written.
         """
         if isinstance(model, PartitionedModel):
-            raise InputError(_IN_PARTS)
+            from bitwright_torch.parts_export import export_parts
+
+            return export_parts(model, plan, encodings, path, format)
         from bitwright_torch.export import export
 
         return export(model, plan, encodings, path, format)

@@ -227,8 +227,10 @@ class _Editor:
                 self._graph.erase_node(tensor)
                 if not modes.is_flag_name(name):
                     owner, last = owner_of(self._tree, name)
-                    owner._parameters.pop(last, None)
-                    owner._buffers.pop(last, None)
+                    # None, as for an option that a module hasn't got: its repr and others ask for the name.
+                    for table in (owner._parameters, owner._buffers):
+                        if last in table:
+                            table[last] = None
                     self._known.pop(self._program.prefix + name, None)
 
     @apply.register

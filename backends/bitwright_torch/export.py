@@ -169,7 +169,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
         about = abouts[name]
         samples.append(torch.zeros(shape, dtype=getattr(torch, about.dtype)))
         shapes.append({i: Dim.AUTO for i, n in enumerate(about.shape or ()) if n is None})
-    names = [n for i, n in enumerate(needed) if i not in constants]
+    inputs = [n for i, n in enumerate(needed) if i not in constants]
     watched = _Watched(with_program(model, program).to("cpu").eval(), part, constants)
     try:
         with _quiet(), torch.no_grad():
@@ -178,7 +178,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
                 tuple(samples),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=names,
+                input_names=inputs,
                 dynamic_shapes=(tuple(shapes),),
                 optimize=False,
                 verbose=False,
@@ -186,18 +186,15 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     except Exception as error:
         raise ModelError(f"torch.onnx can't export the model: {_reason(error)}") from error
     assert made is not None
-    _tidy(made.model, aliases(model), set(found.params))
+    names = {name: program.prefix + first for name, first in aliases(model).items()}
+    _tidy(made.model, names, set(found.params))
     return made.model
 
 
 def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
-    """Fold constants, but no parameter; call tied parameters by the name that sites have."""
+    """Fold constants, and let parameters be; call parameters by the names that sites have."""
     import onnx_ir as ir
     from onnxscript.optimizer import optimize_ir
-
-    def fold(node: ir.Node) -> bool | None:
-        reads = {v.name for v in node.inputs if v is not None}
-        return False if node.op_type != "Shape" and reads & params else None
 
     graph = exported.graph
     for name, value in list(graph.initializers.items()):
@@ -206,7 +203,22 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
             del graph.initializers[name]
             value.name = first
             graph.register_initializer(value)
-    optimize_ir(exported, should_fold=fold)
+    # Inputs while the graph is optimized: rules drop biases that are zero and merge parameters that are equal, which
+    # they need not stay.
+    hidden = [v for n, v in graph.initializers.items() if n in params]
+    inputs = list(graph.inputs)
+    for value in hidden:
+        del graph.initializers[value.name]
+    graph.inputs.extend(hidden)
+    tensors = [value.const_value for value in hidden]
+    for value in hidden:
+        value.const_value = None
+    optimize_ir(exported)
+    graph.inputs.clear()
+    graph.inputs.extend(inputs)
+    for value, tensor in zip(hidden, tensors, strict=True):
+        value.const_value = tensor
+        graph.register_initializer(value)
     for name, value in list(graph.initializers.items()):
         users = [user for user, _ in value.uses()]
         if name not in params or not users or any(u.op_type != "Transpose" or len(value.shape) != 2 for u in users):

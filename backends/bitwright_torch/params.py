@@ -58,7 +58,7 @@ def write_params(
         operand, param = _known(known, id)
         own(model, operand.base, owned)
         layout = param.layout or tuple(range(np.ndim(value)))
-        native = np.ascontiguousarray(np.transpose(value, np.argsort(layout)))
+        native = np.array(np.transpose(value, np.argsort(layout)), order="C")  # scalars stay scalars
         with torch.no_grad():
             operand.view(model).copy_(torch.from_numpy(native))
 

@@ -42,8 +42,8 @@ class PartitionedSimulation:
         self._provenance = encodings.provenance
         self._simulations: dict[str, TorchSimulation] = {}
         for name, part in model.parts.items():
-            sites = _sites(part)
-            own = _restricted(plan, sites)
+            sites = sites_of(part)
+            own = plan_of_part(plan, sites)
             table = EncodingTable({s: e for s, e in encodings.items() if s in sites})
             self._simulations[name] = TorchSimulation(part, own, table, trainable=trainable)
         self._model: PartitionedModel | None = None
@@ -64,7 +64,7 @@ class PartitionedSimulation:
         if unknown := [s for s in encodings if s not in self._plan]:
             raise EncodingError(f"the plan has no site {unknown[0]!r} to put an encoding on")
         for name, simulation in self._simulations.items():
-            sites = _sites(self._float.parts[name])
+            sites = sites_of(self._float.parts[name])
             simulation.set({s: e for s, e in encodings.items() if s in sites})
 
     def get(self) -> EncodingTable:
@@ -94,12 +94,13 @@ class PartitionedSimulation:
         )
 
 
-def _sites(part: CapturedModel) -> frozenset[SiteId]:
+def sites_of(part: CapturedModel) -> frozenset[SiteId]:
+    """Tensors and parameters of a part, under the names that they have in the whole."""
     graph = canonical(part).graph
     return frozenset((*graph.tensors, *graph.params))
 
 
-def _restricted(plan: Plan, sites: frozenset[SiteId]) -> Plan:
+def plan_of_part(plan: Plan, sites: frozenset[SiteId]) -> Plan:
     """The plan of one part. No grid is shared over the Python between parts, so nothing points out of it."""
     observed = {s: plan.observed(s) for s in plan if s in sites and plan.root(s) == s}
     return Plan({s: site for s, site in plan.items() if s in sites}, plan.target, plan.scheme,

@@ -140,3 +140,48 @@ def test_quantsim_bundles_reopen_in_the_onnx_backend(tmp_path: Path) -> None:
         assert other.encodings[site].equals(sim.encodings[site]), site
     (mine,), (theirs,) = sim.predict([ids.numpy()]), other.predict([ids.numpy()])
     assert np.abs(mine - theirs).max() <= 1.01 * float(sim.encodings["down.output"].scale)
+
+
+def test_equal_and_zero_parameters_keep_their_names(tmp_path: Path) -> None:
+    """Fresh models are full of them; exporters merge or drop them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Flatten(), nn.Linear(6, 6)
+    )
+    with torch.no_grad():
+        for layer in (net[0], net[2], net[5]):
+            layer.bias.zero_()
+            layer.weight.copy_(net[0].weight)
+    x = torch.randn(4, 6)
+    sim = QuantSim(net.eval(), x, scheme="minmax").calibrate([x])
+    bundle = sim.export(tmp_path, encodings_version="2.0.0")
+    backend = OnnxBackend()
+    known = backend.graph(backend.load(bundle.files["model"])).params
+    assert set(known) == set(net.state_dict())
+    ort.InferenceSession(bundle.files["qdq"])
+    other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"], strict=False)
+    np.testing.assert_allclose(other.predict([x.numpy()])[0], sim.predict([x.numpy()])[0], atol=1e-6)
+
+
+class Biased(nn.Module):
+    """Its bias over positions doesn't depend on the input: all but the table is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(8, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.table(torch.arange(4) % 3).unsqueeze(0)
+
+
+def test_constant_embeddings_are_quantized(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5)
+    sim = QuantSim(Biased().eval(), x, scheme="minmax").calibrate([x])
+    bundle = sim.export(tmp_path)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (got,) = ort.InferenceSession(bundle.files["qdq"], options).run(None, {"x": x.numpy()})
+    assert np.abs(got - sim.predict([x.numpy()])[0]).max() <= 1.01 * float(sim.table[sim.graph.outputs[0]].scale)
+    other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"])
+    assert set(other.encodings) == set(sim.encodings)

@@ -116,6 +116,54 @@ def test_parts_are_simulated(detector, x):
     assert 0 < close < 0.1 * detector(x)["all"].abs().max()
 
 
+def test_parts_are_exported_one_by_one(detector, x, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    sim = bitwright.QuantSim(captured(detector, x), target="default_per_channel", scheme="minmax")
+    sim.apply("fold_batch_norm").calibrate([x])
+    bundle = sim.export(tmp_path, name="net")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "net.backbone.onnx", "net.head.onnx", "net.backbone.qdq.onnx", "net.head.qdq.onnx", "net.safetensors",
+        "net.encodings"}  # fmt: skip
+    graph = BACKEND.graph(sim.native)
+    taps = [Tap(t) for t in ("head.input", "head.output") if t in graph.tensors]
+    seen = {t.tensor: v for t, v in sim.simulation.session(taps).run({"x": x.numpy()}).items()}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(bundle.files["qdq/head"], options)
+    (got,) = session.run(None, {"head.input": seen["head.input"]})
+    assert np.abs(got - seen["head.output"]).max() <= 1.01 * float(sim.table["head.output"].scale)
+    plain = ort.InferenceSession(bundle.files["model/backbone"])
+    (name,) = (i.name for i in plain.get_inputs())
+    np.testing.assert_allclose(plain.run(None, {name: x.numpy()})[0], detector.backbone(x).detach(), atol=1e-5)
+    read = bitwright.formats.read(bundle.files["encodings"])
+    assert {"backbone.0.weight", "head.weight"} <= read.parameters.keys()
+
+
+def test_parts_are_trained(detector, x):
+    sim = bitwright.QuantSim(captured(detector, x), scheme="minmax").calibrate([x])
+    model = sim.trainable(range_learning=True)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    before = model(x)["all"].square().mean()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x)["all"].square().mean().backward()
+        optimizer.step()
+    assert model(x)["all"].square().mean() < before
+    sim.take()
+    model.eval()
+    again = sim.model(x)["all"]
+    # Biases are int32 in the simulation and float in training.
+    assert (model(x)["all"] - again).abs().max() <= 1.01 * float(sim.table["head.output"].scale)
+    assert not torch.equal(sim.model.head.weight, detector.head.weight)
+    state = copy.deepcopy(sim.model).state_dict()
+    with torch.no_grad():
+        sim.model.get_parameter("head.weight").zero_()
+    sim.model.load_state_dict(state)
+    assert torch.equal(sim.model(x)["all"], again)
+
+
 def test_a_failure_names_the_line_and_a_way_out():
     class Bad(nn.Module):
         def forward(self, x):
