@@ -126,7 +126,7 @@ class _Editor:
         symbol = keras.ops.add(keras.KerasTensor(spec.shape, dtype=spec.dtype), bias.reshape(shape).astype(spec.dtype))
         operation = symbol._keras_history.operation
         operation.__dict__["_inbound_nodes"] = []
-        operation.name = self._file_name(f"{node.operation.name}.bias")
+        operation.name = self._file_name(f"{node.operation.name}_bias")
         name = f"{node.op}/bias"
         add = Node(name, operation, (Ref(inner), bias.reshape(shape).astype(spec.dtype)), {}, (output,))
         add = replace(constant_params(add), params={"args/1": f"{name}/constant"})
@@ -140,7 +140,7 @@ class _Editor:
             raise ModelError(f"{edit.op!r} has no parameter {edit.param!r}")
         if len(self._shown.graph.users(edit.param)) < 2 or node.layer is None:
             return
-        layer = copy_layer(node.layer, name=self._file_name(node.op.replace("/", ".")))
+        layer = copy_layer(node.layer, name=self._file_name(node.op.replace("/", "_")))
         known = set(self._shown.graph.params)
         params = {}
         for key in node.params:
@@ -212,7 +212,7 @@ class _Editor:
                 f"{edit.op!r} can't be turned into a {edit.type!r}; possible: {', '.join([*_ACTIVATIONS, 'LeakyRelu'])}"
             )
         alone = len(self.model.calls_of[id(node.operation)]) == 1
-        layer.name = node.operation.name if alone else self._file_name(node.op.replace("/", "."))
+        layer.name = node.operation.name if alone else self._file_name(node.op.replace("/", "_"))
         args = (Ref(node.inputs[0]),)
         self._replace(node, replace(node, operation=layer, args=args, kwargs={}, params={}))
 

@@ -1,6 +1,6 @@
 """Model files: .keras and .h5, which plain Keras loads, with the user's names beside.
 
-Keras allows no "/" in a layer's name, so a file has "block.conv" for the op "block/conv"; after edits, an op may
+Keras allows no "/" in a layer's name, so a file has "block_conv" for the op "block/conv"; after edits, an op may
 also compute a tensor that has another's name. What differs is kept in the file as JSON that Keras doesn't look at: a
 member "bitwright.json" of a .keras archive, a data set "bitwright" of an .h5 file. Without it, names are the file's.
 """

@@ -42,7 +42,7 @@ class Node:
     Attributes:
         op: id of the op; the user's name for it. A layer that is called twice gives "name" and "name_1".
         operation: the layer or `keras.ops` operation. Its own name is the one that it has in files: Keras allows no
-            "/" there, so "block/conv" is "block.conv".
+            "/" there, so "block/conv" is "block_conv".
         args, kwargs: nested arguments, `Ref` in place of tensors; constants are numbers and numpy arrays.
         outputs: ids of the activations that it computes.
         params: parameter id by key: the variable's path below the layer ("kernel", "moving_mean"); for a constant

@@ -326,7 +326,7 @@ class Normalizer:
 
     def file_name(self, name: str) -> str:
         """A free name for a layer or operation in files; Keras allows no "/" there."""
-        plain = name.replace("/", ".")
+        plain = name.replace("/", "_")
         found, number = plain, 0
         while found in self._files:
             number += 1

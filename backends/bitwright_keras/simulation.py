@@ -175,7 +175,7 @@ class KerasSimulation:
         layout = place.layout
         return FakeQuantize(
             encoding, (layout.native, layout.order, layout.shape), learns=learns, evened=self._training.gradient_scale,
-            follows=not learns and not derived, name=f"{key.replace('/', '.')}_quantizer",
+            follows=not learns and not derived, name=f"{key.replace('/', '_')}_quantizer",
         )  # fmt: skip
 
     def _constant(self, node: Node, site: SiteId) -> list[Node]:
@@ -183,7 +183,7 @@ class KerasSimulation:
         place = canonical(self._float).places[site]
         key = next(k for k, p in node.params.items() if p == site)
         value = native_value(place)
-        layer = constant(value, self._file_name(f"{site}.value"), self._float.specs[node.outputs[0]].dtype)
+        layer = constant(value, self._file_name(f"{site}_value"), self._float.specs[node.outputs[0]].dtype)
         self._owned.add(id(layer))
         self._parameters[site] = _Parameter(place, layer.value)
         where, _, name = key.partition("/")
@@ -208,12 +208,12 @@ class KerasSimulation:
             )
             self._activations[root] = FakeQuantize(
                 encoding, learns=learns, evened=bool(self._training and self._training.gradient_scale),
-                name=self._file_name(f"{root}.fake_quant"), dtype=self._float.specs[site].dtype,
+                name=self._file_name(f"{root}_fake_quant"), dtype=self._float.specs[site].dtype,
             )  # fmt: skip
         return self._activations[root]
 
     def _file_name(self, wanted: str) -> str:
-        plain = wanted.replace("/", ".").replace(":", "_")
+        plain = wanted.replace("/", "_").replace(":", "_")
         found, number = plain, 0
         while found in self._names:
             number += 1
