@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -101,8 +102,10 @@ def _gain(s: Sensitivity, analysis: Analysis) -> float | None:
     """What leaving a site in float gives, in the measure's own unit; None where that can't be said (no noise left)."""
     if analysis.measure != NOISE:
         return s.gain
-    full = analysis.setting("quantized").sqnr_db
-    return None if s.without is None or full is None else s.without - full
+    if s.without is None or s.gain is None:
+        return None
+    left = 10 ** (-s.without / 10)
+    return 10 * math.log10(max(left + s.gain, 1e-30) / left)
 
 
 def _shown(d: Distribution) -> dict[str, Any]:

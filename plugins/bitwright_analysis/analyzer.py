@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from bitwright_analysis.distributions import activation_distributions, parameter
 from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
 from bitwright_analysis.layer_errors import layer_errors
-from bitwright_analysis.records import Analysis, Overall
+from bitwright_analysis.records import Analysis, Overall, Sensitivity
 from bitwright_analysis.scoring import Evaluation, FirstSamples, Judge, OutputNoise, Top1, decibels
-from bitwright_analysis.sweeps import Switches, ranked, sweep, units
+from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 
 RUN_FOLDER = ".run"
 DIRECTIONS = ("alone", "without")
@@ -106,32 +106,16 @@ def quant_analyzer(
         table = sim.table
         simulation = sim.backend.simulate(sim.native, sim.plan, table)
         switches = Switches(simulation, sim.plan, table)
-        first = FirstSamples(dataset, sweep_samples if sweep_by == "sqnr" else None)
-        noise = OutputNoise(sim.backend, sim.native, sim.graph, first)
-        try:
-            score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
-            score = Top1(sim.graph, dataset, labels) if labels is not None else score
-            judge: Judge = score if sweep_by == "evaluate" and score is not None else noise
-            store = open_store(
-                sim, "quant_analyzer", {**settings, "samples": first.samples, "by": judge.name}, table, dataset
-            )
-            with _clock(seconds, "overall"):
-                figures = _overall(switches, noise, score, store)
-            switched = units(sim.graph, sim.plan)
-            with _clock(seconds, "sensitivities"):
-                found = sweep(switches, judge, switched, store, sim.progress, directions)
-        finally:
-            noise.close()
+        score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
+        score = Top1(sim.graph, dataset, labels) if labels is not None else score
+        store = open_store(sim, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
+        with _clock(seconds, "overall"), OutputNoise(sim.backend, sim.native, sim.graph, dataset) as noise:
+            figures = _overall(switches, noise, score, store)
+        by_score = score if sweep_by == "evaluate" else None
+        first = FirstSamples(dataset, None if by_score is not None else sweep_samples)
+        with _clock(seconds, "sensitivities"):
+            rows, measure = _sensitivities(sim, switches, by_score, first, store, directions, larger_is_better)
         switches.all_but(())
-        which = 1 if judge is score else 0
-        rows = ranked(
-            switched,
-            found,
-            judge,
-            figures["float"][which] or 0.0,
-            figures["quantized"][which] or 0.0,
-            larger_is_better=larger_is_better,
-        )
         with _clock(seconds, "layers"):
             errors = layer_errors(sim.backend, sim.native, simulation, sim.graph, sim.plan, dataset, sim.progress)
         with _clock(seconds, "distributions"):
@@ -161,7 +145,7 @@ def quant_analyzer(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             name=name or _name(sim, model),
             target=sim.target.name,
-            measure=judge.name,
+            measure=measure,
             samples=dataset.samples,
             sweep_samples=first.samples,
             recipe=applied,
@@ -240,6 +224,29 @@ def _prepare(sim: QuantSim, model: Any, recipe: Sequence[str], dataset: Any) -> 
     if any(site not in sim.encodings for site in roots):
         sim.calibrate(dataset)
     return tuple(technique for technique, _ in sim.reports)
+
+
+def _sensitivities(
+    sim: QuantSim,
+    switches: Switches,
+    score: Judge | None,
+    data: FirstSamples,
+    store: Store,
+    directions: Collection[str],
+    larger_is_better: bool,
+) -> tuple[list[Sensitivity], str]:
+    """The units ranked by the score, or by output noise on the samples for sensitivities; and the measure's name."""
+    switched = units(sim.graph, sim.plan)
+    with ExitStack() as stack:
+        noise = None if score is not None else OutputNoise(sim.backend, sim.native, sim.graph, data)
+        judge: Judge = score if noise is None else stack.enter_context(noise)  # type: ignore[assignment]
+        found = sweep(switches, judge, switched, store, sim.progress, directions)
+        ends = {
+            "float": frozenset[str](),
+            "quantized": switches.weights | switches.activations | switches.biases,
+        }
+        reference, quantized = (measured(switches, judge, f"sweep/{judge.name}/{k}", ends[k], store) for k in ends)
+    return ranked(switched, found, judge, reference, quantized, larger_is_better=larger_is_better), judge.name
 
 
 def _overall(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +124,10 @@ class OutputNoise:
         ratios = [n.total / s.total for n, s in zip(noise, self._signal, strict=True) if s.total > 0]
         return float(np.mean(ratios)) if ratios else 0.0
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Free what the float outputs take."""
         self._cache.close()
 

@@ -51,6 +51,7 @@ class Switches:
         self.weights = frozenset(s for s in plan.parameters if s in self._table)
         self.activations = frozenset(s for s in plan.activations if s in self._table)
         self.biases = frozenset(self._table) - self.weights - self.activations
+        self.roots = frozenset(self._table)
         simulation.set(self._table)
         self._on = frozenset(self._table)
 
@@ -129,19 +130,20 @@ def sweep(
         twin = same.get(unit.roots)
         known = None if twin is None else found.get((direction, twin.kind, twin.name))
         if known is None:
-            known = _measured(switches, judge, direction, unit, store)
+            on = unit.roots if direction == "alone" else switches.roots - frozenset(unit.roots)
+            known = measured(switches, judge, f"{direction}/{judge.name}/{unit.kind}/{unit.name}", on, store)
         found[direction, unit.kind, unit.name] = known
         progress.advance(note=unit.name)
     progress.finish()
     return found
 
 
-def _measured(switches: Switches, judge: Judge, direction: str, unit: Unit, store: Store) -> float:
-    key = f"{direction}/{unit.kind}/{unit.name}"
+def measured(switches: Switches, judge: Judge, key: str, on: Collection[SiteId], store: Store) -> float:
+    """The judge's figure with these roots on and all else in float; from the store if it is there."""
     stored = store.get(key)
     if stored is not None:
         return float(stored["value"])
-    (switches.only if direction == "alone" else switches.all_but)(unit.roots)
+    switches.only(on)
     value = judge(switches.simulation)
     store.put(key, {"value": np.array(value)})
     return value
