@@ -161,6 +161,12 @@ class TensorFlowBackend:
 
         return dict(FORMATS)
 
+    def bundled(self, model: TfModel) -> Mapping[str, str]:
+        """What an exported bundle holds beside the frozen graph: the source's own form, and QDQ ONNX."""
+        from bitwright_tensorflow.export import bundled
+
+        return bundled(model)
+
     def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""
         graph = self.graph(model)

@@ -27,8 +27,8 @@ from bitwright_tensorflow.optable import QUANTIZED_OPS
 from bitwright_tensorflow.single_ops import single_op
 
 Recognizer = Callable[[Network, NodeDef], Found | None]
-RECOGNIZERS: tuple[Recognizer, ...] = (linear_op, fused_batch_norm, spelled_norm, prelu, clip, spelled_activation)
-"""Tried on each node in this order, before it is taken for an op of its own."""
+RECOGNIZERS: tuple[Recognizer, ...] = (linear_op, fused_batch_norm, spelled_norm, prelu, spelled_activation, clip)
+"""Tried in this order on all nodes, last ones first (a hard swish holds a clip), before they are ops of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +80,11 @@ def _recognize(model: TfModel) -> Canonical:
     net = Network(model)
     _refuse_quantized(net)
     claimed: dict[str, Found] = {}
-    for name in net.inference.order:
-        if name not in net.constant | net.sizes | net.collapsed and name not in claimed:
-            found = _composite(net, net.node(name), claimed)
-            if found is not None:
+    candidates = [n for n in reversed(net.inference.order) if n not in net.constant | net.sizes | net.collapsed]
+    for recognizer in RECOGNIZERS:
+        for name in candidates:
+            found = recognizer(net, net.node(name)) if name not in claimed else None
+            if found is not None and net.is_float(found.outputs[0]) and claimed.keys().isdisjoint(found.nodes):
                 claimed.update(dict.fromkeys(found.nodes, found))
     groups = [_region(net, region) for region in net.inference.regions]
     shown: list[Found] = [g for g in groups if g is not None]
@@ -105,14 +106,6 @@ def _refuse_quantized(net: Network) -> None:
                 f"the model is quantized already (node {name!r} is a {net.node(name).op}); start from the float model "
                 "that it was made from"
             )
-
-
-def _composite(net: Network, node: NodeDef, claimed: Mapping[str, Found]) -> Found | None:
-    for recognizer in RECOGNIZERS:
-        found = recognizer(net, node)
-        if found is not None and net.is_float(found.outputs[0]) and not any(n in claimed for n in found.nodes):
-            return found
-    return None
 
 
 def _outputs(net: Network, name: str) -> tuple[TensorId, ...]:
@@ -192,9 +185,7 @@ def _assemble(model: TfModel, net: Network, shown: list[Found]) -> Canonical:
     ranks = {t: net.rank(t) for t in tensors}
     axes = channel_axes(shown, ranks)
     shapes = {t: net.shape(t) for t in tensors}
-    described_tensors = {
-        t: Tensor(t, shapes[t], net.inference.dtype(t), axes.get(t)) for t in tensors
-    }
+    described_tensors = {t: Tensor(t, shapes[t], net.inference.dtype(t), axes.get(t)) for t in tensors}
     graph = Graph(ops, described_tensors, params, model.inputs, list(dict.fromkeys(outputs)))
     edges = {p: tuple(dict.fromkeys(found)) for p, found in operands.items()}
     return Canonical(graph, net, {f.id: f for f in shown}, reads, edges)

@@ -24,7 +24,7 @@ def save_checkpoint(model: TfModel, path: Path) -> Path:
         InputError: a file can't be written.
     """
     prefix = path.with_suffix("")
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     session = open_session(model)
     try:
         with session.graph.as_default():

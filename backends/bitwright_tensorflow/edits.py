@@ -63,8 +63,8 @@ class Editor:
         if self._lazy is None:
             kept = {node_of(t) for t in (*self._model.inputs, *self._model.outputs)}
             if self._model.kind is Kind.SESSION:
-                kept |= {n.name for n in self._model.graph_def.node if rewriter.is_variable(n)}
-                kept |= _named_in_collections(self._model)
+                # Collections, savers and the user's own code name nodes that no node reads.
+                kept |= {n.name for n in self._model.graph_def.node}
             self._lazy = Rewriter(self._model.copy_meta(), kept)
         return self._lazy
 
@@ -321,9 +321,7 @@ class Editor:
     def _remove_op(self, edit: RemoveOp) -> None:
         found = self._op(edit.op)
         if len(found.inputs) != 1 or len(found.outputs) != 1:
-            raise ModelError(
-                f"{edit.op!r} ({found.type}) doesn't pass one input on to one output; it can't be removed"
-            )
+            raise ModelError(f"{edit.op!r} ({found.type}) doesn't pass one input on to one output; it can't be removed")
         if found.kind is not OpKind.IDENTITY:
             self._supplant(found, "Identity")
         for id, other in list(self._ops.items()):
@@ -365,11 +363,3 @@ def _bias_name(weight: str, op: OpId) -> str:
         if weight.endswith(ending):
             return weight.removesuffix(ending) + other
     return f"{op}/bias"
-
-
-def _named_in_collections(model: TfModel) -> set[str]:
-    """Nodes that collections name."""
-    names: set[str] = set()
-    for collection in model.meta.collection_def.values():
-        names |= {node_of(name) for name in collection.node_list.value}
-    return names

@@ -16,6 +16,7 @@ from bitwright_tensorflow.rewriter import constant
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _WRAPPING = re.compile(r"^(?:(?:Stateful)?PartitionedCall(?:_\d+)?/)+")
+_END = re.compile(r"^Func/|(?:^|/)IdentityN?(?:_\d+)?$")
 
 
 def inline_calls(graph_def: GraphDef, fetches: Sequence[TensorId]) -> GraphDef:
@@ -125,10 +126,13 @@ class _Flat:
         self._nodes, self._replaced, self._fed = nodes, replaced, fed
 
     def origin(self, tensor: TensorId) -> TensorId:
-        """The tensor behind Identities that only pass it on."""
-        while tensor not in self._fed and self._nodes[node_of(tensor)].op in ("Identity", "IdentityN"):
+        """The tensor behind the Identities that functions put at their ends; those that users named stay."""
+        while tensor not in self._fed and self._is_end(self._nodes[node_of(tensor)]):
             tensor = tensor_id(self._nodes[node_of(tensor)].input[int(tensor.rpartition(":")[2])])
         return tensor
+
+    def _is_end(self, node: NodeDef) -> bool:
+        return node.op in ("Identity", "IdentityN") and _END.search(node.name) is not None
 
     def _through(self, operand: str) -> str:
         """An operand, the Identities looked through that inlining has put around calls."""

@@ -103,9 +103,7 @@ def _convolution(net: Network, node: NodeDef) -> Found | None:
     )  # fmt: skip
 
 
-def _canonical_weight(
-    node: NodeDef, weight: Read, kept: tuple[int, ...], channels: int | None
-) -> tuple[Read, int]:
+def _canonical_weight(node: NodeDef, weight: Read, kept: tuple[int, ...], channels: int | None) -> tuple[Read, int]:
     """TensorFlow's (*kernel, in/groups, out), (*kernel, channels, multiplier) and (*kernel, out, in) → canonical."""
     shape = weight.form.shape
     spatial = tuple(shape[i] for i in kept)

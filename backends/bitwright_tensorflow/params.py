@@ -71,9 +71,7 @@ def numpy_dtype(name: str) -> np.dtype:  # type: ignore[type-arg]
     return np.dtype(tf.as_dtype(name).as_numpy_dtype)
 
 
-def native_values(
-    model: TfModel, values: Mapping[ParamId, NDArray[np.floating]]
-) -> dict[str, Array]:
+def native_values(model: TfModel, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[str, Array]:
     """New contents of variables and constants by node, checked before anything is set.
 
     Raises:

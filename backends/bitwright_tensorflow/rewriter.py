@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright_tensorflow.graphs import free_name
-from bitwright_tensorflow.model import VARIABLES, Array, MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
+from bitwright_tensorflow.model import Array, MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
 
 
 class Rewriter:
@@ -166,8 +166,3 @@ def declared_variable(name: str, array: Array, dtype: str) -> tuple[list[NodeDef
         if not proto.initial_value_name.startswith(name):
             proto.initial_value_name = f"{name}/{proto.initial_value_name}"
     return nodes, proto.SerializeToString(), proto.snapshot_name
-
-
-def is_variable(node: NodeDef) -> bool:
-    """Whether a node holds a variable."""
-    return node.op in VARIABLES

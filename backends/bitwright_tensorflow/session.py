@@ -81,9 +81,7 @@ class TfSession:
         """
         for name in self._needed:
             if name not in batch:
-                raise InputError(
-                    f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}"
-                )
+                raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
         results: dict[Tap, Array] = {t: _numpy_reduced(np.asarray(batch[t.tensor]), t) for t in self._passed}
         if self._call is not None:
             given = [self._typed(name, batch[name]) for name in self._inputs]

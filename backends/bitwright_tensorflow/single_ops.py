@@ -90,8 +90,10 @@ def _mean(net: Network, node: NodeDef) -> tuple[OpKind, str, PoolAttrs | None]:
     over = tuple(sorted(a % rank for a in axes))
     keep = bool(net.attr(node, "keep_dims", False))
     spatial = rank > 2 and over in (tuple(range(1, rank - 1)), tuple(range(2, rank)))
-    return OpKind.AVERAGE_POOL, "GlobalAveragePool" if keep and spatial else "ReduceMean", PoolAttrs(
-        axes=over, keepdims=keep
+    return (
+        OpKind.AVERAGE_POOL,
+        "GlobalAveragePool" if keep and spatial else "ReduceMean",
+        PoolAttrs(axes=over, keepdims=keep),
     )
 
 

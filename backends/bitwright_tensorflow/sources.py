@@ -50,9 +50,11 @@ def owns(model: object) -> bool:
         return False
     if _is_concrete(model) or _is_function(model):
         return True
-    return isinstance(model, tf.Module) or bool(getattr(model, "signatures", None)) and type(
-        model
-    ).__module__.startswith("tensorflow")
+    return (
+        isinstance(model, tf.Module)
+        or bool(getattr(model, "signatures", None))
+        and type(model).__module__.startswith("tensorflow")
+    )
 
 
 def adopt(model: object, sample: Any = None) -> TfModel:
@@ -120,7 +122,7 @@ def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names
     except (DecodeError, OSError) as error:
         raise InputError(f"{path} is no MetaGraph: {error}") from error
     prefix = str(checkpoint or path.with_suffix(""))
-    if not tf.train.checkpoint_exists(prefix):
+    if not tf.compat.v1.train.checkpoint_exists(prefix):
         raise InputError(f"there is no checkpoint {prefix!r}; name it: load(path, checkpoint=…)")
     signature = next(iter(meta.signature_def.values()), None)
     if outputs is None and signature is not None:
@@ -151,9 +153,7 @@ def _open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind
         ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
         meta.graph_def.CopyFrom(inline_calls(meta.graph_def, [*inputs.values(), *outputs.values(), *ends]))
     normalize(meta.graph_def, list(inputs.values()), list(outputs.values()))
-    return TfModel(
-        meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs)
-    )
+    return TfModel(meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs))
 
 
 def _fix_constants(wiring: Wiring, constants: Mapping[str, Any]) -> None:
@@ -190,8 +190,9 @@ def _session_values(session: Any) -> dict[str, Array]:
     fetches: dict[str, Any] = {}
     for op in session.graph.get_operations():
         if op.type == "VarHandleOp":
-            reads = [r for r in op.outputs[0].consumers() if r.type == "ReadVariableOp"]
+            reads = [r for r in op.outputs[0].consumers() if r.type == "ReadVariableOp" and not r.control_inputs]
             if reads:
+                # Reads of gradients and optimizers may depend on the data.
                 fetches[op.name] = reads[0].outputs[0]
         elif op.type in VARIABLES:
             fetches[op.name] = op.outputs[0]
@@ -203,7 +204,9 @@ def _session_values(session: Any) -> dict[str, Array]:
             try:
                 values[name] = np.asarray(session.run(fetch))
             except tf.errors.OpError as error:
-                raise ModelError(f"variable {name!r} can't be read: {reason(error)}; initialize or restore it") from error
+                raise ModelError(
+                    f"variable {name!r} can't be read: {reason(error)}; initialize or restore it"
+                ) from error
         return values
 
 

@@ -1,0 +1,211 @@
+"""What the backend opens: sessions, checkpoints, SavedModels of both generations, functions, frozen graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+
+import tfnets  # noqa: E402
+
+from bitwright import registry  # noqa: E402
+from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright.graph import OpKind  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright_tensorflow import SessionModel  # noqa: E402
+from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
+from bitwright_tensorflow.model import Kind  # noqa: E402
+
+v1 = tf.compat.v1
+BACKEND = TensorFlowBackend()
+X = tfnets.image(4, 8, 8, 3)
+
+
+def outputs(model, x=X):
+    graph = BACKEND.graph(model)
+    found = BACKEND.session(model, [Tap(t) for t in graph.outputs]).run({graph.inputs[0]: x})
+    return [found[Tap(t)] for t in graph.outputs]
+
+
+def float_output(given: SessionModel, x=X):
+    return given.session.run(given.outputs[0], {"x:0": x})
+
+
+def kinds(model) -> list[OpKind]:
+    return [op.kind for op in BACKEND.graph(model)]
+
+
+RESIDUAL = [OpKind.CONV, OpKind.BATCH_NORM, OpKind.CLIPPED_RELU, OpKind.CONV, OpKind.BATCH_NORM, OpKind.RELU,
+            OpKind.ADD, OpKind.AVERAGE_POOL, OpKind.LINEAR]  # fmt: skip
+
+
+@pytest.mark.parametrize("resource", [True, False])
+def test_a_session(resource: bool) -> None:
+    given = tfnets.session_model(tfnets.residual, 8, 8, 3, resource=resource, train=True)
+    before = len(given.session.graph.get_operations())
+    model = BACKEND.adopt(given)
+    assert model.kind is Kind.SESSION
+    assert kinds(model) == RESIDUAL
+    np.testing.assert_allclose(outputs(model)[0], float_output(given), rtol=1e-5, atol=1e-5)
+    graph = BACKEND.graph(model)
+    assert graph.inputs == ("x:0",)
+    assert graph.outputs == ("logits:0",)
+    assert graph.op("conv1/Conv2D").params[next(iter(graph.op("conv1/Conv2D").params))] == "conv1/kernel"
+    assert graph.tensors["act1:0"].channel_axis == 3
+    assert len(given.session.graph.get_operations()) == before, "the user's graph was changed"
+    np.testing.assert_allclose(model(X), float_output(given), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model(x=X), float_output(given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_session_needs_to_be_told_its_outputs() -> None:
+    given = tfnets.session_model(tfnets.mlp, 10)
+    with pytest.raises(InputError, match="SessionModel"):
+        BACKEND.adopt(given.session)
+    with pytest.raises(InputError, match="no tensor 'nothing:0'"):
+        BACKEND.adopt(SessionModel(given.session, outputs=["nothing"]))
+    assert BACKEND.adopt(SessionModel(given.session, outputs=["prob"])).inputs == ("x:0",)
+
+
+def test_uninitialized_variables_are_named() -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 3), name="x")
+        v1.identity = tf.identity(tf.matmul(x, v1.get_variable("w", (3, 2))), name="y")
+    with pytest.raises(ModelError, match="'w'"):
+        BACKEND.adopt(SessionModel(v1.Session(graph=graph), outputs=["y"]))
+
+
+def test_placeholders_that_are_no_data_become_constants() -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 3), name="x")
+        rate = v1.placeholder(tf.float32, (), name="rate")
+        tf.multiply(x, rate, name="y")
+        session = v1.Session(graph=graph)
+    with pytest.raises(InputError, match="constants"):
+        BACKEND.adopt(SessionModel(session, inputs=["x"], outputs=["y"]))
+    model = BACKEND.adopt(SessionModel(session, inputs=["x"], outputs=["y"], constants={"rate": 2.0}))
+    np.testing.assert_array_equal(outputs(model, np.ones((2, 3), np.float32))[0], np.full((2, 3), 2, np.float32))
+
+
+def test_a_checkpoint(tmp_path: Path) -> None:
+    given = tfnets.session_model(tfnets.residual, 8, 8, 3, train=True)
+    with given.session.graph.as_default():
+        v1.train.Saver().save(given.session, str(tmp_path / "net"))
+    model = BACKEND.load(tmp_path / "net.meta", inputs="x", outputs="logits")
+    np.testing.assert_allclose(outputs(model)[0], float_output(given), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="outputs"):
+        BACKEND.load(tmp_path / "net.meta")
+    (tmp_path / "net.index").unlink()
+    with pytest.raises(InputError, match="checkpoint"):
+        BACKEND.load(tmp_path / "net.meta", outputs="logits")
+
+
+def test_meta_written_here_opens_without_being_told(tmp_path: Path) -> None:
+    given = tfnets.session_model(tfnets.residual, 8, 8, 3, train=True)
+    BACKEND.save(BACKEND.adopt(given), tmp_path / "net.meta")
+    model = BACKEND.load(tmp_path / "net.meta")
+    assert kinds(model) == RESIDUAL
+    np.testing.assert_allclose(outputs(model)[0], float_output(given), rtol=1e-5, atol=1e-5)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_frozen_graph(tmp_path: Path) -> None:
+    given = tfnets.session_model(tfnets.residual, 8, 8, 3)
+    path = BACKEND.save(BACKEND.adopt(given), tmp_path / "net.pb")
+    model = BACKEND.load(path)
+    assert model.kind is Kind.FROZEN
+    assert not model.values
+    assert kinds(model) == RESIDUAL
+    graph = BACKEND.graph(model)
+    assert "conv1/kernel" in graph.params
+    assert (graph.inputs, graph.outputs) == (("x:0",), ("logits:0",))
+    np.testing.assert_allclose(outputs(model)[0], float_output(given), rtol=1e-5, atol=1e-5)
+    cut = BACKEND.load(path, outputs=["sum"])
+    assert BACKEND.graph(cut).outputs == ("sum:0",)
+    for bad in (b"", b"no graph", path.read_bytes()[: path.stat().st_size // 2]):
+        (tmp_path / "bad.pb").write_bytes(bad)
+        with pytest.raises(InputError, match=r"bad\.pb"):
+            BACKEND.load(tmp_path / "bad.pb")
+    with pytest.raises(InputError, match="'checkpoint'"):
+        BACKEND.load(path, checkpoint="x")
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_saved_model(tmp_path: Path, generation: int) -> None:
+    given = tfnets.session_model(tfnets.residual, 8, 8, 3, resource=generation == 2)
+    if generation == 1:
+        with given.session.graph.as_default():
+            v1.saved_model.simple_save(
+                given.session, str(tmp_path / "net"), {"image": given.session.graph.get_tensor_by_name("x:0")},
+                {"logits": given.outputs[0]},
+            )  # fmt: skip
+    else:
+        module = tfnets.Module(tfnets.residual, 8, 8, 3)
+        tf.saved_model.save(module, str(tmp_path / "net"), signatures=module.call.get_concrete_function())
+    assert registry.backend_for_path(tmp_path / "net").name == "tensorflow"
+    model = BACKEND.load(tmp_path / "net")
+    assert model.kind is Kind.SAVED_MODEL
+    assert kinds(model) == RESIDUAL
+    assert "conv1/kernel" in BACKEND.graph(model).params
+    np.testing.assert_allclose(outputs(model)[0], float_output(given), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="no signature 'other'"):
+        BACKEND.load(tmp_path / "net", signature="other")
+    with pytest.raises(InputError, match="tags"):
+        BACKEND.load(tmp_path / "net", tags=("train",))
+
+
+def test_saved_models_written_here(tmp_path: Path) -> None:
+    module = tfnets.Module(tfnets.residual, 8, 8, 3)  # a concrete function doesn't keep its variables alive
+    for name, given in (
+        ("ref", tfnets.session_model(tfnets.residual, 8, 8, 3, resource=False)),
+        ("function", module.call.get_concrete_function()),
+    ):
+        model = BACKEND.adopt(given)
+        BACKEND.save(model, tmp_path / name)
+        again = BACKEND.load(tmp_path / name)
+        assert kinds(again) == RESIDUAL
+        assert set(BACKEND.graph(again).params) == set(BACKEND.graph(model).params)
+        assert set(BACKEND.graph(again).tensors) == set(BACKEND.graph(model).tensors)
+        np.testing.assert_array_equal(outputs(again)[0], outputs(model)[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["function", "ref"]
+
+
+def test_functions_and_modules() -> None:
+    module = tfnets.Module(tfnets.residual, 8, 8, 3)
+    expected = module.call(X).numpy()
+    free = tf.function(module.run)
+    for given, sample in ((module.call, None), (module.call.get_concrete_function(), None), (free, X[:2])):
+        assert BACKEND.owns(given)
+        model = BACKEND.adopt(given, sample)
+        assert model.kind is Kind.FUNCTION
+        assert BACKEND.input_specs(model) == {"x:0": ((None, 8, 8, 3), "float32")}
+        np.testing.assert_allclose(outputs(model)[0], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="sample"):
+        BACKEND.adopt(free)
+    with pytest.raises(ModelError, match="traced"):
+        BACKEND.adopt(free, X[:2, :, :, :, None])
+
+
+def test_captured_arrays_are_constants_and_tables_are_refused() -> None:
+    shift = tf.constant(np.arange(3, dtype=np.float32))
+    model = BACKEND.adopt(tf.function(lambda x: x + shift), np.zeros((2, 3), np.float32))
+    np.testing.assert_array_equal(outputs(model, np.zeros((2, 3), np.float32))[0][0], [0, 1, 2])
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([1], [2.0]), 0.0)
+    with pytest.raises(ModelError, match="table"):
+        BACKEND.adopt(tf.function(lambda x: table.lookup(x)), np.zeros((2, 3), np.int32))
+
+
+def test_quantized_models_are_refused() -> None:
+    def network(x):
+        return tf.quantization.fake_quant_with_min_max_args(x)
+
+    with pytest.raises(ModelError, match="quantized already"):
+        QuantSim(tf.function(network), np.zeros((2, 3), np.float32), backend="tensorflow")
+
+
+def test_keras_models_are_left_to_keras() -> None:
+    keras = pytest.importorskip("keras")
+    assert not BACKEND.owns(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
