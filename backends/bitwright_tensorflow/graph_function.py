@@ -67,15 +67,6 @@ class GraphFunction:
         results = self.concrete(*given)
         return next(iter(results.values())) if len(results) == 1 else results
 
-    def as_signature(self) -> Any:
-        """A `tf.function` of named tensors, as SavedModels have it; results by name."""
-        graph = self._whole.graph
-        names = {t: n for n, t in self._signature.inputs.items()}
-        held = [graph.get_tensor_by_name(t) for t in self._inputs]
-        specs = [tf.TensorSpec(h.shape, h.dtype, names.get(t)) for h, t in zip(held, self._inputs, strict=True)]
-
-        return tf.function(lambda *tensors: self.concrete(*tensors), input_signature=specs, autograph=False)
-
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set variables by node name; others are passed over."""
         for name, value in values.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -90,7 +90,9 @@ class SimulatedModel:
         inputs: Sequence[TensorId],
         outputs: Mapping[TensorId, TensorId],
         signature: Signature,
+        grids: Collection[str] = (),
     ) -> None:
+        self._grids = frozenset(grids)
         self.inputs, self.outputs, self.signature = tuple(inputs), tuple(outputs.values()), signature
         self._results = {name: outputs[tensor] for name, tensor in signature.outputs.items()}
         self.meta = meta
@@ -133,6 +135,11 @@ class SimulatedModel:
     def trainable_variables(self) -> list[Any]:
         """The graph's trainable variables: the user's own, and learned scales."""
         return list(self.graph.get_collection(v1.GraphKeys.TRAINABLE_VARIABLES))
+
+    @property
+    def grid_variables(self) -> list[Any]:
+        """Those of them that are learned scales and zero points, to give them a learning rate of their own."""
+        return [v for v in self.trainable_variables if v.op.name in self._grids]
 
     def initialize(self) -> list[str]:
         """Initialize the variables that have no value yet, such as an optimizer's slots, and no others.

@@ -207,6 +207,12 @@ class TrainedSite:
         kind = (kind_of(form), form.granularity, form.scale.shape, self.learned, self.moves, self.follows)
         return (*kind, form.symmetric, one_sided(form), form.bits, form.signed, form.strict) if self.follows else kind
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the variables that are trained."""
+        names = [name for name, there in (("log_scale", self.learned), ("zero_shift", self.moves)) if there]
+        return tuple(f"{self.prefix}/{name}" for name in names)
+
     def install(self, encoding: Encoding | None) -> dict[str, Array]:
         """Values of the variables for an encoding that it `takes`; `ratio` comes later (`ratios`)."""
         if encoding is None:
