@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,14 +21,14 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from bitwright.backend import Capability
+from bitwright.backend import Backend, Capability
 from bitwright.edits import SetBias
 from bitwright.errors import BitwrightError
 from bitwright.graph import ParamRole
 from bitwright.grid import PerChannel, QuantSpec
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.statistics.base import Request, Tap
 from bitwright.technique import Layer, Outcome, Technique
 from bitwright.testing import models
 from bitwright.testing.harness import Applied, Interrupted, MemoryStore, run_technique, simple_plan
@@ -67,17 +67,30 @@ class TechniqueContract:
             found = self.models()
             metafunc.parametrize("model", [make() for make in found.values()], ids=list(found))
 
+    def backend(self) -> Backend[Any]:
+        """The backend that it runs on; override it together with `port` to run the kit on a framework."""
+        return ReferenceBackend()
+
+    def port(self, model: ReferenceModel) -> Any:
+        """A small model in the backend's form, with the same names of inputs; the same object for the same model."""
+        return model
+
+    def interruptions(self, entries: int) -> Iterable[int]:
+        """After how many stored results it is interrupted, of so many; by default after each but the last."""
+        return range(1, entries)
+
     def plan(self, model: ReferenceModel) -> Plan:
         """The plan that tests use."""
-        return simple_plan(model.graph, weights=self.weights, activations=self.activations)
+        graph = self.backend().graph(self.port(model))
+        return simple_plan(graph, weights=self.weights, activations=self.activations)
 
     def apply(self, model: ReferenceModel, store: MemoryStore | None = None, seed: int = 0) -> Applied:
         """One run."""
         data = [models.batch(model, 6, s) for s in range(3)]
         return run_technique(
             self.technique(),
-            ReferenceBackend(),
-            model,
+            self.backend(),
+            self.port(model),
             data,
             plan=self.plan(model),
             store=store,
@@ -121,7 +134,9 @@ class TechniqueContract:
     def test_outcome_fits_the_model(self, model: ReferenceModel) -> None:
         """New values name what exists, have its shapes, and are finite; the changed model runs."""
         done = self.apply(model)
-        outcome, params = done.outcome, done.model.graph.params
+        backend, outcome = self.backend(), done.outcome
+        graph = backend.graph(done.model)
+        params = graph.params
         for p, value in outcome.params.items():
             assert p in params, f"unknown parameter {p!r}"
             assert value.shape == params[p].shape
@@ -129,7 +144,8 @@ class TechniqueContract:
         for site, encoding in outcome.encodings.items():
             assert site in done.context.plan
             encoding.spread(params[site].shape if site in params else (1,))
-        assert all(np.isfinite(v).all() for v in done.model(models.batch(model)).values())
+        outputs = backend.session(done.model, [Tap(t) for t in graph.outputs]).run(models.batch(model))
+        assert all(np.isfinite(v).all() for v in outputs.values())
 
     def test_report_says_what_was_done(self, model: ReferenceModel) -> None:
         """A summary, finite figures, and rows as wide as their header."""
@@ -145,11 +161,13 @@ class TechniqueContract:
 
     def test_leaves_its_inputs_alone(self, model: ReferenceModel) -> None:
         """Neither the model nor the context change."""
-        before = {p: v.copy() for p, v in model.params.items()}
-        ops = model.graph.ops
+        backend, native = self.backend(), self.port(model)
+        graph = backend.graph(native)
+        before = {p: np.array(v) for p, v in backend.read(native, list(graph.params)).items()}
         done = self.apply(model)
-        assert model.graph.ops == ops
-        assert all(np.array_equal(model.params[p], v) for p, v in before.items())
+        assert backend.graph(native).ops == graph.ops
+        after = backend.read(native, list(graph.params))
+        assert all(np.array_equal(after[p], v) for p, v in before.items())
         assert all(np.array_equal(done.context.params[p], v) for p, v in before.items())
         again = self.apply(model).context.encodings
         assert all(done.context.encodings[s].equals(e) for s, e in again.items())
@@ -158,7 +176,7 @@ class TechniqueContract:
         """What was finished isn't done again, and the result is bit-equal to that of one run."""
         whole = MemoryStore()
         expected = self.apply(model, whole).outcome
-        for kept in range(1, len(whole.entries)):
+        for kept in self.interruptions(len(whole.entries)):
             store = MemoryStore(fail_after=kept)
             with pytest.raises(Interrupted):
                 self.apply(model, store)
@@ -174,7 +192,8 @@ class TechniqueContract:
 
         def run() -> Applied:
             model = models.conv_bn_relu()
-            return run_technique(self.technique(), ReferenceBackend(), model, plan=self.plan(model), **self.settings)
+            plan = self.plan(model)
+            return run_technique(self.technique(), self.backend(), self.port(model), plan=plan, **self.settings)
 
         if self.needs_data:
             with pytest.raises(BitwrightError, match=r"data|samples"):
