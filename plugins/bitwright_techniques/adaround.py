@@ -7,20 +7,19 @@ each layer's input (see `reconstruction`): calibration data are seen once per la
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from bitwright.backend import Capability
-from bitwright.graph import Graph, OpId
+from bitwright.graph import Graph
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Report
+from bitwright.technique import Context, Layer, LayerResult, Outcome
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.joint_search import Choices, Effort, LayerSearch
-from bitwright_techniques.layerwise_outcome import outcome_of, select_layers, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
 from bitwright_techniques.rounding_relaxation import Relaxation, RelaxedRounding, relax
 from bitwright_techniques.scale_search import full_range, search_scales
@@ -103,7 +102,7 @@ class AdaRound:
             quantized_activations=s.quantized_activations,
             residuals=s.residuals,
         )
-        return outcome_of(ctx, results, _report(results, skipped), weights=True)
+        return outcome_of(ctx, results, rounding_report(results, skipped, extra=("settled",)), weights=True)
 
 
 def round_layer(layer: Layer, settings: AdaRoundSettings, rng: np.random.Generator) -> LayerResult:
@@ -173,23 +172,3 @@ def _relaxed(problem: Reconstruction, grid: WeightGrid, s: AdaRoundSettings) -> 
     near = grid.nearest(weight)
     worse = problem.objective(grid.values(codes)) > problem.objective(grid.values(near))
     return np.where(worse[..., None], near, codes), settled
-
-
-def _report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str]) -> Report:
-    columns = ("layer", "before", "nearest", "after", "settled", "seconds")
-    rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
-    rows += [(op, *[reason] + [""] * (len(columns) - 2)) for op, reason in skipped.items()]
-    if not results:
-        return Report("no layer to round", {}, columns, tuple(rows))
-
-    def total(key: str) -> float:
-        return float(sum(r.figures.get(key, 0.0) for r in results.values()))
-
-    share = 100 * (1 - total("after") / total("before")) if total("before") > 0 else 0.0
-    figures = {
-        "layers": float(len(results)),
-        "settled": total("settled") / len(results),
-        "seconds": total("seconds"),
-    }
-    summary = f"{len(results)} layers rounded; output error {share:.0f} % below nearest rounding"
-    return Report(summary, figures, columns, tuple(rows))

@@ -130,7 +130,7 @@ def _fits(graph: Graph, op: Op) -> bool:
 
 
 @dataclass
-class _Flow:
+class Flow:
     """Where channels lie in the tensor at hand: axis and rank (None where the shape is unknown)."""
 
     channels: int
@@ -144,7 +144,7 @@ def _link(
     graph: Graph, op: Op, movable: Callable[[TensorId], bool], *, clipped: ClipRule, pooling: bool
 ) -> Link | None:
     assert op.weight is not None
-    flow = _flow(graph, op, output_channels(op, graph.params[op.weight].shape))
+    flow = flow_of(graph, op, output_channels(op, graph.params[op.weight].shape))
     tensor = op.output
     between: list[Op] = []
     while True:
@@ -152,26 +152,27 @@ def _link(
         if following is None or not movable(tensor):
             return None
         if following.kind in LINEAR_KINDS:
-            channel_of = _arrival(graph, flow, following)
+            channel_of = arrival(graph, flow, following)
             return None if channel_of is None else Link(op, following, tuple(between), channel_of)
-        if not _passes(graph, flow, following, pooling=pooling) or (bounded(following) and not clipped(op, following)):
+        if not passes(graph, flow, following, pooling=pooling) or (bounded(following) and not clipped(op, following)):
             return None
         between.append(following)
         tensor = following.output
 
 
-def _flow(graph: Graph, op: Op, channels: int) -> _Flow:
+def flow_of(graph: Graph, op: Op, channels: int) -> Flow:
+    """Where the channels of a linear op's output lie."""
     tensor = graph.tensors[op.output]
     rank = None if tensor.shape is None else len(tensor.shape)
     if rank is None and isinstance(op.attrs, ConvAttrs):
         rank = len(op.attrs.kernel) + 2
     if op.kind is OpKind.LINEAR:
-        return _Flow(channels, -1 if rank is None else rank - 1, rank)
+        return Flow(channels, -1 if rank is None else rank - 1, rank)
     axis = 1 if tensor.channel_axis is None else tensor.channel_axis
-    return _Flow(channels, axis if rank is None else axis % rank, rank)
+    return Flow(channels, axis if rank is None else axis % rank, rank)
 
 
-def _passes(graph: Graph, flow: _Flow, op: Op, *, pooling: bool) -> bool:
+def passes(graph: Graph, flow: Flow, op: Op, *, pooling: bool) -> bool:
     """Whether channels stay apart and scale through an op; moves `flow` behind it."""
     if op.kind in (OpKind.RELU, OpKind.PRELU, OpKind.IDENTITY):
         return True
@@ -191,7 +192,7 @@ def _passes(graph: Graph, flow: _Flow, op: Op, *, pooling: bool) -> bool:
     return op.kind is OpKind.RESHAPE and _flattens(graph, flow, op)
 
 
-def _flattens(graph: Graph, flow: _Flow, op: Op) -> bool:
+def _flattens(graph: Graph, flow: Flow, op: Op) -> bool:
     before, after = (graph.tensors[t].shape for t in (op.data_inputs[0], op.output))
     if after is None or len(after) != 2 or flow.rank is None or flow.axis not in (1, flow.rank - 1):
         return False
@@ -207,7 +208,7 @@ def _flattens(graph: Graph, flow: _Flow, op: Op) -> bool:
     return True
 
 
-def _arrival(graph: Graph, flow: _Flow, op: Op) -> NDArray[np.intp] | None:
+def arrival(graph: Graph, flow: Flow, op: Op) -> NDArray[np.intp] | None:
     """Channel of each input feature of the op that ends a link; None where they don't correspond."""
     if op.weight is None:
         return None

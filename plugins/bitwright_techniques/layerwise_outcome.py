@@ -82,3 +82,33 @@ def outcome_of(ctx: Context, results: Mapping[OpId, LayerResult], report: Report
         params |= {ids[op]: r.weight for op, r in results.items()}
     encodings = {ids[op]: r.encoding for op, r in results.items()}
     return Outcome(params=params, encodings=encodings, edits=edits, report=report)
+
+
+def rounding_report(
+    results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str], extra: Sequence[str] = ()
+) -> Report:
+    """Report of a technique that rounds weights: relative output errors of each layer, and what was left out.
+
+    Args:
+        results: with figures `before`, `nearest`, `after`, `seconds`, and those in `extra`, of which the report has
+            the mean.
+        skipped: reasons, by op.
+        extra: names of further figures.
+    """
+    columns = ("layer", "before", "nearest", "after", *extra, "seconds")
+    rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
+    rows += [(op, *[reason] + [""] * (len(columns) - 2)) for op, reason in skipped.items()]
+    if not results:
+        return Report("no layer to round", {}, columns, tuple(rows))
+
+    def total(key: str) -> float:
+        return float(sum(r.figures.get(key, 0.0) for r in results.values()))
+
+    share = 100 * (1 - total("after") / total("before")) if total("before") > 0 else 0.0
+    figures = {
+        "layers": float(len(results)),
+        **{name: total(name) / len(results) for name in extra},
+        "seconds": total("seconds"),
+    }
+    summary = f"{len(results)} layers rounded; output error {share:.0f} % below nearest rounding"
+    return Report(summary, figures, columns, tuple(rows))

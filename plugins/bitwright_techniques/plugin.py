@@ -41,6 +41,31 @@ def register_techniques() -> list[TechniqueInfo]:
             factory="bitwright_techniques.seq_mse:SeqMse",
         ),
         TechniqueInfo(
+            "gptq",
+            "Round weights one after another, the rest making up for each error (Hessian-based).",
+            factory="bitwright_techniques.gptq:Gptq",
+        ),
+        TechniqueInfo(
+            "smooth_quant",
+            "Move the outliers of activations into the weights that read them.",
+            factory="bitwright_techniques.smooth_quant:SmoothQuant",
+        ),
+        TechniqueInfo(
+            "awq",
+            "Scale up the weight channels that meet large activations, for few-bit weights.",
+            factory="bitwright_techniques.awq:Awq",
+        ),
+        TechniqueInfo(
+            "weight_clipping",
+            "Clip each channel's weight range where that lowers the error; works without data.",
+            factory="bitwright_techniques.weight_clipping:WeightClipping",
+        ),
+        TechniqueInfo(
+            "activation_ranges",
+            "Choose the calibration scheme of each activation by measured output error.",
+            factory="bitwright_techniques.activation_ranges:ActivationRanges",
+        ),
+        TechniqueInfo(
             "batch_norm_reestimation",
             "Measure batch-norm statistics anew in the quantized network, after training.",
             factory="bitwright_techniques.batch_norm_reestimation:BatchNormReestimation",

@@ -125,16 +125,26 @@ def _sweep(problem: RoundingProblem, codes: Array) -> Array:
     return codes
 
 
-def factor(gram: NDArray[np.floating]) -> tuple[NDArray[np.intp], Array]:
-    """Order of features and upper factor U of the inverse Ĥ in that order, for `successive_rounding`.
+def act_order(gram: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Features by falling second moment, (groups, K): large ones first, while later ones can still make up for them
+    (GPTQ's act-order)."""
+    return np.argsort(-np.einsum("gkk->gk", gram), axis=1, kind="stable")
 
-    Features of large second moment come first, while later ones are still free to make up for them
-    (GPTQ's act-order). Ĥ[order][:, order]⁻¹ = Uᵀ U.
+
+def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) -> tuple[NDArray[np.intp], Array]:
+    """Upper factor U of the inverse Ĥ in an order of its features, for `successive_rounding`.
+
+    Ĥ[order][:, order]⁻¹ = Uᵀ U.
+
+    Args:
+        gram: Ĥ, (groups, K, K).
+        order: (groups, K); None for `act_order`.
 
     Returns:
         order (groups, K) and U (groups, K, K).
     """
-    order = np.argsort(-np.einsum("gkk->gk", gram), axis=1, kind="stable")
+    if order is None:
+        order = act_order(gram)
     lead = np.arange(len(gram))[:, None, None]
     sorted_gram = gram[lead, order[:, :, None], order[:, None, :]].astype(np.float64)
     # With Ĥ = R Rᵀ, R upper (a Cholesky factor from the last feature up), U = R⁻¹: no inverse is squared.
@@ -142,12 +152,15 @@ def factor(gram: NDArray[np.floating]) -> tuple[NDArray[np.intp], Array]:
     return order, np.linalg.inv(reverse).astype(np.float32)
 
 
-def successive_rounding(problem: RoundingProblem, order: NDArray[np.intp], upper: Array) -> Array:
+def successive_rounding(
+    problem: RoundingProblem, order: NDArray[np.intp], upper: Array, *, block: int = _BLOCK
+) -> Array:
     """Round feature after feature, spreading each error over those still free (GPTQ; Babai's nearest plane).
 
     Args:
         problem: what to minimise.
         order, upper: from `factor(problem.gram)`.
+        block: features between two updates of all that follow (lazy updates: the same result, in fewer passes).
 
     Returns:
         Feasible codes, (groups, K, rows).
@@ -161,8 +174,8 @@ def successive_rounding(problem: RoundingProblem, order: NDArray[np.intp], upper
     low, high = sort(problem.low), sort(problem.high)
     codes, features = np.empty_like(free), free.shape[1]
     pivot = np.einsum("gkk->gk", upper)
-    for begin in range(0, features, _BLOCK):
-        end = min(begin + _BLOCK, features)
+    for begin in range(0, features, block):
+        end = min(begin + block, features)
         spill = np.empty_like(free[:, begin:end])
         for k in range(begin, end):
             s = problem.at(step, k)

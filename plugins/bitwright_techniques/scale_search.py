@@ -119,10 +119,10 @@ class _Block:
 
 
 def _search_blocks(problem: Reconstruction, grid: WeightGrid, coarse: Fractions, offsets: Fractions) -> WeightGrid:
-    blocks = [_Block(problem, grid, features) for features in _segments(grid)]
+    blocks = [_Block(problem, grid, features) for features in segments(grid)]
     error = grid.values(grid.nearest(problem.weight)) - problem.goal
     scale = grid.scale.astype(np.float64)
-    largest, multiples, ratio = scale.copy(), grid.multiples, _ratio(grid)
+    largest, multiples, ratio = scale.copy(), grid.multiples, largest_multiple(grid)
     unit = scale if multiples is None else scale / multiples
     for _ in range(_SWEEPS):
         slope = error @ problem.unit_gram
@@ -145,14 +145,14 @@ def _search_blocks(problem: Reconstruction, grid: WeightGrid, coarse: Fractions,
     return grid.with_scale(scale, np.rint(scale / unit).astype(np.int32))
 
 
-def _ratio(grid: WeightGrid) -> int:
+def largest_multiple(grid: WeightGrid) -> int:
     """Largest integer multiple of LPBQ's channel scale."""
     layout = grid.encoding.granularity
     wide = layout.decompressed_bits if isinstance(layout, Blockwise) else None
     return 1 if wide is None else int(2 ** (wide - grid.encoding.bits))
 
 
-def _segments(grid: WeightGrid) -> list[NDArray[np.intp]]:
+def segments(grid: WeightGrid) -> list[NDArray[np.intp]]:
     """Sets of features that share a scale in every row."""
     label = np.unique(grid.cells[0, 0], return_inverse=True)[1]
     segments = [np.flatnonzero(label == i) for i in range(int(label.max()) + 1)]

@@ -1,27 +1,110 @@
-"""The conformance kit, run on the techniques of this distribution that need no search."""
+"""The conformance kit on every built-in technique and every backend that is there.
 
+On the reference backend with all small models, on frameworks with one of them. The same technique must give the same
+numbers on each (`test_same_numbers_on_every_backend`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from backends import BACKENDS, FRAMEWORKS
+
+from bitwright import registry
+from bitwright.edits import SetBias
+from bitwright.testing import models
+from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.technique_contract import TechniqueContract
-from bitwright_techniques.bias_correction import BiasCorrection
-from bitwright_techniques.cross_layer_equalization import CrossLayerEqualization
-from bitwright_techniques.fold_batch_norm import FoldBatchNorm
+
+# What the kit needs to know of each; the others have classes of their own (test_adaround.py, …).
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "fold_batch_norm": {"needs_data": False},
+    "cross_layer_equalization": {"needs_data": False},
+    "bias_correction": {"reconstructs": True},
+    "adaround": {"reconstructs": True, "settings": {"candidates": 5, "max_sweeps": 3}},
+    "seq_mse": {"reconstructs": True, "settings": {"inputs": "asymmetric", "quantized_activations": True}},
+    "gptq": {"reconstructs": True, "settings": {"candidates": 5}},
+    "smooth_quant": {"settings": {"alpha": (0.25, 0.5, 0.75), "samples": 64}},
+    "awq": {"settings": {"steps": 4, "samples": 64}},
+    "weight_clipping": {"needs_data": False},
+    "activation_ranges": {"settings": {"samples": 64}},
+}
+OWN_CLASSES = {"adaround", "seq_mse"}
 
 
-class TestFoldBatchNorm(TechniqueContract):
-    needs_data = False
+class _Everywhere(TechniqueContract):
+    name: ClassVar[str]
+    port_name: ClassVar[str]
 
     def technique(self):
-        return FoldBatchNorm()
+        return registry.technique(self.name)
+
+    def backend(self):
+        return BACKENDS[self.port_name].backend()
+
+    def port(self, model):
+        return BACKENDS[self.port_name].port(model)
+
+    def models(self):
+        return models.MODELS if self.port_name == "reference" else {"conv_bn_relu": models.conv_bn_relu}
+
+    def interruptions(self, entries):
+        return (
+            super().interruptions(entries)
+            if self.port_name == "reference"
+            else range(entries // 2, entries // 2 + (entries > 1))
+        )
 
 
-class TestCrossLayerEqualization(TechniqueContract):
-    needs_data = False
+def _classes() -> dict[str, type]:
+    found = {}
+    for name, attributes in TECHNIQUES.items():
+        for backend in BACKENDS:
+            if backend == "reference" and name in OWN_CLASSES:
+                continue
+            title = "Test" + "".join(w.title() for w in (*name.split("_"), "on", backend))
+            found[title] = type(title, (_Everywhere,), {"name": name, "port_name": backend, **attributes})
+    return found
 
-    def technique(self):
-        return CrossLayerEqualization()
+
+globals().update(_classes())
 
 
-class TestBiasCorrection(TechniqueContract):
-    reconstructs = True
+def test_every_technique_is_put_to_the_kit():
+    own = {"batch_norm_reestimation", "fold_batch_norm_to_scale"}  # test_batch_norm_after_training.py
+    assert set(registry.techniques()) >= set(TECHNIQUES) | own
+    built_in = {n for n, i in registry.techniques().items() if i.factory.startswith("bitwright_techniques.")}
+    assert built_in == set(TECHNIQUES) | own
 
-    def technique(self):
-        return BiasCorrection()
+
+def _result(backend, native, name, data):
+    """(weights and biases, weight encodings' scales) by op after a technique."""
+    plan = simple_plan(backend.graph(native), weights=TechniqueContract.weights)
+    done = run_technique(
+        registry.technique(name), backend, native, data, plan=plan, **TECHNIQUES[name].get("settings", {})
+    )
+    graph = backend.graph(done.model)
+    values = backend.read(done.model, list(graph.params))
+    weights = {op.id: values[op.weight] for op in graph.linear_ops}
+    biases = {e.op: e.value for e in done.outcome.edits if isinstance(e, SetBias)}
+    scales = {op.id: done.encodings[op.weight].scale for op in graph.linear_ops if op.weight in done.outcome.encodings}
+    return weights, biases, scales
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_same_numbers_on_every_backend(name, framework):
+    """Weights and scales within 1e-4 of their largest, but for roundings that sit on an edge (1 % at most)."""
+    model = models.depthwise_triple()
+    data = [models.batch(model, 6, s) for s in range(3)]
+    expected = _result(BACKENDS["reference"].backend(), model, name, data)
+    port = BACKENDS[framework]
+    found = _result(port.backend(), port.port(model), name, data)
+    order = [list(kind) for kind in expected]
+    assert [len(kind) for kind in found] == [len(kind) for kind in expected]
+    for kind, (a, b) in enumerate(zip(expected, found, strict=True)):
+        for x, y in zip(a.values(), b.values(), strict=True):
+            far = np.abs(x - y) > 1e-4 * np.abs(x).max()
+            assert far.mean() <= 0.01, (kind, order[kind])
