@@ -24,7 +24,7 @@ from bitwright_tensorflow.graphs import data_operands
 from bitwright_tensorflow.linear_ops import ADDS
 from bitwright_tensorflow.model import Array, Kind, TfModel, array_of, node_of, operand_of
 from bitwright_tensorflow.network import ALIAS, OP_NAME, Read
-from bitwright_tensorflow.params import checked_native
+from bitwright_tensorflow.params import checked_native, numpy_dtype
 from bitwright_tensorflow.rewriter import Rewriter
 
 _ACTIVATIONS = {"Relu": "Relu", "Sigmoid": "Sigmoid", "Tanh": "Tanh", "Identity": "Identity", "Softplus": "Softplus",
@@ -163,7 +163,7 @@ class Editor:
 
     def _add_bias(self, found: Found, value: NDArray[np.floating]) -> None:
         weight = found.reads[ParamRole.WEIGHT]
-        native = value.astype(checked_dtype(weight))
+        native = value.astype(numpy_dtype(weight.dtype))
         source, tensor = self._new_param(_bias_name(weight.source, found.id), weight.source, native, weight.dtype)
         name = found.end
         end = self._graph.nodes[name]
@@ -208,7 +208,7 @@ class Editor:
         self._ops[found.id] = replace(found, reads={**found.reads, role: read})
 
     def _reading(self, found: Found, old: Read, source: str, tensor: str) -> Read:
-        """Let one op read its parameter from another tensor, through copies of the views that it saw the old through."""
+        """Let one op read its parameter from another tensor, through copies of the views of the old one."""
         node, index = old.edge
         chain = []
         while node not in found.nodes:
@@ -342,13 +342,6 @@ class Editor:
         self._graph.add(rewriter.unary(op, end, source, dtype))
         self._graph.collect([moved])
         self._ops[found.id] = replace(found, nodes=(end,))
-
-
-def checked_dtype(read: Read) -> np.dtype:  # type: ignore[type-arg]
-    """Numpy type of a parameter."""
-    from bitwright_tensorflow.params import numpy_dtype
-
-    return numpy_dtype(read.dtype)
 
 
 def _width(found: Found) -> int:

@@ -137,6 +137,7 @@ def _evaluated(net: Network, names: tuple[str, ...], source: TensorId) -> Values
 def clip(net: Network, node: NodeDef) -> Found | None:
     """Relu6, ClipByValue, and Minimum and Maximum by scalars (`tf.clip_by_value`, in either order)."""
     x: TensorId
+    nodes: tuple[str, ...]
     if node.op == "Relu6":
         x, nodes, bounds = net.operands(node)[0], (node.name,), (0.0, 6.0)
     elif node.op == "ClipByValue":
@@ -148,7 +149,9 @@ def clip(net: Network, node: NodeDef) -> Found | None:
     else:
         outer = _bound(net, node)
         inner = None if outer is None else net.producer(outer[1])
-        if outer is None or inner is None or inner.op == node.op or net.sole(outer[1]) is not node:
+        if outer is None or inner is None:
+            return None
+        if inner.op == node.op or net.sole(outer[1]) is not node:
             return None
         first = (0.0, net.operands(inner)[0]) if inner.op == "Relu" and node.op == "Minimum" else _bound(net, inner)
         if first is None:
@@ -179,13 +182,17 @@ def prelu(net: Network, node: NodeDef) -> Found | None:
     operands = net.operands(node)
     for positive, product in (operands, operands[::-1]):
         relu, mul = net.producer(positive), net.producer(product)
-        if relu is None or mul is None or relu.op != "Relu" or mul.op != "Mul" or net.sole(product) is not node:
+        if relu is None or mul is None:
+            continue
+        if relu.op != "Relu" or mul.op != "Mul" or net.sole(product) is not node:
             continue
         x = net.operands(relu)[0]
         for index, other in enumerate(net.operands(mul)):
             below = net.producer(other) if net.is_data(other) else None
             slope = _slope(net, mul, 1 - index)
-            if below is None or slope is None or below.op != "Relu" or net.sole(positive) is not node:
+            if below is None or slope is None:
+                continue
+            if below.op != "Relu" or net.sole(positive) is not node:
                 continue
             minus = net.producer(net.operands(below)[0])
             if minus is None or minus.op != "Neg" or net.operands(minus)[0] != x:

@@ -67,9 +67,8 @@ def _with_controls(wiring: Wiring, order: Sequence[str]) -> list[str]:
                 continue
             done.add(name)
             stack.append((name, True))
-            for operand in wiring.nodes[name].input:
-                if not _is_back(wiring, operand) and node_of(operand) not in done:
-                    stack.append((node_of(operand), False))
+            before = [node_of(i) for i in wiring.nodes[name].input if not _is_back(wiring, i)]
+            stack += [(source, False) for source in before if source not in done]
     return result
 
 

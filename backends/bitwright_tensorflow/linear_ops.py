@@ -97,10 +97,9 @@ def _convolution(net: Network, node: NodeDef) -> Found | None:
     output = f"{wrapped.end.name}:0"
     # Conv1D's own tensors have one axis less.
     axis = place - (len(axes) - len(kept)) if place > 1 else place
-    return Found(
-        net.id(node), kind, type, (wrapped.source,), (output,), {ParamRole.WEIGHT: weight}, attrs, wrapped.nodes, node.op,
-        {wrapped.source: axis, output: axis},
-    )  # fmt: skip
+    reads = {ParamRole.WEIGHT: weight}
+    return Found(net.id(node), kind, type, (wrapped.source,), (output,), reads, attrs, wrapped.nodes, node.op,
+                 {wrapped.source: axis, output: axis})  # fmt: skip
 
 
 def _canonical_weight(node: NodeDef, weight: Read, kept: tuple[int, ...], channels: int | None) -> tuple[Read, int]:
@@ -120,9 +119,9 @@ def _squeezed(net: Network, node: NodeDef, x: TensorId, axes: tuple[int, ...], w
     everything = tuple(range(len(axes)))
     plain = _Wrapped(x, node, (node.name,), everything)
     before, after = net.producer(x), net.sole(f"{node.name}:0")
-    if before is None or after is None or before.op != "ExpandDims" or after.op != "Squeeze":
+    if before is None or after is None:
         return plain
-    if net.sole(x) is not node:
+    if before.op != "ExpandDims" or after.op != "Squeeze" or net.sole(x) is not node:
         return plain
     rank = len(axes) + 2
     place = net.ints(net.operands(before)[1])
@@ -179,7 +178,8 @@ def _product(net: Network, node: NodeDef) -> Found | None:
     output = f"{end.name}:0"
     channels = {} if rank is None else {source: rank - 1, output: rank - 1}
     type = "Gemm" if rank == 2 else "MatMul"
-    return Found(net.id(node), OpKind.LINEAR, type, (source,), (output,), {ParamRole.WEIGHT: weight}, None, nodes, node.op,
+    reads = {ParamRole.WEIGHT: weight}
+    return Found(net.id(node), OpKind.LINEAR, type, (source,), (output,), reads, None, nodes, node.op,
                  channels)  # fmt: skip
 
 
@@ -202,7 +202,9 @@ def _folded(
     """Reshape to a matrix, product, Reshape back: as one product on the last axis."""
     plain = (x, node, (node.name,))
     before, after = net.producer(x), net.sole(f"{node.name}:0")
-    if before is None or after is None or before.op != "Reshape" or after.op != "Reshape" or net.sole(x) is not node:
+    if before is None or after is None:
+        return plain
+    if before.op != "Reshape" or after.op != "Reshape" or net.sole(x) is not node:
         return plain
     source, nodes = net.operands(before)[0], [before.name, node.name, after.name]
     turned = net.producer(source)

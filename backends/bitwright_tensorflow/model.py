@@ -25,13 +25,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
 from bitwright.graph import TensorId
 
 Array = NDArray[Any]
-MetaGraphDef = tf.compat.v1.MetaGraphDef
-GraphDef = tf.compat.v1.GraphDef
-NodeDef = tf.compat.v1.NodeDef
+
+__all__ = ["VARIABLES", "Array", "GraphDef", "Kind", "MetaGraphDef", "NodeDef", "Signature", "TfModel", "array_of",
+           "node_of", "operand_of", "tensor_id"]  # fmt: skip
 
 VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 """Ops that hold a variable."""

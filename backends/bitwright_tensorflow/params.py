@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
@@ -64,11 +66,10 @@ def checked_native(read: Read, value: NDArray[np.floating], id: ParamId) -> Arra
     return read.form.to_native(array).astype(numpy_dtype(read.dtype))
 
 
-def numpy_dtype(name: str) -> np.dtype:  # type: ignore[type-arg]
+def numpy_dtype(name: str) -> np.dtype[Any]:
     """A TensorFlow type's numpy type."""
-    import tensorflow as tf
-
-    return np.dtype(tf.as_dtype(name).as_numpy_dtype)
+    found: np.dtype[Any] = np.dtype(tf.as_dtype(name).as_numpy_dtype)
+    return found
 
 
 def native_values(model: TfModel, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[str, Array]:

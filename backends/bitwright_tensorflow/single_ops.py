@@ -47,7 +47,7 @@ def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Fou
             reads = _padding(net, node)
         case OpKind.RESIZE:
             rank = net.rank(outputs[0])
-            channels = {t: 3 for t in (*data[:1], outputs[0])} if rank == 4 else {}
+            channels = dict.fromkeys((*data[:1], outputs[0]), 3) if rank == 4 else {}
         case OpKind.OPAQUE if node.op == "Cast" and outputs and net.is_float(outputs[0]):
             kind = OpKind.ELEMENTWISE
         case OpKind.MUL if node.op == "Square":

@@ -50,11 +50,8 @@ def owns(model: object) -> bool:
         return False
     if _is_concrete(model) or _is_function(model):
         return True
-    return (
-        isinstance(model, tf.Module)
-        or bool(getattr(model, "signatures", None))
-        and type(model).__module__.startswith("tensorflow")
-    )
+    loaded = bool(getattr(model, "signatures", None)) and type(model).__module__.startswith("tensorflow")
+    return loaded or isinstance(model, tf.Module)
 
 
 def adopt(model: object, sample: Any = None) -> TfModel:
@@ -145,9 +142,10 @@ def _open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind
     if not inputs:
         raise InputError("no placeholder feeds the outputs; name the tensors that the data go into: inputs=[…]")
     if missing := set(_placeholders(wiring, list(outputs.values()), set(inputs.values()))) - set(inputs.values()):
+        first = min(missing)
         raise InputError(
-            f"the outputs depend on the placeholder {min(missing)!r} too; name it among the inputs, or give its value in "
-            "inference: constants={'" + min(missing).removesuffix(":0") + "': …}"
+            f"the outputs depend on the placeholder {first!r} too; name it among the inputs, or give its value in "
+            f"inference: constants={{{first.removesuffix(':0')!r}: …}}"
         )
     if any(wiring.nodes[n].op in CALLS for n in wiring.order(list(outputs.values()), set(inputs.values()))):
         ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]

@@ -170,7 +170,7 @@ def test_sizes_are_not_shown() -> None:
 
 def test_computed_weights_are_opaque() -> None:
     w = variable(4, 5)
-    model, graph = opened(lambda x: tf.matmul(x, w / tf.norm(w)), 4)
+    _, graph = opened(lambda x: tf.matmul(x, w / tf.norm(w)), 4)
     assert graph.linear_ops == ()
     assert [op.kind for op in graph] == [K.MATMUL]
 

@@ -195,7 +195,7 @@ def test_captured_arrays_are_constants_and_tables_are_refused() -> None:
     np.testing.assert_array_equal(outputs(model, np.zeros((2, 3), np.float32))[0][0], [0, 1, 2])
     table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([1], [2.0]), 0.0)
     with pytest.raises(ModelError, match="table"):
-        BACKEND.adopt(tf.function(lambda x: table.lookup(x)), np.zeros((2, 3), np.int32))
+        BACKEND.adopt(tf.function(table.lookup), np.zeros((2, 3), np.int32))
 
 
 def test_quantized_models_are_refused() -> None:
