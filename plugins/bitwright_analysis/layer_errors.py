@@ -32,6 +32,8 @@ class TensorError:
 
     def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
         """Take one batch of both."""
+        if np.size(reference) == 0:
+            return
         error = np.asarray(other, np.float64) - reference
         self.signal.add(reference)
         self.noise.add(error)

@@ -39,6 +39,8 @@ class Power:
 
     def add(self, values: NDArray[Any]) -> None:
         """Take one batch; the first axis is samples."""
+        if np.size(values) == 0:
+            return
         rows = np.asarray(values, np.float64).reshape(len(values) if np.ndim(values) else 1, -1)
         for sample in np.square(rows).sum(axis=1).tolist():
             self.total += sample

@@ -142,9 +142,3 @@ class Page:
         os.close(self._in)
         with contextlib.suppress(OSError):
             self._profile.cleanup()
-
-
-DRAWN = """(() => {
-  const views = Object.values(Bokeh.index.roots ? Bokeh.index : Bokeh.index);
-  return views.length;
-})()"""

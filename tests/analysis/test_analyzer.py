@@ -13,7 +13,6 @@ from bitwright_analysis import analyzer, scoring
 from bitwright_analysis.records import Analysis
 
 
-
 def analyze(model, data, *args, **options):
     return bitwright.quant_analyzer(model, data, *args, **{"batch_size": 64, **options})
 
@@ -74,9 +73,7 @@ def test_overall_figures_by_labels_and_by_evaluation_agree(trained):
 
 
 def test_weights_only_and_activations_only(trained):
-    found = analyze(
-        trained.model, trained.x, labels=trained.labels, weights="int4", activations="uint16"
-    )
+    found = analyze(trained.model, trained.x, labels=trained.labels, weights="int4", activations="uint16")
     assert found.setting("float").sqnr_db is None or found.setting("float").sqnr_db > 120
     assert found.setting("weights only").sqnr_db < found.setting("activations only").sqnr_db
     assert found.setting("quantized").sqnr_db == pytest.approx(found.setting("weights only").sqnr_db, abs=0.5)
@@ -189,9 +186,7 @@ def test_an_evaluation_that_is_a_loss(trained):
         outputs = np.asarray(model({"features": trained.x})["scores"], np.float64)
         return float(-outputs[np.arange(len(outputs)), trained.labels].mean())
 
-    found = analyze(
-        trained.model, trained.x, loss, sweep_by="evaluate", larger_is_better=False, weights="int4"
-    )
+    found = analyze(trained.model, trained.x, loss, sweep_by="evaluate", larger_is_better=False, weights="int4")
     row = found.ranking()[0]
     assert row.harm == pytest.approx(row.alone - found.setting("float").score)
 
