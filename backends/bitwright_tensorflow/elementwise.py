@@ -151,7 +151,7 @@ def clip(net: Network, node: NodeDef) -> Found | None:
         inner = None if outer is None else net.producer(outer[1])
         if outer is None or inner is None:
             return None
-        if inner.op == node.op or net.sole(outer[1]) is not node:
+        if inner.op == node.op or not net.only(outer[1], node):
             return None
         first = (0.0, net.operands(inner)[0]) if inner.op == "Relu" and node.op == "Minimum" else _bound(net, inner)
         if first is None:
@@ -184,7 +184,7 @@ def prelu(net: Network, node: NodeDef) -> Found | None:
         relu, mul = net.producer(positive), net.producer(product)
         if relu is None or mul is None:
             continue
-        if relu.op != "Relu" or mul.op != "Mul" or net.sole(product) is not node:
+        if relu.op != "Relu" or mul.op != "Mul" or not net.only(product, node):
             continue
         x = net.operands(relu)[0]
         for index, other in enumerate(net.operands(mul)):
@@ -192,7 +192,7 @@ def prelu(net: Network, node: NodeDef) -> Found | None:
             slope = _slope(net, mul, 1 - index)
             if below is None or slope is None:
                 continue
-            if below.op != "Relu" or net.sole(positive) is not node:
+            if below.op != "Relu" or not net.only(positive, node):
                 continue
             minus = net.producer(net.operands(below)[0])
             if minus is None or minus.op != "Neg" or net.operands(minus)[0] != x:

@@ -121,7 +121,7 @@ def _squeezed(net: Network, node: NodeDef, x: TensorId, axes: tuple[int, ...], w
     before, after = net.producer(x), net.sole(f"{node.name}:0")
     if before is None or after is None:
         return plain
-    if before.op != "ExpandDims" or after.op != "Squeeze" or net.sole(x) is not node:
+    if before.op != "ExpandDims" or after.op != "Squeeze" or not net.only(x, node):
         return plain
     rank = len(axes) + 2
     place = net.ints(net.operands(before)[1])
@@ -204,11 +204,11 @@ def _folded(
     before, after = net.producer(x), net.sole(f"{node.name}:0")
     if before is None or after is None:
         return plain
-    if before.op != "Reshape" or after.op != "Reshape" or net.sole(x) is not node:
+    if before.op != "Reshape" or after.op != "Reshape" or not net.only(x, node):
         return plain
     source, nodes = net.operands(before)[0], [before.name, node.name, after.name]
     turned = net.producer(source)
-    if turned is not None and turned.op == "Transpose" and net.sole(source) is before:
+    if turned is not None and turned.op == "Transpose" and net.only(source, before):
         order = net.ints(net.operands(turned)[1])
         if order is not None and list(order) == sorted(order):
             source, nodes = net.operands(turned)[0], [turned.name, *nodes]

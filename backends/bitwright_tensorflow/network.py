@@ -169,6 +169,11 @@ class Network:
         (name,) = names
         return None if name in self.collapsed else self.node(name)
 
+    def only(self, tensor: TensorId, node: NodeDef) -> bool:
+        """Whether that node, and nothing else, reads a tensor (see `sole`)."""
+        reader = self.sole(tensor)
+        return reader is not None and bool(reader.name == node.name)
+
     def shape(self, tensor: TensorId) -> tuple[int | None, ...] | None:
         """Static shape."""
         return self.inference.shape(tensor)

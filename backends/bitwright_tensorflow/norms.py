@@ -44,7 +44,7 @@ def spelled_norm(net: Network, node: NodeDef) -> Found | None:
         return None
     for product, shift in _both(net.operands(node)):
         mul = _node(net, product, _MUL)
-        if mul is None or not net.is_data(product) or net.sole(product) is not node:
+        if mul is None or not net.is_data(product) or not net.only(product, node):
             continue
         for x, scale in _both(net.operands(mul)):
             if not net.is_data(x):
