@@ -18,6 +18,7 @@ from bitwright.graph import Graph, OpId
 from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
+from bitwright.placing.overrides import means_something
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table, guarded, weight_encodings
@@ -103,7 +104,7 @@ class QuantSim:
         self.graph: Graph = self.backend.graph(self.native)
         if known is not None:
             # Exceptions for what a fold has removed have nothing left to apply to; a wrong name was refused at first.
-            gone = (_names(known) - _names(self.graph)) & set(self.overrides)
+            gone = {k for k in self.overrides if means_something(known, k) and not means_something(self.graph, k)}
             self.overrides = {k: v for k, v in self.overrides.items() if k not in gone}
         self.plan: Plan = build_plan(
             self.graph,
@@ -337,7 +338,3 @@ class QuantSim:
     def activation_sites(self) -> tuple[SiteId, ...]:
         """Every activation that the target quantizes, shared ones included."""
         return tuple(s for s in self.plan.quantized if self.plan[s].kind is SiteKind.ACTIVATION)
-
-
-def _names(graph: Graph) -> set[str]:
-    return {op.id for op in graph.ops} | set(graph.tensors) | set(graph.params)
