@@ -86,7 +86,7 @@ def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
         recorded.clear()
         operands.clear()
         values: dict[TensorId, Any] = dict(zip(model.inputs, inputs, strict=True))
-        execute((_with_operands(node, operands) for node in nodes), values)
+        execute((_with_operands(model, node, operands) for node in nodes), values)
         recorded.update(values)
         return [tf.identity(values[t]) for t in model.output_ids]
 
@@ -118,20 +118,17 @@ def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, in
     return tf.TensorSpec(shape, model.specs[name].dtype, name=f"bitwright_input_{index}")
 
 
-def _with_operands(node: Node, found: dict[ParamId, Any]) -> Node:
+def _with_operands(model: KerasModel, node: Node, found: dict[ParamId, Any]) -> Node:
     """The node with its constant operands as TensorFlow constants that can be found again."""
     import tensorflow as tf
 
     if node.layer is not None or not node.params:
         return node
     args, kwargs = list(node.args), dict(node.kwargs)
-    reference = next((x for x in node.inputs), None)
+    dtype = model.specs[node.inputs[0]].dtype if node.inputs else "float32"
     for key, param in node.params.items():
-        value = constant_of(node, key)
         where, _, name = key.partition("/")
-        if isinstance(value, int | float) or reference is None:
-            continue
-        constant = found[param] = tf.constant(value)
+        constant = found[param] = tf.constant(constant_of(node, key), dtype)
         if where == "args":
             args[int(name)] = constant
         else:

@@ -74,6 +74,7 @@ class IntegerSession:
         inputs = {str(v.name) for v in model.graph.inputs}
         self._passed = {t: n for t, n in self._fetch.items() if n in inputs}
         self._outputs = list(dict.fromkeys(n for n in self._fetch.values() if n not in inputs))
+        _unshare_weights(model.graph)
         self._session = compile_session(model, self._outputs, config=INTEGER_CONFIG, optimize=not reference)
         self._inputs = tuple(i.name for i in self._session.get_inputs())
 
@@ -102,6 +103,36 @@ class IntegerSession:
             raise InputError(f"the integer runtime refuses the batch: {str(error).splitlines()[0]}") from error
         values: dict[str, Any] = dict(zip(self._outputs, fetched, strict=True))
         return {tap: batch[name] if tap in self._passed else values[name] for tap, name in self._fetch.items()}
+
+
+def _unshare_weights(graph: ir.Graph) -> None:
+    """Give every reader of a quantized weight a copy of its own, in a model that is only going to be run.
+
+    With `session.x64quantprecision`, ONNX Runtime 1.32 moves a weight to uint8 once for each reader, under one name,
+    and stops at the second ("Attempt to replace the existing tensor").
+    """
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or node.inputs[0] is None or not node.inputs[0].is_initializer():
+            continue
+        for number, (user, index) in enumerate(list(node.outputs[0].uses())[1:], 2):
+            operands = [None if v is None else _copied(graph, v, f"{v.name}_reader_{number}") for v in node.inputs]
+            output = ir.Value(name=f"{node.outputs[0].name}_reader_{number}")
+            output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
+            attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+            name = f"{node.name}_reader_{number}"
+            graph.insert_after(node, ir.node("DequantizeLinear", operands, attributes, outputs=[output], name=name))
+            user.replace_input_with(index, output)
+
+
+def _copied(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """A new initializer with another's values."""
+    tensor = value.const_value
+    if tensor is None:
+        return value
+    copy = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+    made = ir.Value(name=name, type=value.type, shape=value.shape, const_value=copy)
+    graph.register_initializer(made)
+    return made
 
 
 def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = (), *, reference: bool = False) -> IntegerSession:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from small_nets import ACTIVATION, conv_net, encoding, encodings_of, identity_net, opened, plan_of, proto
 
 from bitwright.backend import Bundle
 from bitwright.encoding import EncodingTable, encoding_of_weights
 from bitwright.errors import InputError, ModelError
 from bitwright.grid import PerChannel, QuantSpec
+from bitwright.quantsim import QuantSim
 from bitwright.ranges import full_table
 from bitwright.statistics.base import Tap
 from bitwright_onnx.qdq import export_qdq, write_qdq
@@ -131,3 +132,24 @@ def test_bad_bundles_and_batches(tmp_path):
         session.run({"z": batch["x"]})
     with pytest.raises(InputError, match="refuses"):
         session.run({"x": batch["x"][0]})
+
+
+def test_a_weight_that_two_convolutions_share_runs(tmp_path):
+    """ONNX Runtime moves weights to uint8 once for each reader, and must not stop at the second."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], name="first"),
+        helper.make_node("Conv", ["y", "w"], ["z"], name="second"),
+    ]
+    graph = helper.make_graph(
+        nodes, "shared", [helper.make_tensor_value_info("x", 1, [None, 4, 5, 5])],
+        [helper.make_tensor_value_info("z", 1, [None, 4, 5, 5])],
+        [numpy_helper.from_array(rng.normal(0, 0.5, (4, 4, 1, 1)).astype(np.float32), "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    sim = QuantSim(model, target="generic-int8")
+    x = rng.normal(size=(8, 4, 5, 5)).astype(np.float32)
+    sim.calibrate({"x": x})
+    bundle = sim.export(tmp_path, name="shared")
+    got = compile_bundle(bundle, ["y"]).run({"x": x})
+    assert np.abs(got[Tap("z")] - sim.predict({"x": x})[0]).max() <= 2 * float(sim.table["z"].scale)

@@ -1,0 +1,235 @@
+"""Exports of Keras models: files that plain Keras and TensorFlow load, names, QDQ ONNX."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("Keras runs on another framework here", allow_module_level=True)
+
+import keras_nets as nets  # noqa: E402
+
+from bitwright import QuantSim, formats  # noqa: E402
+from bitwright.artefact import check_bundle, read_encodings  # noqa: E402
+from bitwright.errors import CapabilityError, InputError, ModelError  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
+from bitwright_keras.backend import KerasBackend  # noqa: E402
+from bitwright_keras.export import export, save_saved_model  # noqa: E402
+from bitwright_keras.files import load_model  # noqa: E402
+from bitwright_keras.frozen import frozen  # noqa: E402
+
+BACKEND = KerasBackend()
+NETS = ("residual", "branches", "separable", "transformer")
+
+
+def _data(model: Any, samples: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    made = {}
+    for x in model.inputs:
+        shape = (samples, *x.shape[1:])
+        made[x.name] = rng.integers(0, 20, shape).astype(np.int32) if x.dtype == "int32" else rng.normal(size=shape)
+    return {k: v if v.dtype == np.int32 else v.astype(np.float32) for k, v in made.items()}
+
+
+def _run(graph_def: Any, fetches: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    with tf.Graph().as_default():
+        tf.import_graph_def(graph_def, name="")
+        with tf.compat.v1.Session() as session:
+            return session.run(fetches, {f"{k}:0": v for k, v in feeds.items()})
+
+
+def _calibrated(net: str, **options: Any) -> tuple[QuantSim, dict[str, np.ndarray]]:
+    keras.utils.set_random_seed(3)
+    model = nets.settled(getattr(nets, net)())
+    data = _data(model, 32)
+    return QuantSim(model, **options).calibrate(data), data
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantSim, dict[str, np.ndarray], Path]:
+    sim, data = _calibrated("separable", target="generic-int8")
+    folder = tmp_path_factory.mktemp("export")
+    sim.export(folder, name="net")
+    return sim, data, folder
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_every_activation_is_a_tensor_of_the_frozen_graph(net: str) -> None:
+    model = BACKEND.adopt(nets.settled(getattr(nets, net)()))
+    graph = BACKEND.graph(model)
+    found = frozen(model)
+    assert {n.op for n in found.graph_def.node}.isdisjoint({"ReadVariableOp", "VarHandleOp", "NoOp"})
+    sites = [t for t in graph.tensors if graph.tensors[t].is_float and t in found.tensors]
+    assert set(graph.tensors) <= set(found.tensors) and set(graph.outputs) <= set(sites)
+    data = _data(_native(model))
+    wanted = BACKEND.session(model, [Tap(t) for t in sites]).run(data)
+    for site, value in zip(sites, _run(found.graph_def, [found.tensors[s] for s in sites], data), strict=True):
+        np.testing.assert_allclose(value, wanted[Tap(site)], rtol=1e-4, atol=1e-5, err_msg=site)
+
+
+def _native(model: Any) -> Any:
+    from bitwright_keras.native import keras_model
+
+    return keras_model(model)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_parameters_are_constants_of_the_frozen_graph(net: str) -> None:
+    model = BACKEND.adopt(nets.settled(getattr(nets, net)()))
+    found = frozen(model)
+    constants = {n.name: tf.make_ndarray(n.attr["value"].tensor) for n in found.graph_def.node if n.op == "Const"}
+    values = BACKEND.read(model, list(BACKEND.graph(model).params))
+    assert len(found.constants) >= len([v for v in values.values() if v.ndim])
+    for param, name in found.constants.items():
+        assert sorted(np.ravel(constants[name]).tolist()) == sorted(np.ravel(values[param]).tolist()), param
+
+
+def test_a_bundle_has_all_files_and_encodings_name_tensors_of_the_pb(exported: Any) -> None:
+    sim, _, folder = exported
+    assert {p.name for p in folder.iterdir()} == {"net.keras", "net.h5", "net.pb", "net.qdq.onnx", "net.encodings"}
+    graph_def = tf.compat.v1.GraphDef.FromString((folder / "net.pb").read_bytes())
+    nodes = {n.name for n in graph_def.node}
+    file = formats.read(folder / "net.encodings")
+    assert file.activations and file.parameters
+    assert {name.removesuffix(":0") for name in file.activations} <= nodes
+    assert all(name.endswith(":0") for name in file.activations)
+    assert set(file.parameters) <= nodes
+    reopened = load_model(folder / "net.keras")
+    assert check_bundle(BACKEND.graph(reopened), sim.plan, folder / "net.encodings") == []
+    table = read_encodings(folder / "net.encodings", BACKEND.graph(reopened))
+    for site, encoding in table.items():
+        assert np.array_equal(encoding.scale, sim.table[site].scale), site
+
+
+PLAIN = """
+import sys, numpy as np, keras, tensorflow as tf
+folder = sys.argv[1]; x = np.load(folder + "/x.npy")
+results = [keras.models.load_model(f"{folder}/net.{s}", compile=False).predict(x, verbose=0) for s in ("keras", "h5")]
+served = tf.saved_model.load(folder + "/served")
+results.append(next(iter([served.serve(x)])).numpy())
+graph_def = tf.compat.v1.GraphDef.FromString(open(folder + "/net.pb", "rb").read())
+with tf.Graph().as_default():
+    tf.import_graph_def(graph_def, name="")
+    with tf.compat.v1.Session() as session:
+        results.append(session.run(sys.argv[2], {"x:0": x}))
+assert not [m for m in sys.modules if m.startswith("bitwright")]
+np.save(folder + "/y.npy", np.stack(results))
+"""
+
+
+def test_exports_load_in_a_process_without_bitwright(exported: Any, tmp_path: Path) -> None:
+    sim, data, folder = exported
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    export(sim.native, sim.plan, sim.table, tmp_path / "served", "saved_model")
+    np.save(tmp_path / "x.npy", data["x"])
+    output = frozen(sim.native).tensors[sim.graph.outputs[0]]
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), output], check=True, timeout=300)
+    wanted = sim.predict(data, simulated=False)[0]
+    for result in np.load(tmp_path / "y.npy"):
+        np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_qdq_computes_what_the_simulation_does(net: str, tmp_path: Path) -> None:
+    from bitwright_onnx.runtime import IntegerSession
+
+    sim, data = _calibrated(net, target="onnxruntime-cpu")
+    path = tmp_path / "net.qdq.onnx"
+    bundle = export(sim.native, sim.plan, sim.table, path, "qdq")
+    missing = {s for s in sim.plan.quantized if s not in IntegerSession.tensors(path)}
+    # Tensors that are another one's under a second name (dropout) have no pair of their own.
+    assert {sim.plan.root(s) for s in missing} <= set(sim.plan.quantized) - missing
+    got = IntegerSession(bundle.files["qdq"], reference=True).run(data)[Tap(sim.graph.outputs[0])]
+    assert sqnr(sim.predict(data)[0], got) > 40
+
+
+def test_verify_opens_the_bundle_and_runs_onnx_runtime(exported: Any) -> None:
+    _, data, folder = exported
+    result = verify(folder, data, inspected=4)
+    assert result.problems == [] and result.agreement["integer_simulated"] == 1.0
+    assert result.sqnr_db["integer_simulated"] > 25
+    with pytest.raises(InputError, match="nothing for tflite"):
+        verify(folder, data, runtime="tflite")
+    with pytest.raises(InputError, match="no integer runtime 'tensorrt'"):
+        verify(folder, data, runtime="tensorrt")
+
+
+def test_bad_exports_leave_nothing(tmp_path: Path) -> None:
+    sim, _ = _calibrated("residual", target="generic-int8")
+    with pytest.raises(InputError, match=r"no format 'coreml'.*tflite"):
+        export(sim.native, sim.plan, sim.table, tmp_path / "x", "coreml")
+    with pytest.raises(InputError, match="can't write"):
+        export(sim.native, sim.plan, sim.table, tmp_path / "nowhere" / "x.pb", "pb")
+    with pytest.raises(InputError, match="can't write"):
+        export(sim.native, sim.plan, sim.table, tmp_path / "nowhere" / "served", "saved_model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_model_is_replaced_whole(tmp_path: Path) -> None:
+    model = BACKEND.adopt(nets.settled(nets.residual()))
+    path = tmp_path / "served"
+    save_saved_model(model, path)
+    (path / "stale").write_text("old")
+    save_saved_model(model, path)
+    assert not (path / "stale").exists() and (path / "saved_model.pb").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["served"]
+
+
+OTHER = """
+import sys, numpy as np, keras
+from bitwright_keras.backend import KerasBackend
+from bitwright_keras.export import save_saved_model
+from bitwright_keras.frozen import frozen
+from bitwright.errors import CapabilityError
+from pathlib import Path
+assert keras.backend.backend() == "torch"
+backend = KerasBackend()
+model = backend.load(Path(sys.argv[1]))
+found = frozen(model)
+Path(sys.argv[2]).write_bytes(found.graph_def.SerializeToString())
+assert set(backend.graph(model).tensors) <= set(found.tensors)
+try:
+    save_saved_model(model, Path(sys.argv[2] + "_served"))
+except CapabilityError as error:
+    assert "KERAS_BACKEND=tensorflow" in str(error)
+else:
+    raise SystemExit("a SavedModel of Keras on torch?")
+"""
+
+
+def test_with_keras_on_torch_another_process_freezes(exported: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    sim, data, folder = exported
+    command = [sys.executable, "-c", OTHER, str(folder / "net.keras"), str(tmp_path / "graph.pb")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "KERAS_BACKEND": "torch"})
+    graph_def = tf.compat.v1.GraphDef.FromString((tmp_path / "graph.pb").read_bytes())
+    (got,) = _run(graph_def, [f"{sim.graph.outputs[0]}:0"], data)
+    np.testing.assert_allclose(got, sim.predict(data, simulated=False)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_tensorflow_cannot_trace_is_an_error_with_its_reason() -> None:
+    @keras.saving.register_keras_serializable("tests")
+    class Untraceable(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            if not isinstance(x, keras.KerasTensor):
+                raise ValueError("only symbolic tensors here")
+            return x
+
+        def compute_output_spec(self, x: Any) -> Any:
+            return keras.KerasTensor(x.shape, x.dtype)
+
+    inputs = keras.Input((4,), name="x")
+    model = keras.Model(inputs, Untraceable(name="odd")(keras.layers.Dense(3, name="fc")(inputs)))
+    with pytest.raises((ModelError, CapabilityError, InputError, ValueError)):
+        frozen(BACKEND.adopt(model))
