@@ -116,7 +116,7 @@ class _Request:
             text = weights if site.kind is SiteKind.PARAMETER else activations
             if text is None:
                 role = "weights" if site.kind is SiteKind.PARAMETER else "activations"
-                raise InputError(f"{item!r} is a {site.kind.value}: give {role}=")
+                raise InputError(f"{item!r} is no op: give {role}=")
             self._put(item, text)
             return
         if weights is not None:

@@ -55,6 +55,8 @@ class Candidate:
     steps: tuple[str, ...]
     built: Built
     score: float
+    refined: bool = False
+    """Made by a technique, and not by calibration alone."""
 
     @property
     def name(self) -> str:
@@ -125,8 +127,13 @@ class AutoSearch:
 
     @property
     def best(self) -> Candidate:
-        """The highest score; of equals the last, which has had most done for it."""
-        return max(reversed(self.candidates), key=lambda c: c.score)
+        """The highest score. Of equal calibrations the first; a technique that scores the same takes over, since it
+        lowers errors that a small evaluation can't show."""
+        best = self.candidates[0]
+        for candidate in self.candidates[1:]:
+            if candidate.score > best.score or (candidate.score == best.score and candidate.refined):
+                best = candidate
+        return best
 
     @property
     def met(self) -> bool:
@@ -267,7 +274,7 @@ class AutoSearch:
             Trial(step.technique, "technique", Status.KEPT if kept else Status.WORSE, steps, score,
                   built.seconds + seconds, summary, step.settings)
         )  # fmt: skip
-        candidate = Candidate(steps, built, score)
+        candidate = Candidate(steps, built, score, refined=True)
         self.candidates.append(candidate)
         return candidate if kept else current
 
