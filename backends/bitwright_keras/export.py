@@ -159,16 +159,16 @@ def _tflite(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path)
         if plan[s].kind is SiteKind.ACTIVATION and s in graph.tensors and s in table
     }
     parameters: list[Parameter] = []
-    for site in plan.quantized:
-        if plan[site].kind is not SiteKind.PARAMETER or isinstance(plan[site].decision, Derived) or site not in table:
-            continue
+    for site, value in values.items():
         op = shown.users(site)[0]
-        if op.kind not in LINEAR_KINDS or op.weight != site:
-            parameters.append(Parameter(site, values[site], table[site]))
-            continue
-        whole = folded(shown, op, values, values[site], _bias(shown, op, values), table[site])
-        transposed = op.kind is OpKind.CONV_TRANSPOSE
-        parameters.append(Parameter(site, whole.weight, whole.encoding, whole.bias, transposed, whole.codes))
+        decision = plan[site].decision if site in plan else None
+        encoding = None if isinstance(decision, Derived) else table.get(site)
+        if op.kind in LINEAR_KINDS and op.weight == site:
+            whole = folded(shown, op, values, value, _bias(shown, op, values), encoding)
+            transposed = op.kind is OpKind.CONV_TRANSPOSE
+            parameters.append(Parameter(site, whole.weight, whole.encoding, whole.bias, transposed, whole.codes))
+        elif encoding is not None:
+            parameters.append(Parameter(site, value, encoding))
     report = write_tflite(
         graph.graph_def,
         {t: graph.tensors[t] for t in model.inputs},

@@ -54,7 +54,7 @@ def write_tflite(
         graph_def: with a fixed batch size; TFLite files have static shapes.
         inputs, outputs: name in the file → tensor ("conv/Relu:0").
         sites: activation site → (tensor, encoding).
-        parameters: quantized parameters.
+        parameters: quantized ones, and the weights of linear ops that stay in float.
         path: the file.
 
     Raises:
@@ -65,7 +65,8 @@ def write_tflite(
     for site, (_, encoding) in sites.items():
         activation_grid(site, encoding)
     for parameter in parameters:
-        weight_grid(parameter)
+        if parameter.encoding is not None:
+            weight_grid(parameter)
     quantized, renamed = _with_fake_quantization(graph_def, sites)
     ends = {name: renamed.get(_full(t), _full(t)) for name, t in outputs.items()}
     content = _converted(quantized, {n: _full(t) for n, t in inputs.items()}, ends)

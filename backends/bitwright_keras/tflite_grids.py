@@ -20,10 +20,11 @@ from bitwright.encoding import Encoding
 from bitwright.errors import EncodingError
 from bitwright.grid import PerTensor
 from bitwright_keras.tflite_file import INT8, INT32, TensorGrid, TfliteFile
+from bitwright_keras.tflite_floats import in_float
 
 TOLERANCE = 1e-5
 """Relative difference up to which a scale of the converter is taken for one of ours."""
-_LINEAR: Mapping[str, tuple[int, int, int]] = {
+LINEAR: Mapping[str, tuple[int, int, int]] = {
     # operator: which of its inputs are data, weight and bias
     "CONV_2D": (0, 1, 2), "DEPTHWISE_CONV_2D": (0, 1, 2), "FULLY_CONNECTED": (0, 1, 2), "CONV_3D": (0, 1, 2),
     "TRANSPOSE_CONV": (2, 1, 3),
@@ -37,7 +38,7 @@ class Parameter:
     Attributes:
         id: of the site.
         values: float, canonical layout.
-        encoding: its grid.
+        encoding: its grid; None for the weight of a linear op that stays in float.
         bias: float values of the bias of the op whose weight it is.
         transposed: the weight of a transposed convolution, (in, out, *kernel).
         codes: integers of the values, where they aren't `encoding.quantize(values)` to the last midpoint.
@@ -45,7 +46,7 @@ class Parameter:
 
     id: str
     values: NDArray[np.float32]
-    encoding: Encoding
+    encoding: Encoding | None
     bias: NDArray[np.float32] | None = None
     transposed: bool = False
     codes: NDArray[np.int32] | None = None
@@ -58,10 +59,12 @@ class Placed:
     Attributes:
         sites: site → index of the tensor that has its grid.
         foreign: int8 tensors whose grid is none of ours: fixed by the operator, or left to the converter.
+        floats: integer tensors whose operators have to be in float → the parameter, and its values in their layout.
     """
 
     sites: dict[str, int] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
+    floats: dict[int, tuple[Parameter, NDArray[np.float32]]] = field(default_factory=dict)
 
 
 def activation_grid(site: str, encoding: Encoding) -> tuple[np.float32, int]:
@@ -90,6 +93,7 @@ def weight_grid(parameter: Parameter) -> tuple[NDArray[np.float32], NDArray[np.i
         EncodingError: TFLite has no such weights.
     """
     site, encoding = parameter.id, parameter.encoding
+    assert encoding is not None
     if encoding.float_format is not None or encoding.bits > 8 or encoding.scale.ndim > 1:
         raise EncodingError(
             f"parameter {site!r}: int8 TFLite kernels take integer weights of up to 8 bits, with one scale or one for "
@@ -118,6 +122,11 @@ def place(
     placed = Placed()
     _activations(file, activations, placed)
     weights = _weights(file, parameters, placed)
+    for kind, operator in list(file.operators()):
+        weight = int(operator.inputs[LINEAR[kind][1]]) if kind in LINEAR else -1
+        if weight in placed.floats:
+            parameter, values = placed.floats[weight]
+            in_float(file, operator, LINEAR[kind], values, parameter.bias)
     _biases(file, weights)
     return placed
 
@@ -178,6 +187,9 @@ def _weights(file: TfliteFile, parameters: Sequence[Parameter], placed: Placed) 
             order = _layout(parameter, real, grid)
             if order is None:
                 continue
+            if parameter.encoding is None:
+                placed.floats[index] = parameter, parameter.values.reshape(order.shape).transpose(order.axes)
+                break
             scale, zero, ours = weight_grid(parameter)
             channels = len(grid.scale) if len(grid.scale) > 1 else scale.size
             if len(grid.scale) == 1 and scale.size > 1:
@@ -203,7 +215,7 @@ def _weights(file: TfliteFile, parameters: Sequence[Parameter], placed: Placed) 
 
 
 def _is_weight(file: TfliteFile, index: int) -> bool:
-    return any(kind in _LINEAR and operator.inputs[_LINEAR[kind][1]] == index for kind, operator in file.operators())
+    return any(kind in LINEAR and operator.inputs[LINEAR[kind][1]] == index for kind, operator in file.operators())
 
 
 def _real(codes: NDArray[np.integer], grid: TensorGrid) -> NDArray[np.float64]:
@@ -255,7 +267,7 @@ def _layout(parameter: Parameter, real: NDArray[np.float64], grid: TensorGrid) -
 def _biases(file: TfliteFile, weights: Mapping[int, Parameter]) -> None:
     """int32 biases on the grid of their accumulator."""
     for kind, operator in file.operators():
-        places = _LINEAR.get(kind)
+        places = LINEAR.get(kind)
         if places is None or len(operator.inputs) <= places[2]:
             continue
         x, w, b = (int(operator.inputs[p]) for p in places)
@@ -271,6 +283,11 @@ def _biases(file: TfliteFile, weights: Mapping[int, Parameter]) -> None:
         known = None if parameter is None else parameter.bias
         if known is not None and known.shape == real.shape and (np.abs(known - real) <= old.scale).all():
             real = known.astype(np.float64)
-        limits = np.iinfo(np.int32)
+        ours = np.rint(real / np.maximum(scale.astype(np.float64), np.finfo(np.float64).tiny))
+        if (np.abs(ours) > np.iinfo(np.int32).max).any():
+            raise EncodingError(
+                f"the bias behind {'a weight' if parameter is None else repr(parameter.id)} is too large for its int32 "
+                "accumulator: a batch norm makes its weights negligible; fold batch norms first (fold_batch_norm)"
+            )
         file.set_grid(b, np.broadcast_to(scale, old.scale.shape), np.zeros(old.scale.shape, np.int64))
-        file.set_constant(b, np.clip(np.rint(real / scale.astype(np.float64)), limits.min, limits.max))
+        file.set_constant(b, ours)
