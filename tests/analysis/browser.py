@@ -44,7 +44,7 @@ class Page:
         ]
         to_browser, from_us = os.pipe()
         from_browser, to_us = os.pipe()
-        shell = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{to_us}', "sh", *command]
+        shell = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{to_us}', "bash", *command]
         self._process = subprocess.Popen(
             shell, pass_fds=(to_browser, to_us), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

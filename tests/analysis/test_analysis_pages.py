@@ -1,4 +1,4 @@
-"""The pages in headless Chromium: offline, at desktop and phone width. The screenshots lie in pytest's temporary folder."""
+"""The pages in headless Chromium: offline, at desktop and phone width. Screenshots lie in pytest's folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytest.importorskip("bokeh")
 HOSTILE = '</script><img src=x onerror="document.title=1">'
 PLOTS = "document.querySelectorAll('[data-root-id]').length"
 READY = f"typeof Bokeh === 'object' && Bokeh.documents.length > 0 && Bokeh.documents[0].roots().length === {PLOTS}"
+MODELS = "[...Bokeh.documents[0]._all_models.values()]"
 IDLE = "Bokeh.documents.every((d) => d.is_idle)"
 
 
@@ -54,9 +55,10 @@ def test_the_analysis_opens_offline_and_fits(analysis, width, dark, tmp_path):
         outside = [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))]
         assert outside == [] and len([u for u in page.requests if u.startswith("file:")]) == 1
         assert page.value("document.documentElement.scrollWidth") <= width
-        sizes = page.value(
-            "[...document.querySelectorAll('[data-root-id]')].map((e) => [e.clientWidth, e.clientHeight])"
+        boxes = (
+            "[...document.querySelectorAll('[data-root-id]')].map((e) => e.firstElementChild.getBoundingClientRect())"
         )
+        sizes = page.value(f"{boxes}.map((r) => [r.width, r.height])")
         assert len(sizes) >= 5 and all(w > width / 2 - 40 and h > 150 for w, h in sizes)
         assert page.value("document.title") != "1", "names are text"
         assert HOSTILE in page.value("document.querySelector('h1').textContent")
@@ -76,22 +78,16 @@ def test_a_table_sorts_and_a_site_is_chosen(analysis):
             " return [...t.tBodies[0].rows].map((r) => Number(r.cells[i].dataset.v)); })()"
         )
         assert column == sorted(column) and len(column) == len(found.sensitivities)
-        select = "Bokeh.documents[0].get_model_by_name('site')"
-        sites = page.value(
-            "Bokeh.documents[0].roots().flatMap((r) => [...r.select ? r.select({name: 'site'}) : []]).map((s) => s.options)"
-        ) or [page.value(f"{select}.options")]
-        assert [d.site for d in found.parameters] in sites
-        state = (
-            "Bokeh.documents[0].all_models ? [...Bokeh.documents[0].all_models].filter((m) => m.type === 'Div')"
-            ".map((m) => m.text).join('|') : ''"
-        )
-        before = page.value(state)
-        page.value(
-            "[...Bokeh.documents[0].all_models].filter((m) => m.type === 'Select').forEach((s) => { s.value = s.options[2]; })"
-        )
+        page.value(f"window.choosers = {MODELS}.filter((m) => m.type === 'Select'); 0")
+        assert [d.site for d in found.parameters] in page.value("choosers.map((s) => s.options)")
+        assert [d.site for d in found.activations] in page.value("choosers.map((s) => s.options)")
+        notes = f"{MODELS}.filter((m) => m.type === 'Div').map((m) => m.text).join(' ')"
+        assert "int4" in page.value(notes)
+        page.value("choosers.forEach((s) => { s.value = s.options[2]; }); 0")
         page.wait(IDLE)
-        after = page.value(state)
-        assert before != after and page.errors == []
+        third = found.activations[2]
+        assert f"{third.low:.4g} to {third.high:.4g}" in page.value(notes)
+        assert page.errors == []
 
 
 def test_before_and_after(images, tmp_path):

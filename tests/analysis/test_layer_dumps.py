@@ -86,7 +86,7 @@ def test_an_earlier_dump_is_replaced_and_anything_else_is_not(sim, images, tmp_p
 
 
 def test_a_failure_leaves_nothing(sim, images, tmp_path):
-    with pytest.raises(InputError, match="no float tensor 'nothing'"):
+    with pytest.raises(InputError, match="float tensor 'nothing'"):
         bitwright.layer_outputs(sim, images[:2], tmp_path / "d", tensors=["nothing"])
     with pytest.raises(InputError, match="layouts are NHWC, native"):
         bitwright.layer_outputs(sim, images[:2], tmp_path / "d", layout="NCHW")

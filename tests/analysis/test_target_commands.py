@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_lines_name_files_that_exist(out, tool):
         for word in shlex.split(command.line.replace("$", "")):
             path = word.partition("=")[2] or word
             if path.startswith("/") and path.endswith((".onnx", ".encodings")):
-                assert os.path.exists(path), path
+                assert Path(path).exists(), path
     assert "net.qdq.onnx" in text if tool in ("onnxruntime", "tensorrt") else "net.encodings" in text
     if tool in ("qnn", "snpe", "qairt"):
         assert "image 1,3,12,12" in text, "free batch dimensions are one sample"
@@ -90,9 +91,9 @@ def test_the_dump_lines_of_qualcomm_tools_run(out):
     dump, *_, compare, _ = found.commands
     assert run(dump.line).returncode == 0
     words = shlex.split(compare.line)
-    index = json.loads(open(f"{words[2]}/index.json").read())
+    index = json.loads((Path(words[2]) / "index.json").read_text())
     assert index["layout"] == "native" and index["samples"] == 20
-    os.symlink(words[2], words[3])
+    Path(words[3]).symlink_to(words[2])
     assert run(compare.line).returncode == 0
 
 
