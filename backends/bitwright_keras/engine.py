@@ -28,7 +28,8 @@ def compiled(function: Function, inputs: Sequence[Spec]) -> Function:
         import tensorflow as tf
 
         signature = [tf.TensorSpec(spec.shape, spec.dtype) for spec in inputs]
-        result: Function = tf.function(function, input_signature=signature, autograph=False)
+        traced = tf.function(function, input_signature=signature, autograph=False)
+        result: Function = traced.get_concrete_function()
         return result
     if name == "torch":
         import torch

@@ -142,7 +142,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     def get(self, parameter: Any = None) -> Encoding | None:
         """The encoding in force; None while bypassed. Learned and followed numbers are read off the device."""
-        if not bool(ops.convert_to_numpy(self.enabled.value)):
+        if not bool(ops.convert_to_numpy(value_of(self.enabled))):
             return None
         form = self._form
         scale, low, _ = self.numbers(parameter)
@@ -265,8 +265,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     def load_own_variables(self, store: Any) -> None:
         """Numbers, and with them the kind's zero points."""
         super().load_own_variables(store)
-        zero = self._form.grid.qmin - ops.convert_to_numpy(self.low.value).astype(np.float64)
-        scale = ops.convert_to_numpy(self.scale.value)
+        zero = self._form.grid.qmin - ops.convert_to_numpy(value_of(self.low)).astype(np.float64)
+        scale = ops.convert_to_numpy(value_of(self.scale))
         if np.isfinite(scale).all() and (scale > 0).all():
             self._form = two_level(
                 self._form.with_(scale=scale, zero_point=np.rint(zero).astype(np.int32), block_scale=None)

@@ -43,7 +43,7 @@ def native_value(place: Place) -> NDArray[Any]:
 
 def array_of(variable: keras.Variable) -> NDArray[Any]:
     """A variable's value; bfloat16 as float32."""
-    value = np.asarray(keras.ops.convert_to_numpy(variable.value))
+    value = np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable.value)))
     return value.astype(np.float32) if value.dtype.kind != "f" else value
 
 

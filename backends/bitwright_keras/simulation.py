@@ -158,16 +158,14 @@ class KerasSimulation:
         quantizers: dict[str, FakeQuantize] = {}
         for key, site in sites.items():
             if self._training is not None:
-                quantizers[key] = self._weight_quantizer(site, places[site], key)
+                quantizers[key] = self._weight_quantizer(site, places[site])
             self._parameters[site] = _Parameter(places[site], variables[key], quantizers.get(key))
         if quantizers:
             result = QuantizedLayer(twin, quantizers, name=twin.name, dtype=twin.dtype_policy)
-        if self._training is None:
-            twin.trainable = False  # what is quantized here can't be trained: `QuantSim.trainable` makes what can
         self._owned.add(id(result))
         return result
 
-    def _weight_quantizer(self, site: SiteId, place: Place, key: str) -> FakeQuantize:
+    def _weight_quantizer(self, site: SiteId, place: Place) -> FakeQuantize:
         assert self._training is not None
         encoding = self._table.get(self._plan.root(site))
         derived = isinstance(self._plan[site].decision, Derived)
@@ -175,7 +173,7 @@ class KerasSimulation:
         layout = place.layout
         return FakeQuantize(
             encoding, (layout.native, layout.order, layout.shape), learns=learns, evened=self._training.gradient_scale,
-            follows=not learns and not derived, name=f"{key.replace('/', '_')}_quantizer",
+            follows=not learns and not derived, name=self._file_name(f"{site}_quantizer"),
         )  # fmt: skip
 
     def _constant(self, node: Node, site: SiteId) -> list[Node]:
@@ -240,6 +238,8 @@ class KerasSimulation:
         """The simulated model. That of `trainable=False` is for evaluation: it has no trainable weights."""
         if self._native is None:
             self._native = keras_model(self._model, keep=self._owned if self._training is None else None)
+            if self._training is None:  # what is held quantized can't be trained: `QuantSim.trainable` makes what can
+                self._native.trainable = False
         return self._native
 
     def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:

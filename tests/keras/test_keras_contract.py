@@ -1,5 +1,7 @@
 """The Keras backend holds the backend contract."""
 
+from functools import cache
+
 import pytest
 
 keras = pytest.importorskip("keras")
@@ -12,6 +14,7 @@ from bitwright_keras.backend import KerasBackend  # noqa: E402
 
 
 def case(build, tolerance=1e-5, **inputs):
+    @cache  # edits never change a model, and the contract checks that
     def captured():
         keras.utils.set_random_seed(0)
         return KerasBackend().adopt(nets.settled(build()))
@@ -23,6 +26,15 @@ def normal(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+IDS = np.random.default_rng(0).integers(0, 12, (4, 7)).astype(np.int32)
+CASES = {
+    "residual": case(nets.residual, x=normal(8, 8, 8, 3)),
+    "branches": case(nets.branches, x=normal(4, 7, 7, 3)),
+    "separable": case(nets.separable, x=normal(4, 6, 6, 3)),
+    "transformer": case(nets.transformer, ids=IDS),
+}
+
+
 class TestKerasContract(BackendContract):
     suffix = ".keras"
 
@@ -30,10 +42,4 @@ class TestKerasContract(BackendContract):
         return KerasBackend()
 
     def cases(self):
-        ids = np.random.default_rng(0).integers(0, 12, (4, 7)).astype(np.int32)
-        return {
-            "residual": case(nets.residual, x=normal(8, 8, 8, 3)),
-            "branches": case(nets.branches, x=normal(4, 7, 7, 3)),
-            "separable": case(nets.separable, x=normal(4, 6, 6, 3)),
-            "transformer": case(nets.transformer, ids=ids),
-        }
+        return CASES

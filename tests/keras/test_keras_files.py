@@ -1,0 +1,60 @@
+"""Files: plain Keras loads them without bitwright, and the user's names come back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+keras = pytest.importorskip("keras")
+
+import keras_nets as nets  # noqa: E402
+
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright_keras.backend import KerasBackend  # noqa: E402
+
+BACKEND = KerasBackend()
+X = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
+PLAIN = """
+import sys, numpy as np, keras
+for path in sys.argv[2:]:
+    y = keras.saving.load_model(path, compile=False)(np.load(sys.argv[1])["x"], training=False)
+    print(float(np.abs(np.asarray(keras.ops.convert_to_numpy(y)) - np.load(sys.argv[1])["y"]).max()))
+assert not any(m.startswith("bitwright") for m in sys.modules)
+"""
+
+
+def test_plain_keras_loads_what_is_saved(tmp_path) -> None:
+    sim = QuantSim(nets.settled(nets.separable()))
+    sim.apply("bias_correction", {"x": X})  # gives the two calls of a shared layer a bias each
+    paths = [str(BACKEND.save(sim.native, tmp_path / name)) for name in ("model.keras", "model.h5")]
+    (y,) = sim.predict({"x": X}, simulated=False)
+    np.savez(tmp_path / "arrays.npz", x=X, y=y)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(tmp_path / "arrays.npz"), *paths], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(float(line) < 1e-6 for line in done.stdout.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arrays.npz", "model.h5", "model.keras"]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_names_come_back(tmp_path, suffix: str) -> None:
+    sim = QuantSim(nets.settled(nets.separable()))
+    again = BACKEND.load(BACKEND.save(sim.native, tmp_path / f"model{suffix}"))
+    one, two = BACKEND.graph(sim.native), BACKEND.graph(again)
+    assert {op.id for op in one} == {op.id for op in two}
+    assert one.tensors == two.tensors
+    assert one.params == two.params
+    folded = QuantSim(nets.settled(nets.residual())).apply("fold_batch_norm")
+    again = BACKEND.load(BACKEND.save(folded.native, tmp_path / f"folded{suffix}"))
+    assert BACKEND.graph(again).op("stem").output == "bn1"
+
+
+def test_a_run_is_saved_and_loaded(tmp_path) -> None:
+    sim = QuantSim(nets.settled(nets.separable()), scheme="minmax").calibrate({"x": X})
+    sim.save(tmp_path / "run")
+    again = QuantSim.load(tmp_path / "run")
+    assert np.array_equal(again.predict({"x": X})[0], sim.predict({"x": X})[0])

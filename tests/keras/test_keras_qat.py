@@ -1,0 +1,184 @@
+"""Training simulations with `fit`: grids follow or are learned, and weights and encodings come back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+keras = pytest.importorskip("keras")
+
+import keras_nets as nets  # noqa: E402
+from keras import ops  # noqa: E402
+
+from bitwright.backend import TrainableSimulation, Training  # noqa: E402
+from bitwright.encoding import encoding_of_weights  # noqa: E402
+from bitwright.gradients import Groups, NumpyNamespace, fake_quantize_vjp  # noqa: E402
+from bitwright.grid import Grid, PerTensor  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright_keras.fake_quant import FakeQuantize  # noqa: E402
+from bitwright_keras.model import variables_of  # noqa: E402
+from bitwright_keras.rounding import round_to_grid, value_of  # noqa: E402
+from bitwright_keras.weights import QuantizedLayer  # noqa: E402
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 5, 64)
+X = (RNG.normal(size=(64, 8, 8, 3)) + np.eye(5)[LABELS][:, :3, None, None].transpose(0, 2, 3, 1)).astype(np.float32)
+
+
+def simulated(**options: object) -> QuantSim:
+    keras.utils.set_random_seed(0)
+    return QuantSim(nets.settled(nets.residual()), scheme="minmax", **options).calibrate(X)
+
+
+def compiled(model: keras.Model, rate: float = 1e-2) -> keras.Model:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=["accuracy"])
+    return model
+
+
+def outputs(model: keras.Model, x: np.ndarray = X) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(model(x, training=False)))
+
+
+@pytest.mark.parametrize("range_learning", [False, True])
+def test_training_starts_where_the_simulation_is(range_learning: bool) -> None:
+    sim = simulated()
+    plain = sim.backend.simulate(sim.native, sim.plan, sim.encodings)
+    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=Training(range_learning))
+    assert isinstance(made, TrainableSimulation)
+    assert np.array_equal(outputs(made.model), outputs(plain.model))
+    assert not plain.model.trainable_weights
+    for site, encoding in made.get().items():
+        assert encoding.equals(plain.get()[site]), site
+
+
+@pytest.mark.parametrize("range_learning", [False, True])
+def test_fit_lowers_the_loss_and_take_takes_it(range_learning: bool) -> None:
+    sim = simulated(weights="int4", activations="uint4")
+    before, old = sim.encodings, sim.params["stem/kernel"]
+    model = compiled(sim.trainable(range_learning=range_learning, gradient_scale=range_learning))
+    losses = model.fit(X, LABELS, epochs=6, batch_size=16, verbose=0).history["loss"]
+    assert losses[-1] < 0.97 * losses[0]
+    trained = outputs(model)
+    sim.take()
+    assert all(e.frozen for s, e in sim.encodings.items())
+    assert not np.array_equal(sim.params["stem/kernel"], old)
+    moved = [s for s in sim.plan.activations if not sim.encodings[s].equals(before[s])]
+    assert bool(moved) == range_learning
+    if not range_learning:  # grids have followed the weights, to the bit
+        for site in sim.plan.parameters:
+            expected = encoding_of_weights(sim.params[site], sim.plan.spec(site))
+            assert sim.encodings[site].equals(expected), site
+    again = sim.backend.simulate(sim.native, sim.plan, sim.encodings)
+    assert np.array_equal(outputs(again.model), trained)
+
+
+def test_a_grid_chosen_otherwise_keeps_its_ratio_and_a_frozen_one_stays() -> None:
+    sim = simulated()
+    site, other = "stem/kernel", "fc/kernel"
+    chosen = sim.encodings[site].with_(scale=sim.encodings[site].scale * np.float32(0.75))
+    sim.set({site: chosen})
+    sim.set({other: sim.encodings[other]}, freeze=True)
+    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=True)
+    for layer in made.model.layers:
+        if isinstance(layer, QuantizedLayer):
+            kernel = variables_of(layer.layer)["kernel"]
+            kernel.assign(2 * kernel.value)
+    found = made.get()
+    np.testing.assert_allclose(found[site].scale, 2 * chosen.scale, rtol=1e-6)
+    assert found[other].equals(sim.encodings[other])
+    assert np.array_equal(made.float_model().by_op["fc"].layer.kernel.numpy(), 2 * sim.native.by_op["fc"].layer.kernel.numpy())
+
+
+def test_batch_norms_and_dropout_train() -> None:
+    sim = simulated()
+    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=True)
+    norm = sim.native.by_op["bn1"].layer
+    before = norm.moving_mean.numpy()
+    a, b = (ops.convert_to_numpy(made.model(X, training=True)) for _ in range(2))
+    assert not np.array_equal(a, b)  # dropout
+    after = made.float_model().by_op["bn1"].layer.moving_mean.numpy()
+    assert not np.array_equal(after, before)
+    assert np.array_equal(norm.moving_mean.numpy(), before), "training changed the float model"
+
+
+def test_saved_models_load_and_train_on(tmp_path) -> None:
+    sim = simulated(weights="int4")
+    model = compiled(sim.trainable(range_learning=True))
+    model.fit(X[:16], LABELS[:16], epochs=1, verbose=0)
+    model.save(tmp_path / "qat.keras")
+    again = keras.saving.load_model(tmp_path / "qat.keras")
+    assert np.array_equal(outputs(again), outputs(model))
+    assert len(again.trainable_weights) == len(model.trainable_weights)
+    scale = next(w for w in again.trainable_weights if "log_scale" in w.path)
+    before = scale.numpy()
+    again.fit(X[:16], LABELS[:16], epochs=1, verbose=0)
+    assert not np.array_equal(scale.numpy(), before)
+
+
+def gradients_of(function, arrays):
+    """Of the sum of function(arrays) · cotangent, by the Keras backend that is active."""
+    variables = [keras.Variable(a) for a in arrays]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = function(*(value_of(v) for v in variables))
+        return [np.asarray(g) for g in tape.gradient(loss, [v.value for v in variables])]
+    import torch
+
+    leaves = [torch.tensor(np.asarray(a), requires_grad=True) for a in arrays]
+    function(*leaves).backward()
+    return [leaf.grad.numpy() for leaf in leaves]
+
+
+def test_gradients_are_the_core_s() -> None:
+    rng = np.random.default_rng(1)
+    x, g = rng.normal(size=(50,)).astype(np.float32), rng.normal(size=(50,)).astype(np.float32)
+    scale, zero, grid = np.float32(0.1), np.float32(5), Grid.of(4, signed=False)
+    x[:4] = (np.array([-5.5, -5, 10, 10.5]) * scale).astype(np.float32)
+    found = gradients_of(
+        lambda x, s, z: ops.sum(round_to_grid(x, s, grid.qmin - z, grid.qmax - z, learned=True) * g), (x, scale, zero)
+    )
+    expected = fake_quantize_vjp(NumpyNamespace(), g, x, scale, zero, grid, Groups.of(x.shape, PerTensor()))
+    np.testing.assert_array_equal(found[0], expected.x)
+    np.testing.assert_allclose(found[1], expected.scale, rtol=1e-5)
+    np.testing.assert_allclose(found[2], expected.zero_point, rtol=1e-5)
+
+
+def test_setting_numbers_compiles_nothing_and_setting_another_kind_does() -> None:
+    sim = simulated()
+    made = sim.simulation
+    session, site = made.session([Tap("fc")]), "relu6"
+    before = made.generation
+    (first,) = session.run({"x": X}).values()
+    coarse = sim.encodings[site].with_(bits=4, scale=sim.encodings[site].scale * 17)
+    made.set({site: coarse, "x": None})
+    (second,) = session.run({"x": X}).values()
+    assert made.generation == before
+    assert not np.array_equal(first, second)
+    halves = coarse.with_(float_format="float16", bits=16, symmetric=True, signed=True, scale=np.ones(()), zero_point=0)
+    made.set({site: halves})
+    (third,) = session.run({"x": X}).values()
+    assert made.generation == before + 1
+    assert made.get()[site].equals(halves)
+    assert not np.array_equal(second, third)
+
+
+@pytest.mark.parametrize("form", ["float16", "bfloat16", "fp8", "float8e5m2"])
+def test_float_formats_are_the_core_s(form: str) -> None:
+    sim = simulated(weights="int8", activations=form)
+    encoding = sim.encodings["relu6"]
+    layer = FakeQuantize(encoding)
+    x = np.concatenate([np.linspace(-9, 9, 4001), [1e-9, 7e4, -7e4, 3e38]]).astype(np.float32)
+    assert np.array_equal(ops.convert_to_numpy(layer(x)), encoding.fake_quantize(x))
+
+
+def test_blocks_and_lpbq_train() -> None:
+    sim = simulated(weights="int4:lpbq4")
+    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=Training(True))
+    plain = sim.backend.simulate(sim.native, sim.plan, sim.encodings)
+    assert np.array_equal(outputs(made.model), outputs(plain.model))
+    compiled(made.model).fit(X[:16], LABELS[:16], verbose=0)
+    assert made.get()["pointwise/kernel"].block_scale is not None
