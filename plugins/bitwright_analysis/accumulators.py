@@ -11,7 +11,6 @@ weights with float scales have an accumulator for each block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -102,9 +101,3 @@ def _rows(op: Op, grid: Encoding, codes: NDArray[np.int64]) -> NDArray[np.int64]
 def width_of(value: int) -> int:
     """Bits of the narrowest two's-complement integer that holds a value."""
     return 1 + (value.bit_length() if value >= 0 else (-value - 1).bit_length())
-
-
-def headroom(row: Accumulator, bits: int = 32) -> float:
-    """Factor by which the worst sum could grow before a signed accumulator of so many bits overflows."""
-    largest = max(row.high, -row.low)
-    return math.inf if largest == 0 else (2.0 ** (bits - 1) - 1) / largest

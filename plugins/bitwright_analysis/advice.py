@@ -45,7 +45,6 @@ class Evidence:
     imbalance: Collection[Imbalance]
     accumulators: list[Accumulator]
     accumulator_bits: int
-    larger_is_better: bool
     applied: Collection[str]
     known: Collection[str]
 

@@ -137,7 +137,6 @@ def quant_analyzer(
             imbalance,
             sums,
             accumulator_bits,
-            larger_is_better,
             applied,
             registry.techniques(),
         )
