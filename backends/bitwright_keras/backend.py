@@ -139,9 +139,13 @@ class KerasBackend:
         return formats()
 
     def bundled(self, model: KerasModel) -> Mapping[str, str]:
-        """Formats that an exported bundle has beside the .keras file: name → ending."""
-        endings = {"h5": ".h5", "pb": ".pb", "qdq": ".qdq.onnx"}
-        return {format: ending for format, ending in endings.items() if format in self.formats()}
+        """Formats that an exported bundle has beside the .keras file: name → ending.
+
+        A model that TensorFlow can't trace has Keras files only, with a warning that says why.
+        """
+        from bitwright_keras.export import bundled
+
+        return bundled(model)
 
     def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
         """Load what a bundle has of quantized models: .tflite into LiteRT, otherwise QDQ into ONNX Runtime.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def formats() -> dict[str, str]:
         found |= TENSORFLOW_FORMATS
         if importlib.util.find_spec("onnx_ir") is None:
             del found["qdq"]
+    return found
+
+
+def bundled(model: KerasModel) -> dict[str, str]:
+    """What an exported bundle has beside the .keras file: format → ending of the name."""
+    found = {"h5": ".h5"}
+    offered = formats()
+    if "pb" in offered:
+        try:
+            frozen(model)
+        except (CapabilityError, ModelError) as error:
+            warnings.warn(f"{model.name}: .keras and .h5 are written only: {error}", stacklevel=3)
+        else:
+            found |= {format: ending for format, ending in (("pb", ".pb"), ("qdq", ".qdq.onnx")) if format in offered}
     return found
 
 
