@@ -216,6 +216,9 @@ class AutoSearch:
             for index in indices:
                 name = self._scheme_name(index)
                 steps = (*self._prepared, name)
+                if index != first[0] and (reason := self._pointless(index, first[0])):
+                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=reason))
+                    continue
                 if index != first[0] and not self._left(name, "calibration", steps):
                     return
                 built = first[1] if index == first[0] else self._calibrated(base, index)
@@ -237,6 +240,18 @@ class AutoSearch:
                     return
         if len(indices) < len(self.schemes) - first[0]:
             self.stopped = f"{self.limits.evaluations} evaluations"
+
+    def _pointless(self, index: int, first: int) -> str:
+        """Why a calibration scheme can't gain anything over the first; empty if it may."""
+        (activations, weights), (first_activations, first_weights) = self.schemes[index], self.schemes[first]
+        for mode, same in (
+            (Mode.ACTIVATIONS, weights == first_weights),
+            (Mode.WEIGHTS, activations == first_activations),
+        ):
+            score = self.diagnosis.get(mode)
+            if same and score is not None and score >= self.float_score:
+                return f"quantized {mode.value.split()[0]} alone cost nothing"
+        return ""
 
     def _technique(self, step: Step, current: Candidate) -> Candidate:
         """A technique on top of the best network; the one to go on from."""

@@ -27,7 +27,7 @@ def _unit(result: MixedPrecisionResult) -> str:
 def _overview(result: MixedPrecisionResult) -> str:
     tiles = [
         parts.tile("Cost", f"{result.relative_cost:.1%}", "of the most precise candidate everywhere"),
-        parts.tile(_unit(result).capitalize(), f"{result.cost:.4g}", f"from {result.reference_cost:.4g}"),
+        parts.tile(_unit(result).capitalize(), _amount(result.cost), f"from {_amount(result.reference_cost)}"),
     ]
     if result.score is not None and result.float_score is not None:
         drop = result.float_score - result.score
@@ -36,9 +36,19 @@ def _overview(result: MixedPrecisionResult) -> str:
             parts.tile("Float", number(result.float_score), "score of the model given"),
             parts.tile("Mixed", number(result.score), f"drop {number(drop)}{goal}"),
         ]
-    tiles += [parts.tile(name, str(count), "groups") for name, count in _counts(result).items()]
+    tiles += [
+        parts.tile(name, str(count), "group" if count == 1 else "groups") for name, count in _counts(result).items()
+    ]
     tiles.append(parts.tile("Time", duration(result.seconds), "earlier processes included"))
     return f'<section><div class="tiles">{"".join(tiles)}</div></section>'
+
+
+def _amount(value: float) -> str:
+    """Three digits with a unit prefix."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, ""), (1e-3, " m"), (1e-6, " µ")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}"
+    return f"{value:.3g}"
 
 
 def _counts(result: MixedPrecisionResult) -> dict[str, int]:

@@ -145,6 +145,16 @@ def test_a_technique_that_fails_or_does_nothing_is_noted_and_passed_over(net, sp
     assert any("spoiler failed" in line for line in result.advice) == (status is Status.FAILED)
 
 
+def test_schemes_of_what_costs_nothing_are_left_out(net):
+    """The first network is bad, its activations alone are not: only weights are worth another scheme."""
+    scores = iter([1.0, 0.5, 1.0, 0.4, 0.6])
+    result = auto_quantize(net.model, net.images, lambda model: next(scores), allowed_drop=0.1, techniques="bn_fold")
+    left_out = [t.name for t in result.trials if t.status is Status.SKIPPED]
+    assert left_out == ["minmax", "percentile:99.99", "mse"]
+    assert trial(result, "mse").reason == "quantized activations alone cost nothing"
+    assert result.steps == ("fold_batch_norm", "sqnr, weights mse")
+
+
 def test_an_evaluation_that_fails_costs_its_network_alone(net):
     calls = []
 
@@ -174,7 +184,7 @@ def test_an_evaluation_that_never_works_is_an_error_and_not_nothing(net):
         calls.append(1)
         return 1.0 if len(calls) == 1 else None
 
-    with pytest.raises(InputError, match="no quantized network could be evaluated: .*evaluate returned None"):
+    with pytest.raises(InputError, match=r"no quantized network could be evaluated: .*evaluate returned None"):
         auto_quantize(net.model, net.images, only_float, allowed_drop=0.1)
 
 
