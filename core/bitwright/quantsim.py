@@ -18,8 +18,8 @@ from bitwright.graph import Graph, OpId
 from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
-from bitwright.placing.overrides import means_something
-from bitwright.plan import Plan, SiteId, SiteKind
+from bitwright.placing.overrides import is_lost
+from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table, guarded, weight_encodings
 from bitwright.runs import RunDirectory
@@ -104,7 +104,7 @@ class QuantSim:
         self.graph: Graph = self.backend.graph(self.native)
         if known is not None:
             # Exceptions for what a fold has removed have nothing left to apply to; a wrong name was refused at first.
-            gone = {k for k in self.overrides if means_something(known, k) and not means_something(self.graph, k)}
+            gone = {k for k, v in self.overrides.items() if is_lost(known, self.graph, k, v)}
             self.overrides = {k: v for k, v in self.overrides.items() if k not in gone}
         self.plan: Plan = build_plan(
             self.graph,
@@ -204,7 +204,11 @@ class QuantSim:
 
         loaded = read_encodings(Path(path), self.graph, self.plan, strict=strict)
         if not partial:
-            missing = {s: "float" for s in (*self.plan.activations, *self.plan.parameters) if s not in loaded}
+            missing = {
+                s: "float"
+                for s in self.plan.quantized
+                if self.plan.root(s) not in loaded and not isinstance(self.plan[s].decision, Derived)
+            }
             self.overrides = {**self.overrides, **missing}
             self.refresh()
         return self.set(loaded, freeze=freeze)

@@ -74,9 +74,15 @@ def parse_overrides(graph: Graph, wanted: Mapping[str, object]) -> Overrides:
     return Overrides(found.float_ops, {site: precision for site, (precision, _, _) in found.sites.items()})
 
 
-def means_something(graph: Graph, name: str) -> bool:
-    """Whether a key of overrides means anything in a graph."""
-    return any(_resolved(graph, name)[1:])
+def is_lost(before: Graph, after: Graph, name: str, value: object) -> bool:
+    """Whether what an override was about is gone after an edit, such as a batch norm that was folded.
+
+    What was said of ops doesn't become something that is said of tensors of the same name.
+    """
+    (_, ops, sites), (_, ops_now, sites_now) = _resolved(before, name), _resolved(after, name)
+    if ops and (value == "float" or isinstance(value, Mapping)):
+        return not ops_now
+    return bool(ops or sites) and not (ops_now or sites_now)
 
 
 def _meant(graph: Graph, name: str) -> tuple[int, list[OpId], list[SiteId]]:
