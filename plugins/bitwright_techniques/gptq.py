@@ -43,7 +43,8 @@ class GptqSettings(BaseSettings):
             comes, on its weights as the errors of the blocks before have changed them; "static": all beforehand.
         act_order: features of large second moment first. Blockwise weights with dynamic scales: blocks by their mean
             moment, then the features within each, so that every block stays one run of channels.
-        damping: share of the mean input power that is added to the moments' diagonal.
+        damping: share of the mean input power that is added to the moments' diagonal, against overfitting. The paper
+            has 0.01; on EfficientNet-Lite0 with 64 samples 0.05 was the more accurate.
         block_size: features between two updates of all that follow; it changes the time, not the result.
         bias_correction: set the bias that keeps the mean output (closed form).
         candidates: scales tried for each channel or block: fractions i/N of its full range.
@@ -56,7 +57,7 @@ class GptqSettings(BaseSettings):
     scales: Literal["search", "keep"] = "search"
     groups: Literal["dynamic", "static"] = "dynamic"
     act_order: bool = True
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(0.05, gt=0, le=1)
     block_size: int = Field(32, ge=1)
     bias_correction: bool = True
     candidates: int = Field(20, ge=1)
