@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from bitwright.backend import Backend
 from bitwright.errors import InputError
 
 
-def open_model(model: Any, sample: Any = None, name: str | None = None) -> tuple[Backend[Any], Any]:
+def open_model(
+    model: Any, sample: Any = None, name: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[Backend[Any], Any]:
     """The backend for a model object or path, and the model in that backend's form.
+
+    Args:
+        model: an object, or a path.
+        sample: one batch, for frameworks that trace a model.
+        name: of the backend, if several could open the model.
+        options: the backend's own for opening a path (`Backend.load`).
 
     Raises:
         InputError: no such file, or the sample doesn't fit.
@@ -23,6 +32,6 @@ def open_model(model: Any, sample: Any = None, name: str | None = None) -> tuple
         if not registry.model_file(path).exists():
             raise InputError(f"there is no file {registry.model_file(path)}")
         backend = registry.backend(name) if name else registry.backend_for_path(path)
-        return backend, backend.load(path)
+        return backend, backend.load(path, **(options or {}))
     backend = registry.backend(name) if name else registry.backend_for_model(model)
     return backend, backend.adopt(model, sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -63,6 +64,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What the framework needs to open the model, such as outputs=logits. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     calibration_samples: Annotated[
         int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
     ] = None,
@@ -94,9 +103,10 @@ def quantize(
         clock = Clock()
         with clock("open"):
             sim = QuantSim(
-                model, target=chosen, weights=weights, activations=activations, scheme=scheme,
+                opened(model, load or []), target=chosen, weights=weights, activations=activations, scheme=scheme,
                 weight_scheme=weight_scheme, overrides=read_overrides(override or []), seed=seed, progress=progress,
             )  # fmt: skip
+            sim.source = model
             calibration = sim.open(data, batch_size=batch_size, limit=calibration_samples)
             scored = Scored.open(sim, data, labels, batch_size) if labels is not None else None
         with run_in(out) as run:
@@ -162,6 +172,30 @@ class Scored:
 
         dataset = sim.open(data, batch_size=batch_size)
         return cls(dataset, read_labels(labels, dataset.samples))
+
+
+def opened(path: Path, given: list[str]) -> Any:
+    """What `QuantSim` is given: the path, or the model opened with ``KEY=VALUE`` options of its backend.
+
+    A value is JSON where it can be, a list where it holds commas, and otherwise text.
+
+    Raises:
+        InputError: an option has no "=", or the backend doesn't know it.
+    """
+    if not given:
+        return path
+    from bitwright.opening import open_model
+
+    options: dict[str, Any] = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        if not key or not value:
+            raise InputError(f"--load {text!r} isn't of the form KEY=VALUE, such as outputs=logits")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value.split(",") if "," in value else value
+    return open_model(path, options=options)[1]
 
 
 ROLES = ("weights", "activations", "bias")
