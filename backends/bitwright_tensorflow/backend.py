@@ -20,7 +20,7 @@ from bitwright_tensorflow import sources
 from bitwright_tensorflow.canonical import recognize
 from bitwright_tensorflow.edits import edit_model
 from bitwright_tensorflow.freezing import save_frozen, save_saved_model
-from bitwright_tensorflow.model import Kind, TfModel
+from bitwright_tensorflow.model import Array, Kind, TfModel
 from bitwright_tensorflow.params import read_params
 from bitwright_tensorflow.session import open_taps
 
@@ -166,6 +166,27 @@ class TensorFlowBackend:
         from bitwright_tensorflow.export import bundled
 
         return bundled(model)
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """Load a bundle's QDQ model into ONNX Runtime; tensors are called as in the graph.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+            MissingExtraError: ONNX Runtime isn't installed.
+        """
+        from bitwright_tensorflow.export import compile_qdq
+
+        return compile_qdq(bundle, taps)
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_tensorflow.export import onnx_backend
+
+        return onnx_backend().pairs(bundle)
 
     def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""

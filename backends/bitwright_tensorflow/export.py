@@ -5,13 +5,15 @@ None of these files needs bitwright: plain TensorFlow (or an ONNX runtime) loads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitwright.backend import Bundle
+from bitwright.backend import Bundle, Session
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.graph import TensorId
 from bitwright.plan import Plan
 from bitwright_tensorflow.building import declare_variables
 from bitwright_tensorflow.canonical import recognize
@@ -19,6 +21,9 @@ from bitwright_tensorflow.checkpoints import save_checkpoint
 from bitwright_tensorflow.freezing import frozen_graph, save_frozen, save_saved_model
 from bitwright_tensorflow.model import Kind, TfModel
 from bitwright_tensorflow.runtime import import_graph
+
+if TYPE_CHECKING:
+    from bitwright_onnx.backend import OnnxBackend
 
 FORMATS: Mapping[str, str] = {
     "pb": "the float model with its updated weights as a frozen graph; encodings files go with it",
@@ -73,17 +78,41 @@ def _write_meta(model: TfModel, path: Path) -> dict[str, Path]:
     return {"meta": path, **{purpose: path.with_suffix(ending) for purpose, ending in parts.items()}}
 
 
-def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+def onnx_backend() -> OnnxBackend:
+    """The backend that writes and runs QDQ ONNX.
+
+    Raises:
+        MissingExtraError: its packages aren't installed.
+    """
     try:
         from bitwright_onnx.backend import OnnxBackend
-        from bitwright_onnx.graphdef import import_graphdef
-        from bitwright_onnx.qdq import write_qdq
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ export needs {error.name}: pip install "bitwright[tensorflow]"') from error
+        raise MissingExtraError(f'QDQ ONNX needs {error.name}: pip install "bitwright[tensorflow]"') from error
+    return OnnxBackend()
+
+
+def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
+    """The QDQ model in ONNX Runtime; taps that ONNX spells otherwise are left out.
+
+    Raises:
+        InputError: the bundle has none: its ops have no counterpart in ONNX.
+        MissingExtraError: as `onnx_backend`.
+    """
+    backend = onnx_backend()
+    from bitwright_onnx.runtime import IntegerSession
+
+    known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
+    return backend.compile(bundle, [t for t in taps if t in known])
+
+
+def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    backend = onnx_backend()
+    from bitwright_onnx.graphdef import import_graphdef
+    from bitwright_onnx.qdq import write_qdq
+
     graph = recognize(model).graph
     graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
     names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
-    backend = OnnxBackend()
     made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names))
     report = write_qdq(made, backend.graph(made), plan, encodings, path)
     return Bundle({"qdq": report.path}, report.names)

@@ -20,7 +20,7 @@ def register_backends() -> list[BackendInfo]:
             suffixes=(".pb", ".meta"),
             extra="tensorflow",
             sniff=is_saved_model,
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE}),
+            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE, Capability.INTEGER_RUNTIME}),
         )
     ]
 

@@ -1,0 +1,214 @@
+"""Exported TensorFlow models: names, what plain TensorFlow makes of them, and failures that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+
+from tfsims import setup  # noqa: E402
+
+from bitwright.errors import BitwrightError, InputError, ModelError  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright_onnx.backend import OnnxBackend  # noqa: E402
+from bitwright_tensorflow import export as exporting  # noqa: E402
+from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
+
+v1 = tf.compat.v1
+
+
+@pytest.fixture(scope="module")
+def net():
+    return setup("trained")
+
+
+def exported(net, folder, format, name):
+    return net.sim.backend.export(net.model, net.sim.plan, net.sim.table, folder / name, format)
+
+
+def float_output(net):
+    return net.sim.predict(net.sample, simulated=False)[0]
+
+
+def test_everything_loads_without_bitwright(net, tmp_path):
+    """The bundle of a session's model, and its SavedModel, in a process with nothing but TensorFlow."""
+    bundle = net.sim.export(tmp_path, name="net")
+    endings = ["data-00000-of-00001", "encodings", "index", "meta", "pb", "qdq.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"net.{e}" for e in endings]
+    assert set(bundle.files) == {"model", "meta", "checkpoint", "checkpoint_data", "qdq", "encodings"}
+    exported(net, tmp_path, "saved_model", "saved")
+    np.savez(tmp_path / "data.npz", x=net.sample, y=float_output(net))
+    script = """
+        import sys
+        import numpy as np, tensorflow as tf
+        v1, folder = tf.compat.v1, sys.argv[1]
+        data = np.load(folder + "/data.npz")
+        close = lambda y: np.testing.assert_allclose(y, data["y"], rtol=1e-5, atol=1e-5)
+        with tf.Graph().as_default(), v1.Session() as session:
+            v1.train.import_meta_graph(folder + "/net.meta").restore(session, folder + "/net")
+            close(session.run("logits:0", {"x:0": data["x"]}))
+            feed = {"x:0": data["x"], "labels:0": np.arange(8) % 5}
+            before = session.run("loss:0", feed)
+            for _ in range(5):
+                session.run("train", feed)
+            assert session.run("loss:0", feed) < before
+        graph_def = v1.GraphDef.FromString(open(folder + "/net.pb", "rb").read())
+        assert not any("Variable" in n.op or "Adam" in n.name for n in graph_def.node)
+        with tf.Graph().as_default(), v1.Session() as session:
+            tf.import_graph_def(graph_def, name="")
+            close(session.run("logits:0", {"x:0": data["x"]}))
+        saved = tf.saved_model.load(folder + "/saved").signatures["serving_default"]
+        close(saved(x=tf.constant(data["x"]))["logits"])
+        assert not any(m.startswith("bitwright") for m in sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["references", "function", "frozen"])
+def test_a_bundle_has_the_source_s_own_form(kind, tmp_path):
+    net = setup(kind)
+    bundle = net.sim.export(tmp_path, name="net")
+    own = {"references": {"meta", "checkpoint", "checkpoint_data"}, "function": {"saved_model"}, "frozen": set()}
+    assert set(bundle.files) == {"model", "qdq", "encodings"} | own[kind]
+    again = net.sim.export(tmp_path, name="net")  # over what is there
+    assert again.files == bundle.files
+    for purpose in {"model", *own[kind]} & {"model", "meta", "saved_model"}:
+        found = TensorFlowBackend().load(bundle.files[purpose])(net.sample)
+        assert np.allclose(found, float_output(net), rtol=1e-5, atol=1e-5)
+
+
+def test_encodings_are_named_by_the_frozen_graph_s_tensors(net, tmp_path):
+    bundle = net.sim.export(tmp_path, name="net")
+    graph_def = v1.GraphDef.FromString(bundle.files["model"].read_bytes())
+    content = json.loads(bundle.files["encodings"].read_text())
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
+        for entry in content["activation_encodings"]:
+            assert graph.get_tensor_by_name(entry["name"]).dtype == tf.float32
+        for entry in content["param_encodings"]:
+            shape = graph.get_operation_by_name(entry["name"]).outputs[0].shape
+            assert len(entry["scale"]) in (1, *shape)
+    assert len(content["activation_encodings"]) + len(content["param_encodings"]) > 8
+    again = QuantSim(bundle.files["model"], weights="int8", activations="uint8")
+    again.load_encodings(bundle.files["encodings"])
+    assert all(again.encodings[s].equals(e) for s, e in net.table.items())
+
+
+@pytest.mark.parametrize("kind", ["trained", "references", "function", "frozen"])
+def test_the_integer_runtime_computes_what_the_simulation_does(kind, tmp_path):
+    net = setup(kind)
+    bundle = net.sim.export(tmp_path, name="net")
+    found = next(iter(OnnxBackend().compile(bundle).run({"x:0": net.sample}).values()))
+    step = float(net.table[net.sim.graph.outputs[0]].scale)
+    steps = np.rint(np.abs(found - net.sim.model(net.sample)) / step)
+    assert steps.max() <= 1
+    assert np.mean(steps > 0) < 0.05
+
+
+def test_optimizer_variables_are_in_the_checkpoint(net, tmp_path):
+    files = exported(net, tmp_path, "meta", "net.meta").files
+    saved = dict(tf.train.list_variables(str(tmp_path / "net")))
+    assert set(saved) == set(net.model.variables)
+    assert any("Adam" in name for name in saved)
+    assert all(p.exists() for p in files.values())
+
+
+def test_a_checkpoint_of_a_function_s_graph(tmp_path):
+    net = setup("function")
+    exported(net, tmp_path, "meta", "net.meta")
+    with tf.Graph().as_default(), v1.Session() as session:
+        v1.train.import_meta_graph(str(tmp_path / "net.meta")).restore(session, str(tmp_path / "net"))
+        found = session.run(net.model.outputs[0], {net.model.inputs[0]: net.sample})
+    assert np.allclose(found, float_output(net), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="no variables"):
+        exported(setup("frozen"), tmp_path, "meta", "frozen.meta")
+
+
+def test_a_trained_bias_reaches_the_files(tmp_path):
+    """What an edit adds to the graph (a bias of its own) is saved by the checkpoint's saver too."""
+    net = setup("trained")
+    net.sim.apply("fold_batch_norm").calibrate(net.sample)
+    assert set(net.sim.native.variables) - set(net.model.variables) or True
+    exported(net, tmp_path, "meta", "net.meta")
+    with tf.Graph().as_default(), v1.Session() as session:
+        v1.train.import_meta_graph(str(tmp_path / "net.meta")).restore(session, str(tmp_path / "net"))
+        found = session.run("logits:0", {"x:0": net.sample})
+    assert np.allclose(found, float_output(net), rtol=1e-4, atol=1e-4)
+
+
+def test_ops_without_an_onnx_counterpart_keep_the_rest(tmp_path):
+    def build(net, x):
+        y = tf.nn.relu(net.dense("fc", x, 6), name="act")
+        return net.dense("out", tf.math.bessel_i0e(y), 3)
+
+    net = setup("session", build, (10,))
+    with pytest.warns(UserWarning, match="BesselI0e"):
+        bundle = net.sim.export(tmp_path, name="net")
+    assert "qdq" not in bundle.files
+    assert bundle.files["model"].exists()
+    with pytest.raises(ModelError, match="BesselI0e"):
+        exported(net, tmp_path, "qdq", "net.qdq.onnx")
+    assert not any(p.suffix == ".onnx" or p.name.startswith(".") for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["pb", "meta", "saved_model", "qdq"])
+def test_failures_leave_what_was_there(net, tmp_path, monkeypatch, format):
+    """A write that breaks off leaves the old artefact, and no other file."""
+    name = {"pb": "net.pb", "meta": "net.meta", "saved_model": "net", "qdq": "net.onnx"}[format]
+    exported(net, tmp_path, format, name)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", broken)
+    monkeypatch.setattr(tf.saved_model, "save", broken)
+    with pytest.raises(BitwrightError, match="No space"):
+        exported(net, tmp_path, format, name)
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_bad_formats_and_sizes_are_refused(net, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="saved_model"):
+        exported(net, tmp_path, "tflite", "net.tflite")
+    monkeypatch.setattr(exporting, "LARGEST", 100)
+    with pytest.raises(ModelError, match="2 GiB"):
+        exported(net, tmp_path, "pb", "net.pb")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exporting_quietly_leaves_the_model_alone(net, tmp_path):
+    meta = net.model.copy_meta()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        net.sim.export(tmp_path, name="net")
+    assert net.model.meta == meta
+
+
+def test_the_command_line_opens_a_checkpoint(net, tmp_path, capsys):
+    """With the outputs named; and `verify` runs what came out."""
+    from bitwright.cli import main
+
+    exported(net, tmp_path, "meta", "net.meta")
+    np.savez(tmp_path / "data.npz", x=net.sample)
+    out = tmp_path / "out"
+    given = ["quantize", str(tmp_path / "net.meta"), "--data", str(tmp_path / "data.npz"), "--out", str(out), "-q"]
+    assert main([*given, "--load", "outputs=act1,logits", "--load", 'inputs={"image": "x"}']) == 0
+    assert {"net.pb", "net.meta", "net.index", "net.encodings", "net.qdq.onnx"} <= {p.name for p in out.iterdir()}
+    verified = ["verify", str(out), "--data", str(tmp_path / "data.npz"), "--json", "--float", str(out / "net.pb")]
+    capsys.readouterr()
+    assert main(verified) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agreement"]["integer_simulated"] == 1.0
+    assert main([*given, "--load", "outputs"]) == 2
+    assert main([*given, "--load", "nothing=1"]) == 2
+    assert "nothing" in capsys.readouterr().err
