@@ -2,10 +2,10 @@
 
     pip install torch transformers onnx onnxruntime onnxscript
     python benchmarks/capture_torch.py [--only NAME]                   # prints lines
-    python benchmarks/capture_torch.py --rows rows.json                # keeps them, and skips those that are there
-    python benchmarks/capture_torch.py --rows rows.json --write        # the page from all kept lines
+    python benchmarks/capture_torch.py --rows rows.json                # keeps them, and skips those that are whole
+    python benchmarks/capture_torch.py --rows rows.json tv.json --write      # the page from all kept lines
 
-torchvision and timm may need another torch than transformers: run the script in each environment with the same rows.
+torchvision and timm may need another torch than transformers: run the script in each environment, with its own rows.
 
 Each model is built without weights, small, in evaluation mode. *Float output* compares the captured model with the
 original on the sample and, where the batch is free, on another batch size: it must differ by exactly 0. *W8A8* is the
@@ -90,9 +90,14 @@ def decibels(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def run_onnx(path: Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])  # it takes the model as users give it
     options = ort.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")  # no saturating 16-bit sums on old processors
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception:  # with this option it can't share a quantized weight between two layers
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
 
 
@@ -185,23 +190,26 @@ def shortened(message: object) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a name")
-    parser.add_argument("--rows", type=Path, help="where finished rows are kept (JSON)")
+    parser.add_argument("--rows", type=Path, nargs="+", help="where rows are kept (JSON): the first; others are read")
     parser.add_argument("--again", action="store_true", help="run rows that are kept, too")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} from the kept rows, running nothing")
     arguments = parser.parse_args()
     rows: dict[str, Any] = {}
-    if arguments.rows and arguments.rows.exists():
-        rows = {r["name"]: r for r in json.loads(arguments.rows.read_text())}
+    kept, *others = arguments.rows or [None]
+    if kept and kept.exists():
+        rows = {r["name"]: r for r in json.loads(kept.read_text())}
     if arguments.write:
+        for path in others:
+            rows |= {r["name"]: r for r in json.loads(path.read_text())}
         PAGE.write_text(page(list(rows.values())))
         return
     for name, build in architectures():
-        if arguments.only.lower() not in name.lower() or (name in rows and not arguments.again):
+        if arguments.only.lower() not in name.lower() or ("qdq" in rows.get(name, ()) and not arguments.again):
             continue
         rows[name] = row(name, build)
         print(line(rows[name]), flush=True)
-        if arguments.rows:
-            arguments.rows.write_text(json.dumps(list(rows.values()), indent=1))
+        if kept:
+            kept.write_text(json.dumps(list(rows.values()), indent=1))
         gc.collect()
 
 

@@ -262,6 +262,8 @@ def torchvision_models() -> Iterator[tuple[str, Build]]:
     for name in ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
         yield f"torchvision {name}", lambda name=name: (
             getattr(models.segmentation, name)(weights=None, weights_backbone=None), image(128))  # fmt: skip
+    yield "torchvision ssdlite320_mobilenet_v3_large", lambda: (
+        models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None), image(320))  # fmt: skip
 
 
 def timm_models() -> Iterator[tuple[str, Build]]:

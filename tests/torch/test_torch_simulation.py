@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch import nn  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
 from bitwright.grid import PerChannel  # noqa: E402
+from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
 
@@ -206,15 +209,50 @@ def test_weights_in_evaluation_are_rounded_once(net: Setup, monkeypatch: pytest.
         assert count == once + 1
 
 
-def test_compiled_models_agree(net: Setup) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_models_agree(net: Setup, compiler: str) -> None:
+    if compiler == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
     model = net.simulation().model
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=compiler)
     with torch.no_grad():
         expected = model(net.sample)
         torch.testing.assert_close(compiled(net.sample), expected, rtol=0, atol=float(net.table["fc.output"].scale))
     model.train()
     compiled(net.sample).sum().backward()
     assert model.conv1.weight.grad is not None
+
+
+class Scaled(nn.Module):
+    """A parameter without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.scale
+
+
+def test_scalar_parameters_are_quantized() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    sim = QuantSim(Scaled().eval(), x, scheme="minmax").calibrate([x])
+    scale = float(sim.table[sim.graph.outputs[0]].scale)
+    assert "scale" in sim.plan
+    assert (sim.model(x) - Scaled.forward(sim.native, x)).abs().max() < 4 * scale
+    (found,) = sim.predict([x])
+    assert (torch.from_numpy(found) - sim.model(x)).abs().max() <= 1.01 * scale
+
+
+def test_folded_models_can_be_printed() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    sim = QuantSim(net, x, scheme="minmax").apply("fold_batch_norm").calibrate([x])
+    assert "BatchNorm2d" in repr(sim.model)
+    assert set(sim.native.state_dict()) == {"0.weight", "0.bias"} | {
+        n for n in sim.native.state_dict() if "num_batches" in n
+    }
 
 
 def test_data_parallel_training() -> None:
