@@ -238,11 +238,10 @@ def from_concrete(function: Any, kind: Kind, key: str = "serving_default") -> Tf
     captured = {inner.name for _, inner in function.graph.captures}
     inputs = {t.name.removesuffix(":0"): t.name for t in function.graph.inputs if t.name not in captured}
     structured = function.structured_outputs
-    if isinstance(structured, Mapping):
-        names = [str(name) for name in sorted(structured)]
-        flat = [structured[name] for name in sorted(structured)]
+    flat = tf.nest.flatten(structured)
+    if isinstance(structured, Mapping) and len(flat) == len(structured):
+        names = [str(name) for name in sorted(structured)]  # the order in which TensorFlow flattens a mapping
     else:
-        flat = list(tf.nest.flatten(structured))
         names = ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
     tensors = [t.name for t in function.graph.outputs]
     if len(tensors) != len(flat) or not tensors or not inputs:

@@ -189,6 +189,31 @@ def test_functions_and_modules() -> None:
         BACKEND.adopt(free, X[:2, :, :, :, None])
 
 
+def test_callable_modules_and_nested_results() -> None:
+    class Two(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = tf.Variable(tfnets.image(3, 2), name="w")
+
+        def __call__(self, x, scale):
+            y = tf.matmul(x, self.w)
+            return {"b": [y, y * scale], "a": tf.nn.relu(y)}
+
+    module, x = Two(), tfnets.image(4, 3)
+    scale = np.ones((4, 1), np.float32) * 2
+    model = BACKEND.adopt(module, (x, scale))
+    assert model.inputs == ("x:0", "scale:0")
+    assert list(model.signature.outputs) == ["output_0", "output_1", "output_2"]
+    found = model(x, scale=scale)
+    expected = tf.nest.flatten(module(x, scale))
+    for value, other in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-6)
+    with pytest.raises(InputError, match="no input 'z'"):
+        model(x, z=scale)
+    with pytest.raises(InputError, match="scale"):
+        model(x)
+
+
 def test_captured_arrays_are_constants_and_tables_are_refused() -> None:
     shift = tf.constant(np.arange(3, dtype=np.float32))
     model = BACKEND.adopt(tf.function(lambda x: x + shift), np.zeros((2, 3), np.float32))
@@ -209,3 +234,21 @@ def test_quantized_models_are_refused() -> None:
 def test_keras_models_are_left_to_keras() -> None:
     keras = pytest.importorskip("keras")
     assert not BACKEND.owns(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
+
+
+def test_a_keras_export(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    layers = keras.layers
+    net = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3, strides=2, padding="same", use_bias=False, name="conv"),
+         layers.BatchNormalization(name="bn"), layers.ReLU(6.0), layers.GlobalAveragePooling2D(),
+         layers.Dense(5, activation="softmax", name="fc")]
+    )  # fmt: skip
+    net.export(tmp_path / "net", verbose=False)
+    model = BACKEND.load(tmp_path / "net")
+    assert kinds(model) == [OpKind.CONV, OpKind.BATCH_NORM, OpKind.CLIPPED_RELU, OpKind.AVERAGE_POOL, OpKind.LINEAR,
+                            OpKind.SOFTMAX]  # fmt: skip
+    graph = BACKEND.graph(model)
+    assert {"conv/kernel", "bn/gamma", "fc/kernel", "fc/bias"} <= set(graph.params)
+    assert not [t for t in graph.tensors if "PartitionedCall" in t]
+    np.testing.assert_allclose(outputs(model)[0], np.asarray(net(X)), rtol=1e-5, atol=1e-6)
