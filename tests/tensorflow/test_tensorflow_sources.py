@@ -249,6 +249,8 @@ def test_a_keras_export(tmp_path: Path) -> None:
     assert kinds(model) == [OpKind.CONV, OpKind.BATCH_NORM, OpKind.CLIPPED_RELU, OpKind.AVERAGE_POOL, OpKind.LINEAR,
                             OpKind.SOFTMAX]  # fmt: skip
     graph = BACKEND.graph(model)
-    assert {"conv/kernel", "bn/gamma", "fc/kernel", "fc/bias"} <= set(graph.params)
+    variables = {v.path for v in net.weights}
+    assert len(variables) == 7
+    assert variables == set(graph.params)
     assert not [t for t in graph.tensors if "PartitionedCall" in t]
     np.testing.assert_allclose(outputs(model)[0], np.asarray(net(X)), rtol=1e-5, atol=1e-6)
