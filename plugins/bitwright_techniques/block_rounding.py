@@ -70,7 +70,8 @@ def block_rounding(
     Raises:
         EncodingError: blocks straddle the groups of a grouped op.
     """
-    parts = segments(grid)
+    features = problem.gram.shape[1]
+    parts = [np.arange(features)] if grid.whole_rows else segments(grid)
     order = _order(problem.gram, parts, in_act_order)
     _, upper = factor(problem.unit_gram, order)
     lead = np.arange(len(order))[:, None]
@@ -84,7 +85,7 @@ def block_rounding(
     while begin < free.shape[1]:
         members = next(p for p in parts if first[begin] in p)
         end = begin + len(members)
-        at = members[0]
+        at = 0 if grid.whole_rows else members[0]
         cells = grid.cells[..., at]
         block = _Block(upper[:, begin:end, begin:end], grid.low[..., at], grid.high[..., at])
         values = free[:, begin:end]

@@ -189,6 +189,9 @@ def passes(graph: Graph, flow: Flow, op: Op, *, pooling: bool) -> bool:
             flow.axis -= sum(a < flow.axis for a in axes)
             flow.rank -= len(axes)
         return True
+    if op.kind is OpKind.MAX_POOL:  # without attributes: over other axes, if rank and channels stay
+        after = graph.tensors[op.output].shape
+        return op.attrs is None and after is not None and len(after) == flow.rank and after[flow.axis] == flow.channels
     return op.kind is OpKind.RESHAPE and _flattens(graph, flow, op)
 
 

@@ -147,16 +147,22 @@ def _product(graph: Graph, tensor: TensorId, op: Op) -> bool:
 
 
 def _reason(graph: Graph, op: Op, reasons: dict[TensorId, str]) -> str:
-    """What stands between an op's input and a source, walking back along first operands."""
-    tensor: TensorId = op.data_inputs[0]
-    while True:
+    """What stands between an op's input and a source, walking back through what lets factors pass."""
+    waiting: list[TensorId] = [op.data_inputs[0]]
+    last = ""
+    while waiting:
+        tensor = waiting.pop()
         if tensor in reasons:
             return reasons[tensor]
         maker = graph.producer(tensor)
         if maker is None or not maker.data_inputs:
-            return "its input comes straight from the model's input"
-        if maker.kind in LINEAR_KINDS | _NORMS or not passes(
-            graph, Flow(1, 1, len(graph.tensors[tensor].shape or (0, 0))), maker, pooling=True
-        ):
-            return f"its input is made by {maker.id!r} ({maker.type}), which can't absorb factors"
-        tensor = maker.data_inputs[0]
+            last = last or "its input comes straight from the model's input"
+            continue
+        shape = graph.tensors[tensor].shape or (0, 0)
+        flow = Flow(shape[min(1, len(shape) - 1)] or 1, min(1, len(shape) - 1), len(shape))
+        through = maker.kind is OpKind.MUL or passes(graph, flow, maker, pooling=True)
+        if through and not bounded(maker):
+            waiting += reversed(maker.data_inputs)
+        else:
+            last = last or f"its input is made by {maker.id!r} ({maker.type}), which can't absorb factors"
+    return last

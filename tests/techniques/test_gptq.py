@@ -1,0 +1,156 @@
+"""GPTQ: equal to the textbook loop, better than nearest rounding, block scales, guarantees."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import KINDS, W4, make_layer
+
+from bitwright.errors import EncodingError
+from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.linear_form import to_matrix
+from bitwright_techniques.block_rounding import block_rounding
+from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
+from bitwright_techniques.reconstruction import reconstruction
+from bitwright_techniques.rounding_descent import act_order
+from bitwright_techniques.scale_search import search_scales
+from bitwright_techniques.weight_grid import WeightGrid
+
+BLOCKS = {"blockwise": Blockwise(0, 1, 2), "lpbq": Blockwise(0, 1, 2, 8)}
+
+
+def textbook(problem, grid, order):
+    """Frantar et al. 2023, algorithm 1, one weight at a time in float64; groups one after another."""
+    codes = np.zeros_like(problem.weight)
+    for g in range(len(problem.gram)):
+        p = order[g]
+        inverse = np.linalg.inv(problem.gram[g][np.ix_(p, p)])
+        factor = np.linalg.cholesky(inverse).T
+        weight = problem.target[g][:, p].copy()
+        step, low, high = (np.broadcast_to(a[g], weight.shape)[:, p] for a in (grid.step, grid.low, grid.high))
+        for i in range(len(p)):
+            code = np.clip(np.rint(weight[:, i] / step[:, i]), low[:, i], high[:, i])
+            error = (weight[:, i] - code * step[:, i]) / factor[i, i]
+            weight[:, i:] -= np.outer(error, factor[i, i:])
+            codes[g][:, p[i]] = code
+    return codes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("in_act_order", [True, False])
+@pytest.mark.parametrize("block", [1, 5, 128])
+def test_equals_the_textbook_loop(kind, in_act_order, block):
+    layer = make_layer(kind, noise=0.2)
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    found = rounded(problem, grid, GptqSettings(act_order=in_act_order, block_size=block))
+    features = problem.weight.shape[2]
+    order = act_order(problem.gram) if in_act_order else np.tile(np.arange(features), (len(problem.gram), 1))
+    assert np.array_equal(found, textbook(problem, grid, order))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_makes_up_for_rounding_and_quantized_inputs(kind, noise):
+    layer = make_layer(kind, noise=noise)
+    result = round_layer(layer, GptqSettings(scales="keep"))
+    f = result.figures
+    # Nine taps of a depthwise channel leave little to make up with.
+    assert f["after"] < (1.0 if kind == "depthwise" else 0.9) * f["nearest"] <= f["before"] + 1e-9
+    assert np.array_equal(result.encoding.fake_quantize(result.weight), result.weight)
+    assert result.encoding.frozen
+    assert result.encoding.source == "gptq"
+    assert np.array_equal(result.encoding.scale, layer.encoding.scale)
+
+    # The bias keeps the mean.
+    def mean(weight, moment):
+        return np.einsum("grk,gk->gr", to_matrix(layer.op, weight), moment).reshape(-1)
+
+    shift = mean(layer.weight, layer.moments.mean) - mean(result.weight, layer.moments.mean_quantized)
+    assert np.allclose(result.bias - layer.bias, shift, atol=1e-4)
+
+
+def test_the_target_is_w_times_c_and_not_w():
+    """With inputs that differ from the float ones, ignoring that costs output error."""
+    layer = make_layer("conv", noise=0.6)
+    aware, blind = (round_layer(layer, GptqSettings(inputs=i)) for i in ("quantized", "float"))
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+
+    def loss(result):
+        return problem.loss(to_matrix(layer.op, result.weight)).sum()
+
+    assert loss(aware) < 0.8 * loss(blind)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_scales_chosen_on_the_way_beat_those_chosen_before(name, kind):
+    better = 0
+    for seed in range(4):
+        layer = make_layer(kind, seed, spec=QuantSpec(4, granularity=BLOCKS[name]), noise=0.1)
+        dynamic, static = (round_layer(layer, GptqSettings(groups=g)).figures["after"] for g in ("dynamic", "static"))
+        better += dynamic <= static * 1.001
+    assert better >= 3
+
+
+def test_block_rounding_takes_the_candidate_of_least_spread_error():
+    """One block: its greedy error is the whole objective, so no candidate scale may do better."""
+    layer = make_layer("linear", spec=QuantSpec(4, granularity=Blockwise(0, 1, 12)))
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid = search_scales(problem, WeightGrid.of(layer.op, layer.weight.shape, layer.encoding))
+    chosen, codes = block_rounding(problem, grid, candidates=10)
+    reached = problem.objective(chosen.values(codes))
+    full = np.maximum(problem.target.max(axis=2) / 7, -problem.target.min(axis=2) / 8).reshape(-1)
+    for i in range(1, 11):
+        trial = grid.with_scale(full * i / 10)
+        other = rounded(problem, trial, GptqSettings())
+        assert (reached <= problem.objective(trial.values(other)) * 1.001 + 1e-6).all()
+
+
+def test_lpbq_scales_stay_integer_multiples():
+    layer = make_layer("linear", spec=QuantSpec(4, granularity=Blockwise(0, 1, 4, 8)))
+    e = round_layer(layer, GptqSettings()).encoding
+    assert e.block_scale.min() >= 1
+    assert e.block_scale.max() <= 16
+    unit = (e.scale / e.block_scale)[:, :1]
+    assert np.allclose(e.scale, e.block_scale * unit, rtol=2e-7)
+
+
+def test_blocks_across_groups_are_refused():
+    layer = make_layer("transposed", spec=QuantSpec(4, granularity=Blockwise(1, 0, 2)))
+    with pytest.raises(EncodingError, match="straddles the groups"):
+        round_layer(layer, GptqSettings())
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(KINDS),
+    bits=st.integers(2, 8),
+    granularity=st.sampled_from([PerChannel(0), PerTensor()]),
+    symmetric=st.booleans(),
+    noise=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_never_worse_than_nearest_rounding(seed, kind, bits, granularity, symmetric, noise):
+    spec = QuantSpec(bits, symmetric, symmetric, granularity=granularity)
+    layer = make_layer(kind, seed, spec=spec, noise=noise)
+    for scales in ("keep", "search"):
+        figures = round_layer(layer, GptqSettings(scales=scales, candidates=6)).figures
+        assert figures["after"] <= figures["nearest"] * (1 + 1e-9)
+        assert figures["after"] <= figures["before"] * (1 + 1e-9)
+
+
+def test_dead_inputs_and_zero_channels():
+    weight = make_layer("conv").weight.copy()
+    weight[0] = 0
+    x = np.random.default_rng(0).normal(size=(4, 4, 5, 5)).astype(np.float32)
+    x[:, 2] = 0
+    result = round_layer(make_layer("conv", weight=weight, x=x), GptqSettings())
+    assert np.isfinite(result.weight).all()
+    assert not result.weight[0].any()
+
+
+def test_frozen_scales_are_kept():
+    layer = make_layer("conv", spec=W4)
+    layer.encoding = layer.encoding.with_(frozen=True, scale=layer.encoding.scale * np.float32(0.7))
+    assert np.array_equal(round_layer(layer, GptqSettings()).encoding.scale, layer.encoding.scale)
