@@ -48,7 +48,7 @@ def network() -> keras.Model:
 
     def block(x, filters, name, **options):
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=name, **options)(x)
-        return layers.ReLU(name=f"{name}_relu")(layers.BatchNormalization(name=f"{name}_bn")(x))
+        return layers.ReLU(name=f"{name}_relu")(layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x))
 
     x = block(x, 24, "stem", strides=2)
     y = block(layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x), 24, "middle")

@@ -153,3 +153,16 @@ def test_a_weight_that_two_convolutions_share_runs(tmp_path):
     bundle = sim.export(tmp_path, name="shared")
     got = compile_bundle(bundle, ["y"]).run({"x": x})
     assert np.abs(got[Tap("z")] - sim.predict({"x": x})[0]).max() <= 2 * float(sim.table["z"].scale)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_signed_activations_run_as_unsigned_ones(tmp_path, bits):
+    sims = []
+    for kind in (f"int{bits}", f"uint{bits}"):
+        sim = QuantSim(conv_net(3)[0], target="generic-int8", activations=kind)
+        x = {"x": np.random.default_rng(0).normal(0, 1, (16, 3, 8, 8)).astype(np.float32)}
+        sim.calibrate(x)
+        bundle = sim.export(tmp_path, name=kind)
+        sims.append((sim.predict(x)[0], next(iter(compile_bundle(bundle).run(x).values()))))
+    assert np.array_equal(sims[0][0], sims[1][0])
+    assert np.array_equal(sims[0][1], sims[1][1])
