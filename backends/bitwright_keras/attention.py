@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from bitwright_keras.normalize import Normalizer
 
 
-def multi_head_attention(
-    made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def multi_head_attention(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The calls of attention over one axis of (samples, steps, features); None for any other."""
     given = layer._call_signature.bind(*args, **kwargs).arguments
     query, value = given["query"], given["value"]

@@ -59,8 +59,9 @@ def convolution(node: Node, source: Spec, kernel: tuple[int, ...], channels: int
     """Geometry of a convolution; None where a size that it depends on isn't fixed."""
     layer: Any = node.operation
     count = len(kernel)
-    strides, dilations = tuple(layer.strides), tuple(layer.dilation_rate)
-    strides, dilations = strides * count if len(strides) == 1 else strides, dilations * count if len(dilations) == 1 else dilations
+    strides, dilations = (
+        tuple(given) * (count if len(given) == 1 else 1) for given in (layer.strides, layer.dilation_rate)
+    )
     groups = channels if hasattr(layer, "depth_multiplier") else getattr(layer, "groups", 1)
     pads = window_pads(layer.padding, spatial(node, source), kernel, strides, dilations)
     return None if pads is None else ConvAttrs(kernel, strides, dilations, pads, groups)
@@ -113,7 +114,8 @@ def pool(node: Node, source: Spec) -> tuple[str, PoolAttrs]:
     if node.type == "Mean":
         axes = setting(node, "axis", 1)
         chosen = range(rank) if axes is None else axes if isinstance(axes, list | tuple) else [axes]
-        return "ReduceMean", PoolAttrs(tuple(int(a) % rank for a in chosen), keepdims=bool(setting(node, "keepdims", 2)))
+        kept = bool(setting(node, "keepdims", 2))
+        return "ReduceMean", PoolAttrs(tuple(int(a) % rank for a in chosen), keepdims=kept)
     layer: Any = node.operation
     if node.type.startswith("Global"):
         axis = data_axis(node, rank)
@@ -130,7 +132,9 @@ def pool(node: Node, source: Spec) -> tuple[str, PoolAttrs]:
 
 def bounds(low: Any, high: Any) -> tuple[OpKind, ActivationAttrs]:
     """A clip by its bounds: (0, m) is a clipped ReLU, (0, ∞) a ReLU, all else an activation."""
-    if not all(v is None or np.ndim(v) == 0 and isinstance(v, int | float | np.number | np.ndarray) for v in (low, high)):
+    if not all(
+        v is None or (isinstance(v, int | float | np.number | np.ndarray) and not np.ndim(v)) for v in (low, high)
+    ):
         return OpKind.ACTIVATION, ActivationAttrs()
     attrs = ActivationAttrs(None if low is None else float(low), None if high is None else float(high))
     if attrs.minimum == 0 and attrs.maximum is not None and attrs.maximum > 0:

@@ -159,7 +159,9 @@ class _Builder:
             native = np.shape(constant_of(bias, key))
             params[ParamRole.BIAS] = self._declare(bias, key, Layout(native, tuple(range(len(native))), native[:1]))
         self._axes(node, kind)
-        inputs = mask.inputs + tuple(t for t in node.inputs if t not in mask.outputs) if mask is not None else node.inputs
+        inputs = node.inputs
+        if mask is not None:
+            inputs = (*mask.inputs, *(t for t in node.inputs if t not in mask.outputs))
         outputs = node.outputs if bias is None else bias.outputs
         return Op(node.op, kind, type, inputs, outputs, params, attrs, _native(node))
 
@@ -173,9 +175,7 @@ class _Builder:
             return FUNCTIONS.get(_function_name(node), (OpKind.OPAQUE, _function_name(node)))
         return LAYERS.get(node.type, opaque)
 
-    def _classify(
-        self, node: Node, kind: OpKind, type: str
-    ) -> tuple[OpKind, str, Attrs | None, dict[ParamRole, str]]:
+    def _classify(self, node: Node, kind: OpKind, type: str) -> tuple[OpKind, str, Attrs | None, dict[ParamRole, str]]:
         roles = {ROLES[key]: key for key in node.params if key in ROLES}
         opaque: tuple[OpKind, str, Attrs | None, dict[ParamRole, str]] = (OpKind.OPAQUE, type, None, {})
         source, result = self._model.specs[node.inputs[0]], self._model.specs[node.outputs[0]]

@@ -157,9 +157,7 @@ class _Editor:
     def _fold_batch_norm(self, edit: FoldBatchNorm) -> None:
         norm, into = self._op(edit.batch_norm), self._op(edit.into)
         if norm.kind is not OpKind.BATCH_NORM or into.kind not in LINEAR_KINDS:
-            raise ModelError(
-                f"{edit.batch_norm!r} ({norm.type}) can't be folded into {edit.into!r} ({into.type})"
-            )
+            raise ModelError(f"{edit.batch_norm!r} ({norm.type}) can't be folded into {edit.into!r} ({into.type})")
         source = norm.data_inputs[0]
         if source == into.output:
             self._only_reader(source, edit)

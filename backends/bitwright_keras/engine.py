@@ -40,7 +40,7 @@ def compiled(function: Function, inputs: Sequence[Spec]) -> Function:
 
         return without_gradients
     if name == "jax":
-        import jax
+        import jax  # type: ignore[import-not-found]
 
         jitted: Function = jax.jit(function)
         return jitted

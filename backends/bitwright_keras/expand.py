@@ -104,7 +104,8 @@ def _rescaling(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     x = _cast(made, layer, name, args[0])
     if not offset.any():
         return made.emit(name, keras.ops.multiply, x, _number(scale))
-    return made.emit(name, keras.ops.add, made.emit(f"{name}/scale", keras.ops.multiply, x, _number(scale)), _number(offset))
+    x = made.emit(f"{name}/scale", keras.ops.multiply, x, _number(scale))
+    return made.emit(name, keras.ops.add, x, _number(offset))
 
 
 def _normalization(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,9 +171,11 @@ def _matmul(made: Normalizer, operation: Any, name: str, args: tuple[Any, ...], 
     if len(x1.shape) < 2 or x1.shape[-1] is None or keras.backend.standardize_dtype(x1.dtype) != str(x2.dtype):
         return None
     layer, params = made.layer(
-        operation, name, make=lambda file: keras.layers.Dense(x2.shape[1], use_bias=False, name=file, dtype=str(x2.dtype)),
+        operation,
+        name,
+        make=lambda file: keras.layers.Dense(x2.shape[1], use_bias=False, name=file, dtype=str(x2.dtype)),
         params={"kernel": f"{name}/kernel"},
-    )  # fmt: skip
+    )
     result = made.emit(name, layer, x1, params=params)
     layer.kernel.assign(x2)
     return result

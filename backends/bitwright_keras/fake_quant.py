@@ -122,7 +122,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
             return
         self._form = encoding
         self._assign(encoding)
-        if self.follows and parameter is not None:
+        if self.following is not None and self.ratio is not None and parameter is not None:
             self.following.assign(not encoding.frozen)
             if not encoding.frozen:
                 base = two_level_scale(min_max_scale(*self._cut(parameter), encoding)[0], encoding)
@@ -175,7 +175,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
             scale = scale * ops.exp(value_of(self.log_scale))
             scale = scale + ops.stop_gradient(two_level_scale(scale, form) - scale)
         if self.zero_shift is not None:
-            shift = value_of(self.zero_shift) * float(grid.steps) * self._moves.astype(np.float32)
+            steps = ops.convert_to_tensor(self._moves.astype(np.float32) * np.float32(grid.steps))
+            shift = value_of(self.zero_shift) * steps
             zero = grid.qmin - low
             moved = zero + shift
             moved = moved + ops.stop_gradient(ops.clip(ops.round(moved), grid.qmin, grid.qmax) - moved)

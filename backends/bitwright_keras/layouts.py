@@ -45,7 +45,7 @@ class Layout:
     def to_native(self, value: NDArray[Any]) -> NDArray[Any]:
         """Canonical → native."""
         split = np.reshape(value, tuple(self.native[i] for i in self.order))
-        return np.ascontiguousarray(np.transpose(split, np.argsort(self.order)))
+        return np.asarray(np.transpose(split, np.argsort(self.order)), order="C")
 
     def spread(self, value: NDArray[Any]) -> NDArray[Any]:
         """An array that broadcasts against the canonical form → one that does so against the native form."""

@@ -78,8 +78,8 @@ def copy_layer(
         twin = type(layer).from_config(config)
     except Exception as error:
         raise ModelError(
-            f"layer {layer.name!r} ({type(layer).__name__}) can't be copied: {str(error).strip().splitlines()[0]}; give "
-            "the class a get_config() with its constructor's arguments"
+            f"layer {layer.name!r} ({type(layer).__name__}) can't be copied: {str(error).strip().splitlines()[0]}; "
+            "give the class a get_config() with its constructor's arguments"
         ) from error
     _build_as(twin, layer)
     twin.trainable = layer.trainable
@@ -98,5 +98,3 @@ def _build_as(twin: keras.layers.Layer, layer: keras.layers.Layer) -> None:
         twin.build_from_config(config)
     else:
         twin.build(None)
-
-

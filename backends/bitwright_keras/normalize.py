@@ -11,18 +11,18 @@ copies of the user's layers, with composite ones spelled out on the way (`expand
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import keras
-import numpy as np
 
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_keras.constants import constant_params
-from bitwright_keras.model import KerasModel, Node, Ref, Spec, execute, pruned, refs, substitute, variables_of
+from bitwright_keras.model import KerasModel, Node, Ref, Spec, pruned, refs, variables_of
 from bitwright_keras.native import copy_layer, copy_of, input_of
+from bitwright_keras.opening import compare, recording_of
 from bitwright_keras.tracing import Call, Recording, functional_of, history, recorded, trace
 
 
@@ -41,7 +41,7 @@ def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
         InputError: the sample doesn't fit.
         ModelError: the model can't be captured, or is quantized already.
     """
-    recording, captured = _recording(model, sample)
+    recording, captured = recording_of(model, sample)
     made = Normalizer()
     names: dict[str, Any] = {}
     for index, tensor in enumerate(recording.inputs):
@@ -68,7 +68,7 @@ def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
     used = set(result.inputs).union(*(n.outputs for n in result.nodes))
     result = replace(result, specs={t: s for t, s in result.specs.items() if t in used})
     if made.traced or captured:
-        _compare(model, result, sample, made.traced)
+        compare(model, result, sample, made.traced)
     return result
 
 
@@ -84,69 +84,6 @@ def _structure(structure: Any, names: Mapping[int, Ref], captured: bool) -> Any:
 def _input_name(tensor: Any, index: int) -> str:
     operation = getattr(getattr(tensor, "_keras_history", None), "operation", None)
     return str(operation.name) if operation is not None else str(tensor.name or f"input_{index}")
-
-
-def _recording(model: keras.Model, sample: Any) -> tuple[Recording, bool]:
-    """The model's calls, and whether they come from its `call`."""
-    functional = functional_of(model)
-    if functional is None and isinstance(model, keras.Sequential) and sample is not None:
-        twin = keras.Sequential([copy_layer(x) if x.built else x for x in model.layers], name=model.name)
-        twin.build((None, *np.shape(_arrays(sample)[0])[1:]))
-        functional = functional_of(twin)
-    if functional is not None:
-        return recorded(functional), False
-    if isinstance(model, keras.Sequential):
-        raise ModelError(
-            f"{model.name!r} has no input shape yet: call model.build(shape), or give a sample batch: "
-            "QuantSim(model, sample, …)"
-        )
-    symbols = _symbolic(model, sample)
-    if not model.built or any(not layer.built for layer in model._flatten_layers()):
-        if sample is None:
-            raise ModelError(
-                f"the subclassed model {model.name!r} was never called, so it has no weights yet: call it on a batch "
-                "first, or give a sample batch: QuantSim(model, sample, …)"
-            )
-        model(_tensors(sample))
-    return trace(model, (symbols,), {}), True
-
-
-def _symbolic(model: keras.Model, sample: Any) -> Any:
-    """Symbolic inputs for a subclassed model: by the sample, or by the shapes that it was built with."""
-    if sample is not None:
-        index = iter(range(1000))
-
-        def symbol(path_value: Any) -> Any:
-            array = np.asarray(path_value)
-            dtype = "float32" if array.dtype.kind == "f" else "int32" if array.dtype.kind in "iu" else "bool"
-            return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype, name=f"input_{next(index)}")
-
-        if isinstance(sample, Mapping):
-            named = {k: symbol(v) for k, v in sample.items()}
-            for key, value in named.items():
-                value.name = key
-            return named
-        return keras.tree.map_structure(symbol, sample)
-    inputs = getattr(model, "inputs", None)
-    if inputs:
-        return inputs[0] if len(inputs) == 1 else list(inputs)
-    shapes = model._build_shapes_dict or {}
-    if len(shapes) == 1:
-        (shape,) = shapes.values()
-        if isinstance(shape, list | tuple) and all(n is None or isinstance(n, int) for n in shape):
-            return keras.KerasTensor((None, *shape[1:]), name="input")
-    raise ModelError(
-        f"the subclassed model {model.name!r} doesn't tell the shape of its inputs: give a sample batch: "
-        "QuantSim(model, sample, …)"
-    )
-
-
-def _tensors(sample: Any) -> Any:
-    return keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(np.asarray(x)), sample)
-
-
-def _arrays(sample: Any) -> list[Any]:
-    return [np.asarray(x) for x in keras.tree.flatten(sample)]
 
 
 class Normalizer:
@@ -253,7 +190,9 @@ class Normalizer:
 
     # -- calls
 
-    def emit(self, name: str, operation: Any, *args: Any, params: Mapping[str, ParamId] | None = None, **kwargs: Any) -> Any:
+    def emit(
+        self, name: str, operation: Any, *args: Any, params: Mapping[str, ParamId] | None = None, **kwargs: Any
+    ) -> Any:
         """Make one call of the normal form.
 
         Args:
@@ -375,12 +314,12 @@ class Normalizer:
         def plain(x: Any) -> Any:
             if isinstance(x, keras.Variable):
                 if x.trainable:
-                    warnings.warn(
-                        CaptureNotice(f"variable {x.path!r}, which {name!r} reads, isn't a layer's own: a constant here"),
-                        stacklevel=2,
-                    )
-                return keras.ops.convert_to_numpy(x.value)
-            return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor) else x
+                    notice = f"variable {x.path!r}, which {name!r} reads, isn't a layer's own: a constant here"
+                    warnings.warn(CaptureNotice(notice), stacklevel=2)
+                return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x.value))
+            if isinstance(x, keras.KerasTensor) or not keras.ops.is_tensor(x):
+                return x
+            return keras.ops.convert_to_numpy(x)
 
         return keras.tree.map_structure(plain, (args, kwargs))
 
@@ -404,42 +343,3 @@ def _symbols(structure: Any) -> list[Any]:
 
 def _of_keras(operation: keras.Operation) -> bool:
     return type(operation).__module__.partition(".")[0] == "keras"
-
-
-def _compare(model: keras.Model, normal: KerasModel, sample: Any, traced: Sequence[str]) -> None:
-    """Refuse a capture that computes something else than the model."""
-    batch = _batch(normal, sample)
-    try:
-        expected = keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False))
-    except Exception as error:
-        if sample is None:  # made-up numbers needn't suit the model
-            return
-        raise InputError(f"the sample doesn't fit the model: {str(error).splitlines()[0]}") from error
-    values: dict[str, Any] = dict(batch)
-    execute(normal.nodes, values)
-    found = [values[t] for t in refs(normal.outputs)]
-    for x, y in zip(expected, found, strict=True):
-        a, b = (np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in (x, y))
-        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-3, atol=1e-4 * max(float(np.abs(a).max(initial=0)), 1.0)):
-            raise ModelError(
-                f"capturing {', '.join(map(repr, traced)) or repr(model.name)} through call() gives other results than "
-                "calling it: it depends on Python state, on values, or on the batch's shape; write it with keras.layers "
-                "and keras.ops only"
-            )
-
-
-def _batch(normal: KerasModel, sample: Any) -> dict[str, Any]:
-    if sample is not None:
-        flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else _arrays(sample)
-        return {
-            t: keras.ops.convert_to_tensor(np.asarray(x), dtype=normal.specs[t].dtype)
-            for t, x in zip(normal.inputs, flat, strict=True)
-        }
-    rng = np.random.default_rng(0)
-    batch = {}
-    for t in normal.inputs:
-        spec = normal.specs[t]
-        shape = [2 if i == 0 and n is None else 8 if n is None else n for i, n in enumerate(spec.shape)]
-        drawn = rng.normal(size=shape) if spec.dtype.startswith(("float", "bfloat")) else np.ones(shape)
-        batch[t] = keras.ops.convert_to_tensor(drawn, dtype=spec.dtype)
-    return batch

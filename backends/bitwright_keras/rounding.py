@@ -69,7 +69,7 @@ def round_to_grid(x: Any, scale: Any, low: Any, high: Any, *, learned: bool = Fa
         factor: of the gradients to scale and ends.
     """
 
-    @ops.custom_gradient
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
     def rounded(x: Any, scale: Any, low: Any, high: Any) -> Any:
         y = clip(ops.round(ops.divide(x, scale)), low, high) * scale
 
@@ -100,7 +100,7 @@ def round_to_float(x: Any, scale: Any, form: FloatFormat, *, learned: bool = Fal
     """x in a float format and back, saturating at its largest value; bit-equal to `grid.cast_float`."""
     largest = FLOAT_FORMATS[form][2]
 
-    @ops.custom_gradient
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
     def rounded(x: Any, scale: Any) -> Any:
         r = ops.clip(ops.divide(x, scale), -largest, largest)
         y = ops.cast(ops.cast(r, CASTS[form]), "float32") * scale

@@ -160,5 +160,3 @@ def _part(
             f"{', '.join(map(repr, sources.values()))} alone: input {missing[0]!r} is needed"
         )
     return tuple(reversed(kept))
-
-

@@ -1,4 +1,4 @@
-"""A simulation for Keras: the normal form with `FakeQuantize` layers at its sites, a plain `keras.Model` to run or train.
+"""A simulation for Keras: the normal form with `FakeQuantize` layers at its sites, a `keras.Model` to run or train.
 
 Setting an encoding assigns a few numbers, and for a weight its quantized values; nothing is compiled again unless the
 kind of grid changes (integer to float, per tensor to per channel). Sites that share an encoding share one layer. Where

@@ -19,5 +19,6 @@ def test_contract_and_training_on_pytorch() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", "not export"],
         env={**os.environ, "KERAS_BACKEND": "torch"}, capture_output=True, text=True, cwd=HERE.parents[1],
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
