@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Backend, Batch, ParamUpdates, PartialExecution, Session, Simulation
 from bitwright.cuts import CACHE_BYTES, CutCache, Stage, schedule
 from bitwright.data import Dataset
-from bitwright.edits import Edit, SetBias, SetParams
+from bitwright.edits import Edit, SetBias, SetParams, SplitSharedParam
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
 from bitwright.errors import CapabilityError, InputError, ModelError
@@ -185,11 +185,14 @@ class _Networks:
         self.walk, self.ops, self.quantized, self.active = walk, ops, quantized, activations
         self.encodings = encodings
         self.simulation: Simulation[Any] | None = None
-        own = {p for p in walk.graph.params if len(walk.graph.users(p)) == 1}
+        own = {
+            p for p in walk.graph.params if len(walk.graph.users(p)) == 1
+        }  # a shared one is split off when it changes
         self.biases = {op.id: b if (b := op.params.get(ParamRole.BIAS)) in own else None for op in ops}
         self.changed: dict[ParamId, NDArray[np.float32]] = {}
         """What `walk._current` doesn't have yet."""
         self.added: dict[OpId, NDArray[np.float32]] = {}
+        self.users = {p: len(walk.graph.users(p)) for p in walk.graph.params}
         self.params: dict[ParamId, NDArray[np.float32]] = {}
         """What the simulation doesn't have yet."""
         self.installed: dict[SiteId, Encoding] = {}
@@ -283,7 +286,12 @@ class _Networks:
                 if ParamRole.BIAS not in op.params and self.biases[op.id] is None and op.id not in self.added:
                     self.added[op.id] = np.zeros(output_channels(op, shape), np.float32)
         edits: list[Edit] = [SetParams(self.changed)] if self.changed else []
-        edits += [SetBias(op, bias) for op, bias in self.added.items()]
+        for id, bias in self.added.items():
+            shared = walk.graph.op(id).params.get(ParamRole.BIAS)
+            if shared is not None and self.users[shared] > 1:
+                edits.append(SplitSharedParam(id, shared))
+                self.users[shared] -= 1
+            edits.append(SetBias(id, bias))
         if edits:
             walk._current = walk.backend.edit(walk._current, edits)
         if self.added:
