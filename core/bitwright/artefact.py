@@ -14,7 +14,7 @@ from bitwright import __version__, formats, registry
 from bitwright.backend import Backend, Bundle, BundledFormats
 from bitwright.durable import make_directory
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import EncodingError, InputError, ModelError
+from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
 from bitwright.formats import EncodingsFile, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import Graph, OpKind, Param, ParamId, ParamRole
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
@@ -48,10 +48,10 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
         for other, suffix in others.items():
             try:
                 files |= backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other).files
-            except ModelError as error:
+            except (MissingExtraError, ModelError) as error:
                 if other != QDQ:
                     raise
-                # Ops without a counterpart in ONNX must not cost the user the native artefact.
+                # What ONNX can't express, or isn't installed for, must not cost the user the native artefact.
                 warnings.warn(f"{name}{suffix} isn't written: {error}", stacklevel=3)
         bias = version >= "2" if include_bias is None else include_bias
         entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)

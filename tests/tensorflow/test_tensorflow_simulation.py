@@ -144,9 +144,8 @@ def test_parameters_are_on_their_grids(kind):
             param = op.weight
             value = read_params(net.model, [param])[param]
             spec = SPECS[name]
-            if "block" in name or name == "lpbq":
-                if value.shape[1] % 4:
-                    continue
+            if ("block" in name or name == "lpbq") and value.shape[1] % 4:
+                continue
             encoding = encoding_of_weights(value, spec)
             simulation.set({param: encoding})
             held = simulation.model.session.run(f"{param}/quantized/Read/ReadVariableOp:0")
