@@ -63,6 +63,11 @@ def _noise(o: Overall | None) -> float:
     return 0.0 if o is None or o.sqnr_db is None else 10 ** (-o.sqnr_db / 10)
 
 
+def _counted(things: Collection[object], name: str) -> str:
+    """How many there are of what."""
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
 def verdict(e: Evidence) -> Iterator[Advice]:
     """How bad it is, and whether weights or activations are to blame."""
     full = e.overall.get("quantized")
@@ -93,7 +98,8 @@ def fold(e: Evidence) -> Iterator[Advice]:
     left = [op.id for op in e.graph if op.kind is OpKind.BATCH_NORM and batch_norm_fold(e.graph, op) is not None]
     if left:
         yield Advice(
-            text=f"{len(left)} batch norms can be folded into the layers beside them: apply fold_batch_norm first, as "
+            text=f"{_counted(left, 'batch norm')} can be folded into the layers beside them: apply "
+            "fold_batch_norm first, as "
             "every target does.",
             technique="fold_batch_norm",
             where=tuple(left),
@@ -109,7 +115,8 @@ def equalize(e: Evidence) -> Iterator[Advice]:
         if worst.precision is not None and worst.equalized is not None and worst.equalized > worst.precision > 0:
             gain = f" (there it would use {worst.equalized:.0%} of the range instead of {worst.precision:.0%})"
         yield Advice(
-            text=f"{len(uneven)} layers have one scale for channels whose ranges differ by more than {UNEVEN:.0f} ×, "
+            text=f"{_counted(uneven, 'layer')} with one scale for channels whose ranges differ by more "
+            f"than {UNEVEN:.0f} ×, "
             f"{worst.op} most: apply cross_layer_equalization{gain}, or choose a target with per-channel weights.",
             technique="cross_layer_equalization",
             where=tuple(i.op for i in uneven),
@@ -144,7 +151,8 @@ def narrow_ranges(e: Evidence) -> Iterator[Advice]:
     if wide:
         wide.sort(reverse=True)
         yield Advice(
-            text=f"{len(wide)} activations have grids that reach {WIDE:.0f} × and more beyond 99.9 % of their values "
+            text=f"{_counted(wide, 'activation')} with a grid that reaches {WIDE:.0f} × and more beyond "
+            "99.9 % of their values "
             f"({wide[0][1]}: {wide[0][0]:.0f} ×): calibrate them by scheme mse or percentile:99.9"
             + ("; smooth_quant moves outliers of single channels into the weights" if "smooth_quant" in e.known else "")
             + ".",
@@ -169,7 +177,7 @@ def correct_biases(e: Evidence) -> Iterator[Advice]:
     )
     if shifted and not fine and "bias_correction" not in e.applied:
         yield Advice(
-            text=f"In {len(shifted)} layers a constant offset is {SHIFTED:.0%} or more of the error "
+            text=f"In {_counted(shifted, 'layer')} a constant offset is {SHIFTED:.0%} or more of the error "
             f"({shifted[0].op}: {shifted[0].shift:.0%}): apply bias_correction.",
             technique="bias_correction",
             where=tuple(x.op for x in shifted),
@@ -192,7 +200,7 @@ def widen_a_few(e: Evidence) -> Iterator[Advice]:
         named = ", ".join(t.unit for t in top)
         wide = " ".join(f"--override {t.unit}={_wider(t)}" for t in top)
         yield Advice(
-            text=f"{len(top)} of {len(rows)} sites bring {reached:.0%} of the noise: {named}. Give them more bits "
+            text=f"{len(top)} of {len(rows)} sites: {reached:.0%} of the noise: {named}. Give them more bits "
             f"({wide}), or let mixed_precision choose.",
             where=tuple(t.unit for t in top),
         )
@@ -213,7 +221,8 @@ def overflow(e: Evidence) -> Iterator[Advice]:
     if over:
         worst = over[0]
         yield Advice(
-            text=f"{len(over)} layers can overflow a {e.accumulator_bits}-bit accumulator, {worst.op} most (it needs "
+            text=f"{_counted(over, 'layer')} can overflow a {e.accumulator_bits}-bit accumulator, "
+            f"{worst.op} most (it needs "
             f"{worst.bits} bits for {worst.inputs} products): give its weights or input fewer bits, or split it.",
             where=tuple(r.op for r in over),
         )

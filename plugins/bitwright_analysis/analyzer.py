@@ -176,7 +176,7 @@ def write(analysis: Analysis, out: str | Path) -> Analysis:
     folder = make_directory(out)
     named = analysis.model_copy(update={"files": {"json": "analysis.json", "html": "analysis.html"}})
     text = render(named)
-    write_text(folder / "analysis.json", named.model_dump_json(indent=1) + "\n")
+    write_text(folder / "analysis.json", named.model_dump_json() + "\n")
     write_text(folder / "analysis.html", text)
     return named
 
