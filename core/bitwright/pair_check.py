@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from bitwright.artefact import QDQ
 from bitwright.backend import Backend, Bundle, QuantizedArtefact
 from bitwright.formats import EncodingsFile, Problem
 from bitwright.formats.entries import CAST_FORMATS
-from bitwright.plan import Plan
+from bitwright.plan import Plan, SiteId
 
 
-def check_pairs(backend: Backend[Any], bundle: Bundle, plan: Plan, file: EncodingsFile) -> list[Problem]:
+def check_pairs(
+    backend: Backend[Any], bundle: Bundle, plan: Plan, file: EncodingsFile, *, optional: Collection[SiteId] = ()
+) -> list[Problem]:
     """Whether the artefact has exactly one pair for each tensor that the plan quantizes, on the file's scales.
 
     Nothing to say where the bundle holds no such artefact, or the backend can't read it back. Derived biases of integer
@@ -25,6 +28,7 @@ def check_pairs(backend: Backend[Any], bundle: Bundle, plan: Plan, file: Encodin
         bundle: files by purpose.
         plan: of the exported model.
         file: the bundle's encodings.
+        optional: sites that the artefact may have no tensor for (`artefact.passed_on`).
     """
     if QDQ not in bundle.files or not isinstance(backend, QuantizedArtefact):
         return []
@@ -38,10 +42,12 @@ def check_pairs(backend: Backend[Any], bundle: Bundle, plan: Plan, file: Encodin
             continue
         if spec.float_format in CAST_FORMATS:
             continue
+        if not scales and site in optional:
+            continue
         if len(scales) != 1:
             problems.append(Problem(site, f"passes through {len(scales)} Q/DQ pairs, must be one"))
             continue
-        entry = file.entries.get(site)
+        entry = file.entries.get(site) or file.entries.get(f"{site}:0")  # as TensorFlow calls it
         if entry is not None and not _same_scales(scales[0], entry.scales):
             problems.append(Problem(site, "has another scale in the Q/DQ pair than in the encodings file"))
     return problems + [Problem(site, "passes through a Q/DQ pair, but isn't to be quantized") for site in pairs]

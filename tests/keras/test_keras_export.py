@@ -165,6 +165,23 @@ def test_verify_opens_the_bundle_and_runs_onnx_runtime(exported: Any) -> None:
         verify(folder, data, runtime="tensorrt")
 
 
+def test_the_command_line_takes_an_h5_file(tmp_path: Path) -> None:
+    from bitwright.cli import main
+
+    keras.utils.set_random_seed(3)
+    model = nets.settled(nets.residual())
+    model.save(tmp_path / "net.h5")
+    np.save(tmp_path / "x.npy", _data(model, 16)["x"])
+    out = tmp_path / "out"
+    quantize = ["quantize", tmp_path / "net.h5", "--data", tmp_path / "x.npy", "--target", "tflite-int8",
+                "--recipe", "fold_batch_norm", "--out", out, "--quiet"]  # fmt: skip
+    assert main(list(map(str, quantize))) == 0
+    suffixes = {".keras", ".h5", ".pb", ".encodings", ".qdq.onnx", ".tflite"}
+    assert {p.name for p in out.iterdir() if p.is_file()} == {f"net{s}" for s in suffixes} | {
+        "report.json", "report.html"}  # fmt: skip
+    assert main(["encodings", "check", str(out)]) == 0
+
+
 def test_bad_exports_leave_nothing(tmp_path: Path) -> None:
     sim, _ = _calibrated("residual", target="generic-int8")
     with pytest.raises(InputError, match=r"no format 'coreml'.*tflite"):

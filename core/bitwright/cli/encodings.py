@@ -84,7 +84,7 @@ def check(
 
     A file alone is checked against its schema; with --model, names and shapes too; with --target, completeness.
     """
-    from bitwright.artefact import check_bundle, read_encodings
+    from bitwright.artefact import check_bundle, passed_on, read_encodings
     from bitwright.formats import Problem, read
     from bitwright.pair_check import check_pairs
 
@@ -97,7 +97,7 @@ def check(
             plan = asked.plan(graph)
             problems += check_bundle(graph, plan, asked.encodings)
             if asked.bundle is not None:
-                problems += check_pairs(backend, asked.bundle, plan, file)
+                problems += check_pairs(backend, asked.bundle, plan, file, optional=passed_on(graph, plan))
         else:
             read_encodings(asked.encodings, graph)
     scope = "its schema" if asked.model is None else "the model" if asked.target is None else "model and target"
