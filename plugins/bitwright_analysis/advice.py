@@ -200,7 +200,7 @@ def widen_a_few(e: Evidence) -> Iterator[Advice]:
         named = ", ".join(t.unit for t in top)
         wide = " ".join(f"--override {t.unit}={_wider(t)}" for t in top)
         yield Advice(
-            text=f"{len(top)} of {len(rows)} sites: {reached:.0%} of the noise: {named}. Give them more bits "
+            text=f"{len(top)} of {len(rows)} sites make {reached:.0%} of the noise: {named}. Give them more bits "
             f"({wide}), or let mixed_precision choose.",
             where=tuple(t.unit for t in top),
         )
