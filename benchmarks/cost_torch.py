@@ -1,15 +1,18 @@
 """What quantization costs beside a float pass in PyTorch: MobileNetV2, 224², batch 8, two threads, one run.
 
     pip install "bitwright[torch]"
-    python benchmarks/cost_torch.py [--repeats 5]
+    python benchmarks/cost_torch.py [--repeats 5] [--aimet]
 
 Prints a line for each figure: seconds, and the ratio to the float pass (or step) of the same run. Weights are random:
 time doesn't depend on them. Float is the user's module, batch norms and all; the simulation has them folded.
+With --aimet, AIMET-torch (`pip install aimet-torch`, measured: 2.42) does the same on a folded copy; its calibration
+is `compute_encodings` over the batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import time
@@ -84,6 +87,7 @@ def main():
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--aimet", action="store_true", help="measure AIMET-torch beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -111,6 +115,11 @@ def main():
             simulated(x)
 
     tasks["simulated pass"] = simulated_pass
+    theirs = {scheme: aimet(module, x, scheme) for scheme in ("min_max", "tf_enhanced")} if options.aimet else {}
+    for scheme, peer in theirs.items():
+        tasks[f"AIMET calibration, {scheme}"] = lambda peer=peer: peer.compute_encodings(forward(x))
+    if theirs:
+        tasks["AIMET simulated pass"] = lambda: forward(x)(theirs["min_max"].model)
     found = interleaved(tasks, options.repeats)
 
     qat = QuantSim(module, x, weights="int8", activations="uint8", scheme="minmax").calibrate([x])
@@ -119,10 +128,34 @@ def main():
         "QAT step, regular": train_step(qat.trainable(), x, y),
         "QAT step, range learning": train_step(qat.trainable(range_learning=True), x, y),
     }
+    if theirs:
+        steps["AIMET QAT step"] = train_step(theirs["min_max"].model, x, y)
     found |= interleaved(steps, max(options.repeats // 2, 2))
     for name, seconds in found.items():
         base = found["float step" if "step" in name else "float pass"]
         print(f"{name:32} {seconds:8.3f} s {seconds / base:6.2f} ×")
+
+
+def forward(x):
+    def run(model, _=None):
+        with torch.inference_mode():
+            model(x)
+
+    return run
+
+
+def aimet(module, x, scheme):
+    """AIMET's simulation of the module, calibrated."""
+    from aimet_torch import quantsim
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.common.defs import QuantScheme
+
+    copied = copy.deepcopy(module)
+    fold_all_batch_norms(copied, tuple(x.shape), dummy_input=x)
+    chosen = QuantScheme.min_max if scheme == "min_max" else QuantScheme.post_training_tf_enhanced
+    sim = quantsim.QuantizationSimModel(copied, x, quant_scheme=chosen, default_param_bw=8, default_output_bw=8)
+    sim.compute_encodings(forward(x))
+    return sim
 
 
 def calibration(sim, x):
