@@ -91,7 +91,7 @@ def plugins(as_json: Json = False) -> None:
         _json([asdict(p) for p in states])
         return
     console.table(
-        ("plugin", "distribution", "state", "backends", "techniques", "reason"),
+        ("plugin", "distribution", "state", "backends", "techniques", "tools", "reason"),
         (
             (
                 p.name,
@@ -99,6 +99,7 @@ def plugins(as_json: Json = False) -> None:
                 p.state,
                 ", ".join(p.backends),
                 ", ".join(p.techniques),
+                ", ".join(p.tools),
                 p.reason,
             )
             for p in states
