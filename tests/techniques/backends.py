@@ -1,17 +1,19 @@
 """The backends that are there, and small reference models brought onto each: techniques are tested on all of them.
 
 `BACKENDS` maps a name to a `Port`. A backend whose framework isn't installed is left out. To add one, write a function
-that builds its native model from a `ReferenceModel` (same names of inputs) and add it to `_PORTS`.
+that builds its native model from a `ReferenceModel` (and one for batches, if it lays out or names inputs otherwise) and
+add it to `_PORTS`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import channels_last
 import numpy as np
 
 from bitwright import registry
@@ -29,11 +31,13 @@ class Port:
         name: its name.
         backend: makes it.
         native: a reference model as what the user of the framework would hold, for `QuantSim`.
+        batch: a reference model's batch as that takes it.
     """
 
     name: str
     backend: Callable[[], Backend[Any]]
     native: Callable[[ReferenceModel], Any]
+    batch: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     def port(self, model: ReferenceModel) -> Any:
         """In the backend's own form."""
@@ -212,8 +216,20 @@ _PORTS = (
     Port("reference", ReferenceBackend, lambda model: model),
     Port("onnx", lambda: registry.backend("onnx"), onnx_model),
     Port("torch", lambda: registry.backend("torch"), torch_model),
+    Port("keras", lambda: registry.backend("keras"), channels_last.keras_model, channels_last.images),
+    Port(
+        "tensorflow",
+        lambda: registry.backend("tensorflow"),
+        channels_last.tensorflow_model,
+        lambda batch: {f"{k}:0": v for k, v in channels_last.images(batch).items()},
+    ),
 )
-_MODULES = {"onnx": ("onnx", "onnx_ir", "onnxruntime"), "torch": ("torch",)}
+_MODULES = {
+    "onnx": ("onnx", "onnx_ir", "onnxruntime"),
+    "torch": ("torch",),
+    "keras": ("keras", "tensorflow"),
+    "tensorflow": ("tensorflow",),
+}
 
 BACKENDS = {
     port.name: port

@@ -57,6 +57,9 @@ class _Everywhere(TechniqueContract):
     def port(self, model):
         return BACKENDS[self.port_name].port(model)
 
+    def batch(self, model, samples=8, seed=0):
+        return BACKENDS[self.port_name].batch(super().batch(model, samples, seed))
+
     def models(self):
         return (
             models.MODELS if self.port_name == "reference" else {"conv_bn_relu": lambda: models.conv_bn_relu(depth=2)}
@@ -114,7 +117,7 @@ def test_same_numbers_on_every_backend(name, framework):
     data = [models.batch(model, 6, s) for s in range(3)]
     expected = _result(BACKENDS["reference"].backend(), model, name, data)
     port = BACKENDS[framework]
-    found = _result(port.backend(), port.port(model), name, data)
+    found = _result(port.backend(), port.port(model), name, [port.batch(b) for b in data])
     order = [list(kind) for kind in expected]
     assert [len(kind) for kind in found] == [len(kind) for kind in expected]
     for kind, (a, b) in enumerate(zip(expected, found, strict=True)):

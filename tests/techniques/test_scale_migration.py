@@ -39,10 +39,10 @@ def batches(model, n=3):
     return [models.batch(model, 8, s) for s in range(n)]
 
 
-def run(name, model, weights=INT8, activations=ACT, backend=None, **options):
-    backend = backend or ReferenceBackend()
+def run(name, model, weights=INT8, activations=ACT, backend=None, data=None, **options):
+    backend, data = backend or ReferenceBackend(), data or batches(outlying())
     plan = simple_plan(backend.graph(model), weights=weights, activations=activations)
-    return run_technique(registry.technique(name), backend, model, batches(outlying()), plan=plan, **options)
+    return run_technique(registry.technique(name), backend, model, data, plan=plan, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,11 +52,11 @@ def test_the_float_function_stays_and_quantized_outputs_come_nearer(backend, nam
     model, b = port.port(reference), port.backend()
     weights = INT8 if name == "smooth_quant" else QuantSpec(3, granularity=PerChannel(0))
     activations = ACT if name == "smooth_quant" else None
-    done = run(name, model, weights, activations, b)
+    done = run(name, model, weights, activations, b, [port.batch(part) for part in batches(reference)])
     from bitwright.statistics.base import Tap
 
     taps = [Tap(t) for t in b.graph(model).outputs]
-    data = batches(reference, 1)[0]
+    data = port.batch(batches(reference, 1)[0])
     (before,) = b.session(model, taps).run(data).values()
     (after,) = b.session(done.model, taps).run(data).values()
     assert np.allclose(after, before, atol=1e-4 * np.abs(before).max())

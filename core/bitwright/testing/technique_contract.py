@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from bitwright.backend import Backend, Capability
+from bitwright.backend import Backend, Batch, Capability
 from bitwright.edits import SetBias
 from bitwright.errors import BitwrightError
 from bitwright.graph import ParamRole
@@ -72,8 +72,12 @@ class TechniqueContract:
         return ReferenceBackend()
 
     def port(self, model: ReferenceModel) -> Any:
-        """A small model in the backend's form, with the same names of inputs; the same object for the same model."""
+        """A small model in the backend's form; the same object for the same model."""
         return model
+
+    def batch(self, model: ReferenceModel, samples: int = 8, seed: int = 0) -> Batch:
+        """A batch for the ported model; override it where inputs have other names or another layout there."""
+        return models.batch(model, samples, seed)
 
     def interruptions(self, entries: int) -> Iterable[int]:
         """After how many stored results it is interrupted, of so many; by default after each but the last."""
@@ -86,7 +90,7 @@ class TechniqueContract:
 
     def apply(self, model: ReferenceModel, store: MemoryStore | None = None, seed: int = 0) -> Applied:
         """One run."""
-        data = [models.batch(model, 6, s) for s in range(3)]
+        data = [self.batch(model, 6, s) for s in range(3)]
         return run_technique(
             self.technique(),
             self.backend(),
@@ -144,7 +148,7 @@ class TechniqueContract:
         for site, encoding in outcome.encodings.items():
             assert site in done.context.plan
             encoding.spread(params[site].shape if site in params else (1,))
-        outputs = backend.session(done.model, [Tap(t) for t in graph.outputs]).run(models.batch(model))
+        outputs = backend.session(done.model, [Tap(t) for t in graph.outputs]).run(self.batch(model))
         assert all(np.isfinite(v).all() for v in outputs.values())
 
     def test_report_says_what_was_done(self, model: ReferenceModel) -> None:
