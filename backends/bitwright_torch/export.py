@@ -26,7 +26,16 @@ from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError, MissingExtraError, ModelError
 from bitwright.plan import Plan, SiteKind
 from bitwright_torch.canonical import Canonical, canonical
-from bitwright_torch.model import CapturedModel, aliases, compile_graph, info, program_of, with_program
+from bitwright_torch.model import (
+    NAMES,
+    CapturedModel,
+    aliases,
+    compile_graph,
+    info,
+    program_of,
+    tensor_of,
+    with_program,
+)
 from bitwright_torch.operands import operands
 from bitwright_torch.session import extract
 
@@ -154,6 +163,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     program = program_of(model)
     placeholders = [n for n in found.lowered.nodes if n.op == "placeholder"]
     part, needed = extract(found.lowered, nodes, set(placeholders))
+    _spell_lookups(part, model)
     examples = {info(n).tensor: shape for n, shape in zip(placeholders, program.example, strict=True)}
     convention = program.convention
     fixed = {convention.names[i]: value for i, value in convention.constants.items()}
@@ -191,6 +201,18 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     return made.model
 
 
+def _spell_lookups(graph: fx.Graph, model: nn.Module) -> None:
+    """`table[rows]` as an embedding: Gather in ONNX, whose GatherND backends and runtimes don't quantize."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        if node.target is not aten.index.Tensor or node.args[0].op != "get_attr" or len(node.args[1]) != 1:
+            continue
+        table, (rows,) = node.args
+        kind = info(rows).dtype if rows is not None and NAMES in rows.meta else ""
+        if kind in ("int64", "int32") and tensor_of(model, str(table.target)).ndim == 2:
+            node.target, node.args = aten.embedding.default, (table, rows)
+
+
 def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
     """Fold constants, and let parameters be; call parameters by the names that sites have."""
     import onnx_ir as ir
@@ -213,7 +235,14 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
     tensors = [value.const_value for value in hidden]
     for value in hidden:
         value.const_value = None
+    given = [value.name for value in inputs]
     optimize_ir(exported)
+    for value, name in zip(inputs, given, strict=True):
+        if value.name != name:  # an output that is an input has taken its name
+            for node in graph:
+                for output in node.outputs:
+                    output.name = f"{name}_value" if output.name == name else output.name
+            value.name = name
     graph.inputs.clear()
     graph.inputs.extend(inputs)
     for value, tensor in zip(hidden, tensors, strict=True):

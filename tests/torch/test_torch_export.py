@@ -185,3 +185,26 @@ def test_constant_embeddings_are_quantized(tmp_path: Path) -> None:
     assert np.abs(got - sim.predict([x.numpy()])[0]).max() <= 1.01 * float(sim.table[sim.graph.outputs[0]].scale)
     other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"])
     assert set(other.encodings) == set(sim.encodings)
+
+
+class Positions(nn.Module):
+    """Rows of a table by indexing, and an op that hands its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Parameter(torch.randn(8, 5)), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.to(torch.float32)) + self.table[torch.arange(x.shape[1])]
+
+
+def test_indexed_tables_and_handed_on_inputs_keep_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5)
+    sim = QuantSim(Positions().eval(), x, scheme="minmax").calibrate([x])
+    bundle = sim.export(tmp_path)
+    session = ort.InferenceSession(bundle.files["model"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], sim.native(x).detach(), atol=1e-5)
+    other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"], strict=False)
+    assert {"table", "fc.weight"} <= set(other.encodings)
+    ort.InferenceSession(bundle.files["qdq"])
