@@ -18,7 +18,7 @@ from bitwright.graph import Graph, OpId
 from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
-from bitwright.placing.overrides import is_lost
+from bitwright.placing.overrides import in_float, is_lost
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table, guarded, weight_encodings
@@ -205,7 +205,7 @@ class QuantSim:
         loaded = read_encodings(Path(path), self.graph, self.plan, strict=strict)
         if not partial:
             missing = {
-                s: "float"
+                s: in_float(self.graph, s)
                 for s in self.plan.quantized
                 if self.plan.root(s) not in loaded and not isinstance(self.plan[s].decision, Derived)
             }

@@ -26,7 +26,11 @@ def network(seed=0):
 
 
 MODEL = network()
-DATA = {"x": np.concatenate([models.batch(MODEL, 12, s)["x"] for s in range(2)])}
+
+
+@pytest.fixture
+def data(port):
+    return port.batch({"x": np.concatenate([models.batch(MODEL, 12, s)["x"] for s in range(2)])})
 
 
 def weights(sim):
@@ -34,22 +38,22 @@ def weights(sim):
     return {op.id: op.weight for op in sim.graph.linear_ops}
 
 
-def error(sim):
+def error(sim, data):
     """Relative squared error of the outputs."""
-    expected, found = (sim.predict(DATA, simulated=s)[0] for s in (False, True))
+    expected, found = (sim.predict(data, simulated=s)[0] for s in (False, True))
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
 @pytest.mark.parametrize("kind", ["int4:block16", "int4:lpbq16"])
-def test_blockwise_weights_end_to_end(port, kind, tmp_path):
-    sim = port.sim(MODEL, weights=kind).calibrate(DATA)
+def test_blockwise_weights_end_to_end(port, data, kind, tmp_path):
+    sim = port.sim(MODEL, weights=kind).calibrate(data)
     found = {op: sim.encodings[w] for op, w in weights(sim).items()}
     assert found["conv2"].scale.shape == found["conv2"].scale.shape == (32, 2)
     assert found["fc"].scale.shape == (5, 2)
     # 3 and 1 input channels have no blocks of 16: one scale a channel, and a note.
     assert found["conv1"].scale.shape == found["depthwise"].scale.shape == (32,)
     assert any("conv1" in note for note in sim.plan.notes)
-    plain = port.sim(MODEL, weights="int4").calibrate(DATA)
+    plain = port.sim(MODEL, weights="int4").calibrate(data)
     site = weights(sim)["conv2"]
     values = sim.params[site]
     finer, coarser = (np.square(s.encodings[site].fake_quantize(values) - values).sum() for s in (sim, plain))
@@ -61,9 +65,9 @@ def test_blockwise_weights_end_to_end(port, kind, tmp_path):
         assert 1 <= multiples.min() <= multiples.max() <= 16
     # The simulated network computes with exactly these weights.
     rounded = {w: sim.encodings[w].fake_quantize(sim.params[w]) for w in weights(sim).values()}
-    other = port.sim(MODEL, weights="float16", activations="float16").calibrate(DATA)
+    other = port.sim(MODEL, weights="float16", activations="float16").calibrate(data)
     assert all(np.isfinite(v).all() for v in rounded.values())
-    assert error(sim) > error(other)
+    assert error(sim, data) > error(other, data)
     for version in ("1.0.0", "2.0.0"):
         bundle = sim.export(tmp_path / version, name="net", encodings_version=version)
         again = port.sim(MODEL, weights=kind)
@@ -78,10 +82,10 @@ def test_blockwise_weights_end_to_end(port, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["int4:block16", "int4:lpbq16"])
 @pytest.mark.parametrize("technique", ["gptq", "adaround", "seq_mse", "weight_clipping"])
-def test_techniques_on_blockwise_weights(port, kind, technique):
+def test_techniques_on_blockwise_weights(port, data, kind, technique):
     settings = {} if technique == "weight_clipping" else {"bias_correction": True}
-    before = error(port.sim(MODEL, weights=kind).calibrate(DATA))
-    sim = port.sim(MODEL, weights=kind).apply(technique, DATA, candidates=8, **settings)
+    before = error(port.sim(MODEL, weights=kind).calibrate(data), data)
+    sim = port.sim(MODEL, weights=kind).apply(technique, data, candidates=8, **settings)
     table = {op: sim.encodings[w] for op, w in weights(sim).items()}
     assert all(e.frozen and e.source == technique for e in table.values())
     assert table["conv2"].scale.shape == (32, 2)
@@ -92,74 +96,74 @@ def test_techniques_on_blockwise_weights(port, kind, technique):
         e = table["conv2"]
         unit = (e.scale / e.block_scale)[:, :1]
         assert np.allclose(e.scale, e.block_scale * unit, rtol=1e-6)
-    assert error_against_float(sim, port) < before
+    assert error_against_float(sim, port, data) < before
 
 
-def error_against_float(sim, port):
+def error_against_float(sim, port, data):
     """As `error`, against the model as it was before a technique."""
-    sim.calibrate(DATA)
-    expected = port.sim(MODEL).predict(DATA, simulated=False)[0]
-    found = sim.predict(DATA)[0]
+    sim.calibrate(data)
+    expected = port.sim(MODEL).predict(data, simulated=False)[0]
+    found = sim.predict(data)[0]
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "fp8"])
-def test_float_formats_mixed_in(port, kind):
+def test_float_formats_mixed_in(port, data, kind):
     """One layer in a float format among integer ones: its sites have it, its values are cast, the others stay."""
     name = {"fp8": "float8e4m3fn"}.get(kind, kind)
-    sim = port.sim(MODEL, overrides={"conv2": {"weights": kind, "activations": kind}}).calibrate(DATA)
+    sim = port.sim(MODEL, overrides={"conv2": {"weights": kind, "activations": kind}}).calibrate(data)
     op = sim.graph.op("conv2") if "conv2" in sim.graph else next(o for o in sim.graph.linear_ops if o.id == "conv2")
     weight = sim.encodings[op.weight]
     assert weight.float_format == name
     assert all(sim.encodings[w].float_format is None for o, w in weights(sim).items() if o != "conv2")
     assert sim.plan.spec(op.output) is None or sim.plan.spec(op.output).float_format == name
-    assert np.isfinite(error(sim))
-    assert error(sim) < 0.05
+    assert np.isfinite(error(sim, data))
+    assert error(sim, data) < 0.05
     # A technique leaves float weights alone, and says so.
-    sim.apply("gptq", DATA, candidates=4)
+    sim.apply("gptq", data, candidates=4)
     reasons = {row[0]: row[1] for row in sim.reports[-1][1].rows}
     assert name in reasons["conv2"]
-    assert np.isfinite(error(sim.calibrate(DATA)))
+    assert np.isfinite(error(sim.calibrate(data), data))
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "fp8"])
-def test_everything_in_a_float_format_is_the_cast_network(port, kind):
-    sim = port.sim(MODEL, weights=kind, activations=kind).calibrate(DATA)
+def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
+    sim = port.sim(MODEL, weights=kind, activations=kind).calibrate(data)
     for op, w in weights(sim).items():
         rounded = sim.encodings[w].fake_quantize(sim.params[w])
         assert np.abs(rounded - sim.params[w]).max() <= np.abs(sim.params[w]).max() * 2.0**-3, op
     bound = {"float16": 1e-5, "bfloat16": 1e-3, "fp8": 0.02}[kind]
-    assert 0 < error(sim) < bound
+    assert 0 < error(sim, data) < bound
 
 
-def test_float_and_integer_activations_side_by_side(port):
+def test_float_and_integer_activations_side_by_side(port, data):
     """16-bit floats for one activation: its values are those of the cast."""
     graph = port.sim(MODEL).graph
     op = graph.op("conv1")
     (reader,) = graph.consumers(op.output)
-    sim = port.sim(MODEL, overrides={reader.id: {"activations": "float16"}}).calibrate(DATA)
+    sim = port.sim(MODEL, overrides={reader.id: {"activations": "float16"}}).calibrate(data)
     act = reader.output
     assert sim.encodings[act].float_format == "float16"
     from bitwright.statistics.base import Tap
 
-    batch = {"x": DATA["x"][:4]}
+    batch = {k: v[:4] for k, v in data.items()}
     found = np.asarray(sim.simulation.session([Tap(act)]).run(batch)[Tap(act)])
     assert np.array_equal(found.astype(np.float16).astype(np.float32), found)
     assert all(e.float_format is None for s, e in sim.encodings.items() if s not in (act, op.output))
 
 
-def test_loaded_encodings_freeze_and_partial(port, tmp_path):
-    first = port.sim(MODEL, weights="int4").calibrate({"x": DATA["x"] * 3})
+def test_loaded_encodings_freeze_and_partial(port, data, tmp_path):
+    first = port.sim(MODEL, weights="int4").calibrate({k: v * 3 for k, v in data.items()})
     path = first.export(tmp_path, name="net").files["encodings"]
     # Frozen: calibration on other data keeps them.
-    sim = port.sim(MODEL, weights="int4").load_encodings(path).calibrate(DATA)
+    sim = port.sim(MODEL, weights="int4").load_encodings(path).calibrate(data)
     assert all(
         sim.encodings[s].equals(first.encodings[s])
         or np.allclose(sim.encodings[s].scale, first.encodings[s].scale, rtol=1e-6)
         for s in first.encodings
     )
     # Not frozen: it replaces them.
-    loose = port.sim(MODEL, weights="int4").load_encodings(path, freeze=False).calibrate(DATA)
+    loose = port.sim(MODEL, weights="int4").load_encodings(path, freeze=False).calibrate(data)
     site = loose.graph.inputs[0]
     assert loose.encodings[site].scale < 0.5 * first.encodings[site].scale
     # Part of the sites: the rest is calibrated, or left in float with partial=False.
@@ -174,16 +178,16 @@ def test_loaded_encodings_freeze_and_partial(port, tmp_path):
     some = port.sim(MODEL, weights="int8").load_encodings(part, strict=False)
     assert isinstance(some.encodings[one], Encoding)
     assert some.encodings[one].bits == 4
-    some.calibrate(DATA)
+    some.calibrate(data)
     assert some.encodings[weights(some)["fc"]].bits == 8
     alone = port.sim(MODEL, weights="int4").load_encodings(part, partial=False)
-    alone.calibrate(DATA)
+    alone.calibrate(data)
     assert set(alone.encodings) == {one}
 
 
-def test_overrides_by_pattern_and_type(port):
+def test_overrides_by_pattern_and_type(port, data):
     conv_type = port.sim(MODEL).graph.op("conv1").type
-    sim = port.sim(MODEL, overrides={conv_type: {"weights": "int4"}, "depth*": "float"}).calibrate(DATA)
+    sim = port.sim(MODEL, overrides={conv_type: {"weights": "int4"}, "depth*": "float"}).calibrate(data)
     table = {op: sim.encodings.get(w) for op, w in weights(sim).items()}
     assert table["conv1"].bits == table["conv2"].bits == 4
     assert table["depthwise"] is None
