@@ -18,7 +18,7 @@ from bitwright.graph import Graph, OpId
 from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
-from bitwright.placing.overrides import in_float, is_lost
+from bitwright.placing.overrides import is_lost
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table, guarded, weight_encodings
@@ -201,15 +201,16 @@ class QuantSim:
             EncodingError: the file is invalid or doesn't fit the model.
         """
         from bitwright.artefact import read_encodings
+        from bitwright.precision import retyped
 
         loaded = read_encodings(Path(path), self.graph, self.plan, strict=strict)
         if not partial:
             missing = {
-                s: in_float(self.graph, s)
+                s: "float"
                 for s in self.plan.quantized
                 if self.plan.root(s) not in loaded and not isinstance(self.plan[s].decision, Derived)
             }
-            self.overrides = {**self.overrides, **missing}
+            self.overrides = retyped(self, missing).overrides
             self.refresh()
         return self.set(loaded, freeze=freeze)
 

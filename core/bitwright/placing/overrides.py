@@ -74,11 +74,6 @@ def parse_overrides(graph: Graph, wanted: Mapping[str, object]) -> Overrides:
     return Overrides(found.float_ops, {site: precision for site, (precision, _, _) in found.sites.items()})
 
 
-def in_float(graph: Graph, site: SiteId) -> str | dict[str, str]:
-    """The override that leaves a tensor or parameter in float, also where an op has the same name."""
-    return {"activations": "float"} if site in graph and site in graph.tensors else "float"
-
-
 def is_lost(before: Graph, after: Graph, name: str, value: object) -> bool:
     """Whether what an override was about is gone after an edit, such as a batch norm that was folded.
 
