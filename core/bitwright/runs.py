@@ -35,6 +35,9 @@ Arrays = Mapping[str, NDArray[Any]]
 STORE_FORMAT = 1
 """Raised when the layout of stored results changes; older ones are then ignored."""
 
+RUN_FOLDER = ".run"
+"""Where a run that writes to a folder keeps its state there."""
+
 _INDEX = "index.json"
 
 
@@ -207,6 +210,31 @@ class RunDirectory:
         if self.journal.exists() and not self.journal.read_bytes().endswith(b"\n"):
             with self.journal.open("ab") as file:
                 file.write(b"\n")
+
+
+@contextlib.contextmanager
+def run_in(out: Path) -> Iterator[RunDirectory]:
+    """The run directory inside an output folder; a failure that leaves nothing to resume leaves no folders either.
+
+    Raises:
+        InputError: another process holds it, or the folder can't be written.
+    """
+    fresh = [folder for folder in (out, *out.parents) if not folder.exists()]
+    make_directory(out)
+    try:
+        with RunDirectory(out / RUN_FOLDER) as run:
+            try:
+                yield run
+            except BaseException:
+                run.discard_if_empty()
+                raise
+    except BaseException:
+        for folder in fresh:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+        raise
 
 
 def versions(modules: Iterable[str] = ()) -> dict[str, str]:

@@ -18,7 +18,7 @@ from bitwright.durable import make_directory, write_text
 from bitwright.errors import InputError
 from bitwright.forking import fork
 from bitwright.quantsim import QuantSim
-from bitwright.runs import RunDirectory
+from bitwright.runs import RunDirectory, run_in
 from bitwright.technique import Progress, Store
 from bitwright_analysis.accumulators import accumulators, overflowing
 from bitwright_analysis.advice import Evidence, advice
@@ -30,7 +30,6 @@ from bitwright_analysis.records import Analysis, Overall, Sensitivity
 from bitwright_analysis.scoring import Evaluation, FirstSamples, Judge, OutputNoise, Top1, decibels
 from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 
-RUN_FOLDER = ".run"
 DIRECTIONS = ("alone", "without")
 
 
@@ -282,11 +281,15 @@ def _run_directory(
     if isinstance(run, RunDirectory):
         yield run
         return
-    if run is None and out is None:
-        yield None
+    if run is None:
+        if out is None:
+            yield None
+            return
+        with run_in(Path(out)) as directory:
+            yield directory
+            directory.finish()
         return
-    path = Path(run) if run is not None else make_directory(Path(str(out))) / RUN_FOLDER
-    with RunDirectory(path) as directory:
+    with RunDirectory(run) as directory:
         try:
             yield directory
             directory.finish()

@@ -3,99 +3,70 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from bitwright.cli import options
 
 if TYPE_CHECKING:
     from bitwright_analysis.records import Analysis
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
-TargetOption = Annotated[str, typer.Option(help="A preset of `bitwright targets`, or a configuration file.")]
-Weights = Annotated[str | None, typer.Option(help="Type of weights (default: the target's).", show_default=False)]
-Activations = Annotated[
-    str | None, typer.Option(help="Type of activations (default: the target's).", show_default=False)
-]
 SHOWN = 10
-
-
-def shown_progress(*, quiet: bool) -> AbstractContextManager[Any]:
-    """Progress on the error stream, unless it isn't wanted."""
-    from bitwright.progress import progress_for, silent
-
-    return silent() if quiet else progress_for(sys.stderr)
 
 
 def analyze(
     *,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)],
-    data: Annotated[
-        Path, typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False)
-    ],
+    model: options.Model,
+    data: options.Samples,
     out: Annotated[
         Path,
         typer.Option(help="Folder for analysis.json and analysis.html; made if it isn't there.", show_default=False),
     ],
-    labels: Annotated[
-        Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
-    ] = None,
-    target: TargetOption = "default",
-    weights: Weights = None,
-    activations: Activations = None,
-    scheme: Annotated[
-        str, typer.Option(help="Range setting of activations: minmax, percentile, sqnr, mse, entropy.")
-    ] = "sqnr",
-    weight_scheme: Annotated[str, typer.Option(help="Range setting of weights.")] = "minmax",
+    labels: options.Labels = None,
+    target: options.Target = "default",
+    weights: options.WeightType = None,
+    activations: options.ActivationType = None,
+    scheme: options.Scheme = "sqnr",
+    weight_scheme: options.WeightScheme = "minmax",
     recipe: Annotated[
         str | None,
         typer.Option(
             help="Techniques to apply first, as a,b,c or a file; none for nothing.", show_default="fold_batch_norm"
         ),
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TYPE", help="Another type, or float, for an op or tensor. Repeatable.", show_default=False
-        ),
-    ] = None,
+    override: options.Overrides = None,
     sweep_by: Annotated[
         str, typer.Option(help="What sensitivities are measured by: sqnr, or evaluate (needs --labels).")
     ] = "sqnr",
     sweep_samples: Annotated[int, typer.Option(min=0, help="Samples for sensitivities by sqnr; 0 takes all.")] = 128,
     accumulator_bits: Annotated[int, typer.Option(min=8, max=64, help="Width of the target's accumulators.")] = 32,
-    samples: Limit = None,
-    batch_size: BatchSize = 8,
+    samples: options.SampleLimit = None,
+    batch_size: options.BatchSize = 8,
     name: Annotated[
         str | None, typer.Option(help="What the page calls the model (default: its file's stem).", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find out where quantization hurts in a model, and what to do about it.
 
     Interrupted, the same command goes on from the last finished measurement.
     """
     from bitwright.cli.labels import read_labels
-    from bitwright.cli.quantize import read_overrides
     from bitwright.quantsim import QuantSim
     from bitwright.recipe import read_recipe
-    from bitwright.runs import RunDirectory
+    from bitwright.runs import run_in
     from bitwright.technique import Recipe, Step
-    from bitwright_analysis.analyzer import RUN_FOLDER, quant_analyzer
+    from bitwright_analysis.analyzer import quant_analyzer
     from bitwright_analysis.plots import require_bokeh
 
     require_bokeh()
     steps = Recipe((Step("fold_batch_norm"),)) if recipe is None else read_recipe(None if recipe == "none" else recipe)
     known = None if labels is None else read_labels(labels, None)
-    with shown_progress(quiet=quiet or as_json) as progress:
+    with options.shown_progress(quiet=quiet or as_json) as progress:
         sim = QuantSim(
             model,
             target=target,
@@ -103,32 +74,28 @@ def analyze(
             activations=activations,
             scheme=scheme,
             weight_scheme=weight_scheme,
-            overrides=read_overrides(override or []),
+            overrides=options.read_overrides(override),
             seed=seed,
             progress=progress,
         )
         dataset = sim.open(data, batch_size=batch_size, limit=samples)
         if known is not None and dataset.samples is not None and len(known) < dataset.samples:
             raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
-        with RunDirectory(out / RUN_FOLDER) as run:
+        with run_in(out) as run:
             sim.run = run
-            try:
-                for step in steps:
-                    sim.apply(step.technique, dataset, **step.settings)
-                analysis = quant_analyzer(
-                    sim,
-                    dataset,
-                    labels=known,
-                    out=out,
-                    name=name,
-                    sweep_by=sweep_by,
-                    sweep_samples=sweep_samples or None,
-                    accumulator_bits=accumulator_bits,
-                    progress=progress,
-                )
-            except BaseException:
-                run.discard_if_empty()
-                raise
+            for step in steps:
+                sim.apply(step.technique, dataset, **step.settings)
+            analysis = quant_analyzer(
+                sim,
+                dataset,
+                labels=known,
+                out=out,
+                name=name,
+                sweep_by=sweep_by,
+                sweep_samples=sweep_samples or None,
+                accumulator_bits=accumulator_bits,
+                progress=progress,
+            )
             run.finish()
     if as_json:
         sys.stdout.write(analysis.model_dump_json(indent=1) + "\n")
@@ -186,15 +153,15 @@ def visualize(
     after: Annotated[Path, typer.Argument(metavar="AFTER", help="The model file after.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The page to write (.html).", show_default=False)],
     data: Annotated[Path | None, typer.Option(help="Samples, to draw activations too.", show_default=False)] = None,
-    samples: Limit = None,
-    batch_size: BatchSize = 8,
-    quiet: Quiet = False,
+    samples: options.SampleLimit = None,
+    batch_size: options.BatchSize = 8,
+    quiet: options.Quiet = False,
 ) -> None:
     """Draw weights and activations before and after a technique, each over the other."""
     from bitwright.cli import console
     from bitwright_analysis.visualization import visualize as run
 
-    with shown_progress(quiet=quiet) as progress:
+    with options.shown_progress(quiet=quiet) as progress:
         found = run(before, after, data, out=out, batch_size=batch_size, limit=samples, progress=progress)
     changed = sum(c.sqnr_db is not None for c in found.changes)
     console.say(f"{len(found.changes)} parameters and tensors, {changed} parameters changed: {found.file}")
@@ -202,10 +169,10 @@ def visualize(
 
 def validate(
     *,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)],
-    target: TargetOption = "default",
-    weights: Weights = None,
-    activations: Activations = None,
+    model: options.Model,
+    target: options.Target = "default",
+    weights: options.WeightType = None,
+    activations: options.ActivationType = None,
     multiple: Annotated[
         int | None,
         typer.Option(
@@ -214,7 +181,7 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say in advance what quantizing a model will meet, and what in its architecture stands in the way.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright_analysis.commands import BatchSize, Json, Limit, Quiet, shown_progress
+from bitwright.cli import options
 
 if TYPE_CHECKING:
     from bitwright_analysis.departures import Departures
@@ -24,9 +24,7 @@ def layer_outputs(
             metavar="DIR|MODEL", help="What `bitwright quantize --out` wrote, or a model file.", show_default=False
         ),
     ],
-    data: Annotated[
-        Path, typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False)
-    ],
+    data: options.Samples,
     out: Annotated[Path, typer.Option(help="Folder to write to; an earlier dump is replaced.", show_default=False)],
     float_model: Annotated[
         bool, typer.Option("--float", help="Of the float network, not of the simulated one.")
@@ -35,12 +33,10 @@ def layer_outputs(
     tensor: Annotated[
         list[str] | None, typer.Option(help="Only this tensor; repeatable (default: every one).", show_default=False)
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
-    ] = None,
-    samples: Limit = None,
-    batch_size: BatchSize = 8,
-    quiet: Quiet = False,
+    name: options.ExportName = None,
+    samples: options.SampleLimit = None,
+    batch_size: options.BatchSize = 8,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write each layer's output, one folder a sample, as the tools of targets dump and compare them.
 
@@ -52,7 +48,7 @@ def layer_outputs(
 
     if not source.is_dir() and not float_model:
         raise typer.BadParameter(f"{source} is a model without grids: give an export's folder, or --float")
-    with shown_progress(quiet=quiet) as progress:
+    with options.shown_progress(quiet=quiet) as progress:
         model: Any = exported(source, name, progress=progress) if source.is_dir() else source
         dump = run(
             model,
@@ -87,8 +83,8 @@ def compare(
         list[str] | None,
         typer.Option(metavar="TENSOR=NAME", help="The target's name for a tensor. Repeatable.", show_default=False),
     ] = None,
-    samples: Limit = None,
-    as_json: Json = False,
+    samples: options.SampleLimit = None,
+    as_json: options.Json = False,
 ) -> None:
     """Say where a target's tensors first depart from the simulation's.
 
@@ -145,14 +141,10 @@ def _show(found: Departures) -> None:
 
 def target_commands(
     *,
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What `bitwright quantize --out` wrote.", show_default=False)
-    ],
+    directory: options.ExportDirectory,
     tool: Annotated[str, typer.Option(help="qnn, snpe, qairt, onnxruntime, tflite or tensorrt.", show_default=False)],
     data: Annotated[str, typer.Option(help="Samples for the comparison, as the lines are to name them.")] = "DATA",
-    name: Annotated[
-        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
-    ] = None,
+    name: options.ExportName = None,
     input_shape: Annotated[
         list[str] | None,
         typer.Option(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli import console
-from bitwright.cli.quantize import read_overrides
+from bitwright.cli import console, options
 from bitwright.errors import CheckFailed, InputError
-from bitwright_search.auto_command import read_evaluation
+from bitwright_search.evaluation_options import EvaluationData, EvaluationFunction, EvaluationLabels, read_evaluation
 
 if TYPE_CHECKING:
     from bitwright_search.mixed_result import MixedPrecisionResult
@@ -19,11 +17,9 @@ if TYPE_CHECKING:
 
 def mixed(
     *,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)],
-    data: Annotated[
-        Path, typer.Option(help="Calibration samples: .npz, .npy, or a folder of images.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write to; made if it isn't there.", show_default=False)],
+    model: options.Model,
+    data: options.CalibrationData,
+    out: options.OutputFolder,
     candidates: Annotated[
         str, typer.Option(help="Pairs of types of weights and activations, as WEIGHTS/ACTIVATIONS,….")
     ] = "int8/uint16,int8/uint8,int4/uint8",
@@ -48,62 +44,36 @@ def mixed(
     recipe: Annotated[
         str | None, typer.Option(help="Techniques for every network that is evaluated.", show_default=False)
     ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class indices of the evaluation samples, for top-1.", show_default=False)
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION",
-            help="A function from the simulated model to a number, higher is better.",
-            show_default=False,
-        ),
-    ] = None,
-    evaluation_data: Annotated[
-        Path | None, typer.Option(help="Samples that the labels belong to (default: --data).", show_default=False)
-    ] = None,
-    target: Annotated[str, typer.Option(help="A preset of `bitwright targets`, or a configuration file.")] = "default",
-    scheme: Annotated[str, typer.Option(help="Range setting of activations.")] = "sqnr",
-    weight_scheme: Annotated[str, typer.Option(help="Range setting of weights.")] = "mse",
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=TYPE", help="As for `bitwright quantize`. Repeatable.", show_default=False),
-    ] = None,
-    calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibrate on only the first samples (default: all).", show_default=False)
-    ] = None,
+    labels: EvaluationLabels = None,
+    evaluate: EvaluationFunction = None,
+    evaluation_data: EvaluationData = None,
+    target: options.Target = "default",
+    scheme: options.Scheme = "sqnr",
+    weight_scheme: options.WeightScheme = "mse",
+    override: options.Overrides = None,
+    calibration_samples: options.SampleLimit = None,
     sensitivity_samples: Annotated[int, typer.Option(min=1, help="Samples that sensitivities are measured on.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    name: Annotated[
-        str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)
-    ] = None,
-    encodings_version: Annotated[
-        str, typer.Option(help="Schema of the encodings file: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")
-    ] = "1.0.0",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    batch_size: options.BatchSize = 8,
+    seed: options.Seed = 0,
+    name: options.Stem = None,
+    encodings_version: options.EncodingsVersion = "1.0.0",
+    quiet: options.Quiet = False,
 ) -> None:
     """Give each group of layers the bit widths that it needs.
 
     Writes the network, mixed_precision.json (the front, sensitivities, the assignment) and mixed_precision.html. Exit
     status 1 if the goal isn't reached. Interrupted, the same command goes on from what is finished.
     """
-    from bitwright.data import open_data
-    from bitwright.formats import VERSIONS
-    from bitwright.opening import open_model
-    from bitwright.progress import progress_for, silent
     from bitwright_search.mixed_precision import mixed_precision
 
-    if encodings_version not in VERSIONS:
-        raise InputError(f"there is no encodings version {encodings_version!r}; there are {', '.join(VERSIONS)}")
+    options.check_encodings_version(encodings_version)
     if measure and latency is not None:
         raise InputError("give either --latency or --measure")
     pairs = [part for part in candidates.split(",") if part.strip()]
     asked = evaluate is not None or labels is not None
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size) if asked else None
-    backend, native = open_model(model)
-    calibration = open_data(data, backend.input_specs(native), batch_size=batch_size, limit=calibration_samples)
-    with silent() if quiet else progress_for(sys.stderr) as progress:
+    calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
+    with options.shown_progress(quiet=quiet) as progress:
         table: object = latency
         if measure:
             from bitwright.durable import make_directory
@@ -116,7 +86,7 @@ def mixed(
             model, calibration, evaluation, candidates=pairs, allowed_drop=allowed_drop, budget=budget, lite=lite,
             cost=cost, latency=table, solver=solver, techniques=recipe,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
-            overrides=read_overrides(override or []), seed=seed, batch_size=batch_size, out=out, name=name,
+            overrides=options.read_overrides(override), seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, progress=progress,
         )  # fmt: skip
     _tell(result)

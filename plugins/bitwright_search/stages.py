@@ -17,7 +17,7 @@ import numpy as np
 from bitwright import fingerprint, registry
 from bitwright.errors import BitwrightError
 from bitwright.quantsim import QuantSim
-from bitwright.runs import RunDirectory, versions
+from bitwright.runs import RunDirectory, run_in, versions
 from bitwright.technique import Progress, Report
 
 Record = dict[str, Any]
@@ -175,8 +175,6 @@ def run_of(run: RunDirectory | str | Path | None, out: str | Path | None) -> Ite
         yield run
         return
     if run is None and out is not None:
-        from bitwright.cli.quantize import run_in
-
         with run_in(Path(out)) as opened:
             yield opened
             opened.finish()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.cli import complain, console
+from bitwright.cli import complain, console, options
 from bitwright.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from bitwright.plan import Plan
 
 app = typer.Typer(help="Convert, check and compare encodings files.")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -75,10 +74,8 @@ def check(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Type of weights.", show_default=False)] = None,
     activations: Annotated[str | None, typer.Option(help="Type of activations.", show_default=False)] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
-    ] = None,
-    as_json: Json = False,
+    name: options.ExportName = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check that every tensor that the target quantizes has exactly one right entry, and no other tensor has one.
 
@@ -119,7 +116,7 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="An encodings file.", show_default=False)],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another, of any schema.", show_default=False)],
     tolerance: Annotated[float, typer.Option(min=0, help="Relative difference of scales that is let pass.")] = 0.0,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what differs between two encodings files. Exits with 1 if anything does."""
     from bitwright import formats

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,57 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.data import Dataset
     from bitwright.quantsim import QuantSim
     from bitwright.report import Accuracy
-    from bitwright.runs import RunDirectory
     from bitwright.technique import Recipe
-
-RUN_FOLDER = ".run"
 
 
 def quantize(
     *,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option(help="Calibration samples: .npz (input name → array), .npy, or a folder.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write to; made if it isn't there.", show_default=False)],
-    labels: Annotated[
-        Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
-    ] = None,
-    target: Annotated[str, typer.Option(help="A preset of `bitwright targets`, or a configuration file.")] = "default",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Type of weights, such as int8, int4, int4:block32 (default: the target's).", show_default=False
-        ),
-    ] = None,
-    activations: Annotated[
-        str | None,
-        typer.Option(help="Type of activations, such as uint8, uint16 (default: the target's).", show_default=False),
-    ] = None,
-    scheme: Annotated[
-        str, typer.Option(help="Range setting of activations: minmax, percentile, sqnr, mse, entropy.")
-    ] = "sqnr",
-    weight_scheme: Annotated[str, typer.Option(help="Range setting of weights.")] = "minmax",
+    model: options.Model,
+    data: options.CalibrationData,
+    out: options.OutputFolder,
+    labels: options.Labels = None,
+    target: options.Target = "default",
+    weights: options.WeightType = None,
+    activations: options.ActivationType = None,
+    scheme: options.Scheme = "sqnr",
+    weight_scheme: options.WeightScheme = "minmax",
     recipe: Annotated[
         str | None,
         typer.Option(help="Techniques in order, as a,b,c or a .yaml or .json file with settings.", show_default=False),
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TYPE",
-            help="Another type, or float, for an op or tensor; OP:weights=TYPE for its weights. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    override: options.Overrides = None,
     load: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,39 +45,33 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    name: Annotated[
-        str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)
-    ] = None,
-    encodings_version: Annotated[
-        str, typer.Option(help="Schema of the encodings file: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")
-    ] = "1.0.0",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    calibration_samples: options.SampleLimit = None,
+    batch_size: options.BatchSize = 8,
+    seed: options.Seed = 0,
+    name: options.Stem = None,
+    encodings_version: options.EncodingsVersion = "1.0.0",
+    quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model: apply a recipe, calibrate, export.
 
     Writes NAME.onnx (float graph, updated weights), NAME.encodings, NAME.qdq.onnx, report.json and report.html.
     Interrupted, the same command goes on from the last finished layer.
     """
-    from bitwright.progress import progress_for, silent
     from bitwright.quantsim import QuantSim
     from bitwright.recipe import read_recipe
+    from bitwright.runs import run_in
     from bitwright.target import load_target
 
     job = Job(model, data, out, name if name is not None else model.stem, encodings_version, batch_size)
     job.check()
     steps = read_recipe(recipe)
     chosen = load_target(target)
-    with silent() if quiet else progress_for(sys.stderr) as progress:
+    with options.shown_progress(quiet=quiet) as progress:
         clock = Clock()
         with clock("open"):
             sim = QuantSim(
-                opened(model, load or []), target=chosen, weights=weights, activations=activations, scheme=scheme,
-                weight_scheme=weight_scheme, overrides=read_overrides(override or []), seed=seed, progress=progress,
+                opened(model, load), target=chosen, weights=weights, activations=activations, scheme=scheme,
+                weight_scheme=weight_scheme, overrides=options.read_overrides(override), seed=seed, progress=progress,
             )  # fmt: skip
             sim.source = model
             calibration = sim.open(data, batch_size=batch_size, limit=calibration_samples)
@@ -135,13 +102,9 @@ class Job:
         Raises:
             InputError: the name is no file name, or the schema doesn't exist.
         """
-        from bitwright.formats import VERSIONS
-
         if not self.name or Path(self.name).name != self.name:
             raise InputError(f"--name {self.name!r} can't be a file name; use a plain stem such as 'mobilenet'")
-        if self.encodings_version not in VERSIONS:
-            known = ", ".join(VERSIONS)
-            raise InputError(f"there is no encodings version {self.encodings_version!r}; there are {known}")
+        options.check_encodings_version(self.encodings_version)
 
 
 @dataclass
@@ -174,75 +137,17 @@ class Scored:
         return cls(dataset, read_labels(labels, dataset.samples))
 
 
-def opened(path: Path, given: list[str]) -> Any:
-    """What `QuantSim` is given: the path, or the model opened with ``KEY=VALUE`` options of its backend.
-
-    A value is JSON where it can be, a list where it holds commas, and otherwise text.
+def opened(path: Path, load: Sequence[str] | None) -> Any:
+    """What `QuantSim` is given: the path, or the model opened with the ``KEY=VALUE`` options of its backend.
 
     Raises:
         InputError: an option has no "=", or the backend doesn't know it.
     """
-    if not given:
+    if not load:
         return path
     from bitwright.opening import open_model
 
-    options: dict[str, Any] = {}
-    for text in given:
-        key, _, value = text.partition("=")
-        if not key or not value:
-            raise InputError(f"--load {text!r} isn't of the form KEY=VALUE, such as outputs=logits")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value.split(",") if "," in value else value
-    return open_model(path, options=options)[1]
-
-
-ROLES = ("weights", "activations", "bias")
-
-
-def read_overrides(given: list[str]) -> dict[str, Any]:
-    """``NAME=TYPE`` and ``OP:weights=TYPE`` options as `QuantSim` takes them; names may hold "=", types don't.
-
-    Raises:
-        InputError: one has no "=".
-    """
-    found: dict[str, Any] = {}
-    for text in given:
-        name, _, kind = text.rpartition("=")
-        if not name or not kind:
-            raise InputError(f"--override {text!r} isn't of the form NAME=TYPE, such as conv1=float")
-        op, _, role = name.rpartition(":")
-        if op and role in ROLES:
-            found.setdefault(op, {})[role] = kind
-        else:
-            found[name] = kind
-    return found
-
-
-@contextmanager
-def run_in(out: Path) -> Iterator[RunDirectory]:
-    """The run directory inside the output folder; a failure that leaves nothing to resume leaves no folders either."""
-    from bitwright.durable import make_directory
-    from bitwright.runs import RunDirectory
-
-    fresh = [folder for folder in (out, *out.parents) if not folder.exists()]
-    make_directory(out)
-    run = None
-    try:
-        with RunDirectory(out / RUN_FOLDER) as run:
-            try:
-                yield run
-            except BaseException:
-                run.discard_if_empty()
-                raise
-    except BaseException:
-        for folder in fresh:
-            try:
-                folder.rmdir()
-            except OSError:
-                break
-        raise
+    return open_model(path, options=options.read_load_options(load))[1]
 
 
 def _work(sim: QuantSim, steps: Recipe, calibration: Dataset, scored: Scored | None, clock: Clock) -> Accuracy | None:

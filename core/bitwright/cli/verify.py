@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 from bitwright.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -19,24 +19,13 @@ SHOWN_TENSORS = 10
 
 def verify(
     *,
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What `bitwright quantize --out` wrote.", show_default=False)
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False),
-    ],
-    labels: Annotated[
-        Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 8,
-    name: Annotated[
-        str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)
-    ] = None,
+    directory: options.ExportDirectory,
+    data: options.Samples,
+    labels: options.Labels = None,
+    as_json: options.Json = False,
+    samples: options.SampleLimit = None,
+    batch_size: options.BatchSize = 8,
+    name: options.ExportName = None,
     float_model: Annotated[
         Path | None,
         typer.Option(
@@ -59,20 +48,19 @@ def verify(
             min=0, help="Fail if integer accuracy is more points below float (needs --labels).", show_default=False
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare float, simulation, exact integers and the integer runtime on the same samples.
 
     Exits with 1 if an output isn't finite, or a limit that was given isn't kept.
     """
     from bitwright.cli.labels import read_labels
-    from bitwright.progress import progress_for, silent
     from bitwright.verify import verify as run
 
     if max_drop is not None and labels is None:
         raise typer.BadParameter("--max-drop needs --labels")
     known = read_labels(labels, None) if labels is not None else None
-    with silent() if quiet or as_json else progress_for(sys.stderr) as progress:
+    with options.shown_progress(quiet=quiet or as_json) as progress:
         result = run(
             directory,
             data,

@@ -1,0 +1,145 @@
+"""Options that several commands have, tools of plugins included, and what their texts mean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitwright.errors import InputError
+
+if TYPE_CHECKING:
+    from bitwright.data import Dataset
+    from bitwright.technique import Progress
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)]
+ExportDirectory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="What `bitwright quantize --out` wrote.", show_default=False)
+]
+ExportName = Annotated[str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)]
+
+Samples = Annotated[
+    Path, typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False)
+]
+CalibrationData = Annotated[
+    Path,
+    typer.Option(
+        help="Calibration samples: .npz (input name → array), .npy, or a folder of images.", show_default=False
+    ),
+]
+Labels = Annotated[
+    Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
+]
+SampleLimit = Annotated[
+    int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
+
+Target = Annotated[str, typer.Option(help="A preset of `bitwright targets`, or a configuration file.")]
+WeightType = Annotated[
+    str | None,
+    typer.Option(help="Type of weights, such as int8, int4, int4:block32 (default: the target's).", show_default=False),
+]
+ActivationType = Annotated[
+    str | None,
+    typer.Option(help="Type of activations, such as uint8, uint16 (default: the target's).", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=TYPE",
+        help="Another type, or float, for an op or tensor; OP:weights=TYPE for its weights. Repeatable.",
+        show_default=False,
+    ),
+]
+Scheme = Annotated[str, typer.Option(help="Range setting of activations: minmax, percentile, sqnr, mse, entropy.")]
+WeightScheme = Annotated[str, typer.Option(help="Range setting of weights.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+OutputFolder = Annotated[Path, typer.Option(help="Folder to write to; made if it isn't there.", show_default=False)]
+Stem = Annotated[str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)]
+EncodingsVersion = Annotated[str, typer.Option(help="Schema of the encodings file: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+ROLES = ("weights", "activations", "bias")
+
+
+def read_overrides(given: Sequence[str] | None) -> dict[str, Any]:
+    """``NAME=TYPE`` and ``OP:weights=TYPE`` options as `QuantSim` takes them; names may hold "=", types don't.
+
+    Raises:
+        InputError: one has no "=".
+    """
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, _, kind = text.rpartition("=")
+        if not name or not kind:
+            raise InputError(f"--override {text!r} isn't of the form NAME=TYPE, such as conv1=float")
+        op, _, role = name.rpartition(":")
+        if op and role in ROLES:
+            found.setdefault(op, {})[role] = kind
+        else:
+            found[name] = kind
+    return found
+
+
+def read_load_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` options of a backend's opening; a value is JSON where it can be, a list where it holds commas.
+
+    Raises:
+        InputError: one has no "=".
+    """
+    options: dict[str, Any] = {}
+    for text in given or ():
+        key, _, value = text.partition("=")
+        if not key or not value:
+            raise InputError(f"--load {text!r} isn't of the form KEY=VALUE, such as outputs=logits")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value.split(",") if "," in value else value
+    return options
+
+
+def check_encodings_version(version: str) -> None:
+    """Refuse a schema that can't be written.
+
+    Raises:
+        InputError: it doesn't exist.
+    """
+    from bitwright.formats import VERSIONS
+
+    if version not in VERSIONS:
+        raise InputError(f"there is no encodings version {version!r}; there are {', '.join(VERSIONS)}")
+
+
+def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None) -> Dataset:
+    """Samples for a model that isn't simulated yet.
+
+    Args:
+        model: the model file.
+        data: as `bitwright.data.open_data` takes it.
+        batch_size: samples a batch.
+        limit: use only so many; None for all.
+
+    Raises:
+        InputError: either can't be read, or the samples don't fit the model's inputs.
+    """
+    from bitwright.data import open_data
+    from bitwright.opening import open_model
+
+    backend, native = open_model(model)
+    return open_data(data, backend.input_specs(native), batch_size=batch_size, limit=limit)
+
+
+def shown_progress(*, quiet: bool) -> AbstractContextManager[Progress]:
+    """Progress on the error stream, unless it isn't wanted."""
+    from bitwright.progress import progress_for, silent
+
+    return silent() if quiet else progress_for(sys.stderr)
