@@ -60,7 +60,9 @@ def export(model: CapturedModel, plan: Plan, encodings: EncodingTable, path: Pat
     if format == "onnx":
         backend, made, names = _onnx_model(model, plan)
         known, mine = backend.graph(made).params, canonical(model).graph.params
-        layouts = {p: known[p].layout for p in mine if p in known and known[p].layout != mine[p].layout}
+        # A scale and shift that ONNX has in other ranks (group norm: one value, 1, 1) keep their own axes.
+        alike = [p for p in mine if p in known and len(known[p].shape) == len(mine[p].shape)]
+        layouts = {p: known[p].layout for p in alike if known[p].layout != mine[p].layout}
         return Bundle({"model": backend.save(made, path)}, names, layouts)
     if format == "qdq":
         from bitwright_onnx.qdq import write_qdq

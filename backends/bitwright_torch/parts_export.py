@@ -28,7 +28,7 @@ def export_parts(model: PartitionedModel, plan: Plan, encodings: EncodingTable, 
         return Bundle({"weights": save_weights(model, path)})
     files: dict[str, Path] = {}
     names: dict[str, str] = {}
-    layouts: dict[str, tuple[int, ...] | None] = {}
+    layouts: dict[str, tuple[int, ...]] = {}
     for name, part in model.parts.items():
         sites = sites_of(part)
         table = EncodingTable({s: e for s, e in encodings.items() if s in sites}, encodings.provenance)

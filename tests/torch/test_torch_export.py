@@ -208,3 +208,14 @@ def test_indexed_tables_and_handed_on_inputs_keep_their_names(tmp_path: Path) ->
     other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"], strict=False)
     assert {"table", "fc.weight"} <= set(other.encodings)
     ort.InferenceSession(bundle.files["qdq"])
+
+
+def test_group_norms_are_exported(tmp_path: Path) -> None:
+    """Their scale and shift have other ranks in ONNX."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8)).eval(), torch.randn(2, 3, 8, 8)
+    sim = QuantSim(net, x, target="default_per_channel", scheme="minmax").calibrate([x])
+    bundle = sim.export(tmp_path)
+    (found,) = ort.InferenceSession(bundle.files["model"]).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(found, net(x).detach(), atol=1e-5)
+    assert bundle.files["encodings"].exists()
