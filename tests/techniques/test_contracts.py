@@ -14,11 +14,12 @@ from backends import BACKENDS, FRAMEWORKS
 
 from bitwright import registry
 from bitwright.edits import SetBias
+from bitwright.graph import OpKind
 from bitwright.testing import models
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.technique_contract import TechniqueContract
 
-# What the kit needs to know of each; the others have classes of their own (test_adaround.py, …).
+# What the kit needs to know of each.
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "fold_batch_norm": {"needs_data": False},
     "cross_layer_equalization": {"needs_data": False},
@@ -30,8 +31,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "awq": {"settings": {"steps": 4, "samples": 64}},
     "weight_clipping": {"needs_data": False},
     "activation_ranges": {"settings": {"samples": 64}},
+    "batch_norm_reestimation": {},
+    "fold_batch_norm_to_scale": {"needs_data": False},
 }
-OWN_CLASSES = {"adaround", "seq_mse"}
+# On the reference backend they have classes of their own (test_adaround.py, …).
+OWN_CLASSES = {"adaround", "seq_mse", "batch_norm_reestimation", "fold_batch_norm_to_scale"}
+ON_NORMS = {"fold_batch_norm", "batch_norm_reestimation", "fold_batch_norm_to_scale"}
 
 
 # What doesn't depend on the backend is tested on the reference one.
@@ -89,37 +94,37 @@ globals().update(_classes())
 
 
 def test_every_technique_is_put_to_the_kit():
-    own = {"batch_norm_reestimation", "fold_batch_norm_to_scale"}  # test_batch_norm_after_training.py
-    assert set(registry.techniques()) >= set(TECHNIQUES) | own
     built_in = {n for n, i in registry.techniques().items() if i.factory.startswith("bitwright_techniques.")}
-    assert built_in == set(TECHNIQUES) | own
+    assert built_in == set(TECHNIQUES)
 
 
 def _result(backend, native, name, data):
-    """(weights and biases, weight encodings' scales) by op after a technique."""
+    """Parameters of linear ops and norms, new biases, and scales of new weight encodings, after a technique."""
     plan = simple_plan(backend.graph(native), weights=TechniqueContract.weights)
     done = run_technique(
         registry.technique(name), backend, native, data, plan=plan, **TECHNIQUES[name].get("settings", {})
     )
     graph = backend.graph(done.model)
     values = backend.read(done.model, list(graph.params))
-    weights = {op.id: values[op.weight] for op in graph.linear_ops}
+    ops = [*graph.linear_ops, *(op for op in graph if op.kind is OpKind.BATCH_NORM)]
+    params = {(op.id, role): values[op.params[role]] for op in ops for role in sorted(op.params)}
     biases = {e.op: e.value for e in done.outcome.edits if isinstance(e, SetBias)}
     scales = {op.id: done.encodings[op.weight].scale for op in graph.linear_ops if op.weight in done.outcome.encodings}
-    return weights, biases, scales
+    return params, biases, scales
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_same_numbers_on_every_backend(name, framework):
-    """Weights and scales within 1e-4 of their largest, but for roundings that sit on an edge (1 % at most)."""
-    model = models.depthwise_triple()
+    """Parameters and scales within 1e-4 of their largest, but for roundings that sit on an edge (1 % at most)."""
+    model = models.conv_bn_relu(depth=2) if name in ON_NORMS else models.depthwise_triple()
     data = [models.batch(model, 6, s) for s in range(3)]
     expected = _result(BACKENDS["reference"].backend(), model, name, data)
     port = BACKENDS[framework]
     found = _result(port.backend(), port.port(model), name, [port.batch(b) for b in data])
     order = [list(kind) for kind in expected]
     assert [len(kind) for kind in found] == [len(kind) for kind in expected]
+    assert any(expected)
     for kind, (a, b) in enumerate(zip(expected, found, strict=True)):
         for x, y in zip(a.values(), b.values(), strict=True):
             far = np.abs(x - y) > 1e-4 * np.abs(x).max()
