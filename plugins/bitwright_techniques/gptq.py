@@ -7,7 +7,6 @@ the error of its quantized inputs; convolutions, grouped and transposed ones too
 
 from __future__ import annotations
 
-import time
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,59 +16,39 @@ from bitwright.backend import Capability
 from bitwright.graph import Graph
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome
-from bitwright.technique import Settings as BaseSettings
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.block_rounding import block_rounding
-from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
-from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
+from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
+from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import RoundingProblem, act_order, factor, successive_rounding, turn
-from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
 
-_REFINEMENTS = 4
-"""Finer scale candidates on each side of the best of the coarse ones."""
 
-
-class GptqSettings(BaseSettings):
-    """Settings of `Gptq`.
+class GptqSettings(RoundingSettings):
+    """Settings of `Gptq`, beside those of `RoundingSettings`.
 
     Attributes:
-        inputs: "quantized": each layer makes up for the error of those before it; "float": layers are independent.
-        quantized_activations: activations are quantized too in the network that gives the quantized inputs.
-        residuals: a layer whose output is added to a skip connection also makes up for that connection's error.
-        scales: "search" chooses weight scales by the layer's output error; "keep" leaves the encodings' ranges, as
-            the paper does. Frozen encodings are kept in any case.
+        scales: the paper keeps them.
         groups: scales of blockwise weights (with `scales: search`). "dynamic": each block's is chosen when its turn
             comes, on its weights as the errors of the blocks before have changed them; "static": all beforehand.
         act_order: features of large second moment first. Blockwise weights with dynamic scales: blocks by their mean
             moment, then the features within each, so that every block stays one run of channels.
-        damping: share of the mean input power that is added to the moments' diagonal, against overfitting. The paper
-            has 0.01; on EfficientNet-Lite0 with 64 samples 0.05 was the more accurate.
+        damping: the paper has 0.01; on EfficientNet-Lite0 with 64 samples 0.05 was the more accurate. Without any, Ĥ
+            may have no Cholesky factor.
         block_size: features between two updates of all that follow; it changes the time, not the result.
-        bias_correction: set the bias that keeps the mean output (closed form).
-        candidates: scales tried for each channel or block: fractions i/N of its full range.
-        include, exclude: names or glob patterns of layers; nothing included means all.
     """
 
-    inputs: Literal["quantized", "float"] = "quantized"
-    quantized_activations: bool = True
-    residuals: bool = True
-    scales: Literal["search", "keep"] = "search"
     groups: Literal["dynamic", "static"] = "dynamic"
     act_order: bool = True
     damping: float = Field(0.05, gt=0, le=1)
     block_size: int = Field(32, ge=1)
-    bias_correction: bool = True
-    candidates: int = Field(20, ge=1)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
 
 class Gptq:
     """Successive rounding with error feedback for convolutions, transposed convolutions and linear layers."""
 
     name: ClassVar[str] = "gptq"
-    Settings: ClassVar[type[BaseSettings]] = GptqSettings
+    Settings: ClassVar[type[Settings]] = GptqSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def statistics(self, graph: Graph, plan: Plan, settings: GptqSettings) -> tuple[Request, ...]:
@@ -85,17 +64,7 @@ class Gptq:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        s: GptqSettings = ctx.settings
-        walk = walk_of(ctx, self.name)
-        ops, skipped = select_layers(ctx, s.include, s.exclude)
-        results = walk(
-            ops,
-            lambda layer: round_layer(layer, s),
-            quantized_inputs=s.inputs == "quantized",
-            quantized_activations=s.quantized_activations,
-            residuals=s.residuals,
-        )
-        return outcome_of(ctx, results, rounding_report(results, skipped), weights=True)
+        return round_layers(ctx, self.name, lambda layer: round_layer(layer, ctx.settings))
 
 
 def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
@@ -105,46 +74,22 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
     layer is worse than it was.
 
     Returns:
-        Weight on its grid, frozen encoding, bias, and figures: `before` (relative output error at the encoding that
-        came in), `nearest` (nearest rounding at the scales chosen), `after`, `seconds`.
+        As `solve_layer`, with the figure `nearest` (nearest rounding at the scales searched).
     """
-    began = time.perf_counter()
-    problem = reconstruction(
-        layer.op,
-        layer.weight,
-        layer.moments,
-        free_bias=settings.bias_correction,
-        damping=settings.damping,
-        inputs="asymmetric" if settings.inputs == "quantized" else "float",
-    )
-    given = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
-    search = settings.scales == "search" and not layer.encoding.frozen
-    grid = given
-    if search:
-        grid = search_scales(
-            problem, full_range(given, layer.weight), candidates=settings.candidates, refinements=_REFINEMENTS
-        )
-    options = [(grid, grid.nearest(problem.weight))]
-    if search and np.array_equal(given.encoding.zero_point, grid.encoding.zero_point):
-        options.append((given, given.nearest(problem.weight)))
-    if search and settings.groups == "dynamic" and not grid.whole_rows:
-        options.append(block_rounding(problem, grid, in_act_order=settings.act_order, candidates=settings.candidates))
-    options.append((grid, rounded(problem, grid, settings)))
-    energy = max(float(problem.energy.sum()), float(np.finfo(np.float64).tiny))
-    nearest = float(problem.loss(grid.values(options[0][1])).sum()) / energy
-    before = float(problem.loss(given.values(given.nearest(problem.weight))).sum()) / energy
-    grid, codes = _best(problem, options)
-    weight = grid.weight(codes)
-    figures = {
-        "before": before,
-        "nearest": nearest,
-        "after": float(problem.loss(grid.values(codes)).sum()) / energy,
-    }
-    bias = None
-    if settings.bias_correction:
-        bias = corrected_bias(layer.op, layer.weight, weight, layer.bias, layer.moments)
-    figures["seconds"] = time.perf_counter() - began
-    return LayerResult(weight, grid.frozen("gptq"), bias, figures)
+
+    def choose(task: RoundingTask) -> Rounded:
+        problem, given, grid = task.problem, task.given, task.grid
+        options = [(grid, grid.nearest(problem.weight))]
+        nearest = problem.relative_loss(grid.values(options[0][1]))
+        if task.searched and np.array_equal(given.encoding.zero_point, grid.encoding.zero_point):
+            options.append((given, given.nearest(problem.weight)))
+        if task.searched and settings.groups == "dynamic" and not grid.whole_rows:
+            in_order = settings.act_order
+            options.append(block_rounding(problem, grid, in_act_order=in_order, candidates=settings.candidates))
+        options.append((grid, rounded(problem, grid, settings)))
+        return Rounded(*_best(problem, options), {"nearest": nearest})
+
+    return solve_layer(layer, settings, Gptq.name, choose)
 
 
 def rounded(problem: Reconstruction, grid: WeightGrid, settings: GptqSettings) -> Matrix:

@@ -112,3 +112,20 @@ def rounding_report(
     }
     summary = f"{len(results)} layers rounded; output error {share:.0f} % below nearest rounding"
     return Report(summary, figures, columns, tuple(rows))
+
+
+def search_report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str], what: str, by: str = "") -> Report:
+    """Report of a technique that chooses the scales of weights: errors of each layer, and what was left out.
+
+    Args:
+        results: with figures `before`, `after`, `seconds`.
+        skipped: reasons, by op.
+        what: what is searched: "weight scale".
+        by: by which error, if that has to be told: "output error".
+    """
+    columns = ("layer", "before", "after", "seconds")
+    rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
+    rows += [(op, reason, "", "") for op, reason in skipped.items()]
+    figures = {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())}
+    summary = f"{len(results)} {what}s searched" + (f" by {by}" if by else "") if results else f"no {what} to search"
+    return Report(summary, figures, columns, tuple(rows))

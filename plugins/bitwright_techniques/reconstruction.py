@@ -52,6 +52,10 @@ class Reconstruction:
         product = values @ self.gram - self.damping[:, None, None] * values - 2 * self.cross
         return np.asarray(np.maximum(np.einsum("grk,grk->gr", values, product) + self.energy, 0.0))
 
+    def relative_loss(self, values: NDArray[np.floating]) -> float:
+        """Output error of all rows over the power of the output."""
+        return float(self.loss(values).sum()) / max(float(self.energy.sum()), float(np.finfo(np.float64).tiny))
+
     def objective(self, values: NDArray[np.floating]) -> Array:
         """Damped error of each row, less its minimum over real matrices, (groups, rows), in float64."""
         error = values - self.target

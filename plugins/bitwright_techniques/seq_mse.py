@@ -9,16 +9,15 @@ from __future__ import annotations
 import time
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from bitwright.backend import Capability
 from bitwright.graph import Graph
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Report
+from bitwright.technique import Context, Layer, LayerResult, Outcome
 from bitwright.technique import Settings as BaseSettings
-from bitwright_techniques.layerwise_outcome import outcome_of, select_layers, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Inputs, corrected_bias, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
@@ -73,15 +72,7 @@ class SeqMse:
             quantized_inputs=s.inputs != "float",
             quantized_activations=s.quantized_activations,
         )
-        columns = ("layer", "before", "after", "seconds")
-        rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
-        rows += [(op, reason, "", "") for op, reason in skipped.items()]
-        report = Report(
-            f"{len(results)} weight scales searched" if results else "no weight scale to search",
-            {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())},
-            columns,
-            tuple(rows),
-        )
+        report = search_report(results, skipped, "weight scale")
         return outcome_of(ctx, results, report, weights=False)
 
 
@@ -104,9 +95,8 @@ def scale_layer(layer: Layer, settings: SeqMseSettings) -> LayerResult:
         refinements=settings.refinements,
     )
     weight = grid.weight(grid.nearest(problem.weight))
-    energy = max(float(problem.energy.sum()), float(np.finfo(np.float64).tiny))
     figures = {
-        name: float(problem.loss(g.values(g.nearest(problem.weight))).sum()) / energy
+        name: problem.relative_loss(g.values(g.nearest(problem.weight)))
         for name, g in (("before", given), ("after", grid))
     }
     bias = None

@@ -22,9 +22,9 @@ from bitwright.grid import QuantSpec, to_groups
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, LayerResult, Outcome, Report
+from bitwright.technique import Context, LayerResult, Outcome
 from bitwright.technique import Settings as BaseSettings
-from bitwright_techniques.layerwise_outcome import outcome_of, select_layers, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
@@ -98,16 +98,8 @@ class WeightClipping:
                 results[id] = clip_layer(op, weight, encoding, weight_problem(op, weight), s.candidates)
                 ctx.progress.advance(1, id)
             ctx.progress.finish()
-        columns = ("layer", "before", "after", "seconds")
-        rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
-        rows += [(op, reason, "", "") for op, reason in skipped.items()]
-        kind = "output" if by_output else "weight"
-        report = Report(
-            f"{len(results)} weight ranges searched by {kind} error" if results else "no weight range to search",
-            {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())},
-            columns,
-            tuple(rows),
-        )
+        error = "output error" if by_output else "weight error"
+        report = search_report(results, skipped, "weight range", error)
         return outcome_of(ctx, results, report, weights=False)
 
 
@@ -134,13 +126,12 @@ def clip_layer(
         grid = _search_ends(problem, grid, weight, candidates)
     else:
         grid = search_scales(problem, grid, candidates=candidates, refinements=_REFINEMENTS)
-    energy = max(float(problem.energy.sum()), float(np.finfo(np.float64).tiny))
-    errors = [float(problem.loss(g.values(g.nearest(problem.weight))).sum()) for g in (given, grid)]
+    errors = [problem.relative_loss(g.values(g.nearest(problem.weight))) for g in (given, grid)]
     if errors[1] > errors[0]:  # a range that some finer search has found
         grid, errors[1] = given, errors[0]
     figures = {
-        "before": errors[0] / energy,
-        "after": errors[1] / energy,
+        "before": errors[0],
+        "after": errors[1],
         "seconds": time.perf_counter() - began,
     }
     weight = grid.weight(grid.nearest(problem.weight))

@@ -1,0 +1,141 @@
+"""What techniques that choose the codes of one layer's weight after another share: settings, walk, and figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
+from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
+from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
+from bitwright_techniques.scale_search import full_range, search_scales
+from bitwright_techniques.weight_grid import Matrix, WeightGrid
+
+_REFINEMENTS = 4
+"""Finer scale candidates on each side of the best of the coarse ones."""
+
+
+class RoundingSettings(Settings):
+    """Settings that all of them have.
+
+    Attributes:
+        inputs: "quantized": each layer makes up for the error of those before it (asymmetric reconstruction);
+            "float": layers are independent.
+        quantized_activations: activations are quantized too in the network that gives the quantized inputs.
+        residuals: a layer whose output is added to a skip connection also makes up for that connection's error.
+        scales: "search" chooses the weight scales by the layer's output error; "keep" leaves the encodings' ranges.
+            Frozen encodings are kept in any case.
+        candidates: scales tried for each channel or block: fractions i/N of its full range.
+        bias_correction: set the bias that keeps the mean output (closed form).
+        damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
+        include, exclude: names or glob patterns of layers; nothing included means all.
+    """
+
+    inputs: Literal["quantized", "float"] = "quantized"
+    quantized_activations: bool = True
+    residuals: bool = True
+    scales: Literal["search", "keep"] = "search"
+    candidates: int = Field(20, ge=1)
+    bias_correction: bool = True
+    damping: float = Field(0.05, ge=0, le=1)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoundingTask:
+    """One layer to round.
+
+    Attributes:
+        problem: its output error as a function of its weight.
+        given: the grid of the encoding that came in.
+        grid: the grid to start from: `given`, or with scales chosen by nearest rounding's output error.
+        searched: whether scales may be chosen.
+    """
+
+    problem: Reconstruction
+    given: WeightGrid
+    grid: WeightGrid
+    searched: bool
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes (groups, rows, K) on a grid, and what is to be reported: `nearest`, the relative output error of nearest
+    rounding, and what else the rule tells."""
+
+    grid: WeightGrid
+    codes: Matrix
+    figures: Mapping[str, float]
+
+
+def round_layers(
+    ctx: Context, technique: str, solve: Callable[[Layer], LayerResult], extra: Sequence[str] = ()
+) -> Outcome:
+    """Walk over the layers that the context's `RoundingSettings` select.
+
+    Args:
+        ctx: the technique's context.
+        technique: its name.
+        solve: solves a layer.
+        extra: figures that the report has beside `before`, `nearest`, `after` and `seconds`.
+
+    Returns:
+        Weights on their grid, frozen encodings, edits that set biases.
+
+    Raises:
+        InputError: no calibration data, or a pattern that matches no layer.
+    """
+    s: RoundingSettings = ctx.settings
+    walk = walk_of(ctx, technique)
+    ops, skipped = select_layers(ctx, s.include, s.exclude)
+    results = walk(
+        ops,
+        solve,
+        quantized_inputs=s.inputs == "quantized",
+        quantized_activations=s.quantized_activations,
+        residuals=s.residuals,
+    )
+    return outcome_of(ctx, results, rounding_report(results, skipped, extra=extra), weights=True)
+
+
+def solve_layer(
+    layer: Layer, settings: RoundingSettings, technique: str, choose: Callable[[RoundingTask], Rounded]
+) -> LayerResult:
+    """Round one layer by a rule.
+
+    Returns:
+        Weight on its grid, frozen encoding, bias, and figures: `before` (relative output error at the encoding that
+        came in), `after`, those of the rule, `seconds`.
+    """
+    began = time.perf_counter()
+    problem = reconstruction(
+        layer.op,
+        layer.weight,
+        layer.moments,
+        free_bias=settings.bias_correction,
+        damping=settings.damping,
+        inputs="asymmetric" if settings.inputs == "quantized" else "float",
+    )
+    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    searched = settings.scales == "search" and not layer.encoding.frozen
+    if searched:
+        grid = search_scales(
+            problem, full_range(given, layer.weight), candidates=settings.candidates, refinements=_REFINEMENTS
+        )
+    found = choose(RoundingTask(problem, given, grid, searched))
+    weight = found.grid.weight(found.codes)
+    figures = {
+        "before": problem.relative_loss(given.values(given.nearest(problem.weight))),
+        "after": problem.relative_loss(found.grid.values(found.codes)),
+        **found.figures,
+    }
+    bias = None
+    if settings.bias_correction:
+        bias = corrected_bias(layer.op, layer.weight, weight, layer.bias, layer.moments)
+    figures["seconds"] = time.perf_counter() - began
+    return LayerResult(weight, found.grid.frozen(technique), bias, figures)
