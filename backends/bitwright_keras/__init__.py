@@ -1,1 +1,50 @@
-"""The Keras 3 backend."""
+"""The Keras 3 backend.
+
+`capture(model, sample)` gives the model form that `bitwright.QuantSim` takes as it is, and `keras_model` makes a plain
+`keras.Model` of it. `set_grid_rate(model)` lets the learned grids of range learning train faster than the weights.
+`load_model(path)` opens a saved trainable simulation. Its layers are registered with Keras, so that
+`keras.saving.load_model` finds them, once one of them has been imported (`from bitwright_keras import QuantizedLayer`),
+or at once where this package is imported after keras.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitwright_keras.fake_quant import FakeQuantize
+    from bitwright_keras.model import KerasModel
+    from bitwright_keras.native import keras_model
+    from bitwright_keras.normalize import CaptureNotice
+    from bitwright_keras.normalize import normalize as capture
+    from bitwright_keras.training import load_model, set_grid_rate
+    from bitwright_keras.weights import QuantizedLayer
+
+__all__ = [
+    "CaptureNotice", "FakeQuantize", "KerasModel", "QuantizedLayer", "capture", "keras_model", "load_model",
+    "set_grid_rate",
+]  # fmt: skip
+_HOMES = {
+    "CaptureNotice": ("normalize", "CaptureNotice"),
+    "FakeQuantize": ("fake_quant", "FakeQuantize"),
+    "KerasModel": ("model", "KerasModel"),
+    "QuantizedLayer": ("weights", "QuantizedLayer"),
+    "capture": ("normalize", "normalize"),
+    "keras_model": ("native", "keras_model"),
+    "load_model": ("training", "load_model"),
+    "set_grid_rate": ("training", "set_grid_rate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The plugin's descriptor lives in this package and must not import keras.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bitwright_keras' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"bitwright_keras.{module}"), attribute)
+
+
+if "keras" in sys.modules and hasattr(sys.modules["keras"], "saving"):
+    import_module("bitwright_keras.weights")

@@ -14,14 +14,15 @@ from bitwright_keras.model import Spec
 Function = Callable[..., Any]
 
 
-def compiled(function: Function, inputs: Sequence[Spec]) -> Function:
+def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[keras.Variable]) -> Function:
     """A function of tensors for many calls, without gradients.
 
-    TensorFlow: one `tf.function` for all batch sizes; JAX: `jax.jit`; PyTorch: in inference mode.
+    TensorFlow: one `tf.function` for all batch sizes; JAX: `jax.jit`; PyTorch: without recording gradients.
 
     Args:
         function: takes tensors, returns a list of tensors.
         inputs: of the tensors that it takes.
+        variables: that it reads; each call sees their present values.
     """
     name = keras.backend.backend()
     if name == "tensorflow":
@@ -42,8 +43,13 @@ def compiled(function: Function, inputs: Sequence[Spec]) -> Function:
     if name == "jax":
         import jax  # type: ignore[import-not-found]
 
-        jitted: Function = jax.jit(function)
-        return jitted
+        # Traced as they are, variables would become constants of the compiled function.
+        @jax.jit  # type: ignore[untyped-decorator]
+        def stateless(values: list[Any], *tensors: Any) -> Any:
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function(*tensors)
+
+        return lambda *tensors: stateless([v.value for v in variables], *tensors)
     return function
 
 

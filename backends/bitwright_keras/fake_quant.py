@@ -40,6 +40,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         learns: the grid is trained.
         evened: its gradients are scaled as LSQ does (`gradients.lsq_factor`).
         follows: whether a parameter's grid may follow its values.
+        grid_rate: learned grids move so many times as far as an optimizer moves their variables; see
+            `training.set_grid_rate`.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         learns: bool = False,
         evened: bool = False,
         follows: bool = False,
+        grid_rate: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._on_start = encoding is not None
         self._form = _of_config(encoding) if isinstance(encoding, Mapping) else encoding or _UNSET
         self._layout = None if layout is None else Layout(*(tuple(int(n) for n in part) for part in layout))
-        self.learns, self.evened, self.follows = learns, evened, follows
+        self.learns, self.evened, self.follows, self.grid_rate = learns, evened, follows, grid_rate
         shape = self._form.scale.shape
         self.scale = self._number("scale", shape, 1.0)
         self.low = self._number("low", shape, 0.0)
@@ -172,16 +175,21 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
             low = ops.where(plain, grid.qmin - zero, low)
             high = ops.where(plain, grid.qmax - zero, high)
         if self.log_scale is not None:
-            scale = scale * ops.exp(value_of(self.log_scale))
+            scale = scale * ops.exp(self._learned(self.log_scale))
             scale = scale + ops.stop_gradient(two_level_scale(scale, form) - scale)
         if self.zero_shift is not None:
             steps = ops.convert_to_tensor(self._moves.astype(np.float32) * np.float32(grid.steps))
-            shift = value_of(self.zero_shift) * steps
+            shift = self._learned(self.zero_shift) * steps
             zero = grid.qmin - low
             moved = zero + shift
             moved = moved + ops.stop_gradient(ops.clip(ops.round(moved), grid.qmin, grid.qmax) - moved)
             low, high = grid.qmin - moved, grid.qmax - moved
         return scale, low, high
+
+    def _learned(self, variable: keras.Variable) -> Any:
+        value = value_of(variable)
+        # The gradient stays that of the grid's own logarithm: plain gradient descent isn't sped up twice.
+        return value if self.grid_rate == 1 else value + ops.stop_gradient((self.grid_rate - 1) * value)
 
     def call(self, x: Any) -> Any:
         """x on the grid, in x's type."""
@@ -261,6 +269,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
             "learns": self.learns,
             "evened": self.evened,
             "follows": self.follows,
+            "grid_rate": self.grid_rate,
         }
 
     def load_own_variables(self, store: Any) -> None:

@@ -54,7 +54,9 @@ class KerasSession:
         self._feeds = {id: name for id, name in sources.items() if id in read}
         self._specs = {name: model.specs[id] for id, name in self._feeds.items()}
         self._zero = {self._ids[t] for t in self.taps if t.reduce == "minmax" and _never_negative(graph, t.tensor)}
-        self._function = compiled(self._compute, [self._specs[n] for n in self._feeds.values()])
+        variables = {id(v): v for node in self._nodes if node.layer is not None for v in node.layer.variables}
+        inputs = [self._specs[n] for n in self._feeds.values()]
+        self._function = compiled(self._compute, inputs, list(variables.values()))
 
     @property
     def needs(self) -> tuple[str, ...]:
