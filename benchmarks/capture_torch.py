@@ -216,7 +216,15 @@ def line(r: dict[str, Any]) -> str:
         return f"| {r['name']} | not captured | | | | | | | {notes} |"
     equal = "equal" if r["equal"] == 0 else f"{r['equal']:.2g}"
     cells = [r["name"], equal]
-    cells.append("no" if not r.get("finite") else "finite" if "w8a8" not in r else f"{r['w8a8']:.0f} dB")
+    cells.append(
+        "no"
+        if "finite" not in r
+        else "[not finite](pytorch.md#divisions)"
+        if not r["finite"]
+        else "finite"
+        if "w8a8" not in r
+        else f"{r['w8a8']:.0f} dB"
+    )
     cells.append("no" if "onnx" not in r else f"{r['onnx']:.0e}")
     cells.append("no" if "qdq" not in r else f"{r['qdq']:.0f} dB")
     return (
@@ -242,10 +250,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "(signal to noise of the quantized output) show that a simulation works and that the exported model agrees "
         "with it, not what a trained network would lose.", "",
         "- *W8A8*: the simulation. *ONNX*: largest relative difference of the exported float model in ONNX Runtime. "
-        "*QDQ*: the exported quantized model in ONNX Runtime, which runs it with its integer kernels, too; the figure is "
-        "without, since those saturate on processors without VNNI.",
+        "*QDQ*: the exported quantized model in ONNX Runtime, which runs it with its integer kernels too; the figure "
+        "is without them, since they saturate on processors without VNNI.",
         "- *Ops* and *sites* count the canonical graph and what the target `default_per_channel` quantizes, "
-        "*seconds* the capture.",
+        "*seconds* the capture, on a busy machine.",
         "- A model *in parts* is exported part by part; its worst part counts.", "",
         "| architecture | float output | W8A8 | ONNX | QDQ | ops | sites | seconds | notes |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bitwright.channel_axes import channel_axes
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright_torch import attributes, modes
 from bitwright_torch.attention import lower_attention
-from bitwright_torch.channels import channel_axes
+from bitwright_torch.channels import told_axes
 from bitwright_torch.model import CapturedModel, Program, info, program_of
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand, operands
@@ -91,7 +92,7 @@ class _Builder:
         fx.node.map_arg(self._graph.output_node().args, results.append)
         ends = dict.fromkeys(info(n).tensor for n in results if info(n).tensor in tensors)
         ranks = {t: None if (s := info(n).shape) is None else len(s) for t, n in tensors.items()}
-        axes = channel_axes(ops, ranks, self._orders)
+        axes = channel_axes(ops, ranks, told_axes(ops, ranks), self._orders)
         shown = {t: Tensor(t, info(n).shape, info(n).dtype or "float32", axes.get(t)) for t, n in tensors.items()}
         graph = Graph(ops, shown, self._params, [info(n).tensor for n in inputs], list(ends))
         readers = {p: tuple(dict.fromkeys(found)) for p, found in self._readers.items()}
