@@ -16,9 +16,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from bitwright.channel_axes import around, channel_axes
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamId, ParamRole, Tensor, TensorId
 from bitwright_keras import attributes
-from bitwright_keras.channels import channel_axes
 from bitwright_keras.constants import constant_of, is_constant
 from bitwright_keras.layouts import ROLES, Layout, layout_of
 from bitwright_keras.model import KerasModel, Node, variables_of
@@ -105,7 +105,13 @@ class _Builder:
             ops.append(op)
             nodes[op.id] = tuple(n for n in (masks.get(node.op), node, biases.get(node.op)) if n is not None)
         shown = dict.fromkeys([*model.inputs, *(t for op in ops for t in op.outputs)])
-        axes = channel_axes(ops, {t: len(model.specs[t].shape) for t in shown}, self._own, self._orders)
+        ranks = {t: len(model.specs[t].shape) for t in shown}
+        told = {
+            op.id: {t: self._own[op.id] for t in around(op) if self._own[op.id] < ranks[t]}
+            for op in ops
+            if op.id in self._own
+        }
+        axes = channel_axes(ops, ranks, told, self._orders)
         tensors = {t: Tensor(t, model.specs[t].shape, model.specs[t].dtype, axes.get(t)) for t in shown}
         graph = Graph(ops, tensors, self._params, model.inputs, model.output_ids)
         return Canonical(graph, self._places, nodes)
@@ -247,9 +253,7 @@ class _Builder:
             order = attributes.permutation(node, self._model.specs[node.inputs[0]])
             if order is not None:
                 self._orders[node.op] = order
-        elif kind is OpKind.EMBEDDING or kind is OpKind.LAYER_NORM:
-            self._own[node.op] = result - 1
-        elif layer is None:
+        elif kind is OpKind.EMBEDDING or kind is OpKind.LAYER_NORM or layer is None:
             return
         elif kind in (OpKind.BATCH_NORM, OpKind.NORM) and isinstance(getattr(layer, "axis", None), int):
             self._own[node.op] = layer.axis % rank

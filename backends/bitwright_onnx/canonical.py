@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bitwright.channel_axes import channel_axes
 from bitwright.errors import ModelError
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright_onnx import attributes
-from bitwright_onnx.channels import channel_axes
+from bitwright_onnx.channels import permutation, told_axes
 from bitwright_onnx.operands import describe, dtype_name, is_embedding, parameters
 from bitwright_onnx.optable import (
     FLOAT_TYPES,
@@ -43,6 +44,7 @@ def canonical_graph(model: ir.Model) -> Graph:
     unseen = {o for node in hidden for o in node.outputs}
     ops: list[Op] = []
     params: dict[str, Param] = {}
+    nodes: list[ir.Node] = []
     merged: set[ir.Node] = set()
     seen: dict[ir.Value, None] = dict.fromkeys(model.graph.inputs)
     for node in model.graph:
@@ -53,14 +55,18 @@ def canonical_graph(model: ir.Model) -> Graph:
             merged.add(add)
         op = _op(node, add, unseen, params)
         ops.append(op)
+        nodes.append(node)
         for value in (*_activations(node, unseen), *((add or node).outputs)):
             if value is not None and value.name:
                 seen[value] = None
     seen.update(dict.fromkeys(model.graph.outputs))
-    axes = channel_axes(model.graph)
-    tensors = {
-        str(v.name): Tensor(str(v.name), attributes.static_dims(v), dtype_name(v.dtype), axes.get(v)) for v in seen
-    }
+    named = {str(v.name): v for v in seen}
+    ranks = {name: None if v.shape is None else len(v.shape) for name, v in named.items()}
+    pairs = list(zip(ops, nodes, strict=True))
+    told = {op.id: axes for op, node in pairs if (axes := told_axes(op, node, ranks)) is not None}
+    orders = {op.id: order for op, node in pairs if (order := permutation(node)) is not None}
+    found = channel_axes(ops, ranks, told, orders)
+    tensors = {n: Tensor(n, attributes.static_dims(v), dtype_name(v.dtype), found.get(n)) for n, v in named.items()}
     return Graph(
         ops, tensors, params, [str(v.name) for v in model.graph.inputs], [str(v.name) for v in model.graph.outputs]
     )

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from bitwright.channel_axes import channel_axes
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor, TensorId
-from bitwright_tensorflow.channels import channel_axes
 from bitwright_tensorflow.elementwise import clip, prelu, spelled_activation
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.linear_ops import linear_op
@@ -183,7 +183,8 @@ def _assemble(model: TfModel, net: Network, shown: list[Found]) -> Canonical:
     outputs = [t if any(t in op.outputs for op in ops) else net.resolve(t) for t in model.outputs]
     tensors = [t for t in seen if t in model.inputs or any(True for op in ops if t in op.outputs)]
     ranks = {t: net.rank(t) for t in tensors}
-    axes = channel_axes(shown, ranks)
+    told = {found.id: found.channels for found in shown if found.channels}
+    axes = channel_axes(ops, ranks, told, {found.id: found.order for found in shown if found.order is not None})
     shapes = {t: net.shape(t) for t in tensors}
     described_tensors = {t: Tensor(t, shapes[t], net.inference.dtype(t), axes.get(t)) for t in tensors}
     graph = Graph(ops, described_tensors, params, model.inputs, list(dict.fromkeys(outputs)))
