@@ -1,4 +1,4 @@
-"""Quantization-aware training with `model.fit` on Fashion-MNIST: a small depthwise CNN with 4-bit weights and activations.
+"""Quantization-aware training with `model.fit` on Fashion-MNIST: a small depthwise CNN in 4 bits.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/qat_keras.py [--data /usr/share/datasets/fashion-mnist] [--epochs 4]
@@ -12,7 +12,6 @@ KERAS_BACKEND names.
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 import os
 import time
@@ -20,16 +19,14 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import fashion_mnist
 import numpy as np
 
 
-def read(folder, split):
-    """Images (N, 28, 28, 1), normalized, and labels, from the idx files."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28, 1)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return ((images.astype(np.float32) / 255 - 0.286) / 0.353).astype(np.float32), labels.astype(np.int32)
+def read(folder, part):
+    """Normalized images (N, 28, 28, 1) and labels."""
+    images, labels = fashion_mnist.read_normalized(folder, part)
+    return images[..., None], labels.astype(np.int32)
 
 
 def depthwise_net(width=24):
@@ -67,7 +64,7 @@ def train(model, data, epochs, rate, options, seed=0):
             self.on_epoch_end()
 
         def __len__(self):
-            return -(-len(data[0]) // 128)
+            return math.ceil(len(data[0]) / 128)
 
         def __getitem__(self, index):
             chosen = self.order[128 * index : 128 * (index + 1)]
@@ -110,7 +107,7 @@ def measured(model, data):
 
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
     parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
     parser.add_argument("--limit", type=int, default=60000)
     parser.add_argument("--rate", type=float, default=2e-3)

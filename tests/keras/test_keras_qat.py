@@ -136,7 +136,7 @@ def gradients_of(function, arrays):
     if keras.backend.backend() == "jax":
         import jax
 
-        whole = jax.grad(lambda *tensors: function(*tensors), argnums=tuple(range(len(arrays))))
+        whole = jax.grad(function, argnums=tuple(range(len(arrays))))
         return [np.asarray(g) for g in whole(*arrays)]
     import torch
 
