@@ -11,38 +11,15 @@ the steps with XLA, float and quantized, as `compile` does by default.
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-import time
 
-
-def parsed():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine with other work")
-    parser.add_argument("--jit", action="store_true", help="compile training steps with XLA")
-    return parser.parse_args()
-
-
-def interleaved(tasks, repeats, clock):
-    """Median seconds of each task; they take turns, so that all see the same machine."""
-    for task in tasks.values():
-        task()
-    times = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            begin = clock()
-            task()
-            times[name].append(clock() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
+import cost
 
 
 def main():
-    options = parsed()
+    parser = cost.parser(__doc__.splitlines()[0])
+    parser.add_argument("--jit", action="store_true", help="compile training steps with XLA")
+    options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = str(options.threads)
     os.environ["TF_NUM_INTEROP_THREADS"] = "1"
     os.environ["BITWRIGHT_THREADS"] = str(options.threads)
@@ -52,7 +29,6 @@ def main():
 
     from bitwright.quantsim import QuantSim
 
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
     shape = (options.size, options.size, 3)
 
     def network():
@@ -68,14 +44,14 @@ def main():
         scheme: QuantSim(model, scheme=scheme, **common).apply("fold_batch_norm").calibrate([x])
         for scheme in ("minmax", "sqnr")
     }
-    found = interleaved(
+    found = cost.interleaved(
         {
             "float pass": inference(model, x),
             "simulated pass": inference(sims["minmax"].model, x),
-            **{f"calibration, {scheme}, a batch": calibration(sim, x) for scheme, sim in sims.items()},
+            **{f"calibration, {scheme}, a batch": cost.calibration(sim, [x]) for scheme, sim in sims.items()},
         },
         options.repeats,
-        clock,
+        options.clock,
     )
 
     def step_of(model):
@@ -84,20 +60,18 @@ def main():
         return lambda: model.train_on_batch(x, y)
 
     qat = QuantSim(model, scheme="minmax", **common).calibrate([x])
-    found |= interleaved(
+    found |= cost.interleaved(
         {
             "float step": step_of(network()),
             "QAT step, regular": step_of(qat.trainable()),
             "QAT step, range learning": step_of(qat.trainable(range_learning=True)),
         },
         max(options.repeats // 2, 2),
-        clock,
+        options.clock,
     )
     print(f"Keras {keras.__version__} on {keras.backend.backend()}, {options.size}², batch {options.batch}, "
           f"{options.threads} threads, {options.clock} time")  # fmt: skip
-    for name, seconds in found.items():
-        base = found["float step" if "step" in name else "float pass"]
-        print(f"{name:32} {seconds:8.3f} s {seconds / base:6.2f} ×")
+    cost.show(found, lambda name: "float step" if "step" in name else "float pass")
 
 
 def inference(model, x):
@@ -111,27 +85,6 @@ def inference(model, x):
     function = tf.function(lambda images: model(images, training=False))
     images = tf.constant(x)
     return lambda: function(images).numpy()
-
-
-def calibration(sim, x):
-    """The streaming pass of a calibration: the float network with every site's statistic, over one batch."""
-    from bitwright.collect import collect
-    from bitwright.progress import Silent
-    from bitwright.ranges import activation_requests
-
-    data = sim.open([x])
-    session = None
-
-    def open_session(source, taps):
-        nonlocal session
-        session = session or sim.backend.session(sim.native, taps)
-        return session
-
-    def run():
-        requests = activation_requests(sim.graph, sim.plan, sim.plan.activations)
-        collect(requests, open_session, data, progress=Silent())
-
-    return run
 
 
 if __name__ == "__main__":

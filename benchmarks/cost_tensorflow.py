@@ -10,37 +10,13 @@ session; the simulation has them folded. Training steps keep batch norms in thei
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-import time
 
-
-def options():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine with other work")
-    return parser.parse_args()
-
-
-def interleaved(tasks, repeats, clock):
-    """Median seconds of each task; they take turns, so that all see the same machine."""
-    for task in tasks.values():
-        task()
-    times = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            begin = clock()
-            task()
-            times[name].append(clock() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
+import cost
 
 
 def main():
-    chosen = options()
+    chosen = cost.parser(__doc__.splitlines()[0]).parse_args()
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "BITWRIGHT_THREADS"):
         os.environ[name] = str(chosen.threads if "INTER" not in name else 1)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -53,7 +29,6 @@ def main():
     from bitwright_tensorflow.graph_function import GraphFunction
     from bitwright_tensorflow.runtime import open_session
 
-    clock = time.perf_counter if chosen.clock == "wall" else time.process_time
     keras.utils.set_random_seed(0)
     shape = (chosen.size, chosen.size, 3)
     network = keras.applications.MobileNetV2(shape, weights=None, classifier_activation=None)
@@ -76,16 +51,16 @@ def main():
     simulated = sims["minmax"].model
     function = simulated.function
     feed = simulated.inputs[0]
-    found = interleaved(
+    found = cost.interleaved(
         {
             "float pass, function": lambda: classify(given),
             "float pass, session": lambda: session.run(fetch, {source.native.inputs[0]: x}),
             "simulated pass, function": lambda: function(given),
             "simulated pass, session": lambda: simulated.session.run(list(simulated.outputs), {feed: x}),
-            **{f"calibration, {scheme}, a batch": calibration(sim, x) for scheme, sim in sims.items()},
+            **{f"calibration, {scheme}, a batch": cost.calibration(sim, x) for scheme, sim in sims.items()},
         },
         chosen.repeats,
-        clock,
+        chosen.clock,
     )
 
     def step_of(function):
@@ -108,41 +83,23 @@ def main():
     plain = GraphFunction(
         declare_variables(model), model.values, model.inputs, model.signature.outputs, model.signature
     )  # fmt: skip
-    found |= interleaved(
+    found |= cost.interleaved(
         {
             "float step": step_of(plain),
             "QAT step, regular": step_of(source.trainable().function),
             "QAT step, range learning": step_of(source.trainable(range_learning=True).function),
         },
         max(chosen.repeats // 2, 2),
-        clock,
+        chosen.clock,
     )
     print(f"TensorFlow {tf.__version__}, {chosen.size}², batch {chosen.batch}, {chosen.threads} threads, "
           f"{chosen.clock} time")  # fmt: skip
-    for name, seconds in found.items():
-        base = "float step" if "step" in name else "float pass, session" if "session" in name else ""
-        print(f"{name:32} {seconds:8.3f} s {seconds / found[base or 'float pass, function']:6.2f} ×")
-
-
-def calibration(sim, x):
-    """The streaming pass of a calibration: the float network with every site's statistic, over one batch."""
-    from bitwright.collect import collect
-    from bitwright.progress import Silent
-    from bitwright.ranges import activation_requests
-
-    data = sim.open(x)
-    session = None
-
-    def open_session(source, taps):
-        nonlocal session
-        session = session or sim.backend.session(sim.native, taps)
-        return session
-
-    def run():
-        requests = activation_requests(sim.graph, sim.plan, sim.plan.activations)
-        collect(requests, open_session, data, progress=Silent())
-
-    return run
+    cost.show(
+        found,
+        lambda name: (
+            "float step" if "step" in name else "float pass, session" if "session" in name else "float pass, function"
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What quantization costs beside a float pass in PyTorch: MobileNetV2, 224², batch 8, two threads, one run.
 
     pip install "bitwright[torch]"
-    python benchmarks/cost_torch.py [--repeats 5] [--aimet]
+    python benchmarks/cost_torch.py [--repeats 5] [--size 224] [--threads 2] [--clock wall] [--aimet]
 
 Prints a line for each figure: seconds, and the ratio to the float pass (or step) of the same run. Weights are random:
 time doesn't depend on them. Float is the user's module, batch norms and all; the simulation has them folded.
@@ -11,14 +11,12 @@ is `compute_encodings` over the batch.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
-import statistics
-import time
 
 os.environ.setdefault("BITWRIGHT_TORCH_KERNELS", "compiled")
 
+import cost
 import torch
 from torch import nn
 
@@ -55,19 +53,6 @@ def mobilenet_v2(classes=1000):
     return nn.Sequential(*layers)
 
 
-def interleaved(tasks, repeats):
-    """Median seconds of each task; they take turns, so that all see the same machine."""
-    for task in tasks.values():
-        task()
-    times = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            begin = time.perf_counter()
-            task()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def train_step(model, x, y):
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
 
@@ -82,11 +67,7 @@ def train_step(model, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = cost.parser(__doc__.splitlines()[0])
     parser.add_argument("--aimet", action="store_true", help="measure AIMET-torch beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -107,7 +88,7 @@ def main():
     for scheme in ("minmax", "sqnr"):
         sim = QuantSim(module, x, weights="int8", activations="uint8", scheme=scheme)
         sims[scheme] = sim.apply("fold_batch_norm").calibrate([x])
-        tasks[f"calibration, {scheme}, a batch"] = calibration(sims[scheme], x)
+        tasks[f"calibration, {scheme}, a batch"] = cost.calibration(sims[scheme], [x])
     simulated = sims["minmax"].model
 
     def simulated_pass():
@@ -120,7 +101,7 @@ def main():
         tasks[f"AIMET calibration, {scheme}"] = lambda peer=peer: peer.compute_encodings(forward(x))
     if theirs:
         tasks["AIMET simulated pass"] = lambda: forward(x)(theirs["min_max"].model)
-    found = interleaved(tasks, options.repeats)
+    found = cost.interleaved(tasks, options.repeats, options.clock)
 
     qat = QuantSim(module, x, weights="int8", activations="uint8", scheme="minmax").calibrate([x])
     steps = {
@@ -130,10 +111,8 @@ def main():
     }
     if theirs:
         steps["AIMET QAT step"] = train_step(theirs["min_max"].model, x, y)
-    found |= interleaved(steps, max(options.repeats // 2, 2))
-    for name, seconds in found.items():
-        base = found["float step" if "step" in name else "float pass"]
-        print(f"{name:32} {seconds:8.3f} s {seconds / base:6.2f} ×")
+    found |= cost.interleaved(steps, max(options.repeats // 2, 2), options.clock)
+    cost.show(found, lambda name: "float step" if "step" in name else "float pass")
 
 
 def forward(x):
@@ -156,27 +135,6 @@ def aimet(module, x, scheme):
     sim = quantsim.QuantizationSimModel(copied, x, quant_scheme=chosen, default_param_bw=8, default_output_bw=8)
     sim.compute_encodings(forward(x))
     return sim
-
-
-def calibration(sim, x):
-    """The streaming pass of a calibration: the float network with every site's statistic, over one batch."""
-    from bitwright.collect import collect
-    from bitwright.progress import Silent
-    from bitwright.ranges import activation_requests
-
-    data = sim.open([x])
-    session = None
-
-    def open_session(source, taps):
-        nonlocal session
-        session = session or sim.backend.session(sim.native, taps)
-        return session
-
-    def run():
-        requests = activation_requests(sim.graph, sim.plan, sim.plan.activations)
-        collect(requests, open_session, data, progress=Silent())
-
-    return run
 
 
 if __name__ == "__main__":

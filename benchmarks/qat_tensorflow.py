@@ -12,7 +12,6 @@ QDQ ONNX) is then loaded by plain TensorFlow and measured again.
 from __future__ import annotations
 
 import argparse
-import gzip
 import os
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import fashion_mnist
 import numpy as np
 import tensorflow as tf
 
@@ -29,13 +29,10 @@ from bitwright_tensorflow.backend import TensorFlowBackend
 v1 = tf.compat.v1
 
 
-def read(folder, split):
-    """Images (N, 28, 28, 1), normalized, and labels, from the idx files."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28, 1)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return ((images.astype(np.float32) / 255 - 0.286) / 0.353).astype(np.float32), labels.astype(np.int64)
+def read(folder, part):
+    """Normalized images (N, 28, 28, 1) and labels."""
+    images, labels = fashion_mnist.read_normalized(folder, part)
+    return images[..., None], labels
 
 
 def build():
@@ -106,7 +103,7 @@ def fine_tune(model, data, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
     parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
     parser.add_argument("--limit", type=int, default=60000)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import time
 from pathlib import Path
 
-import numpy as np
+import fashion_mnist
 import torch
 from torch import nn
 
@@ -42,13 +41,10 @@ class DepthwiseNet(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-def read(folder, split):
-    """Images (N, 1, 28, 28), normalized, and labels, from the idx files."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return torch.tensor((images.astype(np.float32) / 255 - 0.286) / 0.353), torch.tensor(labels.astype(np.int64))
+def read(folder, part):
+    """Normalized images (N, 1, 28, 28) and labels."""
+    images, labels = fashion_mnist.read_normalized(folder, part)
+    return torch.tensor(images[:, None]), torch.tensor(labels)
 
 
 def train(model, data, epochs, rate, seed=0, grid_factor=5.0):
@@ -82,7 +78,7 @@ def measured(model, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
     parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
     parser.add_argument("--limit", type=int, default=60000)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -10,14 +10,15 @@ Trains for a minute on one core, calibrates on 256 training images, exports with
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import tempfile
 from pathlib import Path
 
+import fashion_mnist
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
 parser.add_argument("--train", type=int, default=12000)
 parser.add_argument("--test", type=int, default=2000)
 parser.add_argument("--recipe", default="fold_batch_norm")
@@ -36,10 +37,8 @@ from bitwright.verify import verify  # noqa: E402
 
 def images(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 28, 28, 1) in −1…1, and classes."""
-    pixels = gzip.decompress((arguments.data / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    classes = gzip.decompress((arguments.data / f"{part}-labels-idx1-ubyte.gz").read_bytes())
-    x = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28, 1)[:count]
-    return (x / 127.5 - 1).astype(np.float32), np.frombuffer(classes, np.uint8, offset=8)[:count].astype(np.int64)
+    pixels, classes = fashion_mnist.read(arguments.data, part)
+    return (pixels[:count, ..., None] / 127.5 - 1).astype(np.float32), classes[:count]
 
 
 def network() -> keras.Model:

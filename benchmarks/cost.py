@@ -1,0 +1,60 @@
+"""What the benchmarks of cost (cost_*.py) share: options, timing in turns, the streaming pass of a calibration."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def parser(description):
+    """Options that all of them have."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--repeats", type=int, default=5)
+    found.add_argument("--size", type=int, default=224)
+    found.add_argument("--batch", type=int, default=8)
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: on a machine with other work")
+    return found
+
+
+def interleaved(tasks, repeats, clock):
+    """Median seconds of each task; they take turns, so that all see the same machine."""
+    for task in tasks.values():
+        task()
+    times = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            begin = CLOCKS[clock]()
+            task()
+            times[name].append(CLOCKS[clock]() - begin)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def calibration(sim, given):
+    """The streaming pass of a calibration: the float network with every site's statistic, over the batch given."""
+    from bitwright.collect import collect
+    from bitwright.progress import Silent
+    from bitwright.ranges import activation_requests
+
+    data = sim.open(given)
+    session = None
+
+    def open_session(source, taps):
+        nonlocal session
+        session = session or sim.backend.session(sim.native, taps)
+        return session
+
+    def run():
+        requests = activation_requests(sim.graph, sim.plan, sim.plan.activations)
+        collect(requests, open_session, data, progress=Silent())
+
+    return run
+
+
+def show(found, base_of):
+    """A line for each figure: seconds, and the ratio to the float figure that `base_of` names for it."""
+    for name, seconds in found.items():
+        print(f"{name:32} {seconds:8.3f} s {seconds / found[base_of(name)]:6.2f} ×")
