@@ -12,8 +12,9 @@ onnx = pytest.importorskip("onnx")
 
 from keras import layers as L  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from parity import assert_close_outputs, assert_close_params, assert_equal_plans, matched_names  # noqa: E402
 
-from bitwright.plan import Derived, SharedWith, SiteKind  # noqa: E402
+from bitwright.plan import SiteKind  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 
 EPSILON = 1e-3
@@ -89,27 +90,15 @@ def opened(tmp_path: Path, **options: object) -> tuple[QuantSim, QuantSim, dict[
 
 
 def names_of(a: QuantSim, b: QuantSim) -> dict[str, str]:
-    names = dict(zip(a.graph.inputs, b.graph.inputs, strict=True))
-    for x, y in zip(a.graph.ops, b.graph.ops, strict=True):
-        assert (x.kind, x.type, x.attrs) == (y.kind, y.type, y.attrs) or x.type == "ReduceMean"
-        assert set(x.params) == set(y.params)
-        names |= dict(zip(x.outputs, y.outputs, strict=True)) | {p: y.params[role] for role, p in x.params.items()}
-    return names
+    return matched_names(
+        a, b, lambda x, y: (x.kind, x.type, x.attrs) == (y.kind, y.type, y.attrs) or x.type == "ReduceMean"
+    )
 
 
 def test_plans_are_equal(tmp_path: Path) -> None:
     a, b, names = opened(tmp_path)
-    assert len(a.plan) == len(b.plan) == len(names)
     assert {"sep/depthwise_kernel", "sep/pointwise_kernel"} <= set(a.plan)
-    for site, other in names.items():
-        x, y = a.plan[site].decision, b.plan[other].decision
-        if isinstance(x, SharedWith):
-            assert names[a.plan.root(site)] == b.plan.root(other)
-        elif isinstance(x, Derived):
-            assert isinstance(y, Derived)
-            assert tuple(names[s] for s in x.sites) == y.sites
-        else:
-            assert x == y
+    assert_equal_plans(a, b, names)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +118,10 @@ def test_techniques_give_equal_numbers(tmp_path: Path, options: dict, steps: tup
             sim.apply(step, data)
         sim.calibrate(data)
     names = names_of(a, b)
-    for op in a.graph.ops:
-        for param in op.params.values():
-            x, y = a.params[param], b.params[names[param]]
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max())
+    assert_close_params(a, b, names)
     for site in (*a.plan.activations, *a.plan.parameters):
         x, y = a.encodings[site], b.encodings[names[site]]
         if a.plan[site].kind is SiteKind.PARAMETER and not steps:
             assert x.equals(y)
         np.testing.assert_allclose(x.scale, y.scale, rtol=1e-5)
-    (x,), (y,) = a.predict(DATA), b.predict(CHANNELS_FIRST)
-    step = float(a.encodings["fc"].scale)
-    assert np.abs(x - y).max() <= 2.01 * step
-    assert np.mean(np.abs(x - y) > 1e-6) < 0.1
+    assert_close_outputs(a, b, DATA, CHANNELS_FIRST, exact=1e-6)
