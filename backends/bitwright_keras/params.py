@@ -47,6 +47,23 @@ def array_of(variable: keras.Variable) -> NDArray[Any]:
     return value.astype(np.float32) if value.dtype.kind != "f" else value
 
 
+def native_values(model: KerasModel, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[ParamId, NDArray[Any]]:
+    """New values as Keras has them.
+
+    Raises:
+        ModelError: an id names no float parameter, a shape differs, or a value isn't finite.
+    """
+    places, found = canonical(model).places, {}
+    for id, value in values.items():
+        place = _place(places, id)
+        if np.shape(value) != place.layout.shape:
+            raise ModelError(f"parameter {id!r} has shape {place.layout.shape}, the new value {np.shape(value)}")
+        if not np.isfinite(value).all():
+            raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
+        found[id] = place.layout.to_native(np.asarray(value, np.float32))
+    return found
+
+
 def with_values(model: KerasModel, values: Mapping[ParamId, NDArray[np.floating]]) -> KerasModel:
     """A model with some parameters changed; layers that have none of them are shared.
 
@@ -56,13 +73,8 @@ def with_values(model: KerasModel, values: Mapping[ParamId, NDArray[np.floating]
     places = canonical(model).places
     layers: dict[int, dict[str, NDArray[Any]]] = {}
     constants: dict[str, dict[str, NDArray[Any]]] = {}
-    for id, value in values.items():
-        place = _place(places, id)
-        if np.shape(value) != place.layout.shape:
-            raise ModelError(f"parameter {id!r} has shape {place.layout.shape}, the new value {np.shape(value)}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
-        native = place.layout.to_native(np.asarray(value, np.float32))
+    for id, native in native_values(model, values).items():
+        place = places[id]
         if place.node.layer is None:
             constants.setdefault(place.node.op, {})[place.key] = native
         else:

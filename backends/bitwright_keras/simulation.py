@@ -19,20 +19,22 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, Training
+from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
 from bitwright.gradients import Groups
-from bitwright.graph import Graph, OpKind, TensorId
+from bitwright.graph import Graph, OpKind, ParamId, TensorId
 from bitwright.grid import Blockwise, PerTensor
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_keras.canonical import Place, canonical
+from bitwright_keras.constants import with_constant
 from bitwright_keras.fake_quant import FakeQuantize
 from bitwright_keras.model import KerasModel, Node, Ref, substitute, variables_of
 from bitwright_keras.native import copy_layer, copy_of, keras_model
-from bitwright_keras.params import native_value
+from bitwright_keras.params import array_of, native_value, native_values, with_values
 from bitwright_keras.session import KerasSession
+from bitwright_keras.simulated_session import SimulationSession
 from bitwright_keras.weights import QuantizedLayer, constant
 
 _MOVES = frozenset({
@@ -82,6 +84,7 @@ class KerasSimulation:
         self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
         self._training = Training() if trainable is True else trainable or None
         self._generation = 0
+        self._replaced: dict[ParamId, NDArray[Any]] = {}
         self._table: dict[SiteId, Encoding | None] = plan.by_root(encodings, self._check)
         self._build()
 
@@ -118,6 +121,8 @@ class KerasSimulation:
         outputs = substitute(self._float.outputs, lambda ref: Ref(self._aliases.get(ref.id, ref.id)))
         self._model = self._float.with_(nodes=tuple(made), specs=specs, outputs=outputs)
         self._owned |= {id(q) for q in self._activations.values()}
+        for param, native in dict(self._replaced).items():
+            self._write(param, native)
         for root, encoding in self._table.items():
             self._install(root, encoding)
 
@@ -259,9 +264,39 @@ class KerasSimulation:
             return
         if self._training is not None:
             self._table = dict(self._by_root())
-            self._float = self.float_model()
+            self._float, self._replaced = self.float_model(), {}
         self._table.update(changes)
         self._build()
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `bitwright.backend.ParamUpdates`: layers that are written become the simulation's own, grids stay."""
+        natives = native_values(self._float, values)
+        roots = {self._plan.root(p) for p in values if p in self._plan}
+        kept = {root: encoding for root, encoding in self._by_root().items() if root in roots}
+        for param, native in natives.items():
+            self._write(param, native)
+        for root, encoding in kept.items():
+            self._install(root, encoding)
+
+    def _write(self, param: ParamId, native: NDArray[Any]) -> None:
+        held, place = self._parameters.get(param), canonical(self._float).places[param]
+        if held is None and place.node.layer is None:
+            changed = (with_constant(n, place.key, native) if n.op == place.node.op else n for n in self._model.nodes)
+            self._model, self._native = self._model.with_(nodes=tuple(changed)), None
+            self._replaced[param] = native
+            return
+        variable = variables_of(self._own(place.node.layer))[place.key] if held is None else held.variable
+        variable.assign(native)
+        self._replaced[param] = array_of(variable)  # in the variable's precision
+
+    def _own(self, layer: keras.layers.Layer) -> keras.layers.Layer:
+        """The simulation's own copy of a layer, which until now it may have shared with the float model."""
+        if id(layer) not in self._twins:
+            twin = self._twins[id(layer)] = copy_layer(layer)
+            self._owned.add(id(twin))
+            nodes = (replace(n, operation=twin) if n.operation is layer else n for n in self._model.nodes)
+            self._model, self._native = self._model.with_(nodes=tuple(nodes)), None
+        return self._twins[id(layer)]
 
     def _takes(self, root: SiteId, encoding: Encoding | None) -> bool:
         quantizers = [self._activations.get(root)]
@@ -278,7 +313,7 @@ class KerasSimulation:
             if held.quantizer is not None:
                 held.quantizer.set(encoding, held.variable.value)
                 continue
-            native = native_value(held.place)
+            native = self._replaced[site] if site in self._replaced else native_value(held.place)
             if encoding is not None:
                 whole = np.asarray(held.place.layout.canonical(native), np.float32)
                 native = held.place.layout.to_native(encoding.fake_quantize(whole))
@@ -320,7 +355,7 @@ class KerasSimulation:
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network; taps are handed out after their own fake quantization."""
-        return _SimulationSession(self, taps, None)
+        return SimulationSession(self, taps, None)
 
     def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
         """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
@@ -328,7 +363,7 @@ class KerasSimulation:
         Raises:
             ModelError: a tap can't be computed from the feeds alone.
         """
-        return _SimulationSession(self, taps, feeds)
+        return SimulationSession(self, taps, feeds)
 
     def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:
         """A session of the network as it is now, with the number of its building."""
@@ -351,18 +386,6 @@ class KerasSimulation:
                     made[id(node.layer)] = copy_layer(node.layer, source=self._twins.get(id(node.layer)))
                 node = replace(node, operation=made[id(node.layer)])
             nodes.append(node)
-        return self._float.with_(nodes=tuple(nodes))
-
-
-class _SimulationSession:
-    """A session that is compiled again where the simulation was built again."""
-
-    def __init__(self, simulation: KerasSimulation, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> None:
-        self._simulation, self._taps, self._feeds = simulation, taps, feeds
-        self._generation, self._session = simulation.opened(taps, feeds)
-
-    def run(self, batch: Batch) -> Mapping[Tap, NDArray[Any]]:
-        """As `KerasSession.run`."""
-        if self._generation != self._simulation.generation:
-            self._generation, self._session = self._simulation.opened(self._taps, self._feeds)
-        return self._session.run(batch)
+        model, places = self._float.with_(nodes=tuple(nodes)), canonical(self._float).places
+        constants = {p: v for p, v in self._replaced.items() if places[p].node.layer is None}
+        return with_values(model, {p: places[p].layout.canonical(v) for p, v in constants.items()})

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
-from bitwright.graph import Graph, OpKind, TensorId
+from bitwright.graph import Graph, OpKind, ParamId, TensorId
 from bitwright.grid import PerTensor, spread
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
@@ -27,6 +29,7 @@ from bitwright_tensorflow.building import Builder, SimulatedNetwork, chains_of
 from bitwright_tensorflow.canonical import Canonical, recognize
 from bitwright_tensorflow.fake_quant import Chain, kind_of, numbers
 from bitwright_tensorflow.model import Array, TfModel, array_of
+from bitwright_tensorflow.params import native_values
 from bitwright_tensorflow.session import TfSession, known_tensor
 from bitwright_tensorflow.shapes import Inference
 from bitwright_tensorflow.simulated import Assigner, SimulatedModel
@@ -129,6 +132,7 @@ class TfSimulation:
         self.revision += 1
         self.values = dict(self._float.values)
         self._network, self._user = network, None
+        self._write_constants()
         self._put([*self._roots, *(self._plan.root(p) for p in network.quantized)])
         return network
 
@@ -207,6 +211,31 @@ class TfSimulation:
             changed = self._put(list(changes))
             if self._user is not None:
                 self._user.assign(changed)
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `bitwright.backend.ParamUpdates`; `model` follows where they are variables, else it is made anew."""
+        natives = native_values(self._float, values)
+        for param in values:
+            self._rounded.pop(param, None)
+        variables = {n: v for n, v in natives.items() if n in self._float.values}
+        self._float = self._float.with_values(variables)
+        self._natives.update((n, v) for n, v in natives.items() if n not in variables)
+        if self._write_constants():
+            self._user = None
+        changed = {n: v for n, v in natives.items() if n in self.values}
+        self.values.update(changed)
+        changed |= self._put([self._plan.root(p) for p in values if p in self._plan])
+        if self._user is not None:
+            self._user.assign(changed)
+
+    def _write_constants(self) -> bool:
+        """Bring replaced constants that the graph reads up to date."""
+        written = False
+        for node in self._network.meta.graph_def.node if self._natives else ():
+            if node.op == "Const" and node.name in self._natives:
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(self._natives[node.name]))
+                written = True
+        return written
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
         shape: tuple[int | None, ...] | None

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from bitwright.backend import Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
+from bitwright.graph import ParamId
 from bitwright.plan import Plan, SiteId
 from bitwright_tensorflow.building import Builder, SimulatedNetwork
 from bitwright_tensorflow.model import Array, TfModel
@@ -78,6 +80,13 @@ class TrainableTfSimulation(TfSimulation):
                 ratios |= site.ratios(base)
             self.model.assign(ratios)
         self.values.update({**changed, **ratios})
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """As `TfSimulation.set_params`; grids stay, to be trained on from the new values."""
+        roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._network.sites)
+        kept = {root: encoding for root, encoding in self.get().items() if root in roots}
+        super().set_params(values)
+        self.set(kept)
 
     def get(self) -> EncodingTable:
         """The encodings in force; learned ones, and those that follow weights, as they are now."""

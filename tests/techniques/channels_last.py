@@ -20,7 +20,7 @@ def images(batch: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def padding(window: ConvAttrs, sizes: tuple[int, ...]) -> str:
-    """"valid" or "same", for inputs of these sizes."""
+    """ "valid" or "same", for inputs of these sizes."""
     if not any(any(p) for p in window.pads):
         return "valid"
     same = []

@@ -164,7 +164,7 @@ class SimulationContract(Contract):
         before = self.outputs(model, case)
         taps = [Tap(t) for t in graph.outputs]
         run(simulation.session(taps), case.batch)
-        known = backend.read(model, [p for op in graph.linear_ops for p in own(op)])
+        known = backend.read(model, list(graph.params))
         for factor in (0.5, 0.75):
             values = {p: v * np.float32(factor) for p, v in known.items()}
             simulation.set_params(values)
