@@ -37,6 +37,7 @@ CASES = {
 
 class TestKerasContract(BackendContract):
     suffix = ".keras"
+    demanding = frozenset({"tflite"})  # the kit's plan has no ties; test_tflite.py has plans that fit
 
     def backend(self):
         return KerasBackend()
