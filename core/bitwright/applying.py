@@ -123,14 +123,12 @@ def _take(sim: QuantSim, technique: Technique, settings: Any, outcome: Outcome, 
 
 def calibrated_activations(sim: QuantSim, table: EncodingTable, dataset: Dataset) -> dict[SiteId, Encoding]:
     """Activation encodings by the plan's schemes over the float network; a stored result of an equal run is taken."""
-    store = open_store(sim, 
-        "calibrate", {"schemes": {s: sim.plan.scheme_of(s) for s in sim.plan.activations}}, table, dataset
+    store = open_store(
+        sim, "calibrate", {"schemes": {s: sim.plan.scheme_of(s) for s in sim.plan.activations}}, table, dataset
     )
     done = _stored_encodings(store, sim.plan.activations)
     if done is None:
-        done = activation_encodings(
-            sim.backend, sim.native, sim.plan, sim.params, table, dataset, sim.progress
-        )
+        done = activation_encodings(sim.backend, sim.native, sim.plan, sim.params, table, dataset, sim.progress)
         for site, encoding in done.items():
             store.put(f"site/{site}", encoding_arrays(encoding))
         store.put("sites", {"sites": np.array(list(done), dtype=np.str_)})

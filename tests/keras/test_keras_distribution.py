@@ -49,7 +49,5 @@ assert {"conv/kernel", "fc/kernel", "relu"} <= moved, moved
 @pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason="TensorFlow's strategies")
 def test_mirrored_strategy_trains() -> None:
     pytest.importorskip("tensorflow")
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
