@@ -77,11 +77,14 @@ class AutoStage:
         prepares: it changes the form of the network and not its float function, and the target does the same: done
             first, and kept whatever it scores.
         weights_only: it repairs weights; left out where quantized weights alone cost no accuracy.
+        replaces: techniques whose part it does itself, and better on a network that they haven't changed: it starts
+            from the network before them, and the better of both is kept.
     """
 
     order: int
     prepares: bool = False
     weights_only: bool = False
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,13 @@ class AutoSearch:
         if not self.candidates:
             reasons = "; ".join(f"{t.name}: {t.reason}" for t in self.trials if t.status is Status.FAILED)
             raise InputError(f"no quantized network could be evaluated: {reasons}")
-        current = self.best
+        kept = [self.best]
         for step in self.techniques:
-            if self.met or not self._left(step.technique, "technique", (*current.steps, step.technique)):
+            base = _base(step, kept)
+            if self.met or not self._left(step.technique, "technique", (*base.steps, step.technique)):
                 break
-            current = self._technique(step, current)
+            if (current := self._technique(step, base, kept[-1])) is not kept[-1]:
+                kept.append(current)
         return self.best
 
     @property
@@ -253,18 +255,18 @@ class AutoSearch:
                 return f"quantized {mode.value.split()[0]} alone cost nothing"
         return ""
 
-    def _technique(self, step: Step, current: Candidate) -> Candidate:
-        """A technique on top of the best network; the one to go on from."""
-        steps = (*current.steps, step.technique)
+    def _technique(self, step: Step, base: Candidate, current: Candidate) -> Candidate:
+        """A technique on top of `base`; the one to go on from: the new one, or `current` where that is better."""
+        steps = (*base.steps, step.technique)
         auto = registry.techniques()[step.technique].auto
         weights = self.diagnosis.get(Mode.WEIGHTS)
         if auto is not None and auto.weights_only and weights is not None and weights >= self.float_score:
             reason = "quantized weights alone cost nothing, and it repairs weights"
             self._note(Trial(step.technique, "technique", Status.SKIPPED, steps, reason=reason))
             return current
-        depends = {"base": current.built.content, "data": self._data, "settings": dict(step.settings),
-                   "schemes": [current.built.sim.scheme, current.built.sim.weight_scheme]}  # fmt: skip
-        make = self._applied(step, current.built.sim)
+        depends = {"base": base.built.content, "data": self._data, "settings": dict(step.settings),
+                   "schemes": [base.built.sim.scheme, base.built.sim.weight_scheme]}  # fmt: skip
+        make = self._applied(step, base.built.sim)
         try:
             built = self.stages.build(
                 f"auto: {step.technique}", depends, lambda: make().calibrate(self.data), self._opened
@@ -273,9 +275,9 @@ class AutoSearch:
             self._failed(step.technique, "technique", steps, error)
             return current
         summary = built.sim.reports[-1][1].summary
-        if built.content == current.built.content:
+        if built.content == base.built.content:
             self._note(
-                Trial(step.technique, "technique", Status.UNCHANGED, steps, current.score, built.seconds, summary,
+                Trial(step.technique, "technique", Status.UNCHANGED, steps, base.score, built.seconds, summary,
                       step.settings)
             )  # fmt: skip
             return current
@@ -384,3 +386,10 @@ class AutoSearch:
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
+
+
+def _base(step: Step, kept: Sequence[Candidate]) -> Candidate:
+    """The latest of the networks kept so far that holds none of the techniques which a step replaces."""
+    auto = registry.techniques()[step.technique].auto
+    replaced = set() if auto is None else set(auto.replaces)
+    return next(c for c in reversed(kept) if not replaced & set(c.steps))

@@ -33,7 +33,8 @@ def register_techniques() -> list[TechniqueInfo]:
             "adaround",
             "Choose each weight's rounding, up or down, by the layer's output error.",
             factory="bitwright_techniques.adaround:AdaRound",
-            auto=AutoStage(40, weights_only=True),
+            # It solves biases with the roundings; corrected ones would shift its target by nearest rounding's error.
+            auto=AutoStage(40, weights_only=True, replaces=("bias_correction",)),
         ),
         TechniqueInfo(
             "seq_mse",

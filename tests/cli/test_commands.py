@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import bitwright
-from bitwright.cli.listings import attribute_notes
+from bitwright.cli.listings import attribute_notes, setting_notes
 from bitwright.registry import default_registry
 
 # -- verify
@@ -194,7 +193,7 @@ def test_techniques(run):
 @pytest.mark.parametrize("name", default_registry().techniques())
 def test_every_setting_of_every_technique_is_explained(run, name):
     settings = default_registry().settings(name)
-    notes = attribute_notes(inspect.getdoc(settings) or "")
+    notes = setting_notes(settings)
     for field, info in settings.model_fields.items():
         assert info.description or notes.get(field), f"{name}.{field}"
 

@@ -55,7 +55,7 @@ def techniques(
         info = registry.technique_info(name)
         model = registry.settings(name)
         schema = model.model_json_schema()
-        notes = attribute_notes(inspect.getdoc(model) or "")
+        notes = setting_notes(model)
         if as_json:
             _json({"name": info.name, "summary": info.summary, "aliases": info.aliases, "settings": schema})
             return
@@ -105,6 +105,15 @@ def plugins(as_json: Json = False) -> None:
             for p in states
         ),
     )
+
+
+def setting_notes(model: type) -> dict[str, str]:
+    """What a settings class and those that it builds on say of each setting."""
+    return {
+        k: v
+        for base in reversed(model.__mro__)
+        for k, v in attribute_notes(inspect.cleandoc(base.__doc__ or "")).items()
+    }
 
 
 def attribute_notes(docstring: str) -> dict[str, str]:
