@@ -96,7 +96,7 @@ def main() -> None:
                 sim.calibrate(chosen)
                 seconds = time.perf_counter() - begin
                 found[name] = top1(name, sim)
-                note = f"{title}, {name}: {seconds:.0f} s"
+                note = f"{title}, {name}: top-1 {100 * float((found[name] == truth).mean()):.1f}, {seconds:.0f} s"
                 if reference is None:
                     reference = sim
                 else:
