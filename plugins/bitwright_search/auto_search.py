@@ -120,10 +120,10 @@ class AutoSearch:
             raise InputError(f"no quantized network could be evaluated: {reasons}")
         kept = [self.best]
         for step in self.techniques:
-            base = _base(step, kept)
-            if self.met or not self._left(step.technique, "technique", (*base.steps, step.technique)):
+            start = _base(step, kept)
+            if self.met or not self._left(step.technique, "technique", (*start.steps, step.technique)):
                 break
-            if (current := self._technique(step, base, kept[-1])) is not kept[-1]:
+            if (current := self._technique(step, start, kept[-1])) is not kept[-1]:
                 kept.append(current)
         return self.best
 
