@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
-from bitwright.gradients import Groups
-from bitwright.graph import Graph, OpKind, ParamId, TensorId
-from bitwright.grid import Blockwise, PerTensor
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.grid import Blockwise
+from bitwright.installing import check_fits, on_grid
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_keras.canonical import Place, canonical
@@ -36,11 +36,6 @@ from bitwright_keras.params import array_of, native_value, native_values, with_v
 from bitwright_keras.session import KerasSession
 from bitwright_keras.simulated_session import SimulationSession
 from bitwright_keras.weights import QuantizedLayer, constant
-
-_MOVES = frozenset({
-    OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.CONCAT, OpKind.IDENTITY,
-})  # fmt: skip
-"""Ops whose outputs are some of their inputs' values; dropout too, whose larger values in training must not clip."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class KerasSimulation:
         nodes, specs = self._with_parameters(), dict(self._float.specs)
         at: dict[TensorId, FakeQuantize] = {}
         for site in self._plan.quantized:
-            if self._plan[site].kind is SiteKind.ACTIVATION and not self._on_grid(site):
+            if self._plan[site].kind is SiteKind.ACTIVATION and not on_grid(self._graph, self._plan, site):
                 at[site] = self._quantizer(site)
         made: list[Node] = []
         for site in self._float.inputs:
@@ -224,18 +219,6 @@ class KerasSimulation:
         self._names.add(found)
         return found
 
-    def _on_grid(self, site: SiteId) -> bool:
-        """Whether a site's values have been rounded to its grid by the ops before it."""
-        root, op = self._plan.root(site), self._graph.producer(site)
-        if op is None or len(self._plan.tied(root)) == 1:
-            return False
-        sources = [t for t in op.data_inputs if self._graph.tensors[t].is_float]
-        if op.kind is OpKind.EMBEDDING:
-            sources = [p for p in (op.weight,) if p is not None]
-        elif op.kind not in _MOVES:
-            return False
-        return bool(sources) and all(s in self._plan and self._plan.root(s) == root for s in sources)
-
     # -- the protocol
 
     @property
@@ -321,25 +304,13 @@ class KerasSimulation:
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
         parameter = self._plan[site].kind is SiteKind.PARAMETER
-        if isinstance(encoding.granularity, PerTensor):
-            return
         if not parameter and isinstance(encoding.granularity, Blockwise):
             raise EncodingError(f"{site!r}: activations take one scale, or one for each channel; no blocks")
-        shape = self._graph.params[site].shape if parameter else self._graph.tensors[site].shape
-        assert shape is not None
-        try:
-            groups = Groups.of(tuple(1 if n is None else n for n in shape), encoding.granularity)
-        except (ValueError, IndexError) as error:
-            raise EncodingError(f"{site!r}: {error}") from None
-        free = None in shape and len(groups.scale) == encoding.scale.ndim
-        if not free and groups.scale != encoding.scale.shape:
-            raise EncodingError(f"{site!r}: scales of shape {encoding.scale.shape} for a tensor of shape {shape}")
+        check_fits(site, encoding, self._graph.params[site].shape if parameter else self._graph.tensors[site].shape)
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
-        by_root = self._by_root()
-        found = {s: e for s in self._plan.quantized if (e := by_root.get(self._plan.root(s))) is not None}
-        return EncodingTable(found, self._provenance)
+        return EncodingTable(self._plan.by_site(self._by_root()), self._provenance)
 
     def _by_root(self) -> dict[SiteId, Encoding | None]:
         found = dict(self._table)

@@ -129,12 +129,7 @@ class OnnxSimulation:
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them."""
-        found = {}
-        for site in self._plan.quantized:
-            encoding = self._table.get(self._plan.root(site))
-            if encoding is not None:
-                found[site] = encoding
-        return EncodingTable(found, self._provenance)
+        return EncodingTable(self._plan.by_site(self._table), self._provenance)
 
     def session(self, taps: Sequence[Tap]) -> SimulatedSession:
         """Run the simulated network; taps are handed out after their own fake quantization."""

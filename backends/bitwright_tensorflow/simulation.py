@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch, Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
-from bitwright.graph import Graph, OpKind, ParamId, TensorId
+from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grid import PerTensor, spread
+from bitwright.installing import on_grid
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_tensorflow.building import Builder, SimulatedNetwork, chains_of
@@ -33,11 +34,6 @@ from bitwright_tensorflow.params import native_values
 from bitwright_tensorflow.session import TfSession, known_tensor
 from bitwright_tensorflow.shapes import Inference
 from bitwright_tensorflow.simulated import Assigner, SimulatedModel
-
-_MOVES = frozenset({
-    OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.CONCAT, OpKind.IDENTITY,
-})  # fmt: skip
-"""Ops whose outputs are some of their inputs' values."""
 
 
 def simulate(
@@ -94,19 +90,7 @@ class TfSimulation:
     def _needs_ops(self, site: SiteId) -> bool:
         if self._plan[site].kind is not SiteKind.ACTIVATION or site not in self._graph.tensors:
             return False
-        return not self._on_grid(site)
-
-    def _on_grid(self, site: SiteId) -> bool:
-        """Whether a site's values have been rounded to its grid by the ops before it."""
-        root, op = self._plan.root(site), self._graph.producer(site)
-        if op is None or len(self._plan.tied(root)) == 1:
-            return False
-        sources = [t for t in op.data_inputs if self._graph.tensors[t].is_float]
-        if op.kind is OpKind.EMBEDDING:
-            sources = [p for p in (op.weight,) if p is not None]
-        elif op.kind not in _MOVES:
-            return False
-        return bool(sources) and all(s in self._plan and self._plan.root(s) == root for s in sources)
+        return not on_grid(self._graph, self._plan, site)
 
     @property
     def source(self) -> TfModel:
@@ -262,8 +246,7 @@ class TfSimulation:
         return self._shared(self._table)
 
     def _shared(self, by_root: Mapping[SiteId, Encoding]) -> EncodingTable:
-        found = {s: by_root[r] for s in self._plan.quantized if (r := self._plan.root(s)) in by_root}
-        return EncodingTable(found, self._provenance)
+        return EncodingTable(self._plan.by_site(by_root), self._provenance)
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network; taps are handed out after their own fake quantization."""

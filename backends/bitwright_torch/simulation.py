@@ -21,10 +21,8 @@ from torch import fx, nn
 
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import EncodingError
-from bitwright.gradients import Groups
-from bitwright.graph import Graph, OpKind, ParamId, TensorId
-from bitwright.grid import PerTensor
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.installing import check_fits, on_grid
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
@@ -33,11 +31,6 @@ from bitwright_torch.model import NAMES, CapturedModel, info, program_of, share
 from bitwright_torch.operands import operands
 from bitwright_torch.params import write_params
 from bitwright_torch.session import TorchSession
-
-_MOVES = frozenset({
-    OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.CONCAT, OpKind.IDENTITY,
-})  # fmt: skip
-"""Ops whose outputs are some of their inputs' values; dropout too, whose larger values in training must not clip."""
 
 
 class SimulatedModel(CapturedModel):
@@ -112,7 +105,7 @@ class TorchSimulation:
         for site in self._plan.quantized:
             is_parameter = self._plan[site].kind is SiteKind.PARAMETER
             node = roots.get(site) if is_parameter else nodes.get(site)
-            if node is None or (not is_parameter and self._on_grid(site)):
+            if node is None or (not is_parameter and on_grid(self._graph, self._plan, site)):
                 continue
             root = self._plan.root(site)
             module: nn.Module = self._quantizer(root, known, roots)
@@ -139,18 +132,6 @@ class TorchSimulation:
                 made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native)
             self._quantizers[root] = made
         return self._quantizers[root]
-
-    def _on_grid(self, site: SiteId) -> bool:
-        """Whether a site's values have been rounded to its grid by the ops before it."""
-        root, op = self._plan.root(site), self._graph.producer(site)
-        if op is None or len(self._plan.tied(root)) == 1:
-            return False
-        sources = [t for t in op.data_inputs if self._graph.tensors[t].is_float]
-        if op.kind is OpKind.EMBEDDING:
-            sources = [p for p in (op.weight,) if p is not None]
-        elif op.kind not in _MOVES:
-            return False
-        return bool(sources) and all(s in self._plan and self._plan.root(s) == root for s in sources)
 
     def _own(self) -> None:
         if not self._owned:
@@ -193,19 +174,7 @@ class TorchSimulation:
             shape = self._graph.params[site].shape
         else:
             shape = self._graph.tensors[site].shape
-        if isinstance(encoding.granularity, PerTensor):
-            return
-        if shape is None:
-            raise EncodingError(f"{site!r} has no known rank, so only one scale for the whole tensor can be set")
-        try:
-            # Free dimensions fit anything; a length that every block size divides stands in for them.
-            size = getattr(encoding.granularity, "block_size", 1)
-            groups = Groups.of(tuple(size if n is None else n for n in shape), encoding.granularity)
-        except (ValueError, IndexError) as error:
-            raise EncodingError(f"{site!r}: {error}") from None
-        free = None in shape
-        if len(groups.scale) != encoding.scale.ndim or (not free and groups.scale != encoding.scale.shape):
-            raise EncodingError(f"{site!r}: scales of shape {encoding.scale.shape} for a tensor of shape {shape}")
+        check_fits(site, encoding, shape)
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
@@ -214,12 +183,7 @@ class TorchSimulation:
             if quantizer.follows:
                 quantizer.follow(self._parameters[root].view(self._module))
             by_root[root] = quantizer.get()
-        found = {}
-        for site in self._plan.quantized:
-            encoding = by_root.get(self._plan.root(site))
-            if encoding is not None:
-                found[site] = encoding
-        return EncodingTable(found, self._provenance)
+        return EncodingTable(self._plan.by_site(by_root), self._provenance)
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network; taps are handed out after their own fake quantization."""

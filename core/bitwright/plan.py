@@ -185,6 +185,14 @@ class Plan(Mapping[SiteId, Site]):
                 changes[root] = encoding
         return changes
 
+    def by_site(self, encodings: Mapping[SiteId, E | None]) -> dict[SiteId, E]:
+        """The counterpart of `by_root`: what each quantized site has, of encodings by root; bypassed ones are left out.
+
+        Args:
+            encodings: by root; None, or no entry, is a bypassed site.
+        """
+        return {s: e for s in self.quantized if (e := encodings.get(self.root(s))) is not None}
+
     def tied(self, root: SiteId) -> tuple[SiteId, ...]:
         """All sites that use `root`'s encoding, itself first."""
         return self._ties.get(root, (root,))
