@@ -7,10 +7,7 @@ get no such op and run in float. Inputs and outputs stay float, with QUANTIZE an
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 
 from bitwright.encoding import Encoding
 from bitwright.errors import ModelError
+from bitwright.notices import silenced
 from bitwright_keras.tflite_file import TfliteFile
 from bitwright_keras.tflite_grids import Parameter, Placed, activation_grid, place, weight_grid
 
@@ -138,7 +136,7 @@ def _converted(graph_def: Any, inputs: Mapping[str, str], outputs: Mapping[str, 
     def load() -> None:
         tf.import_graph_def(graph_def, name="")
 
-    with _quiet():
+    with silenced("tensorflow"):
         try:
             wrapped = tf.compat.v1.wrap_function(load, [])
             graph = wrapped.graph
@@ -177,17 +175,3 @@ def _name(file: TfliteFile, placed: Placed, inputs: Sequence[str], outputs: Sequ
     for index, name in {**called, **ends}.items():
         file.rename(index, name)
     return names
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's notices, one of which is that there are no representative data (there needn't be)."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

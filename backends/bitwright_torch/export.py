@@ -8,10 +8,7 @@ outputs go again.
 from __future__ import annotations
 
 import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from bitwright.backend import Bundle
 from bitwright.durable import atomic_write
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.notices import silenced
 from bitwright.plan import Plan, SiteKind
 from bitwright_torch.canonical import Canonical, canonical
 from bitwright_torch.model import (
@@ -184,7 +182,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     inputs = [n for i, n in enumerate(needed) if i not in constants]
     watched = _Watched(with_program(model, program).to("cpu").eval(), part, constants)
     try:
-        with _quiet(), torch.no_grad():
+        with silenced("torch.onnx"), torch.no_grad():
             made = torch.onnx.export(
                 watched,
                 tuple(samples),
@@ -315,20 +313,6 @@ def _drop_zero_biases(graph: Any, found: Canonical) -> None:
             tensor = bias.producer().attributes["value"].as_tensor()
         if bias.name not in found.params and tensor is not None and not tensor.numpy().any():
             node.resize_inputs(2)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notices about packages that it doesn't need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:

@@ -18,16 +18,3 @@ def trained() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def images() -> np.ndarray:
     return np.random.default_rng(2).normal(size=(20, 3, 12, 12)).astype(np.float32)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; gives status, output and error text."""
-    from bitwright.cli import main
-
-    def run(*words):
-        status = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run

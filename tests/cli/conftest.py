@@ -73,19 +73,6 @@ def net(tmp_path_factory) -> SimpleNamespace:
     )  # fmt: skip
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; gives status, output and error text."""
-    from bitwright.cli import main
-
-    def run(*words):
-        status = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def exported(net) -> Path:
     """A finished export with every file."""
