@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, Session, Simulation, Training
+from bitwright.backend import Array, Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -171,10 +171,3 @@ class KerasBackend:
     def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""
         return {t: (model.specs[t].shape, model.specs[t].dtype) for t in model.inputs}
-
-
-def adopt_batch(model: KerasModel, batch: Batch) -> Any:
-    """A batch by input name, in the structure in which the user's model takes its inputs."""
-    from bitwright_keras.model import substitute
-
-    return substitute(model.call, lambda ref: batch[ref.id])

@@ -50,18 +50,6 @@ class Canonical:
     params: Mapping[str, Read]
     operands: Mapping[str, tuple[Edge, ...]]
 
-    def readers(self, tensor: TensorId) -> tuple[Edge, ...]:
-        """The operands (node, index) that read a tensor as data, behind its Identities; nodes of the inference part.
-
-        Fake quantization of an activation goes between the tensor and `direct_readers`.
-        """
-        return tuple(self.network.readers(tensor))
-
-    def direct_readers(self, tensor: TensorId) -> tuple[Edge, ...]:
-        """The operands of inference nodes that are wired to this tensor itself, Identities and shape ops included."""
-        inside = set(self.network.inference.order)
-        return tuple(e for e in self.network.inference.wiring.readers.get(tensor, ()) if e[0] in inside)
-
 
 def recognize(model: TfModel) -> Canonical:
     """The canonical graph of a model; worked out once.

@@ -8,7 +8,7 @@ import numpy as np
 
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graphs import Wiring, free_name
-from bitwright_tensorflow.model import GraphDef, NodeDef, node_of
+from bitwright_tensorflow.model import GraphDef, NodeDef
 from bitwright_tensorflow.rewriter import constant
 
 
@@ -39,20 +39,3 @@ def normalize(graph_def: GraphDef, inputs: Sequence[TensorId], outputs: Sequence
         node.attr["Taxis"].type = axis.attr["dtype"].type
         node.attr["batch_dims"].i = batch_dims
         graph_def.node.extend([read, axis])
-
-
-def drop_unreachable(graph_def: GraphDef, tensors: Sequence[TensorId]) -> GraphDef:
-    """Only what these tensors need, control dependencies included."""
-    nodes = {node.name: node for node in graph_def.node}
-    needed: set[str] = set()
-    stack = [node_of(t) for t in tensors]
-    while stack:
-        name = stack.pop()
-        if name not in needed:
-            needed.add(name)
-            stack += [node_of(i) for i in nodes[name].input]
-    part = GraphDef()
-    part.versions.CopyFrom(graph_def.versions)
-    part.library.CopyFrom(graph_def.library)
-    part.node.extend(node for node in graph_def.node if node.name in needed)
-    return part
