@@ -11,16 +11,14 @@ KERAS_BACKEND names.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import time
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import fashion_mnist
 import numpy as np
+import qat
 
 
 def read(folder, part):
@@ -106,13 +104,7 @@ def measured(model, data):
 
 
 def parsed():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
-    parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
-    parser.add_argument("--limit", type=int, default=60000)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--grid-factor", type=float, default=5.0, help="learning rate of learned grids to weights'")
-    parser.add_argument("--seed", type=int, default=0, help="order of the images in QAT")
+    parser = qat.parser(__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jit", action="store_true", help="compile training steps with XLA")
     return parser.parse_args()
@@ -130,13 +122,10 @@ def main():
     keras.utils.set_random_seed(0)
     training = tuple(t[: options.limit] for t in read(options.data, "train"))
     test = read(options.data, "t10k")
-    begin = time.perf_counter()
+    lines = qat.Lines()
 
     def say(what, model):
-        nonlocal begin
-        accuracy, loss = measured(model, test)
-        print(f"{what:30} {accuracy:6.2f} %  loss {loss:.4f}  {time.perf_counter() - begin:6.1f} s", flush=True)
-        begin = time.perf_counter()
+        lines(what, measured(model, test))
 
     model = depthwise_net()
     train(model, training, max(options.epochs * 3 // 2, 1), 5e-3, options)

@@ -11,16 +11,15 @@ QDQ ONNX) is then loaded by plain TensorFlow and measured again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import fashion_mnist
 import numpy as np
+import qat
 import tensorflow as tf
 
 from bitwright.quantsim import QuantSim
@@ -102,27 +101,17 @@ def fine_tune(model, data, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
-    parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
-    parser.add_argument("--limit", type=int, default=60000)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--grid-factor", type=float, default=5.0, help="learning rate of learned grids to weights'")
-    parser.add_argument("--seed", type=int, default=0, help="order of the images in QAT")
+    parser = qat.parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: a temporary folder")
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     training = tuple(t[: options.limit] for t in read(options.data, "train"))
     test = read(options.data, "t10k")
-    begin = time.perf_counter()
+    lines = qat.Lines()
 
     def say(what, session, more=""):
-        nonlocal begin
-        accuracy, loss = measured(session, test)
-        seconds = time.perf_counter() - begin
-        print(f"{what:26} {accuracy:6.2f} %  loss {loss:.4f}  {seconds:6.1f} s  {more}", flush=True)
-        begin = time.perf_counter()
+        lines(what, measured(session, test), more)
 
     tf.keras.utils.set_random_seed(0)
     with tf.Graph().as_default(), v1.Session() as session:

@@ -10,12 +10,10 @@ sooner than the accuracy, whose standard deviation over 10,000 images is 0.3 poi
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
-from pathlib import Path
 
 import fashion_mnist
+import qat
 import torch
 from torch import nn
 
@@ -77,26 +75,17 @@ def measured(model, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER)
-    parser.add_argument("--epochs", type=int, default=4, help="of QAT; float training takes 1.5 times as many")
-    parser.add_argument("--limit", type=int, default=60000)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--grid-factor", type=float, default=5.0, help="learning rate of learned grids to weights'")
-    parser.add_argument("--seed", type=int, default=0, help="order of the images in QAT")
+    parser = qat.parser(__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     training = tuple(t[: options.limit] for t in read(options.data, "train"))
     test = read(options.data, "t10k")
-    begin = time.perf_counter()
+    lines = qat.Lines()
 
     def say(what, model):
-        nonlocal begin
-        accuracy, loss = measured(model, test)
-        print(f"{what:30} {accuracy:6.2f} %  loss {loss:.4f}  {time.perf_counter() - begin:6.1f} s", flush=True)
-        begin = time.perf_counter()
+        lines(what, measured(model, test))
 
     model = train(DepthwiseNet(), training, max(options.epochs * 3 // 2, 1), 5e-3)
     say("float", model)
