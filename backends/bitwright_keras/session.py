@@ -11,7 +11,7 @@ import numpy as np
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import ActivationAttrs, Graph, TensorId
-from bitwright.statistics.base import Tap
+from bitwright.statistics.base import Tap, thinned_places
 from bitwright_keras.engine import as_numpy, compiled
 from bitwright_keras.model import KerasModel, Node
 from bitwright_keras.optable import NEVER_NEGATIVE
@@ -130,9 +130,19 @@ def _reduced(value: Any, tap: Tap, never_negative: bool) -> Any:
         low = keras.ops.zeros_like(high) if never_negative else keras.ops.min(value, axis=axes)
         return keras.ops.cast(keras.ops.stack([low, high]), "float32")
     if tap.step > 1:
-        size = keras.ops.shape(value)[0]
-        return keras.ops.reshape(value, (size, -1))[:, :: tap.step]
+        return _thinned(value, tap.step, tap.axis)
     return value
+
+
+def _thinned(value: Any, step: int, axis: int | None) -> Any:
+    """As the core's `thinned`, in the graph."""
+    sizes = tuple(value.shape)[1:]
+    known = None not in sizes
+    if not known and axis not in (None, 0, 1):
+        value = keras.ops.moveaxis(value, axis, 1)
+    flat = keras.ops.reshape(value, (keras.ops.shape(value)[0], -1))
+    places = thinned_places(sizes, step, axis) if known else None
+    return flat[:, ::step] if places is None else keras.ops.take(flat, places, axis=1)
 
 
 def _never_negative(graph: Graph, tensor: TensorId) -> bool:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Tap, thinned
+from bitwright.statistics.base import Tap, thinned, thinned_places
 from bitwright_onnx.subgraph import extract, values_of
 
 INLINE_BYTES = 1024
@@ -266,7 +266,7 @@ def _dtype(kind: str) -> np.dtype[Any] | None:
 
 def _numpy_reduced(array: Array, tap: Tap) -> Array:
     if tap.reduce == "none":
-        return thinned(array, tap.step)
+        return thinned(array, tap.step, tap.axis)
     axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
     return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32, copy=False)
 
@@ -274,7 +274,7 @@ def _numpy_reduced(array: Array, tap: Tap) -> Array:
 def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
     """Values to fetch for a tap: the tensor itself, or its minimum and maximum computed in the graph."""
     if tap.reduce == "none" and tap.step > 1:
-        return _thinned(part, value, tap.step)
+        return _thinned(part, value, tap)
     if tap.reduce == "none" or (tap.axis is not None and value.shape is None):
         return [value]
     if _never_negative(value) and value.shape is not None and len(value.shape) == 4 and tap.axis in (None, 1):
@@ -325,9 +325,17 @@ def _never_negative(value: ir.Value) -> bool:
     return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
 
 
-def _thinned(part: ir.Model, value: ir.Value, step: int) -> list[ir.Value]:
-    """Every `step`-th value of each sample, taken in the graph so that the rest never leaves it."""
-    constants = {"shape": [0, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [step]}
+def _thinned(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
+    """As the core's `thinned`, in the graph so that the rest never leaves it; the tensor itself where it can't be."""
+    sizes = [] if value.shape is None else [d for d in list(value.shape)[1:] if isinstance(d, int)]
+    places = None
+    if tap.axis not in (None, 0, 1):
+        if value.shape is None or len(sizes) + 1 < len(value.shape):
+            return [value]
+        places = thinned_places(tuple(sizes), tap.step, tap.axis)
+    constants = {"shape": [0, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [tap.step]}
+    if places is not None:
+        constants = {"shape": [0, -1], "places": places.tolist()}
     made = {
         name: _append(
             part, ir.node("Constant", [], {"value": ir.tensor(v, dtype=ir.DataType.INT64)}), f"{value.name}/{name}"
@@ -335,6 +343,8 @@ def _thinned(part: ir.Model, value: ir.Value, step: int) -> list[ir.Value]:
         for name, v in constants.items()
     }
     flat = _append(part, ir.node("Reshape", [value, made["shape"]]), f"{value.name}/Flat")
+    if places is not None:
+        return [_append(part, ir.node("Gather", [flat, made["places"]], {"axis": 1}), f"{value.name}/Thinned")]
     ends = [made[name] for name in ("start", "end", "axis", "step")]
     return [_append(part, ir.node("Slice", [flat, *ends]), f"{value.name}/Thinned")]
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from bitwright.backend import Batch
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
-from bitwright.statistics.base import Tap, thinned
+from bitwright.statistics.base import Tap, thinned, thinned_places
 from bitwright_tensorflow.graphs import Spec, extract
 from bitwright_tensorflow.model import Array, GraphDef, TfModel
 from bitwright_tensorflow.runtime import open_graph, reason
@@ -105,7 +105,7 @@ class TfSession:
 
 def _numpy_reduced(array: Array, tap: Tap) -> Array:
     if tap.reduce == "none":
-        return thinned(array, tap.step)
+        return thinned(array, tap.step, tap.axis)
     axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
     return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32, copy=False)
 
@@ -115,7 +115,7 @@ def _reduced(tensor: Any, tap: Tap) -> Any:
     if tap.reduce == "none":
         if tap.step == 1:
             return tf.identity(tensor)
-        return tf.reshape(tensor, [tf.shape(tensor)[0], -1])[:, :: tap.step]
+        return _thinned(tensor, tap.step, tap.axis)
     rank = tensor.shape.rank
     if tap.axis is None:
         axes = None
@@ -126,6 +126,17 @@ def _reduced(tensor: Any, tap: Tap) -> Any:
     high = tf.reduce_max(tensor, axes)
     low = tf.zeros_like(high) if tensor.op.type in _NEVER_NEGATIVE else tf.reduce_min(tensor, axes)
     return tf.cast(tf.stack([low, high]), tf.float32)
+
+
+def _thinned(tensor: Any, step: int, axis: int | None) -> Any:
+    """As the core's `thinned`, in the graph."""
+    known = tensor.shape.rank is not None and tensor.shape[1:].is_fully_defined()
+    if not known and axis not in (None, 0, 1):
+        order = [0, axis, *(i for i in range(1, tensor.shape.rank) if i != axis)]
+        tensor = tf.transpose(tensor, order)
+    flat = tf.reshape(tensor, [tf.shape(tensor)[0], -1])
+    places = thinned_places(tuple(tensor.shape[1:].as_list()), step, axis) if known else None
+    return flat[:, ::step] if places is None else tf.gather(flat, places, axis=1)
 
 
 def open_taps(model: TfModel, taps: Sequence[Tap], feeds: Sequence[TensorId] | None = None) -> TfSession:

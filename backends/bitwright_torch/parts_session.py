@@ -102,7 +102,7 @@ def _collector(session: Session, found: dict[Tap, Array]) -> Callable[..., None]
 def _numpy(value: Any, tap: Tap) -> Array:
     array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
     if tap.reduce == "none":
-        return thinned(array, tap.step)
+        return thinned(array, tap.step, tap.axis)
     axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
     return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32)
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Reduction, Tap
+from bitwright.statistics.base import Reduction, Tap, thinned_places
 from bitwright_torch.canonical import canonical
 from bitwright_torch.model import CapturedModel, compile_graph, device_of, info, program_of
 from bitwright_torch.modes import is_flag
@@ -135,7 +135,12 @@ def handed_out(value: torch.Tensor, reduction: Reduction, axis: int | None, step
             value = torch.stack([rows.amin(1), rows.amax(1)])
         return value.float()
     if step > 1:
-        value = value.reshape(len(value), -1)[:, ::step].contiguous()
+        places = thinned_places(tuple(value.shape[1:]), step, axis)
+        flat = value.reshape(len(value), -1)
+        if places is None:
+            value = flat[:, ::step].contiguous()
+        else:
+            value = flat.index_select(1, torch.from_numpy(places).to(value.device))
     return value.float() if value.dtype == torch.bfloat16 else value
 
 

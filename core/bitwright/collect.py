@@ -31,7 +31,8 @@ class _Collected:
         s = self.statistic
         pairs = zip(self.request.sources, self.request.tensors, strict=True)
         step = getattr(s, "step", 1)
-        return tuple((source, Tap(tensor, s.reduction, s.axis, step)) for source, tensor in pairs)
+        axis = s.axis if step == 1 else getattr(s, "layout", None)
+        return tuple((source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs)
 
 
 def collect(

@@ -17,7 +17,7 @@ from bitwright.data import Dataset
 from bitwright.edits import SetParams
 from bitwright.encoding import Encoding, EncodingTable, two_level
 from bitwright.errors import EncodingError
-from bitwright.graph import Graph
+from bitwright.graph import Graph, Tensor
 from bitwright.grid import Granularity, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId
 from bitwright.statistics.base import Request, Source, Statistic, Tap
@@ -94,17 +94,18 @@ def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> li
     for site in sites:
         spec = plan.spec(site)
         assert spec is not None
-        statistic = sampled(scheme(plan.scheme_of(site)).statistic(spec), graph.tensors[site].shape)
+        statistic = scheme(plan.scheme_of(site)).statistic(spec)
         # A grid that several tensors share must cover the values of all of them.
-        requests += [Request(f"{site}\0{t}", (t,), statistic) for t in plan.observed(site)]
+        requests += [Request(f"{site}\0{t}", (t,), sampled(statistic, graph.tensors[t])) for t in plan.observed(site)]
     return requests
 
 
-def sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None) -> Callable[[], Statistic]:
+def sampled(make: Callable[[], Statistic], tensor: Tensor) -> Callable[[], Statistic]:
     """Histograms of large tensors count every step-th value, at least `COUNTED` of each sample.
 
     The step has no divisor in common with any dimension, so that rows, columns and channels are met alike.
     """
+    shape = tensor.shape
     if shape is None or len(shape) < 2 or None in shape[1:]:
         return make
     sizes = [d for d in shape[1:] if d is not None]
@@ -115,7 +116,7 @@ def sampled(make: Callable[[], Statistic], shape: tuple[int | None, ...] | None)
     def sampled() -> Statistic:
         statistic = make()
         if isinstance(statistic, HistogramStatistic) and statistic.axis is None:
-            statistic.step = step
+            statistic.step, statistic.layout = step, tensor.channel_axis
         return statistic
 
     return sampled

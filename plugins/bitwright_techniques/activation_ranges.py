@@ -75,7 +75,7 @@ class ActivationRanges:
             assert spec is not None
             for kind, make in _kinds(spec, settings).items():
                 for t in plan.observed(site):
-                    yield Request(_key(kind, site, t), (t,), sampled(make.statistic(spec), graph.tensors[t].shape))
+                    yield Request(_key(kind, site, t), (t,), sampled(make.statistic(spec), graph.tensors[t]))
         for op in {op.id: op for site in sites for op in _readers(graph, plan, site)}.values():
             yield sample_request(graph, op, f"sample/{op.id}", settings.samples)
 

@@ -66,9 +66,13 @@ class AdaRound:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        return round_layers(
-            ctx, self.name, lambda layer: round_layer(layer, ctx.settings, ctx.rng(layer.op.id)), extra=("settled",)
-        )
+        # Names differ between frameworks; a layer's place doesn't.
+        places = {op.id: i for i, op in enumerate(ctx.graph.linear_ops)}
+
+        def solve(layer: Layer) -> LayerResult:
+            return round_layer(layer, ctx.settings, ctx.rng(f"layer {places[layer.op.id]}"))
+
+        return round_layers(ctx, self.name, solve, extra=("settled",))
 
 
 def round_layer(layer: Layer, settings: AdaRoundSettings, rng: np.random.Generator) -> LayerResult:

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as npst
 
 from bitwright.errors import InputError
 from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic
-from bitwright.statistics.base import Statistic
+from bitwright.statistics.base import Statistic, thinned
 
 FLOATS = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 
@@ -216,3 +216,15 @@ def test_channel_moments_do_not_cancel():
     assert m.variance == pytest.approx(x.var(axis=(0, 2)), rel=1e-6)
     with pytest.raises(InputError, match="no calibration data"):
         _ = ChannelMoments(1).variance
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.integers(2, 7), st.data())
+def test_thinning_takes_the_same_values_in_every_layout(shape, step, data):
+    """Wherever the channels lie, in memory that is contiguous or not."""
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    axis = data.draw(st.integers(1, len(shape) - 1))
+    expected = thinned(x, step, 1)
+    assert expected.shape == (shape[0], -(-int(np.prod(shape[1:])) // step))
+    moved = np.moveaxis(x, 1, axis)
+    np.testing.assert_array_equal(thinned(moved, step, axis), expected)
+    np.testing.assert_array_equal(thinned(np.ascontiguousarray(moved), step, axis), expected)

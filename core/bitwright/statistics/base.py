@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -48,8 +50,9 @@ class Tap:
         tensor: its id.
         reduce: "none", or "minmax": an array [2] (with `axis`, [2, channels]). Of tensors that can't be negative by
             their op (ReLU, sigmoid), a backend may report the minimum as 0.
-        axis: channel axis of a reduction.
-        step: with "none": hand out every `step`-th value of each sample, flattened, (samples, ⌈size/step⌉).
+        axis: channel axis: of a reduction, or of a tensor that is thinned.
+        step: with "none": hand out every `step`-th value of each sample, (samples, ⌈size/step⌉), counted with the
+            channels first (`axis`), so that it is the same values whatever the layout; see `thinned`.
     """
 
     tensor: TensorId
@@ -58,9 +61,30 @@ class Tap:
     step: int = 1
 
 
-def thinned(values: NDArray[Any], step: int) -> NDArray[Any]:
+def thinned(values: NDArray[Any], step: int, axis: int | None = None) -> NDArray[Any]:
     """Every `step`-th value of each sample, flattened (see `Tap.step`); the tensor itself for step 1."""
-    return values if step == 1 else values.reshape(len(values), -1)[:, ::step]
+    if step == 1:
+        return values
+    flat = values.reshape(len(values), -1)
+    places = thinned_places(values.shape[1:], step, axis)
+    return flat[:, ::step] if places is None else flat.take(places, axis=1)
+
+
+@functools.lru_cache(maxsize=256)
+def thinned_places(shape: tuple[int, ...], step: int, axis: int | None) -> NDArray[np.int64] | None:
+    """Where the values that `thinned` hands out lie in a flattened sample; None for every `step`-th one in memory.
+
+    Args:
+        shape: of one sample.
+        step: see `Tap.step`.
+        axis: channel axis in the batch, counted from the front; None for no channels.
+    """
+    if axis in (None, 0, 1) or len(shape) < 2:
+        return None
+    assert axis is not None
+    channels, outer, inner = shape[axis - 1], math.prod(shape[: axis - 1]), math.prod(shape[axis:])
+    channel, position = np.divmod(np.arange(0, math.prod(shape), step), outer * inner)
+    return np.asarray((position // inner * channels + channel) * inner + position % inner)
 
 
 @dataclass(frozen=True)

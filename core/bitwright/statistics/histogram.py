@@ -53,6 +53,7 @@ class HistogramStatistic:
         precision: mantissa bits, 1 to 14: the width of a bin is at most 2**-precision of its values.
             Default 9 for one histogram (512 bins an octave), 7 for each channel.
         step: count every `step`-th value of each sample only (see `Tap.step`); extremes are those of the values seen.
+        layout: channel axis by which these are counted, of one histogram.
 
     Attributes:
         low, high: exact extremes, float64 (channels,) or (1,); +inf and −inf before the first update.
@@ -60,11 +61,13 @@ class HistogramStatistic:
 
     reduction: Reduction = "none"
 
-    def __init__(self, axis: int | None = None, *, precision: int | None = None, step: int = 1) -> None:
+    def __init__(
+        self, axis: int | None = None, *, precision: int | None = None, step: int = 1, layout: int | None = None
+    ) -> None:
         precision = (9 if axis is None else 7) if precision is None else precision
         if not 1 <= precision <= 14:
             raise InputError(f"precision={precision}: a histogram has 1 to 14 bits of mantissa")
-        self.axis, self.precision, self.step = axis, precision, step
+        self.axis, self.precision, self.step, self.layout = axis, precision, step, layout
         self.low = np.full(1, np.inf)
         self.high = np.full(1, -np.inf)
         # Zeroed memory is mapped page by page as counts arrive: an octave is a page or less, few octaves occur.

@@ -92,7 +92,7 @@ class GraphContract(Contract):
         taps = [Tap(t) for t in tensors]
         taps += [Tap(t, "minmax") for t in tensors]
         taps += [Tap(t, "minmax", graph.tensors[t].channel_axis) for t in tensors]
-        taps += [Tap(t, step=3) for t in tensors]
+        taps += [Tap(t, axis=axis, step=3) for t in tensors for axis in {None, graph.tensors[t].channel_axis}]
         found = backend.session(model, taps).run(case.batch)
         assert set(found) == set(taps)
         for tap in taps:
@@ -106,7 +106,8 @@ class GraphContract(Contract):
                 assert_close(np.asarray(found[tap]), expected, case.tolerance, str(tap))
             elif tap.step > 1:
                 whole = np.asarray(found[Tap(tap.tensor)])
-                expected = whole.reshape(len(whole), -1)[:, :: tap.step]
+                ordered = whole if tap.axis is None else np.moveaxis(whole, tap.axis, 1)
+                expected = ordered.reshape(len(whole), -1)[:, :: tap.step]
                 assert_close(np.asarray(found[tap]), expected, case.tolerance, str(tap))
 
     def test_samples_are_independent(self, case: Case) -> None:

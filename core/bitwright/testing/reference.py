@@ -107,7 +107,7 @@ class ReferenceSession:
 def reduce(value: Array, tap: Tap) -> Array:
     """Apply a tap's reduction: [2] or [2, channels] for "minmax"."""
     if tap.reduce == "none":
-        return thinned(value, tap.step)
+        return thinned(value, tap.step, tap.axis)
     axes = None if tap.axis is None else tuple(i for i in range(value.ndim) if i != tap.axis % value.ndim)
     return np.stack([value.min(axis=axes), value.max(axis=axes)])
 
