@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 
 BATCHES = 8
 """Of a calibration pass: what is made once for a pass is shared out among them, as in use."""
+STEADY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""glibc keeps what is freed, as jemalloc and the like do. By default it hands large tensors back to the system after
+each use or not, as the heap happens to lie; the page faults then double the time of any of the tasks, in any order."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def steady_memory():
+    """Start this process again with `STEADY` allocation, unless it has it."""
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | STEADY)
 
 
 def parser(description):

@@ -1,10 +1,11 @@
 """What quantization costs beside a float pass in PyTorch: MobileNetV2, 224², batch 8, two threads, one run.
 
     pip install "bitwright[torch]"
-    python benchmarks/cost_torch.py [--repeats 5] [--size 224] [--threads 2] [--clock wall] [--aimet]
+    python benchmarks/cost_torch.py [--repeats 5] [--size 224] [--threads 2] [--clock wall] [--memory steady] [--aimet]
 
 Prints a line for each figure: seconds, and the ratio to the float pass (or step) of the same run. Weights are random:
 time doesn't depend on them. Float is the user's module, batch norms and all; the simulation has them folded.
+Memory is allocated steadily (see `cost.STEADY`), unless `--memory default` leaves it to the system.
 With --aimet, AIMET-torch (`pip install aimet-torch`, measured: 2.42) does the same on a folded copy; its calibration
 is `compute_encodings` over the batch.
 """
@@ -69,7 +70,10 @@ def train_step(model, x, y):
 def main():
     parser = cost.parser(__doc__.splitlines()[0])
     parser.add_argument("--aimet", action="store_true", help="measure AIMET-torch beside it")
+    parser.add_argument("--memory", choices=("steady", "default"), default="steady", help="see cost.STEADY")
     options = parser.parse_args()
+    if options.memory == "steady":
+        cost.steady_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     module = mobilenet_v2().eval()
@@ -97,6 +101,9 @@ def main():
 
     tasks["simulated pass"] = simulated_pass
     theirs = {scheme: aimet(module, x, scheme) for scheme in ("min_max", "tf_enhanced")} if options.aimet else {}
+    for scheme, sim in sims.items() if theirs else ():
+        # Like for like: weights, the pass, and the search of each site's range.
+        tasks[f"calibrate(), {scheme}, one batch"] = lambda sim=sim: sim.calibrate([x])
     for scheme, peer in theirs.items():
         tasks[f"AIMET calibration, {scheme}"] = lambda peer=peer: peer.compute_encodings(forward(x))
     if theirs:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch
 from bitwright.graph import Graph, Op, OpId, TensorId
 
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 128 * 2**20
 """Memory for the tensors of one cut, both networks together; what exceeds it goes to disk."""
 RECOMPUTED_OPS = 3
 """A cut moves at the latest when so many linear ops would run again for each layer behind it."""
@@ -75,12 +75,12 @@ class CutCache:
     def __init__(self, budget: int = CACHE_BYTES) -> None:
         self._budget = budget
         self._held = 0
-        self._batches: list[dict[TensorId, NDArray[Any]]] = []
+        self._batches: list[dict[TensorId, NDArray[Any] | Path]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def append(self, batch: Mapping[TensorId, NDArray[Any]]) -> None:
         """Keep one more batch."""
-        kept: dict[TensorId, NDArray[Any]] = {}
+        kept: dict[TensorId, NDArray[Any] | Path] = {}
         for name, values in batch.items():
             if self._held + values.nbytes > self._budget:
                 kept[name] = self._spill(values, len(self._batches), len(kept))
@@ -89,15 +89,17 @@ class CutCache:
                 kept[name] = values
         self._batches.append(kept)
 
-    def _spill(self, values: NDArray[Any], batch: int, index: int) -> NDArray[Any]:
+    def _spill(self, values: NDArray[Any], batch: int, index: int) -> Path:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="bitwright-")
         path = Path(self._folder.name) / f"{batch}-{index}.npy"
         np.save(path, values, allow_pickle=False)
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        return path
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._batches
+        for batch in self._batches:
+            # Read when its turn comes: a map of the file would stay in the process's memory.
+            yield {t: np.load(v, allow_pickle=False) if isinstance(v, Path) else v for t, v in batch.items()}
 
     def close(self) -> None:
         """Free memory and disk."""
