@@ -7,6 +7,8 @@
 For each backend: top-1 of float, W8A8, W8A8 per tensor + CLE + bias correction, W4A8 + AdaRound. Beside it: whether
 the plan is that of ONNX, how many weight grids are equal to it bit by bit, and the spread of top-1 over the backends.
 The first images calibrate, the last evaluate.
+--control adds ONNX a second time with its calibration images changed by a millionth of each value: what float32 noise
+alone does to a recipe, in one and the same framework.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ from parity_torch import RECIPES, compare, differences, export, pairs
 from bitwright.quantsim import QuantSim
 
 BACKENDS = ("onnx", "torch", "keras", "tensorflow")
+CONTROL = "onnx, images changed by 1e-6"
 
 
 def models(names: list[str], folder: Path) -> dict[str, tuple[Any, Any]]:
     """By backend: what `QuantSim` opens, and its sample."""
     module = build()
     made: dict[str, tuple[Any, Any]] = {"onnx": (export(module, folder / "lite0.onnx"), None)}
+    made[CONTROL] = made["onnx"]
     if "torch" in names:
         made["torch"] = module, torch.zeros(2, 3, 224, 224)
     if "keras" in names:
@@ -57,6 +61,7 @@ def main() -> None:
     parser.add_argument("--adaround", type=int, default=64, help="images of AdaRound")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="those to compare with ONNX")
     parser.add_argument("--recipes", default="1,2,3", help="columns: 1 W8A8, 2 per tensor, 3 AdaRound")
+    parser.add_argument("--control", action="store_true", help="ONNX twice, see above")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     images, labels = photos(options.images)
@@ -64,14 +69,19 @@ def main() -> None:
     truth = labels[-options.evaluate :]
     layouts = {"channels first": (first, last)}
     layouts["channels last"] = tuple(np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for x in (first, last))
+    noise = 1 + 1e-6 * np.random.default_rng(0).standard_normal(first.shape, np.float32)
+    layouts[CONTROL] = first * noise, last
     recipes = dict(list(RECIPES.items())[int(n) - 1] for n in options.recipes.split(","))
-    rows: dict[str, list[str]] = {name: [name] for name in BACKENDS if name in options.backends}
+    rows: dict[str, list[str]] = {name: [name] for name in BACKENDS if name in options.backends.split(",")}
+    if options.control:
+        rows[CONTROL] = [CONTROL]
     spreads, notes = [], []
     with tempfile.TemporaryDirectory() as folder:
         held = models(options.backends.split(","), Path(folder))
 
         def data(name: str) -> tuple[np.ndarray, np.ndarray]:
-            return layouts["channels first" if name in ("onnx", "torch") else "channels last"]
+            layout = "channels first" if name in ("onnx", "torch") else "channels last"
+            return layouts.get(name, layouts[layout])
 
         def top1(name: str, sim: QuantSim, *, simulated: bool = True) -> np.ndarray:
             return sim.predict({sim.graph.inputs[0]: data(name)[1]}, simulated=simulated)[0].argmax(1)
@@ -80,7 +90,8 @@ def main() -> None:
             scores = {name: 100 * float((classes == truth).mean()) for name, classes in found.items()}
             for name, value in scores.items():
                 rows[name].append(f"{value:.1f}")
-            spreads.append(max(scores.values()) - min(scores.values()))
+            among = [value for name, value in scores.items() if name != CONTROL]
+            spreads.append(max(among) - min(among))
 
         for title, (how, steps) in recipes.items():
             found, floats, reference = {}, {}, None

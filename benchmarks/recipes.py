@@ -76,7 +76,7 @@ def minilm(options: argparse.Namespace) -> tuple[float, Measure]:
 
     from bitwright.quantsim import QuantSim
 
-    held = opened(options.data, pairs=None, calibrate=128)
+    held = opened(options.data, pairs=options.pairs, calibrate=128)
 
     def measure(weights: str, activations: str, steps: tuple) -> tuple[float, float]:
         begin = time.process_time()
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="lite0.onnx")
     parser.add_argument("--images", help="a .tar or folder of *_LABEL.jpg")
     parser.add_argument("--data", type=Path, help="stsb-en-test.csv")
+    parser.add_argument("--pairs", type=int, help="of sentences for MiniLM; default: all")
     parser.add_argument("--samples", type=int, default=64, help="images for the layer by layer techniques of Lite0")
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--recipes", help="only those whose name holds one of these words, by comma")
