@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from bitwright.errors import InputError
 from bitwright.graph import OpId, OpKind, ParamRole
-from bitwright.grid import parse_type
+from bitwright.grid import QuantSpec, parse_type
 from bitwright.plan import SiteId
 from bitwright.quantsim import QuantSim
 from bitwright.target_schema import Kernel
@@ -91,12 +91,12 @@ class Group:
 def group_sites(sim: QuantSim, candidates: Sequence[Candidate]) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """Groups in the order of the network, and notes on what was left alone.
 
-    Where all candidates have the same activations, each weight is a group. Otherwise an op's weight and all the
-    activations that it reads are one: nothing converts between widths in front of an op, so what it reads has one.
-    An activation that several ops read joins theirs.
+    Where all candidates have the same activations, and the network has them already, each weight is a group.
+    Otherwise an op's weight and all the activations that it reads are one: nothing converts between widths in front of
+    an op, so what it reads has one. An activation that several ops read joins theirs.
     """
     graph, plan = sim.graph, sim.plan
-    vary = len({c.activations for c in candidates}) > 1
+    shared = shared_activations(candidates)
     parent: dict[SiteId, SiteId] = {}
 
     def top(site: SiteId) -> SiteId:
@@ -109,9 +109,9 @@ def group_sites(sim: QuantSim, candidates: Sequence[Candidate]) -> tuple[tuple[G
     for op in graph:
         weight = op.params.get(ParamRole.WEIGHT)
         sites = [weight] if weight in plan.parameters and op in graph.linear_ops else []
-        if vary and op.kind is not OpKind.OPAQUE:
+        if op.kind is not OpKind.OPAQUE:
             roots = [plan.root(t) for t in op.data_inputs]
-            sites += [r for r in dict.fromkeys(roots) if r in plan.activations]
+            sites += [r for r in dict.fromkeys(roots) if r in plan.activations and not _has(plan.spec(r), shared)]
         for site in sites:
             assert site is not None
             parent.setdefault(site, site)
@@ -128,7 +128,7 @@ def group_sites(sim: QuantSim, candidates: Sequence[Candidate]) -> tuple[tuple[G
     for root, ops in gathered.items():
         found = sites_by_top[root]
         own = tuple(s for s in found if s in graph.params)
-        allowed = tuple(i for i, c in enumerate(candidates) if all(_runs(sim, op, c, vary) for op in ops))
+        allowed = tuple(i for i, c in enumerate(candidates) if all(_runs(sim, op, c, found) for op in ops))
         name = next((o for o in ops if graph.op(o).weight in own), ops[0])
         if not allowed:
             notes.append(f"{name}: the target has a kernel for none of the candidates; it keeps its types")
@@ -139,7 +139,23 @@ def group_sites(sim: QuantSim, candidates: Sequence[Candidate]) -> tuple[tuple[G
     return tuple(groups), tuple(notes)
 
 
-def _runs(sim: QuantSim, op_id: OpId, candidate: Candidate, vary: bool) -> bool:
+def shared_activations(candidates: Sequence[Candidate]) -> str | None:
+    """The activations' type that all candidates have; None where they differ in it."""
+    types = {c.activations for c in candidates}
+    return types.pop() if len(types) == 1 else None
+
+
+def _has(spec: QuantSpec | None, text: str | None) -> bool:
+    """Whether a site has a type already, so that nothing is to be decided on it."""
+    if spec is None or text is None:
+        return False
+    bits, signed, float_format, _ = parse_type(text)
+    if float_format is not None or spec.float_format is not None:
+        return spec.float_format == float_format
+    return (spec.bits, spec.signed) == (bits, signed)
+
+
+def _runs(sim: QuantSim, op_id: OpId, candidate: Candidate, members: Collection[SiteId]) -> bool:
     """Whether the target lists a kernel for a candidate; a target that lists none runs everything."""
     op = sim.graph.op(op_id)
     kernels = sim.target.kernels(op.type) if op.kind in COSTED else ()
@@ -147,7 +163,8 @@ def _runs(sim: QuantSim, op_id: OpId, candidate: Candidate, vary: bool) -> bool:
         return True
     spec = sim.plan.spec(op.data_inputs[0])
     present = (32, None) if spec is None else (spec.bits, spec.float_format)
-    activation = _width(candidate.activations) if vary else present
+    varies = sim.plan.root(op.data_inputs[0]) in members
+    activation = _width(candidate.activations) if varies else present
     weight = _width(candidate.weights) if op.weight is not None else None
     return any(_fits(k, activation, weight) for k in kernels)
 

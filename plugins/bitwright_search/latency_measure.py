@@ -12,7 +12,7 @@ from bitwright.errors import CapabilityError, InputError
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
 from bitwright.technique import Progress
-from bitwright_search.candidates import COSTED, group_sites, read_candidates
+from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
 from bitwright_search.costs import multiply_accumulates
 from bitwright_search.latency import Entry, LatencyTable, per_mac
 from bitwright_search.mixed_precision import CANDIDATES
@@ -26,6 +26,7 @@ def measure_latency(
     *,
     candidates: Sequence[Any] = CANDIDATES,
     target: Any = "default",
+    overrides: Mapping[str, Any] | None = None,
     sample: Any = None,
     backend: str | None = None,
     samples: int = 8,
@@ -44,7 +45,7 @@ def measure_latency(
         model: a model, a path, or a `QuantSim`.
         data: some samples, in any form that `QuantSim.open` takes.
         candidates: pairs of types (weights, activations).
-        target, sample, backend: as `QuantSim` takes them; for a model or a path.
+        target, overrides, sample, backend: as `QuantSim` takes them; for a model or a path.
         samples: how many are fed.
         batch_size: samples a batch.
         repeats: passes that count, after one that warms up.
@@ -62,7 +63,10 @@ def measure_latency(
     if min(samples, batch_size, repeats, threads) < 1:
         raise InputError("samples, batch_size, repeats and threads are at least 1")
     choices = read_candidates(candidates)
-    sim = model if isinstance(model, QuantSim) else QuantSim(model, sample, target=target, backend=backend)
+    sim = model
+    if not isinstance(model, QuantSim):
+        activations = shared_activations(choices)
+        sim = QuantSim(model, sample, activations=activations, target=target, overrides=overrides, backend=backend)
     timer = sim.backend
     if not isinstance(timer, OpTimer):
         raise CapabilityError(

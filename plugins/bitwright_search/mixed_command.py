@@ -69,6 +69,7 @@ def mixed(
     options.check_encodings_version(encodings_version)
     if measure and latency is not None:
         raise InputError("give either --latency or --measure")
+    overrides = options.read_overrides(override)
     pairs = [part for part in candidates.split(",") if part.strip()]
     asked = evaluate is not None or labels is not None
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size) if asked else None
@@ -79,14 +80,14 @@ def mixed(
             from bitwright.durable import make_directory
             from bitwright_search.latency_measure import measure_latency
 
-            table = measure_latency(model, data, candidates=pairs, target=target, progress=progress,
-                                    out=make_directory(out) / "latency.json")  # fmt: skip
+            table = measure_latency(model, data, candidates=pairs, target=target, overrides=overrides,
+                                    progress=progress, out=make_directory(out) / "latency.json")  # fmt: skip
             cost = "latency"
         result = mixed_precision(
             model, calibration, evaluation, candidates=pairs, allowed_drop=allowed_drop, budget=budget, lite=lite,
             cost=cost, latency=table, solver=solver, techniques=recipe,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
-            overrides=options.read_overrides(override), seed=seed, batch_size=batch_size, out=out, name=name,
+            overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, progress=progress,
         )  # fmt: skip
     _tell(result)

@@ -16,7 +16,7 @@ from bitwright.quantsim import QuantSim
 from bitwright.recipe import RecipeLike, read_recipe
 from bitwright.runs import RunDirectory
 from bitwright.technique import Progress
-from bitwright_search.candidates import group_sites, read_candidates
+from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.evaluation import read_evaluate
 from bitwright_search.latency import read_latency
@@ -65,7 +65,8 @@ def mixed_precision(
         calibration: calibration data in any form that `QuantSim.open` takes.
         evaluate: a function from the native simulated model to a number, higher is better, or ``(data, labels)``;
             needed for `allowed_drop`.
-        candidates: pairs of types (weights, activations).
+        candidates: pairs of types (weights, activations). Where all have the same activations, a model gets them
+            throughout, and a `QuantSim` wherever an op reads one that has another type.
         allowed_drop: largest loss against the float model: the cheapest assignment within it is wanted.
         budget: largest cost, as a share (0 to 1) of the reference, which has the dearest candidate everywhere. Alone:
             the least noise within it. With `allowed_drop`: no assignment above it is tried.
@@ -97,10 +98,11 @@ def mixed_precision(
         raise InputError(f"sensitivity_samples={sensitivity_samples}: use at least one sample")
     steps = read_recipe(techniques)
     is_sim = isinstance(model, QuantSim)
-    options = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme, "overrides": overrides,
+    options: dict[str, Any] = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme, "overrides": overrides,
                "backend": backend, "seed": seed}  # fmt: skip
     if not is_sim:
-        options["weight_scheme"] = weight_scheme or "mse"
+        # What all candidates agree on isn't searched for: the whole network has it from the start.
+        options |= {"weight_scheme": weight_scheme or "mse", "activations": shared_activations(choices)}
     with run_of(run, out) as directory:
         sim = open_sim(model, sample, options, directory, progress)
         data = sim.open(calibration, batch_size=batch_size)

@@ -13,6 +13,7 @@ from bitwright import QuantSim, RunDirectory, mixed_precision
 from bitwright.errors import InputError
 from bitwright_search.candidates import group_sites, read_candidates
 from bitwright_search.costs import CostModel, multiply_accumulates
+from bitwright_search.latency_measure import measure_latency
 from bitwright_search.sensitivity import first_samples, measure_noise
 
 pytest.importorskip("scipy")
@@ -52,6 +53,21 @@ def test_what_an_op_reads_is_one_group_with_its_weight(folded):
     (head,) = [g for g in groups if "fc.weight" in g.weights]
     types = head.types(folded, read_candidates(W48)[0])
     assert types == {"fc.weight": "int8", "pool_out": "uint8", "flat_out": "uint8"}
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_activations_that_all_candidates_share_are_those_of_the_network(net, made):
+    """A simulation of uint8 gets them too, as far as an op reads them."""
+    candidates = [("int8", "uint16"), ("int4", "uint16")]
+    model = QuantSim(net.model).apply("fold_batch_norm") if made else net.model
+    result = mixed_precision(model, net.images, candidates=candidates, lite=40)
+    assert set(result.assignment.values()) == {"int8 × uint16", "int4 × uint16"}
+    bits = {s: result.sim.plan.spec(s).bits for s in result.sim.plan.activations}
+    assert {b for s, b in bits.items() if s not in result.sim.graph.outputs} == {16}
+    if not made:
+        assert result.reference_cost == 8 * 16 * sum(MACS.values())
+    table = measure_latency(model, net.images, candidates=candidates, samples=1, repeats=1)
+    assert {(e.weights, e.activations) for e in table.entries if e.op == "fc"} == {(8, 16), (4, 16)}
 
 
 def test_kernels_limit_the_candidates(net):
@@ -262,6 +278,7 @@ def test_the_command(net, capsys, tmp_path):
     status, out, _ = run("--labels", net.folder / "labels.npy", "--allowed-drop", "0.2")
     assert status == 0
     assert "% of the reference's bit operations" in out
+    assert run("--budget", "0.9", "--measure", "--override", "fc=float")[0] == 0
     assert run("--budget", "0.9", "--measure")[0] == 0
     assert (tmp_path / "out/latency.json").exists()
     assert run("--budget", "0.9", "--cost", "latency", "--latency", tmp_path / "out/latency.json")[0] == 0
