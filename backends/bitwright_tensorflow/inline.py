@@ -30,6 +30,9 @@ def inline_calls(graph_def: GraphDef, fetches: Sequence[TensorId]) -> GraphDef:
 
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(graph_def)
+    for node in [*meta.graph_def.node, *(n for f in meta.graph_def.library.function for n in f.node_def)]:
+        # Grappler would take loops and conditions apart into frames that cutting the graph can't hold together.
+        node.attr.pop("_lower_using_switch_merge", None)
     for function in meta.graph_def.library.function:
         # Another implementation of the same interface would be picked by device.
         function.attr.pop("api_implements", None)

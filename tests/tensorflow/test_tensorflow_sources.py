@@ -189,6 +189,23 @@ def test_functions_and_modules() -> None:
         BACKEND.adopt(free, X[:2, :, :, :, None])
 
 
+def test_a_saved_model_s_loop_stays_one_op(tmp_path: Path) -> None:
+    module = tf.Module()
+    module.w = tf.Variable(tfnets.image(4, 4), name="w")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4), tf.float32, "x")])
+    def run(x):
+        _, y = tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, tf.tanh(y)), (0, x))
+        return {"y": tf.matmul(y, module.w)}
+
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures={"serving_default": run.get_concrete_function()})
+    x = tfnets.image(8, 4)
+    sim = QuantSim(tmp_path / "saved", weights="int8", activations="uint8").calibrate(x)
+    assert [op.kind for op in sim.graph.ops] == [OpKind.OPAQUE, OpKind.LINEAR]
+    expected = run(x)["y"].numpy()
+    np.testing.assert_allclose(sim.predict(x, simulated=False)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_callable_modules_and_nested_results() -> None:
     class Two(tf.Module):
         def __init__(self):
