@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,7 +28,29 @@ def inference_graph(model: TfModel) -> GraphDef:
     for tensor in model.inputs:
         if (name := node_of(tensor)) not in present:
             graph_def.node.append(part.wiring.nodes[name])
+    _name_functions(graph_def)
     return graph_def
+
+
+def _name_functions(graph_def: GraphDef) -> None:
+    """Give the bodies of loops and conditions names of this graph's own, which follow from what they hold.
+
+    TensorFlow knows one function by a name in a process, and may hold the source's, from which these differ.
+    """
+    library = graph_def.library
+    if not library.function:
+        return
+    ending = hashlib.sha256(library.SerializeToString(deterministic=True)).hexdigest()[:8]
+    names = {f.signature.name: f"{f.signature.name}_{ending}" for f in library.function}
+    for function in library.function:
+        function.signature.name = names[function.signature.name]
+    for gradient in library.gradient:
+        gradient.function_name = names.get(gradient.function_name, gradient.function_name)
+        gradient.gradient_func = names.get(gradient.gradient_func, gradient.gradient_func)
+    for node in [*graph_def.node, *(n for f in library.function for n in f.node_def)]:
+        for value in node.attr.values():
+            for called in [*([value.func] if value.HasField("func") else ()), *value.list.func]:
+                called.name = names.get(called.name, called.name)
 
 
 def frozen_graph(model: TfModel) -> GraphDef:

@@ -163,6 +163,26 @@ def test_ops_without_an_onnx_counterpart_keep_the_rest(tmp_path):
     assert not any(p.suffix == ".onnx" or p.name.startswith(".") for p in tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*ONNX.*:UserWarning")
+def test_loops_and_conditions_of_a_function(tmp_path):
+    """The source's functions are still there, under their own names, in the process that exports; and twice."""
+    w = tf.Variable(np.eye(4, dtype=np.float32), name="w")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4), tf.float32, "x")])
+    def run(x):
+        _, y = tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, tf.tanh(y)), (0, x))
+        return tf.matmul(tf.cond(tf.reduce_sum(y) > 0, lambda: y * 2.0, lambda: y - 1.0), w)
+
+    x = np.linspace(-1, 2, 32, dtype=np.float32).reshape(8, 4)
+    sim = QuantSim(run, weights="int8", activations="uint8").calibrate(x)
+    for folder in ("first", "second"):
+        bundle = sim.export(tmp_path / folder, name="net")
+        for purpose in ("model", "saved_model"):
+            found = TensorFlowBackend().load(bundle.files[purpose])(x)
+            np.testing.assert_allclose(found, run(x), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "first" / "net.pb").read_bytes() == (tmp_path / "second" / "net.pb").read_bytes()
+
+
 @pytest.mark.parametrize("format", ["pb", "meta", "saved_model", "qdq"])
 def test_failures_leave_what_was_there(net, tmp_path, monkeypatch, format):
     """A write that breaks off leaves the old artefact, and no other file."""
