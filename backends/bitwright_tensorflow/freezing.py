@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.durable import atomic_write, cannot_write, sync_directory
+from bitwright.errors import ModelError
 from bitwright_tensorflow.graphs import extract
 from bitwright_tensorflow.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
 from bitwright_tensorflow.rewriter import constant
@@ -57,15 +58,28 @@ def frozen_graph(model: TfModel) -> GraphDef:
     """The inference graph with constants in the place of variables; names of nodes and tensors stay.
 
     A variable's node becomes the constant, the nodes that read it become Identities.
+
+    Raises:
+        ModelError: the body of a loop or condition reads a variable.
     """
     graph_def = inference_graph(model)
     held: set[str] = set()
+    references = {n.name for n in graph_def.node if n.op in VARIABLES and n.op != "VarHandleOp"}
     for node in graph_def.node:
         if node.op in VARIABLES:
             held.add(node.name)
             kind = tf.as_dtype(node.attr["dtype"].type).base_dtype
             node.CopyFrom(constant(node.name, np.asarray(model.values[node.name]), kind.name))
     _rewrite_readers(graph_def, held, _to_identity)
+    for node in graph_def.node:
+        if not any(value.HasField("func") for value in node.attr.values()):
+            continue
+        inner = [source for source in map(node_of, node.input) if source in held - references]
+        if inner:
+            raise ModelError(
+                f"{node.op} {node.name!r} reads the variable {inner[0]!r} inside of its body, where a frozen graph can "
+                "have no constant; export as saved_model or meta, or read the variable before the loop or condition"
+            )
     return graph_def
 
 

@@ -183,6 +183,22 @@ def test_loops_and_conditions_of_a_function(tmp_path):
     assert (tmp_path / "first" / "net.pb").read_bytes() == (tmp_path / "second" / "net.pb").read_bytes()
 
 
+def test_a_variable_inside_of_a_loop_cannot_be_frozen(tmp_path):
+    w = tf.Variable(np.eye(4, dtype=np.float32) / 2, name="w")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4), tf.float32, "x")])
+    def run(x):
+        return tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, tf.matmul(y, w)), (0, x))[1]
+
+    backend, x = TensorFlowBackend(), np.ones((2, 4), np.float32)
+    model = backend.adopt(run)
+    with pytest.raises(ModelError, match="'w' inside of its body.*saved_model"):
+        backend.save(model, tmp_path / "net.pb")
+    assert list(tmp_path.iterdir()) == []
+    backend.save(model, tmp_path / "net")
+    np.testing.assert_allclose(backend.load(tmp_path / "net")(x), run(x), rtol=1e-6)
+
+
 @pytest.mark.parametrize("format", ["pb", "meta", "saved_model", "qdq"])
 def test_failures_leave_what_was_there(net, tmp_path, monkeypatch, format):
     """A write that breaks off leaves the old artefact, and no other file."""
