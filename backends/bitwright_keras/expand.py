@@ -91,7 +91,10 @@ def _separable(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
 def _einsum_dense(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = einsum_dense(made, layer, name, args[0] if args else kwargs["inputs"])
     if x is not None:
-        return activation(made, layer.activation, layer, name, x)
+        x = activation(made, layer.activation, layer, name, x)
+        if not layer.supports_masking:
+            x._keras_mask = None  # the dense layer in its place would hand the mask on
+        return x
     return _weighted(made, layer, name, args, kwargs)
 
 

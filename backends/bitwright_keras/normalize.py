@@ -324,12 +324,14 @@ class Normalizer:
         return keras.tree.map_structure(plain, (args, kwargs))
 
     def _masks(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pass a mask that Keras would hand on unseen."""
-        tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
-        if len(args) == 1 and len(tensors) == 1 and "mask" in layer._call_signature.parameters:
-            mask = getattr(tensors[0], "_keras_mask", None)
-            if mask is not None and kwargs.get("mask") is None:
-                kwargs["mask"] = mask
+        """Pass the masks that Keras would hand on unseen, of a list of inputs too."""
+        if len(args) != 1 or "mask" not in layer._call_signature.parameters or kwargs.get("mask") is not None:
+            return
+        found = keras.tree.map_structure(
+            lambda x: getattr(x, "_keras_mask", None) if isinstance(x, keras.KerasTensor) else None, args[0]
+        )
+        if any(mask is not None for mask in keras.tree.flatten(found)):
+            kwargs["mask"] = found
 
 
 def id_of(tensor: Any) -> int:

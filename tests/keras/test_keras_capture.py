@@ -161,6 +161,25 @@ def test_everything_else_computes_the_same() -> None:
     equal(model, {"a": normal(2, 12, 4), "b": normal(2, 6, 8)})
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda e, plain: L.Attention()([e, e]),
+        lambda e, plain: L.AdditiveAttention()([plain, e]),
+        lambda e, plain: L.LSTM(3)(L.Concatenate()([e, plain])),
+        lambda e, plain: L.GlobalAveragePooling1D()(
+            L.EinsumDense("abc,cd->abd", output_shape=(None, 5), bias_axes="d", activation="relu")(e)
+        ),
+    ],
+    ids=["attention", "additive", "concatenate", "einsum"],
+)
+def test_masks_reach_what_keras_hands_them_to(build) -> None:
+    ids = np.array([[1, 2, 0, 0], [3, 0, 0, 0]], np.int32)
+    x = keras.Input((4,), dtype="int32", name="x")
+    e, plain = L.Embedding(10, 6, mask_zero=True)(x), L.Embedding(10, 6)(x)
+    equal(nets.settled(keras.Model(x, build(e, plain))), ids)
+
+
 def test_volumes_and_channels_first() -> None:
     x = keras.Input((4, 6, 6, 3), name="x")
     y = L.Conv3D(4, 3, padding="same", strides=2, activation="elu")(x)
