@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-import inspect
 import math
-import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitwright import fingerprint
 from bitwright.backend import Simulation
 from bitwright.errors import InputError
 from bitwright.quantsim import QuantSim
@@ -117,13 +113,20 @@ class FileFunction:
 
 @functools.cache
 def _module(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"bitwright_evaluation_{Path(path).stem}", path)
+    name = f"bitwright_evaluation_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As for a script: what it defines is found by its module's name (dataclasses and pickle do), and it may import what
+    # lies beside it. At the end, so that nothing there takes the place of an installed module.
+    sys.modules[name] = module
+    if (folder := str(Path(path).parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        sys.modules.pop(name, None)
         raise InputError(f"{path!r} can't be run: {type(error).__name__}: {error}") from error
     return module
 
@@ -183,40 +186,3 @@ def measure(evaluate: Evaluate, sim: QuantSim, mode: Mode) -> tuple[float, float
 def measure_saved(directory: str, evaluate: Evaluate, mode: str) -> tuple[float, float]:
     """`measure` of a saved simulation: what is sent to an executor, so all of it travels by value or by path."""
     return measure(evaluate, QuantSim.load(directory), Mode(mode))
-
-
-def identity(evaluate: Evaluate) -> str:
-    """A fingerprint of an evaluation: the data and labels, or the function's source.
-
-    What a function reads when it runs can't be seen from here; a changed file needs another run directory.
-    """
-    return fingerprint.of_json(_describe(evaluate))
-
-
-def _describe(value: Any) -> Any:
-    if isinstance(value, Labelled):
-        return ["top-1", value.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(value.labels))])]
-    if isinstance(value, FileFunction):
-        return ["file", fingerprint.of_file(Path(value.path)), value.name]
-    if isinstance(value, functools.partial):
-        return ["partial", _describe(value.func), [_describe(a) for a in value.args],
-                {k: _describe(v) for k, v in sorted(value.keywords.items())}]  # fmt: skip
-    if isinstance(value, np.ndarray):
-        return ["array", _of_array(value)]
-    if inspect.isfunction(value) or inspect.ismethod(value):
-        return ["function", value.__module__, value.__qualname__, _source(value)]
-    if callable(value) and not isinstance(value, type):
-        return ["object", type(value).__module__, type(value).__qualname__, _source(type(value))]
-    # Addresses differ from process to process and say nothing.
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _of_array(values: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-
-
-def _source(item: Any) -> str:
-    try:
-        return inspect.getsource(item)
-    except (OSError, TypeError):
-        return ""

@@ -98,8 +98,8 @@ def mixed_precision(
         raise InputError(f"sensitivity_samples={sensitivity_samples}: use at least one sample")
     steps = read_recipe(techniques)
     is_sim = isinstance(model, QuantSim)
-    options: dict[str, Any] = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme, "overrides": overrides,
-               "backend": backend, "seed": seed}  # fmt: skip
+    options: dict[str, Any] = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme,
+                               "overrides": overrides, "backend": backend, "seed": seed}  # fmt: skip
     if not is_sim:
         # What all candidates agree on isn't searched for: the whole network has it from the start.
         options |= {"weight_scheme": weight_scheme or "mse", "activations": shared_activations(choices)}

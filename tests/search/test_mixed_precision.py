@@ -210,21 +210,25 @@ def test_a_simulation_keeps_what_was_done_to_it(net):
         assert result.sim.encodings[f"{group}.weight"].frozen == (types == "int8 × uint8")
 
 
+CALLS: list[int] = []
+"""Not in a closure: what an evaluation holds is a part of it, and a new value makes it another one."""
+
+
 def test_finished_work_is_not_done_again(net, tmp_path):
-    calls = []
+    CALLS.clear()
 
     def evaluate(model):
-        calls.append(1)
+        CALLS.append(1)
         return net.fidelity(model)
 
     def run():
         return mixed_precision(net.model, net.images, evaluate, candidates=W48, allowed_drop=0.2, run=tmp_path / "r")
 
     first = run()
-    count = len(calls)
+    count = len(CALLS)
     journal = (tmp_path / "r/journal.jsonl").read_text().count('"stage"')
     again = run()
-    assert len(calls) == count
+    assert len(CALLS) == count
     assert (tmp_path / "r/journal.jsonl").read_text().count('"stage"') == journal
     assert again.front == first.front
     assert again.assignment == first.assignment
