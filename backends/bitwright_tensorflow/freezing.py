@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from bitwright.durable import atomic_write, cannot_write, sync_directory
 from bitwright.errors import ModelError
-from bitwright_tensorflow.graphs import extract
+from bitwright_tensorflow.graphs import extract, free_name
 from bitwright_tensorflow.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
 from bitwright_tensorflow.rewriter import constant
 from bitwright_tensorflow.shapes import inference
@@ -140,15 +141,16 @@ class InferenceModule(tf.Module):  # type: ignore[misc]
         graph_def.node.extend(kept)
         signature = model.signature
         part = inference(model)
+        keys = _identifiers(signature.inputs)
         specs = {
-            name: tf.TensorSpec(part.spec(tensor)[1], part.spec(tensor)[0], name)
+            keys[name]: tf.TensorSpec(part.spec(tensor)[1], part.spec(tensor)[0], keys[name])
             for name, tensor in signature.inputs.items()
         }
 
         def run(**arguments: Any) -> Mapping[str, Any]:
             graph = tf.compat.v1.get_default_graph()
             feeds = {f"{n}:0": graph.capture(v.handle) for n, v in self.weights.items()}
-            feeds |= {tensor: arguments[name] for name, tensor in signature.inputs.items()}
+            feeds |= {tensor: arguments[keys[name]] for name, tensor in signature.inputs.items()}
             used = {i for n in graph_def.node for i in (_tensor(o) for o in n.input)} | set(signature.outputs.values())
             inner = [t for t in signature.outputs.values() if t not in feeds]
             made = tf.graph_util.import_graph_def(
@@ -159,6 +161,18 @@ class InferenceModule(tf.Module):  # type: ignore[misc]
 
         self.function = tf.function(run, autograph=False)
         self.concrete = self.function.get_concrete_function(**specs)
+
+
+def _identifiers(names: Iterable[str]) -> dict[str, str]:
+    """Names of arguments as TensorFlow takes them: "input/x" becomes "input_x"; they stay distinct."""
+    names, found = list(names), dict[str, str]()
+    # TensorFlow takes no leading underscore or digit.
+    taken = {name for name in names if re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII)}
+    for name in names:
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        found[name] = name if name in taken else free_name(plain if plain[0].isalpha() else f"arg_{plain}", taken)
+        taken.add(found[name])
+    return found
 
 
 def _tensor(operand: str) -> str:

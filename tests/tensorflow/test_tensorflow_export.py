@@ -20,6 +20,7 @@ from tfsims import setup  # noqa: E402
 from bitwright.errors import BitwrightError, InputError, ModelError  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
+from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow import export as exporting  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
 
@@ -197,6 +198,22 @@ def test_a_variable_inside_of_a_loop_cannot_be_frozen(tmp_path):
     assert list(tmp_path.iterdir()) == []
     backend.save(model, tmp_path / "net")
     np.testing.assert_allclose(backend.load(tmp_path / "net")(x), run(x), rtol=1e-6)
+
+
+def test_inputs_within_name_scopes_are_arguments_of_a_saved_model(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        x, y, z = (v1.placeholder(tf.float32, (None, 4), name=n) for n in ("input/x", "input_x", "2/x"))
+        tf.add(x, y * 2.0 + z * 3.0, name="out/sum")
+    backend = TensorFlowBackend()
+    names = ["input/x", "input_x", "2/x"]
+    model = backend.adopt(SessionModel(v1.Session(graph=graph), inputs=names, outputs=["out/sum"]))
+    backend.save(model, tmp_path / "net")
+    data = [np.full((2, 4), n, np.float32) for n in (1, 2, 3)]
+    serve = tf.saved_model.load(str(tmp_path / "net")).signatures["serving_default"]
+    keys = ("input_x_1", "input_x", "arg_2_x")
+    (found,) = serve(**{k: tf.constant(v) for k, v in zip(keys, data, strict=True)}).values()
+    np.testing.assert_array_equal(found, np.full((2, 4), 14, np.float32))
 
 
 @pytest.mark.parametrize("format", ["pb", "meta", "saved_model", "qdq"])
