@@ -24,7 +24,7 @@ from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole
 from bitwright.plan import Derived, Plan, SiteKind
 from bitwright.ranges import full_table
 from bitwright_keras.canonical import canonical
-from bitwright_keras.files import save_model
+from bitwright_keras.files import beyond_h5, save_model
 from bitwright_keras.frozen import FrozenGraph, frozen
 from bitwright_keras.model import KerasModel
 from bitwright_keras.native import keras_model
@@ -55,12 +55,16 @@ def formats() -> dict[str, str]:
 def bundled(model: KerasModel) -> dict[str, str]:
     """What an exported bundle has beside the .keras file: format → ending of the name."""
     found = {"h5": ".h5"}
+    if why := beyond_h5(node.operation for node in model.nodes):
+        warnings.warn(f"{model.name}: no .h5 is written: {why}", stacklevel=3)
+        del found["h5"]
     offered = formats()
     if "pb" in offered:
         try:
             frozen(model)
         except (CapabilityError, ModelError) as error:
-            warnings.warn(f"{model.name}: .keras and .h5 are written only: {error}", stacklevel=3)
+            written = ".keras and .h5 are" if "h5" in found else ".keras is"
+            warnings.warn(f"{model.name}: {written} written only: {error}", stacklevel=3)
         else:
             found |= {format: ending for format, ending in (("pb", ".pb"), ("qdq", ".qdq.onnx")) if format in offered}
     return found

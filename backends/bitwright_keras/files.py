@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def save_model(model: KerasModel, path: Path) -> Path:
     """Write a .keras or .h5 file atomically.
 
     Raises:
-        InputError: another suffix, or the file can't be written.
+        InputError: another suffix, a model that .h5 can't hold, or the file can't be written.
     """
     return save_native(keras_model(model), path, names_of(model))
 
@@ -74,10 +74,12 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
     """Write a Keras model atomically, with names beside (see `names_of`).
 
     Raises:
-        InputError: another suffix, or the file can't be written.
+        InputError: another suffix, a model that .h5 can't hold, or the file can't be written.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path.name!r}: Keras models are saved as .keras or .h5")
+    if path.suffix != ".keras" and (why := beyond_h5(model.operations)):
+        raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
     handle, name = None, ""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
@@ -100,6 +102,14 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
             discard(Path(name))
         raise
     return path
+
+
+def beyond_h5(operations: Iterable[keras.Operation]) -> str:
+    """Why Keras couldn't load these from an .h5 file, which it writes without a word; empty where it could."""
+    found = next((x for x in operations if not isinstance(x, keras.layers.Layer)), None)
+    if found is None:
+        return ""
+    return f"{found.name!r} is a call of keras.ops ({type(found).__name__}), and Keras loads only layers from .h5"
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ keras = pytest.importorskip("keras")
 
 import keras_nets as nets  # noqa: E402
 
+from bitwright.errors import InputError  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 
@@ -58,3 +59,17 @@ def test_a_run_is_saved_and_loaded(tmp_path) -> None:
     sim.save(tmp_path / "run")
     again = QuantSim.load(tmp_path / "run")
     assert np.array_equal(again.predict({"x": X})[0], sim.predict({"x": X})[0])
+
+
+def test_h5_holds_no_calls_of_keras_ops(tmp_path) -> None:
+    """Keras writes such a file, and can't load it."""
+    x = keras.Input((6,), name="x")
+    y = keras.layers.Dense(3, name="head")(keras.layers.Rescaling(0.5, name="scaled")(x))
+    sim = QuantSim(keras.Model(x, y), scheme="minmax", weights="int8", activations="uint8")
+    sim.calibrate({"x": X[:, 0, :, 0]})
+    with pytest.raises(InputError, match=r"'scaled' is a call of keras.ops \(Multiply\).*save as \.keras"):
+        BACKEND.save(sim.native, tmp_path / "model.h5")
+    with pytest.warns(UserWarning, match=r"no \.h5.*'scaled'"):
+        sim.export(tmp_path, name="net")
+    assert "net.keras" in {p.name for p in tmp_path.iterdir()}
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".h5"]
