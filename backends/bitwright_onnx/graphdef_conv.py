@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
 from bitwright_onnx.graphdef_builder import Builder, Linear
-from bitwright_onnx.graphdef_nodes import Node
+from bitwright_onnx.graphdef_nodes import FLOAT, Node
 
 
 def channels_last(node: Node) -> bool:
@@ -231,7 +231,10 @@ def resize(g: Builder, node: Node) -> None:
     if not linear:
         # floor((i + 0.5)·scale) is the half-pixel coordinate rounded with its ties up.
         attributes["nearest_mode"] = "floor" if mode == "asymmetric" else "round_prefer_ceil"
-    x = to_first(g, node, g.value(node.inputs[0]), 4)
+    source = g.value(node.inputs[0])
+    if linear and node.dtype("T") != FLOAT:  # ResizeBilinear gives float32, ONNX's Resize what it is given
+        source = g.add("Cast", source, hint=node.name, to=int(ir.DataType.FLOAT))
+    x = to_first(g, node, source, 4)
     sizes = _sizes(g, node, node.inputs[0], 4)
     wanted = g.known(node.inputs[1])
     scales = _scales(sizes, wanted)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
 
-INT32, INT64, BOOL, STRING = 3, 9, 10, 7
+FLOAT, INT32, INT64, BOOL, STRING = 1, 3, 9, 10, 7
 NUMPY_TYPES: Mapping[int, Any] = {
     1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 5: np.int16, 6: np.int8, 9: np.int64, 10: np.bool_,
     14: ml_dtypes.bfloat16, 17: np.uint16, 19: np.float16, 22: np.uint32, 23: np.uint64,

@@ -216,6 +216,21 @@ def test_inputs_within_name_scopes_are_arguments_of_a_saved_model(tmp_path):
     np.testing.assert_array_equal(found, np.full((2, 4), 14, np.float32))
 
 
+def test_resized_bytes_are_floats_in_onnx_too(tmp_path):
+    kernel = tf.Variable(np.linspace(-1, 1, 108, dtype=np.float32).reshape(3, 3, 3, 4), name="kernel")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 6, 6, 3), tf.uint8, "x")])
+    def run(x):
+        return tf.nn.conv2d(tf.image.resize(x, (9, 9)) / 255.0, kernel, 1, "SAME")
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 6, 6, 3)).astype(np.uint8)
+    sim = QuantSim(run, weights="int8", activations="uint8").calibrate(images)
+    bundle = sim.export(tmp_path, name="net")
+    found = next(iter(OnnxBackend().compile(bundle).run({sim.native.inputs[0]: images}).values()))
+    step = float(sim.table[sim.graph.outputs[0]].scale)
+    assert np.abs(found - sim.model(images)).max() <= 1.01 * step
+
+
 @pytest.mark.parametrize("format", ["pb", "meta", "saved_model", "qdq"])
 def test_failures_leave_what_was_there(net, tmp_path, monkeypatch, format):
     """A write that breaks off leaves the old artefact, and no other file."""
