@@ -88,7 +88,10 @@ def einsum_dense(made: Normalizer, layer: Any, name: str, x: Any, owner: str = "
     free = tuple(-1 if n is None else n for n in kept)
     if found.contracted > 1:
         reshape, _ = made.layer(
-            layer, f"{name}/flatten", "flatten", lambda file: keras.layers.Reshape((*free, prod(inner)), name=file)
+            layer,
+            f"{name}/flatten",
+            f"flatten{free}",  # a shared layer may be called over several lengths
+            lambda file: keras.layers.Reshape((*free, prod(inner)), name=file),
         )
         x = made.emit(f"{name}/flatten", reshape, x, params={})
     bias = None
@@ -114,7 +117,7 @@ def einsum_dense(made: Normalizer, layer: Any, name: str, x: Any, owner: str = "
             dense.bias.assign(bias)
     if len(outer) > 1:
         reshape, _ = made.layer(
-            layer, f"{name}/split", "split", lambda file: keras.layers.Reshape((*free, *outer), name=file)
+            layer, f"{name}/split", f"split{free}", lambda file: keras.layers.Reshape((*free, *outer), name=file)
         )
         x = made.emit(f"{name}/split", reshape, x, params={})
     return x

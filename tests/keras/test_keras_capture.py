@@ -180,6 +180,14 @@ def test_masks_reach_what_keras_hands_them_to(build) -> None:
     equal(nets.settled(keras.Model(x, build(e, plain))), ids)
 
 
+def test_shared_layers_are_called_over_several_lengths() -> None:
+    a, b = keras.Input((4, 6), name="a"), keras.Input((7, 6), name="b")
+    attention = L.MultiHeadAttention(2, 3)
+    split = L.EinsumDense("abc,cde->abde", output_shape=(None, 2, 3), bias_axes="de")
+    y = [L.Concatenate(axis=1)([attention(a, a), attention(b, b)]), L.Concatenate(axis=1)([split(a), split(b)])]
+    equal(nets.settled(keras.Model([a, b], y)), [normal(2, 4, 6), normal(2, 7, 6)])
+
+
 def test_volumes_and_channels_first() -> None:
     x = keras.Input((4, 6, 6, 3), name="x")
     y = L.Conv3D(4, 3, padding="same", strides=2, activation="elu")(x)
