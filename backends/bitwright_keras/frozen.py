@@ -131,7 +131,7 @@ def _with_operands(model: KerasModel, node: Node, found: dict[ParamId, Any]) -> 
     if node.layer is not None or not node.params:
         return node
     args, kwargs = list(node.args), dict(node.kwargs)
-    dtype = model.specs[node.inputs[0]].dtype if node.inputs else "float32"
+    dtype = model.specs[node.outputs[0]].dtype  # what Keras computes in: a uint8 image by 255.0 is float32
     for key, param in node.params.items():
         where, _, name = key.partition("/")
         constant = found[param] = tf.constant(constant_of(node, key), dtype)

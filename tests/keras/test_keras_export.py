@@ -250,3 +250,13 @@ def test_a_model_that_tensorflow_cannot_trace_keeps_its_keras_files(tmp_path: Pa
         frozen(sim.native)
     with pytest.warns(UserWarning, match=r"\.keras and \.h5 are written only.*not in a graph"):
         assert BACKEND.bundled(sim.native) == {"h5": ".h5"}
+
+
+def test_bytes_divided_by_a_number_are_frozen() -> None:
+    x = keras.Input((6, 6, 3), dtype="uint8", name="x")
+    model = keras.Model(x, keras.layers.Conv2D(2, 3)(x / 255.0))
+    found = BACKEND.adopt(model)
+    graph = frozen(found)
+    images = np.random.default_rng(0).integers(0, 255, (2, 6, 6, 3)).astype(np.uint8)
+    (got,) = _run(graph.graph_def, [graph.tensors[found.output_ids[0]]], {"x": images})
+    np.testing.assert_allclose(got, model(images), rtol=1e-5, atol=1e-6)
