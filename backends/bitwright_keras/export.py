@@ -137,7 +137,7 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     try:
         from bitwright_onnx.backend import OnnxBackend
-        from bitwright_onnx.graphdef import import_graphdef
+        from bitwright_onnx.graphdef import import_graphdef, require_parameters
         from bitwright_onnx.qdq import write_qdq
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
@@ -151,7 +151,9 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
             names=_sites(graph),
         )
     )
-    report = write_qdq(made, backend.graph(made), plan, encodings, path)
+    shown = backend.graph(made)
+    require_parameters(shown, plan)
+    report = write_qdq(made, shown, plan, encodings, path)
     return Bundle({"qdq": report.path}, report.names)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
+from bitwright.graph import Graph
+from bitwright.plan import Derived, Plan, SiteKind
 from bitwright_onnx import graphdef_arrays, graphdef_conv, graphdef_math
 from bitwright_onnx.graphdef_builder import Builder, Constant
 from bitwright_onnx.graphdef_folding import fold
@@ -161,3 +163,19 @@ def _output(builder: Builder, nodes: Mapping[str, Node], tensor: str) -> ir.Valu
         alias.name = builder.name_of(tensor)
         value = alias
     return value
+
+
+def require_parameters(graph: Graph, plan: Plan) -> None:
+    """Make sure that every parameter that a plan quantizes is one of the imported graph's.
+
+    Raises:
+        ModelError: one is computed there, for example behind a cast of a float16 layer.
+    """
+    for site in plan.quantized:
+        tied = site if isinstance(plan[site].decision, Derived) else plan.root(site)
+        if plan[site].kind is SiteKind.PARAMETER and site not in graph.params and tied not in graph.params:
+            raise ModelError(
+                f"the QDQ model has no parameter {site!r}: its op reads it through other ops (layers that compute in "
+                "float16 cast it), so that codes have no place; build the model in float32, or leave the parameter in "
+                "float"
+            )

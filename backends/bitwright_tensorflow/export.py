@@ -107,12 +107,14 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     backend = onnx_backend()
-    from bitwright_onnx.graphdef import import_graphdef
+    from bitwright_onnx.graphdef import import_graphdef, require_parameters
     from bitwright_onnx.qdq import write_qdq
 
     graph = recognize(model).graph
     graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
     names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
     made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names))
-    report = write_qdq(made, backend.graph(made), plan, encodings, path)
+    shown = backend.graph(made)
+    require_parameters(shown, plan)
+    report = write_qdq(made, shown, plan, encodings, path)
     return Bundle({"qdq": report.path}, report.names)

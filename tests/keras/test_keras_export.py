@@ -260,3 +260,13 @@ def test_bytes_divided_by_a_number_are_frozen() -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 6, 6, 3)).astype(np.uint8)
     (got,) = _run(graph.graph_def, [graph.tensors[found.output_ids[0]]], {"x": images})
     np.testing.assert_allclose(got, model(images), rtol=1e-5, atol=1e-6)
+
+
+def test_float16_layers_keep_all_but_qdq(tmp_path: Path) -> None:
+    x = keras.Input((6, 6, 3), name="x")
+    y = keras.layers.Conv2D(4, 3, activation="relu", name="conv", dtype="mixed_float16")(x)
+    model = keras.Model(x, keras.layers.Dense(3, dtype="float32", name="head")(keras.layers.Flatten()(y)))
+    sim = QuantSim(model, target="htp_v73").calibrate(_data(model, 8))
+    with pytest.warns(UserWarning, match="no parameter 'conv/(kernel|bias)'.*float32"):
+        sim.export(tmp_path, name="net")
+    assert {p.name for p in tmp_path.iterdir()} == {"net.keras", "net.h5", "net.pb", "net.encodings"}
