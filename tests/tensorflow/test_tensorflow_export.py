@@ -193,7 +193,7 @@ def test_a_variable_inside_of_a_loop_cannot_be_frozen(tmp_path):
 
     backend, x = TensorFlowBackend(), np.ones((2, 4), np.float32)
     model = backend.adopt(run)
-    with pytest.raises(ModelError, match="'w' inside of its body.*saved_model"):
+    with pytest.raises(ModelError, match=r"'w' inside of its body.*saved_model"):
         backend.save(model, tmp_path / "net.pb")
     assert list(tmp_path.iterdir()) == []
     backend.save(model, tmp_path / "net")
