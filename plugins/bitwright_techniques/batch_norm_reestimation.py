@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bitwright.backend import Capability
 from bitwright.errors import InputError
@@ -36,7 +37,7 @@ class Settings(BaseSettings):
         norms: the batch norms to measure in one pass; None measures all, one after another.
     """
 
-    momentum: float = 1.0
+    momentum: float = Field(1.0, gt=0, le=1)
     norms: tuple[str, ...] | None = None
 
 
@@ -58,8 +59,6 @@ class BatchNormReestimation:
 
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
         """Channel moments of each norm's input, as the simulated network computes it."""
-        if not 0 < settings.momentum <= 1:
-            raise InputError(f"momentum={settings.momentum}: it is the new statistics' share, above 0 and at most 1")
         for norm in _norms(graph, settings.norms):
             assert isinstance(norm.attrs, BatchNormAttrs)
             moments = partial(ChannelMoments, norm.attrs.axis)
@@ -100,4 +99,9 @@ class BatchNormReestimation:
 
 def _norms(graph: Graph, chosen: Collection[str] | None) -> list[Op]:
     found = [o for o in graph if o.kind is OpKind.BATCH_NORM and {ParamRole.MEAN, ParamRole.VAR} <= set(o.params)]
-    return found if chosen is None else [o for o in found if o.id in chosen]
+    if chosen is None:
+        return found
+    if unknown := sorted(set(chosen) - {o.id for o in found}):
+        there = ", ".join(o.id for o in found[:5]) + (", …" if len(found) > 5 else "")
+        raise InputError(f"norms: the model has no batch norm {unknown[0]!r}; it has {there or 'none'}")
+    return [o for o in found if o.id in chosen]

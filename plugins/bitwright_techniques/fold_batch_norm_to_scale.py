@@ -66,7 +66,8 @@ class FoldBatchNormToScale:
                 if weight in foldable:
                     factor = _factor(ctx, ctx.graph.op(edit.batch_norm))
                     mirrored += int((factor < 0).sum())
-                    encodings[weight] = _scaled(foldable[weight], factor)
+                    # Of several norms behind a layer each has its factor.
+                    encodings[weight] = _scaled(encodings.get(weight, foldable[weight]), factor)
         figures = {**inner.report.figures, "mirrored_channels": float(mirrored)}
         report = Report(inner.report.summary, figures, inner.report.columns, inner.report.rows)
         return replace(inner, encodings=encodings, report=report)

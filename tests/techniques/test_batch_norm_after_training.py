@@ -69,8 +69,11 @@ def test_momentum_mixes_old_and_new():
     mean, var = (next(op for op in model.graph if op.id == "bn").params[r] for r in (ParamRole.MEAN, ParamRole.VAR))
     np.testing.assert_allclose(half.outcome.params[mean], full.outcome.params[mean] / 2, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(half.outcome.params[var], full.outcome.params[var] / 2 + 0.5, rtol=1e-6)
-    with pytest.raises(InputError, match="momentum"):
-        run_technique(BatchNormReestimation(), BACKEND, model, [batch], momentum=0.0)
+    for momentum in (0.0, 1.5):
+        with pytest.raises(ValueError, match="momentum"):
+            run_technique(BatchNormReestimation(), BACKEND, model, [batch], momentum=momentum)
+    with pytest.raises(InputError, match="no batch norm 'nb'; it has bn"):
+        run_technique(BatchNormReestimation(), BACKEND, model, [batch], norms=("bn", "nb"))
 
 
 SPECS = {
@@ -107,6 +110,21 @@ def test_codes_stay(spec, signs):
     if signs == "positive":
         for t, value in rounded(batch).items():
             np.testing.assert_allclose(folded(batch)[t], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
+
+
+def test_of_two_norms_after_a_layer_both_scale_it():
+    b = Builder(0)
+    x = b.conv("conv", b.input("x", 3, 6, 6), 4, 3, bias=False)
+    model = b.build(b.batch_norm("bn1", b.batch_norm("bn0", x)))
+    weight = model.graph.op("conv").weight
+    frozen = encoding_of_weights(model.params[weight], SPECS["int4 channels"]).with_(frozen=True)
+    plan = simple_plan(model.graph, weights=SPECS["int4 channels"], activations=None)
+    done = run_technique(
+        FoldBatchNormToScale(), BACKEND, model, [models.batch(model, 4)], plan=plan, encodings={weight: frozen}
+    )
+    assert not any(op.kind is OpKind.BATCH_NORM for op in done.model.graph)
+    before = frozen.quantize(model.params[weight])
+    assert np.mean(done.outcome.encodings[weight].quantize(done.model.params[weight]) != before) <= 0.02
 
 
 def test_per_tensor_grids_keep_their_norm():
