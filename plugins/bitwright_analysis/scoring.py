@@ -135,28 +135,48 @@ class OutputNoise:
 
 
 class Top1:
-    """Share of samples whose largest score, in the first output, is at the label."""
+    """Share of samples whose largest score, in the first output, is at the label.
+
+    Args:
+        graph: the float model's.
+        data: samples.
+        labels: class indices, one a sample.
+
+    Raises:
+        InputError: the labels aren't integers of shape (samples,), or not as many as there are samples.
+    """
 
     name = "top-1"
 
     def __init__(self, graph: Graph, data: Dataset, labels: NDArray[Any]) -> None:
         self._tap, self._data, self._labels = Tap(graph.outputs[0]), data, np.asarray(labels)
+        if self._labels.ndim != 1 or self._labels.dtype.kind not in "iu":
+            raise InputError(
+                f"labels are integers of shape (samples,), got {self._labels.dtype} {self._labels.shape}; "
+                "a column is made one by labels[:, 0]"
+            )
+        self._check(data.samples)
 
     def __call__(self, simulation: Simulation[Any]) -> float:
         """Top-1 of the simulation as it is set now.
 
         Raises:
-            InputError: there are more samples than labels.
+            InputError: there are more or fewer samples than labels.
         """
         session, right, seen = simulation.session([self._tap]), 0, 0
         for batch in self._data:
             outputs = np.asarray(session.run(batch)[self._tap])
             classes = outputs.reshape(len(outputs), -1).argmax(axis=1)
             if seen + len(classes) > len(self._labels):
-                raise InputError(f"there are {len(self._labels)} labels, but more samples")
+                raise InputError(f"there are {len(self._labels)} labels, but more samples: give one label a sample")
             right += int((classes == self._labels[seen : seen + len(classes)]).sum())
             seen += len(classes)
+        self._check(seen)
         return right / seen if seen else math.nan
+
+    def _check(self, samples: int | None) -> None:
+        if samples is not None and samples != len(self._labels):
+            raise InputError(f"there are {len(self._labels)} labels for {samples} samples: give one label a sample")
 
 
 class Evaluation:
