@@ -60,7 +60,8 @@ class Departures(BaseModel):
 
     Attributes:
         rows: tensors that both have, in the order of the network.
-        missing: tensors of the reference that the target doesn't have (fused there, or renamed).
+        missing: tensors of the reference that the target doesn't have (fused there, or renamed), or in no sample that
+            the reference has too.
         unknown: the target's names that nothing in the reference matches.
         samples: samples compared.
         min_sqnr: the limit.
@@ -186,12 +187,21 @@ def _compare(dump: Dump, target: TargetDump, min_sqnr: float, names: Mapping[str
             f"({', '.join(list(tensors)[:3])}, …); give `names`"
         )
     samples = common(range(dump.index.samples), target.samples)
-    rows = {t: _row(dump, target, t, pairs[t], samples, min_sqnr) for t in tensors if t in pairs}
+    rows = {
+        t: _row(dump, target, t, pairs[t], samples, min_sqnr)
+        for t in tensors
+        if t in pairs and any(pairs[t] in target.samples[k] for k in samples)
+    }
+    if not rows:
+        raise InputError(
+            f"nothing can be compared: the target's dump has no tensor of the reference in the {len(samples)} samples "
+            f"that both hold; dump {next(iter(pairs.values()))!r} for samples of the reference"
+        )
     first = next((r for r in rows.values() if r.departs), None)
     causes = {} if first is None else {t: rows[t].sqnr_db for t in tensors[first.tensor].inputs if t in rows}
     return Departures(
         rows=tuple(rows.values()),
-        missing=tuple(t for t in tensors if t not in pairs),
+        missing=tuple(t for t in tensors if t not in rows),
         unknown=tuple(n for n in offered if n not in pairs.values()),
         samples=len(samples),
         min_sqnr=min_sqnr,

@@ -106,6 +106,22 @@ def test_equal_dumps_don_t_depart(dump, tmp_path):
     assert "none departs" in str(found)
 
 
+def test_a_tensor_that_no_common_sample_has_is_missing_and_not_equal(dump, tmp_path):
+    target = write_target(dump, tmp_path / "t")
+    files = {tensor: stored.file for tensor, stored in dump.index.tensors.items()}
+    other = target / "Result_7"
+    other.mkdir()
+    for k in range(3):
+        (target / f"Result_{k}" / f"{files['dw']}.raw").rename(other / f"{files['dw']}.raw")
+    found = bitwright.compare(dump, target)
+    assert found.missing == ("dw",) and "dw" not in {r.tensor for r in found.rows}
+    for k in range(3):
+        for file in (target / f"Result_{k}").iterdir():
+            file.rename(file.with_stem("something") if k else other / file.name)
+    with pytest.raises(InputError, match="nothing can be compared"):
+        bitwright.compare(dump, target)
+
+
 @pytest.mark.parametrize("tensor", ["clip", "dw", "sum", "scores"])
 def test_names_the_tensor_from_which_on_a_target_differs(sim, images, tmp_path, tensor, dump):
     """Noise in one tensor and what follows from it."""
