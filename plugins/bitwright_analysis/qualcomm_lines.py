@@ -52,7 +52,8 @@ class _Workplace:
         if outputs:
             for name in self.job.outputs:
                 more += [outputs, name]
-        return Command(purpose, f"cd {shlex.quote(str(self.expected))} && {shell_line(tool, *options, *more)}")
+        # In a shell of its own: the next line begins where this one did, and the folder may be a relative path.
+        return Command(purpose, f"(cd {shlex.quote(str(self.expected))} && {shell_line(tool, *options, *more)})")
 
     def around(self, *lines: Command) -> list[Command]:
         """The lines between the dump that they start from and the comparison at the end."""

@@ -97,6 +97,25 @@ def test_the_dump_lines_of_qualcomm_tools_run(out):
     assert run(compare.line).returncode == 0
 
 
+@pytest.mark.parametrize("tool", ["qnn", "snpe", "qairt"])
+def test_lines_for_a_relative_folder_run_one_after_another_in_one_shell(out, tool, monkeypatch, tmp_path):
+    monkeypatch.chdir(out.parent)
+    commands = bitwright.target_commands(out.name, tool).commands
+    Path(out.name, f"net.{tool}", "expected").mkdir(parents=True, exist_ok=True)
+    lines = [c.line for c in commands if "cd " in c.line]
+    assert lines
+    # The tools themselves need a licence: a stand-in for each, found before anything else.
+    for line in lines:
+        stand_in = tmp_path / shlex.split(line.partition(" && ")[2].rstrip(")"))[0]
+        stand_in.write_text("#!/bin/sh\nexit 0\n")
+        stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "-e"], input="\n".join(lines), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("version", "tools"), [("2.0.0", ("qnn", "snpe")), ("2.1.0", ("qnn", "snpe", "qairt"))])
 def test_another_schema_is_converted_first(images, tmp_path, version, tools):
     sim = QuantSim(conv_model()).apply("fold_batch_norm").calibrate(images)
