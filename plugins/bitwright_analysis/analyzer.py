@@ -27,7 +27,16 @@ from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
 from bitwright_analysis.layer_errors import layer_errors
 from bitwright_analysis.records import Analysis, Overall, Sensitivity
-from bitwright_analysis.scoring import Evaluation, FirstSamples, Judge, OutputNoise, Top1, decibels
+from bitwright_analysis.scoring import (
+    Evaluation,
+    FirstSamples,
+    Judge,
+    OutputNoise,
+    Top1,
+    decibels,
+    fitting_labels,
+    fixed_batch,
+)
 from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 
 DIRECTIONS = ("alone", "without")
@@ -106,12 +115,16 @@ def quant_analyzer(
         simulation = sim.backend.simulate(sim.native, sim.plan, table)
         switches = Switches(simulation, sim.plan, table)
         score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
-        score = Top1(sim.graph, dataset, labels) if labels is not None else score
+        score = (
+            Top1(sim.graph, dataset, fitting_labels(labels, dataset, limit, fixed_batch(sim)))
+            if labels is not None
+            else score
+        )
         store = open_store(sim, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
         with _clock(seconds, "overall"), OutputNoise(sim.backend, sim.native, sim.graph, dataset) as noise:
             figures = _overall(switches, noise, score, store)
         by_score = score if sweep_by == "evaluate" else None
-        first = FirstSamples(dataset, None if by_score is not None else sweep_samples)
+        first = FirstSamples(dataset, None if by_score is not None else sweep_samples, fixed_batch(sim))
         with _clock(seconds, "sensitivities"):
             rows, measure = _sensitivities(sim, switches, by_score, first, store, directions, larger_is_better)
         switches.all_but(())

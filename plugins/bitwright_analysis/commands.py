@@ -79,6 +79,8 @@ def analyze(
             progress=progress,
         )
         dataset = sim.open(data, batch_size=batch_size, limit=samples)
+        if known is not None and samples is not None:
+            known = known[:samples]
         if known is not None and dataset.samples is not None and len(known) < dataset.samples:
             raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
         with run_in(out) as run:

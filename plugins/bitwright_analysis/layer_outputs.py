@@ -33,7 +33,7 @@ from bitwright.statistics.base import Tap
 from bitwright.technique import Progress
 from bitwright_analysis.analyzer import opened
 from bitwright_analysis.layer_errors import packed
-from bitwright_analysis.scoring import FirstSamples
+from bitwright_analysis.scoring import FirstSamples, fixed_batch
 from bitwright_analysis.tensor_names import file_names
 
 INDEX = "index.json"
@@ -164,7 +164,7 @@ def layer_outputs(
         layout: "NHWC", or "native" for the model's own.
         quantized: of the simulated network, or the float one.
         tensors: only these; default: every one.
-        limit: only the first so many samples.
+        limit: only the first so many samples; whole batches where the model fixes their size.
         batch_size: samples a batch.
         sample: one batch, for frameworks that trace a model.
         progress: where progress is shown.
@@ -179,7 +179,7 @@ def layer_outputs(
     out = Path(out)
     _check_free(out)
     sim = opened(model, sample, options, progress)
-    dataset = FirstSamples(sim.open(data, batch_size=batch_size), limit)
+    dataset = FirstSamples(sim.open(data, batch_size=batch_size), limit, fixed_batch(sim))
     if quantized and not isinstance(model, QuantSim):
         sim.calibrate(dataset)
     wanted = _wanted(sim.graph, tensors)

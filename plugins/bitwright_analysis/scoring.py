@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, Simulation
+from bitwright.batches import batch_dimension
 from bitwright.cuts import CutCache
-from bitwright.data import Dataset
+from bitwright.data import Dataset, IterableDataset
 from bitwright.errors import InputError
 from bitwright.fingerprint import of_json
 from bitwright.graph import Graph
+from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
 
 CACHE_BYTES = 256 * 2**20
@@ -53,12 +55,14 @@ class FirstSamples:
     Args:
         data: the dataset.
         limit: how many samples; None takes all.
+        fixed: the batch size that the model fixes, if it does: batches are then taken whole, until there are as many.
     """
 
-    def __init__(self, data: Dataset, limit: int | None) -> None:
+    def __init__(self, data: Dataset, limit: int | None, fixed: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise InputError(f"{limit} samples: use at least one")
-        self._data, self._limit = data, limit
+        whole = limit is not None and fixed is not None
+        self._data, self._limit = data, math.ceil(limit / fixed) * fixed if whole else limit  # type: ignore[operator]
 
     def __iter__(self) -> Iterator[Batch]:
         left = self._limit
@@ -80,6 +84,21 @@ class FirstSamples:
     def fingerprint(self) -> str:
         """Of the whole dataset and the limit."""
         return of_json([self._data.fingerprint(), self._limit])
+
+
+def fixed_batch(sim: QuantSim) -> int | None:
+    """The batch size that the model fixes; None where it is free."""
+    return batch_dimension(sim.backend.input_specs(sim.native))
+
+
+def fitting_labels(labels: Any, data: Dataset, limit: int | None, fixed: int | None) -> NDArray[Any]:
+    """Labels of the samples that are used: of the first so many, and of those that fill batches of a fixed size."""
+    values = np.asarray(labels)
+    values = values if limit is None or not values.ndim else values[:limit]
+    # Batches of the user's own may lose samples each, so that it isn't known which labels are theirs.
+    if fixed is not None and data.samples is not None and not isinstance(data, IterableDataset) and values.ndim:
+        return values[: data.samples] if 0 < len(values) - data.samples < fixed else values
+    return values
 
 
 class OutputNoise:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Simulation
+from bitwright.batches import batch_dimension
+from bitwright.data import IterableDataset
 from bitwright.errors import InputError
 from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
@@ -56,6 +58,11 @@ class Labelled:
         values = read_labels(self.labels) if isinstance(self.labels, str | Path) else np.asarray(self.labels)
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise InputError(f"labels are integers of shape (samples,), got {values.dtype} {values.shape}")
+        fixed = batch_dimension(sim.backend.input_specs(sim.native))
+        # Samples that don't fill a last batch of a fixed size are left out; batches of the user's own may lose some
+        # each, so that it isn't known which labels are those.
+        if fixed is not None and isinstance(dataset.samples, int) and not isinstance(dataset, IterableDataset):
+            values = values[: dataset.samples] if 0 < len(values) - dataset.samples < fixed else values
         if dataset.samples is not None and len(values) != dataset.samples:
             raise InputError(f"there are {len(values)} labels for {dataset.samples} samples")
         return Labelled(dataset, values, self.batch_size)

@@ -114,8 +114,8 @@ class _Describer:
 def _state(value: Any) -> dict[str, Any] | None:
     """An object's attributes; None where it has no place for them."""
     found = dict(vars(value)) if hasattr(value, "__dict__") else {}
-    slots = [s for c in type(value).__mro__ for s in ([c.__slots__] if isinstance(c.__dict__.get("__slots__"), str)
-             else c.__dict__.get("__slots__", ()))]  # fmt: skip
+    declared = (c.__dict__.get("__slots__", ()) for c in type(value).__mro__)
+    slots = [s for names in declared for s in ([names] if isinstance(names, str) else names)]
     found |= {s: getattr(value, s) for s in slots if s not in ("__dict__", "__weakref__") and hasattr(value, s)}
     return found if found or hasattr(value, "__dict__") else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from bitwright_search.costs import multiply_accumulates
 from bitwright_search.latency import Entry, LatencyTable, per_mac
 from bitwright_search.mixed_precision import CANDIDATES
 from bitwright_search.participants import split_steps
-from bitwright_search.sensitivity import first_samples
+from bitwright_search.sensitivity import first_samples, fixed_batch
 
 
 def measure_latency(
@@ -46,7 +47,7 @@ def measure_latency(
         data: some samples, in any form that `QuantSim.open` takes.
         candidates: pairs of types (weights, activations).
         target, overrides, sample, backend: as `QuantSim` takes them; for a model or a path.
-        samples: how many are fed.
+        samples: how many are fed; whole batches where the model fixes their size.
         batch_size: samples a batch.
         repeats: passes that count, after one that warms up.
         threads: of the runtime.
@@ -72,11 +73,14 @@ def measure_latency(
         raise CapabilityError(
             f"the {sim.backend.name} backend can't time single ops; measure an exported .onnx file, or write a table"
         )
+    fixed = fixed_batch(sim)
+    if fixed is not None:
+        samples = math.ceil(samples / fixed) * fixed
     if not isinstance(model, QuantSim):
         for step in split_steps(None)[0]:
             sim.apply(step.technique, sim.open(data, batch_size=batch_size, limit=samples))
     dataset = sim.open(data, batch_size=batch_size, limit=samples)
-    batches = first_samples(dataset, samples)
+    batches = first_samples(dataset, samples, fixed)
     macs = multiply_accumulates(sim, batches[0])
     shown: Progress = progress or sim.progress
     shown.start("Measuring latency", len(choices))

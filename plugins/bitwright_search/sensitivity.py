@@ -14,6 +14,7 @@ import numpy as np
 
 from bitwright import fingerprint
 from bitwright.backend import Batch, Session, Simulation
+from bitwright.batches import batch_dimension
 from bitwright.data import Dataset
 from bitwright.errors import InputError
 from bitwright.precision import retyped
@@ -28,8 +29,18 @@ SAMPLES = 64
 """Samples of the calibration data that sensitivities are measured on by default."""
 
 
-def first_samples(data: Dataset, count: int) -> list[Batch]:
-    """The first batches, cut to so many samples.
+def fixed_batch(sim: QuantSim) -> int | None:
+    """The batch size that the model fixes; None where it is free."""
+    return batch_dimension(sim.backend.input_specs(sim.native))
+
+
+def first_samples(data: Dataset, count: int, fixed: int | None = None) -> list[Batch]:
+    """The first batches, cut to so many samples, however they are batched.
+
+    Args:
+        data: what they are taken from.
+        count: how many.
+        fixed: the batch size that the model fixes, if it does: batches are then taken whole, until there are as many.
 
     Raises:
         InputError: the data are empty.
@@ -38,8 +49,7 @@ def first_samples(data: Dataset, count: int) -> list[Batch]:
     left = count
     for batch in data:
         size = len(next(iter(batch.values())))
-        # Models with a fixed batch size take whole batches only.
-        found.append(batch if size <= left or not found else {k: v[:left] for k, v in batch.items()})
+        found.append(batch if size <= left or fixed is not None else {k: v[:left] for k, v in batch.items()})
         left -= size
         if left <= 0:
             return found

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from analysis_models import conv_model, mlp
+from analysis_models import conv_model, mlp, onnx
 
 import bitwright
 from bitwright import QuantSim, RunDirectory
@@ -236,3 +236,19 @@ def test_a_page_without_bokeh_is_refused_before_work(trained, tmp_path, monkeypa
     monkeypatch.setattr(analyzer, "opened", lambda *_: pytest.fail("work has begun"))
     with pytest.raises(ImportError, match=r"bitwright\[report\]"):
         analyze(trained.model, trained.x, out=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*batches of exactly 12")
+def test_models_that_fix_the_batch_size_are_fed_whole_batches(trained, tmp_path):
+    model = onnx.ModelProto()
+    model.CopyFrom(trained.model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 12
+    x, labels = trained.x[:40], trained.labels[:40]
+    found = analyze(model, x, labels=labels, sweep_samples=20)
+    assert (
+        found.overall[0].score == analyze(trained.model, x[:36], labels=labels[:36], sweep_samples=24).overall[0].score
+    )
+    assert bitwright.layer_outputs(model, x, tmp_path / "dump", limit=4).index.samples == 12
+    limited = analyze(trained.model, x, labels=labels, limit=30)
+    assert limited.overall[0].score == analyze(trained.model, x[:30], labels=labels[:30]).overall[0].score
