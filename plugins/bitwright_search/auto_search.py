@@ -210,17 +210,20 @@ class AutoSearch:
 
     def _calibrations(self, base: QuantSim, first: tuple[int, Built]) -> None:
         """Each calibration scheme, until one is good enough."""
-        indices = range(first[0], len(self.schemes))
+        reasons = {i: self._pointless(i, first[0]) for i in range(first[0] + 1, len(self.schemes))}
+        # What can't gain anything takes no place in the budget.
+        useful = [i for i in range(first[0], len(self.schemes)) if not reasons.get(i)]
+        affordable = useful
         if self.limits.evaluations is not None:
-            indices = indices[: max(1, self.limits.evaluations - self.evaluations)]
+            affordable = useful[: max(1, self.limits.evaluations - self.evaluations)]
         sent: list[tuple[tuple[str, ...], Built]] = []
 
         def jobs() -> Iterator[Job]:
-            for index in indices:
+            for index in sorted({i for i, reason in reasons.items() if reason} | set(affordable)):
                 name = self._scheme_name(index)
                 steps = (*self._prepared, name)
-                if index != first[0] and (reason := self._pointless(index, first[0])):
-                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=reason))
+                if reasons.get(index):
+                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=reasons[index]))
                     continue
                 if index != first[0] and not self._left(name, "calibration", steps):
                     return
@@ -241,7 +244,7 @@ class AutoSearch:
                 self._note(Trial(steps[-1], "calibration", status, steps, score, built.seconds + seconds))
                 if self.met:
                     return
-        if len(indices) < len(self.schemes) - first[0]:
+        if len(affordable) < len(useful):
             self.stopped = f"{self.limits.evaluations} evaluations"
 
     def _pointless(self, index: int, first: int) -> str:

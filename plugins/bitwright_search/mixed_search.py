@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bitwright.data import Dataset
+from bitwright.errors import InputError
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
 from bitwright.technique import Step
@@ -88,7 +89,7 @@ class MixedSearch:
         if self.goal.lite is not None:
             chosen = self._lite(self.goal.lite)
         elif self.goal.allowed_drop is None:
-            chosen = solve(self.costs, self.noises, self._limit, self.solver)
+            chosen = self._solve()
         if self.evaluate is not None:
             float_score = self._float_score()
             if self.goal.allowed_drop is not None:
@@ -131,6 +132,22 @@ class MixedSearch:
             return math.inf
         return self.goal.budget * (self.reference.cost + self.outside) - self.outside
 
+    def _solve(self) -> Point:
+        """The assignment of least noise within the budget.
+
+        Raises:
+            InputError: even the cheapest assignment costs more.
+        """
+        limit, budget = self._limit, self.goal.budget
+        least = point(cheapest(self.costs, self.noises), self.costs, self.noises).cost
+        if budget is not None and not within(least, limit):
+            share = (least + self.outside) / (self.reference.cost + self.outside)
+            raise InputError(
+                f"budget={budget:g} of the reference's cost is below the cheapest assignment, {share:.4g} of it; add "
+                "cheaper candidates, or allow more"
+            )
+        return solve(self.costs, self.noises, limit, self.solver)
+
     def _lite(self, percent: float) -> Point:
         """Everything at the cheapest candidate, the most sensitive at the most precise."""
         low, high = cheapest(self.costs, self.noises), dearest(self.costs, self.noises)
@@ -149,7 +166,7 @@ class MixedSearch:
         allowed = [p for p in points if within(p.cost, self._limit)]
         if not allowed:
             # Raises, and says what the least cost is.
-            allowed = [solve(self.costs, self.noises, self._limit, self.solver)]
+            allowed = [self._solve()]
         low, high = 0, len(allowed) - 1
         if self._reaches(allowed[low], goal):
             return allowed[low]

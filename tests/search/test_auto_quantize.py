@@ -156,6 +156,15 @@ def test_schemes_of_what_costs_nothing_are_left_out(net):
     assert result.steps == ("fold_batch_norm", "sqnr, weights mse")
 
 
+def test_schemes_that_are_left_out_take_no_evaluation_of_the_budget(net):
+    scores = iter([1.0, 0.5, 1.0, 0.4, 0.6])
+    result = auto_quantize(
+        net.model, net.images, lambda model: next(scores), allowed_drop=0.1, techniques="bn_fold", budget_evaluations=5
+    )
+    assert result.score == 0.6
+    assert trial(result, "sqnr, weights mse").score == 0.6
+
+
 def test_an_evaluation_that_fails_costs_its_network_alone(net):
     calls = []
 
