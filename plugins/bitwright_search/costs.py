@@ -32,29 +32,27 @@ def multiply_accumulates(sim: QuantSim, batch: Batch) -> dict[OpId, int]:
         InputError: the batch is empty.
     """
     graph = sim.graph
-    sizes = _sizes(sim, batch)
+    sizes, last = _sizes(sim, batch)
     found = {}
     for op in graph:
         if op.kind is OpKind.OPAQUE or not op.outputs or op.output not in sizes:
             continue
-        found[op.id] = round(sizes[op.output] * _products(graph, op, sizes))
+        found[op.id] = round(sizes[op.output] * _products(graph, op, sizes, last))
     return found
 
 
-def _products(graph: Graph, op: Op, sizes: Mapping[TensorId, float]) -> float:
-    """Products behind each value of an op's output."""
+def _products(graph: Graph, op: Op, sizes: Mapping[TensorId, float], last: Mapping[TensorId, int]) -> float:
+    """Products behind each value of an op's output; `last` has the length of tensors' last axes."""
     if op.kind in (OpKind.CONV, OpKind.LINEAR) and op.weight is not None:
         return float(math.prod(graph.params[op.weight].shape[1:]))
     if op.kind is OpKind.CONV_TRANSPOSE and op.weight is not None:
         shape = graph.params[op.weight].shape
         return sizes[op.data_inputs[0]] * math.prod(shape[1:]) / sizes[op.output]
-    if op.kind is OpKind.MATMUL and (shape_of := graph.tensors[op.data_inputs[0]].shape) and shape_of[-1]:
-        return float(shape_of[-1])
-    return 1.0
+    return float(last.get(op.data_inputs[0], 1)) if op.kind is OpKind.MATMUL else 1.0
 
 
-def _sizes(sim: QuantSim, batch: Batch) -> dict[TensorId, float]:
-    """Values of each float tensor for one sample."""
+def _sizes(sim: QuantSim, batch: Batch) -> tuple[dict[TensorId, float], dict[TensorId, int]]:
+    """Values of each float tensor for one sample, and the length of its last axis."""
     graph = sim.graph
     samples = len(next(iter(batch.values()), ()))
     if not samples:
@@ -62,6 +60,7 @@ def _sizes(sim: QuantSim, batch: Batch) -> dict[TensorId, float]:
     fixed = {shape[0] for i in graph.inputs if (shape := graph.tensors[i].shape)}
     length = next(iter(fixed)) if len(fixed) == 1 else None
     found: dict[TensorId, float] = {}
+    last: dict[TensorId, int] = {}
     unknown = []
     for op in graph:
         for t in (*op.data_inputs, *op.outputs):
@@ -74,11 +73,15 @@ def _sizes(sim: QuantSim, batch: Batch) -> dict[TensorId, float]:
                 # A free first dimension is the samples'; a fixed one may be anything that holds all of them.
                 first = 1.0 if not shape or shape[0] is None else shape[0] / (length or shape[0])
                 found[t] = first * math.prod(n for n in shape[1:] if n is not None)
+                last |= {t: shape[-1]} if shape and shape[-1] is not None else {}
+    seen = {t: np.asarray(batch[t]) for t in unknown if t in batch}
     wanted = [t for t in dict.fromkeys(unknown) if op_output(graph, t)]
     if wanted:
         values = sim.backend.session(sim.native, [Tap(t) for t in wanted]).run(batch)
-        found |= {t: np.asarray(values[Tap(t)]).size / samples for t in wanted}
-    return found
+        seen |= {t: np.asarray(values[Tap(t)]) for t in wanted}
+    found |= {t: v.size / samples for t, v in seen.items()}
+    last |= {t: v.shape[-1] for t, v in seen.items() if v.ndim}
+    return found, last
 
 
 def op_output(graph: Graph, tensor: TensorId) -> bool:

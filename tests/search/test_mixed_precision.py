@@ -6,6 +6,7 @@ import itertools
 import json
 
 import numpy as np
+import onnx
 import pytest
 from search_net import build
 
@@ -100,6 +101,25 @@ def test_costs_by_hand(net, size):
     assert costs.tolist() == [[m * 64, m * 32] for m in MACS.values()]
     costs = CostModel(sim, "weight_bytes", macs, None).table(groups, candidates)
     assert costs.tolist() == [[216, 108], [72, 36], [64, 32], [576, 288], [40, 20]]
+
+
+def test_costs_of_products_with_shapes_that_only_a_batch_tells():
+    """A product of two activations of free sizes, and a transposed convolution of a fed image of free size."""
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    weight = np.random.default_rng(0).normal(size=(3, 4, 2, 2)).astype(np.float32)
+    graph = onnx.helper.make_graph(
+        [node("MatMul", ["a", "b"], ["y"], "product"), node("ConvTranspose", ["x", "w"], ["z"], "up", strides=[2, 2])],
+        "net",
+        [info(n, onnx.TensorProto.FLOAT, s) for n, s in
+         (("a", ["n", "p", "k"]), ("b", ["n", "k", "q"]), ("x", ["n", 3, "h", "w"]))],
+        [info("y", onnx.TensorProto.FLOAT, ["n", "p", "q"]), info("z", onnx.TensorProto.FLOAT, ["n", 4, None, None])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    shapes = {"a": (2, 5, 7), "b": (2, 7, 3), "x": (2, 3, 6, 6)}
+    batch = {n: np.ones(s, np.float32) for n, s in shapes.items()}
+    macs = multiply_accumulates(QuantSim(model), batch)
+    assert macs == {"product": 5 * 7 * 3, "up": 3 * 6 * 6 * 4 * 2 * 2}
 
 
 def test_noise_is_that_of_one_group_alone_and_no_matter_of_the_batch_size(folded, net, tmp_path):
@@ -251,7 +271,7 @@ def test_what_it_writes(net, tmp_path):
         ({"allowed_drop": 0.1}, "allowed_drop needs evaluate"),
         ({"budget": 0.5, "lite": 10}, "lite decides by itself"),
         ({"budget": 1.5}, "a share of the reference's cost"),
-        ({"budget": 0.3}, "below the cheapest assignment"),
+        ({"budget": 0.3}, "budget=0.3 of the reference.* cheapest assignment, 0.5 of it"),
         ({"lite": 101}, "a percentage"),
         ({"lite": 10, "candidates": [("int8", "uint8")]}, "at least two different candidates"),
         ({"lite": 10, "candidates": ["int8", "int4"]}, "give a pair of types"),
