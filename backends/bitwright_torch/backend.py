@@ -97,6 +97,10 @@ class TorchBackend:
             InputError: no sample, or it doesn't fit `forward`.
             ModelError: the module can't be captured; with the source line and a remedy.
         """
+        from bitwright_torch.simulation import SimulatedModel
+
+        if isinstance(model, SimulatedModel):
+            raise InputError("this model is a simulation already: open the float model, or take() the trained one")
         if isinstance(model, CapturedModel | PartitionedModel):
             return model
         if isinstance(model, ExportedProgram):

@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright_torch.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.functionalize import functionalize
 from bitwright_torch.inline import inline_regions
@@ -107,9 +107,14 @@ def export_program(
     wanted: Any
     given = arguments
     if dynamic_shapes is None:
-        arguments, wanted = _with_batch(arguments)
+        arguments, wanted = _with_batch(arguments, inspect.signature(holder.forward))
     else:
         wanted = _spelled_out(arguments, dynamic_shapes, inspect.signature(holder.forward))
+        if _asks_of_one(wanted, arguments, inspect.signature(holder.forward)):
+            raise InputError(
+                "a dimension that shall be free has length 1 in the sample, and export takes such lengths for fixed; "
+                "give a sample that is at least 2 long there"
+            )
     if wanted is not None:
         try:
             exported = _export(holder, arguments, wanted)
@@ -137,7 +142,7 @@ def _export(holder: nn.Module, arguments: Arguments, dynamic_shapes: Any) -> Exp
         )
 
 
-def _with_batch(arguments: Arguments) -> tuple[Arguments, Any]:
+def _with_batch(arguments: Arguments, signature: inspect.Signature) -> tuple[Arguments, Any]:
     """A free first axis for every tensor that has the first tensor's length there.
 
     A length of 1 would be taken for a constant, so such samples are doubled.
@@ -155,6 +160,8 @@ def _with_batch(arguments: Arguments) -> tuple[Arguments, Any]:
             leaves[i] = torch.cat([leaf, leaf])
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     positional, named = pytree.tree_unflatten(shapes, spec)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        return Arguments(args, kwargs), dict(signature.bind(*positional, **named).arguments)
     return Arguments(args, kwargs), (*positional, *named.values())
 
 
@@ -175,6 +182,23 @@ def _spelled_out(arguments: Arguments, shapes: DynamicShapes, signature: inspect
     bound = signature.bind(*arguments.args, **arguments.kwargs).arguments
     none = {name: pytree.tree_map(lambda _: None, value) for name, value in bound.items()}
     return {**none, **spell(shapes)}
+
+
+def _asks_of_one(wanted: Any, arguments: Arguments, signature: inspect.Signature) -> bool:
+    """Whether an axis that shall be free is 1 long."""
+
+    def asks(spec: Any, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            free = [a for a, d in spec.items() if d is not None] if isinstance(spec, Mapping) else []
+            return any(value.shape[a] == 1 for a in free if -value.ndim <= a < value.ndim)
+        if isinstance(spec, Mapping) and isinstance(value, Mapping):
+            return any(asks(spec[k], value[k]) for k in spec if k in value)
+        if isinstance(spec, tuple | list) and isinstance(value, tuple | list):
+            return any(asks(s, v) for s, v in zip(spec, value, strict=False))
+        return False
+
+    bound = signature.bind(*arguments.args, **arguments.kwargs).arguments
+    return asks(wanted, dict(bound) if isinstance(wanted, Mapping) else tuple(bound.values()))
 
 
 def capture_error(holder: nn.Module, error: Exception) -> ModelError:

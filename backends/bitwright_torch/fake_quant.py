@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -213,7 +213,7 @@ class FakeQuantize(nn.Module):
     def follow(self, parameter: Tensor) -> None:
         """Fit the grid to the parameter's present values, if they have changed."""
         version = _version(parameter)
-        if version is not None and version == self._seen:
+        if version is not None and version == self._seen and not self.training:
             return
         self._seen = version
         with torch.inference_mode(False):
@@ -228,7 +228,7 @@ class FakeQuantize(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode; what was rounded for evaluation is forgotten."""
-        self._rounded = None
+        self._rounded = self._seen = None
         return super().train(mode)
 
     def get_extra_state(self) -> Tensor:
@@ -252,19 +252,33 @@ class FakeQuantize(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return
+        folds = not self.learns and any(prefix + n in state_dict for n in ("log_scale", "zero_shift"))
         if self.log_scale is None and prefix + "log_scale" in state_dict:
             factor = torch.exp(state_dict.pop(prefix + "log_scale"))
             state_dict[prefix + "scale"] = state_dict[prefix + "scale"] * factor
         if self.zero_shift is None and prefix + "zero_shift" in state_dict:
-            steps = self._form.grid.steps
-            shift = state_dict.pop(prefix + "zero_shift") * steps
-            state_dict[prefix + "zero_point"] = (state_dict[prefix + "zero_point"] + shift).round().to(torch.int32)
+            # In the grid of the module that was saved, which this one has only once it is loaded.
+            grid = self._saved_form(state_dict, prefix).grid
+            zero = state_dict[prefix + "zero_point"].float()
+            moved = zero + state_dict.pop(prefix + "zero_shift") * grid.steps
+            moved = moved.round().clamp(grid.qmin, grid.qmax)
+            inside = (zero > grid.qmin) & (zero < grid.qmax)
+            state_dict[prefix + "zero_point"] = torch.where(inside, moved, zero).to(torch.int32)
         for name in ("scale", "zero_point", "ratio", "log_scale", "zero_shift"):
             value, held = state_dict.get(prefix + name), getattr(self, name)
             if value is not None and held is not None and value.shape != held.shape:
                 fresh = torch.zeros(value.shape, dtype=held.dtype, device=held.device)
                 setattr(self, name, nn.Parameter(fresh) if isinstance(held, nn.Parameter) else fresh)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if folds:
+            # Learned scales don't follow the weights.
+            self._form = self._form.with_(frozen=True)
+
+    @staticmethod
+    def _saved_form(state_dict: Mapping[str, Tensor], prefix: str) -> Encoding:
+        saved = json.loads(bytes(state_dict[prefix + "_extra_state"].cpu().tolist()).decode())["encoding"]
+        arrays = {name: state_dict[prefix + name].cpu().numpy() for name in ("scale", "zero_point")}
+        return encoding_of_arrays({"encoding": np.array(json.dumps(saved)), **arrays})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: `model.half()` must not round scales."""

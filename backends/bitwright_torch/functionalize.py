@@ -8,6 +8,7 @@ is of `slice`), and of the other views of that, which are taken anew.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +29,6 @@ _RESHAPES = frozenset({
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
     aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 })  # fmt: skip
-VIEWS = frozenset({
-    *_RESHAPES, *IDENTITIES, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.transpose.int,
-    aten.permute.default, aten.t.default, aten.numpy_T.default, aten.diagonal.default, aten.expand.default,
-    aten.expand_as.default, aten.movedim.intlist, aten.movedim.int, aten.swapaxes.default,
-})  # fmt: skip
-"""Ops whose result may share its operand's memory."""
 
 Locate = Callable[[fx.Node], str]
 
@@ -64,12 +59,14 @@ class _Functionalizer:
         self._base: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, list[fx.Node]] = {}
         self._recipes: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self._lost: dict[fx.Node, ModelError] = {}
+        """Nodes whose value can't be told after a mutation, with what is to be said if one is read."""
 
     def run(self) -> dict[fx.Node, fx.Node]:
         for node in list(self._graph.nodes):
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             mutation = _is_mutation(node)
-            aliased = source is not None and (mutation or (node.target in VIEWS and _same_memory(source, node)))
+            aliased = source is not None and (mutation or _same_memory(source, node))
             if aliased and source is not None:
                 self._base[node] = source
                 self._views.setdefault(source, []).append(node)
@@ -88,6 +85,8 @@ class _Functionalizer:
         return written
 
     def _latest(self, node: fx.Node) -> fx.Node:
+        if node in self._lost:
+            raise self._lost[node]
         return self._current.get(node, node)
 
     def _functional(self, node: fx.Node) -> fx.Node:
@@ -121,8 +120,12 @@ class _Functionalizer:
         """From `at` on, `node` is `value`; so its base changes with it, and all views of that."""
         chain = [(node, value)]
         while (base := self._base.get(node)) is not None:
-            with self._graph.inserting_before(at):
-                value = self._inverse(node, self._latest(base), value, at)
+            try:
+                with self._graph.inserting_before(at):
+                    value = self._inverse(node, self._latest(base), value, at)
+            except ModelError as error:
+                self._lose(base, node, error)
+                break
             node = base
             chain.append((node, value))
         for changed, new in chain:
@@ -130,6 +133,20 @@ class _Functionalizer:
         kept = {changed for changed, _ in chain}
         for changed, _ in reversed(chain):
             self._refresh(changed, kept, at)
+
+    def _lose(self, node: fx.Node | None, known: fx.Node, error: ModelError) -> None:
+        """A base, all bases of it, and every view of them but the known one can't be told any more."""
+        while node is not None:
+            self._lost[node] = error
+            for view in self._views.get(node, ()):
+                if view is not known and view.target is not operator.getitem:
+                    self._lose_views(view, error)
+            known, node = node, self._base.get(node)
+
+    def _lose_views(self, node: fx.Node, error: ModelError) -> None:
+        self._lost[node] = error
+        for view in self._views.get(node, ()):
+            self._lose_views(view, error)
 
     def _refresh(self, base: fx.Node, kept: set[fx.Node], at: fx.Node) -> None:
         for view in self._views.get(base, ()):
@@ -186,7 +203,10 @@ def _is_mutation(node: fx.Node) -> bool:
 
 
 def _same_memory(a: fx.Node, b: fx.Node) -> bool:
-    first, second = a.meta.get("val"), b.meta.get("val")
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
-        return False
-    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
+    held = {t.untyped_storage()._cdata for t in _tensors(a)}
+    return any(t.untyped_storage()._cdata in held for t in _tensors(b))
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, torch.Tensor)]

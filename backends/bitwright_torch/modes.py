@@ -83,8 +83,8 @@ def bind_modes(graph: fx.Graph, holder: nn.Module, owner: Callable[[fx.Node], st
             _replace(graph, node, _DROPOUTS[node.target], (node.args[0], node.args[1], flag))
         elif node.target is aten.batch_norm.default:
             x, weight, bias, mean, var, training, momentum, eps = node.args[:8]
-            if training and mean is None:
-                continue  # no running averages: batch statistics in both modes
+            if training or not (mean is None or mean.op == "get_attr"):
+                continue  # captured in evaluation: what says training here does so in both modes
             name = str(mean.target).rpartition(".")[0] if isinstance(mean, fx.Node) else owner(node)
             module = holder.get_submodule(name)
             counter = getattr(module, "num_batches_tracked", None)

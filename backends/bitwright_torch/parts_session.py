@@ -58,7 +58,7 @@ class PartitionedSession:
         found: dict[Tap, Array] = {}
         model, convention = self._model, self._model._convention
         handles = []
-        flags = {m: m.training for m in model.modules()}
+        flags = {m: m.training for m in (*model.modules(), model.__dict__["_root"])}
         for name, session in self._sessions.items():
             part = model.get_submodule(name)
             handles.append(part.register_forward_pre_hook(_collector(session, found), with_kwargs=True))
@@ -84,6 +84,11 @@ class PartitionedSession:
         outside = {**tensors, **{f"result.{i}": v for i, v in enumerate(results)}}
         for tap in self._taps:
             if tap not in found:
+                if tap.tensor not in outside:
+                    raise ModelError(
+                        f"part {part_of(model, tap.tensor)!r} wasn't run on this batch; a part must run once in every "
+                        "forward pass: name other parts (modules=[…])"
+                    )
                 found[tap] = _numpy(outside[tap.tensor], tap)
         return {tap: found[tap] for tap in self._taps}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
@@ -52,7 +54,7 @@ class PartitionedSimulation:
     def model(self) -> PartitionedModel:
         """The user's model with simulated parts."""
         if self._model is None:
-            self._model = self._float.with_parts({n: s.model for n, s in self._simulations.items()})
+            self._model = _own(self._float).with_parts({n: s.model for n, s in self._simulations.items()})
         return self._model
 
     def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
@@ -86,12 +88,20 @@ class PartitionedSimulation:
 
     def float_model(self) -> PartitionedModel:
         """The float model with the present weights and running statistics."""
-        return self.model.with_parts({n: s.float_model() for n, s in self._simulations.items()})
+        return _own(self.model).with_parts({n: s.float_model() for n, s in self._simulations.items()})
 
     def _opener(self) -> Opener:
         return lambda name, taps, feeds: (
             self._simulations[name].session(taps) if feeds is None else self._simulations[name].segment(feeds, taps)
         )
+
+
+def _own(model: PartitionedModel) -> PartitionedModel:
+    """The model without its parts, and with memory of its own: training it must not change the float model."""
+    made = model.with_parts({name: nn.Identity() for name in model.parts})
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.data = tensor.data.clone()
+    return made
 
 
 def sites_of(part: CapturedModel) -> frozenset[SiteId]:

@@ -27,7 +27,7 @@ from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.fake_quant import FakeQuantize
-from bitwright_torch.model import NAMES, CapturedModel, info, program_of, share
+from bitwright_torch.model import NAMES, CapturedModel, device_of, info, program_of, share
 from bitwright_torch.operands import operands
 from bitwright_torch.params import write_params
 from bitwright_torch.session import TorchSession
@@ -114,7 +114,7 @@ class TorchSimulation:
             key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
             quantizers._modules.setdefault(key, module)
             _insert(graph, node, f"{name}.{key}", site)
-        holder.add_module(name, quantizers)
+        holder.add_module(name, quantizers.to(device_of(self._float)))
         graph.lint()
         quantizers.train(holder.training)
         model = SimulatedModel(holder, program_of(self._float).with_graph(graph))
