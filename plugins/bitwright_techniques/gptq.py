@@ -18,7 +18,14 @@ from bitwright.plan import Plan
 from bitwright.statistics.base import Request
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.block_rounding import block_rounding
-from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
+from bitwright_techniques.layer_rounding import (
+    Rounded,
+    RoundingSettings,
+    RoundingTask,
+    round_layers,
+    settled,
+    solve_layer,
+)
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import RoundingProblem, act_order, factor, successive_rounding, turn
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
@@ -64,7 +71,8 @@ class Gptq:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        return round_layers(ctx, self.name, lambda layer: round_layer(layer, ctx.settings))
+        settings = settled(ctx.graph, ctx.settings)
+        return round_layers(ctx, self.name, lambda layer: round_layer(layer, settings))
 
 
 def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:

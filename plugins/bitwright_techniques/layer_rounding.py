@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
+from bitwright.graph import Graph, OpKind
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
@@ -30,7 +31,9 @@ class RoundingSettings(Settings):
         scales: "search" chooses the weight scales by the layer's output error; "keep" leaves the encodings' ranges.
             Frozen encodings are kept in any case.
         candidates: scales tried for each channel or block: fractions i/N of its full range.
-        bias_correction: set the bias that keeps the mean output (closed form).
+        bias_correction: set the bias that keeps the mean output (closed form). "auto": unless the network has layer
+            or RMS normalizations. In these networks a few tokens have massive activations, which the grid clips; they
+            carry the mean of the error, and all other tokens would pay for its correction.
         damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
         include, exclude: names or glob patterns of layers; nothing included means all.
     """
@@ -40,10 +43,13 @@ class RoundingSettings(Settings):
     residuals: bool = True
     scales: Literal["search", "keep"] = "search"
     candidates: int = Field(20, ge=1)
-    bias_correction: bool = True
+    bias_correction: bool | Literal["auto"] = "auto"
     damping: float = Field(0.05, ge=0, le=1)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+
+AnySettings = TypeVar("AnySettings", bound=RoundingSettings)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,14 @@ class Rounded:
     grid: WeightGrid
     codes: Matrix
     figures: Mapping[str, float]
+
+
+def settled(graph: Graph, settings: AnySettings) -> AnySettings:
+    """The settings with what is "auto" decided by the network."""
+    if settings.bias_correction != "auto":
+        return settings
+    normalized = any(op.kind is OpKind.LAYER_NORM or "rms" in op.type.lower() for op in graph)
+    return settings.model_copy(update={"bias_correction": not normalized})
 
 
 def round_layers(
@@ -117,7 +131,7 @@ def solve_layer(
         layer.op,
         layer.weight,
         layer.moments,
-        free_bias=settings.bias_correction,
+        free_bias=settings.bias_correction is not False,
         damping=settings.damping,
         inputs="asymmetric" if settings.inputs == "quantized" else "float",
     )
@@ -135,7 +149,7 @@ def solve_layer(
         **found.figures,
     }
     bias = None
-    if settings.bias_correction:
+    if settings.bias_correction is not False:
         bias = corrected_bias(layer.op, layer.weight, weight, layer.bias, layer.moments)
     figures["seconds"] = time.perf_counter() - began
     return LayerResult(weight, found.grid.frozen(technique), bias, figures)
