@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from bitwright.backend import Array, Batch
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Tap, thinned, thinned_places
+from bitwright.statistics.base import Tap, reduced, thinned_places
 from bitwright_onnx.subgraph import extract, values_of
 
 INLINE_BYTES = 1024
@@ -233,12 +233,12 @@ class OrtSession:
         results: dict[Tap, Array] = {}
         for tap in self.taps:
             if tap in self._passed:
-                results[tap] = _numpy_reduced(feed[tap.tensor], tap)
+                results[tap] = reduced(feed[tap.tensor], tap)
             elif len(names := self._fetch[tap]) == 1:
                 value = fetched[names[0]]
                 # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
                 done = tap.step > 1 and names[0] != tap.tensor
-                results[tap] = value if done else _numpy_reduced(value, tap)
+                results[tap] = value if done else reduced(value, tap)
                 if tap.reduce == "minmax" and names[0] != tap.tensor:
                     results[tap][0] = 0.0
             else:
@@ -262,13 +262,6 @@ def _dtype(kind: str) -> np.dtype[Any] | None:
         return np.dtype({"float": "float32", "double": "float64", "string": "object"}.get(name, name))
     except TypeError:
         return None
-
-
-def _numpy_reduced(array: Array, tap: Tap) -> Array:
-    if tap.reduce == "none":
-        return thinned(array, tap.step, tap.axis)
-    axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
-    return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32, copy=False)
 
 
 def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from bitwright.backend import Batch
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
-from bitwright.statistics.base import Tap, thinned, thinned_places
+from bitwright.statistics.base import Tap, reduced, thinned_places
 from bitwright_tensorflow.graphs import Spec, extract
 from bitwright_tensorflow.model import Array, GraphDef, TfModel
 from bitwright_tensorflow.runtime import open_graph, reason
@@ -82,7 +82,7 @@ class TfSession:
         for name in self._needed:
             if name not in batch:
                 raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
-        results: dict[Tap, Array] = {t: _numpy_reduced(np.asarray(batch[t.tensor]), t) for t in self._passed}
+        results: dict[Tap, Array] = {t: reduced(np.asarray(batch[t.tensor]), t) for t in self._passed}
         if self._call is not None:
             given = [self._typed(name, batch[name]) for name in self._inputs]
             try:
@@ -101,13 +101,6 @@ class TfSession:
         if not shape.is_compatible_with(array.shape):
             raise InputError(f"input {name!r} takes shape {shape}, the batch holds {array.shape}")
         return array
-
-
-def _numpy_reduced(array: Array, tap: Tap) -> Array:
-    if tap.reduce == "none":
-        return thinned(array, tap.step, tap.axis)
-    axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
-    return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32, copy=False)
 
 
 def _reduced(tensor: Any, tap: Tap) -> Any:

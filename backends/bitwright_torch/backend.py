@@ -19,9 +19,10 @@ from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
-from bitwright_torch.capturing import DynamicShapes, capture
+from bitwright_torch.capturing import capture
 from bitwright_torch.edits import edit_model
 from bitwright_torch.files import load_exported, load_factory, load_pt2, save_pt2
+from bitwright_torch.free_dimensions import DynamicShapes
 from bitwright_torch.model import CapturedModel
 from bitwright_torch.params import read_params
 from bitwright_torch.parts import (

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import ModelError
 from bitwright_torch.calling import Arguments, CallingConvention, arguments_of, convention_of
+from bitwright_torch.free_dimensions import DynamicShapes, asked_for, with_batch
 from bitwright_torch.functionalize import functionalize
 from bitwright_torch.inline import inline_regions
 from bitwright_torch.model import NAMES, CapturedModel, NodeInfo, Program, aliases, tensor_of
@@ -35,7 +36,6 @@ from bitwright_torch.visibility import data_nodes
 
 aten = torch.ops.aten
 _LARGEST = 2**63 - 1
-DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
 
 
 class CaptureNotice(UserWarning):
@@ -105,16 +105,11 @@ def export_program(
 ) -> ExportedProgram:
     """Export with free dimensions if that works, else with the sample's shapes."""
     wanted: Any
-    given = arguments
+    given, signature = arguments, inspect.signature(holder.forward)
     if dynamic_shapes is None:
-        arguments, wanted = _with_batch(arguments, inspect.signature(holder.forward))
+        arguments, wanted = with_batch(arguments, signature)
     else:
-        wanted = _spelled_out(arguments, dynamic_shapes, inspect.signature(holder.forward))
-        if _asks_of_one(wanted, arguments, inspect.signature(holder.forward)):
-            raise InputError(
-                "a dimension that shall be free has length 1 in the sample, and export takes such lengths for fixed; "
-                "give a sample that is at least 2 long there"
-            )
+        wanted = asked_for(arguments, dynamic_shapes, signature)
     if wanted is not None:
         try:
             exported = _export(holder, arguments, wanted)
@@ -140,65 +135,6 @@ def _export(holder: nn.Module, arguments: Arguments, dynamic_shapes: Any) -> Exp
         return torch.export.export(
             holder, arguments.args, arguments.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-
-
-def _with_batch(arguments: Arguments, signature: inspect.Signature) -> tuple[Arguments, Any]:
-    """A free first axis for every tensor that has the first tensor's length there.
-
-    A length of 1 would be taken for a constant, so such samples are doubled.
-    """
-    leaves, spec = pytree.tree_flatten((arguments.args, arguments.kwargs))
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    if not sizes:
-        return arguments, None
-    batch = sizes[0]
-    shapes: list[Any] = []
-    for i, leaf in enumerate(leaves):
-        free = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        shapes.append({0: Dim.AUTO} if free else None)
-        if free and batch == 1:
-            leaves[i] = torch.cat([leaf, leaf])
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    positional, named = pytree.tree_unflatten(shapes, spec)
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
-        return Arguments(args, kwargs), dict(signature.bind(*positional, **named).arguments)
-    return Arguments(args, kwargs), (*positional, *named.values())
-
-
-def _spelled_out(arguments: Arguments, shapes: DynamicShapes, signature: inspect.Signature) -> Any:
-    """Tuples of axes → `Dim.AUTO`; everything else as the user gave it."""
-
-    def spell(value: Any) -> Any:
-        if isinstance(value, tuple | list | set | frozenset) and value and all(isinstance(v, int) for v in value):
-            return dict.fromkeys(value, Dim.AUTO)
-        if isinstance(value, Mapping):
-            return {k: Dim.AUTO if isinstance(v, str) else spell(v) for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(spell(v) for v in value)
-        return value
-
-    if not isinstance(shapes, Mapping):
-        return spell(shapes)
-    bound = signature.bind(*arguments.args, **arguments.kwargs).arguments
-    none = {name: pytree.tree_map(lambda _: None, value) for name, value in bound.items()}
-    return {**none, **spell(shapes)}
-
-
-def _asks_of_one(wanted: Any, arguments: Arguments, signature: inspect.Signature) -> bool:
-    """Whether an axis that shall be free is 1 long."""
-
-    def asks(spec: Any, value: Any) -> bool:
-        if isinstance(value, torch.Tensor):
-            free = [a for a, d in spec.items() if d is not None] if isinstance(spec, Mapping) else []
-            return any(value.shape[a] == 1 for a in free if -value.ndim <= a < value.ndim)
-        if isinstance(spec, Mapping) and isinstance(value, Mapping):
-            return any(asks(spec[k], value[k]) for k in spec if k in value)
-        if isinstance(spec, tuple | list) and isinstance(value, tuple | list):
-            return any(asks(s, v) for s, v in zip(spec, value, strict=False))
-        return False
-
-    bound = signature.bind(*arguments.args, **arguments.kwargs).arguments
-    return asks(wanted, dict(bound) if isinstance(wanted, Mapping) else tuple(bound.values()))
 
 
 def capture_error(holder: nn.Module, error: Exception) -> ModelError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -239,14 +239,8 @@ class FakeQuantize(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take what `get_extra_state` gave."""
-        found = json.loads(bytes(state.cpu().tolist()).decode())
-        arrays = {
-            "encoding": np.array(json.dumps(found["encoding"])),
-            "scale": self.scale.cpu().numpy(),
-            "zero_point": self.zero_point.cpu().numpy(),
-        }
-        self._adopt(two_level_encoding(encoding_of_arrays(arrays)))
-        self.enabled = bool(found["enabled"])
+        form, self.enabled = _saved(state, self.scale, self.zero_point)
+        self._adopt(two_level_encoding(form))
         self._seen = self._rounded = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -258,7 +252,8 @@ class FakeQuantize(nn.Module):
             state_dict[prefix + "scale"] = state_dict[prefix + "scale"] * factor
         if self.zero_shift is None and prefix + "zero_shift" in state_dict:
             # In the grid of the module that was saved, which this one has only once it is loaded.
-            grid = self._saved_form(state_dict, prefix).grid
+            form, _ = _saved(*(state_dict[prefix + n] for n in ("_extra_state", "scale", "zero_point")))
+            grid = form.grid
             zero = state_dict[prefix + "zero_point"].float()
             moved = zero + state_dict.pop(prefix + "zero_shift") * grid.steps
             moved = moved.round().clamp(grid.qmin, grid.qmax)
@@ -273,12 +268,6 @@ class FakeQuantize(nn.Module):
         if folds:
             # Learned scales don't follow the weights.
             self._form = self._form.with_(frozen=True)
-
-    @staticmethod
-    def _saved_form(state_dict: Mapping[str, Tensor], prefix: str) -> Encoding:
-        saved = json.loads(bytes(state_dict[prefix + "_extra_state"].cpu().tolist()).decode())["encoding"]
-        arrays = {name: state_dict[prefix + name].cpu().numpy() for name in ("scale", "zero_point")}
-        return encoding_of_arrays({"encoding": np.array(json.dumps(saved)), **arrays})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: `model.half()` must not round scales."""
@@ -314,6 +303,14 @@ def _native(granularity: Granularity, layout: tuple[int, ...] | None) -> Granula
     if isinstance(granularity, Blockwise):
         return replace(granularity, axis=axis, block_axis=layout[granularity.block_axis])
     return PerChannel(axis)
+
+
+def _saved(state: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Encoding, bool]:
+    """The encoding of a saved module, and whether it was enabled."""
+    found = json.loads(bytes(state.cpu().tolist()).decode())
+    arrays = {"scale": scale.cpu().numpy(), "zero_point": zero_point.cpu().numpy()}
+    form = encoding_of_arrays({"encoding": np.array(json.dumps(found["encoding"])), **arrays})
+    return form, bool(found["enabled"])
 
 
 def _version(tensor: Tensor) -> object:

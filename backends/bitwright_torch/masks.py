@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from bitwright.graph import OpKind
+from bitwright.graph import LINEAR_KINDS, OpKind
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand
 from bitwright_torch.optable import KINDS
@@ -28,14 +28,21 @@ def masks(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Module) ->
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node in held:
-            if not bool((held[node].view(model) > -_HUGE).all()):
+            # Weights are the large ones, and no masks: they needn't be looked through.
+            weighs = all(_kind(user) in LINEAR_KINDS for user in node.users)
+            if not weighs and bool((held[node].view(model) <= -_HUGE).any()):
                 found.add(node)
         elif node.op == "call_function":
-            name = call_name(node)
-            numbers = [a for a in node.args if isinstance(a, int | float)]
-            fills = name in _FILLS and not all(a > -_HUGE for a in numbers)
-            kind = KINDS.get(name, (None, ""))[0]
-            carries = kind in _CARRYING or name in ("where", "masked_fill", "baddbmm")
-            if fills or (carries and not found.isdisjoint(node.all_input_nodes)):
+            fills = call_name(node) in _FILLS and any(a <= -_HUGE for a in node.args if isinstance(a, int | float))
+            if fills or (_carries(node) and not found.isdisjoint(node.all_input_nodes)):
                 found.add(node)
     return found
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether what an op gives is a mask where one of its operands is."""
+    return _kind(node) in _CARRYING or call_name(node) in ("where", "masked_fill", "baddbmm")
+
+
+def _kind(node: fx.Node) -> OpKind | None:
+    return KINDS[name][0] if node.op == "call_function" and (name := call_name(node)) in KINDS else None

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from bitwright.backend import Array, Batch, Session
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph
-from bitwright.statistics.base import Tap, thinned
+from bitwright.statistics.base import Tap, reduced
 from bitwright_torch.model import CapturedModel, device_of, program_of
 from bitwright_torch.parts import OUTSIDE, PartitionedModel, part_of, parts_graph
 from bitwright_torch.session import open_session
@@ -106,10 +106,7 @@ def _collector(session: Session, found: dict[Tap, Array]) -> Callable[..., None]
 
 def _numpy(value: Any, tap: Tap) -> Array:
     array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-    if tap.reduce == "none":
-        return thinned(array, tap.step, tap.axis)
-    axes = None if tap.axis is None else tuple(i for i in range(array.ndim) if i != tap.axis % array.ndim)
-    return np.stack([array.min(axis=axes), array.max(axis=axes)]).astype(np.float32)
+    return reduced(array, tap)
 
 
 class PartSegments:

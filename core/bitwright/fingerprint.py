@@ -26,7 +26,8 @@ def of_arrays(arrays: Iterable[tuple[str, NDArray[Any]]]) -> str:
     digest = hashlib.blake2b()
     for name, values in arrays:
         digest.update(f"{name}{values.dtype}{values.shape}".encode())
-        digest.update(values.tobytes() if values.dtype.kind == "U" else np.ascontiguousarray(values).data)
+        # As bytes: not every type (text, dates, bfloat16) has a buffer that can be hashed.
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return _short(digest)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bitwright import applying
 from bitwright.backend import Batch, Bundle, Simulation, TrainableSimulation, Training
+from bitwright.batches import batch_dimension
 from bitwright.data import Dataset, open_data
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError
@@ -128,6 +129,11 @@ class QuantSim:
         if isinstance(data, Dataset):
             return data
         return open_data(data, self.backend.input_specs(self.native), batch_size=batch_size, limit=limit)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model fixes; None where it is free."""
+        return batch_dimension(self.backend.input_specs(self.native))
 
     # -- encodings
 

@@ -19,6 +19,7 @@ from bitwright.errors import InputError
 from bitwright.forking import fork
 from bitwright.quantsim import QuantSim
 from bitwright.runs import RunDirectory, run_in
+from bitwright.samples import FirstSamples, labels_of
 from bitwright.technique import Progress, Store
 from bitwright_analysis.accumulators import accumulators, overflowing
 from bitwright_analysis.advice import Evidence, advice
@@ -27,16 +28,7 @@ from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
 from bitwright_analysis.layer_errors import layer_errors
 from bitwright_analysis.records import Analysis, Overall, Sensitivity
-from bitwright_analysis.scoring import (
-    Evaluation,
-    FirstSamples,
-    Judge,
-    OutputNoise,
-    Top1,
-    decibels,
-    fitting_labels,
-    fixed_batch,
-)
+from bitwright_analysis.scoring import Evaluation, Judge, OutputNoise, Top1, decibels
 from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 
 DIRECTIONS = ("alone", "without")
@@ -115,16 +107,13 @@ def quant_analyzer(
         simulation = sim.backend.simulate(sim.native, sim.plan, table)
         switches = Switches(simulation, sim.plan, table)
         score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
-        score = (
-            Top1(sim.graph, dataset, fitting_labels(labels, dataset, limit, fixed_batch(sim)))
-            if labels is not None
-            else score
-        )
+        if labels is not None:
+            score = Top1(sim.graph, dataset, labels_of(labels, dataset, limit=limit, fixed=sim.fixed_batch))
         store = open_store(sim, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
         with _clock(seconds, "overall"), OutputNoise(sim.backend, sim.native, sim.graph, dataset) as noise:
             figures = _overall(switches, noise, score, store)
         by_score = score if sweep_by == "evaluate" else None
-        first = FirstSamples(dataset, None if by_score is not None else sweep_samples, fixed_batch(sim))
+        first = FirstSamples(dataset, None if by_score is not None else sweep_samples, sim.fixed_batch)
         with _clock(seconds, "sensitivities"):
             rows, measure = _sensitivities(sim, switches, by_score, first, store, directions, larger_is_better)
         switches.all_but(())

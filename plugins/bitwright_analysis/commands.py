@@ -79,8 +79,6 @@ def analyze(
             progress=progress,
         )
         dataset = sim.open(data, batch_size=batch_size, limit=samples)
-        if known is not None and samples is not None:
-            known = known[:samples]
         if known is not None and dataset.samples is not None and len(known) < dataset.samples:
             raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
         with run_in(out) as run:
@@ -91,6 +89,7 @@ def analyze(
                 sim,
                 dataset,
                 labels=known,
+                limit=samples,
                 out=out,
                 name=name,
                 sweep_by=sweep_by,

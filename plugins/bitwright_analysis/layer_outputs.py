@@ -29,11 +29,11 @@ from bitwright.encoding import Encoding
 from bitwright.errors import InputError
 from bitwright.graph import Graph
 from bitwright.quantsim import QuantSim
+from bitwright.samples import FirstSamples
 from bitwright.statistics.base import Tap
 from bitwright.technique import Progress
 from bitwright_analysis.analyzer import opened
 from bitwright_analysis.layer_errors import packed
-from bitwright_analysis.scoring import FirstSamples, fixed_batch
 from bitwright_analysis.tensor_names import file_names
 
 INDEX = "index.json"
@@ -179,7 +179,7 @@ def layer_outputs(
     out = Path(out)
     _check_free(out)
     sim = opened(model, sample, options, progress)
-    dataset = FirstSamples(sim.open(data, batch_size=batch_size), limit, fixed_batch(sim))
+    dataset = FirstSamples(sim.open(data, batch_size=batch_size), limit, sim.fixed_batch)
     if quantized and not isinstance(model, QuantSim):
         sim.calibrate(dataset)
     wanted = _wanted(sim.graph, tensors)

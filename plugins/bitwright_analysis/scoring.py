@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Simulation
-from bitwright.batches import batch_dimension
+from bitwright.backend import Backend, Simulation
 from bitwright.cuts import CutCache
-from bitwright.data import Dataset, IterableDataset
+from bitwright.data import Dataset
 from bitwright.errors import InputError
-from bitwright.fingerprint import of_json
 from bitwright.graph import Graph
-from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
 
 CACHE_BYTES = 256 * 2**20
@@ -47,58 +44,6 @@ class Power:
         for sample in np.square(rows).sum(axis=1).tolist():
             self.total += sample
         self.count += rows.size
-
-
-class FirstSamples:
-    """The first samples of a dataset, in its batches.
-
-    Args:
-        data: the dataset.
-        limit: how many samples; None takes all.
-        fixed: the batch size that the model fixes, if it does: batches are then taken whole, until there are as many.
-    """
-
-    def __init__(self, data: Dataset, limit: int | None, fixed: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise InputError(f"{limit} samples: use at least one")
-        whole = limit is not None and fixed is not None
-        self._data, self._limit = data, math.ceil(limit / fixed) * fixed if whole else limit  # type: ignore[operator]
-
-    def __iter__(self) -> Iterator[Batch]:
-        left = self._limit
-        for batch in self._data:
-            size = len(next(iter(batch.values())))
-            if left is not None and left < size:
-                if left > 0:
-                    yield {name: values[:left] for name, values in batch.items()}
-                return
-            yield batch
-            left = None if left is None else left - size
-
-    @property
-    def samples(self) -> int | None:
-        """How many there are, where that is known."""
-        known = self._data.samples
-        return known if self._limit is None else self._limit if known is None else min(known, self._limit)
-
-    def fingerprint(self) -> str:
-        """Of the whole dataset and the limit."""
-        return of_json([self._data.fingerprint(), self._limit])
-
-
-def fixed_batch(sim: QuantSim) -> int | None:
-    """The batch size that the model fixes; None where it is free."""
-    return batch_dimension(sim.backend.input_specs(sim.native))
-
-
-def fitting_labels(labels: Any, data: Dataset, limit: int | None, fixed: int | None) -> NDArray[Any]:
-    """Labels of the samples that are used: of the first so many, and of those that fill batches of a fixed size."""
-    values = np.asarray(labels)
-    values = values if limit is None or not values.ndim else values[:limit]
-    # Batches of the user's own may lose samples each, so that it isn't known which labels are theirs.
-    if fixed is not None and data.samples is not None and not isinstance(data, IterableDataset) and values.ndim:
-        return values[: data.samples] if 0 < len(values) - data.samples < fixed else values
-    return values
 
 
 class OutputNoise:
@@ -159,22 +104,13 @@ class Top1:
     Args:
         graph: the float model's.
         data: samples.
-        labels: class indices, one a sample.
-
-    Raises:
-        InputError: the labels aren't integers of shape (samples,), or not as many as there are samples.
+        labels: class indices, one a sample (see `samples.labels_of`).
     """
 
     name = "top-1"
 
     def __init__(self, graph: Graph, data: Dataset, labels: NDArray[Any]) -> None:
-        self._tap, self._data, self._labels = Tap(graph.outputs[0]), data, np.asarray(labels)
-        if self._labels.ndim != 1 or self._labels.dtype.kind not in "iu":
-            raise InputError(
-                f"labels are integers of shape (samples,), got {self._labels.dtype} {self._labels.shape}; "
-                "a column is made one by labels[:, 0]"
-            )
-        self._check(data.samples)
+        self._tap, self._data, self._labels = Tap(graph.outputs[0]), data, labels
 
     def __call__(self, simulation: Simulation[Any]) -> float:
         """Top-1 of the simulation as it is set now.
@@ -190,12 +126,9 @@ class Top1:
                 raise InputError(f"there are {len(self._labels)} labels, but more samples: give one label a sample")
             right += int((classes == self._labels[seen : seen + len(classes)]).sum())
             seen += len(classes)
-        self._check(seen)
+        if seen < len(self._labels):
+            raise InputError(f"there are {len(self._labels)} labels for {seen} samples: give one label a sample")
         return right / seen if seen else math.nan
-
-    def _check(self, samples: int | None) -> None:
-        if samples is not None and samples != len(self._labels):
-            raise InputError(f"there are {len(self._labels)} labels for {samples} samples: give one label a sample")
 
 
 class Evaluation:

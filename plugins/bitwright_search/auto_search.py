@@ -210,20 +210,21 @@ class AutoSearch:
 
     def _calibrations(self, base: QuantSim, first: tuple[int, Built]) -> None:
         """Each calibration scheme, until one is good enough."""
-        reasons = {i: self._pointless(i, first[0]) for i in range(first[0] + 1, len(self.schemes))}
+        indices = range(first[0], len(self.schemes))
+        pointless = {i: reason for i in indices[1:] if (reason := self._pointless(i, first[0]))}
         # What can't gain anything takes no place in the budget.
-        useful = [i for i in range(first[0], len(self.schemes)) if not reasons.get(i)]
+        useful = [i for i in indices if i not in pointless]
         affordable = useful
         if self.limits.evaluations is not None:
             affordable = useful[: max(1, self.limits.evaluations - self.evaluations)]
         sent: list[tuple[tuple[str, ...], Built]] = []
 
         def jobs() -> Iterator[Job]:
-            for index in sorted({i for i, reason in reasons.items() if reason} | set(affordable)):
+            for index in (i for i in indices if i in pointless or i in affordable):
                 name = self._scheme_name(index)
                 steps = (*self._prepared, name)
-                if reasons.get(index):
-                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=reasons[index]))
+                if index in pointless:
+                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=pointless[index]))
                     continue
                 if index != first[0] and not self._left(name, "calibration", steps):
                     return

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Simulation
-from bitwright.batches import batch_dimension
-from bitwright.data import IterableDataset
 from bitwright.errors import InputError
 from bitwright.quantsim import QuantSim
+from bitwright.samples import labels_of
 from bitwright.statistics.base import Tap
 
 
@@ -55,17 +54,8 @@ class Labelled:
         from bitwright.data import labels as read_labels
 
         dataset = sim.open(self.data, batch_size=self.batch_size)
-        values = read_labels(self.labels) if isinstance(self.labels, str | Path) else np.asarray(self.labels)
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise InputError(f"labels are integers of shape (samples,), got {values.dtype} {values.shape}")
-        fixed = batch_dimension(sim.backend.input_specs(sim.native))
-        # Samples that don't fill a last batch of a fixed size are left out; batches of the user's own may lose some
-        # each, so that it isn't known which labels are those.
-        if fixed is not None and isinstance(dataset.samples, int) and not isinstance(dataset, IterableDataset):
-            values = values[: dataset.samples] if 0 < len(values) - dataset.samples < fixed else values
-        if dataset.samples is not None and len(values) != dataset.samples:
-            raise InputError(f"there are {len(values)} labels for {dataset.samples} samples")
-        return Labelled(dataset, values, self.batch_size)
+        values = read_labels(self.labels) if isinstance(self.labels, str | Path) else self.labels
+        return Labelled(dataset, labels_of(values, dataset, fixed=sim.fixed_batch), self.batch_size)
 
     def score(self, sim: QuantSim, simulation: Simulation[Any]) -> float:
         """Top-1 of the first output, as a fraction."""

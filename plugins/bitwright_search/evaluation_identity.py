@@ -7,7 +7,6 @@ object that it is a method of. Arrays and tensors count by content.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import logging
 import re
@@ -63,7 +62,7 @@ class _Describer:
 
     def _described(self, value: Any) -> Any:
         if isinstance(value, Labelled):
-            return ["top-1", value.data.fingerprint(), _of_array(np.asarray(value.labels))]
+            return ["top-1", value.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(value.labels))])]
         if isinstance(value, FileFunction):
             return ["file", fingerprint.of_file(Path(value.path)), value.name]
         if isinstance(value, functools.partial):
@@ -77,7 +76,9 @@ class _Describer:
         if inspect.isfunction(value):
             return self._function(value)
         if (array := _array(value)) is not None:
-            return ["array", _of_array(array)] if array.dtype.kind != "O" else ["objects", self._all(array.ravel())]
+            if array.dtype.kind == "O":
+                return ["objects", self._all(array.ravel())]
+            return ["array", fingerprint.of_arrays([("", array)])]
         return self._collection(value)
 
     def _collection(self, value: Any) -> Any:
@@ -137,12 +138,6 @@ def _array(value: Any) -> NDArray[Any] | None:
         return np.asarray(value)
     except Exception:  # frameworks raise what they like for what has no values, such as a symbolic tensor
         return None
-
-
-def _of_array(values: NDArray[Any]) -> str:
-    digest = hashlib.blake2b(f"{values.dtype}{values.shape}".encode())
-    digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def _source(item: Any) -> str:

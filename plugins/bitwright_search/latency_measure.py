@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from bitwright.backend import OpTimer
 from bitwright.errors import CapabilityError, InputError
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
+from bitwright.samples import whole_batches
 from bitwright.technique import Progress
 from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
 from bitwright_search.costs import multiply_accumulates
 from bitwright_search.latency import Entry, LatencyTable, per_mac
 from bitwright_search.mixed_precision import CANDIDATES
 from bitwright_search.participants import split_steps
-from bitwright_search.sensitivity import first_samples, fixed_batch
+from bitwright_search.sensitivity import first_samples
 
 
 def measure_latency(
@@ -73,14 +73,12 @@ def measure_latency(
         raise CapabilityError(
             f"the {sim.backend.name} backend can't time single ops; measure an exported .onnx file, or write a table"
         )
-    fixed = fixed_batch(sim)
-    if fixed is not None:
-        samples = math.ceil(samples / fixed) * fixed
+    samples = whole_batches(samples, sim.fixed_batch)
     if not isinstance(model, QuantSim):
         for step in split_steps(None)[0]:
             sim.apply(step.technique, sim.open(data, batch_size=batch_size, limit=samples))
     dataset = sim.open(data, batch_size=batch_size, limit=samples)
-    batches = first_samples(dataset, samples, fixed)
+    batches = first_samples(dataset, samples, sim.fixed_batch)
     macs = multiply_accumulates(sim, batches[0])
     shown: Progress = progress or sim.progress
     shown.start("Measuring latency", len(choices))

@@ -23,7 +23,7 @@ from bitwright_search.latency import read_latency
 from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
 from bitwright_search.participants import split_steps
-from bitwright_search.sensitivity import SAMPLES, first_samples, fixed_batch, measure_noise
+from bitwright_search.sensitivity import SAMPLES, first_samples, measure_noise
 from bitwright_search.stages import Stages, open_sim, run_of
 
 CANDIDATES = (("int8", "uint16"), ("int8", "uint8"), ("int4", "uint8"))
@@ -110,7 +110,7 @@ def mixed_precision(
             # The target runs folded batch norms, so noise is measured with them folded. A simulation is as it is.
             for step in split_steps(None)[0]:
                 sim.apply(step.technique, data)
-        batches = first_samples(data, sensitivity_samples, fixed_batch(sim))
+        batches = first_samples(data, sensitivity_samples, sim.fixed_batch)
         groups, notes = group_sites(sim, choices)
         macs = multiply_accumulates(sim, batches[0])
         costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))

@@ -14,12 +14,12 @@ import numpy as np
 
 from bitwright import fingerprint
 from bitwright.backend import Batch, Session, Simulation
-from bitwright.batches import batch_dimension
 from bitwright.data import Dataset
 from bitwright.errors import InputError
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
 from bitwright.runs import RunDirectory
+from bitwright.samples import FirstSamples
 from bitwright.statistics.base import Tap
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.solvers import Table
@@ -27,11 +27,6 @@ from bitwright_search.stages import content_of
 
 SAMPLES = 64
 """Samples of the calibration data that sensitivities are measured on by default."""
-
-
-def fixed_batch(sim: QuantSim) -> int | None:
-    """The batch size that the model fixes; None where it is free."""
-    return batch_dimension(sim.backend.input_specs(sim.native))
 
 
 def first_samples(data: Dataset, count: int, fixed: int | None = None) -> list[Batch]:
@@ -45,14 +40,7 @@ def first_samples(data: Dataset, count: int, fixed: int | None = None) -> list[B
     Raises:
         InputError: the data are empty.
     """
-    found: list[Batch] = []
-    left = count
-    for batch in data:
-        size = len(next(iter(batch.values())))
-        found.append(batch if size <= left or fixed is not None else {k: v[:left] for k, v in batch.items()})
-        left -= size
-        if left <= 0:
-            return found
+    found = list(FirstSamples(data, count, fixed))
     if not found:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
     return found

@@ -17,14 +17,7 @@ from bitwright.plan import Plan
 from bitwright.statistics.base import Request
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.joint_search import Choices, Effort, LayerSearch
-from bitwright_techniques.layer_rounding import (
-    Rounded,
-    RoundingSettings,
-    RoundingTask,
-    round_layers,
-    settled,
-    solve_layer,
-)
+from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_relaxation import Relaxation, RelaxedRounding, relax
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
@@ -79,9 +72,7 @@ class AdaRound:
         # Names differ between frameworks; a layer's place doesn't.
         places = {op.id: i for i, op in enumerate(ctx.graph.linear_ops)}
 
-        settings = settled(ctx.graph, ctx.settings)
-
-        def solve(layer: Layer) -> LayerResult:
+        def solve(layer: Layer, settings: AdaRoundSettings) -> LayerResult:
             return round_layer(layer, settings, ctx.rng(f"layer {places[layer.op.id]}"))
 
         return round_layers(ctx, self.name, solve, extra=("settled",))

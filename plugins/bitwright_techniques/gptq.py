@@ -18,14 +18,7 @@ from bitwright.plan import Plan
 from bitwright.statistics.base import Request
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.block_rounding import block_rounding
-from bitwright_techniques.layer_rounding import (
-    Rounded,
-    RoundingSettings,
-    RoundingTask,
-    round_layers,
-    settled,
-    solve_layer,
-)
+from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import RoundingProblem, act_order, factor, successive_rounding, turn
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
@@ -71,8 +64,7 @@ class Gptq:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        settings = settled(ctx.graph, ctx.settings)
-        return round_layers(ctx, self.name, lambda layer: round_layer(layer, settings))
+        return round_layers(ctx, self.name, round_layer)
 
 
 def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:

@@ -79,7 +79,7 @@ class Rounded:
     figures: Mapping[str, float]
 
 
-def settled(graph: Graph, settings: AnySettings) -> AnySettings:
+def decided(graph: Graph, settings: AnySettings) -> AnySettings:
     """The settings with what is "auto" decided by the network."""
     if settings.bias_correction != "auto":
         return settings
@@ -88,14 +88,14 @@ def settled(graph: Graph, settings: AnySettings) -> AnySettings:
 
 
 def round_layers(
-    ctx: Context, technique: str, solve: Callable[[Layer], LayerResult], extra: Sequence[str] = ()
+    ctx: Context, technique: str, solve: Callable[[Layer, AnySettings], LayerResult], extra: Sequence[str] = ()
 ) -> Outcome:
     """Walk over the layers that the context's `RoundingSettings` select.
 
     Args:
         ctx: the technique's context.
         technique: its name.
-        solve: solves a layer.
+        solve: solves a layer with the settings, of which nothing is left to decide.
         extra: figures that the report has beside `before`, `nearest`, `after` and `seconds`.
 
     Returns:
@@ -104,12 +104,12 @@ def round_layers(
     Raises:
         InputError: no calibration data, or a pattern that matches no layer.
     """
-    s: RoundingSettings = ctx.settings
+    s: AnySettings = decided(ctx.graph, ctx.settings)
     walk = walk_of(ctx, technique)
     ops, skipped = select_layers(ctx, s.include, s.exclude)
     results = walk(
         ops,
-        solve,
+        lambda layer: solve(layer, s),
         quantized_inputs=s.inputs == "quantized",
         quantized_activations=s.quantized_activations,
         residuals=s.residuals,

@@ -12,13 +12,14 @@ from bitwright.graph import ConvAttrs, Graph, Op, OpKind, Param, ParamRole, Tens
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
 from bitwright.integer import IntegerSimulation
 from bitwright.progress import Silent
+from bitwright.samples import FirstSamples
 from bitwright.statistics.base import Tap
 from bitwright.statistics.histogram import HistogramStatistic
 from bitwright_analysis.accumulators import accumulators, overflowing, width_of
 from bitwright_analysis.distributions import activation_distributions, cumulative, parameter_distributions
 from bitwright_analysis.imbalance import equalized, imbalances, input_ranges, output_ranges, precision
 from bitwright_analysis.layer_errors import TensorError, packed
-from bitwright_analysis.scoring import FirstSamples, Power
+from bitwright_analysis.scoring import Power
 from bitwright_analysis.sweeps import layer_of, units
 
 UINT8 = QuantSpec(8, signed=False, symmetric=False)

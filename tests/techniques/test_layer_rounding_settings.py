@@ -4,7 +4,7 @@ import pytest
 
 from bitwright.graph import Graph, Op, OpKind, Tensor
 from bitwright_techniques.adaround import AdaRoundSettings
-from bitwright_techniques.layer_rounding import settled
+from bitwright_techniques.layer_rounding import decided
 
 
 def network(kind: OpKind, type: str) -> Graph:
@@ -24,6 +24,6 @@ def network(kind: OpKind, type: str) -> Graph:
 def test_biases_are_corrected_unless_tokens_are_normalized(kind, type, corrects):
     """The mean of a transformer's errors is that of a few massive tokens; what the user says counts in any case."""
     graph = network(kind, type)
-    assert settled(graph, AdaRoundSettings()).bias_correction is corrects
+    assert decided(graph, AdaRoundSettings()).bias_correction is corrects
     for said in (True, False):
-        assert settled(graph, AdaRoundSettings(bias_correction=said)).bias_correction is said
+        assert decided(graph, AdaRoundSettings(bias_correction=said)).bias_correction is said

@@ -61,6 +61,14 @@ class Tap:
     step: int = 1
 
 
+def reduced(values: NDArray[Any], tap: Tap) -> NDArray[Any]:
+    """A whole tensor as a tap hands it out: itself, thinned, or its extremes, float32 [2] or [2, channels]."""
+    if tap.reduce == "none":
+        return thinned(values, tap.step, tap.axis)
+    axes = None if tap.axis is None else tuple(i for i in range(values.ndim) if i != tap.axis % values.ndim)
+    return np.stack([values.min(axis=axes), values.max(axis=axes)]).astype(np.float32, copy=False)
+
+
 def thinned(values: NDArray[Any], step: int, axis: int | None = None) -> NDArray[Any]:
     """Every `step`-th value of each sample, flattened (see `Tap.step`); the tensor itself for step 1."""
     if step == 1:

@@ -20,7 +20,7 @@ from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import ActivationAttrs, Graph, Op, OpId, OpKind, Param, ParamId, ParamRole, TensorId
 from bitwright.plan import Float, Plan, SiteId
-from bitwright.statistics.base import Tap, thinned
+from bitwright.statistics.base import Tap, reduced
 from bitwright.testing import archive
 from bitwright.testing.kernels import compute, supports
 
@@ -97,19 +97,11 @@ class ReferenceSession:
             for t in op.data_inputs:
                 if self._last_use[t] == i and t not in keep:
                     values.pop(t, None)
-        return {tap: reduce(values[tap.tensor], tap) for tap in self.taps}
+        return {tap: reduced(values[tap.tensor], tap) for tap in self.taps}
 
     def _quantized(self, site: SiteId, value: Array) -> Array:
         encoding = self.model.encodings.get(site)
         return value if encoding is None else encoding.fake_quantize(value)
-
-
-def reduce(value: Array, tap: Tap) -> Array:
-    """Apply a tap's reduction: [2] or [2, channels] for "minmax"."""
-    if tap.reduce == "none":
-        return thinned(value, tap.step, tap.axis)
-    axes = None if tap.axis is None else tuple(i for i in range(value.ndim) if i != tap.axis % value.ndim)
-    return np.stack([value.min(axis=axes), value.max(axis=axes)])
 
 
 class ReferenceSimulation:
