@@ -42,7 +42,6 @@ TRANSFORMER = {
     "seq_mse": (("seq_mse", {}),),
     "gptq": (("gptq", {}),),
     "adaround": (("adaround", {}),),
-    "smooth_quant, adaround": (("smooth_quant", {}), ("adaround", {})),
 }
 Measure = Callable[[str, str, tuple], tuple[float, float]]
 

@@ -32,6 +32,7 @@ from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.expected_inputs import ExpectedInputs
 from bitwright_techniques.reconstruction import corrected_bias
+from bitwright_techniques.token_norms import normalizes_tokens
 
 Biases = dict[OpId, NDArray[np.float32]]
 
@@ -42,11 +43,12 @@ class Settings(BaseSettings):
     Attributes:
         mode: "empirical" (needs calibration data), "analytic" (needs folded batch norms), or "auto": empirical where
             there are data, analytic otherwise.
-        quantized_activations: measure with activations quantized too (empirical only).
+        quantized_activations: measure with activations quantized too (empirical only). "auto": unless the network
+            normalizes tokens (see `token_norms`).
     """
 
     mode: Literal["auto", "empirical", "analytic"] = "auto"
-    quantized_activations: bool = True
+    quantized_activations: bool | Literal["auto"] = "auto"
 
 
 class BiasCorrection:
@@ -96,8 +98,10 @@ def _empirical(ctx: Context, ops: list[Op]) -> Biases:
         return LayerResult(layer.weight, layer.encoding, bias)
 
     walk = require_walk(ctx.walk, "empirical bias correction")
-    names = [op.id for op in ops]
-    results = walk(names, solve, quantized_activations=ctx.settings.quantized_activations, products=False)
+    active = ctx.settings.quantized_activations
+    if active == "auto":
+        active = not normalizes_tokens(ctx.graph)
+    results = walk([op.id for op in ops], solve, quantized_activations=active, products=False)
     return {id: r.bias for id, r in results.items() if r.bias is not None}
 
 

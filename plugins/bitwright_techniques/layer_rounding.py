@@ -9,11 +9,12 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from bitwright.graph import Graph, OpKind
+from bitwright.graph import Graph
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
+from bitwright_techniques.token_norms import normalizes_tokens
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
 
 _REFINEMENTS = 4
@@ -25,20 +26,20 @@ class RoundingSettings(Settings):
 
     Attributes:
         inputs: "quantized": each layer makes up for the error of those before it (asymmetric reconstruction);
-            "float": layers are independent.
+            "float": layers are independent. "auto": quantized, but float in networks that normalize tokens (see
+            `token_norms`).
         quantized_activations: activations are quantized too in the network that gives the quantized inputs.
         residuals: a layer whose output is added to a skip connection also makes up for that connection's error.
         scales: "search" chooses the weight scales by the layer's output error; "keep" leaves the encodings' ranges.
             Frozen encodings are kept in any case.
         candidates: scales tried for each channel or block: fractions i/N of its full range.
-        bias_correction: set the bias that keeps the mean output (closed form). "auto": unless the network has layer
-            or RMS normalizations. In these networks a few tokens have massive activations, which the grid clips; they
-            carry the mean of the error, and all other tokens would pay for its correction.
+        bias_correction: set the bias that keeps the mean output (closed form). "auto": unless it would take back the
+            error of quantized inputs in a network that normalizes tokens.
         damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
         include, exclude: names or glob patterns of layers; nothing included means all.
     """
 
-    inputs: Literal["quantized", "float"] = "quantized"
+    inputs: Literal["quantized", "float", "auto"] = "auto"
     quantized_activations: bool = True
     residuals: bool = True
     scales: Literal["search", "keep"] = "search"
@@ -81,10 +82,13 @@ class Rounded:
 
 def decided(graph: Graph, settings: AnySettings) -> AnySettings:
     """The settings with what is "auto" decided by the network."""
-    if settings.bias_correction != "auto":
-        return settings
-    normalized = any(op.kind is OpKind.LAYER_NORM or "rms" in op.type.lower() for op in graph)
-    return settings.model_copy(update={"bias_correction": not normalized})
+    normalized = normalizes_tokens(graph)
+    inputs, corrects = settings.inputs, settings.bias_correction
+    if inputs == "auto":
+        inputs = "float" if normalized else "quantized"
+    if corrects == "auto":
+        corrects = inputs == "float" or not normalized
+    return settings.model_copy(update={"inputs": inputs, "bias_correction": corrects})
 
 
 def round_layers(
@@ -131,9 +135,9 @@ def solve_layer(
         layer.op,
         layer.weight,
         layer.moments,
-        free_bias=settings.bias_correction is not False,
+        free_bias=bool(settings.bias_correction),
         damping=settings.damping,
-        inputs="asymmetric" if settings.inputs == "quantized" else "float",
+        inputs="float" if settings.inputs == "float" else "asymmetric",
     )
     given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
     searched = settings.scales == "search" and not layer.encoding.frozen
@@ -149,7 +153,7 @@ def solve_layer(
         **found.figures,
     }
     bias = None
-    if settings.bias_correction is not False:
+    if settings.bias_correction:
         bias = corrected_bias(layer.op, layer.weight, weight, layer.bias, layer.moments)
     figures["seconds"] = time.perf_counter() - began
     return LayerResult(weight, found.grid.frozen(technique), bias, figures)
