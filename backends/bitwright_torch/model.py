@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError
 from bitwright_torch.calling import CallingConvention
@@ -87,8 +88,12 @@ class Program:
 
 
 def compile_graph(graph: fx.Graph) -> FunctionType:
-    """Python function of a graph: `function(root, *placeholders)`; `get_attr` nodes read from `root`."""
-    code = graph.python_code("self")
+    """Python function of a graph: `function(root, *placeholders)`; `get_attr` nodes read from `root`.
+
+    Tensors that the graph makes itself (`arange`, masks of ones) are made where the model's tensors are, so that a
+    model that was captured on one device runs on another.
+    """
+    code = _follow_device(graph).python_code("self")
     name = f"<bitwright captured graph {next(_files)}>"
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
     scope = dict(code.globals)
@@ -96,6 +101,41 @@ def compile_graph(graph: fx.Graph) -> FunctionType:
     function = scope["forward"]
     assert isinstance(function, FunctionType)
     return function
+
+
+def _follow_device(graph: fx.Graph) -> fx.Graph:
+    """The graph with the device that export wrote into it taken from one of the graph's tensors instead.
+
+    Graphs that name several devices are left as they are: they belong to a model that is spread over these.
+    """
+    named = [n for n in graph.nodes if n.op == "call_function" and _devices(n)]
+    if not named or len({d for n in named for d in _devices(n)}) > 1:
+        return graph
+    copied: dict[fx.Node, fx.Node] = {}
+    followed = fx.Graph()
+    result = followed.graph_copy(graph, copied)
+    followed.output(result)
+    held = next((n for op in ("get_attr", "placeholder") for n in followed.nodes if n.op == op and _is_tensor(n)), None)
+    if held is None:
+        return graph
+    behind = next(n for n in followed.nodes if n.op != "placeholder")
+    with followed.inserting_before(behind):
+        source = followed.get_attr(str(held.target)) if held.op == "get_attr" else held
+        device = followed.call_function(getattr, (source, "device"))
+    for node in (copied[n] for n in named):
+        node.args, node.kwargs = (
+            pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, arguments)
+            for arguments in (node.args, node.kwargs)
+        )
+    return followed
+
+
+def _devices(node: fx.Node) -> list[torch.device]:
+    return [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, torch.device)]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return NAMES in node.meta and info(node).shape is not None
 
 
 class CapturedModel(nn.Module):

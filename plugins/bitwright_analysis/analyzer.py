@@ -16,6 +16,7 @@ from bitwright import registry
 from bitwright.applying import open_store
 from bitwright.durable import make_directory, write_text
 from bitwright.errors import InputError
+from bitwright.evaluation_identity import identity
 from bitwright.forking import fork
 from bitwright.quantsim import QuantSim
 from bitwright.runs import RunDirectory, run_in
@@ -77,7 +78,8 @@ def quant_analyzer(
         larger_is_better: of the evaluation; False for a loss or a perplexity.
         batch_size, limit: of the data.
         run: where finished measurements are kept, so that the same call goes on after an interruption; default: the
-            simulation's own, or `.run` in `out`. An `evaluate` that has changed needs another one.
+            simulation's own, or `.run` in `out`. An
+            `evaluate` that has changed is asked again, as far as `evaluation_identity` sees it.
         progress: where progress is shown.
         options: of `QuantSim`, for a model: target, weights, activations, scheme, overrides, seed, ….
 
@@ -99,8 +101,7 @@ def quant_analyzer(
         with _clock(seconds, "prepare"):
             applied = _prepare(sim, model, recipe, dataset)
         settings = {
-            "evaluate": getattr(evaluate, "__module__", ""),
-            "name": getattr(evaluate, "__qualname__", type(evaluate).__name__),
+            "evaluate": identity(evaluate),
             "labels": None if labels is None else np.asarray(labels).tolist(),
         }
         table = sim.table

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from bitwright import registry
 from bitwright.data import Dataset
 from bitwright.errors import BitwrightError, CapabilityError, InputError
+from bitwright.evaluation_identity import identity
 from bitwright.forking import fork
 from bitwright.quantsim import QuantSim
 from bitwright.technique import Step
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
-from bitwright_search.evaluation_identity import identity
 from bitwright_search.stages import Built, Record, Stages, content_of
 
 SCHEMES = (

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bitwright import fingerprint
 from bitwright.backend import Simulation
 from bitwright.errors import InputError
 from bitwright.quantsim import QuantSim
@@ -67,6 +68,10 @@ class Labelled:
             raise InputError(f"there are {len(self.labels)} labels for {len(predicted)} samples")
         return float((predicted == self.labels).mean())
 
+    def identity(self) -> list[str]:
+        """By the content of the opened data and labels."""
+        return ["top-1", self.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(self.labels))])]
+
 
 @dataclass(frozen=True)
 class FileFunction:
@@ -90,6 +95,10 @@ class FileFunction:
         found = cls(str(Path(file).resolve()), name)
         found.function()
         return found
+
+    def identity(self) -> list[str]:
+        """By the file's content."""
+        return ["file", fingerprint.of_file(Path(self.path)), self.name]
 
     def function(self) -> Callable[[Any], Any]:
         """The function itself; the file is run once a process.

@@ -11,12 +11,12 @@ import numpy as np
 
 from bitwright.data import Dataset
 from bitwright.errors import InputError
+from bitwright.evaluation_identity import identity
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.evaluation import Evaluate, Mode, measure
-from bitwright_search.evaluation_identity import identity
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
 from bitwright_search.sensitivity import decibels
 from bitwright_search.solvers import (

@@ -149,6 +149,17 @@ def test_goes_on_from_the_last_finished_measurement(trained, tmp_path, monkeypat
     assert len(calls) == 2 * total, "another simulation's measurements are its own"
 
 
+def test_an_evaluation_that_has_changed_is_asked_again(trained, tmp_path):
+    """Two functions of one name, as after an edit: the stored scores are those of the first."""
+
+    def scores(value):
+        found = analyze(trained.model, trained.x, lambda model: value, run=tmp_path / "run", limit=32)
+        return [row.score for row in found.overall]
+
+    assert scores(0.25) == [0.25] * 4
+    assert scores(0.75) == [0.75] * 4
+
+
 def test_a_run_directory_of_the_user_stays_open(trained, tmp_path):
     with RunDirectory(tmp_path / "run") as run:
         analyze(trained.model, trained.x, run=run, limit=32)

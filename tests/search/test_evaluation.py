@@ -11,8 +11,8 @@ from search_net import top1
 
 from bitwright import QuantSim
 from bitwright.errors import InputError
+from bitwright.evaluation_identity import identity
 from bitwright_search.evaluation import FileFunction, Labelled
-from bitwright_search.evaluation_identity import identity
 
 
 def test_evaluations_are_told_apart_by_content(net, tmp_path):

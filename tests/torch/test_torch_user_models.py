@@ -205,3 +205,30 @@ def test_free_batches_of_any_arguments():
     single = nn.Sequential(nn.Linear(8, 8)).eval()
     with pytest.raises(InputError, match="length 1"):
         capture(single, (X[:1],), dynamic_shapes={"input": (0, 1)})
+
+
+class MakesTensors(nn.Module):
+    """Positions, a mask and zeros of its own, on the device of its input, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Embedding(16, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], device=x.device)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        scores = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf")).softmax(-1)
+        return self.head(scores @ (x + self.positions(places)).to(x.device))
+
+
+def test_a_model_captured_on_one_device_runs_on_another():
+    """The meta device computes shapes only, but refuses to mix devices as a GPU does."""
+    sample = torch.randn(2, 5, 4)
+    sim = QuantSim(MakesTensors().eval(), sample)
+    sim.calibrate([sample])
+    expected = sim.model(sample)
+    for model in (sim.model, sim.trainable(range_learning=True)):
+        moved = copy.deepcopy(model).to("meta")
+        assert moved(sample.to("meta")).device.type == "meta"
+    torch.testing.assert_close(sim.model(sample), expected, rtol=0, atol=0)

@@ -1,7 +1,8 @@
-"""Which evaluation it is: a fingerprint, so that a resumed search takes no score of another one.
+"""Which evaluation it is: a fingerprint, so that a resumed run takes no score of another one.
 
 A function counts by its source and by what it holds: closure, defaults, the arguments of a partial, the state of the
-object that it is a method of. Arrays and tensors count by content.
+object that it is a method of. Arrays and tensors count by content; an object that has a method `identity()` by what
+that gives.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import fingerprint
-from bitwright_search.evaluation import Evaluate, FileFunction, Labelled
 
 
-def identity(evaluate: Evaluate) -> str:
+@runtime_checkable
+class Identified(Protocol):
+    """An evaluation that says itself what tells it from others."""
+
+    def identity(self) -> Any:
+        """Something that JSON can hold, the same in any process."""
+
+
+def identity(evaluate: Any) -> str:
     """A fingerprint of an evaluation: the data and labels, or the function's source and what it holds.
 
     What a function reads when it runs (files, global variables) can't be seen from here; a changed file needs another
@@ -61,10 +69,8 @@ class _Describer:
         return digest
 
     def _described(self, value: Any) -> Any:
-        if isinstance(value, Labelled):
-            return ["top-1", value.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(value.labels))])]
-        if isinstance(value, FileFunction):
-            return ["file", fingerprint.of_file(Path(value.path)), value.name]
+        if isinstance(value, Identified) and not isinstance(value, type):
+            return ["identity", value.identity()]
         if isinstance(value, functools.partial):
             return ["partial", self.of(value.func), self._all(value.args), self.of(value.keywords)]
         if isinstance(value, type):
