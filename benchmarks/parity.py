@@ -4,8 +4,9 @@
     python benchmarks/parity.py --images imagenet.tar [--calibrate 250] [--evaluate 250] [--adaround 64]
     python benchmarks/parity.py --images imagenet.tar --calibrate 32 --evaluate 100 --adaround 16     # minutes
 
-For each backend: top-1 of float, W8A8, W8A8 per tensor + CLE + bias correction, W4A8 + AdaRound, with layers that are
-independent of each other and with layers that make up for the errors before them (the default). Beside it: whether
+For each backend: top-1 of float, W8A8, W8A8 per tensor + CLE + bias correction, W4A8 + AdaRound, and AdaRound of layers
+that are independent of each other; by default each makes up for the errors before it, rounding noise included, which no
+two frameworks have alike. Beside it: whether
 the plan is that of ONNX, how many weight grids are equal to it bit by bit, and the spread of top-1 over the backends.
 The first images calibrate, the last evaluate.
 --control adds ONNX a second time with its calibration images changed by a millionth of each value: what float32 noise
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=250, help="images")
     parser.add_argument("--adaround", type=int, default=64, help="images of AdaRound")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="those to compare with ONNX")
-    parser.add_argument("--recipes", default="1,2,3,4", help="columns: 1 W8A8, 2 per tensor, 3 and 4 AdaRound")
+    parser.add_argument("--recipes", default="1,2,3,4", help="columns: 1 W8A8, 2 per tensor, 3 AdaRound, 4 of independent layers")
     parser.add_argument("--control", action="store_true", help="ONNX twice, see above")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)

@@ -33,8 +33,8 @@ CLE = ("cross_layer_equalization", {})
 RECIPES = {
     "W8A8": ({}, ()),
     "W8A8, per tensor, CLE + bias correction": (TENSOR, (CLE, ("bias_correction", {}))),
-    "W4A8, AdaRound, inputs: float": ({"weights": "int4"}, (("adaround", {"inputs": "float"}),)),
     "W4A8, AdaRound": ({"weights": "int4"}, (("adaround", {}),)),
+    "W4A8, AdaRound, inputs: float": ({"weights": "int4"}, (("adaround", {"inputs": "float"}),)),
 }
 FROM_FLOAT = {
     "CLE + bias correction": (TENSOR, (CLE, ("bias_correction", {"quantized_activations": False}))),

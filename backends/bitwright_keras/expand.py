@@ -104,10 +104,13 @@ def _rescaling(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
     if channels_first and (scale.ndim or offset.ndim):
         return None
-    x = _cast(made, layer, name, args[0])
+    if not offset.any() and (scale == 1).all():  # a cast, or nothing
+        return _cast(made, layer, name, args[0])
+    x = _cast(made, layer, f"{name}/cast", args[0])
     if not offset.any():
         return made.emit(name, keras.ops.multiply, x, _number(scale))
-    x = made.emit(f"{name}/scale", keras.ops.multiply, x, _number(scale))
+    if (scale != 1).any():
+        x = made.emit(f"{name}/scale", keras.ops.multiply, x, _number(scale))
     return made.emit(name, keras.ops.add, x, _number(offset))
 
 
@@ -118,7 +121,9 @@ def _normalization(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...
     mean = np.asarray(keras.ops.convert_to_numpy(layer.mean), np.float32)
     deviation = np.sqrt(np.asarray(keras.ops.convert_to_numpy(layer.variance), np.float32))
     deviation = np.maximum(deviation, np.float32(keras.backend.epsilon()))
-    x = made.emit(f"{name}/mean", keras.ops.subtract, _cast(made, layer, name, args[0]), _number(_squeezed(mean)))
+    x = made.emit(
+        f"{name}/mean", keras.ops.subtract, _cast(made, layer, f"{name}/cast", args[0]), _number(_squeezed(mean))
+    )
     return made.emit(name, keras.ops.divide, x, _number(_squeezed(deviation)))
 
 
@@ -126,7 +131,7 @@ def _cast(made: Normalizer, layer: keras.layers.Layer, name: str, x: Any) -> Any
     wanted = layer.compute_dtype
     if keras.backend.standardize_dtype(x.dtype) == wanted:
         return x
-    return made.emit(f"{name}/cast", keras.ops.cast, x, wanted)
+    return made.emit(name, keras.ops.cast, x, wanted)
 
 
 def _number(value: np.ndarray) -> Any:

@@ -29,6 +29,7 @@ from bitwright_keras.frozen import FrozenGraph, frozen
 from bitwright_keras.model import KerasModel
 from bitwright_keras.native import keras_model
 from bitwright_keras.params import read_params
+from bitwright_keras.plain_layers import with_layers
 
 KERAS_FORMATS: Mapping[str, str] = {
     "keras": "the float model with its updated weights as .keras; plain Keras loads it",
@@ -55,7 +56,7 @@ def formats() -> dict[str, str]:
 def bundled(model: KerasModel) -> dict[str, str]:
     """What an exported bundle has beside the .keras file: format → ending of the name."""
     found = {"h5": ".h5"}
-    if why := beyond_h5(node.operation for node in model.nodes):
+    if why := beyond_h5(node.operation for node in with_layers(model).nodes):
         warnings.warn(f"{model.name}: no .h5 is written: {why}", stacklevel=3)
         del found["h5"]
     offered = formats()
@@ -174,11 +175,9 @@ def _tflite(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path)
     shown = canonical(model).graph
     table = full_table(plan, encodings)
     values = read_params(model, list(shown.params))
-    sites = {
-        s: (graph.tensors[s], table[s])
-        for s in plan.quantized
-        if plan[s].kind is SiteKind.ACTIVATION and s in graph.tensors and s in table
-    }
+    found = [s for s in plan.quantized if plan[s].kind is SiteKind.ACTIVATION and s in graph.tensors and s in table]
+    order = {t: index for index, op in enumerate(shown) for t in op.outputs}
+    sites = {s: (graph.tensors[s], table[s]) for s in sorted(found, key=lambda s: order.get(s, -1))}
     parameters: list[Parameter] = []
     for site, value in values.items():
         op = shown.users(site)[0]

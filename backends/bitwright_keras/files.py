@@ -23,6 +23,7 @@ from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright_keras.model import KerasModel, Ref, substitute
 from bitwright_keras.native import keras_model
 from bitwright_keras.normalize import normalize
+from bitwright_keras.plain_layers import with_layers
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 _MEMBER = "bitwright.json"
@@ -67,7 +68,8 @@ def save_model(model: KerasModel, path: Path) -> Path:
     Raises:
         InputError: another suffix, a model that .h5 can't hold, or the file can't be written.
     """
-    return save_native(keras_model(model), path, names_of(model))
+    written = model if path.suffix == ".keras" else with_layers(model)
+    return save_native(keras_model(written), path, names_of(model))
 
 
 def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None = None) -> Path:

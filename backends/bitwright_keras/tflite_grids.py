@@ -113,7 +113,7 @@ def place(
 
     Args:
         file: converted with our ranges.
-        activations: site → (name of its TensorFlow op, encoding).
+        activations: site → (name of its TensorFlow op, encoding), in the graph's order.
         parameters: quantized parameters with their values.
 
     Raises:
@@ -147,6 +147,8 @@ def _activations(file: TfliteFile, activations: Mapping[str, tuple[str, Encoding
         # Tensors that share a grid share its very numbers, so that any of the near ones gives the right bits.
         best = min(named or near, key=lambda s: abs(float(wanted[s][0]) - float(grid.scale[0])))
         file.set_grid(index, np.asarray(wanted[best][0]), np.asarray(wanted[best][1]))
+        # A kernel that took several ops in mentions all of them; its output is that of the last.
+        named = [s for s in named if activations[s][0] == activations[named[-1]][0]]
         claimed[index] = named or (near if len({wanted[s] for s in near}) == 1 else [])
     for site in activations:
         exact = [i for i, sites in claimed.items() if site in sites and _mentions(names[i], activations[site][0])]

@@ -259,6 +259,23 @@ def test_a_bundle_for_the_target_has_the_file_and_verify_runs_it(tmp_path: Path)
     assert other.sqnr_db["integer_simulated"] != result.sqnr_db["integer_simulated"]
 
 
+def test_a_kernel_that_took_its_padding_in_is_named_by_its_output(tmp_path: Path) -> None:
+    """Padding and a strided convolution become one kernel, which mentions both; with ReLU6 both have one grid."""
+    x = inputs = keras.Input((8, 8, 3), name="image")
+    x = L.ReLU(6.0, name="first")(L.Conv2D(4, 1, name="stem", bias_initializer="ones")(x))
+    x = L.ZeroPadding2D(((0, 1), (0, 1)), name="pad")(x)
+    x = L.ReLU(6.0, name="second")(L.DepthwiseConv2D(3, strides=2, name="depthwise", bias_initializer="ones")(x))
+    model = keras.Model(inputs, L.Dense(3, name="head")(L.Flatten(name="flat")(x)), name="padded")
+    sim, data = _calibrated(model)
+    sim.set(dict.fromkeys(("second",), sim.encodings["first"]))
+    path, names = _exported(sim, tmp_path)
+    assert "pad" not in names
+    shapes = {str(d["name"]): tuple(d["shape"]) for d in LiteRtSession(path)._interpreter.get_tensor_details()}
+    assert {t: shapes[names[t]] for t in ("first", "second")} == {"first": (1, 8, 8, 4), "second": (1, 4, 4, 4)}
+    sim.export(tmp_path, name="net")
+    assert verify(tmp_path, data, runtime="tflite").agreement["integer_simulated"] > 0.9
+
+
 def test_sessions_say_what_is_wrong_with_data(net: Any) -> None:
     sim, x, path, _ = net
     session, name = LiteRtSession(path), sim.graph.inputs[0]
