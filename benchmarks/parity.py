@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=250, help="images")
     parser.add_argument("--adaround", type=int, default=64, help="images of AdaRound")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="those to compare with ONNX")
-    parser.add_argument("--recipes", default="1,2,3,4", help="columns: 1 W8A8, 2 per tensor, 3 AdaRound, 4 of independent layers")
+    parser.add_argument("--recipes", default="1,2,3,4", help="columns, in the order above")
     parser.add_argument("--control", action="store_true", help="ONNX twice, see above")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)

@@ -28,7 +28,7 @@ from bitwright.graph import Graph, OpKind
 from bitwright.plan import Derived, Float, Plan, SharedWith, SiteKind
 from bitwright.quantsim import QuantSim
 
-TENSOR = {"target": "per_tensor", "scheme": "minmax"}
+TENSOR = {"target": "per_tensor"}
 CLE = ("cross_layer_equalization", {})
 RECIPES = {
     "W8A8": ({}, ()),

@@ -25,16 +25,19 @@ def attention_softmax(scores: Tensor, mask: Tensor | None, causal: bool) -> Tens
 
     Args:
         scores: (…, queries, keys).
-        mask: broadcastable to it; boolean (True takes part) or added. A query that may see no key sees all alike.
+        mask: broadcastable to it; boolean (True takes part) or added. The weights of a query that may see no key are
+            zero, as PyTorch has it.
         causal: a query sees only the keys up to its own position.
     """
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
-    elif mask is not None:
+    if mask is None:
+        return torch.softmax(scores, -1)
+    seen = mask if mask.dtype == torch.bool else mask != -math.inf
+    if mask.dtype != torch.bool:
         scores = scores + mask
-    return torch.softmax(scores, -1)
+    weights = torch.softmax(torch.where(seen, scores, torch.finfo(scores.dtype).min), -1)
+    return weights if causal else torch.where(seen.any(-1, keepdim=True), weights, 0.0)
 
 
 def scale_query(query: Tensor, scale: float | None) -> Tensor:

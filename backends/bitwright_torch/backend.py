@@ -95,7 +95,7 @@ class TorchBackend:
                 module is captured; if that fails, its largest submodules that can be, and a `CaptureNotice` says so.
 
         Raises:
-            InputError: no sample, or it doesn't fit `forward`.
+            InputError: no sample, or it doesn't fit `forward`; `dynamic_shapes` and `modules` together.
             ModelError: the module can't be captured; with the source line and a remedy.
         """
         from bitwright_torch.simulation import SimulatedModel
@@ -203,9 +203,14 @@ def capture_model(
     """Capture a module whole, or in parts (see `TorchBackend.adopt`).
 
     Raises:
-        InputError: the sample doesn't fit `forward`.
+        InputError: the sample doesn't fit `forward`; `dynamic_shapes` and `modules` together.
         ModelError: neither the whole nor any part can be captured.
     """
+    if modules is not None and dynamic_shapes is not None:
+        raise InputError(
+            "dynamic_shapes is of the whole model's arguments, and modules= captures parts, each on the inputs that a "
+            "run of the sample gives it, with a free batch; leave one of them out"
+        )
     if modules is not None:
         return capture_parts(model, sample, modules)
     try:

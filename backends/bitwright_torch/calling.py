@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,20 @@ def _takes(signature: inspect.Signature, name: str) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
+def _in_order(value: Any, template: Any) -> Any:
+    """A nested value with the keys of its dicts in the template's order, which has no meaning to the user's code."""
+    if isinstance(value, dict) and isinstance(template, dict) and type(value) is type(template):
+        if value.keys() != template.keys():
+            return value
+        ordered = copy.copy(value)
+        ordered.clear()
+        ordered.update((k, _in_order(value[k], part)) for k, part in template.items())
+        return ordered
+    if type(value) in (list, tuple) and type(value) is type(template) and len(value) == len(template):
+        return type(value)(_in_order(v, t) for v, t in zip(value, template, strict=True))
+    return value
+
+
 @dataclass(frozen=True)
 class CallingConvention:
     """How a captured model is called: exactly as the user's was.
@@ -104,6 +119,9 @@ class CallingConvention:
         except KeyError as error:
             raise InputError(f"argument {error.args[0]!r} is missing; the model was captured with it") from None
         leaves, spec = pytree.tree_flatten(values)
+        if spec != self.in_spec:
+            template = pytree.tree_unflatten(range(self.in_spec.num_leaves), self.in_spec)
+            leaves, spec = pytree.tree_flatten(_in_order(values, template))
         if spec != self.in_spec:
             raise InputError(f"the arguments have another structure than the captured ones ({self.in_spec})")
         for position, constant in self.constants.items():

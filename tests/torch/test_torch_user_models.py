@@ -11,6 +11,7 @@ from torch import nn
 from bitwright import QuantSim
 from bitwright.errors import InputError
 from bitwright_torch import capture
+from bitwright_torch.backend import TorchBackend
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 PAD = torch.zeros(2, 5, dtype=torch.bool)
@@ -69,6 +70,27 @@ def test_masked_attention_is_simulated(model):
     expected = model(X, PAD).detach().numpy()
     found = sim.predict(batch)[0]
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_queries_that_may_see_no_key_get_zeros(kind):
+    """As PyTorch has it: neither NaN nor the mean of all values."""
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    if kind == "added":
+        mask = torch.zeros(5, 5).masked_fill(~mask, float("-inf"))
+
+    def call(m, x):
+        y = m.q(x)
+        return F.scaled_dot_product_attention(y, y, y, mask)
+
+    model = Module(call, q=lambda: nn.Linear(8, 8)).eval()
+    expected = model(X).detach()
+    assert not expected[:, 2].any()
+    sim = QuantSim(model, X).calibrate([X])
+    found = torch.from_numpy(sim.predict(X)[0])
+    assert not found[:, 2].any()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
 def chunk_then_whole(m, x):
@@ -232,3 +254,27 @@ def test_a_model_captured_on_one_device_runs_on_another():
         moved = copy.deepcopy(model).to("meta")
         assert moved(sample.to("meta")).device.type == "meta"
     torch.testing.assert_close(sim.model(sample), expected, rtol=0, atol=0)
+
+
+def test_keys_of_dicts_come_in_any_order():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, batch):
+            return self.head(batch["parts"][0]["x"] - batch["y"])
+
+    batch = {"parts": [{"x": X, "unused": X}], "y": 2 * X}
+    turned = {"y": 2 * X, "parts": [{"unused": X, "x": X}]}
+    model = Named().eval()
+    sim = QuantSim(model, (batch,))
+    torch.testing.assert_close(sim.native(turned), model(batch), rtol=0, atol=0)
+    with pytest.raises(InputError, match="another structure"):
+        sim.native({"y": X})
+
+
+def test_shapes_of_the_whole_dont_go_with_parts():
+    model = Module(lambda m, x: m.l(x), l=lambda: nn.Linear(8, 8))
+    with pytest.raises(InputError, match="leave one of them out"):
+        TorchBackend().adopt(model, X, modules=["l"], dynamic_shapes={"x": (0,)})
