@@ -5,6 +5,10 @@ reads the tensor. Every candidate's grid is tried on a sample of the inputs of t
 ``‖Ŵ (Q(x) − x)‖² / ‖Ŵ x‖²``; where no linear layer reads it, on the site's own values, ``‖Q(x) − x‖² / ‖x‖²``. The idea
 is that of the output-error search of range setting in Nagel et al. 2021, "A White Paper on Neural Network
 Quantization", §3.1 (MSE and cross-entropy criteria), with the reader's weights in place of a fixed criterion.
+
+In networks that normalize tokens, sites that no linear layer reads (the sums before a norm) are left to calibration:
+the squared error of their values is that of a few massive tokens (see `token_norms`), which the norm shrinks. On MiniLM
+at W8A8 ranges chosen by it cost 4 dB of the embeddings' signal to noise.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from bitwright.statistics.histogram import HistogramStatistic
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.input_sample import InputSample, sample_request
+from bitwright_techniques.token_norms import normalizes_tokens
 
 _POINTS = 4
 """Values of each histogram bin that stand for it."""
@@ -87,11 +92,16 @@ class ActivationRanges:
         """
         s: ActivationRangesSettings = ctx.settings
         sites = [site for site in _sites(ctx.plan, s) if not _frozen(ctx, site)]
+        tokens, left = normalizes_tokens(ctx.graph), 0
         chosen: dict[SiteId, Encoding] = {}
         rows: list[tuple[object, ...]] = []
         ctx.progress.start("Choosing activation ranges", len(sites))
         for site in sites:
             readers = _readers(ctx.graph, ctx.plan, site)
+            if tokens and not readers:
+                left += 1
+                ctx.progress.advance(1, site)
+                continue
             candidates = _candidates(ctx, site)
             errors = {name: _error(ctx, site, e, readers) for name, e in candidates.items()}
             best = min(errors, key=lambda name: errors[name])
@@ -101,12 +111,15 @@ class ActivationRanges:
             ctx.progress.advance(1, site)
         ctx.progress.finish()
         counts = {name: sum(row[1] == name for row in rows) for name in s.schemes}
-        summary = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+        split = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+        summary = f"ranges of {len(chosen)} activations chosen: {split}" if chosen else "no activation range to choose"
+        if left:
+            summary += f"; {left} that no linear layer reads are left to calibration, since tokens are normalized"
         return Outcome(
             encodings=chosen,
             report=Report(
-                f"ranges of {len(chosen)} activations chosen: {summary}" if chosen else "no activation range to choose",
-                {"sites": float(len(chosen)), **{name: float(n) for name, n in counts.items()}},
+                summary,
+                {"sites": float(len(chosen)), "left": float(left), **{name: float(n) for name, n in counts.items()}},
                 ("site", "chosen", "judged by", *s.schemes),
                 tuple(rows),
             ),

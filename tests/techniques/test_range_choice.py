@@ -160,6 +160,17 @@ def test_sites_without_a_linear_reader_are_judged_by_their_own_error():
     assert all(0 <= e < 1 for e in rows["softmax.output"][3:])
 
 
+def test_sites_without_a_linear_reader_are_left_to_calibration_where_tokens_are_normalized(monkeypatch):
+    """Their squared error is that of a few massive tokens, which the norms shrink again."""
+    model = spiky()
+    monkeypatch.setattr("bitwright_techniques.activation_ranges.normalizes_tokens", lambda graph: True)
+    done = choose(model, data(model))
+    assert set(done.outcome.encodings) == {"x"}
+    left = len(simple_plan(model.graph).activations) - 1
+    assert done.outcome.report.figures["left"] == left > 0
+    assert f"{left} that no linear layer reads are left to calibration" in done.outcome.report.summary
+
+
 def test_chosen_ranges_are_frozen_and_frozen_ones_stay():
     model = spiky()
     fixed = encoding_from_range(QuantSpec(8, signed=False, symmetric=False), -1.0, 1.0).with_(frozen=True)
