@@ -21,7 +21,7 @@ from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
 from bitwright_torch.capturing import capture
 from bitwright_torch.edits import edit_model
-from bitwright_torch.files import load_exported, load_factory, load_pt2, save_pt2
+from bitwright_torch.files import load_exported, load_pt2, run_factory, save_pt2
 from bitwright_torch.free_dimensions import DynamicShapes
 from bitwright_torch.model import CapturedModel
 from bitwright_torch.params import read_params
@@ -50,8 +50,8 @@ class TorchBackend:
         """Whether an object is a module or an exported program."""
         return isinstance(model, nn.Module | ExportedProgram)
 
-    def load(self, path: Path, **options: Any) -> CapturedModel:
-        """Open a .pt2 file, or run the factory of "model.py:build".
+    def load(self, path: Path, **options: Any) -> Model:
+        """Open a .pt2 file, or run the factory of "model.py:build" and adopt what it returns.
 
         Args:
             path: the file, for a factory with a colon and the function's name.
@@ -64,7 +64,7 @@ class TorchBackend:
         if unknown := sorted(set(options) - {"sample"}):
             raise InputError(f"the PyTorch backend knows no option {unknown[0]!r}; there is sample")
         if ".py" in str(path) and not str(path).endswith(".pt2"):
-            return load_factory(str(path), options.get("sample"))
+            return self.adopt(*run_factory(str(path), options.get("sample")))
         return load_pt2(Path(path))
 
     def save(self, model: Model, path: Path) -> Path:

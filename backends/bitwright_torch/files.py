@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bitwright.durable import atomic_write
 from bitwright.errors import InputError, ModelError
 from bitwright_torch.calling import CallingConvention
-from bitwright_torch.capturing import capture, from_exported
+from bitwright_torch.capturing import from_exported
 from bitwright_torch.model import NAMES, CapturedModel, info, program_of, with_program
 from bitwright_torch.naming import call_name
 
@@ -191,14 +191,13 @@ def _renamed(model: CapturedModel, ops: list[list[Any]]) -> CapturedModel:
     return model
 
 
-def load_factory(text: str, sample: Any = None) -> CapturedModel:
-    """Run `function()` of "file.py:function" and capture the module that it returns.
+def run_factory(text: str, sample: Any = None) -> tuple[nn.Module, Any]:
+    """Run `function()` of "file.py:function": a module, and the sample to capture it with.
 
-    The function returns a module and a sample, or a module that has an `example_input_array`.
+    The function returns both, or a module that has an `example_input_array`.
 
     Raises:
         InputError: no such file or function, it fails, or it returns something else.
-        ModelError: the module can't be captured.
     """
     file, colon, name = text.rpartition(":")
     if not colon or not file.endswith(".py"):
@@ -217,7 +216,7 @@ def load_factory(text: str, sample: Any = None) -> CapturedModel:
         sample = getattr(module, "example_input_array", None)
     if sample is None:
         raise InputError(f"{text!r} must return the module and a sample batch, to capture it with")
-    return capture(module, sample)
+    return module, sample
 
 
 def _run(path: Path, name: str) -> Any:

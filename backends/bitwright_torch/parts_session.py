@@ -18,7 +18,7 @@ from bitwright.graph import Graph
 from bitwright.statistics.base import Tap, reduced
 from bitwright_torch.model import CapturedModel, device_of, program_of
 from bitwright_torch.parts import OUTSIDE, PartitionedModel, part_of, parts_graph
-from bitwright_torch.session import open_session
+from bitwright_torch.session import as_tensor, open_session
 
 Opener = Callable[[str, Sequence[Tap], Sequence[str] | None], Session]
 """Makes a session of one part for some taps, from the part's inputs or from feeds."""
@@ -63,7 +63,7 @@ class PartitionedSession:
             part = model.get_submodule(name)
             handles.append(part.register_forward_pre_hook(_collector(session, found), with_kwargs=True))
         device = device_of(model)
-        tensors = {n: torch.as_tensor(np.asarray(v)).to(device) for n, v in batch.items()}
+        tensors = {n: as_tensor(v).to(device) for n, v in batch.items()}
         values = pytree.tree_unflatten(convention.call(tensors), convention.in_spec)
         bound = inspect.BoundArguments(
             convention.signature, dict(zip(convention.given, values, strict=True))

@@ -88,11 +88,7 @@ class TorchSession:
         given: Any = batch[name]
         shape, wanted = self._shapes[name]
         dtype = getattr(torch, wanted)
-        if isinstance(given, torch.Tensor):
-            tensor = given
-        else:
-            array = np.asarray(given)
-            tensor = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        tensor = as_tensor(given)
         if tensor.dtype != dtype:
             if tensor.is_floating_point() != dtype.is_floating_point:
                 raise InputError(f"input {name!r} takes {wanted}, the batch holds {str(tensor.dtype)[6:]}")
@@ -103,6 +99,14 @@ class TorchSession:
         if not fits:
             raise InputError(f"input {name!r} has shape {shape} (None: free), the batch holds {tuple(tensor.shape)}")
         return tensor.to(device)
+
+
+def as_tensor(given: Any) -> torch.Tensor:
+    """A tensor as it is, or of an array, whose memory it shares where the array may be written to."""
+    if isinstance(given, torch.Tensor):
+        return given
+    array = np.asarray(given)
+    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
 
 
 def _reduce(graph: fx.Graph, wanted: Sequence[str], taps: Sequence[Tap]) -> None:

@@ -1,5 +1,8 @@
 """Model files: .pt2 programs and factories."""
 
+import warnings
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -8,6 +11,7 @@ import nets  # noqa: E402
 
 from bitwright import QuantSim, registry  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright_torch import CaptureNotice  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
 BACKEND = TorchBackend()
@@ -85,6 +89,37 @@ def test_a_factory_is_a_model_path(tmp_path):
     sim = QuantSim(f"{tmp_path}/model.py:build", target="default_per_channel")
     assert sim.backend.name == "torch" and sim.graph.linear_ops[0].id == "0"
     assert sim.native(torch.zeros(5, 4)).shape == (5, 3)
+
+
+DETECTOR = """
+import torch
+from torch import nn
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        boxes = self.head(self.backbone(x).flatten(2).transpose(1, 2))
+        return {"boxes": [b[b[:, 0] > 0] for b in boxes] if boxes.max() > 0 else None, "all": boxes}
+
+def build():
+    return Detector().eval(), torch.randn(2, 3, 6, 6)
+"""
+
+
+def test_a_factory_whose_model_cannot_be_captured_whole_gives_its_parts(tmp_path):
+    (tmp_path / "model.py").write_text(DETECTOR)
+    with pytest.warns(CaptureNotice, match=r"in parts \(backbone, head\)"):
+        sim = QuantSim(f"{tmp_path}/model.py:build")
+    images = np.random.default_rng(0).normal(size=(4, 3, 6, 6)).astype(np.float32)
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of arrays that torch may not write to
+        sim.calibrate({"x": images}).export(tmp_path / "out")
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"model.backbone.onnx", "model.head.qdq.onnx", "model.encodings"} <= written
 
 
 @pytest.mark.parametrize(
