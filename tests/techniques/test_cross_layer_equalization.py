@@ -200,6 +200,17 @@ def test_relu6_stays_and_cuts_what_it_cut(seed, mode):
     assert unevenness(done.outcome.params).sum() < unevenness(model.params).sum()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_noise_in_the_data_changes_no_weight(seed):
+    """How far channels reach is measured, and no two frameworks measure it alike to the last bit."""
+    model = models.depthwise_triple(seed, spread=1.5)
+    data = models.batch(model, 16, 0)
+    noisy = {name: (values * (1 + 2e-7)).astype(np.float32) for name, values in data.items()}
+    assert any((noisy[name] != data[name]).any() for name in data)
+    one, two = (equalize(model, data=[batch], clipped_relu="keep").outcome.params for batch in (data, noisy))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
 def test_folded_batch_norms_tell_how_far_channels_reach():
     b = Builder(3)
     weight = b.rng.normal(size=(4, 5))
