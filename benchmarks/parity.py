@@ -6,9 +6,8 @@
 
 For each backend: top-1 of float, W8A8, W8A8 per tensor + CLE + bias correction, W4A8 + AdaRound, and AdaRound of layers
 that are independent of each other; by default each makes up for the errors before it, rounding noise included, which no
-two frameworks have alike. Beside it: whether
-the plan is that of ONNX, how many weight grids are equal to it bit by bit, and the spread of top-1 over the backends.
-The first images calibrate, the last evaluate.
+two frameworks have alike. Beside it: whether the plan is that of ONNX, how many weight grids are equal to it bit by
+bit, and the spread of top-1 over the backends. The first images calibrate, the last evaluate.
 --control adds ONNX a second time with its calibration images changed by a millionth of each value: what float32 noise
 alone does to a recipe, in one and the same framework.
 """

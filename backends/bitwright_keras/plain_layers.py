@@ -7,7 +7,7 @@ one of Keras's own layers computes become that layer again, under the operation'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -39,6 +39,37 @@ Made = tuple[keras.layers.Layer, tuple[Any, ...]]
 """A layer and what it is called with."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of an operation.
+
+    Attributes:
+        node: the call.
+        specs: of the model's activations.
+    """
+
+    node: Node
+    specs: Mapping[str, Spec]
+
+    @property
+    def operation(self) -> Any:
+        return self.node.operation
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """Its arguments, by position and then by name."""
+        return (*self.node.args, *self.node.kwargs.values())
+
+    @property
+    def out(self) -> Spec:
+        return self.specs[self.node.outputs[0]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the layer in its place has whatever it is."""
+        return {"name": self.operation.name, "dtype": self.out.dtype}
+
+
 def with_layers(model: KerasModel) -> KerasModel:
     """The model with layers for the operations that have one.
 
@@ -49,123 +80,103 @@ def with_layers(model: KerasModel) -> KerasModel:
 
 
 def _replaced(node: Node, specs: Mapping[str, Spec]) -> Node:
-    if node.layer is not None or len(node.outputs) != 1:
+    maker = None if node.layer is not None or len(node.outputs) != 1 else _MAKERS.get(node.type)
+    call = _Call(node, specs)
+    if maker is None or not call.out.dtype.startswith(("float", "bfloat")):
         return node
-    made = _made(node, specs)
-    if made is None:
-        return node
-    layer, args = made
-    return replace(node, operation=layer, args=args, kwargs={}, params={})
+    made = maker(call)
+    return node if made is None else replace(node, operation=made[0], args=made[1], kwargs={}, params={})
 
 
-def _made(node: Node, specs: Mapping[str, Spec]) -> Made | None:
-    out = specs[node.outputs[0]]
-    if not out.dtype.startswith(("float", "bfloat")):
+def _binary(call: _Call) -> Made | None:
+    if len(call.given) != 2:
         return None
-    given = (*node.args, *node.kwargs.values())
-    settings = {"name": node.operation.name, "dtype": out.dtype}
-    if node.type in ("Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum") and len(given) == 2:
-        if not all(isinstance(x, Ref) for x in given):
-            return _rescaling(node.type, given, out, specs, settings)
-        return _merge(node.type, given, out, specs, settings)
-    if node.type in _ACTIVATIONS and len(given) == 1:
-        return keras.layers.Activation(_ACTIVATIONS[node.type], **settings), given
-    maker = _MAKERS.get(node.type)
-    return None if maker is None else maker(node.operation, given, out, specs, settings)
+    return _merge(call) if all(isinstance(x, Ref) for x in call.given) else _rescaling(call)
 
 
-def _rescaling(
-    kind: str, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
+def _rescaling(call: _Call) -> Made | None:
     """x · scale + offset with constants."""
-    first = isinstance(given[0], Ref)
-    x, constant = given if first else given[::-1]
+    first = isinstance(call.given[0], Ref)
+    x, constant = call.given if first else call.given[::-1]
     if not isinstance(x, Ref) or not isinstance(constant, int | float | np.ndarray | np.generic):
         return None
-    if specs[x.id].shape != out.shape:  # the constant widens it
+    if call.specs[x.id].shape != call.out.shape:  # the constant widens it
         return None
     value = np.asarray(constant, np.float64)
-    factors: dict[tuple[str, bool], tuple[Any, Any]] = {
-        ("Add", True): (1.0, value),
-        ("Add", False): (1.0, value),
-        ("Subtract", True): (1.0, -value),
-        ("Subtract", False): (-1.0, value),
-        ("Multiply", True): (value, 0.0),
-        ("Multiply", False): (value, 0.0),
-    }
-    if kind in ("Divide", "TrueDivide") and first and (value != 0).all():
-        factors[kind, True] = 1 / value, 0.0
-    if (kind, first) not in factors:
-        return None
-    scale, offset = (np.asarray(v, np.float32).tolist() for v in factors[kind, first])
-    return keras.layers.Rescaling(scale, offset, **settings), (x,)
+    scale, offset = np.ones(()), np.zeros(())
+    match call.node.type:
+        case "Add":
+            offset = value
+        case "Subtract":
+            scale, offset = (scale, -value) if first else (-scale, value)
+        case "Multiply":
+            scale = value
+        case "Divide" | "TrueDivide" if first and (value != 0).all():
+            scale = 1 / value
+        case _:
+            return None
+    numbers = (np.asarray(v, np.float32).tolist() for v in (scale, offset))
+    return keras.layers.Rescaling(*numbers, **call.settings), (x,)
 
 
-def _merge(
-    kind: str, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
+def _merge(call: _Call) -> Made | None:
     """Of two tensors. Of different ranks these layers line up axes otherwise than broadcasting does."""
-    shapes = [specs[x.id].shape for x in given]
-    alike = all(len(s) == len(out.shape) for s in shapes) and all(specs[x.id].dtype == out.dtype for x in given)
+    given = [call.specs[x.id] for x in call.given]
+    alike = all(len(s.shape) == len(call.out.shape) and s.dtype == call.out.dtype for s in given)
     # What broadcasts along the batch isn't a layer's to combine.
-    if kind not in _MERGES or not alike or any(s[0] != out.shape[0] for s in shapes):
+    if call.node.type not in _MERGES or not alike or any(s.shape[0] != call.out.shape[0] for s in given):
         return None
-    return _MERGES[kind](**settings), (list(given),)
+    return _MERGES[call.node.type](**call.settings), (list(call.given),)
 
 
-def _transpose(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
-    axes = operation.axes
+def _activation(call: _Call) -> Made | None:
+    if len(call.given) != 1:
+        return None
+    return keras.layers.Activation(_ACTIVATIONS[call.node.type], **call.settings), call.given
+
+
+def _transpose(call: _Call) -> Made | None:
+    axes = call.operation.axes
     if axes is None or axes[0] != 0 or len(axes) < 2:
         return None
-    return keras.layers.Permute([a % len(axes) for a in axes[1:]], **settings), given
+    return keras.layers.Permute([a % len(axes) for a in axes[1:]], **call.settings), call.given
 
 
-def _reshape(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
+def _reshape(call: _Call) -> Made | None:
     """With the batch left alone."""
-    before = specs[given[0].id].shape
-    if before[0] != out.shape[0] or sum(n is None for n in out.shape[1:]) > 1 or None in before[1:]:
+    before, (batch, *after) = call.specs[call.given[0].id].shape, call.out.shape
+    if before[0] != batch or after.count(None) > 1 or None in before[1:]:
         return None
-    return keras.layers.Reshape([-1 if n is None else n for n in out.shape[1:]], **settings), given
+    return keras.layers.Reshape([-1 if n is None else n for n in after], **call.settings), call.given
 
 
-def _concatenate(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
-    parts = given[0]
-    axis = operation.axis % len(out.shape)
+def _concatenate(call: _Call) -> Made | None:
+    parts = call.given[0]
+    axis = call.operation.axis % len(call.out.shape)
     if axis == 0 or not isinstance(parts, list | tuple) or not all(isinstance(x, Ref) for x in parts):
         return None
-    if any(specs[x.id].dtype != out.dtype for x in parts):
+    if any(call.specs[x.id].dtype != call.out.dtype for x in parts):
         return None
-    return keras.layers.Concatenate(axis, **settings), (list(parts),)
+    return keras.layers.Concatenate(axis, **call.settings), (list(parts),)
 
 
-def _softmax(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
-    return (keras.layers.Softmax(operation.axis, **settings), given) if isinstance(operation.axis, int) else None
+def _softmax(call: _Call) -> Made | None:
+    axis = call.operation.axis
+    return (keras.layers.Softmax(axis, **call.settings), call.given) if isinstance(axis, int) else None
 
 
-def _gelu(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
-    return None if operation.approximate else (keras.layers.Activation("gelu", **settings), given)
+def _gelu(call: _Call) -> Made | None:
+    return None if call.operation.approximate else (keras.layers.Activation("gelu", **call.settings), call.given)
 
 
-def _cast(
-    operation: Any, given: tuple[Any, ...], out: Spec, specs: Mapping[str, Spec], settings: dict[str, Any]
-) -> Made | None:
+def _cast(call: _Call) -> Made | None:
     """A rescaling by 1 in the type wanted."""
-    return keras.layers.Rescaling(1.0, 0.0, **settings), given
+    return keras.layers.Rescaling(1.0, 0.0, **call.settings), call.given
 
 
-Maker = Callable[[Any, tuple[Any, ...], Spec, Mapping[str, Spec], dict[str, Any]], Made | None]
-
-_MAKERS: Mapping[str, Maker] = {
+_MAKERS: Mapping[str, Callable[[_Call], Made | None]] = {
+    **dict.fromkeys((*_MERGES, "Divide", "TrueDivide"), _binary),
+    **dict.fromkeys(_ACTIVATIONS, _activation),
     "Transpose": _transpose,
     "Reshape": _reshape,
     "ExpandDims": _reshape,

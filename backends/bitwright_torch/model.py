@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError
 from bitwright_torch.calling import CallingConvention
@@ -108,8 +107,8 @@ def _follow_device(graph: fx.Graph) -> fx.Graph:
 
     Graphs that name several devices are left as they are: they belong to a model that is spread over these.
     """
-    named = [n for n in graph.nodes if n.op == "call_function" and _devices(n)]
-    if not named or len({d for n in named for d in _devices(n)}) > 1:
+    named = {n: d for n in graph.nodes if (d := _device(n)) is not None}
+    if len(set(named.values())) != 1:
         return graph
     copied: dict[fx.Node, fx.Node] = {}
     followed = fx.Graph()
@@ -123,15 +122,14 @@ def _follow_device(graph: fx.Graph) -> fx.Graph:
         source = followed.get_attr(str(held.target)) if held.op == "get_attr" else held
         device = followed.call_function(getattr, (source, "device"))
     for node in (copied[n] for n in named):
-        node.args, node.kwargs = (
-            pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, arguments)
-            for arguments in (node.args, node.kwargs)
-        )
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in node.kwargs.items()}
     return followed
 
 
-def _devices(node: fx.Node) -> list[torch.device]:
-    return [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, torch.device)]
+def _device(node: fx.Node) -> torch.device | None:
+    """The device that a call names."""
+    return next((a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)), None)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -78,8 +78,8 @@ def quant_analyzer(
         larger_is_better: of the evaluation; False for a loss or a perplexity.
         batch_size, limit: of the data.
         run: where finished measurements are kept, so that the same call goes on after an interruption; default: the
-            simulation's own, or `.run` in `out`. An
-            `evaluate` that has changed is asked again, as far as `evaluation_identity` sees it.
+            simulation's own, or `.run` in `out`. An `evaluate` that has changed is asked again, as far as
+            `evaluation_identity` sees it.
         progress: where progress is shown.
         options: of `QuantSim`, for a model: target, weights, activations, scheme, overrides, seed, ….
 

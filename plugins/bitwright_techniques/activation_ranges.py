@@ -74,7 +74,7 @@ class ActivationRanges:
 
     def statistics(self, graph: Graph, plan: Plan, settings: ActivationRangesSettings) -> Iterable[Request]:
         """What the schemes need of each site, and samples of the inputs of the layers that read them."""
-        sites = _sites(plan, settings)
+        sites, _ = _split(graph, plan, _sites(plan, settings))
         for site in sites:
             spec = plan.spec(site)
             assert spec is not None
@@ -91,17 +91,13 @@ class ActivationRanges:
             InputError: a pattern that matches no site.
         """
         s: ActivationRangesSettings = ctx.settings
-        sites = [site for site in _sites(ctx.plan, s) if not _frozen(ctx, site)]
-        tokens, left = normalizes_tokens(ctx.graph), 0
+        free = [site for site in _sites(ctx.plan, s) if not _frozen(ctx, site)]
+        sites, left = _split(ctx.graph, ctx.plan, free)
         chosen: dict[SiteId, Encoding] = {}
         rows: list[tuple[object, ...]] = []
         ctx.progress.start("Choosing activation ranges", len(sites))
         for site in sites:
             readers = _readers(ctx.graph, ctx.plan, site)
-            if tokens and not readers:
-                left += 1
-                ctx.progress.advance(1, site)
-                continue
             candidates = _candidates(ctx, site)
             errors = {name: _error(ctx, site, e, readers) for name, e in candidates.items()}
             best = min(errors, key=lambda name: errors[name])
@@ -114,12 +110,16 @@ class ActivationRanges:
         split = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
         summary = f"ranges of {len(chosen)} activations chosen: {split}" if chosen else "no activation range to choose"
         if left:
-            summary += f"; {left} that no linear layer reads are left to calibration, since tokens are normalized"
+            summary += f"; {len(left)} that no linear layer reads are left to calibration, since tokens are normalized"
         return Outcome(
             encodings=chosen,
             report=Report(
                 summary,
-                {"sites": float(len(chosen)), "left": float(left), **{name: float(n) for name, n in counts.items()}},
+                {
+                    "sites": float(len(chosen)),
+                    "left": float(len(left)),
+                    **{name: float(n) for name, n in counts.items()},
+                },
                 ("site", "chosen", "judged by", *s.schemes),
                 tuple(rows),
             ),
@@ -141,6 +141,14 @@ def _sites(plan: Plan, settings: ActivationRangesSettings) -> list[SiteId]:
         if listed and not any(fnmatch.fnmatchcase(site, p) for p in settings.exclude):
             found.append(site)
     return found
+
+
+def _split(graph: Graph, plan: Plan, sites: list[SiteId]) -> tuple[list[SiteId], list[SiteId]]:
+    """The sites that can be judged, and those that are left to calibration."""
+    if not normalizes_tokens(graph):
+        return sites, []
+    judged = [site for site in sites if _readers(graph, plan, site)]
+    return judged, [site for site in sites if site not in judged]
 
 
 def _readers(graph: Graph, plan: Plan, site: SiteId) -> tuple[Op, ...]:
