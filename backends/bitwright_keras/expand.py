@@ -104,9 +104,10 @@ def _rescaling(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
     if channels_first and (scale.ndim or offset.ndim):
         return None
-    if not offset.any() and (scale == 1).all():  # a cast, or nothing
-        return _cast(made, layer, name, args[0])
-    x = _cast(made, layer, f"{name}/cast", args[0])
+    trivial = not offset.any() and (scale == 1).all()
+    x = _cast(made, layer, name if trivial else f"{name}/cast", args[0])
+    if trivial and x is not args[0]:  # the cast is all there is
+        return x
     if not offset.any():
         return made.emit(name, keras.ops.multiply, x, _number(scale))
     if (scale != 1).any():

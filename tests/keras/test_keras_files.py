@@ -99,6 +99,16 @@ def test_h5_has_layers_for_operations(tmp_path) -> None:
     assert {"scaled/scale/constant", "normalized/mean/constant"} <= set(one.params) & set(two.params)
 
 
+def test_layers_that_change_nothing_keep_their_names_in_h5(tmp_path) -> None:
+    """As the normalization of an EfficientNet without weights: a mean of 0 and a variance of 1."""
+    x = keras.Input((6,), name="x")
+    y = keras.layers.Normalization(mean=0.0, variance=1.0, name="normalized")(x)
+    y = keras.layers.Dense(3, name="head")(keras.layers.Rescaling(1.0, name="same")(y))
+    sim = QuantSim(keras.Model(x, y))
+    one, two = BACKEND.graph(sim.native), BACKEND.graph(BACKEND.load(BACKEND.save(sim.native, tmp_path / "model.h5")))
+    assert [op.id for op in one] == [op.id for op in two] == ["normalized/mean", "normalized", "same", "head"]
+
+
 def test_h5_holds_no_calls_of_keras_ops(tmp_path) -> None:
     """Keras writes such a file, and can't load it."""
     x = keras.Input((6,), name="x")
