@@ -18,7 +18,7 @@ def unique_name(graph: ir.Graph, wanted: str) -> str:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     """A new initializer under a free name."""
     name = unique_name(graph, name)
-    tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+    tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)  # keeps rank 0
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
@@ -30,7 +30,7 @@ def rewrite_operand(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarra
     assert value is not None and value.const_value is not None
     dtype = value.const_value.dtype
     if is_private(value):
-        value.const_value = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=value.name)
+        value.const_value = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=value.name)
         value.shape = ir.Shape(array.shape)
         return value
     own = add_initializer(graph, f"{value.name}.{node.name}", array, dtype)

@@ -155,3 +155,10 @@ def _convert(values: Array, dtype: str, place: str) -> Array:
     elif target.kind == "b" and not ((values == 0) | (values == 1)).all():
         raise InputError(f"{place}: the model takes booleans, but there are values other than 0 and 1")
     return np.ascontiguousarray(values, target)
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """An output over several batches: along the first axis, or stacked where it has none; one batch's as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.stack(parts) if parts[0].ndim == 0 else np.concatenate(parts)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitwright import applying
 from bitwright.backend import Batch, Bundle, Simulation, TrainableSimulation, Training
-from bitwright.batches import batch_dimension
+from bitwright.batches import batch_dimension, joined
 from bitwright.data import Dataset, open_data
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError
@@ -302,13 +302,17 @@ class QuantSim:
         Args:
             data: as for `open`.
             simulated: of the simulation, or of the float model.
+
+        Returns:
+            One array an output: batches after one another along the first axis; outputs of rank 0 one a batch, or the
+            scalar itself where there is one batch.
         """
         taps = [Tap(t) for t in self.graph.outputs]
         session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
         batches = [session.run(batch) for batch in self.open(data)]
         if not batches:
             raise InputError("there are no data to predict on")
-        return [np.concatenate([b[tap] for b in batches]) for tap in taps]
+        return [joined([b[tap] for b in batches]) for tap in taps]
 
     def export(
         self,
