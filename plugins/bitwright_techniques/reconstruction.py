@@ -16,8 +16,8 @@ from bitwright.statistics.moments import LayerMoments
 Array = NDArray[np.float64]
 Inputs = Literal["asymmetric", "quantized", "float"]
 
-_ROUNDOFF = 1e-6
-"""Moments are sums of float32 products: a variance below this share of E[x̂²] is rounding noise."""
+_ROUNDOFF = 2.0**-22
+"""Moments are sums of float32 products: an eigenvalue below this share of the largest is rounding noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +112,21 @@ def reconstruction(
     if inputs != "asymmetric":
         xx = qq = xq = qq if inputs == "quantized" else xx
     features = qq.shape[1]
-    power = np.einsum("gkk->g", moments.qq) / features
-    ridge = np.maximum(damping * np.einsum("gkk->g", qq) / features, _ROUNDOFF * power)
-    # An input that is always zero makes any weight as good as another: stay near W.
+    # The largest eigenvalue is at most the trace: the noise of a wide layer is larger beside its mean diagonal. Inputs
+    # are float32 numbers themselves, so that none is known better than by that share of its size.
+    trace = np.einsum("gkk->g", qq)
+    own = np.square(_ROUNDOFF) * np.einsum("gkk->g", moments.qq)
+    ridge = np.maximum(damping * trace / features, np.maximum(_ROUNDOFF * trace, own))
+    # An input that never changes makes any weight as good as another: stay near W.
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
     gram = qq + ridge[:, None, None] * np.eye(features)
     cross = matrix @ xq
     energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
     if moments.has_residual and inputs == "asymmetric":
-        rx, rq, mean, square = moments.residual
         if free_bias:
-            rx, rq = rx - np.outer(mean, moments.mean[0]), rq - np.outer(mean, moments.mean_quantized[0])
-            square = square - np.square(mean)
+            rx, rq, square = moments.centred_residual()
+        else:
+            rx, rq, _, square = moments.residual
         cross = cross + rq[None]
         energy = energy + (2 * np.einsum("rk,rk->r", matrix[0], rx) + square)[None]
     target = matrix

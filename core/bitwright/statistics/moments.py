@@ -15,6 +15,8 @@ from bitwright.statistics.base import Reduction, finite
 
 Moments = NDArray[np.float64]
 RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
+STEADY = 4.0
+"""Mean squared over variance from which a feature is summed about its mean: float32 products lose too much there."""
 SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
 
 
@@ -24,6 +26,9 @@ class LayerMoments:
     With weights W, candidate Ŵ and bias change handled apart, the mean squared output error of a layer is
     ``tr(Ŵ Ĥ Ŵᵀ) − 2 tr(Ŵ Cᵀ Wᵀ) + tr(W H Wᵀ)``, with gradient ``2 (Ŵ Ĥ − W C)`` (AdaRound, Nagel et al. 2020,
     eq. 20 written in moments). Sums are kept in float64, batches are multiplied in float32.
+
+    Features that barely vary around a large mean are summed about a shift near it (chosen on the first batch), so that
+    their variance isn't the difference of two large numbers; every property gives the moments of x itself.
 
     Args:
         op: the op, for its geometry.
@@ -53,6 +58,8 @@ class LayerMoments:
         self.op, self.channel_axis, self.paired = op, channel_axis, paired
         self.count = 0
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
+        """Of x − shift."""
+        self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         self._products: list[Moments] = [
             np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
         ]
@@ -63,7 +70,7 @@ class LayerMoments:
     @staticmethod
     def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
         """Memory that the finished statistic holds."""
-        return 8 * groups_of(op) * features * ((3 if paired else 1) * products * features + 2)
+        return 8 * groups_of(op) * features * ((3 if paired else 1) * products * features + 2 * (1 + paired))
 
     def update(self, *values: NDArray[Any]) -> None:
         """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
@@ -80,11 +87,23 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
         error = self._rows(values[-1]) if self.has_residual else None
         values = values[: 1 + self.paired]
-        rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
-        self.count += rows.pop()
         if not self._products:
+            rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
+            self.count += rows.pop()
             return
+        means = [np.zeros_like(total) for total in self._sum]
+        rows = [self._add_means(total, v) for total, v in zip(means, values, strict=True)]
+        first, shifted = self.count == 0, False
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
+            if first:
+                self._shift, first = [_steady_means(chunk) for chunk in chunks], False
+            shifted = any(shift.any() for shift in self._shift)
+            if shifted:
+                chunks = tuple(
+                    chunk - shift[..., None].astype(np.float32) for chunk, shift in zip(chunks, self._shift, strict=True)
+                )
+                for total, chunk in zip(self._sum, chunks, strict=True):
+                    total += chunk.sum(axis=2, dtype=np.float64)
             x, q = chunks[0], chunks[-1]
             if error is not None:
                 part, error = np.split(error, [q.shape[2]], axis=1)
@@ -98,6 +117,10 @@ class LayerMoments:
                     total[0] += a[0] @ b[0].T
                 else:
                     total += np.matmul(a, np.swapaxes(b, 1, 2))
+        if not shifted:
+            for total, mean in zip(self._sum, means, strict=True):
+                total += mean
+        self.count += rows.pop()
 
     def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
         """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
@@ -118,9 +141,34 @@ class LayerMoments:
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
+        if self.count == 0:
+            self._shift = [shift.copy() for shift in other._shift]
+        moved = other._about(self._shift)
         self.count += other.count
-        for mine, theirs in zip(self._all, other._all, strict=True):
+        for mine, theirs in zip(self._all, moved, strict=True):
             mine += theirs
+
+    def _about(self, shifts: list[Moments]) -> list[Moments]:
+        """All sums as they would be about other shifts."""
+        steps = [own - shift for own, shift in zip(self._shift, shifts, strict=True)]
+        if not any(step.any() for step in steps):
+            return self._all
+        sums = [total + self.count * step for total, step in zip(self._sum, steps, strict=True)]
+        products = [
+            total + _outer(self._sum[a], steps[b]) + _outer(steps[a], self._sum[b]) + self.count * _outer(steps[a], steps[b])
+            for total, (a, b) in zip(self._products, self._pairs, strict=True)
+        ]
+        residual = list(self._residual)
+        if residual:
+            residual[0] = residual[0] + np.outer(residual[2], steps[0][0])
+            residual[1] = residual[1] + np.outer(residual[2], steps[-1][0])
+        return sums + products + residual
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        """Which of x and x̂ each product is of."""
+        last = len(self._sum) - 1
+        return ((0, 0), (last, last), (0, last))[: len(self._products)]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Plain arrays."""
@@ -128,6 +176,7 @@ class LayerMoments:
         return {
             "count": np.array(self.count),
             **dict(zip(names[0], self._sum, strict=True)),
+            **dict(zip(("shift_x", "shift_q"), self._shift, strict=False)),
             **dict(zip(names[1], self._products, strict=True)),
             **dict(zip(RESIDUAL, self._residual, strict=False)),
         }
@@ -136,6 +185,7 @@ class LayerMoments:
         """Take a saved state."""
         self.count = int(state["count"])
         self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
+        self._shift = [np.array(state[n]) for n in ("shift_x", "shift_q")[: len(self._sum)]]
         self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
         self._residual = [np.array(state[n]) for n in RESIDUAL[: len(self._residual)]]
 
@@ -158,17 +208,41 @@ class LayerMoments:
         if not self._residual:
             raise InputError(f"{self.op.id!r}: no residual operand was observed")
         rx, rq, mean, square = (self._scaled(total) for total in self._residual)
-        return rx, rq, mean, square
+        return rx + np.outer(mean, self._shift[0][0]), rq + np.outer(mean, self._shift[-1][0]), mean, square
+
+    def centred_residual(self) -> tuple[Moments, Moments, Moments]:
+        """`residual`'s E[r xᵀ], E[r x̂ᵀ] and E[r²] with all means taken out.
+
+        Raises:
+            InputError: it wasn't collected.
+        """
+        if not self._residual:
+            raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        rx, rq, mean, square = (self._scaled(total) for total in self._residual)
+        x, q = self._scaled(self._sum[0])[0], self._scaled(self._sum[-1])[0]
+        return rx - np.outer(mean, x), rq - np.outer(mean, q), square - np.square(mean)
 
     @property
     def has_products(self) -> bool:
         """Whether second moments were collected."""
         return bool(self._products)
 
-    def _product(self, index: int) -> Moments:
+    def _centred(self, index: int) -> Moments:
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
-        return self._scaled(self._products[index])
+        a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
+        return self._scaled(self._products[index]) - _outer(a, b)
+
+    def _product(self, index: int) -> Moments:
+        """About zero: what the shift has taken out put in again."""
+        if not self._products:
+            raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        total = self._scaled(self._products[index])
+        (a, b), shifts = self._pairs[index], self._shift
+        if not (shifts[a].any() or shifts[b].any()):
+            return total
+        m, n = self._scaled(self._sum[a]), self._scaled(self._sum[b])
+        return total + _outer(shifts[a], n) + _outer(m, shifts[b]) + _outer(shifts[a], shifts[b])
 
     def _scaled(self, total: Moments) -> Moments:
         if self.count == 0:
@@ -178,12 +252,12 @@ class LayerMoments:
     @property
     def mean(self) -> Moments:
         """E[x], (groups, K)."""
-        return self._scaled(self._sum[0])
+        return self._shift[0] + self._scaled(self._sum[0])
 
     @property
     def mean_quantized(self) -> Moments:
         """E[x̂], (groups, K)."""
-        return self._scaled(self._sum[-1])
+        return self._shift[-1] + self._scaled(self._sum[-1])
 
     @property
     def xx(self) -> Moments:
@@ -202,9 +276,15 @@ class LayerMoments:
 
     def centred(self) -> tuple[Moments, Moments, Moments]:
         """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""
-        m, n = self.mean, self.mean_quantized
-        return self.xx - _outer(m, m), self.qq - _outer(n, n), self.xq - _outer(m, n)
+        return self._centred(0), self._centred(1 if self.paired else 0), self._centred(2 if self.paired else 0)
 
 
 def _outer(a: Moments, b: Moments) -> Moments:
     return a[:, :, None] * b[:, None, :]
+
+
+def _steady_means(chunk: NDArray[np.float32]) -> Moments:
+    """Of columns (groups, K, rows): the means of the features that barely vary around them, as float32; else 0."""
+    mean = chunk.mean(axis=2, dtype=np.float64)
+    variance = np.einsum("gkr,gkr->gk", chunk, chunk, dtype=np.float64) / chunk.shape[2] - np.square(mean)
+    return np.where(np.square(mean) > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)
