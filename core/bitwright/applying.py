@@ -49,7 +49,7 @@ def apply(sim: QuantSim, technique: str | Technique, data: Any, settings: Mappin
         encodings=table,
         statistics=_statistics(sim, body, chosen, table, dataset),
         settings=chosen,
-        walk=None if dataset is None else _walk(sim, table, dataset, store),
+        walk=None if dataset is None else _walk(sim, body.name, table, dataset, store),
         store=store,
         progress=sim.progress,
         seed=sim.seed,
@@ -89,7 +89,7 @@ def _statistics(
     return collect(requests, open_session, dataset, progress=sim.progress)
 
 
-def _walk(sim: QuantSim, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:
+def _walk(sim: QuantSim, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:
     return LayerwiseWalk(
         sim.backend,
         sim.native,
@@ -100,6 +100,7 @@ def _walk(sim: QuantSim, table: EncodingTable, dataset: Dataset, store: Store) -
         store,
         sim.progress,
         activations=lambda: table.merged(calibrated_activations(sim, table, dataset)),
+        name=name,
     )
 
 

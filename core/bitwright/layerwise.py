@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,10 +31,11 @@ from bitwright.linear_form import groups_of, input_channels, output_channels, to
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright.statistics.moments import LayerMoments
-from bitwright.technique import Layer, LayerResult, Progress, Store
+from bitwright.technique import Layer, LayerResult, LayerwiseSettings, Progress, Store
 
-GRAM_BYTES = 2 * 2**30
-"""Largest moments that a layer may need; a layer beyond it is left as it is, with a line in the report."""
+GIB = 2**30
+NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
+"""What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
 
 Solve = Callable[[Layer], LayerResult]
 
@@ -46,6 +48,8 @@ class LayerwiseWalk:
         encodings: current ones; weights of ops not visited stay quantized by these.
         activations: gives the activation encodings when they are first needed.
         store: finished layers are kept here under "layer/<op id>".
+        moments_gib: largest moments of a layer, unless a call says otherwise.
+        name: what warnings begin with.
     """
 
     backend: Backend[Any]
@@ -58,7 +62,8 @@ class LayerwiseWalk:
     progress: Progress
     activations: Callable[[], EncodingTable] | None = None
     cache_bytes: int = CACHE_BYTES
-    gram_bytes: int = GRAM_BYTES
+    moments_gib: float = LayerwiseSettings().moments_gib
+    name: str = "layer by layer"
     _current: Any = field(init=False)
 
     def __call__(
@@ -70,8 +75,10 @@ class LayerwiseWalk:
         quantized_activations: bool = True,
         products: bool = True,
         residuals: bool = False,
+        moments_gib: float | None = None,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
+        budget = self.moments_gib if moments_gib is None else moments_gib
         results: dict[OpId, LayerResult] = {}
         stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
         stages = schedule(self.graph, ops, partial=self._partial)
@@ -88,16 +95,18 @@ class LayerwiseWalk:
                 result = stored.get(stage.op.id)
                 # A weight that several ops share was settled by the first of them.
                 shared = replaced.get(stage.op.weight or "")
-                moments, addend = None, None
+                moments, addend, left = None, None, ""
                 if result is None and shared is None:
                     addend = self._addend(stage) if residuals and products and quantized_inputs else None
-                    moments = self._moments(stage, quantized_inputs, products, residual=addend is not None)
+                    left = self._too_large(stage.op, quantized_inputs, products, budget)
+                    if not left:
+                        moments = self._moments(stage, quantized_inputs, products, residual=addend is not None)
                 # Behind the last unfinished layer nothing has to run any more.
                 if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
                     pair.run(stage, moments, addend if moments is not None else None)
                 if result is None:
                     result = (
-                        self._solve(stage.op, moments, solve, encodings)
+                        self._solve(stage.op, moments, solve, encodings, left)
                         if shared is None
                         else replace(shared, bias=None, figures={"shared": 1.0})
                     )
@@ -109,7 +118,20 @@ class LayerwiseWalk:
         finally:
             pair.close()
             self.progress.finish()
+        self._name_left(results)
         return results
+
+    def _name_left(self, results: Mapping[OpId, LayerResult]) -> None:
+        reasons: dict[str, list[str]] = {}
+        for op, result in results.items():
+            if result.left:
+                reasons.setdefault(result.left, []).append(repr(op))
+        if reasons:
+            count = sum(map(len, reasons.values()))
+            told = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
+            warnings.warn(
+                f"{self.name}: {count} of {len(results)} layers stay rounded to nearest: {told}", stacklevel=4
+            )
 
     @cached_property
     def _partial(self) -> bool:
@@ -127,34 +149,57 @@ class LayerwiseWalk:
         shape = graph.tensors[op.output].shape
         return other if shape is not None and shape == graph.tensors[other].shape else None
 
-    def _moments(self, stage: Stage, paired: bool, products: bool, *, residual: bool) -> LayerMoments | None:
-        op = stage.op
-        assert op.weight is not None
-        shape = self.graph.params[op.weight].shape
+    def _features(self, op: Op) -> int:
+        """K of the op's columns."""
+        shape = self.graph.params[op.weight or ""].shape
         kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
-        features = input_channels(op, shape) // groups_of(op) * kernel
-        if LayerMoments.bytes_for(op, features, paired=paired, products=products) > self.gram_bytes:
-            return None
-        axis = self.graph.tensors[op.data_inputs[0]].channel_axis
-        outputs = output_channels(op, shape) if residual else 0
-        return LayerMoments(op, features, axis, paired=paired, products=products, residual_outputs=outputs)
+        return input_channels(op, shape) // groups_of(op) * kernel
 
-    def _solve(self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable) -> LayerResult:
+    def _too_large(self, op: Op, paired: bool, products: bool, budget: float) -> str:
+        """Why a layer's moments can't be collected; "" if they can."""
+        features = self._features(op)
+        needed = LayerMoments.bytes_for(op, features, paired=paired, products=products) / GIB
+        if needed <= budget:
+            return ""
+        return (
+            f"the moments of its {features} input features take {needed:.3g} GiB, more than the {budget:.3g} GiB of "
+            "moments_gib; raise it where memory allows"
+        )
+
+    def _moments(self, stage: Stage, paired: bool, products: bool, *, residual: bool) -> LayerMoments:
+        op = stage.op
+        axis = self.graph.tensors[op.data_inputs[0]].channel_axis
+        outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
+        return LayerMoments(op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs)
+
+    def _solve(
+        self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable, left: str
+    ) -> LayerResult:
         assert op.weight is not None
         bias_id = op.params.get(ParamRole.BIAS)
         values = self.backend.read(self.model, [p for p in (op.weight, bias_id) if p is not None])
         weight, encoding = np.asarray(values[op.weight], np.float32), encodings.get(op.weight)
         if encoding is None:
             raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
-        if moments is None:
-            return LayerResult(encoding.fake_quantize(weight), encoding, figures={"skipped": 1.0})
-        if moments.count == 0:
+        if moments is not None and moments.count == 0:
             raise InputError("the calibration data are empty; give at least one batch")
         bias = None if bias_id is None else np.asarray(values[bias_id], np.float32)
         begin = time.perf_counter()
-        result = solve(Layer(op, weight, bias, moments, encoding))
-        if result.weight.shape != weight.shape or not np.isfinite(result.weight).all():
-            raise ModelError(f"{op.id!r}: the technique returned a weight of shape {result.weight.shape} or not finite")
+        if moments is not None:
+            try:
+                result = solve(Layer(op, weight, bias, moments, encoding))
+            except NUMERICAL as error:
+                left = f"it couldn't be solved ({type(error).__name__}: {error})"
+            else:
+                if result.weight.shape != weight.shape:
+                    raise ModelError(f"{op.id!r}: a weight of shape {result.weight.shape} for {weight.shape}")
+                if not all(
+                    np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None
+                ):
+                    left = "its solution isn't finite"
+        if left:
+            return LayerResult(encoding.fake_quantize(weight), encoding, left=left)
+        assert moments is not None
         figures = {**result.figures, "seconds": time.perf_counter() - begin}
         if moments.has_products:
             figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
@@ -320,6 +365,8 @@ def _dump(result: LayerResult) -> dict[str, NDArray[Any]]:
     if result.bias is not None:
         arrays["bias"] = result.bias
     arrays["figures"] = np.array(json.dumps(dict(result.figures)))
+    if result.left:
+        arrays["left"] = np.array(result.left)
     return arrays
 
 
@@ -327,7 +374,11 @@ def _load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
     if arrays is None:
         return None
     return LayerResult(
-        arrays["weight"], encoding_of_arrays(arrays), arrays.get("bias"), json.loads(str(arrays["figures"]))
+        arrays["weight"],
+        encoding_of_arrays(arrays),
+        arrays.get("bias"),
+        json.loads(str(arrays["figures"])),
+        str(arrays.get("left", "")),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.backend import Capability
 from bitwright.edits import Edit
@@ -29,6 +29,18 @@ class Settings(BaseModel):
     """Base of all techniques' settings: unknown keys are refused, values don't change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerwiseSettings(Settings):
+    """Settings of techniques that solve one layer after another on the second moments of its input.
+
+    Attributes:
+        moments_gib: memory that the moments of one layer may take, in GiB; a layer beyond it is named and stays rounded
+            to nearest. K input features (channels times kernel positions) take 8 K² bytes where inputs are those of
+            the float network, 24 K² where quantized ones are compared with them.
+    """
+
+    moments_gib: float = Field(2.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -104,12 +116,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a technique made of a layer: new weight and encoding, and a new bias or None to leave it."""
+    """What a technique made of a layer: new weight and encoding, and a new bias or None to leave it.
+
+    Attributes:
+        left: set by the walk where the layer couldn't be solved: why, in words. Its weight is rounded to nearest then,
+            and its encoding the one that came in.
+    """
 
     weight: NDArray[np.float32]
     encoding: Encoding
     bias: NDArray[np.float32] | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
+    left: str = ""
 
 
 class LayerWalk(Protocol):
@@ -124,8 +142,13 @@ class LayerWalk(Protocol):
         quantized_activations: bool = True,
         products: bool = True,
         residuals: bool = False,
+        moments_gib: float | None = None,
     ) -> Mapping[OpId, LayerResult]:
         """Run `solve(layer: Layer) -> LayerResult` on each op, resuming finished ones from the store.
+
+        A layer whose moments are too large, or on which `solve` fails numerically (numpy's LinAlgError and
+        FloatingPointError, a weight that isn't finite), is named in a warning, its result says why (`left`), and the
+        walk goes on.
 
         Args:
             quantized_inputs: x̂ comes from the network with the layers so far replaced; otherwise x̂ = x.
@@ -133,6 +156,7 @@ class LayerWalk(Protocol):
             residuals: where a layer's output is added to a tensor that is known by then (a skip connection), observe
                 that tensor's error too (`LayerMoments.residual`), so that the layer can make up for it.
             products: collect second moments; without them `layer.moments` has means only, at a fraction of the cost.
+            moments_gib: memory that one layer's moments may take, see `LayerwiseSettings`; None for the default.
         """
 
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from bitwright.graph import Graph
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
+from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome
 from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
@@ -21,8 +21,8 @@ _REFINEMENTS = 4
 """Finer scale candidates on each side of the best of the coarse ones."""
 
 
-class RoundingSettings(Settings):
-    """Settings that all of them have.
+class RoundingSettings(LayerwiseSettings):
+    """Settings that all of them have, beside those of `LayerwiseSettings`.
 
     Attributes:
         inputs: "quantized": each layer makes up for the error of those before it (asymmetric reconstruction);
@@ -117,6 +117,7 @@ def round_layers(
         quantized_inputs=s.inputs == "quantized",
         quantized_activations=s.quantized_activations,
         residuals=s.residuals,
+        moments_gib=s.moments_gib,
     )
     return outcome_of(ctx, results, rounding_report(results, skipped, extra=extra), weights=True)
 

@@ -75,7 +75,11 @@ def select_layers(
 
 
 def outcome_of(ctx: Context, results: Mapping[OpId, LayerResult], report: Report, *, weights: bool) -> Outcome:
-    """Results of a walk as an outcome: frozen encodings, biases, and with `weights` the weights themselves."""
+    """Results of a walk as an outcome: frozen encodings, biases, and with `weights` the weights themselves.
+
+    Layers that the walk has left keep their float weight, and the range that they had.
+    """
+    results = {op: r for op, r in results.items() if not r.left}
     ids = {op: ctx.graph.op(op).weight or "" for op in results}
     params, edits = bias_changes(ctx.graph, {op: r.bias for op, r in results.items() if r.bias is not None})
     if weights:
@@ -95,11 +99,12 @@ def rounding_report(
         skipped: reasons, by op.
         extra: names of further figures.
     """
+    results, skipped, told = _split(results, skipped)
     columns = ("layer", "before", "nearest", "after", *extra, "seconds")
     rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
     rows += [(op, *[reason] + [""] * (len(columns) - 2)) for op, reason in skipped.items()]
     if not results:
-        return Report("no layer to round", {}, columns, tuple(rows))
+        return Report(f"no layer to round{told}", {}, columns, tuple(rows))
 
     def total(key: str) -> float:
         return float(sum(r.figures.get(key, 0.0) for r in results.values()))
@@ -110,7 +115,7 @@ def rounding_report(
         **{name: total(name) / len(results) for name in extra},
         "seconds": total("seconds"),
     }
-    summary = f"{len(results)} layers rounded; output error {share:.0f} % below nearest rounding"
+    summary = f"{len(results)} layers rounded; output error {share:.0f} % below nearest rounding{told}"
     return Report(summary, figures, columns, tuple(rows))
 
 
@@ -123,9 +128,19 @@ def search_report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, st
         what: what is searched: "weight scale".
         by: by which error, if that has to be told: "output error".
     """
+    results, skipped, told = _split(results, skipped)
     columns = ("layer", "before", "after", "seconds")
     rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
     rows += [(op, reason, "", "") for op, reason in skipped.items()]
     figures = {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())}
     summary = f"{len(results)} {what}s searched" + (f" by {by}" if by else "") if results else f"no {what} to search"
-    return Report(summary, figures, columns, tuple(rows))
+    return Report(summary + told, figures, columns, tuple(rows))
+
+
+def _split(
+    results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str]
+) -> tuple[Mapping[OpId, LayerResult], Mapping[OpId, str], str]:
+    """Solved layers, those left out with what the walk has left, and what a summary adds about the latter."""
+    left = {op: r.left for op, r in results.items() if r.left}
+    told = f"; left at nearest: {', '.join(left)}" if left else ""
+    return {op: r for op, r in results.items() if not r.left}, {**left, **skipped}, told

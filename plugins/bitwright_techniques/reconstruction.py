@@ -103,6 +103,9 @@ def reconstruction(
 
     Where the moments know the error r of a tensor that is added to the output (`LayerMoments.residual`), the layer is
     to give W x + r: what its sum is to be, less what the quantized skip connection brings.
+
+    Raises:
+        FloatingPointError: the moments aren't finite.
     """
     matrix = np.asarray(to_matrix(op, weight), np.float64)
     if free_bias:
@@ -115,6 +118,8 @@ def reconstruction(
     # The largest eigenvalue is at most the trace: the noise of a wide layer is larger beside its mean diagonal. Inputs
     # are float32 numbers themselves, so that none is known better than by that share of its size.
     trace = np.einsum("gkk->g", qq)
+    if not np.isfinite(trace).all():
+        raise FloatingPointError("the squares of its inputs overflow float32")
     own = np.square(_ROUNDOFF) * np.einsum("gkk->g", moments.qq)
     ridge = np.maximum(damping * trace / features, np.maximum(_ROUNDOFF * trace, own))
     # An input that never changes makes any weight as good as another: stay near W.

@@ -17,6 +17,8 @@ Array = NDArray[np.float32]
 Selection = slice | NDArray[np.intp]
 
 _BLOCK = 32
+_LIFTS = (2.0**-23, 2.0**-20, 2.0**-17)
+"""Parts of the trace that are added to a diagonal whose matrix, in float32, isn't positive definite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +150,24 @@ def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) ->
     lead = np.arange(len(gram))[:, None, None]
     sorted_gram = gram[lead, order[:, :, None], order[:, None, :]].astype(np.float64)
     # With Ĥ = R Rᵀ, R upper (a Cholesky factor from the last feature up), U = R⁻¹: no inverse is squared.
-    reverse = np.linalg.cholesky(sorted_gram[:, ::-1, ::-1])[:, ::-1, ::-1]
+    reverse = _cholesky(sorted_gram[:, ::-1, ::-1])[:, ::-1, ::-1]
     return order, np.linalg.inv(reverse).astype(np.float32)
+
+
+def _cholesky(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The Cholesky factor, (groups, K, K); what rounding has taken below zero is lifted by as little as it takes.
+
+    Raises:
+        LinAlgError: a matrix isn't finite, or far from positive definite.
+    """
+    trace = np.einsum("gkk->g", gram)[:, None, None]
+    for lift in (0.0, *_LIFTS):
+        try:
+            return np.linalg.cholesky(gram + lift * trace * np.eye(gram.shape[1]) if lift else gram)
+        except np.linalg.LinAlgError:
+            if lift == _LIFTS[-1] or not np.isfinite(trace).all():
+                raise
+    raise AssertionError("unreachable")
 
 
 def successive_rounding(

@@ -15,7 +15,7 @@ from bitwright.backend import Capability
 from bitwright.graph import Graph
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome
+from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Inputs, corrected_bias, reconstruction
@@ -23,8 +23,8 @@ from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
 
 
-class SeqMseSettings(BaseSettings):
-    """Settings of `SeqMse`.
+class SeqMseSettings(LayerwiseSettings):
+    """Settings of `SeqMse`, beside those of `LayerwiseSettings`.
 
     Attributes:
         candidates: scales tried for each channel or block: fractions i/N of its full range.
@@ -71,6 +71,7 @@ class SeqMse:
             lambda layer: scale_layer(layer, s),
             quantized_inputs=s.inputs != "float",
             quantized_activations=s.quantized_activations,
+            moments_gib=s.moments_gib,
         )
         report = search_report(results, skipped, "weight scale")
         return outcome_of(ctx, results, report, weights=False)

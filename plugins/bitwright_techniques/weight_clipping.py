@@ -22,7 +22,7 @@ from bitwright.grid import QuantSpec, to_groups
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, LayerResult, Outcome
+from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
 from bitwright_techniques.reconstruction import Reconstruction, reconstruction
@@ -35,8 +35,8 @@ _ROUNDS = 2
 """Rounds over the two ends of an asymmetric grid."""
 
 
-class WeightClippingSettings(BaseSettings):
-    """Settings of `WeightClipping`.
+class WeightClippingSettings(LayerwiseSettings):
+    """Settings of `WeightClipping`, beside those of `LayerwiseSettings`.
 
     Attributes:
         metric: "weights": squared error of the weights, without data; "output": squared error of the layer's output,
@@ -86,6 +86,7 @@ class WeightClipping:
                     ),
                     quantized_inputs=False,
                     quantized_activations=False,
+                    moments_gib=s.moments_gib,
                 )
             )
         else:

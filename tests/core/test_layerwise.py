@@ -204,10 +204,11 @@ def test_cache_spills_to_disk_and_cleans_up(tmp_path, monkeypatch):
 
 
 def test_a_gram_beyond_the_budget_leaves_the_layer_nearest():
-    walk, graph, _, _ = walk_of(models.mlp(), gram_bytes=1)
+    walk, graph, _, _ = walk_of(models.mlp(), moments_gib=1e-9, name="adaround")
     op = graph.linear_ops[0]
-    results = walk([op.id], lambda layer: pytest.fail("solved"))
-    assert results[op.id].figures["skipped"] == 1.0
+    with pytest.warns(UserWarning, match=rf"adaround: 1 of 1 layers stay .*'{op.id}': .* GiB of moments_gib; raise it"):
+        results = walk([op.id], lambda layer: pytest.fail("solved"))
+    assert "moments_gib" in results[op.id].left
     weight = walk.backend.read(walk.model, [op.weight])[op.weight]
     assert np.array_equal(results[op.id].weight, walk.encodings[op.weight].fake_quantize(weight))
 
@@ -218,10 +219,34 @@ def test_bad_input_is_named():
     with pytest.raises(InputError, match="empty"):
         walk([graph.linear_ops[0].id], nearest)
     walk, graph, _, _ = walk_of(models.mlp())
-    with pytest.raises(ModelError, match="not finite"):
-        walk([graph.linear_ops[0].id], lambda x: replace(nearest(x), weight=x.weight * np.nan))
+    with pytest.raises(ModelError, match="a weight of shape"):
+        walk([graph.linear_ops[0].id], lambda x: replace(nearest(x), weight=x.weight[:1]))
     with pytest.raises(CapabilityError, match="calibration data"):
         require_walk(None, "adaround")
+
+
+@pytest.mark.parametrize("trouble", ["factor", "nan"])
+def test_a_layer_that_cannot_be_solved_is_named_and_the_others_are_solved(trouble):
+    walk, graph, _, _ = walk_of(models.mlp())
+    first, *others = [op.id for op in graph.linear_ops]
+
+    def solve(layer):
+        if layer.op.id != first:
+            return replace(nearest(layer), figures={"solved": 1.0})
+        if trouble == "factor":
+            np.linalg.cholesky(-np.eye(2))
+        return replace(nearest(layer), weight=layer.weight * np.nan)
+
+    for _ in range(2):  # and again from the store
+        with pytest.warns(UserWarning, match=f"'{first}': .*(LinAlgError|isn't finite)"):
+            results = walk([first, *others], solve)
+        assert results[first].left
+        weight = walk.backend.read(walk.model, [graph.op(first).weight])[graph.op(first).weight]
+        assert np.array_equal(
+            results[first].weight,
+            nearest(Layer(graph.op(first), weight, None, None, walk.encodings[graph.op(first).weight])).weight,
+        )
+        assert all(results[o].figures["solved"] == 1.0 and not results[o].left for o in others)
 
 
 def test_a_layer_before_a_sum_learns_the_skip_connections_error():

@@ -120,3 +120,51 @@ def test_an_empty_batch_adds_nothing():
     attrs = ConvAttrs((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)))
     m = moments_of(conv_op(OpKind.CONV, attrs), 2, (np.ones((1, 2, 3, 3)),), (np.ones((0, 2, 3, 3)),), paired=False)
     assert m.count == 9
+
+
+def steady(rows=400, features=300, mean=1e4):
+    """Features that vary by 1 around large means, and one that never changes."""
+    rng = np.random.default_rng(4)
+    x = (rng.standard_normal((rows, features)) + mean * np.linspace(0.5, 1, features)).astype(np.float32)
+    x[:, 7] = 123.4
+    return x
+
+
+def test_the_variance_of_features_that_barely_vary_is_that_of_float64():
+    op, x = Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",)), steady()
+    q = np.round(x)
+    m = moments_of(op, 300, (x[:100], q[:100]), (x[100:], q[100:]))
+    a, b = x.astype(np.float64), q.astype(np.float64)
+    ca, cb = a - a.mean(0), b - b.mean(0)
+    for found, expected in zip(m.centred(), (ca.T @ ca, cb.T @ cb, ca.T @ cb), strict=True):
+        assert np.allclose(found[0], expected / 400, rtol=1e-4, atol=2e-5)
+        assert np.abs(found[0, 7]).max() < 1e-6
+    assert np.allclose(m.xx[0], a.T @ a / 400, rtol=1e-9)
+    assert np.allclose(m.xq[0], a.T @ b / 400, rtol=1e-9)
+    assert np.allclose(m.mean_quantized[0], b.mean(0), rtol=1e-9)
+
+
+def test_parts_about_different_means_merge():
+    op, x = Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",)), steady()
+    r = (x[:, :2] - x[:, :2].mean(0)).astype(np.float32)
+    whole, first, second = (LayerMoments(op, 300, residual_outputs=2) for _ in range(3))
+    whole.update(x, x + 1, r)
+    first.update(x[:150] + 5, x[:150] + 6, r[:150])
+    second.update(x[150:] + 5, x[150:] + 6, r[150:])
+    merged = LayerMoments(op, 300, residual_outputs=2)
+    for part in (first, second):
+        merged.merge(part)
+    for found, expected in zip(merged.centred(), whole.centred(), strict=True):
+        assert np.allclose(found, expected, rtol=0, atol=2e-3)
+    assert np.allclose(merged.mean, whole.mean + 5, rtol=1e-7)
+    rx, rq, square = merged.centred_residual()
+    for found, expected in zip((rx, rq, square), whole.centred_residual(), strict=True):
+        assert np.allclose(found, expected, rtol=0, atol=2e-3)
+    assert rx[0, 0] == pytest.approx(1.0, abs=0.2)
+    assert np.allclose(merged.residual[0], rx + np.outer(merged.residual[2], merged.mean[0]), atol=1e-4)
+
+
+def test_inputs_that_vary_are_summed_as_they_are():
+    op, x, w = tensors("plain")
+    m = moments_of(op, to_matrix(op, w).shape[2], (x, x))
+    assert not m.state()["shift_x"].any()

@@ -100,7 +100,8 @@ class LayerMoments:
             shifted = any(shift.any() for shift in self._shift)
             if shifted:
                 chunks = tuple(
-                    chunk - shift[..., None].astype(np.float32) for chunk, shift in zip(chunks, self._shift, strict=True)
+                    chunk - shift[..., None].astype(np.float32)
+                    for chunk, shift in zip(chunks, self._shift, strict=True)
                 )
                 for total, chunk in zip(self._sum, chunks, strict=True):
                     total += chunk.sum(axis=2, dtype=np.float64)
@@ -155,7 +156,10 @@ class LayerMoments:
             return self._all
         sums = [total + self.count * step for total, step in zip(self._sum, steps, strict=True)]
         products = [
-            total + _outer(self._sum[a], steps[b]) + _outer(steps[a], self._sum[b]) + self.count * _outer(steps[a], steps[b])
+            total
+            + _outer(self._sum[a], steps[b])
+            + _outer(steps[a], self._sum[b])
+            + self.count * _outer(steps[a], steps[b])
             for total, (a, b) in zip(self._products, self._pairs, strict=True)
         ]
         residual = list(self._residual)

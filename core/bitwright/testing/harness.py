@@ -149,8 +149,9 @@ class SimpleWalk:
         quantized_activations: bool = True,
         products: bool = True,
         residuals: bool = False,
+        moments_gib: float | None = None,
     ) -> dict[OpId, LayerResult]:
-        """See `LayerWalk`."""
+        """See `LayerWalk`; every layer's moments are collected, however large."""
         graph = self.backend.graph(self.model)
         current, encodings = self.model, self.encodings
         results: dict[OpId, LayerResult] = {}
