@@ -15,8 +15,15 @@ from bitwright_onnx.subgraph import bodies
 
 FOLD_BYTES = 2**20
 """A folded constant may be this big, or as big as the constants that it was computed from."""
+_STEP_BYTES = 2**28
+"""What is computed on the way to one may be this big; nothing is computed whose size isn't known before."""
+_BUDGET = 2**30
+"""All that one pass folds, beyond what it is computed from."""
 _NOT_FOLDED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormalLike",
                          "RandomUniformLike", "Bernoulli", "Multinomial"})  # fmt: skip
+_BOUNDED = frozenset({"Cast", "Compress", "Flatten", "Identity", "NonZero", "Reshape", "Shape", "Size", "Slice",
+                      "Squeeze", "Transpose", "Unique", "Unsqueeze"})  # fmt: skip
+"""Ops that give no more values than they read, but for the axes of `NonZero` and `Unique`."""
 _RESHAPING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"})
 
 
@@ -64,13 +71,30 @@ def fold_static_shapes(graph: ir.Graph) -> bool:
 
 
 def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    known = set(graph.initializers.values())
+    """Nodes of initializers alone, as far as the size of what they give is known, and no bomb."""
+    known = {v: _size(v) for v in graph.initializers.values()}
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
         plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node)) and not _embeds(node)
-        if plain and inputs and all(v in known for v in inputs):
-            known.update(node.outputs)
+        if not (plain and inputs and all(v in known for v in inputs)):
+            continue
+        read = sum(known[v] or 0 for v in inputs)
+        rank = 8 if node.op_type in ("NonZero", "Unique") else 1
+        sizes = [read * rank * 2 if node.op_type in _BOUNDED else _size(v) for v in node.outputs]
+        if all(size is not None and size <= max(_STEP_BYTES, read) for size in sizes):
+            known.update(zip(node.outputs, sizes, strict=True))
             yield node
+
+
+def _size(value: ir.Value) -> int | None:
+    """Bytes of a tensor whose shape and type are known (a text counts as 64)."""
+    if value.const_value is not None:
+        return int(value.const_value.size) * max(1, value.const_value.dtype.bitwidth // 8)
+    if value.shape is None or value.dtype is None:
+        return None
+    dims = [d for d in value.shape if isinstance(d, int)]
+    width = 64 if value.dtype is ir.DataType.STRING else max(1, value.dtype.bitwidth // 8)
+    return math.prod(dims) * width if len(dims) == len(value.shape) else None
 
 
 def _embeds(node: ir.Node) -> bool:
@@ -94,6 +118,7 @@ def fold_constants(model: ir.Model) -> bool:
         for o in node.outputs
         if len(node.outputs) == 1 and not o.is_graph_output() and any(u not in inside for u in o.consumers())
     ]
+    wanted = _within_budget(wanted)
     if not wanted:
         return False
     try:
@@ -106,12 +131,26 @@ def fold_constants(model: ir.Model) -> bool:
     for value, array in zip(wanted, results, strict=True):
         node = value.producer()
         assert node is not None
-        sources = sum(v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None)
+        sources = sum(_size(v) or 0 for v in node.inputs if v is not None and v.const_value is not None)
         if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes <= max(FOLD_BYTES, sources):
             _replace_by_constant(graph, node, array)
             changed = True
     passes.RemoveUnusedNodesPass()(model)
     return changed
+
+
+def _within_budget(values: list[ir.Value]) -> list[ir.Value]:
+    """Those of known constants that are worth keeping, and together no bomb."""
+    kept: list[ir.Value] = []
+    total = 0
+    for value in values:
+        node, size = value.producer(), _size(value)
+        assert node is not None
+        sources = sum(_size(v) or 0 for v in node.inputs if v is not None and v.const_value is not None)
+        size = 0 if size is None else size
+        if size <= max(FOLD_BYTES, sources) and (total := total + max(0, size - sources)) <= _BUDGET:
+            kept.append(value)
+    return kept
 
 
 def _replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:

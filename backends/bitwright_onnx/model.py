@@ -44,7 +44,9 @@ def load_model(path: str | os.PathLike[str], *, custom_ops: Sequence[str | os.Pa
         if isinstance(error, OSError):
             raise InputError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
         raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {_first_line(error)}") from error
-    return _from_proto(proto, repr(str(path)), path.parent, custom_ops)
+    # What a cache of links has beside the model lies, as the model itself does, where the links lead.
+    blobs = path.resolve().parent if path.is_symlink() else None
+    return _from_proto(proto, repr(str(path)), path.parent, custom_ops, blobs)
 
 
 def adopt_model(model: object, *, custom_ops: Sequence[str | os.PathLike[str]] = ()) -> ir.Model:
@@ -74,7 +76,9 @@ def adopt_model(model: object, *, custom_ops: Sequence[str | os.PathLike[str]] =
     raise InputError(f"a {type(model).__name__} is no ONNX model; give a path, a ModelProto or an onnx_ir.Model")
 
 
-def _from_proto(proto: onnx.ModelProto, name: str, folder: Path, custom_ops: Sequence[Any]) -> ir.Model:
+def _from_proto(
+    proto: onnx.ModelProto, name: str, folder: Path, custom_ops: Sequence[Any], blobs: Path | None = None
+) -> ir.Model:
     graph = proto.graph
     if proto.ir_version <= 0 or not (graph.node or graph.initializer) or not graph.output:
         raise InputError(f"{name} is not an ONNX model: it holds no graph")
@@ -83,10 +87,10 @@ def _from_proto(proto: onnx.ModelProto, name: str, folder: Path, custom_ops: Seq
     except Exception as error:
         raise ModelError(f"{name} is damaged or uses what onnx-ir can't read: {_first_line(_root(error))}") from error
     ir.external_data.set_base_dir(model.graph, folder)
-    return _finished(model, name, custom_ops)
+    return _finished(model, name, custom_ops, blobs)
 
 
-def _finished(model: ir.Model, name: str, custom_ops: Sequence[Any]) -> ir.Model:
+def _finished(model: ir.Model, name: str, custom_ops: Sequence[Any], blobs: Path | None = None) -> ir.Model:
     libraries = [Path(p).resolve() for p in custom_ops]
     for library in libraries:
         if not library.is_file():
@@ -94,36 +98,38 @@ def _finished(model: ir.Model, name: str, custom_ops: Sequence[Any]) -> ir.Model
     if libraries:
         model.graph.meta[LIBRARIES] = tuple(map(str, libraries))
     try:
-        _own_tensors(model)
+        _own_tensors(model, blobs)
         return normalize(model)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
 
 
-def _own_tensors(model: ir.Model) -> None:
+def _own_tensors(model: ir.Model, blobs: Path | None) -> None:
     """Check every initializer's data, and cut the tie to the user's protobuf (bytes are shared, not copied)."""
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is None:
                 raise ModelError(f"initializer {name!r} has no data")
-            own = _own_tensor(tensor, name)
+            own = _own_tensor(tensor, name, blobs)
             value.const_value = own
             value.shape, value.dtype = ir.Shape(tensor_array(own).shape), own.dtype
         for node in graph:
             for key, attr in list(node.attributes.items()):
                 if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
-                    node.attributes[key] = ir.AttrTensor(key, _own_tensor(attr.as_tensor(), attr.as_tensor().name))
+                    node.attributes[key] = ir.AttrTensor(key, _own_tensor(attr.as_tensor(), None, blobs))
 
 
-def _own_tensor(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
+def _own_tensor(tensor: ir.TensorProtocol, name: str | None, blobs: Path | None) -> ir.TensorProtocol:
+    name = name or tensor.name
     if isinstance(tensor, ir.ExternalTensor):
-        _check_location(tensor)
-        tensor_array(tensor)
-        return ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor_array(tensor).shape),
-            name=name or "", base_dir=tensor.base_dir,
+        file = _data_file(tensor, blobs)
+        own = ir.ExternalTensor(
+            file.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name or "",
+            base_dir=file.parent,
         )  # fmt: skip
+        tensor_array(own)
+        return own
     array = tensor_array(tensor)
     if array.shape != tuple(tensor.shape):
         raise ModelError(f"tensor {name!r} is declared {list(tensor.shape)} but holds {list(array.shape)}")
@@ -132,10 +138,15 @@ def _own_tensor(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtoco
     return ir.Tensor(array, dtype=tensor.dtype, name=name)
 
 
-def _check_location(tensor: ir.ExternalTensor) -> None:
+def _data_file(tensor: ir.ExternalTensor, blobs: Path | None) -> Path:
+    """The file that holds a tensor: in the model's folder, or linked from beside the model to beside its own target.
+
+    Raises:
+        ModelError: it lies elsewhere, is missing or cut short.
+    """
     base = Path(tensor.base_dir or ".").resolve()
     path = (base / tensor.location).resolve()
-    if not path.is_relative_to(base):
+    if not path.is_relative_to(base) and not _is_blob(base, Path(tensor.location), blobs):
         raise ModelError(f"tensor {tensor.name!r} points outside the model's folder, to {str(tensor.location)!r}")
     if not path.is_file():
         raise ModelError(
@@ -146,6 +157,20 @@ def _check_location(tensor: ir.ExternalTensor) -> None:
         raise ModelError(
             f"the external data file {str(path)!r} is cut short: tensor {tensor.name!r} lies beyond its end"
         )
+    return path
+
+
+def _is_blob(base: Path, location: Path, blobs: Path | None) -> bool:
+    """Whether data lie as in a download cache: model and data are links beside each other to files in one folder.
+
+    A name that the model's text gives can so lead to no folder but the one where the model's own file lies; links to
+    links and names with folders aren't followed.
+    """
+    link = base / location
+    if blobs is None or location.name != str(location) or not link.is_symlink():
+        return False
+    target = base / link.readlink()
+    return not target.is_symlink() and target.parent.resolve() == blobs
 
 
 def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bitwright.errors import ModelError
+from bitwright_onnx.bombs import check_inlined_size, propagates_far
 from bitwright_onnx.folding import (
     bypass_constant_identities,
     cast_to_known_types,
@@ -25,6 +26,9 @@ from bitwright_onnx.opset import MINIMUM_OPSET, raise_opset
 from bitwright_onnx.rewrites import rewrite
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import values_of
+
+_ROUNDS = 6
+"""Of folding constants: sizes that are computed from folded ones are known in the next."""
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -38,6 +42,7 @@ def normalize(model: ir.Model) -> ir.Model:
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if model.functions:
+        check_inlined_size(model)
         passes.InlinePass()(model)
     _refuse_double_producers(model.graph)
     passes.RemoveInitializersFromInputsPass()(model)
@@ -50,7 +55,7 @@ def normalize(model: ir.Model) -> ir.Model:
     except Exception as error:
         raise ModelError("the graph has a cycle") from error
     passes.RemoveUnusedNodesPass()(model)
-    for _ in range(3):
+    for _ in range(_ROUNDS):
         infer_shapes(model)
         bypass_constant_identities(model.graph)
         cast_to_known_types(model.graph)
@@ -63,12 +68,15 @@ def normalize(model: ir.Model) -> ir.Model:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fill in shapes and types by ONNX's inference with data propagation; where that fails, nothing changes."""
+    """Fill in shapes and types by ONNX's inference, with data propagation where that can't run away (see `bombs`).
+
+    Where inference fails, nothing changes.
+    """
     logger = logging.getLogger("onnx_ir.passes.common.shape_inference")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=not propagates_far(model.graph))(model)
     finally:
         logger.setLevel(level)
 

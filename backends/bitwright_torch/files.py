@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from bitwright.durable import atomic_write
 from bitwright.errors import InputError, ModelError
+from bitwright.notices import silenced
+from bitwright_torch.archive import check_name, trusted_copy
 from bitwright_torch.calling import CallingConvention
 from bitwright_torch.capturing import from_exported
 from bitwright_torch.model import NAMES, CapturedModel, info, program_of, with_program
@@ -99,19 +101,45 @@ def _named(graph: fx.Graph) -> Iterator[fx.Node]:
 def load_pt2(path: Path) -> CapturedModel:
     """Open a `torch.export` program, bitwright's own or any other in training IR.
 
+    The file may come from anybody: nothing of it is run (see `archive`).
+
     Raises:
-        InputError: no such file, or it isn't a .pt2 program.
+        InputError: no such file, it isn't a .pt2 program, or it holds more than plain data.
         ModelError: the program can't be brought into captured form.
     """
     if not path.is_file():
         raise InputError(f"there is no model {str(path)!r}")
-    extra = {RECORD: ""}
+    archive, text = trusted_copy(path, RECORD)
     try:
-        exported = torch.export.load(path, extra_files=extra)
+        with archive, silenced("torch"):
+            exported = torch.export.load(archive)
     except Exception as error:
-        raise InputError(f"{path} isn't a torch.export program: {str(error).splitlines()[0][:200]}") from error
-    text: str | bytes = extra[RECORD]
-    return load_exported(exported, json.loads(text) if text else None)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path} isn't a torch.export program: {reason}") from error
+    return load_exported(exported, _record(path, text))
+
+
+def _record(path: Path, text: str) -> dict[str, Any] | None:
+    """What `save_pt2` kept beside the program.
+
+    Raises:
+        InputError: it isn't of that form.
+    """
+    if not text:
+        return None
+    try:
+        record = json.loads(text)
+        names: list[Any] = [*record.get("inputs", ()), *record.get("given", ())]
+        for call, op, tensor, source in record.get("ops", ()):
+            names += [call, op, tensor]
+            if not isinstance(source, str | None):
+                raise TypeError("a source is no text")
+        for name in names:
+            check_name(name)
+    except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
+        raise InputError(f"{path} isn't opened: its names ({RECORD}) are damaged: {error}") from error
+    assert isinstance(record, dict)
+    return record
 
 
 def load_exported(exported: ExportedProgram, record: dict[str, Any] | None = None) -> CapturedModel:

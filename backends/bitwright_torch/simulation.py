@@ -234,8 +234,11 @@ class _Tied(nn.Module):
 
 
 def _key(holder: nn.Module, site: SiteId, module: nn.Module) -> str:
-    """A child's name for a site: one path element, which isn't an attribute of every module."""
-    key = site.replace(".", "/")
+    """A child's name for a site: one path element, which isn't an attribute of every module.
+
+    fx writes it into source between double quotes.
+    """
+    key = "".join(c if c.isprintable() and c not in '"\\' else "_" for c in site.replace(".", "/"))
     while (held := holder._modules.get(key)) is not module and (held is not None or hasattr(holder, key)):
         key += "_"
     return key

@@ -11,6 +11,7 @@ A file is a list whose items are names or one-key mappings from a name to settin
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from bitwright.registry import Registry
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_ENTRIES = 10_000
+"""A recipe's names and values; a few lines of nested YAML aliases stand for billions."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 RecipeLike = str | Path | Recipe | Sequence[Any] | None
 
@@ -45,7 +50,9 @@ def read_recipe(source: RecipeLike, registry: Registry | None = None) -> Recipe:
     if isinstance(source, Recipe):
         return _checked(list(source), "recipe", registry)
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith(FILE_SUFFIXES)):
-        return _checked(_steps(_parse_file(Path(source)), str(source)), str(source), registry)
+        content = _parse_file(Path(source))
+        _check_size(content, str(source))
+        return _checked(_steps(content, str(source)), str(source), registry)
     if isinstance(source, str):
         names = [name.strip() for name in source.split(",")]
         if any(not name for name in names):
@@ -94,14 +101,27 @@ def _parse_file(path: Path) -> Any:
     if path.suffix.lower() == ".json":
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"recipe {str(path)!r} isn't JSON: {error}") from error
     import yaml
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {str(path)!r} isn't YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"recipe {str(path)!r} isn't YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_size(content: Any, where: str) -> None:
+    stack, count = [content], 0
+    while stack:
+        value = stack.pop()
+        count += 1
+        if count > _ENTRIES:
+            raise InputError(f"{where}: a recipe has at most {_ENTRIES:,} entries, YAML aliases written out")
+        if isinstance(value, Mapping):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack += value
 
 
 def _steps(content: Any, where: str) -> list[Step]:
@@ -123,18 +143,18 @@ def _step(item: Any, where: str) -> Step:
         ((name, settings),) = item.items()
         if isinstance(name, str) and (settings is None or isinstance(settings, Mapping)):
             return Step(name, dict(settings or {}))
-        raise InputError(f"{where}: the settings of {name!r} must be a mapping, not {_word(settings)}")
+        raise InputError(f"{where}: the settings of {_SHORT.repr(name)} must be a mapping, not {_word(settings)}")
     raise InputError(f"{where}: write a name, or one name with its settings, not {_word(item)}")
 
 
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with {len(value)} keys"
-    return "nothing" if value is None else f"{value!r}"
+    return "nothing" if value is None else _SHORT.repr(value)
 
 
 def _explain(error: Any, model: type[Settings]) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
         return f"there is no setting {field!r}; there are: {', '.join(model.model_fields) or 'none'}"
-    return f"{field}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"{field}: {error['msg'][0].lower()}{error['msg'][1:]}, got {_SHORT.repr(error['input'])}"

@@ -286,6 +286,70 @@ def test_external_data_outside_the_folder_are_refused(tmp_path):
         BACKEND.load(tmp_path / "inside" / "m.onnx")
 
 
+@pytest.fixture
+def cache(tmp_path):
+    """A download cache as the Hugging Face hub lays it: a snapshot of links to files named by their content."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1" / "onnx", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    proto = b.mlp()
+    convert_model_to_external_data(proto, location="m.onnx_data", size_threshold=0)
+    onnx.save(proto, blobs / "aa")
+    (blobs / "m.onnx_data").rename(blobs / "bb")
+    (snapshot / "m.onnx").symlink_to("../../../blobs/aa")
+    (snapshot / "m.onnx_data").symlink_to("../../../blobs/bb")
+    return snapshot, blobs
+
+
+def test_a_cache_of_links_opens(cache, tmp_path):
+    snapshot, _ = cache
+    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+    name = BACKEND.load(snapshot / "m.onnx").graph.inputs[0].name
+    want = outputs(BACKEND.adopt(b.mlp()), {name: x})[0]
+    np.testing.assert_array_equal(outputs(BACKEND.load(snapshot / "m.onnx"), {name: x})[0], want)
+    (tmp_path / "moved").symlink_to(snapshot)  # and through a folder that is a link
+    np.testing.assert_array_equal(outputs(BACKEND.load(tmp_path / "moved" / "m.onnx"), {name: x})[0], want)
+
+
+@pytest.mark.parametrize("how", ["elsewhere", "chain", "folder", "copied model", "absolute", "up", "below"])
+def test_links_that_lead_elsewhere_are_refused(cache, tmp_path, how):
+    snapshot, blobs = cache
+    data, secret = snapshot / "m.onnx_data", tmp_path / "secret"
+    (blobs / "bb").rename(secret)
+    location = "m.onnx_data"
+    data.unlink()
+    if how == "elsewhere":
+        data.symlink_to(secret)
+    elif how == "chain":
+        (blobs / "bb").symlink_to(secret)
+        data.symlink_to("../../../blobs/bb")
+    elif how == "folder":
+        (snapshot / "f").symlink_to(tmp_path)
+        location = "f/secret"
+    elif how == "copied model":  # a model that is no link has no blobs
+        secret.rename(blobs / "bb")
+        (snapshot / "m.onnx").unlink()
+        (snapshot / "m.onnx").write_bytes((blobs / "aa").read_bytes())
+        data.symlink_to("../../../blobs/bb")
+    elif how == "absolute":
+        location = str(secret)
+    elif how == "up":
+        location = "../../../../secret"
+    else:
+        (blobs / "x").mkdir()
+        secret.rename(blobs / "x" / "bb")
+        data.symlink_to("../../../blobs/x/bb")
+    proto = onnx.load(snapshot / "m.onnx", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    target = blobs / "aa" if how != "copied model" else snapshot / "m.onnx"
+    target.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        BACKEND.load(snapshot / "m.onnx")
+
+
 def test_truncated_files_at_every_length_are_refused(tmp_path):
     data = b.mlp().SerializeToString()
     path = tmp_path / "m.onnx"

@@ -90,6 +90,10 @@ def test_errors_name_step_and_field(registry, source, error, message):
         read_recipe(source, registry)
 
 
+LEVELS = ",".join(f"&{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]" for i in range(9))
+BILLIONS = f"- [&a [{','.join('x' * 10)}],{LEVELS}]"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -97,6 +101,10 @@ def test_errors_name_step_and_field(registry, source, error, message):
         ("r.yaml", "a: [", "isn't YAML"),
         ("r.yaml", "", "not nothing"),
         ("r.yaml", "!!python/object:os.x {}", "isn't YAML"),
+        ("r.yaml", "- &a [" + "x," * 99 + "&b [*a, *a], *b]", "at most 10,000"),
+        ("r.yaml", BILLIONS, "at most 10,000"),
+        ("r.yaml", f"- {'x' * 10_000}: {{}}", r"^.{0,400}$"),
+        ("r.json", "[" * 100_000, "isn't JSON"),
     ],
 )
 def test_bad_files(tmp_path: Path, registry, name, text, message):
