@@ -2,8 +2,6 @@
 
 - A layer without bias and the addition of a constant of its output's width (its only reader) are one op, which has
   the layer's name and the sum's output: so a shared layer can have another bias at each call.
-- Masking scores right before a softmax (`where(mask, scores, −10⁹)`) is part of the softmax: masked scores are no
-  values that a grid should cover.
 - A strided convolution with "same" padding over free dimensions has no fixed geometry; it is OPAQUE.
 """
 
@@ -19,13 +17,11 @@ import numpy as np
 from bitwright.channel_axes import around, channel_axes
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamId, ParamRole, Tensor, TensorId
 from bitwright_keras import attributes
-from bitwright_keras.constants import constant_of, is_constant
+from bitwright_keras.constants import constant_of
 from bitwright_keras.layouts import ROLES, Layout, layout_of
+from bitwright_keras.masking import mask_names
 from bitwright_keras.model import KerasModel, Node, variables_of
 from bitwright_keras.optable import FLOAT_TYPES, FUNCTIONS, LAYERS, OPERATIONS
-
-MASKED = -1e3
-"""Scores from here on are masked ones."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +90,15 @@ class _Builder:
     def build(self) -> Canonical:
         model = self._model
         biases = {n.op: add for n in model.nodes if (add := self._bias_add(n)) is not None}
-        masks = {n.op: where for n in model.nodes if (where := self._masking(n)) is not None}
-        hidden = {add.op for add in biases.values()} | {where.op for where in masks.values()}
+        hidden = {add.op for add in biases.values()}
         ops: list[Op] = []
         nodes: dict[str, tuple[Node, ...]] = {}
         for node in model.nodes:
             if node.op in hidden:
                 continue
-            op = self._op(node, biases.get(node.op), masks.get(node.op))
+            op = self._op(node, biases.get(node.op))
             ops.append(op)
-            nodes[op.id] = tuple(n for n in (masks.get(node.op), node, biases.get(node.op)) if n is not None)
+            nodes[op.id] = tuple(n for n in (node, biases.get(node.op)) if n is not None)
         shown = dict.fromkeys([*model.inputs, *(t for op in ops for t in op.outputs)])
         ranks = {t: len(model.specs[t].shape) for t in shown}
         told = {
@@ -112,7 +107,10 @@ class _Builder:
             if op.id in self._own
         }
         axes = channel_axes(ops, ranks, told, self._orders)
-        tensors = {t: Tensor(t, model.specs[t].shape, model.specs[t].dtype, axes.get(t)) for t in shown}
+        masked = mask_names(model, self._kind)
+        tensors = {
+            t: Tensor(t, model.specs[t].shape, model.specs[t].dtype, axes.get(t), t in masked) for t in shown
+        }
         graph = Graph(ops, tensors, self._params, model.inputs, model.output_ids)
         return Canonical(graph, self._places, nodes)
 
@@ -136,19 +134,9 @@ class _Builder:
         wanted = (shape[axis], *(1,) * (len(shape) - 1 - axis))
         return add if value.ndim and value.shape == wanted else None
 
-    def _masking(self, node: Node) -> Node | None:
-        """The call that masks the scores of a softmax."""
-        kind, _ = self._kind(node)
-        source = self._model.producers.get(node.inputs[0]) if node.inputs else None
-        if kind is not OpKind.SOFTMAX or source is None or source.type != "Where":
-            return None
-        numbers = [x for x in (*source.args, *source.kwargs.values()) if is_constant(x) and np.ndim(x) == 0]
-        masks = len(numbers) == 1 and float(numbers[0]) <= MASKED
-        return source if masks and self._sole_reader(source.outputs[0]) is node else None
-
     # -- one op
 
-    def _op(self, node: Node, bias: Node | None, mask: Node | None) -> Op:
+    def _op(self, node: Node, bias: Node | None) -> Op:
         kind, type = self._kind(node)
         attrs: Attrs | None = None
         first = self._model.specs[node.outputs[0]]
@@ -165,11 +153,8 @@ class _Builder:
             native = np.shape(constant_of(bias, key))
             params[ParamRole.BIAS] = self._declare(bias, key, Layout(native, tuple(range(len(native))), native[:1]))
         self._axes(node, kind)
-        inputs = node.inputs
-        if mask is not None:
-            inputs = (*mask.inputs, *(t for t in node.inputs if t not in mask.outputs))
         outputs = node.outputs if bias is None else bias.outputs
-        return Op(node.op, kind, type, inputs, outputs, params, attrs, _native(node))
+        return Op(node.op, kind, type, node.inputs, outputs, params, attrs, _native(node))
 
     def _kind(self, node: Node) -> tuple[OpKind, str]:
         opaque = OpKind.OPAQUE, node.type

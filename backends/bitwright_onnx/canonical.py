@@ -17,6 +17,7 @@ from bitwright.errors import ModelError
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright_onnx import attributes
 from bitwright_onnx.channels import permutation, told_axes
+from bitwright_onnx.masking import mask_names
 from bitwright_onnx.operands import describe, dtype_name, is_embedding, parameters
 from bitwright_onnx.optable import (
     FLOAT_TYPES,
@@ -42,6 +43,7 @@ def canonical_graph(model: ir.Model) -> Graph:
     refuse_quantized(model)
     hidden = shape_computations(model.graph)
     unseen = {o for node in hidden for o in node.outputs}
+    masked = mask_names(model.graph)
     ops: list[Op] = []
     params: dict[str, Param] = {}
     nodes: list[ir.Node] = []
@@ -66,7 +68,10 @@ def canonical_graph(model: ir.Model) -> Graph:
     told = {op.id: axes for op, node in pairs if (axes := told_axes(op, node, ranks)) is not None}
     orders = {op.id: order for op, node in pairs if (order := permutation(node)) is not None}
     found = channel_axes(ops, ranks, told, orders)
-    tensors = {n: Tensor(n, attributes.static_dims(v), dtype_name(v.dtype), found.get(n)) for n, v in named.items()}
+    tensors = {
+        n: Tensor(n, attributes.static_dims(v), dtype_name(v.dtype), found.get(n), n in masked)
+        for n, v in named.items()
+    }
     return Graph(
         ops, tensors, params, [str(v.name) for v in model.graph.inputs], [str(v.name) for v in model.graph.outputs]
     )

@@ -20,6 +20,7 @@ from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor, TensorI
 from bitwright_tensorflow.elementwise import clip, prelu, spelled_activation
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.linear_ops import linear_op
+from bitwright_tensorflow.masking import mask_names
 from bitwright_tensorflow.model import NodeDef, TfModel, node_of
 from bitwright_tensorflow.network import ALIAS, Edge, Network, Read
 from bitwright_tensorflow.norms import fused_batch_norm, spelled_norm
@@ -174,7 +175,10 @@ def _assemble(model: TfModel, net: Network, shown: list[Found]) -> Canonical:
     told = {found.id: found.channels for found in shown if found.channels}
     axes = channel_axes(ops, ranks, told, {found.id: found.order for found in shown if found.order is not None})
     shapes = {t: net.shape(t) for t in tensors}
-    described_tensors = {t: Tensor(t, shapes[t], net.inference.dtype(t), axes.get(t)) for t in tensors}
+    masked = mask_names(net)
+    described_tensors = {
+        t: Tensor(t, shapes[t], net.inference.dtype(t), axes.get(t), net.resolve(t) in masked) for t in tensors
+    }
     graph = Graph(ops, described_tensors, params, model.inputs, list(dict.fromkeys(outputs)))
     edges = {p: tuple(dict.fromkeys(found)) for p, found in operands.items()}
     return Canonical(graph, net, {f.id: f for f in shown}, reads, edges)

@@ -21,7 +21,7 @@ from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, Pa
 from bitwright_torch import attributes, modes
 from bitwright_torch.attention import lower_attention
 from bitwright_torch.channels import told_axes
-from bitwright_torch.masks import MASK, masks
+from bitwright_torch.masks import mask_nodes
 from bitwright_torch.model import CapturedModel, Program, info, program_of
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand, operands
@@ -69,7 +69,7 @@ class _Builder:
         self._program = program
         self._visible = data_nodes(graph, model)
         self._operands = operands(graph, model)
-        self._masks = masks(graph, self._operands, model)
+        self._masks = mask_nodes(graph, self._operands, model)
         self._params: dict[str, Param] = {}
         self._where: dict[str, tuple[Operand, Param]] = {}
         self._readers: dict[str, list[fx.Node]] = {}
@@ -95,13 +95,13 @@ class _Builder:
         ends = dict.fromkeys(info(n).tensor for n in results if info(n).tensor in tensors)
         ranks = {t: None if (s := info(n).shape) is None else len(s) for t, n in tensors.items()}
         axes = channel_axes(ops, ranks, told_axes(ops, ranks), self._orders)
-        shown = {t: Tensor(t, info(n).shape, self._type(n), axes.get(t)) for t, n in tensors.items()}
+        shown = {
+            t: Tensor(t, info(n).shape, info(n).dtype or "float32", axes.get(t), n in self._masks)
+            for t, n in tensors.items()
+        }
         graph = Graph(ops, shown, self._params, [info(n).tensor for n in inputs], list(ends))
         readers = {p: tuple(dict.fromkeys(found)) for p, found in self._readers.items()}
         return Canonical(graph, self._graph, tensors, nodes, self._where, readers)
-
-    def _type(self, node: fx.Node) -> str:
-        return MASK if node in self._masks and node.op != "placeholder" else info(node).dtype or "float32"
 
     def _is_op(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target is operator.getitem or node in self._operands:

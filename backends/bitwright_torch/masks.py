@@ -1,48 +1,81 @@
-"""Which tensors of a graph are masks: they hold −∞, or a number that stands for it, and so have no integer grid."""
+"""A captured graph's nodes as `bitwright.masks` reads them."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 from torch import fx, nn
 
 from bitwright.graph import LINEAR_KINDS, OpKind
+from bitwright.masks import Extent, Step, masks
+from bitwright_torch.model import info
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand
-from bitwright_torch.optable import KINDS
+from bitwright_torch.optable import FLOAT_TYPES, KINDS
 
-MASK = "mask"
-"""Type of such a tensor in the core's graph."""
-_HUGE = 1e30
-_FILLS = frozenset({"masked_fill", "where", "mul", "full", "scalar_tensor", "full_like"})
-_CARRYING = frozenset(
-    {OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.IDENTITY, OpKind.CONCAT, OpKind.ADD}
-)  # fmt: skip
+_FILLING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
+_TYPES = {"isnan": "IsNaN", "isinf": "IsInf", "isfinite": "IsFinite", "nan_to_num": "NanToNum", "argmax": "ArgMax",
+          "topk": "TopK", "baddbmm": "Add"}  # fmt: skip
+_UNREAD = LINEAR_KINDS | {OpKind.EMBEDDING, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
+"""Kinds whose parameters are weights: large, and no masks."""
+_WHOLE_NUMBERS = frozenset({"Where", "Add", "Sub", "Mul", "Div", "ConstantOfShape"})
+"""Types among whose arguments a whole number is a value; of others it is an axis or a size."""
 
 
-def masks(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Module) -> set[fx.Node]:
-    """Nodes that hold what a softmax is to leave out: masks, and the masked values themselves.
-
-    A grid over −∞ doesn't exist, and one over the smallest float32 would have no step left for the rest.
-    """
-    found: set[fx.Node] = set()
+def mask_nodes(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Module) -> frozenset[fx.Node]:
+    """Nodes, parameters among them, that are masks or masked (see `bitwright.masks`)."""
+    steps: list[Step] = []
+    constants: dict[str, Extent] = {}
+    nodes = {node.name: node for node in graph.nodes}
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
     for node in graph.nodes:
         if node in held:
-            # Weights are the large ones, and no masks: they needn't be looked through.
-            weighs = all(_kind(user) in LINEAR_KINDS for user in node.users)
-            if not weighs and bool((held[node].view(model) <= -_HUGE).any()):
-                found.add(node)
+            if any(_kind(user) not in _UNREAD and user not in held for user in node.users):
+                constants[node.name] = Extent.of(held[node].view(model).float().cpu().numpy())
         elif node.op == "call_function":
-            fills = call_name(node) in _FILLS and any(a <= -_HUGE for a in node.args if isinstance(a, int | float))
-            if fills or (_carries(node) and not found.isdisjoint(node.all_input_nodes)):
-                found.add(node)
-    return found
+            kind, type = _classified(node)
+            operands = []
+            for index, argument in enumerate(node.args):
+                if isinstance(argument, float) or (type in _WHOLE_NUMBERS and _is_whole(argument)):
+                    operands.append(f"{node.name}\0{index}")
+                    constants[operands[-1]] = Extent.of(float(argument))  # type: ignore[arg-type]
+                else:
+                    found: list[str] = []
+                    fx.node.map_arg(argument, lambda n, found=found: found.append(n.name))  # type: ignore[misc]
+                    operands += found
+            fx.node.map_arg(node.kwargs, lambda n, operands=operands: operands.append(n.name))  # type: ignore[misc]
+            steps.append(Step(kind, type, tuple(operands), (node.name,)))
+    ends: list[fx.Node] = []
+    fx.node.map_arg(graph.output_node().args, ends.append)
+    found_names = masks(
+        steps, inputs, [n.name for n in ends], constants,
+        lambda name: name in nodes and nodes[name] not in held and _is_float(nodes[name]),
+    )  # fmt: skip
+    return frozenset(nodes[name] for name in found_names if name in nodes)
 
 
-def _carries(node: fx.Node) -> bool:
-    """Whether what an op gives is a mask where one of its operands is."""
-    return _kind(node) in _CARRYING or call_name(node) in ("where", "masked_fill", "baddbmm")
+def _classified(node: fx.Node) -> tuple[OpKind, str]:
+    name = call_name(node)
+    if node.target is operator.getitem:
+        return OpKind.IDENTITY, "Identity"
+    if name in _FILLING:
+        return OpKind.OPAQUE, "ConstantOfShape"
+    if name == "baddbmm":
+        return OpKind.ADD, "Add"
+    kind, type = KINDS.get(name, (OpKind.OPAQUE, name))
+    return kind, _TYPES.get(name, type)
 
 
-def _kind(node: fx.Node) -> OpKind | None:
-    return KINDS[name][0] if node.op == "call_function" and (name := call_name(node)) in KINDS else None
+def _kind(node: fx.Node) -> OpKind:
+    return _classified(node)[0] if node.op == "call_function" else OpKind.OPAQUE
+
+
+def _is_whole(argument: object) -> bool:
+    return isinstance(argument, int) and not isinstance(argument, bool)
+
+
+def _is_float(node: fx.Node) -> bool:
+    if info(node).dtype in FLOAT_TYPES:
+        return True
+    return any(user.target is operator.getitem and info(user).dtype in FLOAT_TYPES for user in node.users)

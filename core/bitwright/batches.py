@@ -127,11 +127,17 @@ def _check_shape(values: Array, shape: tuple[int | None, ...], place: str, any_l
 
 
 def _check_finite(values: Array, place: str, first_sample: int) -> None:
-    if values.dtype.kind in "biu" or (np.isfinite(values.min()) and np.isfinite(values.max())):
+    if values.dtype.kind in "biu" or (np.isfinite(values.min()) and np.isfinite(values.max())) or _is_mask(values):
         return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
     kind = "NaN" if np.isnan(values).any() else "infinite"
     raise InputError(f"{place}: {kind} values in sample {first_sample + int(bad.argmax())} ({int(bad.sum())} such)")
+
+
+def _is_mask(values: Array) -> bool:
+    """Whether an array holds zeros and −∞ and nothing else: an attention mask. In other places the −∞ is noticed
+    where it arrives, with the tensor's name."""
+    return bool(values.max() == 0 and ((values == 0) | (values == -np.inf)).all())
 
 
 def _convert(values: Array, dtype: str, place: str) -> Array:

@@ -131,17 +131,22 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An activation; unknown dimensions are None."""
+    """An activation; unknown dimensions are None.
+
+    Attributes:
+        mask: it holds −∞ or what stands for it (see `masks`), which no grid has a place for.
+    """
 
     id: TensorId
     shape: tuple[int | None, ...] | None = None
     dtype: str = "float32"
     channel_axis: int | None = None
+    mask: bool = False
 
     @property
     def is_float(self) -> bool:
-        """Only float tensors are ever quantized."""
-        return self.dtype in ("float32", "float16", "bfloat16", "float64")
+        """Only float tensors are ever quantized, masks never."""
+        return not self.mask and self.dtype in ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True, slots=True)

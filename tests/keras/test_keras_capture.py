@@ -66,8 +66,9 @@ def test_attention_is_dense_layers_and_products() -> None:
     assert graph.op("mha/scores").kind is graph.op("mha/context").kind is OpKind.MATMUL
     softmax = graph.op("mha/softmax")
     assert softmax.kind is OpKind.SOFTMAX
-    assert "mha/masked" not in graph.tensors  # masked scores are no site
-    assert len(softmax.data_inputs) == 2
+    assert softmax.data_inputs == ("mha/masked",)
+    assert graph.tensors["mha/masked"].mask  # masked scores are no values for a grid
+    assert not graph.tensors["mha/scores"].mask
 
 
 @pytest.mark.parametrize("causal", [False, True])

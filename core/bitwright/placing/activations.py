@@ -47,6 +47,8 @@ class Wish:
         self.on, self.reason, self.final = False, reason, final
 
 
+MASKED = "a mask, or masked by one: no grid holds its huge numbers and the others' steps"
+
 _foldable = where(
     lambda graph, op: (fold := batch_norm_fold(graph, op)) is not None and fold.direction == "backward", "foldable"
 )
@@ -233,16 +235,22 @@ class ActivationPlacement:
                 wish.off("kept in float by an override", final=True)
             elif not self.graph.tensors[site].is_float:
                 raise InputError(
-                    f"overrides: tensor {site!r} holds {self.graph.tensors[site].dtype} and stays as it is"
+                    f"overrides: tensor {site!r} holds {self._held(site)} and stays as it is"
                 )
             else:
                 wish.on, wish.precision = True, precision
+
+    def _held(self, site: TensorId) -> str:
+        tensor = self.graph.tensors[site]
+        return "masked values" if tensor.mask else tensor.dtype
 
     def _integers(self) -> None:
         for t, wish in self.wishes.items():
             producer = self.graph.producer(t)
             tensor = self.graph.tensors[t]
-            if not tensor.is_float:
+            if tensor.mask:
+                wish.off(MASKED, final=True)
+            elif not tensor.is_float:
                 wish.off(f"{tensor.dtype} values are never quantized", final=True)
             elif producer is not None and producer.type in INTEGER_TYPES:
                 wish.off(f"outputs of {producer.type} are indices or sizes", final=True)

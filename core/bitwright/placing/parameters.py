@@ -9,7 +9,7 @@ from math import prod
 from bitwright.errors import TargetError
 from bitwright.graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grid import Blockwise, Granularity, PerChannel, PerTensor, QuantSpec
-from bitwright.placing.activations import ActivationPlacement
+from bitwright.placing.activations import MASKED, ActivationPlacement
 from bitwright.placing.precision import Precision, activation_spec, param_spec
 from bitwright.plan import Decision, Derived, Float, SharedWith, SiteId
 
@@ -162,6 +162,8 @@ class ParameterPlacement:
     def _constant(self, op: Op, param: Param) -> Decision:
         """Constants are quantized like activations, where the op computes in integers and rounding is harmless."""
         config = self.target.config
+        if self.graph.tensors[op.output].mask:
+            return Float(MASKED)
         if op.kind not in _OPERANDS or op.type in ("Pow", "Where"):
             return Float(f"{op.type} needs its constant exactly")
         if op.type == "Div" and prod(param.shape) > 1:

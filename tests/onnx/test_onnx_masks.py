@@ -1,0 +1,262 @@
+"""Attention masks in ONNX graphs: whatever the form, masked scores don't set the grid of the others."""
+
+from __future__ import annotations
+
+import builders as b
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from bitwright.errors import InputError
+from bitwright.plan import Float
+from bitwright.quantsim import QuantSim
+from bitwright.verify import sqnr
+
+S, D, N = 12, 16, 24
+KEPT = np.arange(S) < 8
+TRIANGLE = np.triu(np.ones((S, S), bool), 1)
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Net(b.ModelBuilder):
+    """q·W = k; scores k·qᵀ; a masked softmax; its product with k."""
+
+    def __init__(self, mask):
+        super().__init__(opset=17)
+        self.data = {"q": b_normal(N, S, D)}
+        self.input("q", ["n", S, D])
+        self.const("W", b_normal(D, D, seed=1) * D**-0.5)
+        self.node("MatMul", ["q", "W"], "k")
+        self.node("Transpose", ["k"], "kt", perm=[0, 2, 1])
+        self.node("MatMul", ["q", "kt"], "s0")
+        self.const("scale", np.float32(D**-0.5))
+        self.node("Mul", ["s0", "scale"], "s")
+        masked = mask(self, "s")
+        if masked != "p":
+            self.node("Softmax", [masked], "p", axis=-1)
+        self.node("MatMul", ["p", "k"], "y")
+        self.output("y")
+
+    def flags(self, dtype=b.INT64, shape=(1, S)):
+        """A padding mask as an input; 1 where a key counts."""
+        self.input("mask", ["n", *shape], dtype)
+        kind = {b.INT64: np.int64, b.BOOL: bool, b.FLOAT: np.float32}[dtype]
+        self.data["mask"] = np.tile(KEPT.astype(kind), (N, *shape[:-1], 1))
+        return "mask"
+
+    def inverse(self, flags):
+        """1 − mask, in float."""
+        self.const("one", np.float32(1))
+        self.node("Cast", [flags], "mf", to=b.FLOAT)
+        return self.node("Sub", ["one", "mf"], "inv")
+
+    def added(self, a, c, name="m"):
+        return self.node("Add", [a, c], name)
+
+
+def b_normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def causal(value):
+    def mask(net, s):
+        return net.added(s, net.const("triangle", np.where(TRIANGLE, value, 0).astype(np.float32)))
+
+    return mask
+
+
+def scaled(value):
+    """(1 − m) · value."""
+
+    def mask(net, s):
+        inverse = net.inverse(net.flags())
+        return net.added(s, net.node("Mul", [inverse, net.const("big", np.float32(value))], "am"))
+
+    return mask
+
+
+def on_the_left(net, s):
+    inverse = net.inverse(net.flags())
+    return net.added(net.node("Mul", [net.const("big", np.float32(-1e4)), inverse], "am"), s)
+
+
+def subtracted(net, s):
+    inverse = net.inverse(net.flags())
+    return net.node("Sub", [s, net.node("Mul", [inverse, net.const("big", np.float32(1e9))], "am")], "m")
+
+
+def filled(value):
+    def mask(net, s):
+        kept = net.node("Cast", [net.flags()], "kept", to=b.BOOL)
+        return net.node("Where", [kept, s, net.const("fill", np.float32(value))], "m")
+
+    return mask
+
+
+def chosen(net, s):
+    """where(m, 0, −100), added: both operands of the Where are constants."""
+    kept = net.flags(b.BOOL)
+    net.const("zero", np.float32(0))
+    return net.added(s, net.node("Where", [kept, "zero", net.const("fill", np.float32(-100))], "am"))
+
+
+def given_as_float(lowest):
+    def mask(net, s):
+        net.flags(b.FLOAT)
+        net.data["mask"] = np.where(net.data["mask"] > 0, np.float32(0), np.float32(lowest))
+        return net.added(s, "mask")
+
+    return mask
+
+
+def two(net, s):
+    return net.added(scaled(-1e4)(net, s), net.const("triangle", np.where(TRIANGLE, -np.inf, 0).astype(np.float32)), "t")
+
+
+def before_scaling(net, s):
+    m = causal(-1e9)(net, s)
+    return net.node("Div", [m, net.const("root", np.float32(4))], "scaled")
+
+
+def bounded(net, s):
+    """max(scores + mask, lowest), as in OPT."""
+    return net.node("Max", [scaled(LOWEST)(net, s), net.const("lowest", np.float32(LOWEST))], "bounded")
+
+
+def logarithm(net, s):
+    net.node("Cast", [net.flags()], "mf", to=b.FLOAT)
+    return net.added(s, net.node("Log", ["mf"], "lm"))
+
+
+def filled_triangle(net, s):
+    """triu(full(−∞), 1), computed from the size of the scores."""
+    net.node("Shape", ["q"], "shape", start=1, end=2)
+    net.node("Concat", ["shape", "shape"], "square", axis=0)
+    net.node("ConstantOfShape", ["square"], "full", value=b.numpy_helper.from_array(np.float32([-np.inf])))
+    net.node("Trilu", ["full", net.const("one_up", np.int64(1))], "triangle", upper=1)
+    return net.added(s, "triangle")
+
+
+def guarded(net, s):
+    """A row that is masked whole is NaN behind the softmax, and zero behind the Where, which gives the weights."""
+    kept = net.node("Cast", [net.flags()], "kept", to=b.BOOL)
+    net.data["mask"] = net.data["mask"].copy()
+    net.data["mask"][0] = 0
+    m = net.node("Where", [kept, s, net.const("fill", np.float32(-np.inf))], "m")
+    net.node("Softmax", [m], "raw", axis=-1)
+    net.node("IsNaN", ["raw"], "nan")
+    return net.node("Where", ["nan", net.const("zero", np.float32(0)), "raw"], "p")
+
+
+FORMS = {
+    "triangle of -inf": causal(-np.inf),
+    "triangle of -1e4": causal(-1e4),
+    "triangle of -100": causal(-100),
+    "lowest": scaled(LOWEST),
+    "-1e4": scaled(-1e4),
+    "-100": scaled(-100),
+    "on the left": on_the_left,
+    "subtracted": subtracted,
+    "where -inf": filled(-np.inf),
+    "where -1e4": filled(-1e4),
+    "where of constants": chosen,
+    "float input -inf": given_as_float(-np.inf),
+    "float input -1e4": given_as_float(-1e4),
+    "two masks": two,
+    "scaled behind": before_scaling,
+    "bounded": bounded,
+    "logarithm": logarithm,
+    "computed triangle": filled_triangle,
+}
+
+
+def run(path, data):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, data)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masked_attention_keeps_its_accuracy_and_exports(form, tmp_path):
+    net = Net(FORMS[form])
+    sim = QuantSim(net.build()).calibrate(net.data)
+    expected, found = sim.predict(net.data, simulated=False)[0], sim.predict(net.data)[0]
+    assert np.isfinite(expected).all()
+    assert sqnr(expected, found) >= 28
+    bundle = sim.export(tmp_path, name="net")
+    assert np.array_equal(run(bundle.files["qdq"], net.data), found)
+    assert {"s", "p", "k"} <= set(sim.plan.quantized)
+
+
+@pytest.mark.parametrize("target", ["htp_v73", "onnxruntime-cpu", "generic-int8"])
+@pytest.mark.parametrize("form", ["triangle of -inf", "-1e4", "where -1e4", "float input -inf"])
+def test_masks_at_every_target(form, target, tmp_path):
+    net = Net(FORMS[form])
+    sim = QuantSim(net.build(), target=target).calibrate(net.data)
+    found = sim.predict(net.data)[0]
+    assert sqnr(sim.predict(net.data, simulated=False)[0], found) >= 28
+    assert np.array_equal(run(sim.export(tmp_path, name="net").files["qdq"], net.data), found)
+
+
+def test_a_softmax_of_nothing_that_the_model_guards(tmp_path):
+    net = Net(guarded)
+    sim = QuantSim(net.build()).calibrate(net.data)
+    assert isinstance(sim.plan["raw"].decision, Float)
+    expected, found = sim.predict(net.data, simulated=False)[0], sim.predict(net.data)[0]
+    assert not expected[0].any() and not found[0].any()
+    assert sqnr(expected, found) >= 28
+    assert np.array_equal(run(sim.export(tmp_path, name="net").files["qdq"], net.data), found)
+
+
+def plan_of(mask):
+    return QuantSim(Net(mask).build()).plan
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda net, s: net.added(s, net.const("bias", b_normal(S, S) * 4 - 12)),
+        lambda net, s: net.added(s, net.const("shift", np.float32(-1e4))),
+        lambda net, s: net.node("Mul", [s, net.const("sharp", np.float32(2000))], "m"),
+        lambda net, s: net.node("Clip", [s, net.const("low", np.float32(-1e4))], "m"),
+    ],
+    ids=["a learned bias", "a shift of all scores", "sharpened scores", "a bound"],
+)
+def test_what_merely_is_large_keeps_its_grid(mask):
+    plan = plan_of(mask)
+    assert "m" in plan.quantized, plan["m"].decision
+
+
+def test_a_large_constant_that_no_softmax_reads_keeps_its_grid():
+    net = b.ModelBuilder()
+    net.input("x", ["n", 4])
+    net.const("offset", np.float32([0, -2000, 0, 3]))
+    net.node("Add", ["x", "offset"], "a")
+    net.weight("w", 4, 4)
+    net.node("MatMul", ["a", "w"], "y")
+    net.output("y")
+    plan = QuantSim(net.build()).plan
+    assert {"a", "offset"} <= set(plan.quantized)
+
+
+def test_an_input_that_is_also_a_signal_is_no_mask():
+    """A residual input that is added to what a softmax reads, and multiplied with weights too."""
+    net = b.ModelBuilder()
+    net.input("x", ["n", 4])
+    net.weight("w", 4, 4)
+    net.node("MatMul", ["x", "w"], "h")
+    net.node("Add", ["h", "x"], "a")
+    net.node("Softmax", ["a"], "y")
+    net.output("y")
+    assert {"x", "a"} <= set(QuantSim(net.build()).plan.quantized)
+
+
+def test_real_infinities_are_refused():
+    net = Net(scaled(-1e4))
+    net.data["q"][0, 0, 0] = -np.inf
+    with pytest.raises(InputError, match="infinite"):
+        QuantSim(net.build()).calibrate(net.data)
+    net.data["q"][:] = 0
+    net.data["q"][0, 0, 0] = -np.inf  # zeros and −∞, as a mask has them, but this input is none
+    with pytest.raises(InputError, match="infinit"):
+        QuantSim(net.build()).calibrate(net.data)
