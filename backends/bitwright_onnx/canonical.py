@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from bitwright.channel_axes import channel_axes
 from bitwright.errors import ModelError
-from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, Tensor
+from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, RecurrentAttrs, Tensor
 from bitwright_onnx import attributes
 from bitwright_onnx.channels import permutation, told_axes
 from bitwright_onnx.masking import mask_names
@@ -167,6 +167,8 @@ def _classify(node: ir.Node) -> tuple[OpKind, Attrs | None]:
             return kind, ActivationAttrs(alpha=alpha)
         case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT | OpKind.LAYER_NORM:
             return kind, attributes.axis(node, _DEFAULT_AXIS[node.op_type])
+        case OpKind.RECURRENT:
+            return kind, RecurrentAttrs(tuple(i for i, o in enumerate(node.outputs) if o.name))
         case OpKind.IDENTITY if node.op_type == "Dropout" and not _inert(node):
             return OpKind.OPAQUE, None
         case OpKind.SLICE if is_embedding(node):

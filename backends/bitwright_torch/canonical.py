@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.channel_axes import channel_axes
-from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, Tensor
+from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamRole, RecurrentAttrs, Tensor
 from bitwright_torch import attributes, modes
 from bitwright_torch.attention import lower_attention
 from bitwright_torch.channels import told_axes
@@ -187,7 +187,7 @@ class _Builder:
                 leaky = ActivationAttrs(alpha=float(alpha)) if isinstance(alpha, int | float) else ActivationAttrs()
                 return opaque if roles is None else (kind, type, leaky, roles)
             case OpKind.RECURRENT:
-                return self._recurrent(kind, type, given)
+                return self._recurrent(node, kind, type, given)
             case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT:
                 return kind, type, attributes.axis(node, kind, name), self._constant(node)
             case OpKind.AVERAGE_POOL:
@@ -230,14 +230,15 @@ class _Builder:
         return OpKind.LINEAR, type, None, roles
 
     def _recurrent(
-        self, kind: OpKind, type: str, given: Mapping[str, Any]
+        self, node: fx.Node, kind: OpKind, type: str, given: Mapping[str, Any]
     ) -> tuple[OpKind, str, Attrs | None, dict[ParamRole, fx.Node]]:
         """One layer in one direction has its two matrices as parameters; deeper ones run in float."""
         params = given.get("params") or []
         if given.get("num_layers") != 1 or given.get("bidirectional") or len(params) not in (2, 4):
             return OpKind.OPAQUE, type, None, {}
         roles = self._roles({R.WEIGHT: params[0], R.RECURRENT: params[1]})
-        return (OpKind.OPAQUE, type, None, {}) if roles is None else (kind, type, None, roles)
+        outputs = RecurrentAttrs(tuple(int(u.args[1]) for u in self._outputs(node)))  # type: ignore[arg-type]
+        return (OpKind.OPAQUE, type, None, {}) if roles is None else (kind, type, outputs, roles)
 
     def _roles(self, slots: Mapping[ParamRole, Any]) -> dict[ParamRole, fx.Node] | None:
         """Operands by role, absent ones left out; None where one is computed."""

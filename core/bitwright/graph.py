@@ -116,7 +116,15 @@ class AxisAttrs:
     axis: int
 
 
-Attrs = ConvAttrs | BatchNormAttrs | ActivationAttrs | PoolAttrs | AxisAttrs
+@dataclass(frozen=True, slots=True)
+class RecurrentAttrs:
+    """What each output of a recurrent op holds, in order: 0 all hidden states, 1 the last one, 2 the cell state
+    (ONNX's Y, Y_h, Y_c; those that the model leaves out are missing)."""
+
+    outputs: tuple[int, ...]
+
+
+Attrs = ConvAttrs | BatchNormAttrs | ActivationAttrs | PoolAttrs | AxisAttrs | RecurrentAttrs
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import pytest
 
 from bitwright.encoding import encoding_from_range
 from bitwright.errors import InputError, TargetError
-from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor
+from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, RecurrentAttrs, Tensor
 from bitwright.grid import Blockwise, PerChannel, PerTensor
 from bitwright.placement import build_plan
 from bitwright.plan import Derived, Float, SharedWith
@@ -480,6 +480,31 @@ def test_multiple_outputs():
     assert set(plan.tied("t")) == {"t", "p", "q"}
     assert plan["Y_h"].decision == SharedWith("Y") and "Y_c" in own(plan)
     assert plan.spec("w").granularity == plan.spec("r").granularity == PerTensor()
+
+
+@pytest.mark.parametrize(
+    ("type", "slots", "tied"),
+    [
+        ("LSTM", (0, 1, 2), True), ("LSTM", (0, 1), True), ("LSTM", (1, 2), False), ("LSTM", (0, 2), False),
+        ("GRU", (0, 1), True), ("LSTM", None, True), ("GRU", None, True),
+    ],
+)  # fmt: skip
+def test_hidden_states_share_a_grid_and_the_cell_state_none(type, slots, tied):
+    """Whichever outputs are left out; where an op doesn't tell, only a whole set says which is which."""
+    names = [f"o{i}" for i in (slots if slots is not None else range(3 if type == "LSTM" else 2))]
+    attrs = None if slots is None else RecurrentAttrs(slots)
+    op = Op("rnn", OpKind.RECURRENT, type, ("x",), tuple(names), {ParamRole.WEIGHT: "w"}, attrs)
+    tensors = {t: Tensor(t, (None, 4)) for t in ("x", *names)}
+    plan = build_plan(Graph([op], tensors, {"w": Param("w", (1, 16, 4))}, ["x"], names), "default")
+    assert (plan.tied(names[0]) == ("o0", "o1")) is tied
+    assert "o2" not in names or plan.tied("o2") == ("o2",)
+
+
+def test_two_outputs_of_an_op_that_does_not_tell_which():
+    op = Op("rnn", OpKind.RECURRENT, "LSTM", ("x",), ("a", "c"), {ParamRole.WEIGHT: "w"})
+    tensors = {t: Tensor(t, (None, 4)) for t in ("x", "a", "c")}
+    plan = build_plan(Graph([op], tensors, {"w": Param("w", (1, 16, 4))}, ["x"], ["a", "c"]), "default")
+    assert plan.tied("a") == ("a",)
 
 
 def test_overrides():

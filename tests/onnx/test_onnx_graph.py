@@ -7,7 +7,9 @@ import pytest
 from bitwright.errors import ModelError
 from bitwright.graph import ActivationAttrs, ConvAttrs, Graph, OpKind, ParamRole, PoolAttrs
 from bitwright.linear_form import columns, output_channels, to_matrix
+from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
+from bitwright.verify import sqnr
 from bitwright_onnx.backend import OnnxBackend
 
 BACKEND = OnnxBackend()
@@ -278,3 +280,25 @@ def test_unknown_parameters_and_ops():
         BACKEND.read(model, ["nope"])
     with pytest.raises(ModelError, match="no op 'nope'"):
         BACKEND.graph(model).op("nope")
+
+
+@pytest.mark.parametrize(
+    "outputs", [("Y", "Y_h", "Y_c"), ("", "Y_h", "Y_c"), ("Y", "", "Y_c"), ("Y", "Y_h"), ("", "", "Y_c")]
+)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_cell_state_has_a_grid_of_its_own(outputs, directions):
+    """Its values pass 1, those of hidden states don't; at 16 bits little is lost."""
+    m = b.ModelBuilder()
+    m.input("x", [10, 1, 3])
+    bias = np.zeros((directions, 32), np.float32)
+    bias[:, 8:12] = 3  # forget gates that remember
+    m.node("LSTM", ["x", m.weight("W", directions, 16, 3), m.weight("R", directions, 16, 4), m.const("B", bias)],
+           outputs, "lstm", hidden_size=4, direction="bidirectional" if directions == 2 else "forward")  # fmt: skip
+    for name in filter(None, outputs):
+        m.output(name)
+    sim = QuantSim(m.build(), weights="int16", activations="uint16", scheme="minmax")
+    data = {"x": np.random.default_rng(0).standard_normal((10, 1, 3)).astype(np.float32)}
+    sim.calibrate([data])
+    for expected, found in zip(sim.predict([data], simulated=False), sim.predict([data]), strict=True):
+        assert sqnr(expected, found) > 50
+    assert {"Y", "Y_h"} - set(outputs) or sim.plan.tied("Y") == ("Y", "Y_h")

@@ -110,7 +110,9 @@ def given_as_float(lowest):
 
 
 def two(net, s):
-    return net.added(scaled(-1e4)(net, s), net.const("triangle", np.where(TRIANGLE, -np.inf, 0).astype(np.float32)), "t")
+    return net.added(
+        scaled(-1e4)(net, s), net.const("triangle", np.where(TRIANGLE, -np.inf, 0).astype(np.float32)), "t"
+    )
 
 
 def before_scaling(net, s):

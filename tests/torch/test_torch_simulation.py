@@ -19,6 +19,7 @@ from bitwright.errors import EncodingError, ModelError  # noqa: E402
 from bitwright.grid import PerChannel  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
 
 
@@ -268,3 +269,24 @@ def test_data_parallel_training() -> None:
             model(net.sample).square().sum().backward()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pick", [(1, 2), (0, 2), (0, 1, 2)])
+def test_a_cell_state_has_a_grid_of_its_own(pick):
+    """Whichever of an LSTM's outputs the model uses: hidden states are within 1, cell states aren't."""
+    torch.manual_seed(0)
+
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = torch.nn.LSTM(3, 4, batch_first=True)
+            self.lstm.bias_ih_l0.data[4:8] = 3
+
+        def forward(self, x):
+            y, (h, c) = self.lstm(x)
+            return [(y, h, c)[i] for i in pick]
+
+    x = torch.randn(6, 10, 3)
+    sim = QuantSim(Cell().eval(), x, weights="int16", activations="uint16", scheme="minmax").calibrate([x])
+    for expected, found in zip(sim.predict([x], simulated=False), sim.predict([x]), strict=True):
+        assert sqnr(expected, found) > 50

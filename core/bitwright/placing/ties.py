@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bitwright.graph import OpKind, TensorId
+from bitwright.graph import Op, OpKind, RecurrentAttrs, TensorId
 from bitwright.placing.activations import ActivationPlacement
 from bitwright.plan import SiteId
 
@@ -64,13 +64,26 @@ def settle(placement: ActivationPlacement) -> list[Edge]:
                     edges.append((source, t))
                 elif t not in placement.needed or not (graph.tensors[source].is_float or op.type == "Cast"):
                     wish.off(f"its input {source!r} stays in float")
-        elif op.kind is OpKind.RECURRENT and len(op.outputs) > 1:
-            states, last = op.outputs[:2]
-            if alike(states, last):
+        elif op.kind is OpKind.RECURRENT:
+            states, last = _hidden_states(op)
+            if states is not None and last is not None and alike(states, last):
                 edges.append((states, last))
         elif op.type in placement.config.bitwright.ties and placement.floats(op) is None:
             edges += [(op.output, t) for t in dict.fromkeys(op.data_inputs) if alike(op.output, t)]
     return edges
+
+
+def _hidden_states(op: Op) -> tuple[TensorId | None, TensorId | None]:
+    """All hidden states and the last one, where a recurrent op gives both; the cell state is neither.
+
+    Of an op that doesn't tell its outputs, only a whole set of them tells which is which.
+    """
+    whole = (0, 1, 2) if op.type == "LSTM" else (0, 1)
+    slots = op.attrs.outputs if isinstance(op.attrs, RecurrentAttrs) else whole
+    if len(slots) != len(op.outputs):
+        return None, None
+    found = dict(zip(slots, op.outputs, strict=True))
+    return found.get(0), found.get(1)
 
 
 def resolve(order: Iterable[TensorId], edges: Iterable[Edge]) -> Ties:
