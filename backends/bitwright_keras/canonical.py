@@ -108,9 +108,7 @@ class _Builder:
         }
         axes = channel_axes(ops, ranks, told, self._orders)
         masked = mask_names(model, self._kind)
-        tensors = {
-            t: Tensor(t, model.specs[t].shape, model.specs[t].dtype, axes.get(t), t in masked) for t in shown
-        }
+        tensors = {t: Tensor(t, model.specs[t].shape, model.specs[t].dtype, axes.get(t), t in masked) for t in shown}
         graph = Graph(ops, tensors, self._params, model.inputs, model.output_ids)
         return Canonical(graph, self._places, nodes)
 

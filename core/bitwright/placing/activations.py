@@ -234,9 +234,7 @@ class ActivationPlacement:
             if precision is None:
                 wish.off("kept in float by an override", final=True)
             elif not self.graph.tensors[site].is_float:
-                raise InputError(
-                    f"overrides: tensor {site!r} holds {self._held(site)} and stays as it is"
-                )
+                raise InputError(f"overrides: tensor {site!r} holds {self._held(site)} and stays as it is")
             else:
                 wish.on, wish.precision = True, precision
 
