@@ -24,6 +24,7 @@ from bitwright.graph import ParamId, TensorId
 from bitwright_keras.canonical import canonical
 from bitwright_keras.constants import constant_of
 from bitwright_keras.model import KerasModel, Node, execute, variables_of
+from bitwright_keras.native import first_line
 
 _PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 """What TensorFlow allows as a node's name."""
@@ -98,17 +99,10 @@ def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
         constants |= {p: x.op.name for p, x in operands.items() if x.graph is concrete.graph}
         made = convert_variables_to_constants_v2(concrete)
     except Exception as error:
-        raise ModelError(f"TensorFlow can't freeze {model.name!r}: {_reason(error)}") from error
+        raise ModelError(f"TensorFlow can't freeze {model.name!r}: {first_line(error)}") from error
     outputs = dict(zip(model.output_ids, (t.name for t in made.outputs), strict=True))
     graph_def = made.graph.as_graph_def(add_shapes=True)
     return _renamed(graph_def, names, constants, outputs)
-
-
-def _reason(error: BaseException) -> str:
-    """What an exception says, without the frame that Keras puts around it."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith("Exception encountered")]
-    return (told or [type(error).__name__])[0][:300]
 
 
 def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, index: int) -> Any:

@@ -3,7 +3,9 @@ copies of the user's layers, with composite ones spelled out on the way (`expand
 
 - Nested models are inlined; "conv" in "block" becomes "block/conv".
 - Subclassed models and layers, and custom layers that have only sublayers, are recorded through their `call` on
-  symbolic tensors; the result is compared with the original on a batch.
+  symbolic tensors.
+- All is as in inference: `training` is False unless a `call` says otherwise.
+- The result is compared with the original on a batch.
 - Masks that Keras passes along unseen become arguments.
 - What can't be looked into (Lambda, custom layers with weights of their own, recurrent layers) stays one opaque call.
 """
@@ -19,15 +21,13 @@ import keras
 
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
+from bitwright_keras.comparing import CaptureNotice, as_it_was, compare
 from bitwright_keras.constants import constant_params
 from bitwright_keras.model import KerasModel, Node, Ref, Spec, pruned, refs, variables_of
-from bitwright_keras.native import copy_layer, copy_of, input_of
-from bitwright_keras.opening import compare, recording_of
+from bitwright_keras.native import copy_layer, copy_of, counterparts, input_of
+from bitwright_keras.opening import recording_of
 from bitwright_keras.tracing import Call, Recording, functional_of, history, recorded, trace
-
-
-class CaptureNotice(UserWarning):
-    """What capturing had to leave as it is."""
+from bitwright_keras.training_mode import differs_in_training, mode_of, takes_training, without_training
 
 
 def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
@@ -35,13 +35,18 @@ def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
 
     Args:
         model: any built Keras model; it isn't changed.
-        sample: one batch, for a subclassed model that was never called.
+        sample: one batch, for a subclassed model that was never called, and to compare the capture on.
 
     Raises:
         InputError: the sample doesn't fit.
         ModelError: the model can't be captured, or is quantized already.
     """
-    recording, captured = recording_of(model, sample)
+    with as_it_was(model):
+        return _normalized(model, sample)
+
+
+def _normalized(model: keras.Model, sample: Any) -> KerasModel:
+    recording, original = recording_of(model, sample)
     made = Normalizer()
     names: dict[str, Any] = {}
     for index, tensor in enumerate(recording.inputs):
@@ -60,22 +65,22 @@ def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
     result = KerasModel(
         model.name,
         tuple(names),
-        _structure(recording.inputs_structure, {id(t): Ref(name) for name, t in names.items()}, captured),
+        _structure(recording.inputs_structure, {id(t): Ref(name) for name, t in names.items()}, recording.replayed),
         pruned(made.nodes, refs(made.references(outputs))),
         made.references(outputs),
         made.specs,
     )
     used = set(result.inputs).union(*(n.outputs for n in result.nodes))
     result = replace(result, specs={t: s for t, s in result.specs.items() if t in used})
-    if made.traced or captured:
-        compare(model, result, sample, made.traced)
+    tensors = {key: t for key, t in made.places.items() if t in used}
+    compare(original, result, sample, recording, tensors, made.traced)
     return result
 
 
-def _structure(structure: Any, names: Mapping[int, Ref], captured: bool) -> Any:
+def _structure(structure: Any, names: Mapping[int, Ref], replayed: bool) -> Any:
     """How the model takes its inputs; a captured `call` takes its first argument."""
     found = keras.tree.map_structure(lambda x: names.get(id(x), x), structure)
-    if not captured:
+    if replayed:
         return found
     args, kwargs = found
     return args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
@@ -93,12 +98,14 @@ class Normalizer:
         nodes: the calls so far.
         specs: shapes and types of the activations so far.
         traced: names of layers whose `call` was recorded.
+        places: the activation that each tensor of the model's own recording has become, by the tensor's `id`.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.specs: dict[str, Spec] = {}
         self.traced: list[str] = []
+        self.places: dict[int, str] = {}
         self._ids: dict[int, str] = {}
         self._kept: list[Any] = []  # ids of objects are only good while these live
         self._layers: dict[tuple[int, str], tuple[keras.layers.Layer, dict[str, ParamId]]] = {}
@@ -108,13 +115,14 @@ class Normalizer:
 
     # -- recordings
 
-    def inline(self, recording: Recording, given: Mapping[int, Any], prefix: str) -> Any:
+    def inline(self, recording: Recording, given: Mapping[int, Any], prefix: str, training: bool = False) -> Any:
         """Make a recording's calls; returns its outputs.
 
         Args:
             recording: of the user's layers.
             given: symbolic tensors by `id` of the recording's inputs.
             prefix: of the names, "block/".
+            training: what the recorded model or layer is called with.
         """
         values = dict(given)
         for call in recording.calls:
@@ -123,20 +131,27 @@ class Normalizer:
             args, kwargs = keras.tree.map_structure(
                 lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x, (call.args, dict(call.kwargs))
             )
-            results = keras.tree.flatten(self.apply(call, args, kwargs, prefix))
+            mode = training if recording.replayed else mode_of(call.operation, args, kwargs, training)
+            results = keras.tree.flatten(self.apply(call, args, kwargs, prefix, mode))
             for tensor, result in zip(call.outputs, results, strict=True):
                 values[id(tensor)] = result
+        if not prefix:
+            self.places = {key: self._ids[id_of(x)] for key, x in values.items() if id_of(x) in self._ids}
         return keras.tree.map_structure(lambda x: values[id(x)], recording.outputs)
 
-    def apply(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str) -> Any:
+    def apply(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str, training: bool = False
+    ) -> Any:
         """One call of the user's, on new tensors."""
         from bitwright_keras.expand import EXPANSIONS
 
         operation = call.operation
         name = self.name(operation, prefix, call.index)
         args, kwargs = self._plain(args, kwargs, name)
+        if takes_training(operation):
+            args, kwargs = without_training(operation, args, kwargs)
         if isinstance(operation, keras.Model):
-            return self._model(operation, args, kwargs, name)
+            return self._model(operation, args, kwargs, name, training)
         if not isinstance(operation, keras.layers.Layer):
             expansion = EXPANSIONS.get(type(operation).__name__) if _of_keras(operation) else None
             made = expansion(self, operation, name, args, kwargs) if expansion is not None else None
@@ -146,6 +161,12 @@ class Normalizer:
                 f"layer {operation.name!r} is quantized already ({operation.quantization_mode}); start from the float "
                 "model"
             )
+        if _of_keras(operation) and training and differs_in_training(operation):
+            raise ModelError(
+                f"layer {name!r} ({type(operation).__name__}) is called with training=True in inference: what it "
+                "computes then depends on chance or on the other samples of a batch, which no exported model can hold; "
+                "pass it the model's own training argument"
+            )
         self._masks(operation, args, kwargs)
         if _of_keras(operation):
             expansion = EXPANSIONS.get(type(operation).__name__)
@@ -153,37 +174,54 @@ class Normalizer:
                 made = expansion(self, operation, name, args, kwargs)
                 if made is not None:
                     return made
-        elif (made := self._composite(operation, args, kwargs, name)) is not None:
+        elif (made := self._composite(operation, args, kwargs, name, training)) is not None:
             return made
-        layer, params = self.layer(operation, name)
+        elif training and (takes_training(operation) or operation._layers):
+            raise ModelError(
+                f"layer {name!r} ({type(operation).__name__}) is called with training=True in inference, and what it "
+                "then does can't be looked into; pass it the model's own training argument"
+            )
+        layer, params = self.layer(operation, name, called=(args, kwargs))
+        if takes_training(operation) and not _of_keras(operation):
+            kwargs["training"] = False  # its default may be another
         return self.emit(name, layer, *args, params=params, **kwargs)
 
-    def _model(self, model: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    def _model(
+        self, model: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, training: bool
+    ) -> Any:
         functional = functional_of(model)
         if functional is None:
-            return self._traced(model, args, kwargs, name)
+            return self._traced(model, args, kwargs, name, training)
         recording = recorded(functional)
         given = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
         flat = keras.tree.flatten(given)
-        return self.inline(recording, {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}, f"{name}/")
+        given = {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}
+        return self.inline(recording, given, f"{name}/", training)
 
-    def _traced(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-        recording = trace(layer, args, kwargs)
+    def _traced(
+        self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, training: bool
+    ) -> Any:
+        recording = trace(layer, args, kwargs, training)
         flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
-        result = self.inline(recording, {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}, f"{name}/")
+        given = {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}
+        result = self.inline(recording, given, f"{name}/", training)
         self.traced.append(name)
         return result
 
-    def _composite(self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    def _composite(
+        self, layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, training: bool
+    ) -> Any:
         """A custom layer that has only sublayers, by its `call`; None where it can't be recorded."""
         inner = [x for x in layer._layers if x.weights]
         own = {id(v) for v in layer.weights} - {id(v) for x in inner for v in x.weights}
-        if not inner or own or _of_keras(layer) or "training" in kwargs:
+        if not inner or own or _of_keras(layer):
             return None
         mark = len(self.nodes), len(self.traced)
         try:
-            return self._traced(layer, args, kwargs, name)
+            return self._traced(layer, args, kwargs, name, training)
         except ModelError as error:
+            if training:
+                raise
             del self.nodes[mark[0] :], self.traced[mark[1] :]
             warnings.warn(CaptureNotice(f"{error}; it runs in float as one op"), stacklevel=2)
             return None
@@ -227,6 +265,7 @@ class Normalizer:
         part: str = "",
         make: Callable[[str], keras.layers.Layer] | None = None,
         params: Mapping[str, ParamId] | None = None,
+        called: tuple[Any, Any] | None = None,
     ) -> tuple[keras.layers.Layer, Mapping[str, ParamId]]:
         """The normal form's layer for (a part of) the user's; the same one each time that a shared layer is called.
 
@@ -236,14 +275,15 @@ class Normalizer:
             part: which part.
             make: makes it, given its name; by default a copy.
             params: parameter ids by variable, where they aren't "name/variable".
+            called: arguments of the user's layer, which a copy may have to be called with to be built.
         """
         key = (id(source), part)
         if key not in self._layers:
             file_name = self.file_name(name)
-            made = copy_layer(source, name=file_name) if make is None else make(file_name)
-            if params is None:
-                params = {key: f"{name}/{key}" for key in variables_of(made)} if made.built else {}
-            self._layers[key] = (made, dict(params))
+            made = copy_layer(source, called=called, name=file_name) if make is None else make(file_name)
+            if params is None and made.built:
+                params = {key: f"{name}/{own}" for key, own in _own_names(made, source, copied=make is None).items()}
+            self._layers[key] = (made, dict(params or {}))
             self._kept.append(source)
         return self._layers[key]
 
@@ -332,6 +372,16 @@ class Normalizer:
         )
         if any(mask is not None for mask in keras.tree.flatten(found)):
             kwargs["mask"] = found
+
+
+def _own_names(made: keras.layers.Layer, source: keras.layers.Layer, *, copied: bool) -> dict[str, str]:
+    """The user's name of each variable of a layer of the normal form, by its name there."""
+    variables = variables_of(made)
+    if not copied:
+        return {key: key for key in variables}
+    theirs = {id(v): key for key, v in variables_of(source).items()}
+    named = {id(a): theirs[id(b)] for a, b in counterparts(made, source) or ()}
+    return {key: named.get(id(v), key) for key, v in variables.items()}
 
 
 def id_of(tensor: Any) -> int:

@@ -1,29 +1,29 @@
-"""The user's model at the door: its recorded calls, and the comparison of what was captured with the original."""
+"""The user's model at the door: its recorded calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from bitwright.errors import InputError, ModelError
-from bitwright_keras.model import KerasModel, execute, refs, substitute
+from bitwright.errors import ModelError
 from bitwright_keras.native import copy_layer
 from bitwright_keras.tracing import Recording, functional_of, recorded, trace
 
 
-def recording_of(model: keras.Model, sample: Any) -> tuple[Recording, bool]:
-    """The model's calls, and whether they come from its `call`."""
+def recording_of(model: keras.Model, sample: Any) -> tuple[Recording, keras.Model]:
+    """The model's calls, and a model that makes them: itself, or a twin of a Sequential that isn't built."""
     functional = functional_of(model)
-    if functional is None and isinstance(model, keras.Sequential) and sample is not None:
+    plain = type(model) is keras.Sequential
+    if functional is None and plain and sample is not None:
         twin = keras.Sequential([copy_layer(x) if x.built else x for x in model.layers], name=model.name)
         twin.build((None, *np.shape(_arrays(sample)[0])[1:]))
-        functional = functional_of(twin)
+        functional, model = functional_of(twin), twin
     if functional is not None:
-        return recorded(functional), False
-    if isinstance(model, keras.Sequential):
+        return recorded(functional), model
+    if plain:
         raise ModelError(
             f"{model.name!r} has no input shape yet: call model.build(shape), or give a sample batch: "
             "QuantSim(model, sample, …)"
@@ -36,7 +36,7 @@ def recording_of(model: keras.Model, sample: Any) -> tuple[Recording, bool]:
                 "first, or give a sample batch: QuantSim(model, sample, …)"
             )
         model(_tensors(sample))
-    return trace(model, (symbols,), {}), True
+    return trace(model, (symbols,), {}), model
 
 
 def _symbolic(model: keras.Model, sample: Any) -> Any:
@@ -75,43 +75,3 @@ def _tensors(sample: Any) -> Any:
 
 def _arrays(sample: Any) -> list[Any]:
     return [np.asarray(x) for x in keras.tree.flatten(sample)]
-
-
-def compare(model: keras.Model, normal: KerasModel, sample: Any, traced: Sequence[str]) -> None:
-    """Refuse a capture that computes something else than the model."""
-    batch = _batch(normal, sample)
-    try:
-        expected = keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False))
-    except Exception as error:
-        if sample is None:  # made-up numbers needn't suit the model
-            return
-        raise InputError(f"the sample doesn't fit the model: {str(error).splitlines()[0]}") from error
-    values: dict[str, Any] = dict(batch)
-    execute(normal.nodes, values)
-    found = [values[t] for t in refs(normal.outputs)]
-    for x, y in zip(expected, found, strict=True):
-        a, b = (np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in (x, y))
-        near = 1e-4 * max(float(np.abs(a).max(initial=0)), 1.0)
-        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-3, atol=near):
-            raise ModelError(
-                f"capturing {', '.join(map(repr, traced)) or repr(model.name)} through call() gives other results than "
-                "calling it: it depends on Python state, on values, or on the batch's shape; compute with "
-                "keras.layers and keras.ops only"
-            )
-
-
-def _batch(normal: KerasModel, sample: Any) -> dict[str, Any]:
-    if sample is not None:
-        flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else _arrays(sample)
-        return {
-            t: keras.ops.convert_to_tensor(np.asarray(x), dtype=normal.specs[t].dtype)
-            for t, x in zip(normal.inputs, flat, strict=True)
-        }
-    rng = np.random.default_rng(0)
-    batch = {}
-    for t in normal.inputs:
-        spec = normal.specs[t]
-        shape = [2 if i == 0 and n is None else 8 if n is None else n for i, n in enumerate(spec.shape)]
-        drawn = rng.normal(size=shape) if spec.dtype.startswith(("float", "bfloat")) else np.ones(shape)
-        batch[t] = keras.ops.convert_to_tensor(drawn, dtype=spec.dtype)
-    return batch

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 
 from bitwright.errors import ModelError
+from bitwright_keras.native import first_line
+from bitwright_keras.training_mode import takes_training
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +41,15 @@ class Recording:
         inputs_structure: of the function's argument.
         calls: those that the outputs depend on.
         outputs: the structure of KerasTensors that it returns.
+        replayed: of a functional model, which passes the `training` that it is called with to all of its layers.
+            In other recordings each call holds its own.
     """
 
     inputs: tuple[Any, ...]
     inputs_structure: Any
     calls: tuple[Call, ...]
     outputs: Any
+    replayed: bool = True
 
 
 def recorded(function: Any) -> Recording:
@@ -63,24 +69,41 @@ def recorded(function: Any) -> Recording:
 
 
 def functional_of(model: keras.Model) -> Any | None:
-    """The functional model that a model is, or holds (Sequential); None for subclassed ones."""
+    """The functional model that a model is, or holds (Sequential); None for those that have a `call` of their own."""
+    if not str(getattr(type(model).call, "__module__", "")).startswith("keras."):
+        return None
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def trace(layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
+def trace(
+    layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool = False
+) -> Recording:
     """Record what a layer's or subclassed model's `call` does, by calling it on fresh symbolic tensors.
 
-    The layers that it calls keep no trace of it.
+    The layers that it calls keep no trace of it. As in any call, they take over its `training` unless they are given
+    another one.
 
     Args:
         layer: built.
         args, kwargs: with KerasTensors; only their shapes and types are used.
+        training: that the layer is called with, or that was in force where it is called.
 
     Raises:
         ModelError: `call` can't be recorded.
     """
+    recording = _record(layer, args, kwargs, training)
+    held = _constants(recording)
+    again = _constants(_record(layer, args, kwargs, training)) if held else held
+    if len(held) != len(again) or any(not np.array_equal(a, b) for a, b in zip(held, again, strict=True)):
+        raise _refused(layer, "it draws other numbers at each call")
+    return recording
+
+
+def _record(
+    layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool
+) -> Recording:  # fmt: skip
     fresh: list[Any] = []
 
     def stand_in(x: Any) -> Any:
@@ -90,25 +113,43 @@ def trace(layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: Mapping[str,
         return fresh[-1]
 
     new_args, new_kwargs = keras.tree.map_structure(stand_in, (args, dict(kwargs)))
+    called_with = {**new_kwargs, "training": training} if takes_training(layer) else new_kwargs
     inside = [x for x in layer._flatten_layers() if x is not layer]
     before = {id(x): (x, len(x._inbound_nodes), len(x._outbound_nodes)) for x in inside}
+    context = layer._get_call_context()
+    context.training = training
     try:
-        outputs = layer.call(*new_args, **new_kwargs)
+        outputs = layer.call(*new_args, **called_with)
         leaves = keras.tree.flatten(outputs)
         if not leaves or not all(isinstance(x, keras.KerasTensor) for x in leaves):
             raise ModelError("it returns what is no tensor")
+        layer._maybe_reset_call_context()
         recording = recorded(keras.Function(fresh, outputs))
     except Exception as error:
-        raise ModelError(
-            f"layer {layer.name!r} ({type(layer).__name__}) can't be captured through its call(): "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; compute with "
-            "keras.layers and keras.ops only, and don't branch on values or on free dimensions"
-        ) from error
+        raise _refused(layer, first_line(error)) from error
     finally:
+        layer._maybe_reset_call_context()
         for inner, inbound, outbound in before.values():
             del inner._inbound_nodes[inbound:]
             del inner._outbound_nodes[outbound:]
-    return Recording(tuple(fresh), (new_args, new_kwargs), recording.calls, recording.outputs)
+    return Recording(tuple(fresh), (new_args, new_kwargs), recording.calls, recording.outputs, False)
+
+
+def _refused(layer: keras.layers.Layer, why: str) -> ModelError:
+    return ModelError(
+        f"layer {layer.name!r} ({type(layer).__name__}) can't be captured through its call(): {why}; compute with "
+        "keras.layers and keras.ops only, and don't branch on values or on free dimensions"
+    )
+
+
+def _constants(recording: Recording) -> list[Any]:
+    """Tensors among the arguments of calls that nothing in the recording computes."""
+    found = keras.tree.flatten([(call.args, dict(call.kwargs)) for call in recording.calls])
+    return [
+        keras.ops.convert_to_numpy(x)
+        for x in found
+        if not isinstance(x, keras.KerasTensor | keras.Variable) and keras.ops.is_tensor(x)
+    ]
 
 
 def history(tensor: Any) -> Call | None:
