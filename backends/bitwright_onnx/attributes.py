@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bitwright.errors import ModelError
 from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs
 from bitwright_onnx.optable import constant_shape, flag
 from bitwright_onnx.session import tensor_array
@@ -38,9 +39,11 @@ def convolution(node: ir.Node) -> ConvAttrs | None:
     ones = (1,) * len(kernel)
     strides, dilations = _ints(node, "strides", ones), _ints(node, "dilations", ones)
     groups = node.attributes.get_int("group", 1)
-    extra = _ints(node, "output_padding", (0,) * len(kernel)) if node.op_type == "ConvTranspose" else ()
+    extra: tuple[int, ...] = ()
+    pads: Pads | None
     if node.op_type == "ConvTranspose":
-        pads = _transposed_pads(node, kernel, strides, dilations, extra)
+        extra = _ints(node, "output_padding", (0,) * len(kernel))
+        pads, extra = _transposed_pads(node, kernel, strides, dilations, extra)
     else:
         pads = window_pads(node, kernel, strides, dilations)
     if pads is None:
@@ -59,8 +62,7 @@ def window_pads(
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     rank = len(kernel)
     if mode in ("NOTSET", ""):
-        flat = _ints(node, "pads", (0,) * (2 * rank))
-        return tuple(zip(flat[:rank], flat[rank:], strict=True))
+        return _explicit_pads(node, rank)
     if mode == "VALID":
         return ((0, 0),) * rank
     dims = static_dims(node.inputs[0])
@@ -78,6 +80,15 @@ def window_pads(
     return tuple(pads)
 
 
+def _explicit_pads(node: ir.Node, rank: int) -> Pads:
+    flat = _ints(node, "pads", (0,) * (2 * rank))
+    if len(flat) != 2 * rank:
+        raise ModelError(
+            f"node {node.name!r} ({node.op_type}) has {len(flat)} pads for {rank} axes; two an axis are needed"
+        )
+    return tuple(zip(flat[:rank], flat[rank:], strict=True))
+
+
 def _halves(total: int, mode: str) -> tuple[int, int]:
     small, big = total // 2, total - total // 2
     return (small, big) if mode == "SAME_UPPER" else (big, small)
@@ -89,27 +100,30 @@ def _transposed_pads(
     strides: tuple[int, ...],
     dilations: tuple[int, ...],
     extra: tuple[int, ...],
-) -> Pads | None:
-    """total = s·(n − 1) + output_padding + d·(k − 1) + 1 − output size (ONNX operator specification, ConvTranspose)."""
+) -> tuple[Pads | None, tuple[int, ...]]:
+    """Padding and output padding of a ConvTranspose.
+
+    total = s·(n − 1) + output_padding + d·(k − 1) + 1 − output size (ONNX operator specification, ConvTranspose). An
+    output that is asked to be larger than the window reaches gets more output padding.
+    """
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     wanted = _ints(node, "output_shape", ())[-len(kernel) :]
     rank = len(kernel)
     if not wanted and mode in ("NOTSET", ""):
-        flat = _ints(node, "pads", (0,) * (2 * rank))
-        return tuple(zip(flat[:rank], flat[rank:], strict=True))
+        return _explicit_pads(node, rank), extra
     if not wanted and mode == "VALID":
-        return ((0, 0),) * rank
+        return ((0, 0),) * rank, extra
     dims = static_dims(node.inputs[0])
-    pads = []
+    pads, padded = [], list(extra)
     for i, (k, s, d, e) in enumerate(zip(kernel, strides, dilations, extra, strict=True)):
         n = dims[2 + i] if dims is not None else None
         if wanted and n is None:
-            return None
+            return None, extra
         # With SAME the output has n·s elements, and n drops out of the total.
         total = e + d * (k - 1) + 1 - s if not wanted else s * ((n or 0) - 1) + e + d * (k - 1) + 1 - wanted[i]
-        total = max(total, 0)
-        pads.append(_halves(total, "SAME_UPPER" if mode == "SAME_UPPER" else "SAME_LOWER"))
-    return tuple(pads)
+        padded[i] += max(-total, 0)
+        pads.append(_halves(max(total, 0), "SAME_UPPER" if mode == "SAME_UPPER" else "SAME_LOWER"))
+    return tuple(pads), tuple(padded)
 
 
 def clip(node: ir.Node) -> tuple[OpKind, ActivationAttrs]:

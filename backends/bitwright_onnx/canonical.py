@@ -30,6 +30,7 @@ from bitwright_onnx.optable import (
     linear_weight,
 )
 from bitwright_onnx.subgraph import captured
+from bitwright_onnx.value_types import is_tensor
 
 _DEFAULT_AXIS = {"Softmax": -1, "LogSoftmax": -1, "Hardmax": -1, "Concat": 0, "Split": 0, "LayerNormalization": -1}
 
@@ -68,13 +69,14 @@ def canonical_graph(model: ir.Model) -> Graph:
     told = {op.id: axes for op, node in pairs if (axes := told_axes(op, node, ranks)) is not None}
     orders = {op.id: order for op, node in pairs if (order := permutation(node)) is not None}
     found = channel_axes(ops, ranks, told, orders)
-    tensors = {
-        n: Tensor(n, attributes.static_dims(v), dtype_name(v.dtype), found.get(n), n in masked)
-        for n, v in named.items()
-    }
+    tensors = {n: Tensor(n, attributes.static_dims(v), _dtype(v), found.get(n), n in masked) for n, v in named.items()}
     return Graph(
         ops, tensors, params, [str(v.name) for v in model.graph.inputs], [str(v.name) for v in model.graph.outputs]
     )
+
+
+def _dtype(value: ir.Value) -> str:
+    return dtype_name(value.dtype) if is_tensor(value) else "sequence"
 
 
 def refuse_quantized(model: ir.Model) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bitwright.encoding import Encoding
 from bitwright.graph import Param, TensorId
 from bitwright_onnx.opset import opset_of
+from bitwright_onnx.session import has_quantize_linear
 from bitwright_onnx.site_ops import Chain, Form, Place, fixed_site, live_site, merged
 
 _GRID_KEEPING = frozenset(
@@ -85,7 +86,7 @@ class Lowering:
         return self._named(value, y, outputs=False)
 
     def _place(self, value: ir.Value, form: Form) -> Place:
-        return Place(form, value.dtype or ir.DataType.FLOAT, self._opset)
+        return Place(form, value.dtype or ir.DataType.FLOAT, self._opset, has_quantize_linear(self._opset))
 
     def _once(self, prefix: str, make: Callable[[str], ir.Value]) -> Callable[[str], ir.Value]:
         """Sites that share an encoding share its operands."""

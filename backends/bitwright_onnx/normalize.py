@@ -26,6 +26,7 @@ from bitwright_onnx.opset import MINIMUM_OPSET, raise_opset
 from bitwright_onnx.rewrites import rewrite
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import values_of
+from bitwright_onnx.value_types import refuse_no_tensors, restore_types
 
 _ROUNDS = 6
 """Of folding constants: sizes that are computed from folded ones are known in the next."""
@@ -35,10 +36,12 @@ def normalize(model: ir.Model) -> ir.Model:
     """The model in normal form. Works in place on a model that the caller owns, except where it must be converted.
 
     Raises:
-        ModelError: the model has no outputs, a tensor is produced twice, or its opset can't be raised.
+        ModelError: the model has no outputs, an input or an output is no tensor, a tensor is produced twice, or its
+            opset can't be raised.
     """
     if not model.graph.outputs:
         raise ModelError("the model has no outputs")
+    refuse_no_tensors(model.graph)
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if model.functions:
@@ -79,6 +82,7 @@ def infer_shapes(model: ir.Model) -> None:
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=not propagates_far(model.graph))(model)
     finally:
         logger.setLevel(level)
+    restore_types(model.graph)
 
 
 class _NodeNames:

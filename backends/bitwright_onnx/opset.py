@@ -7,6 +7,7 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
+from bitwright_onnx.old_opsets import NUMPY_BROADCASTING, broadcast_as_numpy
 from bitwright_onnx.session import INLINE_BYTES, tensor_array
 from bitwright_onnx.subgraph import values_of
 
@@ -14,8 +15,6 @@ MINIMUM_OPSET = 13
 """Per-channel QuantizeLinear needs it; every model is raised at least so far when it is opened."""
 INT4_OPSET = 21
 """QuantizeLinear with 4- and 16-bit types and with blocks."""
-OLDEST_OPSET = 7
-"""ONNX's converter is known to work from here on."""
 
 
 def opset_of(model: ir.Model) -> int:
@@ -34,12 +33,10 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
     present = opset_of(model)
     if present == 0 or present >= version:
         return model
-    if present < OLDEST_OPSET:
-        raise ModelError(
-            f"the model uses opset {present}; opsets from {OLDEST_OPSET} on can be converted. Export it again"
-        )
     bare = model.clone()
     bare.ir_version = max(bare.ir_version, 4)  # before, initializers had to be inputs too
+    if present < NUMPY_BROADCASTING:
+        broadcast_as_numpy(bare)
     weights = _detach(bare)
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(bare), version))

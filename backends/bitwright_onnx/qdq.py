@@ -29,14 +29,16 @@ from bitwright.grid import Blockwise, PerChannel, PerTensor
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
-from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET, raise_opset
-from bitwright_onnx.session import tensor_array
+from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
+from bitwright_onnx.session import has_quantize_linear, tensor_array
 from bitwright_onnx.site_ops import Chain, Place, fixed_site, form_of, from_float32, in_float32, merged
 from bitwright_onnx.storage import opset_for, storage_type, stored
 from bitwright_onnx.subgraph import values_of
 
 NAMES = "bitwright.names"
 """Metadata key of a QDQ file: JSON of site → dequantized tensor, where they differ."""
+RUNTIME_DOMAIN = "com.microsoft"
+"""ONNX Runtime's own QuantizeLinear and DequantizeLinear, which don't depend on the model's opset."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,19 @@ def build_qdq(
             writer.activation(site, table[site], kinds[site])
         else:
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
+    _runnable_pairs(work)
     work.metadata_props[NAMES] = json.dumps(writer.names)
     return work, QdqReport(Path(), writer.names, raised, skipped)
+
+
+def _runnable_pairs(model: ir.Model) -> None:
+    """Take Q and DQ from ONNX Runtime's own domain where it doesn't have them in the model's opset yet."""
+    if has_quantize_linear(opset_of(model)):
+        return
+    for node in model.graph.all_nodes():
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.domain = RUNTIME_DOMAIN
+            model.opset_imports[RUNTIME_DOMAIN] = 1
 
 
 def _table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,21 @@ def _compile(part: ir.Model, *, config: Mapping[str, str] | None, optimize: bool
         raise ModelError(f"ONNX Runtime can't run the model: {_reason(error)}{_hint(error)}") from error
     session.bitwright_weights = shared
     return session
+
+
+@cache
+def has_quantize_linear(opset: int) -> bool:
+    """Whether the installed ONNX Runtime has QuantizeLinear of an opset: of the newest it may have other ops only."""
+    x, scale = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])) for n in ("x", "scale"))
+    zero = ir.Value(name="zero", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]))
+    node = ir.node("QuantizeLinear", [x, scale, zero])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.UINT8)
+    graph = ir.Graph([x, scale, zero], node.outputs, nodes=[node], opset_imports={"": opset}, name="probe")
+    try:
+        _compile(ir.Model(graph, ir_version=10), config=None)
+    except ModelError:
+        return False
+    return True
 
 
 def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
@@ -201,6 +217,7 @@ class OrtSession:
             inputs = {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
         self._outputs = list(dict.fromkeys(n for names in self._fetch.values() for n in names))
         self._types = {name: _dtype(kind) for name, (kind, _) in inputs.items()}
+        self._sequences = frozenset(name for name, (kind, _) in inputs.items() if not kind.startswith("tensor("))
         self._needed = tuple(dict.fromkeys([*inputs, *self._passed.values()]))
 
     @property
@@ -227,7 +244,9 @@ class OrtSession:
             try:
                 fetched = dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
             except Exception as error:
-                shapes = ", ".join(f"{n} {v.dtype}{list(v.shape)}" for n, v in given.items())
+                shapes = ", ".join(
+                    f"{n} {v.dtype}{list(v.shape)}" for n, v in given.items() if isinstance(v, np.ndarray)
+                )
                 kind = InputError if "INVALID_ARGUMENT" in str(error) else ModelError
                 raise kind(f"running the model on {shapes} failed: {_reason(error)}") from error
         results: dict[Tap, Array] = {}
@@ -236,6 +255,9 @@ class OrtSession:
                 results[tap] = reduced(feed[tap.tensor], tap)
             elif len(names := self._fetch[tap]) == 1:
                 value = fetched[names[0]]
+                if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment
+                    results[tap] = value
+                    continue
                 # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
                 done = tap.step > 1 and names[0] != tap.tensor
                 results[tap] = value if done else reduced(value, tap)
@@ -246,7 +268,9 @@ class OrtSession:
                 results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
         return results
 
-    def _as_typed(self, name: str, value: Any) -> Array:
+    def _as_typed(self, name: str, value: Any) -> Any:
+        if name in self._sequences:
+            return value
         array = np.asarray(value)
         wanted = self._types.get(name)
         if wanted is None or array.dtype == wanted:

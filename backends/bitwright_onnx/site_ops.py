@@ -74,7 +74,7 @@ def numbers(form: Form, encoding: Encoding | None) -> Numbers:
     if form.kind in ("integer8", "integer") and form.rank is None:
         found = _scalar_numbers(encoding)
         if form.kind == "integer8":
-            found = {k: found[k] for k in ("narrow", "scale", "zero8", "low8", "high8")}
+            found = {k: found[k] for k in ("narrow", "scale", "zero8", "low8", "high8", "low", "high")}
         return found
     scale, zero = np.ones((1,) * (form.rank or 0), np.float32), np.zeros((1,) * (form.rank or 0))
     low = high = 0.0
@@ -167,11 +167,27 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a chain goes: its form, the tensor's type and the graph's opset."""
+    """Where a chain goes: its form, the tensor's type, the graph's opset, and whether the runtime has pairs there.
+
+    ONNX Runtime may run a model's ops in an opset whose QuantizeLinear it doesn't have yet: there chains are composed.
+    """
 
     form: Form
     dtype: ir.DataType
     opset: int
+    pairs: bool = True
+
+    def narrow(self, chain: Chain, x: ir.Value, operand: Operand, *, clip: bool = True) -> ir.Value:
+        """Grids of up to 8 bits."""
+        if self.pairs:
+            return _pair8(chain, x, operand, clip)
+        return _composed(chain, x, operand, clip=True)
+
+    def wide(self, chain: Chain, x: ir.Value, operand: Operand) -> ir.Value:
+        """Full grids of 16 bits."""
+        if self.pairs and self.opset >= WIDE_OPSET:
+            return _pair16(chain, x, operand)
+        return _composed(chain, x, operand, clip=True)
 
 
 def live_site(chain: Chain, x: ir.Value, place: Place, operand: Operand) -> ir.Value:
@@ -179,14 +195,13 @@ def live_site(chain: Chain, x: ir.Value, place: Place, operand: Operand) -> ir.V
     form = place.form
     branches: list[tuple[str, Callable[[Chain, ir.Value], ir.Value]]]
     if form.kind == "integer8":
-        branches = [("narrow", lambda c, v: _pair8(c, v, operand))]
+        branches = [("narrow", lambda c, v: place.narrow(c, v, operand))]
     elif form.kind == "integer" and form.rank is None:
-        branches = [("narrow", lambda c, v: _pair8(c, v, operand))]
-        if place.opset >= WIDE_OPSET:
-            branches += [("wide", lambda c, v: _pair16(c, v, operand))]
-        else:
-            branches += [("wide", lambda c, v: _composed(c, v, operand, clip=True))]
-        branches += [("odd", lambda c, v: _composed(c, v, operand, clip=True))]
+        branches = [
+            ("narrow", lambda c, v: place.narrow(c, v, operand)),
+            ("wide", lambda c, v: place.wide(c, v, operand)),
+            ("odd", lambda c, v: _composed(c, v, operand, clip=True)),
+        ]
     else:
         branches = [("on", lambda c, v: _plain(c, v, form, operand))]
     return _switch(chain, x, branches, operand, place.dtype)
@@ -198,9 +213,9 @@ def fixed_site(chain: Chain, x: ir.Value, place: Place, operand: Operand, encodi
     x = in_float32(chain, x, place.dtype)
     if form.kind in ("integer8", "integer") and form.rank is None:
         if encoding.bits <= 8:
-            y = _pair8(chain, x, operand, clip=encoding.grid.steps < 255)
-        elif encoding.grid.steps == 2**16 - 1 and place.opset >= WIDE_OPSET:
-            y = _pair16(chain, x, operand)
+            y = place.narrow(chain, x, operand, clip=encoding.grid.steps < 255)
+        elif encoding.grid.steps == 2**16 - 1:
+            y = place.wide(chain, x, operand)
         else:
             y = _composed(chain, x, operand, clip=True)
     else:

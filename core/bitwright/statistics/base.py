@@ -62,10 +62,16 @@ class Tap:
 
 
 def reduced(values: NDArray[Any], tap: Tap) -> NDArray[Any]:
-    """A whole tensor as a tap hands it out: itself, thinned, or its extremes, float32 [2] or [2, channels]."""
+    """A whole tensor as a tap hands it out: itself, thinned, or its extremes, float32 [2] or [2, channels].
+
+    The extremes of an empty tensor are +∞ and −∞, as those of ranges that have seen nothing.
+    """
     if tap.reduce == "none":
         return thinned(values, tap.step, tap.axis)
     axes = None if tap.axis is None else tuple(i for i in range(values.ndim) if i != tap.axis % values.ndim)
+    if values.size == 0:
+        channels = () if tap.axis is None else values.shape[tap.axis % values.ndim :][:1]
+        return np.stack([np.full(channels, np.inf), np.full(channels, -np.inf)]).astype(np.float32)
     return np.stack([values.min(axis=axes), values.max(axis=axes)]).astype(np.float32, copy=False)
 
 

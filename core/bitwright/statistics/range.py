@@ -43,7 +43,8 @@ class RangeStatistic:
         if pair.ndim != (1 if self.axis is None else 2) or len(pair) != 2:
             expected = "(2,)" if self.axis is None else "(2, channels)"
             raise InputError(f"a reduced range has shape {expected}, got {pair.shape}")
-        self._take(pair[0], pair[1])
+        if not _empty(pair):
+            self._take(pair[0], pair[1])
         return None
 
     def observe(self, tensor: NDArray[Any]) -> None:
@@ -83,3 +84,8 @@ class RangeStatistic:
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take a saved state."""
         self.low, self.high = np.array(state["low"], np.float64), np.array(state["high"], np.float64)
+
+
+def _empty(pair: NDArray[np.float64]) -> bool:
+    """Whether extremes are those of nothing: +∞ below −∞, or in single precision its extremes."""
+    return bool((pair[0] > pair[1]).all())
