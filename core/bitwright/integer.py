@@ -2,8 +2,9 @@
 
 A float simulation and an integer runtime differ in summation order and fusion, and rounding amplifies the last
 float bit with depth. This simulation has no such freedom: accumulators are exact, and requantization follows the
-runtime's float32 steps. Ops that integer runtimes run in float (softmax, hard-swish, unknown ops) are run by the
-backend's own float kernels between a dequantization and a quantization, as the runtime does.
+runtime's float32 steps. Ops that integer runtimes run in float (hard-swish, norms, unknown ops) are run by the
+backend's own float kernels, on parameters rounded to their grids, between a dequantization and a quantization, as the
+runtime does. Which ops come out equal to the bit, and which don't and why, says `IntegerSimulation.uncovered`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,21 @@ from bitwright import integer_kernels as kernels
 from bitwright.backend import Backend, Batch, PartialExecution, Session
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, InputError
-from bitwright.graph import LINEAR_KINDS, ActivationAttrs, AxisAttrs, Graph, Op, OpKind, ParamRole, PoolAttrs, TensorId
+from bitwright.graph import (
+    LINEAR_KINDS,
+    ActivationAttrs,
+    AxisAttrs,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    PoolAttrs,
+    TensorId,
+)
+from bitwright.integer_coverage import uncovered
+from bitwright.ranges import bias_encoding, quantized_weights
 from bitwright.statistics.base import Tap
 
 ACCUMULATOR = 2**31
@@ -54,11 +69,19 @@ class IntegerSimulation:
             raise CapabilityError(f"exact integer simulation needs partial execution, which {backend.name} lacks")
         self._backend, self._model, self._graph, self._table = backend, model, graph, table
         self._segments: dict[str, Session] = {}
+        self._rounded: Any = None
         self._weights: dict[str, NDArray[np.int32]] = {}
         self._fused = {op.id: f for op in graph.ops if (f := self._fusion(op)) is not None}
         self._skipped = {f.swallowed.id for f in self._fused.values() if f.swallowed is not None}
+        left = [op for op in graph.ops if op.id not in self._skipped]
+        written = [(self._fused[op.id].output,) if op.id in self._fused else op.outputs for op in left]
+        self.graph, self.table = graph, table
+        self.written: tuple[TensorId, ...] = tuple(t for outputs in written for t in outputs)
+        """Tensors that exist on their own, in order: not those that a kernel fuses away."""
         self._last_use = {t: i for i, op in enumerate(graph.ops) for t in op.data_inputs}
         self._inputs: dict[TensorId, NDArray[Any]] = {}
+        self.uncovered: Mapping[OpId, str] = uncovered(graph, table, self._fused, self._skipped)
+        """Ops that may differ from the runtime in a last bit or more, with the reason; the others are equal to it."""
         self.peaks: dict[str, float] = {}
         """Largest accumulator magnitude seen at each integer linear op, as a share of int32's range."""
 
@@ -76,13 +99,25 @@ class IntegerSimulation:
         values = self.codes(batch, wanted)
         return {t: self._real(t, values[t]) for t in wanted}
 
-    def codes(self, batch: Batch, wanted: Sequence[TensorId]) -> dict[TensorId, NDArray[Any]]:
+    def codes(
+        self,
+        batch: Batch,
+        wanted: Sequence[TensorId],
+        given: Mapping[TensorId, NDArray[Any]] | None = None,
+    ) -> dict[TensorId, NDArray[Any]]:
         """Integer codes of the wanted tensors for one batch; real values where a tensor isn't quantized.
+
+        Args:
+            batch: the model's inputs.
+            wanted: tensors.
+            given: real values that the ops behind a tensor read in place of what was computed for it, so that each
+                op can be compared with a runtime from the runtime's own operands. What is returned is the computed.
 
         Raises:
             InputError: an input is missing, or a wanted tensor doesn't exist on its own (fused away).
         """
         keep = set(wanted)
+        replacing, computed = given or {}, dict[TensorId, NDArray[Any]]()
         self._inputs = {name: np.asarray(v) for name, v in batch.items()}
         held: dict[TensorId, NDArray[Any]] = {}
         for name in self._graph.inputs:
@@ -92,16 +127,17 @@ class IntegerSimulation:
         for index, op in enumerate(self._graph.ops):
             if op.id not in self._skipped:
                 fused = self._fused.get(op.id)
-                if fused is not None:
-                    held[fused.output] = self._integer(fused, held)
-                else:
-                    held.update(self._float(op, held))
+                made = self._float(op, held) if fused is None else {fused.output: self._integer(fused, held)}
+                held.update(made)
+                for t in made.keys() & replacing.keys():
+                    computed[t] = made[t]
+                    held[t] = self._coded(t, replacing[t])
             for t in op.data_inputs:
                 if self._last_use[t] == index and t not in keep and t in held:
                     del held[t]
         if lost := [t for t in wanted if t not in held]:
             raise InputError(f"tensor {lost[0]!r} doesn't exist in the integer graph: it is fused into a kernel")
-        return {t: held[t] for t in wanted}
+        return {t: computed[t] if t in computed else held[t] for t in wanted}
 
     # -- which ops run in integers
 
@@ -138,17 +174,32 @@ class IntegerSimulation:
                 and weight is not None
                 and weight.float_format is None
                 and weight.scale.ndim < 2
-                and (bias is None or bias in self._table)
+                and (bias is None or self._bias_grid(op, bias) is not None)
             )
         if op.kind in (OpKind.ADD, OpKind.MUL):
             operands = self._operands(op)
             return len(operands) == 2 and all(self._grid(t) is not None for t in operands)
+        if op.kind is OpKind.MATMUL and op.type == "MatMul":
+            return len(op.data_inputs) == 2 and all(self._grid(t) is not None for t in op.data_inputs)
         if op.kind is OpKind.SOFTMAX:
             grid = self._grid(op.data_inputs[0])
-            return isinstance(op.attrs, AxisAttrs) and grid is not None and grid.bits == 8
+            plain = op.type == "Softmax"  # not LogSoftmax, nor Hardmax
+            return plain and isinstance(op.attrs, AxisAttrs) and grid is not None and grid.bits == 8
         if op.kind is OpKind.AVERAGE_POOL:
-            return isinstance(op.attrs, PoolAttrs) and self._grid(op.data_inputs[0]) is not None
+            attrs = op.attrs  # with neither a window nor axes, the geometry isn't known
+            known = isinstance(attrs, PoolAttrs) and (attrs.window is not None or bool(attrs.axes))
+            return known and self._grid(op.data_inputs[0]) is not None
         return False
+
+    def _bias_grid(self, op: Op, bias: ParamId) -> Encoding | None:
+        """The grid of an op's own accumulators; None where the bias has a grid of its own that isn't theirs.
+
+        A bias that several ops share has an int32 form for each of them.
+        """
+        known = self._table.get(bias)
+        if op.weight is None or (known is not None and known.bits != 32):
+            return None
+        return bias_encoding(self._table[op.data_inputs[0]], self._table[op.weight])
 
     @staticmethod
     def _operands(op: Op) -> tuple[str, ...]:
@@ -172,7 +223,10 @@ class IntegerSimulation:
             taps = [Tap(t) for t in op.outputs if t in self._graph.tensors]
             # Shapes may be computed from the model's inputs.
             sources = tuple(dict.fromkeys((*op.data_inputs, *self._graph.inputs)))
-            self._segments[op.id] = self._backend.segment(self._model, sources, taps)
+            if self._rounded is None:
+                used = {p for o in self._graph.ops if o.id not in self._fused for p in o.params.values()}
+                self._rounded = quantized_weights(self._backend, self._model, self._table.restricted(used))
+            self._segments[op.id] = self._backend.segment(self._rounded, sources, taps)
         feeds = {t: self._real(t, held[t]) for t in op.data_inputs}
         feeds = {**self._inputs, **feeds}
         outputs = self._segments[op.id].run(feeds)
@@ -190,6 +244,12 @@ class IntegerSimulation:
         if op.kind is OpKind.SOFTMAX:
             assert isinstance(op.attrs, AxisAttrs)
             return kernels.softmax(held[a], self._table[a], op.attrs.axis, out)
+        if op.kind is OpKind.MATMUL:
+            b = op.data_inputs[1]
+            total = kernels.matmul(held[a], self._table[a], held[b], self._table[b])
+            self._note_peak(op, total)
+            scale = np.asarray(self._table[a].scale * self._table[b].scale, np.float32)
+            return kernels.requantize(total, scale, out, fused.low, fused.high)
         b = self._operands(op)[1]
         other = held[b] if b in held else self._constant(b)
         kernel = kernels.add if op.kind is OpKind.ADD else kernels.multiply
@@ -203,12 +263,24 @@ class IntegerSimulation:
         total = kernels.accumulate(op, codes, inputs, self._weight_codes(op), axis)
         channel = (1 if op.kind is not OpKind.LINEAR else -1) if axis is None else axis
         bias = op.params.get(ParamRole.BIAS)
+        scale = kernels.along(np.asarray(inputs.scale * weight.scale, np.float32), total.ndim, channel)
         if bias is not None:
             value = np.asarray(self._backend.read(self._model, [bias])[bias], np.float32)
-            total = total + kernels.along(self._table[bias].quantize(value).astype(np.float64), total.ndim, channel)
-        self.peaks[op.id] = max(self.peaks.get(op.id, 0.0), float(np.abs(total).max(initial=0)) / ACCUMULATOR)
-        scale = kernels.along(np.asarray(inputs.scale * weight.scale, np.float32), total.ndim, channel)
+            grid = self._bias_grid(op, bias)
+            assert grid is not None
+            codes = grid.quantize(value)
+            added = kernels.along(codes.astype(np.float64), total.ndim, channel)
+            self._note_peak(op, total + added)
+            if op.kind is OpKind.LINEAR and (op.type != "Gemm" or total.ndim != 2):
+                real = kernels.along(grid.dequantize(codes), total.ndim, channel)
+                return kernels.requantize_with_bias(total, scale, real, out, fused.low, fused.high)
+            total = total + added
+        else:
+            self._note_peak(op, total)
         return kernels.requantize(total, scale, out, fused.low, fused.high)
+
+    def _note_peak(self, op: Op, total: NDArray[np.float64]) -> None:
+        self.peaks[op.id] = max(self.peaks.get(op.id, 0.0), float(np.abs(total).max(initial=0)) / ACCUMULATOR)
 
     def _constant(self, param: str) -> NDArray[np.int32]:
         if param not in self._weights:

@@ -46,6 +46,14 @@ def accumulate(
     return _shaped(op, flat, codes.shape, channel_axis)
 
 
+def matmul(a: Codes, ea: Encoding, b: Codes, eb: Encoding) -> NDArray[np.float64]:
+    """Exact integer accumulators of a product of two activations, broadcast as numpy's matmul."""
+    reach = [max(abs(e.grid.qmin - int(e.zero_point)), abs(e.grid.qmax - int(e.zero_point))) for e in (ea, eb)]
+    dtype: Any = F if reach[0] * reach[1] * a.shape[-1] < EXACT32 else np.float64
+    left, right = ((q - int(e.zero_point)).astype(dtype) for q, e in ((a, ea), (b, eb)))
+    return np.asarray(left @ right, np.float64)
+
+
 def _shaped(op: Op, flat: NDArray[np.float64], shape: tuple[int, ...], channel_axis: int | None) -> NDArray[np.float64]:
     """(outputs, rows) → the op's output layout."""
     if op.kind is OpKind.LINEAR:
@@ -81,6 +89,19 @@ def requantize(
     multiplier = np.asarray(scale / output.scale, F)
     scaled = np.rint(accumulators.astype(F) * multiplier)
     return np.asarray(np.clip(scaled + F(output.zero_point), low, high), np.int32)
+
+
+def requantize_with_bias(
+    accumulators: NDArray[np.float64],
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    output: Encoding,
+    low: int,
+    high: int,
+) -> Codes:
+    """As `requantize`, where the bias is an Add of its own: MatMulIntegerToFloat, Add and QuantizeLinear."""
+    real = accumulators.astype(F) * scale + bias
+    return np.asarray(np.clip(np.rint(real / output.scale) + F(output.zero_point), low, high), np.int32)
 
 
 def add(a: Codes, ea: Encoding, b: Codes, eb: Encoding, out: Encoding, low: int, high: int) -> Codes:

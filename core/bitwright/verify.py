@@ -22,6 +22,7 @@ from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, InputError
+from bitwright.exactness import Exactness, Examination
 from bitwright.fingerprint import of_file
 from bitwright.graph import Graph
 from bitwright.integer import IntegerSimulation
@@ -72,6 +73,7 @@ class Verification(BaseModel):
             output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
             int32's range).
         tensors: those that differ most first.
+        uncovered: ops whose exact integers may differ from the runtime's, with the reason; compared as float.
         problems: what is wrong in words; empty if all is well.
     """
 
@@ -84,6 +86,7 @@ class Verification(BaseModel):
     sqnr_db: dict[str, float] = Field(default_factory=dict)
     exact: dict[str, float] = Field(default_factory=dict)
     tensors: list[TensorComparison] = Field(default_factory=list)
+    uncovered: dict[str, str] = Field(default_factory=dict)
     problems: list[str] = Field(default_factory=list)
 
 
@@ -135,7 +138,8 @@ def verify(
     if labels is not None and len(labels) < samples:
         raise InputError(f"{len(labels)} labels for {samples} samples")
     problems = [f"the {view} output holds NaN or infinity" for view, v in outputs.items() if not np.isfinite(v).all()]
-    exact, tensors = _inside(views, dataset, inspected)
+    exact, tensors, exactness = _inside(views, dataset, inspected)
+    problems += exactness.problems
     pairs = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
              "integer_simulated": ("integer", "simulated")}  # fmt: skip
     classes = {view: v.reshape(len(v), -1).argmax(axis=1) for view, v in outputs.items()}
@@ -149,12 +153,18 @@ def verify(
         sqnr_db={k: sqnr(outputs[b], outputs[a]) for k, (a, b) in pairs.items()},
         exact=exact,
         tensors=tensors,
+        uncovered=dict(exactness.uncovered),
         problems=problems,
     )
 
 
 ARTEFACTS: Mapping[str, str] = {"onnxruntime": "qdq", "tflite": "tflite"}
 """What each integer runtime executes, by purpose in a bundle."""
+
+FOREIGN: Mapping[str, str] = {
+    "tflite": "LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's"
+}
+"""Runtimes whose arithmetic the exact integers don't follow."""
 
 
 def _for_runtime(bundle: Bundle, runtime: str | None) -> Bundle:
@@ -197,6 +207,7 @@ class _Views:
         if not isinstance(backend, IntegerRuntime):
             raise CapabilityError(f"the {backend.name} backend has no integer runtime to verify against")
         self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
+        self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
         simulation = backend.simulate(model, plan, table)
         self.integer = IntegerSimulation(backend, model, graph, table)
         self.open: dict[str, Callable[[list[str]], Session]] = {
@@ -232,15 +243,20 @@ def _outputs(
     return {view: np.concatenate(p) for view, p in parts.items()}, sum(map(len, parts["float"]))
 
 
-def _inside(views: _Views, dataset: Dataset, inspected: int) -> tuple[dict[str, float], list[TensorComparison]]:
+def _inside(
+    views: _Views, dataset: Dataset, inspected: int
+) -> tuple[dict[str, float], list[TensorComparison], Exactness]:
     sites = [s for s, x in views.plan.items() if x.kind is SiteKind.ACTIVATION and s in views.table]
     output = views.graph.outputs[0]
     wanted = list(dict.fromkeys([*sites, output]))
     sessions = {view: views.open[view](wanted) for view in views.open}
     values: dict[str, dict[str, NDArray[Any]]] = {view: {} for view in sessions}
+    examination = Examination(views.integer, wanted, foreign=views.foreign)
     for batch in _few(dataset, inspected):
-        for view, session in sessions.items():
-            for tap, v in session.run(batch).items():
+        results = {view: session.run(batch) for view, session in sessions.items()}
+        examination.add(batch, {tap.tensor: v for tap, v in results["integer"].items()})
+        for view, result in results.items():
+            for tap, v in result.items():
                 held = values[view].get(tap.tensor)
                 values[view][tap.tensor] = np.asarray(v) if held is None else np.concatenate([held, v])
     compared = [_compare(s, views.table[s], {view: v.get(s) for view, v in values.items()}) for s in sites]
@@ -248,13 +264,24 @@ def _inside(views: _Views, dataset: Dataset, inspected: int) -> tuple[dict[str, 
     exact, runtime = values["exact"][output], values["integer"][output]
     classes = [v.reshape(len(v), -1).argmax(axis=1) for v in (exact, runtime)]
     ops = len(views.integer.integer_ops)
-    return {
-        "output_differs": float((exact != runtime).mean()),
-        "argmax_agreement": float((classes[0] == classes[1]).mean()),
-        "integer_ops": ops,
-        "float_ops": len(views.graph.ops) - ops,
-        "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
-    }, compared
+    return (
+        {
+            "output_differs": float((np.abs(exact - runtime) > _rounding(views.table.get(output), runtime)).mean()),
+            "argmax_agreement": float((classes[0] == classes[1]).mean()),
+            "integer_ops": ops,
+            "float_ops": len(views.graph.ops) - ops,
+            "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
+        },
+        compared,
+        examination.result(),
+    )
+
+
+def _rounding(encoding: Encoding | None, values: NDArray[Any]) -> float:
+    """What two floats may differ by and still be the same number: nothing on a grid, else a few of float32's ulps."""
+    if encoding is not None and encoding.float_format is None:
+        return 0.0
+    return 1e-6 * float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
 def _compare(site: str, encoding: Encoding, views: dict[str, NDArray[Any] | None]) -> TensorComparison:

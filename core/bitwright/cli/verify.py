@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,6 +93,13 @@ def _broken_limits(result: Verification, min_agreement: float | None, max_drop: 
     return broken
 
 
+def _by_reason(uncovered: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for op, reason in uncovered.items():
+        found.setdefault(reason, []).append(op)
+    return found
+
+
 def _show(result: Verification) -> None:
     console.say(f"{result.samples} samples; float is the {result.float_model} model")
     rows: list[tuple[str, ...]] = []
@@ -121,6 +129,10 @@ def _show(result: Verification) -> None:
             f"{console.percent(exact['output_differs'])} of output values differ from the runtime's, "
             f"accumulators use {console.percent(exact['peak_accumulator'])} of int32"
         )
+    if result.uncovered:
+        console.say(f"{len(result.uncovered)} ops aren't compared code by code, but as float:")
+        for reason, ops in list(_by_reason(result.uncovered).items())[:SHOWN_TENSORS]:
+            console.say(f"  {ops[0]}{f' and {len(ops) - 1} more' if len(ops) > 1 else ''}: {reason}")
     if result.tensors:
         console.say("\ntensors in which simulation and runtime differ most:")
         console.table(
