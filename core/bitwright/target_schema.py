@@ -199,7 +199,11 @@ class Extension(_Section):
 
 
 class QuantSimConfig(_Section):
-    """A whole configuration file. The first six sections are mandatory."""
+    """A whole configuration file. The first six sections are mandatory.
+
+    `supergroup_pass_list` names the composite patterns that run as one op. A file without it gets those of norms
+    (see `composites.NORMS`); one that has it gets what it lists, () for none, as AIMET does.
+    """
 
     defaults: Defaults
     params: dict[str, ParamSettings]
@@ -207,7 +211,7 @@ class QuantSimConfig(_Section):
     supergroups: tuple[Supergroup, ...]
     model_input: ModelInput
     model_output: ModelOutput
-    supergroup_pass_list: tuple[str, ...] = ()
+    supergroup_pass_list: tuple[str, ...] | None = None
     bitwright: Extension = Extension()
 
 

@@ -414,7 +414,12 @@ def test_composite_normalization_is_one_op():
     assert plan.spec("gamma.constant") is not None and not plan.spec("gamma.constant").symmetric
     for site in ("eps.constant", "beta.constant", "sub.output", "gamma.output"):
         assert plan[site].decision == Float("inside LayerNormalization")
-    assert "sub.output" in own(build_plan(g, "default"))  # no such pass there
+    for target in ("default", "default_per_channel", "htp_v66", "generic-int8"):
+        assert build_plan(g, target)["sub.output"].decision == Float("inside LayerNormalization")
+    # A file that says nothing of passes fuses norms; one that lists them fuses those.
+    assert build_plan(g, config(ON))["sub.output"].decision == Float("inside LayerNormalization")
+    assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=[])))
+    assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=["RMSNormalization"])))
     ort = build_plan(g, "onnxruntime-cpu")
     assert isinstance(ort["gamma.constant"].decision, Float)
 
