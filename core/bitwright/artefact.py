@@ -18,6 +18,7 @@ from bitwright.errors import EncodingError, InputError, MissingExtraError, Model
 from bitwright.formats import EncodingsFile, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import Graph, OpKind, Param, ParamId, ParamRole
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.plain import keep_exact
 from bitwright.plan import Decision, Derived, Float, Plan, Site, SiteId, SiteKind
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
 """Export formats that a bundle has too, where the backend offers them; the last one for targets that run it."""
 
 
-def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None) -> Bundle:
+def export(
+    sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None, plain_session: bool | None
+) -> Bundle:
     """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole."""
     if Path(name).name != name or not name:
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
     table, backend = sim.table, sim.backend
+    plain = sim.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
+    stored_anew: tuple[ParamId, ...] = ()
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -47,7 +52,11 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
             others[TFLITE] = ".tflite"
         for other, suffix in others.items():
             try:
-                files |= backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other).files
+                made = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other)
+                if other == QDQ and plain:
+                    made = keep_exact(made)
+                files |= made.files
+                stored_anew += made.stored_anew
             except (MissingExtraError, ModelError) as error:
                 if other != QDQ:
                     raise
@@ -60,7 +69,8 @@ def export(sim: QuantSim, directory: Path, name: str, version: str, include_bias
         written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
         for path in written:
             _move(path, directory / path.name)
-        return Bundle({k: directory / p.name for k, p in files.items()}, bundle.names, bundle.layouts)
+        paths = {k: directory / p.name for k, p in files.items()}
+        return Bundle(paths, bundle.names, bundle.layouts, stored_anew)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -111,11 +111,14 @@ class Bundle:
         files: by purpose: "model" (float artefact), "encodings", "qdq", ….
         names: site id → tensor name in the artefact, where they differ.
         layouts: parameter → the artefact's axis for each canonical axis, where it isn't the model's (`Param.layout`).
+        stored_anew: weights whose codes the quantized artefact stores in another type, values unchanged, for the sake
+            of plain sessions (`bitwright.plain`).
     """
 
     files: Mapping[str, Path]
     names: Mapping[SiteId, str] = field(default_factory=dict)
     layouts: Mapping[ParamId, tuple[int, ...]] = field(default_factory=dict)
+    stored_anew: tuple[ParamId, ...] = ()
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from bitwright.placing import ties
 from bitwright.placing.activations import ActivationPlacement
 from bitwright.placing.hardware import apply_exceptions
 from bitwright.placing.overrides import parse_overrides
+from bitwright.placing.pairs import limited_pairs
 from bitwright.placing.parameters import ParameterPlacement, SpecOf, linear_biases
 from bitwright.placing.precision import Precision, activation_spec
 from bitwright.plan import Decision, Float, Plan, SharedWith, Site, SiteId, SiteKind
@@ -91,6 +92,8 @@ def build_plan(
         if isinstance(decisions[t], QuantSpec) and placement.wishes[t].precision is None:
             known = isinstance(decisions[table], QuantSpec)
             decisions[t] = SharedWith(table) if known else Float("neither the target nor its table gives it a grid")
+    if target.config.bitwright.pair_sum_bits is not None:
+        decisions.update(limited_pairs(graph, decisions, spec_of))
     decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
     notes += _outside_kernels(graph, target, spec_of)
     return Plan(

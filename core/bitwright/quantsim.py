@@ -321,6 +321,7 @@ class QuantSim:
         name: str = "model",
         encodings_version: str = "1.0.0",
         include_bias: bool | None = None,
+        plain_session: bool | None = None,
     ) -> Bundle:
         """Write the float model with updated weights, its encodings and the quantized artefact.
 
@@ -329,13 +330,16 @@ class QuantSim:
             name: stem of the files.
             encodings_version: schema of the encodings file (0.6.1, 1.0.0, 2.0.0, 2.1.0).
             include_bias: write int32 bias encodings; default: in schemas from 2.0.0 on.
+            plain_session: make the quantized ONNX file exact in ONNX Runtime's default sessions on every CPU: weights
+                whose products can saturate without VNNI are stored as uint8, values unchanged, which runs slower;
+                `Bundle.stored_anew` names them. Default: for targets with `pair_sum_bits`, such as onnxruntime-cpu.
 
         Raises:
             EncodingError: the simulation isn't calibrated yet.
         """
         from bitwright.artefact import export
 
-        return export(self, Path(directory), name, encodings_version, include_bias)
+        return export(self, Path(directory), name, encodings_version, include_bias, plain_session)
 
     def save(self, directory: str | Path) -> Path:
         """Keep the whole state (model, encodings, provenance) to go on with `load`."""

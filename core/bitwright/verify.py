@@ -26,6 +26,7 @@ from bitwright.exactness import Exactness, Examination
 from bitwright.fingerprint import of_file
 from bitwright.graph import Graph
 from bitwright.integer import IntegerSimulation
+from bitwright.plain import PlainView, seen_plain
 from bitwright.plan import Plan, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table
@@ -72,6 +73,7 @@ class Verification(BaseModel):
         exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
             output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
             int32's range).
+        plain: a session with the runtime's default options, as users open it; None where the backend has none.
         tensors: those that differ most first.
         uncovered: ops whose exact integers may differ from the runtime's, with the reason; compared as float.
         problems: what is wrong in words; empty if all is well.
@@ -85,6 +87,7 @@ class Verification(BaseModel):
     agreement: dict[str, float] = Field(default_factory=dict)
     sqnr_db: dict[str, float] = Field(default_factory=dict)
     exact: dict[str, float] = Field(default_factory=dict)
+    plain: PlainView | None = None
     tensors: list[TensorComparison] = Field(default_factory=list)
     uncovered: dict[str, str] = Field(default_factory=dict)
     problems: list[str] = Field(default_factory=list)
@@ -140,6 +143,8 @@ def verify(
     problems = [f"the {view} output holds NaN or infinity" for view, v in outputs.items() if not np.isfinite(v).all()]
     exact, tensors, exactness = _inside(views, dataset, inspected)
     problems += exactness.problems
+    plain = seen_plain(bundle, dataset, outputs, labels, sqnr)
+    problems += [plain.problem] if plain is not None and plain.problem else []
     pairs = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
              "integer_simulated": ("integer", "simulated")}  # fmt: skip
     classes = {view: v.reshape(len(v), -1).argmax(axis=1) for view, v in outputs.items()}
@@ -152,6 +157,7 @@ def verify(
         agreement={k: float((classes[a] == classes[b]).mean()) for k, (a, b) in pairs.items()},
         sqnr_db={k: sqnr(outputs[b], outputs[a]) for k, (a, b) in pairs.items()},
         exact=exact,
+        plain=plain,
         tensors=tensors,
         uncovered=dict(exactness.uncovered),
         problems=problems,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.calibration.density import SEARCH_PRECISION, Density, Rows
-from bitwright.encoding import Encoding, encoding_from_range, two_level
+from bitwright.encoding import Encoding, encoding_from_range, fit_pairs, two_level
 from bitwright.errors import EncodingError, InputError
 from bitwright.grid import Blockwise, PerChannel, QuantSpec, scale_shape, to_groups
 from bitwright.statistics.base import Statistic
@@ -90,7 +90,7 @@ class Scheme(ABC):
             raise EncodingError("the values hold NaN or infinity; check the model's parameters")
         if not self._extremes(spec):
             data = Density.of_values(rows, self.precision or self.view)
-        return self._encode(data, spec, shape)
+        return fit_pairs(self._encode(data, spec, shape), tensor)
 
     def _extremes(self, spec: QuantSpec) -> bool:
         """Whether smallest and largest value decide: for this scheme, or because the specification leaves no choice."""

@@ -50,6 +50,7 @@ def quantize(
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
+    plain_session: options.PlainSession = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model: apply a recipe, calibrate, export.
@@ -62,7 +63,8 @@ def quantize(
     from bitwright.runs import run_in
     from bitwright.target import load_target
 
-    job = Job(model, data, out, name if name is not None else model.stem, encodings_version, batch_size)
+    stem = name if name is not None else model.stem
+    job = Job(model, data, out, stem, encodings_version, batch_size, plain_session)
     job.check()
     steps = read_recipe(recipe)
     chosen = load_target(target)
@@ -95,6 +97,7 @@ class Job:
     name: str
     encodings_version: str
     batch_size: int
+    plain_session: bool | None = None
 
     def check(self) -> None:
         """Refuse names that can't work, before anything is opened.
@@ -182,7 +185,14 @@ def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | 
     from bitwright.report import Calibration, build_report, write_report
 
     with clock("export"):
-        bundle = sim.export(job.out, name=job.name, encodings_version=job.encodings_version)
+        bundle = sim.export(
+            job.out, name=job.name, encodings_version=job.encodings_version, plain_session=job.plain_session
+        )
+    if bundle.stored_anew:
+        console.say(
+            f"{len(bundle.stored_anew)} weights are stored as uint8, which plain ONNX Runtime sessions need on CPUs "
+            f"without VNNI, and which is slower: {', '.join(bundle.stored_anew)}"
+        )
     files = {purpose: path.name for purpose, path in bundle.files.items()}
     report = build_report(
         sim,

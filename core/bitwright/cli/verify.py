@@ -114,6 +114,9 @@ def _show(result: Verification) -> None:
                 "" if pair not in result.sqnr_db else console.decibels(result.sqnr_db[pair]),
             )
         )
+    if (plain := result.plain) is not None:
+        accuracy = "" if plain.accuracy is None else console.percent(plain.accuracy)
+        rows.append(("plain session", accuracy, console.percent(plain.agreement), console.decibels(plain.sqnr_db)))
     columns: tuple[str, ...] = ("", "top-1", "same class as float", "output SQNR")
     if not result.accuracy:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
@@ -122,6 +125,9 @@ def _show(result: Verification) -> None:
         f"simulation and integer runtime: {console.percent(result.agreement['integer_simulated'])} same class, "
         f"{console.decibels(result.sqnr_db['integer_simulated'])}"
     )
+    if plain is not None:
+        for line in filter(None, (plain.proof, plain.rounding)):
+            console.say(line)
     if result.exact:
         exact = result.exact
         console.say(
