@@ -178,6 +178,8 @@ class _Builder:
                     return kind, type, attributes.transposed(node, source, result, kernel), roles
                 geometry = attributes.convolution(node, source, kernel, int(layer.kernel.shape[-2]))
                 return opaque if geometry is None else (kind, type, geometry, roles)
+            case OpKind.MATMUL if type.startswith("Conv") and len(node.inputs) < 2:
+                return opaque
             case OpKind.LINEAR:
                 if getattr(layer, "lora_enabled", False):
                     return opaque

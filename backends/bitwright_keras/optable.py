@@ -77,6 +77,8 @@ OPERATIONS: Mapping[str, tuple[OpKind, str]] = {
     **_all("Mod Remainder", K.ELEMENTWISE, "Mod"),
     **_all("Matmul Dot", K.MATMUL, "MatMul"),
     **_all("Einsum", K.MATMUL),
+    **_all("Conv DepthwiseConv", K.MATMUL, "Conv"),  # of two activations
+    **_all("ConvTranspose", K.MATMUL),
     **_all("Relu", K.RELU),
     **_all("Relu6", K.CLIPPED_RELU, "Clip"),
     **_all("Clip", K.ACTIVATION),

@@ -4,8 +4,9 @@
   one op, which has the MatMul's name and the Add's output.
 - What computes shapes only (from Shape and constants) isn't shown, and reading a tensor's shape doesn't count as
   reading the tensor: neither carries data that could be quantized.
-- A strided convolution with SAME padding over free dimensions has no fixed geometry; it is OPAQUE. So is a Gemm
-  with transA or a computed alpha, and every op of another domain.
+- A strided convolution with SAME padding over free dimensions has no fixed geometry; it is OPAQUE, as is every op of
+  another domain. A convolution or Gemm of two activations is MATMUL, and so is a Gemm whose constant or bias has a
+  form that no linear op has (transA, a computed or two-dimensional bias).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from bitwright_onnx.optable import (
     KINDS,
     QUANTIZED_OPS,
     bias_add,
-    constant_shape,
     is_default_domain,
     is_float_constant,
     linear_weight,
+    plain_bias,
 )
 from bitwright_onnx.subgraph import captured
 from bitwright_onnx.value_types import is_tensor
@@ -152,7 +153,7 @@ def _classify(node: ir.Node) -> tuple[OpKind, Attrs | None]:
     match kind:
         case OpKind.CONV | OpKind.CONV_TRANSPOSE:
             if linear_weight(node) is None:
-                return OpKind.OPAQUE, None
+                return (OpKind.OPAQUE if is_float_constant(node.inputs[1]) else OpKind.MATMUL), None
             geometry = attributes.convolution(node)
             return (kind, geometry) if geometry is not None else (OpKind.OPAQUE, None)
         case OpKind.LINEAR | OpKind.MATMUL:
@@ -181,16 +182,9 @@ def _classify(node: ir.Node) -> tuple[OpKind, Attrs | None]:
 
 
 def _matrix_product(node: ir.Node) -> OpKind:
-    """LINEAR with a constant weight and bias; MATMUL of activations; OPAQUE for the rest of what Gemm can do."""
-    if node.op_type != "Gemm":
-        return OpKind.LINEAR if linear_weight(node) is not None else OpKind.MATMUL
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if linear_weight(node) is None:
-        return OpKind.OPAQUE
-    if bias is None:
-        return OpKind.LINEAR
-    plain = is_float_constant(bias) and len(constant_shape(bias)) == 1
-    return OpKind.LINEAR if plain and node.attributes.get_float("beta", 1.0) == 1.0 else OpKind.OPAQUE
+    """LINEAR with a constant weight, and a constant bias or none; else MATMUL: of activations, or of one and a
+    constant that is read in another form."""
+    return OpKind.LINEAR if linear_weight(node) is not None and plain_bias(node) else OpKind.MATMUL
 
 
 def _inert(node: ir.Node) -> bool:

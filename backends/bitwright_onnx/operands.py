@@ -17,6 +17,7 @@ from bitwright_onnx.optable import (
     is_default_domain,
     is_float_constant,
     linear_weight,
+    plain_bias,
 )
 
 
@@ -29,8 +30,11 @@ def parameters(node: ir.Node) -> Mapping[ParamRole, tuple[ir.Node, int]]:
         if (add := bias_add(node)) is not None:
             found[ParamRole.BIAS] = (add, 0 if is_float_constant(add.inputs[0]) else 1)
         return found
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and linear_weight(node) is None:
+    if node.op_type in ("Conv", "ConvTranspose") and linear_weight(node) is None:
         return {}
+    if node.op_type == "Gemm" and (linear_weight(node) is None or not plain_bias(node)):
+        constants = [i for i in (0, 1) if is_float_constant(node.inputs[i])]
+        return {ParamRole.CONSTANT: (node, constants[0])} if len(constants) == 1 else {}
     if node.op_type == "Gather":
         return {ParamRole.WEIGHT: (node, 0)} if is_embedding(node) else {}
     if node.op_type in OPERANDS:

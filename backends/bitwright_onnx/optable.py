@@ -122,6 +122,15 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
     return weight
 
 
+def plain_bias(node: ir.Node) -> bool:
+    """Whether a product has no bias, or a constant one for each output channel."""
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is None:
+        return True
+    vector = is_float_constant(bias) and len(constant_shape(bias)) == 1
+    return vector and node.attributes.get_float("beta", 1.0) == 1.0
+
+
 def out_channels(node: ir.Node, weight: ir.Value) -> int:
     """Output channels of a Conv or ConvTranspose, output width of a Gemm or MatMul."""
     shape = constant_shape(weight)

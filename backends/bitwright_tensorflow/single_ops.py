@@ -6,6 +6,7 @@ from bitwright.graph import ActivationAttrs, Attrs, AxisAttrs, OpKind, ParamRole
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.geometry import channel_axis, pool_window, spatial_axes
 from bitwright_tensorflow.graphs import data_operands
+from bitwright_tensorflow.linear_ops import BACKWARD, CONVOLUTIONS
 from bitwright_tensorflow.model import NodeDef
 from bitwright_tensorflow.network import Network, Read
 from bitwright_tensorflow.optable import CONSTANT_KINDS, KINDS
@@ -24,6 +25,8 @@ def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Fou
     channels: dict[TensorId, int] = {}
     order: tuple[int, ...] | None = None
     data = tuple(net.data(node))
+    if node.op in CONVOLUTIONS and len(data) == 2 and kind is OpKind.OPAQUE and outputs and net.is_float(outputs[0]):
+        kind, type = OpKind.MATMUL, "ConvTranspose" if node.op in BACKWARD else "Conv"  # of two activations
     match kind:
         case OpKind.PRELU:
             attrs = ActivationAttrs(alpha=net.attr(node, "alpha", 0.2))

@@ -3,7 +3,8 @@
 - Fused attention is shown spelled out (see `attention`).
 - Sizes, and what is made of sizes and fixed buffers alone (positions, causal masks), isn't shown: it carries no data.
 - A linear op on a matrix is "Gemm" and on more dimensions "MatMul", the ONNX types that it becomes.
-- A weight that the model computes (weight normalization) is no parameter; its convolution or linear op is OPAQUE.
+- A weight that the model computes of parameters (weight normalization) is no parameter; its convolution or linear op
+  is OPAQUE. One that is computed of data makes the op a product of two activations.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class _Builder:
         self._program = program
         self._visible = data_nodes(graph, model)
         self._operands = operands(graph, model)
+        self._dynamic = _fed(graph)
         self._masks = mask_nodes(graph, self._operands, model)
         self._params: dict[str, Param] = {}
         self._where: dict[str, tuple[Operand, Param]] = {}
@@ -158,6 +160,8 @@ class _Builder:
         match kind:
             case OpKind.CONV | OpKind.CONV_TRANSPOSE:
                 roles = self._roles({R.WEIGHT: given["weight"], R.BIAS: given["bias"]})
+                if roles is None and given["weight"] in self._dynamic:
+                    return OpKind.MATMUL, type, None, {}
                 if roles is None or R.WEIGHT not in roles or given.get("transposed"):
                     return opaque
                 geometry = attributes.convolution(node, self._operands[roles[R.WEIGHT]].shape[2:])
@@ -223,6 +227,7 @@ class _Builder:
         roles = self._roles(slots)
         if roles is None or R.WEIGHT not in roles or not plain or len(self._operands[roles[R.WEIGHT]].shape) != 2:
             computed = name == "linear" and given["bias"] is None
+            computed |= slots[R.WEIGHT] in self._dynamic
             return (OpKind.MATMUL if computed else OpKind.OPAQUE), type, None, {}
         bias = roles.get(R.BIAS)
         if bias is not None and len(self._operands[bias].shape) != 1:
@@ -265,6 +270,15 @@ class _Builder:
             self._where.setdefault(operand.id, (operand, described[role]))
             self._readers.setdefault(operand.id, []).append(node)
         return {role: param.id for role, param in described.items()}
+
+
+def _fed(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes that depend on the model's inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def _canonical_layout(

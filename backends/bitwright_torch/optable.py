@@ -18,6 +18,7 @@ KINDS: Mapping[str, tuple[OpKind, str]] = {
     **_all("conv_transpose1d conv_transpose2d conv_transpose3d", K.CONV_TRANSPOSE, "ConvTranspose"),
     **_all("linear addmm", K.LINEAR, "Gemm"),
     **_all("matmul bmm mm mv", K.MATMUL, "MatMul"),
+    **_all("baddbmm", K.MATMUL, "Gemm"),
     **_all("einsum", K.MATMUL, "Einsum"),
     **_all("embedding", K.EMBEDDING, "Gather"),
     **_all("batch_norm", K.BATCH_NORM, "BatchNormalization"),

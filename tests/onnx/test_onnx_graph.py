@@ -260,7 +260,8 @@ def test_gemm_that_is_no_linear_op():
     m.input("x", [4, 3])
     m.node("Gemm", ["x", m.weight("w", 4, 5), m.weight("c", 3, 5)], "y", "fc", transA=1)
     m.output("y")
-    assert graph_of(m).op("fc").kind is OpKind.OPAQUE
+    op = graph_of(m).op("fc")
+    assert op.kind is OpKind.MATMUL and op.params == {ParamRole.CONSTANT: "w"}
 
 
 def test_a_quantized_model_is_refused():
