@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bitwright.graph import Op, OpKind, ParamRole
 
 ONNX_TYPES = frozenset(
@@ -31,12 +33,59 @@ ONNX_TYPES = frozenset(
 
 VENDOR_TYPES = frozenset(
     """
-    BatchPermutation BatchToSpace ChannelShuffle CropAndResize LayerNorm Moments SpaceToBatch
+    BatchPermutation BatchToSpace ChannelShuffle CropAndResize Moments SpaceToBatch
     BiasGelu FastGelu FusedConv FusedGemm FusedMatMul QuickGelu SkipLayerNormalization SkipSimplifiedLayerNormalization
     SimplifiedLayerNormalization
     """.split()  # noqa: SIM905
 )
 """Names outside ONNX that AIMET's configuration files and ONNX Runtime's graphs use."""
+
+_NAMES = {
+    "Conv": "Conv1d Conv2d Conv3d Conv1D Conv2D Conv3D DepthwiseConv1D DepthwiseConv2D SeparableConv2D",
+    "ConvTranspose": "ConvTranspose1d ConvTranspose2d ConvTranspose3d Conv1DTranspose Conv2DTranspose Conv3DTranspose",
+    "Gemm": "Linear Dense",
+    "Gather": "Embedding",
+    "BatchNormalization": "BatchNorm BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
+    "LayerNormalization": "LayerNorm",
+    "GroupNormalization": "GroupNorm",
+    "InstanceNormalization": "InstanceNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d",
+    "RMSNormalization": "RMSNorm RmsNorm",
+    "LRN": "LocalResponseNorm",
+    "Relu": "ReLU",
+    "Clip": "ReLU6 Relu6 Hardtanh HardTanh",
+    "PRelu": "PReLU",
+    "LeakyRelu": "LeakyReLU",
+    "ThresholdedRelu": "ThresholdedReLU",
+    "Elu": "ELU",
+    "Selu": "SELU",
+    "Celu": "CELU",
+    "Gelu": "GELU",
+    "Swish": "SiLU Silu",
+    "HardSwish": "Hardswish HardSiLU",
+    "HardSigmoid": "Hardsigmoid",
+    "LogSoftmax": "Logsoftmax",
+    "Add": "Addition",
+    "Sub": "Subtract",
+    "Mul": "Multiply",
+    "Div": "Divide",
+    "Max": "Maximum",
+    "Min": "Minimum",
+    "Concat": "Concatenate",
+    "MatMul": "Matmul",
+    "AveragePool": "AvgPool AvgPool1d AvgPool2d AvgPool3d AveragePooling1D AveragePooling2D AveragePooling3D",
+    "GlobalAveragePool": "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d GlobalAveragePooling1D "
+    "GlobalAveragePooling2D GlobalAveragePooling3D",
+    "MaxPool": "MaxPool1d MaxPool2d MaxPool3d MaxPooling1D MaxPooling2D MaxPooling3D",
+    "GlobalMaxPool": "AdaptiveMaxPool1d AdaptiveMaxPool2d GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D",
+    "Resize": "UpSampling1D UpSampling2D UpSampling3D",
+    "DepthToSpace": "PixelShuffle",
+    "SpaceToDepth": "PixelUnshuffle",
+    "Transpose": "Permute",
+    "Slice": "StridedSlice Cropping1D Cropping2D Cropping3D",
+    "Pad": "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
+}
+OTHER_NAMES: Mapping[str, str] = {name: type for type, names in _NAMES.items() for name in names.split()}
+"""ONNX type by the names that configuration files of PyTorch's and Keras's tools give it."""
 
 GRID_PRESERVING_KINDS = frozenset(
     {OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.IDENTITY}

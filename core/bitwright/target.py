@@ -13,7 +13,7 @@ from typing import Any
 from bitwright.composites import COMPOSITES
 from bitwright.errors import TargetError
 from bitwright.graph import ParamRole
-from bitwright.op_types import ONNX_TYPES, VENDOR_TYPES
+from bitwright.op_types import ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES
 from bitwright.target_schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config, unknown_name
 
 PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
@@ -232,7 +232,8 @@ def _decode(text: str, source: str) -> dict[str, Any]:
 
 
 def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
-    """Resolve `bitwright.extends`, recursively."""
+    """Resolve `bitwright.extends`, recursively, with op types under their ONNX names."""
+    raw = _in_onnx_names(raw, source)
     extension = raw.get("bitwright")
     base = extension.get("extends") if isinstance(extension, dict) else None
     if base is None:
@@ -255,6 +256,48 @@ def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, .
     own = {**raw, "bitwright": {k: v for k, v in raw["bitwright"].items() if k != "extends"}}
     merged: dict[str, Any] = _merge_patch(parent, own)
     return merged
+
+
+def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """A decoded file with the op types that PyTorch's and Keras's tools name otherwise renamed (`GELU`, `Conv2D`).
+
+    Raises:
+        TargetError: two names of one type have settings that differ.
+    """
+    extension = raw.get("bitwright")
+    own = extension.get("extra_op_types") if isinstance(extension, dict) else None
+    kept = set(own) if isinstance(own, list) else set()
+
+    def renamed(name: Any) -> Any:
+        return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
+
+    found = dict(raw)
+    if isinstance(settings := raw.get("op_type"), dict):
+        merged: dict[str, Any] = {}
+        said_by: dict[str, str] = {}
+        for name, value in settings.items():
+            type = renamed(name)
+            if type in merged and merged[type] != value:
+                raise TargetError(
+                    f"{source}: op_type: {said_by[type]!r} and {name!r} are both {type} here, and their settings "
+                    "differ; give them the same"
+                )
+            merged[type] = value
+            said_by.setdefault(type, name)
+        found["op_type"] = merged
+    if isinstance(groups := raw.get("supergroups"), list):
+        found["supergroups"] = [
+            {**g, "op_list": [renamed(n) for n in g["op_list"]]}
+            if isinstance(g, dict) and isinstance(g.get("op_list"), list)
+            else g
+            for g in groups
+        ]
+    if isinstance(extension, dict):
+        lists = {
+            k: [renamed(n) for n in v] for k in ("ties", "quantized_ops") if isinstance(v := extension.get(k), list)
+        }
+        found["bitwright"] = {**extension, **lists}
+    return found
 
 
 def _merge_patch(base: Any, patch: Any) -> Any:

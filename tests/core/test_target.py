@@ -133,7 +133,7 @@ def test_a_dump_loads_to_the_same():
             "False",
             ["op_type.Add.is_output_quantised", "is_output_quantized"],
         ),
-        (("op_type", "Conv2d"), {}, ["op_type", "unknown op type 'Conv2d'", "extra_op_types"]),
+        (("op_type", "Foo2d"), {}, ["op_type", "unknown op type 'Foo2d'", "extra_op_types"]),
         (("op_type", "Convv"), {}, ["did you mean 'Conv'"]),
         (("op_type", "Relu", "encoding_constraints"), {"max": 1.0}, ["encoding_constraints.min", "missing"]),
         (
@@ -277,3 +277,41 @@ def test_targets_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         target.config.defaults.per_channel_quantization = True
     assert len({target, load_target("default")}) == 1
+
+
+NAMES = [("GELU", "Gelu"), ("GroupNorm", "GroupNormalization"), ("MaxPooling2D", "MaxPool"), ("Dense", "Gemm"),
+         ("Conv2d", "Conv"), ("LayerNorm", "LayerNormalization"), ("SiLU", "Swish")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "type"), NAMES)
+def test_names_that_other_tools_give_op_types(tmp_path, name, type):
+    """The rule takes effect under the ONNX name, in every place that names types."""
+    config = changed(("op_type",), {name: {"is_output_quantized": "False"}})
+    config["supergroups"] = [{"op_list": [name, "ReLU"]}]
+    config["bitwright"] = {"ties": [name], "quantized_ops": [name, "Conv"]}
+    target = load_target(write(tmp_path, config))
+    assert target.op(type).is_output_quantized is False
+    assert target.config.supergroups[0].op_list == (type, "Relu")
+    assert target.config.bitwright.ties == (type,) and target.runs(type)
+    assert load_target(json.loads(target.to_json())).config == target.config
+
+
+def test_two_names_of_one_type(tmp_path):
+    same = {"is_symmetric": "True"}
+    target = load_target(write(tmp_path, changed(("op_type",), {"Conv2D": same, "DepthwiseConv2D": same})))
+    assert target.op("Conv").is_symmetric is True
+    with pytest.raises(TargetError, match="'Conv2D' and 'DepthwiseConv2D' are both Conv"):
+        load_target(write(tmp_path, changed(("op_type",), {"Conv2D": same, "DepthwiseConv2D": {}})))
+
+
+def test_another_name_changes_what_the_extended_file_says(tmp_path):
+    base = write(tmp_path, changed(("op_type",), {"Gelu": {"is_output_quantized": "True"}}), "base.json")
+    own = {"bitwright": {"extends": base.name}, "op_type": {"GELU": {"is_output_quantized": "False"}}}
+    assert load_target(write(tmp_path, own, "own.json")).op("Gelu").is_output_quantized is False
+
+
+def test_a_custom_op_keeps_its_name(tmp_path):
+    config = changed(("op_type",), {"GELU": {"is_output_quantized": "False"}})
+    config["bitwright"] = {"extra_op_types": ["GELU"]}
+    target = load_target(write(tmp_path, config))
+    assert target.op("GELU").is_output_quantized is False and target.op("Gelu").is_output_quantized is None
