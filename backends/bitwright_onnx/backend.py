@@ -12,11 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, QuantizedNetwork, Session, Simulation, Training
+from bitwright.backend import Array, Batch, Bundle, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
 from bitwright.graph import Graph, OpId, ParamId, TensorId
+from bitwright.plain import PlainRisks
 from bitwright.plan import Plan
 from bitwright.statistics.base import Tap
 from bitwright_onnx.attributes import static_dims
@@ -163,20 +164,44 @@ class OnnxBackend:
 
         return compile_bundle(bundle, taps)
 
-    def open_quantized(self, path: Path) -> QuantizedNetwork:
-        """See `bitwright.backend.QuantizedReader`.
+    def plain_session(self, bundle: Bundle) -> Session:
+        """See `bitwright.plain.PlainRuntime`.
 
         Raises:
-            InputError: there is no such file, or it isn't an ONNX model.
+            InputError: the bundle holds no quantized model.
+            ModelError: ONNX Runtime refuses it.
         """
-        from bitwright_onnx.quantized_network import QuantizedFile
+        from bitwright_onnx.plain_session import PlainSession
 
-        return QuantizedFile(path)
+        return PlainSession(_qdq(bundle))
 
-    def source_files(self, model: ir.Model) -> Collection[Path]:
-        """See `bitwright.backend.SourceFiles`: where weights outside of the model file lie."""
-        tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
-        return {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor) and Path(t.path).is_file()}
+    def plain_risks(self, bundle: Bundle) -> PlainRisks:
+        """See `bitwright.plain.PlainRuntime`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+            ModelError: it can't be read.
+        """
+        from bitwright_onnx.plain_session import risks_of
+
+        return risks_of(_qdq(bundle))
+
+    def keep_exact(self, bundle: Bundle) -> tuple[str, ...]:
+        """See `bitwright.plain.PlainRuntime`.
+
+        Raises:
+            InputError: the bundle holds no quantized model, or it can't be written.
+            ModelError: it can't be read.
+        """
+        from bitwright_onnx.plain_session import keep_exact
+
+        return keep_exact(_qdq(bundle))
+
+    def host_notes(self) -> tuple[str, ...]:
+        """See `bitwright.plain.HostNotes`."""
+        from bitwright_onnx.plain_session import host_notes
+
+        return host_notes()
 
     def op_seconds(
         self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
@@ -208,6 +233,12 @@ class OnnxBackend:
     def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each model input; an input of unknown rank has shape ()."""
         return {str(v.name): (static_dims(v) or (), dtype_name(v.dtype)) for v in model.graph.inputs}
+
+
+def _qdq(bundle: Bundle) -> Path:
+    if "qdq" not in bundle.files:
+        raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
+    return bundle.files["qdq"]
 
 
 def _custom_ops(options: Mapping[str, Any]) -> tuple[str | os.PathLike[str], ...]:

@@ -32,7 +32,10 @@ class _Collected:
         pairs = zip(self.request.sources, self.request.tensors, strict=True)
         step = getattr(s, "step", 1)
         axis = s.axis if step == 1 else getattr(s, "layout", None)
-        return tuple((source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs)
+        taps = [(source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs]
+        if getattr(s, "extremes", False):
+            taps += [(source, Tap(tap.tensor, "minmax", s.axis)) for source, tap in taps]
+        return tuple(taps)
 
 
 def collect(

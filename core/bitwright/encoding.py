@@ -26,6 +26,7 @@ from bitwright.grid import (
     spread,
     to_groups,
 )
+from bitwright.pair_sums import fitted_scale
 
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -41,6 +42,7 @@ class Encoding:
         granularity: which elements share a scale, in the canonical layout of the tensor.
         float_format: set for float encodings; scale is then 1 but for scaled fp8.
         block_scale: LPBQ only, int32 (channels, blocks): scale = channel_scale[:, None] · block_scale.
+        pair_limit: as in `QuantSpec`, for those who choose codes; not kept in files.
         frozen: later calibrations keep it (AdaRound, SeqMSE, loaded encodings).
         source: what produced it, for reports ("minmax", "sqnr", "adaround", "loaded", …).
     """
@@ -56,6 +58,7 @@ class Encoding:
     block_scale: NDArray[np.int32] | None = None
     frozen: bool = False
     source: str = ""
+    pair_limit: int | None = None
 
     def __post_init__(self) -> None:
         scale = np.array(self.scale, np.float32)
@@ -181,7 +184,11 @@ def encoding_from_range(
     step = np.maximum(scale, min(EPSILON, 0.01 / grid.steps)).astype(np.float32)
     if not symmetric:
         zero = np.clip(np.rint(-lo / step.astype(np.float64)) + grid.qmin, grid.qmin, grid.qmax)
-    return Encoding(spec.bits, signed, symmetric, step, zero.astype(np.int32), spec.granularity, strict, source=source)
+    limit = spec.pair_limit if signed and symmetric else None
+    return Encoding(
+        spec.bits, signed, symmetric, step, zero.astype(np.int32), spec.granularity, strict,
+        source=source, pair_limit=limit,
+    )  # fmt: skip
 
 
 def _float_encoding(spec: QuantSpec, extreme: NDArray[np.float64], source: str) -> Encoding:
@@ -201,7 +208,15 @@ def encoding_of_weights(weight: NDArray[np.floating], spec: QuantSpec, *, source
     """Min-max encoding of a parameter in canonical layout; LPBQ specs give two-level scales."""
     groups = to_groups(np.asarray(weight, np.float32), spec.granularity)
     raw = encoding_from_range(spec, groups.min(axis=-1), groups.max(axis=-1), source=source)
-    return two_level(raw)
+    return fit_pairs(two_level(raw), weight)
+
+
+def fit_pairs(encoding: Encoding, weight: NDArray[np.floating]) -> Encoding:
+    """The encoding with scales raised so that codes of neighbours keep its `pair_limit`; as it is without one."""
+    if encoding.pair_limit is None or not isinstance(encoding.granularity, PerChannel):
+        return encoding
+    scale = fitted_scale(np.asarray(weight), encoding.scale, encoding.bits, encoding.pair_limit)
+    return encoding.with_(scale=scale)
 
 
 def two_level(encoding: Encoding) -> Encoding:

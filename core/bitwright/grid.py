@@ -77,6 +77,8 @@ class QuantSpec:
         float_format: a float format in place of integers; `bits` is then its width.
         minimum, maximum: the target's encoding constraints. Both together pin the range; one clamps that end of it.
         scheme: the calibration scheme's name; None takes the one that the user chose for the run.
+        pair_limit: of weights whose kernel adds products in twos in int16: the largest sum of two neighbouring codes
+            of one sign (`bitwright.pair_sums`); scales are raised to keep it.
     """
 
     bits: int = 8
@@ -89,6 +91,7 @@ class QuantSpec:
     minimum: float | None = None
     maximum: float | None = None
     scheme: str | None = None
+    pair_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.float_format is None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import TargetError
 from bitwright.graph import Graph, ParamRole
 from bitwright.grid import QuantSpec
 from bitwright.placing import ties
 from bitwright.placing.activations import ActivationPlacement
 from bitwright.placing.hardware import apply_exceptions
+from bitwright.placing.known_ranges import known_ranges, scheme_for
 from bitwright.placing.overrides import parse_overrides
+from bitwright.placing.pairs import limited_pairs
 from bitwright.placing.parameters import ParameterPlacement, SpecOf, linear_biases
 from bitwright.placing.precision import Precision, activation_spec
 from bitwright.plan import Decision, Float, Plan, SharedWith, Site, SiteId, SiteKind
@@ -59,6 +62,7 @@ def build_plan(
     placement = ActivationPlacement(graph, target, parse_overrides(graph, overrides or {}))
     shared = ties.resolve(placement.wishes, ties.settle(placement))
     decisions: dict[SiteId, Decision] = {}
+    ranges = known_ranges(graph) if calibration_scheme(scheme).name == "sqnr" else None
     for t, wish in placement.wishes.items():
         if not wish.on:
             decisions[t] = Float(wish.reason)
@@ -68,9 +72,10 @@ def build_plan(
             members = shared.members(t) or (t,)
             limits = wish.limits if len(shared.observed.get(t, (t,))) == 1 else None
             symmetric = _symmetric(placement, members)
-            decisions[t] = activation_spec(
-                target, wish.precision or activation_type, symmetric=symmetric, limits=limits
-            )
+            spec = activation_spec(target, wish.precision or activation_type, symmetric=symmetric, limits=limits)
+            if ranges is not None:
+                spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
+            decisions[t] = spec
 
     def root_of(site: SiteId) -> SiteId:
         while isinstance(decision := decisions[site], SharedWith):
@@ -91,6 +96,8 @@ def build_plan(
         if isinstance(decisions[t], QuantSpec) and placement.wishes[t].precision is None:
             known = isinstance(decisions[table], QuantSpec)
             decisions[t] = SharedWith(table) if known else Float("neither the target nor its table gives it a grid")
+    if target.config.bitwright.pair_sum_bits is not None:
+        decisions.update(limited_pairs(graph, decisions, spec_of))
     decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
     notes += _outside_kernels(graph, target, spec_of)
     return Plan(

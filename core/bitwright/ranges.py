@@ -94,16 +94,21 @@ def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> li
     for site in sites:
         spec = plan.spec(site)
         assert spec is not None
-        statistic = scheme(plan.scheme_of(site)).statistic(spec)
+        strategy = scheme(plan.scheme_of(site))
+        make = strategy.statistic(spec)
         # A grid that several tensors share must cover the values of all of them.
-        requests += [Request(f"{site}\0{t}", (t,), sampled(statistic, graph.tensors[t])) for t in plan.observed(site)]
+        requests += [
+            Request(f"{site}\0{t}", (t,), sampled(make, graph.tensors[t], extremes=strategy.keeps_top))
+            for t in plan.observed(site)
+        ]
     return requests
 
 
-def sampled(make: Callable[[], Statistic], tensor: Tensor) -> Callable[[], Statistic]:
+def sampled(make: Callable[[], Statistic], tensor: Tensor, *, extremes: bool = False) -> Callable[[], Statistic]:
     """Histograms of large tensors count every step-th value, at least `COUNTED` of each sample.
 
-    The step has no divisor in common with any dimension, so that rows, columns and channels are met alike.
+    The step has no divisor in common with any dimension, so that rows, columns and channels are met alike. With
+    `extremes` they know the largest value of all nevertheless.
     """
     shape = tensor.shape
     if shape is None or len(shape) < 2 or None in shape[1:]:
@@ -117,6 +122,7 @@ def sampled(make: Callable[[], Statistic], tensor: Tensor) -> Callable[[], Stati
         statistic = make()
         if isinstance(statistic, HistogramStatistic) and statistic.axis is None:
             statistic.step, statistic.layout = step, tensor.channel_axis
+            statistic.extremes = extremes and step > 1
         return statistic
 
     return sampled

@@ -237,6 +237,10 @@ def run_in(out: Path) -> Iterator[RunDirectory]:
         raise
 
 
+RESULTS = "2"
+"""Raised where a statistic, a scheme or a solver comes to other numbers than before, within a version too."""
+
+
 def versions(modules: Iterable[str] = ()) -> dict[str, str]:
     """Versions that results may depend on: Python, bitwright, numpy, and those of a backend's modules.
 
@@ -246,6 +250,7 @@ def versions(modules: Iterable[str] = ()) -> dict[str, str]:
     found = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "bitwright": bitwright.__version__,
+        "results": RESULTS,
         "numpy": np.__version__,
     }
     for module in modules:

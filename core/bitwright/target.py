@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bitwright.composites import COMPOSITES
+from bitwright.composites import COMPOSITES, NORMS
 from bitwright.errors import TargetError
 from bitwright.graph import ParamRole
 from bitwright.op_types import ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES
@@ -109,6 +109,12 @@ class Target:
         listed = self.config.bitwright.quantized_ops
         return listed is None or type in listed
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Composite patterns that the target runs as one op: those that it lists, or those of norms."""
+        listed = self.config.supergroup_pass_list
+        return NORMS if listed is None else listed
+
     @cached_property
     def hw_version(self) -> int | None:
         """The hardware generation (66, 68, 69, 73, …), whose exceptions hold; None if none."""
@@ -182,7 +188,7 @@ def target_summary(target: str | Path | Target) -> TargetSummary:
         t.activations,
         per_channel,
         tuple("+".join(g.op_list) for g in t.config.supergroups),
-        t.config.supergroup_pass_list,
+        t.passes,
         t.hw_version,
         t.config.bitwright.runtime,
     )
@@ -342,7 +348,7 @@ def _check_names(config: QuantSimConfig, source: str) -> None:
                 raise TargetError(
                     f"{source}: {key_path(where)}: unknown parameter {name!r}{unknown_name(name, params)}"
                 )
-    for name in config.supergroup_pass_list:
+    for name in config.supergroup_pass_list or ():
         if name not in COMPOSITES:
             raise TargetError(
                 f"{source}: supergroup_pass_list: unknown graph pass {name!r}{unknown_name(name, COMPOSITES)}"

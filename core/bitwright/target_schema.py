@@ -174,6 +174,9 @@ class Extension(_Section):
             quantized only where a quantized op reads it. None: every op that bitwright knows.
         ties: op types whose inputs and outputs share one grid.
         accumulator_bits: width of the integer accumulator.
+        pair_sum_bits: 16 where kernels add the products of two neighbours in saturating int16 first, as ONNX Runtime's
+            do on x64 without VNNI: scales of 8-bit weights are raised so that no such sum can saturate, and what can
+            all the same is exported as uint8 (see `bitwright.saturation`).
         runtime: what executes the exported model, for `verify`.
         extra_op_types: custom op types that this file may name.
     """
@@ -187,6 +190,7 @@ class Extension(_Section):
     quantized_ops: tuple[str, ...] | None = None
     ties: tuple[str, ...] = ("Concat", "AveragePool", "Resize", "Upsample", "CropAndResize")
     accumulator_bits: Literal[16, 32, 64] = 32
+    pair_sum_bits: Literal[16] | None = None
     runtime: Literal["onnxruntime", "tflite"] | None = None
     extra_op_types: tuple[str, ...] = ()
 
@@ -199,7 +203,11 @@ class Extension(_Section):
 
 
 class QuantSimConfig(_Section):
-    """A whole configuration file. The first six sections are mandatory."""
+    """A whole configuration file. The first six sections are mandatory.
+
+    `supergroup_pass_list` names the composite patterns that run as one op. A file without it gets those of norms
+    (see `composites.NORMS`); one that has it gets what it lists, () for none, as AIMET does.
+    """
 
     defaults: Defaults
     params: dict[str, ParamSettings]
@@ -207,7 +215,7 @@ class QuantSimConfig(_Section):
     supergroups: tuple[Supergroup, ...]
     model_input: ModelInput
     model_output: ModelOutput
-    supergroup_pass_list: tuple[str, ...] = ()
+    supergroup_pass_list: tuple[str, ...] | None = None
     bitwright: Extension = Extension()
 
 

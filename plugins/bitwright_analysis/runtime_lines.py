@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from bitwright_analysis.target_job import Command, Job, shell_line
 
+_ONNXRUNTIME = (
+    "import onnxruntime as ort; o = ort.SessionOptions(); "
+    "o.add_session_config_entry('session.x64quantprecision', '1'); "
+    "o.add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1'); "
+    "s = ort.InferenceSession({path!r}, o); print([(i.name, i.shape, i.type) for i in s.get_inputs()])"
+)
+
 
 def onnxruntime(job: Job) -> list[Command]:
     """ONNX Runtime on the quantized model."""
@@ -11,6 +18,12 @@ def onnxruntime(job: Job) -> list[Command]:
     return [
         Command(
             "run it once with random inputs", shell_line("python", "-m", "onnxruntime.tools.onnxruntime_test", qdq, "1")
+        ),
+        Command(
+            "run it with the options that change its result: x64quantprecision keeps uint8 × int8 kernels from "
+            "saturating on CPUs without VNNI (not needed for exports with --plain-session or for onnxruntime-cpu), "
+            "accuracy level 1 keeps MatMulNBits from rounding inputs to 8 bits",
+            shell_line("python", "-c", _ONNXRUNTIME.format(path=str(qdq))),
         ),
         Command(
             "compare float, simulation and integer runtime, tensor by tensor",

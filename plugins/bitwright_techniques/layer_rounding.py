@@ -147,10 +147,11 @@ def solve_layer(
             problem, full_range(given, layer.weight), candidates=settings.candidates, refinements=_REFINEMENTS
         )
     found = choose(RoundingTask(problem, given, grid, searched))
-    weight = found.grid.weight(found.codes)
+    codes = found.grid.allowed(found.codes, problem.weight)
+    weight = found.grid.weight(codes)
     figures = {
         "before": problem.relative_loss(given.values(given.nearest(problem.weight))),
-        "after": problem.relative_loss(found.grid.values(found.codes)),
+        "after": problem.relative_loss(found.grid.values(codes)),
         **found.figures,
     }
     bias = None

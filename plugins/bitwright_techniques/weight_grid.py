@@ -31,6 +31,7 @@ class WeightGrid:
         cells: (groups, rows, 1 or K), index into `scale`; 1 where a row has a single scale.
         scale: float32, the encoding's scale array, flattened.
         multiples: LPBQ's integer block scales, flattened; None otherwise.
+        floor: scales that may not be undercut (`Encoding.pair_limit`), flattened; None where there is no limit.
     """
 
     op: Op
@@ -39,6 +40,7 @@ class WeightGrid:
     cells: NDArray[np.intp]
     scale: NDArray[np.float32]
     multiples: NDArray[np.int32] | None = None
+    floor: NDArray[np.float32] | None = None
 
     @classmethod
     def of(cls, op: Op, shape: tuple[int, ...], encoding: Encoding) -> WeightGrid:
@@ -54,7 +56,9 @@ class WeightGrid:
         if (cells == cells[..., :1]).all():
             cells = cells[..., :1]
         multiples = None if encoding.block_scale is None else encoding.block_scale.reshape(-1)
-        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), encoding.scale.reshape(-1), multiples)
+        scale = encoding.scale.reshape(-1)
+        floor = None if encoding.pair_limit is None else scale
+        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), scale, multiples, floor)
 
     @property
     def whole_rows(self) -> bool:
@@ -90,7 +94,9 @@ class WeightGrid:
 
     def with_scale(self, scale: NDArray[np.floating], multiples: NDArray[np.int32] | None = None) -> WeightGrid:
         """The grid with other scales, flattened; for LPBQ, with other multiples of the channels' scales too."""
-        scale = np.maximum(np.asarray(scale, np.float32), np.finfo(np.float32).tiny)
+        scale = np.maximum(
+            np.asarray(scale, np.float32), np.finfo(np.float32).tiny if self.floor is None else self.floor
+        )
         kept = self.multiples if multiples is None else multiples
         if kept is not None:
             shape = self.encoding.scale.shape
@@ -134,6 +140,10 @@ class WeightGrid:
         """Codes just below and just above a real matrix, clipped to the grid; equal where it lies on the grid."""
         codes = np.divide(matrix, self.step, dtype=np.float32)
         return np.clip(np.floor(codes), self.low, self.high), np.clip(np.ceil(codes), self.low, self.high)
+
+    def allowed(self, codes: Matrix, matrix: NDArray[np.floating]) -> Matrix:
+        """Codes chosen for a real matrix; where pairs have a limit, no further from it than its neighbours."""
+        return codes if self.floor is None else np.clip(codes, *self.neighbours(matrix))
 
     def values(self, codes: Matrix) -> Matrix:
         """Real values of codes."""

@@ -24,6 +24,21 @@ def test_verify_shows_a_table(net, exported, run):
         assert word in done.out
 
 
+def test_verify_shows_the_plain_session(net, run, tmp_path):
+    for option, proof in (
+        ("--plain-session", "no sum of products can saturate"),
+        ("--no-plain-session", "can saturate"),
+    ):
+        out = tmp_path / option
+        done = run("quantize", net.model, "--data", net.npz, "--out", out, option, "-q")
+        assert done.status == 0, done.err
+        assert ("stored as uint8" in done.out + done.err) == (option == "--plain-session")
+        done = run("verify", out, "--data", net.npz, "-q")
+        assert "plain session" in done.out
+        assert proof in done.out
+        assert ("session.x64quantprecision" in done.out) == (option == "--no-plain-session")
+
+
 def test_verify_json_has_the_documented_keys(net, exported, run):
     done = run("verify", exported, "--data", net.npz, "--labels", net.labels, "--json")
     assert (done.status, done.err) == (0, "")
@@ -219,6 +234,7 @@ def test_doctor(run):
     done = run("doctor")
     assert done.status == 0, done.out
     assert "backend onnx: ready" in done.out
+    assert "uint8 × int8 kernels" in done.out
     assert "all well" in done.out
 
 

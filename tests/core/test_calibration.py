@@ -75,7 +75,7 @@ def aimet_sqnr(x, bits, symmetric):
 
 
 def test_names_aliases_and_settings():
-    assert set(schemes()) == {"minmax", "percentile", "sqnr", "mse", "entropy"}
+    assert set(schemes()) == {"minmax", "percentile", "sqnr", "mse", "entropy", "scores"}
     assert scheme("tf_enhanced").name == scheme("TF-Enhanced").name == "sqnr"
     assert scheme("percentile:99.9").percentile == 99.9
     assert scheme(scheme("mse")).name == "mse"
@@ -97,7 +97,7 @@ def test_min_max_is_reduced_in_the_graph_and_others_are_not():
     spec = QuantSpec(8, **ASYMMETRIC)
     assert isinstance(scheme("minmax").statistic(spec)(), RangeStatistic)
     assert scheme("minmax").statistic(spec)().reduction == "minmax"
-    for name in ("percentile", "sqnr", "mse", "entropy"):
+    for name in ("percentile", "sqnr", "mse", "entropy", "scores"):
         assert isinstance(scheme(name).statistic(spec)(), HistogramStatistic)
         for free in (spec.with_(bits=16, float_format="float16"), spec.with_(minimum=0.0, maximum=1.0)):
             assert isinstance(scheme(name).statistic(free)(), RangeStatistic)

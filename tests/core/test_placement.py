@@ -414,7 +414,12 @@ def test_composite_normalization_is_one_op():
     assert plan.spec("gamma.constant") is not None and not plan.spec("gamma.constant").symmetric
     for site in ("eps.constant", "beta.constant", "sub.output", "gamma.output"):
         assert plan[site].decision == Float("inside LayerNormalization")
-    assert "sub.output" in own(build_plan(g, "default"))  # no such pass there
+    for target in ("default", "default_per_channel", "htp_v66", "generic-int8"):
+        assert build_plan(g, target)["sub.output"].decision == Float("inside LayerNormalization")
+    # A file that says nothing of passes fuses norms; one that lists them fuses those.
+    assert build_plan(g, config(ON))["sub.output"].decision == Float("inside LayerNormalization")
+    assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=[])))
+    assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=["RMSNormalization"])))
     ort = build_plan(g, "onnxruntime-cpu")
     assert isinstance(ort["gamma.constant"].decision, Float)
 
@@ -571,3 +576,31 @@ def test_table():
     )
     assert (rows["fc.bias"].bits, rows["fc.bias"].reason) == ("int32", "bias of flatten.output and fc.weight")
     assert rows["bn.gamma"].decision == "float" and rows["bn.gamma"].reason == "folds into 'conv'"
+
+
+def test_pairs_are_limited_where_kernels_add_them_in_int16():
+    b = Builder()
+    x = b.relu("r1", b.conv("conv", b.input("x", 4, 8, 8), 6))
+    x = b.relu("r2", b.conv("depthwise", x, 6, groups=6))
+    x = b.conv("grouped", x, 6, groups=2)
+    graph = b.build(b.linear("fc", b.flatten("flatten", b.global_pool("pool", x)), 5)).graph
+
+    def limits(target, **options):
+        plan = build_plan(graph, target, **options)
+        return {p: s.pair_limit for p in plan.parameters if (s := plan.spec(p)).pair_limit is not None}
+
+    every = {"conv.weight": 128, "grouped.weight": 128, "fc.weight": 128}
+    assert limits("onnxruntime-cpu") == every
+    assert limits("onnxruntime-cpu", activations="int8") == every  # the runtime moves them to uint8
+    assert limits("onnxruntime-cpu", overrides={"fc": "float"}) == {k: 128 for k in every if k != "fc.weight"}
+    for options in ({"weights": "int4"}, {"weights": "uint8"}, {"activations": "uint16"}):
+        assert limits("onnxruntime-cpu", **options) == {}
+    # Three inputs a group make no blocks of two.
+    assert limits("onnxruntime-cpu", weights="int8:block2") == {"grouped.weight": 128}
+    assert limits("generic-int8") == {}
+    off = {"per_channel_quantization": "False"}
+    per_tensor = {
+        "bitwright": {"extends": "onnxruntime-cpu"},
+        "op_type": dict.fromkeys(("Conv", "Gemm", "MatMul"), off),
+    }
+    assert limits(load_target(per_tensor)) == {}

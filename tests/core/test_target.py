@@ -161,6 +161,7 @@ def test_a_dump_loads_to_the_same():
         (("bitwright",), {"weights": "int1"}, ["bitwright.weights", "2 to 16 bits"]),
         (("bitwright",), {"activations": "int4:block32"}, ["bitwright.activations", "blocks are for weights"]),
         (("bitwright",), {"accumulator_bits": 24}, ["bitwright.accumulator_bits", "32"]),
+        (("bitwright",), {"pair_sum_bits": 8}, ["bitwright.pair_sum_bits", "16"]),
         (("bitwright",), {"ties": ["Konkat"]}, ["bitwright.ties", "'Konkat'"]),
         (("bitwright",), {"extends": "htp_v99"}, ["bitwright.extends", "'htp_v99'", "htp_v"]),
     ],

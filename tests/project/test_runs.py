@@ -216,5 +216,5 @@ def test_lock_is_free_after_close(tmp_path):
 
 
 def test_versions_name_what_results_depend_on():
-    assert versions().keys() == {"python", "bitwright", "numpy"}
-    assert versions(["pluggy", "no_such_module"]).keys() == {"python", "bitwright", "numpy", "pluggy"}
+    assert versions().keys() == {"python", "bitwright", "results", "numpy"}
+    assert versions(["pluggy", "no_such_module"]).keys() == {"python", "bitwright", "results", "numpy", "pluggy"}

@@ -12,14 +12,16 @@ from bitwright.calibration.entropy import Entropy
 from bitwright.calibration.minmax import MinMax
 from bitwright.calibration.mse import MeanSquaredError
 from bitwright.calibration.percentile import Percentile
-from bitwright.calibration.sqnr import Sqnr
+from bitwright.calibration.sqnr import Scores, Sqnr
 from bitwright.encoding import Encoding
 from bitwright.errors import InputError
 from bitwright.grid import QuantSpec
 
 __all__ = ["Density", "Scheme", "calibrate_array", "scheme", "schemes"]
 
-_SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (MinMax, Percentile, Sqnr, MeanSquaredError, Entropy)}
+_SCHEMES: dict[str, type[Scheme]] = {
+    cls.name: cls for cls in (MinMax, Percentile, Sqnr, MeanSquaredError, Entropy, Scores)
+}
 _ALIASES = {"min_max": "minmax", "tf": "minmax", "tf_enhanced": "sqnr", "kl": "entropy"}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.calibration.density import SEARCH_PRECISION, Density, Rows
-from bitwright.encoding import Encoding, encoding_from_range, two_level
+from bitwright.encoding import Encoding, encoding_from_range, fit_pairs, two_level
 from bitwright.errors import EncodingError, InputError
 from bitwright.grid import Blockwise, PerChannel, QuantSpec, scale_shape, to_groups
 from bitwright.statistics.base import Statistic
@@ -27,12 +27,16 @@ class Scheme(ABC):
     Attributes:
         name: as users write it, and the source that encodings carry.
         extremes_only: smallest and largest value are enough, so that statistics are reduced inside the graph.
+        extremes_from: bits from which they are enough, since nothing that a finer grid could gain is worth clipping.
+        keeps_top: the largest value of all must be known, also where a histogram counts some values only.
         precision: mantissa bits of the histograms it is calibrated on; None takes the histogram's own default.
         view: mantissa bits of the bins that `range` sees.
     """
 
     name: ClassVar[str]
     extremes_only: ClassVar[bool] = False
+    extremes_from: ClassVar[int] = 33
+    keeps_top: ClassVar[bool] = False
     precision: ClassVar[int | None] = None
     view: ClassVar[int] = SEARCH_PRECISION
 
@@ -90,13 +94,14 @@ class Scheme(ABC):
             raise EncodingError("the values hold NaN or infinity; check the model's parameters")
         if not self._extremes(spec):
             data = Density.of_values(rows, self.precision or self.view)
-        return self._encode(data, spec, shape)
+        return fit_pairs(self._encode(data, spec, shape), tensor)
 
     def _extremes(self, spec: QuantSpec) -> bool:
         """Whether smallest and largest value decide: for this scheme, or because the specification leaves no choice."""
         # A scaled float format maps the largest magnitude to its largest number; the others have no scale at all.
         pinned = spec.minimum is not None and spec.maximum is not None
-        return self.extremes_only or pinned or spec.float_format is not None
+        enough = self.extremes_only or spec.bits >= self.extremes_from
+        return enough or pinned or spec.float_format is not None
 
     def _encode(self, data: Density, spec: QuantSpec, shape: tuple[int, ...]) -> Encoding:
         low, high = (data.minimum, data.maximum) if self._extremes(spec) else self.range(data, spec)

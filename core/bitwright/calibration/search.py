@@ -26,6 +26,12 @@ FINE, FINEST = (96,), (96, 768)
 POSITIONS = 33
 """Positions of an asymmetric grid tried for each scale: evenly over those that touch the data, then around the best."""
 
+FINE_BITS = 12
+"""From this width on, the range of the data is taken without a search. On normal, Laplace, Student-t and log-normal
+values, and on normal ones with a few a thousand times larger (200,000 each), the least squared error at 12 to 16 bits
+is within 0.1 dB of min-max's. A cost that gives up rare values loses much there and gains what nobody needs: three
+values of ±1000 beside N(0, 1) at 16 bits, 20.6 dB by `sqnr`'s cost and 53.2 by min-max, the others 43.1 and 42.0."""
+
 DEPTH = 2.0**-12
 """Intervals below this part of the body are joined: they are far finer than any grid that is worth trying."""
 

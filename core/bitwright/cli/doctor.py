@@ -14,6 +14,7 @@ from bitwright.cli import console
 def doctor() -> None:
     """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
     from bitwright.errors import BitwrightError, MissingExtraError
+    from bitwright.plain import HostNotes
     from bitwright.registry import default_registry
     from bitwright.runs import versions
 
@@ -27,7 +28,7 @@ def doctor() -> None:
     working = 0
     for name in registry.backends():
         try:
-            registry.backend(name)
+            backend = registry.backend(name)
         except MissingExtraError as error:
             console.say(f"{error}")
         except (BitwrightError, ImportError) as error:
@@ -35,6 +36,8 @@ def doctor() -> None:
         else:
             working += 1
             console.say(f"backend {name}: ready")
+            for note in backend.host_notes() if isinstance(backend, HostNotes) else ():
+                console.say(f"  {note}")
     for name in registry.techniques():
         try:
             registry.technique(name)

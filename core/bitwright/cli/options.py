@@ -64,10 +64,11 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 OutputFolder = Annotated[Path, typer.Option(help="Folder to write to; made if it isn't there.", show_default=False)]
 Stem = Annotated[str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)]
 EncodingsVersion = Annotated[str, typer.Option(help="Schema of the encodings file: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")]
-ReferenceSamples = Annotated[
-    int,
+PlainSession = Annotated[
+    bool | None,
     typer.Option(
-        min=0, help="Calibration samples that go into NAME.record.npz, for verify to prove the export on; 0 for none."
+        help="Make NAME.qdq.onnx exact in ONNX Runtime's default sessions on every CPU (default: the target's).",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

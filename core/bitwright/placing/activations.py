@@ -75,7 +75,7 @@ class ActivationPlacement:
         }
         self.composites: list[Composite] = [
             c
-            for name in self.config.supergroup_pass_list
+            for name in target.passes
             for c in COMPOSITES[name](graph)
             if overrides.float_ops.isdisjoint(op.id for op in c.ops)
         ]

@@ -54,6 +54,7 @@ class HistogramStatistic:
             Default 9 for one histogram (512 bins an octave), 7 for each channel.
         step: count every `step`-th value of each sample only (see `Tap.step`); extremes are those of the values seen.
         layout: channel axis by which these are counted, of one histogram.
+        extremes: updates also bring the extremes of all values, reduced in the graph, for a histogram of some.
 
     Attributes:
         low, high: exact extremes, float64 (channels,) or (1,); +inf and −inf before the first update.
@@ -62,12 +63,18 @@ class HistogramStatistic:
     reduction: Reduction = "none"
 
     def __init__(
-        self, axis: int | None = None, *, precision: int | None = None, step: int = 1, layout: int | None = None
+        self,
+        axis: int | None = None,
+        *,
+        precision: int | None = None,
+        step: int = 1,
+        layout: int | None = None,
+        extremes: bool = False,
     ) -> None:
         precision = (9 if axis is None else 7) if precision is None else precision
         if not 1 <= precision <= 14:
             raise InputError(f"precision={precision}: a histogram has 1 to 14 bits of mantissa")
-        self.axis, self.precision, self.step, self.layout = axis, precision, step, layout
+        self.axis, self.precision, self.step, self.layout, self.extremes = axis, precision, step, layout, extremes
         self.low = np.full(1, np.inf)
         self.high = np.full(1, -np.inf)
         # Zeroed memory is mapped page by page as counts arrive: an octave is a page or less, few octaves occur.
@@ -83,12 +90,12 @@ class HistogramStatistic:
         return channels * 2 * 24 * 8 << precision
 
     def update(self, *values: NDArray[Any]) -> None:
-        """Take one batch.
+        """Take one batch: its values, and with `extremes` the pair (lowest, highest) of all that the batch has.
 
         Raises:
             InputError: NaN or infinite values, or another number of channels; nothing is taken then.
         """
-        (value,) = values
+        value, *pairs = values
         tensor = np.asarray(value)
         if tensor.size == 0:
             return
@@ -96,6 +103,8 @@ class HistogramStatistic:
             tensor.reshape(1, -1) if self.axis is None else by_channel(tensor, self.axis), np.float32
         )
         low, high = rows.min(axis=1), rows.max(axis=1)
+        for pair in pairs:
+            low, high = np.minimum(low, pair[0]), np.maximum(high, pair[1])
         require_finite(low, high)
         self._open(len(rows))
         for row, counts in zip(rows, self._table, strict=True):

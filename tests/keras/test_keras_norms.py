@@ -1,0 +1,76 @@
+"""Norms written out in keras.ops are one op, in Keras models and in TensorFlow graphs made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("Keras runs on another framework here", allow_module_level=True)
+
+from keras import layers as L  # noqa: E402
+from keras import ops  # noqa: E402
+
+from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
+
+D = 32
+GAMMA = np.random.default_rng(1).uniform(0.5, 1.5, D).astype(np.float32)
+
+
+def rms(x):
+    return x * ops.rsqrt(ops.mean(ops.square(x), -1, keepdims=True) + 1e-6) * GAMMA
+
+
+def layer(x):
+    d = x - ops.mean(x, -1, keepdims=True)
+    return d / ops.sqrt(ops.mean(d * d, -1, keepdims=True) + 1e-6) * GAMMA + 0.5
+
+
+def unit(x):
+    return x / ops.maximum(ops.sqrt(ops.sum(ops.square(x), -1, keepdims=True)), 1e-6)
+
+
+def net(norm):
+    keras.utils.set_random_seed(0)
+    x = L.Input((8, D), name="x")
+    return keras.Model(x, L.Dense(D, use_bias=False)(norm(L.Dense(D, use_bias=False)(x))))
+
+
+@pytest.fixture(scope="module")
+def data():
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    x[:, 0] *= 1000
+    return x
+
+
+@pytest.mark.parametrize("norm", [rms, layer, unit], ids=lambda f: f.__name__)
+def test_a_norm_that_is_written_out_is_one_op(norm, data):
+    sim = QuantSim(net(norm), activations="uint16", scheme="minmax").calibrate(data)
+    expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
+    assert sqnr(expected, found) >= 25
+
+
+@pytest.mark.parametrize("norm", [rms, layer, unit], ids=lambda f: f.__name__)
+def test_a_norm_in_a_tensorflow_graph_is_one_op(norm, data):
+    model = net(norm)
+    function = tf.function(model, input_signature=[tf.TensorSpec([None, 8, D], name="x")])
+    sim = QuantSim(function.get_concrete_function(), activations="uint16", scheme="minmax").calibrate(data)
+    expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
+    assert sqnr(expected, found) >= 25
+
+
+def test_moments_in_a_tensorflow_graph_are_one_op(data):
+    w = np.random.default_rng(2).standard_normal((D, D)).astype(np.float32)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, D], name="x")])
+    def function(x):
+        h = tf.linalg.matmul(x, w)
+        mean, variance = tf.nn.moments(h, [-1], keepdims=True)
+        return tf.linalg.matmul((h - mean) * tf.math.rsqrt(variance + 1e-6) * GAMMA, w)
+
+    sim = QuantSim(function.get_concrete_function(), activations="uint16", scheme="minmax").calibrate(data)
+    expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
+    assert sqnr(expected, found) >= 25

@@ -1,0 +1,134 @@
+"""Norms written out in ONNX ops are one op at every target, however they are written."""
+
+from __future__ import annotations
+
+import builders as b
+import numpy as np
+import pytest
+
+from bitwright.quantsim import QuantSim
+from bitwright.verify import sqnr
+
+D = 32
+TARGETS = ("default", "per_tensor", "htp_v66", "htp_v73", "generic-int8", "onnxruntime-cpu")
+
+
+class Net(b.ModelBuilder):
+    """x·W, a norm, ·W; one token in eight carries a thousand times the others' activations."""
+
+    def __init__(self, norm):
+        super().__init__(opset=17)
+        self.input("x", ["n", 8, D])
+        self.weight("w1", D, D, scale=D**-0.5)
+        self.node("MatMul", ["x", "w1"], "h")
+        for name, value in {"two": 2.0, "eps": 1e-6, "half": 0.5, "minus_half": -0.5, "one": 1.0, "count": D}.items():
+            self.const(name, np.float32(value))
+        self.const("last", np.int64([-1]))
+        self.positive("gamma", D)
+        self.weight("beta", D)
+        self.weight("w2", D, D, scale=D**-0.5)
+        self.node("MatMul", [norm(self, "h"), "w2"], "y")
+        self.output("y")
+
+    def mean(self, x, y):
+        return self.node("ReduceMean", [x], y, axes=[-1])
+
+    def square(self, x, y="sq"):
+        return self.node("Pow", [x, "two"], y)
+
+    def root(self, v):
+        return self.node("Sqrt", [self.node("Add", [v, "eps"], "shifted")], "root")
+
+    def scaled(self, x):
+        return self.node("Mul", [x, "gamma"], "norm")
+
+
+def rms(net, x):
+    return net.scaled(net.node("Div", [x, net.root(net.mean(net.square(x), "v"))], "n"))
+
+
+def rms_times_itself(net, x):
+    v = net.mean(net.node("Mul", [x, x], "sq"), "v")
+    inverse = net.node("Reciprocal", [net.root(v)], "inverse")
+    return net.node("Mul", ["gamma", net.node("Mul", [inverse, x], "n")], "norm")
+
+
+def rms_with_casts(net, x):
+    """As Hugging Face has it in half precision: the norm in float32, γ behind the cast back."""
+    wide = net.node("Cast", [x], "wide", to=b.FLOAT)
+    v = net.node("Add", [net.mean(net.square(wide), "v"), "eps"], "shifted")
+    n = net.node("Mul", [wide, net.node("Pow", [v, "minus_half"], "inverse")], "n")
+    return net.node("Mul", ["gamma", net.node("Cast", [n], "narrow", to=b.FLOAT)], "norm")
+
+
+def rms_of_a_sum(net, x):
+    v = net.node("Div", [net.node("ReduceSum", [net.square(x), "last"], "s"), "count"], "v")
+    return net.scaled(net.node("Div", [x, net.root(v)], "n"))
+
+
+def layer(net, x):
+    d = net.node("Sub", [x, net.mean(x, "mu")], "d")
+    n = net.node("Div", [d, net.root(net.mean(net.square(d), "v"))], "n")
+    return net.node("Add", [net.scaled(n), "beta"], "out")
+
+
+def layer_with_casts(net, x):
+    d = net.node("Sub", [x, net.mean(x, "mu")], "d")
+    wide = net.node("Cast", [d], "wide", to=b.FLOAT)
+    n = net.node("Div", [d, net.root(net.mean(net.square(wide), "v"))], "n")
+    return net.node("Add", [net.scaled(net.node("Cast", [n], "narrow", to=b.FLOAT)), "beta"], "out")
+
+
+def layer_of_squares(net, x):
+    """The variance as mean(x²) − mean(x)²."""
+    mu = net.mean(x, "mu")
+    v = net.node("Sub", [net.mean(net.square(x), "ms"), net.square(mu, "mu2")], "v")
+    n = net.node("Div", [net.node("Sub", [x, mu], "d"), net.root(v)], "n")
+    return net.node("Add", [net.scaled(n), "beta"], "out")
+
+
+def layer_shifted(net, x):
+    """x·s + (β − mean·s), as tf2onnx writes it."""
+    mu = net.mean(x, "mu")
+    d = net.node("Sub", [x, mu], "d")
+    inverse = net.node("Reciprocal", [net.root(net.mean(net.node("Mul", [d, d], "sq"), "v"))], "inverse")
+    s = net.node("Mul", [inverse, "gamma"], "s")
+    shift = net.node("Sub", ["beta", net.node("Mul", [mu, s], "moved")], "shift")
+    return net.node("Add", [net.node("Mul", [x, s], "scaled"), shift], "out")
+
+
+def unit(net, x):
+    length = net.node("ReduceL2", [x], "length", axes=[-1])
+    return net.node("Div", [x, net.node("Max", [length, "eps"], "bounded")], "norm")
+
+
+def unit_of_a_sum(net, x):
+    s = net.node("ReduceSum", [net.node("Mul", [x, x], "sq"), "last"], "s")
+    inverse = net.node("Reciprocal", [net.node("Sqrt", [net.node("Max", [s, "eps"], "bounded")], "root")], "inverse")
+    return net.node("Mul", [x, inverse], "norm")
+
+
+NORMS = [rms, rms_times_itself, rms_with_casts, rms_of_a_sum, layer, layer_with_casts, layer_of_squares, layer_shifted,
+         unit, unit_of_a_sum]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+def test_a_norm_that_is_written_out_is_one_op(norm, target):
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    x[:, 0] *= 1000
+    net = Net(norm)
+    sim = QuantSim(net.build(), target=target, activations="uint16", scheme="minmax").calibrate({"x": x})
+    expected, found = (sim.predict({"x": x}, simulated=s)[0][:, 1:] for s in (False, True))
+    assert sqnr(expected, found) >= 25
+    inner = {"sq", "v", "root", "shifted", "inverse", "d", "mu", "length", "bounded", "s", "n", "narrow", "moved"}
+    assert not inner & set(sim.plan.quantized)
+
+
+def test_parts_of_a_norm_that_others_read_keep_their_grids():
+    def leaking(net, x):
+        v = net.mean(net.square(x), "v")
+        n = net.node("Div", [x, net.root(v)], "n")
+        return net.node("Add", [net.scaled(n), v], "out")
+
+    assert {"v", "sq", "root"} <= set(QuantSim(Net(leaking).build()).plan.quantized)
