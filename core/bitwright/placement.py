@@ -86,7 +86,7 @@ def build_plan(
         decision = decisions[root_of(site)]
         return decision if isinstance(decision, QuantSpec) else None
 
-    notes: list[str] = []
+    notes = placement.notes
     params = ParameterPlacement(placement, spec_of, weight_type, activation_type, notes)
     biases = linear_biases(graph, params)
     used = [p for p in graph.params if graph.users(p)]

@@ -290,3 +290,20 @@ def test_a_cell_state_has_a_grid_of_its_own(pick):
     sim = QuantSim(Cell().eval(), x, weights="int16", activations="uint16", scheme="minmax").calibrate([x])
     for expected, found in zip(sim.predict([x], simulated=False), sim.predict([x]), strict=True):
         assert sqnr(expected, found) > 50
+
+
+def test_ids_that_arrive_as_floats_stay_exact():
+    torch.manual_seed(0)
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(1000, 8), nn.Linear(8, 8)
+
+        def forward(self, ids):
+            return self.head(self.embed((ids.reshape(-1, 6) - 1).long()))
+
+    ids = torch.randint(1, 999, (32, 6)).float()
+    sim = QuantSim(Text().eval(), ids).calibrate([ids])
+    assert sqnr(sim.predict([ids], simulated=False)[0], sim.predict([ids])[0]) > 30
+    assert sim.graph.inputs[0] not in sim.plan.quantized

@@ -16,6 +16,7 @@ from bitwright.errors import InputError, TargetError
 from bitwright.graph import ConvAttrs, Graph, Op, OpId, OpKind, ParamId, TensorId
 from bitwright.op_types import INTEGER_TYPES, preserves_grid
 from bitwright.patterns import BatchNormFold, Chain, Match, batch_norm_fold, chain, op_type, where
+from bitwright.placing.indices import find_indices
 from bitwright.placing.overrides import Overrides
 from bitwright.placing.precision import Precision
 from bitwright.target import Target
@@ -69,6 +70,8 @@ class ActivationPlacement:
     def __init__(self, graph: Graph, target: Target, overrides: Overrides) -> None:
         self.graph, self.target, self.overrides = graph, target, overrides
         self.config = target.config
+        self.notes: list[str] = []
+        """What the user should know of what was left in float."""
         self._votes: dict[tuple[TensorId, str], tuple[bool, Op, str]] = {}
         self.folds: dict[OpId, BatchNormFold] = {
             op.id: fold for op in graph if (fold := batch_norm_fold(graph, op)) is not None
@@ -90,6 +93,7 @@ class ActivationPlacement:
         self._supergroups()
         self._model_inputs()
         self._model_outputs()
+        self._indices()
         self._overrides()
         self._integers()
 
@@ -225,6 +229,18 @@ class ActivationPlacement:
                 self.wishes[t].on = True
             else:
                 self.wishes[t].off("the target leaves model outputs in float", final=True)
+
+    def _indices(self) -> None:
+        found = find_indices(self.graph)
+        for t in found.only:
+            self.wishes[t].off("only read as indices or conditions, which are exact", final=True)
+        for t, (lookup, signal) in found.both.items():
+            if self.wishes[t].on or t in self.needed:
+                self.notes.append(
+                    f"{t}: {lookup!r} reads it as indices and {signal!r} as a signal; it stays in float, since a grid "
+                    "would change the indices"
+                )
+            self.wishes[t].off("also read as indices, which are exact", final=True)
 
     def _overrides(self) -> None:
         for site, precision in self.overrides.sites.items():
