@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import applying
-from bitwright.backend import Batch, Bundle, Simulation, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.batches import batch_dimension, joined
 from bitwright.bundle.samples import SAMPLES, Remembering, Samples
 from bitwright.data import Dataset, open_data
@@ -311,16 +311,31 @@ class QuantSim:
             data: as for `open`.
             simulated: of the simulation, or of the float model.
 
+        Warns:
+            NonFiniteWarning: the simulation gives NaN or infinity where the float model doesn't; with the first tensor.
+
         Returns:
             One array an output: batches after one another along the first axis; outputs of rank 0 one a batch, or the
             scalar itself where there is one batch.
         """
         taps = [Tap(t) for t in self.graph.outputs]
         session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
-        batches = [session.run(batch) for batch in self.open(data)]
+        batches, warned = [], not simulated
+        for batch in self.open(data):
+            found = session.run(batch)
+            batches.append(found)
+            warned = warned or self._warn_of_infinities(batch, [found[tap] for tap in taps])
         if not batches:
             raise InputError("there are no data to predict on")
         return [joined([b[tap] for b in batches]) for tap in taps]
+
+    def _warn_of_infinities(self, batch: Batch, outputs: list[Any]) -> bool:
+        from bitwright.finiteness import warn_where_it_began
+
+        def floating(taps: Sequence[Tap]) -> Session:
+            return self.backend.session(self.native, taps)
+
+        return warn_where_it_began(self.graph, outputs, batch, self.simulation.session, floating)
 
     def export(
         self,
