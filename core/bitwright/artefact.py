@@ -86,7 +86,7 @@ def export(
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
         record.write_with(
             sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
-            missing=missing, compared=compared, not_compared=unreached,
+            missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
         )  # fmt: skip
         written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == record.REPORT))
         refuse_overwriting(sim, [directory / path.name for path in written])

@@ -70,6 +70,7 @@ def write_with(
     missing: Mapping[str, str],
     compared: int,
     not_compared: Mapping[TensorId, str],
+    stored_anew: Sequence[str] = (),
 ) -> RunReport:
     """Write an export's reference samples and report beside its other files.
 
@@ -82,6 +83,7 @@ def write_with(
         run: the native simulation on reference samples; or why there is none.
         missing: formats that couldn't be written, with the reason.
         compared, not_compared: what the gate found.
+        stored_anew: weights that are kept in another type.
     """
     from bitwright.report.build import build_report, dumped
 
@@ -94,6 +96,7 @@ def write_with(
         without_reference=run if isinstance(run, str) else "",
         compared=compared,
         not_compared=dict(not_compared),
+        stored_anew=tuple(stored_anew),
     )
     by_purpose = {purpose: path.name for purpose, path in files.items()}
     if reference is not None:

@@ -155,6 +155,7 @@ class BundleRecord(Record):
         reference: samples; null where there are none, `without_reference` says why.
         compared: tensors in which the simulation and the written quantized model were compared at export.
         not_compared: tensors that couldn't be, with the reason.
+        stored_anew: weights that the quantized model keeps in another type, values unchanged (`Bundle.stored_anew`).
     """
 
     contents: dict[str, str]
@@ -164,6 +165,7 @@ class BundleRecord(Record):
     without_reference: str = ""
     compared: int = 0
     not_compared: dict[str, str] = Field(default_factory=dict)
+    stored_anew: tuple[str, ...] = ()
 
 
 class Accuracy(Record):
