@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Bundle, Session, Simulation, Training
+from bitwright.backend import Array, Bundle, Pair, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -158,7 +158,7 @@ class KerasBackend:
 
         return compile_bundle(bundle, taps)
 
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
         """See `QuantizedArtefact`.
 
         Raises:
@@ -167,6 +167,16 @@ class KerasBackend:
         from bitwright_keras.integer_runtime import pairs_of
 
         return pairs_of(bundle)
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_keras.integer_runtime import floats_of
+
+        return floats_of(bundle)
 
     def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from bitwright.backend import Array, Bundle, Session
+from bitwright.backend import Array, Bundle, Pair, QuantizedArtefact, Session
 from bitwright.errors import InputError, MissingExtraError
-from bitwright.graph import TensorId
+from bitwright.graph import ParamId, TensorId
 from bitwright_keras import litert
-from bitwright_keras.tflite_file import TfliteFile
 
 QDQ = "qdq"
 
@@ -35,17 +32,28 @@ def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
     return compile_qdq(bundle, [t for t in taps if t in known])
 
 
-def pairs_of(bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
-    """Tensor → the scales that it passes through, of the QDQ model, or else of the .tflite file.
+def pairs_of(bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
+    """Tensor → the pairs that it passes through in the QDQ model.
 
     Raises:
-        InputError: the bundle has neither.
+        InputError: the bundle has none.
+        MissingExtraError: the ONNX packages aren't installed.
     """
-    if QDQ in bundle.files:
-        from bitwright_onnx.qdq_pairs import pairs_of as of_qdq
+    return _onnx().pairs(bundle)
 
-        return of_qdq(bundle.files[QDQ])
-    if litert.TFLITE not in bundle.files:
-        raise InputError("the bundle holds no quantized model (.tflite or .qdq.onnx)")
-    grids = TfliteFile.read(bundle.files[litert.TFLITE]).grids()
-    return {name: [np.asarray(grid.scale)] for name, grid in grids.items()}
+
+def floats_of(bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+    """Parameters that the QDQ model keeps in float.
+
+    Raises:
+        InputError, MissingExtraError: as `pairs_of`.
+    """
+    return _onnx().floats(bundle)
+
+
+def _onnx() -> QuantizedArtefact:
+    try:
+        from bitwright_onnx.backend import OnnxBackend
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'QDQ models need {error.name}: pip install "bitwright[onnx]"') from error
+    return OnnxBackend()

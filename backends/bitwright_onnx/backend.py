@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, QuantizedNetwork, Session, Simulation, Training
+from bitwright.backend import Array, Batch, Bundle, Pair, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
@@ -28,6 +28,9 @@ from bitwright_onnx.operands import dtype_name
 from bitwright_onnx.params import read_params
 from bitwright_onnx.session import OrtSession
 from bitwright_onnx.session import segment as segment_session
+
+if TYPE_CHECKING:
+    from bitwright_onnx.qdq_pairs import QdqContents
 
 _FORMATS = {
     "onnx": "the float model with its updated weights; encodings files go with it",
@@ -203,21 +206,6 @@ class OnnxBackend:
 
         return host_notes()
 
-    def open_quantized(self, path: Path) -> QuantizedNetwork:
-        """See `bitwright.backend.QuantizedReader`.
-
-        Raises:
-            InputError: there is no such file, or it isn't an ONNX model.
-        """
-        from bitwright_onnx.quantized_network import QuantizedFile
-
-        return QuantizedFile(path)
-
-    def source_files(self, model: ir.Model) -> Collection[Path]:
-        """See `bitwright.backend.SourceFiles`: where weights outside of the model file lie."""
-        tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
-        return {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor) and Path(t.path).is_file()}
-
     def op_seconds(
         self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
     ) -> Mapping[OpId, float]:
@@ -232,18 +220,30 @@ class OnnxBackend:
             raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
         return op_times(bundle.files["qdq"], tuple(ops), batches, repeats=repeats, threads=threads)
 
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
         """See `QuantizedArtefact`.
 
         Raises:
             InputError: the bundle holds no quantized model.
             ModelError: it can't be read.
         """
-        from bitwright_onnx.qdq_pairs import pairs_of
+        return self._contents(bundle).pairs
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError, ModelError: as `pairs`.
+        """
+        return self._contents(bundle).floats
+
+    @staticmethod
+    def _contents(bundle: Bundle) -> QdqContents:
+        from bitwright_onnx.qdq_pairs import contents_of
 
         if "qdq" not in bundle.files:
             raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
-        return pairs_of(bundle.files["qdq"])
+        return contents_of(bundle.files["qdq"])
 
     def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each model input; an input of unknown rank has shape ()."""

@@ -47,13 +47,13 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     """An initializer's values as its op sees them in canonical layout."""
     assert value.const_value is not None
     array = tensor_array(value.const_value)
-    layout, shape = _form(value)
+    layout, shape = canonical_form(value)
     return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
 
 
 def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
     assert value.const_value is not None
-    layout, shape = _form(value)
+    layout, shape = canonical_form(value)
     if array.shape != shape:
         raise ModelError(f"parameter {value.name!r} has shape {shape}, the new value {array.shape}")
     if not np.isfinite(array).all():
@@ -71,7 +71,7 @@ def _parameter(model: ir.Model, id: ParamId) -> ir.Value:
     return value
 
 
-def _form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def canonical_form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Native axis of each canonical axis, and the canonical shape, as the first op that has a role for it sees it."""
     assert value.const_value is not None
     native = constant_shape(value)

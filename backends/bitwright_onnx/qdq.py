@@ -26,7 +26,7 @@ from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId
 from bitwright.grid import Blockwise, PerChannel, PerTensor
-from bitwright.plan import Derived, Plan, SiteId, SiteKind
+from bitwright.plan import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
 from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
@@ -37,6 +37,8 @@ from bitwright_onnx.subgraph import values_of
 
 NAMES = "bitwright.names"
 """Metadata key of a QDQ file: JSON of site → dequantized tensor, where they differ."""
+FORMS = "bitwright.forms"
+"""The same, of dequantized tensor → site, for further forms of a bias that ops of several scales share."""
 RUNTIME_DOMAIN = "com.microsoft"
 """ONNX Runtime's own QuantizeLinear and DequantizeLinear, which don't depend on the model's opset."""
 
@@ -110,6 +112,11 @@ def build_qdq(
         work.graph.meta.update(model.graph.meta)
     writer = _Writer(work, graph)
     skipped: dict[SiteId, str] = {}
+    for site in plan:
+        if isinstance(plan[site].decision, OwnForms) and site in writer.values:
+            groups = _bias_groups(graph, plan, site, table)
+            if len(groups) == len(graph.users(site)):
+                writer.parameter(site, next(iter(groups.values())), ir.DataType.INT32, groups)
     for site in plan.quantized:
         if site not in table:
             skipped[site] = "it has no encoding"
@@ -121,6 +128,8 @@ def build_qdq(
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
     _runnable_pairs(work)
     work.metadata_props[NAMES] = json.dumps(writer.names)
+    if writer.forms:
+        work.metadata_props[FORMS] = json.dumps(writer.forms)
     return work, QdqReport(Path(), writer.names, raised, skipped)
 
 
@@ -140,8 +149,8 @@ def _table(
     """One encoding for each quantized site, with weight scales that leave room for the biases."""
     own = EncodingTable({s: e for s, e in encodings.items() if s in plan and plan.root(s) == s})
     values = values_of(model.graph)
-    biases = {s: _canonical(values[s], graph.params[s]) for s in plan.quantized
-              if isinstance(plan[s].decision, Derived) and s in values}  # fmt: skip
+    biases = {s: _canonical(values[s], graph.params[s]) for s in plan
+              if isinstance(plan[s].decision, Derived | OwnForms) and s in values}  # fmt: skip
     safe = guarded(plan, own, biases)
     raised = {
         s: tuple(int(c) for c in np.flatnonzero(safe[s].scale != own[s].scale)) for s in safe if safe[s] is not own[s]
@@ -166,13 +175,13 @@ def _bias_groups(graph: Graph, plan: Plan, site: SiteId, table: Mapping[SiteId, 
     An integer kernel takes s_input·s_weight for granted, so one dequantized bias can't serve two scales.
     """
     found: dict[str, Encoding] = {}
-    if not isinstance(plan[plan.root(site)].decision, Derived):
+    if not isinstance(plan[plan.root(site)].decision, Derived | OwnForms):
         return found
     for op in graph.users(site):
         weight, inputs = op.weight, op.data_inputs[:1]
         if weight is not None and weight in table and inputs and inputs[0] in table:
             own = bias_encoding(table[inputs[0]], table[weight])
-            if own is not None and not own.equals(table[site]):
+            if own is not None and (site not in table or not own.equals(table[site])):
                 found[op.id] = own
     return found
 
@@ -193,6 +202,14 @@ class _Writer:
         self.params = graph.params
         self.values = values_of(model.graph)
         self.names: dict[SiteId, str] = {}
+        self.forms: dict[str, SiteId] = {}
+        made = (
+            (op.id, self.values[op.outputs[0]].producer())
+            for op in graph
+            if op.outputs and op.outputs[0] in self.values
+        )
+        self._ops = {node: op for op, node in made if node is not None}
+        """By the node that writes an op's output, which is the one that reads its bias."""
         self._first = model.graph[0] if len(model.graph) else None
         self._taken = {str(v.name) for v in ir.convenience.create_value_mapping(model.graph).values()}
 
@@ -301,8 +318,8 @@ class _Writer:
         main = self._stored(site, value, kind, canonical, encoding)
         apart: list[tuple[Encoding, ir.Value]] = []
         for user, index in uses:
-            own = others.get(str(user.name))
-            if own is None:
+            own = others.get(self._ops.get(user, ""))
+            if own is None or own.equals(encoding):
                 user.replace_input_with(index, main)
                 continue
             twin = next((v for e, v in apart if e.equals(own)), None)
@@ -310,6 +327,7 @@ class _Writer:
                 name = f"{site}_{len(apart) + 2}"
                 twin = self._stored(name, value, kind, canonical, own)
                 twin.name = self._fresh(name)
+                self.forms[twin.name] = site
                 apart.append((own, twin))
             user.replace_input_with(index, twin)
         if is_output:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Bundle, Session, Simulation, Training
+from bitwright.backend import Bundle, Pair, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -178,7 +178,7 @@ class TensorFlowBackend:
 
         return compile_qdq(bundle, taps)
 
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
         """See `QuantizedArtefact`.
 
         Raises:
@@ -187,6 +187,16 @@ class TensorFlowBackend:
         from bitwright_tensorflow.export import onnx_backend
 
         return onnx_backend().pairs(bundle)
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """See `QuantizedArtefact`.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_tensorflow.export import onnx_backend
+
+        return onnx_backend().floats(bundle)
 
     def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""

@@ -15,11 +15,11 @@ from bitwright.backend import Backend, Bundle, BundledFormats
 from bitwright.durable import make_directory
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
-from bitwright.formats import EncodingsFile, ExpectedEntry, Problem, TensorGeometry
-from bitwright.graph import Graph, OpKind, Param, ParamId, ParamRole
+from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
+from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
 from bitwright.plain import keep_exact
-from bitwright.plan import Decision, Derived, Float, Plan, Site, SiteId, SiteKind
+from bitwright.plan import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 
 if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
@@ -30,32 +30,19 @@ QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
 
 
 def export(
-    sim: QuantSim,
-    directory: Path,
-    name: str,
-    version: str,
-    include_bias: bool | None,
-    plain_session: bool | None,
-    reference_samples: int,
+    sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None, plain_session: bool | None
 ) -> Bundle:
-    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven."""
-    from bitwright.bundle import export_gate, record
-    from bitwright.bundle.source_guard import refuse_overwriting, refuse_planned
-
+    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole."""
     if Path(name).name != name or not name:
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
-    if reference_samples < 0:
-        raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
     table, backend = sim.table, sim.backend
     plain = sim.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
-    refuse_planned(sim, directory, name)
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        run = export_gate.simulated(sim, max(reference_samples, 1))
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
         bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
@@ -63,52 +50,29 @@ def export(
         others = dict(_others(backend, sim.native))
         if sim.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
             others[TFLITE] = ".tflite"
-        quantized: list[export_gate.Quantized] = []
-        missing: dict[str, str] = {}
         for other, suffix in others.items():
             try:
                 made = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other)
                 if other == QDQ and plain:
                     made = keep_exact(made)
+                files |= made.files
                 stored_anew += made.stored_anew
             except (MissingExtraError, ModelError) as error:
                 if other != QDQ:
                     raise
                 # What ONNX can't express, or isn't installed for, must not cost the user the native artefact.
-                missing[other] = str(error)
                 warnings.warn(f"{name}{suffix} isn't written: {error}", stacklevel=3)
-                continue
-            files |= made.files
-            quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
-        compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(sim, run, quantized)
         bias = version >= "2" if include_bias is None else include_bias
         entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
-        record.write_with(
-            sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
-            missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
-        )  # fmt: skip
-        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == record.REPORT))
-        refuse_overwriting(sim, [directory / path.name for path in written])
-        # Without the old seal, an export that is killed between two renames is seen to be incomplete.
-        record.unseal(directory, name)
         # External weights lie beside their model and move with it; the encodings come last, as the seal.
+        written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
         for path in written:
             _move(path, directory / path.name)
         paths = {k: directory / p.name for k, p in files.items()}
         return Bundle(paths, bundle.names, bundle.layouts, stored_anew)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def planned_files(sim: QuantSim, directory: Path, name: str) -> list[Path]:
-    """Every file that an export of this name may write into a folder."""
-    artefact, *_ = sim.backend.formats()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        endings = [f".{artefact}", *_others(sim.backend, sim.native).values(), ".tflite", ENCODINGS_SUFFIX]
-    found = [directory / f"{name}{ending}" for ending in endings]
-    return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
 
 
 def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
@@ -225,13 +189,37 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
                 )
             continue
         spec = plan.spec(name) if plan is not None else None
-        where = f"{path.name}: {name}"
-        if name in graph.params:
-            encoding = formats.bind(entry, geometry(graph, name), spec, name=where)
-            found[name] = formats.permute(encoding, formats.inverse(graph.params[name].layout))
-        else:
-            found[name] = formats.bind(entry, None, spec, name=where)
+        found[name] = _bound(graph, name, entry, spec, f"{path.name}: {name}")
     return EncodingTable(found, file.provenance)
+
+
+def _bound(graph: Graph, name: SiteId, entry: Entry, spec: QuantSpec | None, where: str) -> Encoding:
+    """An entry's encoding in the canonical layout of its tensor."""
+    if name not in graph.params:
+        return formats.bind(entry, None, spec, name=where)
+    encoding = formats.bind(entry, geometry(graph, name), spec, name=where)
+    return formats.permute(encoding, formats.inverse(graph.params[name].layout))
+
+
+def bound_entries(path: Path, graph: Graph, plan: Plan | None = None) -> tuple[EncodingTable, list[Problem]]:
+    """Every entry of a file that a tensor of the graph has, shared and derived sites included, in canonical layout.
+
+    Returns:
+        The encodings, and what keeps an entry from being one of its tensor.
+
+    Raises:
+        EncodingError: the file is invalid.
+    """
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
+    found: dict[SiteId, Encoding] = {}
+    problems: list[Problem] = []
+    for name, entry in file.entries.items():
+        if name in graph.params or name in graph.tensors:
+            try:
+                found[name] = _bound(graph, name, entry, None if plan is None else plan.spec(name), name)
+            except (EncodingError, InputError) as error:
+                problems.append(Problem(name, str(error)))
+    return EncodingTable(found, file.provenance), problems
 
 
 def _in_names_of(graph: Graph, file: EncodingsFile) -> EncodingsFile:
@@ -262,15 +250,28 @@ def plan_of(graph: Graph, table: EncodingTable) -> Plan:
         if role is ParamRole.BIAS and encoding.bits == 32:
             continue
         sites[site] = Site(site, kind, spec_of(encoding), producer.id if producer else None, role)
-    for op in graph.linear_ops:
-        bias, weight = op.params.get(ParamRole.BIAS), op.weight
-        source = op.data_inputs[0]
-        if bias is None or weight is None or bias in sites or weight not in table or source not in table:
+    for bias in graph.params:
+        users = graph.users(bias)
+        uses = dict.fromkeys(use for op in users if (use := _accumulator(op, bias, table)) is not None)
+        if bias in sites or not uses:
             continue
-        if not (table[source].float_format or table[weight].float_format):
-            decision = Derived((source, weight))
-            sites[bias] = Site(bias, SiteKind.PARAMETER, decision, op.id, ParamRole.BIAS)
+        first = next(op for op in users if _accumulator(op, bias, table) is not None)
+        decision: Decision = Derived(next(iter(uses)))
+        if len(uses) > 1:
+            decision = OwnForms("ops with different scales share it: int32 on the grid of each", tuple(uses))
+        sites[bias] = Site(bias, SiteKind.PARAMETER, decision, first.id, ParamRole.BIAS)
     return Plan(sites, "encodings file")
+
+
+def _accumulator(op: Op, bias: ParamId, table: EncodingTable) -> tuple[SiteId, SiteId] | None:
+    """(input, weight) of a linear op with that bias where both are integers."""
+    if op.kind not in LINEAR_KINDS or op.params.get(ParamRole.BIAS) != bias or op.weight not in table:
+        return None
+    source, weight = op.data_inputs[0], op.weight
+    assert weight is not None
+    if source not in table or table[source].float_format or table[weight].float_format:
+        return None
+    return source, weight
 
 
 def spec_of(encoding: Encoding) -> QuantSpec:
@@ -296,10 +297,9 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     found = sorted(directory.glob(f"{name or '*'}{ENCODINGS_SUFFIX}"))
     if len(found) != 1:
         names = ", ".join(p.stem for p in found)
-        more = f" ({names}); choose one by --name" if found else ""
-        if not found and any(directory.glob(f"{name or '*'}.qdq.onnx")):
-            more = ": the export is incomplete, it was interrupted or files are gone; export it again"
-        raise InputError(f"{directory} holds {len(found)} encodings files{more}")
+        raise InputError(
+            f"{directory} holds {len(found)} encodings files" + (f" ({names}); choose one by --name" if found else "")
+        )
     stem = found[0].stem
     suffixes = [s for info in registry.backends().values() for s in info.suffixes]
     model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)
@@ -318,7 +318,9 @@ def passed_on(graph: Graph, plan: Plan) -> frozenset[SiteId]:
     found = []
     for site in plan.quantized:
         producer = graph.producer(site)
-        if producer is not None and producer.kind is OpKind.IDENTITY and plan.root(site) != site:
+        if producer is None or producer.kind is not OpKind.IDENTITY:
+            continue
+        if plan.root(site) != site or plan.spec(site) == plan.spec(producer.data_inputs[0]):
             found.append(site)
     return frozenset(found)
 

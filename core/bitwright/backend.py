@@ -6,7 +6,7 @@ placement, encodings, the order of steps and every search live in the core.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -121,6 +121,32 @@ class Bundle:
     stored_anew: tuple[ParamId, ...] = ()
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One quantize/dequantize pair of a quantized artefact, in the canonical layout of its tensor.
+
+    Attributes:
+        scale: float32: () for one scale; of a parameter otherwise of its rank, with length 1 along axes that the scales
+            don't vary over and the number of blocks along `block_axis`; of an activation (n,) along `axis`.
+        zero_point: int64, of the same shape: the code of 0.0 as it is stored.
+        bits, signed: of the stored type.
+        float_format: of codes that are floats (fp8, and parameters kept in float16 or bfloat16).
+        axis: along which an activation's scales vary.
+        block_axis, block_size: of blocks.
+        codes: hands out a parameter's stored codes (float values of float formats); None for activations.
+    """
+
+    scale: Array
+    zero_point: Array
+    bits: int
+    signed: bool = True
+    float_format: str | None = None
+    axis: int | None = None
+    block_axis: int | None = None
+    block_size: int = 0
+    codes: Callable[[], Array] | None = None
+
+
 @runtime_checkable
 class Backend(Protocol[M]):
     """One framework. `M` is its native model type; models given in are never changed."""
@@ -197,44 +223,6 @@ class IntegerRuntime(Protocol):
         """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
 
 
-class QuantizedNetwork(Protocol):
-    """A written quantized artefact, run op by op in float as its format says: what the file means.
-
-    Attributes:
-        tensors: what can be tapped and fed: sites under their own names (as quantized), the artefact's own names too.
-        inputs: what the artefact itself is fed.
-    """
-
-    tensors: frozenset[TensorId]
-    inputs: tuple[TensorId, ...]
-
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Compile it for its own inputs; taps are handed out dequantized."""
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """As `PartialExecution.segment`; a fed site stands for its dequantized tensor."""
-
-
-@runtime_checkable
-class QuantizedReader(Protocol):
-    """Opening a quantized artefact to run it without a runtime's liberties, for the proof of an export."""
-
-    def open_quantized(self, path: Path) -> QuantizedNetwork:
-        """Read the artefact.
-
-        Raises:
-            InputError: it can't be read.
-        """
-
-
-@runtime_checkable
-class SourceFiles(Protocol[M_contra]):
-    """Naming the files that a model still reads from, so that no export is written over them."""
-
-    def source_files(self, model: M_contra) -> Collection[Path]:
-        """Existing files beside the model file itself, such as external weights."""
-
-
 @runtime_checkable
 class OpTimer(Protocol):
     """Timing the ops of an exported bundle on the integer runtime, for latency tables."""
@@ -249,8 +237,14 @@ class OpTimer(Protocol):
 class QuantizedArtefact(Protocol):
     """Reading back what an exported bundle's quantized artefact quantizes, for `bitwright encodings check`."""
 
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Array]]:
-        """Tensor → the scales of each quantize/dequantize pair that it passes through, native layout."""
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
+        """Tensor → each quantize/dequantize pair that it passes through.
+
+        A parameter that ops read on several grids (a bias that they share) has one for each grid.
+        """
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """Parameters that the artefact keeps in float under their own names → their values, canonical layout."""
 
 
 @runtime_checkable

@@ -46,6 +46,16 @@ class Float:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class OwnForms(Float):
+    """A bias that ops of different scales share: simulated in float, and int32 on the grid of each op's accumulators.
+
+    `uses` are (input, weight) of these ops; each form has the scale s_input · s_weight, as by `Derived`.
+    """
+
+    uses: tuple[tuple[SiteId, SiteId], ...] = ()
+
+
 Decision = QuantSpec | SharedWith | Derived | Float
 
 

@@ -9,6 +9,7 @@ from math import gcd
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Session
 from bitwright.calibration import calibrate_array, scheme
@@ -19,7 +20,7 @@ from bitwright.encoding import Encoding, EncodingTable, two_level
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph, Tensor
 from bitwright.grid import Granularity, PerChannel, PerTensor
-from bitwright.plan import Derived, Plan, SiteId
+from bitwright.plan import Derived, OwnForms, Plan, SiteId
 from bitwright.statistics.base import Request, Source, Statistic, Tap
 from bitwright.statistics.histogram import HistogramStatistic
 from bitwright.technique import Params, Progress
@@ -168,22 +169,29 @@ def guarded(plan: Plan, encodings: EncodingTable, params: Params) -> EncodingTab
     depthwise layers), where an integer accumulator could not hold the bias otherwise. Without it the runtime clips.
     """
     changed: dict[SiteId, Encoding] = {}
-    for site in plan.quantized:
+    for site in plan:
         decision = plan[site].decision
-        if not isinstance(decision, Derived):
-            continue
-        roots = [plan.root(s) for s in decision.sites]
-        if any(r not in encodings for r in roots):
-            continue
-        inputs, weight = encodings[roots[0]], changed.get(roots[1], encodings[roots[1]])
-        if inputs.float_format or weight.float_format or inputs.scale.ndim or weight.scale.ndim == 2:
-            continue
-        bias = np.abs(np.asarray(params[site], np.float64))
-        needed = bias / (float(inputs.scale) * LIMIT) * (1 + 1e-6)
-        needed = needed.max() if weight.scale.ndim == 0 else needed
-        if (needed > weight.scale).any():
-            changed[roots[1]] = weight.with_(scale=np.maximum(weight.scale, needed).astype(np.float32))
+        uses = decision.uses if isinstance(decision, OwnForms) else ()
+        if isinstance(decision, Derived):
+            uses = ((decision.sites[0], decision.sites[1]),)
+        for inputs, weight in ((plan.root(i), plan.root(w)) for i, w in uses):
+            if inputs in encodings and weight in encodings:
+                before = changed.get(weight, encodings[weight])
+                after = _holding(np.asarray(params[site], np.float64), encodings[inputs], before)
+                if after is not before:
+                    changed[weight] = after
     return encodings.merged(changed) if changed else encodings
+
+
+def _holding(bias: NDArray[np.float64], inputs: Encoding, weight: Encoding) -> Encoding:
+    """The weight's encoding, with scales raised where the accumulator couldn't hold the bias."""
+    if inputs.float_format or weight.float_format or inputs.scale.ndim or weight.scale.ndim == 2:
+        return weight
+    needed = np.abs(bias) / (float(inputs.scale) * LIMIT) * (1 + 1e-6)
+    needed = needed.max() if weight.scale.ndim == 0 else needed
+    if not (needed > weight.scale).any():
+        return weight
+    return weight.with_(scale=np.maximum(weight.scale, needed).astype(np.float32))
 
 
 def bias_encoding(inputs: Encoding, weight: Encoding) -> Encoding | None:

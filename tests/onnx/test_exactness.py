@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from exactness_nets import CONV, NETS, after_conv, conv, image, normal
+from exactness_nets import CONV, NETS, after_conv, conv, image, node, normal, rows
 from onnx import numpy_helper
 
 from bitwright import QuantSim
@@ -136,3 +136,24 @@ def test_another_runtime_covers_nothing():
     examination.add(data, {"y": simulation.run(data, ["y"])["y"]})
     found = examination.result()
     assert not found.covered and not found.problems and "round otherwise" in found.loose["y"]
+
+
+@pytest.mark.parametrize("kind", ["shared_bias", "gemm_called_twice", "matmul_called_twice"])
+def test_a_shared_bias_fits_at_16_bits(kind, tmp_path):
+    """In the runtime it becomes int32 on each op's own scale, which overflowed where the plan left it in float."""
+    import onnxruntime as ort
+
+    nets = {**NETS, "matmul_called_twice": lambda: rows(
+        node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["p"]), node("MatMul", ["p", "w"], ["n"]),
+        node("Add", ["n", "b"], ["y"]), w=normal(16, 16, scale=0.02), b=normal(16),
+    )}  # fmt: skip
+    model, data = nets[kind]()
+    sim = QuantSim(model, weights="int16", activations="uint16", scheme="minmax").calibrate(data)
+    path = sim.export(tmp_path, name="m").files["qdq"]
+    simulated = sim.predict(data)[0]
+    (out,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(["y"], data)
+    assert np.abs(out - simulated).max() < 1e-3 * np.abs(simulated).max()
+    forms = [i for i in onnx.load(path).graph.initializer if i.name in ("b_quantized", "b_2_quantized")]
+    assert len(forms) == 2
+    assert all(np.abs(numpy_helper.to_array(f).astype(np.int64)).max() <= 2**30 for f in forms)
+    assert not verify(tmp_path, data).problems

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 
-from bitwright.artefact import encodings_file
 from bitwright.backend import Bundle, QuantizedArtefact
 from bitwright.encoding import EncodingTable, encoding_from_range, encoding_of_weights
 from bitwright.errors import InputError, ModelError
@@ -38,17 +37,20 @@ def case(tmp_path):
     table |= {s: encoding_from_range(plan.spec(s), -1.0, 2.0 + i) for i, s in enumerate(plan.activations)}
     table = full_table(plan, EncodingTable(table))
     backend.export(native, plan, table, tmp_path / "m.qdq.onnx", "qdq")
-    return backend, Bundle({"qdq": tmp_path / "m.qdq.onnx"}), plan, encodings_file(graph, plan, table, "1.0.0")
+    return backend, native, Bundle({"qdq": tmp_path / "m.qdq.onnx"}), plan, table
 
 
 def test_every_site_has_one_pair_on_its_scale(case):
-    backend, bundle, plan, file = case
+    backend, native, bundle, plan, table = case
     pairs = backend.pairs(bundle)
     assert pairs.keys() == {"x", "w", "b", "c", "y"}
     assert all(len(found) == 1 for found in pairs.values())
-    assert pairs["w"][0].shape == (3,)
+    (w,) = pairs["w"]
+    assert w.scale.shape == (3, 1, 1, 1) and w.bits == 8 and w.signed
+    assert w.codes is not None and w.codes().shape == (3, 3, 1, 1)
+    assert pairs["x"][0].codes is None
     assert isinstance(backend, QuantizedArtefact)
-    assert check_pairs(backend, bundle, plan, file) == []
+    assert check_pairs(backend, native, bundle, plan, table) == []
 
 
 def edit(bundle, change):
@@ -88,18 +90,18 @@ def second_pair(graph):
     ],
 )
 def test_departures_are_found(case, change, name, message):
-    backend, bundle, plan, file = case
+    backend, native, bundle, plan, table = case
     edit(bundle, change)
-    (problem,) = check_pairs(backend, bundle, plan, file)
+    (problem,) = check_pairs(backend, native, bundle, plan, table)
     assert problem.name == name
     assert message in problem.message
 
 
 def test_nothing_to_read(case, tmp_path):
-    backend, _, plan, file = case
+    backend, native, _, plan, table = case
     with pytest.raises(InputError, match="holds no quantized model"):
         backend.pairs(Bundle({}))
-    assert check_pairs(backend, Bundle({}), plan, file) == []
+    assert check_pairs(backend, native, Bundle({}), plan, table) == []
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match=r"broken\.onnx"):
         backend.pairs(Bundle({"qdq": tmp_path / "broken.onnx"}))

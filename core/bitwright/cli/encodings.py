@@ -45,7 +45,10 @@ def convert(
     from bitwright.artefact import geometry
 
     file = formats.read(source)
-    graph = _open(model)[1] if model is not None else None
+    graph = None
+    if model is not None:
+        backend, native = _open(model)
+        graph = backend.graph(native)
     geometries = None if graph is None else {p: geometry(graph, p) for p in graph.params}
     result = formats.convert(file, to, geometries, None if graph is None else set(graph.params))
     for warning in result.warnings:
@@ -79,9 +82,10 @@ def check(
 ) -> None:
     """Check that every tensor that the target quantizes has exactly one right entry, and no other tensor has one.
 
-    A file alone is checked against its schema; with --model, names and shapes too; with --target, completeness.
+    A file alone is checked against its schema; with --model, names and shapes too; with --target, completeness. In a
+    folder, the quantized model's grids and codes are compared with the file and the float model too.
     """
-    from bitwright.artefact import check_bundle, passed_on, read_encodings
+    from bitwright.artefact import bound_entries, check_bundle, passed_on, plan_of, read_encodings
     from bitwright.formats import Problem, read
     from bitwright.pair_check import check_pairs
 
@@ -89,15 +93,26 @@ def check(
     problems: list[Problem] = []
     file = read(asked.encodings)
     if asked.model is not None:
-        backend, graph = _open(asked.model)
+        backend, native = _open(asked.model)
+        graph = backend.graph(native)
         if asked.target is not None:
             plan = asked.plan(graph)
             problems += check_bundle(graph, plan, asked.encodings)
-            if asked.bundle is not None:
-                problems += check_pairs(backend, asked.bundle, plan, file, optional=passed_on(graph, plan))
+        elif asked.bundle is not None:
+            # Without a target, the file itself says what is quantized.
+            table, _ = bound_entries(asked.encodings, graph)
+            plan = plan_of(graph, table)
+            unknown = [n for n in file.entries if n.removesuffix(":0") not in table and n not in table]
+            problems += [Problem(n, "has an entry, but the model has no tensor of that name") for n in unknown]
         else:
-            read_encodings(asked.encodings, graph)
-    scope = "its schema" if asked.model is None else "the model" if asked.target is None else "model and target"
+            plan = plan_of(graph, read_encodings(asked.encodings, graph))
+        if asked.bundle is not None:
+            encodings, found = bound_entries(asked.encodings, graph, plan)
+            optional = passed_on(graph, plan)
+            found += check_pairs(backend, native, asked.bundle, plan, encodings, optional=optional)
+            said = {p.name for p in problems}
+            problems += [p for p in found if p.name not in said]
+    scope = asked.scope
     if as_json:
         found = [{"name": p.name, "message": p.message} for p in problems]
         sys.stdout.write(
@@ -168,7 +183,7 @@ class Asked:
         bundle = find_bundle(path, name)
         known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
         report_file = path / "report.json"
-        if target is None:
+        if target is None and report_file.exists():
             try:
                 report = RunReport.model_validate_json(report_file.read_bytes())
             except (OSError, ValueError) as error:
@@ -180,6 +195,15 @@ class Asked:
                 "overrides": report.overrides,
             }
         return cls(bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle)
+
+    @property
+    def scope(self) -> str:
+        """What the encodings are checked against, in words."""
+        if self.model is None:
+            return "its schema"
+        if self.target is not None:
+            return "model and target"
+        return "the model" if self.bundle is None else "the model and its quantized file"
 
     def plan(self, graph: Graph) -> Plan:
         """The plan that the encodings must fulfil."""
@@ -196,11 +220,11 @@ def _target(given: Any) -> Any:
     return load_target(given)
 
 
-def _open(model: Path) -> tuple[Backend[Any], Graph]:
+def _open(model: Path) -> tuple[Backend[Any], Any]:
     from bitwright import registry
 
     backend = registry.backend_for_path(model)
-    return backend, backend.graph(backend.load(model))
+    return backend, backend.load(model)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from bitwright.graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, P
 from bitwright.grid import Blockwise, Granularity, PerChannel, PerTensor, QuantSpec
 from bitwright.placing.activations import MASKED, ActivationPlacement
 from bitwright.placing.precision import Precision, activation_spec, param_spec
-from bitwright.plan import Decision, Derived, Float, SharedWith, SiteId
+from bitwright.plan import Decision, Derived, Float, OwnForms, SharedWith, SiteId
 
 SpecOf = Callable[[SiteId], QuantSpec | None]
 _OPERANDS = frozenset({OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.CONCAT, OpKind.MATMUL})
@@ -49,7 +49,6 @@ class ParameterPlacement:
         self.graph, self.target = activations.graph, activations.target
         self.overrides = activations.overrides
         self.weights, self.constants, self.notes = weights, constants, notes
-        self._lookups = activations.lookups
         self._inside = {op.id: c for c in activations.composites for op in c.ops}
 
     def decide(self, param: ParamId) -> Decision:
@@ -90,9 +89,12 @@ class ParameterPlacement:
         named = self.target.says_quantized(op.type, ParamRole.BIAS)
         if self.target.config.bitwright.integer_bias:
             sources = {(root_of(u.data_inputs[0]), u.params[ParamRole.WEIGHT]) for u in users}
-            reason = self._no_integer_bias(op, spec_of) if len(sources) == 1 else "ops with different scales share it"
-            if reason is None:
+            reason = next((r for u in users if (r := self._no_integer_bias(u, spec_of)) is not None), None)
+            if reason is None and len(sources) == 1:
                 return Derived((op.data_inputs[0], op.params[ParamRole.WEIGHT]))
+            if reason is None:
+                uses = dict.fromkeys((u.data_inputs[0], u.params[ParamRole.WEIGHT]) for u in users)
+                return OwnForms("ops with different scales share it: int32 on the grid of each", tuple(uses))
         else:
             reason = "the target keeps biases in float"
         if named:
@@ -140,21 +142,6 @@ class ParameterPlacement:
         precision = override if matrix or param.id in self.overrides.sites else _vector(override)
         layout = self._granularity(op, op_type, role, param, precision)
         return _Verdict(op, param_spec(self.target, precision, symmetric=symmetric, granularity=layout), policy=True)
-
-    def _common(self, first: _Verdict, other: _Verdict) -> QuantSpec | None:
-        """The best grid that two users of one parameter can both take: the more bits, and a scale for each channel
-        where one of them looks rows up (whose scale goes with the row); None where more than that differs."""
-        a, b = first.decision, other.decision
-        if not (isinstance(a, QuantSpec) and isinstance(b, QuantSpec)):
-            return None
-        wider = a if a.bits >= b.bits else b
-        if a.with_(bits=b.bits, granularity=b.granularity) != b or a.float_format is not None:
-            return None
-        rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
-        rest = [v for v in (first, other) if v not in rows]
-        if len(rest) == 1 and rest[0].op.kind is OpKind.LINEAR and self.target.per_channel(rest[0].op.type):
-            return wider.with_(granularity=PerChannel(0))
-        return wider if a.granularity == b.granularity else wider.with_(granularity=PerTensor())
 
     def _granularity(self, op: Op, op_type: str, role: ParamRole, param: Param, precision: Precision) -> Granularity:
         if role in (ParamRole.GAMMA, ParamRole.SLOPE):
@@ -204,13 +191,9 @@ class ParameterPlacement:
             a, b = first.decision, other.decision
             if a == b:
                 continue
-            common = self._common(first, other)
-            if common is not None:
-                first = replace(first, decision=common)
-                self.notes.append(
-                    f"{param}: {policies[0].op.id!r} ({policies[0].op.type}) and {other.op.id!r} ({other.op.type}) "
-                    f"share it, {_said(a)} and {_said(b)}; {_said(common)} for both"
-                )
+            if isinstance(a, QuantSpec) and isinstance(b, QuantSpec) and a.with_(granularity=b.granularity) == b:
+                first = replace(first, decision=a.with_(granularity=PerTensor()))
+                self.notes.append(f"{param}: shared by ops of different granularity; quantized per tensor")
             elif first.policy:
                 raise TargetError(
                     f"{self.target.source}: ops {first.op.id!r} ({first.op.type}) and {other.op.id!r} "
@@ -232,18 +215,9 @@ def _vector(precision: Precision) -> Precision:
 
 
 def _said(decision: Decision) -> str:
-    if not isinstance(decision, QuantSpec):
-        return "float"
-    symmetry = "symmetric" if decision.symmetric else "asymmetric"
-    number = decision.float_format or f"{'int' if decision.signed else 'uint'}{decision.bits}"
-    match decision.granularity:
-        case PerTensor():
-            layout = "per tensor"
-        case PerChannel():
-            layout = "per channel"
-        case _:
-            layout = "in blocks"
-    return f"{number} {symmetry} {layout}"
+    if isinstance(decision, QuantSpec):
+        return "symmetric" if decision.symmetric else "asymmetric"
+    return "float"
 
 
 def linear_biases(graph: Graph, placement: ParameterPlacement) -> frozenset[ParamId]:
