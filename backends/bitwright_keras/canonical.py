@@ -16,6 +16,7 @@ import numpy as np
 
 from bitwright.channel_axes import around, channel_axes
 from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, ParamId, ParamRole, Tensor, TensorId
+from bitwright.masks import is_mask
 from bitwright_keras import attributes
 from bitwright_keras.constants import constant_of
 from bitwright_keras.layouts import ROLES, Layout, layout_of
@@ -130,7 +131,7 @@ class _Builder:
         shape = self._model.specs[node.outputs[0]].shape
         axis = attributes.data_axis(node, len(shape))
         wanted = (shape[axis], *(1,) * (len(shape) - 1 - axis))
-        return add if value.ndim and value.shape == wanted else None
+        return add if value.ndim and value.shape == wanted and not is_mask(value) else None
 
     # -- one op
 

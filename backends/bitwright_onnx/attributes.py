@@ -132,7 +132,7 @@ def clip(node: ir.Node) -> tuple[OpKind, ActivationAttrs]:
     for index in (1, 2):
         value = node.inputs[index] if len(node.inputs) > index else None
         array = constant(value)
-        if value is not None and array is None:
+        if value is not None and (array is None or array.size != 1):
             return OpKind.ACTIVATION, ActivationAttrs()
         bound = None if array is None else float(array.reshape(-1)[0])
         # Exporters write an open end as the type's extreme.

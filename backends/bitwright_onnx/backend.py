@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, Pair, Session, Simulation, Training
+from bitwright.backend import Array, Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
@@ -205,6 +205,21 @@ class OnnxBackend:
         from bitwright_onnx.plain_session import host_notes
 
         return host_notes()
+
+    def open_quantized(self, path: Path) -> QuantizedNetwork:
+        """See `bitwright.backend.QuantizedReader`.
+
+        Raises:
+            InputError: there is no such file, or it isn't an ONNX model.
+        """
+        from bitwright_onnx.quantized_network import QuantizedFile
+
+        return QuantizedFile(path)
+
+    def source_files(self, model: ir.Model) -> Collection[Path]:
+        """See `bitwright.backend.SourceFiles`: where weights outside of the model file lie."""
+        tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
+        return {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor) and Path(t.path).is_file()}
 
     def op_seconds(
         self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1

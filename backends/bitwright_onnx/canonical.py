@@ -126,6 +126,9 @@ def _activations(node: ir.Node, unseen: set[ir.Value]) -> list[ir.Value | None]:
 
 def _op(node: ir.Node, add: ir.Node | None, unseen: set[ir.Value], params: dict[str, Param]) -> Op:
     kind, attrs = _classify(node)
+    data = _activations(node, unseen)
+    if kind is not OpKind.EMBEDDING and not any(data):
+        kind, attrs = OpKind.OPAQUE, None  # it computes with sizes, or with constants that were too big to fold
     roles: dict[ParamRole, str] = {}
     if kind is not OpKind.OPAQUE:
         described: dict[ParamRole, Param] = {}
@@ -139,7 +142,7 @@ def _op(node: ir.Node, add: ir.Node | None, unseen: set[ir.Value], params: dict[
         else:
             roles = {role: p.id for role, p in described.items()}
             params.update({p.id: p for p in described.values()})
-    inputs = tuple(None if v is None else str(v.name) for v in _activations(node, unseen))
+    inputs = tuple(None if v is None else str(v.name) for v in data)
     outputs = tuple(str(o.name) for o in (add or node).outputs if o.name)
     native = node.op_type if is_default_domain(node) else f"{node.domain}.{node.op_type}"
     return Op(str(node.name), kind, node.op_type, inputs, outputs, roles, attrs, native)

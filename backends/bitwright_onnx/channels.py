@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from bitwright.channel_axes import around
+from bitwright.errors import ModelError
 from bitwright.graph import Op, TensorId
 from bitwright_onnx.optable import is_default_domain, linear_weight
 
@@ -33,4 +34,8 @@ def permutation(node: ir.Node) -> list[int] | None:
     if source is None or source.shape is None:
         return None
     backwards = range(len(source.shape) - 1, -1, -1)
-    return [int(i) for i in node.attributes.get_ints("perm", backwards) or backwards]
+    order = [int(i) for i in node.attributes.get_ints("perm", backwards) or backwards]
+    if len(order) != len(source.shape):
+        raise ModelError(f"node {node.name!r} (Transpose) has an order of {len(order)} axes, {order}, for a tensor of "
+                         f"{len(source.shape)}")  # fmt: skip
+    return order

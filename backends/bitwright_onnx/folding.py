@@ -76,7 +76,7 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
         plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node)) and not _embeds(node)
-        if not (plain and inputs and all(v in known for v in inputs)):
+        if not (plain and inputs and all(v in known and v.dtype is not ir.DataType.STRING for v in inputs)):
             continue
         read = sum(known[v] or 0 for v in inputs)
         rank = 8 if node.op_type in ("NonZero", "Unique") else 1

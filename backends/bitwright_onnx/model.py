@@ -145,6 +145,8 @@ def _data_file(tensor: ir.ExternalTensor, blobs: Path | None) -> Path:
         ModelError: it lies elsewhere, is missing or cut short.
     """
     base = Path(tensor.base_dir or ".").resolve()
+    if "\0" in str(tensor.location):
+        raise ModelError(f"tensor {tensor.name!r} lies in a file whose name holds a NUL, {str(tensor.location)!r}")
     path = (base / tensor.location).resolve()
     if not path.is_relative_to(base) and not _is_blob(base, Path(tensor.location), blobs):
         raise ModelError(f"tensor {tensor.name!r} points outside the model's folder, to {str(tensor.location)!r}")

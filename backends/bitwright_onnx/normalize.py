@@ -27,6 +27,7 @@ from bitwright_onnx.rewrites import rewrite
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import values_of
 from bitwright_onnx.value_types import refuse_no_tensors, restore_types
+from bitwright_onnx.wellformed import refuse_malformed
 
 _ROUNDS = 6
 """Of folding constants: sizes that are computed from folded ones are known in the next."""
@@ -37,10 +38,11 @@ def normalize(model: ir.Model) -> ir.Model:
 
     Raises:
         ModelError: the model has no outputs, an input or an output is no tensor, a tensor is produced twice, or its
-            opset can't be raised.
+            opset can't be raised; a node isn't what its operator's schema says (see `wellformed`).
     """
     if not model.graph.outputs:
         raise ModelError("the model has no outputs")
+    refuse_malformed(model)
     refuse_no_tensors(model.graph)
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
@@ -50,13 +52,14 @@ def normalize(model: ir.Model) -> ir.Model:
     _refuse_double_producers(model.graph)
     passes.RemoveInitializersFromInputsPass()(model)
     _name_nodes(model)
-    model = raise_opset(model, MINIMUM_OPSET)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _name_nodes(model)
     try:
         passes.TopologicalSortPass()(model)
     except Exception as error:
         raise ModelError("the graph has a cycle") from error
+    model = raise_opset(model, MINIMUM_OPSET)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _name_nodes(model)
+    passes.TopologicalSortPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     for _ in range(_ROUNDS):
         infer_shapes(model)

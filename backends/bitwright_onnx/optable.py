@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import OpKind, ParamRole
+from bitwright.masks import is_mask
+from bitwright_onnx.session import tensor_array
 
 K, R = OpKind, ParamRole
 
@@ -122,6 +125,11 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
     return weight
 
 
+def is_mask_constant(value: ir.Value) -> bool:
+    """Whether a float initializer is a mask (−∞ for classes that don't count), and so no bias."""
+    return value.const_value is not None and is_mask(np.asarray(tensor_array(value.const_value), np.float32))
+
+
 def plain_bias(node: ir.Node) -> bool:
     """Whether a product has no bias, or a constant one for each output channel."""
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
@@ -154,7 +162,7 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     if not is_default_domain(add) or add.op_type != "Add" or add.graph is not node.graph:
         return None
     bias = add.inputs[1 - index]
-    if bias is None or not is_float_constant(bias):
+    if bias is None or not is_float_constant(bias) or is_mask_constant(bias):
         return None
     shape = constant_shape(bias)
     rank = len(output.shape) if output.shape is not None else None

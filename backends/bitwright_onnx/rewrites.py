@@ -6,7 +6,14 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright_onnx.initializers import rewrite_operand
-from bitwright_onnx.optable import constant_shape, is_default_domain, is_float_constant, linear_weight, out_channels
+from bitwright_onnx.optable import (
+    constant_shape,
+    is_default_domain,
+    is_float_constant,
+    is_mask_constant,
+    linear_weight,
+    out_channels,
+)
 from bitwright_onnx.session import tensor_array
 
 
@@ -47,6 +54,8 @@ def absorb_bias(graph: ir.Graph, node: ir.Node) -> None:
     if add.graph is not graph or not is_float_constant(bias):
         return
     assert bias is not None and bias.const_value is not None
+    if is_mask_constant(bias):
+        return
     shape, rank, channels = constant_shape(bias), len(constant_shape(weight)), out_channels(node, weight)
     if shape not in ((1, channels, *(1,) * (rank - 2)), (channels, *(1,) * (rank - 2))):
         return

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 
 from bitwright.graph import ConvAttrs, OpKind, ParamRole, TensorId
+from bitwright.masks import is_mask
 from bitwright_tensorflow.forms import Reshaped, Transposed
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.geometry import channel_axis, spatial_axes, transposed, window_pads
@@ -279,6 +280,10 @@ def bias_of(net: Network, found: Found, add: NodeDef, width: int) -> Read | None
     """The constant that an Add gives each output channel; None where it is something else."""
     operands = net.operands(add)
     places = [i for i, t in enumerate(operands) if not net.is_data(t)]
+    if len(operands) == 2 and len(places) == 1 and add.op != "BiasAdd":
+        value = net.value(operands[places[0]])
+        if value is not None and is_mask(value):
+            return None
     if len(operands) != 2 or len(places) != 1:
         return None
     bias = net.read(add, places[0])

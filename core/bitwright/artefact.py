@@ -30,19 +30,32 @@ QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
 
 
 def export(
-    sim: QuantSim, directory: Path, name: str, version: str, include_bias: bool | None, plain_session: bool | None
+    sim: QuantSim,
+    directory: Path,
+    name: str,
+    version: str,
+    include_bias: bool | None,
+    plain_session: bool | None,
+    reference_samples: int,
 ) -> Bundle:
-    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole."""
+    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven."""
+    from bitwright.bundle import export_gate, record
+    from bitwright.bundle.source_guard import refuse_overwriting, refuse_planned
+
     if Path(name).name != name or not name:
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
+    if reference_samples < 0:
+        raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
     table, backend = sim.table, sim.backend
     plain = sim.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
+    refuse_planned(sim, directory, name)
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
+        run = export_gate.simulated(sim, max(reference_samples, 1))
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
         bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
@@ -50,29 +63,52 @@ def export(
         others = dict(_others(backend, sim.native))
         if sim.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
             others[TFLITE] = ".tflite"
+        quantized: list[export_gate.Quantized] = []
+        missing: dict[str, str] = {}
         for other, suffix in others.items():
             try:
                 made = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other)
                 if other == QDQ and plain:
                     made = keep_exact(made)
-                files |= made.files
                 stored_anew += made.stored_anew
             except (MissingExtraError, ModelError) as error:
                 if other != QDQ:
                     raise
                 # What ONNX can't express, or isn't installed for, must not cost the user the native artefact.
+                missing[other] = str(error)
                 warnings.warn(f"{name}{suffix} isn't written: {error}", stacklevel=3)
+                continue
+            files |= made.files
+            quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
+        compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(sim, run, quantized)
         bias = version >= "2" if include_bias is None else include_bias
         entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
+        record.write_with(
+            sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
+            missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
+        )  # fmt: skip
+        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == record.REPORT))
+        refuse_overwriting(sim, [directory / path.name for path in written])
+        # Without the old seal, an export that is killed between two renames is seen to be incomplete.
+        record.unseal(directory, name)
         # External weights lie beside their model and move with it; the encodings come last, as the seal.
-        written = sorted(staging.iterdir(), key=lambda path: path == files["encodings"])
         for path in written:
             _move(path, directory / path.name)
         paths = {k: directory / p.name for k, p in files.items()}
         return Bundle(paths, bundle.names, bundle.layouts, stored_anew)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def planned_files(sim: QuantSim, directory: Path, name: str) -> list[Path]:
+    """Every file that an export of this name may write into a folder."""
+    artefact, *_ = sim.backend.formats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        endings = [f".{artefact}", *_others(sim.backend, sim.native).values(), ".tflite", ENCODINGS_SUFFIX]
+    found = [directory / f"{name}{ending}" for ending in endings]
+    return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
 
 
 def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
@@ -297,9 +333,10 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     found = sorted(directory.glob(f"{name or '*'}{ENCODINGS_SUFFIX}"))
     if len(found) != 1:
         names = ", ".join(p.stem for p in found)
-        raise InputError(
-            f"{directory} holds {len(found)} encodings files" + (f" ({names}); choose one by --name" if found else "")
-        )
+        more = f" ({names}); choose one by --name" if found else ""
+        if not found and any(directory.glob(f"{name or '*'}.qdq.onnx")):
+            more = ": the export is incomplete, it was interrupted or files are gone; export it again"
+        raise InputError(f"{directory} holds {len(found)} encodings files{more}")
     stem = found[0].stem
     suffixes = [s for info in registry.backends().values() for s in info.suffixes]
     model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)

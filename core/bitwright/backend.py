@@ -223,6 +223,44 @@ class IntegerRuntime(Protocol):
         """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
 
 
+class QuantizedNetwork(Protocol):
+    """A written quantized artefact, run op by op in float as its format says: what the file means.
+
+    Attributes:
+        tensors: what can be tapped and fed: sites under their own names (as quantized), the artefact's own names too.
+        inputs: what the artefact itself is fed.
+    """
+
+    tensors: frozenset[TensorId]
+    inputs: tuple[TensorId, ...]
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Compile it for its own inputs; taps are handed out dequantized."""
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """As `PartialExecution.segment`; a fed site stands for its dequantized tensor."""
+
+
+@runtime_checkable
+class QuantizedReader(Protocol):
+    """Opening a quantized artefact to run it without a runtime's liberties, for the proof of an export."""
+
+    def open_quantized(self, path: Path) -> QuantizedNetwork:
+        """Read the artefact.
+
+        Raises:
+            InputError: it can't be read.
+        """
+
+
+@runtime_checkable
+class SourceFiles(Protocol[M_contra]):
+    """Naming the files that a model still reads from, so that no export is written over them."""
+
+    def source_files(self, model: M_contra) -> Collection[Path]:
+        """Existing files beside the model file itself, such as external weights."""
+
+
 @runtime_checkable
 class OpTimer(Protocol):
     """Timing the ops of an exported bundle on the integer runtime, for latency tables."""

@@ -93,7 +93,8 @@ def matmul_adds(graph: Graph) -> Iterator[Composite]:
         if op.kind is not OpKind.LINEAR or op.type != "MatMul" or ParamRole.BIAS in op.params:
             continue
         add = graph.sole_consumer(op.output)
-        if add is not None and add.kind is OpKind.ADD and _constant_operand(add):
+        masked = add is not None and graph.tensors[add.output].mask
+        if add is not None and not masked and add.kind is OpKind.ADD and _constant_operand(add):
             yield Composite("MatmulAdd", (op, add), op.data_inputs[0], beta=add)
 
 

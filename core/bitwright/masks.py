@@ -83,6 +83,11 @@ class Extent:
         return _SURE if self.largest >= BOUNDLESS else _LIKELY if self.largest >= least else _NONE
 
 
+def is_mask(values: ArrayLike) -> bool:
+    """Whether a constant is a mask by itself: what it is added to is no sum with a bias."""
+    return Extent.of(values).offset > _NONE
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A node as this module sees it.

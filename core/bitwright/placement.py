@@ -46,7 +46,7 @@ def build_plan(
         target: a preset's name, a configuration file, or a loaded target.
         weights: type of weights ("int8", "int4:block32", "int4:lpbq64", "float16", …); None takes the target's.
             Blocks that don't divide a weight's inputs fall back to one scale a channel, noted in `Plan.notes`.
-            Only the weights of convolutions and linear ops go below 8 bits.
+            Only the weights of convolutions and linear ops go below 8 bits; one that an embedding shares has 8.
         activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's.
         scheme: calibration scheme of activations.
         weight_scheme: calibration scheme of parameters.

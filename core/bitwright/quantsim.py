@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import applying
-from bitwright.backend import Batch, Bundle, Simulation, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.batches import batch_dimension, joined
+from bitwright.bundle.samples import SAMPLES, Remembering, Samples
 from bitwright.data import Dataset, open_data
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError
@@ -83,6 +84,8 @@ class QuantSim:
         self.encodings = EncodingTable()
         self._simulation: Simulation[Any] | None = None
         self._training: tuple[TrainableSimulation, Training] | None = None
+        self.reference: Samples | None = None
+        """The first samples of the calibration data, which an export is proven on."""
         self.refresh()
 
     @property
@@ -145,14 +148,19 @@ class QuantSim:
         Raises:
             InputError: the data are empty, don't fit the model, or hold NaN.
         """
-        dataset = self.open(data)
+        dataset = self.remembering(data)
         params = self.params
         table = EncodingTable(self.encodings.frozen, self.encodings.provenance)
         table = table.merged(weight_encodings(self.plan, params, table))
         table = table.merged(applying.calibrated_activations(self, table, dataset))
         self.encodings = guarded(self.plan, table, params)
+        self.reference = dataset.taken()
         self._simulation = None
         return self
+
+    def remembering(self, data: Any) -> Remembering:
+        """Data as `open` takes them; the first samples that go by can be kept as `reference`."""
+        return Remembering(self.open(data), self.backend.input_specs(self.native))
 
     @property
     def table(self) -> EncodingTable:
@@ -303,16 +311,31 @@ class QuantSim:
             data: as for `open`.
             simulated: of the simulation, or of the float model.
 
+        Warns:
+            NonFiniteWarning: the simulation gives NaN or infinity where the float model doesn't; with the first tensor.
+
         Returns:
             One array an output: batches after one another along the first axis; outputs of rank 0 one a batch, or the
             scalar itself where there is one batch.
         """
         taps = [Tap(t) for t in self.graph.outputs]
         session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
-        batches = [session.run(batch) for batch in self.open(data)]
+        batches, warned = [], not simulated
+        for batch in self.open(data):
+            found = session.run(batch)
+            batches.append(found)
+            warned = warned or self._warn_of_infinities(batch, [found[tap] for tap in taps])
         if not batches:
             raise InputError("there are no data to predict on")
         return [joined([b[tap] for b in batches]) for tap in taps]
+
+    def _warn_of_infinities(self, batch: Batch, outputs: list[Any]) -> bool:
+        from bitwright.finiteness import warn_where_it_began
+
+        def floating(taps: Sequence[Tap]) -> Session:
+            return self.backend.session(self.native, taps)
+
+        return warn_where_it_began(self.graph, outputs, batch, self.simulation.session, floating)
 
     def export(
         self,
@@ -322,8 +345,12 @@ class QuantSim:
         encodings_version: str = "1.0.0",
         include_bias: bool | None = None,
         plain_session: bool | None = None,
+        reference_samples: int = SAMPLES,
     ) -> Bundle:
-        """Write the float model with updated weights, its encodings and the quantized artefact.
+        """Write the float model with updated weights, its encodings, the quantized artefact and `report.json`.
+
+        The quantized ONNX file is compared with the simulation on a few samples, tensor by tensor; what computes
+        something else isn't handed out. The report records what was simulated, for `bitwright verify`.
 
         Args:
             directory: made if it doesn't exist.
@@ -333,13 +360,17 @@ class QuantSim:
             plain_session: make the quantized ONNX file exact in ONNX Runtime's default sessions on every CPU: weights
                 whose products can saturate without VNNI are stored as uint8, values unchanged, which runs slower;
                 `Bundle.stored_anew` names them. Default: for targets with `pair_sum_bits`, such as onnxruntime-cpu.
+            reference_samples: how many of the first calibration samples go into `NAME.record.npz`, with what the
+                simulation makes of them; 0 for none.
 
         Raises:
             EncodingError: the simulation isn't calibrated yet.
+            InputError: a file that the model was opened from would be overwritten, or can't be written.
+            ModelError: the quantized model that was written departs from the simulation; the message names the tensor.
         """
         from bitwright.artefact import export
 
-        return export(self, Path(directory), name, encodings_version, include_bias, plain_session)
+        return export(self, Path(directory), name, encodings_version, include_bias, plain_session, reference_samples)
 
     def save(self, directory: str | Path) -> Path:
         """Keep the whole state (model, encodings, provenance) to go on with `load`."""

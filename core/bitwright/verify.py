@@ -7,6 +7,7 @@ simulation and the integer runtime. Outputs are compared over the whole dataset;
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright import registry
-from bitwright.artefact import find_bundle, plan_of, read_encodings
 from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
+from bitwright.batches import InputSpecs
+from bitwright.bundle.checks import against_record, against_simulation
+from bitwright.bundle.crushed import OutputQuality
+from bitwright.bundle.outputs import OutputFigures, classes_of, length_of, over_outputs, whole_of
+from bitwright.bundle.reopened import reopen
+from bitwright.bundle.samples import first_samples, is_fixed
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import CapabilityError, InputError
+from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError
 from bitwright.exactness import Exactness, Examination
 from bitwright.fingerprint import of_file
 from bitwright.graph import Graph
@@ -30,6 +35,7 @@ from bitwright.plain import PlainView, seen_plain
 from bitwright.plan import Plan, SiteKind
 from bitwright.progress import Silent
 from bitwright.ranges import full_table
+from bitwright.report.model import RunReport
 from bitwright.statistics.base import Tap
 from bitwright.technique import Progress
 
@@ -64,18 +70,23 @@ class TensorComparison(BaseModel):
 class Verification(BaseModel):
     """The result of `verify`; `model_dump_json()` is what ``bitwright verify --json`` prints.
 
+    Where the export has no quantized artefact, nothing of "integer" is there.
+
     Attributes:
         samples: how many were run.
         float_model: "original", or "exported" where the original isn't at hand (its weights may be on their grids).
         accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
-        agreement: share of equal argmax: "simulated_float", "integer_float", "integer_simulated".
-        sqnr_db: of the outputs: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
+        agreement: share of equal argmax of the first output: "simulated_float", "integer_float", "integer_simulated".
+        sqnr_db: of the first output: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
+        outputs: the same figures of every output.
         exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
             output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
             int32's range).
         plain: a session with the runtime's default options, as users open it; None where the backend has none.
         tensors: those that differ most first.
         uncovered: ops whose exact integers may differ from the runtime's, with the reason; compared as float.
+        recorded: whether the export's record says what was simulated.
+        notes: what couldn't be compared, and samples that were left out.
         problems: what is wrong in words; empty if all is well.
     """
 
@@ -86,10 +97,13 @@ class Verification(BaseModel):
     accuracy: dict[str, float] = Field(default_factory=dict)
     agreement: dict[str, float] = Field(default_factory=dict)
     sqnr_db: dict[str, float] = Field(default_factory=dict)
+    outputs: list[OutputFigures] = Field(default_factory=list)
     exact: dict[str, float] = Field(default_factory=dict)
     plain: PlainView | None = None
     tensors: list[TensorComparison] = Field(default_factory=list)
     uncovered: dict[str, str] = Field(default_factory=dict)
+    recorded: bool = False
+    notes: list[str] = Field(default_factory=list)
     problems: list[str] = Field(default_factory=list)
 
 
@@ -106,7 +120,7 @@ def verify(
     runtime: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare the four views of an exported bundle.
+    """Compare the four views of an exported bundle, with each other and with the record of what was simulated.
 
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
@@ -114,7 +128,7 @@ def verify(
         labels: class index of each sample, for accuracy.
         name: stem of the files, if the directory holds several bundles.
         batch_size, limit: of the data; the first `limit` samples are used.
-        inspected: samples for the comparison inside.
+        inspected: samples for the comparison inside; whole batches where the model fixes their size.
         float_model: the original model, which "float" means at the outputs; default: the one that the run's report
             names, if it is still there unchanged, otherwise the exported model. Inside, it is always the exported one.
         runtime: "onnxruntime" or "tflite", where the bundle has a quantized artefact for both; default: the one that
@@ -125,43 +139,82 @@ def verify(
         InputError: the directory holds no bundle, or none for that runtime, or the data or labels don't fit.
         CapabilityError: the backend has no integer runtime.
     """
-    bundle = _for_runtime(find_bundle(Path(directory), name), runtime)
-    backend, model = _open(bundle)
-    from bitwright.data import open_data
-
-    dataset = open_data(data, backend.input_specs(model), batch_size=batch_size, limit=limit)
-    graph = backend.graph(model)
-    encodings = read_encodings(bundle.files["encodings"], graph)
-    plan = plan_of(graph, encodings)
-    table = full_table(plan, encodings)
-    views = _Views(backend, model, graph, plan, table, bundle)
-    original = original_model(Path(directory)) if float_model is None else Path(float_model)
+    opened = reopen(Path(directory), name)
+    bundle = _for_runtime(opened.bundle, runtime)
+    backend, model, graph = opened.backend, opened.model, opened.graph
+    dataset, left_out = _opened_data(data, backend.input_specs(model), batch_size, limit)
+    try:
+        table = full_table(opened.plan, opened.table)
+    except EncodingError as error:
+        return Verification(samples=0, recorded=opened.record is not None, notes=[*left_out, *opened.notes],
+                            problems=[*opened.problems, str(error)])  # fmt: skip
+    views = _Views(backend, model, graph, opened.plan, table, bundle)
+    original = original_model(Path(directory), opened.report) if float_model is None else Path(float_model)
     reference = model if original is None else backend.load(original)
-    outputs, samples = _outputs(views, reference, dataset, progress or Silent())
+    wanted = list(graph.outputs)
+    sessions = {view: views.open[view](wanted) for view in ("simulated", "integer") if view in views.open}
+    sessions["float"] = backend.session(reference, [Tap(t) for t in dict.fromkeys(wanted)])
+    figures = over_outputs(graph, sessions, dataset, progress or Silent())
+    outputs, samples = figures.first, figures.samples
     if labels is not None and len(labels) < samples:
         raise InputError(f"{len(labels)} labels for {samples} samples")
-    problems = [f"the {view} output holds NaN or infinity" for view, v in outputs.items() if not np.isfinite(v).all()]
-    exact, tensors, exactness = _inside(views, dataset, inspected)
-    problems += exactness.problems
-    plain = seen_plain(bundle, dataset, outputs, labels, sqnr)
+    problems = [*against_record(opened, views.simulation), *views.problems, *figures.problems]
+    batches = list(_few(dataset, inspected, backend.input_specs(model)))
+    problems += against_simulation(opened, views.simulation, batches[0])
+    exact, tensors, exactness = _inside(views, batches)
+    problems[:0] = exactness.problems
+    plain = _plain(bundle, dataset, outputs, labels, problems)
     problems += [plain.problem] if plain is not None and plain.problem else []
-    pairs = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
-             "integer_simulated": ("integer", "simulated")}  # fmt: skip
-    classes = {view: v.reshape(len(v), -1).argmax(axis=1) for view, v in outputs.items()}
+    quality = OutputQuality(graph)
+    taps = [t.tensor for t in quality.taps]
+    if taps:
+        quality.run(views.open["float"](taps), views.open["simulated"](taps), batches)
+    problems += [p for p in quality.crushed() if p not in problems]
+    by_output = {f.name: f for f in figures.figures()}
+    own = by_output[graph.outputs[0]]
+    classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
     return Verification(
         samples=samples,
         float_model="exported" if original is None else "original",
         accuracy={}
         if labels is None
-        else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items()},
-        agreement={k: float((classes[a] == classes[b]).mean()) for k, (a, b) in pairs.items()},
-        sqnr_db={k: sqnr(outputs[b], outputs[a]) for k, (a, b) in pairs.items()},
+        else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items() if len(c) == samples},
+        agreement=own.agreement,
+        sqnr_db={k: v for k, v in own.sqnr_db.items() if v is not None},
+        outputs=list(by_output.values()),
         exact=exact,
         plain=plain,
         tensors=tensors,
         uncovered=dict(exactness.uncovered),
-        problems=problems,
+        recorded=opened.record is not None,
+        notes=[*left_out, *opened.notes, *views.notes],
+        problems=list(dict.fromkeys([*opened.problems, *problems])),
     )
+
+
+def _plain(
+    bundle: Bundle, dataset: Dataset, outputs: Mapping[str, NDArray[Any]], labels: Labels | None, problems: list[str]
+) -> PlainView | None:
+    """The session that users open; None where there is none, or the first output has no rows of samples."""
+    if "integer" not in outputs or any(classes_of(v) is None for v in outputs.values()):
+        return None
+    try:
+        return seen_plain(bundle, dataset, outputs, labels, sqnr)
+    except (InputError, ModelError) as error:
+        problems.append(f"a default session refuses the export: {error}")
+        return None
+
+
+def _opened_data(data: Any, specs: Any, batch_size: int, limit: int | None) -> tuple[Dataset, list[str]]:
+    """The data, and what was said of samples that are left out."""
+    from bitwright.data import open_data
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = open_data(data, specs, batch_size=batch_size, limit=limit)
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return dataset, [str(w.message) for w in caught if "left out" in str(w.message)]
 
 
 ARTEFACTS: Mapping[str, str] = {"onnxruntime": "qdq", "tflite": "tflite"}
@@ -186,10 +239,16 @@ def _for_runtime(bundle: Bundle, runtime: str | None) -> Bundle:
     return replace(bundle, files={k: p for k, p in bundle.files.items() if k not in others})
 
 
-def original_model(directory: Path) -> Path | None:
-    """The model that a run's report names, if it is still there with the same contents."""
+def original_model(directory: Path, report: RunReport | None = None) -> Path | None:
+    """The model that a run's report names, if it is still there with the same contents.
+
+    Args:
+        directory: of the export.
+        report: of the export; default: the folder's `report.json`.
+    """
     try:
-        record = json.loads((directory / "report.json").read_text())["model"]
+        named = report.model if report is not None else None
+        record = json.loads((directory / "report.json").read_text())["model"] if named is None else named.model_dump()
         path, digest = Path(record["path"]), record["sha256"]
         return path if path.is_file() and of_file(path) == digest else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -205,7 +264,7 @@ def sqnr(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
 
 
 class _Views:
-    """Openers of the four views' sessions."""
+    """Openers of the four views' sessions; `problems` has why one couldn't be opened."""
 
     def __init__(
         self, backend: Backend[Any], model: Any, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
@@ -214,73 +273,85 @@ class _Views:
             raise CapabilityError(f"the {backend.name} backend has no integer runtime to verify against")
         self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
         self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
-        simulation = backend.simulate(model, plan, table)
-        self.integer = IntegerSimulation(backend, model, graph, table)
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.simulation = backend.simulate(model, plan, table)
         self.open: dict[str, Callable[[list[str]], Session]] = {
             "float": lambda tensors: backend.session(model, [Tap(t) for t in tensors]),
-            "simulated": lambda tensors: simulation.session([Tap(t) for t in tensors]),
-            "exact": lambda tensors: self.integer.session([Tap(t) for t in tensors]),
-            "integer": lambda tensors: backend.compile(bundle, tensors),
+            "simulated": lambda tensors: self.simulation.session([Tap(t) for t in tensors]),
         }
+        self.integer: IntegerSimulation | None = None
+        if not set(bundle.files) & set(ARTEFACTS.values()):
+            self.notes.append("the export has no quantized artefact: float and simulation are compared only")
+            return
+        try:
+            backend.compile(bundle, [graph.outputs[0]])
+        except (InputError, ModelError) as error:
+            self.problems.append(f"the integer runtime refuses the export: {error}")
+            return
+        self.open["integer"] = lambda tensors: backend.compile(bundle, tensors)
+        try:
+            integer = IntegerSimulation(backend, model, graph, table)
+        except CapabilityError as error:
+            self.notes.append(str(error))
+            return
+        self.integer = integer
+        self.open["exact"] = lambda tensors: integer.session([Tap(t) for t in tensors])
 
 
-def _open(bundle: Bundle) -> tuple[Backend[Any], Any]:
-    path = bundle.files["model"]
-    backend = registry.backend_for_path(path)
-    return backend, backend.load(path)
-
-
-def _outputs(
-    views: _Views, reference: Any, dataset: Dataset, progress: Progress
-) -> tuple[dict[str, NDArray[Any]], int]:
-    """The first output of float, simulation and runtime over the dataset."""
-    tap = Tap(views.graph.outputs[0])
-    sessions = {view: views.open[view]([tap.tensor]) for view in ("simulated", "integer")}
-    sessions["float"] = views.backend.session(reference, [tap])
-    parts: dict[str, list[NDArray[Any]]] = {view: [] for view in sessions}
-    progress.start("Verify", dataset.samples)
-    for batch in dataset:
-        for view, session in sessions.items():
-            parts[view].append(np.asarray(session.run(batch)[tap]))
-        progress.advance(len(parts["float"][-1]))
-    progress.finish()
-    if not parts["float"]:
-        raise InputError("there are no data to verify on")
-    return {view: np.concatenate(p) for view, p in parts.items()}, sum(map(len, parts["float"]))
-
-
-def _inside(
-    views: _Views, dataset: Dataset, inspected: int
-) -> tuple[dict[str, float], list[TensorComparison], Exactness]:
+def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list[TensorComparison], Exactness]:
     sites = [s for s, x in views.plan.items() if x.kind is SiteKind.ACTIVATION and s in views.table]
     output = views.graph.outputs[0]
     wanted = list(dict.fromkeys([*sites, output]))
-    sessions = {view: views.open[view](wanted) for view in views.open}
-    values: dict[str, dict[str, NDArray[Any]]] = {view: {} for view in sessions}
-    examination = Examination(views.integer, wanted, foreign=views.foreign)
-    for batch in _few(dataset, inspected):
-        results = {view: session.run(batch) for view, session in sessions.items()}
-        examination.add(batch, {tap.tensor: v for tap, v in results["integer"].items()})
-        for view, result in results.items():
-            for tap, v in result.items():
-                held = values[view].get(tap.tensor)
-                values[view][tap.tensor] = np.asarray(v) if held is None else np.concatenate([held, v])
+    # The exact view first: where it can't be run, nothing is examined against it.
+    order = sorted(views.open, key=lambda view: view == "integer")
+    sessions = {view: views.open[view](wanted) for view in order}
+    held: dict[str, dict[str, list[NDArray[Any]]]] = {view: {} for view in sessions}
+    examination = None if views.integer is None else Examination(views.integer, wanted, foreign=views.foreign)
+    for batch in batches:
+        for view, session in list(sessions.items()):
+            try:
+                run = {tap.tensor: np.asarray(v) for tap, v in session.run(batch).items()}
+            except BitwrightError as error:
+                if view != "exact":
+                    raise
+                views.notes.append(f"the exact integers can't be computed: {error}")
+                del sessions[view], held[view]
+                examination = None
+                continue
+            for tensor, v in run.items():
+                held[view].setdefault(tensor, []).append(v)
+            if view == "integer" and examination is not None:
+                examination = _examined(views, examination, batch, run)
+    values = {view: {t: whole_of(v) for t, v in tensors.items()} for view, tensors in held.items()}
     compared = [_compare(s, views.table[s], {view: v.get(s) for view, v in values.items()}) for s in sites]
     compared.sort(key=lambda c: (-(c.simulated_differs or 0.0), c.sqnr_db))
+    exactness = Exactness() if examination is None else examination.result()
+    if views.integer is None or "exact" not in values:
+        return {}, compared, exactness
     exact, runtime = values["exact"][output], values["integer"][output]
-    classes = [v.reshape(len(v), -1).argmax(axis=1) for v in (exact, runtime)]
+    classes = [classes_of(v) for v in (exact, runtime)]
     ops = len(views.integer.integer_ops)
-    return (
-        {
-            "output_differs": float((np.abs(exact - runtime) > _rounding(views.table.get(output), runtime)).mean()),
-            "argmax_agreement": float((classes[0] == classes[1]).mean()),
-            "integer_ops": ops,
-            "float_ops": len(views.graph.ops) - ops,
-            "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
-        },
-        compared,
-        examination.result(),
-    )
+    differs = np.abs(exact.astype(np.float64) - runtime) > _rounding(views.table.get(output), runtime)
+    figures = {
+        "output_differs": float(differs.mean()) if differs.size else 0.0,
+        "argmax_agreement": 1.0 if classes[0] is None else float((classes[0] == classes[1]).mean()),
+        "integer_ops": ops,
+        "float_ops": len(views.graph.ops) - ops,
+        "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
+    }
+    return figures, compared, exactness
+
+
+def _examined(
+    views: _Views, examination: Examination, batch: Batch, run: Mapping[str, NDArray[Any]]
+) -> Examination | None:
+    try:
+        examination.add(batch, run)
+    except BitwrightError as error:
+        views.notes.append(f"the exact integers can't be compared with the runtime: {error}")
+        return None
+    return examination
 
 
 def _rounding(encoding: Encoding | None, values: NDArray[Any]) -> float:
@@ -291,25 +362,27 @@ def _rounding(encoding: Encoding | None, values: NDArray[Any]) -> float:
 
 
 def _compare(site: str, encoding: Encoding, views: dict[str, NDArray[Any] | None]) -> TensorComparison:
-    real, simulated, runtime = views["float"], views["simulated"], views["integer"]
+    real, simulated, runtime = views["float"], views["simulated"], views.get("integer")
     assert real is not None and simulated is not None
     figures: dict[str, Any] = {"name": site, "sqnr_db": sqnr(real, simulated)}
     if runtime is not None and encoding.float_format is None:
         codes = encoding.quantize(runtime)
         for view in ("simulated", "exact"):
-            other = views[view]
+            other = views.get(view)
             if other is not None:
                 steps = np.abs(encoding.quantize(other) - codes)
-                figures[f"{view}_differs"] = float((steps > 0).mean())
+                figures[f"{view}_differs"] = float((steps > 0).mean()) if steps.size else 0.0
                 figures[f"{view}_max_steps"] = int(steps.max(initial=0))
     return TensorComparison(**figures)
 
 
-def _few(dataset: Dataset, samples: int) -> Iterator[Batch]:
+def _few(dataset: Dataset, samples: int, specs: InputSpecs) -> Iterator[Batch]:
+    """The first samples, in batches; a batch whose size the model fixes is whole."""
+    fixed = is_fixed(specs)
     left = samples
     for batch in dataset:
         if left <= 0:
             return
-        part = {k: v[:left] for k, v in batch.items()}
-        left -= len(next(iter(part.values())))
+        part = dict(batch) if fixed else first_samples(batch, left)
+        left -= length_of(part)
         yield part

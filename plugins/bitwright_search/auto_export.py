@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Bundle
+from bitwright.bundle.record import ARRAYS_SUFFIX
+from bitwright.bundle.source_guard import refuse_planned
 from bitwright.data import Dataset
 from bitwright.durable import make_directory, write_text
 from bitwright.quantsim import QuantSim
-from bitwright.report import Calibration, build_report, write_report
+from bitwright.report import Calibration, complete_report
 from bitwright_search.auto_page import render
 from bitwright_search.auto_result import AutoQuantResult
 
@@ -43,21 +45,39 @@ def export_network(
     Returns:
         The files' stem, the bundle, and every file by purpose.
     """
-    if isinstance(model, QuantSim):
-        model = model.source or model.native
+    model, stem = named_model(model, name)
     named = isinstance(model, str | Path)
-    stem = name or (Path(str(model).rpartition(":")[0] or str(model)).stem if named else "model")
+    if sim.reference is None:
+        sim.reference = sim.remembering(data).taken()
     bundle = sim.export(out, name=stem, encodings_version=version)
-    report = build_report(
-        sim,
-        name=stem,
+    json_file, page = complete_report(
+        out,
+        stem,
         source=Path(model).name if named else type(model).__name__,
         calibration=Calibration(
             source=type(data).__name__, samples=data.samples, batch_size=getattr(data, "batch_size", 0),
             scheme=sim.scheme, fingerprint=data.fingerprint(),
         ),
         seconds=seconds,
-        files={purpose: path.name for purpose, path in bundle.files.items()},
     )  # fmt: skip
-    json_file, page = write_report(report, out)
-    return stem, bundle, {**bundle.files, "report": json_file, "page": page}
+    arrays = out / f"{stem}{ARRAYS_SUFFIX}"
+    record = {"record": arrays} if arrays.is_file() else {}
+    return stem, bundle, {**bundle.files, **record, "report": json_file, "page": page}
+
+
+def named_model(model: Any, name: str | None) -> tuple[Any, str]:
+    """The model itself, where a simulation was given, and the stem of the files to write."""
+    if isinstance(model, QuantSim):
+        model = model.source or model.native
+    named = isinstance(model, str | Path)
+    return model, name or (Path(str(model).rpartition(":")[0] or str(model)).stem if named else "model")
+
+
+def refuse_own_folder(sim: QuantSim, out: str | Path | None, model: Any, name: str | None) -> None:
+    """Refuse to search for a network that would be written over its own source.
+
+    Raises:
+        InputError: it would be.
+    """
+    if out is not None:
+        refuse_planned(sim, Path(out), named_model(model, name)[1])

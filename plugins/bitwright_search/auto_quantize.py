@@ -21,6 +21,7 @@ from bitwright.runs import RunDirectory
 from bitwright.technique import Progress
 from bitwright.validation import Validation, validate
 from bitwright_search.auto_advice import advise
+from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
@@ -91,6 +92,7 @@ def auto_quantize(
     validation = None if isinstance(model, QuantSim) else _validated(model, sample, options)
     with run_of(run, out) as directory:
         sim = open_sim(model, sample, options, directory, progress)
+        refuse_own_folder(sim, out, model, name)
         data = sim.open(calibration, batch_size=batch_size)
         search = AutoSearch(
             sim,

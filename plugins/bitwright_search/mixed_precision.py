@@ -16,6 +16,7 @@ from bitwright.quantsim import QuantSim
 from bitwright.recipe import RecipeLike, read_recipe
 from bitwright.runs import RunDirectory
 from bitwright.technique import Progress
+from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.evaluation import read_evaluate
@@ -105,6 +106,7 @@ def mixed_precision(
         options |= {"weight_scheme": weight_scheme or "mse", "activations": shared_activations(choices)}
     with run_of(run, out) as directory:
         sim = open_sim(model, sample, options, directory, progress)
+        refuse_own_folder(sim, out, model, name)
         data = sim.open(calibration, batch_size=batch_size)
         if not is_sim:
             # The target runs folded batch norms, so noise is measured with them folded. A simulation is as it is.

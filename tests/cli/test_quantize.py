@@ -17,7 +17,7 @@ from bitwright.report import RunReport
 from bitwright.runs import RunDirectory
 from bitwright.technique import Outcome, Settings
 
-FILES = ["net.encodings", "net.onnx", "net.qdq.onnx", "report.html", "report.json"]
+FILES = ["net.encodings", "net.onnx", "net.qdq.onnx", "net.record.npz", "report.html", "report.json"]
 
 
 def written(folder):
@@ -87,9 +87,9 @@ def test_the_same_command_again_resumes_and_gives_the_same_bytes(net, run, tmp_p
     out = tmp_path / "o"
     command = ("quantize", net.model, "--data", net.npz, "--recipe", "bn_fold,bias_correction", "--out", out)
     assert run(*command).status == 0
-    first = {name: (out / name).read_bytes() for name in FILES[:3]}
+    first = {name: (out / name).read_bytes() for name in FILES[:4]}
     assert run(*command).status == 0
-    assert {name: (out / name).read_bytes() for name in FILES[:3]} == first
+    assert {name: (out / name).read_bytes() for name in FILES[:4]} == first
     with RunDirectory(out / ".run") as directory:
         steps = [(e["name"], e["resumed"]) for e in directory.events() if e["event"] == "step"]
     again = steps[len(steps) // 2 :]

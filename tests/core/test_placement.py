@@ -604,3 +604,27 @@ def test_pairs_are_limited_where_kernels_add_them_in_int16():
         "op_type": dict.fromkeys(("Conv", "Gemm", "MatMul"), off),
     }
     assert limits(load_target(per_tensor)) == {}
+
+
+def tied(head="Gemm", kind=OpKind.LINEAR):
+    ops = [
+        Op("emb", OpKind.EMBEDDING, "Gather", ("ids",), ("e",), {ParamRole.WEIGHT: "w"}),
+        Op("head", kind, head, ("e",), ("y",), {ParamRole.WEIGHT: "w"}),
+    ]
+    tensors = {"ids": Tensor("ids", (None, 4), "int64"), **{t: Tensor(t, (None, 4, 8)) for t in "ey"}}
+    return Graph(ops, tensors, {"w": Param("w", (40, 8))}, ["ids"], ["y"])
+
+
+@pytest.mark.parametrize("weights", [None, "int4", "int4:block4", "int6"])
+def test_a_tied_head_and_embedding_take_the_best_that_both_can(weights):
+    """Tables don't go below 8 bits; the head's scale for each output channel goes with the table's rows."""
+    plan = build_plan(tied(), "default", weights=weights)
+    spec = plan.spec("w")
+    assert (spec.bits, spec.granularity) == (8, PerChannel(0))
+    (note,) = plan.notes
+    assert note.startswith("w: 'emb' (Gather) and 'head' (Gemm) share it, int8 symmetric per tensor and ")
+    assert note.endswith("int8 symmetric per channel for both")
+    assert weights is None or f"and int{weights[3]}" in note
+    # Where lookups take their table's grid, or the head has one scale, there is one scale.
+    assert build_plan(tied(), "htp_v73", weights=weights).spec("w").granularity == PerTensor()
+    assert build_plan(tied(), "per_tensor", weights=weights).spec("w").granularity == PerTensor()

@@ -96,7 +96,8 @@ def test_parameters_are_constants_of_the_frozen_graph(net: str) -> None:
 
 def test_a_bundle_has_all_files_and_encodings_name_tensors_of_the_pb(exported: Any) -> None:
     sim, _, folder = exported
-    assert {p.name for p in folder.iterdir()} == {"net.keras", "net.h5", "net.pb", "net.qdq.onnx", "net.encodings"}
+    assert {p.name for p in folder.iterdir()} == {
+        "net.keras", "net.h5", "net.pb", "net.qdq.onnx", "net.encodings", "net.record.npz", "report.json"}  # fmt: skip
     graph_def = tf.compat.v1.GraphDef.FromString((folder / "net.pb").read_bytes())
     nodes = {n.name for n in graph_def.node}
     file = formats.read(folder / "net.encodings")
@@ -176,7 +177,7 @@ def test_the_command_line_takes_an_h5_file(tmp_path: Path) -> None:
     quantize = ["quantize", tmp_path / "net.h5", "--data", tmp_path / "x.npy", "--target", "tflite-int8",
                 "--recipe", "fold_batch_norm", "--out", out, "--quiet"]  # fmt: skip
     assert main(list(map(str, quantize))) == 0
-    suffixes = {".keras", ".h5", ".pb", ".encodings", ".qdq.onnx", ".tflite"}
+    suffixes = {".keras", ".h5", ".pb", ".encodings", ".qdq.onnx", ".tflite", ".record.npz"}
     assert {p.name for p in out.iterdir() if p.is_file()} == {f"net{s}" for s in suffixes} | {
         "report.json", "report.html"}  # fmt: skip
     assert main(["encodings", "check", str(out)]) == 0
@@ -269,4 +270,5 @@ def test_float16_layers_keep_all_but_qdq(tmp_path: Path) -> None:
     sim = QuantSim(model, target="htp_v73").calibrate(_data(model, 8))
     with pytest.warns(UserWarning, match="no parameter 'conv/(kernel|bias)'.*float32"):
         sim.export(tmp_path, name="net")
-    assert {p.name for p in tmp_path.iterdir()} == {"net.keras", "net.h5", "net.pb", "net.encodings"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "net.keras", "net.h5", "net.pb", "net.encodings", "net.record.npz", "report.json"}  # fmt: skip

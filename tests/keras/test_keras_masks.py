@@ -73,3 +73,12 @@ def test_a_learned_bias_keeps_its_grid():
     bias = (np.random.default_rng(2).standard_normal((S, S)) * 4 - 12).astype(np.float32)
     sim = QuantSim(attention(lambda s, mask: softmax(s + bias), "bool"))
     assert not any(t.mask for t in sim.graph.tensors.values())
+
+
+def test_masked_classes_are_no_bias():
+    x = L.Input((8,), name="x")
+    h = L.Dense(4, use_bias=False, name="h")(x)
+    model = keras.Model(x, ops.softmax(h + np.float32([0, -1e9, 0, -np.inf])))
+    data = np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32)
+    sim = QuantSim(model).calibrate(data)
+    assert sqnr(sim.predict(data, simulated=False)[0], sim.predict(data)[0]) > 30

@@ -262,3 +262,19 @@ def test_real_infinities_are_refused():
     net.data["q"][0, 0, 0] = -np.inf  # zeros and −∞, as a mask has them, but this input is none
     with pytest.raises(InputError, match="infinit"):
         QuantSim(net.build()).calibrate(net.data)
+
+
+@pytest.mark.parametrize("value", [-np.inf, -1e9, -100])
+def test_masked_classes_are_no_bias(value):
+    """A constant that takes classes away is added behind a product: as its bias it would set the scale of weights."""
+    net = b.ModelBuilder()
+    net.input("x", ["n", 8])
+    net.weight("w", 8, 4)
+    net.node("MatMul", ["x", "w"], "h")
+    net.node("Add", ["h", net.const("mask", np.float32([0, value, 0, value]))], "m")
+    net.node("Softmax", ["m"], "y")
+    net.output("y")
+    data = {"x": b_normal(N, 8)}
+    sim = QuantSim(net.build()).calibrate(data)
+    assert {"h", "y"} <= set(sim.plan.quantized) and not {"mask", "m"} & set(sim.plan.quantized)
+    assert sqnr(sim.predict(data, simulated=False)[0], sim.predict(data)[0]) > 30

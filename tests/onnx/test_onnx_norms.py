@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import builders as b
 import numpy as np
 import pytest
 
+from bitwright.finiteness import NonFiniteWarning
 from bitwright.quantsim import QuantSim
 from bitwright.verify import sqnr
 
@@ -132,3 +135,32 @@ def test_parts_of_a_norm_that_others_read_keep_their_grids():
         return net.node("Add", [net.scaled(n), v], "out")
 
     assert {"v", "sq", "root"} <= set(QuantSim(Net(leaking).build()).plan.quantized)
+
+
+def test_a_simulation_that_is_not_finite_says_where_it_began():
+    """With its squares on a grid, a norm's root is zero for ordinary tokens, and 0 / 0 isn't a number."""
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    x[:, 0] *= 1000
+    target = {"bitwright": {"extends": "default"}, "supergroup_pass_list": []}
+    sim = QuantSim(Net(rms).build(), target=target, activations="uint16", scheme="minmax").calibrate({"x": x})
+    with pytest.warns(NonFiniteWarning, match=r"begins at tensor 'n', which 'n_op' \(Div\) computes from 'h', 'root'"):
+        found = sim.predict({"x": x})[0]
+    assert np.isnan(found).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sim.predict({"x": x}, simulated=False)
+        QuantSim(Net(rms).build(), scheme="minmax").calibrate({"x": x}).predict({"x": x})
+
+
+def test_infinities_of_the_float_model_are_no_fault_of_the_simulation():
+    m = b.ModelBuilder()
+    m.input("x", ["n", 4])
+    m.weight("w", 4, 4)
+    m.node("MatMul", ["x", "w"], "h")
+    m.node("Add", ["h", m.const("mask", np.float32([0, -np.inf, 0, -np.inf]))], "y")
+    m.output("y")
+    data = {"x": np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)}
+    sim = QuantSim(m.build()).calibrate(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isinf(sim.predict(data)[0][:, 1::2]).all()

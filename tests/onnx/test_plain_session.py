@@ -183,6 +183,8 @@ def test_the_target_raises_scales_and_stores_the_rest(tmp_path):
     # What came in by hand, or from training, keeps its codes: it is stored as uint8.
     limited.set({"w2": wide.encodings["w2"]})
     assert limited.export(tmp_path / "b").stored_anew == ("w2",)
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["record"]["stored_anew"] == ["w2"]
+    assert verify(tmp_path / "b", DATA).problems == []
     assert limited.export(tmp_path / "c", plain_session=False).stored_anew == ()
 
 

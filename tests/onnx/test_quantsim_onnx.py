@@ -202,3 +202,30 @@ def test_sqnr_does_not_depend_on_batches():
     noise, power = np.square(noisy - x).sum(), np.square(x).sum()
     assert sqnr(x, noisy) == pytest.approx(10 * np.log10(power / noise))
     assert sqnr(x, x) == float("inf")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4:block8"])
+@pytest.mark.parametrize("head", ["Gemm", "MatMul"])
+def test_a_tied_head_is_quantized_with_its_embedding(weights, head, tmp_path):
+    """The file computes what the simulation does, and the embedding's rows have the head's scales."""
+    m = b.ModelBuilder(opset=21)
+    m.input("ids", ["n"], b.INT64)
+    table = m.weight("table", 40, 16)
+    m.node("Gather", [table, "ids"], "e")
+    m.node("MatMul", ["e", m.weight("w", 16, 16)], "h")
+    if head == "Gemm":
+        m.node("Gemm", ["h", table], "y", transB=1)
+    else:
+        m.node("MatMul", ["h", m.node("Transpose", [table], "turned", perm=[1, 0])], "y")
+    m.output("y")
+    data = {"ids": np.random.default_rng(0).integers(0, 40, 64)}
+    sim = QuantSim(m.build(), weights=weights).calibrate(data)
+    found = sim.predict(data)[0]
+    assert sqnr(sim.predict(data, simulated=False)[0], found) > (30 if weights == "int8" else 10)
+    if head == "Gemm":
+        assert sim.table["table"].scale.shape == (40,) and sim.table["table"].bits == 8
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = sim.export(tmp_path).files["qdq"]
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, data)[0], found, atol=1e-5)

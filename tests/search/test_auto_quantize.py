@@ -289,8 +289,8 @@ def test_a_damaged_state_is_made_again(net, tmp_path):
 def test_what_it_writes(net, tmp_path):
     result = auto_quantize(net.model, net.images, net.data, allowed_drop=0.05, out=tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"net.onnx", "net.encodings", "net.qdq.onnx", "report.json", "report.html", "diagnosis.json",
-                     "diagnosis.html", ".run"}  # fmt: skip
+    assert names == {"net.onnx", "net.encodings", "net.qdq.onnx", "net.record.npz", "report.json", "report.html",
+                     "diagnosis.json", "diagnosis.html", ".run"}  # fmt: skip
     assert {p.name for p in result.files.values()} == names - {".run"}
     told = json.loads((tmp_path / "out/diagnosis.json").read_text())
     assert told["met"] is True

@@ -257,8 +257,8 @@ def test_finished_work_is_not_done_again(net, tmp_path):
 def test_what_it_writes(net, tmp_path):
     result = mixed_precision(net.model, net.images, net.data, candidates=W48, allowed_drop=0.2, out=tmp_path / "o")
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert names == {"net.onnx", "net.encodings", "net.qdq.onnx", "report.json", "report.html", ".run",
-                     "mixed_precision.json", "mixed_precision.html"}  # fmt: skip
+    assert names == {"net.onnx", "net.encodings", "net.qdq.onnx", "net.record.npz", "report.json", "report.html",
+                     ".run", "mixed_precision.json", "mixed_precision.html"}  # fmt: skip
     told = json.loads((tmp_path / "o/mixed_precision.json").read_text())
     assert told["assignment"] == result.assignment
     assert [p["cost"] for p in told["front"]] == [p.cost for p in result.front]

@@ -68,3 +68,14 @@ def test_a_learned_bias_keeps_its_grid():
     sim = simulate(lambda s, mask: s + v1.get_variable("bias", initializer=bias), tf.bool)
     assert "bias" in sim.plan.quantized
     assert not any(t.mask for t in sim.graph.tensors.values())
+
+
+def test_masked_classes_are_no_bias():
+    @tf.function(input_signature=[tf.TensorSpec([None, D], name="x")])
+    def function(x):
+        return tf.nn.softmax(tf.matmul(x, W[:, :4]) + np.float32([0, -1e9, 0, -np.inf]))
+
+    sim = QuantSim(function.get_concrete_function())
+    data = {sim.graph.inputs[0]: X[:, 0]}
+    sim.calibrate(data)
+    assert sqnr(sim.predict(data, simulated=False)[0], sim.predict(data)[0]) > 30

@@ -71,6 +71,12 @@ PlainSession = Annotated[
         show_default=False,
     ),
 ]
+ReferenceSamples = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Calibration samples that go into NAME.record.npz, for verify to prove the export on; 0 for none."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 

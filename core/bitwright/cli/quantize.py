@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.bundle.samples import SAMPLES
 from bitwright.cli import console, options
 from bitwright.errors import InputError
 
@@ -51,20 +52,23 @@ def quantize(
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
+    reference_samples: options.ReferenceSamples = SAMPLES,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model: apply a recipe, calibrate, export.
 
-    Writes NAME.onnx (float graph, updated weights), NAME.encodings, NAME.qdq.onnx, report.json and report.html.
+    Writes NAME.onnx (float graph, updated weights), NAME.encodings, NAME.qdq.onnx, NAME.record.npz, report.json and
+    report.html.
     Interrupted, the same command goes on from the last finished layer.
     """
+    from bitwright.bundle.source_guard import refuse_planned
     from bitwright.quantsim import QuantSim
     from bitwright.recipe import read_recipe
     from bitwright.runs import run_in
     from bitwright.target import load_target
 
     stem = name if name is not None else model.stem
-    job = Job(model, data, out, stem, encodings_version, batch_size, plain_session)
+    job = Job(model, data, out, stem, encodings_version, batch_size, plain_session, reference_samples)
     job.check()
     steps = read_recipe(recipe)
     chosen = load_target(target)
@@ -76,6 +80,7 @@ def quantize(
                 weight_scheme=weight_scheme, overrides=options.read_overrides(override), seed=seed, progress=progress,
             )  # fmt: skip
             sim.source = model
+            refuse_planned(sim, out, job.name)
             calibration = sim.open(data, batch_size=batch_size, limit=calibration_samples)
             scored = Scored.open(sim, data, labels, batch_size) if labels is not None else None
         with run_in(out) as run:
@@ -98,6 +103,7 @@ class Job:
     encodings_version: str
     batch_size: int
     plain_session: bool | None = None
+    reference_samples: int = SAMPLES
 
     def check(self) -> None:
         """Refuse names that can't work, before anything is opened.
@@ -182,21 +188,25 @@ def _work(sim: QuantSim, steps: Recipe, calibration: Dataset, scored: Scored | N
 
 
 def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | None, clock: Clock) -> dict[str, str]:
-    from bitwright.report import Calibration, build_report, write_report
+    from bitwright.bundle.record import ARRAYS_SUFFIX
+    from bitwright.report import Calibration, complete_report
 
     with clock("export"):
         bundle = sim.export(
-            job.out, name=job.name, encodings_version=job.encodings_version, plain_session=job.plain_session
-        )
+            job.out, name=job.name, encodings_version=job.encodings_version, plain_session=job.plain_session,
+            reference_samples=job.reference_samples,
+        )  # fmt: skip
     if bundle.stored_anew:
         console.say(
             f"{len(bundle.stored_anew)} weights are stored as uint8, which plain ONNX Runtime sessions need on CPUs "
             f"without VNNI, and which is slower: {', '.join(bundle.stored_anew)}"
         )
     files = {purpose: path.name for purpose, path in bundle.files.items()}
-    report = build_report(
-        sim,
-        name=job.name,
+    if (arrays := job.out / f"{job.name}{ARRAYS_SUFFIX}").is_file():
+        files["record"] = arrays.name
+    json_file, page = complete_report(
+        job.out,
+        job.name,
         source=job.model.name,
         calibration=Calibration(
             source=str(job.data), samples=calibration.samples, batch_size=job.batch_size,
@@ -204,9 +214,7 @@ def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | 
         ),
         accuracy=accuracy,
         seconds=clock.seconds,
-        files=files,
     )  # fmt: skip
-    json_file, page = write_report(report, job.out)
     return {**files, "report": json_file.name, "page": page.name}
 
 

@@ -43,6 +43,13 @@ def verify(
         float | None,
         typer.Option(min=0, max=1, help="Fail if the integer runtime and float agree on less.", show_default=False),
     ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            help="Fail if an output of the integer runtime has fewer decibels of signal to noise, against float.",
+            show_default=False,
+        ),
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -51,10 +58,12 @@ def verify(
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare float, simulation, exact integers and the integer runtime on the same samples.
+    """Compare float, simulation, exact integers and the integer runtime, with each other and with the export's record.
 
-    Exits with 1 if an output isn't finite, or a limit that was given isn't kept.
+    Exits with 1 if one departs beyond rounding, a file was changed, a part of an output is crushed, or a limit that
+    was given isn't kept; a line for each says where.
     """
+    from bitwright.cli import complain
     from bitwright.cli.labels import read_labels
     from bitwright.verify import verify as run
 
@@ -77,19 +86,32 @@ def verify(
         sys.stdout.write(result.model_dump_json(indent=1) + "\n")
     else:
         _show(result)
-    if failures := [*result.problems, *_broken_limits(result, min_agreement, max_drop)]:
-        raise CheckFailed("; ".join(failures))
+    if failures := [*result.problems, *_broken_limits(result, min_agreement, min_sqnr, max_drop)]:
+        for failure in failures[:-1]:
+            complain(f"bitwright: {failure}")
+        raise CheckFailed(failures[-1])
 
 
-def _broken_limits(result: Verification, min_agreement: float | None, max_drop: float | None) -> list[str]:
+def _broken_limits(
+    result: Verification, min_agreement: float | None, min_sqnr: float | None, max_drop: float | None
+) -> list[str]:
+    """Limits of the user's own that an output doesn't keep; the simulation's where there is no integer runtime."""
     broken = []
-    agreement = result.agreement["integer_float"]
-    if min_agreement is not None and agreement < min_agreement:
-        broken.append(f"integer and float agree on {agreement:.4f} of the samples, {min_agreement:g} is asked")
-    if max_drop is not None:
-        drop = 100 * (result.accuracy["float"] - result.accuracy["integer"])
+    view = "integer" if any("integer_float" in o.sqnr_db for o in result.outputs) else "simulated"
+    several = len(result.outputs) > 1
+    for output in result.outputs:
+        named = f" in output {output.name!r}" if several else ""
+        agreement, sqnr = output.agreement.get(f"{view}_float"), output.sqnr_db.get(f"{view}_float")
+        if min_agreement is not None and agreement is not None and agreement < min_agreement:
+            broken.append(
+                f"{view} and float agree on {agreement:.4f} of the samples{named}, {min_agreement:g} is asked"
+            )
+        if min_sqnr is not None and sqnr is not None and sqnr < min_sqnr:
+            broken.append(f"{view} against float has {sqnr:.1f} dB{named}, {min_sqnr:g} dB are asked")
+    if max_drop is not None and {view, "float"} <= result.accuracy.keys():
+        drop = 100 * (result.accuracy["float"] - result.accuracy[view])
         if drop > max_drop:
-            broken.append(f"integer top-1 is {drop:.2f} points below float, {max_drop:g} are allowed")
+            broken.append(f"{view} top-1 is {drop:.2f} points below float, {max_drop:g} are allowed")
     return broken
 
 
@@ -102,10 +124,16 @@ def _by_reason(uncovered: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _show(result: Verification) -> None:
     console.say(f"{result.samples} samples; float is the {result.float_model} model")
+    for note in result.notes:
+        console.say(f"note: {note}")
+    if not result.outputs:
+        return
     rows: list[tuple[str, ...]] = []
     for view in ("float", "simulated", "integer"):
         accuracy = result.accuracy.get(view)
         pair = f"{view}_float"
+        if view == "integer" and not any(pair in o.sqnr_db for o in result.outputs):
+            continue
         rows.append(
             (
                 view,
@@ -121,10 +149,17 @@ def _show(result: Verification) -> None:
     if not result.accuracy:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
     console.table(columns, rows, numbers=columns[1:])
-    console.say(
-        f"simulation and integer runtime: {console.percent(result.agreement['integer_simulated'])} same class, "
-        f"{console.decibels(result.sqnr_db['integer_simulated'])}"
-    )
+    for output in result.outputs[1:]:
+        told = [f"{view} {console.decibels(db)}" for view in ("simulated", "integer")
+                if (db := output.sqnr_db.get(f"{view}_float")) is not None]  # fmt: skip
+        console.say(f"output {output.name!r}: {', '.join(told) or 'no figure'}")
+    if "integer_simulated" in result.sqnr_db:
+        same = result.agreement.get("integer_simulated")
+        console.say(
+            "simulation and integer runtime: "
+            + ("" if same is None else f"{console.percent(same)} same class, ")
+            + console.decibels(result.sqnr_db["integer_simulated"])
+        )
     if plain is not None:
         for line in filter(None, (plain.proof, plain.rounding)):
             console.say(line)

@@ -49,6 +49,7 @@ class ParameterPlacement:
         self.graph, self.target = activations.graph, activations.target
         self.overrides = activations.overrides
         self.weights, self.constants, self.notes = weights, constants, notes
+        self._lookups = activations.lookups
         self._inside = {op.id: c for c in activations.composites for op in c.ops}
 
     def decide(self, param: ParamId) -> Decision:
@@ -143,6 +144,21 @@ class ParameterPlacement:
         layout = self._granularity(op, op_type, role, param, precision)
         return _Verdict(op, param_spec(self.target, precision, symmetric=symmetric, granularity=layout), policy=True)
 
+    def _common(self, first: _Verdict, other: _Verdict) -> QuantSpec | None:
+        """The best grid that two users of one parameter can both take: the more bits, and a scale for each channel
+        where one of them looks rows up (whose scale goes with the row); None where more than that differs."""
+        a, b = first.decision, other.decision
+        if not (isinstance(a, QuantSpec) and isinstance(b, QuantSpec)):
+            return None
+        wider = a if a.bits >= b.bits else b
+        if a.with_(bits=b.bits, granularity=b.granularity) != b or a.float_format is not None:
+            return None
+        rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
+        rest = [v for v in (first, other) if v not in rows]
+        if len(rest) == 1 and rest[0].op.kind is OpKind.LINEAR and self.target.per_channel(rest[0].op.type):
+            return wider.with_(granularity=PerChannel(0))
+        return wider if a.granularity == b.granularity else wider.with_(granularity=PerTensor())
+
     def _granularity(self, op: Op, op_type: str, role: ParamRole, param: Param, precision: Precision) -> Granularity:
         if role in (ParamRole.GAMMA, ParamRole.SLOPE):
             wide = len(param.shape) > 0 and param.shape[0] > 1
@@ -191,9 +207,13 @@ class ParameterPlacement:
             a, b = first.decision, other.decision
             if a == b:
                 continue
-            if isinstance(a, QuantSpec) and isinstance(b, QuantSpec) and a.with_(granularity=b.granularity) == b:
-                first = replace(first, decision=a.with_(granularity=PerTensor()))
-                self.notes.append(f"{param}: shared by ops of different granularity; quantized per tensor")
+            common = self._common(first, other)
+            if common is not None:
+                first = replace(first, decision=common)
+                self.notes.append(
+                    f"{param}: {policies[0].op.id!r} ({policies[0].op.type}) and {other.op.id!r} ({other.op.type}) "
+                    f"share it, {_said(a)} and {_said(b)}; {_said(common)} for both"
+                )
             elif first.policy:
                 raise TargetError(
                     f"{self.target.source}: ops {first.op.id!r} ({first.op.type}) and {other.op.id!r} "
@@ -215,9 +235,18 @@ def _vector(precision: Precision) -> Precision:
 
 
 def _said(decision: Decision) -> str:
-    if isinstance(decision, QuantSpec):
-        return "symmetric" if decision.symmetric else "asymmetric"
-    return "float"
+    if not isinstance(decision, QuantSpec):
+        return "float"
+    symmetry = "symmetric" if decision.symmetric else "asymmetric"
+    number = decision.float_format or f"{'int' if decision.signed else 'uint'}{decision.bits}"
+    match decision.granularity:
+        case PerTensor():
+            layout = "per tensor"
+        case PerChannel():
+            layout = "per channel"
+        case _:
+            layout = "in blocks"
+    return f"{number} {symmetry} {layout}"
 
 
 def linear_biases(graph: Graph, placement: ParameterPlacement) -> frozenset[ParamId]:

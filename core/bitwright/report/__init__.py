@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.report.build import build_report, write_report
+from bitwright.report.build import build_report, complete_report, write_report
 from bitwright.report.model import Accuracy, Calibration, LayerRow, RunReport, SiteRow, StepRecord
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "SiteRow",
     "StepRecord",
     "build_report",
+    "complete_report",
     "write_report",
 ]

@@ -13,13 +13,15 @@ import numpy as np
 
 from bitwright.durable import write_text
 from bitwright.encoding import Encoding
+from bitwright.errors import InputError
 from bitwright.fingerprint import of_file
 from bitwright.graph import Graph, OpKind, Tensor
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec, to_groups
-from bitwright.plan import Derived, Float, Plan, SharedWith, Site, SiteKind
+from bitwright.plan import Derived, Float, SharedWith, Site, SiteKind
 from bitwright.registry import default_registry
 from bitwright.report.model import (
     Accuracy,
+    BundleRecord,
     Calibration,
     Cell,
     LayerRow,
@@ -47,6 +49,8 @@ def build_report(
     accuracy: Accuracy | None = None,
     seconds: Mapping[str, float] | None = None,
     files: Mapping[str, str] | None = None,
+    record: BundleRecord | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> RunReport:
     """The report of a calibrated simulation.
 
@@ -55,6 +59,8 @@ def build_report(
         name: stem of the exported files.
         source: the model's file name, or its type.
         calibration, accuracy, seconds, files: what the caller knows about the run.
+        record: of the exported files.
+        names: site → its name in them, where it isn't the site's own.
     """
     modules = default_registry().backend_info(sim.backend.name).modules if _registered(sim.backend.name) else ()
     table = sim.table
@@ -72,12 +78,15 @@ def build_report(
         seed=sim.seed,
         calibration=calibration,
         steps=tuple(_step(t, s, r) for (t, r), s in zip(sim.reports, settings, strict=False)),
-        sites=tuple(_site(site, sim.plan, sim.graph, table.get(site.id)) for site in sim.plan.values()),
+        sites=tuple(
+            _site(site, sim.graph, table.get(site.id), (names or {}).get(site.id, "")) for site in sim.plan.values()
+        ),
         layers=tuple(_layers(sim)),
         accuracy=accuracy,
         seconds={k: round(v, 3) for k, v in (seconds or {}).items()},
         versions=versions(modules),
         files=dict(files or {}),
+        record=record,
     )
 
 
@@ -90,8 +99,55 @@ def write_report(report: RunReport, directory: str | Path) -> tuple[Path, Path]:
     from bitwright.report.page import render
 
     directory = Path(directory)
-    json_file = write_text(directory / "report.json", report.model_dump_json(indent=1) + "\n")
+    json_file = write_text(directory / "report.json", dumped(report))
     return json_file, write_text(directory / "report.html", render(report))
+
+
+def complete_report(
+    directory: str | Path,
+    name: str,
+    *,
+    source: str,
+    calibration: Calibration | None = None,
+    accuracy: Accuracy | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> tuple[Path, Path]:
+    """Add to an export's report what only the caller knows of the run, and write it again, with its page.
+
+    Args:
+        directory, name: of the export.
+        source: the model's file name, or its type.
+        calibration, accuracy, seconds: as `build_report`.
+
+    Raises:
+        InputError: the export's report isn't there, or a file can't be written.
+    """
+    from bitwright.bundle.record import read_report
+
+    found = read_report(Path(directory), name)
+    if found.report is None or found.damage:
+        raise InputError(found.damage or f"{directory} holds no report of {name!r}; export it again")
+    report = found.report
+    return write_report(
+        report.model_copy(
+            update={
+                "model": report.model.model_copy(update={"source": source}),
+                "calibration": calibration,
+                "accuracy": accuracy,
+                "seconds": {k: round(v, 3) for k, v in (seconds or {}).items()},
+            }
+        ),
+        directory,
+    )
+
+
+def dumped(report: RunReport) -> str:
+    """The text of `report.json`; that of an export is sealed."""
+    from bitwright.bundle.record import seal
+
+    if report.record is not None:
+        report = report.model_copy(update={"seal": seal(json.loads(report.model_dump_json()))})
+    return report.model_dump_json(indent=1) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -165,16 +221,19 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _site(site: Site, plan: Plan, graph: Graph, encoding: Encoding | None) -> SiteRow:
-    decision, detail = _decision(site, encoding)
+def _site(site: Site, graph: Graph, encoding: Encoding | None, name: str) -> SiteRow:
+    decision, detail, follows = _decision(site, encoding)
     if site.op is None:
         op = "model input" if site.kind is SiteKind.ACTIVATION else ""
     else:
         op = f"{site.op} ({graph.op(site.op).type})"
     kind = site.kind.value if site.role is None else site.role.value
-    row = SiteRow(site=site.id, kind=kind, op=op, decision=decision, detail=detail)
+    shown = name if name != site.id else ""
+    row = SiteRow(site=site.id, kind=kind, op=op, decision=decision, detail=detail, name=shown, follows=follows)
     if encoding is None:
         return row
+    from bitwright.bundle.record import digest
+
     single = encoding.scale.ndim == 0
     return row.model_copy(
         update={
@@ -184,20 +243,21 @@ def _site(site: Site, plan: Plan, graph: Graph, encoding: Encoding | None) -> Si
             "scale_largest": float(encoding.scale.max()),
             "zero_point": int(encoding.zero_point) if single else None,
             "source": encoding.source + (", frozen" if encoding.frozen else ""),
+            "digest": digest(encoding),
         }
     )
 
 
-def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str]:
+def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str, tuple[str, ...]]:
     match site.decision:
         case QuantSpec() as spec:
-            return "quantized", describe(encoding if encoding is not None else spec)
+            return "quantized", describe(encoding if encoding is not None else spec), ()
         case SharedWith(other):
-            return "shared", f"with {other}"
+            return "shared", f"with {other}", (other,)
         case Derived(sites, rule):
-            return "derived", f"{rule}, from {' and '.join(sites)}"
+            return "derived", f"{rule}, from {' and '.join(sites)}", sites
         case Float(reason):
-            return "float", reason
+            return "float", reason, ()
 
 
 def describe(grid: QuantSpec | Encoding) -> str:

@@ -90,6 +90,9 @@ class SiteRow(Record):
         detail: the grid, whom it is shared with or derived from, or why it is float.
         low, high: ends of the grid's range, over all its groups.
         scale_smallest, scale_largest: over groups; equal for one scale.
+        name: the tensor's name in the exported files, where it isn't the site's own.
+        follows: whose encoding the site has, or which ones it is derived from.
+        digest: of the encoding's numbers (`bundle.record.digest`).
     """
 
     site: str
@@ -103,6 +106,66 @@ class SiteRow(Record):
     scale_largest: float | None = None
     zero_point: int | None = None
     source: str = ""
+    name: str = ""
+    follows: tuple[str, ...] = ()
+    digest: str = ""
+
+
+class StoredTensor(Record):
+    """One tensor of the reference samples, in the export's arrays.
+
+    Attributes:
+        tensor: the site.
+        scale, offset: of codes c: the value is (c + offset) · scale in float32; null where values are stored.
+    """
+
+    tensor: str
+    scale: float | None = None
+    offset: int | None = None
+
+
+class ReferenceRecord(Record):
+    """Samples that travel with an export, and what the simulation made of them.
+
+    Arrays "input/0", "output/0", "tap/0", … of `file` are the tensors in the order given here.
+
+    Attributes:
+        file: an .npz beside the report.
+        synthetic: the inputs were made up, for lack of calibration data.
+        inputs: names of the model's inputs.
+        outputs, taps: the model's outputs; outputs of quantized ops.
+        left_out: tensors that the size budget left no room for.
+    """
+
+    file: str
+    synthetic: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[StoredTensor, ...]
+    taps: tuple[StoredTensor, ...]
+    left_out: int = 0
+
+
+class BundleRecord(Record):
+    """What an export holds, and what was simulated when it was written.
+
+    Attributes:
+        contents: file, relative to the folder → its SHA-256; all that the export wrote but the reports.
+        parameters: parameter, by its name in the files → digest of its float values.
+        missing: export format → why it couldn't be written.
+        reference: samples; null where there are none, `without_reference` says why.
+        compared: tensors in which the simulation and the written quantized model were compared at export.
+        not_compared: tensors that couldn't be, with the reason.
+        stored_anew: weights that the quantized model keeps in another type, values unchanged (`Bundle.stored_anew`).
+    """
+
+    contents: dict[str, str]
+    parameters: dict[str, str] = Field(default_factory=dict)
+    missing: dict[str, str] = Field(default_factory=dict)
+    reference: ReferenceRecord | None = None
+    without_reference: str = ""
+    compared: int = 0
+    not_compared: dict[str, str] = Field(default_factory=dict)
+    stored_anew: tuple[str, ...] = ()
 
 
 class Accuracy(Record):
@@ -115,7 +178,7 @@ class Accuracy(Record):
 
 
 class RunReport(Record):
-    """Everything about one `quantize` run.
+    """Everything about one export.
 
     Attributes:
         created: UTC, ISO 8601.
@@ -125,6 +188,8 @@ class RunReport(Record):
         seconds: duration of each stage.
         versions: of Python, bitwright, numpy and the framework.
         files: what the run wrote, by purpose.
+        record: what was simulated and what the files hold; null in reports of exports that were made without.
+        seal: hash of all the rest, so that a changed report is noticed.
     """
 
     schema_version: int = 1
@@ -145,6 +210,8 @@ class RunReport(Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     files: dict[str, str]
+    record: BundleRecord | None = None
+    seal: str = ""
 
     def count(self, decision: str) -> int:
         """How many sites were decided so."""

@@ -1,0 +1,194 @@
+"""An export opened again: by its record where it has one, so that what is checked is what was simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright import formats, registry
+from bitwright.artefact import ENCODINGS_SUFFIX, find_bundle, plan_of, read_encodings, spec_of
+from bitwright.backend import Backend, Bundle
+from bitwright.bundle.record import digest, hashes, read_report
+from bitwright.encoding import EncodingTable
+from bitwright.errors import EncodingError
+from bitwright.fingerprint import of_arrays
+from bitwright.graph import Graph
+from bitwright.params import ParamReader
+from bitwright.plan import Decision, Derived, Float, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.report.model import RunReport, SiteRow
+
+SHOWN = 5
+"""Names that one kind of problem is told with at most."""
+
+
+@dataclass
+class Reopened:
+    """An export in memory.
+
+    Attributes:
+        folder, stem, bundle: where it lies.
+        backend, model, graph: the float model.
+        plan, table: what is simulated; the table has one encoding for every site of the plan that has an entry.
+        report: of the export; None where there is none.
+        sites: site of the record → id in the reopened graph.
+        changed: files that aren't what the export wrote.
+        problems: what is wrong, in words.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    stem: str
+    bundle: Bundle
+    backend: Backend[Any]
+    model: Any
+    graph: Graph
+    plan: Plan
+    table: EncodingTable
+    report: RunReport | None = None
+    sites: dict[SiteId, SiteId] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def record(self) -> Any:
+        """The report's record; None without one."""
+        return None if self.report is None else self.report.record
+
+
+def reopen(folder: Path, name: str | None = None) -> Reopened:
+    """Open an export.
+
+    Raises:
+        InputError: the folder holds no bundle, or its model can't be read.
+        EncodingError: the encodings don't fit the model, and there is no record to say which one is wrong.
+    """
+    bundle = find_bundle(folder, name)
+    stem = bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX)
+    path = bundle.files["model"]
+    backend = registry.backend_for_path(path)
+    model = backend.load(path)
+    graph = backend.graph(model)
+    found = read_report(folder, stem)
+    problems = [found.damage] if found.damage else []
+    record = None if found.report is None else found.report.record
+    if found.report is None or record is None:
+        table = read_encodings(bundle.files["encodings"], graph)
+        notes = [] if found.damage else [
+            "the export has no record of what was simulated (made by an older version, or its report is gone): it is "
+            "compared with itself only; export it again"
+        ]  # fmt: skip
+        return Reopened(folder, stem, bundle, backend, model, graph, plan_of(graph, table), table, found.report,
+                        problems=problems, notes=notes)  # fmt: skip
+    opened = Reopened(folder, stem, bundle, backend, model, graph, Plan({}, found.report.target), EncodingTable(),
+                      found.report, problems=problems)  # fmt: skip
+    opened.sites = {row.site: here for row in found.report.sites if (here := _here(graph, row)) is not None}
+    _check_files(opened, record.contents)
+    _check_parameters(opened, record.parameters)
+    _read_encodings(opened)
+    opened.plan = _plan(opened)
+    return opened
+
+
+def _here(graph: Graph, row: SiteRow) -> SiteId | None:
+    """What the reopened graph calls a site: its own name, or the one that it has in the files."""
+    candidates = (row.site, row.name, row.name.removesuffix(":0"))
+    return next((c for c in candidates if c and (c in graph.tensors or c in graph.params)), None)
+
+
+def _check_files(opened: Reopened, contents: Mapping[str, str]) -> None:
+    there = [p for f in contents if (p := opened.folder / f).is_file()]
+    now = hashes(there, opened.folder)
+    opened.problems += [f"{f}: the export wrote this file, but it is gone" for f in contents if f not in now]
+    opened.changed = [f for f, known in contents.items() if f in now and now[f] != known]
+
+
+def _check_parameters(opened: Reopened, parameters: Mapping[str, str]) -> None:
+    """Name the float parameters that hold other values, where the model's file isn't the one that was written."""
+    model = opened.bundle.files["model"]
+    if not any(f == model.name or f.startswith(f"{model.name}.") for f in opened.changed):
+        return
+    values = ParamReader(opened.backend, opened.model, opened.graph)
+    other = [p for p, known in parameters.items() if p in opened.graph.params and _digest(values, p) != known]
+    gone = [p for p in parameters if p not in opened.graph.params and p.removesuffix(":0") not in opened.graph.params]
+    opened.problems += _listed(other, "holds other values in the float model than the export wrote")
+    if other == [] and len(gone) < len(parameters):
+        opened.problems += _listed(gone, "isn't in the float model, where the export wrote it")
+
+
+def _digest(values: Mapping[str, Any], param: str) -> str:
+    return of_arrays([("", values[param])])[:16]
+
+
+def _listed(names: list[str], what: str) -> list[str]:
+    shown = [f"{name!r} {what}" for name in names[:SHOWN]]
+    return shown if len(names) <= SHOWN else [*shown, f"{len(names) - SHOWN} more: each {what}"]
+
+
+def _read_encodings(opened: Reopened) -> None:
+    """Bind what the file has to the reopened graph, and compare it with the record."""
+    assert opened.report is not None
+    path, graph = opened.bundle.files["encodings"], opened.graph
+    try:
+        entries = formats.read(path).entries
+        opened.table = read_encodings(path, graph, strict=False)
+    except EncodingError as error:
+        opened.problems.append(str(error))
+        return
+    rows = {(row.name or row.site): row for row in opened.report.sites if row.digest}
+    missing = [n for n, row in rows.items() if n not in entries and row.decision != "derived" and not _optional(row)]
+    opened.problems += _listed(missing, f"was quantized, but has no entry in {path.name}")
+    opened.problems += _listed([n for n in entries if n not in rows], f"has an entry in {path.name}, but no grid")
+    other = []
+    for name, row in rows.items():
+        here = opened.sites.get(row.site)
+        if name in entries and here in opened.table and digest(opened.table[here]) != row.digest:
+            other.append(name)
+    opened.problems += _listed(other, f"has another grid in {path.name} than was simulated")
+
+
+def _optional(row: SiteRow) -> bool:
+    return row.decision == "shared" and row.kind != SiteKind.ACTIVATION
+
+
+def _plan(opened: Reopened) -> Plan:
+    """The recorded decisions, on the reopened graph."""
+    assert opened.report is not None
+    sites: dict[SiteId, Site] = {}
+    for row in opened.report.sites:
+        here = opened.sites.get(row.site)
+        if here is None or here in sites:
+            continue
+        kind = SiteKind.PARAMETER if here in opened.graph.params else SiteKind.ACTIVATION
+        users = opened.graph.users(here)
+        op = users[0] if kind is SiteKind.PARAMETER and users else opened.graph.producer(here)
+        role = None if op is None else next((r for r, p in op.params.items() if p == here), None)
+        sites[here] = Site(here, kind, _decision(opened, row, here), None if op is None else op.id, role)
+    return _without_loose_ends(Plan(sites, opened.report.target))
+
+
+def _decision(opened: Reopened, row: SiteRow, here: SiteId) -> Decision:
+    followed = tuple(opened.sites[s] for s in row.follows if s in opened.sites)
+    if row.decision == "float":
+        return Float(row.detail)
+    if row.decision == "derived" and len(followed) == len(row.follows):
+        return Derived(followed)
+    if row.decision == "shared" and followed and followed[0] != here:
+        return SharedWith(followed[0])
+    if here in opened.table:
+        return spec_of(opened.table[here])
+    return Float("it has no entry in the encodings file")
+
+
+def _without_loose_ends(plan: Plan) -> Plan:
+    """Sites that follow one which stays in float stay in float too."""
+    sites = dict(plan.items())
+    for name, site in plan.items():
+        follows = (site.decision.site,) if isinstance(site.decision, SharedWith) else ()
+        follows = site.decision.sites if isinstance(site.decision, Derived) else follows
+        if any(s not in plan or isinstance(plan[plan.root(s)].decision, Float) for s in follows):
+            reason = "what its grid follows from has none"
+            sites[name] = Site(site.id, site.kind, Float(reason), site.op, site.role)
+    return Plan(sites, plan.target)
