@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from bitwright_onnx.initializers import add_initializer, is_private
+from bitwright_onnx.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import bodies
 
@@ -116,7 +116,7 @@ def fold_constants(model: ir.Model) -> bool:
         o
         for node in nodes
         for o in node.outputs
-        if len(node.outputs) == 1 and not o.is_graph_output() and any(u not in inside for u in o.consumers())
+        if not o.is_graph_output() and any(u not in inside for u in o.consumers())
     ]
     wanted = _within_budget(wanted)
     if not wanted:
@@ -133,7 +133,10 @@ def fold_constants(model: ir.Model) -> bool:
         assert node is not None
         sources = sum(_size(v) or 0 for v in node.inputs if v is not None and v.const_value is not None)
         if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes <= max(FOLD_BYTES, sources):
-            _replace_by_constant(graph, node, array)
+            if len(node.outputs) == 1:
+                _replace_by_constant(graph, node, array)
+            else:
+                _replace_output(graph, value, array)
             changed = True
     passes.RemoveUnusedNodesPass()(model)
     return changed
@@ -151,6 +154,13 @@ def _within_budget(values: list[ir.Value]) -> list[ir.Value]:
         if size <= max(FOLD_BYTES, sources) and (total := total + max(0, size - sources)) <= _BUDGET:
             kept.append(value)
     return kept
+
+
+def _replace_output(graph: ir.Graph, output: ir.Value, array: np.ndarray) -> None:
+    """Let an initializer take the name and the readers of one of a node's outputs; the node goes when none is read."""
+    name = str(output.name)
+    output.name = unique_name(graph, f"{name}.computed")
+    output.replace_all_uses_with(add_initializer(graph, name, array))
 
 
 def _replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
