@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from bitwright.backend import Array, Batch
+from bitwright.batches import fed
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import ActivationAttrs, Graph, TensorId
 from bitwright.statistics.base import Tap, thinned_places
@@ -84,10 +84,7 @@ class KerasSession:
             raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
         array, spec = batch[name], self._specs[name]
         if not keras.ops.is_tensor(array):
-            array = np.asarray(array)
-            is_float, wanted = array.dtype.kind == "f" or array.dtype.name == "bfloat16", spec.dtype
-            if is_float != wanted.startswith(("float", "bfloat")):
-                raise InputError(f"input {name!r} takes {wanted}, the batch holds {array.dtype}")
+            array = fed(array, spec.dtype, name)
         shape = tuple(array.shape)
         if len(shape) != len(spec.shape) or any(n not in (None, m) for n, m in zip(spec.shape, shape, strict=True)):
             raise InputError(f"input {name!r} has shape {spec.shape} (None: free), the batch holds {shape}")

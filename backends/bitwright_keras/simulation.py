@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import EncodingError
 from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.grid import Blockwise
-from bitwright.installing import check_fits, on_grid
+from bitwright.installing import check_site, on_grid
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_keras.canonical import Place, canonical
@@ -303,10 +301,7 @@ class KerasSimulation:
             held.variable.assign(native)
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
-        parameter = self._plan[site].kind is SiteKind.PARAMETER
-        if not parameter and isinstance(encoding.granularity, Blockwise):
-            raise EncodingError(f"{site!r}: activations take one scale, or one for each channel; no blocks")
-        check_fits(site, encoding, self._graph.params[site].shape if parameter else self._graph.tensors[site].shape)
+        check_site(self._graph, site, encoding)
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitwright.backend import Array, Batch
+from bitwright.batches import fed
 from bitwright.errors import InputError, ModelError
 from bitwright.statistics.base import Tap, reduced, thinned_places
 from bitwright_onnx.subgraph import extract, values_of
@@ -271,13 +272,10 @@ class OrtSession:
     def _as_typed(self, name: str, value: Any) -> Any:
         if name in self._sequences:
             return value
-        array = np.asarray(value)
         wanted = self._types.get(name)
-        if wanted is None or array.dtype == wanted:
-            return array
-        if not np.can_cast(array.dtype, wanted, "same_kind"):
-            raise InputError(f"input {name!r} takes {wanted}, the batch holds {array.dtype}")
-        return array.astype(wanted)
+        if wanted is None or wanted.kind in "OUS":
+            return np.asarray(value)
+        return fed(value, wanted.name, name)
 
 
 def _dtype(kind: str) -> np.dtype[Any] | None:

@@ -31,6 +31,7 @@ from bitwright.backend import Array, Batch
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import CapabilityError, EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId, TensorId
+from bitwright.installing import check_site
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_onnx.lowering import Lowering, fake_quantized, moved_from
@@ -163,6 +164,7 @@ class OnnxSimulation:
         return name
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
+        check_site(self._graph, site, encoding)
         if self._plan[site].kind is SiteKind.PARAMETER:
             shape = self._graph.params[site].shape
         elif encoding.scale.ndim == 0:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.backend import Batch
+from bitwright.batches import fed
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
 from bitwright.statistics.base import Tap, reduced, thinned_places
@@ -93,11 +94,7 @@ class TfSession:
 
     def _typed(self, name: TensorId, value: Any) -> Array:
         dtype, shape = self._inputs[name]
-        array = np.asarray(value)
-        if array.dtype != dtype:
-            if not np.can_cast(array.dtype, dtype, "same_kind"):
-                raise InputError(f"input {name!r} takes {dtype}, the batch holds {array.dtype}")
-            array = array.astype(dtype)
+        array = np.asarray(value) if dtype.kind in "OUS" else fed(value, dtype.name, name)
         if not shape.is_compatible_with(array.shape):
             raise InputError(f"input {name!r} takes shape {shape}, the batch holds {array.shape}")
         return array

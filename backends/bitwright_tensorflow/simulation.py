@@ -23,7 +23,7 @@ from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grid import PerTensor, spread
-from bitwright.installing import on_grid
+from bitwright.installing import check_site, on_grid
 from bitwright.plan import Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_tensorflow.building import Builder, SimulatedNetwork, chains_of
@@ -227,6 +227,7 @@ class TfSimulation:
             shape = self._graph.params[site].shape
         else:
             shape = self._graph.tensors[site].shape
+        check_site(self._graph, site, encoding)
         if isinstance(encoding.granularity, PerTensor):
             return
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.backend import Array, Batch
+from bitwright.batches import fed
 from bitwright.errors import InputError, ModelError
 from bitwright.statistics.base import Reduction, Tap, thinned_places
 from bitwright_torch.canonical import canonical
@@ -88,11 +89,10 @@ class TorchSession:
         given: Any = batch[name]
         shape, wanted = self._shapes[name]
         dtype = getattr(torch, wanted)
-        tensor = as_tensor(given)
-        if tensor.dtype != dtype:
-            if tensor.is_floating_point() != dtype.is_floating_point:
-                raise InputError(f"input {name!r} takes {wanted}, the batch holds {str(tensor.dtype)[6:]}")
-            tensor = tensor.to(dtype)
+        known = isinstance(given, torch.Tensor) and (
+            given.dtype == dtype or given.is_floating_point() == dtype.is_floating_point
+        )
+        tensor = as_tensor(given if known else fed(given, wanted, name)).to(dtype)
         fits = shape is None or (
             tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
         )

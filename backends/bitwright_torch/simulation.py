@@ -22,7 +22,7 @@ from torch import fx, nn
 from bitwright.backend import Session, Training
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.installing import check_fits, on_grid
+from bitwright.installing import check_site, on_grid
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
@@ -169,12 +169,7 @@ class TorchSimulation:
         self.set(kept)
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
-        shape: tuple[int | None, ...] | None
-        if self._plan[site].kind is SiteKind.PARAMETER:
-            shape = self._graph.params[site].shape
-        else:
-            shape = self._graph.tensors[site].shape
-        check_fits(site, encoding, shape)
+        check_site(self._graph, site, encoding)
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""

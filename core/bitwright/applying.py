@@ -12,17 +12,17 @@ from bitwright import fingerprint, registry, staged
 from bitwright.backend import Session
 from bitwright.collect import collect
 from bitwright.data import Dataset
-from bitwright.edits import SetParams
-from bitwright.encoding import Encoding, EncodingTable, Provenance
+from bitwright.encoding import Encoding, EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
 from bitwright.errors import CapabilityError, InputError
 from bitwright.layerwise import LayerwiseWalk
+from bitwright.outcomes import take
 from bitwright.plan import SiteId
 from bitwright.ranges import activation_encodings, weight_encodings
 from bitwright.runs import MemoryStore, versions
 from bitwright.staged import Staged
 from bitwright.statistics.base import Source, Statistic
-from bitwright.technique import Context, Outcome, Report, Store, Technique
+from bitwright.technique import Context, Store, Technique
 
 if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
@@ -53,10 +53,11 @@ def apply(sim: QuantSim, technique: str | Technique, data: Any, settings: Mappin
         store=store,
         progress=sim.progress,
         seed=sim.seed,
-        folded=sim.folded,
+        folded=dict(sim.folded),
     )
     outcome = body.apply(context)
-    _take(sim, body, chosen, outcome, store, time.perf_counter() - begin)
+    step = getattr(store, "fingerprint", "")
+    take(sim, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
 
 
 def _require(sim: QuantSim, technique: Technique) -> None:
@@ -102,24 +103,6 @@ def _walk(sim: QuantSim, name: str, table: EncodingTable, dataset: Dataset, stor
         activations=lambda: table.merged(calibrated_activations(sim, table, dataset)),
         name=name,
     )
-
-
-def _take(sim: QuantSim, technique: Technique, settings: Any, outcome: Outcome, store: Store, seconds: float) -> None:
-    edits = list(outcome.edits)
-    if outcome.params:
-        edits.append(SetParams(dict(outcome.params)))
-    if edits:
-        sim.native = sim.backend.edit(sim.native, edits)
-        # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
-        sim.encodings = EncodingTable(sim.encodings.frozen, sim.encodings.provenance)
-    sim.folded.update(outcome.folded)
-    sim.encodings = sim.encodings.merged(outcome.encodings).recorded(
-        Provenance(technique.name, settings.model_dump(mode="json"), getattr(store, "fingerprint", ""))
-    )
-    sim.refresh()
-    figures = {**outcome.report.figures, "seconds": seconds}
-    report = outcome.report
-    sim.reports.append((technique.name, Report(report.summary, figures, report.columns, report.rows)))
 
 
 def calibrated_activations(sim: QuantSim, table: EncodingTable, dataset: Dataset) -> dict[SiteId, Encoding]:

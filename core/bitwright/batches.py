@@ -145,9 +145,9 @@ def _convert(values: Array, dtype: str, place: str) -> Array:
     try:
         target = np.dtype(dtype)
     except TypeError:
-        return np.ascontiguousarray(values)  # a dtype that numpy doesn't know is the backend's to convert
-    if values.dtype == target:
-        return np.ascontiguousarray(values)
+        return np.asarray(values, order="C")  # a dtype that numpy doesn't know is the backend's to convert
+    if values.dtype == target or values.size == 0:
+        return np.asarray(values, target, order="C")
     if target.kind in "iu":
         info = np.iinfo(target)
         if values.dtype.kind not in "biu" and not (np.rint(values) == values).all():
@@ -155,12 +155,12 @@ def _convert(values: Array, dtype: str, place: str) -> Array:
         if values.min() < info.min or values.max() > info.max:
             raise InputError(f"{place}: values outside {dtype} ({values.min()} to {values.max()})")
     elif target.kind == "f":
-        largest = float(np.finfo(target).max)
-        if max(abs(float(values.min())), abs(float(values.max()))) > largest:
+        ends = [float(values.min()), float(values.max())]
+        if any(np.isfinite(e) and abs(e) > float(np.finfo(target).max) for e in ends):
             raise InputError(f"{place}: values too large for {dtype} ({values.min()} to {values.max()})")
     elif target.kind == "b" and not ((values == 0) | (values == 1)).all():
         raise InputError(f"{place}: the model takes booleans, but there are values other than 0 and 1")
-    return np.ascontiguousarray(values, target)
+    return np.asarray(values, target, order="C")
 
 
 def joined(parts: Sequence[Array]) -> Array:
@@ -168,3 +168,25 @@ def joined(parts: Sequence[Array]) -> Array:
     if len(parts) == 1:
         return parts[0]
     return np.stack(parts) if parts[0].ndim == 0 else np.concatenate(parts)
+
+
+def fed(values: Any, dtype: str, name: str) -> Array:
+    """What a session feeds to an input or an inner tensor of the model: every backend converts by this rule.
+
+    Numbers are converted where no value changes beyond float rounding: integers to floats, floats that are whole to
+    integers, 0 and 1 to booleans.
+
+    Args:
+        values: of the batch; a tensor of any framework is read as an array.
+        dtype: what the model takes, by numpy's name; one that numpy doesn't know is left to the backend.
+        name: of the input, for messages.
+
+    Raises:
+        InputError: it isn't numeric, out of range, or holds fractions where integers are wanted.
+    """
+    array = values if isinstance(values, np.ndarray) else array_of(values, f"input {name!r}")
+    if array.dtype == dtype:
+        return array
+    place = f"input {name!r}"
+    _check_numeric(array, place)
+    return _convert(array, dtype, place)

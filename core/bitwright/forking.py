@@ -29,8 +29,9 @@ def fork(
         overrides: further exceptions by op or site, on top of those that it has.
 
     Raises:
-        InputError: an override names nothing, or no type.
+        InputError: an override names nothing, or no type; or a trained model wasn't taken over.
     """
+    sim._require_taken("a search")
     twin = copy.copy(sim)
     twin.folded, twin.reports = dict(sim.folded), list(sim.reports)
     twin.overrides = {**sim.overrides, **(overrides or {})}

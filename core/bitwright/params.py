@@ -21,7 +21,9 @@ class ParamReader(Mapping[ParamId, NDArray[np.float32]]):
     def __getitem__(self, id: ParamId) -> NDArray[np.float32]:
         if id not in self._graph.params:
             raise KeyError(id)
-        return np.asarray(self._backend.read(self._model, [id])[id], np.float32)
+        values = np.asarray(self._backend.read(self._model, [id])[id], np.float32).view()
+        values.flags.writeable = False  # the model's own memory, perhaps
+        return values
 
     def __iter__(self) -> Iterator[ParamId]:
         return iter(self._graph.params)

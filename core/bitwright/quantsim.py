@@ -17,6 +17,7 @@ from bitwright.data import Dataset, open_data
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError
 from bitwright.graph import Graph, OpId
+from bitwright.installing import check_encodings
 from bitwright.opening import open_model
 from bitwright.params import ParamReader
 from bitwright.placement import build_plan
@@ -83,7 +84,7 @@ class QuantSim:
         self.reports: list[tuple[str, Report]] = []
         self.encodings = EncodingTable()
         self._simulation: Simulation[Any] | None = None
-        self._training: tuple[TrainableSimulation, Training] | None = None
+        self._training: tuple[TrainableSimulation, Training, str] | None = None
         self.reference: Samples | None = None
         """The first samples of the calibration data, which an export is proven on."""
         self.refresh()
@@ -148,6 +149,7 @@ class QuantSim:
         Raises:
             InputError: the data are empty, don't fit the model, or hold NaN.
         """
+        self._require_taken("calibrate()")
         dataset = self.remembering(data)
         params = self.params
         table = EncodingTable(self.encodings.frozen, self.encodings.provenance)
@@ -175,13 +177,9 @@ class QuantSim:
         """Install encodings by hand; `freeze` keeps them through later calibrations.
 
         Raises:
-            EncodingError: a site isn't in the plan, or takes its encoding from another.
+            EncodingError: a site isn't in the plan, takes its encoding from another, or the scales don't fit.
         """
-        for site in encodings:
-            if site not in self.plan:
-                raise EncodingError(f"the plan has no site {site!r}")
-            if self.plan.root(site) != site or self.plan.spec(site) is None:
-                raise EncodingError(f"site {site!r} has no grid of its own ({self.plan[site].decision})")
+        check_encodings(self.graph, self.plan, encodings)
         self.encodings = self.encodings.merged({s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()})
         self._simulation = None
         return self
@@ -243,6 +241,7 @@ class QuantSim:
             CapabilityError: the backend, or the absence of data, doesn't allow it.
             InputError: a setting or the data are invalid.
         """
+        self._require_taken("apply()")
         applying.apply(self, technique, data, settings)
         return self
 
@@ -271,7 +270,10 @@ class QuantSim:
         return self.simulation.model
 
     def trainable(self, *, range_learning: bool = False, gradient_scale: bool = False) -> Any:
-        """The native simulated model for quantization-aware training in your own loop; `take` ends it.
+        """The native simulated model for quantization-aware training in your own loop; `take` takes its weights over.
+
+        Until then, calibration, techniques, predictions, exports and saving are refused once it was trained. A new
+        call starts again from the weights that were last taken.
 
         Args:
             range_learning: scales and zero points are trained too, as parameters of the model; otherwise activations
@@ -285,8 +287,9 @@ class QuantSim:
         from bitwright import training
 
         settings = Training(range_learning, gradient_scale)
-        self._training = training.start(self, settings), settings
-        return self._training[0].model
+        simulation = training.start(self, settings)
+        self._training = simulation, settings, training.state(self, simulation)
+        return simulation.model
 
     def take(self) -> Self:
         """Take over the weights and encodings that the model of `trainable` has now; encodings become frozen.
@@ -299,10 +302,24 @@ class QuantSim:
 
         if self._training is None:
             raise InputError("there is no model in training: call trainable() first")
-        encodings = training.learned(self, *self._training)
-        self.native, self.encodings = self._training[0].float_model(), encodings
+        simulation, settings, _ = self._training
+        encodings = training.learned(self, simulation, settings)
+        taken = training.state(self, simulation)
+        self.native, self.encodings = simulation.float_model(), encodings
+        self._training = simulation, settings, taken
         self.refresh()
         return self
+
+    def drop_training(self) -> Self:
+        """Give up the model of `trainable`, with all that it has learned since it was last taken."""
+        self._training = None
+        return self
+
+    def _require_taken(self, what: str) -> None:
+        if self._training is not None:
+            from bitwright import training
+
+            training.require_taken(self, what)
 
     def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
         """The model's outputs over a whole dataset, in the order of `graph.outputs`.
@@ -318,6 +335,7 @@ class QuantSim:
             One array an output: batches after one another along the first axis; outputs of rank 0 one a batch, or the
             scalar itself where there is one batch.
         """
+        self._require_taken("predict()")
         taps = [Tap(t) for t in self.graph.outputs]
         session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
         batches, warned = [], not simulated
@@ -370,12 +388,14 @@ class QuantSim:
         """
         from bitwright.artefact import export
 
+        self._require_taken("export()")
         return export(self, Path(directory), name, encodings_version, include_bias, plain_session, reference_samples)
 
     def save(self, directory: str | Path) -> Path:
         """Keep the whole state (model, encodings, provenance) to go on with `load`."""
         from bitwright.saved_state import save
 
+        self._require_taken("save()")
         return save(self, Path(directory))
 
     @classmethod

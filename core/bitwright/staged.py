@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bitwright.encoding import EncodingTable, Provenance
 from bitwright.graph import Graph
+from bitwright.outcomes import unchanged_on_failure
 from bitwright.plan import Plan
 from bitwright.technique import Report, Settings
 
@@ -27,18 +28,14 @@ class Staged(Protocol):
 
 def run(sim: QuantSim, technique: Any, settings: Settings, stages: Sequence[Settings], data: Dataset | None) -> None:
     """Apply each stage; the report and the provenance are those of one technique. Nothing changes if one fails."""
-    before = sim.native, sim.encodings, dict(sim.folded), dict(sim.overrides), list(sim.reports)
-    try:
+    known, provenance = len(sim.reports), sim.encodings.provenance
+    with unchanged_on_failure(sim):
         for stage in stages:
             sim.apply(technique, data, **stage.model_dump())
-    except BaseException:
-        sim.native, sim.encodings, sim.folded, sim.overrides, sim.reports = before
-        sim.refresh()
-        raise
-    done = [report for _, report in sim.reports[len(before[-1]) :]]
+    done = [report for _, report in sim.reports[known:]]
     figures = {"stages": float(len(done)), "seconds": sum(r.figures.get("seconds", 0.0) for r in done)}
     rows = tuple(row for report in done for row in report.rows)
     summary = f"{len(done)} passes; the last: {done[-1].summary}"
-    sim.reports = [*before[-1], (technique.name, Report(summary, figures, done[-1].columns, rows))]
+    sim.reports = [*sim.reports[:known], (technique.name, Report(summary, figures, done[-1].columns, rows))]
     last = Provenance(technique.name, settings.model_dump(mode="json"))
-    sim.encodings = EncodingTable(dict(sim.encodings), (*before[1].provenance, last))
+    sim.encodings = EncodingTable(dict(sim.encodings), (*provenance, last))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitwright import registry
+from bitwright import fingerprint, registry
 from bitwright.backend import Capability, TrainableSimulation, Training
 from bitwright.encoding import EncodingTable, Provenance
-from bitwright.errors import CapabilityError, EncodingError
+from bitwright.errors import CapabilityError, EncodingError, InputError
+from bitwright.params import ParamReader
 
 if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
@@ -31,6 +32,36 @@ def start(sim: QuantSim, training: Training) -> TrainableSimulation:
     if not isinstance(made, TrainableSimulation):
         raise CapabilityError(f"the {sim.backend.name} backend's simulation can't be trained")
     return made
+
+
+def state(sim: QuantSim, simulation: TrainableSimulation) -> str:
+    """What the model in training has now, weights and grids, as a fingerprint."""
+    native = simulation.float_model()
+    graph = sim.backend.graph(native)
+    weights = fingerprint.of_params(ParamReader(sim.backend, native, graph))
+    return fingerprint.of_json([weights, fingerprint.of_encodings(simulation.get())])
+
+
+def require_taken(sim: QuantSim, what: str) -> None:
+    """Refuse to go on with the weights from before a training that wasn't taken over.
+
+    A model of `QuantSim.trainable` that was never stepped, or was taken since, is no obstacle.
+
+    Args:
+        sim: the simulation.
+        what: is to be done, for the message.
+
+    Raises:
+        InputError: the model in training has other weights or grids than at its start, or when it was last taken.
+    """
+    if sim._training is None:
+        return
+    simulation, _, taken = sim._training
+    if state(sim, simulation) != taken:
+        raise InputError(
+            f"{what} would use the weights from before training: the model of trainable() was trained and not taken "
+            "over since. Call take() first, or drop_training() to give up what it has learned"
+        )
 
 
 def learned(sim: QuantSim, simulation: TrainableSimulation, training: Training) -> EncodingTable:

@@ -12,6 +12,7 @@ from keras import ops  # noqa: E402
 
 from bitwright.backend import TrainableSimulation, Training  # noqa: E402
 from bitwright.encoding import encoding_of_weights  # noqa: E402
+from bitwright.errors import InputError  # noqa: E402
 from bitwright.gradients import Groups, NumpyNamespace, fake_quantize_vjp  # noqa: E402
 from bitwright.grid import Grid, PerTensor  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
@@ -58,9 +59,12 @@ def test_fit_lowers_the_loss_and_take_takes_it(range_learning: bool) -> None:
     sim = simulated(weights="int4", activations="uint4")
     before, old = sim.encodings, sim.params["stem/kernel"]
     model = compiled(sim.trainable(range_learning=range_learning, gradient_scale=range_learning))
+    sim.predict(X[:8])  # not stepped yet: no obstacle
     losses = model.fit(X, LABELS, epochs=6, batch_size=16, verbose=0).history["loss"]
     assert losses[-1] < 0.97 * losses[0]
     trained = outputs(model)
+    with pytest.raises(InputError, match=r"trained and not taken.*take\(\)"):
+        sim.predict(X[:8])
     sim.take()
     assert all(e.frozen for s, e in sim.encodings.items())
     assert not np.array_equal(sim.params["stem/kernel"], old)

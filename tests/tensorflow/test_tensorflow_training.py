@@ -17,7 +17,7 @@ from tfsims import SPECS, setup  # noqa: E402
 from bitwright import gradients  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.encoding import encoding_of_weights  # noqa: E402
-from bitwright.errors import EncodingError  # noqa: E402
+from bitwright.errors import EncodingError, InputError  # noqa: E402
 from bitwright.gradients import Groups, NumpyNamespace, lsq_factor  # noqa: E402
 from bitwright.grid import FLOAT_FORMATS  # noqa: E402
 from bitwright_tensorflow.fake_quant import Ends, kind_of, trained  # noqa: E402
@@ -196,8 +196,11 @@ def test_a_written_graph_trains_without_bitwright(tmp_path):
 def test_quantsim_takes_what_was_trained():
     net = setup("session", weights="int4", activations="uint4")
     model = net.sim.trainable(range_learning=True)
+    net.sim.predict(net.sample)  # not stepped yet: no obstacle
     train(model, steps=10)
     found = model(net.sample)
+    with pytest.raises(InputError, match=r"trained and not taken.*take\(\)"):
+        net.sim.predict(net.sample)
     net.sim.take()
     assert all(e.frozen for e in net.sim.encodings.values())
     again = net.sim.backend.simulate(net.sim.native, net.sim.plan, net.sim.encodings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.encoding import encoding_of_weights  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
+from bitwright.forking import fork  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright_torch import parameter_groups  # noqa: E402
 from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
@@ -144,7 +147,7 @@ def test_lightning_needs_no_special_code(net: Setup) -> None:
     assert any(n.endswith("log_scale") for n in moved)
 
 
-def test_quantsim_trains_and_takes_back() -> None:
+def test_quantsim_trains_and_takes_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = ConvNet().eval()
     data = batches(8)
@@ -154,13 +157,26 @@ def test_quantsim_trains_and_takes_back() -> None:
         sim.take()
     model = sim.trainable(range_learning=True)
     assert any(isinstance(m, FakeQuantize) and m.learns for m in model.modules())
+    sim.predict(data[0][0])  # not stepped yet: no obstacle
     train(model, data)
     before = {n: p.clone() for n, p in module.named_parameters()}
+    for step in (
+        lambda: sim.export(tmp_path / "out"), lambda: sim.save(tmp_path / "kept"), lambda: sim.predict(data[0][0]),
+        lambda: sim.calibrate(data[0][0]), lambda: sim.apply("cle"), lambda: fork(sim),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"trained and not taken.*take\(\).*drop_training"):
+            step()
+    assert not list(tmp_path.iterdir())
     sim.take()
     with torch.no_grad():
         step = float(sim.encodings["fc.output"].scale)  # biases are int32 in the one, float in the other
         assert (sim.model(data[0][0]) - model(data[0][0])).abs().max() <= 1.01 * step
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+    sim.predict(data[0][0])
+    train(model, data)  # further training after take() counts again
+    with pytest.raises(InputError, match="not taken over since"):
+        sim.predict(data[0][0])
+    sim.drop_training().predict(data[0][0])
     assert sim.encodings.provenance[-1].technique == "training"
     kept = dict(sim.encodings)
     sim.calibrate([x.numpy() for x, _ in data[:1]])
