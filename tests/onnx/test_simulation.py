@@ -113,21 +113,25 @@ def test_float_formats_saturate_and_round_as_the_core(format):
     np.testing.assert_array_equal(simulation.model.run({"x": x})["y"], grid.fake_quantize(x))
 
 
-@pytest.mark.parametrize("layout", [PerChannel(1), Blockwise(axis=1, block_axis=2, block_size=2)])
-def test_activations_with_many_scales(layout):
+def test_activations_with_many_scales():
+    layout = PerChannel(1)
     native, graph = opened(proto([helper.make_node("Identity", ["x"], ["y"])], {"x": ["N", 3, 4]}, ["y"]))
     spec = QuantSpec(8, signed=False, symmetric=False, granularity=layout)
     plan = plan_of(graph, activation=spec, overrides={"y": Float("tested alone")})
-    shape = (3,) if isinstance(layout, PerChannel) else (3, 2)
     rng = np.random.default_rng(1)
-    scale = rng.uniform(0.01, 0.1, shape).astype(np.float32)
-    zero = rng.integers(0, 255, shape).astype(np.int32)
+    scale = rng.uniform(0.01, 0.1, 3).astype(np.float32)
+    zero = rng.integers(0, 255, 3).astype(np.int32)
     grid = Encoding(8, False, False, scale, zero, layout)
     simulation = OnnxSimulation(native, graph, plan, {"x": grid})
     x = midpoints(0.02, (50, 3, 4))
     np.testing.assert_array_equal(simulation.model.run({"x": x})["y"], grid.fake_quantize(x))
     with pytest.raises(EncodingError, match="'x'"):
         simulation.set({"x": Encoding(8, False, False, scale[:2], zero[:2], layout)})
+    blocks = Blockwise(axis=1, block_axis=2, block_size=2)
+    with pytest.raises(EncodingError, match=r"'x': .*no blocks"):
+        simulation.set(
+            {"x": Encoding(8, False, False, np.ones((3, 2), np.float32), np.zeros((3, 2), np.int32), blocks)}
+        )
 
 
 @pytest.mark.parametrize("bits", [8, 16])
