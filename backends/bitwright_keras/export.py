@@ -138,7 +138,7 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     try:
         from bitwright_onnx.backend import OnnxBackend
-        from bitwright_onnx.graphdef import import_graphdef, require_parameters
+        from bitwright_onnx.graphdef import import_graphdef, with_parameters
         from bitwright_onnx.qdq import write_qdq
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
@@ -150,10 +150,10 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
             [graph.tensors[t] for t in model.inputs],
             [graph.tensors[t] for t in model.output_ids],
             names=_sites(graph),
+            kept=[s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER],
         )
     )
-    shown = backend.graph(made)
-    require_parameters(shown, plan)
+    shown = with_parameters(backend.graph(made), made, plan, canonical(model).graph.params)
     report = write_qdq(made, shown, plan, encodings, path)
     return Bundle({"qdq": report.path}, report.names)
 

@@ -7,6 +7,7 @@ member "bitwright.json" of a .keras archive, a data set "bitwright" of an .h5 fi
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -108,10 +109,17 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
 
 def beyond_h5(operations: Iterable[keras.Operation]) -> str:
     """Why Keras couldn't load these from an .h5 file, which it writes without a word; empty where it could."""
-    found = next((x for x in operations if not isinstance(x, keras.layers.Layer)), None)
-    if found is None:
-        return ""
-    return f"{found.name!r} is a call of keras.ops ({type(found).__name__}), and Keras loads only layers from .h5"
+    for operation in operations:
+        told = f"{operation.name!r} ({type(operation).__name__})"
+        if not isinstance(operation, keras.layers.Layer):
+            return f"{told} is a call of keras.ops, and Keras loads only layers from .h5"
+        try:
+            copy.deepcopy(operation.get_config())
+        except TypeError:  # lists of settings that Keras tracks, as RandomBrightness has them
+            return f"Keras writes no settings of {told} into an .h5"
+        except Exception:
+            continue
+    return ""
 
 
 def _umask() -> int:

@@ -25,6 +25,7 @@ from bitwright_keras.canonical import canonical
 from bitwright_keras.constants import constant_of
 from bitwright_keras.model import KerasModel, Node, execute, variables_of
 from bitwright_keras.native import first_line
+from bitwright_keras.optable import AUGMENTATION
 
 _PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 """What TensorFlow allows as a node's name."""
@@ -87,7 +88,7 @@ def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
         recorded.clear()
         operands.clear()
         values: dict[TensorId, Any] = dict(zip(model.inputs, inputs, strict=True))
-        execute((_with_operands(model, node, operands) for node in nodes), values)
+        execute((_with_operands(model, _without_draws(model, node), operands) for node in nodes), values)
         recorded.update(values)
         return [tf.identity(values[t]) for t in model.output_ids]
 
@@ -116,6 +117,13 @@ def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, in
                 "have static shapes: build the model with a fixed input shape"
             )
     return tf.TensorSpec(shape, model.specs[name].dtype, name=f"bitwright_input_{index}")
+
+
+def _without_draws(model: KerasModel, node: Node) -> Node:
+    """An augmenting layer as what it is in inference: some draw numbers and throw them away."""
+    if node.type not in AUGMENTATION or model.specs[node.inputs[0]] != model.specs[node.outputs[0]]:
+        return node
+    return replace(node, operation=keras.layers.Identity(dtype=model.specs[node.outputs[0]].dtype), kwargs={})
 
 
 def _with_operands(model: KerasModel, node: Node, found: dict[ParamId, Any]) -> Node:

@@ -27,7 +27,7 @@ from bitwright_keras.model import KerasModel, Node, Ref, Spec, pruned, refs, var
 from bitwright_keras.native import copy_layer, copy_of, counterparts, input_of
 from bitwright_keras.opening import recording_of
 from bitwright_keras.tracing import Call, Recording, functional_of, history, recorded, trace
-from bitwright_keras.training_mode import differs_in_training, mode_of, takes_training, without_training
+from bitwright_keras.training_mode import default_mode, differs_in_training, mode_of, takes_training, without_training
 
 
 def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
@@ -182,8 +182,8 @@ class Normalizer:
                 "then does can't be looked into; pass it the model's own training argument"
             )
         layer, params = self.layer(operation, name, called=(args, kwargs))
-        if takes_training(operation) and not _of_keras(operation):
-            kwargs["training"] = False  # its default may be another
+        if takes_training(operation) and (not _of_keras(operation) or default_mode(operation)):
+            kwargs["training"] = False
         return self.emit(name, layer, *args, params=params, **kwargs)
 
     def _model(

@@ -13,6 +13,14 @@ def _all(names: str, kind: OpKind, type: str = "") -> dict[str, tuple[OpKind, st
     return {name: (kind, type or name) for name in names.split()}
 
 
+AUGMENTATION = frozenset({
+    "AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness", "RandomColorDegeneration", "RandomColorJitter",
+    "RandomContrast", "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur", "RandomGrayscale",
+    "RandomHue", "RandomInvert", "RandomPerspective", "RandomPosterization", "RandomRotation", "RandomSaturation",
+    "RandomSharpness", "RandomShear", "RandomTranslation", "RandomZoom",
+})  # fmt: skip
+"""Layers that change training data only; in inference they pass their input on."""
+
 LAYERS: Mapping[str, tuple[OpKind, str]] = {
     **_all("Conv1D Conv2D Conv3D DepthwiseConv1D DepthwiseConv2D", K.CONV, "Conv"),
     **_all("Conv1DTranspose Conv2DTranspose Conv3DTranspose", K.CONV_TRANSPOSE, "ConvTranspose"),
@@ -55,6 +63,7 @@ LAYERS: Mapping[str, tuple[OpKind, str]] = {
     **_all("ZeroPadding1D ZeroPadding2D ZeroPadding3D", K.PAD, "Pad"),
     **_all("Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D AlphaDropout GaussianDropout GaussianNoise "
            "ActivityRegularization", K.IDENTITY, "Dropout"),
+    **dict.fromkeys(AUGMENTATION, (K.IDENTITY, "Dropout")),
     **_all("Identity", K.IDENTITY),
 }  # fmt: skip
 """By class of Keras's own layers; all else is OPAQUE and runs in float."""

@@ -35,6 +35,12 @@ def takes_training(operation: keras.Operation) -> bool:
     return isinstance(operation, keras.layers.Layer) and "training" in operation._call_signature.parameters
 
 
+def default_mode(layer: keras.layers.Layer) -> bool:
+    """What a layer that is called by itself takes `training` for; Keras's layers for augmentation take True."""
+    default = layer._call_signature.parameters["training"].default
+    return default is True or default == 1
+
+
 def mode_of(operation: keras.Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> bool:
     """The `training` of a recorded call: the one that it was given, otherwise that of the call around it."""
     if not takes_training(operation):

@@ -24,6 +24,8 @@ _NOT_FOLDED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeL
 _BOUNDED = frozenset({"Cast", "Compress", "Flatten", "Identity", "NonZero", "Reshape", "Shape", "Size", "Slice",
                       "Squeeze", "Transpose", "Unique", "Unsqueeze"})  # fmt: skip
 """Ops that give no more values than they read, but for the axes of `NonZero` and `Unique`."""
+KEPT = "bitwright.kept_parameters"
+"""Metadata key of a graph: names of initializers that stay readable under their names, whatever reads them."""
 _RESHAPING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"})
 
 
@@ -76,7 +78,9 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
         plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node)) and not _embeds(node)
-        if not (plain and inputs and all(v in known and v.dtype is not ir.DataType.STRING for v in inputs)):
+        if not (
+            plain and inputs and all(v in known and v.dtype is not ir.DataType.STRING for v in inputs)
+        ) or _reads_kept(node, inputs):
             continue
         read = sum(known[v] or 0 for v in inputs)
         rank = 8 if node.op_type in ("NonZero", "Unique") else 1
@@ -84,6 +88,13 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
         if all(size is not None and size <= max(_STEP_BYTES, read) for size in sizes):
             known.update(zip(node.outputs, sizes, strict=True))
             yield node
+
+
+def _reads_kept(node: ir.Node, inputs: list[ir.Value]) -> bool:
+    """Whether folding a node would take a parameter's name from the values that the node's readers get."""
+    kept = node.graph.meta.get(KEPT, ()) if node.graph is not None else ()
+    moves = node.op_type in _RESHAPING and node.op_type != "Cast"
+    return any(v.name in kept and not (moves and is_private(v)) for v in inputs)
 
 
 def _size(value: ir.Value) -> int | None:

@@ -8,15 +8,17 @@ weight is one initializer in ONNX's layout. (tf2onnx 1.17 no longer pins protobu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
-from bitwright.graph import Graph
+from bitwright.graph import Graph, Param, ParamId
 from bitwright.plan import Derived, Plan, SiteKind
 from bitwright_onnx import graphdef_arrays, graphdef_conv, graphdef_math
+from bitwright_onnx.folding import KEPT
 from bitwright_onnx.graphdef_builder import Builder, Constant
 from bitwright_onnx.graphdef_folding import fold
 from bitwright_onnx.graphdef_nodes import INT32, Node, onnx_type, tensor_name
@@ -44,6 +46,7 @@ def import_graphdef(
     outputs: Sequence[str],
     *,
     names: Mapping[str, str] | None = None,
+    kept: Collection[str] = (),
     decode: Callable[[Any], Any] | None = None,
 ) -> ir.Model:
     """A frozen GraphDef as an ONNX model.
@@ -54,6 +57,7 @@ def import_graphdef(
         inputs, outputs: tensors, as "name" or "name:0", in the order of the model's own.
         names: tensor (or Const) → name in ONNX, as a plan calls it; these names are sure to last. Others are
             called as in TensorFlow, "name:0".
+        kept: parameters, by their names in ONNX, that aren't computed in advance with what reads them.
         decode: how the values of a Const's NodeDef are read, where they aren't a plain TensorProto.
 
     Returns:
@@ -91,6 +95,7 @@ def import_graphdef(
         opset_imports={"": OPSET},
         name="graphdef",
     )
+    graph.meta[KEPT] = frozenset(kept)
     return ir.Model(graph, ir_version=9, producer_name="bitwright")
 
 
@@ -165,17 +170,47 @@ def _output(builder: Builder, nodes: Mapping[str, Node], tensor: str) -> ir.Valu
     return value
 
 
-def require_parameters(graph: Graph, plan: Plan) -> None:
-    """Make sure that every parameter that a plan quantizes is one of the imported graph's.
+def with_parameters(graph: Graph, model: ir.Model, plan: Plan, known: Mapping[ParamId, Param]) -> Graph:
+    """The imported model's graph with every parameter that a plan quantizes.
+
+    A parameter's pair stands at the initializer, whatever reads it: TensorFlow spells PReLU with −slope, and a batch
+    norm with γ/√(var + ε), so that no op of the imported graph has it as its own.
+
+    Args:
+        graph: canonical, of the imported model.
+        model: imported and in normal form.
+        plan: made of the source's graph.
+        known: the source's parameters, `layout` from the layout in which TensorFlow has them.
 
     Raises:
-        ModelError: one is computed there, for example behind a cast of a float16 layer.
+        ModelError: a parameter is no initializer of the model, or it is one in another shape.
     """
+    found: dict[ParamId, Param] = {}
     for site in plan.quantized:
         tied = site if isinstance(plan[site].decision, Derived) else plan.root(site)
-        if plan[site].kind is SiteKind.PARAMETER and site not in graph.params and tied not in graph.params:
+        if plan[site].kind is not SiteKind.PARAMETER or site in graph.params or tied in graph.params:
+            continue
+        value = model.graph.initializers.get(site)
+        own = None if value is None or value.const_value is None else _as_stored(known[site], value.const_value.shape)
+        if own is None:
             raise ModelError(
-                f"the QDQ model has no parameter {site!r}: its op reads it through other ops (layers that compute in "
-                "float16 cast it), so that codes have no place; build the model in float32, or leave the parameter in "
-                "float"
+                f"the QDQ model has no parameter {site!r}: the ops that read it read it in another form (layers that "
+                "compute in float16 cast it), so that its codes have no place; build the model in float32, or leave "
+                "the parameter in float"
             )
+        found[site] = own
+    if not found:
+        return graph
+    return Graph(graph.ops, graph.tensors, {**graph.params, **found}, graph.inputs, graph.outputs)
+
+
+def _as_stored(param: Param, shape: Sequence[Any]) -> Param | None:
+    """A parameter as an initializer of this shape holds it; None where axes are merged or split there."""
+    native = tuple(int(n) for n in shape)
+    order = param.layout or tuple(range(len(param.shape)))
+    if len(order) == len(native) and tuple(native[i] for i in order) == param.shape:
+        return param
+    wide = [n for n in native if n != 1]
+    if len(wide) <= 1 and [n for n in param.shape if n != 1] == wide:
+        return replace(param, layout=None)
+    return None

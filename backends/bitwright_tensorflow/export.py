@@ -14,7 +14,7 @@ from bitwright.backend import Bundle, Session
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError, MissingExtraError, ModelError
 from bitwright.graph import TensorId
-from bitwright.plan import Plan
+from bitwright.plan import Plan, SiteKind
 from bitwright_tensorflow.building import declare_variables
 from bitwright_tensorflow.canonical import recognize
 from bitwright_tensorflow.checkpoints import save_checkpoint
@@ -107,14 +107,14 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     backend = onnx_backend()
-    from bitwright_onnx.graphdef import import_graphdef, require_parameters
+    from bitwright_onnx.graphdef import import_graphdef, with_parameters
     from bitwright_onnx.qdq import write_qdq
 
     graph = recognize(model).graph
     graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
     names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
-    made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names))
-    shown = backend.graph(made)
-    require_parameters(shown, plan)
+    kept = [s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER]
+    made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names, kept=kept))
+    shown = with_parameters(backend.graph(made), made, plan, graph.params)
     report = write_qdq(made, shown, plan, encodings, path)
     return Bundle({"qdq": report.path}, report.names)
