@@ -28,6 +28,7 @@ from bitwright_keras.plain_layers import with_layers
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 _MEMBER = "bitwright.json"
+_MISFIT = "the names kept in the file don't fit its model; remove bitwright.json from the archive"
 
 
 def load_model(path: Path, *, custom_objects: Any = None, safe_mode: bool = True, sample: Any = None) -> KerasModel:
@@ -162,6 +163,8 @@ def renamed(model: KerasModel, names: Mapping[str, Any]) -> KerasModel:
     tensors: dict[str, str] = {}
     for node in model.nodes:
         if node.op in names:
+            if len(node.outputs) != len(names[node.op]["outputs"]):
+                raise ModelError(_MISFIT)
             tensors.update(zip(node.outputs, names[node.op]["outputs"], strict=True))
     nodes = []
     for node in model.nodes:
@@ -173,7 +176,7 @@ def renamed(model: KerasModel, names: Mapping[str, Any]) -> KerasModel:
         nodes.append(node)
     specs = {tensors.get(t, t): s for t, s in model.specs.items()}
     if len({n.op for n in nodes}) != len(nodes) or len(specs) != len(model.specs):
-        raise ModelError("the names kept in the file don't fit its model; remove bitwright.json from the archive")
+        raise ModelError(_MISFIT)
     outputs = substitute(model.outputs, lambda ref: Ref(tensors.get(ref.id, ref.id)))
     return model.with_(nodes=tuple(nodes), specs=specs, outputs=outputs)
 
@@ -205,6 +208,20 @@ def read_names(path: Path) -> dict[str, Any]:
             with h5py.File(path, "r") as file:
                 text = file["bitwright"][()].decode() if "bitwright" in file else "{}"
         found = json.loads(text)
-    except (OSError, ValueError) as error:
+        if not isinstance(found, dict) or not all(map(_is_record, found.values())):
+            raise ValueError("they aren't written as bitwright writes them")
+    except (OSError, ValueError, AttributeError, KeyError, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: the names kept in the file can't be read: {error}") from error
-    return dict(found)
+    return found
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is what `names_of` keeps of an op."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("op"), str)
+        and isinstance(value.get("outputs"), list)
+        and all(isinstance(t, str) for t in value["outputs"])
+        and isinstance(value.get("params"), dict)
+        and all(isinstance(p, str) for p in value["params"].values())
+    )

@@ -65,10 +65,12 @@ class TensorFlowBackend:
             known = ", ".join(sorted(_OPTIONS[form]))
             raise InputError(f"{path} is opened without the option {unknown[0]!r}; there is {known}")
         if form == "":
-            return sources.from_saved_model(path, options.get("signature"), options.get("tags", sources.SERVE))
+            from bitwright_tensorflow.saved_models import SERVE, from_saved_model
+
+            return from_saved_model(path, options.get("signature"), options.get("tags", SERVE))
         if form == ".pb":
             graph_def = sources.read_frozen(path)
-            return sources.from_frozen(graph_def, options.get("inputs"), options.get("outputs"))
+            return sources.from_frozen(graph_def, options.get("inputs"), options.get("outputs"), str(path))
         checkpoint = options.get("checkpoint")
         return sources.from_meta(
             path, None if checkpoint is None else Path(checkpoint), options.get("inputs"), options.get("outputs"),

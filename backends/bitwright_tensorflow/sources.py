@@ -15,13 +15,14 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graphs import Wiring
 from bitwright_tensorflow.inline import CALLS, flatten, inline_calls
-from bitwright_tensorflow.model import VARIABLES, Array, GraphDef, Kind, MetaGraphDef, Signature, TfModel, tensor_id
+from bitwright_tensorflow.model import VARIABLES, GraphDef, Kind, MetaGraphDef, Signature, TfModel, tensor_id
 from bitwright_tensorflow.normalize import normalize
+from bitwright_tensorflow.restoring import restored, session_values
 from bitwright_tensorflow.rewriter import constant
 from bitwright_tensorflow.runtime import reason
+from bitwright_tensorflow.trust import refuse_outside
 
 Names = Sequence[Any] | Mapping[str, Any] | str | None
-SERVE = ("serve",)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def adopt(model: object, sample: Any = None) -> TfModel:
         return from_concrete(model, Kind.FUNCTION)
     signatures = getattr(model, "signatures", None)
     if signatures and not _is_function(model):
-        return from_concrete(_signature_of(signatures, None), Kind.SAVED_MODEL)
+        return from_concrete(signature_of(signatures, None), Kind.SAVED_MODEL)
     if _is_function(model):
         return from_concrete(_traced(model, sample), Kind.FUNCTION)
     if isinstance(model, tf.Module) and callable(model):
@@ -103,7 +104,7 @@ def from_session(given: SessionModel) -> TfModel:
     graph = given.session.graph
     with graph.as_default():
         meta = tf.compat.v1.train.export_meta_graph(graph=graph, clear_devices=True)
-    return _open_graph(meta, lambda: _session_values(given.session), given, Kind.SESSION)
+    return open_graph(meta, lambda: session_values(given.session), given, Kind.SESSION)
 
 
 def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names, constants: Any = None) -> TfModel:
@@ -126,11 +127,19 @@ def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names
         outputs = {k: v.name for k, v in signature.outputs.items()}
         inputs = {k: v.name for k, v in signature.inputs.items()} if inputs is None else inputs
     given = SessionModel(None, outputs, inputs, constants or {})
-    return _open_graph(meta, lambda: _restored(meta, prefix), given, Kind.SESSION)
+    return open_graph(meta, lambda: restored(meta, prefix), given, Kind.SESSION, str(path))
 
 
-def _open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind) -> TfModel:
-    """A `TfModel` of a graph with variables in it; `values` reads them once the names are known to be right."""
+def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind, file: str = "") -> TfModel:
+    """A `TfModel` of a graph with variables in it; `values` reads them once the names are known to be right.
+
+    Args:
+        meta: the caller's own.
+        values: reads the variables.
+        given: inputs, outputs and constants.
+        kind: of the source.
+        file: that it came from; what its graph may do is then looked at.
+    """
     wiring = Wiring(meta.graph_def)
     _fix_constants(wiring, given.constants)
     outputs = _named(wiring, given.outputs, "outputs")
@@ -147,6 +156,8 @@ def _open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind
             f"the outputs depend on the placeholder {first!r} too; name it among the inputs, or give its value in "
             f"inference: constants={{{first.removesuffix(':0')!r}: …}}"
         )
+    if file:
+        refuse_outside(meta.graph_def, list(outputs.values()), file)
     if any(wiring.nodes[n].op in CALLS for n in wiring.order(list(outputs.values()), set(inputs.values()))):
         ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
         meta.graph_def.CopyFrom(inline_calls(meta.graph_def, [*inputs.values(), *outputs.values(), *ends]))
@@ -183,50 +194,7 @@ def _placeholders(wiring: Wiring, outputs: Sequence[TensorId], inputs: set[Tenso
     return [f"{n}:0" for n in order if wiring.nodes[n].op in ("Placeholder", "PlaceholderV2")]
 
 
-def _session_values(session: Any) -> dict[str, Array]:
-    """Contents of all variables that are initialized, read by nodes that the graph has already."""
-    fetches: dict[str, Any] = {}
-    for op in session.graph.get_operations():
-        if op.type == "VarHandleOp":
-            reads = [r for r in op.outputs[0].consumers() if r.type == "ReadVariableOp" and not r.control_inputs]
-            if reads:
-                # Reads of gradients and optimizers may depend on the data.
-                fetches[op.name] = reads[0].outputs[0]
-        elif op.type in VARIABLES:
-            fetches[op.name] = op.outputs[0]
-    try:
-        return {name: np.asarray(v) for name, v in session.run(fetches).items()}
-    except tf.errors.OpError:
-        values: dict[str, Array] = {}
-        for name, fetch in fetches.items():
-            try:
-                values[name] = np.asarray(session.run(fetch))
-            except tf.errors.OpError as error:
-                raise ModelError(
-                    f"variable {name!r} can't be read: {reason(error)}; initialize or restore it"
-                ) from error
-        return values
-
-
-def _restored(meta: MetaGraphDef, prefix: str) -> dict[str, Array]:
-    """Contents of the variables by the checkpoint: under a variable's name, or as the graph's saver restores them."""
-    reader = tf.train.load_checkpoint(prefix)
-    saved = reader.get_variable_to_shape_map()
-    nodes = [node for node in meta.graph_def.node if node.op in VARIABLES]
-    if all(node.name in saved for node in nodes):
-        return {node.name: np.asarray(reader.get_tensor(node.name)) for node in nodes}
-    if not meta.HasField("saver_def"):
-        missing = next(node.name for node in nodes if node.name not in saved)
-        raise ModelError(f"the checkpoint {prefix} has no variable {missing!r}")
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
-        try:
-            tf.compat.v1.train.import_meta_graph(meta, clear_devices=True).restore(session, prefix)
-        except (tf.errors.OpError, ValueError) as error:
-            raise ModelError(f"the checkpoint {prefix} can't be restored: {reason(error)}") from error
-        return _session_values(session)
-
-
-# -- functions and SavedModels
+# -- functions
 
 
 def from_concrete(function: Any, kind: Kind, key: str = "serving_default") -> TfModel:
@@ -254,63 +222,24 @@ def from_concrete(function: Any, kind: Kind, key: str = "serving_default") -> Tf
     return TfModel(meta, values, tuple(placed.values()), tuple(dict.fromkeys(ends.values())), kind, signature)
 
 
-def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = SERVE) -> TfModel:
-    """A SavedModel folder, of TF 2 or TF 1.
+def default_key(signatures: Mapping[str, Any]) -> str:
+    """Which signature of a SavedModel is opened if none is named.
 
     Raises:
-        InputError: no SavedModel, or no such signature.
-        ModelError: it can't be loaded.
+        InputError: it has none.
     """
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    saved = saved_model_pb2.SavedModel()
-    try:
-        saved.ParseFromString((path / "saved_model.pb").read_bytes())
-    except (DecodeError, OSError) as error:
-        raise InputError(f"{path} is no SavedModel: {error}") from error
-    found = [m for m in saved.meta_graphs if set(m.meta_info_def.tags) == set(tags)]
-    if not found:
-        there = "; ".join(",".join(m.meta_info_def.tags) for m in saved.meta_graphs)
-        raise InputError(f"{path} has no graph with the tags {', '.join(tags)}; there is {there}")
-    try:
-        if found[0].HasField("object_graph_def") and found[0].object_graph_def.nodes:
-            loaded = tf.saved_model.load(str(path), tags=list(tags))
-            name = key or _default_key(loaded.signatures)
-            model = from_concrete(_signature_of(loaded.signatures, name), Kind.SAVED_MODEL, name)
-            return model
-        return _first_generation(path, key, tags)
-    except (tf.errors.OpError, OSError) as error:
-        raise ModelError(f"the SavedModel {path} can't be loaded: {reason(error)}") from error
-
-
-def _first_generation(path: Path, key: str | None, tags: Sequence[str]) -> TfModel:
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
-        meta = tf.compat.v1.saved_model.load(session, list(tags), str(path))
-        signatures = {k: s for k, s in meta.signature_def.items() if not k.startswith("__")}
-        name = key or _default_key(signatures)
-        signature = _signature_of(signatures, name)
-        inputs = {k: signature.inputs[k].name for k in signature.inputs}
-        outputs = {k: signature.outputs[k].name for k in signature.outputs}
-        given = SessionModel(session, outputs, inputs)
-        model = _open_graph(meta, lambda: _session_values(session), given, Kind.SAVED_MODEL)
-    order = _declared_order(meta, model)
-    return TfModel(model.meta, model.values, order, model.outputs, model.kind, Signature(inputs, outputs, name))
-
-
-def _declared_order(meta: MetaGraphDef, model: TfModel) -> tuple[TensorId, ...]:
-    """Inputs in the order of their nodes: a map of a protobuf has none."""
-    place = {node.name: i for i, node in enumerate(meta.graph_def.node)}
-    return tuple(sorted(model.inputs, key=lambda t: place[t.partition(":")[0]]))
-
-
-def _default_key(signatures: Mapping[str, Any]) -> str:
     if not signatures:
         raise InputError("the SavedModel has no signature; save it with signatures=…")
     return "serving_default" if "serving_default" in signatures else min(signatures)
 
 
-def _signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
-    name = key or _default_key(signatures)
+def signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
+    """The signature of that name, or the default one.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = key or default_key(signatures)
     if name not in signatures:
         raise InputError(f"there is no signature {name!r}; there are {', '.join(sorted(signatures))}")
     return signatures[name]
@@ -319,12 +248,12 @@ def _signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
 # -- frozen graphs
 
 
-def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None) -> TfModel:
+def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None, file: str = "the graph") -> TfModel:
     """A graph whose weights are constants. By default the inputs are its placeholders, the outputs what nothing reads.
 
     Raises:
         InputError: unknown names, no inputs or no outputs.
-        ModelError: it holds variables, whose values no frozen graph has.
+        ModelError: it holds variables, whose values no frozen graph has, or it reaches outside of itself.
     """
     own = GraphDef()
     own.CopyFrom(graph_def)
@@ -338,7 +267,7 @@ def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(own)
     del wiring
-    return _open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN)
+    return open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN, file)
 
 
 def read_frozen(path: Path) -> GraphDef:

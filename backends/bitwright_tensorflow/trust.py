@@ -56,9 +56,9 @@ def refuse_outside(graph_def: GraphDef, ends: Sequence[str], where: str) -> None
         writes = node.op == "PrintV2" and node.attr["output_stream"].s.startswith(b"file:")
         if node.op.startswith(_OUTSIDE) or writes:
             raise ModelError(
-                f"{where}: the network depends on {node.name!r} ({node.op}), which reaches outside of the graph (files, "
-                "Python functions, other processes), so it isn't opened; cut the network off behind it: name its "
-                "inputs and outputs, or export it without"
+                f"{where}: the network depends on {node.name!r} ({node.op}), which reaches outside of the graph "
+                "(files, Python functions, other processes), so it isn't opened; cut the network off behind it: name "
+                "its inputs and outputs, or export it without"
             )
 
 
@@ -76,7 +76,6 @@ def _closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
     """What ends depend on, in whatever way, with the nodes of all functions that this calls."""
     nodes: Mapping[str, NodeDef] = {n.name: n for n in graph_def.node}
     functions = {f.signature.name: f for f in graph_def.library.function}
-    # A gradient function takes another one's place where it is asked for; nothing in inference asks.
     stack = [node_of(e.lstrip("^")) for e in ends]
     seen: set[str] = set()
     called: set[str] = set()
@@ -86,7 +85,8 @@ def _closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
             continue
         seen.add(name)
         node = nodes[name]
-        yield node
+        if node.op not in functions:
+            yield node
         stack += [node_of(i.lstrip("^")) for i in node.input]
         waiting = [f for f in _functions(node) if f in functions and f not in called]
         while waiting:
@@ -95,7 +95,8 @@ def _closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
                 continue
             called.add(found)
             for inner in functions[found].node_def:
-                yield inner
+                if inner.op not in functions:
+                    yield inner
                 waiting += [f for f in _functions(inner) if f in functions and f not in called]
 
 

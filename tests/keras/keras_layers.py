@@ -1,5 +1,7 @@
 """Every layer class of `keras.layers` in a small functional model, with data that suit it."""
 
+# ruff: noqa: PLW0108
+
 from __future__ import annotations
 
 import inspect
@@ -9,7 +11,6 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers as L
-from keras import ops
 
 Shapes = tuple[tuple[int, ...], ...]
 Call = Callable[..., Any]
@@ -37,10 +38,6 @@ def _ids(call: Call) -> Call:
     return call
 
 
-def _convolved(shapes: Shapes, call: Call) -> tuple[Shapes, Call]:
-    return shapes, lambda x: call(L.Dense(5, use_bias=False)(x))
-
-
 def _cells(cell: Call) -> Call:
     return lambda x: L.RNN(cell())(x)
 
@@ -58,8 +55,6 @@ CASES: Mapping[str, tuple[Shapes, Call]] = {
     "Wrapper": (VECTOR, lambda x: Wrapped(L.Dense(4))(x)),
     # convolutions
     **_same("Conv", 1, 2, 3, filters=5, kernel_size=3, padding="same", strides=2, activation="relu"),
-    **_same("Conv", *(), filters=1, kernel_size=1),
-    **{f"{k}Transpose": v for k, v in {}.items()},
     "Conv1DTranspose": (STEPS, lambda x: L.Conv1DTranspose(5, 3, strides=2, padding="same")(x)),
     "Conv2DTranspose": (IMAGE, lambda x: L.Conv2DTranspose(5, 3, strides=2, padding="same")(x)),
     "Conv3DTranspose": (VOLUME, lambda x: L.Conv3DTranspose(4, 3, strides=2, padding="same")(x)),

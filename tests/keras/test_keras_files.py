@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ keras = pytest.importorskip("keras")
 
 import keras_nets as nets  # noqa: E402
 
-from bitwright.errors import InputError  # noqa: E402
+from bitwright.errors import BitwrightError, InputError  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 
@@ -121,3 +122,58 @@ def test_h5_holds_no_calls_of_keras_ops(tmp_path) -> None:
         sim.export(tmp_path, name="net")
     assert "net.keras" in {p.name for p in tmp_path.iterdir()}
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".h5"]
+
+
+def _file_of_lambda(path, mark):
+    """A file whose Lambda layer writes a mark when it is called, as Keras saves it."""
+    code = f"open({str(mark)!r}, 'w').close()"
+    x = keras.Input((3,), name="x")
+    y = keras.layers.Lambda(eval(f"lambda t: (exec({code!r}), t)[1]"), output_shape=(3,))(x)
+    keras.Model(x, y).save(path)
+    mark.unlink(missing_ok=True)
+
+
+def _file_of_a_function(path, mark):
+    """A file that names a function of Python's own library in place of a layer's."""
+    import zipfile
+
+    x = keras.Input((3,), name="x")
+    keras.Model(x, keras.layers.Activation("relu", name="act")(x)).save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    config = json.loads(members["config.json"])
+    layer = next(v for v in config["config"]["layers"] if v["name"] == "act")
+    layer.update(module="os", class_name="system", config=f"touch {mark}", registered_name=None)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**members, "config.json": json.dumps(config).encode()}.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(("make", "suffix"), [(_file_of_lambda, ".keras"), (_file_of_lambda, ".h5"),
+                                              (_file_of_a_function, ".keras")])  # fmt: skip
+def test_opening_a_file_runs_nothing_of_it(make, suffix, tmp_path) -> None:
+    path, mark = tmp_path / f"net{suffix}", tmp_path / "mark"
+    make(path, mark)
+    with pytest.raises(InputError, match="can't be opened"):
+        BACKEND.load(path)
+    assert not mark.exists()
+    if make is _file_of_lambda and suffix == ".keras":
+        BACKEND.load(path, safe_mode=False)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["[1]", '"x"', "3", "{", '{"conv": 5}', '{"stem": {"op": "stem"}}',
+     '{"stem": {"op": 1, "outputs": [], "params": {}}}', '{"stem": {"op": "a", "outputs": [], "params": {}}}',
+     '{"stem": {"op": "a", "outputs": ["a"], "params": {"kernel": 1}}}'],
+)  # fmt: skip
+def test_kept_names_of_a_wrong_shape_are_refused(names, tmp_path) -> None:
+    import zipfile
+
+    path = tmp_path / "net.keras"
+    nets.residual().save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("bitwright.json", names)
+    with pytest.raises(BitwrightError, match="the names kept in the file"):
+        BACKEND.load(path)
