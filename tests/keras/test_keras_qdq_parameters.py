@@ -25,7 +25,6 @@ from bitwright import QuantSim  # noqa: E402
 from bitwright.cli import main  # noqa: E402
 from bitwright.plan import SiteKind  # noqa: E402
 from bitwright.verify import sqnr, verify  # noqa: E402
-from bitwright_onnx.qdq_pairs import pairs_of  # noqa: E402
 
 
 def conv(filters: int, **options: Any) -> Any:
@@ -94,7 +93,7 @@ def _proved(sim: QuantSim, data: dict[str, np.ndarray], folder: Path) -> Any:
         bundle = sim.export(folder, name="net")
     for mine, theirs in zip(sim.predict(data), _unoptimized(bundle.files["qdq"], data), strict=True):
         assert sqnr(mine, theirs) >= 60
-    held = pairs_of(bundle.files["qdq"])
+    held = sim.backend.pairs(bundle)
     for site in sim.plan.quantized:
         if sim.plan[site].kind is SiteKind.PARAMETER:
             assert site in held, site
