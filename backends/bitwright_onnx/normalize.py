@@ -2,9 +2,10 @@
 
 After `normalize`: opset ≥ 13; functions inlined; Constant nodes and constant subexpressions are initializers, none
 of which is also an input; Identity nodes are gone but where they name an output; every node has a name of its own;
-a constant added to each channel of a convolution without bias is its bias; Gemm has alpha = beta = 1 and a bias of
-shape (out,); shapes and types are inferred as far as ONNX (or else ONNX Runtime) can. The outputs' values are those
-of the model as given, and tensors that are left keep their names.
+a constant added to each channel of a convolution without bias is its bias; parameters of different kinds are
+arrays of their own; Gemm has alpha = beta = 1 and a bias of shape (out,); shapes and types are inferred as far as
+ONNX (or else ONNX Runtime) can. The outputs' values are those of the model as given, and tensors that are left keep
+their names.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bitwright_onnx.opset import MINIMUM_OPSET, raise_opset
 from bitwright_onnx.rewrites import rewrite
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import values_of
+from bitwright_onnx.unsharing import unshare_roles
 from bitwright_onnx.value_types import refuse_no_tensors, restore_types
 from bitwright_onnx.wellformed import refuse_malformed
 
@@ -69,6 +71,7 @@ def normalize(model: ir.Model) -> ir.Model:
             break
     _ask_runtime_for_types(model)
     rewrite(model.graph)
+    unshare_roles(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     return model
 

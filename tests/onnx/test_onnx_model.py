@@ -13,7 +13,10 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import ParamRole
+from bitwright.plan import Float
+from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
+from bitwright.verify import sqnr
 from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.opset import opset_of, raise_opset
 from bitwright_onnx.session import OrtSession, compile_session
@@ -413,3 +416,26 @@ def test_a_bias_that_exporters_spell_by_cast_and_expand_is_a_parameter():
     (op,) = backend.graph(model).linear_ops
     bias = op.params[ParamRole.BIAS]
     assert np.array_equal(backend.read(model, [bias])[bias], np.full(4, 0.25, np.float32))
+
+
+def test_merged_initializers_of_different_kinds_are_parameters_of_their_own(tmp_path):
+    """PyTorch's exporter writes one array of zeros for biases and for the shifts of norms."""
+    m = b.ModelBuilder()
+    m.input("x", ["n", 4])
+    zeros, ones = m.const("zeros", np.zeros(4, np.float32)), m.const("ones", np.ones(4, np.float32))
+    m.node("LayerNormalization", ["x", ones, zeros], "n1", "norm1")
+    m.node("Gemm", ["n1", m.weight("w1", 4, 4), zeros], "h", "fc1")
+    m.node("LayerNormalization", ["h", ones, zeros], "n2", "norm2")
+    m.node("Gemm", ["n2", m.weight("w2", 4, 4), zeros], "y", "fc2")
+    m.output("y")
+    data = {"x": np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)}
+    for target in ("default", "htp_v73", "onnxruntime-cpu"):
+        sim = QuantSim(m.build(), target=target).calibrate(data)
+        params = {op.id: op.params for op in sim.graph}
+        assert params["norm1"][ParamRole.BETA] == params["norm2"][ParamRole.BETA] == "zeros"
+        assert params["fc1"][ParamRole.BIAS] == params["fc2"][ParamRole.BIAS] == "zeros.fc1"
+        assert isinstance(sim.plan["zeros"].decision, Float)
+        assert sqnr(sim.predict(data, simulated=False)[0], sim.predict(data)[0]) > 30
+        bundle = sim.export(tmp_path / target)
+        again = QuantSim(bundle.files["model"], target=target)
+        assert set(again.graph.params) == set(sim.graph.params)

@@ -1,0 +1,36 @@
+"""Initializers that an exporter has merged because their values are equal, and that are parameters of different kinds.
+
+PyTorch's exporter writes one array of zeros for the biases of linear layers and the shifts of norms. They are no
+shared parameter: a target gives the one an int32 grid and keeps the other in float.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from bitwright.graph import ParamRole
+from bitwright_onnx.initializers import add_initializer
+from bitwright_onnx.operands import parameters
+from bitwright_onnx.session import tensor_array
+
+LARGEST = 2**20
+"""Bytes of an initializer that may be written twice; larger ones are matrices, which are shared on purpose."""
+_SAME = frozenset({ParamRole.WEIGHT, ParamRole.BIAS, ParamRole.CONSTANT})
+"""Roles that are treated alike whatever the op's type."""
+
+
+def unshare_roles(graph: ir.Graph) -> None:
+    """Give each kind of use a copy of its own; the first keeps the name."""
+    first: dict[ir.Value, tuple[ParamRole, str]] = {}
+    copies: dict[tuple[ir.Value, ParamRole, str], ir.Value] = {}
+    for node in list(graph):
+        for role, (owner, index) in parameters(node).items():
+            value = owner.inputs[index]
+            assert value is not None and value.const_value is not None
+            use = role, "" if role in _SAME else node.op_type
+            if first.setdefault(value, use) == use or value.const_value.nbytes > LARGEST:
+                continue
+            if (value, *use) not in copies:
+                array = tensor_array(value.const_value)
+                copies[value, *use] = add_initializer(graph, f"{value.name}.{node.name}", array, value.dtype)
+            owner.replace_input_with(index, copies[value, *use])
