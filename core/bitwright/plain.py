@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bitwright import registry
 from bitwright.backend import Bundle, Session
+from bitwright.batches import joined
 from bitwright.data import Dataset
 
 QDQ, TFLITE = "qdq", "tflite"
@@ -137,7 +138,7 @@ def seen_plain(
         return None
     session = runtime.plain_session(bundle)
     parts = [np.asarray(next(iter(session.run(batch).values()))) for batch in dataset]
-    views = {**outputs, "plain": np.concatenate(parts)}
+    views = {**outputs, "plain": joined(parts)}
     figures = {view: sqnr_db(views["float"], views[view]) for view in ("integer", "plain")}
     return plain_view(runtime.plain_risks(bundle), views, figures, labels)
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.bundle.crushed import risky
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, OpKind
 from bitwright.placement import build_plan
 from bitwright.plan import Float, Plan
+from bitwright.report.widths import plan_widths
 from bitwright.target import Target
 
 
@@ -40,7 +42,9 @@ class Validation:
         notices: restrictions under which it was opened (a fixed batch size, parts left in Python).
         unknown: ops that run in float because no target knows them; they end every pattern too.
         in_float: further sites that the target leaves in float.
+        risks: parts of outputs that may be lost on one grid with others.
         notes: fallbacks and exceptions of the target.
+        widths: what weights and activations are quantized to, in words.
         ops, sites: number of ops, and of sites that are quantized.
     """
 
@@ -52,12 +56,32 @@ class Validation:
     notes: tuple[str, ...] = ()
     ops: int = 0
     sites: int = 0
+    risks: tuple[Finding, ...] = ()
+    widths: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence."""
+        if not self.opened:
+            return f"can't be quantized: {self.error}"
+        if self.risks:
+            where = ", ".join(f.where for f in self.risks)
+            return f"can be quantized, but a part of an output may be lost: look at {where} first"
+        if self.unknown:
+            left = f"{len(self.unknown)} op{'s' if len(self.unknown) > 1 else ''}"
+            return f"can be quantized but for {left} of unknown types"
+        return "can be quantized"
 
     def __str__(self) -> str:
         if not self.opened:
-            return f"can't be quantized: {self.error}"
-        lines = [f"{self.ops} ops, {self.sites} quantized sites", *self.notices]
-        for title, findings in (("in float, unknown to every target", self.unknown), ("in float", self.in_float)):
+            return self.verdict
+        lines = [self.verdict, f"{self.ops} ops, {self.sites} quantized sites: {self.widths}", *self.notices]
+        kinds = (
+            ("may be lost", self.risks),
+            ("in float, unknown to every target", self.unknown),
+            ("in float", self.in_float),
+        )
+        for title, findings in kinds:
             if findings:
                 lines.append(f"{title}:")
                 lines += [f"  {f.where}: {f.what}" + (f" ({f.source})" if f.source else "") for f in findings]
@@ -113,6 +137,8 @@ def validate(
         plan.notes,
         len(graph),
         len(plan.quantized),
+        tuple(Finding(op, what, graph.op(op).source) for op, what in risky(graph, plan)),
+        plan_widths(plan),
     )
 
 

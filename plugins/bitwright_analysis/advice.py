@@ -21,6 +21,8 @@ from bitwright_analysis.records import (
 
 FINE_DB = 30.0
 """Output SQNR from which on classifiers keep their answers but for the closest calls."""
+POOR_DB = 10.0
+"""Output SQNR below which few answers are those of the float model."""
 DOMINANT = 0.5
 """Sites that bring so much of the noise together are worth treating one by one."""
 FEW = 5
@@ -47,6 +49,7 @@ class Evidence:
     accumulator_bits: int
     applied: Collection[str]
     known: Collection[str]
+    crushed: Collection[str] = ()
 
     def sites(self, *kinds: str) -> list[Sensitivity]:
         """Sensitivities of sites, worst first."""
@@ -68,6 +71,24 @@ def _counted(things: Collection[object], name: str) -> str:
     return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
+def sentence(e: Evidence) -> str:
+    """How bad it is, in one sentence."""
+    full = e.overall.get("quantized")
+    if e.crushed:
+        parts = "a part" if len(e.crushed) == 1 else f"{len(e.crushed)} parts"
+        return f"Don't export it yet: {parts} of the output {'is' if len(e.crushed) == 1 else 'are'} lost."
+    if full is None or full.sqnr_db is None:
+        return "Quantization doesn't change the output."
+    quality = "hardly changes" if full.sqnr_db >= FINE_DB else "changes" if full.sqnr_db >= POOR_DB else "destroys"
+    return f"Quantization {quality} the output: {full.sqnr_db:.1f} dB of signal to quantization noise."
+
+
+def lost_parts(e: Evidence) -> Iterator[Advice]:
+    """Outputs that nothing is left of, whatever the whole looks like."""
+    for text in e.crushed:
+        yield Advice(text=f"{text[0].upper()}{text[1:]}.")
+
+
 def verdict(e: Evidence) -> Iterator[Advice]:
     """How bad it is, and whether weights or activations are to blame."""
     full = e.overall.get("quantized")
@@ -75,6 +96,8 @@ def verdict(e: Evidence) -> Iterator[Advice]:
     if full is None:
         return
     if full.sqnr_db is None or full.sqnr_db >= FINE_DB:
+        if e.crushed:
+            return
         text = "quantization hardly changes the output"
         text += "." if full.sqnr_db is None else f" ({full.sqnr_db:.1f} dB)."
         yield Advice(text=f"{text[0].upper()}{text[1:]} Export it, and compare with the target by `bitwright verify`.")
@@ -241,6 +264,7 @@ def where_it_breaks(e: Evidence) -> Iterator[Advice]:
 
 
 RULES: tuple[Callable[[Evidence], Iterator[Advice]], ...] = (
+    lost_parts,
     verdict,
     fold,
     equalize,

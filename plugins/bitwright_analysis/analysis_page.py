@@ -40,7 +40,9 @@ def render(analysis: Analysis) -> str:
     title = f"{analysis.name} on {analysis.target}: where quantization hurts"
     created = analysis.created.replace("T", " ").replace("+00:00", " UTC")
     recipe = " → ".join(analysis.recipe) or "no technique"
-    return parts.page(title, f"{recipe} · {created}", [*sections, script], head=head + STYLE)
+    return parts.page(
+        title, " · ".join(filter(None, (analysis.widths, recipe, created))), [*sections, script], head=head + STYLE
+    )
 
 
 def _models(analysis: Analysis) -> dict[str, Any]:
@@ -141,7 +143,8 @@ def _overview(analysis: Analysis) -> str:
         else:
             value, below = ("equal" if o.sqnr_db is None else f"{o.sqnr_db:.1f} dB"), "output SQNR"
         tiles.append(parts.tile(o.setting[0].upper() + o.setting[1:], value, below))
-    return f'<section><div class="tiles">{"".join(tiles)}</div></section>'
+    told = f"<p>{escape(analysis.verdict)}</p>" if analysis.verdict else ""
+    return f'<section>{told}<div class="tiles">{"".join(tiles)}</div></section>'
 
 
 def _advice(analysis: Analysis) -> str:

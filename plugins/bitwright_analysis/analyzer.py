@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from bitwright import registry
 from bitwright.applying import open_store
+from bitwright.bundle.crushed import OutputQuality
 from bitwright.durable import make_directory, write_text
 from bitwright.errors import InputError
 from bitwright.evaluation_identity import identity
 from bitwright.forking import fork
 from bitwright.quantsim import QuantSim
+from bitwright.report.widths import plan_widths
 from bitwright.runs import RunDirectory, run_in
 from bitwright.samples import FirstSamples, labels_of
 from bitwright.technique import Progress, Store
 from bitwright_analysis.accumulators import accumulators, overflowing
-from bitwright_analysis.advice import Evidence, advice
+from bitwright_analysis.advice import Evidence, advice, sentence
 from bitwright_analysis.distributions import activation_distributions, parameter_distributions
 from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
@@ -118,6 +120,11 @@ def quant_analyzer(
         with _clock(seconds, "sensitivities"):
             rows, measure = _sensitivities(sim, switches, by_score, first, store, directions, larger_is_better)
         switches.all_but(())
+        quality = OutputQuality(sim.graph)
+        taps = quality.taps
+        if taps:
+            quality.run(sim.backend.session(sim.native, taps), simulation.session(taps), first)
+        crushed = tuple(quality.crushed())
         with _clock(seconds, "layers"):
             errors = layer_errors(sim.backend, sim.native, simulation, sim.graph, sim.plan, dataset, sim.progress)
         with _clock(seconds, "distributions"):
@@ -141,6 +148,7 @@ def quant_analyzer(
             accumulator_bits,
             applied,
             registry.techniques(),
+            crushed,
         )
         analysis = Analysis(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,6 +167,9 @@ def quant_analyzer(
             accumulators=tuple(sums),
             hints=hints_of(sim.graph, sim.target, sim.params, table),
             advice=advice(evidence),
+            widths=plan_widths(sim.plan),
+            crushed=crushed,
+            verdict=sentence(evidence),
             seconds={k: round(v, 3) for k, v in seconds.items()},
         )
         if out is not None:

@@ -107,6 +107,9 @@ def analyze(
 def _show(analysis: Analysis, out: Path) -> None:
     from bitwright.cli import console
 
+    console.say(analysis.verdict)
+    console.say(f"{analysis.name} on {analysis.target}: {analysis.widths}")
+
     def score(value: float | None) -> str:
         return "" if value is None else f"{value:.2%}" if analysis.overall[0].score is not None else f"{value:.4g}"
 

@@ -202,6 +202,9 @@ class Analysis(Record):
         sensitivities: the worst first; sites and layers.
         layers: in the order of the network.
         seconds: duration of each stage.
+        widths: what weights and activations are quantized to, in words.
+        crushed: outputs, and parts of concatenated ones, that nothing is left of, in words.
+        verdict: the whole in a sentence.
     """
 
     schema_version: int = 1
@@ -223,6 +226,9 @@ class Analysis(Record):
     advice: tuple[Advice, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
+    widths: str = ""
+    crushed: tuple[str, ...] = ()
+    verdict: str = ""
 
     def ranking(self, kind: str | None = None) -> tuple[Sensitivity, ...]:
         """The sites, worst first; of one kind ("layer", "weight", "parameter", "activation") if asked."""
@@ -240,7 +246,7 @@ class Analysis(Record):
         return found
 
     def __str__(self) -> str:
-        lines = [f"{self.name} on {self.target}"]
+        lines = [line for line in (self.verdict, f"{self.name} on {self.target}: {self.widths}") if line]
         for o in self.overall:
             score = "" if o.score is None else f"  {self.score_name} {o.score:.4g}"
             sqnr = "" if o.setting == "float" else "  exact" if o.sqnr_db is None else f"  SQNR {o.sqnr_db:.1f} dB"

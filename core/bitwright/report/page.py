@@ -8,6 +8,7 @@ from html import escape
 from bitwright.report import charts
 from bitwright.report.model import Cell, LayerRow, RunReport, SiteRow, StepRecord
 from bitwright.report.parts import facts, figure, fold, page, section, size, table, text, tile
+from bitwright.report.widths import widths
 
 
 def render(report: RunReport) -> str:
@@ -25,7 +26,8 @@ def render(report: RunReport) -> str:
 
 def _subtitle(report: RunReport) -> str:
     steps = " → ".join(step.technique for step in report.steps) or "no technique"
-    return f"{report.model.source} · {steps} · {report.created.replace('T', ' ').replace('+00:00', ' UTC')}"
+    found = widths((s.kind, s.detail.split(" ")[0].rstrip(",")) for s in report.sites if s.decision == "quantized")
+    return f"{report.model.source} · {found} · {steps} · {report.created.replace('T', ' ').replace('+00:00', ' UTC')}"
 
 
 # -- sections
@@ -50,7 +52,24 @@ def _overview(report: RunReport) -> str:
     note = ""
     if model.opaque_ops:
         note = f"<p class=note>{model.opaque_ops} of {model.ops} operations are of unknown types and run in float.</p>"
-    return f'<section><div class="tiles">{"".join(tiles)}</div>{note}</section>'
+    return f'<section><p>{escape(verdict(report))}</p><div class="tiles">{"".join(tiles)}</div>{note}</section>'
+
+
+def verdict(report: RunReport) -> str:
+    """The whole run in a sentence or two."""
+    told = []
+    if (found := report.accuracy) is not None:
+        points = 100 * (found.simulated - found.float_model)
+        change = "keeps" if abs(points) < 0.005 else f"{'loses' if points < 0 else 'gains'} {abs(points):.2f} points of"
+        told.append(f"The simulation {change} the float model's top-1 accuracy, {found.float_model:.2%}.")
+    record = report.record
+    if record is not None and record.compared:
+        told.append(f"The quantized model computes what was simulated in all {record.compared} tensors compared.")
+    for format, reason in record.missing.items() if record is not None else ():
+        told.append(f"There is no {format}: {reason}.")
+    if record is None or not (record.compared or record.missing):
+        told.append("No quantized model was compared with the simulation.")
+    return " ".join(told)
 
 
 def _step(number: int, step: StepRecord) -> str:
