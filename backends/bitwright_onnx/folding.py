@@ -100,12 +100,16 @@ def _reads_kept(node: ir.Node, inputs: list[ir.Value]) -> bool:
 def _size(value: ir.Value) -> int | None:
     """Bytes of a tensor whose shape and type are known (a text counts as 64)."""
     if value.const_value is not None:
-        return int(value.const_value.size) * max(1, value.const_value.dtype.bitwidth // 8)
+        return int(value.const_value.size) * _width(value.const_value.dtype)
     if value.shape is None or value.dtype is None:
         return None
     dims = [d for d in value.shape if isinstance(d, int)]
-    width = 64 if value.dtype is ir.DataType.STRING else max(1, value.dtype.bitwidth // 8)
+    width = _width(value.dtype)
     return math.prod(dims) * width if len(dims) == len(value.shape) else None
+
+
+def _width(dtype: ir.DataType) -> int:
+    return 64 if dtype is ir.DataType.STRING else max(1, dtype.bitwidth // 8)
 
 
 def _embeds(node: ir.Node) -> bool:

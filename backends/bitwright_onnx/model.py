@@ -16,7 +16,7 @@ import onnx_ir as ir
 from bitwright.errors import InputError, ModelError
 from bitwright_onnx.normalize import normalize
 from bitwright_onnx.opset import minimal_ir_version, opset_of
-from bitwright_onnx.session import LIBRARIES, tensor_array
+from bitwright_onnx.session import LIBRARIES, byte_size, tensor_array
 
 EXTERNAL_ABOVE = 1_800_000_000
 """Weights beyond this many bytes go to a file of their own: a protobuf message holds less than 2 GiB."""
@@ -188,7 +188,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
     path = Path(path)
     data = path.with_name(path.name + ".data")
     tensors = [v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
-    external = external_data if external_data is not None else sum(t.nbytes for t in tensors) > EXTERNAL_ABOVE
+    external = external_data if external_data is not None else sum(map(byte_size, tensors)) > EXTERNAL_ABOVE
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"can't write {str(path)!r}: " + ("it is a folder" if path.is_dir() else "no such folder"))
     if external and data.exists() and not path.exists():

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from bitwright.errors import ModelError
 from bitwright_onnx.old_opsets import NUMPY_BROADCASTING, broadcast_as_numpy
-from bitwright_onnx.session import INLINE_BYTES, tensor_array
+from bitwright_onnx.session import INLINE_BYTES, byte_size, tensor_array
 from bitwright_onnx.subgraph import values_of
 
 MINIMUM_OPSET = 13
@@ -79,7 +79,7 @@ def _detach(model: ir.Model) -> dict[str, ir.TensorProtocol]:
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"initializer {name!r} has no data")
-        if tensor.nbytes > INLINE_BYTES:
+        if byte_size(tensor) > INLINE_BYTES:
             weights[name] = tensor
             value.shape, value.dtype = ir.Shape(tensor_array(tensor).shape), tensor.dtype
             graph.initializers.pop(name)

@@ -123,7 +123,8 @@ def _unshare_weights(graph: ir.Graph) -> None:
             output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
             attributes = {key: attribute.value for key, attribute in node.attributes.items()}
             name = f"{node.name}_reader_{number}"
-            graph.insert_after(node, ir.node("DequantizeLinear", operands, attributes, outputs=[output], name=name))
+            copy = ir.node("DequantizeLinear", operands, attributes, domain=node.domain, outputs=[output], name=name)
+            graph.insert_after(node, copy)
             user.replace_input_with(index, output)
 
 

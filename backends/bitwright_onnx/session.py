@@ -125,7 +125,7 @@ def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
             if tensor is None:
                 raise ModelError(f"initializer {name!r} has no data")
             array = tensor_array(tensor)
-            if graph is part.graph and tensor.nbytes > INLINE_BYTES and array.dtype.name in _SHARED_TYPES:
+            if graph is part.graph and byte_size(tensor) > INLINE_BYTES and array.dtype.name in _SHARED_TYPES:
                 shared[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
                 value.const_value = ir.ExternalTensor(
                     "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
@@ -133,6 +133,11 @@ def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
             elif isinstance(tensor, ir.ExternalTensor):
                 value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
     return shared
+
+
+def byte_size(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a tensor's data; 0 for strings, which have no width and always stay inside of the file."""
+    return 0 if tensor.dtype is ir.DataType.STRING else tensor.nbytes
 
 
 def tensor_array(tensor: ir.TensorProtocol) -> Array:

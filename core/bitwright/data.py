@@ -162,9 +162,9 @@ def open_data(
         raise InputError(f"limit={limit}: use at least one sample")
     if not specs:
         raise InputError("the model has no inputs, so there is nothing to feed")
-    size = batch_dimension(specs) or batch_size
     if isinstance(source, Dataset):
         return source
+    size = batch_dimension(specs) or batch_size
     if isinstance(source, str | Path):
         return _open_path(Path(source), specs, size, limit, images)
     if isinstance(source, Mapping):

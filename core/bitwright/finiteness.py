@@ -72,4 +72,4 @@ def where_it_began(graph: Graph, batch: Batch, simulated: OpenSession, floating:
 
 def _finite(values: Any) -> bool:
     array = np.asarray(values)
-    return array.dtype.kind in "biu" or bool(np.isfinite(np.asarray(array, np.float32)).all())
+    return array.dtype.kind in "biuOUS" or bool(np.isfinite(np.asarray(array, np.float32)).all())

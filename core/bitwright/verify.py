@@ -332,7 +332,10 @@ def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list
     exact, runtime = values["exact"][output], values["integer"][output]
     classes = [classes_of(v) for v in (exact, runtime)]
     ops = len(views.integer.integer_ops)
-    differs = np.abs(exact.astype(np.float64) - runtime) > _rounding(views.table.get(output), runtime)
+    if runtime.dtype.kind in "OUS":  # strings
+        differs = exact != runtime
+    else:
+        differs = np.abs(exact.astype(np.float64) - runtime) > _rounding(views.table.get(output), runtime)
     figures = {
         "output_differs": float(differs.mean()) if differs.size else 0.0,
         "argmax_agreement": 1.0 if classes[0] is None else float((classes[0] == classes[1]).mean()),

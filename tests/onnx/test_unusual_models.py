@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from bitwright import QuantSim
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph import ConvAttrs
+from bitwright.verify import verify
 from bitwright_onnx.session import has_quantize_linear
 
 NEWEST = onnx.defs.onnx_opset_version()
@@ -161,3 +162,43 @@ def test_broadcasting_of_opset_6(nodes, opset, expected):
     (y,) = QuantSim(model).predict({"x": X}, simulated=False)
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def test_strings_go_through_every_view(tmp_path):
+    b = ModelBuilder(opset=20)
+    s = b.input("s", [2], TensorProto.STRING)
+    b.node("StringConcat", [s, b.const("end", np.array(["!", "?"], object))], b.output("t", [2], TensorProto.STRING))
+    b.node("Gemm", [b.input("x", [2, 4]), b.weight("w", 4, 3)], b.output("y", [2, 3]))
+    feed = _Once({"s": np.array(["a", "b"], object), "x": b.rng.standard_normal((2, 4)).astype(np.float32)})
+    sim = QuantSim(b.build()).calibrate(feed)
+    assert sim.predict(feed)[0].tolist() == ["a!", "b?"]
+    sim.export(tmp_path)
+    assert verify(tmp_path, feed).problems == []
+
+
+class _Once:
+    """One run as a data set."""
+
+    samples = 2
+
+    def __init__(self, feed):
+        self.feed = feed
+
+    def __iter__(self):
+        yield dict(self.feed)
+
+    def fingerprint(self):
+        return "once"
+
+
+@pytest.mark.parametrize("widths", [(3, 1), (4, 6)], ids=["a first axis that isn't the batch", "of two lengths"])
+def test_inputs_without_a_batch_are_verified(tmp_path, widths):
+    b = ModelBuilder(opset=17)
+    x, y = b.input("x", [widths[0], 5]), b.input("y", [5, widths[1]])
+    b.node("MatMul", [x, y], "h")
+    b.node("ReduceSum", ["h"], b.output("z"), keepdims=0)
+    feed = _Once({n: b.rng.standard_normal(s).astype(np.float32) for n, s in (("x", (widths[0], 5)),
+                                                                             ("y", (5, widths[1])))})  # fmt: skip
+    sim = QuantSim(b.build()).calibrate(feed)
+    sim.export(tmp_path)
+    assert verify(tmp_path, feed).problems == []

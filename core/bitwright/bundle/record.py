@@ -157,7 +157,7 @@ class Reference:
 
 def stored(tensor: TensorId, values: Array, encoding: Encoding | None) -> tuple[StoredTensor, Array]:
     """A tensor as the arrays hold it: codes in a byte or two where it is on one grid, otherwise its values."""
-    plain = StoredTensor(tensor=tensor)
+    plain, values = StoredTensor(tensor=tensor), _plain(values)
     if encoding is None or encoding.float_format is not None or encoding.scale.ndim or encoding.bits > 16:
         return plain, values
     if values.dtype != np.float32 or not np.isfinite(values).all():
@@ -169,6 +169,11 @@ def stored(tensor: TensorId, values: Array, encoding: Encoding | None) -> tuple[
     kind = np.uint8 if encoding.bits <= 8 else np.uint16
     about = StoredTensor(tensor=tensor, scale=float(encoding.scale), offset=low - int(encoding.zero_point))
     return about, (codes.astype(np.int64) - low).astype(kind)
+
+
+def _plain(values: Array) -> Array:
+    """Strings as numpy's own: arrays of Python objects would be pickled."""
+    return values.astype(str) if values.dtype == object else values
 
 
 def restored(about: StoredTensor, values: Array) -> Array:
@@ -199,7 +204,7 @@ def write_arrays(
         synthetic: the inputs were made up.
         budget: bytes of outputs and taps.
     """
-    arrays: dict[str, Array] = {f"input/{i}": v for i, v in enumerate(inputs.values())}
+    arrays: dict[str, Array] = {f"input/{i}": _plain(v) for i, v in enumerate(inputs.values())}
     made = {t: stored(t, values[t], table.get(t)) for t in dict.fromkeys([*outputs, *taps]) if t in values}
     sizes = {t: v.nbytes for t, (_, v) in made.items()}
     kept_outputs: list[TensorId] = []
