@@ -11,6 +11,7 @@ import onnx_ir as ir
 from bitwright.graph import ParamRole
 from bitwright_onnx.initializers import add_initializer
 from bitwright_onnx.operands import parameters
+from bitwright_onnx.optable import bias_add
 from bitwright_onnx.session import tensor_array
 
 LARGEST = 2**20
@@ -23,7 +24,12 @@ def unshare_roles(graph: ir.Graph) -> None:
     """Give each kind of use a copy of its own; the first keeps the name."""
     first: dict[ir.Value, tuple[ParamRole, str]] = {}
     copies: dict[tuple[ir.Value, ParamRole, str], ir.Value] = {}
+    merged: set[ir.Node] = set()
     for node in list(graph):
+        if node in merged:
+            continue
+        if (add := bias_add(node)) is not None:
+            merged.add(add)  # a part of the product: its constant is the bias
         for role, (owner, index) in parameters(node).items():
             value = owner.inputs[index]
             assert value is not None and value.const_value is not None

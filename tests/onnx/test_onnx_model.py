@@ -439,3 +439,12 @@ def test_merged_initializers_of_different_kinds_are_parameters_of_their_own(tmp_
         bundle = sim.export(tmp_path / target)
         again = QuantSim(bundle.files["model"], target=target)
         assert set(again.graph.params) == set(sim.graph.params)
+
+
+def test_the_bias_that_an_addition_gives_a_product_keeps_its_name():
+    m = b.ModelBuilder()
+    m.input("x", ["n", 4])
+    m.node("MatMul", ["x", m.weight("w", 4, 4)], "h", "fc")
+    m.node("Add", ["h", m.weight("bias", 4)], "y")
+    m.output("y")
+    assert QuantSim(m.build()).graph.op("fc").params[ParamRole.BIAS] == "bias"
