@@ -1,7 +1,7 @@
 """An ONNX model as the core's graph.
 
-- A MatMul by a constant matrix is LINEAR; with the Add of a constant of its output's width (its only reader) it is
-  one op, which has the MatMul's name and the Add's output.
+- A MatMul by a constant matrix, or by the transpose of one that other ops read too, is LINEAR; with the Add of a
+  constant of its output's width (its only reader) it is one op, which has the MatMul's name and the Add's output.
 - What computes shapes only (from Shape and constants) isn't shown, and reading a tensor's shape doesn't count as
   reading the tensor: neither carries data that could be quantized.
 - A strided convolution with SAME padding over free dimensions has no fixed geometry; it is OPAQUE, as is every op of
@@ -29,6 +29,7 @@ from bitwright_onnx.optable import (
     is_float_constant,
     linear_weight,
     plain_bias,
+    turns_weight,
 )
 from bitwright_onnx.subgraph import captured
 from bitwright_onnx.value_types import is_tensor
@@ -43,7 +44,7 @@ def canonical_graph(model: ir.Model) -> Graph:
         ModelError: the model is quantized already.
     """
     refuse_quantized(model)
-    hidden = shape_computations(model.graph)
+    hidden = shape_computations(model.graph) | {node for node in model.graph if turns_weight(node)}
     unseen = {o for node in hidden for o in node.outputs}
     masked = mask_names(model.graph)
     ops: list[Op] = []

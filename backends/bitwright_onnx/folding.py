@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bitwright_onnx.initializers import add_initializer, is_private, unique_name
+from bitwright_onnx.optable import shares_weight, turns_weight
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import bodies
 
@@ -82,6 +83,8 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
             plain and inputs and all(v in known and v.dtype is not ir.DataType.STRING for v in inputs)
         ) or _reads_kept(node, inputs):
             continue
+        if turns_weight(node) and inputs[0].is_initializer() and shares_weight(inputs[0]):
+            continue  # one parameter with two uses, and no second copy
         read = sum(known[v] or 0 for v in inputs)
         rank = 8 if node.op_type in ("NonZero", "Unique") else 1
         sizes = [read * rank * 2 if node.op_type in _BOUNDED else _size(v) for v in node.outputs]

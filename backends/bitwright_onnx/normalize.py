@@ -24,7 +24,7 @@ from bitwright_onnx.folding import (
     fold_static_shapes,
 )
 from bitwright_onnx.opset import MINIMUM_OPSET, raise_opset
-from bitwright_onnx.rewrites import rewrite
+from bitwright_onnx.rewrites import rewrite, turn_gemms
 from bitwright_onnx.session import compile_session
 from bitwright_onnx.subgraph import values_of
 from bitwright_onnx.unsharing import unshare_roles
@@ -67,6 +67,7 @@ def normalize(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         bypass_constant_identities(model.graph)
         cast_to_known_types(model.graph)
+        turn_gemms(model.graph)
         if not (fold_static_shapes(model.graph) | fold_constants(model)):
             break
     _ask_runtime_for_types(model)

@@ -18,15 +18,19 @@ from bitwright_onnx.optable import (
     is_float_constant,
     linear_weight,
     plain_bias,
+    turned,
 )
 
 
 def parameters(node: ir.Node) -> Mapping[ParamRole, tuple[ir.Node, int]]:
-    """Where each parameter of an op sits: role → (node, operand index). A MatMul's bias sits in its Add."""
+    """Where each parameter of an op sits: role → (node, operand index).
+
+    A MatMul's bias sits in its Add, a weight that it reads transposed in its Transpose.
+    """
     if not is_default_domain(node):
         return {}
     if node.op_type == "MatMul" and linear_weight(node) is not None:
-        found = {ParamRole.WEIGHT: (node, 1)}
+        found = {ParamRole.WEIGHT: (node, 1) if (turn := turned(node)) is None else (turn, 0)}
         if (add := bias_add(node)) is not None:
             found[ParamRole.BIAS] = (add, 0 if is_float_constant(add.inputs[0]) else 1)
         return found

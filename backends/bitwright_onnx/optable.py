@@ -112,10 +112,15 @@ def flag(node: ir.Node, name: str) -> bool:
 
 
 def linear_weight(node: ir.Node) -> ir.Value | None:
-    """The constant weight of a Conv, ConvTranspose, Gemm, or a MatMul with a constant matrix on the right."""
+    """The constant weight of a Conv, ConvTranspose, Gemm, or a MatMul with a constant matrix on the right.
+
+    The right one may be the transpose of a matrix that other ops read as it is (see `turned`).
+    """
     if not is_default_domain(node) or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     weight = node.inputs[1]
+    if node.op_type == "MatMul" and (turn := turned(node)) is not None:
+        weight = turn.inputs[0]
     if weight is None or not is_float_constant(weight) or is_float_constant(node.inputs[0]):
         return None
     if node.op_type in ("Gemm", "MatMul") and len(constant_shape(weight)) != 2:
@@ -139,6 +144,52 @@ def plain_bias(node: ir.Node) -> bool:
     return vector and node.attributes.get_float("beta", 1.0) == 1.0
 
 
+def turned(node: ir.Node) -> ir.Node | None:
+    """The Transpose of a constant matrix on the right of a MatMul, if that is what it reads there.
+
+    Language models multiply by the transpose of their embedding's table: one array, two uses, one parameter.
+    """
+    right = node.inputs[1] if len(node.inputs) > 1 else None
+    turn = right.producer() if right is not None else None
+    return turn if turn is not None and turn.graph is node.graph and turns_weight(turn) else None
+
+
+def turns_weight(node: ir.Node) -> bool:
+    """Whether a node transposes a constant float matrix, for MatMuls alone that have it on their right."""
+    if node.op_type != "Transpose" or not is_default_domain(node) or node.outputs[0].is_graph_output():
+        return False
+    matrix = node.inputs[0]
+    if matrix is None or not is_float_constant(matrix) or len(constant_shape(matrix)) != 2:
+        return False
+    perm = node.attributes.get("perm")
+    uses = list(node.outputs[0].uses())
+    return (
+        (perm is None or list(perm.as_ints()) == [1, 0])
+        and bool(uses)
+        and all(
+            use.node.op_type == "MatMul"
+            and is_default_domain(use.node)
+            and use.idx == 1
+            and use.node.graph is node.graph
+            for use in uses
+        )
+    )
+
+
+def shares_weight(matrix: ir.Value) -> bool:
+    """Whether several ops read a matrix, all of them with its rows as outputs: lookups, transposes for MatMuls, Gemms.
+
+    What reads it the other way round needs an array of its own.
+    """
+    uses = list(matrix.uses())
+    return len(uses) > 1 and all(
+        turns_weight(node)
+        or (node.op_type == "Gather" and index == 0 and not node.attributes.get_int("axis", 0))
+        or (node.op_type == "Gemm" and index == 1 and flag(node, "transB"))
+        for node, index in uses
+    )
+
+
 def out_channels(node: ir.Node, weight: ir.Value) -> int:
     """Output channels of a Conv or ConvTranspose, output width of a Gemm or MatMul."""
     shape = constant_shape(weight)
@@ -149,7 +200,7 @@ def out_channels(node: ir.Node, weight: ir.Value) -> int:
             return shape[1] * (node.attributes.get_int("group") or 1)
         case "Gemm":
             return shape[0 if flag(node, "transB") else 1]
-    return shape[1]
+    return shape[1 if turned(node) is None else 0]
 
 
 def bias_add(node: ir.Node) -> ir.Node | None:

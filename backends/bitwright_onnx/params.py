@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_onnx.operands import canonical_shape, layout_of, parameters
-from bitwright_onnx.optable import FLOAT_TYPES, constant_shape
+from bitwright_onnx.optable import FLOAT_TYPES, constant_shape, turns_weight
 from bitwright_onnx.session import tensor_array
 
 
@@ -78,6 +78,8 @@ def canonical_form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
     graph = value.graph
     for node, index in _uses_in_order(value):
         owner = node
+        if turns_weight(node):
+            owner = node.outputs[0].uses()[0].node
         if node.op_type == "Add":
             # The bias of a MatMul sits in the Add behind it.
             other = node.inputs[1 - index] if len(node.inputs) == 2 else None

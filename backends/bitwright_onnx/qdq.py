@@ -30,6 +30,7 @@ from bitwright.plan import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
 from bitwright_onnx.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
+from bitwright_onnx.optable import turns_weight
 from bitwright_onnx.session import has_quantize_linear, tensor_array
 from bitwright_onnx.site_ops import Chain, Place, fixed_site, form_of, from_float32, in_float32, merged
 from bitwright_onnx.storage import opset_for, storage_type, stored
@@ -316,6 +317,10 @@ class _Writer:
         uses = list(value.uses())
         is_output = value.is_graph_output()
         main = self._stored(site, value, kind, canonical, encoding)
+        if isinstance(encoding.granularity, Blockwise) and encoding.float_format is None:
+            turns = [user for user, _ in uses if turns_weight(user)]
+            self._turn_blocks(site, turns, main)
+            uses = [(user, index) for user, index in uses if user not in turns]
         apart: list[tuple[Encoding, ir.Value]] = []
         for user, index in uses:
             own = others.get(self._ops.get(user, ""))
@@ -335,6 +340,37 @@ class _Writer:
         else:
             del graph.initializers[site]
             main.name = site
+
+    def _turn_blocks(self, site: ParamId, turns: list[ir.Node], main: ir.Value) -> None:
+        """Dequantize a transpose of the stored codes where the model reads a matrix of blocks transposed.
+
+        ONNX Runtime multiplies by blocks (MatMulNBits) only where a product reads what is dequantized as it is. The
+        codes are in the file once: it folds the transpose of a constant. Other grids need none of this, there it
+        moves the transpose by itself.
+        """
+        producer = main.producer()
+        while producer is not None and producer.op_type == "Cast":
+            producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+        if not turns or producer is None:
+            return
+        chain = Chain(self._fresh(f"{site}_turned"))
+        q, *numbers = producer.inputs
+        codes = chain("Transpose", q, perm=[1, 0])
+        codes.type = q.type if q is not None else None
+        operands = []
+        for suffix, number in zip(("scale", "zero_point"), numbers, strict=False):
+            assert number is not None and number.const_value is not None
+            turned = np.ascontiguousarray(number.const_value.numpy().T)
+            operands.append(self._initializer(f"{site}_turned_{suffix}", turned, number.const_value.dtype))
+        axis, size = (producer.attributes.get_int(k) for k in ("axis", "block_size"))
+        assert axis is not None and size is not None
+        y = chain("DequantizeLinear", codes, *operands, axis=1 - axis % 2, block_size=size)
+        y = from_float32(chain, y, main.dtype or ir.DataType.FLOAT)
+        y.type = main.type
+        self._at_start(chain)
+        for turn in turns:
+            turn.outputs[0].replace_all_uses_with(y)
+            self.model.graph.remove(turn, safe=True)
 
     def _stored(
         self, name: str, value: ir.Value, kind: ir.DataType, canonical: NDArray[np.float32], encoding: Encoding

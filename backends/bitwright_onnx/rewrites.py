@@ -5,20 +5,24 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bitwright_onnx.initializers import rewrite_operand
+from bitwright_onnx.initializers import rewrite_operand, unique_name
 from bitwright_onnx.optable import (
     constant_shape,
+    flag,
     is_default_domain,
     is_float_constant,
     is_mask_constant,
     linear_weight,
     out_channels,
+    shares_weight,
+    turns_weight,
 )
 from bitwright_onnx.session import tensor_array
 
 
 def rewrite(graph: ir.Graph) -> None:
     """Apply all rewrites to the main graph."""
+    share_transposes(graph)
     for node in list(graph):
         if not is_default_domain(node) or node.graph is None:
             continue
@@ -29,6 +33,34 @@ def rewrite(graph: ir.Graph) -> None:
     for node in list(graph):
         if is_default_domain(node) and node.op_type in ("Conv", "ConvTranspose"):
             absorb_bias(graph, node)
+
+
+def share_transposes(graph: ir.Graph) -> None:
+    """One array for a matrix that is transposed by several nodes, each of which has one reader of its own.
+
+    Where nothing reads it as it is, the array is turned once, and keeps its name.
+    """
+    matrices = {m: None for node in graph if turns_weight(node) and (m := node.inputs[0]) is not None}
+    for matrix in matrices:
+        users = [use.node for use in matrix.uses()]
+        if not shares_weight(matrix):
+            continue
+        if matrix.is_graph_output() or not all(turns_weight(user) for user in users):
+            for turn in dict.fromkeys(u for u in users if turns_weight(u)):
+                for use in list(turn.outputs[0].uses())[1:]:
+                    own = ir.node("Transpose", [matrix], {"perm": [1, 0]}, name=f"{use.node.name}/weight")
+                    own.outputs[0].type, own.outputs[0].shape = turn.outputs[0].type, turn.outputs[0].shape
+                    own.outputs[0].name = unique_name(graph, f"{use.node.name}/weight")
+                    graph.insert_before(use.node, own)
+                    use.node.replace_input_with(use.idx, own.outputs[0])
+            continue
+        assert matrix.const_value is not None
+        array = np.ascontiguousarray(tensor_array(matrix.const_value).T)
+        matrix.const_value = ir.Tensor(array, dtype=matrix.const_value.dtype, name=matrix.name)
+        matrix.shape = ir.Shape(array.shape)
+        for turn in users:
+            turn.outputs[0].replace_all_uses_with(matrix)
+            graph.remove(turn, safe=True)
 
 
 def bypass_identity(graph: ir.Graph, node: ir.Node) -> None:
@@ -74,6 +106,25 @@ def take_over(graph: ir.Graph, node: ir.Node, last: ir.Node) -> None:
     graph.remove(last, safe=True)
     mine.name = name
     mine.shape, mine.type = shape if shape is not None else mine.shape, dtype if dtype is not None else mine.type
+
+
+def turn_gemms(graph: ir.Graph) -> None:
+    """Let each Gemm of a constant's transpose read the constant itself the other way round: one array, all its uses."""
+    for node in list(graph):
+        right = node.inputs[1] if node.op_type == "Gemm" and is_default_domain(node) else None
+        turn = right.producer() if right is not None else None
+        if turn is None or turn.graph is not graph or turn.op_type != "Transpose" or not is_default_domain(turn):
+            continue
+        matrix = turn.inputs[0]
+        if matrix is None or not is_float_constant(matrix) or len(constant_shape(matrix)) != 2:
+            continue
+        perm = turn.attributes.get("perm")
+        if perm is not None and list(perm.as_ints()) != [1, 0]:
+            continue
+        node.replace_input_with(1, matrix)
+        node.attributes["transB"] = ir.AttrInt64("transB", 1 - int(flag(node, "transB")))
+        if not turn.outputs[0].uses() and not turn.outputs[0].is_graph_output():
+            graph.remove(turn, safe=True)
 
 
 def normalize_gemm(graph: ir.Graph, node: ir.Node) -> None:

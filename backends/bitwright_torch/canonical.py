@@ -3,8 +3,9 @@
 - Fused attention is shown spelled out (see `attention`).
 - Sizes, and what is made of sizes and fixed buffers alone (positions, causal masks), isn't shown: it carries no data.
 - A linear op on a matrix is "Gemm" and on more dimensions "MatMul", the ONNX types that it becomes.
-- A weight that the model computes of parameters (weight normalization) is no parameter; its convolution or linear op
-  is OPAQUE. One that is computed of data makes the op a product of two activations.
+- What is computed from parameters and constants alone (weight normalization, gates, fusion weights, position biases)
+  is one parameter, not ops (see `operands`). A weight that is computed of data makes the op a product of two
+  activations.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bitwright.graph import ActivationAttrs, Attrs, Graph, Op, OpKind, Param, Pa
 from bitwright_torch import attributes, modes
 from bitwright_torch.attention import lower_attention
 from bitwright_torch.channels import told_axes
+from bitwright_torch.constants import constant_nodes
 from bitwright_torch.masks import mask_nodes
 from bitwright_torch.model import CapturedModel, Program, info, program_of
 from bitwright_torch.naming import call_name
@@ -71,6 +73,7 @@ class _Builder:
         self._visible = data_nodes(graph, model)
         self._operands = operands(graph, model)
         self._dynamic = _fed(graph)
+        self._constant_nodes = constant_nodes(graph)
         self._masks = mask_nodes(graph, self._operands, model)
         self._params: dict[str, Param] = {}
         self._where: dict[str, tuple[Operand, Param]] = {}
@@ -106,7 +109,9 @@ class _Builder:
         return Canonical(graph, self._graph, tensors, nodes, self._where, readers)
 
     def _is_op(self, node: fx.Node) -> bool:
-        if node.op != "call_function" or node.target is operator.getitem or node in self._operands:
+        if node.op != "call_function" or node.target is operator.getitem:
+            return False
+        if node in self._operands or node in self._constant_nodes:
             return False
         return node in self._visible and node.target is not torch.ops.aten.copy_.default
 
@@ -149,7 +154,8 @@ class _Builder:
         fx.node.map_arg((node.args, node.kwargs), found.append)
         return [
             n for n in found
-            if n not in self._operands and n in self._visible and info(n).shape is not None
+            if n not in self._operands and n not in self._constant_nodes
+            and n in self._visible and info(n).shape is not None
         ]  # fmt: skip
 
     def _classify(

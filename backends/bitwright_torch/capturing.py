@@ -75,16 +75,18 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
 
 
 def private_copy(module: nn.Module) -> nn.Module:
-    """A deep copy; where a module can't be copied, a bare tree with copies of its tensors.
+    """A deep copy, tensors that carry gradients (`weight_norm` keeps one) as plain values.
 
     Raises:
-        ModelError: the module has lazy parameters that no forward pass has given a shape yet.
+        ModelError: the module can't be copied, or has lazy parameters that no forward pass has given a shape yet.
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name!r} has no shape yet; run the model once before quantizing it")
+    carrying = [t for m in module.modules() for t in m.__dict__.values() if isinstance(t, torch.Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in carrying if t.grad_fn is not None}
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, memo)
     except Exception as error:
         raise ModelError(
             f"the model can't be copied ({type(error).__name__}: {error}); give it a __deepcopy__, or take out what "

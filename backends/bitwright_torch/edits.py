@@ -19,7 +19,7 @@ from bitwright_torch import modes
 from bitwright_torch.canonical import canonical
 from bitwright_torch.model import NAMES, CapturedModel, NodeInfo, info, owner_of, program_of, share, tensor_of
 from bitwright_torch.operands import Operand, operands
-from bitwright_torch.params import write_params
+from bitwright_torch.params import native_values, write_params
 
 aten = torch.ops.aten
 _ACTIVATIONS: dict[str, Any] = {
@@ -97,6 +97,9 @@ class _Editor:
 
     @apply.register
     def _set_params(self, edit: SetParams) -> None:
+        native_values(self._known, edit.values)  # all are checked before the first is changed
+        for id in edit.values:
+            self._make_parameter(id)
         write_params(self._tree, self._known, edit.values, self._owned)
 
     @apply.register
@@ -124,6 +127,43 @@ class _Editor:
         self._declare(edit.op, ParamRole.BIAS, name, bias)
         self._attach_bias(node, self._read(node, name))
         self._restructured = True
+
+    def _make_parameter(self, id: str) -> None:
+        """Put a parameter of its own in the place of one that is computed; what nothing else reads goes."""
+        operand, shown = self._known[id]
+        if operand.evaluator is None:
+            return
+        readers = [n for n, o in operands(self._graph, self._tree).items() if o.id == id and o.evaluator is not None]
+        node = next(n for n in readers if not any(s in readers for s in n.all_input_nodes))
+        trainable = any(tensor_of(self._tree, name).requires_grad for name in operand.evaluator.reads)
+        name = self._register(id.removeprefix(self._program.prefix), operand.view(self._tree), trainable)
+        read = self._read(node, name)
+        read.meta[NAMES] = replace(info(read), tensor=id)
+        node.replace_all_uses_with(read)
+        self._known[id] = (replace(operand, base=name, evaluator=None), shown)
+        self._restructured = True
+        dead = [node]
+        while dead:
+            gone = dead.pop()
+            if gone.users:
+                continue
+            dead += gone.all_input_nodes
+            if gone.op == "get_attr":
+                self._forget(gone)
+            else:
+                self._graph.erase_node(gone)
+
+    def _forget(self, read: fx.Node) -> None:
+        """Remove a read of a tensor that nothing else reads, and the tensor."""
+        name = str(read.target)
+        self._graph.erase_node(read)
+        if not modes.is_flag_name(name):
+            owner, last = owner_of(self._tree, name)
+            # None, as for an option that a module hasn't got: its repr and others ask for the name.
+            for table in (owner._parameters, owner._buffers):
+                if last in table:
+                    table[last] = None
+            self._known.pop(self._program.prefix + name, None)
 
     def _attach_bias(self, node: fx.Node, bias: fx.Node) -> None:
         if node.target in (aten.matmul.default, aten.mm.default):
@@ -223,15 +263,7 @@ class _Editor:
         self._restructured = True
         for tensor in read:
             if not tensor.users:
-                name = str(tensor.target)
-                self._graph.erase_node(tensor)
-                if not modes.is_flag_name(name):
-                    owner, last = owner_of(self._tree, name)
-                    # None, as for an option that a module hasn't got: its repr and others ask for the name.
-                    for table in (owner._parameters, owner._buffers):
-                        if last in table:
-                            table[last] = None
-                    self._known.pop(self._program.prefix + name, None)
+                self._forget(tensor)
 
     @apply.register
     def _replace_activation(self, edit: ReplaceActivation) -> None:

@@ -31,7 +31,6 @@ from bitwright_torch.model import (
     compile_graph,
     info,
     program_of,
-    tensor_of,
     with_program,
 )
 from bitwright_torch.operands import operands
@@ -121,33 +120,34 @@ def _onnx_model(model: CapturedModel, plan: Plan) -> tuple[Any, Any, dict[str, s
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'ONNX export needs {error.name}: pip install "bitwright[torch,onnx]"') from error
     found = canonical(model)
-    watched = _watched(found, model, plan)
+    watched = _watched(found, plan)
     exported = _exported(model, found, list(watched.values()))
     names = _rename(exported, found, list(watched))
     backend = OnnxBackend()
     return backend, backend.adopt(exported), names
 
 
-def _watched(found: Canonical, model: CapturedModel, plan: Plan) -> dict[str, fx.Node]:
-    """Model outputs and sites inside the model → their nodes; views of parameters too, which have no name in ONNX."""
+def _watched(found: Canonical, plan: Plan) -> dict[str, fx.Node]:
+    """Model outputs and sites inside the model → their nodes."""
     watched = {t: found.tensors[t] for t in found.graph.outputs}
     inputs = set(found.graph.inputs)
     for site in plan:
         if plan[site].kind is SiteKind.ACTIVATION and site in found.tensors and site not in inputs:
             watched.setdefault(site, found.tensors[site])
-    for node, operand in operands(found.lowered, model).items():
-        if operand.steps and operand.id in plan and not operand.transposed:
-            watched.setdefault(operand.id, node)
     return watched
 
 
 class _Watched(nn.Module):
     """A model whose call hands out chosen nodes."""
 
-    def __init__(self, model: CapturedModel, part: fx.Graph, constants: Mapping[int, Any]) -> None:
+    def __init__(
+        self, model: CapturedModel, part: fx.Graph, constants: Mapping[int, Any], held: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
         for table in ("_modules", "_parameters", "_buffers"):
             getattr(self, table).update(getattr(model, table))
+        for name, value in held.items():
+            self.register_buffer(name, value)
         self.__dict__["_function"] = compile_graph(part)
         self.__dict__["_constants"] = constants
         self.eval()
@@ -162,8 +162,9 @@ class _Watched(nn.Module):
 def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) -> Any:
     program = program_of(model)
     placeholders = [n for n in found.lowered.nodes if n.op == "placeholder"]
-    part, needed = extract(found.lowered, nodes, set(placeholders))
-    _spell_lookups(part, model)
+    graph, copies, held = _with_own_tensors(found.lowered, model)
+    part, needed = extract(graph, [copies[n] for n in nodes], {copies[n] for n in placeholders})
+    _spell_lookups(part)
     examples = {info(n).tensor: shape for n, shape in zip(placeholders, program.example, strict=True)}
     convention = program.convention
     fixed = {convention.names[i]: value for i, value in convention.constants.items()}
@@ -180,7 +181,8 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
         samples.append(torch.zeros(shape, dtype=getattr(torch, about.dtype)))
         shapes.append({i: Dim.AUTO for i, n in enumerate(about.shape or ()) if n is None})
     inputs = [n for i, n in enumerate(needed) if i not in constants]
-    watched = _Watched(with_program(model, program).to("cpu").eval(), part, constants)
+    own = dict(held.values())
+    watched = _Watched(with_program(model, program).to("cpu").eval(), part, constants, own)
     try:
         with silenced("torch.onnx"), torch.no_grad():
             made = torch.onnx.export(
@@ -196,12 +198,46 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     except Exception as error:
         raise ModelError(f"torch.onnx can't export the model: {_reason(error)}") from error
     assert made is not None
-    names = {name: program.prefix + first for name, first in aliases(model).items()}
+    ids = {o.base: o.id for n, o in operands(found.lowered, model).items() if n.op == "get_attr"}
+    names = {name: ids.get(first, program.prefix + first) for name, first in aliases(model).items()}
+    names |= {name: id for id, (name, _) in held.items()}
     _tidy(made.model, names, set(found.params))
     return made.model
 
 
-def _spell_lookups(graph: fx.Graph, model: nn.Module) -> None:
+def _with_own_tensors(
+    graph: fx.Graph, model: nn.Module
+) -> tuple[fx.Graph, dict[fx.Node, Any], dict[str, tuple[str, torch.Tensor]]]:
+    """A copy in which views of parameters, and parameters that are computed, are read as tensors of their own.
+
+    ONNX has one name for one array: a part of a matrix that has its own grid is an array of its own, and what the
+    model computes from parameters is computed here.
+
+    Returns:
+        The copy; its nodes by the original's; parameter → attribute and value.
+    """
+    copied, copies = fx.Graph(), dict[fx.Node, Any]()
+    copied.output(copied.graph_copy(graph, copies))
+    copied.output_node().meta = dict(graph.output_node().meta)
+    known = operands(copied, model)
+    prefix = "own"
+    while any(name.startswith(prefix) for name in (*model._modules, *model._parameters, *model._buffers)):
+        prefix += "_"
+    held: dict[str, tuple[str, torch.Tensor]] = {}
+    for node, operand in known.items():
+        if operand.transposed or (not operand.steps and operand.evaluator is None):
+            continue  # a transpose reads the tensor itself
+        if operand.id not in held:
+            value = operand.view(model).detach().cpu().clone(memory_format=torch.contiguous_format)
+            held[operand.id] = f"{prefix}{len(held)}", value
+        with copied.inserting_before(node):
+            read = copied.create_node("get_attr", held[operand.id][0])
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+    return copied, copies, held
+
+
+def _spell_lookups(graph: fx.Graph) -> None:
     """`table[rows]` as an embedding: Gather in ONNX, whose GatherND backends and runtimes don't quantize."""
     aten = torch.ops.aten
     for node in graph.nodes:
@@ -209,7 +245,7 @@ def _spell_lookups(graph: fx.Graph, model: nn.Module) -> None:
             continue
         table, (rows,) = node.args
         kind = info(rows).dtype if rows is not None and NAMES in rows.meta else ""
-        if kind in ("int64", "int32") and tensor_of(model, str(table.target)).ndim == 2:
+        if kind in ("int64", "int32") and len(info(table).shape or ()) == 2:
             node.target, node.args = aten.embedding.default, (table, rows)
 
 

@@ -48,19 +48,34 @@ def write_params(
     Raises:
         ModelError: an id names no float parameter, a shape differs, or a value isn't finite. Nothing is set then.
     """
+    native = native_values(known, values)
+    for id in native:
+        operand, _ = _known(known, id)
+        if operand.evaluator is not None:
+            raise ModelError(f"{id!r} is computed from other parameters; it must be made a parameter before it is set")
+    for id, value in native.items():
+        operand, _ = _known(known, id)
+        own(model, operand.base, owned)
+        with torch.no_grad():
+            operand.view(model).copy_(torch.from_numpy(value))
+
+
+def native_values(known: Known, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[ParamId, NDArray[np.floating]]:
+    """Values given in canonical layout, as the parameters are stored.
+
+    Raises:
+        ModelError: an id names no float parameter, a shape differs, or a value isn't finite.
+    """
+    native: dict[ParamId, NDArray[np.floating]] = {}
     for id, value in values.items():
         _, param = _known(known, id)
         if np.shape(value) != param.shape:
             raise ModelError(f"parameter {id!r} has shape {param.shape}, the new value {np.shape(value)}")
         if not np.isfinite(value).all():
             raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
-    for id, value in values.items():
-        operand, param = _known(known, id)
-        own(model, operand.base, owned)
         layout = param.layout or tuple(range(np.ndim(value)))
-        native = np.array(np.transpose(value, np.argsort(layout)), order="C")  # scalars stay scalars
-        with torch.no_grad():
-            operand.view(model).copy_(torch.from_numpy(native))
+        native[id] = np.array(np.transpose(value, np.argsort(layout)), order="C")  # scalars stay scalars
+    return native
 
 
 def own(model: nn.Module, name: str, owned: set[str]) -> None:

@@ -10,7 +10,7 @@ its own, so that training it leaves the float model alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +26,11 @@ from bitwright.installing import check_site, on_grid
 from bitwright.plan import Derived, Plan, SiteId, SiteKind
 from bitwright.statistics.base import Tap
 from bitwright_torch.canonical import canonical
+from bitwright_torch.constants import constant_nodes
 from bitwright_torch.fake_quant import FakeQuantize
 from bitwright_torch.model import NAMES, CapturedModel, device_of, info, program_of, share
-from bitwright_torch.operands import operands
-from bitwright_torch.params import write_params
+from bitwright_torch.operands import Operand, operands
+from bitwright_torch.params import native_values, write_params
 from bitwright_torch.session import TorchSession
 
 
@@ -73,7 +74,8 @@ class TorchSimulation:
         self._owned = False
         self._replaced: set[str] = set()
         self._quantizers: dict[SiteId, FakeQuantize] = {}
-        self._parameters: dict[SiteId, Any] = {}
+        self._parameters: dict[SiteId, Operand] = {}
+        self._computed: dict[ParamId, _Computed] = {}
         self._module = self._build()
         self.set(encodings)
         if trainable:
@@ -102,18 +104,29 @@ class TorchSimulation:
             for node, operand in reversed(list(known.items()))
             if not any(n in known and known[n].id == operand.id for n in node.all_input_nodes)
         }
+        # Parameters that are computed from others, or views of them, are read as they are in float.
+        constants = constant_nodes(graph)
+        floats = {n: {u for u in n.users if u in constants and not _same(known, n, u)} for n in known}
+        for id, node in list(roots.items()):
+            if known[node].evaluator is not None and id in self._graph.params:
+                self._computed[id] = _Computed()
+                key = _key(quantizers, f"{id}/computed", self._computed[id])
+                quantizers._modules[key] = self._computed[id]
+                self._parameters[id] = known[node]
+                roots[id] = _insert(graph, node, f"{name}.{key}", id, floats[node])
+                floats[roots[id]] = set()
         for site in self._plan.quantized:
             is_parameter = self._plan[site].kind is SiteKind.PARAMETER
             node = roots.get(site) if is_parameter else nodes.get(site)
             if node is None or (not is_parameter and on_grid(self._graph, self._plan, site)):
                 continue
             root = self._plan.root(site)
-            module: nn.Module = self._quantizer(root, known, roots)
+            module: nn.Module = self._quantizer(root, roots)
             if not is_parameter and self._plan[root].kind is SiteKind.PARAMETER:
                 module = _Tied(self._quantizers[root])
             key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
             quantizers._modules.setdefault(key, module)
-            _insert(graph, node, f"{name}.{key}", site)
+            _insert(graph, node, f"{name}.{key}", site, floats.get(node, ()))
         holder.add_module(name, quantizers.to(device_of(self._float)))
         graph.lint()
         quantizers.train(holder.training)
@@ -121,14 +134,22 @@ class TorchSimulation:
         # A quantized model input has its placeholder's name too; the quantizer comes later and wins.
         self._tensors = {info(n).tensor: n for n in graph.nodes if n.op not in ("get_attr", "output")}
         for site, node in roots.items():
-            self._parameters[site] = known[node]
+            if node in known:
+                self._parameters[site] = known[node]
         return model
 
-    def _quantizer(self, root: SiteId, known: Mapping[fx.Node, Any], roots: Mapping[SiteId, fx.Node]) -> FakeQuantize:
+    def _value(self, site: SiteId) -> torch.Tensor:
+        """A parameter's float value in the simulation."""
+        computed = self._computed.get(site)
+        if computed is not None and computed.value is not None:
+            return computed.value
+        return self._parameters[site].view(self._module)
+
+    def _quantizer(self, root: SiteId, roots: Mapping[SiteId, fx.Node]) -> FakeQuantize:
         if root not in self._quantizers:
             made = FakeQuantize()
             if self._plan[root].kind is SiteKind.PARAMETER and root in roots:
-                param, native = self._graph.params[root], known[roots[root]].shape
+                param, native = self._graph.params[root], tuple(n or 0 for n in info(roots[root]).shape or ())
                 made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native)
             self._quantizers[root] = made
         return self._quantizers[root]
@@ -157,15 +178,20 @@ class TorchSimulation:
         """
         for root, encoding in self._plan.by_root(encodings, self._check).items():
             if root in self._quantizers:
-                operand = self._parameters.get(root) if self._plan[root].kind is SiteKind.PARAMETER else None
+                known = self._plan[root].kind is SiteKind.PARAMETER and root in self._parameters
                 with torch.no_grad():
-                    self._quantizers[root].set(encoding, None if operand is None else operand.view(self._module))
+                    self._quantizers[root].set(encoding, self._value(root) if known else None)
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `bitwright.backend.ParamUpdates`: tensors that are written become the simulation's own, grids stay."""
         roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._quantizers)
         kept = {root: self._quantizers[root].get() for root in roots}
-        write_params(self._module, canonical(self._float).params, values, self._replaced)
+        params = canonical(self._float).params
+        computed = native_values(params, {p: v for p, v in values.items() if p in self._computed})
+        write_params(self._module, params, {p: v for p, v in values.items() if p not in self._computed}, self._replaced)
+        for id, value in computed.items():
+            place = self._parameters[id].view(self._module)
+            self._computed[id].value = torch.from_numpy(value).to(place.device, place.dtype)
         self.set(kept)
 
     def _check(self, site: SiteId, encoding: Encoding) -> None:
@@ -176,7 +202,7 @@ class TorchSimulation:
         by_root = {}
         for root, quantizer in self._quantizers.items():
             if quantizer.follows:
-                quantizer.follow(self._parameters[root].view(self._module))
+                quantizer.follow(self._value(root))
             by_root[root] = quantizer.get()
         return EncodingTable(self._plan.by_site(by_root), self._provenance)
 
@@ -215,6 +241,20 @@ class TorchSimulation:
         return model
 
 
+class _Computed(nn.Module):
+    """A parameter that is computed from others: as it is computed, or a value that was set in its place."""
+
+    value: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The value that was set, else x."""
+        return x if self.value is None else self.value
+
+
 class _Tied(nn.Module):
     """Rounds an activation to the grid of a parameter, in training too."""
 
@@ -239,8 +279,12 @@ def _key(holder: nn.Module, site: SiteId, module: nn.Module) -> str:
     return key
 
 
-def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId) -> None:
-    """Call a quantizer on a node's value; it takes over the node's readers and its name."""
+def _same(known: Mapping[fx.Node, Operand], node: fx.Node, user: fx.Node) -> bool:
+    return user in known and known[user].id == known[node].id
+
+
+def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId, but: Collection[fx.Node] = ()) -> fx.Node:
+    """Call a module on a node's value; the call, which takes over the node's readers (but some) and its name."""
     after = node
     if node.op == "placeholder":
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -248,6 +292,7 @@ def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId) -> None:
         call = graph.call_module(target, (node,))
     known = info(node)
     call.meta = {NAMES: known}
-    if node.op == "call_function":
+    if node.op in ("call_function", "call_module"):
         node.meta = {**node.meta, NAMES: replace(known, tensor=f"{site}/float")}
-    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call and user not in but)
+    return call

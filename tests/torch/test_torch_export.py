@@ -206,8 +206,8 @@ def test_indexed_tables_and_handed_on_inputs_keep_their_names(tmp_path: Path) ->
     bundle = sim.export(tmp_path)
     session = ort.InferenceSession(bundle.files["model"])
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], sim.native(x).detach(), atol=1e-5)
-    other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"], strict=False)
-    assert {"table", "fc.weight"} <= set(other.encodings)
+    other = QuantSim(bundle.files["model"], scheme="minmax").load_encodings(bundle.files["encodings"])
+    assert {"index.output", "fc.weight"} <= set(other.encodings)
     ort.InferenceSession(bundle.files["qdq"])
 
 
