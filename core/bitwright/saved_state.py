@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bitwright import fingerprint, registry
+from bitwright.bundle.samples import Samples
 from bitwright.durable import atomic_write, make_directory, write_text
 from bitwright.encoding import EncodingTable, Provenance
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
@@ -37,6 +38,9 @@ def save(sim: QuantSim, directory: Path) -> Path:
         for index, pair in enumerate(sim.folded.values())
         for name, values in zip(("gamma", "beta"), pair, strict=True)
     }
+    kept = sim.reference
+    if kept is not None:
+        arrays |= {f"reference/{index}": values for index, values in enumerate(kept.inputs.values())}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with atomic_write(directory / ENCODINGS) as file:
@@ -48,6 +52,7 @@ def save(sim: QuantSim, directory: Path) -> Path:
         "options": sim.options,
         "sites": list(sim.encodings),
         "folded": list(sim.folded),
+        "reference": None if kept is None else {"inputs": list(kept.inputs), "whole": kept.whole},
         "provenance": [
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in sim.encodings.provenance
@@ -78,6 +83,9 @@ def load(cls: type[S], directory: Path, model: Any, options: dict[str, Any]) -> 
         tuple(Provenance(**p) for p in state["provenance"]),
     )
     sim.folded = {op: (arrays[f"folded/{i}/gamma"], arrays[f"folded/{i}/beta"]) for i, op in enumerate(state["folded"])}
+    if (kept := state.get("reference")) is not None:
+        inputs = {name: arrays[f"reference/{i}"] for i, name in enumerate(kept["inputs"])}
+        sim.reference = Samples(inputs, whole=bool(kept["whole"]))
     return sim
 
 

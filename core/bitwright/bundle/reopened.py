@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import formats, registry
-from bitwright.artefact import ENCODINGS_SUFFIX, find_bundle, plan_of, read_encodings, spec_of
+from bitwright.artefact import ENCODINGS_SUFFIX, bound_entries, find_bundle, passed_on, plan_of, read_encodings, spec_of
 from bitwright.backend import Backend, Bundle
 from bitwright.bundle.record import digest, hashes, read_report
 from bitwright.encoding import EncodingTable
 from bitwright.errors import EncodingError
 from bitwright.fingerprint import of_arrays
 from bitwright.graph import Graph
+from bitwright.pair_check import check_pairs
 from bitwright.params import ParamReader
 from bitwright.plan import Decision, Derived, Float, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.report.model import RunReport, SiteRow
@@ -89,6 +90,10 @@ def reopen(folder: Path, name: str | None = None) -> Reopened:
     _check_parameters(opened, record.parameters)
     _read_encodings(opened)
     opened.plan = _plan(opened)
+    if opened.changed:
+        # At export the quantized file was compared whole; what has changed since is looked for number by number.
+        found = check_pairs(backend, model, bundle, opened.plan, opened.table, optional=passed_on(graph, opened.plan))
+        opened.problems += _shown([f"{p.name!r} {p.message}" for p in found])
     return opened
 
 
@@ -127,16 +132,24 @@ def _listed(names: list[str], what: str) -> list[str]:
     return shown if len(names) <= SHOWN else [*shown, f"{len(names) - SHOWN} more: each {what}"]
 
 
+def _shown(problems: list[str]) -> list[str]:
+    """The first problems of a kind, and how many more there are."""
+    if len(problems) <= SHOWN:
+        return problems
+    return [*problems[:SHOWN], f"{len(problems) - SHOWN} more such problems: see `bitwright encodings check`"]
+
+
 def _read_encodings(opened: Reopened) -> None:
     """Bind what the file has to the reopened graph, and compare it with the record."""
     assert opened.report is not None
     path, graph = opened.bundle.files["encodings"], opened.graph
     try:
         entries = formats.read(path).entries
-        opened.table = read_encodings(path, graph, strict=False)
+        opened.table, unbound = bound_entries(path, graph)
     except EncodingError as error:
         opened.problems.append(str(error))
         return
+    opened.problems += [str(problem) for problem in unbound]
     rows = {(row.name or row.site): row for row in opened.report.sites if row.digest}
     missing = [n for n, row in rows.items() if n not in entries and row.decision != "derived" and not _optional(row)]
     opened.problems += _listed(missing, f"was quantized, but has no entry in {path.name}")
@@ -151,6 +164,34 @@ def _read_encodings(opened: Reopened) -> None:
 
 def _optional(row: SiteRow) -> bool:
     return row.decision == "shared" and row.kind != SiteKind.ACTIVATION
+
+
+def as_recorded(plan: Plan, graph: Graph, report: RunReport) -> Plan:
+    """A plan that was made for a reopened graph, with the decisions that the export records.
+
+    An exporter may spell one op as several (SiLU as a sigmoid and a product): the tensors between are sites of the
+    reopened graph, but nothing was simulated there.
+
+    Args:
+        plan: of the target, for `graph`.
+        graph: the exported model's.
+        report: of the export; without a record the plan is taken as it is.
+    """
+    if report.record is None:
+        return plan
+    rows = {here: row for row in report.sites if (here := _here(graph, row)) is not None}
+    sites: dict[SiteId, Site] = {}
+    for name, site in plan.items():
+        row = rows.get(name)
+        if row is None:
+            sites[name] = Site(site.id, site.kind, Float("no site of the simulation"), site.op, site.role)
+        elif row.decision == "float":
+            sites[name] = Site(site.id, site.kind, Float(row.detail), site.op, site.role)
+        else:
+            sites[name] = site
+    return _without_loose_ends(
+        Plan(sites, plan.target, plan.scheme, weight_scheme=plan.weight_scheme, notes=plan.notes)
+    )
 
 
 def _plan(opened: Reopened) -> Plan:

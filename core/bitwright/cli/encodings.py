@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitwright.backend import Backend, Bundle
     from bitwright.graph import Graph
     from bitwright.plan import Plan
+    from bitwright.report import RunReport
 
 app = typer.Typer(help="Convert, check and compare encodings files.")
 
@@ -86,6 +87,7 @@ def check(
     folder, the quantized model's grids and codes are compared with the file and the float model too.
     """
     from bitwright.artefact import bound_entries, check_bundle, passed_on, plan_of, read_encodings
+    from bitwright.bundle.reopened import as_recorded
     from bitwright.formats import Problem, read
     from bitwright.pair_check import check_pairs
 
@@ -97,6 +99,8 @@ def check(
         graph = backend.graph(native)
         if asked.target is not None:
             plan = asked.plan(graph)
+            if asked.report is not None:
+                plan = as_recorded(plan, graph, asked.report)
             problems += check_bundle(graph, plan, asked.encodings)
         elif asked.bundle is not None:
             # Without a target, the file itself says what is quantized.
@@ -160,6 +164,7 @@ class Asked:
     activations: str | None
     overrides: dict[str, Any]
     bundle: Bundle | None = None
+    report: RunReport | None = None
 
     @classmethod
     def of(
@@ -177,24 +182,27 @@ class Asked:
             if target is not None and model is None:
                 raise InputError("--target needs --model: what it quantizes depends on the model")
             return cls(path, model, target, weights, activations, {})
-        from bitwright.artefact import find_bundle
-        from bitwright.report import RunReport
+        from bitwright.artefact import ENCODINGS_SUFFIX, find_bundle
+        from bitwright.bundle.record import read_report
 
         bundle = find_bundle(path, name)
         known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
-        report_file = path / "report.json"
-        if target is None and report_file.exists():
-            try:
-                report = RunReport.model_validate_json(report_file.read_bytes())
-            except (OSError, ValueError) as error:
-                raise InputError(f"can't read {str(report_file)!r}, which names the target; give --target") from error
+        found = read_report(path, bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX))
+        report = found.report
+        if target is None and found.damage and report is None:
+            raise InputError(f"can't read {str(found.path)!r}, which names the target; give --target")
+        if target is None and report is not None:
             known = {
                 "target": report.target_config,
                 "weights": weights or report.weights,
                 "activations": activations or report.activations,
                 "overrides": report.overrides,
             }
-        return cls(bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle)
+        own = target is None and weights is None and activations is None
+        return cls(
+            bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle,
+            report=report if own else None,
+        )  # fmt: skip
 
     @property
     def scope(self) -> str:
