@@ -1,15 +1,18 @@
 """EfficientNet-Lite0 in 8 bits in a plain ONNX Runtime session: accuracy with and without VNNI, and time.
 
     python benchmarks/efficientnet_lite0.py lite0.onnx          # once; needs torch
-    python benchmarks/plain_session.py lite0.onnx --images imagenet.tar --out models/ \
-        [--emulate "qemu-x86_64 -cpu Haswell" --emulated 250] [--nncf ENVIRONMENT/bin/python] [--json out.json]
+    python benchmarks/plain_session.py lite0.onnx --images imagenet.tar --out models/ \\
+        [--older avx2,avx512] [--emulate "qemu-x86_64 -cpu Haswell"] [--nncf ENVIRONMENT/bin/python] [--json out.json]
 
 The first half of the images calibrates, the second half evaluates; all sessions have default options and one thread.
-`--emulate` runs the same evaluation under an emulated CPU (Debian's qemu-user; Haswell has AVX2 and no VNNI), which is
-slow: it tells accuracy, never time. Models whose sums can't saturate are run there on 8 photos only, which must be
-bit-equal to the native run. `--nncf` quantizes with NNCF's defaults, in an environment of its own with `pip install
-nncf onnx onnxruntime`. Time is CPU time of whole passes over the evaluation images, batch 1, the best of three
-interleaved rounds, in passes of the float model.
+Time is CPU time of whole passes over the evaluation images, batch 1, the best of interleaved rounds, in passes of the
+float model on the same CPU.
+
+`--older` runs the same on this CPU as if it had no VNNI (`older_cpu.c`, needs a C compiler and "cpuid_fault" in
+/proc/cpuinfo): avx2, or avx512 (AVX-512 without VNNI). `--emulate` runs them under an emulator (Debian's qemu-user;
+Haswell has AVX2 and no VNNI) where that isn't possible: accuracy only. What can't saturate must give the same bits in
+all of them. `--nncf` quantizes with NNCF's defaults, in an environment of its own with `pip install nncf onnx
+onnxruntime`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -29,8 +33,8 @@ parser.add_argument("model", type=Path)
 parser.add_argument("--images", help="a .tar or folder of *_LABEL.jpg; default: foolbox's 20 photos")
 parser.add_argument("--out", type=Path, required=True, help="folder for the quantized models")
 parser.add_argument("--only", help="rows, by the names of their files, separated by commas")
+parser.add_argument("--older", default="", help="avx2, avx512 or both, separated by commas")
 parser.add_argument("--emulate", help="command that runs a program on another CPU")
-parser.add_argument("--emulated", type=int, default=250, help="photos that are run there")
 parser.add_argument("--nncf", help="python of an environment with nncf, onnx and onnxruntime")
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--json", type=Path)
@@ -67,25 +71,48 @@ onnx.save(nncf.quantize(onnx.load(source), dataset, subset_size=len(x)), target)
 """
 
 
-def run_sessions(models: list[Path], data: Path, rounds: int, emulate: str | None = None):
+@dataclass(frozen=True)
+class Cpu:
+    """Where models are run: what stands before the command, and what its environment has."""
+
+    name: str
+    before: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    rounds: int = 1
+    timed: bool = True
+
+
+def cpus(arguments, folder: Path) -> list[Cpu]:
+    """This CPU, and what else was asked for."""
+    found = [Cpu("this CPU", rounds=arguments.rounds)]
+    kinds = [kind for kind in arguments.older.split(",") if kind]
+    if kinds:
+        source, library = Path(__file__).with_name("older_cpu.c"), folder / "older_cpu.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+        found += [
+            Cpu(kind, environment={"OLDER_CPU": kind, "LD_PRELOAD": str(library)}, rounds=arguments.rounds)
+            for kind in kinds
+        ]
+    if arguments.emulate:
+        # numpy's own AVX2 code is kept out: emulators run much of it, and not all.
+        plain = {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3"}
+        found.append(Cpu("emulated", tuple(shlex.split(arguments.emulate)), plain, timed=False))
+    return found
+
+
+def run_sessions(models: list[Path], data: Path, cpu: Cpu, folder: Path):
     """Outputs of each model, and the CPU seconds of its best round."""
     import numpy as np
 
-    environment = dict(os.environ)
-    if emulate:
-        environment["NPY_DISABLE_CPU_FEATURES"] = "AVX2 FMA3 X86_V3"  # emulators may have faults of their own there
-    with tempfile.TemporaryDirectory() as folder:
-        script, out = Path(folder) / "runner.py", Path(folder) / "out.npz"
-        script.write_text(RUNNER)
-        command = [*shlex.split(emulate or ""), sys.executable, str(script), str(data), str(out), str(rounds)]
-        done = subprocess.run(
-            [*command, *map(str, models)], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        with np.load(out) as found:
-            seconds = json.loads(str(found["seconds"]))
-            return {m: found[str(i)] for i, m in enumerate(models)}, {m: seconds[str(m)] for m in models}
+    script, out = folder / "runner.py", folder / "out.npz"
+    script.write_text(RUNNER)
+    command = [*cpu.before, sys.executable, str(script), str(data), str(out), str(cpu.rounds), *map(str, models)]
+    done = subprocess.run(command, env={**os.environ, **cpu.environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    with np.load(out) as found:
+        seconds = json.loads(str(found["seconds"]))
+        return {m: found[str(i)] for i, m in enumerate(models)}, {m: seconds[str(m)] for m in models}
 
 
 def quantized(source: Path, out: Path, calibration: Path, nncf: str | None) -> dict[Path, str]:
@@ -162,25 +189,28 @@ def main() -> None:
     rows = quantized(arguments.model, arguments.out, calibration, arguments.nncf)
     if arguments.only:
         rows = {p: t for p, t in rows.items() if p.name.split(".")[0] in arguments.only.split(",")}
-    models = [arguments.model, *rows]
-    outputs, seconds = run_sessions(models, evaluation, arguments.rounds)
-    reference = outputs[arguments.model]
-    found = []
-    for path, title in {arguments.model: "float", **rows}.items():
-        risks = () if path == arguments.model else risks_of(path).pairs
-        row = {"title": title, "file": path.name, "layers": len(risks), "channels": sum(r.channels for r in risks)}
-        row |= figures(outputs[path], reference, truth)
-        row["time"] = seconds[path] / seconds[arguments.model]
-        if arguments.emulate:
-            row["emulated"] = emulated(path, risks, arguments, outputs[path], reference, truth)
-        found.append(row)
-    host = f"{'saturates' if saturates_here() else 'has VNNI or the like'}: {cpu()}"
-    table = Table("", "top-1", "same class", "time", "layers that can saturate", "emulated: top-1", "same class")
+    titles = {arguments.model: "float", **rows}
+    risks = {path: risks_of(path).pairs for path in rows}
+    found = [{"title": t, "file": p.name, "layers": len(risks.get(p, ())), "cpus": {}} for p, t in titles.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        seen = cpus(arguments, Path(folder))
+        for cpu in seen:
+            outputs, seconds = run_sessions(list(titles), evaluation, cpu, Path(folder))
+            if cpu is seen[0]:
+                native = outputs
+            for row, path in zip(found, titles, strict=True):
+                if path in rows and not risks[path] and not np.array_equal(outputs[path], native[path]):
+                    raise SystemExit(f"{path}: no sum can saturate, and yet {cpu.name} computes something else")
+                row["cpus"][cpu.name] = figures(outputs[path], native[arguments.model], truth)
+                if cpu.timed:
+                    row["cpus"][cpu.name]["time"] = seconds[path] / seconds[arguments.model]
+    heads = [f"{cpu.name}: {what}" for cpu in seen for what in ("top-1", "same class", *(["time"] * cpu.timed))]
+    table = Table("", "layers that can saturate", *heads)
     for row in found:
-        far = row.get("emulated", {})
-        cells = [f"{row['top1']:.1%}", f"{row['same']:.1%}", f"{row['time']:.2f}", str(row["layers"])]
-        table.add_row(row["title"], *cells, *(f"{far[k]:.1%}" if k in far else "" for k in ("top1", "same")))
-    Console(width=140).print(f"this CPU {host}; {len(truth)} photos", table)
+        cells = [f"{v:.2f}" if k == "time" else f"{v:.1%}" for far in row["cpus"].values() for k, v in far.items()]
+        table.add_row(row["title"], str(row["layers"]), *cells)
+    host = f"{model_name()}, which {'saturates' if saturates_here() else 'does not saturate'}"
+    Console(width=160).print(f"this CPU: {host}; {len(truth)} photos", table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"host": host, "photos": len(truth), "rows": found}, indent=1))
 
@@ -192,24 +222,7 @@ def figures(output, reference, truth) -> dict[str, float]:
             "same": float((classes == reference[: len(classes)].argmax(1)).mean())}  # fmt: skip
 
 
-def emulated(path: Path, risks, arguments, native, reference, truth) -> dict[str, float]:
-    """Figures on the emulated CPU; what can't saturate must give the native run's bits."""
-    import numpy as np
-
-    if path == arguments.model:
-        return {}
-    count = arguments.emulated if risks else min(8, arguments.emulated)
-    with tempfile.NamedTemporaryFile(suffix=".npy") as part:
-        np.save(part.name, np.load(arguments.out / "evaluation.npy")[:count])
-        output = run_sessions([path], Path(part.name), 1, arguments.emulate)[0][path]
-    if risks:
-        return {"photos": count, **figures(output, reference, truth)}
-    if not np.array_equal(output, native[:count]):
-        raise SystemExit(f"{path}: no sum can saturate, and yet the emulated CPU computes something else")
-    return {"photos": count, "equal": 1.0, **figures(native, reference, truth)}
-
-
-def cpu() -> str:
+def model_name() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
