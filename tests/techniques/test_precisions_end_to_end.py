@@ -198,3 +198,19 @@ def test_overrides_by_pattern_and_type(port, data):
     norms = models.conv_bn_relu(relu6=True)
     folded = port.sim(norms, overrides={"bn*": "float"}).apply("fold_batch_norm")
     assert folded.overrides == {}
+
+
+def test_exports_that_cannot_saturate(port, data, tmp_path):
+    """Scales are raised for onnxruntime-cpu, uint8 is stored for others; both hold in the file that was written."""
+    pytest.importorskip("onnxruntime")
+    from bitwright_onnx.plain_session import risks_of
+
+    safe, other = (port.sim(MODEL, target=t).calibrate(data) for t in ("onnxruntime-cpu", "generic-int8"))
+    kept = safe.export(tmp_path / "safe")
+    assert (kept.stored_anew, risks_of(kept.files["qdq"]).pairs) == ((), ())
+    dense = {weights(safe)[op] for op in ("conv1", "conv2", "fc")}
+    raised = {w for w in weights(safe).values() if (safe.encodings[w].scale > other.encodings[w].scale).any()}
+    assert raised == dense
+    loose, tight = (other.export(tmp_path / str(p), plain_session=p) for p in (False, True))
+    assert {r.weight for r in risks_of(loose.files["qdq"]).pairs} == set(tight.stored_anew) == dense
+    assert risks_of(tight.files["qdq"]).pairs == ()
