@@ -10,9 +10,9 @@ Zero points don't enter: kernels multiply the stored codes and correct for zero 
 moved to uint8 before, by 128). Which products are neighbours is the order of the matrix product: the kernel's positions
 outside, a group's input channels inside, from the first one on in twos; an odd one out is added to 0. It is the same
 in ONNX Runtime's packed and unpacked products, matrix-vector products and direct convolutions (MLAS: QgemmU8X8Kernel*,
-QgemvU8S8Kernel*, ConvSymKernel*, `qlinearconv.cc`), and was measured for 1.32 on AVX2. Depthwise convolutions add in
-int32. ARM's kernels without dot products add two products of int8 too, and wrap around only where both are
-(−128)·(−128); which two that are isn't relied upon.
+QgemvU8S8Kernel*, ConvSymKernel*, `qlinearconv.cc`), and was measured for 1.32 on AVX2 and on AVX-512 without VNNI.
+Depthwise convolutions add in int32. ARM's kernels without dot products add two products of int8 too, and wrap around
+only where both are (−128)·(−128); which two that are isn't relied upon.
 """
 
 from __future__ import annotations
