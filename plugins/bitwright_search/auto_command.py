@@ -49,6 +49,7 @@ def auto(
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
+    plain_session: options.PlainSession = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model so that it loses no more than an allowed drop.
@@ -66,7 +67,7 @@ def auto(
             model, calibration, evaluation, allowed_drop=allowed_drop, target=target, weights=weights,
             activations=activations, overrides=options.read_overrides(override), seed=seed,
             schemes=schemes.split(",") if schemes else None, techniques=recipe, batch_size=batch_size, out=out,
-            name=name, encodings_version=encodings_version, budget_seconds=budget_seconds,
+            name=name, encodings_version=encodings_version, plain_session=plain_session, budget_seconds=budget_seconds,
             budget_evaluations=budget_evaluations, executor=executor, progress=progress,
         )  # fmt: skip
     _tell(result)

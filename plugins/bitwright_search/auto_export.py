@@ -17,7 +17,15 @@ from bitwright_search.auto_page import render
 from bitwright_search.auto_result import AutoQuantResult
 
 
-def write(result: AutoQuantResult, out: Path, name: str | None, model: Any, data: Dataset, version: str) -> None:
+def write(
+    result: AutoQuantResult,
+    out: Path,
+    name: str | None,
+    model: Any,
+    data: Dataset,
+    version: str,
+    plain_session: bool | None = None,
+) -> None:
     """Export the best network to a folder and note its files in the result.
 
     Raises:
@@ -25,7 +33,9 @@ def write(result: AutoQuantResult, out: Path, name: str | None, model: Any, data
     """
     make_directory(out)
     seconds = {"auto_quantize": result.seconds}
-    stem, result.bundle, files = export_network(result.sim, out, name, model, data, version, seconds)
+    stem, result.bundle, files = export_network(
+        result.sim, out, name, model, data, version, seconds, plain_session=plain_session
+    )
     result.files = {**files, "diagnosis": out / "diagnosis.json", "diagnosis page": out / "diagnosis.html"}
     write_text(out / "diagnosis.json", result.to_json())
     write_text(out / "diagnosis.html", render(result, f"{stem} on {result.target}"))
@@ -39,6 +49,8 @@ def export_network(
     data: Dataset,
     version: str,
     seconds: Mapping[str, float],
+    *,
+    plain_session: bool | None = None,
 ) -> tuple[str, Bundle, dict[str, Path]]:
     """The bundle and ``report.json``, which `bitwright verify` reads.
 
@@ -49,7 +61,7 @@ def export_network(
     named = isinstance(model, str | Path)
     if sim.reference is None:
         sim.reference = sim.remembering(data).taken()
-    bundle = sim.export(out, name=stem, encodings_version=version)
+    bundle = sim.export(out, name=stem, encodings_version=version, plain_session=plain_session)
     json_file, page = complete_report(
         out,
         stem,

@@ -51,6 +51,7 @@ def auto_quantize(
     out: str | Path | None = None,
     name: str | None = None,
     encodings_version: str = "1.0.0",
+    plain_session: bool | None = None,
     run: RunDirectory | str | Path | None = None,
     budget_seconds: float | None = None,
     budget_evaluations: int | None = None,
@@ -73,6 +74,7 @@ def auto_quantize(
         out: where the best network is exported to, with a report and a diagnosis; None exports nothing.
         name: stem of the exported files; default: the model file's, or "model".
         encodings_version: schema of the encodings file.
+        plain_session: as `QuantSim.export` takes it.
         run: where finished stages are kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
         budget_seconds: no stage begins after so much work, earlier processes included.
         budget_evaluations: no more calls of `evaluate` than this, at least 2.
@@ -111,7 +113,7 @@ def auto_quantize(
         if out is not None:
             from bitwright_search.auto_export import write
 
-            write(result, Path(out), name, model, data, encodings_version)
+            write(result, Path(out), name, model, data, encodings_version, plain_session)
     return result
 
 

@@ -57,6 +57,7 @@ def mixed(
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
+    plain_session: options.PlainSession = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Give each group of layers the bit widths that it needs.
@@ -88,7 +89,7 @@ def mixed(
             cost=cost, latency=table, solver=solver, techniques=recipe,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
-            encodings_version=encodings_version, progress=progress,
+            encodings_version=encodings_version, plain_session=plain_session, progress=progress,
         )  # fmt: skip
     _tell(result)
 

@@ -56,6 +56,7 @@ def mixed_precision(
     out: str | Path | None = None,
     name: str | None = None,
     encodings_version: str = "1.0.0",
+    plain_session: bool | None = None,
     run: RunDirectory | str | Path | None = None,
     progress: Progress | None = None,
 ) -> MixedPrecisionResult:
@@ -84,6 +85,7 @@ def mixed_precision(
         out: where the chosen network, its report, the front (JSON) and a page are written.
         name: stem of the exported files.
         encodings_version: schema of the encodings file.
+        plain_session: as `QuantSim.export` takes it.
         run: where finished work is kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
         progress: where progress is shown.
 
@@ -138,7 +140,7 @@ def mixed_precision(
         if out is not None:
             from bitwright_search.mixed_export import write
 
-            write(result, Path(out), name, model, data, encodings_version)
+            write(result, Path(out), name, model, data, encodings_version, plain_session)
     return result
 
 

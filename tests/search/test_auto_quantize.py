@@ -287,7 +287,8 @@ def test_a_damaged_state_is_made_again(net, tmp_path):
 
 
 def test_what_it_writes(net, tmp_path):
-    result = auto_quantize(net.model, net.images, net.data, allowed_drop=0.05, out=tmp_path / "out")
+    result = auto_quantize(net.model, net.images, net.data, allowed_drop=0.05, out=tmp_path / "out", plain_session=True)
+    assert result.bundle.stored_anew
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"net.onnx", "net.encodings", "net.qdq.onnx", "net.record.npz", "report.json", "report.html",
                      "diagnosis.json", "diagnosis.html", ".run"}  # fmt: skip
