@@ -201,7 +201,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
     _map_external(copy)
     copy.ir_version = max(model.ir_version, minimal_ir_version(opset_of(model) or 1))
     try:
-        with tempfile.TemporaryDirectory(prefix=".bitwright-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".bitwright-{os.getpid()}-", dir=path.parent) as folder:
             written = Path(folder) / path.name
             if external:
                 ir.save(copy, written, external_data=data.name)

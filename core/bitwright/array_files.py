@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +14,11 @@ import numpy as np
 from bitwright.backend import Array
 from bitwright.errors import InputError
 
+DAMAGED = (
+    OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, OverflowError, MemoryError, RuntimeError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading damaged array files raises: numpy evaluates headers as Python literals, zip entries name any method."""
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name; the last four are the lengths of name and extra field."""
 
@@ -24,7 +32,7 @@ def read_npy(path: Path) -> Array:
     try:
         with path.open("rb") as file:
             return _mapped(path, file, 0, path.stat().st_size)
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
 
 
@@ -44,7 +52,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 else:
                     with archive.open(entry) as member:
                         arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
     return arrays
 

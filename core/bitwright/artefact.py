@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import warnings
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright import __version__, formats, registry
 from bitwright.backend import Backend, Bundle, BundledFormats
-from bitwright.durable import make_directory
+from bitwright.durable import cannot_write, make_directory
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
@@ -42,7 +43,7 @@ def export(
     from bitwright.bundle import export_gate, record
     from bitwright.bundle.source_guard import refuse_overwriting, refuse_planned
 
-    if Path(name).name != name or not name:
+    if not is_stem(name):
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
     if reference_samples < 0:
         raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
@@ -53,7 +54,7 @@ def export(
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    make_directory(staging)
     try:
         run = export_gate.simulated(sim, max(reference_samples, 1))
         files: dict[str, Path] = {}
@@ -118,8 +119,24 @@ def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
     return {f: suffix for f, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")) if f in backend.formats()}
 
 
+def is_stem(name: str) -> bool:
+    """Whether a bundle's files can be called so."""
+    return bool(name.strip(".")) and Path(name).name == name and "\0" not in name
+
+
 def _move(source: Path, target: Path) -> None:
-    """Rename a file or a folder; what is there is replaced."""
+    """Rename a file or a folder; what is there is replaced.
+
+    Raises:
+        InputError: the system doesn't let it.
+    """
+    try:
+        _replace(source, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def _replace(source: Path, target: Path) -> None:
     if not target.is_dir():
         source.replace(target)
         return
@@ -330,11 +347,12 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give what `bitwright quantize --out` wrote")
-    found = sorted(directory.glob(f"{name or '*'}{ENCODINGS_SUFFIX}"))
+    stems = "*" if name is None else glob.escape(name)
+    found = sorted(directory.glob(f"{stems}{ENCODINGS_SUFFIX}"))
     if len(found) != 1:
         names = ", ".join(p.stem for p in found)
         more = f" ({names}); choose one by --name" if found else ""
-        if not found and any(directory.glob(f"{name or '*'}.qdq.onnx")):
+        if not found and any(directory.glob(f"{stems}.qdq.onnx")):
             more = ": the export is incomplete, it was interrupted or files are gone; export it again"
         raise InputError(f"{directory} holds {len(found)} encodings files{more}")
     stem = found[0].stem

@@ -306,5 +306,6 @@ def labels(path: str | Path) -> NDArray[np.int64]:
         raise InputError(f"{path}: labels have shape (samples,), got {values.shape}")
     whole = values.dtype.kind in "iu" or (values.dtype.kind == "f" and bool((np.rint(values) == values).all()))
     if not whole or (values < 0).any():
-        raise InputError(f"{path}: labels are class indices, non-negative integers; got {values.dtype} {values[:3]}…")
+        some = f" {values[:3]}…" if values.dtype.kind in "biuf" else ""
+        raise InputError(f"{path}: labels are class indices, non-negative integers; got {values.dtype}{some}")
     return np.asarray(values, np.int64)

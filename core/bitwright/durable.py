@@ -40,11 +40,27 @@ def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically.
 
     Raises:
-        InputError: as `atomic_write`.
+        InputError: as `atomic_write`, or the text holds lone surrogates.
     """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        odd = text[error.start : error.end]
+        raise InputError(
+            f"can't write {str(path)!r}: {odd!r} is half of a character (a lone surrogate), which no file can hold; "
+            "rename the tensor or op that is called so"
+        ) from None
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(content)
     return Path(path)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def make_directory(path: str | Path) -> Path:

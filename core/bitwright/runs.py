@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 import bitwright
 from bitwright import fingerprint
+from bitwright.array_files import DAMAGED
 from bitwright.durable import atomic_write, cannot_write, make_directory
 from bitwright.errors import InputError
+from bitwright.leftovers import sweep
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -76,7 +78,7 @@ class FileStore:
         """What was stored under this key; None if nothing, or if the file is damaged."""
         try:
             return _read(self._file(key), key)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
+        except DAMAGED:
             return None
 
     def put(self, key: str, arrays: Arrays) -> None:
@@ -216,6 +218,8 @@ class RunDirectory:
 def run_in(out: Path) -> Iterator[RunDirectory]:
     """The run directory inside an output folder; a failure that leaves nothing to resume leaves no folders either.
 
+    What killed runs have left there is swept.
+
     Raises:
         InputError: another process holds it, or the folder can't be written.
     """
@@ -223,6 +227,7 @@ def run_in(out: Path) -> Iterator[RunDirectory]:
     make_directory(out)
     try:
         with RunDirectory(out / RUN_FOLDER) as run:
+            sweep(out)
             try:
                 yield run
             except BaseException:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bitwright import fingerprint, registry
+from bitwright.array_files import DAMAGED
 from bitwright.bundle.samples import Samples
 from bitwright.durable import atomic_write, make_directory, write_text
 from bitwright.encoding import EncodingTable, Provenance
@@ -73,7 +74,7 @@ def load(cls: type[S], directory: Path, model: Any, options: dict[str, Any]) -> 
         source = directory / state["model"] if model is None else model
         with np.load(directory / ENCODINGS, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path} is damaged: {error}") from None
     sim = cls(source, **chosen)
     if fingerprint.of_graph(sim.graph) != state["graph"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.composites import COMPOSITES, NORMS
+from bitwright.durable import is_file
 from bitwright.errors import TargetError
 from bitwright.graph import ParamRole
 from bitwright.op_types import ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES
@@ -230,8 +231,12 @@ def _decode(text: str, source: str) -> dict[str, Any]:
 
     try:
         raw = json.loads(text, object_pairs_hook=unique)
+    except TargetError:
+        raise
     except json.JSONDecodeError as error:
         raise TargetError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        raise TargetError(f"{source}: can't be read as JSON ({error})") from None
     if not isinstance(raw, dict):
         raise TargetError(f"{source}: a target configuration is a JSON object, not {type(raw).__name__}")
     return raw
@@ -248,7 +253,7 @@ def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, .
         raise TargetError(f"{source}: bitwright.extends: got {base!r}; allowed: a preset's name or a file")
     preset = _preset_name(base)
     path = folder / base
-    if preset is None and not path.is_file():
+    if preset is None and not is_file(path):
         raise TargetError(
             f"{source}: bitwright.extends: no preset or file {base!r}{unknown_name(base, target_names())}"
         )

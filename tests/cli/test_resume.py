@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 FILES = ("net.onnx", "net.encodings", "net.qdq.onnx")
 
 
@@ -50,3 +52,48 @@ def test_kill_and_go_on(net, tmp_path):
     assert {f: now[f] for f in finished} == finished, "finished layers must not be redone"
     for name in FILES:
         assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+WATCHED = """
+import os, runpy, signal, sys
+def watched(real):
+    def call(source, target, *a, **k):
+        if EVENT in os.fspath(target):
+            os.kill(os.getpid(), signal.NUMBER)
+        return real(source, target, *a, **k)
+    return call
+os.replace, os.rename = watched(os.replace), watched(os.rename)
+sys.argv[0] = "bitwright"
+runpy.run_module("bitwright", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_files_are_moved(net, tmp_path, number, status):
+    script, out = tmp_path / "watched.py", tmp_path / "out"
+    script.write_text(WATCHED.replace("EVENT", repr("net.qdq.onnx")).replace("NUMBER", number))
+    words = list(map(str, ["quantize", net.model, "--data", net.npz, "--out", out, "-q"]))
+    stopped = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
+    assert stopped.returncode == status, stopped.stderr
+    assert stopped.stderr.count("\n") == 1 and "stopped" in stopped.stderr
+    hidden = [p.name for p in out.rglob(".*") if p.name != ".run"] if out.exists() else []
+    assert hidden == []
+    assert subprocess.run([sys.executable, "-m", "bitwright", *words], check=False).returncode == 0
+    assert (out / "net.qdq.onnx").exists()
+
+
+def test_names_that_are_no_file_names_or_look_like_patterns(net, tmp_path):
+    def run(*words):
+        ran = subprocess.run(
+            [sys.executable, "-m", "bitwright", *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert "This is a bug" not in ran.stderr, ran.stderr
+        return ran.returncode
+
+    quantize = ("quantize", net.model, "--data", net.npz, "--out", tmp_path, "-q", "--name")
+    assert run(*quantize, "..") == 2 and run(*quantize, "a/b") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert run(*quantize, "[a]*") == 0
+    assert run("verify", tmp_path, "--data", net.npz, "--name", "[a]*") == 0
+    assert run("verify", tmp_path, "--data", net.npz, "--name", "a") == 2

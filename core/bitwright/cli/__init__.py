@@ -1,13 +1,18 @@
-"""The command line. Exit status: 0 done, 1 a check failed, 2 bad usage or input (one line says what), 130 stopped."""
+"""The command line. Exit status: 0 done, 1 a check failed, 2 bad usage or input (one line says what), 130 stopped by
+Ctrl-C, 143 by SIGTERM."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-DONE, CHECK_FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+DONE, CHECK_FAILED, BAD_INPUT, STOPPED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +26,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
-        return _run(words, debug=debug)
+        with _terminated_as_stopped() as terminated:
+            status = _run(words, debug=debug)
+        return TERMINATED if terminated and status == STOPPED else status
+
+
+@contextmanager
+def _terminated_as_stopped() -> Iterator[list[int]]:
+    """Let SIGTERM (a scheduler's, `timeout`'s) end the work as Ctrl-C does: files that aren't whole are removed.
+
+    Yields:
+        A list that holds the signal once it came.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        first = not came
+        came.append(number)
+        if first:  # a second one must not disturb the clearing away
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(line: str) -> None:

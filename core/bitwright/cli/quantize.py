@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.artefact import is_stem
 from bitwright.bundle.samples import SAMPLES
 from bitwright.cli import console, options
 from bitwright.errors import InputError
@@ -111,7 +112,7 @@ class Job:
         Raises:
             InputError: the name is no file name, or the schema doesn't exist.
         """
-        if not self.name or Path(self.name).name != self.name:
+        if not is_stem(self.name):
             raise InputError(f"--name {self.name!r} can't be a file name; use a plain stem such as 'mobilenet'")
         options.check_encodings_version(self.encodings_version)
 

@@ -80,7 +80,8 @@ class Fields:
     def integer(self, name: str, low: int, high: int) -> int:
         """A whole number from `low` to `high`."""
         value = self._values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
+        whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value % 1 == 0)
+        if isinstance(value, bool) or not whole:
             raise self.where.error(f"expected a whole number, found {describe(value)}", name)
         if not low <= value <= high:
             raise self.where.error(f"{value} is outside {low}..{high}", name)

@@ -1,0 +1,146 @@
+"""Files that are damaged, hostile or made for other programs end in bitwright's own errors, whatever is in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitwright import formats
+from bitwright.array_files import read_npy, read_npz
+from bitwright.data import labels
+from bitwright.durable import write_text
+from bitwright.errors import BitwrightError, EncodingError, InputError, TargetError
+from bitwright.recipe import read_recipe
+from bitwright.runs import FileStore
+from bitwright.target import load_target
+
+DEEP, LONG = 100_000, "9" * 5_000
+
+
+def _npy(header: str) -> bytes:
+    text = header.encode("latin1").ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f4', 'fortran_order': False, 'shape': (", "{'descr': '<f4', 'shape': (2,)}", "{", "(((", "'''", "\0",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}", "{'descr': 4, 'fortran_order': 0, 'shape': (2,)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999999,)}", "[" * 110,
+     "{'descr': '<f4', 'fortran_order': False, 'shape': 2}",
+     "{'descr': '|O', 'fortran_order': False, 'shape': (2,)}", "{1: 2, 'a': 3}"],
+)  # fmt: skip
+def test_npy_headers(tmp_path, header):
+    (tmp_path / "a.npy").write_bytes(_npy(header))
+    with pytest.raises(InputError, match=r"a\.npy"):
+        read_npy(tmp_path / "a.npy")
+
+
+def test_every_damaged_byte_of_a_compressed_npz_is_read_or_refused(tmp_path):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x=np.arange(40, dtype=np.float32))
+    whole, path = buffer.getvalue(), tmp_path / "d.npz"
+    refused = 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            read_npz(path)
+        except InputError:
+            refused += 1
+    assert refused > len(whole) // 2
+
+
+def test_every_damaged_byte_of_a_stored_step_counts_as_absent(tmp_path):
+    store = FileStore(tmp_path)
+    held = {"a": np.arange(6, dtype=np.float64)}
+    store.put("key", held)
+    (path,) = tmp_path.glob("*.npz")
+    whole = path.read_bytes()
+    absent = 0
+    for position in range(len(whole)):
+        for flipped in (0x01, 0xFF):  # the first also marks an entry as encrypted
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ flipped]) + whole[position + 1 :])
+            found = store.get("key")
+            absent += found is None
+            assert found is None or np.array_equal(found["a"], held["a"])
+    assert absent > len(whole)
+
+
+def test_labels_that_are_no_numbers(tmp_path):
+    for name, values in {"text": np.array(["a", "b"]), "records": np.zeros(2, [("a", "f4")]),
+                         "dates": np.array(["2026-01-01"], "M8[D]")}.items():  # fmt: skip
+        np.save(tmp_path / f"{name}.npy", values)
+        with pytest.raises(InputError, match="class indices"):
+            labels(tmp_path / f"{name}.npy")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * DEEP, '{"a":' * DEEP, f'{{"defaults": {LONG}}}', '{"bitwright": {"extends": "' + "x" * 5000 + '"}}',
+     '{"bitwright": {"extends": "a\\u0000b"}}'],
+    ids=["lists", "objects", "a long number", "a long name", "NUL in a name"],
+)  # fmt: skip
+def test_target_files(tmp_path, text):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(TargetError):
+        load_target(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("r.json", "[" * DEEP), ("r.json", f"[{LONG}]"), ("r.yaml", f"[{LONG}]"),
+     ("r.yaml", "[{adaround: {a: 2026-99-99}}]"),
+     ("r.yaml", "[" * 3_000)],
+)  # fmt: skip
+def test_recipe_files(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError):
+        read_recipe(tmp_path / name)
+
+
+def _encodings(**changes):
+    entry = {"bw": 8, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": False, "offset": [-128], "scale": [0.1]}
+    return {"version": "1.0.0", "activation_encodings": [{"name": "x", **entry, **changes}], "param_encodings": []}
+
+
+@pytest.mark.parametrize("change", [{"bw": 10**400}, {"offset": [10**400]}, {"scale": [10**400]}, {"bw": 1e400}])
+def test_numbers_beyond_floats_in_encodings(tmp_path, change):
+    path = tmp_path / "e.encodings"
+    path.write_text(json.dumps(_encodings(**change)))
+    with pytest.raises(EncodingError):
+        formats.read(path)
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP, f'{{"version": {LONG}}}'], ids=["deep", "long"])
+def test_encodings_files(tmp_path, text):
+    (tmp_path / "e.encodings").write_text(text)
+    with pytest.raises(BitwrightError):
+        formats.read(tmp_path / "e.encodings")
+
+
+def test_half_a_character_in_a_name_is_refused_where_it_can_not_be_written(tmp_path):
+    path = tmp_path / "e.encodings"
+    path.write_text(json.dumps(_encodings(name="a\ud800")))
+    with pytest.raises(InputError, match="lone surrogate"):
+        write_text(tmp_path / "out", json.dumps(json.loads(path.read_text()), ensure_ascii=False))
+    assert [p.name for p in tmp_path.iterdir()] == ["e.encodings"]
+    with pytest.raises(BitwrightError, match="lone surrogate"):
+        formats.write(formats.read(path), tmp_path / "out.encodings", "1.0.0")
+
+
+def test_zip_entries_that_claim_to_be_encrypted(tmp_path):
+    path: Path = tmp_path / "d.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("x.npy", _npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"))
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"PK\x01\x02") + 8
+    raw[at] |= 1
+    raw[6] |= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="encrypted"):
+        read_npz(path)
