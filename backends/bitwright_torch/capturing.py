@@ -14,7 +14,7 @@ import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +122,12 @@ def export_program(
         else:
             if dynamic_shapes is not None or not _fixes_batch(exported):
                 return exported
+            # What a module keeps from a run of the same size (anchors, masks) would be taken for good.
+            with suppress(Exception):
+                doubled, wanted = with_batch(arguments, signature, doubled=True)
+                exported = _export(holder, doubled, wanted)
+                if not _fixes_batch(exported):
+                    return exported
             reason = "the model's code fixes it"
     try:
         exported = _export(holder, given, None)
@@ -133,10 +139,30 @@ def export_program(
 
 
 def _export(holder: nn.Module, arguments: Arguments, dynamic_shapes: Any) -> ExportedProgram:
-    with torch.no_grad():
+    with torch.no_grad(), _kept(holder):
         return torch.export.export(
             holder, arguments.args, arguments.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
+
+
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Give every attribute back what it was: traced modules keep tensors without data, and sizes that are symbols."""
+    saved = [(part, dict(part.__dict__), _contents(part)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, contents in saved:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+            for held, content in contents:
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """What the containers among a module's attributes hold: its tensors and children too."""
+    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, list | dict | set)]
 
 
 def capture_error(holder: nn.Module, error: Exception) -> ModelError:

@@ -16,10 +16,10 @@ from bitwright_torch.calling import Arguments
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
 
 
-def with_batch(arguments: Arguments, signature: inspect.Signature) -> tuple[Arguments, Any]:
+def with_batch(arguments: Arguments, signature: inspect.Signature, *, doubled: bool = False) -> tuple[Arguments, Any]:
     """A free first axis for every tensor that has the first tensor's length there.
 
-    A length of 1 would be taken for a constant, so such samples are doubled.
+    A length of 1 would be taken for a constant, so such samples are doubled; others if asked to.
     """
     leaves, spec = pytree.tree_flatten((arguments.args, arguments.kwargs))
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
@@ -30,7 +30,7 @@ def with_batch(arguments: Arguments, signature: inspect.Signature) -> tuple[Argu
     for i, leaf in enumerate(leaves):
         free = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
         shapes.append({0: Dim.AUTO} if free else None)
-        if free and batch == 1:
+        if free and (batch == 1 or doubled):
             leaves[i] = torch.cat([leaf, leaf])
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     positional, named = pytree.tree_unflatten(shapes, spec)

@@ -1,0 +1,108 @@
+"""Modules that keep tensors on themselves and renew them when shapes change: detection heads, positions, masks."""
+
+import copy
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import onnxruntime as ort  # noqa: E402
+from torch import nn  # noqa: E402
+
+from bitwright import QuantSim  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
+from bitwright_torch import CaptureNotice  # noqa: E402
+from bitwright_torch.backend import TorchBackend  # noqa: E402
+
+
+class Head(nn.Module):
+    """As in YOLO: anchors for the last seen shape, an attribute of the class at first."""
+
+    shape, anchors = None, torch.empty(0)
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.c(x)
+        if self.shape != x.shape:
+            self.anchors = torch.arange(y.shape[2] * y.shape[3], dtype=y.dtype)[None, None] / 100
+            self.shape = x.shape
+        return y.view(x.shape[0], 4, -1) + self.anchors
+
+
+class ByKey(nn.Module):
+    """A dictionary and a list of what was made before."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.kept, self.seen = nn.Conv2d(8, 4, 1), {}, []
+
+    def forward(self, x):
+        key = (x.shape[2], x.shape[3])
+        if key not in self.kept:
+            self.kept[key] = torch.linspace(-1, 1, key[0] * key[1]).view(1, 1, *key)
+            self.seen.append(self.kept[key])
+        return self.c(x) * self.kept[key]
+
+
+class WholeMask(nn.Module):
+    """Kept with its batch: what was made for eight isn't right for four."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.mask = nn.Conv2d(8, 4, 1), None
+
+    def forward(self, x):
+        if self.mask is None or self.mask.shape[0] != x.shape[0]:
+            self.mask = torch.ones(x.shape[0], 1, *x.shape[2:], dtype=x.dtype) * 0.5
+        return self.c(x) * self.mask
+
+
+def net(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), kind()).eval()
+
+
+@pytest.mark.parametrize("warm", [None, 4, 8])
+@pytest.mark.parametrize("kind", [Head, ByKey, WholeMask])
+def test_captured_right_and_left_as_it_was(kind, warm, tmp_path):
+    x = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    module = net(kind)
+    if warm:
+        module(x[:warm])
+    before = copy.deepcopy(module[2].__dict__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureNotice)
+        sim = QuantSim(module, x[:4])
+    now = module[2].__dict__
+    assert set(now) == set(before) and type(module[2]).__dict__.get("shape") is None
+    for name, value in before.items():
+        assert torch.equal(now[name], value) if isinstance(value, torch.Tensor) else str(now[name]) == str(value)
+    sim.calibrate(x)
+    for size in (1, 3, 8):
+        with torch.no_grad():
+            assert torch.equal(sim.native(x[:size]), net(kind)(x[:size]))
+    bundle = sim.export(tmp_path, name="m")
+    for form in ("model", "qdq"):
+        session = ort.InferenceSession(bundle.files[form])
+        assert not isinstance(session.get_inputs()[0].shape[0], int)
+        for size in (1, 3, 8):
+            (found,) = session.run(None, {session.get_inputs()[0].name: x[:size].numpy()})
+            assert sqnr(net(kind)(x[:size]).detach().numpy(), found) > (25 if form == "qdq" else 100)
+
+
+def test_a_batch_that_code_fixes_is_told():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.state = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return self.l(x + self.state)
+
+    with pytest.warns(CaptureNotice, match="fixed input shapes"):
+        model = TorchBackend().adopt(Fixed().eval(), torch.randn(3, 4))
+    assert TorchBackend().input_specs(model)["x"][0] == (3, 4)
