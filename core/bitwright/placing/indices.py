@@ -22,6 +22,8 @@ _ARITHMETIC = frozenset(
     """.split()  # noqa: SIM905
 )
 """Types that make indices of indices, whatever numbers they work on."""
+OUTSIDE = "object"
+"""Type of what only code outside of the graph handles."""
 _LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND"})
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "TopK", "Unique", "Multinomial"})
 """Types that give whole numbers but read a signal."""
@@ -74,6 +76,8 @@ def _reads(graph: Graph, op: Op, uses: dict[TensorId, _Uses]) -> Iterator[tuple[
             continue
         if op.kind is OpKind.EMBEDDING or op.type == "OneHot" or (op.type in _LOOKUPS and place > 0):
             yield tensor, _Uses(index=op.id)
+        elif any(graph.tensors[t].dtype == OUTSIDE for t in op.outputs):
+            yield tensor, _Uses(signal=op.id)  # code outside of the graph: nobody knows what it does
         elif not floats and op.type in _CHOOSING:
             yield tensor, _Uses(signal=op.id)
         elif not floats:
