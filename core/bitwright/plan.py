@@ -114,6 +114,17 @@ class Plan(Mapping[SiteId, Site]):
     def __len__(self) -> int:
         return len(self._sites)
 
+    def changed(self, sites: Mapping[SiteId, Site]) -> Plan:
+        """The same plan with sites replaced or added."""
+        return Plan(
+            {**self._sites, **sites},
+            self.target,
+            self.scheme,
+            weight_scheme=self.weight_scheme,
+            observed=self._observed,
+            notes=self.notes,
+        )
+
     def root(self, site: SiteId) -> SiteId:
         """The site whose encoding this one uses: itself, or the end of its chain of `SharedWith`."""
         seen = [site]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import applying
+from bitwright import applying, bias_forms
 from bitwright.backend import Batch, Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.batches import batch_dimension, joined
 from bitwright.bundle.samples import SAMPLES, Remembering, Samples
@@ -261,7 +261,7 @@ class QuantSim:
                     f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
                 )
             # With the derived int32 biases, as the target has them.
-            self._simulation = self.backend.simulate(self.native, self.plan, self.table)
+            self._simulation = bias_forms.simulate(self.backend, self.native, self.plan, self.table)
         return self._simulation
 
     @property

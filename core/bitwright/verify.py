@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitwright import bias_forms
 from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
 from bitwright.batches import InputSpecs
 from bitwright.bundle.checks import against_record, against_simulation
@@ -275,7 +276,7 @@ class _Views:
         self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.simulation = backend.simulate(model, plan, table)
+        self.simulation = bias_forms.simulate(backend, model, plan, table)
         self.open: dict[str, Callable[[list[str]], Session]] = {
             "float": lambda tensors: backend.session(model, [Tap(t) for t in tensors]),
             "simulated": lambda tensors: self.simulation.session([Tap(t) for t in tensors]),

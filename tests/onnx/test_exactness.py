@@ -157,3 +157,20 @@ def test_a_shared_bias_fits_at_16_bits(kind, tmp_path):
     assert len(forms) == 2
     assert all(np.abs(numpy_helper.to_array(f).astype(np.int64)).max() <= 2**30 for f in forms)
     assert not verify(tmp_path, data).problems
+
+
+@pytest.mark.parametrize("kind", ["shared_bias", "gemm_called_twice"])
+@pytest.mark.parametrize("options", [{}, {"weights": "int4"}, {"weights": "int4:lpbq4"}])
+def test_a_shared_bias_is_simulated_in_each_of_its_forms(kind, options, tmp_path):
+    """4-bit weights make the accumulators' unit so coarse that 8 % of the codes moved."""
+    import onnxruntime as ort
+
+    model, data = NETS[kind]()
+    sim = QuantSim(model, **options).calibrate(data)
+    path = sim.export(tmp_path, name="m").files["qdq"]
+    simulated = sim.predict(data)[0]
+    plain = ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (out,) = ort.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"]).run(["y"], data)
+    assert (out != simulated).mean() < 0.002
+    assert sim.graph.params.keys() == {"w", "b"} | ({"w2"} if kind == "shared_bias" else set())
