@@ -26,7 +26,7 @@ M_co = TypeVar("M_co", covariant=True)
 M_contra = TypeVar("M_contra", contravariant=True)
 Array = NDArray[Any]
 Batch = Mapping[TensorId, Array]
-"""Model inputs by name; the first axis of each is samples."""
+"""Model inputs by name; the first axis of each is samples, unless they are one whole feed (`batches.one_run`)."""
 
 
 class Capability(StrEnum):

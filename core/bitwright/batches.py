@@ -14,6 +14,10 @@ InputSpecs = Mapping[str, tuple[tuple[int | None, ...], str]]
 """Shape (None: free) and dtype of each model input."""
 
 
+WAYS = "a list of them, a folder with one .npz each, or arrays that stack them along a new first axis"
+"""How whole feeds are given."""
+
+
 def single_input(specs: InputSpecs) -> str:
     """The name of the model's one input.
 
@@ -27,20 +31,65 @@ def single_input(specs: InputSpecs) -> str:
     return next(iter(specs))
 
 
+def one_run(specs: InputSpecs) -> bool:
+    """Whether the inputs' first axes aren't samples of one batch: an input is a scalar, or two fix different sizes.
+
+    So it is with streaming models: frames with time first, recurrent states, a sampling rate. Data are whole feeds
+    then, one for each run of the model, and are never cut or joined.
+    """
+    return any(not shape for shape, _ in specs.values()) or len(_fixed_sizes(specs)) > 1
+
+
 def batch_dimension(specs: InputSpecs) -> int | None:
-    """The batch size that the model fixes, None where it is free.
+    """The batch size that the model fixes; None where it is free, or where first axes aren't samples (`one_run`)."""
+    return None if one_run(specs) else next(iter(_fixed_sizes(specs)), None)
+
+
+def _fixed_sizes(specs: InputSpecs) -> set[int]:
+    return {shape[0] for shape, _ in specs.values() if shape and shape[0] is not None}
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds: the common length of first axes; 1 where they have none (a whole feed)."""
+    lengths = {np.shape(v)[0] if np.ndim(v) else None for v in batch.values()}
+    length = next(iter(lengths)) if len(lengths) == 1 else None
+    return 1 if length is None else length
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The first so many samples of a batch; a whole feed stays whole."""
+    if count >= samples_in(batch) or len({np.shape(v)[:1] for v in batch.values()}) > 1:
+        return batch
+    return {name: values[:count] for name, values in batch.items()}
+
+
+def is_feed(batch: Batch, specs: InputSpecs) -> bool:
+    """Whether a batch is one whole feed: of a model of `one_run`, or of one of which some inputs fix their first axis
+    and others don't, where the lengths differ."""
+    if one_run(specs):
+        return True
+    mixed = bool(_fixed_sizes(specs)) and any(shape[0] is None for shape, _ in specs.values())
+    return mixed and len({np.shape(v)[:1] for v in batch.values()}) > 1
+
+
+def stacked(batch: Batch, specs: InputSpecs, where: str) -> list[Batch] | None:
+    """The feeds of arrays that stack them along a new first axis; None where they don't.
+
+    With models of `one_run`, arrays without that axis are the same in all feeds.
 
     Raises:
-        InputError: an input has no axes, or two inputs fix different sizes.
+        InputError: the arrays stack different numbers of feeds.
     """
-    for name, (shape, _) in specs.items():
-        if not shape:
-            raise InputError(f"input {name!r} is a scalar; only inputs whose first axis is samples can be fed")
-    sizes = {shape[0] for shape, _ in specs.values()} - {None}
-    if len(sizes) > 1:
-        told = ", ".join(f"{name!r} {list(shape)}" for name, (shape, _) in specs.items())
-        raise InputError(f"the model's inputs fix different numbers of samples: {told}")
-    return next(iter(sizes), None)
+    deeper = {n for n, (shape, _) in specs.items() if np.ndim(batch[n]) == len(shape) + 1}
+    plain = {n for n, (shape, _) in specs.items() if np.ndim(batch[n]) == len(shape)}
+    if not deeper or deeper | plain != set(specs) or (plain and not one_run(specs)):
+        return None
+    lengths = {n: len(batch[n]) for n in deeper}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{n!r} {length}" for n, length in lengths.items())
+        raise InputError(f"{where}: the arrays stack different numbers of feeds along their first axis: {told}")
+    count = next(iter(lengths.values()))
+    return [{n: batch[n][i] if n in deeper else batch[n] for n in specs} for i in range(count)]
 
 
 def array_of(value: Any, where: str) -> Array:
@@ -86,7 +135,13 @@ def _in_order(item: Sequence[Any], specs: InputSpecs, where: str) -> list[tuple[
 
 
 def check_batch(
-    batch: Batch, specs: InputSpecs, where: str, *, any_length: bool = False, first_sample: int = 0
+    batch: Batch,
+    specs: InputSpecs,
+    where: str,
+    *,
+    any_length: bool = False,
+    first_sample: int = 0,
+    whole: bool = False,
 ) -> Batch:
     """Check ranks, fixed dimensions, lengths, dtypes and finiteness; returns contiguous arrays of the model's dtypes.
 
@@ -96,6 +151,7 @@ def check_batch(
         where: what messages begin with.
         any_length: accept any number of samples, where the model fixes it.
         first_sample: index of the first sample, for messages.
+        whole: the batch is one feed (`is_feed`): first axes are no samples.
 
     Raises:
         InputError: something doesn't fit; names the place, the input and the reason.
@@ -103,34 +159,46 @@ def check_batch(
     checked = {}
     for name, (shape, dtype) in specs.items():
         values, place = batch[name], f"{where}, input {name!r}"
-        _check_shape(values, shape, place, any_length)
+        _check_shape(values, shape, place, any_length and not whole, whole)
         _check_numeric(values, place)
-        _check_finite(values, place, first_sample)
+        _check_finite(values, place, None if whole else first_sample)
         checked[name] = _convert(values, dtype, place)
+    if whole:
+        return checked
     lengths = {name: len(values) for name, values in checked.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name!r} {n}" for name, n in lengths.items())
-        raise InputError(f"{where}: the inputs hold different numbers of samples: {told}")
+        raise InputError(
+            f"{where}: the inputs hold different numbers of samples: {told}; where axis 0 isn't samples, give whole "
+            f"feeds: {WAYS}"
+        )
     return checked
 
 
-def _check_shape(values: Array, shape: tuple[int | None, ...], place: str, any_length: bool) -> None:
+def _check_shape(
+    values: Array, shape: tuple[int | None, ...], place: str, any_length: bool, whole: bool = False
+) -> None:
     expected = "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
     if values.ndim != len(shape):
-        hint = "; add a samples axis in front, x[None]" if values.ndim == len(shape) - 1 else ""
+        hint = ""
+        if values.ndim == len(shape) - 1:
+            hint = "; add an axis in front, x[None]" if whole else "; add a samples axis in front, x[None]"
         raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected}{hint}")
     for axis, (n, wanted) in enumerate(zip(values.shape, shape, strict=True)):
         if wanted is not None and n != wanted and not (axis == 0 and any_length):
-            raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected} (axis {axis})")
+            hint = f"; first axes aren't samples of this model, so give whole feeds: {WAYS}" if whole else ""
+            raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected} (axis {axis}){hint}")
     if values.size == 0:
         raise InputError(f"{place}: the array is empty, shape {list(values.shape)}")
 
 
-def _check_finite(values: Array, place: str, first_sample: int) -> None:
+def _check_finite(values: Array, place: str, first_sample: int | None) -> None:
     if values.dtype.kind in "biu" or (np.isfinite(values.min()) and np.isfinite(values.max())) or _is_mask(values):
         return
-    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
     kind = "NaN" if np.isnan(values).any() else "infinite"
+    if first_sample is None or values.ndim == 0:
+        raise InputError(f"{place}: {kind} values ({int((~np.isfinite(values)).sum())} of {values.size})")
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
     raise InputError(f"{place}: {kind} values in sample {first_sample + int(bad.argmax())} ({int(bad.sum())} such)")
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitwright.backend import Array, Batch, Session
+from bitwright.backend import Array, Session
+from bitwright.batches import samples_in
 from bitwright.data import Dataset
 from bitwright.errors import InputError
 from bitwright.statistics.base import Request, Source, Statistic, Tap
@@ -119,7 +120,7 @@ def _stream(
             raise error
         batches += 1
         if progress is not None:
-            progress.advance(_samples(batch))
+            progress.advance(samples_in(batch))
     if batches == 0:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
 
@@ -131,8 +132,3 @@ def _update(collected: _Collected, values: Mapping[Source, Mapping[Tap, Array]],
         names = ", ".join(f"{t!r}" for t in dict.fromkeys(collected.request.tensors))
         networks = " and ".join(dict.fromkeys(collected.request.sources))
         raise InputError(f"tensor {names} ({networks} network, batch {batch}): {error}") from error
-
-
-def _samples(batch: Batch) -> int:
-    first = next(iter(batch.values()), None)
-    return len(first) if first is not None and np.ndim(first) else 1

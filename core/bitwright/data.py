@@ -1,7 +1,8 @@
 """Calibration and evaluation data: batches by input name, re-iterable, checked before any work, never held whole.
 
-Accepted: arrays or a mapping of arrays (first axis is samples), a .npz or .npy path, a folder of images,
-or any re-iterable of batches (a list, a DataLoader, a function that returns an iterator).
+Accepted: arrays or a mapping of arrays (first axis is samples), a .npz or .npy path, a folder of images or of .npz
+files, or any re-iterable of batches (a list, a DataLoader, a function that returns an iterator). Of models whose first
+axes aren't samples (states, time first, scalars), data are whole feeds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ from numpy.typing import NDArray
 
 from bitwright.array_files import read_npy, read_npz
 from bitwright.backend import Array, Batch
-from bitwright.batches import InputSpecs, array_of, batch_dimension, check_batch, named_batch, single_input
+from bitwright.batches import (
+    WAYS,
+    InputSpecs,
+    array_of,
+    batch_dimension,
+    check_batch,
+    first_samples,
+    is_feed,
+    named_batch,
+    one_run,
+    samples_in,
+    single_input,
+    stacked,
+)
 from bitwright.errors import InputError
 from bitwright.images import ImageFolder, ImageOptions
 
@@ -87,12 +101,14 @@ class IterableDataset:
         specs: what the model takes.
         count: samples, where the iterable told.
         limit: stop after so many samples.
+        called: what messages call an item by its index.
     """
 
     start: Callable[[], Iterator[Any]]
     specs: InputSpecs
     count: int | None = None
     limit: int | None = None
+    called: Callable[[int], str] = "batch {}".format
 
     @property
     def samples(self) -> int | None:
@@ -103,12 +119,12 @@ class IterableDataset:
         left = self.limit
         fixed = batch_dimension(self.specs)
         for index, item in enumerate(self.start()):
-            where = f"batch {index}"
-            batch = check_batch(named_batch(item, self.specs, where), self.specs, where, any_length=fixed is not None)
-            for part in _pieces(batch, fixed):
-                cut = part if left is None else {k: v[:left] for k, v in part.items()}
-                length = len(next(iter(cut.values())))
-                if length == 0 or (fixed is not None and length < fixed):
+            for part in _parts(item, self.specs, self.called(index), fixed):
+                cut = part if left is None else first_samples(part, left)
+                length = samples_in(cut)
+                if left is not None and left <= 0:
+                    return
+                if length == 0 or (fixed is not None and length < fixed and not is_feed(cut, self.specs)):
                     return
                 yield cut
                 left = None if left is None else left - length
@@ -136,10 +152,15 @@ def open_data(
     - a mapping of arrays by input name, or one array for a model with one input; the first axis is samples;
     - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: memory-mapped,
       unless an .npz is compressed;
+    - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
     - a path to a folder of images, scaled to the model's height and width (needs Pillow);
     - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
       that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
       model's inputs. Further elements of a tuple, such as labels, are left out. The items' own sizes are kept.
+
+    Where first axes aren't samples (`batches.one_run`: an input is a scalar, or inputs fix different sizes; or lengths
+    differ and some inputs fix theirs), each item or file is one whole feed and runs as it is; in a mapping or .npz,
+    arrays stack the feeds along a new first axis, or are one feed. Any model's data may be stacked so.
 
     Where the model fixes the batch dimension, batches have that size and samples that don't fill the last one are
     left out, with a warning: padding them would count some values twice.
@@ -178,6 +199,8 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
     if not path.exists():
         raise InputError(f"there is no file or folder {str(path)!r}")
     if path.is_dir():
+        if files := sorted(path.glob("*.npz")):
+            return _iterable(NpzFolder(tuple(files), tuple(specs)), specs, limit, lambda i: str(files[i]))
         return ImageFolder.open(path, specs, size, limit, images or ImageOptions())
     if path.suffix == ".npy":
         return _arrays({single_input(specs): read_npy(path)}, specs, size, limit, str(path))
@@ -186,20 +209,61 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
         if len(arrays) == len(specs) == 1:
             arrays = dict(zip(specs, arrays.values(), strict=True))
         return _arrays(arrays, specs, size, limit, str(path))
-    raise InputError(f"can't read {str(path)!r} as data: give a .npz, a .npy or a folder of images")
+    raise InputError(f"can't read {str(path)!r} as data: give a .npz, a .npy or a folder of images or .npz files")
 
 
-def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: int | None, where: str) -> ArrayDataset:
+@dataclass(frozen=True)
+class NpzFolder:
+    """A folder with one .npz a batch, or a feed; read as it is gone through.
+
+    Attributes:
+        files: in their order.
+        names: of the model's inputs; any array name will do for a single one.
+    """
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        for file in self.files:
+            arrays = read_npz(file)
+            missing = [n for n in self.names if n not in arrays]
+            if missing and len(arrays) == len(self.names) == 1:
+                arrays = dict(zip(self.names, arrays.values(), strict=True))
+            elif missing:
+                raise InputError(
+                    f"{file}: no array for input {missing[0]!r}; it holds {', '.join(arrays) or 'nothing'}, the "
+                    f"model's inputs are {', '.join(map(repr, self.names))}"
+                )
+            yield arrays
+
+
+def _feeds(arrays: Mapping[str, Array], specs: InputSpecs, limit: int | None, where: str) -> IterableDataset | None:
+    """Arrays as whole feeds, where they stack them or are one; None where the first axis is samples."""
+    feeds = stacked(arrays, specs, where)
+    if feeds is None and not is_feed(arrays, specs):
+        return None
+    if feeds is None:
+        return _iterable([arrays], specs, limit, lambda i: where)
+    return _iterable(feeds, specs, limit, lambda i: f"{where}, feed {i}")
+
+
+def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
     missing, extra = [n for n in specs if n not in arrays], [n for n in arrays if n not in specs]
     if missing or extra:
         told = [f"no array for input {n!r}" for n in missing] + [f"array {n!r} is no input of the model" for n in extra]
         raise InputError(f"{where}: {'; '.join(told)}; the model's inputs are {', '.join(map(repr, specs))}")
+    if (feeds := _feeds(arrays, specs, limit, where)) is not None:
+        return feeds
     for name, values in arrays.items():
         if values.ndim == 0:
             raise InputError(f"{where}: array {name!r} is a scalar; the first axis is samples")
     if len(lengths := {len(a) for a in arrays.values()}) > 1:
         told = [f"{name!r} {len(values)}" for name, values in arrays.items()]
-        raise InputError(f"{where}: the arrays hold different numbers of samples: {', '.join(told)}")
+        raise InputError(
+            f"{where}: the arrays hold different numbers of samples: {', '.join(told)}; where axis 0 isn't samples, "
+            f"give whole feeds: {WAYS}"
+        )
     (length,) = lengths
     if length == 0:
         raise InputError(f"{where}: the data are empty (no samples)")
@@ -220,7 +284,9 @@ def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: in
     return dataset
 
 
-def _iterable(source: Any, specs: InputSpecs, limit: int | None) -> IterableDataset:
+def _iterable(
+    source: Any, specs: InputSpecs, limit: int | None, called: Callable[[int], str] = "batch {}".format
+) -> IterableDataset:
     count: int | None = None
     start: Callable[[], Iterator[Any]]
     if hasattr(source, "__next__"):
@@ -237,15 +303,16 @@ def _iterable(source: Any, specs: InputSpecs, limit: int | None) -> IterableData
             f"can't read data from a {type(source).__name__}; give arrays, a path, a list of batches, a DataLoader, "
             "or a function that returns an iterator"
         )
-    if isinstance(source, list | tuple):
-        count = 0
-        for index, item in enumerate(source):
-            batch = check_batch(named_batch(item, specs, f"batch {index}"), specs, f"batch {index}", any_length=True)
-            count += len(next(iter(batch.values())))
+    if isinstance(source, list | tuple | NpzFolder):
+        fixed = batch_dimension(specs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when they are gone through
+            parts = (p for i, item in enumerate(source) for p in _parts(item, specs, called(i), fixed))
+            count = sum(samples_in(part) for part in parts)
         count = min(count, limit or count)
-        if fixed := batch_dimension(specs):
+        if fixed and not one_run(specs):
             count -= count % fixed
-    dataset = IterableDataset(start, specs, count, limit)
+    dataset = IterableDataset(start, specs, count, limit, called)
     if next(islice(iter(dataset), 1), None) is None:
         raise InputError("the data are empty (no full batch)")
     return dataset
@@ -265,11 +332,22 @@ def _fresh(function: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
     return start
 
 
+def _parts(item: Any, specs: InputSpecs, where: str, fixed: int | None) -> Iterator[Batch]:
+    """What an item of an iterable is to the model: a batch, pieces of the size that the model fixes, or whole feeds."""
+    named = named_batch(item, specs, where)
+    feeds = stacked(named, specs, where)
+    for number, batch in enumerate([named] if feeds is None else feeds):
+        place = where if feeds is None else f"{where}, feed {number}"
+        whole = is_feed(batch, specs)
+        checked = check_batch(batch, specs, place, any_length=fixed is not None and feeds is None, whole=whole)
+        yield from [checked] if whole else _pieces(checked, fixed)
+
+
 def _pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
     if size is None:
         yield batch
         return
-    length = len(next(iter(batch.values())))
+    length = samples_in(batch)
     if length % size:
         warnings.warn(
             f"the model takes batches of exactly {size}; {length % size} samples of a batch of {length} are left out",

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch
+from bitwright.batches import first_samples, samples_in
 from bitwright.data import Dataset, IterableDataset
 from bitwright.errors import InputError
 from bitwright.fingerprint import of_json
@@ -35,9 +36,9 @@ class FirstSamples:
     def __iter__(self) -> Iterator[Batch]:
         left = self._limit
         for batch in self._data:
-            size = len(next(iter(batch.values())))
+            size = samples_in(batch)
             if left is not None and left <= size:
-                yield batch if left == size else {name: values[:left] for name, values in batch.items()}
+                yield first_samples(batch, left)
                 return
             yield batch
             left = None if left is None else left - size

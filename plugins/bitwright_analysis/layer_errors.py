@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Simulation
+from bitwright.batches import samples_in
 from bitwright.data import Dataset
 from bitwright.graph import LINEAR_KINDS, Graph, TensorId
 from bitwright.plan import Plan
@@ -109,7 +110,7 @@ def compare_tensors(
             expected, got = reference.run(batch), simulated.run(batch)
             for tap in taps:
                 found[tap.tensor].add(np.asarray(expected[tap]), np.asarray(got[tap]))
-            progress.advance(len(next(iter(batch.values()))))
+            progress.advance(samples_in(batch))
     progress.finish()
     return found
 
@@ -131,7 +132,7 @@ def packed(graph: Graph, tensors: Sequence[TensorId], batch_size: int, budget: i
 
 
 def _batch_size(data: Dataset) -> int:
-    return max((len(v) for batch in [next(iter(data), {})] for v in batch.values()), default=1)
+    return samples_in(next(iter(data), {}))
 
 
 def _row(graph: Graph, tensor: TensorId, errors: dict[TensorId, TensorError]) -> LayerError:

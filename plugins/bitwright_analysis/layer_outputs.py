@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bitwright.batches import samples_in
 from bitwright.data import Dataset
 from bitwright.durable import make_directory, write_text
 from bitwright.encoding import Encoding
@@ -248,14 +249,16 @@ class _Writer:
         (self.folder / "inputs").mkdir()
         lines = []
         for batch in data:
-            for index in range(len(next(iter(batch.values())))):
+            length = samples_in(batch)
+            for index in range(length):
                 entries = []
                 for name in self.sim.graph.inputs:
                     single = len(self.sim.graph.inputs) == 1
                     stem = f"input_{self.samples}" if single else f"input_{self.samples}/{names[name]}"
                     file = self.folder / "inputs" / f"{stem}.raw"
                     file.parent.mkdir(exist_ok=True)
-                    values = np.asarray(batch[name])[index : index + 1]
+                    values = np.asarray(batch[name])
+                    values = values if length == 1 else values[index : index + 1]  # a whole feed isn't cut
                     self._write(file, name, values, names[name], self.stored_inputs)
                     entries.append(f"inputs/{stem}.raw" if single else f"{name}:=inputs/{stem}.raw")
                 lines.append(" ".join(entries))
@@ -268,7 +271,7 @@ class _Writer:
         self.names = file_names(tensors)
         for sample in range(self.samples):
             (self.folder / "outputs" / f"layer_outputs_{sample}").mkdir(parents=True)
-        size = max((len(v) for v in next(iter(data)).values()), default=1)
+        size = samples_in(next(iter(data)))
         groups = packed(self.sim.graph, tensors, size)
         self.sim.progress.start("Writing layer outputs", len(groups) * self.samples)
         for group in groups:
@@ -278,14 +281,15 @@ class _Writer:
             )
             begin = 0
             for batch in data:
-                length = len(next(iter(batch.values())))
+                length = samples_in(batch)
                 found = session.run(batch)
                 for tap in taps:
                     values = _by_sample(tap.tensor, np.asarray(found[tap]), length)
                     for index in range(length):
                         stem = self.names[tap.tensor]
                         file = self.folder / "outputs" / f"layer_outputs_{begin + index}" / f"{stem}.raw"
-                        self._write(file, tap.tensor, values[index : index + 1], stem, self.stored)
+                        part = values if length == 1 else values[index : index + 1]
+                        self._write(file, tap.tensor, part, stem, self.stored)
                 begin += length
                 self.sim.progress.advance(length)
         self.sim.progress.finish()

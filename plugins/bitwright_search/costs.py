@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from bitwright.backend import Batch, LatencyModel
+from bitwright.batches import samples_in
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpId, OpKind, TensorId
 from bitwright.plan import SiteId
@@ -54,7 +55,7 @@ def _products(graph: Graph, op: Op, sizes: Mapping[TensorId, float], last: Mappi
 def _sizes(sim: QuantSim, batch: Batch) -> tuple[dict[TensorId, float], dict[TensorId, int]]:
     """Values of each float tensor for one sample, and the length of its last axis."""
     graph = sim.graph
-    samples = len(next(iter(batch.values()), ()))
+    samples = samples_in(batch) if batch else 0
     if not samples:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
     fixed = {shape[0] for i in graph.inputs if (shape := graph.tensors[i].shape)}

@@ -8,6 +8,7 @@ import pytest
 
 from bitwright.data import ArrayDataset, Dataset, ImageOptions, labels, open_data
 from bitwright.errors import InputError
+from bitwright.samples import FirstSamples
 
 ONE = {"x": ((None, 3, 4), "float32")}
 TWO = {"ids": ((None, 5), "int64"), "mask": ((None, 5), "float32")}
@@ -263,7 +264,7 @@ def test_a_fixed_batch_dimension_is_kept():
     with pytest.raises(InputError, match="3 samples, but the model takes batches of exactly 4"):
         open_data(X[:3], FIXED)
     assert len(list(open_data(X, {"x": ((1, 3, 4), "float32")}))) == 10
-    with pytest.raises(InputError, match="fix different numbers of samples"):
+    with pytest.raises(InputError, match=r"input 'a'.*first axes aren't samples of this model, so give whole feeds"):
         open_data({"a": X, "b": X}, {"a": ((2, 3, 4), "float32"), "b": ((4, 3, 4), "float32")})
 
 
@@ -360,3 +361,91 @@ def test_wrong_image_folders(pictures, tmp_path):
     (pictures / "more" / "d.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"can't read the image .*d\.png"):
         list(open_data(pictures, NCHW))
+
+
+# -- whole feeds: first axes that aren't samples
+
+STREAM = {"frames": ((5, 1, 3), "float32"), "state": ((2, 1, 4), "float32"), "gain": ((), "float32")}
+TIME = {"frames": ((None, 1, 3), "float32"), "state": ((1, 1, 4), "float32")}
+
+
+def feeds_of(specs, count=4, **free):
+    made = []
+    for k in range(count):
+        rng = np.random.default_rng(k)
+        sizes = {n: [free.get(n, 1) if d is None else d for d in shape] for n, (shape, _) in specs.items()}
+        made.append({n: np.asarray(rng.normal(size=s), np.float32) for n, s in sizes.items()})
+    return made
+
+
+def same(dataset, feeds):
+    got = list(dataset)
+    assert len(got) == len(feeds)
+    for a, b in zip(got, feeds, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[n].shape == b[n].shape and np.array_equal(a[n], b[n]) for n in b)
+
+
+def test_whole_feeds_in_every_form(tmp_path):
+    feeds = feeds_of(STREAM)
+    np.savez(tmp_path / "stacked.npz", **{n: np.stack([f[n] for f in feeds]) for n in STREAM})
+    np.savez(tmp_path / "one.npz", **feeds[0])
+    np.savez(
+        tmp_path / "constant.npz",
+        **{n: feeds[0][n] if n == "gain" else np.stack([f[n] for f in feeds]) for n in STREAM},
+    )
+    folder = tmp_path / "feeds"
+    folder.mkdir()
+    for i, feed in enumerate(feeds):
+        np.savez(folder / f"{i:02d}.npz", **feed)
+    prints = set()
+    for source in (feeds, [tuple(f.values()) for f in feeds], lambda: iter(feeds), tmp_path / "stacked.npz", folder,
+                   {n: np.stack([f[n] for f in feeds]) for n in STREAM},
+                   [{n: np.stack([f[n] for f in feeds[i : i + 2]]) for n in STREAM} for i in (0, 2)]):  # fmt: skip
+        dataset = open_data(source, STREAM)
+        same(dataset, feeds)
+        assert dataset.samples in (4, None)
+        prints.add(dataset.fingerprint())
+        same(open_data(source, STREAM, limit=2), feeds[:2])
+        same(FirstSamples(dataset, 3), feeds[:3])
+    assert len(prints) == 1
+    same(open_data(tmp_path / "one.npz", STREAM), feeds[:1])
+    same(open_data(tmp_path / "constant.npz", STREAM), [{**f, "gain": feeds[0]["gain"]} for f in feeds])
+
+
+def test_feeds_whose_free_axes_differ_run_whole():
+    """Time is free, the state's first axis is fixed: lengths that differ aren't a batch, whatever the state fixes."""
+    feeds = [feeds_of(TIME, 1, frames=t)[0] for t in (7, 3, 1)]
+    same(open_data(feeds, TIME), feeds)
+    assert open_data(feeds, TIME).samples == 3
+    same(open_data({n: np.stack([feeds[0][n]] * 2) for n in TIME}, TIME), [feeds[0]] * 2)
+
+
+def test_batches_stacked_along_a_new_axis():
+    same(open_data(np.stack([X[:5], X[5:]]), ONE), [{"x": X[:5]}, {"x": X[5:]}])
+
+
+def test_whole_feeds_that_do_not_fit(tmp_path):
+    feeds = feeds_of(STREAM)
+    joined = {
+        n: np.stack([f[n] for f in feeds]) if n == "gain" else np.concatenate([f[n] for f in feeds]) for n in STREAM
+    }
+    uneven = {n: np.stack([f[n] for f in feeds[: 3 if n == "state" else 4]]) for n in STREAM}
+    bad = {**feeds[0], "state": feeds[0]["state"] * np.nan}
+    short = {**feeds[1], "frames": feeds[1]["frames"][:4]}
+    np.savez(tmp_path / "a.npz", **feeds[0])
+    np.savez(tmp_path / "b.npz", frames=feeds[0]["frames"], gain=feeds[0]["gain"])
+    for source, message in [
+        (
+            joined,
+            r"data.*input 'frames': shape \[20, 1, 3\].*\[5, 1, 3\] \(axis 0\).*whole feeds: a list of them, a folder",
+        ),
+        (uneven, "data: the arrays stack different numbers of feeds along their first axis: 'frames' 4, 'state' 3"),
+        ([bad], r"batch 0, input 'state': NaN values \(8 of 8\)"),
+        ([feeds[0], short], r"batch 1, input 'frames': shape \[4, 1, 3\]"),
+        (tmp_path, r"b.npz: no array for input 'state'; it holds frames, gain"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_data(source, STREAM)
+    with pytest.raises(InputError, match="'ids' 6, 'mask' 4; where axis 0 isn't samples, give whole feeds"):
+        open_data({"ids": np.zeros((6, 5), np.int64), "mask": np.zeros((4, 5))}, TWO)
