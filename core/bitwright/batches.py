@@ -84,7 +84,7 @@ def stacked(batch: Batch, specs: InputSpecs, where: str) -> list[Batch] | None:
     plain = {n for n, (shape, _) in specs.items() if np.ndim(batch[n]) == len(shape)}
     if not deeper or deeper | plain != set(specs) or (plain and not one_run(specs)):
         return None
-    lengths = {n: len(batch[n]) for n in deeper}
+    lengths = {n: len(batch[n]) for n in specs if n in deeper}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{n!r} {length}" for n, length in lengths.items())
         raise InputError(f"{where}: the arrays stack different numbers of feeds along their first axis: {told}")

@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright import bias_forms
 from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
-from bitwright.batches import InputSpecs
+from bitwright.batches import InputSpecs, samples_in
 from bitwright.bundle.checks import against_record, against_simulation
 from bitwright.bundle.crushed import OutputQuality
-from bitwright.bundle.outputs import OutputFigures, classes_of, length_of, over_outputs, whole_of
+from bitwright.bundle.outputs import OutputFigures, classes_of, over_outputs, whole_of
 from bitwright.bundle.reopened import reopen
 from bitwright.bundle.samples import first_samples, is_fixed
 from bitwright.data import Dataset
@@ -388,5 +388,5 @@ def _few(dataset: Dataset, samples: int, specs: InputSpecs) -> Iterator[Batch]:
         if left <= 0:
             return
         part = dict(batch) if fixed else first_samples(batch, left)
-        left -= length_of(part)
+        left -= samples_in(part)
         yield part

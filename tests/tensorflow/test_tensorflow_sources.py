@@ -271,3 +271,26 @@ def test_a_keras_export(tmp_path: Path) -> None:
     assert variables == set(graph.params)
     assert not [t for t in graph.tensors if "PartitionedCall" in t]
     np.testing.assert_allclose(outputs(model)[0], np.asarray(net(X)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_streaming_function_is_calibrated_on_whole_feeds():
+    """Time first, a state whose first axis is layers, and a scalar."""
+    rng = np.random.default_rng(0)
+    w, u = (tf.constant(rng.normal(size=s).astype(np.float32) * 0.4) for s in ((3, 4), (4, 4)))
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 1, 3)), tf.TensorSpec((1, 1, 4)), tf.TensorSpec(())])
+    def stream(frames, state, gain):
+        h = state[0]
+        for t in range(4):
+            h = tf.tanh(tf.matmul(frames[t] * gain, w) + tf.matmul(h, u))
+        return h[None]
+
+    feeds = [
+        {"frames:0": rng.normal(size=(4, 1, 3)), "state:0": rng.normal(size=(1, 1, 4)), "gain:0": 0.5 + 0.1 * k}
+        for k in range(5)
+    ]
+    sim = QuantSim(stream.get_concrete_function()).calibrate(feeds)
+    expected, found = (sim.predict(feeds, simulated=s)[0] for s in (False, True))
+    assert found.shape == (5, 1, 4)
+    assert np.square(expected - found).sum() < 1e-3 * np.square(expected).sum()
+    sim.apply("adaround", feeds).calibrate(feeds)

@@ -278,3 +278,26 @@ def test_shapes_of_the_whole_dont_go_with_parts():
     model = Module(lambda m, x: m.l(x), l=lambda: nn.Linear(8, 8))
     with pytest.raises(InputError, match="leave one of them out"):
         TorchBackend().adopt(model, X, modules=["l"], dynamic_shapes={"x": (0,)})
+
+
+def test_a_streaming_model_is_calibrated_on_whole_feeds():
+    """Time first, a state whose first axis is layers, and a scalar."""
+
+    def stream(m, frames, state, gain):
+        h = state[0]
+        for t in range(4):
+            h = torch.tanh(m.a(frames[t] * gain) + m.b(h))
+        return m.v(h), h[None]
+
+    net = Module(stream, a=lambda: nn.Linear(3, 4), b=lambda: nn.Linear(4, 4), v=lambda: nn.Linear(4, 2)).eval()
+    rng = np.random.default_rng(0)
+    feeds = [
+        (rng.normal(size=(4, 1, 3)).astype(np.float32), rng.normal(size=(1, 1, 4)).astype(np.float32),
+         np.array(0.5 + 0.1 * k, np.float32))
+        for k in range(5)
+    ]  # fmt: skip
+    sim = QuantSim(net, tuple(torch.from_numpy(a) for a in feeds[0])).calibrate(feeds)
+    expected, found = (sim.predict(feeds, simulated=s)[0] for s in (False, True))
+    assert found.shape == (5, 2)
+    assert np.square(expected - found).sum() < 1e-3 * np.square(expected).sum()
+    sim.apply("adaround", feeds).calibrate(feeds)

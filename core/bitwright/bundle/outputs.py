@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.backend import Batch, Session
-from bitwright.batches import joined
+from bitwright.backend import Session
+from bitwright.batches import joined, samples_in
 from bitwright.bundle.crushed import CRUSHED_DB
 from bitwright.data import Dataset
 from bitwright.errors import InputError
@@ -134,7 +134,7 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
             for key, (other, signal) in known.items():
                 if tensor in runs[other] and tensor in runs[signal]:
                     pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor])
-        count = length_of(batch)
+        count = samples_in(batch)
         samples += count
         progress.advance(count)
     progress.finish()
@@ -151,11 +151,6 @@ def _finite_alike(values: NDArray[Any] | None, real: NDArray[Any]) -> bool:
     if values is None or values.dtype.kind != "f" or real.dtype.kind != "f" or values.shape != real.shape:
         return True
     return bool(np.array_equal(np.isfinite(values), np.isfinite(real)))
-
-
-def length_of(batch: Batch) -> int:
-    """Samples of a batch: the length of its first array that has an axis."""
-    return next((len(v) for v in batch.values() if np.ndim(v)), 1)
 
 
 def whole_of(parts: list[NDArray[Any]]) -> NDArray[Any]:
