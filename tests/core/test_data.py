@@ -440,7 +440,7 @@ def test_whole_feeds_that_do_not_fit(tmp_path):
             joined,
             r"data.*input 'frames': shape \[20, 1, 3\].*\[5, 1, 3\] \(axis 0\).*whole feeds: a list of them, a folder",
         ),
-        (uneven, "data: the arrays stack different numbers of feeds along their first axis: 'frames' 4, 'state' 3, 'gain' 4"),
+        (uneven, r"data: the arrays stack different numbers of feeds.*first axis: 'frames' 4, 'state' 3, 'gain' 4"),
         ([bad], r"batch 0, input 'state': NaN values \(8 of 8\)"),
         ([feeds[0], short], r"batch 1, input 'frames': shape \[4, 1, 3\]"),
         (tmp_path, r"b.npz: no array for input 'state'; it holds frames, gain"),
