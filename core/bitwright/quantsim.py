@@ -342,12 +342,13 @@ class QuantSim:
         for batch in self.open(data):
             found = session.run(batch)
             batches.append(found)
-            warned = warned or self._warn_of_infinities(batch, [found[tap] for tap in taps])
+            warned = warned or self.warn_of_infinities(batch, [found[tap] for tap in taps])
         if not batches:
             raise InputError("there are no data to predict on")
         return [joined([b[tap] for b in batches]) for tap in taps]
 
-    def _warn_of_infinities(self, batch: Batch, outputs: list[Any]) -> bool:
+    def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:
+        """Warn where the simulation's outputs for one batch aren't finite and the float model's are (see `predict`)."""
         from bitwright.finiteness import warn_where_it_began
 
         def floating(taps: Sequence[Tap]) -> Session:

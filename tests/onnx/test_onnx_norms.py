@@ -8,6 +8,7 @@ import builders as b
 import numpy as np
 import pytest
 
+from bitwright.errors import ModelError
 from bitwright.finiteness import NonFiniteWarning
 from bitwright.quantsim import QuantSim
 from bitwright.verify import sqnr
@@ -137,7 +138,7 @@ def test_parts_of_a_norm_that_others_read_keep_their_grids():
     assert {"v", "sq", "root"} <= set(QuantSim(Net(leaking).build()).plan.quantized)
 
 
-def test_a_simulation_that_is_not_finite_says_where_it_began():
+def test_a_simulation_that_is_not_finite_says_where_it_began(tmp_path):
     """With its squares on a grid, a norm's root is zero for ordinary tokens, and 0 / 0 isn't a number."""
     x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
     x[:, 0] *= 1000
@@ -146,6 +147,8 @@ def test_a_simulation_that_is_not_finite_says_where_it_began():
     with pytest.warns(NonFiniteWarning, match=r"begins at tensor 'n', which 'n_op' \(Div\) computes from 'h', 'root'"):
         found = sim.predict({"x": x})[0]
     assert np.isnan(found).any()
+    with pytest.warns(NonFiniteWarning, match="begins at tensor 'n'"), pytest.raises(ModelError, match="NaN"):
+        sim.export(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sim.predict({"x": x}, simulated=False)

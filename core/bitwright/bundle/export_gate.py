@@ -63,7 +63,9 @@ def run_simulated(sim: QuantSim, samples: Samples) -> Simulated:
     """The tensors that are compared, of the native simulation."""
     taps = [Tap(t) for t in compared_tensors(sim.graph, sim.plan)]
     run = sim.simulation.session(taps).run(samples.inputs)
-    return Simulated(samples, {tap.tensor: np.array(v) for tap, v in run.items()})
+    values = {tap.tensor: np.array(v) for tap, v in run.items()}
+    sim.warn_of_infinities(samples.inputs, [values[t] for t in sim.graph.outputs])
+    return Simulated(samples, values)
 
 
 def compared_tensors(graph: Graph, plan: Plan) -> list[TensorId]:
