@@ -84,6 +84,12 @@ def test_what_an_index_is_chosen_from_is_a_signal():
     assert {"x", "scores"} <= set(found.quantized)
 
 
+def test_what_is_written_into_a_tensor_is_a_signal():
+    """The second operand of a slice's update is values; indices of a scatter are whole numbers."""
+    found = plan(dense("x", "new"), op("ScatterND", ["cache", "new"], "y", OpKind.ELEMENTWISE))
+    assert {"cache", "new", "y"} <= set(found.quantized)
+
+
 def test_overrides_go_before():
     graph = Graph(
         [Op("embed", OpKind.EMBEDDING, "Gather", ("ids",), ("y",), TABLE)],

@@ -278,3 +278,22 @@ def test_masked_classes_are_no_bias(value):
     sim = QuantSim(net.build()).calibrate(data)
     assert {"h", "y"} <= set(sim.plan.quantized) and not {"mask", "m"} & set(sim.plan.quantized)
     assert sqnr(sim.predict(data, simulated=False)[0], sim.predict(data)[0]) > 30
+
+
+@pytest.mark.parametrize("target", ["default", "htp_v73", "onnxruntime-cpu"])
+def test_the_maximum_over_a_padding_of_infinity_has_a_grid(target, tmp_path):
+    """−∞ around an image, as exporters pad before max pooling: what the pooling gives is quantized again."""
+    net = b.ModelBuilder()
+    net.input("x", ["n", 4, 8, 8])
+    net.node("Conv", ["x", net.weight("w1", 4, 4, 1, 1)], "c")
+    net.const("pads", np.int64([0, 0, 1, 1, 0, 0, 1, 1]))
+    net.node("Pad", ["c", "pads", net.const("value", np.float32(-np.inf))], "padded")
+    net.node("MaxPool", ["padded"], "pooled", kernel_shape=[3, 3], strides=[2, 2])
+    net.node("Conv", ["pooled", net.weight("w2", 4, 4, 1, 1)], "y")
+    net.output("y")
+    data = {"x": b_normal(16, 4, 8, 8)}
+    sim = QuantSim(net.build(), target=target).calibrate(data)
+    assert {"c", "pooled"} <= set(sim.plan.quantized)
+    found = sim.predict(data)[0]
+    assert sqnr(sim.predict(data, simulated=False)[0], found) > 30
+    assert np.array_equal(run(sim.export(tmp_path).files["qdq"], data), found)

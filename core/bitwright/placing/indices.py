@@ -24,7 +24,7 @@ _ARITHMETIC = frozenset(
 """Types that make indices of indices, whatever numbers they work on."""
 OUTSIDE = "object"
 """Type of what only code outside of the graph handles."""
-_LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND"})
+_LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "TopK", "Unique", "Multinomial"})
 """Types that give whole numbers but read a signal."""
 

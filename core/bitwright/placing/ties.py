@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bitwright.graph import Op, OpKind, RecurrentAttrs, TensorId
+from bitwright.graph import Op, OpKind, RecurrentAttrs, Tensor, TensorId
 from bitwright.placing.activations import ActivationPlacement
 from bitwright.plan import SiteId
 
@@ -62,7 +62,7 @@ def settle(placement: ActivationPlacement) -> list[Edge]:
                 if wishes[source].on:
                     wish.on = True
                     edges.append((source, t))
-                elif t not in placement.needed or not (graph.tensors[source].is_float or op.type == "Cast"):
+                elif t not in placement.needed or not (_is_real(graph.tensors[source]) or op.type == "Cast"):
                     wish.off(f"its input {source!r} stays in float")
         elif op.kind is OpKind.RECURRENT:
             states, last = _hidden_states(op)
@@ -71,6 +71,11 @@ def settle(placement: ActivationPlacement) -> list[Edge]:
         elif op.type in placement.config.bitwright.ties and placement.floats(op) is None:
             edges += [(op.output, t) for t in dict.fromkeys(op.data_inputs) if alike(op.output, t)]
     return edges
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether it holds floats; those of a mask have no grid, but what is chosen of them may."""
+    return tensor.is_float or tensor.mask
 
 
 def _hidden_states(op: Op) -> tuple[TensorId | None, TensorId | None]:
