@@ -39,7 +39,7 @@ def mask_nodes(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Modul
             for index, argument in enumerate(node.args):
                 if isinstance(argument, float) or (type in _WHOLE_NUMBERS and _is_whole(argument)):
                     operands.append(f"{node.name}\0{index}")
-                    constants[operands[-1]] = Extent.of(float(argument))  # type: ignore[arg-type]
+                    constants[operands[-1]] = Extent.of(float(argument))
                 else:
                     found: list[str] = []
                     fx.node.map_arg(argument, lambda n, found=found: found.append(n.name))  # type: ignore[misc]

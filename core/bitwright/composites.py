@@ -153,9 +153,9 @@ def _statistic(graph: Graph, tensor: TensorId) -> tuple[TensorId, str, list[Op]]
             square, casts = _producer(graph, op.data_inputs[0])
             if square is not None and square.type == "SquaredDifference" and len(square.data_inputs) == 2 and rooted:
                 mean, behind = _producer(graph, square.data_inputs[1])
-                base = _behind(graph, square.data_inputs[0])[0]
+                root = _behind(graph, square.data_inputs[0])[0]
                 ops += [*casts, square, *behind, *([mean] if mean is not None else [])]
-                return None if _mean_of(graph, mean) != base else (base, "var", ops)
+                return None if _mean_of(graph, mean) != root else (root, "var", ops)
             base = None if square is None else _squared(square)
             if square is None or base is None or not rooted:
                 return None
