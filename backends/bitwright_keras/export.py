@@ -30,6 +30,7 @@ from bitwright_keras.model import KerasModel
 from bitwright_keras.native import keras_model
 from bitwright_keras.params import read_params
 from bitwright_keras.plain_layers import with_layers
+from bitwright_keras.recurrent import loops, recurrent_layers
 
 KERAS_FORMATS: Mapping[str, str] = {
     "keras": "the float model with its updated weights as .keras; plain Keras loads it",
@@ -143,6 +144,10 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
     graph = frozen(model)
+    layers = recurrent_layers(model, graph.tensors)
+    if len(layers) < loops(model):
+        graph = frozen(model, unrolled=True)
+        layers = recurrent_layers(model, graph.tensors)
     backend = OnnxBackend()
     made = backend.adopt(
         import_graphdef(
@@ -150,6 +155,7 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
             [graph.tensors[t] for t in model.inputs],
             [graph.tensors[t] for t in model.output_ids],
             names=_sites(graph),
+            recurrent=layers,
             kept=[s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER],
         )
     )

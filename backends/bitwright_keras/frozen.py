@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from bitwright_keras.optable import AUGMENTATION
 
 _PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 """What TensorFlow allows as a node's name."""
+UNROLLED = 256
+"""Steps that a recurrent layer may take to be written without a loop."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +54,33 @@ class FrozenGraph:
         return {**self.tensors, **self.constants}
 
 
-def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
+def frozen(model: KerasModel, *, batch_size: int | None = None, unrolled: bool = False) -> FrozenGraph:
     """The model's graph; made once for each batch size.
 
     Args:
         model: the model.
         batch_size: of the inputs; None leaves it as it is in the model.
+        unrolled: recurrent layers step by step, without loops, where they take few steps (`UNROLLED`).
 
     Raises:
         MissingExtraError: TensorFlow isn't installed.
         ModelError: the model can't be traced by TensorFlow.
         CapabilityError: another Keras backend is active, and the model can't be handed to TensorFlow's.
     """
-    key = f"frozen/{batch_size}"
+    key = f"frozen/{batch_size}/{unrolled}"
     if key not in model.memo:
         try:
             import tensorflow  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtraError('frozen graphs need TensorFlow: pip install "bitwright[tensorflow]"') from error
         here = keras.backend.backend() == "tensorflow"
-        model.memo[key] = _traced(model, batch_size) if here else _elsewhere(model, batch_size)
+        model.memo[key] = _traced(model, batch_size, unrolled) if here else _elsewhere(model, batch_size)
     found = model.memo[key]
     assert isinstance(found, FrozenGraph)
     return found
 
 
-def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
+def _traced(model: KerasModel, batch_size: int | None, unrolled: bool) -> FrozenGraph:
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
@@ -88,13 +92,17 @@ def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
         recorded.clear()
         operands.clear()
         values: dict[TensorId, Any] = dict(zip(model.inputs, inputs, strict=True))
-        execute((_with_operands(model, _without_draws(model, node), operands) for node in nodes), values)
+        for node in nodes:
+            execute((_with_operands(model, _without_draws(model, node), operands),), values)
+            if len(node.outputs) > 1:  # states of a loop have a node of their own only behind it
+                values.update({t: tf.identity(values[t]) for t in node.outputs})
         recorded.update(values)
         return [tf.identity(values[t]) for t in model.output_ids]
 
     specs = [_spec(tf, model, name, batch_size, i) for i, name in enumerate(model.inputs)]
     try:
-        concrete = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
+        with _set(_dropouts(model), 0.0), _set(_loops(model) if unrolled else [], True):
+            concrete = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
         names = {t: x.name for t, x in recorded.items() if hasattr(x, "graph") and x.graph is concrete.graph}
         constants = _constant_names(model, concrete)
         constants |= {p: x.op.name for p, x in operands.items() if x.graph is concrete.graph}
@@ -117,6 +125,36 @@ def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, in
                 "have static shapes: build the model with a fixed input shape"
             )
     return tf.TensorSpec(shape, model.specs[name].dtype, name=f"bitwright_input_{index}")
+
+
+def _dropouts(model: KerasModel) -> list[tuple[Any, str]]:
+    """Dropout of recurrent cells, which draw its masks in inference too and throw them away."""
+    names = ("dropout", "recurrent_dropout")
+    cells = [x for layer in model.layers for x in layer._flatten_layers() if all(hasattr(x, n) for n in names)]
+    return [(x, n) for x in cells for n in names if isinstance(x.__dict__.get(n), int | float)]
+
+
+def _loops(model: KerasModel) -> list[tuple[Any, str]]:
+    """Recurrent layers of few steps."""
+    found = []
+    for node in model.nodes:
+        steps = model.specs[node.inputs[0]].shape[1:2] if node.layer is not None and node.inputs else ()
+        if steps and steps[0] is not None and steps[0] <= UNROLLED:
+            found += [(x, "unroll") for x in node.layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
+    return found
+
+
+@contextmanager
+def _set(places: Sequence[tuple[Any, str]], value: Any) -> Iterator[None]:
+    """Attributes with another value for a while."""
+    held = [(x, name, getattr(x, name)) for x, name in places]
+    try:
+        for x, name, _ in held:
+            setattr(x, name, value)
+        yield
+    finally:
+        for x, name, old in reversed(held):
+            setattr(x, name, old)
 
 
 def _without_draws(model: KerasModel, node: Node) -> Node:

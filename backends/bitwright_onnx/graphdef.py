@@ -17,11 +17,12 @@ import onnx_ir as ir
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Param, ParamId
 from bitwright.plan import Derived, Plan, SiteKind
-from bitwright_onnx import graphdef_arrays, graphdef_conv, graphdef_math
+from bitwright_onnx import graphdef_arrays, graphdef_conv, graphdef_math, graphdef_recurrent
 from bitwright_onnx.folding import KEPT
 from bitwright_onnx.graphdef_builder import Builder, Constant
 from bitwright_onnx.graphdef_folding import fold
 from bitwright_onnx.graphdef_nodes import INT32, Node, onnx_type, tensor_name
+from bitwright_onnx.graphdef_recurrent import Recurrent, stand_ins
 
 OPSET = 20
 _SKIPPED = frozenset({"NoOp", "Assert", "Placeholder", "Const"})
@@ -30,6 +31,7 @@ HANDLERS: Mapping[str, Callable[[Builder, Node], None]] = {
     **graphdef_math.HANDLERS,
     **graphdef_arrays.HANDLERS,
     **dict.fromkeys(("Conv2D", "Conv3D"), graphdef_conv.convolution),
+    graphdef_recurrent.OP: graphdef_recurrent.recurrent,
     "DepthwiseConv2dNative": graphdef_conv.depthwise,
     **dict.fromkeys(("Conv2DBackpropInput", "Conv3DBackpropInputV2"), graphdef_conv.transposed),
     **dict.fromkeys(("MaxPool", "AvgPool", "MaxPool3D", "AvgPool3D"), graphdef_conv.pool),
@@ -47,6 +49,7 @@ def import_graphdef(
     *,
     names: Mapping[str, str] | None = None,
     kept: Collection[str] = (),
+    recurrent: Sequence[Recurrent] = (),
     decode: Callable[[Any], Any] | None = None,
 ) -> ir.Model:
     """A frozen GraphDef as an ONNX model.
@@ -58,6 +61,7 @@ def import_graphdef(
         names: tensor (or Const) → name in ONNX, as a plan calls it; these names are sure to last. Others are
             called as in TensorFlow, "name:0".
         kept: parameters, by their names in ONNX, that aren't computed in advance with what reads them.
+        recurrent: loops that are recurrent layers.
         decode: how the values of a Const's NodeDef are read, where they aren't a plain TensorProto.
 
     Returns:
@@ -70,6 +74,7 @@ def import_graphdef(
     ends = [tensor_name(t) for t in outputs]
     starts = [tensor_name(t) for t in inputs]
     _check(nodes, starts, ends)
+    nodes = stand_ins(nodes, recurrent)
     order = _order(nodes, ends, starts)
     _refuse_unknown(order)
     builder = Builder(

@@ -273,6 +273,30 @@ def one_hot(g: Builder, node: Node) -> None:
     g.set(node.output(), y)
 
 
+def bincount(g: Builder, node: Node) -> None:
+    """DenseBincount of rows: how often each number is there, or whether it is; numbers beyond the size don't count."""
+    weights = g.shape(node.inputs[2])
+    if weights is None or 0 not in weights or len(g.shape(node.inputs[0]) or ()) != 2:
+        raise ModelError(f"DenseBincount {node.name!r}: weights, or another input than rows, have no ONNX counterpart")
+    kind = onnx_type(node.dtype("T")).numpy()
+    pair = g.numbers(f"{node.name}/values", [0, 1], kind)
+    depth = g.add("Reshape", g.value(node.inputs[1]), g.numbers(f"{node.name}/shape", [1]), hint=node.name)
+    hot = g.add("OneHot", g.value(node.inputs[0]), depth, pair, hint=node.name, axis=-1)
+    how = "ReduceMax" if node.flag("binary_output") else "ReduceSum"
+    axes = g.numbers(f"{node.name}/axes", [1])
+    g.set(node.output(), g.add(how, hot, axes, hint=node.name, keepdims=0))
+
+
+def bucketize(g: Builder, node: Node) -> None:
+    """Bucketize: how many boundaries a value has reached."""
+    kind = onnx_type(node.dtype("T"))
+    limits = g.numbers(f"{node.name}/boundaries", node.numbers("boundaries"), kind.numpy())
+    x = g.add("Unsqueeze", g.value(node.inputs[0]), g.numbers(f"{node.name}/axis", [-1]), hint=node.name)
+    reached = g.add("Cast", g.add("GreaterOrEqual", x, limits, hint=node.name), hint=node.name,
+                    to=int(ir.DataType.INT64))  # fmt: skip
+    g.set(node.output(), g.add("ReduceSum", reached, g.numbers(f"{node.name}/axes", [-1]), hint=node.name, keepdims=0))
+
+
 def reverse(g: Builder, node: Node) -> None:
     """ReverseV2 along constant axes."""
     axes = [int(a) for a in g.constant(node, 1, "the axes")]
@@ -359,6 +383,8 @@ HANDLERS: Mapping[str, Handler] = {
     "Range": range_,
     "OneHot": one_hot,
     "ReverseV2": reverse,
+    "DenseBincount": bincount,
+    "Bucketize": bucketize,
     "TopKV2": top_k,
     **dict.fromkeys(("SpaceToBatchND", "BatchToSpaceND"), space_to_batch),
 }  # fmt: skip

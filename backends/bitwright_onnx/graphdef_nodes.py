@@ -114,6 +114,10 @@ class Node:
         """A list of ints; () where it isn't set."""
         return tuple(int(i) for i in self._proto.attr[key].list.i) if self.has(key) else ()
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of floats; () where it isn't set."""
+        return tuple(float(f) for f in self._proto.attr[key].list.f) if self.has(key) else ()
+
     def dtype(self, key: str) -> int:
         """A type attribute's DataType number."""
         return int(self._proto.attr[key].type)
