@@ -48,6 +48,20 @@ def test_schemes_follow_what_values_are_read_for():
         assert {plan.scheme_of(s) for s in plan.activations} == {chosen}
 
 
+def test_what_a_sigmoid_reads_counts_as_scores_where_its_values_are_handed_out():
+    b = Builder(0)
+    x = b.input("x", 4, 6, 6)
+    gated = b.linear("mid", b.binary("mul", "Mul", x, b.activation("gate", b.conv("g", x, 4, pad=1), "Sigmoid")), 6)
+    scores = b.activation("score", b.conv("cls", gated, 3, pad=1), "Sigmoid")
+    sure = b.activation("sure", b.conv("obj", gated, 3, pad=1), "Sigmoid")
+    boxes = b.conv("box", b.relu("wide", gated), 3, pad=1)
+    together = b.concat("all", [b.binary("both", "Mul", scores, sure), boxes])
+    plan = build_plan(b.build(b.flatten("out", together)).graph, "default")
+    found = {s.removesuffix(".output"): plan.scheme_of(s) for s in plan.activations}
+    assert found["cls"] == found["obj"] == "scores"
+    assert found["g"] == "sqnr" and found["gate"] == "mse"
+
+
 def test_what_has_a_range():
     b = Builder(0)
     x = b.input("x", 4, 6, 6)

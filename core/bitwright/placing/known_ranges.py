@@ -73,7 +73,8 @@ def scheme_for(
     - values of a known range within [−1, 1] that are a model output, or that ArgMax or TopK reads: "minmax". The error
       is at most half a step of 1/255, and no two of the largest become equal;
     - other values of such a range (attention, gates): "mse", the least noise for what they are multiplied with;
-    - scores: what a softmax, ArgMax or TopK reads, and model outputs that a linear op computes: "scores".
+    - scores: what a softmax, ArgMax or TopK reads, or a sigmoid whose values are read so (detections), and model
+      outputs that a linear op computes: "scores".
 
     Args:
         graph: the model.
@@ -86,8 +87,11 @@ def scheme_for(
     ordered = any(op.type in _ORDER for op in readers)
     if all(t in known and known[t][0] >= -1 and known[t][1] <= 1 for t in seen):
         return "minmax" if output or ordered else "mse"
-    softmax = any(op.kind is OpKind.SOFTMAX for op in readers)
-    return "scores" if softmax or ordered or (output and any(_linear(graph, t) for t in seen)) else None
+    compared = any(
+        op.kind is OpKind.SOFTMAX or (op.type in ("Sigmoid", "HardSigmoid") and _handed_out(graph, op.output))
+        for op in readers
+    )
+    return "scores" if compared or ordered or (output and any(_linear(graph, t) for t in seen)) else None
 
 
 def _linear(graph: Graph, tensor: TensorId) -> bool:
@@ -96,3 +100,18 @@ def _linear(graph: Graph, tensor: TensorId) -> bool:
     if op is not None and op.kind is OpKind.ADD and len(op.data_inputs) == 1:
         op = graph.producer(op.data_inputs[0])
     return op is not None and op.kind in LINEAR_KINDS
+
+
+def _handed_out(graph: Graph, tensor: TensorId) -> bool:
+    """Whether a tensor's values reach a model output, ArgMax or TopK, moved, joined or multiplied at most."""
+    queue, seen = [tensor], {tensor}
+    for t in queue:
+        if t in graph.outputs:
+            return True
+        for op in graph.consumers(t):
+            if op.type in _ORDER:
+                return True
+            if preserves_grid(op) or op.kind in (OpKind.MUL, OpKind.CONCAT):
+                queue += [o for o in op.outputs if o not in seen]
+                seen.update(op.outputs)
+    return False
