@@ -26,7 +26,7 @@ def mask_names(net: Network) -> frozenset[str]:
         if name in net.collapsed or (name in net.constant and node.op in _LEAVES):
             continue
         kind, named = KINDS.get(node.op, (OpKind.OPAQUE, node.op))
-        type: str = _TYPES.get(node.op, named)
+        type = str(_TYPES.get(node.op, named))
         operands = net.operands(node)
         for tensor in operands if type in _READ else ():
             if tensor not in constants and tensor not in known and _float(net, tensor) and not net.is_data(tensor):
