@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from bitwright_torch.model import NAMES, compile_graph, info
 from bitwright_torch.modes import is_flag
+from bitwright_torch.naming import call_name
 
 _FLOAT = frozenset({"float32", "float16", "bfloat16", "float64"})
 
@@ -30,12 +31,25 @@ def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
         elif (
             node.op == "call_function"
             and node not in ends
-            and all(n in found for n in node.all_input_nodes)
+            and (filling(node) is not None or all(n in found for n in node.all_input_nodes))
             and _is_pure(node)
             and _has_fixed_shape(node)
         ):
             found.add(node)
     return frozenset(found)
+
+
+def filling(node: fx.Node) -> float | None:
+    """The number of a tensor that is like another in form alone (`zeros_like`, `new_full`); None for any other."""
+    name = call_name(node) if node.op == "call_function" else ""
+    if name in ("zeros_like", "new_zeros"):
+        return 0
+    if name in ("ones_like", "new_ones"):
+        return 1
+    if name in ("full_like", "new_full"):
+        value = node.args[1 if name == "full_like" else 2]
+        return value if isinstance(value, int | float) else None
+    return None
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -78,11 +92,17 @@ class Evaluator:
         while stack:
             if (found := stack.pop()) not in needed:
                 needed.add(found)
-                stack.extend(found.all_input_nodes)
+                stack.extend(() if filling(found) is not None else found.all_input_nodes)
+        named = (v for n in needed for v in (*n.args, *n.kwargs.values()) if isinstance(v, torch.device))
+        device = next(named, torch.device("cpu"))
         part = fx.Graph()
         values: dict[fx.Node, Any] = {}
         for each in graph.nodes:
-            if each in needed:
+            if each in needed and (number := filling(each)) is not None:
+                about = info(each)
+                made = {"dtype": getattr(torch, about.dtype), "device": device}
+                values[each] = part.call_function(torch.ops.aten.full.default, (list(about.shape or ()), number), made)
+            elif each in needed:
                 values[each] = part.node_copy(each, lambda n: values[n])
         part.output(values[node])
         self._part = part
