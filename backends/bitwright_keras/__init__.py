@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitwright_keras.comparing import CaptureNotice
     from bitwright_keras.fake_quant import FakeQuantize
     from bitwright_keras.model import KerasModel
     from bitwright_keras.native import keras_model
-    from bitwright_keras.normalize import CaptureNotice
     from bitwright_keras.normalize import normalize as capture
     from bitwright_keras.training import load_model, set_grid_rate
     from bitwright_keras.weights import QuantizedLayer
@@ -27,7 +27,7 @@ __all__ = [
     "set_grid_rate",
 ]  # fmt: skip
 _HOMES = {
-    "CaptureNotice": ("normalize", "CaptureNotice"),
+    "CaptureNotice": ("comparing", "CaptureNotice"),
     "FakeQuantize": ("fake_quant", "FakeQuantize"),
     "KerasModel": ("model", "KerasModel"),
     "QuantizedLayer": ("weights", "QuantizedLayer"),

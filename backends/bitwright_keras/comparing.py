@@ -93,7 +93,7 @@ def compare(
 
 
 def _outputs(model: keras.Model, normal: KerasModel, batch: Mapping[str, Any]) -> list[Any]:
-    return keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False))
+    return list(keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False)))
 
 
 @contextmanager

@@ -138,9 +138,12 @@ def _loops(model: KerasModel) -> list[tuple[Any, str]]:
     """Recurrent layers of few steps."""
     found = []
     for node in model.nodes:
-        steps = model.specs[node.inputs[0]].shape[1:2] if node.layer is not None and node.inputs else ()
+        layer = node.layer
+        if layer is None or not node.inputs:
+            continue
+        steps = model.specs[node.inputs[0]].shape[1:2]
         if steps and steps[0] is not None and steps[0] <= UNROLLED:
-            found += [(x, "unroll") for x in node.layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
+            found += [(x, "unroll") for x in layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
     return found
 
 

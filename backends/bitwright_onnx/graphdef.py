@@ -196,7 +196,8 @@ def with_parameters(graph: Graph, model: ir.Model, plan: Plan, known: Mapping[Pa
         if plan[site].kind is not SiteKind.PARAMETER or site in graph.params or tied in graph.params:
             continue
         value = model.graph.initializers.get(site)
-        own = None if value is None or value.const_value is None else _as_stored(known[site], value.const_value.shape)
+        held = None if value is None else value.const_value
+        own = None if held is None else _as_stored(known[site], list(held.shape))
         if own is None:
             raise ModelError(
                 f"the QDQ model has no parameter {site!r}: the ops that read it read it in another form (layers that "
