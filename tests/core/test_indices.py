@@ -84,6 +84,12 @@ def test_what_an_index_is_chosen_from_is_a_signal():
     assert {"x", "scores"} <= set(found.quantized)
 
 
+def test_pixels_that_are_cast_are_a_signal():
+    """An image network's last cast to whole numbers."""
+    found = plan(dense("x", "image"), op("Cast", ["image"], "y"), ints=("y",))
+    assert {"x", "image"} <= set(found.quantized)
+
+
 def test_what_is_written_into_a_tensor_is_a_signal():
     """The second operand of a slice's update is values; indices of a scatter are whole numbers."""
     found = plan(dense("x", "new"), op("ScatterND", ["cache", "new"], "y", OpKind.ELEMENTWISE))

@@ -81,9 +81,11 @@ def _reads(graph: Graph, op: Op, uses: dict[TensorId, _Uses]) -> Iterator[tuple[
         elif not floats and op.type in _CHOOSING:
             yield tensor, _Uses(signal=op.id)
         elif not floats:
-            # A cast to whole numbers, a comparison, a size: what becomes of the result decides if it is an index.
-            indexed = op.type in _ARITHMETIC and any(uses[t].index for t in op.outputs)
-            yield tensor, _Uses(index=op.id if indexed else None, test=op.id)
+            # What becomes of numbers that were cast to whole ones decides what they are; a comparison tests.
+            kept = _Uses(test=op.id)
+            for t in op.outputs if op.type in _ARITHMETIC else ():
+                kept.add(uses[t])
+            yield tensor, kept
         elif op.kind in _MOVING | _ELEMENTWISE or op.type in _ARITHMETIC:
             for t in floats:
                 yield tensor, uses[t]
