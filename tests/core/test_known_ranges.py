@@ -115,8 +115,8 @@ def test_a_histogram_of_some_values_knows_the_largest_of_all():
     graph = backend.graph(model)
     plan = build_plan(graph, "default")
     data = np.random.default_rng(0).standard_normal((4, 1, 20_000)).astype(np.float32)
-    data[1, 0, 12_345] = data[2, 0, 777] = 25
+    data[1, 0, 12_346] = data[2, 0, 778] = 25
     dataset = ArrayDataset({"x": data}, 2)
     found = activation_encodings(backend, model, plan, model.params, {}, dataset, Quiet())
     assert ends(found["scores.output"])[1] == pytest.approx(25, rel=0.02)
-    assert ends(found["x"])[1] < 21
+    assert ends(found["x"])[1] < 15
