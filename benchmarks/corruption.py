@@ -447,7 +447,7 @@ def tensorflow_networks() -> dict[str, Any]:
         return tf.nn.softmax(tf.matmul(tf.reduce_mean(y, [1, 2]), module.w) + module.c)
 
     module.net = net
-    images = {"x": normal(16, 16, 16, 3)}
+    images = {"x:0": normal(16, 16, 16, 3)}
     return {
         "cnn, int8": (net.get_concrete_function, None, images, {}),
         "cnn, W8A16": (net.get_concrete_function, None, images, {"activations": "uint16"}),

@@ -34,6 +34,7 @@ from bitwright_torch.model import (
     with_program,
 )
 from bitwright_torch.operands import operands
+from bitwright_torch.recurrent_export import name_recurrent_weights
 from bitwright_torch.session import extract
 
 FORMATS: Mapping[str, str] = {
@@ -294,6 +295,7 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
         for user in users:
             user.outputs[0].replace_all_uses_with(value)
             graph.remove(user, safe=True)
+    name_recurrent_weights(exported, params)
 
 
 def _rename(exported: Any, found: Canonical, sites: Sequence[str]) -> dict[str, str]:

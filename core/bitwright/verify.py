@@ -153,7 +153,8 @@ def verify(
     original = original_model(Path(directory), opened.report) if float_model is None else Path(float_model)
     reference = model if original is None else backend.load(original)
     wanted = list(graph.outputs)
-    sessions = {view: views.open[view](wanted) for view in ("simulated", "integer") if view in views.open}
+    ran: tuple[str, ...] = ("simulated", "integer")
+    sessions = {view: views.open[view](wanted) for view in ran if view in views.open}
     sessions["float"] = backend.session(reference, [Tap(t) for t in dict.fromkeys(wanted)])
     figures = over_outputs(graph, sessions, dataset, progress or Silent())
     outputs, samples = figures.first, figures.samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,3 +221,40 @@ def test_group_norms_are_exported(tmp_path: Path) -> None:
     (found,) = ort.InferenceSession(bundle.files["model"]).run(None, {"input": x.numpy()})
     np.testing.assert_allclose(found, net(x).detach(), atol=1e-5)
     assert bundle.files["encodings"].exists()
+
+
+class Tagger(nn.Module):
+    """A recurrent layer and a head."""
+
+    def __init__(self, kind: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.cells = kind(8, 16, batch_first=True, **options)
+        self.head = nn.Linear(32 if options.get("bidirectional") else 16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.LSTM, {}), (nn.GRU, {}), (nn.RNN, {}), (nn.LSTM, {"bias": False}), (nn.LSTM, {"bidirectional": True})],
+)
+def test_recurrent_weights_keep_their_names_and_grids(kind: Any, options: Any, tmp_path: Path) -> None:
+    """ONNX has other gates' order; the matrices are in integers all the same, and the export proves it."""
+    from bitwright.cli import main
+    from bitwright.verify import verify
+
+    torch.manual_seed(0)
+    data = {"x": torch.randn(8, 5, 8).numpy()}
+    sim = QuantSim(Tagger(kind, **options).eval(), torch.randn(2, 5, 8), scheme="minmax").calibrate(data)
+    bundle = sim.export(tmp_path, name="net")
+    found = verify(tmp_path, data)
+    assert found.problems == [] and found.sqnr_db["integer_simulated"] > 40
+    assert main(["encodings", "check", str(tmp_path)]) == 0
+    if not options.get("bidirectional"):
+        import onnx
+
+        graph = onnx.load(bundle.files["qdq"]).graph
+        kinds = {i.name: i.data_type for i in graph.initializer}
+        for name in ("cells.weight_ih_l0", "cells.weight_hh_l0"):
+            assert name in sim.plan.parameters and kinds[f"{name}_quantized"] == onnx.TensorProto.INT8

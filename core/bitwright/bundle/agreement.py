@@ -313,10 +313,10 @@ def _measured(a: Array, b: Array, encoding: Encoding | None) -> tuple[float, flo
         size = np.maximum(np.maximum(np.abs(x), np.abs(y)), smallest)
         distance = np.abs(x - y) / (size * 2.0**-mantissa)
         return float((distance > 0.01).mean()), float(distance.max(initial=0.0)), noise * 2.0**mantissa
-    x, y = (np.where(finite, v, 0).astype(np.float32) for v in (a, b))
-    codes = np.abs(encoding.quantize(x).astype(np.int64) - encoding.quantize(y))
+    p, q = (np.where(finite, v, 0).astype(np.float32) for v in (a, b))
+    codes = np.abs(encoding.quantize(p).astype(np.int64) - encoding.quantize(q))
     scale = float(encoding.scale.min())
-    reach = float(np.abs(x).max(initial=0.0))
+    reach = float(np.abs(p).max(initial=0.0))
     return float((codes > 0).mean()), float(codes.max(initial=0)), noise * reach / scale
 
 
@@ -327,4 +327,4 @@ def _noise(values: Array) -> float:
 def _few(share: float, size: int, limit: float) -> bool:
     """Whether a share of so many values is what chance makes of a limit: three deviations above it, and one value."""
     expected = limit * size
-    return share * size <= expected + 3 * expected**0.5 + 1
+    return bool(share * size <= expected + 3 * expected**0.5 + 1)

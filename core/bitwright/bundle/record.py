@@ -44,7 +44,7 @@ def digest(encoding: Encoding) -> str:
     ends = np.stack([grid.qmin - zero, grid.qmax - zero])
     if encoding.float_format in ("float16", "bfloat16"):
         return of_arrays([(encoding.float_format, np.zeros(0))])[:16]  # a cast, whatever scale stands beside it
-    numbers = [("scale", encoding.scale.reshape(-1))]
+    numbers: list[tuple[str, Array]] = [("scale", encoding.scale.reshape(-1))]
     if encoding.float_format is None:
         numbers.append(("ends", ends))
     return of_arrays([(encoding.float_format or "int", np.zeros(0)), *numbers])[:16]
@@ -217,7 +217,7 @@ def write_arrays(
     for kind, tensors in (("output", kept_outputs), ("tap", kept_taps)):
         arrays |= {f"{kind}/{i}": made[t][1] for i, t in enumerate(tensors)}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(buffer, allow_pickle=False, **arrays)
     with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return ReferenceRecord(

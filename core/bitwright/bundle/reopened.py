@@ -92,8 +92,8 @@ def reopen(folder: Path, name: str | None = None) -> Reopened:
     opened.plan = _plan(opened)
     if opened.changed:
         # At export the quantized file was compared whole; what has changed since is looked for number by number.
-        found = check_pairs(backend, model, bundle, opened.plan, opened.table, optional=passed_on(graph, opened.plan))
-        opened.problems += _shown([f"{p.name!r} {p.message}" for p in found])
+        wrong = check_pairs(backend, model, bundle, opened.plan, opened.table, optional=passed_on(graph, opened.plan))
+        opened.problems += _shown([f"{p.name!r} {p.message}" for p in wrong])
     return opened
 
 
@@ -157,7 +157,7 @@ def _read_encodings(opened: Reopened) -> None:
     other = []
     for name, row in rows.items():
         here = opened.sites.get(row.site)
-        if name in entries and here in opened.table and digest(opened.table[here]) != row.digest:
+        if name in entries and here is not None and here in opened.table and digest(opened.table[here]) != row.digest:
             other.append(name)
     opened.problems += _listed(other, f"has another grid in {path.name} than was simulated")
 
@@ -166,32 +166,36 @@ def _optional(row: SiteRow) -> bool:
     return row.decision == "shared" and row.kind != SiteKind.ACTIVATION
 
 
-def as_recorded(plan: Plan, graph: Graph, report: RunReport) -> Plan:
+def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunReport) -> Plan:
     """A plan that was made for a reopened graph, with the decisions that the export records.
 
     An exporter may spell one op as several (SiLU as a sigmoid and a product): the tensors between are sites of the
-    reopened graph, but nothing was simulated there.
+    reopened graph, but nothing was simulated there. Or it spells an op in a way that the target treats otherwise.
 
     Args:
-        plan: of the target, for `graph`.
+        plan: of the target, for `graph`; in force where an entry isn't what was simulated.
         graph: the exported model's.
+        table: encodings, bound to it.
         report: of the export; without a record the plan is taken as it is.
     """
     if report.record is None:
         return plan
-    rows = {here: row for row in report.sites if (here := _here(graph, row)) is not None}
     sites: dict[SiteId, Site] = {}
+    here_of = {row.site: here for row in report.sites if (here := _here(graph, row)) is not None}
+    rows = {here_of[row.site]: row for row in report.sites if row.site in here_of}
     for name, site in plan.items():
-        row = rows.get(name)
-        if row is None:
+        if name not in rows:
             sites[name] = Site(site.id, site.kind, Float("no site of the simulation"), site.op, site.role)
-        elif row.decision == "float":
-            sites[name] = Site(site.id, site.kind, Float(row.detail), site.op, site.role)
+    for name, row in rows.items():
+        as_simulated = name not in table or not row.digest or digest(table[name]) == row.digest
+        if name in plan and not as_simulated:
+            sites[name] = plan[name]
         else:
-            sites[name] = site
-    return _without_loose_ends(
-        Plan(sites, plan.target, plan.scheme, weight_scheme=plan.weight_scheme, notes=plan.notes)
-    )
+            sites[name] = _site(graph, name, _decision(here_of, table, row, name))
+            if name in plan and name not in table and row.decision != "float":
+                sites[name] = plan[name]  # what it should have been
+    return _without_loose_ends(Plan({n: sites[n] for n in dict.fromkeys([*plan, *sites])}, plan.target, plan.scheme,
+                                    weight_scheme=plan.weight_scheme, notes=plan.notes))  # fmt: skip
 
 
 def _plan(opened: Reopened) -> Plan:
@@ -202,24 +206,28 @@ def _plan(opened: Reopened) -> Plan:
         here = opened.sites.get(row.site)
         if here is None or here in sites:
             continue
-        kind = SiteKind.PARAMETER if here in opened.graph.params else SiteKind.ACTIVATION
-        users = opened.graph.users(here)
-        op = users[0] if kind is SiteKind.PARAMETER and users else opened.graph.producer(here)
-        role = None if op is None else next((r for r, p in op.params.items() if p == here), None)
-        sites[here] = Site(here, kind, _decision(opened, row, here), None if op is None else op.id, role)
+        sites[here] = _site(opened.graph, here, _decision(opened.sites, opened.table, row, here))
     return _without_loose_ends(Plan(sites, opened.report.target))
 
 
-def _decision(opened: Reopened, row: SiteRow, here: SiteId) -> Decision:
-    followed = tuple(opened.sites[s] for s in row.follows if s in opened.sites)
+def _site(graph: Graph, here: SiteId, decision: Decision) -> Site:
+    kind = SiteKind.PARAMETER if here in graph.params else SiteKind.ACTIVATION
+    users = graph.users(here)
+    op = users[0] if kind is SiteKind.PARAMETER and users else graph.producer(here)
+    role = None if op is None else next((r for r, p in op.params.items() if p == here), None)
+    return Site(here, kind, decision, None if op is None else op.id, role)
+
+
+def _decision(sites: Mapping[SiteId, SiteId], table: EncodingTable, row: SiteRow, here: SiteId) -> Decision:
+    followed = tuple(sites[s] for s in row.follows if s in sites)
     if row.decision == "float":
         return Float(row.detail)
     if row.decision == "derived" and len(followed) == len(row.follows):
         return Derived(followed)
     if row.decision == "shared" and followed and followed[0] != here:
         return SharedWith(followed[0])
-    if here in opened.table:
-        return spec_of(opened.table[here])
+    if here in table:
+        return spec_of(table[here])
     return Float("it has no entry in the encodings file")
 
 
@@ -227,8 +235,11 @@ def _without_loose_ends(plan: Plan) -> Plan:
     """Sites that follow one which stays in float stay in float too."""
     sites = dict(plan.items())
     for name, site in plan.items():
-        follows = (site.decision.site,) if isinstance(site.decision, SharedWith) else ()
-        follows = site.decision.sites if isinstance(site.decision, Derived) else follows
+        follows: tuple[SiteId, ...] = ()
+        if isinstance(site.decision, SharedWith):
+            follows = (site.decision.site,)
+        elif isinstance(site.decision, Derived):
+            follows = site.decision.sites
         if any(s not in plan or isinstance(plan[plan.root(s)].decision, Float) for s in follows):
             reason = "what its grid follows from has none"
             sites[name] = Site(site.id, site.kind, Float(reason), site.op, site.role)

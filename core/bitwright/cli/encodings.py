@@ -100,7 +100,8 @@ def check(
         if asked.target is not None:
             plan = asked.plan(graph)
             if asked.report is not None:
-                plan = as_recorded(plan, graph, asked.report)
+                table, _ = bound_entries(asked.encodings, graph)
+                plan = as_recorded(plan, graph, table, asked.report)
             problems += check_bundle(graph, plan, asked.encodings)
         elif asked.bundle is not None:
             # Without a target, the file itself says what is quantized.
@@ -118,9 +119,9 @@ def check(
             problems += [p for p in found if p.name not in said]
     scope = asked.scope
     if as_json:
-        found = [{"name": p.name, "message": p.message} for p in problems]
+        told = [{"name": p.name, "message": p.message} for p in problems]
         sys.stdout.write(
-            json.dumps({"entries": len(file.entries), "against": scope, "problems": found}, indent=1) + "\n"
+            json.dumps({"entries": len(file.entries), "against": scope, "problems": told}, indent=1) + "\n"
         )
     else:
         for problem in problems:

@@ -143,8 +143,8 @@ def _show(result: Verification) -> None:
             )
         )
     if (plain := result.plain) is not None:
-        accuracy = "" if plain.accuracy is None else console.percent(plain.accuracy)
-        rows.append(("plain session", accuracy, console.percent(plain.agreement), console.decibels(plain.sqnr_db)))
+        shown = "" if plain.accuracy is None else console.percent(plain.accuracy)
+        rows.append(("plain session", shown, console.percent(plain.agreement), console.decibels(plain.sqnr_db)))
     columns: tuple[str, ...] = ("", "top-1", "same class as float", "output SQNR")
     if not result.accuracy:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
