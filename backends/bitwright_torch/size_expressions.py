@@ -94,7 +94,7 @@ def _check(node: ast.AST, *, powers: bool) -> None:
     raise ValueError("not arithmetic")
 
 
-def _is_power(op: ast.operator) -> bool:
+def _is_power(op: ast.AST) -> bool:
     return isinstance(op, ast.Pow | ast.LShift)
 
 

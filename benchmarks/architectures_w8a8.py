@@ -1,0 +1,180 @@
+"""W8A8 of vision architectures: float ONNX, simulation, ONNX Runtime's default session and the opt-in one, in decibels.
+
+    python benchmarks/architectures_w8a8.py --out w8a8.jsonl [--only resnet18,yolov8n] [--seconds 600] [--table]
+
+Each model runs in a process of its own with a time limit; finished ones are read back from the file, so that a run
+that was stopped goes on. Needs torchvision, timm, segmentation-models-pytorch and ultralytics beside bitwright
+(`pip install torch==2.14.1 torchvision==0.29.1 timm segmentation-models-pytorch ultralytics`); what isn't installed is
+a row with that reason. Weights are random, inputs smooth random images: decibels show whether the four agree, not what
+a trained network loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE, SAMPLES = 224, 8
+
+
+def _torchvision(name: str) -> Callable[[], Any]:
+    return lambda: __import__("torchvision").models.get_model(name, weights=None)
+
+
+def _detection(name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        import torchvision
+
+        return torchvision.models.get_model(name, weights=None, weights_backbone=None).backbone
+
+    return build
+
+
+def _timm(name: str) -> Callable[[], Any]:
+    return lambda: __import__("timm").create_model(name, pretrained=False)
+
+
+def _smp(name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        import segmentation_models_pytorch as smp
+
+        return getattr(smp, name)("resnet18", encoder_weights=None)
+
+    return build
+
+
+def _yolo(name: str) -> Callable[[], Any]:
+    return lambda: __import__("ultralytics").YOLO(f"{name}.yaml").model
+
+
+def _plain() -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "plain": _plain,
+    **{n: _torchvision(n) for n in ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",
+                                    "shufflenet_v2_x1_0", "densenet121", "regnet_y_400mf")},
+    **{f"{n} backbone": _detection(n) for n in ("retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large")},
+    **{f"timm {n}": _timm(n) for n in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "convnext_atto",
+                                       "efficientnet_lite0", "mobilenetv3_large_100", "deit_tiny_patch16_224",
+                                       "repvgg_a0")},
+    **{f"smp {n}": _smp(n) for n in ("Unet", "DeepLabV3")},
+    **{n: _yolo(n) for n in ("yolov8n", "yolo11n")},
+}  # fmt: skip
+
+
+def images(count: int = SAMPLES, size: int = SIZE) -> np.ndarray:
+    """Smooth random fields of several scales, as photographs have them, normalized: (count, 3, size, size)."""
+    rng = np.random.default_rng(0)
+    made = np.zeros((count, 3, size, size), np.float32)
+    for cells in (4, 8, 16, 32, 64, size):
+        coarse = rng.normal(size=(count, 3, cells, cells)).astype(np.float32)
+        rows = np.minimum(np.arange(size) * cells // size, cells - 1)
+        made += coarse[:, :, rows][:, :, :, rows] / np.sqrt(cells)
+    return made / made.std()
+
+
+def decibels(signal: list[np.ndarray], noisy: list[np.ndarray]) -> float:
+    """Signal to noise of the worst float output; infinite where equal."""
+    from bitwright.verify import sqnr
+
+    return min((sqnr(a, b) for a, b in zip(signal, noisy, strict=True) if a.dtype.kind == "f"), default=float("nan"))
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row."""
+    import onnxruntime as ort
+    import torch
+
+    from bitwright import QuantSim
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    net = BUILDERS[name]().float().eval()
+    x = images()
+    with torch.no_grad():
+        net(torch.from_numpy(x[:2]))  # what keeps tensors by shape has them
+    sim = QuantSim(net, torch.from_numpy(x[:2]), target="onnxruntime-cpu")
+    batch = {sim.graph.inputs[0]: x}
+    sim.calibrate(batch)
+    floats, simulated = sim.predict(batch, simulated=False), sim.predict(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = sim.export(folder, name="m")
+
+        def run(form: str, *, precise: bool = False) -> list[np.ndarray]:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = 1, 4
+            if precise:
+                options.add_session_config_entry("session.x64quantprecision", "1")
+            session = ort.InferenceSession(str(bundle.files[form]), options, providers=["CPUExecutionProvider"])
+            return [np.asarray(v) for v in session.run(None, {session.get_inputs()[0].name: x})]
+
+        return {
+            "onnx": decibels(floats, run("model")),
+            "simulation": decibels(floats, simulated),
+            "plain": decibels(floats, run("qdq")),
+            "opt_in": decibels(floats, run("qdq", precise=True)),
+            "plain_to_simulation": decibels(simulated, run("qdq")),
+        }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown; a row whose plain session is more than 1 dB from the simulation is marked."""
+    lines = ["| architecture | float ONNX | simulation | plain session | opt-in session |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if "failure" in row:
+            lines.append(f"| {name} | {row['failure'][:120]} | | | |")
+            continue
+        mark = " **departs**" if abs(row["plain"] - row["simulation"]) > 1 else ""
+        figures = " | ".join(f"{row[k]:.1f}" for k in ("onnx", "simulation", "plain", "opt_in"))
+        lines.append(f"| {name} | {figures}{mark} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("architectures_w8a8.jsonl"))
+    parser.add_argument("--only", default="", help="names, with commas")
+    parser.add_argument("--seconds", type=int, default=600, help="limit of one model")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        warnings.simplefilter("ignore")
+        sys.stdout.write(json.dumps(measure(asked.one)) + "\n")
+        return
+    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
+    rows: dict[str, dict[str, Any]] = {r["name"]: r for r in map(json.loads, lines)}
+    for name in asked.only.split(",") if asked.only else [] if asked.table else [n for n in BUILDERS if n != "plain"]:
+        if name in rows and "failure" not in rows[name]:
+            continue
+        started = time.monotonic()
+        command = [sys.executable, __file__, "--one", name]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=asked.seconds, check=False)
+            said = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+            row = json.loads(ran.stdout.splitlines()[-1]) if ran.returncode == 0 else {"failure": said}
+        except subprocess.TimeoutExpired:
+            row = {"failure": f"not finished after {asked.seconds} s"}
+        rows[name] = {"name": name, "seconds": round(time.monotonic() - started, 1), **row}
+        with asked.out.open("a") as file:
+            file.write(json.dumps(rows[name]) + "\n")
+    sys.stdout.write(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
