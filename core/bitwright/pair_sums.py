@@ -7,6 +7,7 @@ sums of one sign are what counts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 HIGHEST, LOWEST = 2**15 - 1, -(2**15)
 """The ends of int16."""
+CHUNK = 2**22
+"""Weights that are looked at in one go."""
 _STEP = 1 + 2**-9
 """How finely scales are searched."""
 
@@ -50,8 +53,20 @@ def fitted_scale(weight: NDArray[np.floating], scale: NDArray[np.floating], bits
         limit: see `pair_limit`.
     """
     rows = in_order(np.asarray(weight, np.float32))
-    found = np.asarray(scale, np.float32).copy()
-    top = 2 ** (bits - 1)
+    found = np.array(scale, np.float32)
+    for part in row_chunks(rows):
+        found[part] = _fitted(rows[part], found[part], 2 ** (bits - 1), limit)
+    return found
+
+
+def row_chunks(rows: NDArray[Any]) -> Iterator[slice]:
+    """Slices of rows that hold `CHUNK` values each, at least one row."""
+    step = max(1, CHUNK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
+
+
+def _fitted(rows: NDArray[Any], found: NDArray[Any], top: int, limit: int) -> NDArray[Any]:
     left = np.arange(len(rows))
     while len(left):
         part = rows[left]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from bitwright.encoding import Encoding
 from bitwright.graph import Op
 from bitwright.linear_form import columns, groups_of
-from bitwright.pair_sums import HIGHEST, LOWEST, in_order, pair_sums
+from bitwright.pair_sums import HIGHEST, LOWEST, in_order, pair_sums, row_chunks
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ def bound(codes: NDArray[np.integer], activation_bits: int = 8) -> Bound:
         codes: stored int8 codes in canonical layout (out, in/groups, *kernel) or (out, in).
         activation_bits: width of the input's codes.
     """
-    rows = in_order(np.asarray(codes, np.int64))
-    high, low = pair_sums(rows)
-    top = 2**activation_bits - 1
-    return Bound(
-        top * high.max(axis=1, initial=0), top * low.min(axis=1, initial=0), (rows == -128).sum(axis=1, dtype=np.int64)
-    )
+    rows, top = in_order(np.asarray(codes)), 2**activation_bits - 1
+    highest, lowest, extremes = np.zeros((3, len(rows)), np.int64)
+    for part in row_chunks(rows):
+        high, low = pair_sums(rows[part].astype(np.int16))
+        highest[part], lowest[part] = high.max(axis=1, initial=0), low.min(axis=1, initial=0)
+        extremes[part] = (rows[part] == -128).sum(axis=1)
+    return Bound(top * highest, top * lowest, extremes)
 
 
 def accumulate(
