@@ -23,7 +23,7 @@ _STEP = 1 + 2**-9
 
 def pair_limit(activation_bits: int) -> int:
     """The largest sum of two neighbours' codes of one sign that can't pass int16, whatever the activations are."""
-    return HIGHEST // (2**activation_bits - 1)
+    return int(HIGHEST // (2**activation_bits - 1))
 
 
 def in_order(weight: NDArray[Any]) -> NDArray[Any]:
