@@ -13,6 +13,8 @@ from small_nets import proto
 
 from bitwright import integer_kernels, saturation
 from bitwright.backend import Bundle
+from bitwright.encoding import encoding_of_weights
+from bitwright.grid import PerChannel, QuantSpec
 from bitwright.plain import PairRisk, PlainRisks, plain_view
 from bitwright.quantsim import QuantSim
 from bitwright.verify import sqnr, verify
@@ -173,17 +175,18 @@ def sim_output(bundle):
 def test_the_target_raises_scales_and_stores_the_rest(tmp_path):
     wide, limited = calibrated(), calibrated("onnxruntime-cpu")
     bundle = limited.export(tmp_path / "a")
-    assert bundle.stored_anew == ()
+    assert bundle.stored_anew == ("w1",)  # the first convolution, whose errors reach everything
     assert risks_of(bundle.files["qdq"]).pairs == ()
-    for weight in ("w1", "w2", "w4", "w5"):
+    np.testing.assert_array_equal(limited.encodings["w1"].scale, wide.encodings["w1"].scale)
+    for weight in ("w2", "w4", "w5"):
         ratio = limited.encodings[weight].scale / wide.encodings[weight].scale
         assert 1.2 < ratio.max() < 2.04
         assert ratio.min() >= 1
     np.testing.assert_array_equal(limited.encodings["w3"].scale, wide.encodings["w3"].scale)  # depthwise
     # What came in by hand, or from training, keeps its codes: it is stored as uint8.
     limited.set({"w2": wide.encodings["w2"]})
-    assert limited.export(tmp_path / "b").stored_anew == ("w2",)
-    assert json.loads((tmp_path / "b" / "report.json").read_text())["record"]["stored_anew"] == ["w2"]
+    assert limited.export(tmp_path / "b").stored_anew == ("w1", "w2")
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["record"]["stored_anew"] == ["w1", "w2"]
     assert verify(tmp_path / "b", DATA).problems == []
     assert limited.export(tmp_path / "c", plain_session=False).stored_anew == ()
 
@@ -192,7 +195,7 @@ def test_the_target_raises_scales_and_stores_the_rest(tmp_path):
 def test_techniques_keep_the_limit(tmp_path, technique):
     sim = QuantSim(NET, target="onnxruntime-cpu").apply(technique, DATA).calibrate(DATA)
     bundle = sim.export(tmp_path)
-    assert bundle.stored_anew == ()
+    assert set(bundle.stored_anew) <= {"w1"}
     assert risks_of(bundle.files["qdq"]).pairs == ()
 
 
@@ -250,7 +253,11 @@ def test_verify_shows_what_a_saturating_host_computes(tmp_path, monkeypatch):
 def test_no_host_saturates_on_the_targets_export(tmp_path):
     model, data = case()
     sim = calibrated("onnxruntime-cpu", model, data)
-    bundle = sim.export(tmp_path)
+    wide = sim.encodings["w"]
+    limited = encoding_of_weights(np.asarray(sim.params["w"]), QuantSpec(8, granularity=PerChannel(0), pair_limit=128))
+    assert (limited.scale > wide.scale).any()
+    bundle = sim.set({"w": limited}).export(tmp_path)
+    assert bundle.stored_anew == ()
     exact, lost = avx2(sim, data)
     assert lost == 0
     np.testing.assert_array_equal(PlainSession(bundle.files["qdq"]).run(data).popitem()[1], exact)
