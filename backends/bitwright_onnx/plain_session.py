@@ -118,7 +118,7 @@ def _move_up(graph: ir.Graph, node: ir.Node, done: set[str]) -> None:
         graph.register_initializer(made)
 
 
-def _unsigned(tensor: ir.TensorProtocol, name: str) -> ir.Tensor:
+def _unsigned(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.Tensor((tensor_array(tensor).astype(np.int16) + 128).astype(np.uint8), name=name)
 
 

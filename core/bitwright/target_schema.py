@@ -175,8 +175,8 @@ class Extension(_Section):
         ties: op types whose inputs and outputs share one grid.
         accumulator_bits: width of the integer accumulator.
         pair_sum_bits: 16 where kernels add the products of two neighbours in saturating int16 first, as ONNX Runtime's
-            do on x64 without VNNI: scales of 8-bit weights are raised so that no such sum can saturate, and what still can
-            is exported as uint8 (see `bitwright.saturation`).
+            do on x64 without VNNI: scales of 8-bit weights are raised so that no such sum can saturate, and what
+            still can is exported as uint8 (see `bitwright.saturation`).
         runtime: what executes the exported model, for `verify`.
         extra_op_types: custom op types that this file may name.
     """
