@@ -25,6 +25,7 @@ from bitwright_onnx.optable import (
     KINDS,
     QUANTIZED_OPS,
     bias_add,
+    constant_shape,
     is_default_domain,
     is_float_constant,
     linear_weight,
@@ -98,7 +99,8 @@ def refuse_quantized(model: ir.Model) -> None:
 def shape_computations(graph: ir.Graph) -> frozenset[ir.Node]:
     """Nodes that work on shapes alone: Shape and Size, and what follows from them and from constants only.
 
-    Not the lookup of embeddings by position: its table is a parameter.
+    Not the lookup of embeddings by position, nor the repetition of values for each sample (class tokens): their table
+    is a parameter.
     """
     known: set[ir.Value] = set()
     hidden: set[ir.Node] = set()
@@ -106,10 +108,18 @@ def shape_computations(graph: ir.Graph) -> frozenset[ir.Node]:
         inputs = [v for v in (*node.inputs, *captured(node)) if v is not None]
         source = is_default_domain(node) and node.op_type in ("Shape", "Size")
         follows = any(v in known for v in inputs) and all(v in known or v.is_initializer() for v in inputs)
-        if (source or (follows and not is_embedding(node))) and not any(o.is_graph_output() for o in node.outputs):
+        data = is_embedding(node) or _spreads_values(node)
+        if (source or (follows and not data)) and not any(o.is_graph_output() for o in node.outputs):
             hidden.add(node)
             known.update(node.outputs)
     return frozenset(hidden)
+
+
+def _spreads_values(node: ir.Node) -> bool:
+    """An Expand or Tile of a constant float array."""
+    source = node.inputs[0] if node.inputs else None
+    spreads = is_default_domain(node) and node.op_type in ("Expand", "Tile")
+    return spreads and source is not None and is_float_constant(source) and len(constant_shape(source)) > 0
 
 
 def _activations(node: ir.Node, unseen: set[ir.Value]) -> list[ir.Value | None]:

@@ -105,7 +105,7 @@ def build_qdq(
 ) -> tuple[ir.Model, QdqReport]:
     """The QDQ model in memory; arguments and errors as `write_qdq`."""
     table, raised = _table(model, graph, plan, encodings)
-    kinds = {s: storage_type(e, computed=plan[s].kind is SiteKind.ACTIVATION, packed=packed) for s, e in table.items()}
+    kinds = {s: storage_type(e, computed=_is_computed(plan, graph, s), packed=packed) for s, e in table.items()}
     opset = max((opset_for(e, kinds[s]) for s, e in table.items()), default=MINIMUM_OPSET)
     work = raise_opset(model, opset)
     if work is model:
@@ -123,7 +123,7 @@ def build_qdq(
             skipped[site] = "it has no encoding"
         elif site not in writer.values:
             skipped[site] = "the model has no such tensor"
-        elif plan[site].kind is SiteKind.ACTIVATION:
+        elif _is_computed(plan, graph, site):
             writer.activation(site, table[site], kinds[site])
         else:
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
@@ -132,6 +132,11 @@ def build_qdq(
     if writer.forms:
         work.metadata_props[FORMS] = json.dumps(writer.forms)
     return work, QdqReport(Path(), writer.names, raised, skipped)
+
+
+def _is_computed(plan: Plan, graph: Graph, site: SiteId) -> bool:
+    """Whether a site's codes are computed; what another framework computes from parameters alone is stored here."""
+    return plan[site].kind is SiteKind.ACTIVATION and site not in graph.params
 
 
 def _runnable_pairs(model: ir.Model) -> None:

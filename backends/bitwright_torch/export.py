@@ -57,11 +57,16 @@ def export(model: CapturedModel, plan: Plan, encodings: EncodingTable, path: Pat
     """
     if format == "onnx":
         backend, made, names = _onnx_model(model, plan)
-        known, mine = backend.graph(made).params, canonical(model).graph.params
+        shown = backend.graph(made)
+        known, mine = shown.params, canonical(model).graph.params
         # A scale and shift that ONNX has in other ranks (group norm: one value, 1, 1) keep their own axes.
         alike = [p for p in mine if p in known and len(known[p].shape) == len(mine[p].shape)]
         layouts = {p: known[p].layout for p in alike if known[p].layout != mine[p].layout}
-        return Bundle({"model": backend.save(made, path)}, names, layouts)
+        # What is computed from parameters alone is folded: into a constant of the site's name, or into the next one.
+        called = {s: names.get(s, s) for s in plan}
+        constants = frozenset(s for s, n in called.items() if plan[s].kind is SiteKind.ACTIVATION and n in known)
+        absent = frozenset(s for s, n in called.items() if n not in known and n not in shown.tensors)
+        return Bundle({"model": backend.save(made, path)}, names, layouts, constants=constants, absent=absent)
     if format == "qdq":
         from bitwright_onnx.qdq import write_qdq
 

@@ -97,7 +97,7 @@ def export(
         for path in written:
             _move(path, directory / path.name)
         paths = {k: directory / p.name for k, p in files.items()}
-        return Bundle(paths, bundle.names, bundle.layouts, stored_anew)
+        return replace(bundle, files=paths, stored_anew=stored_anew)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -162,7 +162,11 @@ def encodings_file(
     activations, parameters = {}, {}
     for site, encoding in table.items():
         name = names.get(site, site)
-        if plan[site].kind is SiteKind.ACTIVATION:
+        if bundle is not None and site in bundle.absent:
+            continue
+        if bundle is not None and site in bundle.constants:
+            parameters[name] = formats.unbind(encoding)
+        elif plan[site].kind is SiteKind.ACTIVATION:
             activations[name] = formats.unbind(encoding)
         elif include_bias or not isinstance(plan[site].decision, Derived):
             param = replace(graph.params[site], layout=layouts.get(site, graph.params[site].layout))

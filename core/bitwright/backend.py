@@ -113,12 +113,16 @@ class Bundle:
         layouts: parameter → the artefact's axis for each canonical axis, where it isn't the model's (`Param.layout`).
         stored_anew: weights whose codes the quantized artefact stores in another type, values unchanged, for the sake
             of plain sessions (`bitwright.plain`).
+        constants: activations that the artefact holds as parameters, as they are computed from parameters alone.
+        absent: sites that it has no tensor for: folded into such constants, or into nothing at all (a factor of 1).
     """
 
     files: Mapping[str, Path]
     names: Mapping[SiteId, str] = field(default_factory=dict)
     layouts: Mapping[ParamId, tuple[int, ...]] = field(default_factory=dict)
     stored_anew: tuple[ParamId, ...] = ()
+    constants: frozenset[SiteId] = frozenset()
+    absent: frozenset[SiteId] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_a_bias_has_an_int32_form_for_each_op_that_shares_it(tmp_path):
 def test_a_wrong_kernel_is_a_problem_that_names_the_first_tensor(tmp_path, monkeypatch):
     multiply = kernels.multiply
     monkeypatch.setattr(kernels, "multiply", lambda *args: multiply(*args) ^ 1)
-    result = verified(NETS["squeeze_excite"](), tmp_path, target="onnxruntime-cpu")
+    result = verified(NETS["mul"](), tmp_path, target="onnxruntime-cpu")
     assert [p.split(":")[0] for p in result.problems] == ["y"]
 
 
@@ -121,7 +121,7 @@ def test_a_changed_scale_in_the_quantized_file_is_a_problem(kind, tensor, tmp_pa
     scale.CopyFrom(numpy_helper.from_array(np.float32(1.2) * numpy_helper.to_array(scale), scale.name))
     onnx.save(file, path)
     problems = verify(tmp_path, data).problems
-    assert problems and problems[0].startswith(f"{tensor}:")
+    assert any(p.startswith(f"{tensor}:") and "grid" in p for p in problems), problems
 
 
 def test_another_runtime_covers_nothing():
@@ -173,4 +173,5 @@ def test_a_shared_bias_is_simulated_in_each_of_its_forms(kind, options, tmp_path
     plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     (out,) = ort.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"]).run(["y"], data)
     assert (out != simulated).mean() < 0.002
+    assert not verify(tmp_path, data).problems
     assert sim.graph.params.keys() == {"w", "b"} | ({"w2"} if kind == "shared_bias" else set())

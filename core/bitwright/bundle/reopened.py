@@ -17,7 +17,7 @@ from bitwright.fingerprint import of_arrays
 from bitwright.graph import Graph
 from bitwright.pair_check import check_pairs
 from bitwright.params import ParamReader
-from bitwright.plan import Decision, Derived, Float, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.plan import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.report.model import RunReport, SiteRow
 
 SHOWN = 5
@@ -151,7 +151,9 @@ def _read_encodings(opened: Reopened) -> None:
         return
     opened.problems += [str(problem) for problem in unbound]
     rows = {(row.name or row.site): row for row in opened.report.sites if row.digest}
-    missing = [n for n, row in rows.items() if n not in entries and row.decision != "derived" and not _optional(row)]
+    # What the exported model has no tensor for (folded constants) needs no entry.
+    there = {n: row for n, row in rows.items() if row.site in opened.sites}
+    missing = [n for n, row in there.items() if n not in entries and row.decision != "derived" and not _optional(row)]
     opened.problems += _listed(missing, f"was quantized, but has no entry in {path.name}")
     opened.problems += _listed([n for n in entries if n not in rows], f"has an entry in {path.name}, but no grid")
     other = []
@@ -220,6 +222,8 @@ def _site(graph: Graph, here: SiteId, decision: Decision) -> Site:
 
 def _decision(sites: Mapping[SiteId, SiteId], table: EncodingTable, row: SiteRow, here: SiteId) -> Decision:
     followed = tuple(sites[s] for s in row.follows if s in sites)
+    if row.decision == "float" and followed and len(followed) == len(row.follows):
+        return OwnForms(row.detail, tuple(zip(followed[::2], followed[1::2], strict=True)))
     if row.decision == "float":
         return Float(row.detail)
     if row.decision == "derived" and len(followed) == len(row.follows):

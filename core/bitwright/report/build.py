@@ -17,7 +17,7 @@ from bitwright.errors import InputError
 from bitwright.fingerprint import of_file
 from bitwright.graph import Graph, OpKind, Tensor
 from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec, to_groups
-from bitwright.plan import Derived, Float, SharedWith, Site, SiteKind
+from bitwright.plan import Derived, Float, OwnForms, SharedWith, Site, SiteKind
 from bitwright.registry import default_registry
 from bitwright.report.model import (
     Accuracy,
@@ -256,6 +256,8 @@ def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str, tuple[st
             return "shared", f"with {other}", (other,)
         case Derived(sites, rule):
             return "derived", f"{rule}, from {' and '.join(sites)}", sites
+        case OwnForms(reason, uses):
+            return "float", reason, tuple(s for use in uses for s in use)
         case Float(reason):
             return "float", reason, ()
 
