@@ -8,6 +8,7 @@ import builders as b
 import numpy as np
 import onnxruntime as ort
 import pytest
+from exactness_nets import CONV, conv, image, normal
 
 from bitwright.artefact import check_bundle, plan_of, read_encodings
 from bitwright.encoding import encoding_from_range
@@ -229,3 +230,13 @@ def test_a_tied_head_is_quantized_with_its_embedding(weights, head, tmp_path):
     path = sim.export(tmp_path).files["qdq"]
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, data)[0], found, atol=1e-5)
+
+
+def test_an_input_that_is_an_output_is_handed_out_as_it_came():
+    net = image(conv("y"), **CONV)[0]
+    net.graph.output.append(net.graph.input[0])
+    x = normal(4, 4, 8, 8)
+    sim = QuantSim(net).calibrate({"x": x})
+    outputs = dict(zip(sim.graph.outputs, sim.predict({"x": x}), strict=True))
+    assert np.array_equal(outputs["x"], x)
+    assert not np.array_equal(outputs["y"], sim.predict({"x": x}, simulated=False)[0])
