@@ -61,12 +61,16 @@ class Departure:
         self.power += float(np.square(signal[finite]).sum())
         self.noise += float(np.square(other[finite] - signal[finite]).sum())
 
-    def add(self, steps: NDArray[np.integer]) -> None:
-        """Count the values of one batch."""
+    def add(self, steps: NDArray[np.integer], rounding: NDArray[np.floating] | float = 0.0) -> None:
+        """Count the values of one batch; `rounding` is what the tensor's own type moves them by, in steps."""
         self.values += steps.size
         self.different += int((steps > 0).sum())
-        self.beyond += int((steps > ROUNDING_STEPS).sum())
+        self.beyond += int((steps > ROUNDING_STEPS + rounding).sum())
         self.steps = max(self.steps, int(steps.max(initial=0)))
+
+
+LAST_PLACE = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Unit in the last place, as a part of the value, of types that are coarser than grids of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,12 @@ class Examination:
             if ours.shape != theirs.shape:
                 self._departures[t].add(np.full(ours.shape, np.iinfo(np.int32).max))
             else:
-                self._departures[t].add(np.abs(ours - theirs))
+                last = LAST_PLACE.get(self._simulation.graph.tensors[t].dtype, 0.0)
+                rounding = last * np.abs(given[t].astype(np.float64)) / grid.spread(theirs.shape)[0] if last else 0.0
+                # No integer stands for NaN: what codes it gets is nobody's promise. Outputs that hold some are told.
+                defined = (ours >= grid.grid.qmin) & (ours <= grid.grid.qmax) & np.isfinite(given[t].astype(np.float64))
+                steps = np.where(defined, np.abs(ours - theirs), 0)
+                self._departures[t].add(steps, rounding)
 
     def result(self) -> Exactness:
         """What was found."""

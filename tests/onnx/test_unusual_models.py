@@ -202,3 +202,21 @@ def test_inputs_without_a_batch_are_verified(tmp_path, widths):
     sim = QuantSim(b.build()).calibrate(feed)
     sim.export(tmp_path)
     assert verify(tmp_path, feed).problems == []
+
+
+def test_float16_arithmetic_is_coarser_than_grids_of_16_bits(tmp_path):
+    """Its last place is dozens of steps; that is no departure of the runtime, and a factor of 1.1 is one."""
+    b = ModelBuilder(opset=17)
+    x = b.input("x", ["n", 64], TensorProto.FLOAT16)
+    b.node("Mul", [x, b.const("c", np.full(64, 0.7071, np.float16))], "h")
+    b.node("Softmax", ["h"], "s")
+    b.node("Mul", ["s", "h"], b.output("y", ["n", 64], TensorProto.FLOAT16))
+    data = {"x": b.rng.standard_normal((8, 64)).astype(np.float16)}
+    sim = QuantSim(b.build(), weights="int16", activations="uint16", scheme="minmax").calibrate(data)
+    bundle = sim.export(tmp_path)
+    assert verify(tmp_path, data).problems == []
+    file = onnx.load(bundle.files["qdq"])
+    scale = next(t for t in file.graph.initializer if t.name == "c_scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), "c_scale"))
+    onnx.save(file, bundle.files["qdq"])
+    assert verify(tmp_path, data).problems

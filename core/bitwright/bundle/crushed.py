@@ -110,13 +110,13 @@ class OutputQuality:
             if np.shape(real[tensor]) == np.shape(simulated[tensor]):
                 self._whole.setdefault(tensor, _Sums()).add(real[tensor], simulated[tensor])
         for join in self.joined:
-            whole, start = np.asarray(simulated[join.op.output]), 0
+            floats, whole, start = np.asarray(real[join.op.output]), np.asarray(simulated[join.op.output]), 0
             for tensor in join.inputs:
                 value = np.asarray(real[tensor])
-                length = value.shape[join.axis] if value.ndim else 0
-                part = np.take(whole, range(start, start + length), axis=join.axis)
-                start += length
-                if part.shape == value.shape:
+                place = _place(floats, value, join.axis, start)
+                if place is not None and floats.shape == whole.shape:
+                    start = place + value.shape[join.axis]
+                    part = np.take(whole, range(place, start), axis=join.axis)
                     self._parts.setdefault((join.op.id, tensor), _Sums()).add(value, part)
 
     @property
@@ -143,6 +143,17 @@ class OutputQuality:
                     f"{join.op.output!r} 16 bits, or make two outputs of it"
                 )
         return found
+
+
+def _place(whole: NDArray[Any], part: NDArray[Any], axis: int, start: int) -> int | None:
+    """Where a part begins in what was joined, from `start` on: constants, which aren't shown as inputs, lie between."""
+    if part.ndim != whole.ndim or part.size == 0:
+        return None
+    length = part.shape[axis]
+    for at in range(start, whole.shape[axis] - length + 1):
+        if np.array_equal(np.take(whole, range(at, at + length), axis=axis), part, equal_nan=True):
+            return at
+    return None
 
 
 def risky(graph: Graph, plan: Plan) -> list[tuple[str, str]]:
