@@ -111,7 +111,7 @@ def _is_written(node: ir.Node) -> bool:
 def _restored(graph: ir.Graph, value: ir.Value, source: ir.Value) -> ir.Value:
     """A float initializer, all zeros, in the place of a dequantized one."""
     assert source.const_value is not None
-    shape = tuple(int(d) for d in source.const_value.shape)
+    shape = tuple(int(d) for d in source.const_value.shape.numpy())
     blank = ir.Tensor(np.broadcast_to(np.float32(0), shape), name=f"{value.name}/restored")
     made = ir.Value(name=blank.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape), const_value=blank)
     graph.register_initializer(made)
@@ -132,7 +132,7 @@ def _parameter(node: ir.Node, restored: ir.Value, path: Path) -> Pair:
     assert source is not None and source.const_value is not None
     tensor = source.const_value
     layout, shape = canonical_form(restored)
-    native = tuple(int(d) for d in tensor.shape)
+    native = tuple(int(d) for d in tensor.shape.numpy())
     bits, signed, float_format = _stored(tensor.dtype)
 
     def codes() -> NDArray[Any]:
@@ -141,20 +141,22 @@ def _parameter(node: ir.Node, restored: ir.Value, path: Path) -> Pair:
         return np.asarray(values.transpose(layout).reshape(shape))
 
     if node.op_type == "Cast":
-        return Pair(np.float32(1), np.zeros((), np.int64), bits, signed, float_format, codes=codes)
+        return Pair(np.asarray(1, np.float32), np.zeros((), np.int64), bits, signed, float_format, codes=codes)
     scale, zero, _ = _numbers(node, path)
     if scale.ndim == 0:
         return Pair(scale, zero, bits, signed, float_format, codes=codes)
     axis = int(node.attributes.get_int("axis", 1) or 0) % len(native)
     size = int(node.attributes.get_int("block_size", 0) or 0)
     if size:
-        turned = (v.transpose(layout) for v in (scale, zero))
-        block_axis = layout.index(axis)
-        return Pair(*turned, bits, signed, float_format, block_axis=block_axis, block_size=size, codes=codes)
-    spread = [v.reshape([-1 if i == axis else 1 for i in range(len(native))]).transpose(layout) for v in (scale, zero)]
+        return Pair(
+            scale.transpose(layout), zero.transpose(layout), bits, signed, float_format,
+            block_axis=layout.index(axis), block_size=size, codes=codes,
+        )  # fmt: skip
+    place = [-1 if i == axis else 1 for i in range(len(native))]
+    turned: list[NDArray[Any]] = [v.reshape(place).transpose(layout) for v in (scale, zero)]
     if len(shape) != len(native):  # axes of length 1 that the canonical form leaves out
-        spread = [np.broadcast_to(v, tuple(native[i] for i in layout)).reshape(shape) for v in spread]
-    return Pair(*spread, bits, signed, float_format, codes=codes)
+        turned = [np.broadcast_to(v, tuple(native[i] for i in layout)).reshape(shape) for v in turned]
+    return Pair(turned[0], turned[1], bits, signed, float_format, codes=codes)
 
 
 def _numbers(node: ir.Node, path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64], ir.DataType]:

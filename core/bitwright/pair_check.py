@@ -6,7 +6,7 @@ like, but not exchange them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,8 @@ def _grid_departure(pair: Pair, encoding: Encoding, shape: tuple[int, ...] | Non
         theirs = np.broadcast_to(pair.scale, common)
         if isinstance(how, PerChannel) and common != scale.shape and not _constant_along(theirs, scale.shape):
             return "has its scales on other axes in the Q/DQ pair than in the encodings file"
-    if not np.array_equal(*np.broadcast_arrays(pair.scale, scale)):
+    theirs, ours = np.broadcast_arrays(pair.scale, scale)
+    if not np.array_equal(theirs, ours):
         return "has another scale in the Q/DQ pair than in the encodings file"
     if encoding.float_format is None and not _same_zero(pair, encoding, zero):
         return "has another zero point in the Q/DQ pair than in the encodings file"
@@ -228,9 +229,9 @@ def _same_grid(a: Encoding, b: Encoding) -> bool:
     return np.array_equal(a.scale, b.scale) and np.array_equal(a.zero_point, b.zero_point)
 
 
-def _grid_first(problems: list[Problem]) -> int:
+def _grid_first(problems: Iterable[Problem]) -> int:
     """Codes are said to be wrong only where a grid is right."""
-    return 0 if "codes" in problems[0].message else 1
+    return 0 if "codes" in next(iter(problems)).message else 1
 
 
 def _share(wrong: int, values: NDArray[Any]) -> str:

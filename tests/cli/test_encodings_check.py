@@ -29,6 +29,7 @@ BLOCKED = {
 def exported(net, folder: Path, version: str = "1.0.0", **options: str) -> Path:
     model, data = net
     QuantSim(model, **options).calibrate(data).export(folder, name="m", encodings_version=version)
+    (folder / "report.json").unlink()  # the file alone says what is quantized, unless a target is given
     return folder
 
 
