@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help test lint format types docs demo dist clean
+.PHONY: help test suite lint format types docs demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -33,6 +33,9 @@ help: ## show this list
 
 test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md
+	$(BIN)/python tests/suite/suite.py
 
 lint: .venv/.installed ## style, types and import rules
 	$(BIN)/ruff check $(SOURCES)
