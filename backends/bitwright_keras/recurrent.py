@@ -74,7 +74,7 @@ def _of(model: KerasModel, node: Node, tensors: Mapping[str, str]) -> Any:
     arrays = [_arrays(x) for x in layers]
     return Recurrent(
         kind, tensors[node.inputs[0]], {tensors[t]: role for t, role in outputs.items()},
-        *([a[i] for a in arrays] for i in range(3)),
+        [a[0] for a in arrays], [a[1] for a in arrays], [a[2] for a in arrays],
         _functions(layers[0]), backwards=not both and layers[0].go_backwards,
         merge=layer.merge_mode or "" if both else "", initial=[tensors[t] for t in initial],
         reset_after=bool(getattr(layers[0].cell, "reset_after", False)),

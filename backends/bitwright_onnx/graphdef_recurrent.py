@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -83,7 +84,7 @@ def recurrent(g: Builder, node: Node) -> None:
 def _make(g: Builder, node: RecurrentNode) -> dict[str, ir.Value]:
     layer, name = node.recurrent, node.name
 
-    def op(type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
+    def op(type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         return g.add(type, *inputs, hint=name, **attributes)
 
     def numbers(hint: str, array: object, dtype: type = np.int64) -> ir.Value:

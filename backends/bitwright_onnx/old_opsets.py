@@ -24,8 +24,9 @@ def broadcast_as_numpy(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "PRelu":
             _align(model.graph, node, 1)
-        elif node.op_type in _BROADCAST and node.attributes.get_int("broadcast", 0):
-            axis = node.attributes.get_int("axis", -1)
+        elif node.op_type in _BROADCAST and node.attributes.get_int("broadcast", False):
+            given = node.attributes.get_int("axis")
+            axis = -1 if given is None else int(given)
             node.attributes.pop("axis", None)
             if axis >= 0:
                 _align(model.graph, node, axis)

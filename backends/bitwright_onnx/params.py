@@ -79,7 +79,7 @@ def canonical_form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for node, index in _uses_in_order(value):
         owner = node
         if turns_weight(node):
-            owner = node.outputs[0].uses()[0].node
+            owner = next(iter(node.outputs[0].uses())).node
         if node.op_type == "Add":
             # The bias of a MatMul sits in the Add behind it.
             other = node.inputs[1 - index] if len(node.inputs) == 2 else None
@@ -93,7 +93,7 @@ def canonical_form(value: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _uses_in_order(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    uses = [(use.node, use.idx) for use in value.uses()]
+    uses: list[tuple[ir.Node, int]] = [(use.node, use.idx) for use in value.uses()]
     if len(uses) < 2 or value.graph is None:
         return uses
     order = {node: i for i, node in enumerate(value.graph)}

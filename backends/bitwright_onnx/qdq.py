@@ -323,9 +323,9 @@ class _Writer:
         is_output = value.is_graph_output()
         main = self._stored(site, value, kind, canonical, encoding)
         if isinstance(encoding.granularity, Blockwise) and encoding.float_format is None:
-            turns = [user for user, _ in uses if turns_weight(user)]
+            turns = [use.node for use in uses if turns_weight(use.node)]
             self._turn_blocks(site, turns, main)
-            uses = [(user, index) for user, index in uses if user not in turns]
+            uses = [use for use in uses if use.node not in turns]
         apart: list[tuple[Encoding, ir.Value]] = []
         for user, index in uses:
             own = others.get(self._ops.get(user, ""))

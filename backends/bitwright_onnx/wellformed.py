@@ -6,6 +6,7 @@ ONNX Runtime refuses such models too, but only once they are compiled, and witho
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -91,10 +92,9 @@ def _attributes(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
         wanted = schema.attributes.get(name)
         if wanted is None:
             raise ModelError(f"{_said(node)} has an attribute {name!r}, which the operator doesn't have")
-        if int(attribute.type) != int(wanted.type.value) and not attribute.is_ref():
-            raise ModelError(
-                f"attribute {name!r} of {_said(node)} is of type {attribute.type.name}, not {wanted.type.name}"
-            )
+        kind: Any = wanted.type  # an enumeration that onnx's stubs don't know as one
+        if int(attribute.type) != int(kind.value) and not attribute.is_ref():
+            raise ModelError(f"attribute {name!r} of {_said(node)} is of type {attribute.type.name}, not {kind.name}")
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in node.attributes:
             raise ModelError(f"{_said(node)} has no attribute {name!r}, which the operator needs")

@@ -107,13 +107,13 @@ class TorchSimulation:
         # Parameters that are computed from others, or views of them, are read as they are in float.
         constants = constant_nodes(graph)
         floats = {n: {u for u in n.users if u in constants and not _same(known, n, u)} for n in known}
-        for id, node in list(roots.items()):
-            if known[node].evaluator is not None and id in self._graph.params:
+        for id, computed in list(roots.items()):
+            if known[computed].evaluator is not None and id in self._graph.params:
                 self._computed[id] = _Computed()
                 key = _key(quantizers, f"{id}/computed", self._computed[id])
                 quantizers._modules[key] = self._computed[id]
-                self._parameters[id] = known[node]
-                roots[id] = _insert(graph, node, f"{name}.{key}", id, floats[node])
+                self._parameters[id] = known[computed]
+                roots[id] = _insert(graph, computed, f"{name}.{key}", id, floats[computed])
                 floats[roots[id]] = set()
         for site in self._plan.quantized:
             is_parameter = self._plan[site].kind is SiteKind.PARAMETER
