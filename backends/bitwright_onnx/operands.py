@@ -53,8 +53,8 @@ def parameters(node: ir.Node) -> Mapping[ParamRole, tuple[ir.Node, int]]:
 
 def is_embedding(node: ir.Node) -> bool:
     """A Gather of rows of a constant float table."""
-    table = node.inputs[0]
-    if node.op_type != "Gather" or table is None or not is_float_constant(table):
+    table = node.inputs[0] if node.op_type == "Gather" else None
+    if table is None or not is_float_constant(table):
         return False
     return not node.attributes.get_int("axis", False) and len(constant_shape(table)) == 2
 
