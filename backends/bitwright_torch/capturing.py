@@ -120,13 +120,13 @@ def export_program(
                 raise capture_error(holder, error) from error
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         else:
-            if dynamic_shapes is not None or not _fixes_batch(exported):
+            if dynamic_shapes is not None or not (fixed := _fixed(exported)):
                 return exported
             # What a module keeps from a run of the same size (anchors, masks) would be taken for good.
             with suppress(Exception):
                 doubled, wanted = with_batch(arguments, signature, doubled=True)
                 exported = _export(holder, doubled, wanted)
-                if not _fixes_batch(exported):
+                if not _fixed(exported) & fixed:
                     return exported
             reason = "the model's code fixes it"
     try:
@@ -196,19 +196,29 @@ def _out_spec(exported: ExportedProgram) -> pytree.TreeSpec:
     return spec
 
 
-def _fixes_batch(exported: ExportedProgram) -> bool:
-    """Whether the model's code fixes the batch size: no input, or no result of the batch's length, is free there."""
+def _fixed(exported: ExportedProgram) -> frozenset[int]:
+    """Results whose batch size the model's code fixes, or that have the batch's length by chance; −1 for the inputs.
+
+    One result that is free says nothing of the others: a head may take the batch from what it keeps.
+    """
     signature = exported.graph_signature
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes}
-    inputs, results = ([values[n] for n in names if isinstance(n, str) and isinstance(values.get(n), torch.Tensor)]
+    inputs, results = ([values.get(n) if isinstance(n, str) else None for n in names]
                        for names in (signature.user_inputs, signature.user_outputs))  # fmt: skip
-    free = [v for v in inputs if v.ndim and not isinstance(v.shape[0], int)]
+    shaped = [v for v in inputs if isinstance(v, torch.Tensor) and v.ndim]
+    free = [v for v in shaped if _free(v.shape[0])]
     if not free:
-        return any(v.ndim for v in inputs)
+        return frozenset({-1} if shaped else ())
     batch = int(free[0].shape[0].node.hint)
-    if any(not isinstance(n, int) for v in results for n in v.shape):
-        return False
-    return any(v.ndim and v.shape[0] == batch for v in results)
+    return frozenset(
+        i for i, v in enumerate(results)
+        if isinstance(v, torch.Tensor) and v.ndim and not _free(v.shape[0]) and int(v.shape[0]) == batch
+    )  # fmt: skip
+
+
+def _free(size: Any) -> bool:
+    """Whether a traced size is a symbol still: the code may have fixed one that began as such."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def from_exported(
@@ -366,5 +376,5 @@ def describe(value: Any) -> dict[str, Any]:
         return {"sizes": (str(value),)}
     if not isinstance(value, torch.Tensor):
         return {}
-    shape = tuple(n if isinstance(n, int) else None for n in value.shape)
+    shape = tuple(None if _free(n) else int(n) for n in value.shape)
     return {"shape": shape, "sizes": tuple(map(str, value.shape)), "dtype": str(value.dtype).removeprefix("torch.")}

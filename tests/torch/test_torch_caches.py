@@ -61,6 +61,44 @@ class WholeMask(nn.Module):
         return self.c(x) * self.mask
 
 
+class TwoResults(Head):
+    """As ultralytics' heads: a result that takes its batch from what was kept, and one that doesn't."""
+
+    def forward(self, x):
+        y = self.c(x)
+        if self.shape != y.shape:
+            self.anchors = torch.arange(y.shape[2] * y.shape[3], dtype=y.dtype)[None, None] / 100
+            self.shape = y.shape
+        boxes = y.view(y.shape[0], 2, 2, -1).transpose(1, 2).softmax(1).reshape(y.shape[0], 4, -1)
+        return boxes + self.anchors, y
+
+
+class KeptLength(nn.Module):
+    """Keeps a batch size as a plain number; every second batch would fit it."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.size = nn.Conv2d(8, 4, 1), None
+
+    def forward(self, x):
+        if self.size is None or self.size != x.shape[0]:
+            self.size = x.shape[0]
+        y = self.c(x)
+        return y.reshape(self.size, -1), y
+
+
+class ByChance(nn.Module):
+    """A result that always is as long as the sample's batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.c(x)
+        return y, y.mean((0, 2, 3))
+
+
 def net(kind):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), kind()).eval()
@@ -92,6 +130,29 @@ def test_captured_right_and_left_as_it_was(kind, warm, tmp_path):
         for size in (1, 3, 8):
             (found,) = session.run(None, {session.get_inputs()[0].name: x[:size].numpy()})
             assert sqnr(net(kind)(x[:size]).detach().numpy(), found) > (25 if form == "qdq" else 100)
+
+
+@pytest.mark.parametrize("warm", [None, 4])
+@pytest.mark.parametrize("kind", [TwoResults, KeptLength, ByChance])
+def test_every_result_has_the_batch_that_it_is_given(kind, warm, tmp_path):
+    x = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    module = net(kind)
+    if warm:
+        module(x[:warm])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureNotice)
+        sim = QuantSim(module, x[:4])
+    sim.calibrate(x)
+    bundle = sim.export(tmp_path, name="m")
+    session = ort.InferenceSession(bundle.files["model"])
+    for size in (1, 3, 8):
+        with torch.no_grad():
+            wanted = net(kind)(x[:size])
+        found = sim.native(x[:size])
+        exported = session.run(None, {session.get_inputs()[0].name: x[:size].numpy()})
+        for a, b, c in zip(wanted, found, exported, strict=True):
+            assert torch.equal(a, b)
+            assert a.shape == c.shape and sqnr(a.numpy(), c) > 100
 
 
 def test_a_batch_that_code_fixes_is_told():

@@ -258,3 +258,38 @@ def test_recurrent_weights_keep_their_names_and_grids(kind: Any, options: Any, t
         kinds = {i.name: i.data_type for i in graph.initializer}
         for name in ("cells.weight_ih_l0", "cells.weight_hh_l0"):
             assert name in sim.plan.parameters and kinds[f"{name}_quantized"] == onnx.TensorProto.INT8
+
+
+class Gated(nn.Module):
+    """ONNX spells SiLU and the attention's factor in ops of their own, and scalars as constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.silu(self.a(x))
+        q, k, v = torch.stack((h, h + 1, h * 0.5)).unbind(0)
+        return self.b(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("target", ["default", "onnxruntime-cpu"])
+def test_a_fresh_export_passes_the_check(target: str, tmp_path: Path) -> None:
+    """By the folder's report, and by the same target named; not for what it wasn't made for, nor without an entry."""
+    import json
+
+    from bitwright.cli import main
+
+    torch.manual_seed(0)
+    data = {"x": torch.randn(8, 5, 8).numpy()}
+    bundle = QuantSim(Gated().eval(), torch.randn(2, 5, 8), target=target).calibrate(data).export(tmp_path, name="net")
+    said = ["encodings", "check", str(tmp_path)]
+    assert main(said) == 0
+    assert main([*said, "--target", target]) == 0
+    assert main([*said, "--target", target, "--weights", "int8"]) == 0
+    assert main([*said, "--target", target, "--weights", "int4"]) == 1
+    assert main([*said, "--weights", "int4"]) == 1
+    held = json.loads(bundle.files["encodings"].read_text())
+    held["activation_encodings"] = [e for e in held["activation_encodings"] if e["name"] != "a.output"]
+    bundle.files["encodings"].write_text(json.dumps(held))
+    assert main([*said, "--target", target]) == 1

@@ -168,7 +168,7 @@ def _optional(row: SiteRow) -> bool:
     return row.decision == "shared" and row.kind != SiteKind.ACTIVATION
 
 
-def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunReport) -> Plan:
+def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunReport, *, decisions: bool = True) -> Plan:
     """A plan that was made for a reopened graph, with the decisions that the export records.
 
     An exporter may spell one op as several (SiLU as a sigmoid and a product): the tensors between are sites of the
@@ -179,6 +179,7 @@ def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunRepor
         graph: the exported model's.
         table: encodings, bound to it.
         report: of the export; without a record the plan is taken as it is.
+        decisions: False for another target or other types than the export's: only where sites are is taken over.
     """
     if report.record is None:
         return plan
@@ -189,6 +190,10 @@ def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunRepor
         if name not in rows:
             sites[name] = Site(site.id, site.kind, Float("no site of the simulation"), site.op, site.role)
     for name, row in rows.items():
+        if not decisions:
+            if name in plan:
+                sites[name] = plan[name]
+            continue
         as_simulated = name not in table or not row.digest or digest(table[name]) == row.digest
         if name in plan and not as_simulated:
             sites[name] = plan[name]

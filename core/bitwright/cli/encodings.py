@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,7 +101,7 @@ def check(
             plan = asked.plan(graph)
             if asked.report is not None:
                 table, _ = bound_entries(asked.encodings, graph)
-                plan = as_recorded(plan, graph, table, asked.report)
+                plan = as_recorded(plan, graph, table, asked.report, decisions=asked.is_own(plan, graph))
             problems += check_bundle(graph, plan, asked.encodings)
         elif asked.bundle is not None:
             # Without a target, the file itself says what is quantized.
@@ -190,6 +190,10 @@ class Asked:
         known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
         found = read_report(path, bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX))
         report = found.report
+        # The target of the report by its name or file is that of the report: what else was asked for then, too.
+        recorded = report is not None and target is not None and _settings(target) == report.target_config
+        if recorded:
+            target = None
         if target is None and found.damage and report is None:
             raise InputError(f"can't read {str(found.path)!r}, which names the target; give --target")
         if target is None and report is not None:
@@ -199,11 +203,7 @@ class Asked:
                 "activations": activations or report.activations,
                 "overrides": report.overrides,
             }
-        own = target is None and weights is None and activations is None
-        return cls(
-            bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle,
-            report=report if own else None,
-        )  # fmt: skip
+        return cls(bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle, report=report)
 
     @property
     def scope(self) -> str:
@@ -222,11 +222,25 @@ class Asked:
             graph, _target(self.target), weights=self.weights, activations=self.activations, overrides=self.overrides
         )
 
+    def is_own(self, plan: Plan, graph: Graph) -> bool:
+        """Whether the plan is that of the export, whatever words asked for it."""
+        if self.report is None:
+            return False
+        was = replace(
+            self, target=self.report.target_config, weights=self.report.weights,
+            activations=self.report.activations, overrides=self.report.overrides,
+        )  # fmt: skip
+        return dict(was.plan(graph).items()) == dict(plan.items())
+
 
 def _target(given: Any) -> Any:
     from bitwright.target import load_target
 
     return load_target(given)
+
+
+def _settings(target: str) -> Any:
+    return json.loads(_target(target).to_json())
 
 
 def _open(model: Path) -> tuple[Backend[Any], Any]:
