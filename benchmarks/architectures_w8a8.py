@@ -5,8 +5,8 @@
 Each model runs in a process of its own with a time limit; finished ones are read back from the file, so that a run
 that was stopped goes on. Needs torchvision, timm, segmentation-models-pytorch and ultralytics beside bitwright
 (`pip install torch==2.14.1 torchvision==0.29.1 timm segmentation-models-pytorch ultralytics`); what isn't installed is
-a row with that reason. Weights are random, inputs smooth random images: decibels show whether the four agree, not what
-a trained network loses.
+a row with that reason. Weights are random, batch norms have the statistics of the images, which are smooth and random:
+decibels show whether the four agree, not what a trained network loses.
 """
 
 from __future__ import annotations
@@ -87,6 +87,21 @@ def images(count: int = SAMPLES, size: int = SIZE) -> np.ndarray:
     return made / made.std()
 
 
+def settle(net: Any, x: Any) -> None:
+    """Give batch norms the statistics of the images, in place: without training, signals fade to 1e-10 with depth."""
+    from torch import nn
+
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    net(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
 def decibels(signal: list[np.ndarray], noisy: list[np.ndarray]) -> float:
     """Signal to noise of the worst float output; infinite where equal."""
     from bitwright.verify import sqnr
@@ -106,6 +121,7 @@ def measure(name: str) -> dict[str, Any]:
     net = BUILDERS[name]().float().eval()
     x = images()
     with torch.no_grad():
+        settle(net, torch.from_numpy(x))
         net(torch.from_numpy(x[:2]))  # what keeps tensors by shape has them
     sim = QuantSim(net, torch.from_numpy(x[:2]), target="onnxruntime-cpu")
     batch = {sim.graph.inputs[0]: x}

@@ -139,14 +139,14 @@ def export_program(
 
 
 def _export(holder: nn.Module, arguments: Arguments, dynamic_shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), _kept(holder):
+    with torch.no_grad(), kept(holder):
         return torch.export.export(
             holder, arguments.args, arguments.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
 
 
 @contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
+def kept(module: nn.Module) -> Iterator[None]:
     """Give every attribute back what it was: traced modules keep tensors without data, and sizes that are symbols."""
     saved = [(part, dict(part.__dict__), _contents(part)) for part in module.modules()]
     try:
@@ -209,7 +209,7 @@ def _fixed(exported: ExportedProgram) -> frozenset[int]:
     free = [v for v in shaped if _free(v.shape[0])]
     if not free:
         return frozenset({-1} if shaped else ())
-    batch = int(free[0].shape[0].node.hint)
+    batch = (_hint(free[0]) or (0,))[0]
     return frozenset(
         i for i, v in enumerate(results)
         if isinstance(v, torch.Tensor) and v.ndim and not _free(v.shape[0]) and int(v.shape[0]) == batch

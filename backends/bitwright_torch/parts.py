@@ -25,8 +25,9 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, Op, OpKind, ParamId, Tensor
 from bitwright_torch.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.canonical import canonical
-from bitwright_torch.capturing import CaptureNotice, capture, private_copy
+from bitwright_torch.capturing import CaptureNotice, capture, kept, private_copy
 from bitwright_torch.edits import edit_model
+from bitwright_torch.free_dimensions import with_batch
 from bitwright_torch.model import NAMES, CapturedModel, info, program_of, share, with_program
 from bitwright_torch.params import read_params
 
@@ -42,7 +43,7 @@ class PartitionedModel(nn.Module):
         root: the copy.
         parts: names of the captured submodules, in the order in which they run.
         convention: how the model is called.
-        specs: shape and dtype of each tensor input; every first dimension is free.
+        specs: shape and dtype of each tensor input; the batch is free, unless a part takes only the sample's.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
         captured[name] = _prefixed(part, f"{name}.")
     if not captured:
         raise ModelError(f"no part of {type(module).__name__} can be captured: {'; '.join(failures)[:600]}")
+    fixed = _fixed(root, signature, arguments, calls, captured)
     for name, part in captured.items():
         _swap(root, name, part)
     for name, submodule in root.named_modules():
@@ -135,16 +137,49 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
         text = f"{type(module).__name__} is captured in parts ({', '.join(order)}); the Python around them stays"
         text += f", and in float: {', '.join(left)}" if left else ""
         warnings.warn(f"{text}. The whole can't be captured: {failure}", CaptureNotice, stacklevel=3)
-    return PartitionedModel(root, order, convention, _specs(arguments, convention))
+    if fixed:
+        reasons = "; ".join(dict.fromkeys(r for name in fixed for r in captured[name]._program.notices))
+        text = f"{type(module).__name__} takes only the sample's batch size, as {', '.join(fixed)} does: {reasons}"
+        warnings.warn(text, CaptureNotice, stacklevel=3)
+    return PartitionedModel(root, order, convention, _specs(arguments, convention, fixed=bool(fixed)))
 
 
-def _specs(arguments: Arguments, convention: CallingConvention) -> dict[str, Spec]:
+def _fixed(
+    root: nn.Module,
+    signature: inspect.Signature,
+    arguments: Arguments,
+    calls: Mapping[str, _Call],
+    captured: Mapping[str, CapturedModel],
+) -> list[str]:
+    """Parts that were captured with fixed shapes, and whose inputs grow with the model's batch."""
+    suspects = [name for name, part in captured.items() if part._program.notices]
+    doubled, wanted = with_batch(arguments, signature, doubled=True) if suspects else (arguments, None)
+    if not suspects or wanted is None:
+        return []
+    try:
+        with kept(root):
+            larger, _ = _record(root, doubled)
+    except ModelError:
+        return suspects  # the Python around the parts takes no other batch either
+    return [n for n in suspects if n not in larger or _shapes(larger[n]) != _shapes(calls[n])]
+
+
+def _shapes(call: _Call) -> list[Any]:
+    leaves = pytree.tree_leaves((call.arguments.args, call.arguments.kwargs))
+    return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+
+def _specs(arguments: Arguments, convention: CallingConvention, *, fixed: bool = False) -> dict[str, Spec]:
     """What the sample shows of the inputs."""
     leaves = pytree.tree_leaves((arguments.args, arguments.kwargs))
     found: dict[str, Spec] = {}
     for name, leaf in zip(convention.names, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
-            found[name] = ((None, *leaf.shape[1:]) if leaf.ndim else (), str(leaf.dtype).removeprefix("torch."))
+            free = leaf.ndim > 0 and not fixed
+            found[name] = (
+                (None, *leaf.shape[1:]) if free else tuple(leaf.shape),
+                str(leaf.dtype).removeprefix("torch."),
+            )
     return found
 
 

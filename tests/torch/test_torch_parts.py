@@ -72,6 +72,50 @@ def test_the_largest_parts_are_captured_with_a_notice(detector, x):
     same(model(x), detector(x))
 
 
+class FixedPart(nn.Module):
+    """Its code fixes a length: that of the batch if it is given features, none of the model's if given positions."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(length, 4))
+
+    def forward(self, y):
+        return y + self.table
+
+
+class Around(nn.Module):
+    """Python that depends on data, and a part of a fixed length."""
+
+    def __init__(self, grows):
+        super().__init__()
+        self.body, self.grows = nn.Linear(6, 4), grows
+        self.part = FixedPart(3 if grows else 4)
+
+    def forward(self, x):
+        y = self.body(x)
+        y = self.part(y) if self.grows else y + self.part(torch.eye(4)).sum(0)
+        return y if float(y.sum()) > -1e9 else -y
+
+
+def test_a_part_of_a_fixed_batch_fixes_the_whole():
+    x = torch.randn(3, 6)
+    with pytest.warns(bitwright_torch.CaptureNotice, match="takes only the sample's batch size, as part does"):
+        model = BACKEND.adopt(Around(grows=True).eval(), x)
+    assert BACKEND.input_specs(model)["x"][0] == (3, 6)
+
+
+def test_a_part_of_a_fixed_length_that_no_batch_reaches_leaves_it_free():
+    x, net = torch.randn(3, 6), Around(grows=False).eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = BACKEND.adopt(net, x)
+    assert not any("sample's batch size" in str(w.message) for w in told)
+    assert "part" in model.parts and model.parts["part"]._program.notices
+    assert BACKEND.input_specs(model)["x"][0] == (None, 6)
+    y = torch.randn(5, 6)
+    assert torch.equal(model(y), net(y))
+
+
 def test_parts_can_be_named(detector, x):
     model = captured(detector, x, modules=["head"])
     assert list(model.parts) == ["head"]
