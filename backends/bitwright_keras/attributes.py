@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs
+from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs, ProductAttrs
 from bitwright_keras.model import Node, Spec
 
 Shape = tuple[int | None, ...]
@@ -189,3 +190,16 @@ def permutation(node: Node, source: Spec) -> tuple[int, ...] | None:
         placed = {int(t) % rank: int(m) % rank for m, t in zip(moved, to, strict=True)}
         return tuple(placed[i] if i in placed else next(rest) for i in order)
     return None
+
+
+def product(layer: Any, ranks: Sequence[int]) -> ProductAttrs | None:
+    """What a `Dot` layer (or, without a layer, `keras.ops.dot`) contracts, where it isn't a plain matrix product."""
+    if layer is None:
+        return None if ranks[1] <= 2 else ProductAttrs(None)
+    if list(ranks) != [3, 3] or layer.normalize:
+        return ProductAttrs(None)
+    axes = [layer.axes] * 2 if isinstance(layer.axes, int) else list(layer.axes)
+    first, second = (axis % 3 for axis in axes)
+    if 0 in (first, second):
+        return ProductAttrs(None)
+    return ProductAttrs((first == 1, second == 2)) if (first, second) != (2, 1) else None

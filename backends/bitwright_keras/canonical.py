@@ -181,6 +181,9 @@ class _Builder:
                 return opaque if geometry is None else (kind, type, geometry, roles)
             case OpKind.MATMUL if type.startswith("Conv") and len(node.inputs) < 2:
                 return opaque
+            case OpKind.MATMUL if node.type == "Dot" and len(node.inputs) == 2:
+                ranks = [len(self._model.specs[t].shape) for t in node.inputs]
+                return kind, type, attributes.product(layer, ranks), {}
             case OpKind.LINEAR:
                 if getattr(layer, "lora_enabled", False):
                     return opaque

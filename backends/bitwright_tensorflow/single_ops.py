@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.graph import ActivationAttrs, Attrs, AxisAttrs, OpKind, ParamRole, PoolAttrs, TensorId
+from bitwright.graph import ActivationAttrs, Attrs, AxisAttrs, OpKind, ParamRole, PoolAttrs, ProductAttrs, TensorId
 from bitwright_tensorflow.found import Found
 from bitwright_tensorflow.geometry import channel_axis, pool_window, spatial_axes
 from bitwright_tensorflow.graphs import data_operands
@@ -30,6 +30,10 @@ def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Fou
     match kind:
         case OpKind.PRELU:
             attrs = ActivationAttrs(alpha=net.attr(node, "alpha", 0.2))
+        case OpKind.MATMUL if type == "MatMul":
+            names = ("transpose_a", "transpose_b") if node.op == "MatMul" else ("adj_x", "adj_y")
+            first, second = (bool(net.attr(node, name)) for name in names)
+            attrs = ProductAttrs((first, second)) if first or second else None
         case OpKind.SOFTMAX:
             rank = net.rank(outputs[0])
             attrs = AxisAttrs(-1 if rank is None else rank - 1)

@@ -124,7 +124,15 @@ class RecurrentAttrs:
     outputs: tuple[int, ...]
 
 
-Attrs = ConvAttrs | BatchNormAttrs | ActivationAttrs | PoolAttrs | AxisAttrs | RecurrentAttrs
+@dataclass(frozen=True, slots=True)
+class ProductAttrs:
+    """Of a product of two activations that isn't their matrix product as they stand: whether the last two axes of the
+    first and of the second operand are exchanged before; None where other axes are contracted."""
+
+    transposed: tuple[bool, bool] | None
+
+
+Attrs = ConvAttrs | BatchNormAttrs | ActivationAttrs | PoolAttrs | AxisAttrs | RecurrentAttrs | ProductAttrs
 
 
 @dataclass(frozen=True, slots=True)

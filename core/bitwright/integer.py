@@ -31,6 +31,7 @@ from bitwright.graph import (
     ParamId,
     ParamRole,
     PoolAttrs,
+    ProductAttrs,
     TensorId,
 )
 from bitwright.integer_coverage import uncovered
@@ -180,6 +181,8 @@ class IntegerSimulation:
             operands = self._operands(op)
             return len(operands) == 2 and all(self._grid(t) is not None for t in operands)
         if op.kind is OpKind.MATMUL and op.type == "MatMul":
+            if isinstance(op.attrs, ProductAttrs) and op.attrs.transposed is None:
+                return False
             return len(op.data_inputs) == 2 and all(self._grid(t) is not None for t in op.data_inputs)
         if op.kind is OpKind.SOFTMAX:
             grid = self._grid(op.data_inputs[0])
@@ -246,7 +249,10 @@ class IntegerSimulation:
             return kernels.softmax(held[a], self._table[a], op.attrs.axis, out)
         if op.kind is OpKind.MATMUL:
             b = op.data_inputs[1]
-            total = kernels.matmul(held[a], self._table[a], held[b], self._table[b])
+            turned = (isinstance(op.attrs, ProductAttrs) and op.attrs.transposed) or (False, False)
+            operands = zip((a, b), turned, strict=True)
+            first, second = (np.swapaxes(held[t], -1, -2) if turn else held[t] for t, turn in operands)
+            total = kernels.matmul(first, self._table[a], second, self._table[b])
             self._note_peak(op, total)
             scale = np.asarray(self._table[a].scale * self._table[b].scale, np.float32)
             return kernels.requantize(total, scale, out, fused.low, fused.high)
