@@ -29,7 +29,7 @@ from bitwright_torch.model import CapturedModel, Program, info, program_of
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand, operands
 from bitwright_torch.optable import CLIPS, FLOAT_TYPES, KINDS
-from bitwright_torch.visibility import data_nodes
+from bitwright_torch.visibility import data_nodes, value_operands
 
 R = ParamRole
 
@@ -140,6 +140,8 @@ class _Builder:
         params = self._register(kind, name, roles)
         if params is None:
             kind, attrs, params = OpKind.OPAQUE, None, {}
+        if kind is OpKind.IDENTITY and not any(n in self._visible for n in value_operands(node)):
+            kind = OpKind.OPAQUE  # a result that has an input's dtype alone
         if kind is OpKind.TRANSPOSE and (order := attributes.permutation(node, name)) is not None:
             self._orders[about.op] = order
         native = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
@@ -152,9 +154,10 @@ class _Builder:
         """Data operands in order, repeated ones repeated."""
         found: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), found.append)
+        read = [n for n in value_operands(node) if n in self._visible]
         return [
             n for n in found
-            if n not in self._operands and n not in self._constant_nodes
+            if n not in self._operands and n not in self._constant_nodes and (n in read or not read)
             and n in self._visible and info(n).shape is not None
         ]  # fmt: skip
 

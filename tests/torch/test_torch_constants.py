@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bitwright import QuantSim
-from bitwright.verify import verify
+from bitwright.verify import sqnr, verify
 
 
 class Gate(nn.Module):
@@ -66,3 +67,34 @@ def test_encodings_fit_the_exported_model(kind, tmp_path):
     content = json.loads((tmp_path / "m.encodings").read_text())
     for section, known in (("activation_encodings", opened.graph.tensors), ("param_encodings", opened.graph.params)):
         assert {e["name"] for e in content[section]} <= set(known)
+
+
+class Anchored(nn.Module):
+    """As YOLO's head makes its anchors: numbers of their own, in the dtype of a feature map."""
+
+    def __init__(self, *, told: bool = False) -> None:
+        super().__init__()
+        self.c, self.told = nn.Conv2d(3, 2, 3, padding=1), told
+
+    def forward(self, x):
+        y = self.c(x)
+        h, w = y.shape[2:]
+        across = torch.arange(w).type_as(y) + 0.5
+        down = torch.arange(h).type_as(y) + 0.5
+        at = torch.stack((across[None].expand(h, w), down[:, None].expand(h, w)))
+        return (y + 0.01 * at, torch.arange(w).type_as(y)) if self.told else y + 0.01 * at
+
+
+def test_what_has_a_tensor_s_dtype_alone_is_not_on_its_grid(tmp_path):
+    """A grid of the feature map (−1 … 1) would crush numbers up to 40."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 40)
+    net = Anchored().eval()
+    sim = QuantSim(net, x[:2]).calibrate({"x": x.numpy()})
+    assert not [s for s in sim.plan if "type_as" in s or "arange" in s]
+    (found,) = sim.predict({"x": x.numpy()})
+    assert sqnr(net(x).detach().numpy(), found) > 35
+    sim.export(tmp_path, name="m")
+    both = QuantSim(Anchored(told=True).eval(), x[:2])
+    assert len(both.graph.outputs) == 2
+    np.testing.assert_array_equal(both.predict({"x": x.numpy()}, simulated=False)[1], np.arange(40, dtype=np.float32))
