@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from bitwright import registry
-from bitwright.backend import Bundle, Session
+from bitwright.backend import Batch, Bundle, Session
 from bitwright.batches import joined
 from bitwright.data import Dataset
+from bitwright.graph import TensorId
 
 QDQ, TFLITE = "qdq", "tflite"
 """Purposes of files in a bundle: what ONNX Runtime runs, and what is run instead where there is one."""
@@ -121,6 +122,7 @@ def keep_exact(bundle: Bundle) -> Bundle:
 def seen_plain(
     bundle: Bundle,
     dataset: Dataset,
+    output: TensorId,
     outputs: Mapping[str, NDArray[Any]],
     labels: NDArray[np.integer] | None,
     sqnr_db: Callable[[NDArray[Any], NDArray[Any]], float],
@@ -130,14 +132,22 @@ def seen_plain(
     Args:
         bundle: what `verify` runs.
         dataset: the samples.
-        outputs: first output of "float" and "integer" (the session with options) over them.
+        output: the model's output that is compared.
+        outputs: its values in "float" and "integer" (the session with options) over them.
         labels: class of each sample.
         sqnr_db: how signal and noisy are compared.
     """
     if QDQ not in bundle.files or TFLITE in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
         return None
     session = runtime.plain_session(bundle)
-    parts = [np.asarray(next(iter(session.run(batch).values()))) for batch in dataset]
+    # A file may list its outputs in another order than the model, and TensorFlow's names end in ":0".
+    names = {output, bundle.names.get(output, output), output.removesuffix(":0")}
+
+    def values(batch: Batch) -> NDArray[Any]:
+        found = {tap.tensor: v for tap, v in session.run(batch).items()}
+        return np.asarray(found[next((t for t in found if t in names), next(iter(found)))])
+
+    parts = [values(batch) for batch in dataset]
     views = {**outputs, "plain": joined(parts)}
     figures = {view: sqnr_db(views["float"], views[view]) for view in ("integer", "plain")}
     return plain_view(runtime.plain_risks(bundle), views, figures, labels)

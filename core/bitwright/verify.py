@@ -165,7 +165,7 @@ def verify(
     problems += against_simulation(opened, views.simulation, batches[0])
     exact, tensors, exactness = _inside(views, batches)
     problems[:0] = exactness.problems
-    plain = _plain(bundle, dataset, outputs, labels, problems)
+    plain = _plain(bundle, dataset, graph.outputs[0], outputs, labels, problems)
     problems += [plain.problem] if plain is not None and plain.problem else []
     quality = OutputQuality(graph)
     taps = [t.tensor for t in quality.taps]
@@ -195,13 +195,18 @@ def verify(
 
 
 def _plain(
-    bundle: Bundle, dataset: Dataset, outputs: Mapping[str, NDArray[Any]], labels: Labels | None, problems: list[str]
+    bundle: Bundle,
+    dataset: Dataset,
+    output: str,
+    outputs: Mapping[str, NDArray[Any]],
+    labels: Labels | None,
+    problems: list[str],
 ) -> PlainView | None:
     """The session that users open; None where there is none, or the first output has no rows of samples."""
     if "integer" not in outputs or any(classes_of(v) is None for v in outputs.values()):
         return None
     try:
-        return seen_plain(bundle, dataset, outputs, labels, sqnr)
+        return seen_plain(bundle, dataset, output, outputs, labels, sqnr)
     except (InputError, ModelError) as error:
         problems.append(f"a default session refuses the export: {error}")
         return None

@@ -62,6 +62,7 @@ def watched(real):
             os.kill(os.getpid(), signal.NUMBER)
         return real(source, target, *a, **k)
     return call
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 os.replace, os.rename = watched(os.replace), watched(os.rename)
 sys.argv[0] = "bitwright"
 runpy.run_module("bitwright", run_name="__main__")
