@@ -19,6 +19,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright_keras.engine import as_numpy
 from bitwright_keras.model import KerasModel, execute, refs, substitute
 from bitwright_keras.native import first_line
+from bitwright_keras.rounding import value_of
 from bitwright_keras.tracing import Recording
 from bitwright_keras.training_mode import takes_training
 
@@ -99,11 +100,12 @@ def _outputs(model: keras.Model, normal: KerasModel, batch: Mapping[str, Any]) -
 @contextmanager
 def as_it_was(model: keras.Model) -> Iterator[Callable[[], None]]:
     """What calling a model may change (running statistics, random states) is put back at the end, or by a call."""
-    held = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.non_trainable_variables if v.dtype != "string"]
+    held = [(v, keras.ops.convert_to_numpy(value_of(v))) for v in model.non_trainable_variables if v.dtype != "string"]
 
     def restore() -> None:
         for variable, value in held:
-            if not np.array_equal(keras.ops.convert_to_numpy(variable.value), value, equal_nan=value.dtype.kind == "f"):
+            now = keras.ops.convert_to_numpy(value_of(variable))
+            if not np.array_equal(now, value, equal_nan=value.dtype.kind == "f"):
                 variable.assign(value)
 
     try:

@@ -26,6 +26,7 @@ from bitwright_keras.constants import constant_params
 from bitwright_keras.model import KerasModel, Node, Ref, Spec, pruned, refs, variables_of
 from bitwright_keras.native import copy_layer, copy_of, counterparts, input_of
 from bitwright_keras.opening import recording_of
+from bitwright_keras.rounding import value_of
 from bitwright_keras.tracing import Call, Recording, functional_of, history, recorded, trace
 from bitwright_keras.training_mode import default_mode, differs_in_training, mode_of, takes_training, without_training
 
@@ -356,7 +357,7 @@ class Normalizer:
                 if x.trainable:
                     notice = f"variable {x.path!r}, which {name!r} reads, isn't a layer's own: a constant here"
                     warnings.warn(CaptureNotice(notice), stacklevel=2)
-                return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x.value))
+                return keras.ops.convert_to_numpy(value_of(x))
             if isinstance(x, keras.KerasTensor) or not keras.ops.is_tensor(x):
                 return x
             return keras.ops.convert_to_numpy(x)

@@ -16,6 +16,7 @@ from bitwright_keras.canonical import Place, canonical
 from bitwright_keras.constants import constant_of, with_constant
 from bitwright_keras.model import KerasModel, Node, variables_of
 from bitwright_keras.native import copy_layer
+from bitwright_keras.rounding import value_of
 
 
 def read_params(model: KerasModel, ids: Collection[ParamId]) -> dict[ParamId, NDArray[np.float32]]:
@@ -43,7 +44,7 @@ def native_value(place: Place) -> NDArray[Any]:
 
 def array_of(variable: keras.Variable) -> NDArray[Any]:
     """A variable's value; bfloat16 as float32."""
-    value = np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable.value)))
+    value = np.asarray(keras.ops.convert_to_numpy(value_of(variable)))
     return value.astype(np.float32) if value.dtype.kind != "f" else value
 
 

@@ -131,5 +131,14 @@ def summed_to(x: Any, like: Any) -> Any:
 
 
 def value_of(variable: keras.Variable) -> Any:
-    """A variable's tensor: on PyTorch, `custom_gradient` takes no Variables."""
-    return ops.convert_to_tensor(variable.value)
+    """A variable's value as a tensor, in a replica and outside.
+
+    On PyTorch, `custom_gradient` takes no Variables. On TensorFlow, Keras takes variables for tensors, but those that
+    a strategy mirrors give no arrays until they are read.
+    """
+    value = ops.convert_to_tensor(variable.value)
+    if keras.backend.backend() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(value)

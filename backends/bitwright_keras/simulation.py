@@ -31,6 +31,7 @@ from bitwright_keras.fake_quant import FakeQuantize
 from bitwright_keras.model import KerasModel, Node, Ref, substitute, variables_of
 from bitwright_keras.native import copy_layer, copy_of, keras_model
 from bitwright_keras.params import array_of, native_value, native_values, with_values
+from bitwright_keras.rounding import value_of
 from bitwright_keras.session import KerasSession
 from bitwright_keras.simulated_session import SimulationSession
 from bitwright_keras.weights import QuantizedLayer, constant
@@ -292,7 +293,7 @@ class KerasSimulation:
             if held is None:
                 continue
             if held.quantizer is not None:
-                held.quantizer.set(encoding, held.variable.value)
+                held.quantizer.set(encoding, value_of(held.variable))
                 continue
             native = self._replaced[site] if site in self._replaced else native_value(held.place)
             if encoding is not None:
@@ -316,7 +317,7 @@ class KerasSimulation:
                 found[root] = quantizer.get()
         for site, held in self._parameters.items():
             if held.quantizer is not None and self._plan.root(site) == site:
-                found[site] = held.quantizer.get(held.variable.value)
+                found[site] = held.quantizer.get(value_of(held.variable))
         return found
 
     def session(self, taps: Sequence[Tap]) -> Session:

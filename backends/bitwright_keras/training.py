@@ -10,6 +10,7 @@ from keras import ops
 
 from bitwright.errors import InputError
 from bitwright_keras.fake_quant import FakeQuantize
+from bitwright_keras.rounding import value_of
 from bitwright_keras.weights import Constant, QuantizedLayer
 
 
@@ -40,7 +41,7 @@ def set_grid_rate(model: keras.Model, factor: float = 5.0) -> int:
         if isinstance(layer, FakeQuantize) and layer.log_scale is not None:
             for variable in (layer.log_scale, layer.zero_shift):
                 if variable is not None and layer.grid_rate != factor:
-                    variable.assign(ops.convert_to_numpy(variable.value) * (layer.grid_rate / factor))
+                    variable.assign(ops.convert_to_numpy(value_of(variable)) * (layer.grid_rate / factor))
             layer.grid_rate = float(factor)
             found += 1
     for name in ("train_function", "test_function", "predict_function"):  # they have the old factor in them

@@ -12,7 +12,7 @@ type's ends only. float16 and bfloat16 sites are casts there and back; fp8 has Q
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId
 from bitwright.grid import Blockwise, PerChannel, PerTensor
+from bitwright.op_types import preserves_grid
 from bitwright.plan import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright.ranges import bias_encoding, guarded
 from bitwright_onnx.model import save_model
@@ -184,12 +185,20 @@ def _bias_groups(graph: Graph, plan: Plan, site: SiteId, table: Mapping[SiteId, 
     if not isinstance(plan[plan.root(site)].decision, Derived | OwnForms):
         return found
     for op in graph.users(site):
-        weight, inputs = op.weight, op.data_inputs[:1]
-        if weight is not None and weight in table and inputs and inputs[0] in table:
-            own = bias_encoding(table[inputs[0]], table[weight])
+        weight, source = table.get(op.weight or ""), _carried(graph, op.data_inputs[:1], table)
+        if weight is not None and source is not None:
+            own = bias_encoding(source, weight)
             if own is not None and (site not in table or not own.equals(table[site])):
                 found[op.id] = own
     return found
+
+
+def _carried(graph: Graph, tensors: Sequence[str], table: Mapping[SiteId, Encoding]) -> Encoding | None:
+    """The grid of an operand's values: its own, or that of what ops between (transposes, zero pads) only move."""
+    while tensors and tensors[0] not in table:
+        op = graph.producer(tensors[0])
+        tensors = op.data_inputs[:1] if op is not None and preserves_grid(op) else ()
+    return table[tensors[0]] if tensors else None
 
 
 def _canonical(value: ir.Value, param: Param) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import keras
+from bitwright.errors import InputError
 from bitwright.quantsim import QuantSim
 
 keras.utils.set_random_seed(0)
@@ -39,6 +40,12 @@ for weight in model.weights:
     first, second = (np.asarray(v) for v in weight.value.values)  # of the two replicas
     assert np.array_equal(first, second), weight.path
 trained = model.predict(x, verbose=0)
+with strategy.scope():  # what was trained is read there too
+    try:
+        sim.predict(x)
+        raise AssertionError("predicts with the weights from before training")
+    except InputError as error:
+        assert "take()" in str(error), error
 sim.take()
 assert np.array_equal(sim.model.predict(x, verbose=0), trained)
 moved = {s for s in sim.encodings if not sim.encodings[s].equals(before[s])}

@@ -23,7 +23,7 @@ from keras import layers as L  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
 from bitwright.cli import main  # noqa: E402
-from bitwright.plan import SiteKind  # noqa: E402
+from bitwright.plan import OwnForms, SiteKind  # noqa: E402
 from bitwright.verify import sqnr, verify  # noqa: E402
 
 
@@ -97,6 +97,9 @@ def _proved(sim: QuantSim, data: dict[str, np.ndarray], folder: Path) -> Any:
     for site in sim.plan.quantized:
         if sim.plan[site].kind is SiteKind.PARAMETER:
             assert site in held, site
+    for site, place in sim.plan.items():
+        if isinstance(place.decision, OwnForms):  # each call's int32 bias, behind the transposes of TensorFlow's layout
+            assert [pair.bits for pair in held[site]] == [32] * len(place.decision.uses), site
     assert main(["encodings", "check", str(folder), "--target", "default", "--name", "net"]) == 0
     assert not verify(folder, data, name="net").problems
     return bundle
