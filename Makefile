@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 BIN := .venv/bin
 DEMO_BIN := .venv-demo/bin
 DEMO_OUT ?= demo-out
+JOBS ?= 2
 PIP := -m pip --disable-pip-version-check --quiet
 SOURCES := core backends plugins tests examples benchmarks
 
@@ -31,8 +32,8 @@ help: ## show this list
 	$(DEMO_BIN)/python $(PIP) install --constraint constraints.txt --no-deps pillow rapidocr
 	touch $@
 
-test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest, JOBS=1 takes one process)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md
 	$(BIN)/python tests/suite/suite.py
