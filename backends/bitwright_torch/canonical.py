@@ -28,7 +28,7 @@ from bitwright_torch.masks import mask_nodes
 from bitwright_torch.model import CapturedModel, Program, info, program_of
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand, operands
-from bitwright_torch.optable import CLIPS, FLOAT_TYPES, KINDS
+from bitwright_torch.optable import CLIPS, FLOAT_TYPES, kind_of
 from bitwright_torch.visibility import data_nodes, value_operands
 
 R = ParamRole
@@ -129,7 +129,7 @@ class _Builder:
 
     def _op(self, node: fx.Node, outputs: list[fx.Node]) -> Op:
         name = call_name(node)
-        kind, type = KINDS.get(name, (OpKind.OPAQUE, name))
+        kind, type = kind_of(node)
         attrs: Attrs | None = None
         roles: dict[ParamRole, fx.Node] = {}
         about = info(node)

@@ -12,7 +12,7 @@ from bitwright.masks import Extent, Step, masks
 from bitwright_torch.model import info
 from bitwright_torch.naming import call_name
 from bitwright_torch.operands import Operand
-from bitwright_torch.optable import FLOAT_TYPES, KINDS
+from bitwright_torch.optable import FLOAT_TYPES, kind_of
 
 _FILLING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
 _TYPES = {"isnan": "IsNaN", "isinf": "IsInf", "isfinite": "IsFinite", "nan_to_num": "NanToNum", "argmax": "ArgMax",
@@ -63,7 +63,7 @@ def _classified(node: fx.Node) -> tuple[OpKind, str]:
         return OpKind.OPAQUE, "ConstantOfShape"
     if name == "baddbmm":
         return OpKind.ADD, "Add"
-    kind, type = KINDS.get(name, (OpKind.OPAQUE, name))
+    kind, type = kind_of(node)
     return kind, _TYPES.get(name, type)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import fx
+
 from bitwright.graph import OpKind
+from bitwright_torch.naming import call_name
 
 K = OpKind
 
@@ -104,3 +107,16 @@ CLIPS: Mapping[str, tuple[float | None, float | None]] = {
     "clamp_max": (None, None),
 }
 """Default bounds of the ops that are a Clip."""
+
+_OF_TWO = {"max": "maximum", "min": "minimum"}
+
+
+def kind_of(node: fx.Node) -> tuple[OpKind, str]:
+    """Kind and ONNX type of what a node calls; OPAQUE and the call's own name where there is none.
+
+    `max` and `min` reduce one tensor, or choose between two element by element (overload "other").
+    """
+    name = call_name(node)
+    if name in _OF_TWO and getattr(node.target, "_overloadname", "") == "other":
+        name = _OF_TWO[name]
+    return KINDS.get(name, (OpKind.OPAQUE, name))

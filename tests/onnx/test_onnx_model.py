@@ -448,3 +448,16 @@ def test_the_bias_that_an_addition_gives_a_product_keeps_its_name():
     m.node("Add", ["h", m.weight("bias", 4)], "y")
     m.output("y")
     assert QuantSim(m.build()).graph.op("fc").params[ParamRole.BIAS] == "bias"
+
+
+def test_a_matrix_that_is_a_weight_and_an_operand_of_einsum_stays_one(tmp_path):
+    m = b.ModelBuilder()
+    m.input("x", ["n", 3], onnx.TensorProto.INT64)
+    table = m.weight("table", 10, 4)
+    m.node("Gather", [table, "x"], "rows", "embedding")
+    m.node("Einsum", ["rows", table], "y", "head", equation="btd,vd->btv")
+    m.output("y")
+    sim = QuantSim(m.build()).calibrate({"x": np.random.default_rng(0).integers(0, 10, (16, 3))})
+    assert [dict(op.params) for op in sim.graph] == [{ParamRole.WEIGHT: "table"}, {ParamRole.CONSTANT: "table"}]
+    written = onnx.load(sim.export(tmp_path).files["qdq"])
+    assert [i.data_type for i in written.graph.initializer if np.prod(i.dims) == 40] == [onnx.TensorProto.INT8]

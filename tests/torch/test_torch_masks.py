@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
+from bitwright.graph import OpKind  # noqa: E402
 from bitwright.quantsim import QuantSim  # noqa: E402
 from bitwright.verify import sqnr  # noqa: E402
 
@@ -65,3 +66,16 @@ def test_a_learned_bias_keeps_its_grid():
     sim = QuantSim(Attention(lambda m, s, mask: s + m.bias).eval(), (X[:2], KEPT[:2]))
     assert "bias" in sim.plan.quantized
     assert not any(t.mask for t in sim.graph.tensors.values())
+
+
+def test_the_larger_of_two_tensors_is_no_reduction():
+    bounds = {
+        "max": (lambda m, s, mask: torch.max(s, m.bias), "Max"),
+        "min": (lambda m, s, mask: torch.min(s, m.bias), "Min"),
+        "amax": (lambda m, s, mask: s - torch.max(s, -1, keepdim=True)[0], "ReduceMax"),
+    }
+    for form, type in bounds.values():
+        sim = QuantSim(Attention(form).eval(), (X[:2], KEPT[:2]))
+        assert sum(op.type == type for op in sim.graph) == 1
+        assert all(op.kind is (OpKind.MAX_POOL if type == "ReduceMax" else OpKind.ELEMENTWISE)
+                   for op in sim.graph if op.type == type)  # fmt: skip
