@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright import bias_forms
 from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
-from bitwright.batches import InputSpecs, samples_in
+from bitwright.batches import InputSpecs, first_samples, samples_in
 from bitwright.bundle.checks import against_record, against_simulation
 from bitwright.bundle.crushed import OutputQuality
 from bitwright.bundle.outputs import OutputFigures, classes_of, over_outputs, whole_of
 from bitwright.bundle.reopened import reopen
-from bitwright.bundle.samples import first_samples, is_fixed
+from bitwright.bundle.samples import is_fixed
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError

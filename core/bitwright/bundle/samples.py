@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch
-from bitwright.batches import InputSpecs
+from bitwright.batches import InputSpecs, first_samples
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding
 from bitwright.errors import BitwrightError
@@ -44,19 +44,11 @@ class Samples:
         return self if self.whole else replace(self, inputs=first_samples(self.inputs, count))
 
 
-def first_samples(batch: Batch, count: int) -> dict[str, NDArray[Any]]:
-    """The first samples of a batch; the whole batch where its arrays don't agree on a samples axis."""
-    arrays = {name: np.asarray(values) for name, values in batch.items()}
-    lengths = {len(a) if a.ndim else None for a in arrays.values()}
-    if len(lengths) != 1 or None in lengths:
-        return arrays
-    return {name: values[:count] for name, values in arrays.items()}
-
-
 def kept(batch: Batch, specs: InputSpecs, count: int = SAMPLES) -> Samples:
     """Copies of the first samples of a batch, within `KEPT_BYTES`; a batch whose size the model fixes is kept whole."""
     fixed = is_fixed(specs)
-    size = sum(np.asarray(v).nbytes for v in batch.values())
+    batch = {name: np.asarray(values) for name, values in batch.items()}
+    size = sum(v.nbytes for v in batch.values())
     if not fixed:
         part = first_samples(batch, count)
         held = sum(v.nbytes for v in part.values())
