@@ -218,8 +218,7 @@ def independent(graph: Graph, tensors: Sequence[TensorId], given: Collection[Ten
     groups: list[list[TensorId]] = []
     place: dict[TensorId, int] = {}
     for tensor in tensors:
-        after = {place[o] for o in place if tensor in near[o]} if any(tensor in near[o] for o in place) else set()
-        taken = {place[o] for o in near[tensor] if o in place} | after
+        taken = {number for other, number in place.items() if other in near[tensor] or tensor in near[other]}
         number = next(i for i in range(len(groups) + 1) if i not in taken)
         if number == len(groups):
             groups.append([])
