@@ -13,12 +13,11 @@ from bitwright.errors import InputError, ModelError
 from bitwright_tensorflow.model import VARIABLES, Array, GraphDef, Kind, TfModel, tensor_id
 
 
-def session_config(graph: tf.Graph | None = None) -> tf.compat.v1.ConfigProto:
-    """Threads from BITWRIGHT_THREADS or OMP_NUM_THREADS, else TensorFlow's own default.
+def session_config() -> tf.compat.v1.ConfigProto:
+    """Ops as they stand in the graph; threads from BITWRIGHT_THREADS or OMP_NUM_THREADS, else TensorFlow's default.
 
-    Args:
-        graph: what will be run. With grouped convolutions in it, TensorFlow may not fuse ops: its CPU kernel of a
-            convolution fused with a bias refuses groups.
+    Grappler's remapper, which fuses a convolution with what follows it, is off: its fused kernels refuse groups and
+    some activations (`FusedBatchNorm,Tanh`), and with oneDNN it loses tensors that are fetched.
 
     Raises:
         InputError: the variable isn't a whole number ≥ 0.
@@ -32,20 +31,9 @@ def session_config(graph: tf.Graph | None = None) -> tf.compat.v1.ConfigProto:
             config.inter_op_parallelism_threads = 1
             break
     config.allow_soft_placement = True
-    if graph is not None and any(_is_grouped(op) for op in graph.get_operations()):
-        off = config.graph_options.rewrite_options.OFF
-        config.graph_options.rewrite_options.remapping = off
+    rewriting = config.graph_options.rewrite_options
+    rewriting.remapping = rewriting.OFF
     return config
-
-
-def _is_grouped(op: tf.Operation) -> bool:
-    if op.type not in ("Conv2D", "Conv3D"):
-        return False
-    x, kernel = op.inputs[0].shape, op.inputs[1].shape
-    axis = 1 if op.get_attr("data_format").startswith(b"NC") else -1
-    if x.rank is None or kernel.rank is None or x[axis] is None or kernel[-2] is None:
-        return False
-    return bool(x[axis] != kernel[-2])
 
 
 def import_graph(graph_def: GraphDef) -> tf.Graph:
@@ -85,7 +73,7 @@ def import_values(session: tf.compat.v1.Session, values: Mapping[str, Array]) ->
 def open_graph(graph_def: GraphDef, values: Mapping[str, Array]) -> tf.compat.v1.Session:
     """A session on a new graph of these nodes, with its variables set."""
     graph = import_graph(graph_def)
-    session = tf.compat.v1.Session(graph=graph, config=session_config(graph))
+    session = tf.compat.v1.Session(graph=graph, config=session_config())
     import_values(session, values)
     return session
 
@@ -106,7 +94,7 @@ def open_session(model: TfModel) -> tf.compat.v1.Session:
             tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
     except (ValueError, tf.errors.OpError) as error:
         raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
-    session = tf.compat.v1.Session(graph=graph, config=session_config(graph))
+    session = tf.compat.v1.Session(graph=graph, config=session_config())
     import_values(session, model.values)
     tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
     if tables:

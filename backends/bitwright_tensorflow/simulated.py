@@ -99,7 +99,7 @@ class SimulatedModel:
         self.graph = tf.Graph()
         with self.graph.as_default():
             import_meta(meta)
-        self.session = v1.Session(graph=self.graph, config=session_config(self.graph))
+        self.session = v1.Session(graph=self.graph, config=session_config())
         self._assigner = Assigner(self.session)
         self._function: GraphFunction | None = None
         self.assign(values)

@@ -27,6 +27,7 @@ from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.export import export, save_saved_model  # noqa: E402
 from bitwright_keras.files import load_model  # noqa: E402
 from bitwright_keras.frozen import frozen  # noqa: E402
+from bitwright_tensorflow.runtime import session_config  # noqa: E402
 
 BACKEND = KerasBackend()
 NETS = ("residual", "branches", "separable", "transformer")
@@ -44,7 +45,7 @@ def _data(model: Any, samples: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
 def _run(graph_def: Any, fetches: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     with tf.Graph().as_default():
         tf.import_graph_def(graph_def, name="")
-        with tf.compat.v1.Session() as session:
+        with tf.compat.v1.Session(config=session_config()) as session:
             return session.run(fetches, {f"{k}:0": v for k, v in feeds.items()})
 
 
