@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help test suite lint format types docs demo dist clean
+.PHONY: help check test suite lint format types hooks changelog docs demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -32,17 +32,22 @@ help: ## show this list
 	$(DEMO_BIN)/python $(PIP) install --constraint constraints.txt --no-deps pillow rapidocr
 	touch $@
 
+check: .venv/.installed ## all that CI runs: lint, then the tests; run it before a change is proposed
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test
+
 test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest, JOBS=1 takes one process)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md
 	$(BIN)/python tests/suite/suite.py
 
-lint: .venv/.installed ## style, types and import rules
+lint: .venv/.installed ## style, types, import rules and changelog fragments
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/towncrier build --draft --version unreleased >/dev/null
 
 format: .venv/.installed ## reformat the sources
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -50,6 +55,13 @@ format: .venv/.installed ## reformat the sources
 
 types: .venv/.installed ## types alone
 	$(BIN)/mypy
+
+hooks: .venv/.installed ## let git run the quick checks before each commit, types and import rules before each push
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
+
+changelog: .venv/.installed ## move the fragments of changes/ into CHANGELOG.md (VERSION=0.2.0)
+	@test -n "$(VERSION)" || { echo "say which version: make changelog VERSION=0.2.0" >&2; exit 2; }
+	$(BIN)/towncrier build --yes --version $(VERSION)
 
 docs: .venv/.docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
