@@ -42,6 +42,10 @@ class TensorGrid:
     axis: int
     dtype: str
 
+    def same(self, other: TensorGrid) -> bool:
+        """Whether codes mean the same numbers on both."""
+        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero_point, other.zero_point)
+
 
 class TfliteFile:
     """One model with one subgraph.

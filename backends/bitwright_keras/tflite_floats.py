@@ -1,11 +1,14 @@
-"""Operators whose weights a plan leaves in float, back in float.
+"""Conversions between grids that the converter left out: to float, and from one grid to another.
 
-The converter gives every weight integers of its own, whatever it was told: as an int8 operator where its neighbours are
-int8, or as a hybrid one, which rounds its float input on the fly.
+It gives every weight integers of its own, whatever it was told: as an int8 operator where its neighbours are int8, or
+as a hybrid one, which rounds its float input on the fly. And operators that only copy codes it lets read one grid and
+write another.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,12 @@ from numpy.typing import NDArray
 from bitwright_keras.tflite_file import FLOAT32, INT8, INT32, TfliteFile
 
 QUANTIZE, DEQUANTIZE = 114, 6
+COPYING: Mapping[str, int] = {
+    # operators whose int8 kernels copy codes as they are, and which of their inputs has them
+    "GATHER": 0, "GATHER_ND": 0, "RESHAPE": 0, "SQUEEZE": 0, "EXPAND_DIMS": 0, "TRANSPOSE": 0, "SLICE": 0,
+    "STRIDED_SLICE": 0, "SPLIT": 1, "SPLIT_V": 0, "UNPACK": 0, "TILE": 0, "BROADCAST_TO": 0, "REVERSE_V2": 0,
+    "SPACE_TO_DEPTH": 0, "DEPTH_TO_SPACE": 0,
+}  # fmt: skip
 
 
 def in_float(
@@ -48,12 +57,36 @@ def in_float(
         file.graph.operators.insert(position + 1, _conversion(file, QUANTIZE, int(operator.outputs[0]), result))
 
 
-def _twin(file: TfliteFile, index: int) -> int:
+def requantized(file: TfliteFile) -> None:
+    """Put a QUANTIZE behind each operator that copies codes of one grid into a tensor of another, in place.
+
+    An embedding's rows lie on its table's grid, and what reads them expects that of the embedding's output.
+    """
+    for kind, operator in list(file.operators()):
+        if kind not in COPYING:
+            continue
+        source = int(operator.inputs[COPYING[kind]])
+        outputs = [int(t) for t in operator.outputs]
+        for place, target in enumerate(outputs):
+            ours, theirs = file.grid(source), file.grid(target)
+            types = {file.tensors[t].type for t in (source, target)}
+            if ours is None or theirs is None or types != {INT8} or len(ours.scale) != 1 or ours.same(theirs):
+                continue
+            outputs[place] = _twin(file, target, "_copied")
+            made = file.tensors[outputs[place]]
+            made.type, made.quantization = INT8, copy.copy(file.tensors[target].quantization)
+            file.set_grid(outputs[place], ours.scale, ours.zero_point)
+            position = next(i for i, o in enumerate(file.graph.operators) if o is operator)
+            file.graph.operators.insert(position + 1, _conversion(file, QUANTIZE, outputs[place], target))
+        operator.outputs = outputs
+
+
+def _twin(file: TfliteFile, index: int, suffix: str = "_float") -> int:
     """A float tensor of another's shape."""
     old = file.graph.tensors[index]
     made = type(old)()
     made.shape, made.shapeSignature, made.hasRank = old.shape, old.shapeSignature, old.hasRank
-    made.type, made.buffer, made.name = FLOAT32, 0, old.name + b"_float"
+    made.type, made.buffer, made.name = FLOAT32, 0, old.name + suffix.encode()
     file.graph.tensors.append(made)
     return len(file.graph.tensors) - 1
 

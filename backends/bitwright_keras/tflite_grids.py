@@ -20,7 +20,7 @@ from bitwright.encoding import Encoding
 from bitwright.errors import EncodingError
 from bitwright.grid import PerTensor
 from bitwright_keras.tflite_file import INT8, INT32, TensorGrid, TfliteFile
-from bitwright_keras.tflite_floats import in_float
+from bitwright_keras.tflite_floats import in_float, requantized
 
 TOLERANCE = 1e-5
 """Relative difference up to which a scale of the converter is taken for one of ours."""
@@ -128,6 +128,7 @@ def place(
             parameter, values = placed.floats[weight]
             in_float(file, operator, LINEAR[kind], values, parameter.bias)
     _biases(file, weights)
+    requantized(file)
     return placed
 
 

@@ -7,6 +7,7 @@ like, but not exchange them.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,7 @@ class _Check:
 
     def _departures(self, site: SiteId, pair: Pair, encoding: Encoding) -> list[Problem]:
         shape = self.graph.params[site].shape if site in self.graph.params else None
+        pair = pair if shape is None else _unit_axes_as(pair, shape)
         said = _grid_departure(pair, encoding, shape)
         if said is None and pair.codes is not None and site in self.graph.params:
             said = self._code_departure(site, pair, encoding)
@@ -150,6 +152,22 @@ class _Check:
 
     def _values(self, site: ParamId) -> NDArray[np.float32]:
         return np.asarray(self.backend.read(self.model, [site])[site], np.float32)
+
+
+def _unit_axes_as(pair: Pair, shape: tuple[int, ...]) -> Pair:
+    """A parameter's pair with the axes of length 1 that `shape` has: 1-D convolutions are stored as 2-D ones."""
+    if pair.codes is None or not pair.scale.ndim or pair.scale.ndim == len(shape):
+        return pair
+    codes = pair.codes()
+    kept = [i for i, n in enumerate(codes.shape) if n != 1]
+    if codes.ndim != pair.scale.ndim or [codes.shape[i] for i in kept] != [n for n in shape if n != 1]:
+        return pair
+    lengths = iter([pair.scale.shape[i] for i in kept])
+    places = [i for i, n in enumerate(shape) if n != 1]
+    placed = tuple(1 if n == 1 else next(lengths) for n in shape)
+    block = places[kept.index(pair.block_axis)] if pair.block_axis in kept else None
+    scale, zero = (v.reshape(placed) for v in (pair.scale, pair.zero_point))
+    return replace(pair, scale=scale, zero_point=zero, block_axis=block, codes=lambda: codes.reshape(shape))
 
 
 def _grid_departure(pair: Pair, encoding: Encoding, shape: tuple[int, ...] | None) -> str | None:

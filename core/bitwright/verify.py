@@ -22,7 +22,7 @@ from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
 from bitwright.batches import InputSpecs, first_samples, samples_in
 from bitwright.bundle.checks import against_record, against_simulation
 from bitwright.bundle.crushed import OutputQuality
-from bitwright.bundle.outputs import OutputFigures, classes_of, over_outputs, whole_of
+from bitwright.bundle.outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle.reopened import reopen
 from bitwright.bundle.samples import is_fixed
 from bitwright.data import Dataset
@@ -316,6 +316,7 @@ def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list
     held: dict[str, dict[str, list[NDArray[Any]]]] = {view: {} for view in sessions}
     examination = None if views.integer is None else Examination(views.integer, wanted, foreign=views.foreign)
     for batch in batches:
+        shapes: dict[str, tuple[int, ...]] = {}
         for view, session in list(sessions.items()):
             try:
                 run = {tap.tensor: np.asarray(v) for tap, v in session.run(batch).items()}
@@ -326,6 +327,10 @@ def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list
                 del sessions[view], held[view]
                 examination = None
                 continue
+            if view == "simulated":
+                shapes = {t: v.shape for t, v in run.items()}
+            elif view == "integer":
+                run = _comparable(views, run, shapes)
             for tensor, v in run.items():
                 held[view].setdefault(tensor, []).append(v)
             if view == "integer" and examination is not None:
@@ -334,7 +339,7 @@ def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list
     compared = [_compare(s, views.table[s], {view: v.get(s) for view, v in values.items()}) for s in sites]
     compared.sort(key=lambda c: (-(c.simulated_differs or 0.0), c.sqnr_db))
     exactness = Exactness() if examination is None else examination.result()
-    if views.integer is None or "exact" not in values:
+    if views.integer is None or "exact" not in values or output not in values["integer"]:
         return {}, compared, exactness
     exact, runtime = values["exact"][output], values["integer"][output]
     classes = [classes_of(v) for v in (exact, runtime)]
@@ -351,6 +356,21 @@ def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list
         "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
     }
     return figures, compared, exactness
+
+
+def _comparable(
+    views: _Views, run: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[Any]]:
+    """What a runtime handed out, in the model's shapes; what has another is left out, and told."""
+    found: dict[str, NDArray[Any]] = {}
+    for tensor, values in run.items():
+        shaped = in_shape(values, shapes.get(tensor, values.shape))
+        if shaped is not None:
+            found[tensor] = shaped
+            continue
+        told = f"{tensor!r} isn't compared: the runtime has it in another shape than the model"
+        views.notes += [told] if told not in views.notes else []
+    return found
 
 
 def _examined(

@@ -18,6 +18,7 @@ pytest.importorskip("onnxruntime")
 if keras.backend.backend() != "tensorflow":
     pytest.skip("Keras runs on another framework here", allow_module_level=True)
 
+import onnx  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from keras import layers as L  # noqa: E402
 
@@ -58,7 +59,14 @@ def ops_abs(x: Any) -> Any:
     return keras.ops.absolute(x)
 
 
+def sequence(x: Any) -> Any:
+    """1-D convolutions, which TensorFlow and ONNX files have as 2-D ones with an axis of length 1."""
+    x = L.Conv1D(6, 3, activation="relu", name="first")(L.Reshape((32, 6))(x))
+    return L.Conv1D(4, 3, name="last")(L.Conv1DTranspose(5, 2, name="up")(L.DepthwiseConv1D(3)(x)))
+
+
 NETS = {
+    "sequence": sequence,
     "slopes": slopes,
     "slopes, shared": lambda x: slopes(x, shared_axes=[1, 2]),
     "norm behind activation": norm_behind_activation,
@@ -103,6 +111,20 @@ def _proved(sim: QuantSim, data: dict[str, np.ndarray], folder: Path) -> Any:
     assert main(["encodings", "check", str(folder), "--target", "default", "--name", "net"]) == 0
     assert not verify(folder, data, name="net").problems
     return bundle
+
+
+def test_a_changed_scale_of_a_sequence_convolution_is_found(tmp_path: Path, capsys: Any) -> None:
+    model = _model("sequence")
+    data = {"a": np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)}
+    file = QuantSim(model).calibrate(data).export(tmp_path, name="net").files["qdq"]
+    content = onnx.load(file)
+    (scale,) = [t for t in content.graph.initializer if t.name == "last/kernel_scale"]
+    values = np.array(onnx.numpy_helper.to_array(scale))
+    values[1] *= np.float32(1.01)
+    scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
+    onnx.save(content, file)
+    assert main(["encodings", "check", str(tmp_path), "--name", "net"]) == 1
+    assert "last/kernel: has another scale in the Q/DQ pair" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NETS)

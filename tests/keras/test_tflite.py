@@ -17,6 +17,7 @@ import keras_nets as nets  # noqa: E402
 from keras import layers as L  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
+from bitwright.cli import main  # noqa: E402
 from bitwright.encoding import Encoding  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind, ParamRole  # noqa: E402
@@ -257,6 +258,57 @@ def test_a_bundle_for_the_target_has_the_file_and_verify_runs_it(tmp_path: Path)
     other = verify(tmp_path, x[:16], inspected=1, runtime="onnxruntime")
     assert other.agreement["integer_simulated"] > 0.9
     assert other.sqnr_db["integer_simulated"] != result.sqnr_db["integer_simulated"]
+
+
+def _rows(model: Any) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 20, (32, *model.inputs[0].shape[1:])).astype(np.int32)
+
+
+def test_rows_of_a_table_are_brought_from_its_grid_to_that_of_what_reads_them(tmp_path: Path) -> None:
+    """LiteRT's GATHER copies codes; the embedding's output has a grid of its own."""
+    keras.utils.set_random_seed(5)
+    ids = keras.Input((6,), dtype="int32", name="ids")
+    x = L.Embedding(20, 8, name="table")(ids)
+    model = keras.Model(ids, L.Dense(3, name="classes")(L.Flatten(name="flat")(x)))
+    x = _rows(model)
+    sim = QuantSim(model, target=TARGET).calibrate(x)
+    path, names = _exported(sim, tmp_path)
+    grids = TfliteFile.read(path).grids()
+    assert float(grids[names["table/embeddings"]].scale[0]) != float(grids[names["table"]].scale[0])
+    for site in ("table/embeddings", "table", "classes"):
+        assert grids[names[site]].scale.tolist() == np.ravel(sim.table[site].scale).tolist(), site
+    run = LiteRtSession(path, ["table"]).run({"ids": x})
+    wanted = sim.simulation.session([Tap("table"), Tap("classes")]).run({"ids": x})
+    steps = np.abs(sim.table["table"].quantize(run[Tap("table")]) - sim.table["table"].quantize(wanted[Tap("table")]))
+    assert steps.max() <= 1 and (steps > 0).mean() < 0.02
+    assert sqnr(wanted[Tap("classes")], run[Tap("classes")]) > 45
+
+
+def _sequences(kind: str) -> Any:
+    ids = keras.Input((6,), dtype="int32", name="ids")
+    x = L.Embedding(20, 8, name="table")(ids)
+    if kind == "dense":
+        x = L.Dense(4, name="second")(L.Dense(5, activation="relu", name="first")(x))
+    elif kind == "attention":
+        x = L.Dense(3, name="last")(L.MultiHeadAttention(2, 4, name="attention")(x, x))
+    else:
+        x = L.GlobalMaxPooling1D()(L.AveragePooling1D(2)(L.Conv1D(5, 3, activation="relu", name="conv")(x)))
+    return keras.Model(ids, L.Flatten(name="end")(x))
+
+
+@pytest.mark.parametrize("kind", ["dense", "attention", "convolution"])
+def test_verify_reads_tensors_that_litert_keeps_with_merged_axes(kind: str, tmp_path: Path) -> None:
+    """It flattens (samples, steps, features) before a linear layer, and has 1-D convolutions as 2-D ones."""
+    keras.utils.set_random_seed(5)
+    model = _sequences(kind)
+    x = _rows(model)
+    QuantSim(model, target=TARGET).calibrate(x).export(tmp_path, name="net")
+    result = verify(tmp_path, x)
+    assert result.problems == [] and result.notes == []
+    compared = {t.name: t for t in result.tensors if t.exact_differs is not None}
+    merged = {"dense": "first/relu", "attention": "attention/attention_output", "convolution": "conv/relu"}[kind]
+    assert (compared[merged].exact_max_steps or 0) <= 3
+    assert main(["encodings", "check", str(tmp_path)]) == 0
 
 
 def test_a_kernel_that_took_its_padding_in_is_named_by_its_output(tmp_path: Path) -> None:

@@ -161,6 +161,19 @@ def whole_of(parts: list[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([p.reshape(-1) for p in parts])
 
 
+def in_shape(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any] | None:
+    """A tensor that a runtime holds with neighbouring axes merged or split, in the model's shape.
+
+    LiteRT's linear layers keep (samples, steps, features) as (samples · steps, features), its 1-D convolutions as
+    (samples, 1, steps, features). None where the shapes aren't of that kind, so that the order of values isn't known.
+    """
+    if values.shape == shape:
+        return values
+    strides = [{int(np.prod(s[i:])) for i in range(len(s))} for s in (values.shape, shape)]
+    merged = strides[0] <= strides[1] | {1} or strides[1] <= strides[0] | {1}
+    return values.reshape(shape) if values.size == np.prod(shape) and merged else None
+
+
 def classes_of(values: NDArray[Any]) -> NDArray[Any] | None:
     """The largest value's index for each sample; None where there are no samples or no values."""
     if values.ndim == 0 or values.size == 0 or values.dtype.kind not in "biuf":
