@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Bundle, Pair, Session, Simulation, Training
+from bitwright.backend import Array, Bundle, Pair, Session, Simulation, TrainableSimulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -114,13 +114,19 @@ class KerasBackend:
         """
         return KerasSession(model, self.graph(model), taps, feeds)
 
-    def simulate(
-        self, model: KerasModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> Simulation[Any]:
+    def simulate(self, model: KerasModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites; the simulation's model is a `keras.Model`."""
         from bitwright_keras.simulation import KerasSimulation
 
-        return KerasSimulation(model, plan, encodings, trainable=trainable)
+        return KerasSimulation(model, plan, encodings)
+
+    def simulate_trainable(
+        self, model: KerasModel, plan: Plan, encodings: EncodingTable, training: Training
+    ) -> TrainableSimulation:
+        """See `bitwright.backend.Trainable`."""
+        from bitwright_keras.simulation import KerasSimulation
+
+        return KerasSimulation(model, plan, encodings, trainable=training)
 
     def export(self, model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bitwright.backend import Capability
 from bitwright.hookspecs import BackendInfo, hookimpl
 
 
@@ -17,6 +16,5 @@ def register_backends() -> list[BackendInfo]:
             modules=("keras",),
             suffixes=(".keras", ".h5", ".hdf5"),
             extra="keras",
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE, Capability.INTEGER_RUNTIME}),
         )
     ]

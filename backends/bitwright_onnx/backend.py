@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation, Training
+from bitwright.backend import Array, Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
-from bitwright.errors import CapabilityError, InputError
+from bitwright.errors import InputError
 from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.plain import PlainRisks
 from bitwright.plan import Plan
@@ -122,18 +122,8 @@ class OnnxBackend:
         """
         return segment_session(model, feeds, taps)
 
-    def simulate(
-        self, model: ir.Model, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> Simulation[Any]:
-        """Put fake quantization at the plan's sites.
-
-        Raises:
-            CapabilityError: `trainable` is asked for; ONNX models can't be trained.
-        """
-        if trainable:
-            raise CapabilityError(
-                "ONNX models can't be fine-tuned: take the model in PyTorch or Keras, or a technique without training"
-            )
+    def simulate(self, model: ir.Model, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
+        """Put fake quantization at the plan's sites."""
         from bitwright_onnx.simulation import OnnxSimulation
 
         return OnnxSimulation(model, self.graph(model), plan, encodings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.backend import Capability
 from bitwright.hookspecs import BackendInfo, hookimpl
 
 # Field numbers of onnx.ModelProto (onnx.proto3): ir_version 1, producer_name 2, producer_version 3, domain 4,
@@ -34,7 +33,6 @@ def register_backends() -> list[BackendInfo]:
             modules=("onnx", "onnx_ir", "onnxruntime"),
             suffixes=(".onnx",),
             extra="onnx",
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.INTEGER_RUNTIME}),
             sniff=looks_like_onnx,
         )
     ]

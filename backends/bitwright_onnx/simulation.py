@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Array, Batch
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import CapabilityError, EncodingError, ModelError
+from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId, TensorId
 from bitwright.installing import check_site
 from bitwright.plan import Plan, SiteId, SiteKind
@@ -40,28 +40,6 @@ from bitwright_onnx.params import native_tensors
 from bitwright_onnx.session import SIMULATION_CONFIG, OrtSession, tensor_array
 from bitwright_onnx.site_ops import Form, constants, extents, form_of, numbers
 from bitwright_onnx.subgraph import extract, values_of
-
-
-def simulate(
-    model: ir.Model,
-    graph: Graph,
-    plan: Plan,
-    encodings: Mapping[SiteId, Encoding | None],
-    *,
-    trainable: bool = False,
-) -> OnnxSimulation:
-    """`Backend.simulate`.
-
-    Raises:
-        CapabilityError: `trainable` is asked for.
-        EncodingError: as `OnnxSimulation`.
-    """
-    if trainable:
-        raise CapabilityError(
-            "ONNX models can't be trained; quantization-aware training needs the torch, keras or tensorflow backend, "
-            "adaround and seq_mse improve an ONNX model without training"
-        )
-    return OnnxSimulation(model, graph, plan, encodings)
 
 
 class OnnxSimulation:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Bundle, Pair, Session, Simulation, Training
+from bitwright.backend import Bundle, Pair, Session, Simulation, TrainableSimulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError
@@ -139,13 +139,19 @@ class TensorFlowBackend:
         """
         return open_taps(model, taps, feeds)
 
-    def simulate(
-        self, model: TfModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> Simulation[Any]:
+    def simulate(self, model: TfModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
-        from bitwright_tensorflow.simulation import simulate
+        from bitwright_tensorflow.simulation import TfSimulation
 
-        return simulate(model, plan, encodings, trainable)
+        return TfSimulation(model, plan, encodings)
+
+    def simulate_trainable(
+        self, model: TfModel, plan: Plan, encodings: EncodingTable, training: Training
+    ) -> TrainableSimulation:
+        """See `bitwright.backend.Trainable`."""
+        from bitwright_tensorflow.training import TrainableTfSimulation
+
+        return TrainableTfSimulation(model, plan, encodings, training)
 
     def export(self, model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.backend import Capability
 from bitwright.hookspecs import BackendInfo, hookimpl
 
 
@@ -20,7 +19,6 @@ def register_backends() -> list[BackendInfo]:
             suffixes=(".pb", ".meta"),
             extra="tensorflow",
             sniff=is_saved_model,
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE, Capability.INTEGER_RUNTIME}),
         )
     ]
 

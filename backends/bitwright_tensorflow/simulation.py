@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, Training
+from bitwright.backend import Batch, Session
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph, ParamId, TensorId
@@ -36,33 +36,17 @@ from bitwright_tensorflow.shapes import Inference
 from bitwright_tensorflow.simulated import Assigner, SimulatedModel
 
 
-def simulate(
-    model: TfModel,
-    plan: Plan,
-    encodings: Mapping[SiteId, Encoding | None],
-    trainable: bool | Training = False,
-) -> TfSimulation:
-    """`Backend.simulate`.
+class TfSimulation:
+    """`bitwright.backend.Simulation` of a TensorFlow model.
 
     Args:
         model: the float model; never changed.
         plan: the sites.
         encodings: encodings to start with; sites without one run in float.
-        trainable: how grids are trained; False for inference.
 
     Raises:
         EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.
     """
-    if trainable:
-        from bitwright_tensorflow.training import TrainableTfSimulation
-
-        training = trainable if isinstance(trainable, Training) else Training()
-        return TrainableTfSimulation(model, plan, encodings, training)
-    return TfSimulation(model, plan, encodings)
-
-
-class TfSimulation:
-    """`bitwright.backend.Simulation` of a TensorFlow model; see `simulate`."""
 
     def __init__(self, model: TfModel, plan: Plan, encodings: Mapping[SiteId, Encoding | None]) -> None:
         self._float, self._plan = model, plan

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 
-from bitwright.backend import Bundle, Session, Simulation, Training
+from bitwright.backend import Bundle, Session, Simulation, TrainableSimulation, Training
 from bitwright.edits import Edit
 from bitwright.encoding import EncodingTable
 from bitwright.errors import InputError, ModelError
@@ -153,17 +153,15 @@ class TorchBackend:
             return parts_segment(model, feeds, taps)
         return open_session(model, taps, feeds)
 
-    def simulate(
-        self, model: Model, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> Simulation[Any]:
+    def simulate(self, model: Model, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
-        if isinstance(model, PartitionedModel):
-            from bitwright_torch.parts_simulation import PartitionedSimulation
+        return _simulation(model, plan, encodings)
 
-            return PartitionedSimulation(model, plan, encodings, trainable=trainable)
-        from bitwright_torch.simulation import TorchSimulation
-
-        return TorchSimulation(model, plan, encodings, trainable=trainable)
+    def simulate_trainable(
+        self, model: Model, plan: Plan, encodings: EncodingTable, training: Training
+    ) -> TrainableSimulation:
+        """See `bitwright.backend.Trainable`."""
+        return _simulation(model, plan, encodings, training)
 
     def export(self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path`; of a model in parts, a file for each (see `parts_export`).
@@ -191,6 +189,16 @@ class TorchBackend:
             return dict(model.specs)
         graph = self.graph(model)
         return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
+
+
+def _simulation(model: Model, plan: Plan, encodings: EncodingTable, training: Training | None = None) -> Any:
+    if isinstance(model, PartitionedModel):
+        from bitwright_torch.parts_simulation import PartitionedSimulation
+
+        return PartitionedSimulation(model, plan, encodings, trainable=training or False)
+    from bitwright_torch.simulation import TorchSimulation
+
+    return TorchSimulation(model, plan, encodings, trainable=training or False)
 
 
 def capture_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bitwright.backend import Capability
 from bitwright.hookspecs import BackendInfo, hookimpl
 
 
@@ -17,6 +16,5 @@ def register_backends() -> list[BackendInfo]:
             modules=("torch",),
             suffixes=(".pt2", ".py"),
             extra="torch",
-            capabilities=frozenset({Capability.PARTIAL_EXECUTION, Capability.TRAINABLE}),
         )
     ]

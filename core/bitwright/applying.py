@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bitwright import fingerprint, registry, staged
-from bitwright.backend import Session
+from bitwright.backend import Session, require
 from bitwright.collect import collect
 from bitwright.data import Dataset
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
-from bitwright.errors import CapabilityError, InputError
+from bitwright.errors import InputError
 from bitwright.layerwise import LayerwiseWalk
 from bitwright.outcomes import take
 from bitwright.plan import SiteId
 from bitwright.ranges import activation_encodings, weight_encodings
 from bitwright.runs import MemoryStore, versions
 from bitwright.staged import Staged
-from bitwright.statistics.base import Source, Statistic
-from bitwright.technique import Context, Store, Technique
+from bitwright.statistics.base import Request, Source, Statistic
+from bitwright.technique import Context, Store, Technique, require_data
 
 if TYPE_CHECKING:
     from bitwright.quantsim import QuantSim
@@ -32,11 +32,15 @@ def apply(sim: QuantSim, technique: str | Technique, data: Any, settings: Mappin
     """`QuantSim.apply`. Nothing changes if it fails."""
     body = registry.technique(technique) if isinstance(technique, str) else technique
     chosen = _settings(body, settings)
-    _require(sim, body)
+    require(sim.backend, body.requires, body.name)
     dataset = None if data is None else sim.open(data)
     if isinstance(body, Staged) and len(stages := body.stages(sim.graph, sim.plan, chosen)) > 1:
         staged.run(sim, body, chosen, stages, dataset)
         return
+    requests = list(body.statistics(sim.graph, sim.plan, chosen))
+    if dataset is None:
+        require_data(body, requests, chosen)
+        requests = []
     begin = time.perf_counter()
     # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
     base = EncodingTable(sim.encodings.frozen, sim.encodings.provenance)
@@ -47,7 +51,7 @@ def apply(sim: QuantSim, technique: str | Technique, data: Any, settings: Mappin
         plan=sim.plan,
         params=sim.params,
         encodings=table,
-        statistics=_statistics(sim, body, chosen, table, dataset),
+        statistics={} if dataset is None or not requests else _statistics(sim, requests, table, dataset),
         settings=chosen,
         walk=None if dataset is None else _walk(sim, body.name, table, dataset, store),
         store=store,
@@ -60,27 +64,9 @@ def apply(sim: QuantSim, technique: str | Technique, data: Any, settings: Mappin
     take(sim, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
 
 
-def _require(sim: QuantSim, technique: Technique) -> None:
-    info = registry.backends().get(sim.backend.name)
-    offered = info.capabilities if info is not None else frozenset(technique.requires)
-    if lacking := technique.requires - offered:
-        raise CapabilityError(
-            f"{technique.name} needs {', '.join(sorted(lacking))}, which the {sim.backend.name} backend doesn't "
-            "offer; convert the model to a framework that does, or choose another technique"
-        )
-
-
 def _statistics(
-    sim: QuantSim, technique: Technique, settings: Any, table: EncodingTable, dataset: Dataset | None
+    sim: QuantSim, requests: Sequence[Request], table: EncodingTable, dataset: Dataset
 ) -> Mapping[str, Statistic]:
-    requests = list(technique.statistics(sim.graph, sim.plan, settings))
-    if dataset is None:
-        requests = [r for r in requests if not r.optional]
-    if not requests:
-        return {}
-    if dataset is None:
-        raise InputError(f"{technique.name} needs calibration data; pass some, for example 250 samples")
-
     def open_session(source: Source, taps: Any) -> Session:
         if source == "float":
             return sim.backend.session(sim.native, taps)

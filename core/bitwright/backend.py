@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitwright.edits import Edit
 from bitwright.encoding import Encoding, EncodingTable
+from bitwright.errors import CapabilityError
 from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.plan import Plan, SiteId
 from bitwright.statistics.base import Tap
@@ -27,14 +28,6 @@ M_contra = TypeVar("M_contra", contravariant=True)
 Array = NDArray[Any]
 Batch = Mapping[TensorId, Array]
 """Model inputs by name; the first axis of each is samples, unless they are one whole feed (`batches.one_run`)."""
-
-
-class Capability(StrEnum):
-    """What a technique may need beyond the required protocol."""
-
-    PARTIAL_EXECUTION = "partial_execution"
-    TRAINABLE = "trainable"
-    INTEGER_RUNTIME = "integer_runtime"
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ class ParamUpdates(Protocol):
 
 @runtime_checkable
 class TrainableSimulation(Simulation[Any], Protocol):
-    """What `Backend.simulate(…, trainable=…)` returns where the framework can train (`Capability.TRAINABLE`).
+    """What `Trainable.simulate_trainable` returns.
 
     Its model is trained by the user's own loop, optimizer and data; nothing of these is the backend's.
     """
@@ -181,13 +174,8 @@ class Backend(Protocol[M]):
     def session(self, model: M, taps: Sequence[Tap]) -> Session:
         """Compile the float model to hand out these tensors."""
 
-    def simulate(
-        self, model: M, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> Simulation[M]:
-        """Put fake quantization at the plan's sites.
-
-        A trainable one is a `TrainableSimulation` and has tensors of its own.
-        """
+    def simulate(self, model: M, plan: Plan, encodings: EncodingTable) -> Simulation[M]:
+        """Put fake quantization at the plan's sites."""
 
     def export(self, model: M, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""
@@ -205,6 +193,16 @@ class BundledFormats(Protocol[M_contra]):
 
     def bundled(self, model: M_contra) -> Mapping[str, str]:
         """Export formats that a bundle of this model has too → the ending of the name of each one's file or folder."""
+
+
+@runtime_checkable
+class Trainable(Protocol[M_contra]):
+    """Training in the framework, by the user's own loop: `QuantSim.trainable`, `take`."""
+
+    def simulate_trainable(
+        self, model: M_contra, plan: Plan, encodings: EncodingTable, training: Training
+    ) -> TrainableSimulation:
+        """As `Backend.simulate`, with tensors of its own that are trained."""
 
 
 @runtime_checkable
@@ -289,9 +287,67 @@ class QuantizedArtefact(Protocol):
         """Parameters that the artefact keeps in float under their own names → their values, canonical layout."""
 
 
-@runtime_checkable
-class LatencyModel(Protocol):
-    """Cost of an op at given bit widths, measured on a target."""
+class Capability(StrEnum):
+    """What a backend may offer beyond the required protocol: each is one of the protocols above (`protocol`).
 
-    def cost(self, op: str, weight_bits: int, activation_bits: int) -> float:
-        """Seconds for one sample."""
+    Nothing is declared: a backend offers what it implements (`capabilities`).
+    """
+
+    PARTIAL_EXECUTION = "partial_execution"
+    TRAINABLE = "trainable"
+    INTEGER_RUNTIME = "integer_runtime"
+    OP_TIMER = "op_timer"
+    QUANTIZED_ARTEFACT = "quantized_artefact"
+    QUANTIZED_READER = "quantized_reader"
+    BUNDLED_FORMATS = "bundled_formats"
+    SOURCE_FILES = "source_files"
+
+    @property
+    def protocol(self) -> type:
+        """What a backend with it implements."""
+        return _PROTOCOLS[self]
+
+
+_PROTOCOLS: Mapping[Capability, type] = {
+    Capability.PARTIAL_EXECUTION: PartialExecution,
+    Capability.TRAINABLE: Trainable,
+    Capability.INTEGER_RUNTIME: IntegerRuntime,
+    Capability.OP_TIMER: OpTimer,
+    Capability.QUANTIZED_ARTEFACT: QuantizedArtefact,
+    Capability.QUANTIZED_READER: QuantizedReader,
+    Capability.BUNDLED_FORMATS: BundledFormats,
+    Capability.SOURCE_FILES: SourceFiles,
+}
+_INSTEAD: Mapping[Capability, str] = {
+    Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "
+    "training",
+    Capability.INTEGER_RUNTIME: "verify the exported file with the backend that opens it",
+    Capability.OP_TIMER: "measure an exported .onnx file, or write the table by hand",
+    Capability.QUANTIZED_ARTEFACT: "read the exported .qdq.onnx file with the ONNX backend",
+}
+"""What to do where a backend lacks it."""
+
+
+def capabilities(backend: object) -> frozenset[Capability]:
+    """What a backend offers beyond the required protocol."""
+    return frozenset(c for c in Capability if isinstance(backend, c.protocol))
+
+
+def require(backend: Backend[Any], needed: Collection[Capability], what: str) -> None:
+    """Refuse, before any work, what a backend can't do.
+
+    Args:
+        backend: the model's.
+        needed: capabilities.
+        what: needs them, for the message.
+
+    Raises:
+        CapabilityError: it lacks one; says what to do instead.
+    """
+    if unknown := sorted(set(needed) - set(Capability)):
+        raise CapabilityError(f"{what} needs {unknown[0]!r}, which is no capability; there are {', '.join(Capability)}")
+    offered = capabilities(backend)
+    if lacking := [c for c in Capability if c in needed and c not in offered]:
+        told = ", ".join(f"{c} (`bitwright.backend.{c.protocol.__name__}`)" for c in lacking)
+        instead = _INSTEAD.get(lacking[0], "open it in a framework whose backend does, or choose another technique")
+        raise CapabilityError(f"{what} needs {told}, which the {backend.name} backend doesn't offer; {instead}")

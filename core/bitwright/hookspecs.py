@@ -17,13 +17,11 @@ and that module, which must import no framework, implements one or more of the h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pluggy import HookimplMarker, HookspecMarker
-
-from bitwright.backend import Capability
 
 PROJECT = "bitwright"
 """Name of the pluggy project and of the entry-point group."""
@@ -53,7 +51,6 @@ class BackendInfo:
             it can open a file or folder. Must import no framework.
         extra: the extra of its distribution that installs the framework; empty where there is none.
         api: version of the plugin interface that it was written for.
-        capabilities: what it offers beyond the required protocol.
     """
 
     name: str
@@ -63,7 +60,6 @@ class BackendInfo:
     suffixes: tuple[str, ...] = ()
     extra: str = ""
     api: int = 1
-    capabilities: frozenset[Capability] = field(default_factory=frozenset)
     sniff: str | Callable[[Path], bool] | None = None
 
 
@@ -96,7 +92,6 @@ class TechniqueInfo:
         summary: one line.
         factory: makes the `Technique`.
         settings: its pydantic model, ``"package.module:Settings"`` or the class; None takes `Technique.Settings`.
-        requires: capabilities that a backend must offer.
         api: version of the plugin interface that it was written for.
         aliases: other names that recipes may use.
         auto: its part in `auto_quantize`; None if it has none.
@@ -106,7 +101,6 @@ class TechniqueInfo:
     summary: str
     factory: Factory
     settings: str | type | None = None
-    requires: frozenset[Capability] = field(default_factory=frozenset)
     api: int = 1
     aliases: tuple[str, ...] = ()
     auto: AutoStage | None = None

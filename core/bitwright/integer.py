@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import integer_kernels as kernels
-from bitwright.backend import Backend, Batch, PartialExecution, Session
+from bitwright.backend import Backend, Batch, Capability, PartialExecution, Session, require
 from bitwright.encoding import Encoding, EncodingTable
-from bitwright.errors import CapabilityError, InputError
+from bitwright.errors import InputError
 from bitwright.graph import (
     LINEAR_KINDS,
     ActivationAttrs,
@@ -66,8 +66,8 @@ class IntegerSimulation:
     """
 
     def __init__(self, backend: Backend[Any], model: Any, graph: Graph, table: EncodingTable) -> None:
-        if not isinstance(backend, PartialExecution):
-            raise CapabilityError(f"exact integer simulation needs partial execution, which {backend.name} lacks")
+        require(backend, {Capability.PARTIAL_EXECUTION}, "exact integer simulation")
+        assert isinstance(backend, PartialExecution)
         self._backend, self._model, self._graph, self._table = backend, model, graph, table
         self._segments: dict[str, Session] = {}
         self._rounded: Any = None

@@ -25,7 +25,7 @@ from bitwright.data import Dataset
 from bitwright.edits import Edit, SetBias, SetParams, SplitSharedParam
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
-from bitwright.errors import CapabilityError, InputError, ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId
 from bitwright.linear_form import groups_of, input_channels, output_channels, to_matrix
 from bitwright.plan import Plan, SiteId, SiteKind
@@ -380,16 +380,3 @@ def _load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
         json.loads(str(arrays["figures"])),
         str(arrays.get("left", "")),
     )
-
-
-def require_walk(walk: Any, technique: str) -> Any:
-    """The walk, or an error for a technique that was run without calibration data.
-
-    Raises:
-        CapabilityError: there is none.
-    """
-    if walk is None:
-        raise CapabilityError(
-            f"{technique} works layer by layer on calibration data; pass some, for example 250 samples"
-        )
-    return walk

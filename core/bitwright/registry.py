@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitwright.backend import Backend, Capability
+from bitwright.backend import Backend
 from bitwright.discovery import (
     Catalogue,
     Descriptor,
@@ -310,9 +310,8 @@ def _describe(cls: object) -> BackendInfo | TechniqueInfo:
     item: Any = cls
     summary = (inspect.getdoc(item) or item.__name__).splitlines()[0]
     if hasattr(item, "apply") and hasattr(item, "Settings"):
-        requires: frozenset[Capability] = getattr(item, "requires", frozenset())
         auto = getattr(item, "auto", None)
-        return TechniqueInfo(item.name, summary, factory=item, settings=item.Settings, requires=requires, auto=auto)
+        return TechniqueInfo(item.name, summary, factory=item, settings=item.Settings, auto=auto)
     if hasattr(item, "owns") and hasattr(item, "graph"):
         return BackendInfo(item.name, summary, factory=item)
     raise PluginError(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitwright.backend import Capability
 from bitwright.edits import Edit
 from bitwright.encoding import Encoding
+from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpId, ParamId
 from bitwright.plan import Plan, SiteId
 from bitwright.statistics.base import Request, Statistic
@@ -208,6 +209,44 @@ class Technique(Protocol):
 
     def apply(self, ctx: Context) -> Outcome:
         """Compute the change; the context is not modified."""
+
+
+@runtime_checkable
+class NeedsData(Protocol):
+    """What a technique offers that can't work without calibration data though it asks for no statistics."""
+
+    def needs_data(self, settings: Any) -> bool:
+        """Whether it is refused without data, before any work, at these settings."""
+
+
+def require_data(technique: Technique, requests: Iterable[Request], settings: Any) -> None:
+    """Refuse a technique that needs calibration data where there are none.
+
+    Args:
+        technique: the technique.
+        requests: its `statistics`.
+        settings: its own, validated.
+
+    Raises:
+        InputError: it needs some.
+    """
+    if any(not r.optional for r in requests) or (isinstance(technique, NeedsData) and technique.needs_data(settings)):
+        raise InputError(_no_data(technique.name))
+
+
+def walk_of(ctx: Context, technique: str) -> LayerWalk:
+    """The layer-by-layer service.
+
+    Raises:
+        InputError: there are no calibration data.
+    """
+    if ctx.walk is None:
+        raise InputError(_no_data(technique))
+    return ctx.walk
+
+
+def _no_data(technique: str) -> str:
+    return f"{technique} needs calibration data; pass some, for example 250 samples"
 
 
 @dataclass(frozen=True)

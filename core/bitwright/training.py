@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitwright import fingerprint, registry
-from bitwright.backend import Capability, TrainableSimulation, Training
+from bitwright import fingerprint
+from bitwright.backend import Capability, Trainable, TrainableSimulation, Training, require
 from bitwright.encoding import EncodingTable, Provenance
-from bitwright.errors import CapabilityError, EncodingError, InputError
+from bitwright.errors import EncodingError, InputError
 from bitwright.params import ParamReader
 
 if TYPE_CHECKING:
@@ -21,17 +21,11 @@ def start(sim: QuantSim, training: Training) -> TrainableSimulation:
         CapabilityError: the backend can't train.
         EncodingError: not calibrated yet.
     """
-    info = registry.backends().get(sim.backend.name)
-    if info is not None and Capability.TRAINABLE not in info.capabilities:
-        raise CapabilityError(
-            f"the {sim.backend.name} backend can't train a model; open it in PyTorch, or use adaround or seq_mse, "
-            "which need no training"
-        )
+    backend = sim.backend
+    require(backend, {Capability.TRAINABLE}, "training")
+    assert isinstance(backend, Trainable)
     assert sim.simulation is not None  # says what isn't calibrated
-    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=training)
-    if not isinstance(made, TrainableSimulation):
-        raise CapabilityError(f"the {sim.backend.name} backend's simulation can't be trained")
-    return made
+    return backend.simulate_trainable(sim.native, sim.plan, sim.encodings, training)
 
 
 def state(sim: QuantSim, simulation: TrainableSimulation) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright import bias_forms
-from bitwright.backend import Backend, Batch, Bundle, IntegerRuntime, Session
+from bitwright.backend import Backend, Batch, Bundle, Capability, IntegerRuntime, Session, require
 from bitwright.batches import InputSpecs, first_samples, samples_in
 from bitwright.bundle.checks import against_record, against_simulation
 from bitwright.bundle.crushed import OutputQuality
@@ -276,8 +276,8 @@ class _Views:
     def __init__(
         self, backend: Backend[Any], model: Any, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
     ) -> None:
-        if not isinstance(backend, IntegerRuntime):
-            raise CapabilityError(f"the {backend.name} backend has no integer runtime to verify against")
+        require(backend, {Capability.INTEGER_RUNTIME}, "verify")
+        assert isinstance(backend, IntegerRuntime)
         self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
         self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
         self.problems: list[str] = []

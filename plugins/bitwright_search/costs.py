@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from bitwright.backend import Batch, LatencyModel
+from bitwright.backend import Batch
 from bitwright.batches import samples_in
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpId, OpKind, TensorId
@@ -16,6 +16,7 @@ from bitwright.plan import SiteId
 from bitwright.quantsim import QuantSim
 from bitwright.statistics.base import Tap
 from bitwright_search.candidates import COSTED, Candidate, Group
+from bitwright_search.latency import LatencyModel
 from bitwright_search.solvers import Table
 
 Cost = Literal["bit_operations", "weight_bytes", "latency"]

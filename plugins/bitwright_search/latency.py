@@ -17,14 +17,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bitwright.backend import LatencyModel
 from bitwright.durable import write_text
 from bitwright.errors import InputError
 from bitwright.graph import Graph, OpId
+
+
+@runtime_checkable
+class LatencyModel(Protocol):
+    """Cost of an op at given bit widths, measured on a target: what `mixed_precision(cost="latency")` needs."""
+
+    def cost(self, op: OpId, weight_bits: int, activation_bits: int) -> float:
+        """Seconds for one sample."""
 
 
 class Entry(BaseModel):
@@ -92,7 +99,7 @@ class LatencyTable:
 
 
 class TableLatency(LatencyModel):
-    """`bitwright.backend.LatencyModel` by look-up.
+    """`LatencyModel` by look-up.
 
     Args:
         entries: what was measured.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitwright.backend import OpTimer
-from bitwright.errors import CapabilityError, InputError
+from bitwright.backend import Capability, OpTimer, require
+from bitwright.errors import InputError
 from bitwright.precision import retyped
 from bitwright.quantsim import QuantSim
 from bitwright.samples import whole_batches
@@ -69,10 +69,8 @@ def measure_latency(
         activations = shared_activations(choices)
         sim = QuantSim(model, sample, activations=activations, target=target, overrides=overrides, backend=backend)
     timer = sim.backend
-    if not isinstance(timer, OpTimer):
-        raise CapabilityError(
-            f"the {sim.backend.name} backend can't time single ops; measure an exported .onnx file, or write a table"
-        )
+    require(timer, {Capability.OP_TIMER}, "measure_latency")
+    assert isinstance(timer, OpTimer)
     samples = whole_batches(samples, sim.fixed_batch)
     if not isinstance(model, QuantSim):
         for step in split_steps(None)[0]:

@@ -60,6 +60,10 @@ class AdaRound:
         """None: the walk collects each layer's moments when its turn comes."""
         return ()
 
+    def needs_data(self, settings: AdaRoundSettings) -> bool:
+        """The moments of layers are of data."""
+        return True
+
     def apply(self, ctx: Context) -> Outcome:
         """Round every selected layer.
 

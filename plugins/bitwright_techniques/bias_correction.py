@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from bitwright.backend import Capability
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpId, ParamRole
-from bitwright.layerwise import require_walk
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Report
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Report, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.expected_inputs import ExpectedInputs
@@ -62,12 +61,15 @@ class BiasCorrection:
         """Means are collected layer by layer."""
         return ()
 
+    def needs_data(self, settings: Settings) -> bool:
+        """For measured means."""
+        return settings.mode == "empirical"
+
     def apply(self, ctx: Context) -> Outcome:
         """Correct.
 
         Raises:
-            CapabilityError: empirical mode without calibration data.
-            InputError: analytic mode, and no batch norm has been folded.
+            InputError: empirical mode without calibration data; analytic mode, and no batch norm has been folded.
         """
         ops = [op for op in ctx.graph.linear_ops if op.weight in ctx.encodings]
         mode = ctx.settings.mode
@@ -97,7 +99,7 @@ def _empirical(ctx: Context, ops: list[Op]) -> Biases:
         bias = corrected_bias(layer.op, layer.weight, quantized, layer.bias, layer.moments)
         return LayerResult(layer.weight, layer.encoding, bias)
 
-    walk = require_walk(ctx.walk, "empirical bias correction")
+    walk = walk_of(ctx, BiasCorrection.name)
     active = ctx.settings.quantized_activations
     if active == "auto":
         active = not normalizes_tokens(ctx.graph)

@@ -55,6 +55,10 @@ class Gptq:
         """None: the walk collects each layer's moments when its turn comes."""
         return ()
 
+    def needs_data(self, settings: GptqSettings) -> bool:
+        """The moments of layers are of data."""
+        return True
+
     def apply(self, ctx: Context) -> Outcome:
         """Round every selected layer.
 

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from bitwright.graph import Graph
-from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome
-from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers, walk_of
+from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, rounding_report, select_layers
 from bitwright_techniques.reconstruction import Reconstruction, corrected_bias, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.token_norms import normalizes_tokens

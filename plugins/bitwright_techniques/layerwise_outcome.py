@@ -7,22 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from bitwright.errors import InputError
 from bitwright.graph import Op, OpId
-from bitwright.technique import Context, LayerResult, LayerWalk, Outcome, Report
+from bitwright.technique import Context, LayerResult, Outcome, Report
 from bitwright_techniques.bias_edits import bias_changes
 
 _WIDEST = 16
 """A 32-bit grid is finer than float32 weights: nothing is left to choose."""
-
-
-def walk_of(ctx: Context, technique: str) -> LayerWalk:
-    """The layer-by-layer service.
-
-    Raises:
-        InputError: there are no calibration data.
-    """
-    if ctx.walk is None:
-        raise InputError(f"{technique} minimises the output error on data; give it calibration data")
-    return ctx.walk
 
 
 def select_layers(

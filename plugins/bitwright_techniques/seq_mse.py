@@ -15,9 +15,9 @@ from bitwright.backend import Capability
 from bitwright.graph import Graph
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome
+from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome, walk_of
 from bitwright.technique import Settings as BaseSettings
-from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers
 from bitwright_techniques.reconstruction import Inputs, corrected_bias, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
@@ -56,6 +56,10 @@ class SeqMse:
     def statistics(self, graph: Graph, plan: Plan, settings: SeqMseSettings) -> tuple[Request, ...]:
         """None: the walk collects each layer's moments when its turn comes."""
         return ()
+
+    def needs_data(self, settings: SeqMseSettings) -> bool:
+        """The moments of layers are of data."""
+        return True
 
     def apply(self, ctx: Context) -> Outcome:
         """Search the scales of every selected layer; weights stay, frozen encodings are left alone.

@@ -22,9 +22,9 @@ from bitwright.grid import QuantSpec, to_groups
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request
-from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome
+from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome, walk_of
 from bitwright.technique import Settings as BaseSettings
-from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers, walk_of
+from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers
 from bitwright_techniques.reconstruction import Reconstruction, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
@@ -61,6 +61,10 @@ class WeightClipping:
     def statistics(self, graph: Graph, plan: Plan, settings: WeightClippingSettings) -> tuple[Request, ...]:
         """None: moments come layer by layer."""
         return ()
+
+    def needs_data(self, settings: WeightClippingSettings) -> bool:
+        """By the output's error alone."""
+        return settings.metric == "output"
 
     def apply(self, ctx: Context) -> Outcome:
         """Search the range of every selected weight; weights stay, frozen encodings are left alone.

@@ -47,7 +47,7 @@ class WrongLayout(ReferenceBackend):
 
 
 class RoundsHalfUp(ReferenceBackend):
-    def simulate(self, model, plan, encodings, *, trainable=False):
+    def simulate(self, model, plan, encodings):
         simulation = super().simulate(model, plan, encodings)
         session = ReferenceSession._quantized
 

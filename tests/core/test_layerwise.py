@@ -10,9 +10,9 @@ import pytest
 from bitwright.cuts import CutCache, cut_before, schedule
 from bitwright.data import ArrayDataset
 from bitwright.encoding import encoding_of_weights
-from bitwright.errors import CapabilityError, InputError, ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright.grid import PerChannel, QuantSpec
-from bitwright.layerwise import LayerwiseWalk, reconstruction_loss, require_walk
+from bitwright.layerwise import LayerwiseWalk, reconstruction_loss
 from bitwright.linear_form import output_channels
 from bitwright.statistics.base import Tap
 from bitwright.statistics.moments import LayerMoments
@@ -221,8 +221,6 @@ def test_bad_input_is_named():
     walk, graph, _, _ = walk_of(models.mlp())
     with pytest.raises(ModelError, match="a weight of shape"):
         walk([graph.linear_ops[0].id], lambda x: replace(nearest(x), weight=x.weight[:1]))
-    with pytest.raises(CapabilityError, match="calibration data"):
-        require_walk(None, "adaround")
 
 
 @pytest.mark.parametrize("trouble", ["factor", "nan"])

@@ -46,7 +46,7 @@ def outputs(model: keras.Model, x: np.ndarray = X) -> np.ndarray:
 def test_training_starts_where_the_simulation_is(range_learning: bool) -> None:
     sim = simulated()
     plain = sim.backend.simulate(sim.native, sim.plan, sim.encodings)
-    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=Training(range_learning))
+    made = sim.backend.simulate_trainable(sim.native, sim.plan, sim.encodings, Training(range_learning))
     assert isinstance(made, TrainableSimulation)
     assert np.array_equal(outputs(made.model), outputs(plain.model))
     assert not plain.model.trainable_weights
@@ -87,7 +87,7 @@ def test_a_grid_chosen_otherwise_keeps_its_ratio_and_a_frozen_one_stays() -> Non
     chosen = sim.encodings[site].with_(scale=sim.encodings[site].scale * np.float32(0.75))
     sim.set({site: chosen})
     sim.set({other: sim.encodings[other]}, freeze=True)
-    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=True)
+    made = sim.backend.simulate_trainable(sim.native, sim.plan, sim.encodings, Training())
     for layer in made.model.layers:
         if isinstance(layer, QuantizedLayer):
             kernel = variables_of(layer.layer)["kernel"]
@@ -101,7 +101,7 @@ def test_a_grid_chosen_otherwise_keeps_its_ratio_and_a_frozen_one_stays() -> Non
 
 def test_batch_norms_and_dropout_train() -> None:
     sim = simulated()
-    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=True)
+    made = sim.backend.simulate_trainable(sim.native, sim.plan, sim.encodings, Training())
     norm = sim.native.by_op["bn1"].layer
     before = ops.convert_to_numpy(norm.moving_mean.value).copy()
     a, b = (ops.convert_to_numpy(made.model(X, training=True)) for _ in range(2))
@@ -207,7 +207,7 @@ def test_float_formats_are_the_core_s(form: str) -> None:
 
 def test_blocks_and_lpbq_train() -> None:
     sim = simulated(weights="int4:lpbq4")
-    made = sim.backend.simulate(sim.native, sim.plan, sim.encodings, trainable=Training(True))
+    made = sim.backend.simulate_trainable(sim.native, sim.plan, sim.encodings, Training(True))
     plain = sim.backend.simulate(sim.native, sim.plan, sim.encodings)
     assert np.array_equal(outputs(made.model), outputs(plain.model))
     compiled(made.model).fit(X[:16], LABELS[:16], verbose=0)

@@ -6,7 +6,7 @@ import pytest
 
 import bitwright_onnx.model
 from bitwright import registry
-from bitwright.backend import Backend, IntegerRuntime, PartialExecution
+from bitwright.backend import Backend, Capability, IntegerRuntime, PartialExecution, require
 from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
 from bitwright.plan import Plan
@@ -37,8 +37,8 @@ def test_what_it_does_not_do(tmp_path):
     model = BACKEND.adopt(b.mlp())
     with pytest.raises(InputError, match="no format 'tflite'; there are onnx, qdq"):
         BACKEND.export(model, PLAN, EncodingTable(), tmp_path / "m", "tflite")
-    with pytest.raises(CapabilityError, match="can't be fine-tuned"):
-        BACKEND.simulate(model, PLAN, EncodingTable(), trainable=True)
+    with pytest.raises(CapabilityError, match="onnx backend doesn't offer; open the model in PyTorch, Keras or Tensor"):
+        require(BACKEND, {Capability.TRAINABLE}, "training")
     assert not list(tmp_path.iterdir())
 
 

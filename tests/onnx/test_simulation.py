@@ -19,13 +19,13 @@ from small_nets import (
 )
 
 from bitwright.encoding import Encoding, EncodingTable, encoding_of_weights
-from bitwright.errors import CapabilityError, EncodingError, InputError, ModelError
+from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.grid import Blockwise, PerChannel, QuantSpec
 from bitwright.plan import Float, SharedWith
 from bitwright.statistics.base import Tap
 from bitwright_onnx import session as sessions
 from bitwright_onnx.params import read_params
-from bitwright_onnx.simulation import OnnxSimulation, simulate
+from bitwright_onnx.simulation import OnnxSimulation
 
 SPECS = {
     "uint8": QuantSpec(8, signed=False, symmetric=False),
@@ -334,8 +334,6 @@ def test_bad_encodings_change_nothing():
         with pytest.raises(EncodingError, match=message):
             simulation.set({"x": None, **bad})
         assert set(simulation.get()) == {"x"}
-    with pytest.raises(CapabilityError, match="torch"):
-        simulate(native, graph, plan, {}, trainable=True)
     with pytest.raises(ModelError, match="'nowhere'"):
         simulation.session([Tap("nowhere")])
     with pytest.raises(InputError, match="'x'"):

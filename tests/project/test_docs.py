@@ -104,7 +104,9 @@ def test_backend_page_names_the_whole_protocol():
     methods = [name for name in vars(Backend) if not name.startswith("_") and callable(getattr(Backend, name))]
     for name in methods:
         assert f"`{name}(" in PAGES["write-a-backend.md"], name
-    assert len(Capability) == 3
+    for capability in Capability:
+        assert f"`{capability.protocol.__name__}." in PAGES["write-a-backend.md"], capability
+        assert f"`{capability}`" in PAGES["write-a-backend.md"], capability
 
 
 def test_examples_in_the_technique_page_work():

@@ -3,7 +3,7 @@ from math import erf, exp, pi, sqrt
 import numpy as np
 import pytest
 
-from bitwright.errors import CapabilityError, InputError
+from bitwright.errors import InputError
 from bitwright.grid import PerChannel, QuantSpec
 from bitwright.linear_form import columns
 from bitwright.statistics.base import Tap
@@ -170,7 +170,7 @@ def test_analytic_covers_convolutions_sums_concatenation_and_pooling(transposed)
 
 def test_errors_say_what_to_do():
     model = models.mlp()
-    with pytest.raises(CapabilityError, match="calibration data"):
+    with pytest.raises(InputError, match="calibration data"):
         correct(model, mode="empirical")
     with pytest.raises(InputError, match="fold_batch_norm"):
         correct(model)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
+from bitwright.backend import Training
 from bitwright.edits import SetParams
 from bitwright.statistics.base import Tap
 from bitwright.testing import models
@@ -30,7 +31,8 @@ def test_a_simulation_for_training_takes_new_parameters(name):
     graph = backend.graph(model)
     plan = simple_plan(graph)
     table = min_max_encodings(backend, model, plan, [batch])
-    simulation, values = backend.simulate(model, plan, table, trainable=True), halved(backend, model, graph)
+    simulation = backend.simulate_trainable(model, plan, table, Training())
+    values = halved(backend, model, graph)
     simulation.set_params(values)
     assert all(simulation.get()[s].equals(e) for s, e in table.items())
     edited = backend.edit(model, [SetParams(values)])

@@ -211,7 +211,7 @@ def test_frozen_grids_stay():
     net = setup("session")
     frozen = {s: e.with_(frozen=True) for s, e in net.table.items()}
     for mode in (Training(), Training(True)):
-        simulation = net.sim.backend.simulate(net.model, net.sim.plan, frozen, trainable=mode)
+        simulation = net.sim.backend.simulate_trainable(net.model, net.sim.plan, frozen, mode)
         train(simulation.model, steps=3)
         assert all(simulation.get()[s].equals(e) for s, e in frozen.items())
 
@@ -220,7 +220,7 @@ def test_a_grid_that_isn_t_min_max_keeps_its_ratio():
     net = setup("session")
     weight = net.sim.graph.linear_ops[0].weight
     table = {s: e.with_(scale=e.scale * np.float32(0.8)) if s == weight else e for s, e in net.table.items()}
-    simulation = net.sim.backend.simulate(net.model, net.sim.plan, table, trainable=True)
+    simulation = net.sim.backend.simulate_trainable(net.model, net.sim.plan, table, Training())
     assert simulation.get()[weight].equals(table[weight])
     train(simulation.model, steps=3)
     value = read_params(simulation.float_model(), [weight])[weight]

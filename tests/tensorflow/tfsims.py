@@ -50,8 +50,9 @@ class Setup:
     def table(self) -> dict[str, Encoding]:
         return dict(self.sim.encodings)
 
-    def simulation(self, trainable: bool | Training = False) -> Any:
-        return TensorFlowBackend().simulate(self.model, self.sim.plan, self.sim.encodings, trainable=trainable)
+    def simulation(self, training: Training | None = None) -> Any:
+        backend, given = TensorFlowBackend(), (self.model, self.sim.plan, self.sim.encodings)
+        return backend.simulate(*given) if training is None else backend.simulate_trainable(*given, training)
 
     def simulated(self, x: np.ndarray | None = None) -> np.ndarray:
         return self.simulation().model(self.sample if x is None else x)

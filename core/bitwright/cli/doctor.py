@@ -13,6 +13,7 @@ from bitwright.cli import console
 
 def doctor() -> None:
     """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
+    from bitwright.backend import capabilities
     from bitwright.errors import BitwrightError, MissingExtraError
     from bitwright.plain import HostNotes
     from bitwright.registry import default_registry
@@ -35,7 +36,7 @@ def doctor() -> None:
             problems.append(f"backend {name}: {error}")
         else:
             working += 1
-            console.say(f"backend {name}: ready")
+            console.say(f"backend {name}: ready ({', '.join(sorted(capabilities(backend))) or 'nothing optional'})")
             for note in backend.host_notes() if isinstance(backend, HostNotes) else ():
                 console.say(f"  {note}")
     for name in registry.techniques():

@@ -62,8 +62,8 @@ def techniques(
         console.say(f"{info.name}: {info.summary}")
         if info.aliases:
             console.say(f"Also called {', '.join(info.aliases)}.")
-        if info.requires:
-            console.say(f"Needs a backend with {', '.join(sorted(info.requires))}.")
+        if requires := registry.technique(name).requires:
+            console.say(f"Needs a backend with {', '.join(sorted(requires))}.")
         if fields := schema.get("properties"):
             console.table(
                 ("setting", "type", "default", "what it does"),

@@ -17,14 +17,13 @@ from bitwright.backend import Backend, Batch, Session, Simulation
 from bitwright.edits import Edit, SetBias, SetParams
 from bitwright.encoding import Encoding, EncodingTable, encoding_from_range
 from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
-from bitwright.errors import InputError
 from bitwright.graph import Graph, OpId, OpKind, ParamRole
 from bitwright.grid import PerChannel, QuantSpec, to_groups
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Float, Plan, Site, SiteId, SiteKind
 from bitwright.statistics.base import Request, Statistic, Tap
 from bitwright.statistics.moments import LayerMoments
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Params, Technique
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Params, Technique, require_data
 
 Array = NDArray[Any]
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
@@ -254,7 +253,7 @@ def run_technique(
         settings: the technique's own.
 
     Raises:
-        InputError: the technique asks for statistics and there are no data.
+        InputError: the technique needs data and there are none.
     """
     graph = backend.graph(model)
     plan = simple_plan(graph) if plan is None else plan
@@ -263,9 +262,10 @@ def run_technique(
     chosen: Any = technique.Settings(**settings)
     walk = SimpleWalk(backend, model, plan, table, data, store) if data else None
     params: Params = {p: _sealed(v) for p, v in backend.read(model, list(graph.params)).items()}
-    requests = [r for r in technique.statistics(graph, plan, chosen) if data or not r.optional]
-    if requests and not data:
-        raise InputError(f"{technique.name} asks for statistics; give run_technique calibration data")
+    requests = list(technique.statistics(graph, plan, chosen))
+    if not data:
+        require_data(technique, requests, chosen)
+        requests = []
     simulation = backend.simulate(model, plan, table) if requests else None
     statistics = {r.key: _collect(r, backend, model, simulation, data) for r in requests}
     context = Context(graph, plan, params, table, statistics, chosen, walk, store, Quiet(), seed, dict(folded or {}))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Training
+from bitwright.backend import Batch, Bundle
 from bitwright.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
 from bitwright.encoding import Encoding, EncodingTable
 from bitwright.errors import EncodingError, InputError, ModelError
@@ -195,9 +195,7 @@ class ReferenceBackend:
         """A part of it."""
         return ReferenceSession(model, taps, feeds)
 
-    def simulate(
-        self, model: ReferenceModel, plan: Plan, encodings: EncodingTable, *, trainable: bool | Training = False
-    ) -> ReferenceSimulation:
+    def simulate(self, model: ReferenceModel, plan: Plan, encodings: EncodingTable) -> ReferenceSimulation:
         """Fake quantization at the plan's sites."""
         return ReferenceSimulation(model, plan, encodings)
 

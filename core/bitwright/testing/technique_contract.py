@@ -29,7 +29,7 @@ from bitwright.grid import PerChannel, QuantSpec
 from bitwright.linear_form import to_matrix
 from bitwright.plan import Plan
 from bitwright.statistics.base import Request, Tap
-from bitwright.technique import Layer, Outcome, Technique
+from bitwright.technique import Layer, NeedsData, Outcome, Technique
 from bitwright.testing import models
 from bitwright.testing.harness import Applied, Interrupted, MemoryStore, run_technique, simple_plan
 from bitwright.testing.reference import ReferenceBackend, ReferenceModel
@@ -199,10 +199,12 @@ class TechniqueContract:
             plan = self.plan(model)
             return run_technique(self.technique(), self.backend(), self.port(model), plan=plan, **self.settings)
 
+        technique = self.technique()
         if self.needs_data:
             with pytest.raises(BitwrightError, match=r"data|samples"):
                 run()
         else:
+            assert not isinstance(technique, NeedsData) or not technique.needs_data(technique.Settings(**self.settings))
             run()
 
     def test_never_above_nearest_rounding(self, model: ReferenceModel) -> None:
