@@ -37,13 +37,24 @@ from bitwright_onnx.value_types import is_tensor
 
 _DEFAULT_AXIS = {"Softmax": -1, "LogSoftmax": -1, "Hardmax": -1, "Concat": 0, "Split": 0, "LayerNormalization": -1}
 
+_CANONICAL = "bitwright.canonical"
+"""Key of the graph in a model's `meta`."""
+
 
 def canonical_graph(model: ir.Model) -> Graph:
-    """The canonical graph of a normalized model.
+    """The canonical graph of a normalized model, built when it is first asked for: such a model is never changed.
 
     Raises:
         ModelError: the model is quantized already.
     """
+    found = model.meta.get(_CANONICAL)
+    if found is None:
+        found = model.meta[_CANONICAL] = _build(model)  # `ir.Model.clone` leaves a model's `meta` behind
+    assert isinstance(found, Graph)
+    return found
+
+
+def _build(model: ir.Model) -> Graph:
     refuse_quantized(model)
     hidden = shape_computations(model.graph) | {node for node in model.graph if turns_weight(node)}
     unseen = {o for node in hidden for o in node.outputs}

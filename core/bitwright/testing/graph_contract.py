@@ -58,6 +58,8 @@ class GraphContract(Contract):
                 assert len({graph.params[p].shape for p in op.params.values()}) == 1
         assert {*graph.inputs, *graph.outputs} <= graph.tensors.keys()
         again = backend.graph(model)
+        assert again is graph, "the graph is built anew each time that it is asked for"
+        again = backend.graph(case.build())
         assert (again.ops, again.tensors, again.params) == (graph.ops, graph.tensors, graph.params)
 
     def test_input_specs_describe_the_inputs(self, case: Case) -> None:
