@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, count: int) -> None:
     from efficientnet_lite0 import build
     from imagenet import photos
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     torch.set_num_threads(options.threads)
     images, labels = photos(options.images)

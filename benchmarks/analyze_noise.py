@@ -15,7 +15,7 @@ import numpy as np
 from imagenet import photos
 
 from bitwright import quant_analyzer
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 
 
 def main() -> None:

@@ -34,13 +34,12 @@ import torch
 from torch.utils import _pytree as pytree
 from torch_architectures import architectures
 
-from bitwright.backend import Bundle
+from bitwright.backend import Bundle, Tap
 from bitwright.graph import Graph, OpKind
-from bitwright.quantsim import QuantSim
-from bitwright.statistics.base import Tap
+from bitwright.simulation import QuantSim
 from bitwright_torch import CaptureNotice
 from bitwright_torch.backend import TorchBackend
-from bitwright_torch.parts import PartitionedModel
+from bitwright_torch.capture.parts import PartitionedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BACKEND = TorchBackend()

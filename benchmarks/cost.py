@@ -48,9 +48,8 @@ def interleaved(tasks, repeats, clock):
 
 def calibration(sim, given):
     """The streaming pass of a calibration: the float network with every site's statistic; timed for a batch."""
-    from bitwright.collect import collect
+    from bitwright.calibration import activation_requests, collect
     from bitwright.progress import Silent
-    from bitwright.ranges import activation_requests
 
     data = sim.open((given if isinstance(given, list) else [given]) * BATCHES)
     session = None

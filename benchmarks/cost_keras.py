@@ -27,7 +27,7 @@ def main():
     import keras
     import numpy as np
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     shape = (options.size, options.size, 3)
 

@@ -24,10 +24,10 @@ def main():
     import numpy as np
     import tensorflow as tf
 
-    from bitwright.quantsim import QuantSim
-    from bitwright_tensorflow.building import declare_variables
-    from bitwright_tensorflow.graph_function import GraphFunction
-    from bitwright_tensorflow.runtime import open_session
+    from bitwright.simulation import QuantSim
+    from bitwright_tensorflow.graph.graph_function import GraphFunction
+    from bitwright_tensorflow.graph.runtime import open_session
+    from bitwright_tensorflow.simulate.building import declare_variables
 
     keras.utils.set_random_seed(0)
     shape = (chosen.size, chosen.size, 3)

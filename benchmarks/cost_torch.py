@@ -21,7 +21,7 @@ import cost
 import torch
 from torch import nn
 
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 
 # expansion, channels out, repeats, stride (Sandler et al. 2018, table 2)
 STAGES = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]

@@ -24,9 +24,8 @@ import torch
 from cost_torch import mobilenet_v2
 from torch import nn
 
-from bitwright.encoding import Encoding
-from bitwright.grid import PerTensor
-from bitwright.quantsim import QuantSim
+from bitwright.grids import Encoding, PerTensor
+from bitwright.simulation import QuantSim
 
 failed = []
 
@@ -86,7 +85,7 @@ def agree(label, module, batch, device, **options):
 
 def midpoints(device):
     """Values on, and beside, the midpoints between grid points: composed and compiled against numpy, bit by bit."""
-    from bitwright_torch.kernels import composed_forward, kernels
+    from bitwright_torch.simulate.kernels import composed_forward, kernels
 
     rng = np.random.default_rng(0)
     codes = rng.integers(-20, 280, 2_000_000).astype(np.float32)

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 from bitwright_torch import capture
 
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from text_orientation import CALIBRATION_LINES, TEST_LINES, dataset, model_path, sentences
 
-from bitwright.quantsim import QuantSim
-from bitwright.verify import verify
+from bitwright.simulation import QuantSim
+from bitwright.verification import verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--json", type=Path)

@@ -31,7 +31,7 @@ from imagenet import photos
 from lite0_frameworks import keras_model, tensorflow_session
 from parity_torch import RECIPES, compare, differences, export, pairs
 
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 
 BACKENDS = ("onnx", "torch", "keras", "tensorflow")
 CONTROL = "onnx, images changed by 1e-6"

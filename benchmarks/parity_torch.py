@@ -25,8 +25,8 @@ from efficientnet_lite0 import build
 from imagenet import photos
 
 from bitwright.graph import Graph, OpKind
-from bitwright.plan import Derived, Float, Plan, SharedWith, SiteKind
-from bitwright.quantsim import QuantSim
+from bitwright.placement import Derived, Float, Plan, SharedWith, SiteKind
+from bitwright.simulation import QuantSim
 
 TENSOR = {"target": "per_tensor"}
 CLE = ("cross_layer_equalization", {})

@@ -119,7 +119,7 @@ def quantized(source: Path, out: Path, calibration: Path, nncf: str | None) -> d
     """Writes every variant that isn't there yet; file → the row's title."""
     import numpy as np
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     loose = {"bitwright": {"extends": "onnxruntime-cpu", "pair_sum_bits": None}}
     ours = {
@@ -178,7 +178,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bitwright_onnx.plain_session import risks_of, saturates_here
+    from bitwright_onnx.export.plain_session import risks_of, saturates_here
 
     images, labels = photos(arguments.images)
     half, truth = len(images) // 2, labels[len(images) // 2 :]

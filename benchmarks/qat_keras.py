@@ -116,7 +116,7 @@ def main():
     os.environ["TF_NUM_INTEROP_THREADS"] = "1"
     import keras
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
     from bitwright_keras import set_grid_rate
 
     keras.utils.set_random_seed(0)

@@ -22,7 +22,7 @@ import numpy as np
 import qat
 import tensorflow as tf
 
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 from bitwright_tensorflow.backend import TensorFlowBackend
 
 v1 = tf.compat.v1

@@ -17,7 +17,7 @@ import qat
 import torch
 from torch import nn
 
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 from bitwright_torch import parameter_groups
 
 

@@ -49,7 +49,7 @@ Measure = Callable[[str, str, tuple], tuple[float, float]]
 def lite0(options: argparse.Namespace) -> tuple[float, Measure]:
     from imagenet import photos
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     images, labels = photos(options.images)
     half = len(images) // 2
@@ -73,7 +73,7 @@ def lite0(options: argparse.Namespace) -> tuple[float, Measure]:
 def minilm(options: argparse.Namespace) -> tuple[float, Measure]:
     from minilm import correlation, embed, opened
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     held = opened(options.data, pairs=options.pairs, calibrate=128)
 

@@ -21,7 +21,7 @@ from imagenet import photos
 from lite0_frameworks import keras_model
 
 from bitwright import QuantSim
-from bitwright.verify import verify
+from bitwright.verification import verify
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from bitwright.graph import Op
-from bitwright.plan import Derived, SharedWith
-from bitwright.quantsim import QuantSim
+from bitwright.placement import Derived, SharedWith
+from bitwright.simulation import QuantSim
 
 
 def matched_names(a: QuantSim, b: QuantSim, same: Callable[[Op, Op], bool]) -> dict[str, str]:

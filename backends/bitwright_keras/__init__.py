@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright_keras.comparing import CaptureNotice
-    from bitwright_keras.fake_quant import FakeQuantize
-    from bitwright_keras.model import KerasModel
-    from bitwright_keras.native import keras_model
-    from bitwright_keras.normalize import normalize as capture
-    from bitwright_keras.training import load_model, set_grid_rate
-    from bitwright_keras.weights import QuantizedLayer
+    from bitwright_keras.capture.comparing import CaptureNotice
+    from bitwright_keras.capture.normalize import normalize as capture
+    from bitwright_keras.graph.model import KerasModel
+    from bitwright_keras.graph.native import keras_model
+    from bitwright_keras.simulate.fake_quant import FakeQuantize
+    from bitwright_keras.simulate.training import load_model, set_grid_rate
+    from bitwright_keras.simulate.weights import QuantizedLayer
 
 __all__ = [
     "CaptureNotice", "FakeQuantize", "KerasModel", "QuantizedLayer", "capture", "keras_model", "load_model",
@@ -47,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 if "keras" in sys.modules and hasattr(sys.modules["keras"], "saving"):
-    import_module("bitwright_keras.weights")
+    import_module("bitwright_keras.simulate.weights")

@@ -10,20 +10,19 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Bundle, Pair, Session, Simulation, TrainableSimulation, Training
-from bitwright.edits import Edit
-from bitwright.encoding import EncodingTable
+from bitwright.backend import Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright_keras.canonical import canonical
-from bitwright_keras.edits import edit_model
-from bitwright_keras.files import load_model, save_model
-from bitwright_keras.model import KerasModel
-from bitwright_keras.normalize import normalize
-from bitwright_keras.params import read_params
-from bitwright_keras.session import KerasSession
+from bitwright.files import Array
+from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
+from bitwright_keras.capture.files import load_model, save_model
+from bitwright_keras.capture.normalize import normalize
+from bitwright_keras.graph.canonical import canonical
+from bitwright_keras.graph.edits import edit_model
+from bitwright_keras.graph.model import KerasModel
+from bitwright_keras.graph.params import read_params
+from bitwright_keras.simulate.session import KerasSession
 
 
 class KerasBackend:
@@ -116,7 +115,7 @@ class KerasBackend:
 
     def simulate(self, model: KerasModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites; the simulation's model is a `keras.Model`."""
-        from bitwright_keras.simulation import KerasSimulation
+        from bitwright_keras.simulate.simulation import KerasSimulation
 
         return KerasSimulation(model, plan, encodings)
 
@@ -124,7 +123,7 @@ class KerasBackend:
         self, model: KerasModel, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
         """See `bitwright.backend.Trainable`."""
-        from bitwright_keras.simulation import KerasSimulation
+        from bitwright_keras.simulate.simulation import KerasSimulation
 
         return KerasSimulation(model, plan, encodings, trainable=training)
 
@@ -134,13 +133,13 @@ class KerasBackend:
         Raises:
             InputError: unknown format, or the file can't be written.
         """
-        from bitwright_keras.export import export
+        from bitwright_keras.export.export import export
 
         return export(model, plan, encodings, path, format)
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""
-        from bitwright_keras.export import formats
+        from bitwright_keras.export.export import formats
 
         return formats()
 
@@ -149,7 +148,7 @@ class KerasBackend:
 
         A model that TensorFlow can't trace has Keras files only, with a warning that says why.
         """
-        from bitwright_keras.export import bundled
+        from bitwright_keras.export.export import bundled
 
         return bundled(model)
 
@@ -160,7 +159,7 @@ class KerasBackend:
             InputError: the bundle holds neither.
             MissingExtraError: the runtime isn't installed.
         """
-        from bitwright_keras.integer_runtime import compile_bundle
+        from bitwright_keras.export.integer_runtime import compile_bundle
 
         return compile_bundle(bundle, taps)
 
@@ -170,7 +169,7 @@ class KerasBackend:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_keras.integer_runtime import pairs_of
+        from bitwright_keras.export.integer_runtime import pairs_of
 
         return pairs_of(bundle)
 
@@ -180,7 +179,7 @@ class KerasBackend:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_keras.integer_runtime import floats_of
+        from bitwright_keras.export.integer_runtime import floats_of
 
         return floats_of(bundle)
 

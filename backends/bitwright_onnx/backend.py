@@ -12,25 +12,24 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Array, Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation
-from bitwright.edits import Edit
-from bitwright.encoding import EncodingTable
+from bitwright.backend import Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation, Tap
+from bitwright.bundle import PlainRisks
 from bitwright.errors import InputError
-from bitwright.graph import Graph, OpId, ParamId, TensorId
-from bitwright.plain import PlainRisks
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright_onnx.attributes import static_dims
-from bitwright_onnx.canonical import canonical_graph
-from bitwright_onnx.edits import edit_model
-from bitwright_onnx.model import adopt_model, load_model, save_model
-from bitwright_onnx.operands import dtype_name
-from bitwright_onnx.params import read_params
-from bitwright_onnx.session import OrtSession
-from bitwright_onnx.session import segment as segment_session
+from bitwright.files import Array
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
+from bitwright_onnx.capture.model import adopt_model, load_model, save_model
+from bitwright_onnx.graph.attributes import static_dims
+from bitwright_onnx.graph.canonical import canonical_graph
+from bitwright_onnx.graph.edits import edit_model
+from bitwright_onnx.graph.operands import dtype_name
+from bitwright_onnx.graph.params import read_params
+from bitwright_onnx.simulate.session import OrtSession
+from bitwright_onnx.simulate.session import segment as segment_session
 
 if TYPE_CHECKING:
-    from bitwright_onnx.qdq_pairs import QdqContents
+    from bitwright_onnx.export.qdq_pairs import QdqContents
 
 _FORMATS = {
     "onnx": "the float model with its updated weights; encodings files go with it",
@@ -42,7 +41,7 @@ class OnnxBackend:
     """`bitwright.backend.Backend`, `PartialExecution` and `IntegerRuntime` for models of type `onnx_ir.Model`.
 
     Every model that it is handed must come from its own `load`, `adopt` or `edit`: those bring it into the normal
-    form of `bitwright_onnx.normalize`.
+    form of `bitwright_onnx.capture.normalize`.
     """
 
     name = "onnx"
@@ -124,7 +123,7 @@ class OnnxBackend:
 
     def simulate(self, model: ir.Model, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
-        from bitwright_onnx.simulation import OnnxSimulation
+        from bitwright_onnx.simulate.simulation import OnnxSimulation
 
         return OnnxSimulation(model, self.graph(model), plan, encodings)
 
@@ -137,7 +136,7 @@ class OnnxBackend:
         if format == "onnx":
             return Bundle({"model": self.save(model, path)})
         if format == "qdq":
-            from bitwright_onnx.qdq import write_qdq
+            from bitwright_onnx.export.qdq import write_qdq
 
             report = write_qdq(model, self.graph(model), plan, encodings, path)
             return Bundle({"qdq": report.path}, report.names)
@@ -153,46 +152,46 @@ class OnnxBackend:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_onnx.runtime import compile_bundle
+        from bitwright_onnx.export.runtime import compile_bundle
 
         return compile_bundle(bundle, taps)
 
     def plain_session(self, bundle: Bundle) -> Session:
-        """See `bitwright.plain.PlainRuntime`.
+        """See `bitwright.bundle._plain.PlainRuntime`.
 
         Raises:
             InputError: the bundle holds no quantized model.
             ModelError: ONNX Runtime refuses it.
         """
-        from bitwright_onnx.plain_session import PlainSession
+        from bitwright_onnx.export.plain_session import PlainSession
 
         return PlainSession(_qdq(bundle))
 
     def plain_risks(self, bundle: Bundle) -> PlainRisks:
-        """See `bitwright.plain.PlainRuntime`.
+        """See `bitwright.bundle._plain.PlainRuntime`.
 
         Raises:
             InputError: the bundle holds no quantized model.
             ModelError: it can't be read.
         """
-        from bitwright_onnx.plain_session import risks_of
+        from bitwright_onnx.export.plain_session import risks_of
 
         return risks_of(_qdq(bundle))
 
     def keep_exact(self, bundle: Bundle) -> tuple[str, ...]:
-        """See `bitwright.plain.PlainRuntime`.
+        """See `bitwright.bundle._plain.PlainRuntime`.
 
         Raises:
             InputError: the bundle holds no quantized model, or it can't be written.
             ModelError: it can't be read.
         """
-        from bitwright_onnx.plain_session import keep_exact
+        from bitwright_onnx.export.plain_session import keep_exact
 
         return keep_exact(_qdq(bundle))
 
     def host_notes(self) -> tuple[str, ...]:
-        """See `bitwright.plain.HostNotes`."""
-        from bitwright_onnx.plain_session import host_notes
+        """See `bitwright.bundle.HostNotes`."""
+        from bitwright_onnx.export.plain_session import host_notes
 
         return host_notes()
 
@@ -202,7 +201,7 @@ class OnnxBackend:
         Raises:
             InputError: there is no such file, or it isn't an ONNX model.
         """
-        from bitwright_onnx.quantized_network import QuantizedFile
+        from bitwright_onnx.export.quantized_network import QuantizedFile
 
         return QuantizedFile(path)
 
@@ -219,7 +218,7 @@ class OnnxBackend:
         Raises:
             InputError: the bundle holds no quantized model, or the runtime refuses a batch.
         """
-        from bitwright_onnx.op_times import op_times
+        from bitwright_onnx.export.op_times import op_times
 
         if "qdq" not in bundle.files:
             raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
@@ -244,7 +243,7 @@ class OnnxBackend:
 
     @staticmethod
     def _contents(bundle: Bundle) -> QdqContents:
-        from bitwright_onnx.qdq_pairs import contents_of
+        from bitwright_onnx.export.qdq_pairs import contents_of
 
         if "qdq" not in bundle.files:
             raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright_tensorflow.model import TfModel
-    from bitwright_tensorflow.sources import SessionModel
+    from bitwright_tensorflow.capture.sources import SessionModel
+    from bitwright_tensorflow.graph.model import TfModel
 
 __all__ = ["SessionModel", "TfModel"]
 
@@ -18,11 +18,11 @@ __all__ = ["SessionModel", "TfModel"]
 def __getattr__(name: str) -> Any:
     # The plugin's descriptor lives in this package and must not import tensorflow.
     if name == "SessionModel":
-        from bitwright_tensorflow.sources import SessionModel
+        from bitwright_tensorflow.capture.sources import SessionModel
 
         return SessionModel
     if name == "TfModel":
-        from bitwright_tensorflow.model import TfModel
+        from bitwright_tensorflow.graph.model import TfModel
 
         return TfModel
     raise AttributeError(f"module 'bitwright_tensorflow' has no attribute {name!r}")

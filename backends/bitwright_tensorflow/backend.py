@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Bundle, Pair, Session, Simulation, TrainableSimulation, Training
-from bitwright.edits import Edit
-from bitwright.encoding import EncodingTable
+from bitwright.backend import Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright_tensorflow import sources
-from bitwright_tensorflow.canonical import recognize
-from bitwright_tensorflow.edits import edit_model
-from bitwright_tensorflow.freezing import save_frozen, save_saved_model
-from bitwright_tensorflow.model import Array, Kind, TfModel
-from bitwright_tensorflow.params import read_params
-from bitwright_tensorflow.session import open_taps
+from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
+from bitwright_tensorflow.capture import sources
+from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
+from bitwright_tensorflow.graph.canonical import recognize
+from bitwright_tensorflow.graph.edits import edit_model
+from bitwright_tensorflow.graph.model import Array, Kind, TfModel
+from bitwright_tensorflow.graph.params import read_params
+from bitwright_tensorflow.simulate.session import open_taps
 
 _OPTIONS = {
     ".pb": {"inputs", "outputs"},
@@ -65,7 +63,7 @@ class TensorFlowBackend:
             known = ", ".join(sorted(_OPTIONS[form]))
             raise InputError(f"{path} is opened without the option {unknown[0]!r}; there is {known}")
         if form == "":
-            from bitwright_tensorflow.saved_models import SERVE, from_saved_model
+            from bitwright_tensorflow.capture.saved_models import SERVE, from_saved_model
 
             return from_saved_model(path, options.get("signature"), options.get("tags", SERVE))
         if form == ".pb":
@@ -89,7 +87,7 @@ class TensorFlowBackend:
         if path.suffix == ".meta":
             if model.kind is not Kind.SESSION:
                 raise InputError(f"a .meta file holds a session's graph; write a {model.kind} as .pb or as a folder")
-            from bitwright_tensorflow.checkpoints import save_checkpoint
+            from bitwright_tensorflow.export.checkpoints import save_checkpoint
 
             return save_checkpoint(model, path)
         return save_saved_model(model, path)
@@ -141,7 +139,7 @@ class TensorFlowBackend:
 
     def simulate(self, model: TfModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
         """Put fake quantization at the plan's sites."""
-        from bitwright_tensorflow.simulation import TfSimulation
+        from bitwright_tensorflow.simulate.simulation import TfSimulation
 
         return TfSimulation(model, plan, encodings)
 
@@ -149,7 +147,7 @@ class TensorFlowBackend:
         self, model: TfModel, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
         """See `bitwright.backend.Trainable`."""
-        from bitwright_tensorflow.training import TrainableTfSimulation
+        from bitwright_tensorflow.simulate.training import TrainableTfSimulation
 
         return TrainableTfSimulation(model, plan, encodings, training)
 
@@ -159,19 +157,19 @@ class TensorFlowBackend:
         Raises:
             InputError: unknown format, or the file can't be written.
         """
-        from bitwright_tensorflow.export import export
+        from bitwright_tensorflow.export.export import export
 
         return export(model, plan, encodings, path, format)
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""
-        from bitwright_tensorflow.export import FORMATS
+        from bitwright_tensorflow.export.export import FORMATS
 
         return dict(FORMATS)
 
     def bundled(self, model: TfModel) -> Mapping[str, str]:
         """What an exported bundle holds beside the frozen graph: the source's own form, and QDQ ONNX."""
-        from bitwright_tensorflow.export import bundled
+        from bitwright_tensorflow.export.export import bundled
 
         return bundled(model)
 
@@ -182,7 +180,7 @@ class TensorFlowBackend:
             InputError: the bundle holds no quantized model.
             MissingExtraError: ONNX Runtime isn't installed.
         """
-        from bitwright_tensorflow.export import compile_qdq
+        from bitwright_tensorflow.export.export import compile_qdq
 
         return compile_qdq(bundle, taps)
 
@@ -192,7 +190,7 @@ class TensorFlowBackend:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_tensorflow.export import onnx_backend
+        from bitwright_tensorflow.export.export import onnx_backend
 
         return onnx_backend().pairs(bundle)
 
@@ -202,7 +200,7 @@ class TensorFlowBackend:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_tensorflow.export import onnx_backend
+        from bitwright_tensorflow.export.export import onnx_backend
 
         return onnx_backend().floats(bundle)
 

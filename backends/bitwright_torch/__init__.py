@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitwright_torch.backend import capture_model as capture
-    from bitwright_torch.capturing import CaptureNotice
-    from bitwright_torch.model import CapturedModel
-    from bitwright_torch.optimizing import parameter_groups
+    from bitwright_torch.capture.capturing import CaptureNotice
+    from bitwright_torch.graph.model import CapturedModel
+    from bitwright_torch.simulate.parameter_groups import parameter_groups
 
 __all__ = ["CaptureNotice", "CapturedModel", "capture", "parameter_groups"]
 
@@ -27,13 +27,13 @@ def __getattr__(name: str) -> Any:
 
         return capture_model
     if name == "parameter_groups":
-        from bitwright_torch.optimizing import parameter_groups
+        from bitwright_torch.simulate.parameter_groups import parameter_groups
 
         return parameter_groups
     if name == "CapturedModel":
-        from bitwright_torch.model import CapturedModel
+        from bitwright_torch.graph.model import CapturedModel
 
         return CapturedModel
-    from bitwright_torch.capturing import CaptureNotice
+    from bitwright_torch.capture.capturing import CaptureNotice
 
     return CaptureNotice

@@ -11,29 +11,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 
-from bitwright.backend import Bundle, Session, Simulation, TrainableSimulation, Training
-from bitwright.edits import Edit
-from bitwright.encoding import EncodingTable
+from bitwright.backend import Bundle, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError, ModelError
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright_torch.canonical import canonical
-from bitwright_torch.capturing import capture
-from bitwright_torch.edits import edit_model
-from bitwright_torch.files import load_exported, load_pt2, run_factory, save_pt2
-from bitwright_torch.free_dimensions import DynamicShapes
-from bitwright_torch.model import CapturedModel
-from bitwright_torch.params import read_params
-from bitwright_torch.parts import (
-    PartitionedModel,
-    capture_parts,
-    edit_parts,
-    parts_graph,
-    read_parts,
-)
-from bitwright_torch.parts_session import parts_segment, parts_session
-from bitwright_torch.session import open_session
+from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
+from bitwright_torch.capture.capturing import capture
+from bitwright_torch.capture.files import load_exported, load_pt2, run_factory, save_pt2
+from bitwright_torch.capture.free_dimensions import DynamicShapes
+from bitwright_torch.capture.parts import PartitionedModel, capture_parts, edit_parts, parts_graph, read_parts
+from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.edits import edit_model
+from bitwright_torch.graph.model import CapturedModel
+from bitwright_torch.graph.params import read_params
+from bitwright_torch.simulate.parts_session import parts_segment, parts_session
+from bitwright_torch.simulate.session import open_session
 
 _IN_PARTS = (
     "the model was captured in parts; no file can hold the Python around them: write each of model.parts by itself"
@@ -98,7 +90,7 @@ class TorchBackend:
             InputError: no sample, or it doesn't fit `forward`; `dynamic_shapes` and `modules` together.
             ModelError: the module can't be captured; with the source line and a remedy.
         """
-        from bitwright_torch.simulation import SimulatedModel
+        from bitwright_torch.simulate.simulation import SimulatedModel
 
         if isinstance(model, SimulatedModel):
             raise InputError("this model is a simulation already: open the float model, or take() the trained one")
@@ -170,16 +162,16 @@ class TorchBackend:
             InputError: unknown format, or the file can't be written.
         """
         if isinstance(model, PartitionedModel):
-            from bitwright_torch.parts_export import export_parts
+            from bitwright_torch.export.parts_export import export_parts
 
             return export_parts(model, plan, encodings, path, format)
-        from bitwright_torch.export import export
+        from bitwright_torch.export.export import export
 
         return export(model, plan, encodings, path, format)
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""
-        from bitwright_torch.export import FORMATS
+        from bitwright_torch.export.export import FORMATS
 
         return dict(FORMATS)
 
@@ -193,10 +185,10 @@ class TorchBackend:
 
 def _simulation(model: Model, plan: Plan, encodings: EncodingTable, training: Training | None = None) -> Any:
     if isinstance(model, PartitionedModel):
-        from bitwright_torch.parts_simulation import PartitionedSimulation
+        from bitwright_torch.simulate.parts_simulation import PartitionedSimulation
 
         return PartitionedSimulation(model, plan, encodings, trainable=training or False)
-    from bitwright_torch.simulation import TorchSimulation
+    from bitwright_torch.simulate.simulation import TorchSimulation
 
     return TorchSimulation(model, plan, encodings, trainable=training or False)
 

@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.backend import Capability
-from bitwright.edits import Edit
-from bitwright.encoding import Encoding
 from bitwright.errors import InputError
-from bitwright.graph import Graph, Op, OpId, ParamId
-from bitwright.plan import Plan, SiteId
-from bitwright.statistics.base import Request, Statistic
-from bitwright.statistics.moments import LayerMoments
+from bitwright.graph import Edit, Graph, Op, OpId, ParamId
+from bitwright.grids import Encoding
+from bitwright.placement import Plan, SiteId
+from bitwright.statistics import LayerMoments, Request, Statistic
 
 Params = Mapping[ParamId, NDArray[np.float32]]
 

@@ -16,12 +16,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import Encoding
+from bitwright.backend import Params
 from bitwright.errors import InputError
-from bitwright.graph import Graph, Op, OpKind, ParamRole
-from bitwright.grid import Blockwise, to_groups
-from bitwright.linear_form import groups_of, to_matrix
-from bitwright.technique import Params
+from bitwright.graph import Graph, Op, OpKind, ParamRole, groups_of, to_matrix
+from bitwright.grids import Blockwise, Encoding, to_groups
 from bitwright_analysis.records import Accumulator
 
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from bitwright.graph import Graph, OpKind
-from bitwright.patterns import batch_norm_fold
+from bitwright.graph import Graph, OpKind, batch_norm_fold
 from bitwright_analysis.accumulators import overflowing
 from bitwright_analysis.records import (
     Accumulator,

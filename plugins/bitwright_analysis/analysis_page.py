@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from bitwright.report import parts
-from bitwright.report.model import Cell
+from bitwright.report import Cell, parts
 from bitwright_analysis import plots
 from bitwright_analysis.records import Analysis, Distribution, Sensitivity
 from bitwright_analysis.site_browser import browser, shown

@@ -12,18 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import registry
-from bitwright.applying import open_store
-from bitwright.bundle.crushed import OutputQuality
-from bitwright.durable import make_directory, write_text
+from bitwright.bundle import OutputQuality
+from bitwright.data import FirstSamples, labels_of
 from bitwright.errors import InputError
-from bitwright.evaluation_identity import identity
-from bitwright.forking import fork
-from bitwright.quantsim import QuantSim
-from bitwright.report.widths import plan_widths
-from bitwright.runs import RunDirectory, run_in
-from bitwright.samples import FirstSamples, labels_of
-from bitwright.technique import Progress, Store
+from bitwright.files import make_directory, write_text
+from bitwright.plugins import registry
+from bitwright.progress import Progress, Store
+from bitwright.report import plan_widths
+from bitwright.runs import RunDirectory, identity, run_in
+from bitwright.simulation import QuantSim, fork, open_store
 from bitwright_analysis.accumulators import accumulators, overflowing
 from bitwright_analysis.advice import Evidence, advice, sentence
 from bitwright_analysis.distributions import activation_distributions, parameter_distributions

@@ -56,9 +56,8 @@ def analyze(
     Interrupted, the same command goes on from the last finished measurement.
     """
     from bitwright.cli.labels import read_labels
-    from bitwright.quantsim import QuantSim
-    from bitwright.recipe import read_recipe
     from bitwright.runs import run_in
+    from bitwright.simulation import QuantSim, read_recipe
     from bitwright.technique import Recipe, Step
     from bitwright_analysis.analyzer import quant_analyzer
     from bitwright_analysis.plots import require_bokeh
@@ -196,7 +195,7 @@ def validate(
 
     from bitwright.cli import console
     from bitwright.errors import CheckFailed
-    from bitwright.validation import validate as run
+    from bitwright.verification import validate as run
     from bitwright_analysis.hints import architecture_hints
 
     found = run(model, target=target, weights=weights, activations=activations)

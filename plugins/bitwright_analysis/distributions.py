@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Session
-from bitwright.collect import collect
+from bitwright.backend import Backend, Params, Session, Tap
+from bitwright.calibration import collect
 from bitwright.data import Dataset
-from bitwright.encoding import Encoding
 from bitwright.graph import Graph, Op, ParamRole
-from bitwright.grid import PerChannel, PerTensor, to_groups
-from bitwright.plan import Plan, SiteId, SiteKind
-from bitwright.report.build import describe
-from bitwright.statistics.base import Request, Source, Tap
-from bitwright.statistics.histogram import HistogramStatistic
-from bitwright.statistics.range import RangeStatistic
-from bitwright.technique import Params, Progress
+from bitwright.grids import Encoding, PerChannel, PerTensor, to_groups
+from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.progress import Progress
+from bitwright.report import describe
+from bitwright.statistics import HistogramStatistic, RangeStatistic, Request, Source
 from bitwright_analysis.records import Distribution
 from bitwright_analysis.sweeps import layer_of
 

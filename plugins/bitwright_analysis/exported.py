@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.artefact import find_bundle, plan_of, read_encodings
-from bitwright.quantsim import QuantSim
-from bitwright.technique import Progress
+from bitwright.bundle import find_bundle, plan_of, read_encodings
+from bitwright.progress import Progress
+from bitwright.simulation import QuantSim
 
 
 def exported(directory: str | Path, name: str | None = None, *, progress: Progress | None = None) -> QuantSim:

@@ -8,12 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.encoding import Encoding
-from bitwright.graph import LINEAR_KINDS, ActivationAttrs, ConvAttrs, Graph, Op, OpKind, ParamRole
-from bitwright.linear_form import input_channels, output_channels
-from bitwright.patterns import batch_norm_fold, kind, successor, upstream
-from bitwright.target import Target
-from bitwright.technique import Params
+from bitwright.backend import Params
+from bitwright.graph import (
+    LINEAR_KINDS,
+    ActivationAttrs,
+    ConvAttrs,
+    Graph,
+    Op,
+    OpKind,
+    ParamRole,
+    batch_norm_fold,
+    input_channels,
+    kind,
+    output_channels,
+    successor,
+    upstream,
+)
+from bitwright.grids import Encoding
+from bitwright.targets import Target
 from bitwright_analysis.imbalance import output_ranges
 from bitwright_analysis.records import Hint
 
@@ -81,10 +93,9 @@ def architecture_hints(
         ModelError: the model can't be opened.
         TargetError: the target's configuration is invalid.
     """
-    from bitwright.opening import open_model
-    from bitwright.params import ParamReader
-    from bitwright.quantsim import QuantSim
-    from bitwright.target import load_target
+    from bitwright.backend import ParamReader
+    from bitwright.simulation import QuantSim, open_model
+    from bitwright.targets import load_target
 
     if isinstance(model, QuantSim):
         return hints_of(model.graph, model.target, model.params, model.encodings, multiple)

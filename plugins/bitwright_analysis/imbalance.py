@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import Encoding
-from bitwright.graph import Graph, Op, OpKind
-from bitwright.linear_form import groups_of, input_channels, to_matrix
-from bitwright.patterns import downstream, kind
-from bitwright.technique import Params
+from bitwright.backend import Params
+from bitwright.graph import Graph, Op, OpKind, downstream, groups_of, input_channels, kind, to_matrix
+from bitwright.grids import Encoding
 from bitwright_analysis.records import Imbalance
 
 SCALES_THROUGH = kind(

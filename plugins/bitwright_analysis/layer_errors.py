@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Simulation
-from bitwright.batches import samples_in
-from bitwright.data import Dataset
+from bitwright.backend import Backend, Simulation, Tap
+from bitwright.data import Dataset, samples_in
 from bitwright.graph import LINEAR_KINDS, Graph, TensorId
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright.technique import Progress
+from bitwright.placement import Plan
+from bitwright.progress import Progress
 from bitwright_analysis.records import LayerError
 from bitwright_analysis.scoring import Power, decibels
 

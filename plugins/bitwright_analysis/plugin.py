@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.hookspecs import ToolInfo, hookimpl
+from bitwright.plugins import ToolInfo, hookimpl
 
 
 @hookimpl
@@ -32,19 +32,19 @@ def register_tools() -> list[ToolInfo]:
         ToolInfo(
             "layer_outputs",
             "Write each layer's output, as the tools of targets dump them.",
-            factory="bitwright_analysis.layer_outputs:layer_outputs",
-            command="bitwright_analysis.target_cli:layer_outputs",
+            factory="bitwright_deploy.layer_outputs:layer_outputs",
+            command="bitwright_deploy.commands:layer_outputs",
         ),
         ToolInfo(
             "compare",
             "Where a target's dump first departs from the simulation.",
-            factory="bitwright_analysis.departures:compare",
-            command="bitwright_analysis.target_cli:compare",
+            factory="bitwright_deploy.departures:compare",
+            command="bitwright_deploy.commands:compare",
         ),
         ToolInfo(
             "target_commands",
             "The command lines that bring an export onto a target.",
-            factory="bitwright_analysis.target_commands:target_commands",
-            command="bitwright_analysis.target_cli:target_commands",
+            factory="bitwright_deploy.target_commands:target_commands",
+            command="bitwright_deploy.commands:target_commands",
         ),
     ]

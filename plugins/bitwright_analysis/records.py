@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from bitwright.report.model import Record
+from bitwright.report import Record
 
 
 class Overall(Record):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Simulation
-from bitwright.encoding import Encoding
 from bitwright.graph import Graph, Op, OpId, ParamRole
-from bitwright.plan import Plan, SiteId, SiteKind
-from bitwright.report.build import finite
-from bitwright.technique import Progress, Store
+from bitwright.grids import Encoding
+from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.progress import Progress, Store
+from bitwright.report import finite
 from bitwright_analysis.records import Sensitivity
 from bitwright_analysis.scoring import Judge, OutputNoise, decibels
 

@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Session
-from bitwright.collect import collect
-from bitwright.durable import make_directory, write_text
+from bitwright.backend import Session, Tap
+from bitwright.calibration import collect
 from bitwright.errors import InputError
+from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph, ParamRole
-from bitwright.grid import PerChannel, to_groups
-from bitwright.quantsim import QuantSim
-from bitwright.report import parts
-from bitwright.report.model import Record
-from bitwright.statistics.base import Request, Source, Tap
-from bitwright.statistics.channel import ChannelMoments
-from bitwright.statistics.histogram import HistogramStatistic
-from bitwright.statistics.range import RangeStatistic
-from bitwright.technique import Progress
+from bitwright.grids import PerChannel, to_groups
+from bitwright.progress import Progress
+from bitwright.report import Record, parts
+from bitwright.simulation import QuantSim
+from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Request, Source
 from bitwright_analysis.analyzer import opened
 from bitwright_analysis.distributions import BINS, cumulative, span_of, thinning
 from bitwright_analysis.scoring import decibels

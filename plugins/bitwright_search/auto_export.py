@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Bundle
-from bitwright.bundle.record import ARRAYS_SUFFIX
-from bitwright.bundle.source_guard import refuse_planned
+from bitwright.bundle import ARRAYS_SUFFIX, refuse_planned
 from bitwright.data import Dataset
-from bitwright.durable import make_directory, write_text
-from bitwright.quantsim import QuantSim
+from bitwright.files import make_directory, write_text
 from bitwright.report import Calibration, complete_report
+from bitwright.simulation import QuantSim
 from bitwright_search.auto_page import render
 from bitwright_search.auto_result import AutoQuantResult
 

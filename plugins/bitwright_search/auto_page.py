@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from bitwright.report import parts
-from bitwright.report.model import Cell
+from bitwright.report import Cell, parts
 from bitwright_search.auto_result import AutoQuantResult, Status, Trial
 from bitwright_search.figures import STYLE, Dot, Rule, dots, legend, steps_to_do
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import InputError, ModelError
-from bitwright.grid import PerTensor
-from bitwright.quantsim import QuantSim
-from bitwright.recipe import RecipeLike
+from bitwright.grids import PerTensor
+from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
-from bitwright.technique import Progress
-from bitwright.validation import Validation, validate
+from bitwright.simulation import QuantSim, RecipeLike
+from bitwright.verification import Validation, validate
 from bitwright_search.auto_advice import advise
 from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.auto_result import AutoQuantResult

@@ -7,12 +7,11 @@ from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from bitwright import registry
 from bitwright.data import Dataset
 from bitwright.errors import BitwrightError, CapabilityError, InputError
-from bitwright.evaluation_identity import identity
-from bitwright.forking import fork
-from bitwright.quantsim import QuantSim
+from bitwright.plugins import registry
+from bitwright.runs import identity
+from bitwright.simulation import QuantSim, fork
 from bitwright.technique import Step
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from bitwright.errors import InputError
 from bitwright.graph import OpId, OpKind, ParamRole
-from bitwright.grid import QuantSpec, parse_type
-from bitwright.plan import SiteId
-from bitwright.quantsim import QuantSim
-from bitwright.target_schema import Kernel
+from bitwright.grids import QuantSpec, parse_type
+from bitwright.placement import SiteId
+from bitwright.simulation import QuantSim
+from bitwright.targets import Kernel
 
 COSTED = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR, OpKind.MATMUL})
 """Ops that are matrix products."""

@@ -8,13 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from bitwright.backend import Batch
-from bitwright.batches import samples_in
+from bitwright.backend import Batch, Tap
+from bitwright.data import samples_in
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpId, OpKind, TensorId
-from bitwright.plan import SiteId
-from bitwright.quantsim import QuantSim
-from bitwright.statistics.base import Tap
+from bitwright.placement import SiteId
+from bitwright.simulation import QuantSim
 from bitwright_search.candidates import COSTED, Candidate, Group
 from bitwright_search.latency import LatencyModel
 from bitwright_search.solvers import Table

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from bitwright import fingerprint
-from bitwright.backend import Simulation
+from bitwright.backend import Simulation, Tap
+from bitwright.data import labels_of
 from bitwright.errors import InputError
-from bitwright.quantsim import QuantSim
-from bitwright.samples import labels_of
-from bitwright.statistics.base import Tap
+from bitwright.runs import fingerprint
+from bitwright.simulation import QuantSim
 
 
 class Mode(StrEnum):

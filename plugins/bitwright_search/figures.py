@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from bitwright.report.charts import HEIGHT, Axis, linear_axis
+from bitwright.report import HEIGHT, Axis, linear_axis
 
 STYLE = f"<style>{resources.files('bitwright_search').joinpath('figures.css').read_text(encoding='utf-8')}</style>"
 """What the plots need beside the report's own style."""

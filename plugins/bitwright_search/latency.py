@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bitwright.durable import write_text
 from bitwright.errors import InputError
+from bitwright.files import write_text
 from bitwright.graph import Graph, OpId
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Capability, OpTimer, require
+from bitwright.data import whole_batches
 from bitwright.errors import InputError
-from bitwright.precision import retyped
-from bitwright.quantsim import QuantSim
-from bitwright.samples import whole_batches
-from bitwright.technique import Progress
+from bitwright.progress import Progress
+from bitwright.simulation import QuantSim, retyped
 from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
 from bitwright_search.costs import multiply_accumulates
 from bitwright_search.latency import Entry, LatencyTable, per_mac

@@ -78,7 +78,7 @@ def mixed(
     with options.shown_progress(quiet=quiet) as progress:
         table: object = latency
         if measure:
-            from bitwright.durable import make_directory
+            from bitwright.files import make_directory
             from bitwright_search.latency_measure import measure_latency
 
             table = measure_latency(model, data, candidates=pairs, target=target, overrides=overrides,

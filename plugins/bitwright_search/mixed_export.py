@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.data import Dataset
-from bitwright.durable import make_directory, write_text
+from bitwright.files import make_directory, write_text
 from bitwright_search.auto_export import export_network
 from bitwright_search.mixed_page import render
 from bitwright_search.mixed_result import MixedPrecisionResult

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from bitwright.report import charts, parts
-from bitwright.report.model import Cell
+from bitwright.report import Cell, charts, parts
 from bitwright_search.auto_page import duration, number
 from bitwright_search.figures import STYLE, Spot, front, legend
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult

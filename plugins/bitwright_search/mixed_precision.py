@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitwright.errors import InputError
-from bitwright.quantsim import QuantSim
-from bitwright.recipe import RecipeLike, read_recipe
+from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
-from bitwright.technique import Progress
+from bitwright.simulation import QuantSim, RecipeLike, read_recipe
 from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Bundle
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import numpy as np
 
 from bitwright.data import Dataset
 from bitwright.errors import InputError
-from bitwright.evaluation_identity import identity
-from bitwright.precision import retyped
-from bitwright.quantsim import QuantSim
+from bitwright.runs import identity
+from bitwright.simulation import QuantSim, retyped
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.evaluation import Evaluate, Mode, measure

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitwright import registry
-from bitwright.recipe import RecipeLike, read_recipe
+from bitwright.plugins import registry
+from bitwright.simulation import RecipeLike, read_recipe
 from bitwright.technique import Step
 
 

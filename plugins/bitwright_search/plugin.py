@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.hookspecs import ToolInfo, hookimpl
+from bitwright.plugins import ToolInfo, hookimpl
 
 
 @hookimpl

@@ -12,15 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bitwright import fingerprint
-from bitwright.backend import Batch, Session, Simulation
-from bitwright.data import Dataset
+from bitwright.backend import Batch, Session, Simulation, Tap
+from bitwright.data import Dataset, FirstSamples
 from bitwright.errors import InputError
-from bitwright.precision import retyped
-from bitwright.quantsim import QuantSim
-from bitwright.runs import RunDirectory
-from bitwright.samples import FirstSamples
-from bitwright.statistics.base import Tap
+from bitwright.runs import RunDirectory, fingerprint
+from bitwright.simulation import QuantSim, retyped
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.solvers import Table
 from bitwright_search.stages import content_of

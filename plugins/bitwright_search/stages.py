@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from bitwright import fingerprint, registry
 from bitwright.errors import BitwrightError
-from bitwright.quantsim import QuantSim
-from bitwright.runs import RunDirectory, run_in, versions
-from bitwright.technique import Progress, Report
+from bitwright.plugins import registry
+from bitwright.progress import Progress
+from bitwright.runs import RunDirectory, fingerprint, run_in, versions
+from bitwright.simulation import QuantSim
+from bitwright.technique import Report
 
 Record = dict[str, Any]
 
@@ -193,7 +194,7 @@ def open_sim(
         InputError: a simulation is given together with options that it has already.
     """
     from bitwright.errors import InputError
-    from bitwright.forking import fork
+    from bitwright.simulation import fork
 
     if not isinstance(model, QuantSim):
         sim = QuantSim(model, sample, **{k: v for k, v in options.items() if v is not None}, run=run)

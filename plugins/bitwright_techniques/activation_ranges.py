@@ -21,16 +21,12 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from bitwright.backend import Capability
-from bitwright.calibration import Scheme, scheme
-from bitwright.encoding import Encoding
+from bitwright.calibration import Scheme, sampled, scheme
 from bitwright.errors import EncodingError, InputError
-from bitwright.graph import LINEAR_KINDS, Graph, Op
-from bitwright.grid import PerTensor, QuantSpec
-from bitwright.linear_form import to_matrix
-from bitwright.plan import Plan, SiteId
-from bitwright.ranges import sampled
-from bitwright.statistics.base import Request, Statistic
-from bitwright.statistics.histogram import HistogramStatistic
+from bitwright.graph import LINEAR_KINDS, Graph, Op, to_matrix
+from bitwright.grids import Encoding, PerTensor, QuantSpec
+from bitwright.placement import Plan, SiteId
+from bitwright.statistics import HistogramStatistic, Request, Statistic
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.input_sample import InputSample, sample_request

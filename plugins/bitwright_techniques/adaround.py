@@ -13,8 +13,8 @@ from pydantic import Field
 
 from bitwright.backend import Capability
 from bitwright.graph import Graph
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
 from bitwright_techniques.joint_search import Choices, Effort, LayerSearch
 from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer

@@ -22,9 +22,8 @@ from pydantic import Field
 from bitwright.backend import Capability
 from bitwright.errors import InputError
 from bitwright.graph import BatchNormAttrs, Graph, Op, OpKind, ParamId, ParamRole
-from bitwright.plan import Plan
-from bitwright.statistics import ChannelMoments
-from bitwright.statistics.base import Request
+from bitwright.placement import Plan
+from bitwright.statistics import ChannelMoments, Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 

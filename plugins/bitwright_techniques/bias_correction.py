@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Capability
 from bitwright.errors import InputError
-from bitwright.graph import Graph, Op, OpId, ParamRole
-from bitwright.linear_form import to_matrix
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.graph import Graph, Op, OpId, ParamRole, to_matrix
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Report, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes

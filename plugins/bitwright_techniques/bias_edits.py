@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.edits import Edit, SetBias, SplitSharedParam
-from bitwright.graph import Graph, OpId, ParamId, ParamRole
+from bitwright.graph import Edit, Graph, OpId, ParamId, ParamRole, SetBias, SplitSharedParam
 
 
 def bias_changes(

@@ -22,8 +22,10 @@ from bitwright.graph import (
     OpKind,
     PoolAttrs,
     TensorId,
+    groups_of,
+    input_channels,
+    output_channels,
 )
-from bitwright.linear_form import groups_of, input_channels, output_channels
 
 RECTIFIERS = frozenset({OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU})
 _POOLS = frozenset({OpKind.AVERAGE_POOL, OpKind.MAX_POOL})

@@ -7,10 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import ActivationAttrs, Graph, Op, OpKind, TensorId
-from bitwright.linear_form import output_channels
-from bitwright.statistics.base import Request
-from bitwright.statistics.range import RangeStatistic
+from bitwright.graph import ActivationAttrs, Graph, Op, OpKind, TensorId, output_channels
+from bitwright.statistics import RangeStatistic, Request
 from bitwright.technique import Context
 from bitwright_techniques.channel_chains import ClipRule, bounded, find_chains
 

@@ -25,10 +25,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bitwright.backend import Capability
-from bitwright.edits import Edit, ReplaceActivation
-from bitwright.graph import ConvAttrs, Graph, Op, OpId, OpKind, ParamId, ParamRole, PoolAttrs, TensorId
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.graph import (
+    ConvAttrs,
+    Edit,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    PoolAttrs,
+    ReplaceActivation,
+    TensorId,
+)
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes

@@ -12,8 +12,19 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import LINEAR_KINDS, ActivationAttrs, AxisAttrs, ConvAttrs, Graph, Op, OpId, OpKind, TensorId
-from bitwright.linear_form import groups_of, input_channels
+from bitwright.graph import (
+    LINEAR_KINDS,
+    ActivationAttrs,
+    AxisAttrs,
+    ConvAttrs,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    TensorId,
+    groups_of,
+    input_channels,
+)
 
 Values = NDArray[np.float64]
 Moments = tuple[Values, Values]

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import edits
 from bitwright.backend import Capability
 from bitwright.graph import (
     LINEAR_KINDS,
@@ -32,10 +31,14 @@ from bitwright.graph import (
     ParamId,
     ParamRole,
     TensorId,
+    edits,
+    from_matrix,
+    input_channels,
+    output_channels,
+    to_matrix,
 )
-from bitwright.linear_form import from_matrix, input_channels, output_channels, to_matrix
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes

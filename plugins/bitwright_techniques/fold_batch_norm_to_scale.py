@@ -16,13 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import edits
 from bitwright.backend import Capability
-from bitwright.encoding import Encoding
-from bitwright.graph import BatchNormAttrs, Op, OpKind, ParamId, ParamRole
-from bitwright.grid import PerTensor
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.graph import BatchNormAttrs, Op, OpKind, ParamId, ParamRole, edits
+from bitwright.grids import Encoding, PerTensor
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.fold_batch_norm import FoldBatchNorm

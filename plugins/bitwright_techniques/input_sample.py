@@ -8,10 +8,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Reduction
 from bitwright.errors import InputError
-from bitwright.graph import Graph, Op, OpKind
-from bitwright.linear_form import columns, groups_of, input_channels
-from bitwright.statistics.base import Reduction, Request, finite
+from bitwright.graph import Graph, Op, OpKind, columns, groups_of, input_channels
+from bitwright.statistics import Request, finite
 
 
 class InputSample:

@@ -9,9 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import Op
-from bitwright.linear_form import to_matrix
-from bitwright.statistics.moments import LayerMoments
+from bitwright.graph import Op, to_matrix
+from bitwright.statistics import LayerMoments
 
 Array = NDArray[np.float64]
 Inputs = Literal["asymmetric", "quantized", "float"]

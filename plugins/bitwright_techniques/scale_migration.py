@@ -12,11 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import encoding_from_range, encoding_of_weights
-from bitwright.graph import LINEAR_KINDS, Graph, Op, OpId, ParamId, ParamRole, TensorId
-from bitwright.linear_form import from_matrix, groups_of, to_matrix
-from bitwright.statistics.base import Request
-from bitwright.statistics.range import RangeStatistic
+from bitwright.graph import (
+    LINEAR_KINDS,
+    Graph,
+    Op,
+    OpId,
+    ParamId,
+    ParamRole,
+    TensorId,
+    from_matrix,
+    groups_of,
+    to_matrix,
+)
+from bitwright.grids import encoding_from_range, encoding_of_weights
+from bitwright.statistics import RangeStatistic, Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.input_sample import InputSample, input_axis_of, sample_request

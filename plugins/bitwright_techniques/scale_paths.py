@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import LINEAR_KINDS, BatchNormAttrs, Graph, Op, OpId, OpKind, ParamRole, TensorId
-from bitwright.linear_form import output_channels
+from bitwright.graph import LINEAR_KINDS, BatchNormAttrs, Graph, Op, OpId, OpKind, ParamRole, TensorId, output_channels
 from bitwright_techniques.channel_chains import Flow, arrival, bounded, flow_of, passes
 
 _NORMS = frozenset({OpKind.LAYER_NORM, OpKind.NORM, OpKind.BATCH_NORM})

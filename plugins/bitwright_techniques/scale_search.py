@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import encoding_of_weights
 from bitwright.errors import EncodingError
-from bitwright.grid import Blockwise, QuantSpec
+from bitwright.grids import Blockwise, QuantSpec, encoding_of_weights
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
 

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from bitwright.backend import Capability
 from bitwright.graph import Graph
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers

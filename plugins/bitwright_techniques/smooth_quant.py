@@ -15,8 +15,8 @@ from pydantic import Field
 
 from bitwright.backend import Capability
 from bitwright.graph import Graph
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.scale_migration import Channels, Values, migrate, migration_requests

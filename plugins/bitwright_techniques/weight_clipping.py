@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bitwright.backend import Capability
-from bitwright.encoding import Encoding, encoding_from_range
-from bitwright.graph import Graph, Op
-from bitwright.grid import QuantSpec, to_groups
-from bitwright.linear_form import to_matrix
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request
+from bitwright.graph import Graph, Op, to_matrix
+from bitwright.grids import Encoding, QuantSpec, encoding_from_range, to_groups
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers

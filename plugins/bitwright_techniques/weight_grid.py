@@ -8,11 +8,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import Encoding
 from bitwright.errors import EncodingError
-from bitwright.graph import Op
-from bitwright.grid import spread
-from bitwright.linear_form import from_matrix, to_matrix
+from bitwright.graph import Op, from_matrix, to_matrix
+from bitwright.grids import Encoding, spread
 
 Matrix = NDArray[np.float32]
 """(groups, rows, K), as `linear_form.to_matrix` gives it; rows = output channels of a group."""

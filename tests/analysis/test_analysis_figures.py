@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitwright import QuantSim
-from bitwright.encoding import encoding_from_range, encoding_of_weights
+from bitwright.backend import Tap
+from bitwright.data import FirstSamples
 from bitwright.graph import ConvAttrs, Graph, Op, OpKind, Param, ParamRole, Tensor
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
-from bitwright.integer import IntegerSimulation
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_from_range, encoding_of_weights
 from bitwright.progress import Silent
-from bitwright.samples import FirstSamples
-from bitwright.statistics.base import Tap
-from bitwright.statistics.histogram import HistogramStatistic
+from bitwright.statistics import HistogramStatistic
+from bitwright.verification._integer import IntegerSimulation
 from bitwright_analysis.accumulators import accumulators, overflowing, width_of
 from bitwright_analysis.distributions import activation_distributions, cumulative, parameter_distributions
 from bitwright_analysis.imbalance import equalized, imbalances, input_ranges, output_ranges, precision

@@ -176,7 +176,7 @@ def test_json_comes_back_as_it_was(trained, tmp_path):
 
 
 def test_advice_names_techniques_that_exist(images, trained):
-    known = bitwright.registry.techniques()
+    known = bitwright.plugins.registry.techniques()
     uneven = conv_model(spread=0.001)
     found = analyze(uneven, images, target="htp_v66", weights="int4")
     named = {a.technique for a in found.advice if a.technique}

@@ -6,7 +6,7 @@ from analysis_models import conv_model
 
 import bitwright
 from bitwright.graph import BatchNormAttrs, ConvAttrs, Graph, Op, OpKind, Param, ParamRole, Tensor
-from bitwright.target import load_target
+from bitwright.targets import load_target
 from bitwright_analysis.hints import architecture_hints, hints_of
 
 NORM = {ParamRole.GAMMA: "g", ParamRole.BETA: "be", ParamRole.MEAN: "m", ParamRole.VAR: "v"}

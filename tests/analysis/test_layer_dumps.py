@@ -8,11 +8,11 @@ from analysis_models import conv_model, mlp
 
 import bitwright
 from bitwright import QuantSim
+from bitwright.backend import Tap
 from bitwright.errors import EncodingError, InputError
-from bitwright.statistics.base import Tap
 from bitwright_analysis.exported import exported
-from bitwright_analysis.layer_outputs import Dump, channels_last
-from bitwright_analysis.tensor_names import file_names, matched, plain
+from bitwright_deploy.layer_outputs import Dump, channels_last
+from bitwright_deploy.tensor_names import file_names, matched, plain
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 import bitwright
 from bitwright.cli.listings import attribute_notes, setting_notes
-from bitwright.registry import default_registry
+from bitwright.plugins import default_registry
 
 # -- verify
 
@@ -288,7 +288,7 @@ def test_broken_plugins_are_a_warning_line(run, monkeypatch):
     import warnings
 
     from bitwright.cli import listings
-    from bitwright.registry import PluginWarning
+    from bitwright.plugins.registry import PluginWarning
 
     monkeypatch.setattr(
         listings, "_json", lambda value: warnings.warn("plugin 'x' skipped", PluginWarning, stacklevel=1)

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from bitwright import durable
-from bitwright.registry import default_registry
+from bitwright.files import _durable as durable
+from bitwright.plugins import default_registry
 from bitwright.report import RunReport
 from bitwright.runs import RunDirectory
 from bitwright.technique import Outcome, Settings

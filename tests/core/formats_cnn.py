@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitwright.encoding import Encoding, Provenance, encoding_from_range, encoding_of_weights
 from bitwright.formats import EncodingsFile, TensorGeometry, permute, unbind
-from bitwright.grid import Blockwise, PerChannel, QuantSpec
+from bitwright.grids import (
+    Blockwise,
+    Encoding,
+    PerChannel,
+    Provenance,
+    QuantSpec,
+    encoding_from_range,
+    encoding_of_weights,
+)
 
 LPBQ_WEIGHT = np.array([[1, -2, 3, -4, 0.5, 0.25, -0.125, 0.06], [7, -7, 1, 1, 2, 2, -3, -1]], np.float32)
 CONV_WEIGHT = np.linspace(-1, 1, 4 * 3 * 9, dtype=np.float32).reshape(4, 3, 3, 3) ** 3

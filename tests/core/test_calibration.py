@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from bitwright.calibration import Density, Scheme, calibrate_array, scheme, schemes
-from bitwright.encoding import encoding_of_weights
+from bitwright.calibration import Scheme, scheme
+from bitwright.calibration._density import Density
+from bitwright.calibration._schemes import calibrate_array, schemes
 from bitwright.errors import EncodingError, InputError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_of_weights
 from bitwright.statistics import HistogramStatistic, RangeStatistic
 
 ASYMMETRIC, SYMMETRIC = {"signed": False, "symmetric": False}, {"signed": True, "symmetric": True}
@@ -344,7 +345,7 @@ def test_blocks_and_two_level_scales():
 def test_large_arrays_are_searched_through_bins(monkeypatch):
     x = samples("laplace")
     exact = calibrate_array(x, QuantSpec(4), "sqnr")
-    monkeypatch.setattr("bitwright.calibration.density.EXACT_LIMIT", 100)
+    monkeypatch.setattr("bitwright.calibration._density.EXACT_LIMIT", 100)
     binned = calibrate_array(x, QuantSpec(4), "sqnr")
     assert noise(x, binned) <= noise(x, exact) * 1.01
 

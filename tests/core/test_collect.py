@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bitwright.collect import collect
-from bitwright.data import ArrayDataset
+from bitwright.calibration import collect
+from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError
 from bitwright.graph import Op, OpKind
 from bitwright.statistics import ChannelMoments, HistogramStatistic, LayerMoments, RangeStatistic, Request

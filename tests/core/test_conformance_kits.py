@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from bitwright.edits import SetParams
-from bitwright.encoding import Encoding
+from bitwright.graph import SetParams
+from bitwright.grids import Encoding
 from bitwright.technique import Outcome, Report
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
@@ -96,7 +96,7 @@ def test_faulty_backends_fail(backend, test, tmp_path):
 
 
 def test_half_up_rounding_fails_on_midpoints():
-    from bitwright.grid import QuantSpec
+    from bitwright.grids import QuantSpec
 
     spec = QuantSpec(4, signed=False, symmetric=False)
     _Kit(ReferenceBackend()).test_fake_quantization_is_the_core_s_grid(CASE, spec)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from bitwright import formats
-from bitwright.array_files import read_npy, read_npz
 from bitwright.data import labels
-from bitwright.durable import write_text
 from bitwright.errors import BitwrightError, EncodingError, InputError, TargetError
-from bitwright.recipe import read_recipe
-from bitwright.runs import FileStore
-from bitwright.target import load_target
+from bitwright.files import read_npy, read_npz, write_text
+from bitwright.runs._directory import FileStore
+from bitwright.simulation import read_recipe
+from bitwright.targets import load_target
 
 DEEP, LONG = 100_000, "9" * 5_000
 

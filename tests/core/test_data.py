@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from bitwright.data import ArrayDataset, Dataset, ImageOptions, labels, open_data
+from bitwright.data import Dataset, FirstSamples, labels, open_data
+from bitwright.data._dataset import ArrayDataset, ImageOptions
 from bitwright.errors import InputError
-from bitwright.samples import FirstSamples
 
 ONE = {"x": ((None, 3, 4), "float32")}
 TWO = {"ids": ((None, 5), "int64"), "mask": ((None, 5), "float32")}

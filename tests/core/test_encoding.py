@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 
-from bitwright.encoding import Encoding, EncodingTable, Provenance, encoding_from_range, encoding_of_weights, two_level
 from bitwright.errors import EncodingError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import (
+    Blockwise,
+    Encoding,
+    EncodingTable,
+    PerChannel,
+    PerTensor,
+    Provenance,
+    QuantSpec,
+    encoding_from_range,
+    encoding_of_weights,
+    two_level,
+)
 
 X = np.array([-1, -0.5, 0, 0.3, 2], np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)

@@ -9,7 +9,7 @@ import pytest
 
 from bitwright.errors import EncodingError
 from bitwright.formats import TensorGeometry, bind, convert, dumps, loads, read
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
 
 HEAD = {"producer": {"package": "aimet-torch", "version": "2.42.0"}}
 TAIL = {

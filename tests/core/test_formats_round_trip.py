@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitwright.encoding import Encoding, two_level
 from bitwright.errors import EncodingError
 from bitwright.formats import (
     VERSIONS,
@@ -25,7 +24,7 @@ from bitwright.formats import (
     renumber,
     unbind,
 )
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec, scale_shape
+from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, scale_shape, two_level
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # ranges of the largest scales
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from formats_cnn import ACTIVATION_SPECS, GEOMETRIES, PARAMETER_SPECS, cnn_encodings, cnn_file
 
-from bitwright.encoding import Encoding, encoding_of_weights
 from bitwright.errors import EncodingError, InputError
 from bitwright.formats import (
     VERSIONS,
@@ -25,7 +24,7 @@ from bitwright.formats import (
     unbind,
     write,
 )
-from bitwright.grid import Blockwise, PerChannel, QuantSpec
+from bitwright.grids import Blockwise, Encoding, PerChannel, QuantSpec, encoding_of_weights
 
 
 def without(file, name):

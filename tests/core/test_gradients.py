@@ -7,17 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitwright.encoding import encoding_from_range
-from bitwright.gradients import (
+from bitwright.grids import (
+    Blockwise,
+    Grid,
     Groups,
-    NumpyNamespace,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    cast_float,
     cast_vjp,
+    encoding_from_range,
     fake_quantize,
     fake_quantize_vjp,
     lsq_factor,
-    range_vjp,
+    spread,
 )
-from bitwright.grid import Blockwise, Grid, PerChannel, PerTensor, QuantSpec, cast_float, spread
+from bitwright.grids._gradients import NumpyNamespace, range_vjp
 
 NP = NumpyNamespace()
 LAYOUTS = {

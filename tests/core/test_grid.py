@@ -6,23 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from bitwright.encoding import encoding_from_range
 from bitwright.errors import InputError
-from bitwright.grid import (
+from bitwright.grids import (
     Blockwise,
     Grid,
     PerChannel,
     PerTensor,
     QuantSpec,
-    block_count,
     cast_float,
-    fake_quantize,
+    encoding_from_range,
     parse_type,
-    quantize,
     scale_shape,
     spread,
     to_groups,
 )
+from bitwright.grids._grid import block_count, fake_quantize, quantize
 
 ZERO = np.array(0, np.int32)
 ONE = np.array(1, np.float32)

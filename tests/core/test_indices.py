@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor
-from bitwright.placement import build_plan
-from bitwright.plan import Float
+from bitwright.placement import Float, build_plan
 
 TABLE = {ParamRole.WEIGHT: "table"}
 DENSE = {ParamRole.WEIGHT: "w"}

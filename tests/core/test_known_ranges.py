@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from bitwright.calibration import scheme
-from bitwright.data import ArrayDataset
+from bitwright.calibration import activation_encodings, scheme
+from bitwright.data._dataset import ArrayDataset
 from bitwright.graph import OpKind
-from bitwright.grid import QuantSpec
+from bitwright.grids import QuantSpec
 from bitwright.placement import build_plan
-from bitwright.placing.known_ranges import known_ranges
-from bitwright.ranges import activation_encodings
+from bitwright.placement._known_ranges import known_ranges
 from bitwright.statistics import HistogramStatistic, RangeStatistic
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import Quiet

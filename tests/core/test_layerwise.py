@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitwright.cuts import CutCache, cut_before, schedule
-from bitwright.data import ArrayDataset
-from bitwright.encoding import encoding_of_weights
+from bitwright.backend import Tap
+from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError, ModelError
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.layerwise import LayerwiseWalk, reconstruction_loss
-from bitwright.linear_form import output_channels
-from bitwright.statistics.base import Tap
-from bitwright.statistics.moments import LayerMoments
+from bitwright.graph import output_channels
+from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
+from bitwright.layerwise import CutCache, LayerwiseWalk
+from bitwright.layerwise._cuts import cut_before, schedule
+from bitwright.layerwise._walk import reconstruction_loss
+from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer, LayerResult
 from bitwright.testing import models
 from bitwright.testing.harness import Interrupted, MemoryStore, Quiet, min_max_encodings, simple_plan

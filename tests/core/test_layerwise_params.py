@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitwright.data import ArrayDataset
-from bitwright.edits import SetParams
+from bitwright.data._dataset import ArrayDataset
+from bitwright.graph import SetParams, output_channels
 from bitwright.layerwise import LayerwiseWalk
-from bitwright.linear_form import output_channels
 from bitwright.technique import LayerResult
 from bitwright.testing import models
 from bitwright.testing.builder import Builder

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bitwright.leftovers import sweep
+from bitwright.files import sweep
 from bitwright.runs import run_in
 
 

@@ -5,8 +5,7 @@ import pytest
 from direct_convolution import CASES, conv_op, direct, tensors
 
 from bitwright.errors import ModelError
-from bitwright.graph import Op, OpKind
-from bitwright.linear_form import columns, from_matrix, groups_of, input_channels, output_channels, to_matrix
+from bitwright.graph import Op, OpKind, columns, from_matrix, groups_of, input_channels, output_channels, to_matrix
 
 
 def product(op, x, w, channel_axis=None):
@@ -37,7 +36,7 @@ def test_channels_last(name):
 def test_small_chunks_change_nothing(name, monkeypatch):
     op, x, w = tensors(name)
     whole, product_of_whole = np.concatenate(list(columns(op, x)), axis=2), product(op, x, w)
-    monkeypatch.setattr("bitwright.linear_form.CHUNK_BYTES", 1)
+    monkeypatch.setattr("bitwright.graph._linear_form.CHUNK_BYTES", 1)
     chunks = list(columns(op, x))
     assert len(chunks) == len(x)
     assert np.array_equal(np.concatenate(chunks, axis=2), whole)

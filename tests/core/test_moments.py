@@ -5,8 +5,7 @@ import pytest
 from direct_convolution import CASES, conv_op, direct, tensors
 
 from bitwright.errors import InputError
-from bitwright.graph import ConvAttrs, Op, OpKind
-from bitwright.linear_form import to_matrix
+from bitwright.graph import ConvAttrs, Op, OpKind, to_matrix
 from bitwright.statistics import LayerMoments
 
 

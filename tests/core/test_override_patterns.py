@@ -3,9 +3,8 @@
 import pytest
 
 from bitwright.errors import InputError
-from bitwright.grid import QuantSpec
-from bitwright.placement import build_plan
-from bitwright.plan import Float
+from bitwright.grids import QuantSpec
+from bitwright.placement import Float, build_plan
 from bitwright.testing import models
 
 

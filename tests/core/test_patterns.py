@@ -3,22 +3,24 @@
 import numpy as np
 import pytest
 
-from bitwright.composites import layer_normalizations, matmul_adds, rms_normalizations
-from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor
-from bitwright.patterns import (
+from bitwright.graph import (
+    Graph,
+    Op,
+    OpKind,
+    Param,
+    ParamRole,
+    Tensor,
     batch_norm_fold,
     chain,
     downstream,
-    identity,
     kind,
-    linear,
-    nothing,
     op_type,
-    optional,
     successor,
     upstream,
     where,
 )
+from bitwright.graph._composites import layer_normalizations, matmul_adds, rms_normalizations
+from bitwright.graph._patterns import identity, linear, nothing, optional
 from bitwright.testing.builder import Builder
 
 act = kind(OpKind.RELU, OpKind.CLIPPED_RELU)

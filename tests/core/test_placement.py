@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from bitwright.encoding import encoding_from_range
 from bitwright.errors import InputError, TargetError
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, RecurrentAttrs, Tensor
-from bitwright.grid import Blockwise, PerChannel, PerTensor
-from bitwright.placement import build_plan
-from bitwright.plan import Derived, Float, SharedWith
-from bitwright.target import load_target
+from bitwright.grids import Blockwise, PerChannel, PerTensor, encoding_from_range
+from bitwright.placement import Derived, Float, SharedWith, build_plan
+from bitwright.targets import load_target
 from bitwright.testing.builder import Builder
 from bitwright.testing.models import concat_branches, residual, transposed
 

@@ -5,10 +5,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitwright.graph import Op, OpKind
-from bitwright.grid import QuantSpec
-from bitwright.placement import build_plan
-from bitwright.plan import Derived, Float, SharedWith, SiteKind
-from bitwright.target import target_names
+from bitwright.grids import QuantSpec
+from bitwright.placement import Derived, Float, SharedWith, SiteKind, build_plan
+from bitwright.targets import target_names
 from bitwright.testing.builder import Builder
 
 MOVES = ("conv bn relu clip sigmoid opaque pool average identity add mul scale concat transpose reshape").split()  # noqa: SIM905

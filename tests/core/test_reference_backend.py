@@ -3,11 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, ParamRole
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.plan import Plan, SharedWith
-from bitwright.statistics.base import Tap
+from bitwright.grids import PerChannel, QuantSpec
+from bitwright.placement import Plan, SharedWith
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
 from bitwright.testing.builder import Builder

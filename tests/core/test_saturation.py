@@ -7,12 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitwright import saturation
-from bitwright.encoding import Encoding, encoding_of_weights
+from bitwright.bundle import _saturation as saturation
 from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole
-from bitwright.grid import PerChannel, PerTensor, QuantSpec
-from bitwright.integer_kernels import accumulate
-from bitwright.pair_sums import fitted_scale, in_order, pair_limit, pair_sums
+from bitwright.grids import (
+    Encoding,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    encoding_of_weights,
+    in_order,
+    pair_limit,
+    pair_sums,
+)
+from bitwright.grids._pair_sums import fitted_scale
+from bitwright.verification._integer_kernels import accumulate
 
 INPUTS = Encoding(8, False, False, np.float32(1), np.int32(3), PerTensor())
 

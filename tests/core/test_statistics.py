@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from bitwright.backend._taps import thinned
 from bitwright.errors import InputError
-from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic
-from bitwright.statistics.base import Statistic, thinned
+from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Statistic
 
 FLOATS = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 

@@ -7,7 +7,7 @@ import pytest
 
 from bitwright.errors import TargetError
 from bitwright.graph import ParamRole
-from bitwright.target import Target, load_target, target_names, target_summary
+from bitwright.targets import Target, load_target, target_names, target_summary
 
 AIMET = {
     "defaults": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitwright.bundle.outputs import in_shape
+from bitwright.bundle import in_shape
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import keras_nets as nets  # noqa: E402
 from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import ConvAttrs, OpKind, ParamRole  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
-from bitwright.validation import validate  # noqa: E402
+from bitwright.verification import validate  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
-from bitwright_keras.native import keras_model  # noqa: E402
-from bitwright_keras.normalize import CaptureNotice  # noqa: E402
+from bitwright_keras.capture.normalize import CaptureNotice  # noqa: E402
+from bitwright_keras.graph.native import keras_model  # noqa: E402
 
 BACKEND = KerasBackend()
 RNG = np.random.default_rng(0)
@@ -210,7 +210,7 @@ def test_strided_same_padding_over_free_sizes_is_opaque() -> None:
 
 
 def test_a_shared_layer_takes_a_bias_at_each_call() -> None:
-    from bitwright.edits import SetBias
+    from bitwright.graph import SetBias
 
     found = BACKEND.adopt(nets.settled(nets.separable()))
     values = {"shared": np.arange(6, dtype=np.float32), "shared_1": -np.arange(6, dtype=np.float32)}

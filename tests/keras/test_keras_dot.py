@@ -7,7 +7,7 @@ import pytest
 
 from bitwright import QuantSim
 from bitwright.graph import OpKind, ProductAttrs
-from bitwright.verify import verify
+from bitwright.verification import verify
 
 keras = pytest.importorskip("keras")
 

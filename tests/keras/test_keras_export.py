@@ -19,15 +19,15 @@ if keras.backend.backend() != "tensorflow":
 import keras_nets as nets  # noqa: E402
 
 from bitwright import QuantSim, formats  # noqa: E402
-from bitwright.artefact import check_bundle, read_encodings  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
+from bitwright.bundle import check_bundle, read_encodings  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright.verify import sqnr, verify  # noqa: E402
+from bitwright.verification import sqnr, verify  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
-from bitwright_keras.export import export, save_saved_model  # noqa: E402
-from bitwright_keras.files import load_model  # noqa: E402
-from bitwright_keras.frozen import frozen  # noqa: E402
-from bitwright_tensorflow.runtime import session_config  # noqa: E402
+from bitwright_keras.capture.files import load_model  # noqa: E402
+from bitwright_keras.export.export import export, save_saved_model  # noqa: E402
+from bitwright_keras.export.frozen import frozen  # noqa: E402
+from bitwright_tensorflow.graph.runtime import session_config  # noqa: E402
 
 BACKEND = KerasBackend()
 NETS = ("residual", "branches", "separable", "transformer")
@@ -79,7 +79,7 @@ def test_every_activation_is_a_tensor_of_the_frozen_graph(net: str) -> None:
 
 
 def _native(model: Any) -> Any:
-    from bitwright_keras.native import keras_model
+    from bitwright_keras.graph.native import keras_model
 
     return keras_model(model)
 
@@ -144,7 +144,7 @@ def test_exports_load_in_a_process_without_bitwright(exported: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("net", NETS)
 def test_qdq_computes_what_the_simulation_does(net: str, tmp_path: Path) -> None:
-    from bitwright_onnx.runtime import IntegerSession
+    from bitwright_onnx.export.runtime import IntegerSession
 
     sim, data = _calibrated(net, target="onnxruntime-cpu")
     path = tmp_path / "net.qdq.onnx"

@@ -14,7 +14,7 @@ keras = pytest.importorskip("keras")
 import keras_nets as nets  # noqa: E402
 
 from bitwright.errors import BitwrightError, InputError  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 
 BACKEND = KerasBackend()

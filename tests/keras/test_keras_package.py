@@ -13,8 +13,8 @@ keras = pytest.importorskip("keras")
 
 import bitwright_keras  # noqa: E402
 from bitwright.errors import InputError  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright_keras.fake_quant import FakeQuantize  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright_keras.simulate.fake_quant import FakeQuantize  # noqa: E402
 
 X = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
 LABELS = np.arange(16) % 5

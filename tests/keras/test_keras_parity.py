@@ -14,8 +14,8 @@ from keras import layers as L  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from parity import assert_close_outputs, assert_close_params, assert_equal_plans, matched_names  # noqa: E402
 
-from bitwright.plan import SiteKind  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.placement import SiteKind  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 
 EPSILON = 1e-3
 

@@ -10,17 +10,26 @@ keras = pytest.importorskip("keras")
 import keras_nets as nets  # noqa: E402
 from keras import ops  # noqa: E402
 
-from bitwright.backend import TrainableSimulation, Training  # noqa: E402
-from bitwright.encoding import encoding_of_weights  # noqa: E402
+from bitwright.backend import (  # noqa: E402
+    Tap,  # noqa: E402
+    TrainableSimulation,
+    Training,
+)
 from bitwright.errors import InputError  # noqa: E402
-from bitwright.gradients import Groups, NumpyNamespace, fake_quantize_vjp  # noqa: E402
-from bitwright.grid import Grid, PerTensor  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright_keras.fake_quant import FakeQuantize  # noqa: E402
-from bitwright_keras.model import variables_of  # noqa: E402
-from bitwright_keras.rounding import round_to_grid, value_of  # noqa: E402
-from bitwright_keras.weights import QuantizedLayer  # noqa: E402
+from bitwright.grids import (  # noqa: E402  # noqa: E402
+    Grid,
+    Groups,
+    PerTensor,
+    encoding_of_weights,  # noqa: E402
+    fake_quantize_vjp,
+)
+from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright_keras.graph.engine import value_of  # noqa: E402
+from bitwright_keras.graph.model import variables_of  # noqa: E402
+from bitwright_keras.simulate.fake_quant import FakeQuantize  # noqa: E402
+from bitwright_keras.simulate.rounding import round_to_grid  # noqa: E402
+from bitwright_keras.simulate.weights import QuantizedLayer  # noqa: E402
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 5, 64)

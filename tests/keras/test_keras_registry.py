@@ -4,8 +4,7 @@ import importlib.machinery
 import sys
 import types
 
-from bitwright.hookspecs import BackendInfo, hookimpl
-from bitwright.registry import Registry
+from bitwright.plugins import BackendInfo, Registry, hookimpl
 from bitwright.testing.reference import ReferenceBackend
 
 

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from bitwright import QuantSim
-from bitwright.plan import OwnForms
+from bitwright.placement import OwnForms
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": "int4"}])

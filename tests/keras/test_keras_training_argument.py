@@ -15,13 +15,13 @@ keras = pytest.importorskip("keras")
 from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
-from bitwright_keras.comparing import CaptureNotice  # noqa: E402
-from bitwright_keras.native import keras_model  # noqa: E402
+from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
+from bitwright_keras.graph.native import keras_model  # noqa: E402
 
 BACKEND = KerasBackend()
 RNG = np.random.default_rng(0)

@@ -17,18 +17,20 @@ import keras_nets as nets  # noqa: E402
 from keras import layers as L  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.cli import main  # noqa: E402
-from bitwright.encoding import Encoding  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind, ParamRole  # noqa: E402
-from bitwright.grid import PerChannel  # noqa: E402
-from bitwright.plan import Derived, SiteKind  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright.verify import sqnr, verify  # noqa: E402
-from bitwright_keras.export import export  # noqa: E402
-from bitwright_keras.litert import LiteRtSession  # noqa: E402
-from bitwright_keras.tflite_file import TfliteFile  # noqa: E402
-from bitwright_keras.tflite_grids import activation_grid  # noqa: E402
+from bitwright.grids import (
+    Encoding,  # noqa: E402
+    PerChannel,  # noqa: E402
+)
+from bitwright.placement import Derived, SiteKind  # noqa: E402
+from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright_keras.export.export import export  # noqa: E402
+from bitwright_keras.export.litert import LiteRtSession  # noqa: E402
+from bitwright_keras.export.tflite_file import TfliteFile  # noqa: E402
+from bitwright_keras.export.tflite_grids import activation_grid  # noqa: E402
 
 TARGET = "tflite-int8"
 

@@ -9,14 +9,13 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-from bitwright.encoding import Encoding, encoding_from_range, encoding_of_weights
+from bitwright.backend import Tap
 from bitwright.graph import Graph, OpKind, ParamRole
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.plan import Decision, Derived, Float, Plan, Site, SiteKind
-from bitwright.statistics.base import Tap
-from bitwright_onnx.canonical import canonical_graph
-from bitwright_onnx.model import adopt_model
-from bitwright_onnx.session import OrtSession
+from bitwright.grids import Encoding, PerChannel, QuantSpec, encoding_from_range, encoding_of_weights
+from bitwright.placement import Decision, Derived, Float, Plan, Site, SiteKind
+from bitwright_onnx.capture.model import adopt_model
+from bitwright_onnx.graph.canonical import canonical_graph
+from bitwright_onnx.simulate.session import OrtSession
 
 ACTIVATION = QuantSpec(signed=False, symmetric=False)
 WEIGHT = QuantSpec(granularity=PerChannel(0))
@@ -114,7 +113,7 @@ def plan_of(
 
 def encodings_of(native: ir.Model, graph: Graph, plan: Plan, batch: Mapping[str, np.ndarray]) -> dict[str, Encoding]:
     """Min-max encodings of every site with a specification."""
-    from bitwright_onnx.params import read_params
+    from bitwright_onnx.graph.params import read_params
 
     found: dict[str, Encoding] = {}
     ranges = OrtSession(native, [Tap(t, "minmax") for t in plan.activations]).run(batch)

@@ -13,13 +13,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-import bitwright_onnx.qdq as qdq_writer
-from bitwright import QuantSim, artefact
-from bitwright.bundle.record import digest, named, read_reference, read_report, seal, spread
-from bitwright.bundle.samples import Samples, kept, synthetic
+import bitwright_onnx.export.qdq as qdq_writer
+from bitwright import QuantSim
+from bitwright.bundle import Samples
+from bitwright.bundle import _artefact as artefact
+from bitwright.bundle._record import read_reference, spread
+from bitwright.bundle._samples import kept, synthetic
 from bitwright.errors import InputError, ModelError
-from bitwright.fingerprint import of_file
-from bitwright.verify import verify
+from bitwright.report import digest, read_report
+from bitwright.report._seal import named, seal
+from bitwright.runs import of_file
+from bitwright.verification import verify
 
 N = onnx.helper.make_node
 FLOAT = onnx.TensorProto.FLOAT

@@ -9,9 +9,9 @@ from exactness_nets import CONV, NETS, after_conv, conv, image, node, normal, ro
 from onnx import numpy_helper
 
 from bitwright import QuantSim
-from bitwright import integer_kernels as kernels
-from bitwright.target import load_target
-from bitwright.verify import Verification, verify
+from bitwright.targets import load_target
+from bitwright.verification import Verification, verify
+from bitwright.verification import _integer_kernels as kernels
 
 PER_TENSOR = load_target("default").config.model_dump(mode="json", exclude_none=True)
 PER_TENSOR["defaults"]["per_channel_quantization"] = False
@@ -125,8 +125,8 @@ def test_a_changed_scale_in_the_quantized_file_is_a_problem(kind, tensor, tmp_pa
 
 
 def test_another_runtime_covers_nothing():
-    from bitwright.exactness import Examination
-    from bitwright.integer import IntegerSimulation
+    from bitwright.verification._exactness import Examination
+    from bitwright.verification._integer import IntegerSimulation
 
     model, data = NETS["conv_relu"]()
     sim = QuantSim(model).calibrate(data)

@@ -11,19 +11,19 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from bitwright.encoding import Encoding, EncodingTable  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
+from bitwright.calibration import full_table, weight_encodings  # noqa: E402
 from bitwright.errors import ModelError  # noqa: E402
+from bitwright.grids import Encoding, EncodingTable  # noqa: E402
 from bitwright.placement import build_plan  # noqa: E402
-from bitwright.ranges import full_table, weight_encodings  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright.target import load_target  # noqa: E402
+from bitwright.targets import load_target  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
-from bitwright_onnx.graphdef import HANDLERS, import_graphdef  # noqa: E402
-from bitwright_onnx.graphdef_nodes import decode  # noqa: E402
-from bitwright_onnx.model import adopt_model  # noqa: E402
-from bitwright_onnx.qdq import write_qdq  # noqa: E402
-from bitwright_onnx.runtime import IntegerSession, runtime_ops  # noqa: E402
-from bitwright_onnx.session import OrtSession  # noqa: E402
+from bitwright_onnx.capture.model import adopt_model  # noqa: E402
+from bitwright_onnx.export.qdq import write_qdq  # noqa: E402
+from bitwright_onnx.export.runtime import IntegerSession, runtime_ops  # noqa: E402
+from bitwright_onnx.graphdef.convert import HANDLERS, import_graphdef  # noqa: E402
+from bitwright_onnx.graphdef.nodes import decode  # noqa: E402
+from bitwright_onnx.simulate.session import OrtSession  # noqa: E402
 
 RNG = np.random.default_rng(7)
 IMAGE = (2, 7, 9, 4)

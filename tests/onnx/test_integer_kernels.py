@@ -7,10 +7,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitwright import integer_kernels as kernels
-from bitwright.encoding import Encoding
 from bitwright.graph import ConvAttrs, Op, OpKind, PoolAttrs
-from bitwright.grid import Grid, PerChannel
+from bitwright.grids import Encoding, Grid, PerChannel
+from bitwright.verification import _integer_kernels as kernels
 
 F = np.float32
 

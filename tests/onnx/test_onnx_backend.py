@@ -4,14 +4,14 @@ import builders as b
 import numpy as np
 import pytest
 
-import bitwright_onnx.model
+import bitwright_onnx.capture.model
 from bitwright import registry
 from bitwright.backend import Backend, Capability, IntegerRuntime, PartialExecution, require
-from bitwright.encoding import EncodingTable
 from bitwright.errors import CapabilityError, InputError
-from bitwright.plan import Plan
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.session import compile_session
+from bitwright_onnx.simulate.session import compile_session
 
 BACKEND = OnnxBackend()
 PLAN = Plan({}, "none")
@@ -43,7 +43,7 @@ def test_what_it_does_not_do(tmp_path):
 
 
 def test_big_models_get_a_data_file_by_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(bitwright_onnx.model, "EXTERNAL_ABOVE", 300)
+    monkeypatch.setattr(bitwright_onnx.capture.model, "EXTERNAL_ABOVE", 300)
     model = BACKEND.adopt(b.mlp())
     BACKEND.save(model, tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

@@ -7,9 +7,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bitwright.artefact import check_bundle
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr
+from bitwright.bundle import check_bundle
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr
 
 DATA = {"x": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
 

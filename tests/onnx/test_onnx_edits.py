@@ -5,11 +5,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bitwright.edits import FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
 from bitwright.errors import ModelError
-from bitwright.graph import OpKind, ParamRole
+from bitwright.graph import (
+    FoldBatchNorm,
+    OpKind,
+    ParamRole,
+    RemoveOp,
+    ReplaceActivation,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+)
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.session import compile_session
+from bitwright_onnx.simulate.session import compile_session
 
 BACKEND = OnnxBackend()
 

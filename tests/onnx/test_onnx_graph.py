@@ -4,12 +4,21 @@ import builders as b
 import numpy as np
 import pytest
 
+from bitwright.backend import Tap
 from bitwright.errors import ModelError
-from bitwright.graph import ActivationAttrs, ConvAttrs, Graph, OpKind, ParamRole, PoolAttrs
-from bitwright.linear_form import columns, output_channels, to_matrix
-from bitwright.quantsim import QuantSim
-from bitwright.statistics.base import Tap
-from bitwright.verify import sqnr
+from bitwright.graph import (
+    ActivationAttrs,
+    ConvAttrs,
+    Graph,
+    OpKind,
+    ParamRole,
+    PoolAttrs,
+    columns,
+    output_channels,
+    to_matrix,
+)
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr
 from bitwright_onnx.backend import OnnxBackend
 
 BACKEND = OnnxBackend()

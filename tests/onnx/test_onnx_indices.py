@@ -6,8 +6,8 @@ import builders as b
 import numpy as np
 import pytest
 
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr
 
 IDS = np.random.default_rng(0).integers(1, 999, (32, 6)).astype(np.float32)
 

@@ -8,9 +8,9 @@ import onnxruntime as ort
 import pytest
 
 from bitwright.errors import InputError
-from bitwright.plan import Float
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr
+from bitwright.placement import Float
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr
 
 S, D, N = 12, 16, 24
 KEPT = np.arange(S) < 8

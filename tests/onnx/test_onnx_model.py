@@ -11,16 +11,16 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
+from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import ParamRole
-from bitwright.plan import Float
-from bitwright.quantsim import QuantSim
-from bitwright.statistics.base import Tap
-from bitwright.verify import sqnr
+from bitwright.placement import Float
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.opset import opset_of, raise_opset
-from bitwright_onnx.session import OrtSession, compile_session
-from bitwright_onnx.subgraph import values_of
+from bitwright_onnx.graph.opset import opset_of, raise_opset
+from bitwright_onnx.graph.subgraph import values_of
+from bitwright_onnx.simulate.session import OrtSession, compile_session
 
 BACKEND = OnnxBackend()
 

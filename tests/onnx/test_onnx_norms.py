@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bitwright.errors import ModelError
-from bitwright.finiteness import NonFiniteWarning
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr
+from bitwright.simulation import QuantSim
+from bitwright.simulation._finiteness import NonFiniteWarning
+from bitwright.verification import sqnr
 
 D = 32
 TARGETS = ("default", "per_tensor", "htp_v66", "htp_v73", "generic-int8", "onnxruntime-cpu")

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 
 from bitwright.graph import OpKind
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr, verify
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr, verify
 
 RNG = np.random.default_rng(0)
 DATA = {"a": RNG.standard_normal((8, 8)).astype(np.float32), "c": RNG.standard_normal((8, 8)).astype(np.float32)}

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
-from bitwright.statistics.base import Tap
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.session import OrtSession
+from bitwright_onnx.simulate.session import OrtSession
 
 BACKEND = OnnxBackend()
 CNN = BACKEND.adopt(b.small_cnn())

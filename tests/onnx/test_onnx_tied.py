@@ -8,9 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bitwright import QuantSim
-from bitwright.artefact import check_bundle
-from bitwright.edits import SetBias, SetParams, SplitSharedParam
-from bitwright.verify import sqnr, verify
+from bitwright.bundle import check_bundle
+from bitwright.graph import SetBias, SetParams, SplitSharedParam
+from bitwright.verification import sqnr, verify
 from bitwright_onnx.backend import OnnxBackend
 
 node = helper.make_node

@@ -11,17 +11,18 @@ import pytest
 from onnx import helper, numpy_helper
 from small_nets import proto
 
-from bitwright import integer_kernels, saturation
 from bitwright.backend import Bundle
-from bitwright.encoding import encoding_of_weights
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.plain import PairRisk, PlainRisks, plain_view
-from bitwright.quantsim import QuantSim
-from bitwright.verify import sqnr, verify
-from bitwright_onnx import plain_session
-from bitwright_onnx.plain_session import PlainSession, keep_exact, risks_of, saturates_here
-from bitwright_onnx.runtime import runtime_ops
-from bitwright_onnx.session import session_options
+from bitwright.bundle import PairRisk, PlainRisks
+from bitwright.bundle import _saturation as saturation
+from bitwright.bundle._plain import plain_view
+from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
+from bitwright.simulation import QuantSim
+from bitwright.verification import _integer_kernels as integer_kernels
+from bitwright.verification import sqnr, verify
+from bitwright_onnx.export import plain_session
+from bitwright_onnx.export.plain_session import PlainSession, keep_exact, risks_of, saturates_here
+from bitwright_onnx.export.runtime import runtime_ops
+from bitwright_onnx.simulate.session import session_options
 
 N = helper.make_node
 RNG = np.random.default_rng(0)
@@ -167,7 +168,7 @@ def test_kept_exact_is_the_same_in_uint8(tmp_path, target, activations):
 
 def sim_output(bundle):
     """The session with options, which is exact on every host."""
-    from bitwright_onnx.runtime import IntegerSession
+    from bitwright_onnx.export.runtime import IntegerSession
 
     return IntegerSession(bundle.files["qdq"]).run(DATA).popitem()[1]
 

@@ -17,12 +17,11 @@ from small_nets import (
     proto,
 )
 
-from bitwright.encoding import Encoding, encoding_of_weights
 from bitwright.errors import EncodingError, InputError
-from bitwright.grid import Blockwise, PerChannel, QuantSpec
-from bitwright.plan import Float, SharedWith, SiteKind
-from bitwright_onnx.params import read_params
-from bitwright_onnx.qdq import export_qdq, write_qdq
+from bitwright.grids import Blockwise, Encoding, PerChannel, QuantSpec, encoding_of_weights
+from bitwright.placement import Float, SharedWith, SiteKind
+from bitwright_onnx.export.qdq import export_qdq, write_qdq
+from bitwright_onnx.graph.params import read_params
 
 
 def reference(path, feeds, outputs=None):

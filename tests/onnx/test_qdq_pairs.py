@@ -7,11 +7,11 @@ import onnx
 import pytest
 
 from bitwright.backend import Bundle, QuantizedArtefact
-from bitwright.encoding import EncodingTable, encoding_from_range, encoding_of_weights
+from bitwright.bundle import check_pairs
+from bitwright.calibration import full_table
 from bitwright.errors import InputError, ModelError
-from bitwright.pair_check import check_pairs
+from bitwright.grids import EncodingTable, encoding_from_range, encoding_of_weights
 from bitwright.placement import build_plan
-from bitwright.ranges import full_table
 from bitwright_onnx.backend import OnnxBackend
 
 

@@ -10,13 +10,12 @@ import onnxruntime as ort
 import pytest
 from exactness_nets import CONV, conv, image, normal
 
-from bitwright.artefact import check_bundle, plan_of, read_encodings
-from bitwright.encoding import encoding_from_range
+from bitwright.bundle import check_bundle, plan_of, read_encodings
 from bitwright.errors import EncodingError, InputError, PluginError
-from bitwright.grid import QuantSpec
-from bitwright.quantsim import QuantSim
+from bitwright.grids import QuantSpec, encoding_from_range
 from bitwright.runs import RunDirectory
-from bitwright.verify import sqnr, verify
+from bitwright.simulation import QuantSim
+from bitwright.verification import sqnr, verify
 
 RNG = np.random.default_rng(0)
 DATA = {"x": RNG.normal(size=(24, 3, 8, 8)).astype(np.float32)}

@@ -5,16 +5,14 @@ import pytest
 from onnx import helper, numpy_helper
 from small_nets import ACTIVATION, conv_net, encoding, encodings_of, identity_net, opened, plan_of, proto
 
-from bitwright.backend import Bundle
-from bitwright.encoding import EncodingTable, encoding_of_weights
+from bitwright.backend import Bundle, Tap
+from bitwright.calibration import full_table
 from bitwright.errors import InputError, ModelError
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.quantsim import QuantSim
-from bitwright.ranges import full_table
-from bitwright.statistics.base import Tap
-from bitwright_onnx.qdq import export_qdq, write_qdq
-from bitwright_onnx.runtime import IntegerSession, compile_bundle, runtime_ops
-from bitwright_onnx.simulation import OnnxSimulation
+from bitwright.grids import EncodingTable, PerChannel, QuantSpec, encoding_of_weights
+from bitwright.simulation import QuantSim
+from bitwright_onnx.export.qdq import export_qdq, write_qdq
+from bitwright_onnx.export.runtime import IntegerSession, compile_bundle, runtime_ops
+from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 
 def exported(folder, seed=0, **specs):

@@ -9,7 +9,7 @@ import pytest
 from builders import ModelBuilder
 
 from bitwright import QuantSim
-from bitwright.edits import SetParams
+from bitwright.graph import SetParams
 from bitwright_onnx.backend import OnnxBackend
 
 

@@ -18,14 +18,13 @@ from small_nets import (
     proto,
 )
 
-from bitwright.encoding import Encoding, EncodingTable, encoding_of_weights
+from bitwright.backend import Tap
 from bitwright.errors import EncodingError, InputError, ModelError
-from bitwright.grid import Blockwise, PerChannel, QuantSpec
-from bitwright.plan import Float, SharedWith
-from bitwright.statistics.base import Tap
-from bitwright_onnx import session as sessions
-from bitwright_onnx.params import read_params
-from bitwright_onnx.simulation import OnnxSimulation
+from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, QuantSpec, encoding_of_weights
+from bitwright.placement import Float, SharedWith
+from bitwright_onnx.graph.params import read_params
+from bitwright_onnx.simulate import session as sessions
+from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 SPECS = {
     "uint8": QuantSpec(8, signed=False, symmetric=False),

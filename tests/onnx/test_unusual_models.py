@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from bitwright import QuantSim
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph import ConvAttrs
-from bitwright.verify import verify
-from bitwright_onnx.session import has_quantize_linear
+from bitwright.verification import verify
+from bitwright_onnx.simulate.session import has_quantize_linear
 
 NEWEST = onnx.defs.onnx_opset_version()
 

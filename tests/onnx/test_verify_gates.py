@@ -13,12 +13,13 @@ import pytest
 
 import bitwright
 from bitwright import QuantSim
-from bitwright.bundle.agreement import departure, independent
-from bitwright.bundle.crushed import joined, risky
-from bitwright.encoding import Encoding
+from bitwright.bundle import risky
+from bitwright.bundle._agreement import departure, independent
+from bitwright.bundle._crushed import joined
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Tensor
-from bitwright.verify import verify
+from bitwright.grids import Encoding
+from bitwright.verification import verify
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "corruption.py"
 N = onnx.helper.make_node

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bitwright import hookspecs
 from bitwright.backend import Capability
-from bitwright.registry import Registry
+from bitwright.plugins import Registry
+from bitwright.plugins import _hookspecs as hookspecs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -58,7 +58,7 @@ def test_every_technique_and_its_aliases_are_documented():
 
 
 def test_recipe_example_is_valid(tmp_path):
-    from bitwright.recipe import read_recipe
+    from bitwright.simulation import read_recipe
 
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGES["techniques.md"], re.DOTALL)
     (tmp_path / "r.yaml").write_text(text)
@@ -75,9 +75,9 @@ def test_every_hook_is_documented():
 
 
 def test_every_preset_scheme_and_environment_variable_is_documented():
-    from bitwright.calibration import schemes
+    from bitwright.calibration._schemes import schemes
     from bitwright.formats import VERSIONS
-    from bitwright.target import target_names
+    from bitwright.targets import target_names
 
     for name in target_names():
         family = name.partition("_v")[0]
@@ -92,7 +92,7 @@ def test_every_preset_scheme_and_environment_variable_is_documented():
 
 
 def test_every_target_key_is_documented():
-    from bitwright.target_schema import Extension
+    from bitwright.targets._schema import Extension
 
     for key in Extension.model_fields:
         assert f"`{key}`" in PAGES["targets.md"], key
@@ -110,7 +110,7 @@ def test_backend_page_names_the_whole_protocol():
 
 
 def test_examples_in_the_technique_page_work():
-    from bitwright.registry import Registry
+    from bitwright.plugins import Registry
     from bitwright.testing import models
     from bitwright.testing.harness import run_technique
     from bitwright.testing.reference import ReferenceBackend
@@ -153,7 +153,7 @@ def test_navigation_lists_every_page():
 
 
 def test_configuration_example_loads(tmp_path):
-    from bitwright.target import load_target
+    from bitwright.targets import load_target
 
     examples = re.findall(r"```json\n(.*?)```", PAGES["targets.md"], re.DOTALL)
     assert len(examples) == 2

@@ -10,9 +10,9 @@ import pytest
 from pydantic import Field
 
 from bitwright.errors import InputError, PluginError
-from bitwright.hookspecs import TechniqueInfo
-from bitwright.recipe import check_settings, read_recipe
-from bitwright.registry import Registry
+from bitwright.plugins import Registry, TechniqueInfo
+from bitwright.simulation import read_recipe
+from bitwright.simulation._recipe import check_settings
 from bitwright.technique import Outcome, Recipe, Settings, Step
 
 

@@ -14,8 +14,8 @@ import pytest
 from bitwright import registry
 from bitwright.backend import Capability
 from bitwright.errors import InputError, MissingExtraError, PluginError
-from bitwright.hookspecs import BackendInfo, TechniqueInfo
-from bitwright.registry import PluginWarning, Registry
+from bitwright.plugins import BackendInfo, Registry, TechniqueInfo
+from bitwright.plugins.registry import PluginWarning
 from bitwright.technique import Context, Outcome, Settings
 
 GOOD = """
@@ -152,12 +152,15 @@ def test_other_import_errors_are_not_disguised(tmp_path, monkeypatch):
         ("raise RuntimeError('boom')", "boom"),
         ("import not_installed_anywhere", "not_installed_anywhere"),
         (
-            "from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_techniques(): return ['x']",
+            "from bitwright.plugins._hookspecs import hookimpl\n@hookimpl\ndef register_techniques(): return ['x']",
             "TechniqueInfo",
         ),
-        ("from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_backends(): return 1/0", "division"),
         (
-            "from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_tecniques(): return []",
+            "from bitwright.plugins._hookspecs import hookimpl\n@hookimpl\ndef register_backends(): return 1/0",
+            "division",
+        ),
+        (
+            "from bitwright.plugins._hookspecs import hookimpl\n@hookimpl\ndef register_tecniques(): return []",
             "register_tecniques",
         ),
     ],

@@ -10,13 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bitwright.encoding import EncodingTable, Provenance, encoding_from_range, encoding_of_weights
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.plan import Derived, Float, Plan, SharedWith, Site, SiteKind
-from bitwright.report import Accuracy, Calibration, RunReport, build_report, charts, write_report
-from bitwright.report.build import describe
-from bitwright.report.page import render
+from bitwright.grids import EncodingTable, PerChannel, Provenance, QuantSpec, encoding_from_range, encoding_of_weights
+from bitwright.placement import Derived, Float, Plan, SharedWith, Site, SiteKind
+from bitwright.report import Accuracy, Calibration, RunReport, build_report, charts, describe, write_report
+from bitwright.report._page import render
 from bitwright.technique import Report
 
 EVIL = '<script>alert("x")</script>&\''
@@ -201,7 +199,7 @@ def test_axes_place_ticks_in_order_within_the_plot(axis):
 
 
 def test_descriptions():
-    from bitwright.grid import Blockwise
+    from bitwright.grids import Blockwise
 
     assert (
         describe(QuantSpec(4, granularity=Blockwise(block_size=64, decompressed_bits=8)))

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitwright import durable
 from bitwright.errors import InputError
-from bitwright.runs import FileStore, MemoryStore, RunDirectory, versions
+from bitwright.files import _durable as durable
+from bitwright.runs import MemoryStore, RunDirectory, versions
+from bitwright.runs._directory import FileStore
 
 ARRAYS = {
     "weight": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -10,8 +10,7 @@ import pytest
 
 from bitwright import QuantSim, RunDirectory, auto_quantize
 from bitwright.errors import CapabilityError, InputError, ModelError, PluginError
-from bitwright.hookspecs import AutoStage
-from bitwright.registry import default_registry
+from bitwright.plugins import AutoStage, default_registry
 from bitwright.technique import Outcome, Report, Settings
 from bitwright_search.auto_result import Status
 
@@ -297,7 +296,7 @@ def test_what_it_writes(net, tmp_path):
     assert told["met"] is True
     assert [t["name"] for t in told["trials"]] == [t.name for t in result.trials]
     assert told["score"] == result.score
-    from bitwright.verify import verify
+    from bitwright.verification import verify
 
     seen = verify(tmp_path / "out", {"image": net.images}, net.labels)
     assert seen.accuracy["simulated"] == pytest.approx(result.score)

@@ -11,7 +11,7 @@ from search_net import top1
 
 from bitwright import QuantSim
 from bitwright.errors import InputError
-from bitwright.evaluation_identity import identity
+from bitwright.runs import identity
 from bitwright_search.evaluation import FileFunction, Labelled
 
 

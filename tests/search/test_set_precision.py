@@ -8,7 +8,7 @@ from search_net import build
 from bitwright import QuantSim
 from bitwright.errors import InputError
 from bitwright.graph import OpKind
-from bitwright.plan import Float
+from bitwright.placement import Float
 
 
 def kinds(sim, *sites):

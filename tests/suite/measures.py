@@ -136,7 +136,7 @@ class Reach:
     @cached_property
     def on_grid(self) -> list[Array]:
         """The float model's outputs on the inputs as the simulation rounds them."""
-        from bitwright.statistics.base import Tap
+        from bitwright.backend import Tap
 
         taps = [Tap(n) for n, step in self.steps.items() if step]
         rounded = self.sim.simulation.session(taps).run(dict(self.feed.inputs)) if taps else {}
@@ -162,8 +162,8 @@ class Reach:
         Only where the step is the one that the tensor's own float values ask for: a grid that is too wide for them
         is the simulation's fault.
         """
+        from bitwright.backend import Tap
         from bitwright.errors import ModelError
-        from bitwright.statistics.base import Tap
 
         sim, graph = self.sim, self.sim.graph
         outputs = [Tap(t) for t in graph.outputs]

@@ -45,7 +45,7 @@ def test_one_model_ends_and_the_others_go_on():
 
 
 def test_each_step_is_compared(monkeypatch):
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     assert examine(_gemm()).kind == "ok"
     wrong = examine(_gemm(1.01))
@@ -62,7 +62,7 @@ def test_each_step_is_compared(monkeypatch):
 
 
 def test_a_wrong_export_and_an_untyped_error_are_seen(monkeypatch):
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     export = QuantSim.export
 

@@ -45,7 +45,7 @@ class Port:
 
     def sim(self, model: ReferenceModel, **options: Any) -> Any:
         """A `QuantSim` of it."""
-        from bitwright.quantsim import QuantSim
+        from bitwright.simulation import QuantSim
 
         return QuantSim(self.native(model), self.sample(model), **options)
 

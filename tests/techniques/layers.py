@@ -2,11 +2,9 @@
 
 import numpy as np
 
-from bitwright.encoding import encoding_of_weights
-from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.linear_form import groups_of, input_channels, to_matrix
-from bitwright.statistics.moments import LayerMoments
+from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole, groups_of, input_channels, to_matrix
+from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
+from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer
 
 W4 = QuantSpec(4, granularity=PerChannel(0))

@@ -8,7 +8,7 @@ from layers import KINDS, W4, make_layer
 from pydantic import ValidationError
 
 from bitwright.errors import InputError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
 from bitwright.testing import models
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.reference import ReferenceBackend

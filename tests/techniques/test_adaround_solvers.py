@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import KINDS, inputs, make_layer
 
-from bitwright.linear_form import columns, to_matrix
-from bitwright.statistics.moments import LayerMoments
+from bitwright.graph import columns, to_matrix
+from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer
 from bitwright_techniques.adaround import AdaRoundSettings, round_layer
 from bitwright_techniques.joint_search import Effort, LayerSearch

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from bitwright.edits import SetParams
-from bitwright.encoding import encoding_of_weights
+from bitwright.backend import Tap
 from bitwright.errors import InputError
-from bitwright.graph import OpKind, ParamRole
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
-from bitwright.statistics.base import Tap
+from bitwright.graph import OpKind, ParamRole, SetParams
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_of_weights
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan

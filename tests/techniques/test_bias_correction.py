@@ -3,10 +3,10 @@ from math import erf, exp, pi, sqrt
 import numpy as np
 import pytest
 
+from bitwright.backend import Tap
 from bitwright.errors import InputError
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.linear_form import columns
-from bitwright.statistics.base import Tap
+from bitwright.graph import columns
+from bitwright.grids import PerChannel, QuantSpec
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan

@@ -13,8 +13,7 @@ import pytest
 from backends import BACKENDS, FRAMEWORKS
 
 from bitwright import registry
-from bitwright.edits import SetBias
-from bitwright.graph import OpKind
+from bitwright.graph import OpKind, SetBias
 from bitwright.testing import models
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.technique_contract import TechniqueContract

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from bitwright.errors import InputError
 from bitwright.graph import OpKind
-from bitwright.grid import QuantSpec
+from bitwright.grids import QuantSpec
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan

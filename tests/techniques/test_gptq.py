@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from layers import KINDS, W4, make_layer
 
 from bitwright.errors import EncodingError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
-from bitwright.linear_form import to_matrix
+from bitwright.graph import to_matrix
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
 from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
 from bitwright_techniques.reconstruction import reconstruction

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from layers import make_layer
 
-from bitwright.grid import PerChannel, QuantSpec
+from bitwright.grids import PerChannel, QuantSpec
 from bitwright_techniques.scale_search import full_range
 from bitwright_techniques.weight_grid import WeightGrid
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
-from bitwright.backend import Training
-from bitwright.edits import SetParams
-from bitwright.statistics.base import Tap
+from bitwright.backend import Tap, Training
+from bitwright.graph import SetParams
 from bitwright.testing import models
 from bitwright.testing.harness import min_max_encodings, simple_plan
 

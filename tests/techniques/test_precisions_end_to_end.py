@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
-from bitwright.encoding import Encoding
 from bitwright.errors import InputError
-from bitwright.grid import Blockwise
+from bitwright.grids import Blockwise, Encoding
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 
@@ -144,7 +143,7 @@ def test_float_and_integer_activations_side_by_side(port, data):
     sim = port.sim(MODEL, overrides={reader.id: {"activations": "float16"}}).calibrate(data)
     act = reader.output
     assert sim.encodings[act].float_format == "float16"
-    from bitwright.statistics.base import Tap
+    from bitwright.backend import Tap
 
     batch = {k: v[:4] for k, v in data.items()}
     found = np.asarray(sim.simulation.session([Tap(act)]).run(batch)[Tap(act)])
@@ -203,7 +202,7 @@ def test_overrides_by_pattern_and_type(port, data):
 def test_exports_that_cannot_saturate(port, data, tmp_path):
     """Scales are raised for onnxruntime-cpu, uint8 is stored for others; both hold in the file that was written."""
     pytest.importorskip("onnxruntime")
-    from bitwright_onnx.plain_session import risks_of
+    from bitwright_onnx.export.plain_session import risks_of
 
     safe, other = (port.sim(MODEL, target=t).calibrate(data) for t in ("onnxruntime-cpu", "generic-int8"))
     kept = safe.export(tmp_path / "safe")

@@ -5,10 +5,9 @@ import pytest
 from layers import KINDS, W4, make_layer, make_op
 from pydantic import ValidationError
 
-from bitwright.encoding import encoding_from_range, encoding_of_weights
 from bitwright.errors import InputError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
-from bitwright.linear_form import to_matrix
+from bitwright.graph import to_matrix
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_from_range, encoding_of_weights
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright import registry
-from bitwright.encoding import encoding_of_weights
-from bitwright.grid import PerChannel, PerTensor, QuantSpec
+from bitwright.grids import PerChannel, PerTensor, QuantSpec, encoding_of_weights
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.reference import ReferenceBackend
@@ -53,7 +52,7 @@ def test_the_float_function_stays_and_quantized_outputs_come_nearer(backend, nam
     weights = INT8 if name == "smooth_quant" else QuantSpec(3, granularity=PerChannel(0))
     activations = ACT if name == "smooth_quant" else None
     done = run(name, model, weights, activations, b, [port.batch(part) for part in batches(reference)])
-    from bitwright.statistics.base import Tap
+    from bitwright.backend import Tap
 
     taps = [Tap(t) for t in b.graph(model).outputs]
     data = port.batch(batches(reference, 1)[0])
@@ -172,7 +171,7 @@ def test_layer_norms_absorb_factors(framework):
     torch = pytest.importorskip("torch")
     from torch import nn
 
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     torch.manual_seed(0)
 

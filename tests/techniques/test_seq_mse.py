@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from layers import KINDS, W4, make_layer
 
-from bitwright.encoding import encoding_of_weights
 from bitwright.errors import EncodingError
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec
-from bitwright.linear_form import to_matrix
+from bitwright.graph import to_matrix
+from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_of_weights
 from bitwright.testing import models
 from bitwright.testing.harness import run_technique, simple_plan
 from bitwright.testing.reference import ReferenceBackend

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
-from bitwright.edits import RemoveOp
-from bitwright.encoding import Encoding
+from bitwright.backend import Tap
 from bitwright.errors import BitwrightError, EncodingError, InputError, PluginError
-from bitwright.grid import Blockwise, PerChannel
-from bitwright.statistics.base import Tap
+from bitwright.graph import RemoveOp
+from bitwright.grids import Blockwise, Encoding, PerChannel
 from bitwright.technique import Outcome, Report, Settings
 from bitwright.testing.builder import Builder
 

@@ -7,10 +7,11 @@ from typing import ClassVar
 import pytest
 from backends import FRAMEWORKS
 
-from bitwright import applying, registry
+from bitwright import registry
 from bitwright.backend import Capability, capabilities, require
 from bitwright.errors import CapabilityError, InputError
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
+from bitwright.simulation import _apply as applying
 from bitwright.technique import Outcome, Settings
 from bitwright.testing import models
 from bitwright.testing.reference import ReferenceBackend

@@ -9,21 +9,22 @@ tf = pytest.importorskip("tensorflow")
 
 import tfnets  # noqa: E402
 
-from bitwright.edits import (  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
+from bitwright.errors import ModelError  # noqa: E402
+from bitwright.graph import (  # noqa: E402  # noqa: E402
     FoldBatchNorm,
+    OpKind,
+    ParamRole,
     RemoveOp,
     ReplaceActivation,
     SetBias,
     SetParams,
     SplitSharedParam,
 )
-from bitwright.errors import ModelError  # noqa: E402
-from bitwright.graph import OpKind, ParamRole  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
-from bitwright_tensorflow.runtime import open_session  # noqa: E402
+from bitwright_tensorflow.graph.runtime import open_session  # noqa: E402
 
 v1 = tf.compat.v1
 BACKEND = TensorFlowBackend()

@@ -18,11 +18,11 @@ pytest.importorskip("onnx_ir")
 from tfsims import setup  # noqa: E402
 
 from bitwright.errors import BitwrightError, InputError, ModelError  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
-from bitwright_tensorflow import export as exporting  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
+from bitwright_tensorflow.export import export as exporting  # noqa: E402
 
 v1 = tf.compat.v1
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from parity import assert_close_outputs, assert_close_params, assert_equal_plans, matched_names  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 
 EPSILON = 1e-3

@@ -11,13 +11,12 @@ import tfnets  # noqa: E402
 import tfsims  # noqa: E402
 from tfsims import SPECS, setup  # noqa: E402
 
-from bitwright.encoding import encoding_from_range, encoding_of_weights  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
-from bitwright.grid import PerChannel, QuantSpec  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright_tensorflow.canonical import recognize  # noqa: E402
-from bitwright_tensorflow.fake_quant import kind_of, numbers, switched  # noqa: E402
-from bitwright_tensorflow.params import read_params  # noqa: E402
+from bitwright.grids import PerChannel, QuantSpec, encoding_from_range, encoding_of_weights  # noqa: E402  # noqa: E402
+from bitwright_tensorflow.graph.canonical import recognize  # noqa: E402
+from bitwright_tensorflow.graph.params import read_params  # noqa: E402
+from bitwright_tensorflow.simulate.fake_quant import kind_of, numbers, switched  # noqa: E402
 
 v1 = tf.compat.v1
 
@@ -270,7 +269,7 @@ def test_signature_names_that_share_a_tensor():
         return {"a": y, "b": y}
 
     weight = tf.Variable(tfnets.image(6, 4), name="w")
-    from bitwright.quantsim import QuantSim
+    from bitwright.simulation import QuantSim
 
     sim = QuantSim(twice, scheme="minmax").calibrate(tfnets.image(8, 6))
     results = sim.model.run({"x": tfnets.image(8, 6)})

@@ -12,13 +12,13 @@ tf = pytest.importorskip("tensorflow")
 import tfnets  # noqa: E402
 
 from bitwright import registry  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
-from bitwright_tensorflow.model import Kind  # noqa: E402
+from bitwright_tensorflow.graph.model import Kind  # noqa: E402
 
 v1 = tf.compat.v1
 BACKEND = TensorFlowBackend()

@@ -14,15 +14,19 @@ tf = pytest.importorskip("tensorflow")
 import tfsims  # noqa: E402
 from tfsims import SPECS, setup  # noqa: E402
 
-from bitwright import gradients  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
-from bitwright.encoding import encoding_of_weights  # noqa: E402
 from bitwright.errors import EncodingError, InputError  # noqa: E402
-from bitwright.gradients import Groups, NumpyNamespace, lsq_factor  # noqa: E402
-from bitwright.grid import FLOAT_FORMATS  # noqa: E402
-from bitwright_tensorflow.fake_quant import Ends, kind_of, trained  # noqa: E402
-from bitwright_tensorflow.params import read_params  # noqa: E402
-from bitwright_tensorflow.weight_ranges import min_max_numbers, two_level  # noqa: E402
+from bitwright.grids import (  # noqa: E402
+    FLOAT_FORMATS,  # noqa: E402
+    Groups,
+    encoding_of_weights,  # noqa: E402
+    lsq_factor,
+)
+from bitwright.grids import _gradients as gradients  # noqa: E402
+from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
+from bitwright_tensorflow.graph.params import read_params  # noqa: E402
+from bitwright_tensorflow.simulate.fake_quant import Ends, kind_of, trained  # noqa: E402
+from bitwright_tensorflow.simulate.weight_ranges import min_max_numbers, two_level  # noqa: E402
 
 v1 = tf.compat.v1
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
@@ -125,7 +129,7 @@ def test_a_session_s_loop_trains(kind, mode):
     assert bool(changed) is mode.range_learning
     again = net.sim.backend.simulate(after, net.sim.plan, table)
     assert np.array_equal(again.model(net.sample), model(net.sample))
-    from bitwright.statistics.base import Tap
+    from bitwright.backend import Tap
 
     (output,) = net.sim.graph.outputs
     assert np.array_equal(simulation.session([Tap(output)]).run({"x:0": net.sample})[Tap(output)], model(net.sample))

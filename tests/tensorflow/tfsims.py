@@ -9,12 +9,11 @@ import numpy as np
 import tfnets
 
 from bitwright.backend import Training
-from bitwright.encoding import Encoding
-from bitwright.grid import Blockwise, PerChannel, QuantSpec
-from bitwright.quantsim import QuantSim
+from bitwright.grids import Blockwise, Encoding, PerChannel, QuantSpec
+from bitwright.simulation import QuantSim
 from bitwright_tensorflow import TfModel
 from bitwright_tensorflow.backend import TensorFlowBackend
-from bitwright_tensorflow.freezing import frozen_graph
+from bitwright_tensorflow.export.freezing import frozen_graph
 
 SHAPE = (8, 8, 3)
 SPECS = {

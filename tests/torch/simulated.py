@@ -9,19 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitwright.backend import Training
-from bitwright.encoding import Encoding, encoding_from_range, encoding_of_weights
+from bitwright.backend import Tap, Training
 from bitwright.graph import Graph
-from bitwright.placement import build_plan
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
-from bitwright.target import load_target
-from bitwright_torch.canonical import canonical
-from bitwright_torch.capturing import capture
-from bitwright_torch.model import CapturedModel
-from bitwright_torch.params import read_params
-from bitwright_torch.session import open_session
-from bitwright_torch.simulation import TorchSimulation
+from bitwright.grids import Encoding, encoding_from_range, encoding_of_weights
+from bitwright.placement import Plan, build_plan
+from bitwright.targets import load_target
+from bitwright_torch.capture.capturing import capture
+from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.model import CapturedModel
+from bitwright_torch.graph.params import read_params
+from bitwright_torch.simulate.session import open_session
+from bitwright_torch.simulate.simulation import TorchSimulation
 
 
 class ConvNet(nn.Module):

@@ -10,9 +10,9 @@ import nets  # noqa: E402
 import numpy as np  # noqa: E402
 from torch import nn  # noqa: E402
 
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright_torch import CaptureNotice  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
@@ -203,7 +203,7 @@ def test_parts_of_a_matrix_are_parameters():
     assert thirds == [*(f"in_proj_weight.chunk(3)[{i}]" for i in range(3)), "out_proj.weight"]
     values = BACKEND.read(model, thirds[:3])
     np.testing.assert_array_equal(np.concatenate([values[t] for t in thirds[:3]]), module.in_proj_weight.detach())
-    from bitwright.edits import SetParams
+    from bitwright.graph import SetParams
 
     changed = BACKEND.edit(model, [SetParams({thirds[1]: values[thirds[1]] + 1})])
     difference = changed.in_proj_weight - module.in_proj_weight

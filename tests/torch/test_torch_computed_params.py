@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
-from bitwright.artefact import check_bundle  # noqa: E402
-from bitwright.edits import SetParams  # noqa: E402
-from bitwright.plan import SiteKind  # noqa: E402
-from bitwright.verify import sqnr, verify  # noqa: E402
+from bitwright.bundle import check_bundle  # noqa: E402
+from bitwright.graph import SetParams  # noqa: E402
+from bitwright.placement import SiteKind  # noqa: E402
+from bitwright.verification import sqnr, verify  # noqa: E402
 
 
 class Tied(nn.Module):
@@ -212,7 +212,7 @@ def test_a_computed_parameter_that_is_set_becomes_one_of_its_own(name, tmp_path:
     simulation = sim.simulation
     before = np.asarray(sim.predict({"x": data.numpy()})[0])
     simulation.set_params({site: value * 0.5})
-    from bitwright.statistics.base import Tap
+    from bitwright.backend import Tap
 
     tap = Tap(graph.outputs[0])
     changed = simulation.session([tap]).run({"x": data.numpy()})[tap]

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 import nets  # noqa: E402
 import numpy as np  # noqa: E402
 
-from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402

@@ -15,13 +15,15 @@ ort = pytest.importorskip("onnxruntime")
 from simulated import Setup, conv_setup, setup  # noqa: E402
 from torch import nn  # noqa: E402
 
-from bitwright.encoding import EncodingTable  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError  # noqa: E402
-from bitwright.grid import PerChannel  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
+from bitwright.grids import (
+    EncodingTable,  # noqa: E402
+    PerChannel,  # noqa: E402
+)
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
-from bitwright_torch.export import export  # noqa: E402
+from bitwright_torch.export.export import export  # noqa: E402
 
 
 class Sequence(nn.Module):
@@ -242,7 +244,7 @@ class Tagger(nn.Module):
 def test_recurrent_weights_keep_their_names_and_grids(kind: Any, options: Any, tmp_path: Path) -> None:
     """ONNX has other gates' order; the matrices are in integers all the same, and the export proves it."""
     from bitwright.cli import main
-    from bitwright.verify import verify
+    from bitwright.verification import verify
 
     torch.manual_seed(0)
     data = {"x": torch.randn(8, 5, 8).numpy()}

@@ -9,12 +9,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bitwright.encoding import Encoding, encoding_from_range, encoding_of_weights, two_level  # noqa: E402
-from bitwright.gradients import range_vjp  # noqa: E402
-from bitwright.grid import Blockwise, PerChannel, PerTensor, QuantSpec  # noqa: E402
-from bitwright_torch import kernels as kernel_module  # noqa: E402
-from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
-from bitwright_torch.rounding import round_to_grid  # noqa: E402
+from bitwright.grids import (  # noqa: E402  # noqa: E402
+    Blockwise,
+    Encoding,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    encoding_from_range,
+    encoding_of_weights,
+    two_level,
+)
+from bitwright.grids._gradients import range_vjp  # noqa: E402
+from bitwright_torch.simulate import kernels as kernel_module  # noqa: E402
+from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
+from bitwright_torch.simulate.rounding import round_to_grid  # noqa: E402
 
 INTEGERS = {
     "uint8": QuantSpec(8, signed=False, symmetric=False),

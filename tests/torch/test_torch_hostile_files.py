@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from bitwright.errors import InputError  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
-from bitwright_torch.size_expressions import check_expression  # noqa: E402
+from bitwright_torch.capture.size_expressions import check_expression  # noqa: E402
 
 BACKEND = TorchBackend()
 DYNAMIC = torch.export.Dim.AUTO

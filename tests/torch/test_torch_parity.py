@@ -15,8 +15,8 @@ from parity import assert_close_outputs, assert_close_params, assert_equal_plans
 from torch import nn  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.plan import SiteKind  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.placement import SiteKind  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 
 EPSILON = 1e-3  # no float32: a backend that folds with the double gives other bits
 

@@ -13,8 +13,8 @@ from torch import nn  # noqa: E402
 
 import bitwright  # noqa: E402
 import bitwright_torch  # noqa: E402
+from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
 BACKEND = TorchBackend()
@@ -145,7 +145,7 @@ def test_taps_and_edits_reach_into_the_parts(detector, x):
     part = BACKEND.segment(model, [conv.data_inputs[0]], [Tap(conv.output)])
     np.testing.assert_array_equal(part.run({conv.data_inputs[0]: x.numpy()})[Tap(conv.output)], found[taps[0]])
     weight = BACKEND.read(model, [conv.weight])[conv.weight]
-    changed = BACKEND.edit(model, [bitwright.edits.SetParams({conv.weight: 2 * weight})])
+    changed = BACKEND.edit(model, [bitwright.graph.SetParams({conv.weight: 2 * weight})])
     assert torch.equal(changed.backbone.get_parameter("0.weight"), 2 * detector.backbone[0].weight)
     same(model(x), detector(x))
     with pytest.raises(ModelError, match=r"over the Python|alone"):

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.verify import sqnr  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright.verification import sqnr  # noqa: E402
 
 PRODUCTS = {
     "linear": lambda m, a, c: F.linear(a, c),

@@ -12,12 +12,14 @@ torch = pytest.importorskip("torch")
 from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 
 from bitwright.backend import Training  # noqa: E402
-from bitwright.encoding import encoding_of_weights  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
-from bitwright.forking import fork  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
+from bitwright.grids import encoding_of_weights  # noqa: E402
+from bitwright.simulation import (
+    QuantSim,  # noqa: E402
+    fork,  # noqa: E402
+)
 from bitwright_torch import parameter_groups  # noqa: E402
-from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
+from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
 

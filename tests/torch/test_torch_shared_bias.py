@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bitwright import QuantSim
-from bitwright.plan import OwnForms
+from bitwright.placement import OwnForms
 
 
 class Twice(nn.Module):

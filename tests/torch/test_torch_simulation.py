@@ -14,13 +14,15 @@ torch = pytest.importorskip("torch")
 from simulated import ConvNet, Setup, TiedNet, conv_setup, setup  # noqa: E402
 from torch import nn  # noqa: E402
 
-from bitwright.backend import Training  # noqa: E402
+from bitwright.backend import (
+    Tap,  # noqa: E402
+    Training,  # noqa: E402
+)
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
-from bitwright.grid import PerChannel  # noqa: E402
-from bitwright.quantsim import QuantSim  # noqa: E402
-from bitwright.statistics.base import Tap  # noqa: E402
-from bitwright.verify import sqnr  # noqa: E402
-from bitwright_torch.fake_quant import FakeQuantize  # noqa: E402
+from bitwright.grids import PerChannel  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright.verification import sqnr  # noqa: E402
+from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
 
 @pytest.fixture(scope="module")

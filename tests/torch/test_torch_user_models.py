@@ -169,7 +169,7 @@ def test_a_part_of_one_layer_is_edited_and_training_leaves_the_float_model():
 
 
 def capture_in_parts(model):
-    from bitwright_torch.parts import capture_parts
+    from bitwright_torch.capture.parts import capture_parts
 
     return capture_parts(model, X[0], ["backbone", "head"])
 

@@ -4,3 +4,65 @@
 the same but for rounding, `export_gate` and `checks` ask it of a fresh and of a reopened export, `crushed` finds
 outputs that the quantization has silenced, `source_guard` keeps the user's own model from being overwritten.
 """
+
+from __future__ import annotations
+
+from bitwright.bundle._artefact import (
+    ENCODINGS_SUFFIX,
+    bound_entries,
+    check_bundle,
+    export,
+    find_bundle,
+    geometry,
+    is_stem,
+    passed_on,
+    plan_of,
+    read_encodings,
+)
+from bitwright.bundle._checks import against_record, against_simulation
+from bitwright.bundle._crushed import OutputQuality, risky
+from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
+from bitwright.bundle._pair_check import check_pairs
+from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainView, seen_plain
+from bitwright.bundle._record import ARRAYS_SUFFIX
+from bitwright.bundle._reopened import as_recorded, reopen
+from bitwright.bundle._samples import SAMPLES, Remembering, Samples, is_fixed
+from bitwright.bundle._saturation import bound
+from bitwright.bundle._source_guard import refuse_planned
+
+__all__ = [
+    "ARRAYS_SUFFIX",
+    "ENCODINGS_SUFFIX",
+    "HostNotes",
+    "OutputFigures",
+    "OutputQuality",
+    "PairRisk",
+    "PlainRisks",
+    "PlainView",
+    "Remembering",
+    "SAMPLES",
+    "Samples",
+    "against_record",
+    "against_simulation",
+    "as_recorded",
+    "bound",
+    "bound_entries",
+    "check_bundle",
+    "check_pairs",
+    "classes_of",
+    "export",
+    "find_bundle",
+    "geometry",
+    "in_shape",
+    "is_fixed",
+    "is_stem",
+    "over_outputs",
+    "passed_on",
+    "plan_of",
+    "read_encodings",
+    "refuse_planned",
+    "reopen",
+    "risky",
+    "seen_plain",
+    "whole_of",
+]

@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from bitwright.calibration._base import Scheme
+from bitwright.calibration._collect import collect
+from bitwright.calibration._ranges import (
+    activation_encodings,
+    activation_requests,
+    bias_encoding,
+    full_table,
+    guarded,
+    quantized_weights,
+    sampled,
+    weight_encodings,
+)
+from bitwright.calibration._schemes import scheme
 
-from numpy.typing import NDArray
-
-from bitwright.calibration.base import Scheme
-from bitwright.calibration.density import Density
-from bitwright.calibration.entropy import Entropy
-from bitwright.calibration.minmax import MinMax
-from bitwright.calibration.mse import MeanSquaredError
-from bitwright.calibration.percentile import Percentile
-from bitwright.calibration.sqnr import Scores, Sqnr
-from bitwright.encoding import Encoding
-from bitwright.errors import InputError
-from bitwright.grid import QuantSpec
-
-__all__ = ["Density", "Scheme", "calibrate_array", "scheme", "schemes"]
-
-_SCHEMES: dict[str, type[Scheme]] = {
-    cls.name: cls for cls in (MinMax, Percentile, Sqnr, MeanSquaredError, Entropy, Scores)
-}
-_ALIASES = {"min_max": "minmax", "tf": "minmax", "tf_enhanced": "sqnr", "kl": "entropy"}
-
-
-def schemes() -> tuple[str, ...]:
-    """Names of the calibration schemes."""
-    return tuple(_SCHEMES)
-
-
-def scheme(name: str | Scheme) -> Scheme:
-    """A calibration scheme by name, with its setting after a colon: "sqnr", "percentile:99.9".
-
-    AIMET's names "tf", "tf_enhanced" and "min_max" are understood. A `Scheme` object is returned as it is.
-
-    Raises:
-        InputError: unknown name, or a setting that the scheme doesn't take.
-    """
-    if isinstance(name, Scheme):
-        return name
-    stem, _, setting = name.partition(":")
-    key = stem.strip().lower().replace("-", "_")
-    key = _ALIASES.get(key, key)
-    if key not in _SCHEMES:
-        raise InputError(f"unknown calibration scheme {name!r}; known: {', '.join(_SCHEMES)} (percentile:99.9)")
-    return _SCHEMES[key](setting.strip() or None)
-
-
-def calibrate_array(values: NDArray[Any], spec: QuantSpec, scheme_name: str | Scheme = "minmax") -> Encoding:
-    """The encoding of a parameter in canonical layout, all its channels or blocks at once; LPBQ scales are two-level.
-
-    Raises:
-        EncodingError: the values are empty, NaN or infinite.
-        InputError: unknown scheme, or axes and blocks that don't fit the shape.
-    """
-    return scheme(scheme_name).of_array(values, spec)
+__all__ = [
+    "Scheme",
+    "activation_encodings",
+    "activation_requests",
+    "bias_encoding",
+    "collect",
+    "full_table",
+    "guarded",
+    "quantized_weights",
+    "sampled",
+    "scheme",
+    "weight_encodings",
+]

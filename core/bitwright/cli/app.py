@@ -8,8 +8,7 @@ import typer
 
 import bitwright
 from bitwright.cli import complain, doctor, encodings, listings, quantize, verify
-from bitwright.discovery import import_dotted
-from bitwright.registry import default_registry
+from bitwright.plugins import default_registry, import_dotted
 
 app = typer.Typer(
     name="bitwright",

@@ -14,9 +14,9 @@ from bitwright.cli import console
 def doctor() -> None:
     """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
     from bitwright.backend import capabilities
+    from bitwright.bundle import HostNotes
     from bitwright.errors import BitwrightError, MissingExtraError
-    from bitwright.plain import HostNotes
-    from bitwright.registry import default_registry
+    from bitwright.plugins import default_registry
     from bitwright.runs import versions
 
     registry = default_registry()

@@ -16,7 +16,7 @@ from bitwright.errors import CheckFailed, InputError
 if TYPE_CHECKING:
     from bitwright.backend import Backend, Bundle
     from bitwright.graph import Graph
-    from bitwright.plan import Plan
+    from bitwright.placement import Plan
     from bitwright.report import RunReport
 
 app = typer.Typer(help="Convert, check and compare encodings files.")
@@ -43,7 +43,7 @@ def convert(
 ) -> None:
     """Write the same encodings in another schema; scales and zero points never change."""
     from bitwright import formats
-    from bitwright.artefact import geometry
+    from bitwright.bundle import geometry
 
     file = formats.read(source)
     graph = None
@@ -86,10 +86,16 @@ def check(
     A file alone is checked against its schema; with --model, names and shapes too; with --target, completeness. In a
     folder, the quantized model's grids and codes are compared with the file and the float model too.
     """
-    from bitwright.artefact import bound_entries, check_bundle, passed_on, plan_of, read_encodings
-    from bitwright.bundle.reopened import as_recorded
+    from bitwright.bundle import (
+        as_recorded,
+        bound_entries,
+        check_bundle,
+        check_pairs,
+        passed_on,
+        plan_of,
+        read_encodings,
+    )
     from bitwright.formats import Problem, read
-    from bitwright.pair_check import check_pairs
 
     asked = Asked.of(path, model=model, target=target, weights=weights, activations=activations, name=name)
     problems: list[Problem] = []
@@ -183,8 +189,8 @@ class Asked:
             if target is not None and model is None:
                 raise InputError("--target needs --model: what it quantizes depends on the model")
             return cls(path, model, target, weights, activations, {})
-        from bitwright.artefact import ENCODINGS_SUFFIX, find_bundle
-        from bitwright.bundle.record import read_report
+        from bitwright.bundle import ENCODINGS_SUFFIX, find_bundle
+        from bitwright.report import read_report
 
         bundle = find_bundle(path, name)
         known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
@@ -234,7 +240,7 @@ class Asked:
 
 
 def _target(given: Any) -> Any:
-    from bitwright.target import load_target
+    from bitwright.targets import load_target
 
     return load_target(given)
 
@@ -244,7 +250,7 @@ def _settings(target: str) -> Any:
 
 
 def _open(model: Path) -> tuple[Backend[Any], Any]:
-    from bitwright import registry
+    from bitwright.plugins import registry
 
     backend = registry.backend_for_path(model)
     return backend, backend.load(model)

@@ -24,7 +24,7 @@ def targets(
     config: Annotated[bool, typer.Option("--config", help="Print the whole configuration of one target.")] = False,
 ) -> None:
     """List the targets, or show one."""
-    from bitwright.target import load_target, target_names, target_summary
+    from bitwright.targets import load_target, target_names, target_summary
 
     if config:
         if name is None:
@@ -48,7 +48,7 @@ def techniques(
     as_json: Json = False,
 ) -> None:
     """List the techniques, or show one with its settings."""
-    from bitwright.registry import default_registry
+    from bitwright.plugins import default_registry
 
     registry = default_registry()
     if name is not None:
@@ -84,7 +84,7 @@ def techniques(
 
 def plugins(as_json: Json = False) -> None:
     """List the plugins with their state: ok, missing framework, failed (and why), or blocked."""
-    from bitwright.registry import plugins as found
+    from bitwright.plugins import plugins as found
 
     states = found()
     if as_json:

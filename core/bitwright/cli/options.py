@@ -15,7 +15,7 @@ from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.data import Dataset
-    from bitwright.technique import Progress
+    from bitwright.progress import Progress
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)]
 ExportDirectory = Annotated[
@@ -145,7 +145,7 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
         InputError: either can't be read, or the samples don't fit the model's inputs.
     """
     from bitwright.data import open_data
-    from bitwright.opening import open_model
+    from bitwright.simulation import open_model
 
     backend, native = open_model(model)
     return open_data(data, backend.input_specs(native), batch_size=batch_size, limit=limit)

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.artefact import is_stem
-from bitwright.bundle.samples import SAMPLES
+from bitwright.bundle import SAMPLES, is_stem
 from bitwright.cli import console, options
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.data import Dataset
-    from bitwright.quantsim import QuantSim
     from bitwright.report import Accuracy
+    from bitwright.simulation import QuantSim
     from bitwright.technique import Recipe
 
 
@@ -62,11 +61,10 @@ def quantize(
     report.html.
     Interrupted, the same command goes on from the last finished layer.
     """
-    from bitwright.bundle.source_guard import refuse_planned
-    from bitwright.quantsim import QuantSim
-    from bitwright.recipe import read_recipe
+    from bitwright.bundle import refuse_planned
     from bitwright.runs import run_in
-    from bitwright.target import load_target
+    from bitwright.simulation import QuantSim, read_recipe
+    from bitwright.targets import load_target
 
     stem = name if name is not None else model.stem
     job = Job(model, data, out, stem, encodings_version, batch_size, plain_session, reference_samples)
@@ -155,7 +153,7 @@ def opened(path: Path, load: Sequence[str] | None) -> Any:
     """
     if not load:
         return path
-    from bitwright.opening import open_model
+    from bitwright.simulation import open_model
 
     return open_model(path, options=options.read_load_options(load))[1]
 
@@ -189,7 +187,7 @@ def _work(sim: QuantSim, steps: Recipe, calibration: Dataset, scored: Scored | N
 
 
 def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | None, clock: Clock) -> dict[str, str]:
-    from bitwright.bundle.record import ARRAYS_SUFFIX
+    from bitwright.bundle import ARRAYS_SUFFIX
     from bitwright.report import Calibration, complete_report
 
     with clock("export"):

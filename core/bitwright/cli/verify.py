@@ -13,7 +13,7 @@ from bitwright.cli import console, options
 from bitwright.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from bitwright.verify import Verification
+    from bitwright.verification import Verification
 
 SHOWN_TENSORS = 10
 
@@ -65,7 +65,7 @@ def verify(
     """
     from bitwright.cli import complain
     from bitwright.cli.labels import read_labels
-    from bitwright.verify import verify as run
+    from bitwright.verification import verify as run
 
     if max_drop is not None and labels is None:
         raise typer.BadParameter("--max-drop needs --labels")

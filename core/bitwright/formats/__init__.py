@@ -3,15 +3,17 @@
 `read` → `EncodingsFile` of `Entry` → `bind` → `Encoding`; `unbind` → `EncodingsFile` → `write`.
 """
 
-from bitwright.formats.binding import TensorGeometry, bind, inverse, permute, renumber, settle, unbind
-from bitwright.formats.check import ExpectedEntry, Problem, check
-from bitwright.formats.compare import Difference, diff
-from bitwright.formats.convert import Conversion, convert
-from bitwright.formats.entries import VERSIONS, EncodingsFile, Entry, Layout, Version
-from bitwright.formats.files import dumps, loads, read, write
+from __future__ import annotations
+
+from bitwright.formats._binding import TensorGeometry, bind, inverse, permute, renumber, settle, unbind
+from bitwright.formats._check import ExpectedEntry, Problem, check
+from bitwright.formats._compare import Difference, diff
+from bitwright.formats._convert import Conversion, convert
+from bitwright.formats._entries import CAST_FORMATS, VERSIONS, EncodingsFile, Entry, Layout, Version
+from bitwright.formats._files import dumps, loads, read, write
 
 __all__ = [
-    "VERSIONS",
+    "CAST_FORMATS",
     "Conversion",
     "Difference",
     "EncodingsFile",
@@ -20,6 +22,7 @@ __all__ = [
     "Layout",
     "Problem",
     "TensorGeometry",
+    "VERSIONS",
     "Version",
     "bind",
     "check",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 
-from bitwright.report.model import Cell
+from bitwright.report._model import Cell
 
 
 def page(title: str, subtitle: str, sections: Iterable[str], *, head: str = "", script: str = "") -> str:

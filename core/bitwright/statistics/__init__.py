@@ -1,10 +1,13 @@
 """Mergeable statistics, one class a file."""
 
-from bitwright.statistics.base import Request, Source, Statistic, Tap
-from bitwright.statistics.channel import ChannelMoments
-from bitwright.statistics.histogram import HistogramStatistic
-from bitwright.statistics.moments import LayerMoments
-from bitwright.statistics.range import RangeStatistic
+from __future__ import annotations
+
+from bitwright.backend._taps import Tap
+from bitwright.statistics._base import Request, Source, Statistic, finite
+from bitwright.statistics._channel import ChannelMoments
+from bitwright.statistics._histogram import HistogramStatistic
+from bitwright.statistics._moments import LayerMoments
+from bitwright.statistics._range import RangeStatistic
 
 __all__ = [
     "ChannelMoments",
@@ -15,4 +18,5 @@ __all__ = [
     "Source",
     "Statistic",
     "Tap",
+    "finite",
 ]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.encoding import Encoding
 from bitwright.errors import InputError
 from bitwright.graph import (
     ActivationAttrs,
@@ -29,7 +28,7 @@ from bitwright.graph import (
     PoolAttrs,
     Tensor,
 )
-from bitwright.grid import Blockwise, PerChannel, PerTensor
+from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor
 
 Array = NDArray[Any]
 _TYPES: dict[str, Any] = {

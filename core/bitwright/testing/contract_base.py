@@ -10,12 +10,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Session, Simulation
-from bitwright.encoding import Encoding
-from bitwright.graph import BatchNormAttrs, ConvAttrs, Graph, Op, OpKind, ParamRole, TensorId
-from bitwright.linear_form import columns, input_channels, output_channels, to_matrix
-from bitwright.plan import Plan
-from bitwright.statistics.base import Tap
+from bitwright.backend import Backend, Batch, Session, Simulation, Tap
+from bitwright.graph import (
+    BatchNormAttrs,
+    ConvAttrs,
+    Graph,
+    Op,
+    OpKind,
+    ParamRole,
+    TensorId,
+    columns,
+    input_channels,
+    output_channels,
+    to_matrix,
+)
+from bitwright.grids import Encoding
+from bitwright.placement import Plan
 from bitwright.testing.harness import min_max_encodings
 
 Array = NDArray[Any]

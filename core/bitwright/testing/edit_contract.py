@@ -7,11 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitwright.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
+from bitwright.backend import Tap
 from bitwright.errors import BitwrightError
-from bitwright.graph import LINEAR_KINDS, OpKind, ParamRole
-from bitwright.linear_form import from_matrix, output_channels, to_matrix
-from bitwright.statistics.base import Tap
+from bitwright.graph import (
+    LINEAR_KINDS,
+    Edit,
+    FoldBatchNorm,
+    OpKind,
+    ParamRole,
+    RemoveOp,
+    ReplaceActivation,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+    from_matrix,
+    output_channels,
+    to_matrix,
+)
 from bitwright.testing.contract_base import (
     Case,
     Contract,

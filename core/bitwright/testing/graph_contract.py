@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitwright.backend import Backend
-from bitwright.edits import SetParams
-from bitwright.graph import LINEAR_KINDS, BatchNormAttrs, OpKind
-from bitwright.statistics.base import Tap
+from bitwright.backend import Backend, Tap
+from bitwright.graph import LINEAR_KINDS, BatchNormAttrs, OpKind, SetParams
 from bitwright.testing.contract_base import (
     Case,
     Contract,

@@ -1,7 +1,7 @@
 """Run one technique alone on any backend: plan, encodings, statistics, walk and store as simple as they can be.
 
 The walk here runs both networks from the start for each layer. It is slow and plainly right, and so also the
-yardstick for the real one (`bitwright.layerwise`).
+yardstick for the real one (`bitwright.layerwise._walk`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Session, Simulation
-from bitwright.edits import Edit, SetBias, SetParams
-from bitwright.encoding import Encoding, EncodingTable, encoding_from_range
-from bitwright.encoding_state import encoding_arrays, encoding_of_arrays
-from bitwright.graph import Graph, OpId, OpKind, ParamRole
-from bitwright.grid import PerChannel, QuantSpec, to_groups
-from bitwright.linear_form import to_matrix
-from bitwright.plan import Float, Plan, Site, SiteId, SiteKind
-from bitwright.statistics.base import Request, Statistic, Tap
-from bitwright.statistics.moments import LayerMoments
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Params, Technique, require_data
+from bitwright.backend import Backend, Batch, Params, Session, Simulation, Tap
+from bitwright.graph import Edit, Graph, OpId, OpKind, ParamRole, SetBias, SetParams, to_matrix
+from bitwright.grids import (
+    Encoding,
+    EncodingTable,
+    PerChannel,
+    QuantSpec,
+    encoding_arrays,
+    encoding_from_range,
+    encoding_of_arrays,
+    to_groups,
+)
+from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
+from bitwright.statistics import LayerMoments, Request, Statistic
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Technique, require_data
 
 Array = NDArray[Any]
 UINT8 = QuantSpec(8, signed=False, symmetric=False)

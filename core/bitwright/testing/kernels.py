@@ -20,8 +20,11 @@ from bitwright.graph import (
     OpKind,
     ParamRole,
     PoolAttrs,
+    columns,
+    output_channels,
+    output_spatial,
+    to_matrix,
 )
-from bitwright.linear_form import columns, output_channels, output_spatial, to_matrix
 
 Array = NDArray[Any]
 Params = Mapping[ParamRole, Array]

@@ -14,13 +14,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle
-from bitwright.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
-from bitwright.encoding import Encoding, EncodingTable
+from bitwright.backend import Batch, Bundle, Tap, reduced
 from bitwright.errors import EncodingError, InputError, ModelError
-from bitwright.graph import ActivationAttrs, Graph, Op, OpId, OpKind, Param, ParamId, ParamRole, TensorId
-from bitwright.plan import Float, Plan, SiteId
-from bitwright.statistics.base import Tap, reduced
+from bitwright.graph import (
+    ActivationAttrs,
+    Edit,
+    FoldBatchNorm,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    Param,
+    ParamId,
+    ParamRole,
+    RemoveOp,
+    ReplaceActivation,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+    TensorId,
+)
+from bitwright.grids import Encoding, EncodingTable
+from bitwright.placement import Float, Plan, SiteId
 from bitwright.testing import archive
 from bitwright.testing.kernels import compute, supports
 

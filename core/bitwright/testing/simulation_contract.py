@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitwright.backend import ParamUpdates, PartialExecution
-from bitwright.edits import SetParams
-from bitwright.encoding import encoding_from_range
+from bitwright.backend import ParamUpdates, PartialExecution, Tap
 from bitwright.errors import EncodingError, ModelError
-from bitwright.grid import QuantSpec
-from bitwright.statistics.base import Tap
+from bitwright.graph import SetParams
+from bitwright.grids import QuantSpec, encoding_from_range
 from bitwright.testing.contract_base import (
     Case,
     Contract,

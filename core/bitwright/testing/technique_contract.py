@@ -21,14 +21,12 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from bitwright.backend import Backend, Batch, Capability
-from bitwright.edits import SetBias
+from bitwright.backend import Backend, Batch, Capability, Tap
 from bitwright.errors import BitwrightError
-from bitwright.graph import ParamRole
-from bitwright.grid import PerChannel, QuantSpec
-from bitwright.linear_form import to_matrix
-from bitwright.plan import Plan
-from bitwright.statistics.base import Request, Tap
+from bitwright.graph import ParamRole, SetBias, to_matrix
+from bitwright.grids import PerChannel, QuantSpec
+from bitwright.placement import Plan
+from bitwright.statistics import Request
 from bitwright.technique import Layer, NeedsData, Outcome, Technique
 from bitwright.testing import models
 from bitwright.testing.harness import Applied, Interrupted, MemoryStore, run_technique, simple_plan

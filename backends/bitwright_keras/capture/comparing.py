@@ -1,0 +1,197 @@
+"""What was captured against the model that it was captured from, on one batch.
+
+A capture that computes something else is refused, with the layer's name: whatever a layer does in Python, no wrong
+float model gets further than this. The model is as it was afterwards, running statistics and random states included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import InputError, ModelError
+from bitwright_keras.capture.tracing import Recording
+from bitwright_keras.capture.training_mode import takes_training
+from bitwright_keras.graph.engine import as_numpy, value_of
+from bitwright_keras.graph.model import KerasModel, execute, refs, substitute
+from bitwright_keras.graph.native import first_line
+
+SAMPLES = 4
+"""How many of a sample's rows are compared."""
+_PRECISION = {"float16": 1e-2, "bfloat16": 6e-2}
+"""How far outputs may differ, in parts of the largest one, where some op computes in that type; 1e-4 otherwise."""
+
+
+class CaptureNotice(UserWarning):
+    """What capturing had to leave as it is, or couldn't check."""
+
+
+def compare(
+    model: keras.Model,
+    normal: KerasModel,
+    sample: Any,
+    recording: Recording,
+    tensors: Mapping[int, str],
+    traced: Sequence[str],
+) -> None:
+    """Refuse a capture that computes something else than the model does in inference.
+
+    Args:
+        model: the user's.
+        normal: what was captured.
+        sample: one batch; without one, numbers are made up.
+        recording: the calls of the user's model.
+        tensors: the capture's id of each tensor of the recording, by the tensor's `id`.
+        traced: names of layers whose `call` was recorded.
+
+    Raises:
+        InputError: the sample doesn't fit the model.
+        ModelError: the results differ.
+    """
+    with as_it_was(model) as restore:
+        batch, expected, said = None, [], ""
+        for made in _batches(normal, sample):
+            try:
+                expected = _outputs(model, normal, made)
+                batch = made
+                break
+            except Exception as error:
+                said = said or first_line(error)
+        if batch is None and sample is not None:
+            raise InputError(f"the sample doesn't fit the model: {said}")
+        if batch is None:  # made-up numbers needn't suit the model
+            notice = f"{normal.name!r} runs on no made-up numbers ({said}): give a sample, to have its capture checked"
+            warnings.warn(CaptureNotice(notice), stacklevel=3)
+            return
+        precision = max((_PRECISION.get(spec.dtype, 1e-4) for spec in normal.specs.values()), default=1e-4)
+        values: dict[str, Any] = dict(batch)
+        execute(normal.nodes, values)
+        found = [values[t] for t in refs(normal.outputs)]
+        if _alike(expected, found, precision):
+            return
+        if _draws(expected, lambda: _outputs(model, normal, batch), restore, precision):
+            notice = f"{normal.name!r} draws random numbers in inference, so that its capture can't be checked"
+            warnings.warn(CaptureNotice(notice), stacklevel=3)
+            return
+        culprit = _culprit(recording, normal, batch, values, tensors, precision)
+    if culprit is not None and culprit not in traced:
+        raise ModelError(
+            f"the capture of layer {culprit!r} gives other results than the layer: it depends on what neither its "
+            "configuration nor its weights tell; give its class a get_config() with all of its constructor's arguments"
+        )
+    raise ModelError(
+        f"capturing {culprit or ', '.join(traced) or normal.name!r} through call() gives other results than "
+        "calling it: it depends on Python state, on values, or on the batch's shape; compute with keras.layers and "
+        "keras.ops only"
+    )
+
+
+def _outputs(model: keras.Model, normal: KerasModel, batch: Mapping[str, Any]) -> list[Any]:
+    return list(keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False)))
+
+
+@contextmanager
+def as_it_was(model: keras.Model) -> Iterator[Callable[[], None]]:
+    """What calling a model may change (running statistics, random states) is put back at the end, or by a call."""
+    held = [(v, keras.ops.convert_to_numpy(value_of(v))) for v in model.non_trainable_variables if v.dtype != "string"]
+
+    def restore() -> None:
+        for variable, value in held:
+            now = keras.ops.convert_to_numpy(value_of(variable))
+            if not np.array_equal(now, value, equal_nan=value.dtype.kind == "f"):
+                variable.assign(value)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def _draws(first: Sequence[Any], run: Callable[[], Any], restore: Callable[[], None], precision: float) -> bool:
+    """Whether a model's results change from call to call, but for the state of its random generators."""
+    if _alike(first, run(), precision):
+        return False
+    restore()
+    return _alike(first, run(), precision)
+
+
+def _alike(expected: Sequence[Any], found: Sequence[Any], precision: float) -> bool:
+    return len(expected) == len(found) and all(
+        _near(as_numpy(a), as_numpy(b), precision) for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _near(a: NDArray[Any], b: NDArray[Any], precision: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind != "f" or b.dtype.kind != "f":  # a rounding may turn one decision of many over
+        return bool(np.count_nonzero(a != b) <= 0.05 * a.size)
+    finite = np.abs(a[np.isfinite(a)]).astype(np.float64)
+    near = max(precision * float(finite.max(initial=0)), 1e-7)
+    return bool(np.allclose(a, b, rtol=10 * precision, atol=near, equal_nan=True))
+
+
+def _batches(normal: KerasModel, sample: Any) -> Iterator[dict[str, Any]]:
+    """The sample, or batches that are made up: normal ones, then zeros and ones, over several lengths."""
+    if sample is not None:
+        flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else keras.tree.flatten(sample)
+        arrays = [np.asarray(x) for x in flat]
+        free = all(x.ndim and normal.specs[t].shape[0] is None for t, x in zip(normal.inputs, arrays, strict=True))
+        if free and len({len(x) for x in arrays}) == 1:
+            arrays = [x[:SAMPLES] for x in arrays]
+        yield {
+            t: keras.ops.convert_to_tensor(x, dtype=normal.specs[t].dtype)
+            for t, x in zip(normal.inputs, arrays, strict=True)
+        }
+        return
+    for length in (8, 64):
+        for whole in (False, True):
+            yield _made_up(normal, length, whole)
+
+
+def _made_up(normal: KerasModel, length: int, whole: bool) -> dict[str, Any]:
+    """Zeros and ones for integers, and for floats where these may be indices ("whole")."""
+    rng = np.random.default_rng(0)
+    batch = {}
+    for t in normal.inputs:
+        spec = normal.specs[t]
+        shape = [2 if i == 0 and n is None else length if n is None else n for i, n in enumerate(spec.shape)]
+        drawn: NDArray[Any] = rng.normal(size=shape)
+        if whole or not spec.dtype.startswith(("float", "bfloat")):
+            drawn = (drawn > -0.7).astype(np.float32)
+        batch[t] = keras.ops.convert_to_tensor(drawn, dtype=spec.dtype)
+    return batch
+
+
+def _culprit(
+    recording: Recording,
+    normal: KerasModel,
+    batch: Mapping[str, Any],
+    found: Mapping[str, Any],
+    tensors: Mapping[int, str],
+    precision: float,
+) -> str | None:
+    """The first of the user's layers whose results differ, each given what the user's layers before it computed."""
+    values = {id(t): batch[tensors[id(t)]] for t in recording.inputs}
+    for call in recording.calls:
+        args, kwargs = keras.tree.map_structure(
+            lambda x: values.get(id(x)) if isinstance(x, keras.KerasTensor) else x, (call.args, dict(call.kwargs))
+        )
+        if recording.replayed and takes_training(call.operation):
+            kwargs["training"] = False
+        try:
+            results = keras.tree.flatten(call.operation(*args, **kwargs))
+        except Exception:
+            return None
+        for tensor, result in zip(call.outputs, results, strict=True):
+            values[id(tensor)] = result
+            mine = found.get(tensors.get(id(tensor), ""))
+            if mine is not None and not _alike([result], [mine], precision):
+                return str(call.operation.name)
+    return None

@@ -1,0 +1,318 @@
+"""A model as a frozen TensorFlow graph whose tensors and constants have bitwright's names.
+
+The graph is traced call by call, so that every activation is known by its tensor; nodes are then renamed, so that the
+activation "block/relu" is the tensor "block/relu:0" and the parameter "block/kernel" the constant "block/kernel".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from bitwright.errors import CapabilityError, MissingExtraError, ModelError
+from bitwright.graph import ParamId, TensorId
+from bitwright_keras.graph.canonical import canonical
+from bitwright_keras.graph.constants import constant_of
+from bitwright_keras.graph.model import KerasModel, Node, execute, variables_of
+from bitwright_keras.graph.native import first_line
+from bitwright_keras.graph.optable import AUGMENTATION
+
+_PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
+"""What TensorFlow allows as a node's name."""
+UNROLLED = 256
+"""Steps that a recurrent layer may take to be written without a loop."""
+
+
+@dataclass(frozen=True)
+class FrozenGraph:
+    """A graph without variables.
+
+    Attributes:
+        graph_def: with static shapes noted at its nodes.
+        tensors: activation → tensor ("name:0"); model inputs and outputs too.
+        constants: parameter → constant's node name; those that the graph computes anew are missing.
+    """
+
+    graph_def: Any
+    tensors: Mapping[TensorId, str]
+    constants: Mapping[ParamId, str]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Site → its name in the file."""
+        return {**self.tensors, **self.constants}
+
+
+def frozen(model: KerasModel, *, batch_size: int | None = None, unrolled: bool = False) -> FrozenGraph:
+    """The model's graph; made once for each batch size.
+
+    Args:
+        model: the model.
+        batch_size: of the inputs; None leaves it as it is in the model.
+        unrolled: recurrent layers step by step, without loops, where they take few steps (`UNROLLED`).
+
+    Raises:
+        MissingExtraError: TensorFlow isn't installed.
+        ModelError: the model can't be traced by TensorFlow.
+        CapabilityError: another Keras backend is active, and the model can't be handed to TensorFlow's.
+    """
+    key = f"frozen/{batch_size}/{unrolled}"
+    if key not in model.memo:
+        try:
+            import tensorflow  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingExtraError('frozen graphs need TensorFlow: pip install "bitwright[tensorflow]"') from error
+        here = keras.backend.backend() == "tensorflow"
+        model.memo[key] = _traced(model, batch_size, unrolled) if here else _elsewhere(model, batch_size)
+    found = model.memo[key]
+    assert isinstance(found, FrozenGraph)
+    return found
+
+
+def _traced(model: KerasModel, batch_size: int | None, unrolled: bool) -> FrozenGraph:
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    recorded: dict[TensorId, Any] = {}
+    operands: dict[ParamId, Any] = {}
+    nodes = tuple(model.nodes)
+
+    def call(*inputs: Any) -> list[Any]:
+        recorded.clear()
+        operands.clear()
+        values: dict[TensorId, Any] = dict(zip(model.inputs, inputs, strict=True))
+        for node in nodes:
+            execute((_with_operands(model, _without_draws(model, node), operands),), values)
+            if len(node.outputs) > 1:  # states of a loop have a node of their own only behind it
+                values.update({t: tf.identity(values[t]) for t in node.outputs})
+        recorded.update(values)
+        return [tf.identity(values[t]) for t in model.output_ids]
+
+    specs = [_spec(tf, model, name, batch_size, i) for i, name in enumerate(model.inputs)]
+    try:
+        with _set(_dropouts(model), 0.0), _set(_loops(model) if unrolled else [], True):
+            concrete = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
+        names = {t: x.name for t, x in recorded.items() if hasattr(x, "graph") and x.graph is concrete.graph}
+        constants = _constant_names(model, concrete)
+        constants |= {p: x.op.name for p, x in operands.items() if x.graph is concrete.graph}
+        made = convert_variables_to_constants_v2(concrete)
+    except Exception as error:
+        raise ModelError(f"TensorFlow can't freeze {model.name!r}: {first_line(error)}") from error
+    outputs = dict(zip(model.output_ids, (t.name for t in made.outputs), strict=True))
+    graph_def = made.graph.as_graph_def(add_shapes=True)
+    return _renamed(graph_def, names, constants, outputs)
+
+
+def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, index: int) -> Any:
+    shape = list(model.specs[name].shape)
+    if batch_size is not None:
+        if shape and shape[0] is None:
+            shape[0] = batch_size
+        if None in shape:
+            raise ModelError(
+                f"input {name!r} has free dimensions {list(model.specs[name].shape)} behind the batch; TFLite files "
+                "have static shapes: build the model with a fixed input shape"
+            )
+    return tf.TensorSpec(shape, model.specs[name].dtype, name=f"bitwright_input_{index}")
+
+
+def _dropouts(model: KerasModel) -> list[tuple[Any, str]]:
+    """Dropout of recurrent cells, which draw its masks in inference too and throw them away."""
+    names = ("dropout", "recurrent_dropout")
+    cells = [x for layer in model.layers for x in layer._flatten_layers() if all(hasattr(x, n) for n in names)]
+    return [(x, n) for x in cells for n in names if isinstance(x.__dict__.get(n), int | float)]
+
+
+def _loops(model: KerasModel) -> list[tuple[Any, str]]:
+    """Recurrent layers of few steps."""
+    found = []
+    for node in model.nodes:
+        layer = node.layer
+        if layer is None or not node.inputs:
+            continue
+        steps = model.specs[node.inputs[0]].shape[1:2]
+        if steps and steps[0] is not None and steps[0] <= UNROLLED:
+            found += [(x, "unroll") for x in layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
+    return found
+
+
+@contextmanager
+def _set(places: Sequence[tuple[Any, str]], value: Any) -> Iterator[None]:
+    """Attributes with another value for a while."""
+    held = [(x, name, getattr(x, name)) for x, name in places]
+    try:
+        for x, name, _ in held:
+            setattr(x, name, value)
+        yield
+    finally:
+        for x, name, old in reversed(held):
+            setattr(x, name, old)
+
+
+def _without_draws(model: KerasModel, node: Node) -> Node:
+    """An augmenting layer as what it is in inference: some draw numbers and throw them away."""
+    if node.type not in AUGMENTATION or model.specs[node.inputs[0]] != model.specs[node.outputs[0]]:
+        return node
+    return replace(node, operation=keras.layers.Identity(dtype=model.specs[node.outputs[0]].dtype), kwargs={})
+
+
+def _with_operands(model: KerasModel, node: Node, found: dict[ParamId, Any]) -> Node:
+    """The node with its constant operands as TensorFlow constants that can be found again."""
+    import tensorflow as tf
+
+    if node.layer is not None or not node.params:
+        return node
+    args, kwargs = list(node.args), dict(node.kwargs)
+    dtype = model.specs[node.outputs[0]].dtype  # what Keras computes in: a uint8 image by 255.0 is float32
+    for key, param in node.params.items():
+        where, _, name = key.partition("/")
+        constant = found[param] = tf.constant(constant_of(node, key), dtype)
+        if where == "args":
+            args[int(name)] = constant
+        else:
+            kwargs[name] = constant
+    return replace(node, args=tuple(args), kwargs=kwargs)
+
+
+def _constant_names(model: KerasModel, concrete: Any) -> dict[ParamId, str]:
+    """Parameter → the placeholder of its variable, which becomes the constant."""
+    handles = {id(external): internal.op.name for external, internal in concrete.graph.captures}
+    found: dict[ParamId, str] = {}
+    for param, place in canonical(model).places.items():
+        if place.node.layer is None:
+            continue
+        variable = variables_of(place.node.layer)[place.key]
+        handle = getattr(variable.value, "handle", None)
+        if handle is not None and id(handle) in handles:
+            found[param] = handles[id(handle)]
+    return found
+
+
+def _renamed(
+    graph_def: Any, tensors: Mapping[TensorId, str], constants: Mapping[ParamId, str], outputs: Mapping[TensorId, str]
+) -> FrozenGraph:
+    """Nodes called by the sites that they compute; the outputs' Identity nodes are left out."""
+    nodes = {n.name: n for n in graph_def.node}
+    known = {t: n for t, n in tensors.items() if n.rpartition(":")[0] in nodes}
+    passed = {n: _source(nodes, n) for n in {*known.values(), *outputs.values()}}
+    known = {t: passed[n] for t, n in {**known, **outputs}.items()}
+    fresh: dict[str, str] = {}
+    given: set[str] = set()
+    taken = set(nodes)
+    for site, old in [*((t, n.rpartition(":")[0]) for t, n in known.items()), *constants.items()]:
+        name = re.sub(r":\d+$", "", site)
+        if old in fresh or name in given or old not in nodes or _PLAIN.fullmatch(name) is None:
+            continue
+        if name in taken and name != old:
+            spare = _free(f"{name}/inner", taken)
+            fresh.setdefault(name, spare)
+            taken.add(spare)
+        fresh[old] = name
+        given.add(name)
+        taken.add(name)
+    left = type(graph_def)(versions=graph_def.versions, library=graph_def.library)
+    for node in _needed(graph_def, nodes, {n.rpartition(":")[0] for n in known.values()}):
+        copy = left.node.add()
+        copy.CopyFrom(node)
+        copy.name = fresh.get(node.name, node.name)
+        del copy.input[:]
+        copy.input.extend(_moved(i, fresh) for i in node.input if not i.startswith("^"))
+    names = {t: _moved(n, fresh) for t, n in known.items()}
+    present = {n.name for n in left.node}
+    held = {p: fresh.get(n, n) for p, n in constants.items()}
+    return FrozenGraph(left, names, {p: n for p, n in held.items() if n in present})
+
+
+def _source(nodes: Mapping[str, Any], tensor: str) -> str:
+    """What a chain of Identity nodes passes on; tf.function puts one at each output."""
+    while (node := nodes[tensor.rpartition(":")[0]]).op == "Identity":
+        source = node.input[0]
+        if nodes[source.partition(":")[0]].op == "Const":
+            break
+        tensor = source if ":" in source else f"{source}:0"
+    return tensor
+
+
+def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str]) -> list[Any]:
+    """Nodes that the ends are computed from; control edges only order reads of variables, which are gone."""
+    found: set[str] = set()
+    stack = list(ends)
+    while stack:
+        name = stack.pop()
+        if name in found:
+            continue
+        found.add(name)
+        stack += [i.partition(":")[0] for i in nodes[name].input if not i.startswith("^")]
+    return [n for n in graph_def.node if n.name in found]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    found, number = name, 1
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found
+
+
+def _moved(reference: str, fresh: Mapping[str, str]) -> str:
+    control, plain = ("^", reference[1:]) if reference.startswith("^") else ("", reference)
+    name, colon, index = plain.partition(":")
+    return f"{control}{fresh.get(name, name)}{colon}{index}"
+
+
+# -- under another Keras backend
+
+
+def _elsewhere(model: KerasModel, batch_size: int | None) -> FrozenGraph:
+    """The graph traced by a process in which Keras runs on TensorFlow."""
+    from tensorflow.core.framework import graph_pb2
+
+    from bitwright_keras.capture.files import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = save_model(model, Path(folder) / "model.keras")
+        result = Path(folder) / "graph.pb"
+        command = [
+            sys.executable,
+            "-m",
+            "bitwright_keras.export.frozen",
+            str(source),
+            str(result),
+            str(batch_size or ""),
+        ]
+        paths = os.pathsep.join(filter(None, sys.path))
+        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": paths}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not result.exists():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise CapabilityError(
+                f"TensorFlow graphs of {model.name!r} need Keras on TensorFlow, and the model can't be handed over: "
+                f"{said[-1][:300] if said else 'no message'}; run with KERAS_BACKEND=tensorflow"
+            )
+        graph_def = graph_pb2.GraphDef.FromString(result.read_bytes())
+        names = json.loads(result.with_suffix(".json").read_text())
+    return FrozenGraph(graph_def, names["tensors"], names["constants"])
+
+
+def _main(source: str, result: str, batch_size: str) -> None:
+    from bitwright_keras.capture.files import load_model
+
+    found = frozen(load_model(Path(source)), batch_size=int(batch_size) if batch_size else None)
+    Path(result).with_suffix(".json").write_text(
+        json.dumps({"tensors": dict(found.tensors), "constants": dict(found.constants)})
+    )
+    Path(result).write_bytes(found.graph_def.SerializeToString())
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

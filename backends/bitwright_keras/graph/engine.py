@@ -1,0 +1,68 @@
+"""What differs between Keras's own backends: compiling a function of tensors, and a clip that is one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright_keras.graph.model import Spec
+
+Function = Callable[..., Any]
+
+
+def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[keras.Variable]) -> Function:
+    """A function of tensors for many calls, without gradients.
+
+    TensorFlow: one `tf.function` for all batch sizes; JAX: `jax.jit`; PyTorch: without recording gradients.
+
+    Args:
+        function: takes tensors, returns a list of tensors.
+        inputs: of the tensors that it takes.
+        variables: that it reads; each call sees their present values.
+    """
+    name = keras.backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        signature = [tf.TensorSpec(spec.shape, spec.dtype) for spec in inputs]
+        traced = tf.function(function, input_signature=signature, autograph=False)
+        result: Function = traced.get_concrete_function()
+        return result
+    if name == "torch":
+        import torch
+
+        def without_gradients(*tensors: Any) -> Any:
+            with torch.no_grad():
+                return function(*tensors)
+
+        return without_gradients
+    if name == "jax":
+        import jax  # type: ignore[import-not-found]
+
+        # Traced as they are, variables would become constants of the compiled function.
+        @jax.jit  # type: ignore[untyped-decorator]
+        def stateless(values: list[Any], *tensors: Any) -> Any:
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function(*tensors)
+
+        return lambda *tensors: stateless([v.value for v in variables], *tensors)
+    return function
+
+
+def as_numpy(tensor: Any) -> NDArray[Any]:
+    """A tensor's values; bfloat16 as float32."""
+    value = np.asarray(keras.ops.convert_to_numpy(tensor))
+    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
+
+
+def clip(x: Any, low: Any, high: Any) -> Any:
+    """Between two scalars or broadcast arrays."""
+    if keras.backend.backend() == "tensorflow" and len(low.shape) == 0 and len(high.shape) == 0:
+        import tensorflow as tf
+
+        return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
+    return keras.ops.minimum(keras.ops.maximum(x, low), high)

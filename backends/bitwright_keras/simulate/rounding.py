@@ -1,0 +1,143 @@
+"""Fake quantization of Keras tensors, differentiable: the core's pair in `keras.ops.custom_gradient`.
+
+Composed of divide, round, clip and multiply, as the reference grid is; scales are variables, so that no compiler can
+turn the division into a product with a reciprocal that it computed beforehand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from bitwright.grids import FLOAT_FORMATS, FloatFormat, Groups, cast_vjp, learned_vjp, rounded_vjp
+from bitwright_keras.graph.engine import clip
+
+CASTS = {
+    "float16": "float16", "bfloat16": "bfloat16", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2",
+}  # fmt: skip
+
+
+class KerasNamespace:
+    """`bitwright.grids._gradients.Namespace` of keras.ops."""
+
+    @staticmethod
+    def round(x: Any, /) -> Any:
+        """To the nearest integer, halves to even."""
+        return ops.round(x)
+
+    @staticmethod
+    def clip(x: Any, low: Any, high: Any, /) -> Any:
+        """Between two arrays."""
+        return clip(x, low, high)
+
+    @staticmethod
+    def where(mask: Any, x: Any, y: Any, /) -> Any:
+        """x where the mask is true, else y."""
+        return ops.where(mask, x, y)
+
+    @staticmethod
+    def sum(x: Any, axes: tuple[int, ...], /) -> Any:
+        """Over these axes, which go."""
+        return ops.sum(x, axis=axes)
+
+    @staticmethod
+    def reshape(x: Any, shape: tuple[int, ...], /) -> Any:
+        """The same elements in another shape."""
+        return ops.reshape(x, shape)
+
+    @staticmethod
+    def transpose(x: Any, axes: tuple[int, ...], /) -> Any:
+        """Axes in another order."""
+        return ops.transpose(x, axes)
+
+
+NAMESPACE = KerasNamespace()
+
+
+def round_to_grid(x: Any, scale: Any, low: Any, high: Any, *, learned: bool = False, factor: float = 1.0) -> Any:
+    """clip(round(x / scale), low, high) · scale, gradients passed straight through within the grid.
+
+    Args:
+        x: float32 tensor.
+        scale: broadcasts against x.
+        low, high: the grid's ends as seen from its zero (qmin − z, qmax − z); of scale's shape.
+        learned: gradients to the scale and the ends too. A zero point's is the sum of those of both ends, negated:
+            each gets what lies beyond it.
+        factor: of the gradients to scale and ends.
+    """
+
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
+    def rounded(x: Any, scale: Any, low: Any, high: Any) -> Any:
+        y = clip(ops.round(ops.divide(x, scale)), low, high) * scale
+
+        def gradient(*upstream: Any, **named: Any) -> Any:
+            g = _upstream(upstream, named)
+            if not learned:
+                return rounded_vjp(NAMESPACE, g, x, scale, low, high), *(ops.zeros_like(v) for v in (scale, low, high))
+            dx, ds, dz = learned_vjp(NAMESPACE, g, x, scale, low, high)
+            # ∂z is −∂low and −∂high together; low = qmin − z carries it all, so that the sum over both is right.
+            ds, dz = (summed_to(v, scale) * factor for v in (ds, dz))
+            return dx, ds, -dz, ops.zeros_like(high)
+
+        return y, gradient
+
+    return rounded(x, scale, low, high)
+
+
+def round_wide(x: Any, scale: Any, low: Any, high: Any) -> Any:
+    """The same for grids of more than 24 bits, in float64; straight through."""
+    wide = ops.cast(x, "float64")
+    q = ops.round(wide / ops.cast(scale, "float64"))
+    q = ops.minimum(ops.maximum(q, ops.cast(low, "float64")), ops.cast(high, "float64"))
+    y = ops.cast(q, "float32") * scale
+    return x + ops.stop_gradient(y - x)
+
+
+def round_to_float(x: Any, scale: Any, form: FloatFormat, *, learned: bool = False, factor: float = 1.0) -> Any:
+    """x in a float format and back, saturating at its largest value; bit-equal to `grid.cast_float`."""
+    largest = FLOAT_FORMATS[form][2]
+
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
+    def rounded(x: Any, scale: Any) -> Any:
+        r = ops.clip(ops.divide(x, scale), -largest, largest)
+        y = ops.cast(ops.cast(r, CASTS[form]), "float32") * scale
+
+        def gradient(*upstream: Any, **named: Any) -> Any:
+            g = _upstream(upstream, named)
+            groups = Groups((), (), (), (), ())
+            dx, ds, _ = cast_vjp(NAMESPACE, g, x, y, scale, largest, groups, learned=learned)
+            return dx, ops.zeros_like(scale) if ds is None else summed_to(ds, scale) * factor
+
+        return y, gradient
+
+    return rounded(x, scale)
+
+
+def _upstream(upstream: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The gradient to the output; TensorFlow and JAX give it by position, PyTorch's way may name it."""
+    return named["upstream"] if "upstream" in named else upstream[0]
+
+
+def summed_to(x: Any, like: Any) -> Any:
+    """The sum over the axes along which `like` is broadcast, in its shape."""
+    rank = len(like.shape)
+    if not rank:
+        return ops.sum(x)
+    axes = tuple(i for i in range(rank) if like.shape[i] == 1)
+    return ops.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+def value_of(variable: keras.Variable) -> Any:
+    """A variable's value as a tensor, in a replica and outside.
+
+    On PyTorch, `custom_gradient` takes no Variables. On TensorFlow, Keras takes variables for tensors, but those that
+    a strategy mirrors give no arrays until they are read.
+    """
+    value = ops.convert_to_tensor(variable.value)
+    if keras.backend.backend() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(value)

@@ -1,0 +1,1 @@
+"""The model as the core sees it: canonical graph, parameters, edits."""

@@ -1,0 +1,48 @@
+"""An ONNX graph's nodes as `bitwright.placement._masks` reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from bitwright.graph import LINEAR_KINDS, OpKind
+from bitwright.placement import Extent, Step, masks
+from bitwright_onnx.graph.attributes import constant
+from bitwright_onnx.graph.optable import FLOAT_TYPES, KINDS, is_default_domain, is_float_constant
+
+_UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
+"""Kinds whose constants are weights: large, and no masks."""
+
+
+def mask_names(graph: ir.Graph) -> frozenset[str]:
+    """Names of the values that are masks or masked (see `bitwright.placement._masks`)."""
+    steps: list[Step] = []
+    constants: dict[str, Extent] = {}
+    dtypes: dict[str, ir.DataType | None] = {str(v.name): v.dtype for v in graph.inputs}
+    for node in graph:
+        kind = KINDS.get(node.op_type, OpKind.OPAQUE) if is_default_domain(node) else OpKind.OPAQUE
+        names = [str(v.name) for v in node.inputs if v is not None]
+        if kind not in _UNREAD and not _is_lookup(node):
+            for value in node.inputs:
+                if value is not None and is_float_constant(value) and str(value.name) not in constants:
+                    array = constant(value)
+                    assert array is not None
+                    constants[str(value.name)] = Extent.of(np.asarray(array, np.float32))
+        filled = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
+        if filled is not None:
+            names.append(f"{node.name}\0value")
+            constants[names[-1]] = Extent.of(filled.as_tensor().numpy())
+        outputs = [o for o in node.outputs if o.name]
+        dtypes.update({str(o.name): o.dtype for o in outputs})
+        steps.append(Step(kind, node.op_type, tuple(names), tuple(str(o.name) for o in outputs)))
+    return masks(
+        steps,
+        [str(v.name) for v in graph.inputs],
+        [str(v.name) for v in graph.outputs],
+        constants,
+        lambda name: name in dtypes and (dtypes[name] is None or dtypes[name] in FLOAT_TYPES),
+    )
+
+
+def _is_lookup(node: ir.Node) -> bool:
+    return node.op_type in ("Gather", "GatherND", "GatherElements")

@@ -1,0 +1,1 @@
+"""Frozen TensorFlow graphs as ONNX models, under TensorFlow's own tensor names."""

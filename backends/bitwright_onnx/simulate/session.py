@@ -1,0 +1,388 @@
+"""The one place that makes ONNX Runtime sessions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from bitwright.backend import Batch, Tap, reduced, thinned_places
+from bitwright.data import fed
+from bitwright.errors import InputError, ModelError
+from bitwright.files import Array
+from bitwright_onnx.graph.subgraph import extract, values_of
+
+INLINE_BYTES = 1024
+"""Bigger initializers are handed to ONNX Runtime by reference; smaller ones (shapes, axes) stay in the proto."""
+LIBRARIES = "bitwright.custom_op_libraries"
+"""Key of `graph.meta` under which a model remembers the custom-op libraries that the user gave."""
+SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
+"""Keeps ONNX Runtime from fusing Q/DQ pairs into integer kernels: a simulation must compute in float."""
+
+_SHARED_TYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
+                           "uint32", "uint64", "bool"})  # fmt: skip
+
+
+def session_options(config: Mapping[str, str] | None = None) -> ort.SessionOptions:
+    """Quiet options; threads from BITWRIGHT_THREADS or OMP_NUM_THREADS, else ONNX Runtime's default (all cores).
+
+    Raises:
+        InputError: the variable isn't a whole number ≥ 0.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    for variable in ("BITWRIGHT_THREADS", "OMP_NUM_THREADS"):
+        if text := os.environ.get(variable):
+            if not text.isdigit():
+                raise InputError(f"{variable}={text!r} is not a number of threads; set it to 1, 2, … or unset it")
+            options.intra_op_num_threads = int(text)
+            break
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def compile_session(
+    model: ir.Model,
+    outputs: Sequence[str] = (),
+    *,
+    feeds: Sequence[str] | None = None,
+    config: Mapping[str, str] | None = None,
+    optimize: bool = True,
+) -> ort.InferenceSession:
+    """Compile the part of a model that computes `outputs`; the model isn't changed.
+
+    Weights are passed by reference, so models of any size work and nothing is written to disk.
+
+    Args:
+        outputs: tensors of the main graph; default the model's own outputs.
+        feeds: tensors to feed in place of the model's inputs (see `extract`).
+        config: ONNX Runtime session configuration entries ("session.disable_quant_qdq": "1", …).
+        optimize: whether ONNX Runtime may rewrite the graph.
+
+    Raises:
+        ModelError: unknown tensors, or ONNX Runtime refuses the model (the message names the op).
+    """
+    names = list(outputs) or [v.name for v in model.graph.outputs if v.name is not None]
+    return _compile(extract(model, names, feeds), config=config, optimize=optimize)
+
+
+def _compile(part: ir.Model, *, config: Mapping[str, str] | None, optimize: bool = True) -> ort.InferenceSession:
+    options = session_options(config)
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for library in part.graph.meta.get(LIBRARIES, ()):
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise ModelError(f"the custom-op library {library} can't be loaded: {_reason(error)}") from error
+    shared = _detach_weights(part)
+    if shared:
+        # The options hold no reference to the arrays, so the session below must.
+        options.add_external_initializers(list(shared), list(shared.values()))
+    try:
+        proto = ir.to_proto(part).SerializeToString()
+    except Exception as error:
+        raise ModelError(
+            f"the model can't be serialized ({_reason(error)}); more than 2 GB in subgraphs or in packed types "
+            "is not supported"
+        ) from error
+    try:
+        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime can't run the model: {_reason(error)}{_hint(error)}") from error
+    session.bitwright_weights = shared
+    return session
+
+
+@cache
+def has_quantize_linear(opset: int) -> bool:
+    """Whether the installed ONNX Runtime has QuantizeLinear of an opset: of the newest it may have other ops only."""
+    x, scale = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])) for n in ("x", "scale"))
+    zero = ir.Value(name="zero", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]))
+    node = ir.node("QuantizeLinear", [x, scale, zero])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.UINT8)
+    graph = ir.Graph([x, scale, zero], node.outputs, nodes=[node], opset_imports={"": opset}, name="probe")
+    try:
+        _compile(ir.Model(graph, ir_version=10), config=None)
+    except ModelError:
+        return False
+    return True
+
+
+def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
+    """Turn the big initializers of a private model into placeholders; returns their values by name."""
+    shared: dict[str, ort.OrtValue] = {}
+    for graph in part.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                raise ModelError(f"initializer {name!r} has no data")
+            array = tensor_array(tensor)
+            if graph is part.graph and byte_size(tensor) > INLINE_BYTES and array.dtype.name in _SHARED_TYPES:
+                shared[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+                value.const_value = ir.ExternalTensor(
+                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+                )
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
+    return shared
+
+
+def byte_size(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a tensor's data; 0 for strings, which have no width and always stay inside of the file."""
+    return 0 if tensor.dtype is ir.DataType.STRING else tensor.nbytes
+
+
+def tensor_array(tensor: ir.TensorProtocol) -> Array:
+    """Values of a tensor, memory-mapped where they lie in an external file.
+
+    Raises:
+        ModelError: the external file is missing or too short.
+    """
+    try:
+        return np.asarray(tensor.numpy())
+    except Exception as error:
+        where = f" in {tensor.path}" if isinstance(tensor, ir.ExternalTensor) else ""
+        raise ModelError(f"the data of tensor {tensor.name!r} can't be read{where}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed:", "", text)
+    return text.splitlines()[0].strip()[:400]
+
+
+def _hint(error: BaseException) -> str:
+    text = str(error)
+    if "is not a registered function/op" in text or "custom" in text.lower():
+        return "; give the library that holds it: custom_ops=['/path/to/library.so']"
+    if "Unsupported model IR version" in text or "opset" in text.lower():
+        return "; a newer onnxruntime may run it"
+    return ""
+
+
+class OrtSession:
+    """A model, or a segment of it, compiled for fixed taps (`bitwright.backend.Session`).
+
+    Taps with reduction "minmax" are reduced inside the graph, so that two scalars (or two rows, with an axis)
+    leave it in place of the tensor. ONNX Runtime's reductions skip NaN (infinities they keep).
+
+    Args:
+        model: the model; it isn't changed.
+        taps: model inputs, intermediate tensors or outputs.
+        feeds: tensors to feed in place of the model's inputs.
+        bound: further model inputs whose values don't come with the batch; read anew at each run, so that
+            changing the mapping changes the next run.
+        config: ONNX Runtime session configuration.
+
+    Raises:
+        ModelError: a tap is unknown or can't be computed from the feeds, or ONNX Runtime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        taps: Sequence[Tap],
+        *,
+        feeds: Sequence[str] | None = None,
+        bound: Mapping[str, Array] | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> None:
+        self.taps = tuple(dict.fromkeys(taps))
+        self._bound = bound if bound is not None else {}
+        known = values_of(model.graph)
+        for tap in self.taps:
+            if tap.tensor not in known:
+                raise ModelError(f"the model has no tensor {tap.tensor!r} to tap")
+        sources = set(feeds) if feeds is not None else {v.name for v in model.graph.inputs}
+        self._passed = {t: t.tensor for t in self.taps if t.tensor in sources}
+        computed = [t for t in self.taps if t not in self._passed]
+        self._fetch: dict[Tap, tuple[str, ...]] = {}
+        self._session: ort.InferenceSession | None = None
+        inputs: dict[str, tuple[str, list[Any]]] = {}
+        if computed:
+            # A feed that no tap depends on is dropped, so that run() needs only what is used.
+            part = extract(model, list(dict.fromkeys(t.tensor for t in computed)), feeds)
+            values = values_of(part.graph)
+            part.graph.outputs.clear()
+            for tap in computed:
+                outputs = _reduced(part, values[tap.tensor], tap)
+                self._fetch[tap] = tuple(str(v.name) for v in outputs)
+                part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
+            for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
+                part.graph.inputs.remove(value)
+            self._session = _compile(part, config=config)
+            inputs = {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+        self._outputs = list(dict.fromkeys(n for names in self._fetch.values() for n in names))
+        self._types = {name: _dtype(kind) for name, (kind, _) in inputs.items()}
+        self._sequences = frozenset(name for name, (kind, _) in inputs.items() if not kind.startswith("tensor("))
+        self._needed = tuple(dict.fromkeys([*inputs, *self._passed.values()]))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the tensors that `run` must be given (bound ones left out)."""
+        return tuple(n for n in self._needed if n not in self._bound)
+
+    def run(self, batch: Batch) -> dict[Tap, Array]:
+        """Feed one batch; arrays that the taps don't depend on are ignored.
+
+        Raises:
+            InputError: a needed array is missing, or has the wrong dtype, rank or shape.
+            ModelError: an op failed while running.
+        """
+        feed = {}
+        for name in self._needed:
+            source = self._bound if name in self._bound else batch
+            if name not in source:
+                raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
+            feed[name] = self._as_typed(name, source[name])
+        fetched: dict[str, Array] = {}
+        if self._session is not None:
+            given = {n: feed[n] for n in self._types}
+            try:
+                fetched = dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
+            except Exception as error:
+                shapes = ", ".join(
+                    f"{n} {v.dtype}{list(v.shape)}" for n, v in given.items() if isinstance(v, np.ndarray)
+                )
+                kind = InputError if "INVALID_ARGUMENT" in str(error) else ModelError
+                raise kind(f"running the model on {shapes} failed: {_reason(error)}") from error
+        results: dict[Tap, Array] = {}
+        for tap in self.taps:
+            if tap in self._passed:
+                results[tap] = reduced(feed[tap.tensor], tap)
+            elif len(names := self._fetch[tap]) == 1:
+                value = fetched[names[0]]
+                if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment
+                    results[tap] = value
+                    continue
+                # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
+                done = tap.step > 1 and names[0] != tap.tensor
+                results[tap] = value if done else reduced(value, tap)
+                if tap.reduce == "minmax" and names[0] != tap.tensor:
+                    results[tap][0] = 0.0
+            else:
+                low, high = (fetched[n] for n in names[:2])
+                results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
+        return results
+
+    def _as_typed(self, name: str, value: Any) -> Any:
+        if name in self._sequences:
+            return value
+        wanted = self._types.get(name)
+        if wanted is None or wanted.kind in "OUS":
+            return np.asarray(value)
+        return fed(value, wanted.name, name)
+
+
+def _dtype(kind: str) -> np.dtype[Any] | None:
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    try:
+        return np.dtype({"float": "float32", "double": "float64", "string": "object"}.get(name, name))
+    except TypeError:
+        return None
+
+
+def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
+    """Values to fetch for a tap: the tensor itself, or its minimum and maximum computed in the graph."""
+    if tap.reduce == "none" and tap.step > 1:
+        return _thinned(part, value, tap)
+    if tap.reduce == "none" or (tap.axis is not None and value.shape is None):
+        return [value]
+    if _never_negative(value) and value.shape is not None and len(value.shape) == 4 and tap.axis in (None, 1):
+        # Unlike ReduceMax, this op reads the blocked layout that ONNX Runtime's convolutions write.
+        return [_append(part, ir.node("GlobalMaxPool", [value]), f"{value.name}/GlobalMaxPool")]
+    nodes: list[ir.Node] = []
+    source = value
+    if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        # ONNX Runtime reduces these types on some builds only.
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        nodes.append(cast)
+        source = cast.outputs[0]
+    axes: list[int] | None = None
+    if tap.axis is not None:
+        assert value.shape is not None
+        axes = [i for i in range(len(value.shape)) if i != tap.axis % len(value.shape)]
+    for op in ("ReduceMin", "ReduceMax"):
+        operands: list[ir.Value | None] = [source]
+        attributes: dict[str, Any] = {"keepdims": 0}
+        if axes is not None and part.graph.opset_imports.get("", 13) >= 18:
+            constant = ir.tensor(axes, dtype=ir.DataType.INT64)
+            axis_node = ir.node("Constant", [], {"value": constant})
+            nodes.append(axis_node)
+            operands.append(axis_node.outputs[0])
+        elif axes is not None:
+            attributes["axes"] = axes
+        nodes.append(ir.node(op, operands, attributes))
+    suffix = "" if tap.axis is None else f".{tap.axis}"
+    taken = set(values_of(part.graph))
+    for node in nodes:
+        name = f"{value.name}/{node.op_type}{suffix}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        node.name = node.outputs[0].name = name
+    part.graph.extend(nodes)
+    return [n.outputs[0] for n in nodes if n.op_type.startswith("Reduce")]
+
+
+def _never_negative(value: ir.Value) -> bool:
+    """Whether the op that makes a value can't make it negative."""
+    node = value.producer()
+    if node is None or value.dtype not in (None, ir.DataType.FLOAT):
+        return False
+    if node.op_type == "Clip" and len(node.inputs) > 1 and node.inputs[1] is not None:
+        low = node.inputs[1].const_value
+        return low is not None and float(low.numpy().reshape(-1)[0]) >= 0
+    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+
+
+def _thinned(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
+    """As the core's `thinned`, in the graph so that the rest never leaves it; the tensor itself where it can't be."""
+    sizes = [] if value.shape is None else [d for d in list(value.shape)[1:] if isinstance(d, int)]
+    places = None
+    if tap.axis not in (None, 0, 1):
+        if value.shape is None or len(sizes) + 1 < len(value.shape):
+            return [value]
+        places = thinned_places(tuple(sizes), tap.step, tap.axis)
+    constants = {"shape": [0, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [tap.step]}
+    if places is not None:
+        constants = {"shape": [0, -1], "places": places.tolist()}
+    made = {
+        name: _append(
+            part, ir.node("Constant", [], {"value": ir.tensor(v, dtype=ir.DataType.INT64)}), f"{value.name}/{name}"
+        )
+        for name, v in constants.items()
+    }
+    flat = _append(part, ir.node("Reshape", [value, made["shape"]]), f"{value.name}/Flat")
+    if places is not None:
+        return [_append(part, ir.node("Gather", [flat, made["places"]], {"axis": 1}), f"{value.name}/Thinned")]
+    ends = [made[name] for name in ("start", "end", "axis", "step")]
+    return [_append(part, ir.node("Slice", [flat, *ends]), f"{value.name}/Thinned")]
+
+
+def _append(part: ir.Model, node: ir.Node, name: str) -> ir.Value:
+    """Add a node at the end; its name and its output's are free variants of `name`."""
+    taken = set(values_of(part.graph))
+    while name in taken:
+        name += "_"
+    node.name = node.outputs[0].name = name
+    part.graph.append(node)
+    return node.outputs[0]
+
+
+def segment(model: ir.Model, feeds: Sequence[str], taps: Sequence[Tap]) -> OrtSession:
+    """Compile only what lies between `feeds` and `taps` (`bitwright.backend.PartialExecution`).
+
+    Raises:
+        ModelError: a tap can't be computed from the feeds alone.
+    """
+    return OrtSession(model, taps, feeds=feeds)

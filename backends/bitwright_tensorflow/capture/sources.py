@@ -1,0 +1,323 @@
+"""From what users hold (sessions, checkpoints, SavedModels, functions, frozen files) to a `TfModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+
+from bitwright.errors import InputError, ModelError
+from bitwright.graph import TensorId
+from bitwright_tensorflow.capture.inline import CALLS, flatten, inline_calls
+from bitwright_tensorflow.capture.normalize import normalize
+from bitwright_tensorflow.capture.restoring import restored, session_values
+from bitwright_tensorflow.capture.trust import refuse_outside
+from bitwright_tensorflow.graph.graphs import Wiring
+from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, Kind, MetaGraphDef, Signature, TfModel, tensor_id
+from bitwright_tensorflow.graph.rewriter import constant
+from bitwright_tensorflow.graph.runtime import reason
+
+Names = Sequence[Any] | Mapping[str, Any] | str | None
+
+
+@dataclass(frozen=True)
+class SessionModel:
+    """A TF 1 session and which of its tensors are the network: what `QuantSim` takes for a session.
+
+    Attributes:
+        session: with all variables initialized. It isn't changed.
+        inputs: tensors that are fed: names ("x", "x:0") or tensors, or a mapping of argument names to them. By default
+            the placeholders that the outputs depend on.
+        outputs: the network's results (logits rather than a loss), likewise.
+        constants: placeholders that are no data ("is_training", "keep_prob") and the value that inference gives them.
+    """
+
+    session: Any
+    outputs: Names
+    inputs: Names = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+
+def owns(model: object) -> bool:
+    """Whether an object is something that this backend opens. Keras models are Keras's, saved ones excepted."""
+    if isinstance(model, TfModel | SessionModel | tf.compat.v1.Session | GraphDef):
+        return True
+    if any(base.__module__.partition(".")[0] in ("keras", "tf_keras") for base in type(model).__mro__):
+        return False
+    if _is_concrete(model) or _is_function(model):
+        return True
+    loaded = bool(getattr(model, "signatures", None)) and type(model).__module__.startswith("tensorflow")
+    return loaded or isinstance(model, tf.Module)
+
+
+def adopt(model: object, sample: Any = None) -> TfModel:
+    """What the user holds, as a `TfModel`.
+
+    Args:
+        model: a `SessionModel`, a concrete function, a `tf.function` or `tf.Module` (with a sample), what
+            `tf.saved_model.load` returns, a frozen GraphDef, or a `TfModel`.
+        sample: arguments that a `tf.function` is traced with: an array, a tuple, or a mapping by argument name. The
+            first axis is left free where the function can be traced so.
+
+    Raises:
+        InputError: outputs or a sample are missing, or name what isn't there.
+        ModelError: the model can't be opened.
+    """
+    if isinstance(model, TfModel):
+        return model
+    if isinstance(model, SessionModel):
+        return from_session(model)
+    if isinstance(model, tf.compat.v1.Session):
+        raise InputError(
+            "a session holds many tensors: say which are the network's, "
+            "bitwright_tensorflow.SessionModel(session, inputs=['x'], outputs=['logits'])"
+        )
+    if isinstance(model, GraphDef):
+        return from_frozen(model)
+    if _is_concrete(model):
+        return from_concrete(model, Kind.FUNCTION)
+    signatures = getattr(model, "signatures", None)
+    if signatures and not _is_function(model):
+        return from_concrete(signature_of(signatures, None), Kind.SAVED_MODEL)
+    if _is_function(model):
+        return from_concrete(_traced(model, sample), Kind.FUNCTION)
+    if isinstance(model, tf.Module) and callable(model):
+        return from_concrete(_traced(tf.function(model), sample), Kind.FUNCTION)
+    raise InputError(f"a {type(model).__name__} is no TensorFlow model; give a function, a session or a SavedModel")
+
+
+# -- sessions
+
+
+def from_session(given: SessionModel) -> TfModel:
+    """The graph of a session with all its collections, and its variables' contents.
+
+    Raises:
+        InputError: a name that isn't in the graph, or no outputs.
+        ModelError: a variable isn't initialized.
+    """
+    graph = given.session.graph
+    with graph.as_default():
+        meta = tf.compat.v1.train.export_meta_graph(graph=graph, clear_devices=True)
+    return open_graph(meta, lambda: session_values(given.session), given, Kind.SESSION)
+
+
+def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names, constants: Any = None) -> TfModel:
+    """A .meta file with its checkpoint (by default of the same name).
+
+    Raises:
+        InputError: no such file, or it is something else.
+        ModelError: the checkpoint lacks a variable.
+    """
+    meta = MetaGraphDef()
+    try:
+        meta.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise InputError(f"{path} is no MetaGraph: {error}") from error
+    prefix = str(checkpoint or path.with_suffix(""))
+    if not tf.compat.v1.train.checkpoint_exists(prefix):
+        raise InputError(f"there is no checkpoint {prefix!r}; name it: load(path, checkpoint=…)")
+    signature = next(iter(meta.signature_def.values()), None)
+    if outputs is None and signature is not None:
+        outputs = {k: v.name for k, v in signature.outputs.items()}
+        inputs = {k: v.name for k, v in signature.inputs.items()} if inputs is None else inputs
+    given = SessionModel(None, outputs, inputs, constants or {})
+    return open_graph(meta, lambda: restored(meta, prefix), given, Kind.SESSION, str(path))
+
+
+def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind, file: str = "") -> TfModel:
+    """A `TfModel` of a graph with variables in it; `values` reads them once the names are known to be right.
+
+    Args:
+        meta: the caller's own.
+        values: reads the variables.
+        given: inputs, outputs and constants.
+        kind: of the source.
+        file: that it came from; what its graph may do is then looked at.
+    """
+    wiring = Wiring(meta.graph_def)
+    _fix_constants(wiring, given.constants)
+    outputs = _named(wiring, given.outputs, "outputs")
+    if not outputs:
+        raise InputError("which tensors are the network's results? outputs=['logits']")
+    inputs = _named(wiring, given.inputs, "inputs")
+    if not inputs:
+        inputs = {n.removesuffix(":0"): n for n in _placeholders(wiring, list(outputs.values()))}
+    if not inputs:
+        raise InputError("no placeholder feeds the outputs; name the tensors that the data go into: inputs=[…]")
+    if missing := set(_placeholders(wiring, list(outputs.values()), set(inputs.values()))) - set(inputs.values()):
+        first = min(missing)
+        raise InputError(
+            f"the outputs depend on the placeholder {first!r} too; name it among the inputs, or give its value in "
+            f"inference: constants={{{first.removesuffix(':0')!r}: …}}"
+        )
+    if file:
+        refuse_outside(meta.graph_def, list(outputs.values()), file)
+    if any(wiring.nodes[n].op in CALLS for n in wiring.order(list(outputs.values()), set(inputs.values()))):
+        ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
+        meta.graph_def.CopyFrom(inline_calls(meta.graph_def, [*inputs.values(), *outputs.values(), *ends]))
+    normalize(meta.graph_def, list(inputs.values()), list(outputs.values()))
+    return TfModel(meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs))
+
+
+def _fix_constants(wiring: Wiring, constants: Mapping[str, Any]) -> None:
+    for name, value in constants.items():
+        node = wiring.nodes.get(str(name).partition(":")[0])
+        if node is None or not node.op.startswith("Placeholder"):
+            raise InputError(f"constants: the graph has no placeholder {name!r}")
+        dtype = tf.as_dtype(node.attr["dtype"].type)
+        node.CopyFrom(constant(node.name, np.asarray(value, dtype.as_numpy_dtype), dtype.name))
+
+
+def _named(wiring: Wiring, given: Names, what: str) -> dict[str, TensorId]:
+    if given is None:
+        return {}
+    if isinstance(given, str) or hasattr(given, "op"):
+        given = [given]
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(None, g) for g in given]
+    named: dict[str, TensorId] = {}
+    for key, item in pairs:
+        tensor = tensor_id(str(getattr(item, "name", item)))
+        if tensor.partition(":")[0] not in wiring.nodes:
+            raise InputError(f"{what}: the graph has no tensor {tensor!r}")
+        named[str(key) if key is not None else tensor.removesuffix(":0")] = tensor
+    return named
+
+
+def _placeholders(wiring: Wiring, outputs: Sequence[TensorId], inputs: set[TensorId] | None = None) -> list[TensorId]:
+    order = wiring.order(outputs, inputs or ())
+    return [f"{n}:0" for n in order if wiring.nodes[n].op in ("Placeholder", "PlaceholderV2")]
+
+
+# -- functions
+
+
+def from_concrete(function: Any, kind: Kind, key: str = "serving_default") -> TfModel:
+    """A concrete function, its calls inlined.
+
+    Raises:
+        ModelError: it has no tensor inputs or outputs, or captures what is no variable.
+    """
+    captured = {inner.name for _, inner in function.graph.captures}
+    inputs = {t.name.removesuffix(":0"): t.name for t in function.graph.inputs if t.name not in captured}
+    structured = function.structured_outputs
+    flat = tf.nest.flatten(structured)
+    if isinstance(structured, Mapping) and len(flat) == len(structured):
+        names = [str(name) for name in sorted(structured)]  # the order in which TensorFlow flattens a mapping
+    else:
+        names = ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
+    tensors = [t.name for t in function.graph.outputs]
+    if len(tensors) != len(flat) or not tensors or not inputs:
+        raise ModelError("the function must take and return tensors, and nothing else")
+    graph_def, values, placed, ends = flatten(function, inputs, dict(zip(names, tensors, strict=True)))
+    normalize(graph_def, list(placed.values()), list(ends.values()))
+    meta = MetaGraphDef()
+    meta.graph_def.CopyFrom(graph_def)
+    signature = Signature(placed, ends, key)
+    return TfModel(meta, values, tuple(placed.values()), tuple(dict.fromkeys(ends.values())), kind, signature)
+
+
+def default_key(signatures: Mapping[str, Any]) -> str:
+    """Which signature of a SavedModel is opened if none is named.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not signatures:
+        raise InputError("the SavedModel has no signature; save it with signatures=…")
+    return "serving_default" if "serving_default" in signatures else min(signatures)
+
+
+def signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
+    """The signature of that name, or the default one.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = key or default_key(signatures)
+    if name not in signatures:
+        raise InputError(f"there is no signature {name!r}; there are {', '.join(sorted(signatures))}")
+    return signatures[name]
+
+
+# -- frozen graphs
+
+
+def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None, file: str = "the graph") -> TfModel:
+    """A graph whose weights are constants. By default the inputs are its placeholders, the outputs what nothing reads.
+
+    Raises:
+        InputError: unknown names, no inputs or no outputs.
+        ModelError: it holds variables, whose values no frozen graph has, or it reaches outside of itself.
+    """
+    own = GraphDef()
+    own.CopyFrom(graph_def)
+    if held := [n.name for n in own.node if n.op in VARIABLES]:
+        raise ModelError(f"the graph holds the variable {held[0]!r} without its value; freeze it, or open its session")
+    wiring = Wiring(own)
+    if outputs is None:
+        read = {i.lstrip("^").partition(":")[0] for n in own.node for i in n.input}
+        idle = ("Const", "NoOp", "Assert", "Placeholder")
+        outputs = [n.name for n in own.node if n.name not in read and n.op not in idle]
+    meta = MetaGraphDef()
+    meta.graph_def.CopyFrom(own)
+    del wiring
+    return open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN, file)
+
+
+def read_frozen(path: Path) -> GraphDef:
+    """A GraphDef file.
+
+    Raises:
+        InputError: no such file, or it is something else.
+    """
+    graph_def = GraphDef()
+    try:
+        graph_def.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise InputError(f"{path} is no frozen graph: {error}") from error
+    if not graph_def.node:
+        raise InputError(f"{path} is no frozen graph: it has no nodes")
+    return graph_def
+
+
+# -- tracing
+
+
+def _is_concrete(model: object) -> bool:
+    return all(hasattr(model, name) for name in ("graph", "captured_inputs", "structured_outputs"))
+
+
+def _is_function(model: object) -> bool:
+    return hasattr(model, "get_concrete_function")
+
+
+def _traced(function: Any, sample: Any) -> Any:
+    """A concrete function for a sample's types, the first axis free if possible."""
+    if sample is None:
+        if getattr(function, "input_signature", None) is not None:
+            return function.get_concrete_function()
+        raise InputError(
+            "a tf.function without input_signature needs a sample batch to be traced: QuantSim(function, sample, …)"
+        )
+    failure: Exception | None = None
+    for free in (True, False):
+        try:
+            if isinstance(sample, Mapping):
+                return function.get_concrete_function(**{k: _spec(v, free, str(k)) for k, v in sample.items()})
+            arguments = sample if isinstance(sample, tuple | list) else (sample,)
+            return function.get_concrete_function(*(_spec(v, free) for v in arguments))
+        except Exception as error:  # whatever the user's Python raises while it is traced
+            failure = failure or error
+    raise ModelError(f"the function can't be traced with this sample: {reason(failure or ValueError())}") from failure
+
+
+def _spec(value: Any, free: bool, name: str | None = None) -> tf.TensorSpec:
+    array = np.asarray(value)
+    shape = (None, *array.shape[1:]) if free and array.ndim else array.shape
+    return tf.TensorSpec(shape, tf.as_dtype(array.dtype), name)

@@ -1,0 +1,120 @@
+"""Export: a frozen .pb, .meta with a checkpoint, a SavedModel, and QDQ ONNX, all under the graph's own names.
+
+None of these files needs bitwright: plain TensorFlow (or an ONNX runtime) loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitwright.backend import Bundle, Session
+from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.graph import TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan, SiteKind
+from bitwright_tensorflow.export.checkpoints import save_checkpoint
+from bitwright_tensorflow.export.freezing import frozen_graph, save_frozen, save_saved_model
+from bitwright_tensorflow.graph.canonical import recognize
+from bitwright_tensorflow.graph.model import Kind, TfModel
+from bitwright_tensorflow.graph.runtime import import_graph
+from bitwright_tensorflow.simulate.building import declare_variables
+
+if TYPE_CHECKING:
+    from bitwright_onnx.backend import OnnxBackend
+
+FORMATS: Mapping[str, str] = {
+    "pb": "the float model with its updated weights as a frozen graph; encodings files go with it",
+    "meta": "the source's whole graph with its variables: .meta and a checkpoint (.index, .data) of the same name",
+    "saved_model": "the float model as a SavedModel folder, with the source's signature",
+    "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
+}
+LARGEST = 2**31 - 1
+"""Bytes that a protobuf message holds at most."""
+
+
+def export(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+    """`Backend.export`.
+
+    Raises:
+        InputError: unknown format, the files can't be written, or there are no variables for a checkpoint.
+        MissingExtraError: QDQ ONNX without the packages that it needs.
+        ModelError: the model can't be expressed in the format.
+    """
+    if format == "pb":
+        if sum(value.nbytes for value in model.values.values()) > LARGEST:
+            raise ModelError("the frozen graph exceeds 2 GiB, which a .pb can't hold; export as meta or saved_model")
+        return Bundle({"model": save_frozen(model, path)})
+    if format == "meta":
+        return Bundle(_write_meta(model, path))
+    if format == "saved_model":
+        return Bundle({"saved_model": save_saved_model(model, path)})
+    if format == "qdq":
+        return _write_qdq(model, plan, encodings, path)
+    raise InputError(f"the TensorFlow backend has no format {format!r}; there are {', '.join(FORMATS)}")
+
+
+def bundled(model: TfModel) -> Mapping[str, str]:
+    """What a bundle has beside the frozen graph, the source's own form first: format → ending of the name."""
+    own = {
+        Kind.SESSION: {"meta": ".meta"},
+        Kind.SAVED_MODEL: {"saved_model": "_saved_model"},
+        Kind.FUNCTION: {"saved_model": "_saved_model"},
+        Kind.FROZEN: {},
+    }
+    return {**own[model.kind], "qdq": ".qdq.onnx"}
+
+
+def _write_meta(model: TfModel, path: Path) -> dict[str, Path]:
+    if not model.variables:
+        raise InputError("the model has no variables for a checkpoint to hold; export it as pb or saved_model")
+    path = path if path.suffix == ".meta" else path.with_name(f"{path.name}.meta")
+    if model.kind is not Kind.SESSION:
+        model = replace(model, meta=declare_variables(model), kind=Kind.SESSION)
+    save_checkpoint(model, path)
+    parts = {"checkpoint": ".index", "checkpoint_data": ".data-00000-of-00001"}
+    return {"meta": path, **{purpose: path.with_suffix(ending) for purpose, ending in parts.items()}}
+
+
+def onnx_backend() -> OnnxBackend:
+    """The backend that writes and runs QDQ ONNX.
+
+    Raises:
+        MissingExtraError: its packages aren't installed.
+    """
+    try:
+        from bitwright_onnx.backend import OnnxBackend
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'QDQ ONNX needs {error.name}: pip install "bitwright[tensorflow]"') from error
+    return OnnxBackend()
+
+
+def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
+    """The QDQ model in ONNX Runtime; taps that ONNX spells otherwise are left out.
+
+    Raises:
+        InputError: the bundle has none: its ops have no counterpart in ONNX.
+        MissingExtraError: as `onnx_backend`.
+    """
+    backend = onnx_backend()
+    from bitwright_onnx.export.runtime import IntegerSession
+
+    known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
+    return backend.compile(bundle, [t for t in taps if t in known])
+
+
+def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    backend = onnx_backend()
+    from bitwright_onnx.export.qdq import write_qdq
+    from bitwright_onnx.graphdef.convert import import_graphdef, with_parameters
+
+    graph = recognize(model).graph
+    graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
+    names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
+    kept = [s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER]
+    made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names, kept=kept))
+    shown = with_parameters(backend.graph(made), made, plan, graph.params)
+    report = write_qdq(made, shown, plan, encodings, path)
+    return Bundle({"qdq": report.path}, report.names)

@@ -1,0 +1,133 @@
+"""Running graphs: import into a `tf.Graph`, set the variables, call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from bitwright.errors import InputError, ModelError
+from bitwright_tensorflow.graph.model import VARIABLES, Array, GraphDef, Kind, TfModel, tensor_id
+
+
+def session_config() -> tf.compat.v1.ConfigProto:
+    """Ops as they stand in the graph; threads from BITWRIGHT_THREADS or OMP_NUM_THREADS, else TensorFlow's default.
+
+    Grappler's remapper, which fuses a convolution with what follows it, is off: its fused kernels refuse groups and
+    some activations (`FusedBatchNorm,Tanh`), and with oneDNN it loses tensors that are fetched.
+
+    Raises:
+        InputError: the variable isn't a whole number ≥ 0.
+    """
+    config = tf.compat.v1.ConfigProto()
+    for variable in ("BITWRIGHT_THREADS", "OMP_NUM_THREADS"):
+        if text := os.environ.get(variable):
+            if not text.isdigit():
+                raise InputError(f"{variable}={text!r} is not a number of threads; set it to 1, 2, … or unset it")
+            config.intra_op_parallelism_threads = int(text)
+            config.inter_op_parallelism_threads = 1
+            break
+    config.allow_soft_placement = True
+    rewriting = config.graph_options.rewrite_options
+    rewriting.remapping = rewriting.OFF
+    return config
+
+
+def import_graph(graph_def: GraphDef) -> tf.Graph:
+    """A new graph of these nodes, under their own names.
+
+    Raises:
+        ModelError: TensorFlow refuses the graph.
+    """
+    graph = tf.Graph()
+    try:
+        with graph.as_default():
+            tf.import_graph_def(graph_def, name="")
+    except (ValueError, tf.errors.OpError) as error:
+        raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
+    return graph
+
+
+def import_values(session: tf.compat.v1.Session, values: Mapping[str, Array]) -> None:
+    """Set variables of a session's graph by node name; names that the graph lacks are passed over."""
+    graph = session.graph
+    known = {op.name: op for op in graph.get_operations() if op.type in VARIABLES and op.name in values}
+    assigned, feed = [], {}
+    with graph.as_default(), graph.control_dependencies(None):
+        for name, op in known.items():
+            array = np.asarray(values[name])
+            dtype = tf.as_dtype(op.get_attr("dtype")).base_dtype
+            given = tf.compat.v1.placeholder(dtype, array.shape, name="bitwright/value")
+            feed[given] = array
+            if op.type == "VarHandleOp":
+                assigned.append(tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=given))
+            else:
+                assigned.append(tf.compat.v1.assign(op.outputs[0], given, validate_shape=False).op)
+    if assigned:
+        session.run(assigned, feed)
+
+
+def open_graph(graph_def: GraphDef, values: Mapping[str, Array]) -> tf.compat.v1.Session:
+    """A session on a new graph of these nodes, with its variables set."""
+    graph = import_graph(graph_def)
+    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    import_values(session, values)
+    return session
+
+
+def open_session(model: TfModel) -> tf.compat.v1.Session:
+    """The whole model in a session: for a `Kind.SESSION` with its collections, so that savers and optimizers work.
+
+    Lookup tables are initialized. The caller closes the session.
+
+    Raises:
+        ModelError: TensorFlow refuses the graph.
+    """
+    if model.kind is not Kind.SESSION:
+        return open_graph(model.graph_def, model.values)
+    graph = tf.Graph()
+    try:
+        with graph.as_default():
+            tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
+    except (ValueError, tf.errors.OpError) as error:
+        raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
+    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    import_values(session, model.values)
+    tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
+    if tables:
+        session.run(tables)
+    return session
+
+
+def call(model: TfModel, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """`TfModel.__call__`."""
+    by_name = dict(model.signature.inputs)
+    if len(arguments) > len(model.inputs):
+        raise InputError(f"the model takes {len(model.inputs)} inputs, {len(arguments)} are given")
+    feed = dict(zip(model.inputs, arguments, strict=False))
+    for name, value in named.items():
+        tensor = by_name.get(name, tensor_id(name))
+        if tensor not in model.inputs:
+            raise InputError(f"the model has no input {name!r}; it takes {', '.join(by_name) or model.inputs}")
+        feed[tensor] = value
+    if missing := [t for t in model.inputs if t not in feed]:
+        raise InputError(f"no array for input {missing[0]!r}")
+    session = model.memo.get("session")
+    if session is None:
+        session = model.memo["session"] = open_session(model)
+    results = session.run(list(model.signature.outputs.values()), feed)
+    return results[0] if len(results) == 1 else dict(zip(model.signature.outputs, results, strict=True))
+
+
+_TRACES = ("Graph execution error", "Detected at node", "Defined at", "Node:")
+
+
+def reason(error: BaseException) -> str:
+    """What TensorFlow's message says, in one line."""
+    text = str(getattr(error, "message", "") or error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(_TRACES)]
+    return (told or lines)[0][:400]

@@ -1,0 +1,255 @@
+"""Fake quantization as TensorFlow ops, and the numbers that they read: bit-equal to `Encoding.fake_quantize`.
+
+Division, rounding (half to even), clipping and multiplication are composed; `tf.quantization`'s own ops round halves
+up. Every number is read from a variable or computed from one: grappler turns a division by a constant into a
+multiplication by its rounded reciprocal, which moves midpoints.
+
+For training, `trained` has the grid's values and the gradients of `bitwright.grids._gradients` by means of standard ops
+alone: y = stop_gradient(ŷ) + (t − stop_gradient(t)), where t is a finite surrogate with the wanted derivatives. So the
+value is ŷ to the bit, and a written graph trains in a process without bitwright, which a `tf.custom_gradient` (a
+Python function) wouldn't. Measured on 6 convolutions 3×3, 32 channels @56² (TF 2.21): a training step costs 1.08 × the
+float one, with `tf.custom_gradient` 1.05 ×.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from bitwright.errors import EncodingError
+from bitwright.grids import FLOAT_FORMATS, Blockwise, Encoding, Groups, PerTensor, QuantSpec, spread
+
+Node = Any
+"""A symbolic tensor of a graph under construction."""
+Numbers = Mapping[str, NDArray[Any]]
+
+WIDE = 2**24
+"""Grid steps from which codes don't fit float32's significand."""
+_CASTS: dict[str, Any] = {
+    "float16": tf.float16,
+    "bfloat16": tf.bfloat16,
+    "float8e4m3fn": tf.dtypes.experimental.float8_e4m3fn,
+    "float8e5m2": tf.dtypes.experimental.float8_e5m2,
+}
+
+
+class TfNamespace:
+    """`bitwright.grids._gradients.Namespace` of TensorFlow."""
+
+    round = staticmethod(tf.round)
+    where = staticmethod(tf.where)
+    reshape = staticmethod(tf.reshape)
+    transpose = staticmethod(tf.transpose)
+
+    @staticmethod
+    def clip(x: Node, low: Node, high: Node, /) -> Node:
+        """Between two broadcast tensors."""
+        return tf.minimum(tf.maximum(x, low), high)
+
+    @staticmethod
+    def sum(x: Node, axes: tuple[int, ...], /) -> Node:
+        """Sum over axes."""
+        return tf.reduce_sum(x, axes)
+
+
+NAMESPACE = TfNamespace()
+
+
+def kind_of(encoding: Encoding | QuantSpec) -> str:
+    """Which ops an encoding needs: "integer" (below 24 bits), "wide", or the name of a float format."""
+    if encoding.float_format is not None:
+        return encoding.float_format
+    return "wide" if encoding.grid.steps >= WIDE else "integer"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a site's ops can compute: other numbers are assigned, another chain needs another graph.
+
+    Attributes:
+        kind: see `kind_of`.
+        spread: whether scales vary over the tensor. The ops would be the same, but their variables then have no fixed
+            shape, and where grappler can't tell shapes it fuses what no kernel computes (grouped convolutions).
+    """
+
+    kind: str = "integer"
+    spread: bool = False
+
+    @classmethod
+    def of(cls, encoding: Encoding | QuantSpec | None) -> Chain:
+        """The chain for an encoding or a specification."""
+        if encoding is None:
+            return cls()
+        return cls(kind_of(encoding), not isinstance(encoding.granularity, PerTensor))
+
+    def shape(self, rank: int | None) -> tuple[int | None, ...] | None:
+        """Static shape of its variables, for a tensor of `rank`."""
+        if not self.spread:
+            return ()
+        return None if rank is None else (None,) * rank
+
+
+OPERANDS: dict[str, dict[str, Any]] = {
+    "integer": {"scale": np.float32, "low": np.float32, "high": np.float32},
+    "wide": {"scale": np.float32, "zero": np.float64, "low": np.float64, "high": np.float64},
+    "float16": {},
+    "bfloat16": {},
+    "float8e4m3fn": {"scale": np.float32},
+    "float8e5m2": {"scale": np.float32},
+}
+"""The variables that the ops of each kind read, with their types."""
+
+
+def numbers(kind: str, encoding: Encoding | None, rank: int | None) -> dict[str, NDArray[Any]]:
+    """The operands of one kind of ops for an encoding, shaped to broadcast against a tensor of `rank`.
+
+    None gives harmless numbers for a bypassed site.
+
+    Raises:
+        EncodingError: an axis is out of range, or the rank isn't known where scales vary.
+    """
+    if encoding is None:
+        return {name: np.ones((1,) * (rank or 0), dtype) for name, dtype in OPERANDS[kind].items()}
+    scale, zero = _spread(encoding.scale, encoding, rank), _spread(encoding.zero_point, encoding, rank)
+    found: dict[str, NDArray[Any]] = {"scale": scale}
+    if kind == "integer":
+        base = zero.astype(np.float32)
+        found |= {"low": encoding.grid.qmin - base, "high": encoding.grid.qmax - base}
+    elif kind == "wide":
+        ends = (np.full_like(zero, end) for end in (encoding.grid.qmin, encoding.grid.qmax))
+        found |= {"zero": zero, **dict(zip(("low", "high"), ends, strict=True))}
+    return {name: np.asarray(found[name], dtype) for name, dtype in OPERANDS[kind].items()}
+
+
+def _spread(values: NDArray[Any], encoding: Encoding, rank: int | None) -> NDArray[Any]:
+    """Values that broadcast against the tensor; its dimensions aren't needed but those that carry scales."""
+    layout = encoding.granularity
+    if isinstance(layout, PerTensor):
+        return values
+    if rank is None:
+        raise EncodingError("only one scale for the whole tensor can be set on a tensor of unknown rank")
+    shape = [1] * rank
+    axes = (layout.axis, layout.block_axis) if isinstance(layout, Blockwise) else (layout.axis,)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise EncodingError(f"an encoding over axes {axes} doesn't fit a tensor of rank {rank}")
+    for axis, length in zip(axes, values.shape, strict=True):
+        shape[axis] = length
+    if isinstance(layout, Blockwise):
+        shape[layout.block_axis] *= layout.block_size
+    return np.asarray(spread(values, tuple(shape), layout))
+
+
+def rounded(kind: str, x: Node, operands: Mapping[str, Node]) -> Node:
+    """x on a grid, in x's type; the numbers broadcast against it.
+
+    Args:
+        kind: see `kind_of`.
+        x: any float tensor.
+        operands: tensors by the names in `OPERANDS`.
+    """
+    value = tf.cast(x, tf.float32)
+    if kind == "integer":
+        scale = operands["scale"]
+        y = NAMESPACE.clip(tf.round(value / scale), operands["low"], operands["high"]) * scale
+    elif kind == "wide":
+        # Codes of 32 bits don't fit float32, so the grid is computed in double, as the reference does.
+        scale, zero = operands["scale"], operands["zero"]
+        q = tf.round(tf.cast(value, tf.float64) / tf.cast(scale, tf.float64)) + zero
+        q = NAMESPACE.clip(q, operands["low"], operands["high"])
+        y = tf.cast(q - zero, tf.float32) * scale
+    elif kind in ("float16", "bfloat16"):
+        y = cast_to(kind, value)
+    else:
+        y = cast_to(kind, value / operands["scale"]) * operands["scale"]
+    return tf.cast(y, x.dtype)
+
+
+def cast_to(kind: str, x: Node) -> Node:
+    """float32 values rounded to a float format, saturating, as float32."""
+    largest = FLOAT_FORMATS[kind][2]
+    # Casts to float16 and bfloat16 overflow to infinity; the reference saturates.
+    saturated = tf.minimum(tf.maximum(x, np.float32(-largest)), np.float32(largest))
+    return tf.cast(tf.cast(saturated, _CASTS[kind]), tf.float32)
+
+
+def switched(x: Node, on: Node, kind: str, operands: Mapping[str, Node], name: str) -> Node:
+    """`rounded` while `on`, x itself otherwise: no op of the grid then runs. For inference.
+
+    Args:
+        on: scalar bool.
+        name: of the last node.
+    """
+    passed, taken = tf.raw_ops.Switch(data=x, pred=on)
+    return tf.raw_ops.Merge(inputs=[passed, rounded(kind, taken, operands)], name=name).output
+
+
+def chosen(on: Node, x: Node, y: Node) -> Node:
+    """x or y by a scalar; `tf.where` would broadcast the scalar, at 20 times the cost."""
+    return tf.raw_ops.Select(condition=on, x=x, y=y)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A trained site's numbers in the graph, all float32 (float64 for "wide") and of the encoding's scale shape.
+
+    Attributes:
+        kind: see `kind_of`.
+        scale, zero: differentiable where they are learned.
+        qmin, qmax: the codes' ends, scalars.
+        learned: whether gradients to scale and zero point are wanted.
+        moves: whether gradients to the zero point are wanted.
+    """
+
+    kind: str
+    scale: Node
+    zero: Node
+    qmin: Node
+    qmax: Node
+    learned: bool = False
+    moves: bool = False
+
+
+def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | float = 1.0, name: str) -> Node:
+    """x on a grid with the gradients of `bitwright.grids.fake_quantize_vjp` (`cast_vjp` for float formats).
+
+    Args:
+        x: any float tensor.
+        ends: the grid.
+        groups: which elements of x share a scale.
+        on: scalar bool; while false x passes, with its gradient.
+        factor: of the gradients to scale and zero point.
+        name: of the last node.
+    """
+    stop, ns = tf.stop_gradient, NAMESPACE
+    value = groups.cut(ns, tf.cast(x, tf.float64 if ends.kind == "wide" else tf.float32))
+    scale, zero = groups.broadcast(ns, ends.scale), groups.broadcast(ns, ends.zero)
+    s, nil = stop(scale), tf.zeros_like(value)
+    r = stop(value / s)
+    if ends.kind in FLOAT_FORMATS:
+        largest = np.float32(FLOAT_FORMATS[ends.kind][2])
+        held = cast_to(ends.kind, r)
+        inside = tf.logical_and(r >= -largest, r <= largest)
+    else:
+        # What the grid keeps has exactly this quotient; nothing else does, NaN neither.
+        low, high = ends.qmin - stop(zero), ends.qmax - stop(zero)
+        q = tf.round(r)
+        held = ns.clip(q, low, high)
+        inside = tf.equal(q, held)
+    inside = stop(tf.logical_or(inside, tf.logical_not(on)))
+    # Of the surrogate only the derivatives matter; it must be finite, so that it cancels.
+    t = tf.raw_ops.Select(condition=inside, x=value, y=nil)
+    if ends.learned:
+        share = held - tf.raw_ops.Select(condition=inside, x=r, y=nil)
+        t += scale * stop(share * factor)
+    if ends.moves:
+        t += zero * stop(tf.raw_ops.Select(condition=inside, x=nil, y=nil - s * factor))
+    y = stop(chosen(on, held * s, value))
+    if ends.kind == "wide":
+        y = stop(chosen(on, tf.cast(tf.cast(held, tf.float32) * tf.cast(s, tf.float32), tf.float64), value))
+    y = groups.joined(ns, y + (t - stop(t)))
+    return tf.identity(tf.cast(y, x.dtype), name=name)

@@ -1,0 +1,91 @@
+"""Parameter values in and out of a captured model, in canonical layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitwright.errors import ModelError
+from bitwright.graph import Param, ParamId
+from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.model import CapturedModel, replace_tensor, tensor_of
+from bitwright_torch.graph.operands import Operand
+
+Known = Mapping[ParamId, tuple[Operand, Param]]
+
+
+def read_params(model: CapturedModel, ids: Collection[ParamId]) -> dict[ParamId, NDArray[np.float32]]:
+    """Values in canonical layout, float32.
+
+    Raises:
+        ModelError: an id names no float parameter.
+    """
+    known = canonical(model).params
+    values: dict[ParamId, NDArray[np.float32]] = {}
+    for id in ids:
+        operand, param = _known(known, id)
+        stored = operand.view(model).to("cpu", torch.float32)
+        layout = param.layout or tuple(range(stored.ndim))
+        values[id] = np.array(stored.permute(layout).numpy(), np.float32, order="C")
+    return values
+
+
+def write_params(
+    model: nn.Module, known: Known, values: Mapping[ParamId, NDArray[np.floating]], owned: set[str]
+) -> None:
+    """Set values given in canonical layout, in place; stored in the parameter's own dtype, layout and device.
+
+    Args:
+        model: a model that shares memory with others.
+        known: its parameters.
+        values: by parameter.
+        owned: names of tensors that are this model's own; those that are written become so.
+
+    Raises:
+        ModelError: an id names no float parameter, a shape differs, or a value isn't finite. Nothing is set then.
+    """
+    native = native_values(known, values)
+    for id in native:
+        operand, _ = _known(known, id)
+        if operand.evaluator is not None:
+            raise ModelError(f"{id!r} is computed from other parameters; it must be made a parameter before it is set")
+    for id, value in native.items():
+        operand, _ = _known(known, id)
+        own(model, operand.base, owned)
+        with torch.no_grad():
+            operand.view(model).copy_(torch.from_numpy(value))
+
+
+def native_values(known: Known, values: Mapping[ParamId, NDArray[np.floating]]) -> dict[ParamId, NDArray[np.floating]]:
+    """Values given in canonical layout, as the parameters are stored.
+
+    Raises:
+        ModelError: an id names no float parameter, a shape differs, or a value isn't finite.
+    """
+    native: dict[ParamId, NDArray[np.floating]] = {}
+    for id, value in values.items():
+        _, param = _known(known, id)
+        if np.shape(value) != param.shape:
+            raise ModelError(f"parameter {id!r} has shape {param.shape}, the new value {np.shape(value)}")
+        if not np.isfinite(value).all():
+            raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
+        layout = param.layout or tuple(range(np.ndim(value)))
+        native[id] = np.array(np.transpose(value, np.argsort(layout)), order="C")  # scalars stay scalars
+    return native
+
+
+def own(model: nn.Module, name: str, owned: set[str]) -> None:
+    """Give the model memory of its own for a tensor that it shares with other models."""
+    if name not in owned:
+        replace_tensor(model, name, tensor_of(model, name).detach().clone())
+        owned.add(name)
+
+
+def _known(known: Known, id: ParamId) -> tuple[Operand, Param]:
+    if id not in known:
+        raise ModelError(f"the model has no parameter {id!r}")
+    return known[id]

@@ -1,0 +1,327 @@
+"""`FakeQuantize`: the module at a site. It holds the encoding as tensors, and rounds what passes to the grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitwright.grids import (
+    Blockwise,
+    Encoding,
+    Granularity,
+    Groups,
+    PerChannel,
+    PerTensor,
+    encoding_arrays,
+    encoding_of_arrays,
+    lsq_factor,
+)
+from bitwright.grids import two_level as two_level_encoding
+from bitwright_torch.simulate.rounding import round_to_float, round_to_grid
+from bitwright_torch.simulate.weight_ranges import min_max_numbers, two_level
+
+_UNSET = Encoding(8, False, False, np.ones((), np.float32), np.zeros((), np.int32))
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a tensor to its site's grid, or passes it while bypassed.
+
+    A parameter's grid follows its values: whenever they change, so does the grid, as min-max calibration would change
+    it. A grid that was chosen otherwise keeps its ratio to the min-max one; frozen and learned grids don't follow.
+
+    With `learn`, the grid is trained: scale = `scale` · exp(`log_scale`), zero point = `zero_point` + `zero_shift` ·
+    steps, both starting at 0, so that the start is bit-equal and one learning rate suits grids of all sizes. Zero
+    points at an end of the codes (behind a ReLU) and symmetric grids keep theirs.
+
+    The state dict holds everything, the kind of grid too (`_extra_state`, JSON as bytes). One that has nothing of
+    this site leaves it as it is, so float checkpoints load.
+
+    Args:
+        layout: native axis of each canonical axis, for parameters; None for activations.
+        shape: of the parameter, in its own layout.
+
+    Attributes:
+        enabled: whether it rounds.
+        scale: float32 buffer, in the encoding's shape.
+        zero_point: int32 buffer of the same shape.
+        ratio: float64 buffer, of the scale to the min-max scale of the parameter; 1 for activations.
+        log_scale, zero_shift: trained parameters, where `learn` was called.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    ratio: Tensor
+    log_scale: nn.Parameter | None
+    zero_shift: nn.Parameter | None
+
+    def __init__(self, layout: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.layout, self.shape = layout, shape
+        self.enabled = False
+        self.learns = False
+        self.evened = False
+        self._form = _UNSET
+        self._granularity: Granularity = PerTensor()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("ratio", torch.ones((), dtype=torch.float64))
+        self.register_parameter("log_scale", None)
+        self.register_parameter("zero_shift", None)
+        self._seen: object = None
+        self._rounded: tuple[object, Tensor] | None = None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the site is a parameter."""
+        return self.shape is not None
+
+    @property
+    def follows(self) -> bool:
+        """Whether the grid follows the parameter's values."""
+        return self.is_parameter and self.enabled and not self.learns and not self._form.frozen
+
+    # -- the encoding
+
+    def set(self, encoding: Encoding | None, parameter: Tensor | None = None) -> None:
+        """Install an encoding; None bypasses the site.
+
+        Args:
+            encoding: in canonical layout.
+            parameter: the parameter's present values, where the site is one.
+        """
+        self._rounded = None
+        self.enabled = encoding is not None
+        if encoding is None:
+            return
+        self._adopt(encoding)
+        device = self.scale.device
+        self._put("scale", torch.tensor(encoding.scale, device=device))
+        self._put("zero_point", torch.tensor(encoding.zero_point, device=device))
+        self._put("ratio", torch.ones(encoding.scale.shape, dtype=torch.float64, device=device))
+        if parameter is not None:
+            self._seen = _version(parameter)
+            if not encoding.frozen:
+                base = min_max_numbers(parameter, encoding, self._granularity)[0]
+                self.ratio.copy_(self.scale.double() / two_level(base, encoding).double())
+        if self.learns:
+            self._reset_learned()
+
+    def get(self) -> Encoding | None:
+        """The encoding in force; None while bypassed. Learned and followed numbers are read off the device."""
+        if not self.enabled:
+            return None
+        with torch.no_grad():
+            scale, zero = self.numbers()
+        found = self._form.with_(
+            scale=scale.cpu().numpy(), zero_point=zero.round().to(torch.int32).cpu().numpy(), block_scale=None
+        )
+        if np.array_equal(found.scale, self._form.scale) and np.array_equal(found.zero_point, self._form.zero_point):
+            return self._form
+        if self.learns and not self._form.frozen:
+            found = found.with_(source="range learning", frozen=True)
+        return two_level_encoding(found)
+
+    def learn(self, *, evened: bool = False) -> None:
+        """Train the grid from its present encoding on.
+
+        Args:
+            evened: scale its gradients as LSQ does (`gradients.lsq_factor`).
+        """
+        self.learns, self.evened = True, evened
+        self._reset_learned()
+
+    def _reset_learned(self) -> None:
+        form = self._form
+        fixed = form.frozen or form.float_format in ("float16", "bfloat16")
+        self._set_learned("log_scale", None if fixed else torch.zeros_like(self.scale))
+        grid = form.grid
+        inside = (form.zero_point > grid.qmin) & (form.zero_point < grid.qmax)
+        moves = not fixed and not form.symmetric and form.float_format is None and bool(inside.any())
+        self._set_learned("zero_shift", torch.zeros_like(self.scale) if moves else None)
+
+    def _set_learned(self, name: str, value: Tensor | None) -> None:
+        held: nn.Parameter | None = getattr(self, name)
+        if held is None or value is None or held.shape != value.shape:
+            setattr(self, name, None if value is None else nn.Parameter(value))
+        else:  # an optimizer may hold it
+            held.data.copy_(value)
+
+    def _adopt(self, encoding: Encoding) -> None:
+        self._form = encoding
+        self._granularity = _native(encoding.granularity, self.layout)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        held: Tensor = getattr(self, name)
+        if held.shape == value.shape:
+            held.copy_(value)
+        else:
+            setattr(self, name, value)
+
+    # -- rounding
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point in force, float32; differentiable where they are learned."""
+        scale, zero = self.scale, self.zero_point.float()
+        if self.log_scale is not None:
+            scale = scale * torch.exp(self.log_scale)
+            scale = scale + (two_level(scale, self._form) - scale).detach()
+        if self.zero_shift is not None:
+            grid = self._form.grid
+            moved = zero + self.zero_shift * grid.steps
+            inside = (zero > grid.qmin) & (zero < grid.qmax)
+            moved = moved + (moved.round().clamp(grid.qmin, grid.qmax) - moved).detach()
+            zero = torch.where(inside, moved, zero)
+        return scale, zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the grid, in x's type."""
+        if not self.enabled:
+            return x
+        if not self.is_parameter:
+            return self.round(x, *self.numbers())
+        if torch.compiler.is_compiling():
+            return self.round(x, *(self._followed(x) if self.follows else self.numbers()))
+        if self.follows:
+            self.follow(x)
+        if self.training or (torch.is_grad_enabled() and (x.requires_grad or self.log_scale is not None)):
+            self._rounded = None
+            return self.round(x, *self.numbers())
+        version = _version(x)
+        key = (version, _version(self.scale), self._learned_version())
+        if version is None or self._rounded is None or self._rounded[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # it may serve a backward pass later
+                self._rounded = key, self.round(x, *self.numbers())
+        return self._rounded[1]
+
+    def round(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+        """x on the grid with these numbers, or with those in force."""
+        if scale is None or zero is None:
+            scale, zero = self.numbers()
+        form, factor = self._form, 1.0
+        if self.evened:
+            factor = lsq_factor(Groups.of(tuple(x.shape), self._granularity).elements, form.grid)
+        if form.float_format is not None:
+            return round_to_float(x, scale, form.float_format, self._granularity, factor)
+        return round_to_grid(x, scale, zero, form.grid, self._granularity, factor)
+
+    def _followed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            scale, zero = min_max_numbers(parameter, self._form, self._granularity)
+            scale = (two_level(scale, self._form).double() * self.ratio).float()
+            zero = torch.where(self.ratio == 1, zero, self.zero_point)
+            return two_level(scale, self._form), zero.float()
+
+    def follow(self, parameter: Tensor) -> None:
+        """Fit the grid to the parameter's present values, if they have changed."""
+        version = _version(parameter)
+        if version is not None and version == self._seen and not self.training:
+            return
+        self._seen = version
+        with torch.inference_mode(False):
+            scale, zero = self._followed(parameter)
+            # New tensors, not new values: the old ones may be saved for a backward pass that is still to come.
+            self.scale, self.zero_point = scale, zero.to(torch.int32)
+
+    def _learned_version(self) -> object:
+        return None if self.log_scale is None else _version(self.log_scale)
+
+    # -- state
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode; what was rounded for evaluation is forgotten."""
+        self._rounded = self._seen = None
+        return super().train(mode)
+
+    def get_extra_state(self) -> Tensor:
+        """The kind of grid, as bytes of JSON."""
+        meta = json.loads(str(encoding_arrays(self._form)["encoding"]))
+        text = json.dumps({"enabled": self.enabled, "encoding": meta})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take what `get_extra_state` gave."""
+        form, self.enabled = _saved(state, self.scale, self.zero_point)
+        self._adopt(two_level_encoding(form))
+        self._seen = self._rounded = None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        folds = not self.learns and any(prefix + n in state_dict for n in ("log_scale", "zero_shift"))
+        if self.log_scale is None and prefix + "log_scale" in state_dict:
+            factor = torch.exp(state_dict.pop(prefix + "log_scale"))
+            state_dict[prefix + "scale"] = state_dict[prefix + "scale"] * factor
+        if self.zero_shift is None and prefix + "zero_shift" in state_dict:
+            # In the grid of the module that was saved, which this one has only once it is loaded.
+            form, _ = _saved(*(state_dict[prefix + n] for n in ("_extra_state", "scale", "zero_point")))
+            grid = form.grid
+            zero = state_dict[prefix + "zero_point"].float()
+            moved = zero + state_dict.pop(prefix + "zero_shift") * grid.steps
+            moved = moved.round().clamp(grid.qmin, grid.qmax)
+            inside = (zero > grid.qmin) & (zero < grid.qmax)
+            state_dict[prefix + "zero_point"] = torch.where(inside, moved, zero).to(torch.int32)
+        for name in ("scale", "zero_point", "ratio", "log_scale", "zero_shift"):
+            value, held = state_dict.get(prefix + name), getattr(self, name)
+            if value is not None and held is not None and value.shape != held.shape:
+                fresh = torch.zeros(value.shape, dtype=held.dtype, device=held.device)
+                setattr(self, name, nn.Parameter(fresh) if isinstance(held, nn.Parameter) else fresh)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if folds:
+            # Learned scales don't follow the weights.
+            self._form = self._form.with_(frozen=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay float32: `model.half()` must not round scales."""
+        held = {n: t.detach().clone() for n, t in (*self._buffers.items(), *self._parameters.items()) if t is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in held.items():
+            now: Tensor = getattr(self, name)
+            if now.dtype != before.dtype:
+                if isinstance(now, nn.Parameter):
+                    now.data = before.to(now.device)
+                else:
+                    setattr(self, name, before.to(now.device))
+        self._rounded = self._seen = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rounded": None, "_seen": None}
+
+    def extra_repr(self) -> str:
+        """The grid in words."""
+        if not self.enabled:
+            return "bypassed"
+        form = self._form
+        kind = form.float_format or f"{'int' if form.signed else 'uint'}{form.bits}"
+        return f"{kind}, {type(form.granularity).__name__}" + (", learned" if self.learns else "")
+
+
+def _native(granularity: Granularity, layout: tuple[int, ...] | None) -> Granularity:
+    """A canonical granularity in the parameter's own layout."""
+    if layout is None or isinstance(granularity, PerTensor):
+        return granularity
+    axis = layout[granularity.axis]
+    if isinstance(granularity, Blockwise):
+        return replace(granularity, axis=axis, block_axis=layout[granularity.block_axis])
+    return PerChannel(axis)
+
+
+def _saved(state: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Encoding, bool]:
+    """The encoding of a saved module, and whether it was enabled."""
+    found = json.loads(bytes(state.cpu().tolist()).decode())
+    arrays = {"scale": scale.cpu().numpy(), "zero_point": zero_point.cpu().numpy()}
+    form = encoding_of_arrays({"encoding": np.array(json.dumps(found["encoding"])), **arrays})
+    return form, bool(found["enabled"])
+
+
+def _version(tensor: Tensor) -> object:
+    """Changes whenever a tensor's values do (by any in-place op that autograd sees); None where it can't be known."""
+    if tensor.is_inference():
+        return None
+    return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype

@@ -1,0 +1,183 @@
+"""Fake quantization of torch tensors, differentiable: the core's pair as one autograd function on the fast kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.grids import (
+    FLOAT_FORMATS,
+    FloatFormat,
+    Granularity,
+    Grid,
+    Groups,
+    cast_vjp,
+    fake_quantize,
+    fake_quantize_vjp,
+)
+from bitwright_torch.simulate.kernels import NAMESPACE, kernels
+
+_CASTS: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8e4m3fn": torch.float8_e4m3fn,
+    "float8e5m2": torch.float8_e5m2,
+}
+WIDE = 2**24
+"""Grid steps from which codes don't fit float32's significand."""
+
+
+def round_to_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granularity: Granularity, factor: float = 1.0
+) -> Tensor:
+    """x on an integer grid, in x's type; computed in float32 and bit-equal to `grid.fake_quantize`.
+
+    Args:
+        x: any float tensor.
+        scale, zero_point: float32 in the granularity's shape; gradients flow to those that require one.
+        grid: the codes.
+        granularity: in the tensor's own layout.
+        factor: of the gradients to scale and zero point.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        result: Tensor = _RoundToGrid.apply(x, scale, zero_point, grid, granularity, factor)  # type: ignore[no-untyped-call]
+        return result
+    return _rounded(x, scale, zero_point, grid, granularity)
+
+
+def round_to_float(
+    x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity, factor: float = 1.0
+) -> Tensor:
+    """x in a float format and back, in x's type, saturating; bit-equal to `grid.cast_float`."""
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        result: Tensor = _RoundToFloat.apply(x, scale, form, granularity, factor)  # type: ignore[no-untyped-call]
+        return result
+    return _cast(x, scale, form, granularity)
+
+
+class _RoundToGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, factor: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.grid, ctx.granularity, ctx.factor = grid, granularity, factor
+        return _rounded(x, scale, zero, grid, granularity)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = cotangents
+        x, scale, zero = ctx.saved_tensors
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dx, ds, dz = _backward(g, x, scale, zero, ctx.grid, ctx.granularity, learned)
+        if ds is not None and ctx.factor != 1.0:
+            ds, dz = ds * ctx.factor, dz * ctx.factor
+        return dx.to(x.dtype), ds, dz, None, None, None
+
+
+class _RoundToFloat(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity, factor: float
+    ) -> Tensor:
+        y = _cast(x, scale, form, granularity)
+        ctx.save_for_backward(x, y, scale)
+        ctx.form, ctx.granularity, ctx.factor = form, granularity, factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = cotangents
+        x, y, scale = ctx.saved_tensors
+        groups, largest = Groups.of(tuple(x.shape), ctx.granularity), FLOAT_FORMATS[ctx.form][2]
+        learned = ctx.needs_input_grad[1]
+        dx, ds, _ = cast_vjp(NAMESPACE, g.float(), x.float(), y.float(), scale, largest, groups, learned=learned)
+        return dx.to(x.dtype), None if ds is None else ds * ctx.factor, None, None, None
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity) -> Tensor:
+    groups = Groups.of(tuple(x.shape), granularity)
+    value = x.float()
+    if grid.steps >= WIDE:
+        return _rounded_wide(value, scale, zero, grid, groups).to(x.dtype)
+    if torch.compiler.is_compiling():
+        traced: Tensor = fake_quantize(NAMESPACE, value, scale, zero, grid, groups)
+        return traced.to(x.dtype)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    if not groups.scale:
+        value = _dense(value)
+        y = kernels("forward", _flat(value), scale, low, high)
+        return _shaped(y, value).to(x.dtype)
+    if _in_rows(groups):
+        columns = (v.reshape(-1, 1) for v in (scale, low, high))
+        y = kernels("forward", value.reshape(scale.numel(), -1), *columns)
+        return y.view(x.shape).to(x.dtype)  # type: ignore[no-any-return]
+    general: Tensor = fake_quantize(NAMESPACE, value, scale, zero, grid, groups)
+    return general.to(x.dtype)
+
+
+def _rounded_wide(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, groups: Groups) -> Tensor:
+    s, z = (groups.broadcast(NAMESPACE, v) for v in (scale, zero.double()))
+    q = torch.round(groups.cut(NAMESPACE, x).double() / s.double()).add_(z).clamp_(grid.qmin, grid.qmax)
+    result: Tensor = groups.joined(NAMESPACE, (q - z).float() * s)
+    return result
+
+
+def _backward(
+    g: Tensor, x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, learned: bool
+) -> tuple[Tensor, Tensor | None, Any]:
+    groups = Groups.of(tuple(x.shape), granularity)
+    value, g = x.float(), g.float()
+    if grid.steps >= WIDE:
+        g, value, scale, zero = (v.double() for v in (g, value, scale, zero))
+        dx, ds, dz = fake_quantize_vjp(NAMESPACE, g, value, scale, zero, grid, groups, learned=learned)
+        return dx.float(), None if ds is None else ds.float(), None if dz is None else dz.float()
+    rows = bool(groups.scale) and _in_rows(groups)
+    if torch.compiler.is_compiling() or (groups.scale and not rows):
+        return fake_quantize_vjp(NAMESPACE, g, value, scale, zero, grid, groups, learned=learned)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    if rows:
+        operands = [value.reshape(scale.numel(), -1), *(v.reshape(-1, 1) for v in (scale, low, high))]
+        cotangent = g.reshape(operands[0].shape)
+    else:
+        value = _dense(value)
+        operands = [_flat(value), scale, low, high]
+        cotangent = _flat(g if g.stride() == value.stride() else torch.empty_like(value).copy_(g))
+    if not learned:
+        dx = kernels("backward", cotangent, *operands)
+        return dx.view(x.shape) if rows else _shaped(dx, value), None, None
+    dx, ds, dz = kernels("learned", cotangent, *operands)
+    return dx.view(x.shape) if rows else _shaped(dx, value), ds.reshape(groups.scale), dz.reshape(groups.scale)
+
+
+def _cast(x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity) -> Tensor:
+    groups = Groups.of(tuple(x.shape), granularity)
+    s, largest = groups.broadcast(NAMESPACE, scale), FLOAT_FORMATS[form][2]
+    value = torch.div(groups.cut(NAMESPACE, x).float(), s).clamp(-largest, largest)
+    result: Tensor = groups.joined(NAMESPACE, value.to(_CASTS[form]).float() * s)
+    return result.to(x.dtype)
+
+
+def _in_rows(groups: Groups) -> bool:
+    """Whether the elements that share a scale lie together, scale after scale."""
+    kept = len(groups.split) - len(groups.axes)
+    return not groups.swapped and groups.axes == tuple(range(kept, len(groups.split)))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A tensor whose elements fill one piece of memory, in whatever order of axes."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x
+    return x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    return flat.view(like.shape) if like.is_contiguous() else flat.as_strided(like.shape, like.stride())

@@ -1,0 +1,218 @@
+"""Running a captured model, or a part of it, to hand out tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from bitwright.backend import Batch, Reduction, Tap, thinned_places
+from bitwright.data import fed
+from bitwright.errors import InputError, ModelError
+from bitwright.files import Array
+from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.model import CapturedModel, compile_graph, device_of, info, program_of
+from bitwright_torch.graph.modes import is_flag
+
+aten = torch.ops.aten
+
+
+class TorchSession:
+    """A model, or a segment of it, prepared for fixed taps (`bitwright.backend.Session`).
+
+    Runs in inference mode, with batch norms and dropouts as in evaluation, on the device of the model's parameters.
+    Taps with reduction "minmax" are reduced there, so that only two scalars (or two rows) come back.
+
+    Args:
+        root: what the graph's `get_attr` nodes are read from, at each run: changed parameters show.
+        graph: the graph that the tensors are nodes of.
+        tensors: activation → node.
+        taps: what to hand out.
+        feeds: tensors to feed in place of the model's inputs.
+
+    Raises:
+        ModelError: a tap is unknown or can't be computed from the feeds.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        tensors: Mapping[str, fx.Node],
+        taps: Sequence[Tap],
+        feeds: Sequence[str] | None = None,
+        constants: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.taps = tuple(dict.fromkeys(taps))
+        for name in (*(t.tensor for t in self.taps), *(feeds or ())):
+            if name not in tensors:
+                raise ModelError(f"the model has no tensor {name!r}")
+        self._root = root
+        sources = {n for n in graph.nodes if n.op == "placeholder"} if feeds is None else {tensors[f] for f in feeds}
+        wanted = list(dict.fromkeys(t.tensor for t in self.taps))
+        part, self._needed = extract(graph, [tensors[t] for t in wanted], sources)
+        self._constants = {n: v for n, v in (constants or {}).items() if n in self._needed}
+        self._shapes = {info(n).tensor: (info(n).shape, info(n).dtype) for n in sources}
+        _reduce(part, wanted, self.taps)
+        self._function = compile_graph(part)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the tensors that `run` must be given."""
+        return tuple(n for n in self._needed if n not in self._constants)
+
+    def run(self, batch: Batch) -> dict[Tap, Array]:
+        """Feed one batch; arrays that the taps don't depend on are ignored.
+
+        Raises:
+            InputError: a needed array is missing, or has the wrong dtype or shape.
+            ModelError: an op failed while running.
+        """
+        device = device_of(self._root)
+        leaves = [
+            self._constants[n] if n in self._constants else self._leaf(n, batch, device) for n in self._needed
+        ]  # fmt: skip
+        try:
+            with torch.inference_mode():
+                values = self._function(self._root, *leaves)
+                return {tap: value.cpu().numpy() for tap, value in zip(self.taps, values, strict=True)}
+        except Exception as error:
+            given = ", ".join(f"{n} {np.shape(v)}" for n, v in zip(self._needed, leaves, strict=True))
+            raise ModelError(f"running the model on {given} failed: {str(error).splitlines()[0][:300]}") from error
+
+    def _leaf(self, name: str, batch: Batch, device: torch.device) -> torch.Tensor:
+        if name not in batch:
+            raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
+        given: Any = batch[name]
+        shape, wanted = self._shapes[name]
+        dtype = getattr(torch, wanted)
+        known = isinstance(given, torch.Tensor) and (
+            given.dtype == dtype or given.is_floating_point() == dtype.is_floating_point
+        )
+        tensor = as_tensor(given if known else fed(given, wanted, name)).to(dtype)
+        fits = shape is None or (
+            tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+        )
+        if not fits:
+            raise InputError(f"input {name!r} has shape {shape} (None: free), the batch holds {tuple(tensor.shape)}")
+        return tensor.to(device)
+
+
+def as_tensor(given: Any) -> torch.Tensor:
+    """A tensor as it is, or of an array, whose memory it shares where the array may be written to."""
+    if isinstance(given, torch.Tensor):
+        return given
+    array = np.asarray(given)
+    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+
+
+def _reduce(graph: fx.Graph, wanted: Sequence[str], taps: Sequence[Tap]) -> None:
+    """Reduce tensors right after they are computed, while caches hold them, so that none outlives its last reader.
+
+    Args:
+        graph: its output is the list of the wanted tensors; afterwards, of what the taps hand out.
+        wanted: their names.
+        taps: what is asked of them.
+    """
+    nodes: dict[str, fx.Node] = dict(zip(wanted, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+    results = []
+    for tap in taps:
+        node = nodes[tap.tensor]
+        after = last if node.op == "placeholder" else node
+        assert after is not None
+        with graph.inserting_after(after):
+            results.append(graph.call_function(handed_out, (node, tap.reduce, tap.axis, tap.step)))
+    graph.output_node().args = (results,)
+
+
+def handed_out(value: torch.Tensor, reduction: Reduction, axis: int | None, step: int) -> torch.Tensor:
+    """What a tap makes of its tensor, on the tensor's device (see `Tap`)."""
+    if reduction == "minmax":
+        if axis is None:
+            value = torch.stack(torch.aminmax(value))
+        else:
+            rows = value.movedim(axis, 0).reshape(value.shape[axis], -1)
+            value = torch.stack([rows.amin(1), rows.amax(1)])
+        return value.float()
+    if step > 1:
+        places = thinned_places(tuple(value.shape[1:]), step, axis)
+        flat = value.reshape(len(value), -1)
+        if places is None:
+            value = flat[:, ::step].contiguous()
+        else:
+            value = flat.index_select(1, torch.from_numpy(places).to(value.device))
+    return value.float() if value.dtype == torch.bfloat16 else value
+
+
+def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -> tuple[fx.Graph, tuple[str, ...]]:
+    """The part of a graph between some nodes and others, with its modes fixed to evaluation.
+
+    Sizes that the part needs are taken from any source that has them.
+
+    Returns:
+        A graph whose placeholders are the sources that it needs, and whose output is the list of wanted values; and
+        the sources' tensor names.
+
+    Raises:
+        ModelError: a wanted node depends on a model input that is no source.
+    """
+    sizes = {s: (n, i) for n in sources for i, s in enumerate(info(n).sizes) if info(n).shape is not None}
+    cut: dict[fx.Node, tuple[fx.Node, int]] = {}
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node in sources:
+            continue
+        about = info(node)
+        if node.op == "call_function" and about.shape is None and len(about.sizes) == 1 and about.sizes[0] in sizes:
+            cut[node] = sizes[about.sizes[0]]
+            needed.add(cut[node][0])
+            continue
+        if node.op == "placeholder" and about.shape is not None:
+            ends = ", ".join(repr(info(n).tensor) for n in wanted)
+            raise ModelError(
+                f"{ends} can't be computed from {', '.join(repr(info(n).tensor) for n in sources)} alone: input "
+                f"{about.tensor!r} is needed"
+            )
+        stack.extend(node.all_input_nodes)
+    part = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    names: list[str] = []
+    ordered = [n for n in graph.nodes if n in needed]
+    for node in sorted(ordered, key=lambda n: not (n in sources or n.op == "placeholder")):
+        if node in sources or node.op == "placeholder":
+            values[node] = part.placeholder(node.name)
+            names.append(info(node).tensor)
+        elif node in cut:
+            source, axis = cut[node]
+            values[node] = part.call_function(aten.sym_size.int, (values[source], axis))
+        elif is_flag(node):
+            values[node] = False
+        else:
+            values[node] = part.node_copy(node, lambda n: values[n])
+    part.output([values[n] for n in wanted])
+    return part, tuple(names)
+
+
+def open_session(model: CapturedModel, taps: Sequence[Tap], feeds: Sequence[str] | None = None) -> TorchSession:
+    """Prepare a float model for its taps; fused attention is spelled out only if something inside is asked for.
+
+    Raises:
+        ModelError: a tap is unknown or can't be computed from the feeds.
+    """
+    found = canonical(model)
+    graph, tensors = found.lowered, found.tensors
+    own = {info(n).tensor: n for n in program_of(model).graph.nodes if n.op in ("placeholder", "call_function")}
+    if all(name in own for name in (*(t.tensor for t in taps), *(feeds or ()))):
+        graph, tensors = program_of(model).graph, {t: own[t] for t in found.tensors if t in own}
+    convention, prefix = program_of(model).convention, program_of(model).prefix
+    constants = {prefix + convention.names[i]: v for i, v in convention.constants.items()}
+    return TorchSession(model, graph, tensors, taps, feeds, constants)

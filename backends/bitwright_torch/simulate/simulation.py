@@ -1,0 +1,296 @@
+"""A simulation for PyTorch: the captured model with `FakeQuantize` modules at its sites, an `nn.Module` to train.
+
+Setting an encoding copies a few numbers; nothing is built or compiled again. Sites that share an encoding share one
+module. Where values lie on the grid already (reshape, max pooling, concat, embedding … of tensors on the same grid)
+no module is called. Derived biases stay in float unless an encoding is set for them.
+
+Sessions run on the float model's own memory. The first time that `model` is asked for, its tensors become copies of
+its own, so that training it leaves the float model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from bitwright.backend import Session, Tap, Training, check_site, on_grid
+from bitwright.graph import Graph, ParamId, TensorId
+from bitwright.grids import Encoding, EncodingTable
+from bitwright.placement import Derived, Plan, SiteId, SiteKind
+from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.constants import constant_nodes
+from bitwright_torch.graph.model import NAMES, CapturedModel, device_of, info, program_of, share
+from bitwright_torch.graph.operands import Operand, operands
+from bitwright_torch.graph.params import native_values, write_params
+from bitwright_torch.simulate.fake_quant import FakeQuantize
+from bitwright_torch.simulate.session import TorchSession
+
+
+class SimulatedModel(CapturedModel):
+    """A captured model with fake quantization: called, trained, saved and moved as the user's own model is.
+
+    Its state dict has the user's keys, and those of the quantizers under one name of their own; a state dict without
+    the latter loads too. See `FakeQuantize` for how grids behave in training.
+    """
+
+    def extra_repr(self) -> str:
+        """Number of quantizers."""
+        count = sum(isinstance(m, FakeQuantize) for m in self.modules())
+        return f"{super().extra_repr()}, {count} quantizers"
+
+
+class TorchSimulation:
+    """`bitwright.backend.Simulation` of a captured model.
+
+    Args:
+        model: the float model; never changed.
+        plan: the sites.
+        encodings: encodings to start with; sites without one run in float.
+        trainable: how grids are trained. By default those of weights follow the weights where these change.
+
+    Raises:
+        EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.
+    """
+
+    def __init__(
+        self,
+        model: CapturedModel,
+        plan: Plan,
+        encodings: Mapping[SiteId, Encoding | None],
+        *,
+        trainable: bool | Training = False,
+    ) -> None:
+        self._float, self._plan = model, plan
+        self._graph: Graph = canonical(model).graph
+        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
+        self._owned = False
+        self._replaced: set[str] = set()
+        self._quantizers: dict[SiteId, FakeQuantize] = {}
+        self._parameters: dict[SiteId, Operand] = {}
+        self._computed: dict[ParamId, _Computed] = {}
+        self._module = self._build()
+        self.set(encodings)
+        if trainable:
+            self._own()
+        if isinstance(trainable, Training) and trainable.range_learning:
+            for site, quantizer in self._quantizers.items():
+                if quantizer.enabled and not isinstance(plan[site].decision, Derived):
+                    quantizer.learn(evened=trainable.gradient_scale)
+
+    # -- building
+
+    def _build(self) -> SimulatedModel:
+        found = canonical(self._float)
+        graph, copies = fx.Graph(), dict[fx.Node, Any]()
+        graph.output(graph.graph_copy(found.lowered, copies))
+        graph.output_node().meta = dict(found.lowered.output_node().meta)
+        holder = share(self._float)
+        name = "quantizers"
+        while hasattr(holder, name):
+            name += "_"
+        quantizers = nn.Module()
+        nodes = {t: copies[n] for t, n in found.tensors.items()}
+        known = operands(graph, holder)
+        roots = {
+            operand.id: node
+            for node, operand in reversed(list(known.items()))
+            if not any(n in known and known[n].id == operand.id for n in node.all_input_nodes)
+        }
+        # Parameters that are computed from others, or views of them, are read as they are in float.
+        constants = constant_nodes(graph)
+        floats = {n: {u for u in n.users if u in constants and not _same(known, n, u)} for n in known}
+        for id, computed in list(roots.items()):
+            if known[computed].evaluator is not None and id in self._graph.params:
+                self._computed[id] = _Computed()
+                key = _key(quantizers, f"{id}/computed", self._computed[id])
+                quantizers._modules[key] = self._computed[id]
+                self._parameters[id] = known[computed]
+                roots[id] = _insert(graph, computed, f"{name}.{key}", id, floats[computed])
+                floats[roots[id]] = set()
+        for site in self._plan.quantized:
+            is_parameter = self._plan[site].kind is SiteKind.PARAMETER
+            node = roots.get(site) if is_parameter else nodes.get(site)
+            if node is None or (not is_parameter and on_grid(self._graph, self._plan, site)):
+                continue
+            root = self._plan.root(site)
+            module: nn.Module = self._quantizer(root, roots)
+            if not is_parameter and self._plan[root].kind is SiteKind.PARAMETER:
+                module = _Tied(self._quantizers[root])
+            key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
+            quantizers._modules.setdefault(key, module)
+            _insert(graph, node, f"{name}.{key}", site, floats.get(node, ()))
+        holder.add_module(name, quantizers.to(device_of(self._float)))
+        graph.lint()
+        quantizers.train(holder.training)
+        model = SimulatedModel(holder, program_of(self._float).with_graph(graph))
+        # A quantized model input has its placeholder's name too; the quantizer comes later and wins.
+        self._tensors = {info(n).tensor: n for n in graph.nodes if n.op not in ("get_attr", "output")}
+        for site, node in roots.items():
+            if node in known:
+                self._parameters[site] = known[node]
+        return model
+
+    def _value(self, site: SiteId) -> torch.Tensor:
+        """A parameter's float value in the simulation."""
+        computed = self._computed.get(site)
+        if computed is not None and computed.value is not None:
+            return computed.value
+        return self._parameters[site].view(self._module)
+
+    def _quantizer(self, root: SiteId, roots: Mapping[SiteId, fx.Node]) -> FakeQuantize:
+        if root not in self._quantizers:
+            made = FakeQuantize()
+            if self._plan[root].kind is SiteKind.PARAMETER and root in roots:
+                param, native = self._graph.params[root], tuple(n or 0 for n in info(roots[root]).shape or ())
+                made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native)
+            self._quantizers[root] = made
+        return self._quantizers[root]
+
+    def _own(self) -> None:
+        if not self._owned:
+            self._owned = True
+            for tensor in (*self._module.parameters(), *self._module.buffers()):
+                tensor.data = tensor.data.clone()
+
+    # -- the protocol
+
+    @property
+    def model(self) -> SimulatedModel:
+        """The simulated model, in memory of its own."""
+        self._own()
+        return self._module
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install encodings; None bypasses a site. All are checked before the first is installed.
+
+        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
+
+        Raises:
+            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
+        """
+        for root, encoding in self._plan.by_root(encodings, self._check).items():
+            if root in self._quantizers:
+                known = self._plan[root].kind is SiteKind.PARAMETER and root in self._parameters
+                with torch.no_grad():
+                    self._quantizers[root].set(encoding, self._value(root) if known else None)
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `bitwright.backend.ParamUpdates`: tensors that are written become the simulation's own, grids stay."""
+        roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._quantizers)
+        kept = {root: self._quantizers[root].get() for root in roots}
+        params = canonical(self._float).params
+        computed = native_values(params, {p: v for p, v in values.items() if p in self._computed})
+        write_params(self._module, params, {p: v for p, v in values.items() if p not in self._computed}, self._replaced)
+        for id, value in computed.items():
+            place = self._parameters[id].view(self._module)
+            self._computed[id].value = torch.from_numpy(value).to(place.device, place.dtype)
+        self.set(kept)
+
+    def _check(self, site: SiteId, encoding: Encoding) -> None:
+        check_site(self._graph, site, encoding)
+
+    def get(self) -> EncodingTable:
+        """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
+        by_root = {}
+        for root, quantizer in self._quantizers.items():
+            if quantizer.follows:
+                quantizer.follow(self._value(root))
+            by_root[root] = quantizer.get()
+        return EncodingTable(self._plan.by_site(by_root), self._provenance)
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Run the simulated network; taps are handed out after their own fake quantization."""
+        return self._session(taps, None)
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+        return self._session(taps, feeds)
+
+    def _session(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> Session:
+        program = program_of(self._module)
+        convention = program.convention
+        constants = {program.prefix + convention.names[i]: v for i, v in convention.constants.items()}
+        return TorchSession(self._module, program.graph, self._tensors, taps, feeds, constants)
+
+    # -- after training
+
+    def float_model(self) -> CapturedModel:
+        """The float model with the simulation's present weights and running statistics, in memory of its own."""
+        holder = share(self._module)
+        for name, child in list(holder.named_children()):
+            if name not in self._float._modules:
+                delattr(holder, name)
+                assert child is not None
+        model = type(self._float)(holder, program_of(self._float))
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        for name, module in self._float.named_modules():
+            model.get_submodule(name).training = module.training
+        return model
+
+
+class _Computed(nn.Module):
+    """A parameter that is computed from others: as it is computed, or a value that was set in its place."""
+
+    value: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The value that was set, else x."""
+        return x if self.value is None else self.value
+
+
+class _Tied(nn.Module):
+    """Rounds an activation to the grid of a parameter, in training too."""
+
+    def __init__(self, source: FakeQuantize) -> None:
+        super().__init__()
+        self.__dict__["source"] = source  # not a child: the state is the parameter's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x on the grid."""
+        source: FakeQuantize = self.__dict__["source"]
+        return source.round(x) if source.enabled else x
+
+
+def _key(holder: nn.Module, site: SiteId, module: nn.Module) -> str:
+    """A child's name for a site: one path element, which isn't an attribute of every module.
+
+    fx writes it into source between double quotes.
+    """
+    key = "".join(c if c.isprintable() and c not in '"\\' else "_" for c in site.replace(".", "/"))
+    while (held := holder._modules.get(key)) is not module and (held is not None or hasattr(holder, key)):
+        key += "_"
+    return key
+
+
+def _same(known: Mapping[fx.Node, Operand], node: fx.Node, user: fx.Node) -> bool:
+    return user in known and known[user].id == known[node].id
+
+
+def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId, but: Collection[fx.Node] = ()) -> fx.Node:
+    """Call a module on a node's value; the call, which takes over the node's readers (but some) and its name."""
+    after = node
+    if node.op == "placeholder":
+        after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(after):
+        call = graph.call_module(target, (node,))
+    known = info(node)
+    call.meta = {NAMES: known}
+    if node.op in ("call_function", "call_module"):
+        node.meta = {**node.meta, NAMES: replace(known, tensor=f"{site}/float")}
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call and user not in but)
+    return call

@@ -1,0 +1,65 @@
+"""What a framework adapter must offer, what it may, and what all adapters share."""
+
+from __future__ import annotations
+
+from bitwright.backend._grid_checks import check_encodings, check_site, on_grid
+from bitwright.backend._params import ParamReader, Params
+from bitwright.backend._protocols import (
+    Backend,
+    Batch,
+    Bundle,
+    BundledFormats,
+    Capability,
+    IntegerRuntime,
+    OpTimer,
+    Pair,
+    ParamUpdates,
+    PartialExecution,
+    QuantizedArtefact,
+    QuantizedNetwork,
+    QuantizedReader,
+    Session,
+    Simulation,
+    SourceFiles,
+    Trainable,
+    TrainableSimulation,
+    Training,
+    capabilities,
+    require,
+)
+from bitwright.backend._quiet import silenced
+from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
+
+__all__ = [
+    "Backend",
+    "Batch",
+    "Bundle",
+    "BundledFormats",
+    "Capability",
+    "IntegerRuntime",
+    "OpTimer",
+    "Pair",
+    "ParamReader",
+    "ParamUpdates",
+    "Params",
+    "PartialExecution",
+    "QuantizedArtefact",
+    "QuantizedNetwork",
+    "QuantizedReader",
+    "Reduction",
+    "Session",
+    "Simulation",
+    "SourceFiles",
+    "Tap",
+    "Trainable",
+    "TrainableSimulation",
+    "Training",
+    "capabilities",
+    "check_encodings",
+    "check_site",
+    "on_grid",
+    "reduced",
+    "require",
+    "silenced",
+    "thinned_places",
+]

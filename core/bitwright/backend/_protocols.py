@@ -1,0 +1,352 @@
+"""What a framework adapter must offer, and what it may: the whole surface between the core and a framework.
+
+A backend shows a model as a `Graph`, reads and edits it, runs it and simulates it. It decides nothing:
+placement, encodings, the order of steps and every search live in the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend._taps import Tap
+from bitwright.errors import CapabilityError
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
+from bitwright.grids import Encoding, EncodingTable
+from bitwright.placement import Plan, SiteId
+
+M = TypeVar("M")
+M_co = TypeVar("M_co", covariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
+Array = NDArray[Any]
+Batch = Mapping[TensorId, Array]
+"""Model inputs by name; the first axis of each is samples, unless they are one whole feed (`batches.one_run`)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the grids of a trainable simulation are trained.
+
+    Attributes:
+        range_learning: scales and zero points are parameters; otherwise activations keep their grids and those of
+            the weights follow the weights, step by step.
+        gradient_scale: learned scales' gradients are evened out as LSQ does (`gradients.lsq_factor`).
+    """
+
+    range_learning: bool = False
+    gradient_scale: bool = False
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A model compiled once for fixed taps, to be run many times."""
+
+    def run(self, batch: Batch) -> Mapping[Tap, Array]:
+        """Feed model inputs (or a segment's feeds) and get the taps, keyed by the `Tap` asked for."""
+
+
+@runtime_checkable
+class Simulation(Protocol[M_co]):
+    """The native model with fake quantization at the planned sites."""
+
+    @property
+    def model(self) -> M_co:
+        """The native simulated model, for the user's own evaluation."""
+
+    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        """Install encodings; None bypasses a site. Sites that share an encoding follow their root."""
+
+    def get(self) -> EncodingTable:
+        """The encodings in force."""
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Run the simulated network and hand out tensors (after their own fake quantization)."""
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """As `PartialExecution.segment`, in the simulated network. A fed tensor is taken as it is given."""
+
+
+@runtime_checkable
+class ParamUpdates(Protocol):
+    """What a simulation may offer: new parameter values without being built again, for layer-by-layer techniques."""
+
+    def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """Replace float values (canonical layout); sessions opened from then on see them. The model isn't changed.
+
+        Raises:
+            ModelError: an id names no parameter, a shape differs, or a value isn't finite. Nothing is set then.
+        """
+
+
+@runtime_checkable
+class TrainableSimulation(Simulation[Any], Protocol):
+    """What `Trainable.simulate_trainable` returns.
+
+    Its model is trained by the user's own loop, optimizer and data; nothing of these is the backend's.
+    """
+
+    def float_model(self) -> Any:
+        """A new float model with the simulation's present weights; `get` has the encodings."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an export wrote.
+
+    Attributes:
+        files: by purpose: "model" (float artefact), "encodings", "qdq", ….
+        names: site id → tensor name in the artefact, where they differ.
+        layouts: parameter → the artefact's axis for each canonical axis, where it isn't the model's (`Param.layout`).
+        stored_anew: weights whose codes the quantized artefact stores in another type, values unchanged, for the sake
+            of plain sessions (`bitwright.bundle._plain`).
+        constants: activations that the artefact holds as parameters, as they are computed from parameters alone.
+        absent: sites that it has no tensor for: folded into such constants, or into nothing at all (a factor of 1).
+    """
+
+    files: Mapping[str, Path]
+    names: Mapping[SiteId, str] = field(default_factory=dict)
+    layouts: Mapping[ParamId, tuple[int, ...]] = field(default_factory=dict)
+    stored_anew: tuple[ParamId, ...] = ()
+    constants: frozenset[SiteId] = frozenset()
+    absent: frozenset[SiteId] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One quantize/dequantize pair of a quantized artefact, in the canonical layout of its tensor.
+
+    Attributes:
+        scale: float32: () for one scale; of a parameter otherwise of its rank, with length 1 along axes that the scales
+            don't vary over and the number of blocks along `block_axis`; of an activation (n,) along `axis`.
+        zero_point: int64, of the same shape: the code of 0.0 as it is stored.
+        bits, signed: of the stored type.
+        float_format: of codes that are floats (fp8, and parameters kept in float16 or bfloat16).
+        axis: along which an activation's scales vary.
+        block_axis, block_size: of blocks.
+        codes: hands out a parameter's stored codes (float values of float formats); None for activations.
+    """
+
+    scale: Array
+    zero_point: Array
+    bits: int
+    signed: bool = True
+    float_format: str | None = None
+    axis: int | None = None
+    block_axis: int | None = None
+    block_size: int = 0
+    codes: Callable[[], Array] | None = None
+
+
+@runtime_checkable
+class Backend(Protocol[M]):
+    """One framework. `M` is its native model type; models given in are never changed."""
+
+    name: str
+
+    def owns(self, model: object) -> bool:
+        """Whether an object is a model of this framework."""
+
+    def load(self, path: Path, **options: Any) -> M:
+        """Open a model file."""
+
+    def save(self, model: M, path: Path) -> Path:
+        """Write the native format, atomically."""
+
+    def adopt(self, model: object, sample: Batch | None = None) -> M:
+        """Turn what the user holds (a ModelProto, an nn.Module, …) into the backend's own model form."""
+
+    def graph(self, model: M) -> Graph:
+        """The canonical graph."""
+
+    def read(self, model: M, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
+        """Parameter values in canonical layout."""
+
+    def edit(self, model: M, edits: Sequence[Edit]) -> M:
+        """A new model with the edits applied, in order."""
+
+    def session(self, model: M, taps: Sequence[Tap]) -> Session:
+        """Compile the float model to hand out these tensors."""
+
+    def simulate(self, model: M, plan: Plan, encodings: EncodingTable) -> Simulation[M]:
+        """Put fake quantization at the plan's sites."""
+
+    def export(self, model: M, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""
+
+    def formats(self) -> Mapping[str, str]:
+        """Export formats: name → description. The first is the float artefact that encodings go with."""
+
+    def input_specs(self, model: M) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
+        """Shape (None: free) and dtype of each model input, to check data before any work."""
+
+
+@runtime_checkable
+class BundledFormats(Protocol[M_contra]):
+    """Saying what an exported bundle holds beside the float artefact, where it depends on the model."""
+
+    def bundled(self, model: M_contra) -> Mapping[str, str]:
+        """Export formats that a bundle of this model has too → the ending of the name of each one's file or folder."""
+
+
+@runtime_checkable
+class Trainable(Protocol[M_contra]):
+    """Training in the framework, by the user's own loop: `QuantSim.trainable`, `take`."""
+
+    def simulate_trainable(
+        self, model: M_contra, plan: Plan, encodings: EncodingTable, training: Training
+    ) -> TrainableSimulation:
+        """As `Backend.simulate`, with tensors of its own that are trained."""
+
+
+@runtime_checkable
+class PartialExecution(Protocol[M_contra]):
+    """Running a part of the float model, for layer-by-layer techniques in O(layers) and not O(layers²)."""
+
+    def segment(self, model: M_contra, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """Compile only what lies between `feeds` and `taps`; feeds that no tap depends on need no value at run time.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone.
+        """
+
+
+@runtime_checkable
+class IntegerRuntime(Protocol):
+    """A runtime that executes an exported bundle with integer kernels, for `verify`."""
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
+
+
+class QuantizedNetwork(Protocol):
+    """A written quantized artefact, run op by op in float as its format says: what the file means.
+
+    Attributes:
+        tensors: what can be tapped and fed: sites under their own names (as quantized), the artefact's own names too.
+        inputs: what the artefact itself is fed.
+    """
+
+    tensors: frozenset[TensorId]
+    inputs: tuple[TensorId, ...]
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """Compile it for its own inputs; taps are handed out dequantized."""
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """As `PartialExecution.segment`; a fed site stands for its dequantized tensor."""
+
+
+@runtime_checkable
+class QuantizedReader(Protocol):
+    """Opening a quantized artefact to run it without a runtime's liberties, for the proof of an export."""
+
+    def open_quantized(self, path: Path) -> QuantizedNetwork:
+        """Read the artefact.
+
+        Raises:
+            InputError: it can't be read.
+        """
+
+
+@runtime_checkable
+class SourceFiles(Protocol[M_contra]):
+    """Naming the files that a model still reads from, so that no export is written over them."""
+
+    def source_files(self, model: M_contra) -> Collection[Path]:
+        """Existing files beside the model file itself, such as external weights."""
+
+
+@runtime_checkable
+class OpTimer(Protocol):
+    """Timing the ops of an exported bundle on the integer runtime, for latency tables."""
+
+    def op_seconds(
+        self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
+    ) -> Mapping[OpId, float]:
+        """Seconds of each op for one sample; ops that the runtime has fused into others are left out."""
+
+
+@runtime_checkable
+class QuantizedArtefact(Protocol):
+    """Reading back what an exported bundle's quantized artefact quantizes, for `bitwright encodings check`."""
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
+        """Tensor → each quantize/dequantize pair that it passes through.
+
+        A parameter that ops read on several grids (a bias that they share) has one for each grid.
+        """
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """Parameters that the artefact keeps in float under their own names → their values, canonical layout."""
+
+
+class Capability(StrEnum):
+    """What a backend may offer beyond the required protocol: each is one of the protocols above (`protocol`).
+
+    Nothing is declared: a backend offers what it implements (`capabilities`).
+    """
+
+    PARTIAL_EXECUTION = "partial_execution"
+    TRAINABLE = "trainable"
+    INTEGER_RUNTIME = "integer_runtime"
+    OP_TIMER = "op_timer"
+    QUANTIZED_ARTEFACT = "quantized_artefact"
+    QUANTIZED_READER = "quantized_reader"
+    BUNDLED_FORMATS = "bundled_formats"
+    SOURCE_FILES = "source_files"
+
+    @property
+    def protocol(self) -> type:
+        """What a backend with it implements."""
+        return _PROTOCOLS[self]
+
+
+_PROTOCOLS: Mapping[Capability, type] = {
+    Capability.PARTIAL_EXECUTION: PartialExecution,
+    Capability.TRAINABLE: Trainable,
+    Capability.INTEGER_RUNTIME: IntegerRuntime,
+    Capability.OP_TIMER: OpTimer,
+    Capability.QUANTIZED_ARTEFACT: QuantizedArtefact,
+    Capability.QUANTIZED_READER: QuantizedReader,
+    Capability.BUNDLED_FORMATS: BundledFormats,
+    Capability.SOURCE_FILES: SourceFiles,
+}
+_INSTEAD: Mapping[Capability, str] = {
+    Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "
+    "training",
+    Capability.INTEGER_RUNTIME: "verify the exported file with the backend that opens it",
+    Capability.OP_TIMER: "measure an exported .onnx file, or write the table by hand",
+    Capability.QUANTIZED_ARTEFACT: "read the exported .qdq.onnx file with the ONNX backend",
+}
+"""What to do where a backend lacks it."""
+
+
+def capabilities(backend: object) -> frozenset[Capability]:
+    """What a backend offers beyond the required protocol."""
+    return frozenset(c for c in Capability if isinstance(backend, c.protocol))
+
+
+def require(backend: Backend[Any], needed: Collection[Capability], what: str) -> None:
+    """Refuse, before any work, what a backend can't do.
+
+    Args:
+        backend: the model's.
+        needed: capabilities.
+        what: needs them, for the message.
+
+    Raises:
+        CapabilityError: it lacks one; says what to do instead.
+    """
+    if unknown := sorted(set(needed) - set(Capability)):
+        raise CapabilityError(f"{what} needs {unknown[0]!r}, which is no capability; there are {', '.join(Capability)}")
+    offered = capabilities(backend)
+    if lacking := [c for c in Capability if c in needed and c not in offered]:
+        told = ", ".join(f"{c} (`bitwright.backend._protocols.{c.protocol.__name__}`)" for c in lacking)
+        instead = _INSTEAD.get(lacking[0], "open it in a framework whose backend does, or choose another technique")
+        raise CapabilityError(f"{what} needs {told}, which the {backend.name} backend doesn't offer; {instead}")

@@ -1,0 +1,412 @@
+"""Exported bundles: the float model with updated weights, its encodings file and the quantized artefact."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitwright import __version__, formats
+from bitwright.backend import Backend, Bundle, BundledFormats
+from bitwright.bundle._plain import keep_exact
+from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
+from bitwright.files import cannot_write, make_directory
+from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
+from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
+from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
+from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
+from bitwright.plugins import registry
+
+if TYPE_CHECKING:
+    from bitwright.simulation import QuantSim
+
+ENCODINGS_SUFFIX = ".encodings"
+QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
+"""Export formats that a bundle has too, where the backend offers them; the last one for targets that run it."""
+
+
+def export(
+    sim: QuantSim,
+    directory: Path,
+    name: str,
+    version: str,
+    include_bias: bool | None,
+    plain_session: bool | None,
+    reference_samples: int,
+) -> Bundle:
+    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven."""
+    from bitwright.bundle import _export_gate as export_gate
+    from bitwright.bundle import _record as record
+    from bitwright.bundle._source_guard import refuse_overwriting, refuse_planned
+
+    if not is_stem(name):
+        raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
+    if reference_samples < 0:
+        raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
+    table, backend = sim.table, sim.backend
+    plain = sim.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
+    stored_anew: tuple[ParamId, ...] = ()
+    refuse_planned(sim, directory, name)
+    make_directory(directory)
+    staging = directory / f".{name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    make_directory(staging)
+    try:
+        run = export_gate.simulated(sim, max(reference_samples, 1))
+        files: dict[str, Path] = {}
+        artefact, *_ = backend.formats()
+        bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
+        files |= bundle.files
+        others = dict(_others(backend, sim.native))
+        if sim.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
+            others[TFLITE] = ".tflite"
+        quantized: list[export_gate.Quantized] = []
+        missing: dict[str, str] = {}
+        for other, suffix in others.items():
+            try:
+                made = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other)
+                if other == QDQ and plain:
+                    made = keep_exact(made)
+                stored_anew += made.stored_anew
+            except (MissingExtraError, ModelError) as error:
+                if other != QDQ:
+                    raise
+                # What ONNX can't express, or isn't installed for, must not cost the user the native artefact.
+                missing[other] = str(error)
+                warnings.warn(f"{name}{suffix} isn't written: {error}", stacklevel=3)
+                continue
+            files |= made.files
+            quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
+        compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(sim, run, quantized)
+        bias = version >= "2" if include_bias is None else include_bias
+        entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
+        files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
+        record.write_with(
+            sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
+            missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
+        )  # fmt: skip
+        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == record.REPORT))
+        refuse_overwriting(sim, [directory / path.name for path in written])
+        # Without the old seal, an export that is killed between two renames is seen to be incomplete.
+        record.unseal(directory, name)
+        # External weights lie beside their model and move with it; the encodings come last, as the seal.
+        for path in written:
+            _move(path, directory / path.name)
+        paths = {k: directory / p.name for k, p in files.items()}
+        return replace(bundle, files=paths, stored_anew=stored_anew)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def planned_files(sim: QuantSim, directory: Path, name: str) -> list[Path]:
+    """Every file that an export of this name may write into a folder."""
+    artefact, *_ = sim.backend.formats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        endings = [f".{artefact}", *_others(sim.backend, sim.native).values(), ".tflite", ENCODINGS_SUFFIX]
+    found = [directory / f"{name}{ending}" for ending in endings]
+    return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
+
+
+def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
+    """Formats that a bundle has beside the float artefact → the endings of their names."""
+    if isinstance(backend, BundledFormats):
+        return backend.bundled(model)
+    return {f: suffix for f, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")) if f in backend.formats()}
+
+
+def is_stem(name: str) -> bool:
+    """Whether a bundle's files can be called so."""
+    return bool(name.strip(".")) and Path(name).name == name and "\0" not in name
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; what is there is replaced.
+
+    Raises:
+        InputError: the system doesn't let it.
+    """
+    try:
+        _replace(source, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def _replace(source: Path, target: Path) -> None:
+    if not target.is_dir():
+        source.replace(target)
+        return
+    # A folder can't be replaced in one step.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.replace(old)
+    source.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def encodings_file(
+    graph: Graph,
+    plan: Plan,
+    table: EncodingTable,
+    version: str,
+    bundle: Bundle | None = None,
+    *,
+    include_bias: bool = False,
+) -> EncodingsFile:
+    """The encodings of a table in the names and native axes of the artefact (the model's own without a bundle)."""
+    names = {} if bundle is None else bundle.names
+    layouts = {} if bundle is None else bundle.layouts
+    activations, parameters = {}, {}
+    for site, encoding in table.items():
+        name = names.get(site, site)
+        if bundle is not None and site in bundle.absent:
+            continue
+        if bundle is not None and site in bundle.constants:
+            parameters[name] = formats.unbind(encoding)
+        elif plan[site].kind is SiteKind.ACTIVATION:
+            activations[name] = formats.unbind(encoding)
+        elif include_bias or not isinstance(plan[site].decision, Derived):
+            param = replace(graph.params[site], layout=layouts.get(site, graph.params[site].layout))
+            parameters[name] = formats.unbind(formats.permute(encoding, param.layout), native_shape(param))
+    return EncodingsFile(
+        activations=activations,
+        parameters=parameters,
+        version=version,  # type: ignore[arg-type]
+        producer={"package": "bitwright", "version": __version__},
+        quantizer_args=quantizer_args(plan),
+        provenance=table.provenance,
+    )
+
+
+def quantizer_args(plan: Plan) -> dict[str, object]:
+    """The run's defaults, as schemas have a place for them."""
+    weights = next(
+        (s for p in plan.parameters if (s := plan.spec(p)) and plan[p].role is ParamRole.WEIGHT), QuantSpec()
+    )
+    acts = next((s for a in plan.activations if (s := plan.spec(a))), QuantSpec())
+    return {
+        "activation_bitwidth": acts.bits,
+        "param_bitwidth": weights.bits,
+        "dtype": "float" if weights.float_format else "int",
+        "is_symmetric": weights.symmetric,
+        "per_channel_quantization": isinstance(weights.granularity, PerChannel),
+        "quant_scheme": plan.scheme,
+    }
+
+
+def native_shape(param: Param) -> tuple[int, ...]:
+    """A parameter's shape in the artefact."""
+    if param.layout is None:
+        return param.shape
+    shape = [0] * len(param.shape)
+    for canonical, native in enumerate(param.layout):
+        shape[native] = param.shape[canonical]
+    return tuple(shape)
+
+
+def geometry(graph: Graph, param: ParamId) -> TensorGeometry:
+    """Native shape and axes of a parameter: output channels, and input channels for blocks."""
+    record, users = graph.params[param], graph.users(param)
+    transposed = any(op.kind is OpKind.CONV_TRANSPOSE for op in users)
+    if len(record.shape) < 2:
+        return TensorGeometry(native_shape(record), 0 if record.shape else None, None)
+    channel, block = (1, 0) if transposed else (0, 1)
+    if record.layout is not None:
+        channel, block = record.layout[channel], record.layout[block]
+    return TensorGeometry(native_shape(record), channel, block)
+
+
+def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict: bool = True) -> EncodingTable:
+    """A file's encodings, bound to a graph's sites in canonical layout.
+
+    Args:
+        path: an encodings file of any schema.
+        graph: of the model that it goes with.
+        plan: keep only the sites that it specifies, in its conventions; None keeps all.
+        strict: an entry for what the graph (or the plan) doesn't have is an error.
+
+    Raises:
+        EncodingError: the file is invalid or doesn't fit.
+    """
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
+    found: dict[SiteId, Encoding] = {}
+    for name, entry in file.entries.items():
+        if name not in graph.params and name not in graph.tensors:
+            if strict:
+                raise EncodingError(f"{path.name}: the model has no tensor {name!r}; pass strict=False to ignore it")
+            continue
+        if plan is not None and not isinstance(_decision(plan, name), QuantSpec):
+            # Shared and derived sites follow others; their entries carry nothing new.
+            if strict and isinstance(decision := _decision(plan, name), Float):
+                raise EncodingError(
+                    f"{path.name}: {name!r} isn't quantized by this target ({decision.reason}); pass strict=False"
+                )
+            continue
+        spec = plan.spec(name) if plan is not None else None
+        found[name] = _bound(graph, name, entry, spec, f"{path.name}: {name}")
+    return EncodingTable(found, file.provenance)
+
+
+def _bound(graph: Graph, name: SiteId, entry: Entry, spec: QuantSpec | None, where: str) -> Encoding:
+    """An entry's encoding in the canonical layout of its tensor."""
+    if name not in graph.params:
+        return formats.bind(entry, None, spec, name=where)
+    encoding = formats.bind(entry, geometry(graph, name), spec, name=where)
+    return formats.permute(encoding, formats.inverse(graph.params[name].layout))
+
+
+def bound_entries(path: Path, graph: Graph, plan: Plan | None = None) -> tuple[EncodingTable, list[Problem]]:
+    """Every entry of a file that a tensor of the graph has, shared and derived sites included, in canonical layout.
+
+    Returns:
+        The encodings, and what keeps an entry from being one of its tensor.
+
+    Raises:
+        EncodingError: the file is invalid.
+    """
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
+    found: dict[SiteId, Encoding] = {}
+    problems: list[Problem] = []
+    for name, entry in file.entries.items():
+        if name in graph.params or name in graph.tensors:
+            try:
+                found[name] = _bound(graph, name, entry, None if plan is None else plan.spec(name), name)
+            except (EncodingError, InputError) as error:
+                problems.append(Problem(name, str(error)))
+    return EncodingTable(found, file.provenance), problems
+
+
+def _in_names_of(graph: Graph, file: EncodingsFile) -> EncodingsFile:
+    """The file with tensors called as in the graph: TensorFlow's "conv:0" is the first output of "conv"."""
+
+    def known(name: str) -> str:
+        plain = name.removesuffix(":0")
+        if name == plain or name in graph.tensors or name in graph.params:
+            return name
+        return plain if plain in graph.tensors or plain in graph.params else name
+
+    tables = (file.activations, file.parameters, file.unsplit)
+    activations, parameters, unsplit = ({known(name): entry for name, entry in table.items()} for table in tables)
+    return replace(file, activations=activations, parameters=parameters, unsplit=unsplit)
+
+
+def _decision(plan: Plan, site: SiteId) -> Decision:
+    return plan[site].decision if site in plan else Float("not a site of this plan")
+
+
+def plan_of(graph: Graph, table: EncodingTable) -> Plan:
+    """The plan that a table of encodings amounts to: what has an entry is quantized so, biases follow."""
+    sites: dict[SiteId, Site] = {}
+    for site, encoding in table.items():
+        kind = SiteKind.PARAMETER if site in graph.params else SiteKind.ACTIVATION
+        producer = graph.users(site)[0] if kind is SiteKind.PARAMETER and graph.users(site) else graph.producer(site)
+        role = next((r for r, p in producer.params.items() if p == site), None) if producer is not None else None
+        if role is ParamRole.BIAS and encoding.bits == 32:
+            continue
+        sites[site] = Site(site, kind, spec_of(encoding), producer.id if producer else None, role)
+    for bias in graph.params:
+        users = graph.users(bias)
+        uses = dict.fromkeys(use for op in users if (use := _accumulator(op, bias, table)) is not None)
+        if bias in sites or not uses:
+            continue
+        first = next(op for op in users if _accumulator(op, bias, table) is not None)
+        decision: Decision = Derived(next(iter(uses)))
+        if len(uses) > 1:
+            decision = OwnForms("ops with different scales share it: int32 on the grid of each", tuple(uses))
+        sites[bias] = Site(bias, SiteKind.PARAMETER, decision, first.id, ParamRole.BIAS)
+    return Plan(sites, "encodings file")
+
+
+def _accumulator(op: Op, bias: ParamId, table: EncodingTable) -> tuple[SiteId, SiteId] | None:
+    """(input, weight) of a linear op with that bias where both are integers."""
+    if op.kind not in LINEAR_KINDS or op.params.get(ParamRole.BIAS) != bias or op.weight not in table:
+        return None
+    source, weight = op.data_inputs[0], op.weight
+    assert weight is not None
+    if source not in table or table[source].float_format or table[weight].float_format:
+        return None
+    return source, weight
+
+
+def spec_of(encoding: Encoding) -> QuantSpec:
+    """The specification that an encoding fulfils."""
+    return QuantSpec(
+        bits=encoding.bits,
+        signed=encoding.signed,
+        symmetric=encoding.symmetric,
+        strict=encoding.strict,
+        granularity=encoding.granularity,
+        float_format=encoding.float_format,
+    )
+
+
+def find_bundle(directory: Path, name: str | None = None) -> Bundle:
+    """The bundle in a directory.
+
+    Raises:
+        InputError: there is none, several, or a file of it is missing.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give what `bitwright quantize --out` wrote")
+    stems = "*" if name is None else glob.escape(name)
+    found = sorted(directory.glob(f"{stems}{ENCODINGS_SUFFIX}"))
+    if len(found) != 1:
+        names = ", ".join(p.stem for p in found)
+        more = f" ({names}); choose one by --name" if found else ""
+        if not found and any(directory.glob(f"{stems}.qdq.onnx")):
+            more = ": the export is incomplete, it was interrupted or files are gone; export it again"
+        raise InputError(f"{directory} holds {len(found)} encodings files{more}")
+    stem = found[0].stem
+    suffixes = [s for info in registry.backends().values() for s in info.suffixes]
+    model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)
+    if model is None:
+        raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it")
+    files = {"model": model, "encodings": found[0]}
+    if (quantized := directory / f"{stem}.qdq.onnx").exists():
+        files[QDQ] = quantized
+    if (flat := directory / f"{stem}.tflite").exists():
+        files[TFLITE] = flat
+    return Bundle(files)
+
+
+def passed_on(graph: Graph, plan: Plan) -> frozenset[SiteId]:
+    """Sites that are another's tensor under a second name (dropout): an artefact may have no tensor for them."""
+    found = []
+    for site in plan.quantized:
+        producer = graph.producer(site)
+        if producer is None or producer.kind is not OpKind.IDENTITY:
+            continue
+        if plan.root(site) != site or plan.spec(site) == plan.spec(producer.data_inputs[0]):
+            found.append(site)
+    return frozenset(found)
+
+
+def check_bundle(graph: Graph, plan: Plan, path: Path) -> list[Problem]:
+    """Whether an encodings file has exactly one right entry for each tensor that the plan quantizes.
+
+    Args:
+        graph, plan: of the exported model.
+        path: the encodings file.
+    """
+    expected: dict[str, ExpectedEntry] = {}
+    for site in plan.quantized:
+        record = plan[site]
+        if isinstance(record.decision, Derived):
+            expected[site] = ExpectedEntry("parameter", 32, optional=True)
+            continue
+        spec = plan.spec(site)
+        assert spec is not None
+        if record.kind is SiteKind.PARAMETER:
+            expected[site] = ExpectedEntry.of(spec, "parameter", graph.params[site].shape)
+        else:
+            layout = spec.granularity
+            shape = () if isinstance(layout, (PerTensor, Blockwise)) else None
+            expected[site] = ExpectedEntry.of(spec, "activation", shape)
+    for site in passed_on(graph, plan):
+        expected[site] = replace(expected[site], optional=True)
+    file = _in_names_of(graph, formats.read(path)).split(graph.params)
+    return formats.check(file, expected, {*graph.tensors, *graph.params})

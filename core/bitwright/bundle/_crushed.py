@@ -1,0 +1,194 @@
+"""Outputs that quantization has silenced, alone or as a part of a concatenation, while the whole looks well.
+
+A concatenation has one grid for all that it joins. Boxes in pixels beside scores between 0 and 1 leave the scores one
+code; the output's signal to noise doesn't show it, as it is that of the boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch, Session, Tap
+from bitwright.graph import ActivationAttrs, AxisAttrs, Graph, Op, OpKind, TensorId
+from bitwright.placement import Plan
+
+CRUSHED_DB = 3.0
+"""Signal to noise of a part, in decibels, below which half of its power or more is noise."""
+KEEPING = frozenset({OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.IDENTITY, OpKind.PAD})
+"""Ops that hand values on as they are."""
+BOUNDED = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Hardmax", "Tanh"})
+"""Op types whose values lie between −1 and 1, whatever comes in."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A concatenation that an output consists of.
+
+    Attributes:
+        output: the model's.
+        op: the concatenation.
+        axis: along which it joins.
+        inputs: what it joins.
+    """
+
+    output: TensorId
+    op: Op
+    axis: int
+    inputs: tuple[TensorId, ...]
+
+
+def joined(graph: Graph) -> list[Joined]:
+    """Concatenations that reach an output through nothing but ops that keep values, nested ones too."""
+    found: dict[str, Joined] = {}
+    for output in graph.outputs:
+        stack = [output]
+        while stack:
+            op = graph.producer(stack.pop())
+            if op is None:
+                continue
+            if op.kind in KEEPING:
+                stack += [t for t in op.data_inputs if graph.tensors[t].is_float]
+            elif op.kind is OpKind.CONCAT and isinstance(op.attrs, AxisAttrs) and op.id not in found:
+                found[op.id] = Joined(output, op, op.attrs.axis, op.data_inputs)
+                stack += op.data_inputs
+    return list(found.values())
+
+
+@dataclass
+class _Sums:
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, real: NDArray[Any], simulated: NDArray[Any]) -> None:
+        a, b = np.asarray(real, np.float64), np.asarray(simulated, np.float64)
+        finite = np.isfinite(a) & np.isfinite(b)
+        self.signal += float(np.square(a[finite]).sum())
+        self.noise += float(np.square(b[finite] - a[finite]).sum())
+
+    @property
+    def decibels(self) -> float | None:
+        if self.signal <= 0:
+            return None
+        return float("inf") if self.noise == 0 else 10 * float(np.log10(self.signal / self.noise))
+
+
+@dataclass
+class OutputQuality:
+    """Signal to noise of a model's outputs and of the parts that they are joined from, batch by batch.
+
+    Args:
+        graph: the model's.
+    """
+
+    graph: Graph
+    _whole: dict[TensorId, _Sums] = field(default_factory=dict)
+    _parts: dict[tuple[str, TensorId], _Sums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.joined = joined(self.graph)
+        outputs = [t for t in self.graph.outputs if self.graph.tensors[t].is_float]
+        inside = [t for j in self.joined for t in (*j.inputs, j.op.output)]
+        self.taps = tuple(Tap(t) for t in dict.fromkeys([*outputs, *inside]))
+        self._outputs = outputs
+
+    def run(self, real: Session, simulated: Session, batches: Iterable[Batch]) -> OutputQuality:
+        """Add batches that both sessions, compiled for `taps`, run."""
+        for batch in batches:
+            self.add({t.tensor: v for t, v in real.run(batch).items()},
+                     {t.tensor: v for t, v in simulated.run(batch).items()})  # fmt: skip
+        return self
+
+    def add(self, real: dict[TensorId, NDArray[Any]], simulated: dict[TensorId, NDArray[Any]]) -> None:
+        """Add one batch: tensors of `taps` in the float network and in the simulation."""
+        for tensor in self._outputs:
+            if np.shape(real[tensor]) == np.shape(simulated[tensor]):
+                self._whole.setdefault(tensor, _Sums()).add(real[tensor], simulated[tensor])
+        for join in self.joined:
+            floats, whole, start = np.asarray(real[join.op.output]), np.asarray(simulated[join.op.output]), 0
+            for tensor in join.inputs:
+                value = np.asarray(real[tensor])
+                place = _place(floats, value, join.axis, start)
+                if place is not None and floats.shape == whole.shape:
+                    start = place + value.shape[join.axis]
+                    part = np.take(whole, range(place, start), axis=join.axis)
+                    self._parts.setdefault((join.op.id, tensor), _Sums()).add(value, part)
+
+    @property
+    def decibels(self) -> dict[TensorId, float | None]:
+        """Signal to noise of each float output; None where the float network's is nothing but zeros."""
+        return {t: s.decibels for t, s in self._whole.items()}
+
+    def crushed(self) -> list[str]:
+        """What nothing is left of, in words."""
+        found = []
+        for tensor, sums in self._whole.items():
+            if (db := sums.decibels) is not None and db < CRUSHED_DB:
+                found.append(f"output {tensor!r} is crushed: {db:.1f} dB of signal to quantization noise")
+        for join in self.joined:
+            for tensor in join.inputs:
+                sums = self._parts.get((join.op.id, tensor), _Sums())
+                if (db := sums.decibels) is None or db >= CRUSHED_DB:
+                    continue
+                whole = self._whole.get(join.output, _Sums()).decibels
+                beside = "" if whole is None else f", while the whole output has {whole:.1f} dB"
+                found.append(
+                    f"{tensor!r} is crushed in output {join.output!r}: {db:.1f} dB{beside}. {join.op.id!r} "
+                    f"({join.op.type}) puts it on one grid with what has another range: give the output and "
+                    f"{join.op.output!r} 16 bits, or make two outputs of it"
+                )
+        return found
+
+
+def _place(whole: NDArray[Any], part: NDArray[Any], axis: int, start: int) -> int | None:
+    """Where a part begins in what was joined, from `start` on: constants, which aren't shown as inputs, lie between."""
+    if part.ndim != whole.ndim or part.size == 0:
+        return None
+    length = part.shape[axis]
+    for at in range(start, whole.shape[axis] - length + 1):
+        if np.array_equal(np.take(whole, range(at, at + length), axis=axis), part, equal_nan=True):
+            return at
+    return None
+
+
+def risky(graph: Graph, plan: Plan) -> list[tuple[str, str]]:
+    """Concatenations of bounded and unbounded values that reach an output on 8 bits or fewer: op, and why."""
+    found = []
+    for join in joined(graph):
+        spec = plan.spec(join.op.output)
+        if spec is None or spec.float_format is not None or spec.bits > 8:
+            continue
+        bounded = [t for t in join.inputs if _is_bounded(graph, t)]
+        others = [t for t in join.inputs if t not in bounded and graph.tensors[t].is_float]
+        if bounded and others:
+            found.append(
+                (
+                    join.op.id,
+                    f"joins {_listed(bounded)} (values between −1 and 1) and {_listed(others)} (of any range) to "
+                    f"output {join.output!r} on one {spec.bits}-bit grid: if the others are much larger, nothing is "
+                    f"left of {_listed(bounded)}. Give {join.op.output!r} 16 bits, or make two outputs of it",
+                )
+            )
+    return found
+
+
+def _listed(tensors: Sequence[TensorId]) -> str:
+    shown = ", ".join(map(repr, tensors[:3]))
+    return shown if len(tensors) <= 3 else f"{shown} and {len(tensors) - 3} more"
+
+
+def _is_bounded(graph: Graph, tensor: TensorId) -> bool:
+    op = graph.producer(tensor)
+    while op is not None and op.kind in KEEPING and op.data_inputs:
+        op = graph.producer(op.data_inputs[0])
+    if op is None:
+        return False
+    if op.kind is OpKind.CONCAT:
+        return all(_is_bounded(graph, t) for t in op.data_inputs)
+    if op.kind is OpKind.CLIPPED_RELU and isinstance(op.attrs, ActivationAttrs):
+        return op.attrs.maximum is not None and op.attrs.maximum <= 1
+    return op.type in BOUNDED

@@ -1,0 +1,180 @@
+"""Outputs of an export's views over a dataset: signal to noise, and how often they give the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright.backend import Session
+from bitwright.bundle._crushed import CRUSHED_DB
+from bitwright.data import Dataset, joined, samples_in
+from bitwright.errors import InputError
+from bitwright.graph import Graph
+from bitwright.progress import Progress
+
+PAIRS = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
+         "integer_simulated": ("integer", "simulated")}  # fmt: skip
+
+
+class OutputFigures(BaseModel):
+    """One output of the model, over all samples.
+
+    Attributes:
+        name: the tensor.
+        agreement: share of samples with equal argmax (of values that are equal, for integers and booleans):
+            "simulated_float", "integer_float", "integer_simulated".
+        sqnr_db: signal to noise of the same pairs (second is the signal); null where the signal is nothing but zeros,
+            or has no numbers.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    agreement: dict[str, float] = Field(default_factory=dict)
+    sqnr_db: dict[str, float | None] = Field(default_factory=dict)
+
+
+@dataclass
+class _Pair:
+    """Sums of one output in two views."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    alike: int = 0
+    count: int = 0
+
+    def add(self, other: NDArray[Any], signal: NDArray[Any]) -> None:
+        a, b = (np.asarray(v) for v in (other, signal))
+        if a.shape != b.shape or a.dtype.kind not in "biuf" or b.dtype.kind not in "biuf":
+            self.noise = float("inf")
+            return
+        mine, theirs = classes_of(a), classes_of(b)
+        if b.dtype.kind != "f":
+            mine, theirs = a.reshape(-1), b.reshape(-1)
+        if mine is not None and theirs is not None:
+            self.alike += int((mine == theirs).sum())
+            self.count += mine.size
+        x, y = b.astype(np.float64), a.astype(np.float64)
+        known = np.isfinite(x)
+        self.signal += float(np.square(x[known]).sum())
+        error = np.square(y[known] - x[known]).sum()
+        self.noise += float(error) if np.isfinite(error) and np.array_equal(known, np.isfinite(y)) else float("inf")
+
+    @property
+    def decibels(self) -> float | None:
+        if self.noise == 0:
+            return float("inf")
+        return None if self.signal <= 0 else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+
+
+@dataclass
+class OutputSums:
+    """What `over_outputs` gathers.
+
+    Attributes:
+        first: the first output, whole, of each view.
+        samples: how many were run.
+        pairs: sums of each output, by `PAIRS`.
+        problems: what is wrong in words.
+    """
+
+    first: dict[str, NDArray[Any]]
+    samples: int
+    pairs: dict[str, dict[str, _Pair]]
+    problems: list[str]
+
+    def figures(self) -> list[OutputFigures]:
+        """Of each output."""
+        return [
+            OutputFigures(
+                name=tensor,
+                agreement={k: p.alike / p.count for k, p in pairs.items() if p.count},
+                sqnr_db={k: p.decibels for k, p in pairs.items()},
+            )
+            for tensor, pairs in self.pairs.items()
+        ]
+
+
+def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset, progress: Progress) -> OutputSums:
+    """Figures of all outputs over a dataset; the first one is kept whole.
+
+    Args:
+        graph: whose outputs.
+        sessions: "float", "simulated", and "integer" where there is a runtime, compiled for the outputs.
+        dataset: the samples.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: there are no samples.
+    """
+    outputs = list(dict.fromkeys(graph.outputs))
+    parts: dict[str, list[NDArray[Any]]] = {view: [] for view in sessions}
+    known = {k: pair for k, pair in PAIRS.items() if all(view in sessions for view in pair)}
+    pairs = {t: {k: _Pair() for k in known} for t in outputs}
+    problems: dict[str, None] = {}
+    samples = 0
+    progress.start("Verify", dataset.samples)
+    for batch in dataset:
+        runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
+        for view, run in runs.items():
+            parts[view].append(run[outputs[0]])
+        for tensor in outputs:
+            real = runs["float"][tensor]
+            if real.dtype.kind == "f" and np.isnan(real).any():
+                problems[f"the float output {tensor!r} holds NaN"] = None
+            for view, run in runs.items():
+                if view != "float" and not _finite_alike(run.get(tensor), real):
+                    problems[f"the {view} output {tensor!r} holds NaN or infinity"] = None
+            for key, (other, signal) in known.items():
+                if tensor in runs[other] and tensor in runs[signal]:
+                    pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor])
+        count = samples_in(batch)
+        samples += count
+        progress.advance(count)
+    progress.finish()
+    if not parts["float"]:
+        raise InputError("there are no data to verify on")
+    for tensor, of in pairs.items():
+        crushed = of["simulated_float"].decibels if graph.tensors[tensor].is_float else None
+        if crushed is not None and crushed < CRUSHED_DB:
+            problems[f"output {tensor!r} is crushed: {crushed:.1f} dB of signal to quantization noise"] = None
+    return OutputSums({view: whole_of(p) for view, p in parts.items()}, samples, pairs, list(problems))
+
+
+def _finite_alike(values: NDArray[Any] | None, real: NDArray[Any]) -> bool:
+    if values is None or values.dtype.kind != "f" or real.dtype.kind != "f" or values.shape != real.shape:
+        return True
+    return bool(np.array_equal(np.isfinite(values), np.isfinite(real)))
+
+
+def whole_of(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """One array of a tensor's batches; flat where their shapes differ beyond the samples."""
+    try:
+        return joined(parts)
+    except ValueError:
+        return np.concatenate([p.reshape(-1) for p in parts])
+
+
+def in_shape(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any] | None:
+    """A tensor that a runtime holds with neighbouring axes merged or split, in the model's shape.
+
+    LiteRT's linear layers keep (samples, steps, features) as (samples · steps, features), its 1-D convolutions as
+    (samples, 1, steps, features). None where the shapes aren't of that kind, so that the order of values isn't known.
+    """
+    if values.shape == shape:
+        return values
+    strides = [{int(np.prod(s[i:])) for i in range(len(s))} for s in (values.shape, shape)]
+    merged = strides[0] <= strides[1] | {1} or strides[1] <= strides[0] | {1}
+    return values.reshape(shape) if values.size == np.prod(shape) and merged else None
+
+
+def classes_of(values: NDArray[Any]) -> NDArray[Any] | None:
+    """The largest value's index for each sample; None where there are no samples or no values."""
+    if values.ndim == 0 or values.size == 0 or values.dtype.kind not in "biuf":
+        return None
+    return np.asarray(values.reshape(len(values), -1).argmax(axis=1))

@@ -1,0 +1,208 @@
+"""Range setting for a whole plan: weights from their values, activations from one streaming pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Backend, Params, Session, Tap
+from bitwright.calibration._collect import collect
+from bitwright.calibration._schemes import calibrate_array, scheme
+from bitwright.data import Dataset
+from bitwright.errors import EncodingError
+from bitwright.graph import Graph, SetParams, Tensor
+from bitwright.grids import Encoding, EncodingTable, Granularity, PerChannel, PerTensor, two_level
+from bitwright.placement import Derived, OwnForms, Plan, SiteId
+from bitwright.progress import Progress
+from bitwright.statistics import HistogramStatistic, Request, Source, Statistic
+
+COUNTED = 2**13
+"""Values of each sample that a histogram counts at least, where a tensor has so many."""
+LIMIT = 2**30
+"""Largest magnitude that an int32 bias code may have: the other half of the accumulator's range is for the products,
+which wrap around otherwise (8-bit operands: 2**30 holds the sums of 32 768 of them)."""
+
+
+def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[SiteId, Encoding]:
+    """Encodings of every parameter site with a specification that `kept` doesn't have already."""
+    found: dict[SiteId, Encoding] = {}
+    for site in plan.parameters:
+        if site in kept:
+            continue
+        spec = plan.spec(site)
+        assert spec is not None
+        try:
+            found[site] = two_level(calibrate_array(params[site], spec, plan.weight_scheme_of(site)))
+        except EncodingError as error:
+            raise EncodingError(f"parameter {site!r}: {error}") from None
+    return found
+
+
+def activation_encodings(
+    backend: Backend[Any],
+    model: Any,
+    plan: Plan,
+    params: Params,
+    encodings: EncodingTable,
+    data: Dataset,
+    progress: Progress,
+) -> dict[SiteId, Encoding]:
+    """Encodings of every activation site with a specification of its own, unless frozen.
+
+    Statistics are taken from the network with quantized weights and float activations: what a site sees depends on
+    the weights that the target has, and not on ranges that aren't set yet.
+    """
+    graph = backend.graph(model)
+    wanted = [s for s in plan.activations if not (s in encodings and encodings[s].frozen)]
+    if not wanted:
+        return {}
+    requests = activation_requests(graph, plan, wanted)
+    quantized = quantized_weights(backend, model, encodings)
+
+    def open_session(source: Source, taps: Sequence[Tap]) -> Session:
+        return backend.session(quantized, taps)
+
+    statistics = collect(requests, open_session, data, progress=progress)
+
+    def encoding(site: SiteId) -> Encoding:
+        spec = plan.spec(site)
+        assert spec is not None
+        first, *others = (statistics[f"{site}\0{t}"] for t in plan.observed(site))
+        for other in others:
+            first.merge(other)
+        try:
+            return scheme(plan.scheme_of(site)).encoding(first, spec)
+        except EncodingError as error:
+            raise EncodingError(f"tensor {site!r}: {error}") from None
+
+    # Each site's search is its own, so that threads change nothing but the time.
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        return dict(zip(wanted, pool.map(encoding, wanted), strict=True))
+
+
+def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> list[Request]:
+    """The statistics that the calibration of these sites takes; keys are site and tensor."""
+    requests = []
+    for site in sites:
+        spec = plan.spec(site)
+        assert spec is not None
+        strategy = scheme(plan.scheme_of(site))
+        make = strategy.statistic(spec)
+        # A grid that several tensors share must cover the values of all of them.
+        requests += [
+            Request(f"{site}\0{t}", (t,), sampled(make, graph.tensors[t], extremes=strategy.keeps_top))
+            for t in plan.observed(site)
+        ]
+    return requests
+
+
+def sampled(make: Callable[[], Statistic], tensor: Tensor, *, extremes: bool = False) -> Callable[[], Statistic]:
+    """Histograms of large tensors count every step-th value, at least `COUNTED` of each sample.
+
+    The step has no divisor in common with any dimension, so that rows, columns and channels are met alike. With
+    `extremes` they know the largest value of all nevertheless.
+    """
+    shape = tensor.shape
+    if shape is None or len(shape) < 2 or None in shape[1:]:
+        return make
+    sizes = [d for d in shape[1:] if d is not None]
+    step = max(1, int(np.prod(sizes)) // COUNTED)
+    while step > 1 and any(gcd(step, d) > 1 for d in sizes):
+        step += 1
+
+    def sampled() -> Statistic:
+        statistic = make()
+        if isinstance(statistic, HistogramStatistic) and statistic.axis is None:
+            statistic.step, statistic.layout = step, tensor.channel_axis
+            statistic.extremes = extremes and step > 1
+        return statistic
+
+    return sampled
+
+
+def quantized_weights(backend: Backend[Any], model: Any, encodings: Mapping[SiteId, Encoding]) -> Any:
+    """The model with its weights rounded to their grids."""
+    known = backend.graph(model).params
+    sites = [s for s in encodings if s in known]
+    values = backend.read(model, sites)
+    return backend.edit(model, [SetParams({s: encodings[s].fake_quantize(np.asarray(values[s])) for s in sites})])
+
+
+def full_table(plan: Plan, encodings: EncodingTable) -> EncodingTable:
+    """One encoding for every quantized site: shared ones resolved, int32 biases derived.
+
+    Raises:
+        EncodingError: a site that has to be calibrated isn't; the message names it.
+    """
+    table: dict[SiteId, Encoding] = {}
+    for site in plan.quantized:
+        decision = plan[plan.root(site)].decision
+        if isinstance(decision, Derived):
+            continue
+        root = plan.root(site)
+        if root not in encodings:
+            raise EncodingError(f"site {root!r} has no encoding yet: call calibrate(data) first")
+        encoding = encodings[root]
+        table[site] = encoding if site == root else encoding.with_(source=f"shared with {root}")
+    for site in plan.quantized:
+        decision = plan[plan.root(site)].decision
+        if isinstance(decision, Derived):
+            bias = bias_encoding(*(table[s] for s in decision.sites))
+            if bias is not None:
+                table[site] = bias
+    return EncodingTable(table, encodings.provenance)
+
+
+def guarded(plan: Plan, encodings: EncodingTable, params: Params) -> EncodingTable:
+    """Raise weight scales so that every int32 bias fits: s_w ≥ |bias| / (s_input · 2**30).
+
+    It touches only channels whose weights are negligible beside their bias (all-zero channels are common in trained
+    depthwise layers), where an integer accumulator could not hold the bias otherwise. Without it the runtime clips.
+    """
+    changed: dict[SiteId, Encoding] = {}
+    for site in plan:
+        decision = plan[site].decision
+        uses = decision.uses if isinstance(decision, OwnForms) else ()
+        if isinstance(decision, Derived):
+            uses = ((decision.sites[0], decision.sites[1]),)
+        for inputs, weight in ((plan.root(i), plan.root(w)) for i, w in uses):
+            if inputs in encodings and weight in encodings:
+                before = changed.get(weight, encodings[weight])
+                after = _holding(np.asarray(params[site], np.float64), encodings[inputs], before)
+                if after is not before:
+                    changed[weight] = after
+    return encodings.merged(changed) if changed else encodings
+
+
+def _holding(bias: NDArray[np.float64], inputs: Encoding, weight: Encoding) -> Encoding:
+    """The weight's encoding, with scales raised where the accumulator couldn't hold the bias."""
+    if inputs.float_format or weight.float_format or inputs.scale.ndim or weight.scale.ndim == 2:
+        return weight
+    needed = np.abs(bias) / (float(inputs.scale) * LIMIT) * (1 + 1e-6)
+    needed = needed.max() if weight.scale.ndim == 0 else needed
+    if not (needed > weight.scale).any():
+        return weight
+    return weight.with_(scale=np.maximum(weight.scale, needed).astype(np.float32))
+
+
+def bias_encoding(inputs: Encoding, weight: Encoding) -> Encoding | None:
+    """The int32 grid of an integer accumulator: scale = s_input · s_weight for each output channel, zero point 0.
+
+    None where an operand isn't an integer grid with one weight scale for each channel (LPBQ counts: its channel scale).
+    """
+    if inputs.float_format or weight.float_format or inputs.scale.ndim:
+        return None
+    per_channel = weight.scale
+    if per_channel.ndim == 2:
+        if weight.block_scale is None:
+            return None
+        per_channel = (weight.scale[:, 0] / weight.block_scale[:, 0]).astype(np.float32)
+    scale = np.maximum(np.asarray(inputs.scale * per_channel, np.float32), np.finfo(np.float32).tiny)
+    layout: Granularity = PerTensor() if scale.ndim == 0 else PerChannel(0)
+    return Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), layout, source="bias")

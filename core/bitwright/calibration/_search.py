@@ -1,0 +1,234 @@
+"""The scale and zero point with the least expected squared error, for all rows of a distribution at once.
+
+Zero is on the grid, so rounding depends on the scale alone and the zero point only says where the grid ends. One
+pass over the intervals gives the rounding error of a scale; with its cumulative sums, and those of mass, mean and
+square, the error of every zero point follows at once: nothing is left to a sparse grid of offsets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitwright.calibration._density import Density, Rows
+from bitwright.grids import QuantSpec
+
+CELLS = 2**19
+"""Intervals looked at together, for bounded memory."""
+
+COARSE = 12
+"""Scales tried in an octave, everywhere."""
+
+FINE, FINEST = (96,), (96, 768)
+"""Scales tried in an octave around the best so far, again and again; the error of single points is not smooth."""
+
+POSITIONS = 33
+"""Positions of an asymmetric grid tried for each scale: evenly over those that touch the data, then around the best."""
+
+FINE_BITS = 12
+"""From this width on, the range of the data is taken without a search. On normal, Laplace, Student-t and log-normal
+values, and on normal ones with a few a thousand times larger (200,000 each), the least squared error at 12 to 16 bits
+is within 0.1 dB of min-max's. A cost that gives up rare values loses much there and gains what nobody needs: three
+values of ±1000 beside N(0, 1) at 16 bits, 20.6 dB by `sqnr`'s cost and 53.2 by min-max, the others 43.1 and 42.0."""
+
+DEPTH = 2.0**-12
+"""Intervals below this part of the body are joined: they are far finer than any grid that is worth trying."""
+
+
+def least_squares_range(data: Density, spec: QuantSpec) -> tuple[Rows, Rows]:
+    """The range (low, high), each (rows,), whose grid has the least expected squared error.
+
+    The min-max grid is among the candidates, so the result is never worse. Ranges respect the specification's
+    `minimum` and `maximum`.
+    """
+    if not data.exact:
+        data = data.condensed(DEPTH * float(data.body(1e-3).min()))
+    step = max(1, CELLS // max(data.low.shape[1], 1))
+    parts = [_Search(data.rows(slice(i, i + step)), spec, _codes(spec, data)) for i in range(0, len(data.low), step)]
+    ranges = [part.run() for part in parts]
+    return np.concatenate([r[0] for r in ranges]), np.concatenate([r[1] for r in ranges])
+
+
+def _codes(spec: QuantSpec, data: Density) -> tuple[int, int] | None:
+    """Lowest and highest multiple of the scale on a symmetric grid; None if the grid may shift."""
+    if not spec.symmetric:
+        return None
+    if spec.unsigned_symmetric and bool((data.minimum >= 0).all()):
+        return 0, 2**spec.bits - 1
+    half = 2 ** (spec.bits - 1)
+    return -(half - int(spec.strict)), half - 1
+
+
+class _Search:
+    """Rows are scaled to a largest magnitude of 1, so that one comparison fits all."""
+
+    def __init__(self, data: Density, spec: QuantSpec, codes: tuple[int, int] | None) -> None:
+        self.steps, self.codes = spec.grid.steps, codes
+        floor = -np.inf if spec.minimum is None else min(spec.minimum, 0.0)
+        ceiling = np.inf if spec.maximum is None else max(spec.maximum, 0.0)
+        self.unit = np.maximum(np.maximum(-data.minimum, data.maximum), 0)
+        self.unit[self.unit == 0] = 1.0
+        self.floor, self.ceiling = floor / self.unit, ceiling / self.unit
+        self.low = np.clip(data.minimum / self.unit, self.floor, 0)
+        self.high = np.clip(data.maximum / self.unit, 0, self.ceiling)
+        if codes is None:
+            self.largest = (self.high - self.low) / self.steps
+        else:
+            self.largest = np.maximum(self.high / codes[1], self.low / codes[0] if codes[0] else 0)
+        unit = self.unit[:, None]
+        low = data.low / unit
+        high = low if data.exact else data.high / unit
+        self.right = _Tail.of(low, high, data.mass)
+        # Contiguous, since `beyond` looks values up by flat position.
+        inner, outer, mass = (np.ascontiguousarray(a[:, ::-1]) for a in (-high, -low, data.mass))
+        self.left = _Tail.of(inner, outer, mass)
+        self.octaves = _octaves(data, self.unit)
+        self.refinements = FINEST if data.exact else FINE
+
+    def run(self) -> tuple[Rows, Rows]:
+        """Low and high end of the best grid of each row, in the data's own unit."""
+        rows = len(self.unit)
+        best = _Best(np.full(rows, np.inf), np.ones(rows), np.zeros(rows), np.zeros(rows))
+        together = int(np.clip(CELLS // max(self.right.low.size, 1), 1, COARSE))
+        steps = np.arange(np.ceil(self.octaves.max() * COARSE) + 1)
+        for part in np.split(steps, range(together, len(steps), together)):
+            self._attempt(best, np.outer(2.0 ** (-part / COARSE), np.ones(rows)))
+        wide = COARSE
+        for fine in self.refinements:
+            centre, end = best.fraction.copy(), best.high.copy()
+            steps = np.arange(-(fine // wide), fine // wide + 1)
+            for part in np.split(steps, range(together, len(steps), together)):
+                self._attempt(best, np.minimum(np.outer(2.0 ** (part / fine), centre), 1.0), end)
+            wide = fine
+        return best.low * self.unit, best.high * self.unit
+
+    def _attempt(self, best: _Best, fraction: Rows, around: Rows | None = None) -> None:
+        """Try parts of the largest scale, (attempts, rows)."""
+        scale = np.maximum(self.largest * fraction, np.finfo(np.float64).tiny)
+        top = self._tops(scale, around)
+        bottom = top - self.steps if self.codes is None else np.full(top.shape, float(self.codes[0]))
+        cost = self._cost(scale, bottom, top)
+        if around is None:
+            # A row's candidates depend on nothing but itself, so that channels come out as if each were alone.
+            cost[fraction < 2.0 ** (-self.octaves - 1 / COARSE)] = np.inf
+        rows = np.arange(len(self.unit))
+        flat = cost.transpose(1, 0, 2).reshape(len(rows), -1)
+        choice = flat.argmin(axis=1)
+        attempt, position = np.divmod(choice, top.shape[2])
+        found, step = flat[rows, choice], scale[attempt, rows]
+        better = found < best.cost
+        best.cost[better], best.fraction[better] = found[better], fraction[attempt, rows][better]
+        best.low[better] = (bottom[attempt, rows, position] * step)[better]
+        best.high[better] = (top[attempt, rows, position] * step)[better]
+
+    def _tops(self, scale: Rows, around: Rows | None) -> Rows:
+        """The grid's highest multiple of the scale, for each candidate, (attempts, rows, candidates)."""
+        if self.codes is not None:
+            return np.full((*scale.shape, 1), float(self.codes[1]))
+        # A grid that ends further out than the data, while its other end cuts data off, is never better than its
+        # neighbour, so these bounds are the whole choice.
+        first = np.clip(self.steps + np.floor(self.low / scale + 1e-9), 0, self.steps)
+        last = np.clip(np.ceil(self.high / scale - 1e-9), first, self.steps)
+        if around is not None:
+            spacing = np.ceil((last - first) / (POSITIONS - 1)) + 1
+            centre = np.clip(np.rint(around / scale), first, last)
+            first, last = np.maximum(first, centre - spacing), np.minimum(last, centre + spacing)
+        count = int(min(POSITIONS, (last - first).max() + 1))
+        return np.rint(np.linspace(first, last, count, axis=-1))
+
+    def _cost(self, scale: Rows, bottom: Rows, top: Rows) -> Rows:
+        """Expected squared error times mass, (attempts, rows, candidates)."""
+        s = scale[..., None]
+        error = self.right.rounding(s)
+        cost = error.sum(axis=-1, keepdims=True)
+        cost = cost + self.right.beyond(s, top, error) + self.left.beyond(s, -bottom, error[..., ::-1])
+        if self.codes is None:
+            slack = 1e-6 + 0.5 * s
+            outside = (bottom * s < self.floor[:, None] - slack) | (top * s > self.ceiling[:, None] + slack)
+            cost = np.where(outside & ~outside.all(axis=-1, keepdims=True), np.inf, cost)
+        return np.asarray(cost)
+
+
+@dataclass
+class _Best:
+    """The best grid so far of each row: its cost, its part of the largest scale, its ends."""
+
+    cost: Rows
+    fraction: Rows
+    low: Rows
+    high: Rows
+
+
+@dataclass
+class _Tail:
+    """One side of the distribution, values rising outwards, with suffix sums of mass, mean and square."""
+
+    low: Rows
+    high: Rows
+    mass: Rows
+    sums: tuple[Rows, Rows, Rows]
+    flat: Rows
+
+    @classmethod
+    def of(cls, low: Rows, high: Rows, mass: Rows) -> _Tail:
+        mean = 0.5 * (low + high)
+        square = (low * low + low * high + high * high) / 3
+        # Rows lie 4 apart on one line, so that one search serves them all: values are within [−1, 1].
+        flat = (high + 4.0 * np.arange(len(high))[:, None]).ravel()
+        return cls(low, high, mass, (_suffix(mass), _suffix(mass * mean), _suffix(mass * square)), flat)
+
+    def rounding(self, s: Rows) -> Rows:
+        """Mass times mean squared rounding error of each interval, as if the grid had no ends."""
+        u = self.low / s
+        error = u - np.rint(u)
+        np.square(error, out=error)
+        if self.high is not self.low:
+            v = self.high / s
+            width = v - u
+            wide = width > 1e-6
+            error = np.where(wide, (_integral(v) - _integral(u)) / np.where(wide, width, 1.0), error)
+        error *= self.mass * np.square(s)
+        return error
+
+    def beyond(self, s: Rows, end: Rows, error: Rows) -> Rows:
+        """What ending the grid at `end` · s adds to the error: saturation in place of rounding."""
+        bound = end * s
+        count = self.low.shape[1]
+        row = np.arange(len(self.low))[:, None]
+        first = np.searchsorted(self.flat, np.clip(bound, -1.5, 1.5) + 4.0 * row, side="right") - count * row
+        first = np.clip(first, 0, count)
+        at = np.minimum(first, count - 1) + count * row
+        low, high = self.low.ravel()[at], self.high.ravel()[at]
+        split = (first < count) & (low < bound) & (bound < high)
+        whole = first + split
+        mass, mean, square = (sums.ravel()[whole + (count + 1) * row] for sums in self.sums)
+        rounded = _suffix(error)
+        each = (count + 1) * np.arange(rounded.size // (count + 1)).reshape(*rounded.shape[:-1], 1)
+        added = square - 2 * bound * mean + np.square(bound) * mass - rounded.ravel()[whole + each]
+        if split.any():
+            share = np.where(split, self.mass.ravel()[at] / np.where(split, high - low, 1.0), 0.0)
+            added = added + share * ((high - bound) ** 3 / 3 - s**3 * (_integral(high / s) - end / 12))
+        return np.asarray(added)
+
+
+def _integral(u: Rows) -> Rows:
+    """∫₀ᵘ (t − round(t))² dt."""
+    nearest = np.rint(u)
+    rest = u - nearest
+    return np.asarray(nearest / 12 + rest * rest * rest / 3)
+
+
+def _suffix(values: Rows) -> Rows:
+    """Sums from each position to the end, and a last 0, summed from the end so that small tails stay exact."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values[..., ::-1], axis=-1, out=sums[..., -2::-1])
+    return sums
+
+
+def _octaves(data: Density, unit: Rows) -> Rows:
+    """How far the body lies below the largest magnitude: its geometric mean, zeros left out, (rows,)."""
+    size = data.magnitude / unit[:, None]
+    counted = np.where(size > 0, data.mass, 0.0)
+    logs = np.log2(np.clip(size, 2.0**-40, 1.0))
+    return np.asarray(-(counted * logs).sum(axis=1) / np.maximum(counted.sum(axis=1), np.finfo(np.float64).tiny))

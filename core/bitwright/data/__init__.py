@@ -1,0 +1,22 @@
+"""Calibration and evaluation data: batches by input name, re-iterable, checked before any work."""
+
+from __future__ import annotations
+
+from bitwright.data._batches import InputSpecs, batch_dimension, fed, first_samples, joined, samples_in
+from bitwright.data._dataset import Dataset, labels, open_data
+from bitwright.data._samples import FirstSamples, labels_of, whole_batches
+
+__all__ = [
+    "Dataset",
+    "FirstSamples",
+    "InputSpecs",
+    "batch_dimension",
+    "fed",
+    "first_samples",
+    "joined",
+    "labels",
+    "labels_of",
+    "open_data",
+    "samples_in",
+    "whole_batches",
+]

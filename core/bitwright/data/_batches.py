@@ -1,0 +1,261 @@
+"""One batch: from what the user's iterable yields to arrays by input name, checked and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitwright.backend import Batch
+from bitwright.errors import InputError
+from bitwright.files import Array
+
+InputSpecs = Mapping[str, tuple[tuple[int | None, ...], str]]
+"""Shape (None: free) and dtype of each model input."""
+
+
+WAYS = "a list of them, a folder with one .npz each, or arrays that stack them along a new first axis"
+"""How whole feeds are given."""
+
+
+def single_input(specs: InputSpecs) -> str:
+    """The name of the model's one input.
+
+    Raises:
+        InputError: it has several.
+    """
+    if len(specs) != 1:
+        raise InputError(
+            f"one array for a model with {len(specs)} inputs; give a mapping with {', '.join(map(repr, specs))}"
+        )
+    return next(iter(specs))
+
+
+def one_run(specs: InputSpecs) -> bool:
+    """Whether the inputs' first axes aren't samples of one batch: an input is a scalar, or two fix different sizes.
+
+    So it is with streaming models: frames with time first, recurrent states, a sampling rate. Data are whole feeds
+    then, one for each run of the model, and are never cut or joined.
+    """
+    return any(not shape for shape, _ in specs.values()) or len(_fixed_sizes(specs)) > 1
+
+
+def batch_dimension(specs: InputSpecs) -> int | None:
+    """The batch size that the model fixes; None where it is free, or where first axes aren't samples (`one_run`)."""
+    return None if one_run(specs) else next(iter(_fixed_sizes(specs)), None)
+
+
+def _fixed_sizes(specs: InputSpecs) -> set[int]:
+    return {shape[0] for shape, _ in specs.values() if shape and shape[0] is not None}
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds: the common length of first axes; 1 where they have none (a whole feed)."""
+    lengths = {np.shape(v)[0] if np.ndim(v) else None for v in batch.values()}
+    length = next(iter(lengths)) if len(lengths) == 1 else None
+    return 1 if length is None else length
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The first so many samples of a batch; a whole feed stays whole."""
+    if count >= samples_in(batch) or len({np.shape(v)[:1] for v in batch.values()}) > 1:
+        return batch
+    return {name: values[:count] for name, values in batch.items()}
+
+
+def is_feed(batch: Batch, specs: InputSpecs) -> bool:
+    """Whether a batch is one whole feed: of a model of `one_run`, or of one of which some inputs fix their first axis
+    and others don't, where the lengths differ."""
+    if one_run(specs):
+        return True
+    mixed = bool(_fixed_sizes(specs)) and any(shape[0] is None for shape, _ in specs.values())
+    return mixed and len({np.shape(v)[:1] for v in batch.values()}) > 1
+
+
+def stacked(batch: Batch, specs: InputSpecs, where: str) -> list[Batch] | None:
+    """The feeds of arrays that stack them along a new first axis; None where they don't.
+
+    With models of `one_run`, arrays without that axis are the same in all feeds.
+
+    Raises:
+        InputError: the arrays stack different numbers of feeds.
+    """
+    deeper = {n for n, (shape, _) in specs.items() if np.ndim(batch[n]) == len(shape) + 1}
+    plain = {n for n, (shape, _) in specs.items() if np.ndim(batch[n]) == len(shape)}
+    if not deeper or deeper | plain != set(specs) or (plain and not one_run(specs)):
+        return None
+    lengths = {n: len(batch[n]) for n in specs if n in deeper}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{n!r} {length}" for n, length in lengths.items())
+        raise InputError(f"{where}: the arrays stack different numbers of feeds along their first axis: {told}")
+    count = next(iter(lengths.values()))
+    return [{n: batch[n][i] if n in deeper else batch[n] for n in specs} for i in range(count)]
+
+
+def array_of(value: Any, where: str) -> Array:
+    """A numpy array of what may be a tensor of any framework.
+
+    Raises:
+        InputError: it isn't numeric, or its rows differ in length.
+    """
+    if hasattr(value, "detach"):  # a torch tensor, perhaps on a device or with a gradient
+        value = value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: can't be read as an array ({error})") from None
+    _check_numeric(array, where)
+    return array
+
+
+def _check_numeric(array: Array, where: str) -> None:
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise InputError(f"{where}: holds {array.dtype} values; give numbers")
+
+
+def named_batch(item: Any, specs: InputSpecs, where: str) -> Batch:
+    """A batch as the user's iterable gives it (mapping, array, tuple, list) → arrays by input name.
+
+    Raises:
+        InputError: names are missing or unknown, or there are fewer elements than inputs.
+    """
+    if isinstance(item, Mapping):
+        if missing := [n for n in specs if n not in item]:
+            raise InputError(f"{where}: no array for input {missing[0]!r}; it holds {', '.join(map(str, item))}")
+        return {n: array_of(item[n], f"{where}, input {n!r}") for n in specs}
+    if isinstance(item, tuple | list) and not (item and all(np.isscalar(x) for x in item)):
+        return {n: array_of(v, f"{where}, input {n!r}") for n, v in _in_order(item, specs, where)}
+    return {single_input(specs): array_of(item, where)}
+
+
+def _in_order(item: Sequence[Any], specs: InputSpecs, where: str) -> list[tuple[str, Any]]:
+    if len(item) < len(specs):
+        raise InputError(f"{where}: {len(item)} elements for {len(specs)} inputs ({', '.join(specs)})")
+    return list(zip(specs, item, strict=False))
+
+
+def check_batch(
+    batch: Batch,
+    specs: InputSpecs,
+    where: str,
+    *,
+    any_length: bool = False,
+    first_sample: int = 0,
+    whole: bool = False,
+) -> Batch:
+    """Check ranks, fixed dimensions, lengths, dtypes and finiteness; returns contiguous arrays of the model's dtypes.
+
+    Args:
+        batch: arrays by input name, one for each input.
+        specs: what the model takes.
+        where: what messages begin with.
+        any_length: accept any number of samples, where the model fixes it.
+        first_sample: index of the first sample, for messages.
+        whole: the batch is one feed (`is_feed`): first axes are no samples.
+
+    Raises:
+        InputError: something doesn't fit; names the place, the input and the reason.
+    """
+    checked = {}
+    for name, (shape, dtype) in specs.items():
+        values, place = batch[name], f"{where}, input {name!r}"
+        _check_shape(values, shape, place, any_length and not whole, whole)
+        _check_numeric(values, place)
+        _check_finite(values, place, None if whole else first_sample)
+        checked[name] = _convert(values, dtype, place)
+    if whole:
+        return checked
+    lengths = {name: len(values) for name, values in checked.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name!r} {n}" for name, n in lengths.items())
+        raise InputError(
+            f"{where}: the inputs hold different numbers of samples: {told}; where axis 0 isn't samples, give whole "
+            f"feeds: {WAYS}"
+        )
+    return checked
+
+
+def _check_shape(
+    values: Array, shape: tuple[int | None, ...], place: str, any_length: bool, whole: bool = False
+) -> None:
+    expected = "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
+    if values.ndim != len(shape):
+        hint = ""
+        if values.ndim == len(shape) - 1:
+            hint = "; add an axis in front, x[None]" if whole else "; add a samples axis in front, x[None]"
+        raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected}{hint}")
+    for axis, (n, wanted) in enumerate(zip(values.shape, shape, strict=True)):
+        if wanted is not None and n != wanted and not (axis == 0 and any_length):
+            hint = f"; first axes aren't samples of this model, so give whole feeds: {WAYS}" if whole else ""
+            raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected} (axis {axis}){hint}")
+    if values.size == 0:
+        raise InputError(f"{place}: the array is empty, shape {list(values.shape)}")
+
+
+def _check_finite(values: Array, place: str, first_sample: int | None) -> None:
+    if values.dtype.kind in "biu" or (np.isfinite(values.min()) and np.isfinite(values.max())) or _is_mask(values):
+        return
+    kind = "NaN" if np.isnan(values).any() else "infinite"
+    if first_sample is None or values.ndim == 0:
+        raise InputError(f"{place}: {kind} values ({int((~np.isfinite(values)).sum())} of {values.size})")
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    raise InputError(f"{place}: {kind} values in sample {first_sample + int(bad.argmax())} ({int(bad.sum())} such)")
+
+
+def _is_mask(values: Array) -> bool:
+    """Whether an array holds zeros and −∞ and nothing else: an attention mask. In other places the −∞ is noticed
+    where it arrives, with the tensor's name."""
+    return bool(values.max() == 0 and ((values == 0) | (values == -np.inf)).all())
+
+
+def _convert(values: Array, dtype: str, place: str) -> Array:
+    """Convert where no value changes beyond float rounding: never out of range, never a fraction to an integer."""
+    try:
+        target = np.dtype(dtype)
+    except TypeError:
+        return np.asarray(values, order="C")  # a dtype that numpy doesn't know is the backend's to convert
+    if values.dtype == target or values.size == 0:
+        return np.asarray(values, target, order="C")
+    if target.kind in "iu":
+        info = np.iinfo(target)
+        if values.dtype.kind not in "biu" and not (np.rint(values) == values).all():
+            raise InputError(f"{place}: the model takes {dtype}, but the {values.dtype} values have fractions")
+        if values.min() < info.min or values.max() > info.max:
+            raise InputError(f"{place}: values outside {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "f":
+        ends = [float(values.min()), float(values.max())]
+        if any(np.isfinite(e) and abs(e) > float(np.finfo(target).max) for e in ends):
+            raise InputError(f"{place}: values too large for {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "b" and not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{place}: the model takes booleans, but there are values other than 0 and 1")
+    return np.asarray(values, target, order="C")
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """An output over several batches: along the first axis, or stacked where it has none; one batch's as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.stack(parts) if parts[0].ndim == 0 else np.concatenate(parts)
+
+
+def fed(values: Any, dtype: str, name: str) -> Array:
+    """What a session feeds to an input or an inner tensor of the model: every backend converts by this rule.
+
+    Numbers are converted where no value changes beyond float rounding: integers to floats, floats that are whole to
+    integers, 0 and 1 to booleans.
+
+    Args:
+        values: of the batch; a tensor of any framework is read as an array.
+        dtype: what the model takes, by numpy's name; one that numpy doesn't know is left to the backend.
+        name: of the input, for messages.
+
+    Raises:
+        InputError: it isn't numeric, out of range, or holds fractions where integers are wanted.
+    """
+    array = values if isinstance(values, np.ndarray) else array_of(values, f"input {name!r}")
+    if array.dtype == dtype:
+        return array
+    place = f"input {name!r}"
+    _check_numeric(array, place)
+    return _convert(array, dtype, place)

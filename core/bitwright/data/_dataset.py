@@ -1,0 +1,389 @@
+"""Calibration and evaluation data: batches by input name, re-iterable, checked before any work, never held whole.
+
+Accepted: arrays or a mapping of arrays (first axis is samples), a .npz or .npy path, a folder of images or of .npz
+files, or any re-iterable of batches (a list, a DataLoader, a function that returns an iterator). Of models whose first
+axes aren't samples (states, time first, scalars), data are whole feeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch
+from bitwright.data._batches import (
+    WAYS,
+    InputSpecs,
+    array_of,
+    batch_dimension,
+    check_batch,
+    first_samples,
+    is_feed,
+    named_batch,
+    one_run,
+    samples_in,
+    single_input,
+    stacked,
+)
+from bitwright.data._images import ImageFolder, ImageOptions
+from bitwright.errors import InputError
+from bitwright.files import Array, read_npy, read_npz
+
+__all__ = ["ArrayDataset", "Dataset", "ImageOptions", "InputSpecs", "IterableDataset", "labels", "open_data"]
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Batches that can be gone through again and again."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start over from the first batch."""
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples there are, where that is known beforehand."""
+
+    def fingerprint(self) -> str:
+        """Content hash: equal data in equal batches give equal fingerprints."""
+
+
+@dataclass(frozen=True)
+class ArrayDataset:
+    """Arrays in memory (or memory-mapped), cut into batches.
+
+    Attributes:
+        arrays: by input name; the first axis is samples.
+        batch_size: samples a batch; the last batch may have fewer.
+        specs: what the model takes, to convert dtypes; None hands the arrays out as they are.
+        drop_last: leave out a last batch that isn't full, for models with a fixed batch dimension.
+    """
+
+    arrays: Mapping[str, Array]
+    batch_size: int
+    specs: InputSpecs | None = None
+    drop_last: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Samples that the batches hold."""
+        length = len(next(iter(self.arrays.values())))
+        return length - length % self.batch_size if self.drop_last else length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, start in enumerate(range(0, self.samples, self.batch_size)):
+            part = {k: np.ascontiguousarray(v[start : start + self.batch_size]) for k, v in self.arrays.items()}
+            yield part if self.specs is None else check_batch(part, self.specs, f"batch {index}")
+
+    def fingerprint(self) -> str:
+        """Hash of names, dtypes, shapes, contents and batch size."""
+        digest = hashlib.sha256(str(self.batch_size).encode())
+        for name, values in sorted(self.arrays.items()):
+            digest.update(f"{name}{values.dtype}{values.shape}".encode())
+            for start in range(0, self.samples, 64):
+                digest.update(np.ascontiguousarray(values[start : min(start + 64, self.samples)]).data)
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class IterableDataset:
+    """Batches from the user's own re-iterable, checked one by one as they come.
+
+    Attributes:
+        start: begins a new pass.
+        specs: what the model takes.
+        count: samples, where the iterable told.
+        limit: stop after so many samples.
+        called: what messages call an item by its index.
+    """
+
+    start: Callable[[], Iterator[Any]]
+    specs: InputSpecs
+    count: int | None = None
+    limit: int | None = None
+    called: Callable[[int], str] = "batch {}".format
+
+    @property
+    def samples(self) -> int | None:
+        """Unknown unless the iterable told."""
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        left = self.limit
+        fixed = batch_dimension(self.specs)
+        for index, item in enumerate(self.start()):
+            for part in _parts(item, self.specs, self.called(index), fixed):
+                cut = part if left is None else first_samples(part, left)
+                length = samples_in(cut)
+                if left is not None and left <= 0:
+                    return
+                if length == 0 or (fixed is not None and length < fixed and not is_feed(cut, self.specs)):
+                    return
+                yield cut
+                left = None if left is None else left - length
+
+    def fingerprint(self) -> str:
+        """Hash over one pass."""
+        digest = hashlib.sha256()
+        for batch in self:
+            for name, values in sorted(batch.items()):
+                digest.update(f"{name}{values.dtype}{values.shape}".encode())
+                digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:32]
+
+
+def open_data(
+    source: Any,
+    specs: InputSpecs,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    images: ImageOptions | None = None,
+) -> Dataset:
+    """Data in any accepted form, as batches that fit a model. Arrays and files are checked whole, before any work.
+
+    - a mapping of arrays by input name, or one array for a model with one input; the first axis is samples;
+    - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: memory-mapped,
+      unless an .npz is compressed;
+    - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
+    - a path to a folder of images, scaled to the model's height and width (needs Pillow);
+    - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
+      that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
+      model's inputs. Further elements of a tuple, such as labels, are left out. The items' own sizes are kept.
+
+    Where first axes aren't samples (`batches.one_run`: an input is a scalar, or inputs fix different sizes; or lengths
+    differ and some inputs fix theirs), each item or file is one whole feed and runs as it is; in a mapping or .npz,
+    arrays stack the feeds along a new first axis, or are one feed. Any model's data may be stacked so.
+
+    Where the model fixes the batch dimension, batches have that size and samples that don't fill the last one are
+    left out, with a warning: padding them would count some values twice.
+
+    Args:
+        source: the data.
+        specs: shape (None: free) and dtype of each model input.
+        batch_size: samples a batch, for arrays, files and images.
+        limit: use only the first so many samples.
+        images: how image files become arrays.
+
+    Raises:
+        InputError: the source is unusable (a one-shot iterator, an unknown file type), names, ranks, fixed dimensions
+            or dtypes don't fit, lengths differ, or the data are empty or hold NaN or infinity; the message names the
+            file, the array or the batch.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: a batch has at least one sample")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: use at least one sample")
+    if not specs:
+        raise InputError("the model has no inputs, so there is nothing to feed")
+    if isinstance(source, Dataset):
+        return source
+    size = batch_dimension(specs) or batch_size
+    if isinstance(source, str | Path):
+        return _open_path(Path(source), specs, size, limit, images)
+    if isinstance(source, Mapping):
+        return _arrays({str(k): array_of(v, f"array {k!r}") for k, v in source.items()}, specs, size, limit, "data")
+    if isinstance(source, np.ndarray) or (hasattr(source, "__array__") and hasattr(source, "shape")):
+        return _arrays({single_input(specs): array_of(source, "data")}, specs, size, limit, "data")
+    return _iterable(source, specs, limit)
+
+
+def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, images: ImageOptions | None) -> Dataset:
+    if not path.exists():
+        raise InputError(f"there is no file or folder {str(path)!r}")
+    if path.is_dir():
+        if files := sorted(path.glob("*.npz")):
+            return _iterable(NpzFolder(tuple(files), tuple(specs)), specs, limit, lambda i: str(files[i]))
+        return ImageFolder.open(path, specs, size, limit, images or ImageOptions())
+    if path.suffix == ".npy":
+        return _arrays({single_input(specs): read_npy(path)}, specs, size, limit, str(path))
+    if path.suffix == ".npz":
+        arrays = read_npz(path)
+        if len(arrays) == len(specs) == 1:
+            arrays = dict(zip(specs, arrays.values(), strict=True))
+        return _arrays(arrays, specs, size, limit, str(path))
+    raise InputError(f"can't read {str(path)!r} as data: give a .npz, a .npy or a folder of images or .npz files")
+
+
+@dataclass(frozen=True)
+class NpzFolder:
+    """A folder with one .npz a batch, or a feed; read as it is gone through.
+
+    Attributes:
+        files: in their order.
+        names: of the model's inputs; any array name will do for a single one.
+    """
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        for file in self.files:
+            arrays = read_npz(file)
+            missing = [n for n in self.names if n not in arrays]
+            if missing and len(arrays) == len(self.names) == 1:
+                arrays = dict(zip(self.names, arrays.values(), strict=True))
+            elif missing:
+                raise InputError(
+                    f"{file}: no array for input {missing[0]!r}; it holds {', '.join(arrays) or 'nothing'}, the "
+                    f"model's inputs are {', '.join(map(repr, self.names))}"
+                )
+            yield arrays
+
+
+def _feeds(arrays: Mapping[str, Array], specs: InputSpecs, limit: int | None, where: str) -> IterableDataset | None:
+    """Arrays as whole feeds, where they stack them or are one; None where the first axis is samples."""
+    feeds = stacked(arrays, specs, where)
+    if feeds is None and not is_feed(arrays, specs):
+        return None
+    if feeds is None:
+        return _iterable([arrays], specs, limit, lambda i: where)
+    return _iterable(feeds, specs, limit, lambda i: f"{where}, feed {i}")
+
+
+def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
+    missing, extra = [n for n in specs if n not in arrays], [n for n in arrays if n not in specs]
+    if missing or extra:
+        told = [f"no array for input {n!r}" for n in missing] + [f"array {n!r} is no input of the model" for n in extra]
+        raise InputError(f"{where}: {'; '.join(told)}; the model's inputs are {', '.join(map(repr, specs))}")
+    if (feeds := _feeds(arrays, specs, limit, where)) is not None:
+        return feeds
+    for name, values in arrays.items():
+        if values.ndim == 0:
+            raise InputError(f"{where}: array {name!r} is a scalar; the first axis is samples")
+    if len(lengths := {len(a) for a in arrays.values()}) > 1:
+        told = [f"{name!r} {len(values)}" for name, values in arrays.items()]
+        raise InputError(
+            f"{where}: the arrays hold different numbers of samples: {', '.join(told)}; where axis 0 isn't samples, "
+            f"give whole feeds: {WAYS}"
+        )
+    (length,) = lengths
+    if length == 0:
+        raise InputError(f"{where}: the data are empty (no samples)")
+    length = min(length, limit or length)
+    fixed = batch_dimension(specs)
+    if fixed is not None and length % fixed:
+        if length < fixed:
+            raise InputError(f"{where}: {length} samples, but the model takes batches of exactly {fixed}")
+        warnings.warn(
+            f"{where}: the model takes batches of exactly {fixed}; the last {length % fixed} of {length} samples "
+            "are left out",
+            stacklevel=4,
+        )
+    dataset = ArrayDataset({n: arrays[n][:length] for n in specs}, size, specs, drop_last=fixed is not None)
+    for start in range(0, length, size):
+        part = {n: a[start : start + size] for n, a in dataset.arrays.items()}
+        check_batch(part, specs, where, any_length=True, first_sample=start)
+    return dataset
+
+
+def _iterable(
+    source: Any, specs: InputSpecs, limit: int | None, called: Callable[[int], str] = "batch {}".format
+) -> IterableDataset:
+    count: int | None = None
+    start: Callable[[], Iterator[Any]]
+    if hasattr(source, "__next__"):
+        raise InputError(
+            f"a {type(source).__name__} can be gone through only once, but calibration passes over the data several "
+            "times; give a list, a DataLoader, or a function that returns a new iterator each time"
+        )
+    if isinstance(source, Iterable):
+        start = source.__iter__
+    elif callable(source):
+        start = _fresh(source)
+    else:
+        raise InputError(
+            f"can't read data from a {type(source).__name__}; give arrays, a path, a list of batches, a DataLoader, "
+            "or a function that returns an iterator"
+        )
+    if isinstance(source, list | tuple | NpzFolder):
+        fixed = batch_dimension(specs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when they are gone through
+            parts = (p for i, item in enumerate(source) for p in _parts(item, specs, called(i), fixed))
+            count = sum(samples_in(part) for part in parts)
+        count = min(count, limit or count)
+        if fixed and not one_run(specs):
+            count -= count % fixed
+    dataset = IterableDataset(start, specs, count, limit, called)
+    if next(islice(iter(dataset), 1), None) is None:
+        raise InputError("the data are empty (no full batch)")
+    return dataset
+
+
+def _fresh(function: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
+    given: list[Any] = []
+
+    def start() -> Iterator[Any]:
+        iterator: Iterator[Any] = iter(function())
+        if any(iterator is g for g in given):
+            raise InputError("the data function returned the same iterator twice; it must make a new one on each call")
+        # The last one is kept alive, since the identity of a freed object may come again.
+        given[:] = [iterator]
+        return iterator
+
+    return start
+
+
+def _parts(item: Any, specs: InputSpecs, where: str, fixed: int | None) -> Iterator[Batch]:
+    """What an item of an iterable is to the model: a batch, pieces of the size that the model fixes, or whole feeds."""
+    named = named_batch(item, specs, where)
+    feeds = stacked(named, specs, where)
+    for number, batch in enumerate([named] if feeds is None else feeds):
+        place = where if feeds is None else f"{where}, feed {number}"
+        whole = is_feed(batch, specs)
+        checked = check_batch(batch, specs, place, any_length=fixed is not None and feeds is None, whole=whole)
+        yield from [checked] if whole else _pieces(checked, fixed)
+
+
+def _pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
+    if size is None:
+        yield batch
+        return
+    length = samples_in(batch)
+    if length % size:
+        warnings.warn(
+            f"the model takes batches of exactly {size}; {length % size} samples of a batch of {length} are left out",
+            stacklevel=3,
+        )
+    for start in range(0, length - length % size, size):
+        yield {k: np.ascontiguousarray(v[start : start + size]) for k, v in batch.items()}
+
+
+def labels(path: str | Path) -> NDArray[np.int64]:
+    """Class indices from a .npy, an .npz with one array, or a text file with one integer a line.
+
+    Raises:
+        InputError: the file can't be read, or isn't one non-negative integer for each sample.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no labels file {str(path)!r}")
+    if path.suffix == ".npz":
+        arrays = read_npz(path)
+        if len(arrays) != 1:
+            raise InputError(f"{path}: labels are one array, this file holds {', '.join(arrays) or 'none'}")
+        values = next(iter(arrays.values()))
+    elif path.suffix == ".npy":
+        values = read_npy(path)
+    else:
+        try:
+            values = np.array([int(line) for line in path.read_text().split()], np.int64)
+        except (ValueError, UnicodeDecodeError):
+            raise InputError(f"{path}: labels are a .npy file, or text with one integer a line") from None
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1 or values.size == 0:
+        raise InputError(f"{path}: labels have shape (samples,), got {values.shape}")
+    whole = values.dtype.kind in "iu" or (values.dtype.kind == "f" and bool((np.rint(values) == values).all()))
+    if not whole or (values < 0).any():
+        some = f" {values[:3]}…" if values.dtype.kind in "biuf" else ""
+        raise InputError(f"{path}: labels are class indices, non-negative integers; got {values.dtype}{some}")
+    return np.asarray(values, np.int64)

@@ -1,0 +1,170 @@
+"""A folder of images as model input; needs Pillow (extra `images`)."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch
+from bitwright.data._batches import InputSpecs, batch_dimension, check_batch, single_input
+from bitwright.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SCALINGS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # name: (mean, deviation) of the pixel values 0 to 255
+    "0..255": ((0.0,), (1.0,)),
+    "0..1": ((0.0,), (255.0,)),
+    "-1..1": ((127.5,), (127.5,)),
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+Fit = Literal["crop", "stretch"]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How an image file becomes model input.
+
+    Attributes:
+        scaling: of pixel values: "0..1" (default), "-1..1", "0..255", or "imagenet" (mean and deviation of ImageNet,
+            RGB); or a pair (mean, deviation) in units of 0 to 255, each one number or one a channel. Integer inputs
+            get the plain pixel values whatever it is.
+        fit: "crop" scales the shorter side to the model's and cuts the middle out; "stretch" ignores the aspect.
+        bgr: channels in the order blue, green, red.
+        size: (height, width), needed only where the model leaves them free.
+    """
+
+    scaling: str | tuple[Any, Any] = "0..1"
+    fit: Fit = "crop"
+    bgr: bool = False
+    size: tuple[int, int] | None = None
+
+    def moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and deviation that pixel values are normalized with.
+
+        Raises:
+            InputError: unknown scaling.
+        """
+        pair = SCALINGS.get(self.scaling) if isinstance(self.scaling, str) else self.scaling
+        if pair is None:
+            raise InputError(f"unknown image scaling {self.scaling!r}; known: {', '.join(SCALINGS)}, (mean, deviation)")
+        mean, deviation = (np.atleast_1d(np.asarray(p, np.float32)) for p in pair)
+        if not (deviation > 0).all():
+            raise InputError(f"image scaling {self.scaling!r}: the deviation must be greater than 0")
+        return mean, deviation
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images of a folder and its subfolders, sorted by path, read batch by batch."""
+
+    files: tuple[Path, ...]
+    specs: InputSpecs
+    batch_size: int
+    options: ImageOptions
+    channels: int
+    channels_last: bool
+    size: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, specs: InputSpecs, batch_size: int, limit: int | None, options: ImageOptions) -> Self:
+        """Find the images and check that the model takes some.
+
+        Raises:
+            InputError: no images, or a model input that isn't one image a sample, or has no fixed size.
+            MissingExtraError: Pillow isn't installed.
+        """
+        _pillow()
+        options.moments()
+        shape = specs[single_input(specs)][0]
+        channels, last, size = _layout(shape, options)
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:limit]
+        if not files:
+            raise InputError(f"the folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+        fixed = batch_dimension(specs)
+        if fixed is not None and len(files) % fixed:
+            if len(files) < fixed:
+                raise InputError(f"{path}: {len(files)} images, but the model takes batches of exactly {fixed}")
+            warnings.warn(
+                f"{path}: the model takes batches of exactly {fixed}; {len(files) % fixed} images are left out",
+                stacklevel=4,
+            )
+            files = files[: len(files) - len(files) % fixed]
+        return cls(tuple(files), specs, batch_size, options, channels, last, size)
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Batch]:
+        name = single_input(self.specs)
+        for start in range(0, len(self.files), self.batch_size):
+            part = self.files[start : start + self.batch_size]
+            batch = np.stack([self._read(file) for file in part])
+            yield check_batch({name: batch}, self.specs, str(part[0]))
+
+    def fingerprint(self) -> str:
+        """Hash of the files' contents, their order, and how they are read."""
+        digest = hashlib.sha256(repr((self.options, self.batch_size, self.size)).encode())
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:32]
+
+    def _read(self, file: Path) -> NDArray[Any]:
+        image = _pillow()
+        height, width = self.size
+        try:
+            with image.open(file) as opened:
+                picture = opened.convert("L" if self.channels == 1 else "RGB")
+                if self.options.fit == "crop":
+                    ratio = max(height / picture.height, width / picture.width)
+                    scaled = (max(width, round(picture.width * ratio)), max(height, round(picture.height * ratio)))
+                    picture = picture.resize(scaled, image.Resampling.BILINEAR)
+                    x, y = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+                    picture = picture.crop((x, y, x + width, y + height))
+                else:
+                    picture = picture.resize((width, height), image.Resampling.BILINEAR)
+                pixels: NDArray[Any] = np.asarray(picture).reshape(height, width, self.channels)
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't read the image {str(file)!r}: {error}") from None
+        if np.dtype(self.specs[single_input(self.specs)][1]).kind == "f":
+            mean, deviation = self.options.moments()
+            pixels = (pixels - mean[: self.channels]) / deviation[: self.channels]
+        if self.options.bgr:
+            pixels = pixels[..., ::-1]
+        return pixels if self.channels_last else np.moveaxis(pixels, -1, 0)
+
+
+def _layout(shape: tuple[int | None, ...], options: ImageOptions) -> tuple[int, bool, tuple[int, int]]:
+    told = "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
+    if len(shape) != 4 or not ({shape[1], shape[3]} & {1, 3}):
+        raise InputError(
+            f"the model takes {told}, which is not images ([N, 1 or 3, H, W] or [N, H, W, 1 or 3]); give arrays"
+        )
+    last = shape[1] not in (1, 3)
+    height, width = shape[1:3] if last else shape[2:4]
+    if options.size is not None:
+        height, width = height or options.size[0], width or options.size[1]
+    if height is None or width is None:
+        raise InputError(
+            f"the model takes {told}: it leaves the image size free; set ImageOptions(size=(height, width))"
+        )
+    return (shape[3] if last else shape[1]) or 3, last, (height, width)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError('reading images needs Pillow: pip install "bitwright[images]"') from None
+    return Image

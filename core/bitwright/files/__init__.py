@@ -1,0 +1,30 @@
+"""Files: durable writes, arrays on disk, what killed processes left behind."""
+
+from __future__ import annotations
+
+from bitwright.files._arrays import DAMAGED, Array, read_npy, read_npz
+from bitwright.files._durable import (
+    atomic_write,
+    cannot_write,
+    discard,
+    is_file,
+    make_directory,
+    sync_directory,
+    write_text,
+)
+from bitwright.files._leftovers import sweep
+
+__all__ = [
+    "Array",
+    "DAMAGED",
+    "atomic_write",
+    "cannot_write",
+    "discard",
+    "is_file",
+    "make_directory",
+    "read_npy",
+    "read_npz",
+    "sweep",
+    "sync_directory",
+    "write_text",
+]

@@ -1,0 +1,90 @@
+"""Arrays from .npy and .npz files: memory-mapped where the file allows it, never unpickled."""
+
+from __future__ import annotations
+
+import lzma
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from bitwright.errors import InputError
+from bitwright.files._arrays import Array
+
+DAMAGED = (
+    OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, OverflowError, MemoryError, RuntimeError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading damaged array files raises: numpy evaluates headers as Python literals, zip entries name any method."""
+_LOCAL_HEADER = 30
+"""Bytes of a zip entry's local header before its name; the last four are the lengths of name and extra field."""
+
+
+def read_npy(path: Path) -> Array:
+    """A memory-mapped .npy file.
+
+    Raises:
+        InputError: it is no .npy file, is truncated, or holds objects.
+    """
+    try:
+        with path.open("rb") as file:
+            return _mapped(path, file, 0, path.stat().st_size)
+    except DAMAGED as error:
+        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of a .npz file; memory-mapped, but for compressed ones, which are read whole.
+
+    Raises:
+        InputError: it is no .npz file, is truncated, or holds objects.
+    """
+    arrays: dict[str, Array] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                if entry.compress_type == zipfile.ZIP_STORED:
+                    arrays[name] = _mapped(path, file, _start(file, entry), entry.file_size)
+                else:
+                    with archive.open(entry) as member:
+                        arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
+    except DAMAGED as error:
+        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
+    return arrays
+
+
+def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored zip entry begin."""
+    file.seek(entry.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    if len(header) < _LOCAL_HEADER:
+        raise ValueError("the file is truncated")
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + _LOCAL_HEADER + lengths
+
+
+def _mapped(path: Path, file: BinaryIO, start: int, size: int) -> Array:
+    """The array of a .npy stream of `size` bytes that begins at `start`, memory-mapped."""
+    file.seek(start)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    offset = file.tell()
+    if offset - start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > size:
+        raise ValueError("the file is truncated")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if "objects" in text or "object arrays" in text.lower():
+        return "it holds Python objects, which are not loaded; save plain numeric arrays with numpy.savez"
+    return f"{text}; expected a file written by numpy.save or numpy.savez"

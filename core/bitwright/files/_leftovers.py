@@ -1,0 +1,51 @@
+"""Temporary files that killed processes left beside results: their names hold its number, the next run sweeps them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from bitwright.files._durable import discard
+
+_NAMES = (
+    re.compile(r"\.(?:.+\.)?(?P<process>\d+)\.(?:tmp|partial|old|probe)"),
+    re.compile(r"\.bitwright-(?P<process>\d+)-.*"),
+)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what processes that are gone have left in a folder and in those inside it; returns what was removed.
+
+    To be called by the holder of the folder's lock. Files of processes that live, or may live, stay.
+    """
+    if sys.platform == "win32":  # there is no harmless way to ask for a process
+        return []
+    removed = []
+    for path in sorted(folder.rglob(".*")):
+        process = _process(path.name)
+        if process is None or _lives(process):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            discard(path)
+        removed.append(path)
+    return removed
+
+
+def _process(name: str) -> int | None:
+    found = next((m for pattern in _NAMES if (m := pattern.fullmatch(name))), None)
+    return None if found is None else int(found["process"])
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # someone else's
+    return True

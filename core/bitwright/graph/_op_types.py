@@ -1,0 +1,115 @@
+"""What targets need to know about ONNX operator names: which exist, and which pass a grid through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bitwright.graph._graph import Op, OpKind, ParamRole
+
+ONNX_TYPES = frozenset(
+    """
+    Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization
+    Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Cast CastLike
+    CausalConvWithState Ceil Celu CenterCropPad Clip Col2Im Compress Concat ConcatFromSequence Constant
+    ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumProd CumSum DFT DeformConv DepthToSpace
+    DequantizeLinear Det Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU
+    Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual
+    GridSample GroupNormalization HammingWindow HannWindow HardSigmoid HardSwish Hardmax Identity If ImageDecoder
+    InstanceNormalization IsInf IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual LinearAttention Log
+    LogSoftmax Loop LpNormalization LpPool MatMul MatMulInteger Max MaxPool MaxRoiPool MaxUnpool Mean
+    MeanVarianceNormalization MelWeightMatrix Min Mish Mod Mul Multinomial Neg NegativeLogLikelihoodLoss
+    NonMaxSuppression NonZero Not OneHot Optional OptionalGetElement OptionalHasElement Or PRelu Pad Pow QLinearConv
+    QLinearMatMul QuantizeLinear RMSNormalization RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike
+    Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum ReduceSumSquare RegexFullMatch Relu Reshape Resize ReverseSequence RoiAlign RotaryEmbedding Round STFT
+    Scan Scatter ScatterElements ScatterND Selu SequenceAt SequenceConstruct SequenceEmpty SequenceErase
+    SequenceInsert SequenceLength SequenceMap Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax
+    SoftmaxCrossEntropyLoss Softplus Softsign SpaceToDepth Split SplitToSequence Sqrt Squeeze StringConcat
+    StringNormalizer StringSplit Sub Sum SwiGLU Swish Tan Tanh TensorScatter TfIdfVectorizer ThresholdedRelu Tile
+    TopK Transpose Trilu Unique Unsqueeze Upsample Where Xor
+    """.split()  # noqa: SIM905
+)
+"""Every operator of the default ONNX domain, deprecated ones included."""
+
+VENDOR_TYPES = frozenset(
+    """
+    BatchPermutation BatchToSpace ChannelShuffle CropAndResize Moments SpaceToBatch
+    BiasGelu FastGelu FusedConv FusedGemm FusedMatMul QuickGelu SkipLayerNormalization SkipSimplifiedLayerNormalization
+    SimplifiedLayerNormalization
+    """.split()  # noqa: SIM905
+)
+"""Names outside ONNX that AIMET's configuration files and ONNX Runtime's graphs use."""
+
+_NAMES = {
+    "Conv": "Conv1d Conv2d Conv3d Conv1D Conv2D Conv3D DepthwiseConv1D DepthwiseConv2D SeparableConv2D",
+    "ConvTranspose": "ConvTranspose1d ConvTranspose2d ConvTranspose3d Conv1DTranspose Conv2DTranspose Conv3DTranspose",
+    "Gemm": "Linear Dense",
+    "Gather": "Embedding",
+    "BatchNormalization": "BatchNorm BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
+    "LayerNormalization": "LayerNorm",
+    "GroupNormalization": "GroupNorm",
+    "InstanceNormalization": "InstanceNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d",
+    "RMSNormalization": "RMSNorm RmsNorm",
+    "LRN": "LocalResponseNorm",
+    "Relu": "ReLU",
+    "Clip": "ReLU6 Relu6 Hardtanh HardTanh",
+    "PRelu": "PReLU",
+    "LeakyRelu": "LeakyReLU",
+    "ThresholdedRelu": "ThresholdedReLU",
+    "Elu": "ELU",
+    "Selu": "SELU",
+    "Celu": "CELU",
+    "Gelu": "GELU",
+    "Swish": "SiLU Silu",
+    "HardSwish": "Hardswish HardSiLU",
+    "HardSigmoid": "Hardsigmoid",
+    "LogSoftmax": "Logsoftmax",
+    "Add": "Addition",
+    "Sub": "Subtract",
+    "Mul": "Multiply",
+    "Div": "Divide",
+    "Max": "Maximum",
+    "Min": "Minimum",
+    "Concat": "Concatenate",
+    "MatMul": "Matmul",
+    "AveragePool": "AvgPool AvgPool1d AvgPool2d AvgPool3d AveragePooling1D AveragePooling2D AveragePooling3D",
+    "GlobalAveragePool": "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d GlobalAveragePooling1D "
+    "GlobalAveragePooling2D GlobalAveragePooling3D",
+    "MaxPool": "MaxPool1d MaxPool2d MaxPool3d MaxPooling1D MaxPooling2D MaxPooling3D",
+    "GlobalMaxPool": "AdaptiveMaxPool1d AdaptiveMaxPool2d GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D",
+    "Resize": "UpSampling1D UpSampling2D UpSampling3D",
+    "DepthToSpace": "PixelShuffle",
+    "SpaceToDepth": "PixelUnshuffle",
+    "Transpose": "Permute",
+    "Slice": "StridedSlice Cropping1D Cropping2D Cropping3D",
+    "Pad": "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
+}
+OTHER_NAMES: Mapping[str, str] = {name: type for type, names in _NAMES.items() for name in names.split()}
+"""ONNX type by the names that configuration files of PyTorch's and Keras's tools give it."""
+
+GRID_PRESERVING_KINDS = frozenset(
+    {OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.IDENTITY}
+)
+GRID_PRESERVING_TYPES = frozenset(
+    """
+    BatchToSpace Cast ChannelShuffle Compress DepthToSpace Dropout Expand Flatten GatherElements GatherND
+    GlobalMaxPool Identity MaxPool ReduceMax ReduceMin Reshape Slice SpaceToBatch SpaceToDepth Split SplitToSequence
+    Squeeze Tile TopK Transpose Unsqueeze
+    """.split()  # noqa: SIM905
+)
+"""Outputs hold values of the first input and no others, so its grid serves them exactly (ONNX semantics)."""
+
+INTEGER_TYPES = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "NonMaxSuppression", "SequenceLength"})
+"""Outputs are indices or sizes, whatever a backend without type information says."""
+
+
+def preserves_grid(op: Op) -> bool:
+    """Whether an op only selects, repeats or moves values of its first input.
+
+    A padding counts when it brings no value of its own but zero, which every grid represents.
+    """
+    if op.kind is OpKind.OPAQUE or not op.data_inputs or op.inputs[0] is None:
+        return False
+    if op.kind is OpKind.PAD:
+        return ParamRole.CONSTANT not in op.params
+    return op.kind in GRID_PRESERVING_KINDS or op.type in GRID_PRESERVING_TYPES

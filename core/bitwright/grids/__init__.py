@@ -1,0 +1,83 @@
+"""The numbers of a grid: quantization grids, encodings, gradients. Numpy alone, no model and no framework."""
+
+from __future__ import annotations
+
+from bitwright.grids._encoding import (
+    EPSILON,
+    Encoding,
+    EncodingTable,
+    Provenance,
+    encoding_from_range,
+    encoding_of_weights,
+    fit_pairs,
+    two_level,
+)
+from bitwright.grids._encoding_arrays import encoding_arrays, encoding_of_arrays
+from bitwright.grids._gradients import (
+    Groups,
+    cast_vjp,
+    fake_quantize,
+    fake_quantize_vjp,
+    learned_vjp,
+    lsq_factor,
+    rounded,
+    rounded_vjp,
+)
+from bitwright.grids._grid import (
+    FLOAT_FORMATS,
+    Blockwise,
+    FloatFormat,
+    Granularity,
+    Grid,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    cast_float,
+    dequantize,
+    parse_type,
+    scale_shape,
+    spread,
+    to_groups,
+)
+from bitwright.grids._pair_sums import HIGHEST, LOWEST, in_order, pair_limit, pair_sums, row_chunks
+
+__all__ = [
+    "Blockwise",
+    "EPSILON",
+    "Encoding",
+    "EncodingTable",
+    "FLOAT_FORMATS",
+    "FloatFormat",
+    "Granularity",
+    "Grid",
+    "Groups",
+    "HIGHEST",
+    "LOWEST",
+    "PerChannel",
+    "PerTensor",
+    "Provenance",
+    "QuantSpec",
+    "cast_float",
+    "cast_vjp",
+    "dequantize",
+    "encoding_arrays",
+    "encoding_from_range",
+    "encoding_of_arrays",
+    "encoding_of_weights",
+    "fake_quantize",
+    "fake_quantize_vjp",
+    "fit_pairs",
+    "in_order",
+    "learned_vjp",
+    "lsq_factor",
+    "pair_limit",
+    "pair_sums",
+    "parse_type",
+    "rounded",
+    "rounded_vjp",
+    "row_chunks",
+    "scale_shape",
+    "spread",
+    "to_groups",
+    "two_level",
+]

@@ -1,0 +1,285 @@
+"""Encodings: the numbers that pin a site to a grid, and the immutable table that holds a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import EncodingError
+from bitwright.grids._grid import (
+    Blockwise,
+    FloatFormat,
+    Granularity,
+    Grid,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    cast_float,
+    dequantize,
+    fake_quantize,
+    quantize,
+    spread,
+    to_groups,
+)
+from bitwright.grids._pair_sums import fitted_scale
+
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """A calibrated grid: scale and zero point for each group of elements that share them.
+
+    Attributes:
+        bits, signed, symmetric, strict: as in `QuantSpec`; together they give `grid`.
+        scale: float32, () per tensor, (channels,) per channel, (channels, blocks) blockwise; always > 0.
+        zero_point: int32 of the same shape, ONNX convention (the code of 0.0); within the grid.
+        granularity: which elements share a scale, in the canonical layout of the tensor.
+        float_format: set for float encodings; scale is then 1 but for scaled fp8.
+        block_scale: LPBQ only, int32 (channels, blocks): scale = channel_scale[:, None] · block_scale.
+        pair_limit: as in `QuantSpec`, for those who choose codes; not kept in files.
+        frozen: later calibrations keep it (AdaRound, SeqMSE, loaded encodings).
+        source: what produced it, for reports ("minmax", "sqnr", "adaround", "loaded", …).
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    granularity: Granularity = field(default_factory=PerTensor)
+    strict: bool = False
+    float_format: FloatFormat | None = None
+    block_scale: NDArray[np.int32] | None = None
+    frozen: bool = False
+    source: str = ""
+    pair_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        scale = np.array(self.scale, np.float32)
+        zero = np.array(self.zero_point, np.int32)
+        if zero.shape != scale.shape:
+            raise EncodingError(f"zero point of shape {zero.shape} beside a scale of shape {scale.shape}")
+        rank = {PerTensor: 0, PerChannel: 1, Blockwise: 2}[type(self.granularity)]
+        if scale.ndim != rank:
+            raise EncodingError(
+                f"{type(self.granularity).__name__} encodings need a scale of rank {rank}, got shape {scale.shape}"
+            )
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise EncodingError("a scale must be finite and greater than 0")
+        if self.float_format is None and ((zero < self.grid.qmin).any() or (zero > self.grid.qmax).any()):
+            raise EncodingError(f"a zero point lies outside the codes {self.grid.qmin}..{self.grid.qmax}")
+        scale.setflags(write=False)
+        zero.setflags(write=False)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The integer code range."""
+        return Grid.of(self.bits, signed=self.signed, strict=self.strict)
+
+    @property
+    def minimum(self) -> NDArray[np.float32]:
+        """Smallest representable value of each group."""
+        return dequantize(np.full(self.scale.shape, self.grid.qmin), self.scale, self.zero_point)
+
+    @property
+    def maximum(self) -> NDArray[np.float32]:
+        """Largest representable value of each group."""
+        return dequantize(np.full(self.scale.shape, self.grid.qmax), self.scale, self.zero_point)
+
+    def spread(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Scale and zero point, ready to broadcast against a tensor of `shape`."""
+        return spread(self.scale, shape, self.granularity), spread(self.zero_point, shape, self.granularity)  # type: ignore[return-value]
+
+    def quantize(self, x: NDArray[np.floating]) -> NDArray[np.int32]:
+        """Integer codes of a tensor in canonical layout.
+
+        Raises:
+            EncodingError: the encoding is a float format.
+        """
+        if self.float_format is not None:
+            raise EncodingError(f"a {self.float_format} encoding has no integer codes")
+        return quantize(x, *self.spread(x.shape), self.grid)
+
+    def dequantize(self, q: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Real values of integer codes."""
+        return dequantize(q, *self.spread(q.shape))
+
+    def fake_quantize(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Round a tensor to the grid (or float format) and back."""
+        if self.float_format is not None:
+            return cast_float(x, self.float_format, spread(self.scale, x.shape, self.granularity))  # type: ignore[arg-type]
+        return fake_quantize(x, *self.spread(x.shape), self.grid)
+
+    def with_(self, **changes: Any) -> Encoding:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def equals(self, other: Encoding) -> bool:
+        """Same grid and bit-equal numbers; provenance (`frozen`, `source`) is not compared."""
+        return (
+            (self.bits, self.signed, self.symmetric, self.strict, self.float_format, self.granularity)
+            == (other.bits, other.signed, other.symmetric, other.strict, other.float_format, other.granularity)
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+
+def encoding_from_range(
+    spec: QuantSpec,
+    low: NDArray[np.floating] | float,
+    high: NDArray[np.floating] | float,
+    *,
+    source: str = "",
+) -> Encoding:
+    """The encoding whose grid covers [low, high], zero always included and exactly representable.
+
+    Formulas (n = number of steps): asymmetric δ = (high − low)/n, z = round(−low/δ) + qmin;
+    symmetric δ = max(high/qmax, −low/−qmin), so that a tensor whose extreme is negative gets the extra code;
+    a symmetric grid stored unsigned has z = 2**(bits−1). Ranges that are empty give δ = 2**-23 (float32 epsilon).
+
+    Args:
+        spec: the site's specification; `low` and `high` have its scale shape.
+        low, high: the range before zero is included.
+        source: kept as the encoding's provenance.
+
+    Raises:
+        EncodingError: a bound is NaN or infinite, or low > high.
+    """
+    lo, hi = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
+        raise EncodingError(
+            "the range holds NaN or infinite bounds; check the calibration data and the model's outputs"
+        )
+    if (lo > hi).any():
+        raise EncodingError("the range's low end exceeds its high end")
+    if spec.minimum is not None and spec.maximum is not None:
+        lo, hi = np.full_like(lo, spec.minimum), np.full_like(hi, spec.maximum)
+    elif spec.minimum is not None:
+        lo, hi = np.maximum(lo, spec.minimum), np.maximum(hi, spec.minimum)
+    elif spec.maximum is not None:
+        lo, hi = np.minimum(lo, spec.maximum), np.minimum(hi, spec.maximum)
+    lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
+    if spec.float_format is not None:
+        return _float_encoding(spec, np.maximum(-lo, hi), source)
+    signed, strict, symmetric = spec.signed, spec.strict, spec.symmetric
+    grid = spec.grid
+    if symmetric and spec.unsigned_symmetric and (lo >= 0).all():
+        signed, strict, grid = False, False, Grid.of(spec.bits, signed=False)
+        scale, zero = hi / grid.steps, np.zeros(hi.shape)
+    elif symmetric:
+        half = 2 ** (spec.bits - 1)
+        scale = np.maximum(hi / (half - 1), -lo / (half - int(strict)))
+        zero = np.full(hi.shape, 0 if signed else half)
+    else:
+        scale, zero = (hi - lo) / grid.steps, np.zeros(hi.shape)
+    # The floor keeps all-zero channels (they exist in trained nets) from dividing by zero.
+    step = np.maximum(scale, min(EPSILON, 0.01 / grid.steps)).astype(np.float32)
+    if not symmetric:
+        zero = np.clip(np.rint(-lo / step.astype(np.float64)) + grid.qmin, grid.qmin, grid.qmax)
+    limit = spec.pair_limit if signed and symmetric else None
+    return Encoding(
+        spec.bits, signed, symmetric, step, zero.astype(np.int32), spec.granularity, strict,
+        source=source, pair_limit=limit,
+    )  # fmt: skip
+
+
+def _float_encoding(spec: QuantSpec, extreme: NDArray[np.float64], source: str) -> Encoding:
+    from bitwright.grids._grid import FLOAT_FORMATS
+
+    assert spec.float_format is not None
+    scale = np.ones(extreme.shape)
+    if spec.float_format.startswith("float8"):
+        scale = np.maximum(extreme / FLOAT_FORMATS[spec.float_format][2], EPSILON)
+    return Encoding(
+        spec.bits, True, True, scale.astype(np.float32), np.zeros(extreme.shape, np.int32), spec.granularity,
+        float_format=spec.float_format, source=source,
+    )  # fmt: skip
+
+
+def encoding_of_weights(weight: NDArray[np.floating], spec: QuantSpec, *, source: str = "minmax") -> Encoding:
+    """Min-max encoding of a parameter in canonical layout; LPBQ specs give two-level scales."""
+    groups = to_groups(np.asarray(weight, np.float32), spec.granularity)
+    raw = encoding_from_range(spec, groups.min(axis=-1), groups.max(axis=-1), source=source)
+    return fit_pairs(two_level(raw), weight)
+
+
+def fit_pairs(encoding: Encoding, weight: NDArray[np.floating]) -> Encoding:
+    """The encoding with scales raised so that codes of neighbours keep its `pair_limit`; as it is without one."""
+    if encoding.pair_limit is None or not isinstance(encoding.granularity, PerChannel):
+        return encoding
+    scale = fitted_scale(np.asarray(weight), encoding.scale, encoding.bits, encoding.pair_limit)
+    return encoding.with_(scale=scale)
+
+
+def two_level(encoding: Encoding) -> Encoding:
+    """Round block scales to integer multiples of one float scale a channel (low-power blockwise quantization).
+
+    γ = max over the channel's blocks / 2**(d − b), k = clip(round(scale/γ), 1, 2**(d − b)), scale = k·γ,
+    with b the code width and d the decompressed width (AIMET's grouped blockwise quantization).
+    Encodings of any other granularity are returned as they are.
+    """
+    layout = encoding.granularity
+    if not isinstance(layout, Blockwise) or layout.decompressed_bits is None:
+        return encoding
+    ratio = 2 ** (layout.decompressed_bits - encoding.bits)
+    gamma = (encoding.scale.max(axis=1) / ratio).astype(np.float32)
+    factor = np.clip(np.rint(encoding.scale / gamma[:, None]), 1, ratio).astype(np.int32)
+    return encoding.with_(scale=(factor * gamma[:, None]).astype(np.float32), block_scale=factor)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """One technique that shaped a table: its name, settings and the fingerprint of what it ran on."""
+
+    technique: str
+    settings: Mapping[str, Any]
+    fingerprint: str = ""
+
+
+class EncodingTable(Mapping[str, Encoding]):
+    """An immutable mapping of site ids to encodings; every change is a new table."""
+
+    __slots__ = ("_entries", "provenance")
+
+    def __init__(self, entries: Mapping[str, Encoding] | None = None, provenance: tuple[Provenance, ...] = ()) -> None:
+        self._entries: dict[str, Encoding] = dict(entries or {})
+        self.provenance = provenance
+
+    def __getitem__(self, site: str) -> Encoding:
+        return self._entries[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        frozen = sum(e.frozen for e in self._entries.values())
+        return f"EncodingTable({len(self)} encodings, {frozen} frozen)"
+
+    def merged(self, entries: Mapping[str, Encoding]) -> EncodingTable:
+        """A table in which `entries` replace or extend these."""
+        return EncodingTable({**self._entries, **entries}, self.provenance)
+
+    def restricted(self, sites: Iterator[str] | set[str] | frozenset[str]) -> EncodingTable:
+        """A table with only these sites."""
+        keep = set(sites)
+        return EncodingTable({s: e for s, e in self._entries.items() if s in keep}, self.provenance)
+
+    def recorded(self, step: Provenance) -> EncodingTable:
+        """The same encodings with one more step of provenance."""
+        return EncodingTable(self._entries, (*self.provenance, step))
+
+    @property
+    def frozen(self) -> EncodingTable:
+        """Only the frozen entries."""
+        return EncodingTable({s: e for s, e in self._entries.items() if e.frozen}, self.provenance)

@@ -1,0 +1,298 @@
+"""Quantization grids: what a number may become, and the reference arithmetic that puts it there.
+
+The integer grid is the one of ONNX QuantizeLinear, computed in float32 and in this order
+(ONNX operator specification, QuantizeLinear-21)::
+
+    q  = clip(round_half_even(x / scale) + zero_point, qmin, qmax)
+    x' = (q - zero_point) * scale
+
+Composed so, numpy, PyTorch, TensorFlow and ONNX Runtime give identical integers, midpoints included.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import InputError
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+FLOAT_FORMATS: dict[str, tuple[int, int, float]] = {
+    # name: (exponent bits, mantissa bits, largest finite value)
+    "float16": (5, 10, 65504.0),
+    "bfloat16": (8, 7, 3.3895313892515355e38),
+    "float8e4m3fn": (4, 3, 448.0),
+    "float8e5m2": (5, 2, 57344.0),
+}
+FloatFormat = Literal["float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale for each index of `axis` (canonical layout)."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Blockwise:
+    """One scale for each (index of `axis`, run of `block_size` indices of `block_axis`); other axes are covered whole.
+
+    `decompressed_bits` makes it two-level (LPBQ): block scales are integer multiples, 1 to
+    2**(decompressed_bits - bits), of one float scale a channel.
+    """
+
+    axis: int = 0
+    block_axis: int = 1
+    block_size: int = 32
+    decompressed_bits: int | None = None
+
+
+Granularity = PerTensor | PerChannel | Blockwise
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one site is to be quantized; what calibration turns into an `Encoding`.
+
+    Attributes:
+        bits: width of the integer codes, 2 to 16, or 32.
+        signed: codes are stored signed (int8) or unsigned (uint8).
+        symmetric: zero lies in the middle of the code range; otherwise the range follows the data.
+        strict: drop the most negative code of a symmetric grid (−127..127 for 8 bits).
+        unsigned_symmetric: a symmetric site whose data are never negative uses the codes 0..2**bits − 1.
+        granularity: which elements share a scale.
+        float_format: a float format in place of integers; `bits` is then its width.
+        minimum, maximum: the target's encoding constraints. Both together pin the range; one clamps that end of it.
+        scheme: the calibration scheme's name; None takes the one that the user chose for the run.
+        pair_limit: of weights whose kernel adds products in twos in int16: the largest sum of two neighbouring codes
+            of one sign (`bitwright.grids._pair_sums`); scales are raised to keep it.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = True
+    strict: bool = False
+    unsigned_symmetric: bool = False
+    granularity: Granularity = field(default_factory=PerTensor)
+    float_format: FloatFormat | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    scheme: str | None = None
+    pair_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.float_format is None:
+            if not (2 <= self.bits <= 16 or self.bits == 32):
+                raise InputError(f"bits={self.bits}: integer grids have 2 to 16 bits, or 32")
+        elif self.float_format not in FLOAT_FORMATS:
+            raise InputError(f"unknown float format {self.float_format!r}; known: {', '.join(FLOAT_FORMATS)}")
+        if self.strict and not self.symmetric:
+            raise InputError("strict=True drops the most negative code of a symmetric grid; set symmetric=True too")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The integer code range; meaningless for a float format."""
+        return Grid.of(self.bits, signed=self.signed, strict=self.strict)
+
+    def with_(self, **changes: object) -> QuantSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """An interval of integer codes, ends included."""
+
+    qmin: int
+    qmax: int
+
+    @classmethod
+    def of(cls, bits: int, *, signed: bool, strict: bool = False) -> Grid:
+        """The codes of a `bits`-wide integer; `strict` drops the lowest one."""
+        low = -(2 ** (bits - 1)) if signed else 0
+        return cls(low + int(strict), 2 ** (bits - 1) - 1 if signed else 2**bits - 1)
+
+    @property
+    def steps(self) -> int:
+        """Number of grid steps between the ends (codes − 1)."""
+        return self.qmax - self.qmin
+
+
+_TYPE = re.compile(
+    r"(?P<base>u?int(?P<bits>\d+)|float16|bfloat16|fp8|float8e4m3fn|float8e5m2)(:(?P<layout>block|lpbq)(?P<size>\d+))?"
+)
+
+
+def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwise | None]:
+    """Read a type as users write it: ``int8``, ``uint16``, ``float16``, ``fp8``, ``int4:block32``, ``int4:lpbq64``.
+
+    Returns:
+        (bits, signed, float format, blockwise layout); signed is None for float formats.
+
+    Raises:
+        InputError: the text is none of these.
+    """
+    match = _TYPE.fullmatch(text.strip().lower())
+    if match is None:
+        raise InputError(
+            f"unknown type {text!r}: use int2…int16, uint2…uint16, float16, bfloat16, fp8 (float8e4m3fn), float8e5m2, "
+            "or with blocks, int4:block32 and int4:lpbq64"
+        )
+    layout = None
+    if match["layout"]:
+        size = int(match["size"])
+        if size < 1:
+            raise InputError(f"{text!r}: a block has at least one element")
+        layout = Blockwise(block_size=size, decompressed_bits=8 if match["layout"] == "lpbq" else None)
+    if match["bits"]:
+        bits = int(match["bits"])
+        if not 2 <= bits <= 16:
+            raise InputError(f"{text!r}: integer types have 2 to 16 bits")
+        if layout is not None and layout.decompressed_bits is not None and bits >= layout.decompressed_bits:
+            raise InputError(f"{text!r}: LPBQ decompresses to {layout.decompressed_bits} bits, so its codes need fewer")
+        return bits, not text.strip().lower().startswith("u"), None, layout
+    if layout is not None:
+        raise InputError(f"{text!r}: blocks go with integer types, for example int4:block32")
+    name = "float8e4m3fn" if match["base"] == "fp8" else match["base"]
+    return (16 if name.endswith("float16") else 8), None, name, None  # type: ignore[return-value]
+
+
+def spread(values: NDArray[np.generic], shape: tuple[int, ...], granularity: Granularity) -> NDArray[np.generic]:
+    """Bring a scale or zero-point array to a shape that broadcasts against a tensor of `shape`.
+
+    Args:
+        values: () for `PerTensor`, (channels,) for `PerChannel`, (channels, blocks) for `Blockwise`.
+
+    Raises:
+        InputError: the numbers don't fit the tensor (axis out of range, block size that doesn't divide).
+    """
+    if isinstance(granularity, PerTensor):
+        return values.reshape(())
+    axis = _axis(granularity.axis, shape)
+    if isinstance(granularity, PerChannel):
+        if values.shape != (shape[axis],):
+            raise InputError(
+                f"per-channel values of shape {values.shape} for {shape[axis]} channels (axis {axis} of {shape})"
+            )
+        return values.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    block_axis = _axis(granularity.block_axis, shape)
+    blocks = block_count(shape, granularity)
+    if values.shape != (shape[axis], blocks):
+        raise InputError(
+            f"blockwise values of shape {values.shape}, expected {(shape[axis], blocks)} for a tensor {shape}"
+        )
+    full = np.repeat(values, shape[block_axis] // blocks, axis=1)
+    if axis > block_axis:
+        full = full.T
+    return full.reshape([n if i in (axis, block_axis) else 1 for i, n in enumerate(shape)])
+
+
+def block_count(shape: tuple[int, ...], granularity: Blockwise) -> int:
+    """Blocks along the block axis.
+
+    Raises:
+        InputError: the block size doesn't divide the axis.
+    """
+    length = shape[_axis(granularity.block_axis, shape)]
+    if length % granularity.block_size:
+        raise InputError(
+            f"block size {granularity.block_size} doesn't divide axis {granularity.block_axis} of {shape} "
+            f"({length} elements); choose a divisor of {length}"
+        )
+    return length // granularity.block_size
+
+
+def scale_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Shape of the scale array for a tensor of `shape`."""
+    if isinstance(granularity, PerTensor):
+        return ()
+    channels = shape[_axis(granularity.axis, shape)]
+    return (channels,) if isinstance(granularity, PerChannel) else (channels, block_count(shape, granularity))
+
+
+def to_groups(values: NDArray[np.generic], granularity: Granularity) -> NDArray[np.generic]:
+    """Rearrange a tensor to (*scale_shape, elements): the elements that share a scale lie on the last axis."""
+    if isinstance(granularity, PerTensor):
+        return values.reshape(-1)
+    axis = _axis(granularity.axis, values.shape)
+    if isinstance(granularity, PerChannel):
+        return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    block_axis = _axis(granularity.block_axis, values.shape)
+    blocks = block_count(values.shape, granularity)
+    moved = np.moveaxis(values, (axis, block_axis), (0, 1))
+    return moved.reshape(moved.shape[0], blocks, -1)
+
+
+def _axis(axis: int, shape: tuple[int, ...]) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise InputError(f"axis {axis} is out of range for a tensor of shape {shape}")
+    return axis % len(shape)
+
+
+def quantize(
+    x: NDArray[np.floating],
+    scale: NDArray[np.float32],
+    zero_point: NDArray[np.int32],
+    grid: Grid,
+) -> IntArray:
+    """Integer codes of `x`; scale and zero point must broadcast against it (see `spread`)."""
+    # A 32-bit code doesn't fit float32's 24-bit significand; all narrower grids use float32, as runtimes do.
+    if grid.steps >= 2**24:
+        wide = np.rint(np.divide(x, scale, dtype=np.float64))
+        return np.asarray(np.clip(wide + zero_point, grid.qmin, grid.qmax), np.int32)
+    with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
+        q = np.asarray(np.divide(x, scale, dtype=np.float32))
+    np.rint(q, out=q)
+    q = q + np.asarray(zero_point, np.float32)
+    return np.asarray(np.clip(q, grid.qmin, grid.qmax), np.int32)
+
+
+def dequantize(q: NDArray[np.integer], scale: NDArray[np.float32], zero_point: NDArray[np.int32]) -> FloatArray:
+    """Real values of integer codes: (q − zero_point) · scale in float32."""
+    return np.asarray(np.subtract(q, zero_point, dtype=np.int64).astype(np.float32) * scale, np.float32)
+
+
+def fake_quantize(
+    x: NDArray[np.floating],
+    scale: NDArray[np.float32],
+    zero_point: NDArray[np.int32],
+    grid: Grid,
+) -> FloatArray:
+    """`dequantize(quantize(x))` in one float32 pass, bit-equal to the two steps for grids of up to 16 bits."""
+    if grid.steps >= 2**24:
+        return dequantize(quantize(x, scale, zero_point, grid), scale, zero_point)
+    with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
+        q = np.divide(x, scale, dtype=np.float32)
+    q = np.rint(q, out=q) if isinstance(q, np.ndarray) else np.rint(q)
+    zero = np.asarray(zero_point, np.float32)
+    q = np.clip(q, grid.qmin - zero, grid.qmax - zero)
+    return np.asarray(q * scale, np.float32)
+
+
+def cast_float(x: NDArray[np.floating], format: FloatFormat, scale: NDArray[np.float32] | float = 1.0) -> FloatArray:
+    """Round to a float format and back, saturating at its largest finite value.
+
+    fp8 values are scaled first: x' = cast(x / scale) · scale, the division in float32 as in QuantizeLinear.
+    Formulas: OCP 8-bit Floating Point Specification (E4M3, E5M2), IEEE 754 binary16, bfloat16; all round half
+    to even, subnormals kept.
+    """
+    exponent_bits, mantissa_bits, largest = FLOAT_FORMATS[format]
+    v = np.divide(x, scale, dtype=np.float32).astype(np.float64)
+    bias = 2 ** (exponent_bits - 1) - 1
+    _, exponent = np.frexp(np.abs(v))  # |v| in [0.5, 1) · 2**exponent
+    step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - bias) - mantissa_bits)
+    rounded = np.clip(np.rint(v / step) * step, -largest, largest)
+    return np.asarray(rounded * scale, np.float32)

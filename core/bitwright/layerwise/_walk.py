@@ -1,0 +1,395 @@
+"""The layer-by-layer walk: each linear op sees the input that the already replaced layers before it produce.
+
+The float and the quantized network advance together through the graph. Between two layers only the tensors
+that cross a cut of the graph are kept (in memory up to a budget, else on disk), so that every op runs a bounded
+number of times and memory doesn't grow with depth. The schedule of cuts depends on the graph alone: a resumed
+run executes the same segments as the first, so that its numbers are bit-equal.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Backend, Batch, ParamUpdates, PartialExecution, Session, Simulation, Tap
+from bitwright.data import Dataset
+from bitwright.errors import InputError, ModelError
+from bitwright.graph import (
+    Edit,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+    TensorId,
+    groups_of,
+    input_channels,
+    output_channels,
+    to_matrix,
+)
+from bitwright.grids import Encoding, EncodingTable, encoding_arrays, encoding_of_arrays
+from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Stage, schedule
+from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.progress import Progress, Store
+from bitwright.statistics import LayerMoments
+from bitwright.technique import Layer, LayerResult, LayerwiseSettings
+
+GIB = 2**30
+NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
+"""What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
+
+Solve = Callable[[Layer], LayerResult]
+
+
+@dataclass
+class LayerwiseWalk:
+    """The real `LayerWalk` (see `technique`) over a backend, a model and calibration data.
+
+    Attributes:
+        encodings: current ones; weights of ops not visited stay quantized by these.
+        activations: gives the activation encodings when they are first needed.
+        store: finished layers are kept here under "layer/<op id>".
+        moments_gib: largest moments of a layer, unless a call says otherwise.
+        name: what warnings begin with.
+    """
+
+    backend: Backend[Any]
+    model: Any
+    graph: Graph
+    plan: Plan
+    encodings: EncodingTable
+    data: Dataset
+    store: Store
+    progress: Progress
+    activations: Callable[[], EncodingTable] | None = None
+    cache_bytes: int = CACHE_BYTES
+    moments_gib: float = LayerwiseSettings().moments_gib
+    name: str = "layer by layer"
+    _current: Any = field(init=False)
+
+    def __call__(
+        self,
+        ops: Sequence[OpId],
+        solve: Solve,
+        *,
+        quantized_inputs: bool = True,
+        quantized_activations: bool = True,
+        products: bool = True,
+        residuals: bool = False,
+        moments_gib: float | None = None,
+    ) -> Mapping[OpId, LayerResult]:
+        """See `LayerWalk`."""
+        budget = self.moments_gib if moments_gib is None else moments_gib
+        results: dict[OpId, LayerResult] = {}
+        stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
+        stages = schedule(self.graph, ops, partial=self._partial)
+        self._current = self.model
+        encodings = self.encodings
+        if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
+            encodings = self.activations()
+        self.progress.start("Layers", len(stages))
+        pair = _Networks(self, [s.op for s in stages], quantized_inputs, quantized_activations, encodings)
+        unfinished = [i for i, s in enumerate(stages) if s.op.id not in stored]
+        replaced: dict[ParamId, LayerResult] = {}
+        try:
+            for index, stage in enumerate(stages):
+                result = stored.get(stage.op.id)
+                # A weight that several ops share was settled by the first of them.
+                shared = replaced.get(stage.op.weight or "")
+                moments, addend, left = None, None, ""
+                if result is None and shared is None:
+                    addend = self._addend(stage) if residuals and products and quantized_inputs else None
+                    left = self._too_large(stage.op, quantized_inputs, products, budget)
+                    if not left:
+                        moments = self._moments(stage, quantized_inputs, products, residual=addend is not None)
+                # Behind the last unfinished layer nothing has to run any more.
+                if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
+                    pair.run(stage, moments, addend if moments is not None else None)
+                if result is None:
+                    result = (
+                        self._solve(stage.op, moments, solve, encodings, left)
+                        if shared is None
+                        else replace(shared, bias=None, figures={"shared": 1.0})
+                    )
+                    self.store.put(f"layer/{stage.op.id}", _dump(result))
+                results[stage.op.id] = result
+                replaced[stage.op.weight or ""] = result
+                pair.replace(stage.op, result)
+                self.progress.advance(1, stage.op.id)
+        finally:
+            pair.close()
+            self.progress.finish()
+        self._name_left(results)
+        return results
+
+    def _name_left(self, results: Mapping[OpId, LayerResult]) -> None:
+        reasons: dict[str, list[str]] = {}
+        for op, result in results.items():
+            if result.left:
+                reasons.setdefault(result.left, []).append(repr(op))
+        if reasons:
+            count = sum(map(len, reasons.values()))
+            told = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
+            warnings.warn(
+                f"{self.name}: {count} of {len(results)} layers stay rounded to nearest: {told}", stacklevel=4
+            )
+
+    @cached_property
+    def _partial(self) -> bool:
+        return isinstance(self.backend, PartialExecution)
+
+    def _addend(self, stage: Stage) -> TensorId | None:
+        """The tensor that is added to the layer's output and known before it; None if there is no such sum."""
+        op, graph = stage.op, self.graph
+        total = graph.sole_consumer(op.output)
+        if groups_of(op) > 1 or total is None or total.kind is not OpKind.ADD or len(total.data_inputs) != 2:
+            return None
+        other = next((t for t in total.data_inputs if t != op.output), None)
+        if other is None or other not in stage.cut:
+            return None
+        shape = graph.tensors[op.output].shape
+        return other if shape is not None and shape == graph.tensors[other].shape else None
+
+    def _features(self, op: Op) -> int:
+        """K of the op's columns."""
+        shape = self.graph.params[op.weight or ""].shape
+        kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
+        return input_channels(op, shape) // groups_of(op) * kernel
+
+    def _too_large(self, op: Op, paired: bool, products: bool, budget: float) -> str:
+        """Why a layer's moments can't be collected; "" if they can."""
+        features = self._features(op)
+        needed = LayerMoments.bytes_for(op, features, paired=paired, products=products) / GIB
+        if needed <= budget:
+            return ""
+        return (
+            f"the moments of its {features} input features take {needed:.3g} GiB, more than the {budget:.3g} GiB of "
+            "moments_gib; raise it where memory allows"
+        )
+
+    def _moments(self, stage: Stage, paired: bool, products: bool, *, residual: bool) -> LayerMoments:
+        op = stage.op
+        axis = self.graph.tensors[op.data_inputs[0]].channel_axis
+        outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
+        return LayerMoments(op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs)
+
+    def _solve(
+        self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable, left: str
+    ) -> LayerResult:
+        assert op.weight is not None
+        bias_id = op.params.get(ParamRole.BIAS)
+        values = self.backend.read(self.model, [p for p in (op.weight, bias_id) if p is not None])
+        weight, encoding = np.asarray(values[op.weight], np.float32), encodings.get(op.weight)
+        if encoding is None:
+            raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
+        if moments is not None and moments.count == 0:
+            raise InputError("the calibration data are empty; give at least one batch")
+        bias = None if bias_id is None else np.asarray(values[bias_id], np.float32)
+        begin = time.perf_counter()
+        if moments is not None:
+            try:
+                result = solve(Layer(op, weight, bias, moments, encoding))
+            except NUMERICAL as error:
+                left = f"it couldn't be solved ({type(error).__name__}: {error})"
+            else:
+                if result.weight.shape != weight.shape:
+                    raise ModelError(f"{op.id!r}: a weight of shape {result.weight.shape} for {weight.shape}")
+                if not all(
+                    np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None
+                ):
+                    left = "its solution isn't finite"
+        if left:
+            return LayerResult(encoding.fake_quantize(weight), encoding, left=left)
+        assert moments is not None
+        figures = {**result.figures, "seconds": time.perf_counter() - begin}
+        if moments.has_products:
+            figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
+        return replace(result, figures=figures)
+
+
+def reconstruction_loss(
+    op: Op, weight: NDArray[np.float32], candidate: NDArray[np.float32], moments: LayerMoments
+) -> float:
+    """Mean squared output error of a layer relative to its output's power, the bias absorbing the mean difference."""
+    w, v = to_matrix(op, weight).astype(np.float64), to_matrix(op, candidate).astype(np.float64)
+    h, hq, c = moments.centred()
+    power = float(np.einsum("gok,gkl,gol->", w, h, w, optimize=True))
+    error = (
+        float(np.einsum("gok,gkl,gol->", v, hq, v, optimize=True))
+        - 2 * float(np.einsum("gok,gkl,gol->", w, c, v, optimize=True))
+        + power
+    )
+    return max(error, 0.0) / max(power, 1e-30)
+
+
+class _Networks:
+    """The float and the quantized network, advancing from cut to cut."""
+
+    def __init__(
+        self, walk: LayerwiseWalk, ops: Sequence[Op], quantized: bool, activations: bool, encodings: EncodingTable
+    ) -> None:
+        self.walk, self.ops, self.quantized, self.active = walk, ops, quantized, activations
+        self.encodings = encodings
+        self.simulation: Simulation[Any] | None = None
+        own = {
+            p for p in walk.graph.params if len(walk.graph.users(p)) == 1
+        }  # a shared one is split off when it changes
+        self.biases = {op.id: b if (b := op.params.get(ParamRole.BIAS)) in own else None for op in ops}
+        self.changed: dict[ParamId, NDArray[np.float32]] = {}
+        """What `walk._current` doesn't have yet."""
+        self.added: dict[OpId, NDArray[np.float32]] = {}
+        self.users = {p: len(walk.graph.users(p)) for p in walk.graph.params}
+        self.params: dict[ParamId, NDArray[np.float32]] = {}
+        """What the simulation doesn't have yet."""
+        self.installed: dict[SiteId, Encoding] = {}
+        self.caches: list[CutCache | None] = [None, None]
+        self.start: tuple[TensorId, ...] = walk.graph.inputs
+
+    def replace(self, op: Op, result: LayerResult) -> None:
+        assert op.weight is not None
+        self.encodings = self.encodings.merged({op.weight: result.encoding})
+        self.installed[op.weight] = result.encoding
+        self.params[op.weight] = result.weight
+        bias = self.biases[op.id]
+        if result.bias is not None and bias is None:
+            self.added[op.id] = result.bias
+        elif result.bias is not None and bias is not None:
+            self.params[bias] = result.bias
+
+    def run(self, stage: Stage, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
+        """Stream the layer's inputs into `moments`, and move the cut if the stage says so."""
+        walk = self.walk
+        needed = [t for t in (stage.op.data_inputs[0], addend) if t is not None]
+        wanted = stage.cut if stage.moves else tuple(dict.fromkeys(needed))
+        sessions = [self._float_session(stage.start, wanted)]
+        if self.quantized:
+            sessions.append(self._quantized_session(stage.start, wanted))
+        fresh = [CutCache(walk.cache_bytes // 2) for _ in sessions]
+        try:
+            for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
+                seen: list[dict[TensorId, NDArray[Any]]] = []
+                for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
+                    values = _through(session, batch, wanted)
+                    if stage.moves:
+                        fresh[index].append(values)
+                    seen.append(values)
+                if moments is not None:
+                    moments.update(*(v[needed[0]] for v in seen), *(seen[0][t] - seen[1][t] for t in needed[1:]))
+        except BaseException:
+            for cache in fresh:
+                cache.close()
+            raise
+        if stage.moves:
+            self.close()
+            self.caches = [*fresh, None][:2]
+            self.start = stage.cut
+
+    def _batches(self, index: int) -> Iterator[Batch]:
+        cache = self.caches[index]
+        if cache is None:
+            return iter(self.walk.data)
+        # Shapes are often computed from the model's inputs, which therefore stay at hand behind every cut.
+        return ({**inputs, **held} for inputs, held in zip(self.walk.data, cache, strict=True))
+
+    def _float_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
+        taps = [Tap(t) for t in wanted if t not in feeds]
+        if not taps:
+            return None
+        if feeds != self.walk.graph.inputs and isinstance(self.walk.backend, PartialExecution):
+            return self.walk.backend.segment(self.walk.model, self._with_inputs(feeds), taps)
+        return self.walk.backend.session(self.walk.model, taps)
+
+    def _quantized_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
+        # A model input is quantized at its own site, so that it passes through the session even when it is wanted.
+        from_inputs = feeds == self.walk.graph.inputs
+        taps = [Tap(t) for t in wanted if from_inputs or t not in feeds]
+        if not taps:
+            return None
+        simulation = self._simulation()
+        return simulation.session(taps) if from_inputs else simulation.segment(self._with_inputs(feeds), taps)
+
+    def _with_inputs(self, feeds: tuple[TensorId, ...]) -> tuple[TensorId, ...]:
+        return tuple(dict.fromkeys((*feeds, *self.walk.graph.inputs)))
+
+    def _simulation(self) -> Simulation[Any]:
+        """The quantized network with all that was replaced; lowered only once where its parameters can be changed."""
+        self.changed.update(self.params)
+        known = self.simulation
+        if not isinstance(known, ParamUpdates) or self.added:
+            known = self.simulation = self._lowered(known)
+        else:
+            known.set_params(self.params)
+            known.set(self.installed)
+        self.params, self.installed = {}, {}
+        return known
+
+    def _lowered(self, known: Simulation[Any] | None) -> Simulation[Any]:
+        walk = self.walk
+        if isinstance(known, ParamUpdates):
+            # One layer gets a bias that it didn't have, so others will: with zeros for now, so that this is done once.
+            for op in self.ops:
+                shape = walk.graph.params[op.weight or ""].shape
+                if ParamRole.BIAS not in op.params and self.biases[op.id] is None and op.id not in self.added:
+                    self.added[op.id] = np.zeros(output_channels(op, shape), np.float32)
+        edits: list[Edit] = [SetParams(self.changed)] if self.changed else []
+        for id, bias in self.added.items():
+            shared = walk.graph.op(id).params.get(ParamRole.BIAS)
+            if shared is not None and self.users[shared] > 1:
+                edits.append(SplitSharedParam(id, shared))
+                self.users[shared] -= 1
+            edits.append(SetBias(id, bias))
+        if edits:
+            walk._current = walk.backend.edit(walk._current, edits)
+        if self.added:
+            graph = walk.backend.graph(walk._current)
+            self.biases.update((o, graph.op(o).params.get(ParamRole.BIAS)) for o in self.added if o in graph)
+        self.changed, self.added = {}, {}
+        simulation = walk.backend.simulate(walk._current, walk.plan, self.encodings)
+        if not self.active:
+            simulation.set({s: None for s, site in walk.plan.items() if site.kind is SiteKind.ACTIVATION})
+        return simulation
+
+    def close(self) -> None:
+        for cache in self.caches:
+            if cache is not None:
+                cache.close()
+        self.caches = [None, None]
+
+
+def _through(session: Session | None, batch: Batch, wanted: tuple[TensorId, ...]) -> dict[TensorId, NDArray[Any]]:
+    outputs = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
+    return {t: outputs[t] if t in outputs else batch[t] for t in wanted}
+
+
+def _dump(result: LayerResult) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"weight": result.weight, **encoding_arrays(result.encoding)}
+    if result.bias is not None:
+        arrays["bias"] = result.bias
+    arrays["figures"] = np.array(json.dumps(dict(result.figures)))
+    if result.left:
+        arrays["left"] = np.array(result.left)
+    return arrays
+
+
+def _load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
+    if arrays is None:
+        return None
+    return LayerResult(
+        arrays["weight"],
+        encoding_of_arrays(arrays),
+        arrays.get("bias"),
+        json.loads(str(arrays["figures"])),
+        str(arrays.get("left", "")),
+    )

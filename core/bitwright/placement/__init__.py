@@ -1,0 +1,26 @@
+"""Placement: a graph and a target become a plan, the same for every backend."""
+
+from __future__ import annotations
+
+from bitwright.placement._build import build_plan
+from bitwright.placement._masks import Extent, Step, is_mask, masks
+from bitwright.placement._overrides import is_lost
+from bitwright.placement._plan import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
+
+__all__ = [
+    "Decision",
+    "Derived",
+    "Extent",
+    "Float",
+    "OwnForms",
+    "Plan",
+    "SharedWith",
+    "Site",
+    "SiteId",
+    "SiteKind",
+    "Step",
+    "build_plan",
+    "is_lost",
+    "is_mask",
+    "masks",
+]

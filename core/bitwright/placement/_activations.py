@@ -1,0 +1,285 @@
+"""Which activations a target quantizes: the configuration's sections applied in order, later ones winning.
+
+The order is AIMET's: everything off, `defaults`, `op_type`, `supergroups` and graph passes, `model_input`,
+`model_output`; then the user's overrides. One tensor has one quantizer: what an op says of its input is said of the
+tensor that it reads, and two ops that contradict each other in `op_type` are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from bitwright.errors import InputError, TargetError
+from bitwright.graph import (
+    COMPOSITES,
+    INTEGER_TYPES,
+    BatchNormFold,
+    Chain,
+    Composite,
+    ConvAttrs,
+    Graph,
+    Match,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    TensorId,
+    batch_norm_fold,
+    chain,
+    op_type,
+    preserves_grid,
+    where,
+)
+from bitwright.placement._indices import find_indices
+from bitwright.placement._overrides import Overrides
+from bitwright.placement._types import Precision
+from bitwright.targets import Constraints, Target
+
+
+@dataclass
+class Wish:
+    """What the sections so far say of one tensor.
+
+    Attributes:
+        on: it has a quantizer.
+        reason: why not, in words.
+        final: nothing may switch it on again, nor may it take a neighbour's grid.
+        symmetric: set by `op_type`; None takes the default.
+        limits: the range's constraints.
+        precision: set by an override.
+    """
+
+    on: bool = False
+    reason: str = "the target quantizes no outputs by default"
+    final: bool = False
+    symmetric: bool | None = None
+    limits: Constraints | None = None
+    precision: Precision | None = None
+
+    def off(self, reason: str, *, final: bool = False) -> None:
+        """Switch off."""
+        self.on, self.reason, self.final = False, reason, final
+
+
+MASKED = "a mask, or masked by one: no grid holds its huge numbers and the others' steps"
+
+_foldable = where(
+    lambda graph, op: (fold := batch_norm_fold(graph, op)) is not None and fold.direction == "backward", "foldable"
+)
+
+
+class ActivationPlacement:
+    """Runs the sections over a graph; `wishes` holds the result in topological order.
+
+    Args:
+        graph, target: what is placed, and for what.
+        overrides: the user's exceptions.
+
+    Raises:
+        TargetError: two ops contradict each other in `op_type`.
+        InputError: an override asks to quantize integers.
+    """
+
+    def __init__(self, graph: Graph, target: Target, overrides: Overrides) -> None:
+        self.graph, self.target, self.overrides = graph, target, overrides
+        self.config = target.config
+        self.notes: list[str] = []
+        """What the user should know of what was left in float."""
+        self._votes: dict[tuple[TensorId, str], tuple[bool, Op, str]] = {}
+        self.folds: dict[OpId, BatchNormFold] = {
+            op.id: fold for op in graph if (fold := batch_norm_fold(graph, op)) is not None
+        }
+        self.composites: list[Composite] = [
+            c
+            for name in target.passes
+            for c in COMPOSITES[name](graph)
+            if overrides.float_ops.isdisjoint(op.id for op in c.ops)
+        ]
+        self.lookups: dict[TensorId, ParamId] = {}
+        """Outputs of embeddings that take their table's grid, because the target gives them none."""
+        order: list[TensorId] = [*graph.inputs, *(t for op in graph for t in op.outputs)]
+        self.wishes: dict[TensorId, Wish] = {t: Wish() for t in order}
+        for t in graph.inputs:
+            self.wishes[t].reason = "the target doesn't quantize model inputs"
+        self._defaults()
+        self._op_types()
+        self._supergroups()
+        self._model_inputs()
+        self._model_outputs()
+        self._indices()
+        self._overrides()
+        self._integers()
+
+    def floats(self, op: Op) -> str | None:
+        """Why an op runs in float; None if it doesn't. A batch norm that folds backward is a part of its linear op."""
+        if op.id in self.overrides.float_ops:
+            return f"op {op.id!r} is kept in float by an override"
+        fold = self.folds.get(op.id)
+        if fold is not None and fold.direction == "backward":
+            return self.floats(fold.into)
+        if op.kind is OpKind.OPAQUE:
+            return f"opaque op {op.id!r} ({op.native or op.type}) runs in float"
+        if not self.target.runs(op.type) and not preserves_grid(op):
+            return f"the target runs {op.type} in float"
+        return None
+
+    def interpolates(self, op: Op) -> bool:
+        """Whether the target makes the output of a pooling or resizing share its input's grid."""
+        tied = op.type in self.config.bitwright.ties and op.kind in (OpKind.AVERAGE_POOL, OpKind.RESIZE)
+        return tied and self.floats(op) is None and bool(op.data_inputs)
+
+    def follows(self, op: Op) -> bool:
+        """Whether an op's outputs have no grid of their own where its input has one."""
+        return preserves_grid(op) or self.interpolates(op)
+
+    @cached_property
+    def needed(self) -> frozenset[TensorId]:
+        """Tensors that a quantized op reads, directly or through ops that follow their input."""
+        found: set[TensorId] = set()
+        for op in reversed(self.graph.ops):
+            if self.follows(op):
+                if not found.isdisjoint(op.outputs):
+                    found.add(op.data_inputs[0])
+            elif self.floats(op) is None:
+                found.update(op.data_inputs)
+        return frozenset(found)
+
+    def _defaults(self) -> None:
+        on = bool(self.config.defaults.ops.is_output_quantized)
+        for op in self.graph:
+            reason = self.floats(op)
+            for t in op.outputs:
+                if reason is not None:
+                    self.wishes[t].off(reason)
+                else:
+                    self.wishes[t].on = on
+
+    def _op_types(self) -> None:
+        for op in self.graph:
+            settings = self.config.op_type.get(op.type)
+            if settings is None:
+                continue
+            for t in op.outputs:
+                if settings.is_output_quantized is False and op.kind is OpKind.EMBEDDING and op.weight is not None:
+                    self.lookups[t] = op.weight
+                elif settings.is_output_quantized is not None and not self.follows(op):
+                    self._vote(t, "quantized", settings.is_output_quantized, op, "is_output_quantized")
+                elif settings.is_output_quantized is False:
+                    self.wishes[t].off(f"the target leaves outputs of {op.type} in float")
+                if settings.is_symmetric is not None:
+                    self._vote(t, "symmetric", settings.is_symmetric, op, "is_symmetric")
+                if settings.encoding_constraints is not None:
+                    self.wishes[t].limits = settings.encoding_constraints
+            if settings.is_input_quantized:
+                for t in op.data_inputs:
+                    self._vote(t, "quantized", True, op, "is_input_quantized")
+                    if settings.is_symmetric is not None:
+                        self._vote(t, "symmetric", settings.is_symmetric, op, "is_symmetric")
+        for (tensor, what), (value, op, _) in self._votes.items():
+            wish = self.wishes[tensor]
+            if what == "symmetric":
+                wish.symmetric = value
+            elif value:
+                wish.on = True
+            else:
+                wish.off(f"the target leaves outputs of {op.type} in float")
+
+    def _vote(self, tensor: TensorId, what: str, value: bool, op: Op, key: str) -> None:
+        before = self._votes.setdefault((tensor, what), (value, op, key))
+        if before[0] != value:
+            _, other, other_key = before
+            raise TargetError(
+                f"{self.target.source}: op_type settings contradict each other on tensor {tensor!r}: "
+                f"{other.type}.{other_key} is {before[0]} for op {other.id!r}, {op.type}.{key} is {value} for op "
+                f"{op.id!r}; a tensor has one quantizer, so drop one of the two settings"
+            )
+
+    def _supergroups(self) -> None:
+        for fold in self.folds.values():
+            if fold.direction == "backward" and self._all_run((fold.into, fold.batch_norm)):
+                self.wishes[fold.into.output].off(f"fused with batch norm {fold.batch_norm.id!r}", final=True)
+        for group in self.config.supergroups:
+            pattern: Chain = chain(*(op_type(t) for t in group.op_list), through=_foldable)
+            for match in pattern.find(self.graph):
+                if self._fuses(match):
+                    for t in match.inner:
+                        self.wishes[t].off(f"inside the supergroup {'+'.join(group.op_list)}", final=True)
+        for composite in self.composites:
+            for t in composite.inner:
+                self.wishes[t].off(f"inside {composite.type}", final=True)
+
+    def _fuses(self, match: Match) -> bool:
+        first = match.ops[0].attrs
+        volumetric = isinstance(first, ConvAttrs) and len(first.kernel) == 3
+        return self._all_run(match.path) and not (volumetric and self.target.hw_version is not None)
+
+    def _all_run(self, ops: Sequence[Op]) -> bool:
+        return self.overrides.float_ops.isdisjoint(op.id for op in ops)
+
+    def _model_inputs(self) -> None:
+        on = self.config.model_input.is_input_quantized
+        if on is None:
+            return
+        for t in self.graph.inputs:
+            wish = self.wishes[t]
+            if not on:
+                wish.off("the target leaves model inputs in float")
+            elif t in self.needed:
+                wish.on = True
+            elif not wish.on:
+                wish.off("no quantized op reads it")
+        # As AIMET does, an enabled `model_input` also quantizes what float ops hand to quantized ones.
+        for op in self.graph if on else ():
+            if self.floats(op) is not None:
+                for t in op.outputs:
+                    voted_off = not self._votes.get((t, "quantized"), (True,))[0]
+                    self.wishes[t].on |= t in self.needed and not voted_off and not self.wishes[t].final
+
+    def _model_outputs(self) -> None:
+        on = self.config.model_output.is_output_quantized
+        for t in self.graph.outputs if on is not None else ():
+            if on:
+                self.wishes[t].on = True
+            else:
+                self.wishes[t].off("the target leaves model outputs in float", final=True)
+
+    def _indices(self) -> None:
+        found = find_indices(self.graph)
+        for t in found.only:
+            self.wishes[t].off("only read as indices or conditions, which are exact", final=True)
+        for t, (lookup, signal) in found.both.items():
+            if self.wishes[t].on or t in self.needed:
+                self.notes.append(
+                    f"{t}: {lookup!r} reads it as indices and {signal!r} as a signal; it stays in float, since a grid "
+                    "would change the indices"
+                )
+            self.wishes[t].off("also read as indices, which are exact", final=True)
+
+    def _overrides(self) -> None:
+        for site, precision in self.overrides.sites.items():
+            if site not in self.wishes:
+                continue
+            wish = self.wishes[site]
+            if precision is None:
+                wish.off("kept in float by an override", final=True)
+            elif not self.graph.tensors[site].is_float:
+                raise InputError(f"overrides: tensor {site!r} holds {self._held(site)} and stays as it is")
+            else:
+                wish.on, wish.precision = True, precision
+
+    def _held(self, site: TensorId) -> str:
+        tensor = self.graph.tensors[site]
+        return "masked values" if tensor.mask else tensor.dtype
+
+    def _integers(self) -> None:
+        for t, wish in self.wishes.items():
+            producer = self.graph.producer(t)
+            tensor = self.graph.tensors[t]
+            if tensor.mask:
+                wish.off(MASKED, final=True)
+            elif not tensor.is_float:
+                wish.off(f"{tensor.dtype} values are never quantized", final=True)
+            elif producer is not None and producer.type in INTEGER_TYPES:
+                wish.off(f"outputs of {producer.type} are indices or sizes", final=True)

@@ -1,0 +1,157 @@
+"""Placement: a graph and a target become a plan. Pure, deterministic, the same for every backend.
+
+The configuration's sections are applied in AIMET's order, later ones winning: `defaults`, `params`, `op_type`,
+`supergroups` and graph passes, `model_input`, `model_output`, per-channel flags, then hardware exceptions. The user's
+overrides go before all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bitwright.calibration import scheme as calibration_scheme
+from bitwright.errors import TargetError
+from bitwright.graph import Graph, ParamRole
+from bitwright.grids import QuantSpec
+from bitwright.placement import _ties as ties
+from bitwright.placement._activations import ActivationPlacement
+from bitwright.placement._hardware import apply_exceptions
+from bitwright.placement._known_ranges import known_ranges, scheme_for
+from bitwright.placement._overrides import parse_overrides
+from bitwright.placement._pairs import limited_pairs
+from bitwright.placement._parameters import ParameterPlacement, SpecOf, linear_biases
+from bitwright.placement._plan import Decision, Float, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.placement._types import Precision, activation_spec
+from bitwright.targets import NumberType, Target, load_target
+
+Override = str | Mapping[str, str]
+
+
+def build_plan(
+    graph: Graph,
+    target: Target | str | Path,
+    *,
+    weights: str | None = None,
+    activations: str | None = None,
+    scheme: str = "sqnr",
+    weight_scheme: str = "minmax",
+    overrides: Mapping[str, Override] | None = None,
+) -> Plan:
+    """Decide every quantizable site of a graph.
+
+    Args:
+        graph: the model.
+        target: a preset's name, a configuration file, or a loaded target.
+        weights: type of weights ("int8", "int4:block32", "int4:lpbq64", "float16", …); None takes the target's.
+            Blocks that don't divide a weight's inputs fall back to one scale a channel, noted in `Plan.notes`.
+            Only the weights of convolutions and linear ops go below 8 bits; one that an embedding shares has 8.
+        activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's.
+        scheme: calibration scheme of activations.
+        weight_scheme: calibration scheme of parameters.
+        overrides: exceptions by op or site, see `placing.overrides.parse_overrides`.
+
+    Raises:
+        TargetError: the target is invalid, or contradicts itself on this graph (both ops are named).
+        InputError: a type or an override isn't understood.
+    """
+    target = load_target(target)
+    weight_type = Precision.of(weights, target.weights)
+    activation_type = Precision.of(activations, target.activations).for_activations(activations)
+    placement = ActivationPlacement(graph, target, parse_overrides(graph, overrides or {}))
+    shared = ties.resolve(placement.wishes, ties.settle(placement))
+    decisions: dict[SiteId, Decision] = {}
+    ranges = known_ranges(graph) if calibration_scheme(scheme).name == "sqnr" else None
+    for t, wish in placement.wishes.items():
+        if not wish.on:
+            decisions[t] = Float(wish.reason)
+        elif t in shared.parent:
+            decisions[t] = SharedWith(shared.parent[t])
+        else:
+            members = shared.members(t) or (t,)
+            limits = wish.limits if len(shared.observed.get(t, (t,))) == 1 else None
+            symmetric = _symmetric(placement, members)
+            spec = activation_spec(target, wish.precision or activation_type, symmetric=symmetric, limits=limits)
+            if ranges is not None:
+                spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
+            decisions[t] = spec
+
+    def root_of(site: SiteId) -> SiteId:
+        while isinstance(decision := decisions[site], SharedWith):
+            site = decision.site
+        return site
+
+    def spec_of(site: SiteId) -> QuantSpec | None:
+        decision = decisions[root_of(site)]
+        return decision if isinstance(decision, QuantSpec) else None
+
+    notes = placement.notes
+    params = ParameterPlacement(placement, spec_of, weight_type, activation_type, notes)
+    biases = linear_biases(graph, params)
+    used = [p for p in graph.params if graph.users(p)]
+    decisions.update({p: params.decide(p) for p in used if p not in biases})
+    apply_exceptions(placement, decisions, notes)
+    for t, table in placement.lookups.items():
+        if isinstance(decisions[t], QuantSpec) and placement.wishes[t].precision is None:
+            known = isinstance(decisions[table], QuantSpec)
+            decisions[t] = SharedWith(table) if known else Float("neither the target nor its table gives it a grid")
+    if target.config.bitwright.pair_sum_bits is not None:
+        decisions.update(limited_pairs(graph, decisions, spec_of))
+    decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
+    notes += _outside_kernels(graph, target, spec_of)
+    return Plan(
+        _sites(graph, decisions),
+        target.name,
+        scheme,
+        weight_scheme=weight_scheme,
+        observed=shared.observed,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _symmetric(placement: ActivationPlacement, members: tuple[SiteId, ...]) -> bool:
+    """Symmetry of a group of tied tensors: what `op_type` says of any member, or the default."""
+    said = {m: wish for m in members if (wish := placement.wishes[m].symmetric) is not None}
+    if len(set(said.values())) > 1:
+        yes, no = (next(m for m, s in said.items() if s is value) for value in (True, False))
+        raise TargetError(
+            f"{placement.target.source}: op_type makes tensor {yes!r} symmetric and {no!r} asymmetric, but they share "
+            "one grid; give both the same is_symmetric, or take the op that ties them out of bitwright.ties"
+        )
+    default = bool(placement.config.defaults.ops.is_symmetric)
+    return next(iter(said.values()), default)
+
+
+def _outside_kernels(graph: Graph, target: Target, spec_of: SpecOf) -> list[str]:
+    """Linear ops whose widths are not among the target's `supported_kernels`."""
+    notes = []
+    for op in graph.linear_ops:
+        kernels = target.kernels(op.type)
+        inputs, weight = spec_of(op.data_inputs[0]), spec_of(op.params[ParamRole.WEIGHT])
+        if not kernels or inputs is None or weight is None:
+            continue
+        pairs = [(_number(k.activation), None if k.param is None else _number(k.param)) for k in kernels]
+        asked = (_said(inputs), _said(weight))
+        if not any(a == asked[0] and w in (None, asked[1]) for a, w in pairs):
+            known = ", ".join(f"{a} × {w or 'any'}" for a, w in pairs)
+            notes.append(f"{op.id}: the target has no {op.type} kernel for {asked[0]} × {asked[1]}, only {known}")
+    return notes
+
+
+def _said(spec: QuantSpec) -> str:
+    return f"{'int' if spec.float_format is None else 'float'}{spec.bits}"
+
+
+def _number(number: NumberType) -> str:
+    return f"{number.dtype}{number.bitwidth}"
+
+
+def _sites(graph: Graph, decisions: Mapping[SiteId, Decision]) -> dict[SiteId, Site]:
+    """Sites in topological order: model inputs, then each op's parameters and outputs."""
+    sites = {t: Site(t, SiteKind.ACTIVATION, decisions[t]) for t in graph.inputs}
+    for op in graph:
+        for role, p in op.params.items():
+            sites.setdefault(p, Site(p, SiteKind.PARAMETER, decisions[p], op.id, role))
+        for t in op.outputs:
+            sites[t] = Site(t, SiteKind.ACTIVATION, decisions[t], op.id)
+    return sites

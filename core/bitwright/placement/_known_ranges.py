@@ -1,0 +1,116 @@
+"""Tensors whose range the graph tells, and how their grids are calibrated.
+
+Of a probability, the rare large values are what is read, and no outliers: there can't be any in a range that is known
+beforehand. Of scores that are compared with each other, the largest are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bitwright.graph import LINEAR_KINDS, ActivationAttrs, Graph, Op, OpKind, TensorId, preserves_grid
+
+Range = tuple[float, float]
+
+_RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(("Softmax", "Hardmax", "Sigmoid", "HardSigmoid", "OneHot", "Bernoulli"), (0.0, 1.0)),
+    **dict.fromkeys(("Tanh", "Softsign", "Erf", "Sin", "Cos", "Sign"), (-1.0, 1.0)),
+}
+_MEANS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean", "Mean"})
+_ORDER = frozenset({"ArgMax", "ArgMin", "TopK", "NonMaxSuppression"})
+"""Ops that tell which value is the largest: two that are clipped are told apart no longer."""
+
+
+def known_ranges(graph: Graph) -> dict[TensorId, Range]:
+    """Bounds of the tensors that have some by the ops before them, whatever the data: of softmax, sigmoid, tanh and the
+    like, of what moves, averages or multiplies such values, and of x / Σx of exponentials."""
+    found: dict[TensorId, Range] = {}
+    for op in graph:
+        bounds = _bounds(graph, op, found)
+        if bounds is not None:
+            found.update(dict.fromkeys(op.outputs if preserves_grid(op) else op.outputs[:1], bounds))
+    return found
+
+
+def _bounds(graph: Graph, op: Op, found: Mapping[TensorId, Range]) -> Range | None:
+    if op.kind is OpKind.OPAQUE:
+        return None
+    if op.type in _RANGES:
+        return _RANGES[op.type]
+    if isinstance(op.attrs, ActivationAttrs) and op.attrs.minimum is not None and op.attrs.maximum is not None:
+        return op.attrs.minimum, op.attrs.maximum
+    if _normalized(graph, op):
+        return 0.0, 1.0
+    if not op.data_inputs or op.params or any(t not in found for t in op.data_inputs):
+        return found.get(op.data_inputs[0]) if preserves_grid(op) else None
+    ranges = [found[t] for t in op.data_inputs]
+    if op.kind is OpKind.MUL and len(ranges) == len(op.inputs) == 2:
+        ends = [a * b for a in ranges[0] for b in ranges[1]]
+        return min(ends), max(ends)
+    if preserves_grid(op):
+        return ranges[0]
+    if op.kind is OpKind.CONCAT or op.type in _MEANS or op.type in ("Max", "Min"):
+        return min(r[0] for r in ranges), max(r[1] for r in ranges)
+    return None
+
+
+def _normalized(graph: Graph, op: Op) -> bool:
+    """Whether an op divides exponentials by their sum: a softmax that is written out."""
+    if op.type != "Div" or len(op.data_inputs) != 2:
+        return False
+    part, whole = op.data_inputs
+    sums, exponential = graph.producer(whole), graph.producer(part)
+    summed = sums is not None and sums.type == "ReduceSum" and sums.data_inputs[:1] == (part,)
+    return summed and exponential is not None and exponential.type == "Exp"
+
+
+def scheme_for(
+    graph: Graph, known: Mapping[TensorId, Range], members: Sequence[TensorId], seen: Sequence[TensorId]
+) -> str | None:
+    """The scheme of tensors with one grid where the run's is `sqnr`, whose cost gives rare large values up; or None.
+
+    - values of a known range within [−1, 1] that are a model output, or that ArgMax or TopK reads: "minmax". The error
+      is at most half a step of 1/255, and no two of the largest become equal;
+    - other values of such a range (attention, gates): "mse", the least noise for what they are multiplied with;
+    - scores: what a softmax, ArgMax or TopK reads, or a sigmoid whose values are read so (detections), and model
+      outputs that a linear op computes: "scores".
+
+    Args:
+        graph: the model.
+        known: its `known_ranges`.
+        members: all tensors that share the grid.
+        seen: those that it is calibrated on.
+    """
+    readers = [op for t in members for op in graph.consumers(t)]
+    output = any(t in graph.outputs for t in members)
+    ordered = any(op.type in _ORDER for op in readers)
+    if all(t in known and known[t][0] >= -1 and known[t][1] <= 1 for t in seen):
+        return "minmax" if output or ordered else "mse"
+    compared = any(
+        op.kind is OpKind.SOFTMAX or (op.type in ("Sigmoid", "HardSigmoid") and _handed_out(graph, op.output))
+        for op in readers
+    )
+    return "scores" if compared or ordered or (output and any(_linear(graph, t) for t in seen)) else None
+
+
+def _linear(graph: Graph, tensor: TensorId) -> bool:
+    """Whether a linear op computes a tensor, its bias perhaps added by an op of its own."""
+    op = graph.producer(tensor)
+    if op is not None and op.kind is OpKind.ADD and len(op.data_inputs) == 1:
+        op = graph.producer(op.data_inputs[0])
+    return op is not None and op.kind in LINEAR_KINDS
+
+
+def _handed_out(graph: Graph, tensor: TensorId) -> bool:
+    """Whether a tensor's values reach a model output, ArgMax or TopK, moved, joined or multiplied at most."""
+    queue, seen = [tensor], {tensor}
+    for t in queue:
+        if t in graph.outputs:
+            return True
+        for op in graph.consumers(t):
+            if op.type in _ORDER:
+                return True
+            if preserves_grid(op) or op.kind in (OpKind.MUL, OpKind.CONCAT):
+                queue += [o for o in op.outputs if o not in seen]
+                seen.update(op.outputs)
+    return False

@@ -1,1 +1,0 @@
-"""The parts of placement: activations, parameters, ties, overrides and hardware exceptions."""

@@ -1,0 +1,312 @@
+"""Builds a report from a `QuantSim`, and writes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitwright.errors import InputError
+from bitwright.files import write_text
+from bitwright.graph import Graph, OpKind, Tensor
+from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, to_groups
+from bitwright.placement import Derived, Float, OwnForms, SharedWith, Site, SiteKind
+from bitwright.plugins import default_registry
+from bitwright.report._model import (
+    Accuracy,
+    BundleRecord,
+    Calibration,
+    Cell,
+    LayerRow,
+    ModelInfo,
+    RunReport,
+    SiteRow,
+    StepRecord,
+)
+from bitwright.runs import of_file, versions
+from bitwright.technique import Report
+
+if TYPE_CHECKING:
+    from bitwright.simulation import QuantSim
+
+ON_GRID_DB = 120.0
+"""A rounding error this far below the weights is float32 noise: the weights lie on their grid already."""
+
+
+def build_report(
+    sim: QuantSim,
+    *,
+    name: str,
+    source: str,
+    calibration: Calibration | None = None,
+    accuracy: Accuracy | None = None,
+    seconds: Mapping[str, float] | None = None,
+    files: Mapping[str, str] | None = None,
+    record: BundleRecord | None = None,
+    names: Mapping[str, str] | None = None,
+) -> RunReport:
+    """The report of a calibrated simulation.
+
+    Args:
+        sim: the simulation, after its last technique and calibration.
+        name: stem of the exported files.
+        source: the model's file name, or its type.
+        calibration, accuracy, seconds, files: what the caller knows about the run.
+        record: of the exported files.
+        names: site → its name in them, where it isn't the site's own.
+    """
+    modules = default_registry().backend_info(sim.backend.name).modules if _registered(sim.backend.name) else ()
+    table = sim.table
+    settings = [dict(step.settings) for step in sim.encodings.provenance]
+    settings += [{}] * (len(sim.reports) - len(settings))
+    return RunReport(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        name=name,
+        model=_model(sim, source, table),
+        target=sim.target.name,
+        target_config=json.loads(sim.target.to_json()),
+        weights=sim.weights,
+        activations=sim.activations,
+        overrides={name: _plain(value) for name, value in sim.overrides.items()},
+        seed=sim.seed,
+        calibration=calibration,
+        steps=tuple(_step(t, s, r) for (t, r), s in zip(sim.reports, settings, strict=False)),
+        sites=tuple(
+            _site(site, sim.graph, table.get(site.id), (names or {}).get(site.id, "")) for site in sim.plan.values()
+        ),
+        layers=tuple(_layers(sim)),
+        accuracy=accuracy,
+        seconds={k: round(v, 3) for k, v in (seconds or {}).items()},
+        versions=versions(modules),
+        files=dict(files or {}),
+        record=record,
+    )
+
+
+def write_report(report: RunReport, directory: str | Path) -> tuple[Path, Path]:
+    """Write `report.json` and `report.html`, each atomically.
+
+    Raises:
+        InputError: the folder can't be written, or the disk is full.
+    """
+    from bitwright.report._page import render
+
+    directory = Path(directory)
+    json_file = write_text(directory / "report.json", dumped(report))
+    return json_file, write_text(directory / "report.html", render(report))
+
+
+def complete_report(
+    directory: str | Path,
+    name: str,
+    *,
+    source: str,
+    calibration: Calibration | None = None,
+    accuracy: Accuracy | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> tuple[Path, Path]:
+    """Add to an export's report what only the caller knows of the run, and write it again, with its page.
+
+    Args:
+        directory, name: of the export.
+        source: the model's file name, or its type.
+        calibration, accuracy, seconds: as `build_report`.
+
+    Raises:
+        InputError: the export's report isn't there, or a file can't be written.
+    """
+    from bitwright.report._seal import read_report
+
+    found = read_report(Path(directory), name)
+    if found.report is None or found.damage:
+        raise InputError(found.damage or f"{directory} holds no report of {name!r}; export it again")
+    report = found.report
+    return write_report(
+        report.model_copy(
+            update={
+                "model": report.model.model_copy(update={"source": source}),
+                "calibration": calibration,
+                "accuracy": accuracy,
+                "seconds": {k: round(v, 3) for k, v in (seconds or {}).items()},
+            }
+        ),
+        directory,
+    )
+
+
+def dumped(report: RunReport) -> str:
+    """The text of `report.json`; that of an export is sealed."""
+    from bitwright.report._seal import seal
+
+    if report.record is not None:
+        report = report.model_copy(update={"seal": seal(json.loads(report.model_dump_json()))})
+    return report.model_dump_json(indent=1) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+
+
+def _registered(backend: str) -> bool:
+    return backend in default_registry().backends()
+
+
+def _model(sim: QuantSim, source: str, table: Mapping[str, Encoding]) -> ModelInfo:
+    graph = sim.graph
+    counts = {p: math.prod(param.shape) for p, param in graph.params.items()}
+    quantized = sum(_stored_bytes(count, table.get(p)) for p, count in counts.items())
+    original = sim.source.resolve() if sim.source is not None and sim.source.is_file() else None
+    return ModelInfo(
+        source=source,
+        path=None if original is None else str(original),
+        sha256=None if original is None else of_file(original),
+        backend=sim.backend.name,
+        ops=len(graph),
+        opaque_ops=sum(op.kind is OpKind.OPAQUE for op in graph),
+        parameters=sum(counts.values()),
+        float_bytes=4 * sum(counts.values()),
+        quantized_bytes=quantized,
+        inputs={t: _shape(graph.tensors.get(t)) for t in graph.inputs},
+        outputs={t: _shape(graph.tensors.get(t)) for t in graph.outputs},
+    )
+
+
+def _stored_bytes(count: int, encoding: Encoding | None) -> int:
+    if encoding is None:
+        return 4 * count
+    scales = 0 if encoding.bits == 32 else 4 * encoding.scale.size
+    return math.ceil(count * encoding.bits / 8) + scales
+
+
+def _shape(tensor: Tensor | None) -> str:
+    if tensor is None or tensor.shape is None:
+        return "unknown shape"
+    return f"{tensor.dtype} {' × '.join('?' if d is None else str(d) for d in tensor.shape) or 'scalar'}"
+
+
+def _step(technique: str, settings: Mapping[str, Any], report: Report) -> StepRecord:
+    return StepRecord(
+        technique=technique,
+        settings={k: _plain(v) for k, v in settings.items()},
+        summary=report.summary,
+        figures={k: finite(v) for k, v in report.figures.items()},
+        columns=report.columns,
+        rows=tuple(tuple(cell(value) for value in row) for row in report.rows),
+    )
+
+
+def cell(value: Any) -> Cell:
+    """A table value as JSON can hold it."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return finite(value)
+    return None if value is None else str(value)
+
+
+def finite(value: Any) -> float | None:
+    """A float, or None for NaN and infinities."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _site(site: Site, graph: Graph, encoding: Encoding | None, name: str) -> SiteRow:
+    decision, detail, follows = _decision(site, encoding)
+    if site.op is None:
+        op = "model input" if site.kind is SiteKind.ACTIVATION else ""
+    else:
+        op = f"{site.op} ({graph.op(site.op).type})"
+    kind = site.kind.value if site.role is None else site.role.value
+    shown = name if name != site.id else ""
+    row = SiteRow(site=site.id, kind=kind, op=op, decision=decision, detail=detail, name=shown, follows=follows)
+    if encoding is None:
+        return row
+    from bitwright.report._seal import digest
+
+    single = encoding.scale.ndim == 0
+    return row.model_copy(
+        update={
+            "low": float(encoding.minimum.min()) if encoding.float_format is None else None,
+            "high": float(encoding.maximum.max()) if encoding.float_format is None else None,
+            "scale_smallest": float(encoding.scale.min()),
+            "scale_largest": float(encoding.scale.max()),
+            "zero_point": int(encoding.zero_point) if single else None,
+            "source": encoding.source + (", frozen" if encoding.frozen else ""),
+            "digest": digest(encoding),
+        }
+    )
+
+
+def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str, tuple[str, ...]]:
+    match site.decision:
+        case QuantSpec() as spec:
+            return "quantized", describe(encoding if encoding is not None else spec), ()
+        case SharedWith(other):
+            return "shared", f"with {other}", (other,)
+        case Derived(sites, rule):
+            return "derived", f"{rule}, from {' and '.join(sites)}", sites
+        case OwnForms(reason, uses):
+            return "float", reason, tuple(s for use in uses for s in use)
+        case Float(reason):
+            return "float", reason, ()
+
+
+def describe(grid: QuantSpec | Encoding) -> str:
+    """A grid in words: ``"int4 symmetric, blocks of 32"``, ``"uint8 asymmetric"``."""
+    if grid.float_format is not None:
+        return grid.float_format
+    text = f"{'' if grid.signed else 'u'}int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
+    text += ", strict" if grid.strict else ""
+    match grid.granularity:
+        case PerTensor():
+            return text
+        case PerChannel():
+            return f"{text}, per channel"
+        case Blockwise(block_size=size, decompressed_bits=wide):
+            return f"{text}, blocks of {size}" + (f" in int{wide}" if wide else "")
+
+
+def _layers(sim: QuantSim) -> list[LayerRow]:
+    rows = []
+    for op in sim.graph.linear_ops:
+        weight = op.weight
+        if weight is None or weight not in sim.plan:
+            continue
+        encoding = sim.encodings.get(sim.plan.root(weight))
+        if encoding is None:
+            continue
+        values = sim.params[weight]
+        axis = encoding.granularity.axis if not isinstance(encoding.granularity, PerTensor) else 0
+        ranges = np.abs(to_groups(values, PerChannel(axis))).max(axis=-1)
+        rows.append(
+            LayerRow(
+                op=op.id,
+                type=op.type,
+                weight=weight,
+                shape=tuple(values.shape),
+                quantizer=describe(encoding),
+                range_smallest=float(ranges.min()),
+                range_median=float(np.median(ranges)),
+                range_largest=float(ranges.max()),
+                sqnr_db=_sqnr(values, encoding.fake_quantize(values)),
+            )
+        )
+    return rows
+
+
+def _sqnr(signal: np.ndarray[Any, Any], noisy: np.ndarray[Any, Any]) -> float | None:
+    """10·log10(Σ signal² / Σ noise²); None where the noise is nothing but float32 rounding, or there is no signal."""
+    reference = signal.astype(np.float64)
+    power, noise = float(np.square(reference).sum()), float(np.square(noisy - reference).sum())
+    if noise == 0 or power == 0 or (decibels := 10 * math.log10(power / noise)) > ON_GRID_DB:
+        return None
+    return decibels

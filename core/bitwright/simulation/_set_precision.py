@@ -1,0 +1,222 @@
+"""Mixed precision by hand: which ops, modules or tensors get which type, and what stands against it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bitwright.errors import InputError
+from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
+from bitwright.grids import EncodingTable, parse_type
+from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
+from bitwright.simulation._fork import fork
+
+if TYPE_CHECKING:
+    from bitwright.simulation._quantsim import QuantSim
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Something that stands against a request, or that it brings along.
+
+    Attributes:
+        site: the tensor or parameter.
+        what: in words.
+        serious: a request that can't be carried out as it stands; otherwise a remark.
+    """
+
+    site: SiteId
+    what: str
+    serious: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.site!r}: {self.what}"
+
+
+def set_precision(
+    sim: QuantSim,
+    what: str | OpKind | Iterable[str | OpKind],
+    *,
+    weights: str | None = None,
+    activations: str | None = None,
+    inputs: str | None = None,
+    strict: bool = True,
+) -> tuple[Conflict, ...]:
+    """Give ops, modules, op types or tensors another type; the last call on a site wins.
+
+    Args:
+        sim: changed, unless an error is raised; sites whose type changes need `calibrate` again.
+        what: an op's name, a module's (the start of its ops' names, up to a dot or slash), a pattern with ``*``, an op
+            type ("Conv", or the framework's own name), an `OpKind`, a tensor's or parameter's name; or several.
+        weights: type of the weights, such as "int4", "int4:block32", "float".
+        activations: type of the outputs; where an op is fused with those behind it, of what leaves the fused group.
+            For a tensor: its type.
+        inputs: type of the tensors that the ops read.
+        strict: raise if something stands against it; otherwise do what can be done, and say what couldn't.
+
+    Returns:
+        Remarks, and with ``strict=False`` the conflicts.
+
+    Raises:
+        InputError: nothing is called so, a type isn't understood, or with `strict` a conflict; nothing is changed then.
+    """
+    asked = {"weights": weights, "activations": activations, "inputs": inputs}
+    if all(v is None for v in asked.values()):
+        raise InputError("set_precision: give weights=, activations= or inputs=, such as weights='int4'")
+    for role, text in asked.items():
+        if text is not None and text != "float" and parse_type(text)[3] is not None and role != "weights":
+            raise InputError(f"{role}={text!r}: blocks are for weights; activations have one scale, for example uint8")
+    request = _Request(sim)
+    for item in [what] if isinstance(what, str) else what:
+        request.add(item, weights, activations, inputs)
+    return request.carry_out(strict)
+
+
+def retyped(sim: QuantSim, types: Mapping[SiteId, str]) -> QuantSim:
+    """A copy of a simulation with other types at some sites; encodings of another type are dropped, frozen ones too.
+
+    Args:
+        sim: stays as it is.
+        types: by tensor or parameter; of tensors that share a grid, all.
+
+    Raises:
+        InputError: no such site, or not a type.
+    """
+    found: dict[SiteId, Any] = {}
+    for site, text in types.items():
+        entry = sim.plan[site]
+        if site in sim.graph and entry.op is not None:
+            # A name that is an op's too goes by way of the op, so that neither hides the other.
+            said = found.get(entry.op) or sim.overrides.get(entry.op)
+            found[entry.op] = {**(said if isinstance(said, Mapping) else {}), _role(entry): text}
+        else:
+            found[site] = text
+    twin = fork(sim, overrides=found)
+    kept = {s: e for s, e in sim.encodings.items() if s in twin.plan and twin.plan.spec(s) == sim.plan.spec(s)}
+    twin.encodings = EncodingTable(kept, sim.encodings.provenance)
+    return twin
+
+
+class _Request:
+    def __init__(self, sim: QuantSim) -> None:
+        self.sim, self.graph, self.plan = sim, sim.graph, sim.plan
+        self.types: dict[SiteId, str] = {}
+        self.conflicts: list[Conflict] = []
+
+    def add(self, item: str | OpKind, weights: str | None, activations: str | None, inputs: str | None) -> None:
+        """Note the sites that an item stands for."""
+        ops, named = _ops(self.graph, item)
+        if not ops:
+            if item not in self.plan:
+                raise InputError(f"the model has no op, module, type or tensor {str(item)!r}")
+            site = self.plan[item]
+            text = weights if site.kind is SiteKind.PARAMETER else activations
+            if text is None:
+                role = "weights" if site.kind is SiteKind.PARAMETER else "activations"
+                raise InputError(f"{item!r} is no op: give {role}=")
+            self._put(item, text)
+            return
+        if weights is not None:
+            bearing = [op for op in ops if op.weight is not None]
+            if not bearing and named:
+                raise InputError(f"{str(item)!r} has no weights")
+            for op in bearing:
+                self._put(op.params[ParamRole.WEIGHT], weights)
+        for op in ops:
+            for t in op.outputs if activations is not None else ():
+                self._activation(end_of_fusion(self.graph, self.plan, t), str(activations), single=named)
+            for t in op.data_inputs if inputs is not None else ():
+                self._activation(t, str(inputs), single=named)
+
+    def _activation(self, tensor: TensorId, text: str, *, single: bool) -> None:
+        # What a whole type or module is asked for holds where there is something to quantize.
+        if single or not isinstance(self.plan[self.plan.root(tensor)].decision, Float):
+            self._put(tensor, text)
+
+    def _put(self, site: SiteId, text: str) -> None:
+        decision = self.plan[self.plan.root(site)].decision
+        if isinstance(decision, Float) and text != "float" and self._before(site) != "float":
+            self.conflicts.append(Conflict(site, f"it stays in float ({decision.reason}); {text} isn't set"))
+            return
+        # One grid serves the whole group, whoever of it was named.
+        group = self.plan.tied(self.plan.root(site))
+        for member in group:
+            before = self.types.get(member) or self._before(member)
+            if member != site and before not in (None, text):
+                self.conflicts.append(
+                    Conflict(site, f"it shares one grid with {member!r}, which was asked to be {before}, not {text}")
+                )
+            elif before not in (None, text):
+                self.conflicts.append(Conflict(site, f"{text} takes the place of {before}", serious=False))
+        if others := [m for m in group if m != site and m not in self.types]:
+            shown = ", ".join(map(repr, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            self.conflicts.append(Conflict(site, f"{shown} share its grid and become {text} too", serious=False))
+        self.types.update(dict.fromkeys(group, text))
+
+    def _before(self, site: SiteId) -> str | None:
+        """What an earlier override says of a site."""
+        said = self.sim.overrides.get(site)
+        if isinstance(said, str) and not (said == "float" and site in self.graph):
+            return said
+        entry = self.plan[site]
+        said = self.sim.overrides.get(entry.op) if entry.op is not None else None
+        return said.get(_role(entry)) if isinstance(said, Mapping) else None
+
+    def carry_out(self, strict: bool) -> tuple[Conflict, ...]:
+        """Check the new plan, then take it over."""
+        sim = self.sim
+        twin = retyped(sim, self.types)
+        for note in twin.plan.notes:
+            if note not in self.plan.notes:
+                self.conflicts.append(Conflict(note.partition(":")[0], note.partition(": ")[2]))
+        changed = {s for s in twin.plan if twin.plan.spec(s) != self.plan.spec(s)}
+        for site in sorted(changed & set(sim.encodings.frozen)):
+            self.conflicts.append(Conflict(site, "its frozen encoding has another type and is dropped"))
+        for site, text in self.types.items():
+            spec = twin.plan.spec(site)
+            if text != "float" and (spec is None or spec.bits != parse_type(text)[0]):
+                row = next(r for r in twin.plan.table() if r.site == site)
+                self.conflicts.append(Conflict(site, f"the target makes it {row.bits} ({row.reason}), not {text}"))
+        found = tuple(dict.fromkeys(self.conflicts))
+        if strict and (serious := [c for c in found if c.serious]):
+            told = "; ".join(map(str, serious[:5])) + (f"; and {len(serious) - 5} more" if len(serious) > 5 else "")
+            raise InputError(f"set_precision: {told}. Nothing was changed; strict=False does what can be done")
+        sim.overrides = twin.overrides
+        sim.encodings = twin.encodings
+        sim.refresh()
+        return found
+
+
+def _role(site: Site) -> str:
+    if site.kind is SiteKind.ACTIVATION:
+        return "activations"
+    return "bias" if site.role is ParamRole.BIAS else "weights"
+
+
+def _ops(graph: Graph, item: str | OpKind) -> tuple[list[Op], bool]:
+    """The ops that an item stands for, and whether it names one of them alone."""
+    if isinstance(item, OpKind):
+        return [op for op in graph if op.kind is item], False
+    if item in graph:
+        return [graph.op(item)], True
+    if item in graph.tensors or item in graph.params:
+        return [], True
+    if any(c in item for c in "*?["):
+        found = [op for op in graph if fnmatch.fnmatchcase(op.id, item)]
+    else:
+        within = (f"{item}.", f"{item}/")
+        found = [op for op in graph if op.id.startswith(within)] or [op for op in graph if item in (op.type, op.native)]
+    return found, False
+
+
+def end_of_fusion(graph: Graph, plan: Plan, tensor: TensorId) -> TensorId:
+    """Where the values of a tensor are quantized first: itself, or the output of what is fused behind it."""
+    seen = tensor
+    while isinstance(plan[plan.root(seen)].decision, Float):
+        user = graph.sole_consumer(seen)
+        if user is None or len(user.outputs) != 1 or len(user.data_inputs) != 1:
+            return tensor
+        seen = user.output
+    return seen

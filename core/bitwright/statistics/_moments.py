@@ -1,0 +1,294 @@
+"""First and second moments of a linear op's input columns: all that layer-wise reconstruction needs of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Reduction
+from bitwright.errors import InputError
+from bitwright.graph import Op, OpKind, columns, groups_of
+from bitwright.statistics._base import finite
+
+Moments = NDArray[np.float64]
+RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
+STEADY = 4.0
+"""Mean squared over variance from which a feature is summed about its mean: float32 products lose too much there."""
+SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
+
+
+class LayerMoments:
+    """Moments of the columns x (float network) and x̂ (quantized network) of one linear op (see `linear_form`).
+
+    With weights W, candidate Ŵ and bias change handled apart, the mean squared output error of a layer is
+    ``tr(Ŵ Ĥ Ŵᵀ) − 2 tr(Ŵ Cᵀ Wᵀ) + tr(W H Wᵀ)``, with gradient ``2 (Ŵ Ĥ − W C)`` (AdaRound, Nagel et al. 2020,
+    eq. 20 written in moments). Sums are kept in float64, batches are multiplied in float32.
+
+    Features that barely vary around a large mean are summed about a shift near it (chosen on the first batch), so that
+    their variance isn't the difference of two large numbers; every property gives the moments of x itself.
+
+    Args:
+        op: the op, for its geometry.
+        features: K, the length of a column.
+        channel_axis: where the channels of the input lie.
+        paired: whether updates bring x and x̂; otherwise x̂ = x and one matrix is held in place of three.
+        products: whether second moments are wanted; means alone cost a fraction of the time and memory.
+        residual_outputs: output channels of an op whose output is one operand of a sum: updates then also bring the
+            error r of the other operand (float minus quantized, shaped like the output), which the layer can make up
+            for. 0 for none. Needs an op without groups.
+    """
+
+    reduction: Reduction = "none"
+    axis: int | None = None
+
+    def __init__(
+        self,
+        op: Op,
+        features: int,
+        channel_axis: int | None = None,
+        *,
+        paired: bool = True,
+        products: bool = True,
+        residual_outputs: int = 0,
+    ) -> None:
+        groups = groups_of(op)
+        self.op, self.channel_axis, self.paired = op, channel_axis, paired
+        self.count = 0
+        self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
+        """Of x − shift."""
+        self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
+        self._products: list[Moments] = [
+            np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
+        ]
+
+        shapes = [(residual_outputs, features)] * 2 + [(residual_outputs,)] * 2 if residual_outputs else []
+        self._residual: list[Moments] = [np.zeros(shape) for shape in shapes]
+
+    @staticmethod
+    def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
+        """Memory that the finished statistic holds."""
+        return 8 * groups_of(op) * features * ((3 if paired else 1) * products * features + 2 * (1 + paired))
+
+    def update(self, *values: NDArray[Any]) -> None:
+        """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
+
+        Raises:
+            InputError: the inputs differ in shape, hold NaN or infinity, or don't fit the op; nothing is taken then.
+        """
+        expected = 1 + self.paired + self.has_residual
+        if len(values) != expected:
+            raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
+        if self.paired and values[0].shape != values[1].shape:
+            raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
+        if not finite(values):
+            raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        error = self._rows(values[-1]) if self.has_residual else None
+        values = values[: 1 + self.paired]
+        if not self._products:
+            rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
+            self.count += rows.pop()
+            return
+        means = [np.zeros_like(total) for total in self._sum]
+        rows = [self._add_means(total, v) for total, v in zip(means, values, strict=True)]
+        first, shifted = self.count == 0, False
+        for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
+            if first:
+                self._shift, first = [_steady_means(chunk) for chunk in chunks], False
+            shifted = any(shift.any() for shift in self._shift)
+            if shifted:
+                chunks = tuple(
+                    chunk - shift[..., None].astype(np.float32)
+                    for chunk, shift in zip(chunks, self._shift, strict=True)
+                )
+                for total, chunk in zip(self._sum, chunks, strict=True):
+                    total += chunk.sum(axis=2, dtype=np.float64)
+            x, q = chunks[0], chunks[-1]
+            if error is not None:
+                part, error = np.split(error, [q.shape[2]], axis=1)
+                sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
+                for total, addend in zip(self._residual, sums, strict=True):
+                    total += addend
+            # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
+            pairs = ((x, x), (q, q), (x, q))[: len(self._products)]
+            for total, (a, b) in zip(self._products, pairs, strict=True):
+                if len(total) == 1:
+                    total[0] += a[0] @ b[0].T
+                else:
+                    total += np.matmul(a, np.swapaxes(b, 1, 2))
+        if not shifted:
+            for total, mean in zip(self._sum, means, strict=True):
+                total += mean
+        self.count += rows.pop()
+
+    def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
+        """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
+        axis = self.channel_axis if self.channel_axis is not None else (1 if self.op.kind in SPATIAL else -1)
+        return np.moveaxis(np.asarray(error, np.float32), axis, 0).reshape(error.shape[axis], -1)
+
+    def _add_means(self, total: Moments, values: NDArray[Any]) -> int:
+        """Add the sum of all columns, and tell how many they are.
+
+        Columns are linear in the input, so that those of the samples' sum are enough.
+        """
+        batch = values[None] if values.ndim == 1 else values
+        rows = 0
+        for part in columns(self.op, batch.sum(axis=0, keepdims=True, dtype=np.float64), self.channel_axis):
+            total += part.sum(axis=2, dtype=np.float64)
+            rows += part.shape[2]
+        return rows * len(batch)
+
+    def merge(self, other: Self) -> None:
+        """Add what another instance has seen."""
+        if self.count == 0:
+            self._shift = [shift.copy() for shift in other._shift]
+        moved = other._about(self._shift)
+        self.count += other.count
+        for mine, theirs in zip(self._all, moved, strict=True):
+            mine += theirs
+
+    def _about(self, shifts: list[Moments]) -> list[Moments]:
+        """All sums as they would be about other shifts."""
+        steps = [own - shift for own, shift in zip(self._shift, shifts, strict=True)]
+        if not any(step.any() for step in steps):
+            return self._all
+        sums = [total + self.count * step for total, step in zip(self._sum, steps, strict=True)]
+        products = [
+            total
+            + _outer(self._sum[a], steps[b])
+            + _outer(steps[a], self._sum[b])
+            + self.count * _outer(steps[a], steps[b])
+            for total, (a, b) in zip(self._products, self._pairs, strict=True)
+        ]
+        residual = list(self._residual)
+        if residual:
+            residual[0] = residual[0] + np.outer(residual[2], steps[0][0])
+            residual[1] = residual[1] + np.outer(residual[2], steps[-1][0])
+        return sums + products + residual
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        """Which of x and x̂ each product is of."""
+        last = len(self._sum) - 1
+        return ((0, 0), (last, last), (0, last))[: len(self._products)]
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Plain arrays."""
+        names = ("sum_x", "sum_q")[: len(self._sum)], ("xx", "qq", "xq")[: len(self._products)]
+        return {
+            "count": np.array(self.count),
+            **dict(zip(names[0], self._sum, strict=True)),
+            **dict(zip(("shift_x", "shift_q"), self._shift, strict=False)),
+            **dict(zip(names[1], self._products, strict=True)),
+            **dict(zip(RESIDUAL, self._residual, strict=False)),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take a saved state."""
+        self.count = int(state["count"])
+        self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
+        self._shift = [np.array(state[n]) for n in ("shift_x", "shift_q")[: len(self._sum)]]
+        self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
+        self._residual = [np.array(state[n]) for n in RESIDUAL[: len(self._residual)]]
+
+    @property
+    def _all(self) -> list[Moments]:
+        return self._sum + self._products + self._residual
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the error of a sum's other operand is known."""
+        return bool(self._residual)
+
+    @property
+    def residual(self) -> tuple[Moments, Moments, Moments, Moments]:
+        """E[r xᵀ], E[r x̂ᵀ] (outputs, K), E[r], E[r²] (outputs,) of the other operand's error r (`residual_outputs`).
+
+        Raises:
+            InputError: it wasn't collected.
+        """
+        if not self._residual:
+            raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        rx, rq, mean, square = (self._scaled(total) for total in self._residual)
+        return rx + np.outer(mean, self._shift[0][0]), rq + np.outer(mean, self._shift[-1][0]), mean, square
+
+    def centred_residual(self) -> tuple[Moments, Moments, Moments]:
+        """`residual`'s E[r xᵀ], E[r x̂ᵀ] and E[r²] with all means taken out.
+
+        Raises:
+            InputError: it wasn't collected.
+        """
+        if not self._residual:
+            raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        rx, rq, mean, square = (self._scaled(total) for total in self._residual)
+        x, q = self._scaled(self._sum[0])[0], self._scaled(self._sum[-1])[0]
+        return rx - np.outer(mean, x), rq - np.outer(mean, q), square - np.square(mean)
+
+    @property
+    def has_products(self) -> bool:
+        """Whether second moments were collected."""
+        return bool(self._products)
+
+    def _centred(self, index: int) -> Moments:
+        if not self._products:
+            raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
+        return self._scaled(self._products[index]) - _outer(a, b)
+
+    def _product(self, index: int) -> Moments:
+        """About zero: what the shift has taken out put in again."""
+        if not self._products:
+            raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        total = self._scaled(self._products[index])
+        (a, b), shifts = self._pairs[index], self._shift
+        if not (shifts[a].any() or shifts[b].any()):
+            return total
+        m, n = self._scaled(self._sum[a]), self._scaled(self._sum[b])
+        return total + _outer(shifts[a], n) + _outer(m, shifts[b]) + _outer(shifts[a], shifts[b])
+
+    def _scaled(self, total: Moments) -> Moments:
+        if self.count == 0:
+            raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
+        return total / self.count
+
+    @property
+    def mean(self) -> Moments:
+        """E[x], (groups, K)."""
+        return self._shift[0] + self._scaled(self._sum[0])
+
+    @property
+    def mean_quantized(self) -> Moments:
+        """E[x̂], (groups, K)."""
+        return self._shift[-1] + self._scaled(self._sum[-1])
+
+    @property
+    def xx(self) -> Moments:
+        """H = E[x xᵀ], (groups, K, K)."""
+        return self._product(0)
+
+    @property
+    def qq(self) -> Moments:
+        """Ĥ = E[x̂ x̂ᵀ], (groups, K, K)."""
+        return self._product(1 if self.paired else 0)
+
+    @property
+    def xq(self) -> Moments:
+        """C = E[x x̂ᵀ], (groups, K, K)."""
+        return self._product(2 if self.paired else 0)
+
+    def centred(self) -> tuple[Moments, Moments, Moments]:
+        """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""
+        return self._centred(0), self._centred(1 if self.paired else 0), self._centred(2 if self.paired else 0)
+
+
+def _outer(a: Moments, b: Moments) -> Moments:
+    return a[:, :, None] * b[:, None, :]
+
+
+def _steady_means(chunk: NDArray[np.float32]) -> Moments:
+    """Of columns (groups, K, rows): the means of the features that barely vary around them, as float32; else 0."""
+    mean = chunk.mean(axis=2, dtype=np.float64)
+    variance = np.einsum("gkr,gkr->gk", chunk, chunk, dtype=np.float64) / chunk.shape[2] - np.square(mean)
+    return np.where(np.square(mean) > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)

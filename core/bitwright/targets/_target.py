@@ -1,0 +1,358 @@
+"""Targets: what a piece of hardware or a runtime quantizes, and how; read from presets or configuration files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bitwright.errors import TargetError
+from bitwright.files import is_file
+from bitwright.graph import COMPOSITES, NORMS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
+from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config, unknown_name
+
+PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
+    ParamRole.WEIGHT: ("weight", "kernel", "W", "weight_x", "weight_ih", "embeddings"),
+    ParamRole.BIAS: ("bias", "B", "C"),
+    ParamRole.GAMMA: ("weight", "gamma", "scale"),
+    ParamRole.BETA: ("bias", "beta"),
+    ParamRole.MEAN: ("mean", "running_mean", "moving_mean"),
+    ParamRole.VAR: ("var", "variance", "running_var", "moving_variance"),
+    ParamRole.SLOPE: ("weight", "slope", "prelu", "alpha"),
+    ParamRole.RECURRENT: ("weight", "recurrent", "R", "weight_r", "weight_hh"),
+    ParamRole.CONSTANT: (),
+}
+"""Names that configuration files give to each role; where a file uses several, the later one wins."""
+
+_ALIASES = {"default": "default_per_channel"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A validated target.
+
+    Attributes:
+        name: the preset's name, or the file's stem.
+        config: every section, as read.
+        source: where it came from, for messages.
+    """
+
+    name: str
+    config: QuantSimConfig
+    source: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.source))
+
+    @property
+    def weights(self) -> str:
+        """Type of weights when the user asks for none."""
+        return self._default_type("param", self.config.bitwright.weights, signed=True)
+
+    @property
+    def activations(self) -> str:
+        """Type of activations when the user asks for none."""
+        return self._default_type("activation", self.config.bitwright.activations, signed=False)
+
+    def _default_type(self, operand: str, fallback: str, *, signed: bool) -> str:
+        kernels = self.config.defaults.supported_kernels
+        field = "weights" if signed else "activations"
+        if kernels is None or field in self.config.bitwright.model_fields_set:
+            return fallback
+        number = getattr(kernels[0], operand)
+        if number.bitwidth == 32:  # not a quantized type
+            return fallback
+        if number.dtype == "float":
+            return "float16" if number.bitwidth == 16 else "fp8" if number.bitwidth == 8 else fallback
+        return f"{'int' if signed else 'uint'}{number.bitwidth}"
+
+    def op(self, type: str) -> OpSettings:
+        """What `op_type` says of an ONNX type; an empty entry if nothing."""
+        return self.config.op_type.get(type) or OpSettings()
+
+    def param(self, type: str, role: ParamRole) -> tuple[bool, bool]:
+        """(quantized, symmetric) of a parameter: `op_type` over `params` over `defaults`."""
+        quantized, symmetric = False, False
+        names = PARAM_NAMES[role]
+        layers = [self.config.defaults.params]
+        for table in (self.config.params, self.op(type).params):
+            layers += [table[n] for n in names if n in table]
+        for settings in layers:
+            quantized = quantized if settings.is_quantized is None else settings.is_quantized
+            symmetric = symmetric if settings.is_symmetric is None else settings.is_symmetric
+        return quantized, symmetric
+
+    def says_quantized(self, type: str, role: ParamRole) -> bool:
+        """Whether `params` or `op_type` asks for this parameter by name (and not only `defaults`)."""
+        for table in (self.op(type).params, self.config.params):
+            named = [table[n].is_quantized for n in PARAM_NAMES[role] if n in table]
+            if named and named[-1] is not None:
+                return named[-1]
+        return False
+
+    def per_channel(self, type: str) -> bool:
+        """Whether weights of an op type have one scale a channel."""
+        own = self.op(type).per_channel_quantization
+        return bool(self.config.defaults.per_channel_quantization) if own is None else own
+
+    def kernels(self, type: str) -> tuple[Kernel, ...]:
+        """The kernels of an op type; () where the target lists none."""
+        return self.op(type).supported_kernels or self.config.defaults.supported_kernels or ()
+
+    def runs(self, type: str) -> bool:
+        """Whether the target has integer arithmetic for an op type."""
+        listed = self.config.bitwright.quantized_ops
+        return listed is None or type in listed
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Composite patterns that the target runs as one op: those that it lists, or those of norms."""
+        listed = self.config.supergroup_pass_list
+        return NORMS if listed is None else listed
+
+    @cached_property
+    def hw_version(self) -> int | None:
+        """The hardware generation (66, 68, 69, 73, …), whose exceptions hold; None if none."""
+        version = self.config.defaults.hw_version
+        return None if version in (None, "default") else int(version[1:])
+
+    def to_json(self) -> str:
+        """The configuration as a file that loads again, any `extends` resolved."""
+        return self.config.model_dump_json(exclude_unset=True, indent=2)
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """A target in a few words, for listings."""
+
+    name: str
+    description: str
+    weights: str
+    activations: str
+    per_channel: str
+    supergroups: tuple[str, ...]
+    passes: tuple[str, ...]
+    hw_version: int | None
+    runtime: str | None
+
+
+def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
+    """A target by preset name ("htp_v73", "htp-v73"), file, decoded JSON, or itself.
+
+    Raises:
+        TargetError: no such preset or file, not JSON, or the schema is broken: the message names file and key.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, Mapping):
+        return _build("custom", _extended(dict(target), "custom target", Path(), ()), "custom target")
+    name = _preset_name(str(target))
+    if isinstance(target, str) and name is not None:
+        raw = _extended(_read_preset(name), name, Path(), (name,))
+        return _build(_alias_or(target, name), raw, f"preset {name}")
+    path = Path(target)
+    if not path.is_file():
+        if isinstance(target, str) and path.suffix != ".json" and len(path.parts) == 1:
+            raise TargetError(
+                f"no target is called {target!r}{unknown_name(target, target_names())}; or give a .json file"
+            )
+        raise TargetError(f"target file {str(path)!r} doesn't exist")
+    raw = _extended(_decode(_read_text(path), str(path)), str(path), path.parent, (str(path.resolve()),))
+    return _build(path.stem, raw, str(path))
+
+
+def target_names() -> tuple[str, ...]:
+    """The shipped presets, sorted."""
+    files = (f.name for f in resources.files("bitwright").joinpath("targets", "presets").iterdir())
+    return tuple(sorted({f.removesuffix(".json") for f in files if f.endswith(".json")} | set(_ALIASES)))
+
+
+def target_summary(target: str | Path | Target) -> TargetSummary:
+    """What `bitwright targets` shows of a target."""
+    t = load_target(target)
+    own = {n: s.per_channel_quantization for n, s in t.config.op_type.items() if s.per_channel_quantization is not None}
+    if t.config.defaults.per_channel_quantization:
+        off = ", ".join(n for n, on in own.items() if not on)
+        per_channel = "all" + (f" but {off}" if off else "")
+    else:
+        per_channel = ", ".join(n for n, on in own.items() if on) or "none"
+    return TargetSummary(
+        t.name,
+        t.config.bitwright.description,
+        t.weights,
+        t.activations,
+        per_channel,
+        tuple("+".join(g.op_list) for g in t.config.supergroups),
+        t.passes,
+        t.hw_version,
+        t.config.bitwright.runtime,
+    )
+
+
+def _alias_or(asked: str, name: str) -> str:
+    return next((alias for alias in _ALIASES if _plain(asked) == _plain(alias)), name)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _preset_name(name: str) -> str | None:
+    found = next((n for n in target_names() if _plain(n) == _plain(name)), None)
+    return None if found is None else _ALIASES.get(found, found)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    text = resources.files("bitwright").joinpath("targets", "presets", f"{name}.json").read_text("utf-8")
+    return _decode(text, name)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"{path}: can't be read ({error})") from None
+
+
+def _decode(text: str, source: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise TargetError(f"{source}: key {key!r} stands twice in one object; keep one of them")
+            seen[key] = value
+        return seen
+
+    try:
+        raw = json.loads(text, object_pairs_hook=unique)
+    except TargetError:
+        raise
+    except json.JSONDecodeError as error:
+        raise TargetError(f"{source}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        raise TargetError(f"{source}: can't be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise TargetError(f"{source}: a target configuration is a JSON object, not {type(raw).__name__}")
+    return raw
+
+
+def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """Resolve `bitwright.extends`, recursively, with op types under their ONNX names."""
+    raw = _in_onnx_names(raw, source)
+    extension = raw.get("bitwright")
+    base = extension.get("extends") if isinstance(extension, dict) else None
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise TargetError(f"{source}: bitwright.extends: got {base!r}; allowed: a preset's name or a file")
+    preset = _preset_name(base)
+    path = folder / base
+    if preset is None and not is_file(path):
+        raise TargetError(
+            f"{source}: bitwright.extends: no preset or file {base!r}{unknown_name(base, target_names())}"
+        )
+    key = preset or str(path.resolve())
+    if key in seen:
+        raise TargetError(
+            f"{source}: bitwright.extends: files extend each other in a circle: {' → '.join((*seen, key))}"
+        )
+    parent = _read_preset(preset) if preset else _decode(_read_text(path), str(path))
+    parent = _extended(parent, key, Path() if preset else path.parent, (*seen, key))
+    own = {**raw, "bitwright": {k: v for k, v in raw["bitwright"].items() if k != "extends"}}
+    merged: dict[str, Any] = _merge_patch(parent, own)
+    return merged
+
+
+def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """A decoded file with the op types that PyTorch's and Keras's tools name otherwise renamed (`GELU`, `Conv2D`).
+
+    Raises:
+        TargetError: two names of one type have settings that differ.
+    """
+    extension = raw.get("bitwright")
+    own = extension.get("extra_op_types") if isinstance(extension, dict) else None
+    kept = set(own) if isinstance(own, list) else set()
+
+    def renamed(name: Any) -> Any:
+        return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
+
+    found = dict(raw)
+    if isinstance(settings := raw.get("op_type"), dict):
+        merged: dict[str, Any] = {}
+        said_by: dict[str, str] = {}
+        for name, value in settings.items():
+            type = renamed(name)
+            if type in merged and merged[type] != value:
+                raise TargetError(
+                    f"{source}: op_type: {said_by[type]!r} and {name!r} are both {type} here, and their settings "
+                    "differ; give them the same"
+                )
+            merged[type] = value
+            said_by.setdefault(type, name)
+        found["op_type"] = merged
+    if isinstance(groups := raw.get("supergroups"), list):
+        found["supergroups"] = [
+            {**g, "op_list": [renamed(n) for n in g["op_list"]]}
+            if isinstance(g, dict) and isinstance(g.get("op_list"), list)
+            else g
+            for g in groups
+        ]
+    if isinstance(extension, dict):
+        lists = {
+            k: [renamed(n) for n in v] for k in ("ties", "quantized_ops") if isinstance(v := extension.get(k), list)
+        }
+        found["bitwright"] = {**extension, **lists}
+    return found
+
+
+def _merge_patch(base: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(base) if isinstance(base, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merge_patch(merged.get(key), value)
+    return merged
+
+
+def _build(name: str, raw: dict[str, Any], source: str) -> Target:
+    config = parse_config(raw, source)
+    _check_names(config, source)
+    return Target(name, config, source)
+
+
+def _check_names(config: QuantSimConfig, source: str) -> None:
+    """Op types, parameter names and graph passes must exist: a misspelt one would silently do nothing."""
+    extension = config.bitwright
+    op_types = ONNX_TYPES | VENDOR_TYPES | set(extension.extra_op_types)
+    named: list[tuple[tuple[str | int, ...], str]] = [(("op_type",), n) for n in config.op_type]
+    for i, group in enumerate(config.supergroups):
+        named += [(("supergroups", i, "op_list", j), n) for j, n in enumerate(group.op_list)]
+    named += [(("bitwright", "ties"), n) for n in extension.ties]
+    named += [(("bitwright", "quantized_ops"), n) for n in extension.quantized_ops or ()]
+    for loc, name in named:
+        if name not in op_types:
+            raise TargetError(
+                f"{source}: {key_path(loc)}: unknown op type {name!r}{unknown_name(name, op_types, listed=False)} "
+                "Types are ONNX operator names; list custom ones in bitwright.extra_op_types"
+            )
+    params = {n for names in PARAM_NAMES.values() for n in names}
+    tables = [(("params",), config.params), *((("op_type", n, "params"), s.params) for n, s in config.op_type.items())]
+    for where, table in tables:
+        for name in table:
+            if name not in params:
+                raise TargetError(
+                    f"{source}: {key_path(where)}: unknown parameter {name!r}{unknown_name(name, params)}"
+                )
+    for name in config.supergroup_pass_list or ():
+        if name not in COMPOSITES:
+            raise TargetError(
+                f"{source}: supergroup_pass_list: unknown graph pass {name!r}{unknown_name(name, COMPOSITES)}"
+            )

@@ -1,0 +1,8 @@
+"""Verification: does the simulation predict what the integer runtime computes?"""
+
+from __future__ import annotations
+
+from bitwright.verification._validation import Validation, validate
+from bitwright.verification._verify import Verification, sqnr, verify
+
+__all__ = ["Validation", "Verification", "sqnr", "validate", "verify"]

@@ -1,0 +1,423 @@
+"""Verify: does the simulation predict what the integer runtime computes? End to end, and tensor by tensor.
+
+Four views of one exported bundle run on the same data: the float model, the simulation, the exact integer
+simulation and the integer runtime. Outputs are compared over the whole dataset; the tensors inside on a few samples.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright.backend import Backend, Batch, Bundle, Capability, IntegerRuntime, Session, Tap, require
+from bitwright.bundle import (
+    OutputFigures,
+    OutputQuality,
+    PlainView,
+    against_record,
+    against_simulation,
+    classes_of,
+    in_shape,
+    is_fixed,
+    over_outputs,
+    reopen,
+    seen_plain,
+    whole_of,
+)
+from bitwright.calibration import full_table
+from bitwright.data import Dataset, InputSpecs, first_samples, samples_in
+from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError
+from bitwright.graph import Graph
+from bitwright.grids import Encoding, EncodingTable
+from bitwright.placement import Plan, SiteKind
+from bitwright.progress import Progress, Silent
+from bitwright.report import RunReport
+from bitwright.runs import of_file
+from bitwright.simulation import bias_forms
+from bitwright.verification._exactness import Exactness, Examination
+from bitwright.verification._integer import IntegerSimulation
+
+INSPECTED = 8
+"""Samples on which the tensors inside are compared."""
+
+Labels = NDArray[np.integer]
+
+
+class TensorComparison(BaseModel):
+    """One quantized tensor, float against simulation and simulation against integers.
+
+    Attributes:
+        name: the tensor.
+        sqnr_db: signal (float) to quantization noise (simulation) ratio, decibels.
+        simulated_differs: share of codes in which the float simulation departs from the integer runtime.
+        simulated_max_steps: the largest departure, in grid steps.
+        exact_differs, exact_max_steps: the same for the exact integer simulation; None where the runtime fused the
+            tensor away.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    sqnr_db: float
+    simulated_differs: float | None = None
+    simulated_max_steps: int | None = None
+    exact_differs: float | None = None
+    exact_max_steps: int | None = None
+
+
+class Verification(BaseModel):
+    """The result of `verify`; `model_dump_json()` is what ``bitwright verify --json`` prints.
+
+    Where the export has no quantized artefact, nothing of "integer" is there.
+
+    Attributes:
+        samples: how many were run.
+        float_model: "original", or "exported" where the original isn't at hand (its weights may be on their grids).
+        accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
+        agreement: share of equal argmax of the first output: "simulated_float", "integer_float", "integer_simulated".
+        sqnr_db: of the first output: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
+        outputs: the same figures of every output.
+        exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
+            output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
+            int32's range).
+        plain: a session with the runtime's default options, as users open it; None where the backend has none.
+        tensors: those that differ most first.
+        uncovered: ops whose exact integers may differ from the runtime's, with the reason; compared as float.
+        recorded: whether the export's record says what was simulated.
+        notes: what couldn't be compared, and samples that were left out.
+        problems: what is wrong in words; empty if all is well.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int
+    float_model: str = "exported"
+    accuracy: dict[str, float] = Field(default_factory=dict)
+    agreement: dict[str, float] = Field(default_factory=dict)
+    sqnr_db: dict[str, float] = Field(default_factory=dict)
+    outputs: list[OutputFigures] = Field(default_factory=list)
+    exact: dict[str, float] = Field(default_factory=dict)
+    plain: PlainView | None = None
+    tensors: list[TensorComparison] = Field(default_factory=list)
+    uncovered: dict[str, str] = Field(default_factory=dict)
+    recorded: bool = False
+    notes: list[str] = Field(default_factory=list)
+    problems: list[str] = Field(default_factory=list)
+
+
+def verify(
+    directory: str | Path,
+    data: Any,
+    labels: Labels | None = None,
+    *,
+    name: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    inspected: int = INSPECTED,
+    float_model: str | Path | None = None,
+    runtime: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare the four views of an exported bundle, with each other and with the record of what was simulated.
+
+    Args:
+        directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
+        data: samples in any accepted form.
+        labels: class index of each sample, for accuracy.
+        name: stem of the files, if the directory holds several bundles.
+        batch_size, limit: of the data; the first `limit` samples are used.
+        inspected: samples for the comparison inside; whole batches where the model fixes their size.
+        float_model: the original model, which "float" means at the outputs; default: the one that the run's report
+            names, if it is still there unchanged, otherwise the exported model. Inside, it is always the exported one.
+        runtime: "onnxruntime" or "tflite", where the bundle has a quantized artefact for both; default: the one that
+            was exported for the target.
+        progress: where progress is shown.
+
+    Raises:
+        InputError: the directory holds no bundle, or none for that runtime, or the data or labels don't fit.
+        CapabilityError: the backend has no integer runtime.
+    """
+    opened = reopen(Path(directory), name)
+    bundle = _for_runtime(opened.bundle, runtime)
+    backend, model, graph = opened.backend, opened.model, opened.graph
+    dataset, left_out = _opened_data(data, backend.input_specs(model), batch_size, limit)
+    try:
+        table = full_table(opened.plan, opened.table)
+    except EncodingError as error:
+        return Verification(samples=0, recorded=opened.record is not None, notes=[*left_out, *opened.notes],
+                            problems=[*opened.problems, str(error)])  # fmt: skip
+    views = _Views(backend, model, graph, opened.plan, table, bundle)
+    original = original_model(Path(directory), opened.report) if float_model is None else Path(float_model)
+    reference = model if original is None else backend.load(original)
+    wanted = list(graph.outputs)
+    ran: tuple[str, ...] = ("simulated", "integer")
+    sessions = {view: views.open[view](wanted) for view in ran if view in views.open}
+    sessions["float"] = backend.session(reference, [Tap(t) for t in dict.fromkeys(wanted)])
+    figures = over_outputs(graph, sessions, dataset, progress or Silent())
+    outputs, samples = figures.first, figures.samples
+    if labels is not None and len(labels) < samples:
+        raise InputError(f"{len(labels)} labels for {samples} samples")
+    problems = [*against_record(opened, views.simulation), *views.problems, *figures.problems]
+    batches = list(_few(dataset, inspected, backend.input_specs(model)))
+    problems += against_simulation(opened, views.simulation, batches[0])
+    exact, tensors, exactness = _inside(views, batches)
+    problems[:0] = exactness.problems
+    plain = _plain(bundle, dataset, graph.outputs[0], outputs, labels, problems)
+    problems += [plain.problem] if plain is not None and plain.problem else []
+    quality = OutputQuality(graph)
+    taps = [t.tensor for t in quality.taps]
+    if taps:
+        quality.run(views.open["float"](taps), views.open["simulated"](taps), batches)
+    problems += [p for p in quality.crushed() if p not in problems]
+    by_output = {f.name: f for f in figures.figures()}
+    own = by_output[graph.outputs[0]]
+    classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
+    return Verification(
+        samples=samples,
+        float_model="exported" if original is None else "original",
+        accuracy={}
+        if labels is None
+        else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items() if len(c) == samples},
+        agreement=own.agreement,
+        sqnr_db={k: v for k, v in own.sqnr_db.items() if v is not None},
+        outputs=list(by_output.values()),
+        exact=exact,
+        plain=plain,
+        tensors=tensors,
+        uncovered=dict(exactness.uncovered),
+        recorded=opened.record is not None,
+        notes=[*left_out, *opened.notes, *views.notes],
+        problems=list(dict.fromkeys([*opened.problems, *problems])),
+    )
+
+
+def _plain(
+    bundle: Bundle,
+    dataset: Dataset,
+    output: str,
+    outputs: Mapping[str, NDArray[Any]],
+    labels: Labels | None,
+    problems: list[str],
+) -> PlainView | None:
+    """The session that users open; None where there is none, or the first output has no rows of samples."""
+    if "integer" not in outputs or any(classes_of(v) is None for v in outputs.values()):
+        return None
+    try:
+        return seen_plain(bundle, dataset, output, outputs, labels, sqnr)
+    except (InputError, ModelError) as error:
+        problems.append(f"a default session refuses the export: {error}")
+        return None
+
+
+def _opened_data(data: Any, specs: Any, batch_size: int, limit: int | None) -> tuple[Dataset, list[str]]:
+    """The data, and what was said of samples that are left out."""
+    from bitwright.data import open_data
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = open_data(data, specs, batch_size=batch_size, limit=limit)
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return dataset, [str(w.message) for w in caught if "left out" in str(w.message)]
+
+
+ARTEFACTS: Mapping[str, str] = {"onnxruntime": "qdq", "tflite": "tflite"}
+"""What each integer runtime executes, by purpose in a bundle."""
+
+FOREIGN: Mapping[str, str] = {
+    "tflite": "LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's"
+}
+"""Runtimes whose arithmetic the exact integers don't follow."""
+
+
+def _for_runtime(bundle: Bundle, runtime: str | None) -> Bundle:
+    """The bundle without what other runtimes execute."""
+    if runtime is None:
+        return bundle
+    if runtime not in ARTEFACTS:
+        raise InputError(f"there is no integer runtime {runtime!r}; there are {', '.join(ARTEFACTS)}")
+    wanted = ARTEFACTS[runtime]
+    if wanted not in bundle.files:
+        raise InputError(f"the bundle has nothing for {runtime}; export it for a target with that runtime")
+    others = {v for v in ARTEFACTS.values() if v != wanted}
+    return replace(bundle, files={k: p for k, p in bundle.files.items() if k not in others})
+
+
+def original_model(directory: Path, report: RunReport | None = None) -> Path | None:
+    """The model that a run's report names, if it is still there with the same contents.
+
+    Args:
+        directory: of the export.
+        report: of the export; default: the folder's `report.json`.
+    """
+    try:
+        named = report.model if report is not None else None
+        record = json.loads((directory / "report.json").read_text())["model"] if named is None else named.model_dump()
+        path, digest = Path(record["path"]), record["sha256"]
+        return path if path.is_file() and of_file(path) == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sqnr(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
+    """10·log10(Σ signal² / Σ (noisy − signal)²) in decibels over all elements at once; infinite if equal."""
+    reference = np.asarray(signal, np.float64)
+    noise = float(np.square(np.asarray(noisy, np.float64) - reference).sum())
+    power = float(np.square(reference).sum())
+    return float("inf") if noise == 0 else 10 * float(np.log10(max(power, 1e-300) / noise))
+
+
+class _Views:
+    """Openers of the four views' sessions; `problems` has why one couldn't be opened."""
+
+    def __init__(
+        self, backend: Backend[Any], model: Any, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
+    ) -> None:
+        require(backend, {Capability.INTEGER_RUNTIME}, "verify")
+        assert isinstance(backend, IntegerRuntime)
+        self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
+        self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.simulation = bias_forms.simulate(backend, model, plan, table)
+        self.open: dict[str, Callable[[list[str]], Session]] = {
+            "float": lambda tensors: backend.session(model, [Tap(t) for t in tensors]),
+            "simulated": lambda tensors: self.simulation.session([Tap(t) for t in tensors]),
+        }
+        self.integer: IntegerSimulation | None = None
+        if not set(bundle.files) & set(ARTEFACTS.values()):
+            self.notes.append("the export has no quantized artefact: float and simulation are compared only")
+            return
+        try:
+            backend.compile(bundle, [graph.outputs[0]])
+        except (InputError, ModelError) as error:
+            self.problems.append(f"the integer runtime refuses the export: {error}")
+            return
+        self.open["integer"] = lambda tensors: backend.compile(bundle, tensors)
+        try:
+            integer = IntegerSimulation(backend, model, graph, table)
+        except CapabilityError as error:
+            self.notes.append(str(error))
+            return
+        self.integer = integer
+        self.open["exact"] = lambda tensors: integer.session([Tap(t) for t in tensors])
+
+
+def _inside(views: _Views, batches: list[Batch]) -> tuple[dict[str, float], list[TensorComparison], Exactness]:
+    sites = [s for s, x in views.plan.items() if x.kind is SiteKind.ACTIVATION and s in views.table]
+    output = views.graph.outputs[0]
+    wanted = list(dict.fromkeys([*sites, output]))
+    # The exact view first: where it can't be run, nothing is examined against it.
+    order = sorted(views.open, key=lambda view: view == "integer")
+    sessions = {view: views.open[view](wanted) for view in order}
+    held: dict[str, dict[str, list[NDArray[Any]]]] = {view: {} for view in sessions}
+    examination = None if views.integer is None else Examination(views.integer, wanted, foreign=views.foreign)
+    for batch in batches:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for view, session in list(sessions.items()):
+            try:
+                run = {tap.tensor: np.asarray(v) for tap, v in session.run(batch).items()}
+            except BitwrightError as error:
+                if view != "exact":
+                    raise
+                views.notes.append(f"the exact integers can't be computed: {error}")
+                del sessions[view], held[view]
+                examination = None
+                continue
+            if view == "simulated":
+                shapes = {t: v.shape for t, v in run.items()}
+            elif view == "integer":
+                run = _comparable(views, run, shapes)
+            for tensor, v in run.items():
+                held[view].setdefault(tensor, []).append(v)
+            if view == "integer" and examination is not None:
+                examination = _examined(views, examination, batch, run)
+    values = {view: {t: whole_of(v) for t, v in tensors.items()} for view, tensors in held.items()}
+    compared = [_compare(s, views.table[s], {view: v.get(s) for view, v in values.items()}) for s in sites]
+    compared.sort(key=lambda c: (-(c.simulated_differs or 0.0), c.sqnr_db))
+    exactness = Exactness() if examination is None else examination.result()
+    if views.integer is None or "exact" not in values or output not in values["integer"]:
+        return {}, compared, exactness
+    exact, runtime = values["exact"][output], values["integer"][output]
+    classes = [classes_of(v) for v in (exact, runtime)]
+    ops = len(views.integer.integer_ops)
+    if runtime.dtype.kind in "OUS":  # strings
+        differs = exact != runtime
+    else:
+        differs = np.abs(exact.astype(np.float64) - runtime) > _rounding(views.table.get(output), runtime)
+    figures = {
+        "output_differs": float(differs.mean()) if differs.size else 0.0,
+        "argmax_agreement": 1.0 if classes[0] is None else float((classes[0] == classes[1]).mean()),
+        "integer_ops": ops,
+        "float_ops": len(views.graph.ops) - ops,
+        "peak_accumulator": max(views.integer.peaks.values(), default=0.0),
+    }
+    return figures, compared, exactness
+
+
+def _comparable(
+    views: _Views, run: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[Any]]:
+    """What a runtime handed out, in the model's shapes; what has another is left out, and told."""
+    found: dict[str, NDArray[Any]] = {}
+    for tensor, values in run.items():
+        shaped = in_shape(values, shapes.get(tensor, values.shape))
+        if shaped is not None:
+            found[tensor] = shaped
+            continue
+        told = f"{tensor!r} isn't compared: the runtime has it in another shape than the model"
+        views.notes += [told] if told not in views.notes else []
+    return found
+
+
+def _examined(
+    views: _Views, examination: Examination, batch: Batch, run: Mapping[str, NDArray[Any]]
+) -> Examination | None:
+    try:
+        examination.add(batch, run)
+    except BitwrightError as error:
+        views.notes.append(f"the exact integers can't be compared with the runtime: {error}")
+        return None
+    return examination
+
+
+def _rounding(encoding: Encoding | None, values: NDArray[Any]) -> float:
+    """What two floats may differ by and still be the same number: nothing on a grid, else a few of float32's ulps."""
+    if encoding is not None and encoding.float_format is None:
+        return 0.0
+    return 1e-6 * float(np.abs(values[np.isfinite(values)]).max(initial=0))
+
+
+def _compare(site: str, encoding: Encoding, views: dict[str, NDArray[Any] | None]) -> TensorComparison:
+    real, simulated, runtime = views["float"], views["simulated"], views.get("integer")
+    assert real is not None and simulated is not None
+    figures: dict[str, Any] = {"name": site, "sqnr_db": sqnr(real, simulated)}
+    if runtime is not None and encoding.float_format is None:
+        codes = encoding.quantize(runtime)
+        for view in ("simulated", "exact"):
+            other = views.get(view)
+            if other is not None:
+                steps = np.abs(encoding.quantize(other) - codes)
+                figures[f"{view}_differs"] = float((steps > 0).mean()) if steps.size else 0.0
+                figures[f"{view}_max_steps"] = int(steps.max(initial=0))
+    return TensorComparison(**figures)
+
+
+def _few(dataset: Dataset, samples: int, specs: InputSpecs) -> Iterator[Batch]:
+    """The first samples, in batches; a batch whose size the model fixes is whole."""
+    fixed = is_fixed(specs)
+    left = samples
+    for batch in dataset:
+        if left <= 0:
+            return
+        part = dict(batch) if fixed else first_samples(batch, left)
+        left -= samples_in(part)
+        yield part

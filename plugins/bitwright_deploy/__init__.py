@@ -1,0 +1,1 @@
+"""Bringing an export onto a target, and comparing what the target computes."""
