@@ -18,22 +18,29 @@ __version__ = "0.1.0"
 __all__ = ["QuantSim", "RunDirectory", "__version__", "registry", "validate"]
 
 
+_HOMES = {"QuantSim": "simulation", "RunDirectory": "runs", "validate": "verification"}
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
     from importlib.util import find_spec
 
     if name == "registry":
         return import_module("bitwright.plugins.registry")
-    homes = {"QuantSim": "quantsim", "RunDirectory": "runs", "validate": "validation"}
-    if module := homes.get(name):
-        return getattr(import_module(f"bitwright.{module}"), name)
-    # `from bitwright import hookspecs` asks here first, while the registry may be half imported itself.
-    if not name.startswith("_") and find_spec(f"bitwright.{name}") is None:
-        registry = import_module("bitwright.plugins.registry")
-        if name in registry.tools():
-            return registry.tool(name)
-    raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
+    if room := _HOMES.get(name):
+        return getattr(import_module(f"bitwright.{room}"), name)
+    # `from bitwright import plugins` asks here first, while the registry may be half imported itself.
+    if name.startswith("_") or find_spec(f"bitwright.{name}") is not None:
+        raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
+    registry = import_module("bitwright.plugins.registry")
+    if name in registry.tools():
+        return registry.tool(name)
+    from bitwright.errors import unknown_name
+
+    raise AttributeError(f"module 'bitwright' has no attribute {name!r}{unknown_name(name, __dir__())}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from importlib import import_module
+
+    return sorted({*__all__, *import_module("bitwright.plugins.registry").tools()})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class BitwrightError(Exception):
     """Base of all deliberate errors; the command line prints them as one line and exits with 2."""
@@ -37,3 +40,11 @@ class CapabilityError(BitwrightError):
 
 class CheckFailed(BitwrightError):
     """A check ran to its end and its answer is no; the command line exits with 1."""
+
+
+def unknown_name(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+    """The end of a message about a name that isn't known: the nearest one, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return hint + (f" (known: {', '.join(names)})" if listed else "")

@@ -6,8 +6,11 @@ The library is silent unless it is given a `technique.Progress`; the command lin
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +19,29 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 10.0
 """How often `Lines` reports within a stage."""
+
+
+class Progress(Protocol):
+    """Where long work tells how far it is."""
+
+    def start(self, description: str, total: int | None) -> None:
+        """A stage begins."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """So many steps of the stage are done."""
+
+    def finish(self) -> None:
+        """The stage ends."""
+
+
+class Store(Protocol):
+    """Durable results of one step, for resuming after `kill -9`. Writes are atomic."""
+
+    def get(self, key: str) -> Mapping[str, NDArray[Any]] | None:
+        """What an earlier, equal run stored under this key; None if nothing."""
+
+    def put(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Store arrays durably."""
 
 
 class Silent:

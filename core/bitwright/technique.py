@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.backend import Capability
+from bitwright.backend import Capability, Params
 from bitwright.errors import InputError
-from bitwright.graph import Edit, Graph, Op, OpId, ParamId
+from bitwright.graph import Edit, Graph, Op, OpId
 from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
+from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments, Request, Statistic
-
-Params = Mapping[ParamId, NDArray[np.float32]]
 
 
 class Settings(BaseModel):
@@ -69,29 +68,6 @@ class Outcome:
     edits: Sequence[Edit] = ()
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report("nothing to do"))
-
-
-class Progress(Protocol):
-    """Where long work tells how far it is."""
-
-    def start(self, description: str, total: int | None) -> None:
-        """A stage begins."""
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """So many steps of the stage are done."""
-
-    def finish(self) -> None:
-        """The stage ends."""
-
-
-class Store(Protocol):
-    """Durable results of one step, for resuming after `kill -9`. Writes are atomic."""
-
-    def get(self, key: str) -> Mapping[str, NDArray[Any]] | None:
-        """What an earlier, equal run stored under this key; None if nothing."""
-
-    def put(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Store arrays durably."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import keras
 from bitwright.errors import InputError
-from bitwright.quantsim import QuantSim
+from bitwright.simulation import QuantSim
 
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import keras_nets as nets  # noqa: E402
 from keras import ops  # noqa: E402
 
 from bitwright.backend import (  # noqa: E402
-    Tap,  # noqa: E402
+    Tap,
     TrainableSimulation,
     Training,
 )
@@ -20,7 +20,7 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
     Grid,
     Groups,
     PerTensor,
-    encoding_of_weights,  # noqa: E402
+    encoding_of_weights,
     fake_quantize_vjp,
 )
 from bitwright.grids._gradients import NumpyNamespace  # noqa: E402

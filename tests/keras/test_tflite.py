@@ -21,10 +21,7 @@ from bitwright.backend import Tap  # noqa: E402
 from bitwright.cli import main  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind, ParamRole  # noqa: E402
-from bitwright.grids import (
-    Encoding,  # noqa: E402
-    PerChannel,  # noqa: E402
-)
+from bitwright.grids import Encoding, PerChannel  # noqa: E402
 from bitwright.placement import Derived, SiteKind  # noqa: E402
 from bitwright.verification import sqnr, verify  # noqa: E402
 from bitwright_keras.export.export import export  # noqa: E402

@@ -17,9 +17,9 @@ from tfsims import SPECS, setup  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.errors import EncodingError, InputError  # noqa: E402
 from bitwright.grids import (  # noqa: E402
-    FLOAT_FORMATS,  # noqa: E402
+    FLOAT_FORMATS,
     Groups,
-    encoding_of_weights,  # noqa: E402
+    encoding_of_weights,
     lsq_factor,
 )
 from bitwright.grids import _gradients as gradients  # noqa: E402

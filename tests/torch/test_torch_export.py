@@ -17,10 +17,7 @@ from torch import nn  # noqa: E402
 
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError  # noqa: E402
-from bitwright.grids import (
-    EncodingTable,  # noqa: E402
-    PerChannel,  # noqa: E402
-)
+from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.export.export import export  # noqa: E402

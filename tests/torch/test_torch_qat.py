@@ -14,10 +14,7 @@ from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
 from bitwright.grids import encoding_of_weights  # noqa: E402
-from bitwright.simulation import (
-    QuantSim,  # noqa: E402
-    fork,  # noqa: E402
-)
+from bitwright.simulation import QuantSim, fork  # noqa: E402
 from bitwright_torch import parameter_groups  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 

@@ -14,10 +14,7 @@ torch = pytest.importorskip("torch")
 from simulated import ConvNet, Setup, TiedNet, conv_setup, setup  # noqa: E402
 from torch import nn  # noqa: E402
 
-from bitwright.backend import (
-    Tap,  # noqa: E402
-    Training,  # noqa: E402
-)
+from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 from numpy.typing import NDArray
 
 from bitwright_keras.graph.model import Spec
@@ -66,3 +67,17 @@ def clip(x: Any, low: Any, high: Any) -> Any:
 
         return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
     return keras.ops.minimum(keras.ops.maximum(x, low), high)
+
+
+def value_of(variable: keras.Variable) -> Any:
+    """A variable's value as a tensor, in a replica and outside.
+
+    On PyTorch, `custom_gradient` takes no Variables. On TensorFlow, Keras takes variables for tensors, but those that
+    a strategy mirrors give no arrays until they are read.
+    """
+    value = ops.convert_to_tensor(variable.value)
+    if keras.backend.backend() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(value)

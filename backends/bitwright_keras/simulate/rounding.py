@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 from keras import ops
 
 from bitwright.grids import FLOAT_FORMATS, FloatFormat, Groups, cast_vjp, learned_vjp, rounded_vjp
@@ -127,17 +126,3 @@ def summed_to(x: Any, like: Any) -> Any:
         return ops.sum(x)
     axes = tuple(i for i in range(rank) if like.shape[i] == 1)
     return ops.sum(x, axis=axes, keepdims=True) if axes else x
-
-
-def value_of(variable: keras.Variable) -> Any:
-    """A variable's value as a tensor, in a replica and outside.
-
-    On PyTorch, `custom_gradient` takes no Variables. On TensorFlow, Keras takes variables for tensors, but those that
-    a strategy mirrors give no arrays until they are read.
-    """
-    value = ops.convert_to_tensor(variable.value)
-    if keras.backend.backend() != "tensorflow":
-        return value
-    import tensorflow as tf
-
-    return tf.convert_to_tensor(value)

@@ -1,7 +1,7 @@
 """What a default ONNX Runtime session makes of a QDQ model on any host, and a model that none gets wrong.
 
-On x64 without VNNI, u8·s8 kernels saturate (`bitwright.bundle._saturation`). Here every product of such a model is looked at:
-a convolution, Gemm or MatMul of 8-bit activations with an int8 constant. What can saturate is kept as uint8 with all
+On x64 without VNNI, u8·s8 kernels saturate (`bitwright.bundle`). Here every product of such a model is looked at: a
+convolution, Gemm or MatMul of 8-bit activations with an int8 constant. What can saturate is kept as uint8 with all
 codes and the zero point 128 higher instead: the values are the same, the u8·u8 kernels add in int32, and they are
 slower (EfficientNet-Lite0 on AVX2: a quarter; with VNNI more).
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,11 +16,8 @@ from bitwright.data import fed
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright_onnx.graph.subgraph import extract, values_of
+from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
 
-INLINE_BYTES = 1024
-"""Bigger initializers are handed to ONNX Runtime by reference; smaller ones (shapes, axes) stay in the proto."""
-LIBRARIES = "bitwright.custom_op_libraries"
-"""Key of `graph.meta` under which a model remembers the custom-op libraries that the user gave."""
 SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
 """Keeps ONNX Runtime from fusing Q/DQ pairs into integer kernels: a simulation must compute in float."""
 
@@ -81,7 +77,7 @@ def _compile(part: ir.Model, *, config: Mapping[str, str] | None, optimize: bool
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:
-            raise ModelError(f"the custom-op library {library} can't be loaded: {_reason(error)}") from error
+            raise ModelError(f"the custom-op library {library} can't be loaded: {reason(error)}") from error
     shared = _detach_weights(part)
     if shared:
         # The options hold no reference to the arrays, so the session below must.
@@ -90,13 +86,13 @@ def _compile(part: ir.Model, *, config: Mapping[str, str] | None, optimize: bool
         proto = ir.to_proto(part).SerializeToString()
     except Exception as error:
         raise ModelError(
-            f"the model can't be serialized ({_reason(error)}); more than 2 GB in subgraphs or in packed types "
+            f"the model can't be serialized ({reason(error)}); more than 2 GB in subgraphs or in packed types "
             "is not supported"
         ) from error
     try:
         session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ModelError(f"ONNX Runtime can't run the model: {_reason(error)}{_hint(error)}") from error
+        raise ModelError(f"ONNX Runtime can't run the model: {reason(error)}{_hint(error)}") from error
     session.bitwright_weights = shared
     return session
 
@@ -133,31 +129,6 @@ def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
             elif isinstance(tensor, ir.ExternalTensor):
                 value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
     return shared
-
-
-def byte_size(tensor: ir.TensorProtocol) -> int:
-    """Bytes of a tensor's data; 0 for strings, which have no width and always stay inside of the file."""
-    return 0 if tensor.dtype is ir.DataType.STRING else tensor.nbytes
-
-
-def tensor_array(tensor: ir.TensorProtocol) -> Array:
-    """Values of a tensor, memory-mapped where they lie in an external file.
-
-    Raises:
-        ModelError: the external file is missing or too short.
-    """
-    try:
-        return np.asarray(tensor.numpy())
-    except Exception as error:
-        where = f" in {tensor.path}" if isinstance(tensor, ir.ExternalTensor) else ""
-        raise ModelError(f"the data of tensor {tensor.name!r} can't be read{where}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"^Load model from .*? failed:", "", text)
-    return text.splitlines()[0].strip()[:400]
 
 
 def _hint(error: BaseException) -> str:
@@ -254,7 +225,7 @@ class OrtSession:
                     f"{n} {v.dtype}{list(v.shape)}" for n, v in given.items() if isinstance(v, np.ndarray)
                 )
                 kind = InputError if "INVALID_ARGUMENT" in str(error) else ModelError
-                raise kind(f"running the model on {shapes} failed: {_reason(error)}") from error
+                raise kind(f"running the model on {shapes} failed: {reason(error)}") from error
         results: dict[Tap, Array] = {}
         for tap in self.taps:
             if tap in self._passed:

@@ -13,8 +13,8 @@ What a change costs:
 
 Sites that share an encoding have no op where the values lie on the grid already (reshape, max pooling, concat, … of
 tensors on the same grid). Biases whose encoding is derived stay in float unless an encoding is set for them
-(`bitwright.calibration.full_table` holds one for each); with it a simulation comes to the integer runtime's very codes on
-shallow nets, without it a coarse weight grid (4 bits) moves some by a step.
+(`bitwright.calibration.full_table` holds one for each); with it a simulation comes to the integer runtime's very codes
+on shallow nets, without it a coarse weight grid (4 bits) moves some by a step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fake-quantization arithmetic on flat tensors: composed of torch ops, or compiled where that is bit-equal and pays.
 
-The composed form is the reference grid (`bitwright.grids._grid`) op by op; torch's own fake_quantize ops aren't used, since
-they multiply by 1/scale and so move midpoints. The compiled form is the core pair (`bitwright.grids._gradients`) under
+The composed form is the reference grid (`bitwright.grids`) op by op; torch's own fake_quantize ops aren't used, since
+they multiply by 1/scale and so move midpoints. The compiled form is the core pair (`bitwright.grids`) under
 `torch.compile`, one loop over memory in place of four: on a CPU 3–4 times faster.
 
 Compiling takes seconds, so it starts when a process has put `PAYS_AFTER` elements through the composed form. Before

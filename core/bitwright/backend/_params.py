@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from bitwright.backend._protocols import Backend
 from bitwright.graph import Graph, ParamId
 
+Params = Mapping[ParamId, NDArray[np.float32]]
+"""Parameter values by id, canonical layout."""
+
 
 class ParamReader(Mapping[ParamId, NDArray[np.float32]]):
     """A model's parameters, read one at a time when they are asked for."""

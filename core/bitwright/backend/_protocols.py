@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend._taps import Tap
 from bitwright.errors import CapabilityError
+from bitwright.files import Array
 from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Plan, SiteId
@@ -24,7 +25,6 @@ from bitwright.placement import Plan, SiteId
 M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
 M_contra = TypeVar("M_contra", contravariant=True)
-Array = NDArray[Any]
 Batch = Mapping[TensorId, Array]
 """Model inputs by name; the first axis of each is samples, unless they are one whole feed (`batches.one_run`)."""
 

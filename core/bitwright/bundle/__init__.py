@@ -33,6 +33,7 @@ from bitwright.bundle._source_guard import refuse_planned
 __all__ = [
     "ARRAYS_SUFFIX",
     "ENCODINGS_SUFFIX",
+    "SAMPLES",
     "HostNotes",
     "OutputFigures",
     "OutputQuality",
@@ -40,7 +41,6 @@ __all__ = [
     "PlainRisks",
     "PlainView",
     "Remembering",
-    "SAMPLES",
     "Samples",
     "against_record",
     "against_simulation",

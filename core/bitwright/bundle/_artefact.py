@@ -21,6 +21,7 @@ from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, Par
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 from bitwright.plugins import registry
+from bitwright.report import REPORT
 
 if TYPE_CHECKING:
     from bitwright.simulation import QuantSim
@@ -90,7 +91,7 @@ def export(
             sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
             missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
         )  # fmt: skip
-        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == record.REPORT))
+        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == REPORT))
         refuse_overwriting(sim, [directory / path.name for path in written])
         # Without the old seal, an export that is killed between two renames is seen to be incomplete.
         record.unseal(directory, name)

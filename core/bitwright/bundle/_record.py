@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from bitwright.errors import InputError
 from bitwright.files import atomic_write, discard, read_npz, write_text
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding
-from bitwright.report import BundleRecord, ReferenceRecord, RunReport, StoredTensor
+from bitwright.report import REPORT, BundleRecord, ReferenceRecord, RunReport, StoredTensor, named
 from bitwright.runs import of_arrays, of_file
 
 if TYPE_CHECKING:
@@ -26,27 +24,10 @@ if TYPE_CHECKING:
     from bitwright.simulation import QuantSim
 
 ARRAYS_SUFFIX = ".record.npz"
-REPORT = "report.json"
 BUDGET = 16 * 2**20
 """Bytes of outputs and taps that an export carries at most."""
 
 Array = NDArray[Any]
-
-
-def digest(encoding: Encoding) -> str:
-    """Hash of what an encoding does to numbers: scales, and the codes' ends relative to zero; not how it came about.
-
-    Equal for a signed and an unsigned spelling of one grid, and for the same numbers of any schema.
-    """
-    grid = encoding.grid
-    zero = encoding.zero_point.reshape(-1).astype(np.int64)
-    ends = np.stack([grid.qmin - zero, grid.qmax - zero])
-    if encoding.float_format in ("float16", "bfloat16"):
-        return of_arrays([(encoding.float_format, np.zeros(0))])[:16]  # a cast, whatever scale stands beside it
-    numbers: list[tuple[str, Array]] = [("scale", encoding.scale.reshape(-1))]
-    if encoding.float_format is None:
-        numbers.append(("ends", ends))
-    return of_arrays([(encoding.float_format or "int", np.zeros(0)), *numbers])[:16]
 
 
 def hashes(files: Iterable[Path], folder: Path) -> dict[str, str]:
@@ -259,61 +240,3 @@ def read_reference(folder: Path, record: ReferenceRecord) -> Reference:
 
 
 # -- the report
-
-
-def seal(content: Mapping[str, Any]) -> str:
-    """Hash of a report's content, its own seal left out."""
-    rest = {k: v for k, v in content.items() if k != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def report_path(folder: Path, stem: str) -> Path | None:
-    """The report of an export: `report.json`, or that of its name where another export has taken the place."""
-    own = folder / f"{stem}.{REPORT}"
-    shared = folder / REPORT
-    if named(shared) == stem or (shared.is_file() and not own.is_file()):
-        return shared
-    return own if own.is_file() else None
-
-
-def named(path: Path) -> str | None:
-    """Which export a report is of; None where there is none that can be read."""
-    try:
-        return str(json.loads(path.read_text())["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@dataclass(frozen=True)
-class ReadReport:
-    """A report as it was found.
-
-    Attributes:
-        path: the file.
-        report: its content; None where there is no file or it is damaged.
-        damage: what is wrong with it; empty if nothing is.
-    """
-
-    path: Path
-    report: RunReport | None
-    damage: str = ""
-
-
-def read_report(folder: Path, stem: str) -> ReadReport:
-    """The report of an export, and whether it is as it was written. Reports from before seals have none."""
-    path = report_path(folder, stem)
-    if path is None:
-        return ReadReport(folder / REPORT, None)
-    try:
-        content = json.loads(path.read_text())
-        report = RunReport.model_validate(content)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return ReadReport(path, None, f"{path.name}: it can't be read ({reason})")
-    if report.name != stem:
-        return ReadReport(path, None)
-    if report.seal and report.seal != seal(content):
-        return ReadReport(path, report, f"{path.name}: it was changed after the export (its seal doesn't fit)")
-    if report.record is not None and not report.seal:
-        return ReadReport(path, report, f"{path.name}: its seal is missing")
-    return ReadReport(path, report)

@@ -12,13 +12,11 @@ from bitwright.calibration._minmax import MinMax
 from bitwright.calibration._mse import MeanSquaredError
 from bitwright.calibration._percentile import Percentile
 from bitwright.calibration._sqnr import Scores, Sqnr
-from bitwright.errors import InputError
-from bitwright.grids import Encoding, QuantSpec
+from bitwright.grids import Encoding, QuantSpec, parse_scheme
 
 _SCHEMES: dict[str, type[Scheme]] = {
     cls.name: cls for cls in (MinMax, Percentile, Sqnr, MeanSquaredError, Entropy, Scores)
 }
-_ALIASES = {"min_max": "minmax", "tf": "minmax", "tf_enhanced": "sqnr", "kl": "entropy"}
 
 
 def schemes() -> tuple[str, ...]:
@@ -36,12 +34,8 @@ def scheme(name: str | Scheme) -> Scheme:
     """
     if isinstance(name, Scheme):
         return name
-    stem, _, setting = name.partition(":")
-    key = stem.strip().lower().replace("-", "_")
-    key = _ALIASES.get(key, key)
-    if key not in _SCHEMES:
-        raise InputError(f"unknown calibration scheme {name!r}; known: {', '.join(_SCHEMES)} (percentile:99.9)")
-    return _SCHEMES[key](setting.strip() or None)
+    key, setting = parse_scheme(name)
+    return _SCHEMES[key](setting)
 
 
 def calibrate_array(values: NDArray[Any], spec: QuantSpec, scheme_name: str | Scheme = "minmax") -> Encoding:

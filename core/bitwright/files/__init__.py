@@ -15,8 +15,8 @@ from bitwright.files._durable import (
 from bitwright.files._leftovers import sweep
 
 __all__ = [
-    "Array",
     "DAMAGED",
+    "Array",
     "atomic_write",
     "cannot_write",
     "discard",

@@ -7,13 +7,15 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.errors import InputError
-from bitwright.files._arrays import Array
 
+Array = NDArray[Any]
+"""A numpy array of any type."""
 DAMAGED = (
     OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, OverflowError, MemoryError, RuntimeError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,

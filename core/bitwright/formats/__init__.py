@@ -14,6 +14,7 @@ from bitwright.formats._files import dumps, loads, read, write
 
 __all__ = [
     "CAST_FORMATS",
+    "VERSIONS",
     "Conversion",
     "Difference",
     "EncodingsFile",
@@ -22,7 +23,6 @@ __all__ = [
     "Layout",
     "Problem",
     "TensorGeometry",
-    "VERSIONS",
     "Version",
     "bind",
     "check",

@@ -1,4 +1,4 @@
-"""The canonical graph: ops, tensors and parameters in one vocabulary and one layout, edits, and how ops are recognized."""
+"""The canonical graph: ops, tensors and parameters in one vocabulary and one layout; edits; how ops are recognized."""
 
 from __future__ import annotations
 
@@ -50,24 +50,25 @@ from bitwright.graph._patterns import (
 from bitwright.graph.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
 
 __all__ = [
+    "COMPOSITES",
+    "INTEGER_TYPES",
+    "LINEAR_KINDS",
+    "NORMS",
+    "ONNX_TYPES",
+    "OTHER_NAMES",
+    "VENDOR_TYPES",
     "ActivationAttrs",
     "Attrs",
     "AxisAttrs",
     "BatchNormAttrs",
     "BatchNormFold",
-    "COMPOSITES",
     "Chain",
     "Composite",
     "ConvAttrs",
     "Edit",
     "FoldBatchNorm",
     "Graph",
-    "INTEGER_TYPES",
-    "LINEAR_KINDS",
     "Match",
-    "NORMS",
-    "ONNX_TYPES",
-    "OTHER_NAMES",
     "Op",
     "OpId",
     "OpKind",
@@ -84,7 +85,6 @@ __all__ = [
     "SplitSharedParam",
     "Tensor",
     "TensorId",
-    "VENDOR_TYPES",
     "around",
     "batch_norm_fold",
     "chain",

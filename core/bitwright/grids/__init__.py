@@ -40,19 +40,20 @@ from bitwright.grids._grid import (
     to_groups,
 )
 from bitwright.grids._pair_sums import HIGHEST, LOWEST, in_order, pair_limit, pair_sums, row_chunks
+from bitwright.grids._scheme_names import parse_scheme
 
 __all__ = [
-    "Blockwise",
     "EPSILON",
+    "FLOAT_FORMATS",
+    "HIGHEST",
+    "LOWEST",
+    "Blockwise",
     "Encoding",
     "EncodingTable",
-    "FLOAT_FORMATS",
     "FloatFormat",
     "Granularity",
     "Grid",
     "Groups",
-    "HIGHEST",
-    "LOWEST",
     "PerChannel",
     "PerTensor",
     "Provenance",
@@ -72,6 +73,7 @@ __all__ = [
     "lsq_factor",
     "pair_limit",
     "pair_sums",
+    "parse_scheme",
     "parse_type",
     "rounded",
     "rounded_vjp",

@@ -1,7 +1,7 @@
 """Sums of two neighbouring codes, which kernels that add products in twos in int16 must not let pass a limit.
 
 The order of a weight's codes is that of the matrix product: the kernel's positions outside, a group's input channels
-inside, in twos from the first one on; an odd one out stands alone. See `bitwright.bundle._saturation` for who adds so, and why
+inside, in twos from the first one on; an odd one out stands alone. For who adds so see `bitwright.bundle`; why
 sums of one sign are what counts.
 """
 

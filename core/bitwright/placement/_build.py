@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import TargetError
 from bitwright.graph import Graph, ParamRole
-from bitwright.grids import QuantSpec
+from bitwright.grids import QuantSpec, parse_scheme
 from bitwright.placement import _ties as ties
 from bitwright.placement._activations import ActivationPlacement
 from bitwright.placement._hardware import apply_exceptions
@@ -61,7 +60,7 @@ def build_plan(
     placement = ActivationPlacement(graph, target, parse_overrides(graph, overrides or {}))
     shared = ties.resolve(placement.wishes, ties.settle(placement))
     decisions: dict[SiteId, Decision] = {}
-    ranges = known_ranges(graph) if calibration_scheme(scheme).name == "sqnr" else None
+    ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None
     for t, wish in placement.wishes.items():
         if not wish.on:
             decisions[t] = Float(wish.reason)

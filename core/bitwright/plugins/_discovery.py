@@ -28,6 +28,7 @@ DEFAULT_PLUGINS = (
     "bitwright_techniques.plugin",
     "bitwright_search.plugin",
     "bitwright_analysis.plugin",
+    "bitwright_deploy.plugin",
 )
 """The built-in plugins; they take the same hooks as everyone's."""
 

@@ -16,17 +16,18 @@ from bitwright.report._model import (
     StepRecord,
     StoredTensor,
 )
-from bitwright.report._seal import digest, read_report
+from bitwright.report._seal import REPORT, digest, named, read_report
 from bitwright.report._widths import plan_widths
 from bitwright.report.charts import HEIGHT, Axis, linear_axis
 
 __all__ = [
+    "HEIGHT",
+    "REPORT",
     "Accuracy",
     "Axis",
     "BundleRecord",
     "Calibration",
     "Cell",
-    "HEIGHT",
     "LayerRow",
     "Record",
     "ReferenceRecord",
@@ -41,6 +42,7 @@ __all__ = [
     "dumped",
     "finite",
     "linear_axis",
+    "named",
     "plan_widths",
     "read_report",
     "write_report",

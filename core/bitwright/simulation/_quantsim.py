@@ -198,7 +198,7 @@ class QuantSim:
         inputs: str | None = None,
         strict: bool = True,
     ) -> tuple[Conflict, ...]:
-        """Give ops, modules, op types or tensors another type, see `bitwright.simulation._set_precision.set_precision`."""
+        """Give ops, modules, op types or tensors another type, see `_set_precision.set_precision`."""
         from bitwright.simulation._set_precision import set_precision
 
         return set_precision(self, what, weights=weights, activations=activations, inputs=inputs, strict=strict)

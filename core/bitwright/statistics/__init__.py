@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bitwright.backend._taps import Tap
 from bitwright.statistics._base import Request, Source, Statistic, finite
 from bitwright.statistics._channel import ChannelMoments
 from bitwright.statistics._histogram import HistogramStatistic
@@ -17,6 +16,5 @@ __all__ = [
     "Request",
     "Source",
     "Statistic",
-    "Tap",
     "finite",
 ]

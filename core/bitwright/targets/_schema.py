@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
@@ -238,14 +238,6 @@ def parse_config(raw: object, source: str) -> QuantSimConfig:
         first = problems[0]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise TargetError(f"{source}: {key_path(first['loc'])}: {_reason(first)}{more}") from None
-
-
-def unknown_name(name: str, known: Iterable[str], *, listed: bool = True) -> str:
-    """The end of a message about a name that isn't known: the nearest one, or all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return hint + (f" (known: {', '.join(names)})" if listed else "")
 
 
 def key_path(loc: Sequence[str | int]) -> str:

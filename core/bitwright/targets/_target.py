@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import TargetError
+from bitwright.errors import TargetError, unknown_name
 from bitwright.files import is_file
 from bitwright.graph import COMPOSITES, NORMS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
-from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config, unknown_name
+from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config
 
 PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
     ParamRole.WEIGHT: ("weight", "kernel", "W", "weight_x", "weight_ih", "embeddings"),
