@@ -27,14 +27,14 @@ __all__ = [
     "set_grid_rate",
 ]  # fmt: skip
 _HOMES = {
-    "CaptureNotice": ("comparing", "CaptureNotice"),
-    "FakeQuantize": ("fake_quant", "FakeQuantize"),
-    "KerasModel": ("model", "KerasModel"),
-    "QuantizedLayer": ("weights", "QuantizedLayer"),
-    "capture": ("normalize", "normalize"),
-    "keras_model": ("native", "keras_model"),
-    "load_model": ("training", "load_model"),
-    "set_grid_rate": ("training", "set_grid_rate"),
+    "CaptureNotice": ("capture.comparing", "CaptureNotice"),
+    "FakeQuantize": ("simulate.fake_quant", "FakeQuantize"),
+    "KerasModel": ("graph.model", "KerasModel"),
+    "QuantizedLayer": ("simulate.weights", "QuantizedLayer"),
+    "capture": ("capture.normalize", "normalize"),
+    "keras_model": ("graph.native", "keras_model"),
+    "load_model": ("simulate.training", "load_model"),
+    "set_grid_rate": ("simulate.training", "set_grid_rate"),
 }
 
 
@@ -45,6 +45,10 @@ def __getattr__(name: str) -> Any:
     module, attribute = _HOMES[name]
     return getattr(import_module(f"bitwright_keras.{module}"), attribute)
 
+
+# Loading the folder `capture` binds its name here, which is the function's: it is loaded first and unbound.
+import_module("bitwright_keras.capture")
+del globals()["capture"]
 
 if "keras" in sys.modules and hasattr(sys.modules["keras"], "saving"):
     import_module("bitwright_keras.simulate.weights")

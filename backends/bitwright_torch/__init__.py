@@ -7,6 +7,7 @@ optimizer the learned grids of range learning at a rate of their own.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,3 +38,8 @@ def __getattr__(name: str) -> Any:
     from bitwright_torch.capture.capturing import CaptureNotice
 
     return CaptureNotice
+
+
+# Loading the folder `capture` binds its name here, which is the function's: it is loaded first and unbound.
+import_module("bitwright_torch.capture")
+del globals()["capture"]

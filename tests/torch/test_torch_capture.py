@@ -212,6 +212,14 @@ def test_parts_of_a_matrix_are_parameters():
     assert torch.equal(model.in_proj_weight, module.in_proj_weight)
 
 
+def test_all_that_the_package_names_is_there():
+    import bitwright_torch
+
+    for name in bitwright_torch.__all__:
+        # Not the folder of that name, though every module of the backend is loaded.
+        assert callable(getattr(bitwright_torch, name)) and getattr(bitwright_torch, name).__doc__, name
+
+
 def test_free_dimensions_can_be_asked_for():
     module = build(nets.Attention)
     from bitwright_torch import capture
