@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import singledispatchmethod
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import (
-    LINEAR_KINDS,
-    Edit,
-    FoldBatchNorm,
-    Op,
-    OpId,
-    OpKind,
-    ParamRole,
-    RemoveOp,
-    ReplaceActivation,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
-    TensorId,
-    output_channels,
-)
+from bitwright.graph import LEAK, Edit, Formula, Op, ParamId, ParamRole, TensorId
 from bitwright_keras.graph.attributes import data_axis
-from bitwright_keras.graph.canonical import Canonical, canonical, readers_of
+from bitwright_keras.graph.canonical import canonical, readers_of
 from bitwright_keras.graph.constants import constant_params
 from bitwright_keras.graph.model import KerasModel, Node, Ref, Spec, substitute, variables_of
 from bitwright_keras.graph.native import copy_layer
 from bitwright_keras.graph.params import array_of, with_values
 
 _ACTIVATIONS = {
-    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Identity": "linear", "Softplus": "softplus", "Elu": "elu",
-    "HardSwish": "hard_silu", "Mish": "mish", "Gelu": "gelu", "Swish": "silu", "Selu": "selu", "Softsign": "softsign",
-    "HardSigmoid": "hard_sigmoid",
+    "Identity": "linear", "Relu": "relu", "Relu6": "relu6", "Sigmoid": "sigmoid", "HardSigmoid": "hard_sigmoid",
+    "Tanh": "tanh", "Softplus": "softplus", "Softsign": "softsign", "Elu": "elu", "Selu": "selu", "Gelu": "gelu",
+    "Swish": "silu", "HardSwish": "hard_silu", "Mish": "mish",
 }  # fmt: skip
-"""Keras activation by ONNX type."""
-_ACTIVATION_KINDS = frozenset(
-    {OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.IDENTITY}
-)  # fmt: skip
+"""Keras's function for each activation but LeakyRelu, which has a layer of its own."""
 
 
 def edit_model(model: KerasModel, edits: Sequence[Edit]) -> KerasModel:
@@ -52,27 +34,17 @@ def edit_model(model: KerasModel, edits: Sequence[Edit]) -> KerasModel:
     Raises:
         ModelError: an edit names what isn't there, or would change what the model computes elsewhere.
     """
-    editor = _Editor(model)
-    for edit in edits:
-        editor.apply(edit)
+    editor = KerasEditor(model)
+    editor.apply_all(edits)
     return editor.model
 
 
-class _Editor:
+class KerasEditor(Editor):
+    """Edits by replacing calls; what is edited is `model`, what was given stays."""
+
     def __init__(self, model: KerasModel) -> None:
+        super().__init__(canonical(model).graph)
         self.model = model
-
-    @property
-    def _shown(self) -> Canonical:
-        return canonical(self.model)
-
-    @singledispatchmethod
-    def apply(self, edit: Edit) -> None:
-        """Carry out one edit."""
-        raise ModelError(f"the Keras backend has no edit {type(edit).__name__}")
-
-    def _op(self, id: OpId) -> Op:
-        return self._shown.graph.op(id)
 
     def _replace(self, node: Node, *others: Node) -> None:
         """Put calls in a call's place."""
@@ -89,35 +61,31 @@ class _Editor:
 
     # -- values
 
-    @apply.register
-    def _set_params(self, edit: SetParams) -> None:
-        self.model = with_values(self.model, edit.values)
+    def set_values(self, values: Mapping[ParamId, NDArray[Any]]) -> None:
+        """See `Editor`."""
+        self.model = with_values(self.model, values)
 
-    @apply.register
-    def _set_bias(self, edit: SetBias) -> None:
-        op = self._op(edit.op)
-        if op.kind not in LINEAR_KINDS or op.weight is None:
-            raise ModelError(f"{edit.op!r} is a {op.type} without a constant weight; it can't be given a bias")
-        value = np.asarray(edit.value, np.float32)
-        width = output_channels(op, self._shown.graph.params[op.weight].shape)
-        if value.shape != (width,):
-            raise ModelError(f"the bias of {edit.op!r} has shape ({width},), the new one {value.shape}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new bias of {edit.op!r} holds NaN or infinity")
-        node = self.model.node(edit.op)
+    def add_bias(self, op: Op, value: NDArray[Any]) -> ParamId:
+        """See `Editor`."""
+        node, bias = self.model.node(op.id), value.astype(np.float32, copy=False)
         assert node.layer is not None
-        shared = len(self.model.calls_of[id(node.layer)]) > 1
-        if ParamRole.BIAS in op.params:
-            if shared and "bias" in node.params:
-                self._part_biases(node)
-                op = self._op(edit.op)
-            self.model = with_values(self.model, {op.params[ParamRole.BIAS]: value})
-        elif shared:
-            self._add_bias(node, value)
-        else:
-            layer = copy_layer(node.layer, use_bias=True)
-            variables_of(layer)["bias"].assign(value)
-            self._replace(node, replace(node, operation=layer, params={**node.params, "bias": _bias_id(node)}))
+        if len(self.model.calls_of[id(node.layer)]) > 1:
+            return self._add_bias(node, bias)
+        layer = copy_layer(node.layer, use_bias=True)
+        variables_of(layer)["bias"].assign(bias)
+        self._replace(node, replace(node, operation=layer, params={**node.params, "bias": _bias_id(node)}))
+        return _bias_id(node)
+
+    def own_bias(self, op: Op, bias: ParamId, value: NDArray[Any]) -> ParamId:
+        """See `Editor`; the kernel stays shared."""
+        node = self.model.node(op.id)
+        if "bias" in node.params:
+            self._part_biases(node)
+            graph = canonical(self.model).graph
+            self.see(graph)
+            bias = next(p for r, p in graph.op(op.id).params.items() if r is ParamRole.BIAS)
+        self.set_values({bias: value})
+        return bias
 
     def _part_biases(self, node: Node) -> None:
         """Give each call of a shared layer its own bias, as a sum with a constant; the kernel stays shared."""
@@ -129,7 +97,7 @@ class _Editor:
             self._replace(call, plain := replace(call, operation=layer, params=held))
             self._add_bias(plain, bias)
 
-    def _add_bias(self, node: Node, bias: NDArray[Any]) -> None:
+    def _add_bias(self, node: Node, bias: NDArray[Any]) -> ParamId:
         """The sum of a call's output and a constant takes over the output's name."""
         (output,) = node.outputs
         spec = self.model.specs[output]
@@ -145,16 +113,18 @@ class _Editor:
         add = replace(constant_params(add), params={"args/1": f"{name}/constant"})
         self.model = self.model.with_(specs={**self.model.specs, inner: spec})
         self._replace(node, replace(node, outputs=(inner,)), add)
+        return f"{name}/constant"
 
-    @apply.register
-    def _split_shared(self, edit: SplitSharedParam) -> None:
-        op, node = self._op(edit.op), self.model.node(edit.op)
-        if edit.param not in op.params.values():
-            raise ModelError(f"{edit.op!r} has no parameter {edit.param!r}")
-        if len(self._shown.graph.users(edit.param)) < 2 or node.layer is None:
-            return
+    def is_shared(self, op: Op, param: ParamId) -> bool:
+        """See `Editor`; constants of calls are their own."""
+        return self.model.node(op.id).layer is not None and super().is_shared(op, param)
+
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """See `Editor`; the op gets a layer of its own, with all that this has."""
+        node = self.model.node(op.id)
+        assert node.layer is not None
         layer = copy_layer(node.layer, name=self._file_name(node.op.replace("/", "_")))
-        known = set(self._shown.graph.params)
+        known = set(canonical(self.model).graph.params)
         params = {}
         for key in node.params:
             found, number = f"{node.op}/{key}", 0
@@ -163,32 +133,25 @@ class _Editor:
                 found = f"{node.op}/{key}_{number}"
             params[key] = found
         self._replace(node, replace(node, operation=layer, params=params))
+        graph = canonical(self.model).graph
+        self.see(graph)
+        return next(p for r, p in graph.op(op.id).params.items() if op.params[r] == param)
 
     # -- structure
 
-    @apply.register
-    def _fold_batch_norm(self, edit: FoldBatchNorm) -> None:
-        norm, into = self._op(edit.batch_norm), self._op(edit.into)
-        if norm.kind is not OpKind.BATCH_NORM or into.kind not in LINEAR_KINDS:
-            raise ModelError(f"{edit.batch_norm!r} ({norm.type}) can't be folded into {edit.into!r} ({into.type})")
-        source = norm.data_inputs[0]
-        if source == into.output:
-            self._only_reader(source, edit)
-            self._drop(self.model.node(norm.id))
-            self._rename_output(source, norm.output)
-        elif into.data_inputs[0] == norm.output:
-            self._only_reader(norm.output, edit)
-            self._drop(self.model.node(norm.id))
-            self._rewire({norm.output: source})
-        else:
-            raise ModelError(f"{edit.batch_norm!r} and {edit.into!r} are not neighbours")
+    def only_reader(self, tensor: TensorId, reader: Op) -> bool:
+        """See `Editor`; what isn't shown as an op reads too."""
+        return tensor not in self.model.output_ids and len(readers_of(self.model).get(tensor, [])) == 1
 
-    def _only_reader(self, tensor: TensorId, edit: FoldBatchNorm) -> None:
-        readers = readers_of(self.model).get(tensor, [])
-        if len(readers) != 1 or tensor in self.model.output_ids:
-            raise ModelError(
-                f"{edit.batch_norm!r} can't be folded into {edit.into!r}: {tensor!r} is also read elsewhere"
-            )
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        self._drop(self.model.node(norm.id))
+        self._rename_output(norm.data_inputs[0], norm.output)
+
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        self._drop(self.model.node(norm.id))
+        self._rewire({norm.output: norm.data_inputs[0]})
 
     def _drop(self, node: Node) -> None:
         self._replace(node)
@@ -208,44 +171,30 @@ class _Editor:
         specs = {t: s for t, s in self.model.specs.items() if t not in tensors}
         self.model = self.model.with_(nodes=nodes, outputs=outputs, specs=specs)
 
-    @apply.register
-    def _replace_activation(self, edit: ReplaceActivation) -> None:
-        op, node = self._op(edit.op), self.model.node(edit.op)
-        if op.kind not in _ACTIVATION_KINDS:
-            raise ModelError(f"{edit.op!r} ({op.type}) is no activation; it can't be turned into a {edit.type}")
-        dtype = self.model.specs[op.output].dtype
-        if edit.type == "LeakyRelu":
-            layer: keras.layers.Layer = keras.layers.LeakyReLU(0.01, name="x", dtype=dtype)
-        elif edit.type in _ACTIVATIONS:
-            layer = keras.layers.Activation(_ACTIVATIONS[edit.type], name="x", dtype=dtype)
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """See `Editor`."""
+        node, dtype = self.model.node(op.id), self.model.specs[op.output].dtype
+        if formula.type == "LeakyRelu":
+            layer: keras.layers.Layer = keras.layers.LeakyReLU(LEAK, name="x", dtype=dtype)
         else:
-            raise ModelError(
-                f"{edit.op!r} can't be turned into a {edit.type!r}; possible: {', '.join([*_ACTIVATIONS, 'LeakyRelu'])}"
-            )
+            layer = keras.layers.Activation(_ACTIVATIONS[formula.type], name="x", dtype=dtype)
         alone = len(self.model.calls_of[id(node.operation)]) == 1
         layer.name = node.operation.name if alone else self._file_name(node.op.replace("/", "_"))
-        args = (Ref(node.inputs[0]),)
+        args = (Ref(op.data_inputs[0]),)
         self._replace(node, replace(node, operation=layer, args=args, kwargs={}, params={}))
 
-    @apply.register
-    def _remove_op(self, edit: RemoveOp) -> None:
-        op = self._op(edit.op)
-        calls = self._shown.nodes[edit.op]
-        if len(op.data_inputs) != 1 or len(op.outputs) != 1 or len(calls) != 1:
-            raise ModelError(f"{edit.op!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
-        node, source, output = calls[0], op.data_inputs[0], op.output
-        if output not in self.model.output_ids:
-            self._drop(node)
-            self._rewire({output: source})
-        elif source in self.model.inputs or source in self.model.output_ids:
-            # A model output needs a producer of its own.
-            layer = keras.layers.Identity(name=node.operation.name, dtype=self.model.specs[output].dtype)
-            self._replace(node, replace(node, operation=layer, args=(Ref(source),), kwargs={}, params={}))
-        else:
-            self._drop(node)
-            readers = tuple(n.rewired({source: output}) for n in self.model.nodes)
-            self.model = self.model.with_(nodes=readers)
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """See `Editor`."""
+        calls = canonical(self.model).nodes[op.id]
+        if len(calls) != 1:
+            raise ModelError(f"{op.id!r} ({op.type}) consists of several calls; it can't be removed")
+        source, output = op.data_inputs[0], op.output
+        self._drop(calls[0])
+        if renames:
+            self.model = self.model.with_(nodes=tuple(n.rewired({source: output}) for n in self.model.nodes))
             self._rename_output(source, output)
+        else:
+            self._rewire({output: source})
 
 
 def _bias_id(node: Node) -> str:

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import singledispatchmethod
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import (
-    Edit,
-    FoldBatchNorm,
-    OpId,
-    OpKind,
-    ParamRole,
-    RemoveOp,
-    ReplaceActivation,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
-)
-from bitwright_onnx.graph.initializers import add_initializer, is_private, rewrite_operand, unique_name
+from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, ParamId, TensorId
+from bitwright_onnx.graph.canonical import canonical_graph
+from bitwright_onnx.graph.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.graph.operands import parameters
 from bitwright_onnx.graph.opset import opset_of
-from bitwright_onnx.graph.optable import KINDS, bias_add, constant_shape, is_default_domain, linear_weight, out_channels
+from bitwright_onnx.graph.optable import bias_add, linear_weight
 from bitwright_onnx.graph.params import write_params
 from bitwright_onnx.graph.rewrites import take_over
+from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.graph.tensors import tensor_array
 
-_PLAIN_ACTIVATIONS = {"Relu": 1, "Sigmoid": 1, "Tanh": 1, "Identity": 1, "Softplus": 1, "Elu": 6, "LeakyRelu": 6,
-                      "HardSigmoid": 6, "HardSwish": 14, "Mish": 18, "Gelu": 20}  # fmt: skip
-"""Activations of one operand with default attributes, and the opset that brought them."""
-_ACTIVATION_KINDS = frozenset({OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.IDENTITY})
+_SINCE = {"HardSwish": 14, "Mish": 18, "Gelu": 20, "Swish": 2**31}
+"""Opset that brought an activation; the others are older than any that models have here. No runtime has a Swish yet."""
+_ATTRIBUTES: Mapping[str, Mapping[str, float]] = {"HardSigmoid": {"alpha": 1 / 6, "beta": 0.5}}
 
 
 def edit_model(model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
@@ -44,74 +34,81 @@ def edit_model(model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
     """
     copy = model.clone()
     copy.graph.meta.update(model.graph.meta)
-    editor = Editor(copy)
-    for edit in edits:
-        editor.apply(edit)
+    editor = OnnxEditor(copy, canonical_graph(model))
+    editor.apply_all(edits)
     editor.drop_unused()
     return copy
 
 
-class Editor:
-    """Edits a model in place."""
+class OnnxEditor(Editor):
+    """Edits a model in place.
 
-    def __init__(self, model: ir.Model) -> None:
+    Args:
+        model: to be changed.
+        graph: its canonical graph.
+    """
+
+    def __init__(self, model: ir.Model, graph: Graph) -> None:
+        super().__init__(graph)
+        opset = opset_of(model)
+        self.activations = frozenset(t for t in ACTIVATION_TYPES if _SINCE.get(t, 0) <= opset)
         self._model = model
         self._graph = model.graph
         self._nodes = {str(node.name): node for node in model.graph}
         self._released: list[ir.Value] = []
-
-    @singledispatchmethod
-    def apply(self, edit: Edit) -> None:
-        """Carry out one edit."""
-        raise ModelError(f"the ONNX backend has no edit {type(edit).__name__}")
+        self._spelled: list[ir.Node] = []
 
     def drop_unused(self) -> None:
-        """Remove initializers that an edit has left without a reader."""
+        """Remove initializers and nodes that an edit has left without a reader."""
+        for node in reversed(self._spelled):
+            if node.graph is self._graph and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+                self._release(node)
+                self._graph.remove(node, safe=True)
         for value in self._released:
             if value.is_initializer() and not value.uses() and not value.is_graph_output():
                 self._graph.initializers.pop(str(value.name), None)
 
-    def _node(self, id: OpId) -> ir.Node:
-        try:
-            return self._nodes[id]
-        except KeyError:
-            raise ModelError(f"the model has no op {id!r}") from None
-
-    def _remove(self, node: ir.Node) -> None:
+    def _release(self, node: ir.Node) -> None:
         self._released += [v for v in node.inputs if v is not None and v.is_initializer()]
         self._nodes.pop(str(node.name))
 
-    @apply.register
-    def _set_params(self, edit: SetParams) -> None:
-        write_params(self._model, edit.values)
+    # -- values
 
-    @apply.register
-    def _set_bias(self, edit: SetBias) -> None:
-        node = self._node(edit.op)
+    def set_values(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `Editor`."""
+        write_params(self._model, values)
+
+    def add_bias(self, op: Op, value: NDArray[np.floating]) -> ParamId:
+        """See `Editor`."""
+        node = self._nodes[op.id]
         weight = linear_weight(node)
-        if weight is None or weight.const_value is None:
-            raise ModelError(f"{edit.op!r} is a {node.op_type} without a constant weight; it can't be given a bias")
-        value = np.asarray(edit.value)
-        width = out_channels(node, weight)
-        if value.shape != (width,):
-            raise ModelError(f"the bias of {edit.op!r} has shape ({width},), the new one {value.shape}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new bias of {edit.op!r} holds NaN or infinity")
+        assert weight is not None
+        assert weight.const_value is not None
+        if node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            raise ModelError(f"the bias of {op.id!r} is computed by the model; it can't be replaced")
         dtype = weight.const_value.dtype
-        native = value.astype(dtype.numpy())
-        place = parameters(node).get(ParamRole.BIAS)
-        if place is not None:
-            owner, index = place
-            old = owner.inputs[index]
-            assert old is not None
-            rewrite_operand(self._graph, owner, index, native.reshape(constant_shape(old)))
-        elif node.op_type == "MatMul":
-            self._add_behind(node, self._new_bias(node, weight, native, dtype))
-        elif len(node.inputs) > 2 and node.inputs[2] is not None:
-            raise ModelError(f"the bias of {edit.op!r} is computed by the model; it can't be replaced")
+        bias = self._new_bias(node, weight, value.astype(dtype.numpy()), dtype)
+        if node.op_type == "MatMul":
+            self._add_behind(node, bias)
         else:
             node.resize_inputs(3)
-            node.replace_input_with(2, self._new_bias(node, weight, native, dtype))
+            node.replace_input_with(2, bias)
+        return str(bias.name)
+
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """See `Editor`."""
+        value = self._graph.initializers[param]
+        assert value.const_value is not None
+        array, dtype = tensor_array(value.const_value), value.const_value.dtype
+        own = add_initializer(self._graph, f"{param}.{op.id}", array, dtype)
+        for owner, index in parameters(self._nodes[op.id]).values():
+            if owner.inputs[index] is value:
+                owner.replace_input_with(index, own)
+        return str(own.name)
+
+    def is_shared(self, op: Op, param: ParamId) -> bool:
+        """See `Editor`; what works on shapes and bodies of control flow are readers too."""
+        return not is_private(self._graph.initializers[param])
 
     def _new_bias(self, node: ir.Node, weight: ir.Value, array: NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
         name = str(weight.name)
@@ -138,85 +135,67 @@ class Editor:
             name, number = f"{wanted}_{number}", number + 1
         return name
 
-    @apply.register
-    def _fold_batch_norm(self, edit: FoldBatchNorm) -> None:
-        norm, into = self._node(edit.batch_norm), self._node(edit.into)
-        if norm.op_type != "BatchNormalization" or linear_weight(into) is None:
-            raise ModelError(
-                f"{edit.batch_norm!r} ({norm.op_type}) can't be folded into {edit.into!r} ({into.op_type})"
-            )
-        source, result = norm.inputs[0], norm.outputs[0]
-        last = bias_add(into) or into
-        if source is not None and source.producer() is last:
-            if source.is_graph_output() or len(list(source.uses())) != 1:
-                raise ModelError(
-                    f"{edit.batch_norm!r} can't be folded into {edit.into!r}: {source.name!r} is also read elsewhere"
-                )
-            self._remove(norm)
-            take_over(self._graph, last, norm)
-        elif source is not None and into.inputs[0] is result:
-            if result.is_graph_output() or len(list(result.uses())) != 1:
-                raise ModelError(
-                    f"{edit.batch_norm!r} can't be folded into {edit.into!r}: {result.name!r} is also read elsewhere"
-                )
-            into.replace_input_with(0, source)
-            self._remove(norm)
-            self._graph.remove(norm, safe=True)
-        else:
-            raise ModelError(f"{edit.batch_norm!r} and {edit.into!r} are not neighbours")
+    # -- structure
 
-    @apply.register
-    def _replace_activation(self, edit: ReplaceActivation) -> None:
-        node = self._node(edit.op)
-        if not is_default_domain(node) or KINDS.get(node.op_type) not in _ACTIVATION_KINDS:
-            raise ModelError(f"{edit.op!r} ({node.op_type}) is no activation; it can't be turned into a {edit.type}")
-        since = _PLAIN_ACTIVATIONS.get(edit.type)
-        if since is None or since > opset_of(self._model):
-            known = ", ".join(t for t, v in _PLAIN_ACTIVATIONS.items() if v <= opset_of(self._model))
-            raise ModelError(f"{edit.op!r} can't be turned into a {edit.type!r}; possible here: {known}")
-        new = ir.node(edit.type, [node.inputs[0]], name=node.name)
-        self._graph.insert_after(node, new)
-        self._remove(node)
-        take_over(self._graph, new, node)
-        self._nodes[str(new.name)] = new
+    def only_reader(self, tensor: TensorId, reader: Op) -> bool:
+        """See `Editor`; as `is_shared`."""
+        value = next(v for v in self._nodes[reader.id].inputs if v is not None and v.name == tensor)
+        return not value.is_graph_output() and len(list(value.uses())) == 1
 
-    @apply.register
-    def _remove_op(self, edit: RemoveOp) -> None:
-        node = self._node(edit.op)
-        data = [v for v in node.inputs if v is not None and not v.is_initializer()]
-        if len(data) != 1 or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
-            raise ModelError(
-                f"{edit.op!r} ({node.op_type}) doesn't pass one input on to one output; it can't be removed"
-            )
-        source, result = data[0], node.outputs[0]
-        producer = source.producer()
-        if not result.is_graph_output():
-            result.replace_all_uses_with(source)
-            self._remove(node)
-            self._graph.remove(node, safe=True)
-        elif producer is None or source.is_graph_output() or producer.graph is not self._graph:
-            # A model output needs a producer of its own.
-            self.apply(ReplaceActivation(edit.op, "Identity")) if node.op_type != "Identity" else None
-        else:
-            self._remove(node)
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        node, other = self._nodes[norm.id], self._nodes[into.id]
+        self._release(node)
+        take_over(self._graph, bias_add(other) or other, node)
+
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        node = self._nodes[norm.id]
+        self._nodes[into.id].replace_input_with(0, node.inputs[0])
+        self._release(node)
+        self._graph.remove(node, safe=True)
+
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """See `Editor`."""
+        node, source = self._nodes[op.id], values_of(self._graph)[op.data_inputs[0]]
+        self._release(node)
+        result = self._computed(formula, source, op.id, node)
+        made = result.producer()
+        assert made is not None
+        take_over(self._graph, made, node)
+        self._spelled.remove(made)
+        del self._nodes[str(made.name)]
+        made.name = op.id
+        self._nodes[op.id] = made
+
+    def _computed(self, what: Formula | float | None, source: ir.Value, name: str, before: ir.Node) -> ir.Value:
+        """Put nodes that compute a formula of a tensor in front of a node."""
+        if what is None:
+            return source
+        dtype = source.dtype or ir.DataType.FLOAT
+        if not isinstance(what, Formula):
+            return add_initializer(self._graph, f"{name}/constant", np.array(what, dtype.numpy()), dtype)
+        clips = what.type == "Relu6"
+        kind = "Clip" if clips else what.type
+        inner = f"{name}/{kind}"
+        operands = [self._computed(o, source, inner, before) for o in (*what.operands, *((0.0, 6.0) if clips else ()))]
+        made = ir.node(kind, operands, _ATTRIBUTES.get(kind), name=self._free_node_name(inner))
+        result = made.outputs[0]
+        result.name, result.type, result.shape = unique_name(self._graph, inner), source.type, source.shape
+        self._graph.insert_before(before, made)
+        self._nodes[str(made.name)] = made
+        self._spelled.append(made)
+        return result
+
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """See `Editor`."""
+        node, source = self._nodes[op.id], values_of(self._graph)[op.data_inputs[0]]
+        self._release(node)
+        if renames:
             _give_name(self._graph, source, node)
-
-    @apply.register
-    def _split_shared(self, edit: SplitSharedParam) -> None:
-        node = self._node(edit.op)
-        places = [
-            (n, i) for n, i in parameters(node).values() if (v := n.inputs[i]) is not None and v.name == edit.param
-        ]
-        if not places:
-            raise ModelError(f"{edit.op!r} has no parameter {edit.param!r}")
-        value = places[0][0].inputs[places[0][1]]
-        assert value is not None and value.const_value is not None
-        if is_private(value):
-            return
-        array = tensor_array(value.const_value)
-        own = add_initializer(self._graph, f"{edit.param}.{edit.op}", array, value.const_value.dtype)
-        for owner, index in places:
-            owner.replace_input_with(index, own)
+        else:
+            node.outputs[0].replace_all_uses_with(source)
+            self._graph.remove(node, safe=True)
 
 
 def _give_name(graph: ir.Graph, source: ir.Value, last: ir.Node) -> None:

@@ -6,29 +6,15 @@ replaces moves aside. Nodes that training still reads (gradients, optimizers, sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import singledispatchmethod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import (
-    LINEAR_KINDS,
-    ConvAttrs,
-    Edit,
-    FoldBatchNorm,
-    OpId,
-    OpKind,
-    ParamId,
-    ParamRole,
-    RemoveOp,
-    ReplaceActivation,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
-)
+from bitwright.graph import ACTIVATION_TYPES, LEAK, Edit, Formula, Op, OpId, OpKind, ParamId, ParamRole, TensorId
 from bitwright_tensorflow.graph import rewriter
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.forms import Form
@@ -40,9 +26,9 @@ from bitwright_tensorflow.graph.network import ALIAS, OP_NAME, Read
 from bitwright_tensorflow.graph.params import checked_native, numpy_dtype
 from bitwright_tensorflow.graph.rewriter import Rewriter
 
-_ACTIVATIONS = {"Relu": "Relu", "Sigmoid": "Sigmoid", "Tanh": "Tanh", "Identity": "Identity", "Softplus": "Softplus",
-                "Elu": "Elu", "Selu": "Selu", "Softsign": "Softsign"}  # fmt: skip
-_ACTIVATION_KINDS = frozenset({OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.IDENTITY})
+_LACKING = frozenset({"HardSigmoid", "Gelu", "Swish", "HardSwish", "Mish"})
+_OPS = {"Add": "AddV2", "Div": "RealDiv"}
+"""TensorFlow's names, where they differ."""
 
 
 def edit_model(model: TfModel, edits: Sequence[Edit]) -> TfModel:
@@ -51,22 +37,23 @@ def edit_model(model: TfModel, edits: Sequence[Edit]) -> TfModel:
     Raises:
         ModelError: an edit names what isn't there, or would change what the model computes elsewhere.
     """
-    editor = Editor(model)
-    for edit in edits:
-        editor.apply(edit)
+    editor = TfEditor(model)
+    editor.apply_all(edits)
     return editor.finish()
 
 
-class Editor:
-    """Applies edits to a copy of a model's graph; keeps track of what became of each op in the meantime."""
+class TfEditor(Editor):
+    """Edits a copy of a model's graph; keeps track of the nodes that each op has in the meantime."""
+
+    activations = frozenset(ACTIVATION_TYPES) - _LACKING
 
     def __init__(self, model: TfModel) -> None:
         self._model = model
         known: Canonical = recognize(model)
+        super().__init__(known.graph)
         self._net = known.network
-        self._ops: dict[OpId, Found] = dict(known.ops)
+        self._found: dict[OpId, Found] = dict(known.ops)
         self._params: dict[ParamId, Read] = dict(known.params)
-        self._users = {p: [op.id for op in known.graph.users(p)] for p in known.graph.params}
         self._values: dict[str, Array] = dict(model.values)
         self._lazy: Rewriter | None = None
 
@@ -89,29 +76,12 @@ class Editor:
         values = {name: value for name, value in self._values.items() if name in nodes}
         return self._model.with_meta(self._lazy.finish(), values)
 
-    @singledispatchmethod
-    def apply(self, edit: Edit) -> None:
-        """Carry out one edit."""
-        raise ModelError(f"the TensorFlow backend has no edit {type(edit).__name__}")
-
-    def _op(self, id: OpId) -> Found:
-        try:
-            return self._ops[id]
-        except KeyError:
-            raise ModelError(f"the model has no op {id!r}") from None
-
-    def _linear(self, id: OpId, what: str) -> Found:
-        found = self._op(id)
-        if found.kind not in LINEAR_KINDS or ParamRole.WEIGHT not in found.reads:
-            raise ModelError(f"{id!r} is a {found.native} without a weight of its own; {what}")
-        return found
-
     # -- values
 
-    @apply.register
-    def _set_params(self, edit: SetParams) -> None:
+    def set_values(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `Editor`."""
         new: dict[str, tuple[Array, str]] = {}
-        for id, value in edit.values.items():
+        for id, value in values.items():
             if id not in self._params:
                 raise ModelError(f"the model has no parameter {id!r}")
             read = self._params[id]
@@ -154,27 +124,9 @@ class Editor:
 
     # -- biases
 
-    @apply.register
-    def _set_bias(self, edit: SetBias) -> None:
-        found = self._linear(edit.op, "it can't be given a bias")
-        value = np.asarray(edit.value)
-        width = _width(found)
-        if value.shape != (width,):
-            raise ModelError(f"the bias of {edit.op!r} has shape ({width},), the new one {value.shape}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new bias of {edit.op!r} holds NaN or infinity")
-        bias = found.reads.get(ParamRole.BIAS)
-        if bias is None:
-            self._add_bias(found, value)
-        elif self._is_shared(bias.source):
-            self._give_own(found, ParamRole.BIAS, value)
-        else:
-            self._store(bias.source, checked_native(bias, value, bias.source), bias.dtype)
-
-    def _is_shared(self, param: ParamId) -> bool:
-        return len(self._users.get(param, ())) > 1
-
-    def _add_bias(self, found: Found, value: NDArray[np.floating]) -> None:
+    def add_bias(self, op: Op, value: NDArray[np.floating]) -> ParamId:
+        """See `Editor`."""
+        found = self._found[op.id]
         weight = found.reads[ParamRole.WEIGHT]
         native = value.astype(numpy_dtype(weight.dtype))
         source, tensor = self._new_param(_bias_name(weight.source, found.id), weight.source, native, weight.dtype)
@@ -193,8 +145,8 @@ class Editor:
             inner = (*found.nodes[:-1], moved, name)
         read = Read(source, (name, 1), tensor, Form(native.shape), weight.dtype)
         self._params[source] = read
-        self._users[source] = [found.id]
-        self._ops[found.id] = replace(found, nodes=inner, reads={**found.reads, ParamRole.BIAS: read})
+        self._found[found.id] = replace(found, nodes=inner, reads={**found.reads, ParamRole.BIAS: read})
+        return source
 
     def _data_format(self, found: Found) -> str:
         output = found.outputs[0]
@@ -208,17 +160,16 @@ class Editor:
                 return self._net.rank(tensor)
         return None
 
-    def _give_own(self, found: Found, role: ParamRole, value: NDArray[np.floating] | None) -> None:
-        """A copy of a shared parameter for one op."""
-        old = found.reads[role]
-        native = self._value(old.source) if value is None else checked_native(old, value, old.source)
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """See `Editor`."""
+        found = self._found[op.id]
+        role, old = next((r, read) for r, read in found.reads.items() if read.source == param)
         wanted = f"{old.source}_{found.id.rpartition('/')[2]}"
-        source, tensor = self._new_param(wanted, old.source, native, old.dtype)
+        source, tensor = self._new_param(wanted, old.source, self._value(old.source), old.dtype)
         read = self._reading(found, old, source, tensor)
-        self._users[old.source].remove(found.id)
-        self._users[source] = [found.id]
         self._params[source] = read
-        self._ops[found.id] = replace(found, reads={**found.reads, role: read})
+        self._found[found.id] = replace(found, reads={**found.reads, role: read})
+        return source
 
     def _reading(self, found: Found, old: Read, source: str, tensor: str) -> Read:
         """Let one op read its parameter from another tensor, through copies of the views of the old one."""
@@ -252,44 +203,25 @@ class Editor:
             edge = (node, index)
         return Read(source, edge, tensor, old.form, old.dtype)
 
-    @apply.register
-    def _split_shared(self, edit: SplitSharedParam) -> None:
-        found = self._op(edit.op)
-        role = next((r for r, read in found.reads.items() if read.source == edit.param), None)
-        if role is None:
-            raise ModelError(f"{edit.op!r} has no parameter {edit.param!r}")
-        if self._is_shared(edit.param):
-            self._give_own(found, role, None)
-
     # -- structure
 
-    @apply.register
-    def _fold_batch_norm(self, edit: FoldBatchNorm) -> None:
-        norm, into = self._op(edit.batch_norm), self._op(edit.into)
-        if norm.kind is not OpKind.BATCH_NORM or into.kind not in LINEAR_KINDS or ParamRole.WEIGHT not in into.reads:
-            raise ModelError(f"{edit.batch_norm!r} ({norm.type}) can't be folded into {edit.into!r} ({into.type})")
-        if norm.inputs[0] == into.outputs[0]:
-            self._only_reader(norm, norm.inputs[0], norm, into)
-            self._fold_backward(norm, into)
-        elif into.inputs[0] == norm.outputs[0]:
-            self._only_reader(into, norm.outputs[0], norm, into)
-            for name in into.nodes:
-                for index, tensor in enumerate(data_operands(self._graph.nodes[name])):
-                    if self._net.resolve(tensor) == norm.outputs[0]:
-                        self._graph.rewire(name, index, norm.inputs[0])
-            self._ops[into.id] = replace(into, inputs=norm.inputs)
-            self._graph.collect([norm.end])
-        else:
-            raise ModelError(f"{edit.batch_norm!r} and {edit.into!r} are not neighbours")
-        del self._ops[norm.id]
+    def only_reader(self, tensor: TensorId, reader: Op) -> bool:
+        """See `Editor`; the model's user may read what is no output."""
+        return not self._net.is_end(tensor) and super().only_reader(tensor, reader)
 
-    def _only_reader(self, reader: Found, tensor: str, norm: Found, into: Found) -> None:
-        others = [
-            f.id for f in self._ops.values() if tensor in f.inputs and f.id != reader.id
-        ]  # fmt: skip
-        if others or self._net.is_end(tensor):
-            where = repr(others[0]) if others else "the model's user"
-            raise ModelError(f"{norm.id!r} can't be folded into {into.id!r}: {tensor!r} is also read by {where}")
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        old, found = self._found.pop(norm.id), self._found[into.id]
+        for name in found.nodes:
+            for index, tensor in enumerate(data_operands(self._graph.nodes[name])):
+                if self._net.resolve(tensor) == old.outputs[0]:
+                    self._graph.rewire(name, index, old.inputs[0])
+        self._found[into.id] = replace(found, inputs=old.inputs)
+        self._graph.collect([old.end])
+
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        self._fold_backward(self._found.pop(norm.id), self._found[into.id])
 
     def _fold_backward(self, norm: Found, into: Found) -> None:
         name = norm.end
@@ -314,37 +246,29 @@ class Editor:
         channels = dict(into.channels)
         if into.outputs[0] in channels:
             channels[norm.outputs[0]] = channels[into.outputs[0]]
-        self._ops[into.id] = replace(into, outputs=norm.outputs, nodes=inner, reads=reads, channels=channels)
+        self._found[into.id] = replace(into, outputs=norm.outputs, nodes=inner, reads=reads, channels=channels)
         if ParamRole.BIAS in reads:
             self._params[reads[ParamRole.BIAS].source] = reads[ParamRole.BIAS]
         self._graph.collect([moved])
         self._graph.collect([last.name])
 
-    @apply.register
-    def _replace_activation(self, edit: ReplaceActivation) -> None:
-        found = self._op(edit.op)
-        if found.kind not in _ACTIVATION_KINDS or len(found.inputs) != 1:
-            raise ModelError(f"{edit.op!r} ({found.type}) is no activation; it can't be turned into a {edit.type}")
-        if edit.type not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise ModelError(f"{edit.op!r} can't be turned into a {edit.type!r}; possible here: {known}")
-        self._supplant(found, _ACTIVATIONS[edit.type])
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """See `Editor`."""
+        self._supplant(self._found[op.id], formula)
 
-    @apply.register
-    def _remove_op(self, edit: RemoveOp) -> None:
-        found = self._op(edit.op)
-        if len(found.inputs) != 1 or len(found.outputs) != 1:
-            raise ModelError(f"{edit.op!r} ({found.type}) doesn't pass one input on to one output; it can't be removed")
-        if found.kind is not OpKind.IDENTITY:
-            self._supplant(found, "Identity")
-        for id, other in list(self._ops.items()):
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """See `Editor`."""
+        found = self._found[op.id]
+        if op.kind is not OpKind.IDENTITY:
+            self._supplant(found, Formula("Identity", (None,)))
+        for id, other in list(self._found.items()):
             if found.outputs[0] in other.inputs:
                 inputs = tuple(found.inputs[0] if t == found.outputs[0] else t for t in other.inputs)
-                self._ops[id] = replace(other, inputs=inputs)
-        del self._ops[edit.op]
+                self._found[id] = replace(other, inputs=inputs)
+        del self._found[op.id]
 
-    def _supplant(self, found: Found, op: str) -> None:
-        """Put one node in the place of an op, under the name of its last one."""
+    def _supplant(self, found: Found, formula: Formula) -> None:
+        """Put nodes in the place of an op, the last one under the name of its last one."""
         source = found.inputs[0]
         # An Identity at the model's end that gives the op its tensor's name stays.
         end = node_of(found.outputs[0])
@@ -352,16 +276,27 @@ class Editor:
             end = found.nodes[-2]
         dtype = self._net.inference.dtype(source) if self._net.inference_has(source) else "float32"
         moved = self._graph.move_aside(end, "replaced")
-        self._graph.add(rewriter.unary(op, end, source, dtype))
+        nodes = self._computed(formula, end, source, dtype)
         self._graph.collect([moved])
-        self._ops[found.id] = replace(found, nodes=(end,))
+        self._found[found.id] = replace(found, nodes=nodes)
 
-
-def _width(found: Found) -> int:
-    shape = found.reads[ParamRole.WEIGHT].form.shape
-    if found.kind is OpKind.CONV_TRANSPOSE:
-        return shape[1] * (found.attrs.groups if isinstance(found.attrs, ConvAttrs) else 1)
-    return shape[0]
+    def _computed(self, what: Formula, name: str, source: TensorId, dtype: str) -> tuple[str, ...]:
+        """Put in the nodes that compute a formula of a tensor; their names, the last of which is the given one."""
+        made: list[str] = []
+        operands = []
+        for operand in what.operands:
+            if isinstance(operand, Formula):
+                made += self._computed(operand, self._graph.free(f"{name}/{operand.type}"), source, dtype)
+                operands.append(f"{made[-1]}:0")
+            elif operand is None:
+                operands.append(source)
+            else:
+                constant = self._graph.free(f"{name}/constant")
+                self._graph.add(rewriter.constant(constant, np.array(operand, numpy_dtype(dtype)), dtype))
+                operands.append(f"{constant}:0")
+        attributes = {"alpha": LEAK} if what.type == "LeakyRelu" else {}
+        self._graph.add(rewriter.elementwise(_OPS.get(what.type, what.type), name, operands, dtype, **attributes))
+        return (*made, name)
 
 
 def _bias_name(weight: str, op: OpId) -> str:

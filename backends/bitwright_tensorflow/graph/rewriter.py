@@ -110,9 +110,14 @@ class Rewriter:
                 stack.append(source)
 
 
-def unary(op: str, name: str, tensor: str, dtype: str, **attributes: float) -> NodeDef:
+def unary(op: str, name: str, tensor: str, dtype: str) -> NodeDef:
     """A node of one operand."""
-    node = NodeDef(name=name, op=op, input=[operand_of(tensor)])
+    return elementwise(op, name, [tensor], dtype)
+
+
+def elementwise(op: str, name: str, tensors: Iterable[str], dtype: str, **attributes: float) -> NodeDef:
+    """A node whose operands and result have one type."""
+    node = NodeDef(name=name, op=op, input=[operand_of(t) for t in tensors])
     node.attr["T"].type = tf.as_dtype(dtype).as_datatype_enum
     for key, value in attributes.items():
         node.attr[key].f = value

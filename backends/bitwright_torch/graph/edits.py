@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx, nn
 
+from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import (
-    LINEAR_KINDS,
-    Edit,
-    FoldBatchNorm,
-    Op,
-    OpId,
-    OpKind,
-    Param,
-    ParamRole,
-    RemoveOp,
-    ReplaceActivation,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
-    output_channels,
-)
+from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Op, OpId, Param, ParamId, TensorId
 from bitwright_torch.graph import modes
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, info, owner_of, program_of, share, tensor_of
@@ -35,16 +21,16 @@ from bitwright_torch.graph.operands import Operand, operands
 from bitwright_torch.graph.params import native_values, write_params
 
 aten = torch.ops.aten
-_ACTIVATIONS: dict[str, Any] = {
-    "Relu": aten.relu.default, "Sigmoid": aten.sigmoid.default, "Tanh": aten.tanh.default,
-    "Identity": aten.alias.default, "Softplus": aten.softplus.default, "Elu": aten.elu.default,
-    "LeakyRelu": aten.leaky_relu.default, "HardSwish": aten.hardswish.default, "Mish": aten.mish.default,
-    "Gelu": aten.gelu.default, "Swish": aten.silu.default,
+_CALLS: dict[str, Any] = {
+    "Relu": aten.relu.default, "Relu6": aten.relu6.default, "Sigmoid": aten.sigmoid.default,
+    "Tanh": aten.tanh.default, "Identity": aten.alias.default, "Softplus": aten.softplus.default,
+    "Elu": aten.elu.default, "Selu": aten.selu.default, "LeakyRelu": aten.leaky_relu.default,
+    "HardSigmoid": aten.hardsigmoid.default, "HardSwish": aten.hardswish.default, "Mish": aten.mish.default,
+    "Gelu": aten.gelu.default, "Swish": aten.silu.default, "Abs": aten.abs.default, "Add": aten.add.Tensor,
+    "Div": aten.div.Tensor,
 }  # fmt: skip
-"""Activations of one operand, with ONNX's default attributes."""
-_ACTIVATION_KINDS = frozenset(
-    {OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.IDENTITY}
-)  # fmt: skip
+SPELLED = "bitwright_spelled"
+"""Key of `fx.Node.meta`: an edit has put the node in as a part of an activation."""
 
 
 def edit_model(model: CapturedModel, edits: Sequence[Edit]) -> CapturedModel:
@@ -53,9 +39,8 @@ def edit_model(model: CapturedModel, edits: Sequence[Edit]) -> CapturedModel:
     Raises:
         ModelError: an edit names what isn't there, or would change what the model computes elsewhere.
     """
-    editor = _Editor(model)
-    for edit in edits:
-        editor.apply(edit)
+    editor = TorchEditor(model)
+    editor.apply_all(edits)
     return editor.finish()
 
 
@@ -67,25 +52,24 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-class _Editor:
+class TorchEditor(Editor):
+    """Edits a copy of the graph; tensors are copied when they change."""
+
+    activations = frozenset(ACTIVATION_TYPES) & _CALLS.keys()
+
     def __init__(self, model: CapturedModel) -> None:
+        shown = canonical(model)
+        super().__init__(shown.graph)
         self._program = program_of(model)
-        self._shown = canonical(model)
         self._tree = share(model)
         self._graph = copy_graph(self._program.graph)
-        self._known: dict[str, tuple[Operand, Param]] = dict(self._shown.params)
-        self._params: dict[OpId, dict[ParamRole, str]] = {op.id: dict(op.params) for op in self._shown.graph}
+        self._known: dict[str, tuple[Operand, Param]] = dict(shown.params)
         self._nodes: dict[OpId, fx.Node] = {}
         for node in self._graph.nodes:
-            if node.op == "call_function" and info(node).op in self._params:
+            if node.op == "call_function" and info(node).op in self.ops:
                 self._nodes.setdefault(info(node).op, node)
         self._owned: set[str] = set()
         self._restructured = False
-
-    @singledispatchmethod
-    def apply(self, edit: Edit) -> None:
-        """Carry out one edit."""
-        raise ModelError(f"the PyTorch backend has no edit {type(edit).__name__}")
 
     def finish(self) -> CapturedModel:
         """The edited model."""
@@ -97,49 +81,41 @@ class _Editor:
         self._graph.lint()
         return CapturedModel(self._tree, self._program.with_graph(self._graph))
 
-    def _op(self, id: OpId) -> Op:
-        return self._shown.graph.op(id)
+    def _node(self, op: Op) -> fx.Node:
+        if op.id not in self._nodes:
+            raise ModelError(f"{op.id!r} ({op.type}) is a part of fused attention; it can't be edited")
+        return self._nodes[op.id]
 
-    def _node(self, id: OpId) -> fx.Node:
-        op = self._op(id)
-        if id not in self._nodes:
-            raise ModelError(f"{id!r} ({op.type}) is gone, or a part of fused attention; it can't be edited")
-        return self._nodes[id]
+    def _source(self, op: Op, tensor: TensorId, among: Iterable[fx.Node]) -> fx.Node:
+        """The node that computes what an op reads."""
+        found = next((n for n in among if NAMES in n.meta and info(n).tensor == tensor), None)
+        if found is None:
+            raise ModelError(f"{op.id!r} ({op.type}) reads {tensor!r} in a way that can't be edited")
+        return found
 
     # -- values
 
-    @apply.register
-    def _set_params(self, edit: SetParams) -> None:
-        native_values(self._known, edit.values)  # all are checked before the first is changed
-        for id in edit.values:
+    def set_values(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
+        """See `Editor`."""
+        native_values(self._known, values)  # all are checked before the first is changed
+        for id in values:
             self._make_parameter(id)
-        write_params(self._tree, self._known, edit.values, self._owned)
+        write_params(self._tree, self._known, values, self._owned)
 
-    @apply.register
-    def _set_bias(self, edit: SetBias) -> None:
-        op, node = self._op(edit.op), self._node(edit.op)
-        params = self._params[edit.op]
-        if op.kind not in LINEAR_KINDS or ParamRole.WEIGHT not in params:
-            raise ModelError(f"{edit.op!r} is a {op.type} without a constant weight; it can't be given a bias")
-        value = np.asarray(edit.value)
-        operand, shown = self._known[params[ParamRole.WEIGHT]]
-        width = output_channels(op, shown.shape)
-        if value.shape != (width,):
-            raise ModelError(f"the bias of {edit.op!r} has shape ({width},), the new one {value.shape}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new bias of {edit.op!r} holds NaN or infinity")
-        if ParamRole.BIAS in params:
-            users = [id for id, roles in self._params.items() if params[ParamRole.BIAS] in roles.values()]
-            if len(users) > 1:
-                self.apply(SplitSharedParam(edit.op, params[ParamRole.BIAS]))
-            write_params(self._tree, self._known, {params[ParamRole.BIAS]: value}, self._owned)
-            return
+    def add_bias(self, op: Op, value: NDArray[np.floating]) -> ParamId:
+        """See `Editor`."""
+        node, (operand, _) = self._node(op), self._known[str(op.weight)]
         weight = tensor_of(self._tree, operand.base)
         bias = torch.from_numpy(np.ascontiguousarray(value)).to(weight.device, weight.dtype)
-        name = self._register(_bias_name(operand, edit.op), bias, weight.requires_grad)
-        self._declare(edit.op, ParamRole.BIAS, name, bias)
+        name = self._register(_bias_name(operand, op.id), bias, weight.requires_grad)
         self._attach_bias(node, self._read(node, name))
         self._restructured = True
+        dtype, shape, id = str(bias.dtype).removeprefix("torch."), tuple(bias.shape), self._program.prefix + name
+        self._known[id] = (
+            Operand(id, name, (), False, shape, dtype),
+            Param(id, shape, dtype, tuple(range(len(shape)))),
+        )
+        return id
 
     def _make_parameter(self, id: str) -> None:
         """Put a parameter of its own in the place of one that is computed; what nothing else reads goes."""
@@ -214,16 +190,6 @@ class _Editor:
         self._owned.add(full)
         return full
 
-    def _declare(self, op: OpId, role: ParamRole, name: str, value: torch.Tensor) -> None:
-        dtype = str(value.dtype).removeprefix("torch.")
-        shape = tuple(value.shape)
-        id = self._program.prefix + name
-        self._known[id] = (
-            Operand(id, name, (), False, shape, dtype),
-            Param(id, shape, dtype, tuple(range(len(shape)))),
-        )
-        self._params[op][role] = id
-
     def _read(self, node: fx.Node, name: str) -> fx.Node:
         """A `get_attr` of a tensor, in front of a node."""
         value = tensor_of(self._tree, name)
@@ -236,93 +202,96 @@ class _Editor:
 
     # -- structure
 
-    @apply.register
-    def _fold_batch_norm(self, edit: FoldBatchNorm) -> None:
-        norm, into = self._node(edit.batch_norm), self._node(edit.into)
-        if norm.target is not modes.batch_norm or self._op(edit.into).kind not in LINEAR_KINDS:
-            raise ModelError(
-                f"{edit.batch_norm!r} ({self._op(edit.batch_norm).type}) can't be folded into {edit.into!r} "
-                f"({self._op(edit.into).type})"
-            )
-        source = norm.args[0]
-        assert isinstance(source, fx.Node)
-        if source is into:
-            self._only_reader(source, norm, edit)
-            norm.replace_all_uses_with(into)
-            into.meta[NAMES] = replace(info(into), tensor=info(norm).tensor)
-        elif self._data_argument(into) is norm:
-            self._only_reader(norm, into, edit)
-            into.replace_input_with(norm, source)
-        else:
-            raise ModelError(f"{edit.batch_norm!r} and {edit.into!r} are not neighbours")
-        self._erase(edit.batch_norm)
+    def only_reader(self, tensor: TensorId, reader: Op) -> bool:
+        """See `Editor`; what works on shapes reads too."""
+        node = self._node(reader)
+        return set(self._source(reader, tensor, node.all_input_nodes).users) == {node}
 
-    def _only_reader(self, tensor: fx.Node, reader: fx.Node, edit: FoldBatchNorm) -> None:
-        if set(tensor.users) != {reader}:
-            raise ModelError(
-                f"{edit.batch_norm!r} can't be folded into {edit.into!r}: {info(tensor).tensor!r} is also read "
-                "elsewhere"
-            )
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        node, other = self._batch_norm(norm), self._node(into)
+        node.replace_all_uses_with(other)
+        other.meta[NAMES] = replace(info(other), tensor=info(node).tensor)
+        self._erase(norm)
+
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        node, other = self._batch_norm(norm), self._node(into)
+        assert isinstance(node.args[0], fx.Node)
+        assert self._data_argument(other) is node
+        other.replace_input_with(node, node.args[0])
+        self._erase(norm)
+
+    def _batch_norm(self, norm: Op) -> fx.Node:
+        node = self._node(norm)
+        if node.target is not modes.batch_norm:
+            raise ModelError(f"{norm.id!r} ({norm.type}) is computed in a way that can't be folded")
+        return node
 
     def _data_argument(self, node: fx.Node) -> Any:
         return node.args[1] if node.target is aten.addmm.default else node.args[0]
 
-    def _erase(self, id: OpId) -> None:
+    def _erase(self, op: Op) -> None:
         """Remove an op that nothing reads any more, and parameters that only it read."""
-        node = self._nodes.pop(id)
-        read = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        node = self._nodes.pop(op.id)
+        inputs = node.all_input_nodes
         self._graph.erase_node(node)
-        del self._params[id]
         self._restructured = True
-        for tensor in read:
-            if not tensor.users:
-                self._forget(tensor)
+        self._forget_unread(inputs)
 
-    @apply.register
-    def _replace_activation(self, edit: ReplaceActivation) -> None:
-        op, node = self._op(edit.op), self._node(edit.op)
-        if op.kind not in _ACTIVATION_KINDS:
-            raise ModelError(f"{edit.op!r} ({op.type}) is no activation; it can't be turned into a {edit.type}")
-        if edit.type not in _ACTIVATIONS:
-            raise ModelError(f"{edit.op!r} can't be turned into a {edit.type!r}; possible: {', '.join(_ACTIVATIONS)}")
-        node.target, node.args, node.kwargs = _ACTIVATIONS[edit.type], (node.args[0],), {}
-        self._params[edit.op] = {}
+    def _forget_unread(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            if node.users:
+                continue
+            if node.op == "get_attr":
+                self._forget(node)
+            elif node.meta.get(SPELLED):
+                inputs = node.all_input_nodes
+                self._graph.erase_node(node)
+                self._forget_unread(inputs)
+
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """See `Editor`."""
+        node = self._node(op)
+        inputs = node.all_input_nodes
+        source = self._source(op, op.data_inputs[0], self._graph.nodes)
+        operands = [self._computed(o, source, f"{op.id}/{formula.type}", node) for o in formula.operands]
+        node.target, node.args, node.kwargs = _CALLS[formula.type], tuple(operands), {}
         self._restructured = True
+        self._forget_unread(inputs)
 
-    @apply.register
-    def _remove_op(self, edit: RemoveOp) -> None:
-        op, node = self._op(edit.op), self._node(edit.op)
-        if len(op.data_inputs) != 1 or len(op.outputs) != 1 or info(node).shape is None:
-            raise ModelError(f"{edit.op!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
-        source = next(n for n in node.all_input_nodes if n.op == "placeholder" or info(n).op)
-        final = self._graph.output_node()
-        if final not in node.users:
-            node.replace_all_uses_with(source)
-            self._erase(edit.op)
-        elif source.op == "placeholder" or final in source.users:
-            # A model output needs a producer of its own.
-            node.target, node.args, node.kwargs = aten.alias.default, (source,), {}
-            self._restructured = True
-        else:
-            node.replace_all_uses_with(source)
+    def _computed(self, what: Formula | float | None, source: fx.Node, name: str, before: fx.Node) -> fx.Node | float:
+        """Put nodes that compute a formula of a tensor in front of a node."""
+        if not isinstance(what, Formula):
+            return source if what is None else what
+        inner = f"{name}/{what.type}"
+        operands = [self._computed(o, source, inner, before) for o in what.operands]
+        with self._graph.inserting_before(before):
+            made = self._graph.call_function(_CALLS[what.type], tuple(operands))
+        made.meta[NAMES] = replace(info(source), op=inner, tensor=inner)
+        made.meta[SPELLED] = True
+        return made
+
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """See `Editor`."""
+        node = self._node(op)
+        if info(node).shape is None:
+            raise ModelError(f"{op.id!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
+        source = self._source(op, op.data_inputs[0], self._graph.nodes)
+        node.replace_all_uses_with(source)
+        if renames:
             source.meta[NAMES] = replace(info(source), tensor=info(node).tensor)
-            self._erase(edit.op)
+        self._erase(op)
 
-    @apply.register
-    def _split_shared(self, edit: SplitSharedParam) -> None:
-        node = self._node(edit.op)
-        roles = [role for role, id in self._params[edit.op].items() if id == edit.param]
-        if not roles:
-            raise ModelError(f"{edit.op!r} has no parameter {edit.param!r}")
-        if sum(edit.param in held.values() for held in self._params.values()) < 2:
-            return
-        operand, shown = self._known[edit.param]
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """See `Editor`."""
+        node, (operand, shown) = self._node(op), self._known[param]
         readers = [
-            n for n, o in operands(self._graph, self._tree).items() if o.id == edit.param and n in node.all_input_nodes
+            n for n, o in operands(self._graph, self._tree).items() if o.id == param and n in node.all_input_nodes
         ]
         value = operand.view(self._tree).clone()
         trainable = tensor_of(self._tree, operand.base).requires_grad
-        name = self._untie(edit.op, operand, value, trainable)
+        name = self._untie(op.id, operand, value, trainable)
         for reader in readers:
             own_node = self._read(node, name)
             if operand.transposed:
@@ -334,9 +303,8 @@ class _Editor:
         id = self._program.prefix + name
         stored = Operand(id, name, (), operand.transposed, operand.shape, operand.dtype)
         self._known[id] = (stored, replace(shown, id=id))
-        for role in roles:
-            self._params[edit.op][role] = id
         self._restructured = True
+        return id
 
     def _untie(self, op: OpId, operand: Operand, value: torch.Tensor, trainable: bool) -> str:
         """A tensor of its own: the layer's, if its attribute is tied to the shared one, else a new parameter."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitwright.backend import Tap
-from bitwright.errors import BitwrightError
+from bitwright.backend import Backend, Batch, Tap
+from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph import (
+    ACTIVATION_KINDS,
+    ACTIVATION_TYPES,
     LINEAR_KINDS,
     Edit,
     FoldBatchNorm,
+    Graph,
+    Op,
     OpKind,
     ParamRole,
     RemoveOp,
@@ -20,11 +27,13 @@ from bitwright.graph import (
     SetBias,
     SetParams,
     SplitSharedParam,
+    TensorId,
     from_matrix,
     output_channels,
     to_matrix,
 )
 from bitwright.testing.contract_base import (
+    Array,
     Case,
     Contract,
     assert_close,
@@ -33,6 +42,7 @@ from bitwright.testing.contract_base import (
     run,
     scale_shift,
 )
+from bitwright.testing.kernels import ACTIVATIONS
 
 
 class EditContract(Contract):
@@ -113,6 +123,65 @@ class EditContract(Contract):
             values = run(backend.session(changed, [Tap(op.data_inputs[0]), Tap(op.output)]), case.batch)
             assert np.array_equal(values[op.output], np.maximum(values[op.data_inputs[0]], 0))
 
+    def test_every_activation_type(self, case: Case) -> None:
+        """ReplaceActivation makes all of `ACTIVATION_TYPES`, with the numbers of the kernels; id and tensors stay."""
+        backend, model = self.backend(), case.build()
+        op = _activation(backend.graph(model))
+        if op is None:
+            pytest.skip("the case has no activation")
+        source, wide = op.data_inputs[0], _wide(case)
+        without = run_outputs(backend, backend.edit(model, [RemoveOp(op.id)]), wide)
+        for type, shown in ACTIVATION_TYPES.items():
+            changed = backend.edit(model, [ReplaceActivation(op.id, type)])
+            graph = backend.graph(changed)
+            if type == "Identity":  # which a backend may show or not
+                found, expected = run_outputs(backend, changed, wide), without
+            else:
+                new = graph.op(op.id)
+                assert new.outputs == op.outputs, type
+                if new.data_inputs == op.data_inputs:
+                    assert (new.kind, new.type) == (shown.kind, shown.type), type
+                    if shown.attrs is not None:  # frameworks keep numbers as float32
+                        assert new.attrs is not None, type
+                        for key, number in asdict(shown.attrs).items():
+                            assert getattr(new.attrs, key) == (None if number is None else pytest.approx(number)), type
+                values = run(backend.session(changed, [Tap(source), Tap(op.output)]), wide)
+                found, expected = {op.output: values[op.output]}, {op.output: ACTIVATIONS[type](values[source])}
+            for t in expected:
+                assert_close(found[t], expected[t], max(case.tolerance, 2e-6), f"{type}: {t}")
+        assert _activation(backend.graph(model)) == op, "editing changed the original"
+
+    def test_edits_follow_one_another(self, case: Case) -> None:
+        """Each edit of a sequence sees the model that the ones before it have made."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        op = _activation(graph)
+        if op is not None:
+            removed = run_outputs(backend, backend.edit(model, [RemoveOp(op.id)]), case.batch)
+            edits = [*(ReplaceActivation(op.id, type) for type in ACTIVATION_TYPES), RemoveOp(op.id)]
+            for t, v in run_outputs(backend, backend.edit(model, edits), case.batch).items():
+                assert_close(v, removed[t], case.tolerance, t)
+            with pytest.raises(ModelError, match=repr(op.id)):
+                backend.edit(model, [RemoveOp(op.id), ReplaceActivation(op.id, "Relu")])
+        for linear in graph.linear_ops[:2]:
+            assert linear.weight is not None
+            width = output_channels(linear, graph.params[linear.weight].shape)
+            ramp = np.arange(width, dtype=np.float32)
+            changed = backend.edit(model, [SetBias(linear.id, ramp), SetBias(linear.id, -ramp)])
+            bias = backend.graph(changed).op(linear.id).params[ParamRole.BIAS]
+            assert np.array_equal(backend.read(changed, [bias])[bias], -ramp)
+
+    def test_edits_that_can_t_be_made_are_refused(self, case: Case) -> None:
+        """Each mistake has one error, that names what is wrong; nothing of the model changes."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        for edit, told in _wrong(graph):
+            with pytest.raises(ModelError, match=told):
+                backend.edit(model, [edit])
+            with pytest.raises(ModelError, match=told):
+                backend.edit(model, [*_harmless(graph), edit])
+        assert backend.graph(model) is graph
+
     def test_identities_can_be_removed(self, case: Case) -> None:
         """RemoveOp keeps the outputs and their names."""
         backend, model = self.backend(), case.build()
@@ -138,3 +207,56 @@ class EditContract(Contract):
             own = after.params[role]
             assert np.array_equal(backend.read(split, [own])[own], backend.read(model, [p])[p])
             assert p in backend.graph(split).op(users[1].id).params.values()
+
+
+def run_outputs(backend: Backend[Any], model: Any, batch: Batch) -> dict[TensorId, Array]:
+    """The float model's outputs."""
+    return run(backend.session(model, [Tap(t) for t in backend.graph(model).outputs]), batch)
+
+
+def _activation(graph: Graph) -> Op | None:
+    """An activation whose output isn't the model's."""
+    wanted = ACTIVATION_KINDS - {OpKind.IDENTITY}
+    found = (op for op in graph if op.kind in wanted and len(op.data_inputs) == 1 and op.output not in graph.outputs)
+    return next(found, None)
+
+
+def _wide(case: Case) -> Batch:
+    """The batch, so much larger that activations saturate."""
+    return {t: v * v.dtype.type(8) if v.dtype.kind == "f" else v for t, v in case.batch.items()}
+
+
+def _harmless(graph: Graph) -> list[Edit]:
+    op = _activation(graph)
+    return [] if op is None else [ReplaceActivation(op.id, "Tanh")]
+
+
+def _wrong(graph: Graph) -> Iterator[tuple[Any, str]]:
+    """Edits that can't be made, and what is said."""
+    no_op, one = "the model has no op 'nowhere'", np.zeros(1, np.float32)
+    yield from ((edit, no_op) for edit in (
+        SetBias("nowhere", one), FoldBatchNorm("nowhere", "nowhere"), ReplaceActivation("nowhere", "Relu"),
+        RemoveOp("nowhere"), SplitSharedParam("nowhere", "nowhere"),
+    ))  # fmt: skip
+    yield SetParams({"nowhere": one}), "the model has no parameter 'nowhere'"
+    yield "remove", "'remove' is no edit"
+    linear = next(iter(graph.linear_ops), None)
+    if linear is not None:
+        name = re.escape(repr(linear.id))
+        yield ReplaceActivation(linear.id, "Relu"), f"{name} .* is no activation; it can't be turned into a Relu"
+        yield SplitSharedParam(linear.id, "nowhere"), f"{name} has no parameter 'nowhere'"
+        yield FoldBatchNorm(linear.id, linear.id), f"{name} .* can't be folded into {name}"
+    op = _activation(graph)
+    if op is not None:
+        name = re.escape(repr(op.id))
+        yield ReplaceActivation(op.id, "Fancy"), f"{name} can't be turned into a 'Fancy'; possible are Identity, Relu"
+        yield SetBias(op.id, one), f"{name} is a .* without a constant weight; it can't be given a bias"
+        for norm in (o for o in graph if o.kind is OpKind.BATCH_NORM):
+            yield FoldBatchNorm(norm.id, op.id), f"{re.escape(repr(norm.id))} .* can't be folded into {name}"
+    for norm in (o for o in graph if o.kind is OpKind.BATCH_NORM):
+        for other in graph.linear_ops:
+            if norm.data_inputs[0] != other.output and other.data_inputs[0] != norm.output:
+                told = f"{re.escape(repr(norm.id))} .* can't be folded into {re.escape(repr(other.id))} "
+                yield FoldBatchNorm(norm.id, other.id), told + ".*not neighbours"
+    for total in (o for o in graph if o.kind is OpKind.ADD and len(o.data_inputs) == 2):
+        yield RemoveOp(total.id), f"{re.escape(repr(total.id))} .* doesn't pass one input on to one output"

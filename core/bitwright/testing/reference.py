@@ -6,7 +6,7 @@ for a framework differs in that `graph` and `read` convert names and layouts at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Tap, reduced
+from bitwright.backend import Batch, Bundle, Editor, Tap, reduced
 from bitwright.errors import EncodingError, InputError, ModelError
-from bitwright.graph import (
-    ActivationAttrs,
-    Edit,
-    FoldBatchNorm,
-    Graph,
-    Op,
-    OpId,
-    OpKind,
-    Param,
-    ParamId,
-    ParamRole,
-    RemoveOp,
-    ReplaceActivation,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
-    TensorId,
-)
+from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, OpId, Param, ParamId, ParamRole, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Float, Plan, SiteId
 from bitwright.testing import archive
@@ -198,9 +181,9 @@ class ReferenceBackend:
 
     def edit(self, model: ReferenceModel, edits: Sequence[Edit]) -> ReferenceModel:
         """Apply edits, in order, to a copy."""
-        for edit in edits:
-            model = EDITORS[type(edit)](model, edit)
-        return model
+        editor = ReferenceEditor(model)
+        editor.apply_all(edits)
+        return editor.model
 
     def session(self, model: ReferenceModel, taps: Sequence[Tap]) -> ReferenceSession:
         """The whole model."""
@@ -255,83 +238,73 @@ def rebuild(
     return replace(model, graph=graph, params={p: v for p, v in values.items() if p in used})
 
 
-def _swap(model: ReferenceModel, changed: Op) -> list[Op]:
-    return [changed if op.id == changed.id else op for op in model.graph.ops]
+class ReferenceEditor(Editor):
+    """Edits by rebuilding the graph; what is edited is `model`, what was given stays."""
+
+    def __init__(self, model: ReferenceModel) -> None:
+        super().__init__(model.graph)
+        self.model = model
+
+    def set_values(self, values: Mapping[ParamId, Array]) -> None:
+        """See `Editor`."""
+        known = self.model.params
+        for p, value in values.items():
+            if p not in known:
+                raise ModelError(f"the model has no parameter {p!r}")
+            if np.shape(value) != known[p].shape:
+                raise ModelError(f"parameter {p!r} has shape {known[p].shape}, can't set it to {np.shape(value)}")
+        self.model = replace(self.model, params={**known, **{p: np.array(v, np.float32) for p, v in values.items()}})
+
+    def add_bias(self, op: Op, value: Array) -> ParamId:
+        """See `Editor`."""
+        bias = f"{op.id}.bias"
+        if bias in self.model.params:
+            raise ModelError(f"can't add a bias to {op.id!r}: parameter {bias!r} exists and belongs to another op")
+        return self._give(op, bias, np.array(value, np.float32), ParamRole.BIAS)
+
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """See `Editor`."""
+        roles = [role for role, held in op.params.items() if held == param]
+        return self._give(op, f"{param}@{op.id}", self.model.params[param], *roles)
+
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        self._without(norm, replace(into, outputs=norm.outputs))
+
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """See `Editor`."""
+        self._without(norm, _reading(into, norm.output, norm.data_inputs[0]))
+
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """See `Editor`."""
+        shown = ACTIVATION_TYPES[formula.type]
+        changed = replace(op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={})
+        self.model = rebuild(self.model, self._swapped(changed))
+
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """See `Editor`."""
+        source, gone = op.data_inputs[0], op.output
+        ops = [o for o in self.model.graph.ops if o.id != op.id]
+        if renames:
+            ops = [
+                replace(_reading(o, source, gone), outputs=tuple(gone if t == source else t for t in o.outputs))
+                for o in ops
+            ]
+        else:
+            ops = [_reading(o, gone, source) for o in ops]
+        self.model = rebuild(self.model, ops)
+
+    def _swapped(self, changed: Op) -> list[Op]:
+        return [changed if op.id == changed.id else op for op in self.model.graph.ops]
+
+    def _give(self, op: Op, param: ParamId, value: Array, *roles: ParamRole) -> ParamId:
+        changed = replace(op, params={**op.params, **dict.fromkeys(roles, param)})
+        self.model = rebuild(self.model, self._swapped(changed), {**self.model.params, param: value})
+        return param
+
+    def _without(self, gone: Op, changed: Op) -> None:
+        self.model = rebuild(self.model, [op for op in self._swapped(changed) if op.id != gone.id])
 
 
-def _set_params(model: ReferenceModel, edit: SetParams) -> ReferenceModel:
-    for p, value in edit.values.items():
-        if p not in model.params:
-            raise ModelError(f"the model has no parameter {p!r}")
-        if value.shape != model.params[p].shape:
-            raise ModelError(f"parameter {p!r} has shape {model.params[p].shape}, can't set it to {value.shape}")
-    new = {p: np.array(v, np.float32) for p, v in edit.values.items()}
-    return replace(model, params={**model.params, **new})
-
-
-def _set_bias(model: ReferenceModel, edit: SetBias) -> ReferenceModel:
-    op = model.graph.op(edit.op)
-    current = op.params.get(ParamRole.BIAS)
-    if current is not None and len(model.graph.users(current)) == 1:
-        return _set_params(model, SetParams({current: edit.value}))
-    bias = f"{op.id}.bias"
-    if bias in model.params:
-        raise ModelError(f"can't add a bias to {op.id!r}: parameter {bias!r} exists and belongs to another op")
-    changed = replace(op, params={**op.params, ParamRole.BIAS: bias})
-    return rebuild(model, _swap(model, changed), {**model.params, bias: np.array(edit.value, np.float32)})
-
-
-def _fold_batch_norm(model: ReferenceModel, edit: FoldBatchNorm) -> ReferenceModel:
-    norm, into = model.graph.op(edit.batch_norm), model.graph.op(edit.into)
-    if norm.data_inputs[0] == into.output:
-        changed = replace(into, outputs=norm.outputs)
-    elif norm.output in into.data_inputs:
-        changed = replace(into, inputs=tuple(norm.inputs[0] if t == norm.output else t for t in into.inputs))
-    else:
-        raise ModelError(f"{into.id!r} is no neighbour of batch norm {norm.id!r}; it can't absorb it")
-    return rebuild(model, [op for op in _swap(model, changed) if op.id != norm.id])
-
-
-def _replace_activation(model: ReferenceModel, edit: ReplaceActivation) -> ReferenceModel:
-    forms = {"Relu": (OpKind.RELU, None), "Relu6": (OpKind.CLIPPED_RELU, ActivationAttrs(0.0, 6.0))}
-    if edit.type not in forms:
-        raise ModelError(f"can't turn {edit.op!r} into {edit.type!r}; known: {', '.join(forms)}")
-    kind, attrs = forms[edit.type]
-    changed = replace(model.graph.op(edit.op), kind=kind, type=edit.type, attrs=attrs, params={})
-    return rebuild(model, _swap(model, changed))
-
-
-def _remove_op(model: ReferenceModel, edit: RemoveOp) -> ReferenceModel:
-    op = model.graph.op(edit.op)
-    source, gone = op.data_inputs[0], op.output
-    ops = [o for o in model.graph.ops if o.id != op.id]
-    if gone not in model.graph.outputs:
-        return rebuild(model, [replace(o, inputs=tuple(source if t == gone else t for t in o.inputs)) for o in ops])
-    if source in model.graph.inputs or source in model.graph.outputs:
-        # Both ends have names that must stay, so something has to lie between them.
-        return rebuild(model, _swap(model, replace(op, kind=OpKind.IDENTITY, type="Identity", attrs=None, params={})))
-
-    def renamed(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(gone if t == source else t for t in tensors)
-
-    return rebuild(model, [replace(o, inputs=renamed(o.inputs), outputs=renamed(o.outputs)) for o in ops])
-
-
-def _split_shared(model: ReferenceModel, edit: SplitSharedParam) -> ReferenceModel:
-    op = model.graph.op(edit.op)
-    roles = [r for r, p in op.params.items() if p == edit.param]
-    if not roles:
-        raise ModelError(f"{op.id!r} doesn't use parameter {edit.param!r}")
-    own = f"{edit.param}@{op.id}"
-    changed = replace(op, params={r: own if r in roles else p for r, p in op.params.items()})
-    return rebuild(model, _swap(model, changed), {**model.params, own: model.params[edit.param]})
-
-
-EDITORS: dict[type[Any], Callable[[ReferenceModel, Any], ReferenceModel]] = {
-    SetParams: _set_params,
-    SetBias: _set_bias,
-    FoldBatchNorm: _fold_batch_norm,
-    ReplaceActivation: _replace_activation,
-    RemoveOp: _remove_op,
-    SplitSharedParam: _split_shared,
-}
+def _reading(op: Op, old: TensorId, new: TensorId) -> Op:
+    return replace(op, inputs=tuple(new if t == old else t for t in op.inputs))

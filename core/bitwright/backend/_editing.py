@@ -1,0 +1,264 @@
+"""Editing a model, whatever the framework: what each edit means, when it is refused, and what becomes of the ops.
+
+A backend derives its editor from `Editor` and gives the primitives that truly differ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import ModelError
+from bitwright.graph import (
+    ACTIVATION_KINDS,
+    ACTIVATION_TYPES,
+    LINEAR_KINDS,
+    Edit,
+    FoldBatchNorm,
+    Formula,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    RemoveOp,
+    ReplaceActivation,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+    TensorId,
+    formula,
+    output_channels,
+)
+
+
+class Editor(ABC):
+    """Carries out edits, in order, on a copy of a model that the backend makes.
+
+    Primitives are called only where an edit is right, and before `ops` are changed accordingly.
+
+    Attributes:
+        activations: which of `ACTIVATION_TYPES` the framework has as one op; what it lacks is spelled out.
+        ops: as they are after the edits so far, by id.
+        outputs: of the model.
+    """
+
+    activations: Collection[str] = frozenset(ACTIVATION_TYPES)
+
+    def __init__(self, graph: Graph) -> None:
+        self.see(graph)
+
+    def see(self, graph: Graph) -> None:
+        """Take the ops from a graph: for a primitive that changes more than the base can know."""
+        self.ops: dict[OpId, Op] = {op.id: op for op in graph}
+        self.outputs = frozenset(graph.outputs)
+        self._shapes = {p: param.shape for p, param in graph.params.items()}
+
+    # -- primitives
+
+    @abstractmethod
+    def set_values(self, values: Mapping[ParamId, NDArray[Any]]) -> None:
+        """Set parameters, given in canonical layout.
+
+        Raises:
+            ModelError: as `ParamUpdates.set_params`. Nothing is set then.
+        """
+
+    @abstractmethod
+    def add_bias(self, op: Op, value: NDArray[Any]) -> ParamId:
+        """Give a linear op that has no bias one, (out,); the tensor `op.output` holds the sum then.
+
+        Returns:
+            The new parameter.
+        """
+
+    def own_bias(self, op: Op, bias: ParamId, value: NDArray[Any]) -> ParamId:
+        """Give a linear op a bias of its own instead of one that others use too; returns the new parameter."""
+        own = self.split(op, bias)
+        self.set_values({own: value})
+        return own
+
+    @abstractmethod
+    def split(self, op: Op, param: ParamId) -> ParamId:
+        """Give an op its own copy of a parameter that others use too; returns the new one."""
+
+    @abstractmethod
+    def fold_backward(self, norm: Op, into: Op) -> None:
+        """Drop a batch norm: `into`, whose output it alone reads, computes `norm.output` instead."""
+
+    @abstractmethod
+    def fold_forward(self, norm: Op, into: Op) -> None:
+        """Drop a batch norm: `into`, which alone reads its output, reads what the norm read."""
+
+    @abstractmethod
+    def put_activation(self, op: Op, formula: Formula) -> None:
+        """Compute `op.output` from the op's one input by a formula of what `activations` has."""
+
+    @abstractmethod
+    def drop(self, op: Op, *, renames: bool) -> None:
+        """Drop an op of one input and one output.
+
+        Args:
+            op: the op.
+            renames: its output is a model output: what computes its input comes to compute that instead. Otherwise
+                readers of the output come to read the input.
+        """
+
+    def is_shared(self, op: Op, param: ParamId) -> bool:
+        """Whether anything but the op uses one of its parameters."""
+        return any(other.id != op.id and param in other.params.values() for other in self.ops.values())
+
+    def only_reader(self, tensor: TensorId, reader: Op) -> bool:
+        """Whether an op alone reads a tensor, which isn't a model output."""
+        return tensor not in self.outputs and [op.id for op in self._readers(tensor)] == [reader.id]
+
+    # -- edits
+
+    def apply(self, edit: Edit) -> None:
+        """Carry out one edit.
+
+        Raises:
+            ModelError: it names what isn't there, or would change what the model computes elsewhere.
+        """
+        match edit:
+            case SetParams(values):
+                self.set_values(values)
+            case SetBias(op, value):
+                self._set_bias(self.op(op), value)
+            case FoldBatchNorm(norm, into):
+                self._fold(self.op(norm), self.op(into))
+            case ReplaceActivation(op, type):
+                self._replace_activation(self.op(op), type)
+            case RemoveOp(op):
+                self._remove(self.op(op))
+            case SplitSharedParam(op, param):
+                self._split(self.op(op), param)
+            case _:
+                raise ModelError(f"{edit!r} is no edit; `bitwright.graph.edits` has them all")
+
+    def apply_all(self, edits: Sequence[Edit]) -> None:
+        """Carry out edits in order.
+
+        Raises:
+            ModelError: as `apply`.
+        """
+        for edit in edits:
+            self.apply(edit)
+
+    def op(self, id: OpId) -> Op:
+        """An op as it is at present.
+
+        Raises:
+            ModelError: there is none of that name, or no longer.
+        """
+        try:
+            return self.ops[id]
+        except KeyError:
+            raise ModelError(f"the model has no op {id!r}") from None
+
+    def _readers(self, tensor: TensorId) -> list[Op]:
+        return [op for op in self.ops.values() if tensor in op.inputs]
+
+    def _set_bias(self, op: Op, value: Any) -> None:
+        if op.kind not in LINEAR_KINDS or op.weight is None:
+            raise ModelError(
+                f"{op.id!r} is a {op.native or op.type} without a constant weight; it can't be given a bias"
+            )
+        array = checked_bias(op.id, value, output_channels(op, self._shapes[op.weight]))
+        bias = op.params.get(ParamRole.BIAS)
+        if bias is None:
+            bias = self.add_bias(op, array)
+        elif self.is_shared(op, bias):
+            bias = self.own_bias(op, bias, array)
+        else:
+            self.set_values({bias: array})
+        self._shapes[bias] = array.shape
+        self.ops[op.id] = replace(self.ops[op.id], params={**self.ops[op.id].params, ParamRole.BIAS: bias})
+
+    def _split(self, op: Op, param: ParamId) -> None:
+        roles = [role for role, held in op.params.items() if held == param]
+        if not roles:
+            raise ModelError(f"{op.id!r} has no parameter {param!r}")
+        if not self.is_shared(op, param):
+            return
+        own = self.split(op, param)
+        self._shapes[own] = self._shapes[param]
+        params = {role: own if role in roles else held for role, held in op.params.items()}
+        self.ops[op.id] = replace(self.ops[op.id], params=params)
+
+    def _fold(self, norm: Op, into: Op) -> None:
+        what = f"{norm.id!r} ({norm.type}) can't be folded into {into.id!r} ({into.type})"
+        if norm.kind is not OpKind.BATCH_NORM or into.kind not in LINEAR_KINDS or into.weight is None:
+            raise ModelError(f"{what}: only a batch norm can be, into a linear op with a constant weight")
+        source, result = norm.data_inputs[0], norm.output
+        backward = source == into.output
+        if not backward and into.data_inputs[0] != result:
+            raise ModelError(f"{what}: they are not neighbours")
+        between, reader = (source, norm) if backward else (result, into)
+        if not self.only_reader(between, reader):
+            raise ModelError(f"{what}: {between!r} is also read elsewhere")
+        if backward:
+            self.fold_backward(norm, into)
+            self.ops[into.id] = replace(into, outputs=(result, *into.outputs[1:]))
+        else:
+            self.fold_forward(norm, into)
+            self.ops[into.id] = _reading(into, {result: source})
+        del self.ops[norm.id]
+
+    def _replace_activation(self, op: Op, type: str) -> None:
+        if op.kind not in ACTIVATION_KINDS or len(op.data_inputs) != 1 or len(op.outputs) != 1:
+            raise ModelError(f"{op.id!r} ({op.type}) is no activation; it can't be turned into a {type}")
+        if type not in ACTIVATION_TYPES:
+            raise ModelError(f"{op.id!r} can't be turned into a {type!r}; possible are {', '.join(ACTIVATION_TYPES)}")
+        self._put(op, type)
+
+    def _put(self, op: Op, type: str) -> None:
+        shown = ACTIVATION_TYPES[type]
+        self.put_activation(op, formula(type, self.activations))
+        self.ops[op.id] = replace(
+            op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={}, native=""
+        )
+
+    def _remove(self, op: Op) -> None:
+        if len(op.data_inputs) != 1 or len(op.outputs) != 1:
+            raise ModelError(f"{op.id!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
+        source, result = op.data_inputs[0], op.output
+        maker = next((o for o in self.ops.values() if source in o.outputs), None)
+        if result in self.outputs and (maker is None or source in self.outputs):
+            # A model output needs an op of its own that computes it.
+            if op.kind is not OpKind.IDENTITY:
+                self._put(op, "Identity")
+            return
+        renames = result in self.outputs
+        self.drop(op, renames=renames)
+        del self.ops[op.id]
+        if renames and maker is not None:
+            outputs = tuple(result if t == source else t for t in maker.outputs)
+            self.ops[maker.id] = replace(maker, outputs=outputs)
+        old, new = (source, result) if renames else (result, source)
+        for reader in self._readers(old):
+            self.ops[reader.id] = _reading(reader, {old: new})
+
+
+def _reading(op: Op, tensors: Mapping[TensorId, TensorId]) -> Op:
+    return replace(op, inputs=tuple(t if t is None else tensors.get(t, t) for t in op.inputs))
+
+
+def checked_bias(op: OpId, value: Any, width: int) -> NDArray[Any]:
+    """A new bias of a linear op.
+
+    Raises:
+        ModelError: there isn't one value for each output, or one isn't finite.
+    """
+    array = np.asarray(value)
+    if array.shape != (width,):
+        raise ModelError(f"the bias of {op!r} has shape ({width},), the new one {array.shape}")
+    if not np.isfinite(array).all():
+        raise ModelError(f"the new bias of {op!r} holds NaN or infinity; nothing was changed")
+    return array
