@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.backend._editing import Editor
 from bitwright.backend._grid_checks import check_encodings, check_site, on_grid
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._protocols import (
@@ -36,6 +37,7 @@ __all__ = [
     "Bundle",
     "BundledFormats",
     "Capability",
+    "Editor",
     "IntegerRuntime",
     "OpTimer",
     "Pair",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, formula
 from bitwright.graph._channel_axes import around, channel_axes
 from bitwright.graph._composites import COMPOSITES, NORMS, Composite
 from bitwright.graph._graph import (
@@ -50,8 +51,11 @@ from bitwright.graph._patterns import (
 from bitwright.graph.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
 
 __all__ = [
+    "ACTIVATION_KINDS",
+    "ACTIVATION_TYPES",
     "COMPOSITES",
     "INTEGER_TYPES",
+    "LEAK",
     "LINEAR_KINDS",
     "NORMS",
     "ONNX_TYPES",
@@ -67,6 +71,7 @@ __all__ = [
     "ConvAttrs",
     "Edit",
     "FoldBatchNorm",
+    "Formula",
     "Graph",
     "Match",
     "Op",
@@ -91,6 +96,7 @@ __all__ = [
     "channel_axes",
     "columns",
     "downstream",
+    "formula",
     "from_matrix",
     "groups_of",
     "input_channels",
