@@ -40,7 +40,7 @@ class FoldBatchNorm:
 
 @dataclass(frozen=True)
 class ReplaceActivation:
-    """Turn an activation into another, one of `activation_types.ACTIVATION_TYPES`: "Relu" drops a ReLU6's bound."""
+    """Turn an activation into another, one of `ACTIVATION_TYPES`: "Relu" drops a ReLU6's bound."""
 
     op: OpId
     type: str

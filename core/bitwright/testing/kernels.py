@@ -42,7 +42,8 @@ ELEMENTWISE: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-x)), x.dtype)
+    with np.errstate(over="ignore"):  # 1 / ∞ is the right 0
+        return np.asarray(1 / (1 + np.exp(-x)), x.dtype)
 
 
 def _hard_sigmoid(x: Array) -> Array:
@@ -81,7 +82,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "Exp": np.exp,
     "Abs": np.abs,
 }
-"""By type: all of `activation_types.ACTIVATION_TYPES`, and a few more."""
+"""By type: all of `ACTIVATION_TYPES`, and a few more."""
 
 
 def compute(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params, perm: tuple[int, ...]) -> list[Array]:
