@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ class TorchBackend:
         from bitwright_torch.export.export import export
 
         return export(model, plan, encodings, path, format)
+
+    def converting_once(self) -> AbstractContextManager[None]:
+        """See `bitwright.backend.SharedConversion`."""
+        from bitwright_torch.export.export import converting_once
+
+        return converting_once()
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""

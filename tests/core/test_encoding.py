@@ -196,3 +196,17 @@ def test_tables_are_immutable_and_keep_provenance():
     assert e.equals(e.with_(source="other", frozen=True))
     assert not e.equals(e.with_(scale=np.float32(2)))
     assert e.granularity == PerTensor()
+
+
+def test_steps_between_tensors():
+    e = encoding_from_range(QuantSpec(8, signed=False, symmetric=False), -1, 2)
+    a = np.array([[-1, -0.5, 0], [0.3, 2, 9]], np.float32)
+    b = np.array([[-1, 0.5, 0.001], [0.3, 1, 11]], np.float32)
+    expected = np.abs(e.quantize(a).astype(int) - e.quantize(b))
+    found = e.steps_between(a, b)
+    assert found.tolist() == [84, 0, 85, 0]  # of the four values that differ
+    assert found.sum() == expected.sum() and found.max() == expected.max()
+    w = np.array([[1, 2], [3, 4]], np.float32)
+    channels = encoding_of_weights(w, QuantSpec(8, granularity=PerChannel(0)))
+    turned = np.abs(channels.quantize(w) - channels.quantize(w[:, ::-1]))
+    assert channels.steps_between(w, w[:, ::-1]).tolist() == turned.reshape(-1).tolist()

@@ -138,6 +138,28 @@ def test_another_runtime_covers_nothing():
     assert not found.covered and not found.problems and "round otherwise" in found.loose["y"]
 
 
+def test_the_runtime_s_operands_are_computed_with():
+    """Ops whose operands the plain run had as well aren't computed again; those that got others are."""
+    from bitwright.verification._integer import IntegerSimulation
+
+    model, data = NETS["squeeze_excite"]()
+    sim = QuantSim(model).calibrate(data)
+    first = sim.graph.inputs[0]
+    makers = [IntegerSimulation(sim.backend, sim.native, sim.graph, sim.table) for _ in range(2)]
+    tensors = [t for t in makers[0].written if t in sim.table]
+    inside = tensors[0]
+    plain = makers[0].run(data, [first, *tensors])
+    for given in ({}, {inside: plain[inside]}, {inside: plain[inside][..., ::-1]}):
+        again, fresh = (m.codes(data, tensors, given) for m in makers)  # the second one never ran as a whole
+        assert all(np.array_equal(again[t], fresh[t]) for t in tensors)
+    assert len(tensors) > 2 and not np.array_equal(
+        again[tensors[-1]], sim.table[tensors[-1]].quantize(plain[tensors[-1]])
+    )
+    other = {name: 0.5 * v for name, v in data.items()}
+    assert all(np.array_equal(makers[0].codes(other, tensors, {})[t], makers[1].codes(other, tensors)[t])
+               for t in tensors)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["shared_bias", "gemm_called_twice", "matmul_called_twice"])
 def test_a_shared_bias_fits_at_16_bits(kind, tmp_path):
     """In the runtime it becomes int32 on each op's own scale, which overflowed where the plan left it in float."""

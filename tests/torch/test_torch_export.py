@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
@@ -141,6 +142,36 @@ def test_quantsim_bundles_reopen_in_the_onnx_backend(tmp_path: Path) -> None:
         assert other.encodings[site].equals(sim.encodings[site]), site
     (mine,), (theirs,) = sim.predict([ids.numpy()]), other.predict([ids.numpy()])
     assert np.abs(mine - theirs).max() <= 1.01 * float(sim.encodings["down.output"].scale)
+
+
+def test_an_export_converts_once_and_anew_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    convert = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: made.append(convert(*a, **k)) or made[-1])
+    torch.manual_seed(0)
+    data = {"x": np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)}
+    sim = QuantSim(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.zeros(2, 6))
+    batch = {sim.graph.inputs[0]: data["x"]}
+    bundle = sim.calibrate(batch).export(tmp_path / "one", name="m")
+    assert len(made) == 1
+    direct = [sim.backend.export(sim.native, sim.plan, sim.table, tmp_path / f"m{ending}", format)
+              for format, ending in (("onnx", ".onnx"), ("qdq", ".qdq.onnx"))]  # fmt: skip
+    assert len(made) == 3
+    for key, (path,) in zip(("model", "qdq"), (b.files.values() for b in direct), strict=True):
+        one, other = (onnx.load(p).graph for p in (path, bundle.files[key]))
+        assert [(n.op_type, *n.input, *n.output) for n in one.node] == [
+            (n.op_type, *n.input, *n.output) for n in other.node
+        ]
+        assert [(t.name, t.SerializeToString()) for t in one.initializer] == [
+            (t.name, t.SerializeToString()) for t in other.initializer
+        ]
+    with torch.no_grad():
+        for tensor in sim.native.parameters():
+            tensor.mul_(0.5)
+    again = QuantSim(sim.native).calibrate(batch).export(tmp_path / "two", name="m")
+    assert len(made) == 4
+    session = ort.InferenceSession(str(again.files["model"]), providers=["CPUExecutionProvider"])
+    assert np.allclose(session.run(None, batch)[0], sim.native(torch.from_numpy(data["x"])).detach(), atol=1e-6)
 
 
 def test_equal_and_zero_parameters_keep_their_names(tmp_path: Path) -> None:

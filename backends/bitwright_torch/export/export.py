@@ -8,7 +8,9 @@ outputs go again.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,23 @@ def save_simulation(model: CapturedModel, plan: Plan, encodings: EncodingTable, 
     return path
 
 
+_Conversion = tuple[CapturedModel, list[str], Any, dict[str, str]]
+_conversions: ContextVar[list[_Conversion] | None] = ContextVar("conversions", default=None)
+"""What was converted while `converting_once` is open: model, sites, ONNX model, names."""
+
+
+@contextmanager
+def converting_once() -> Iterator[None]:
+    """See `bitwright.backend.SharedConversion`: torch's exporter takes most of an export's time."""
+    token = _conversions.set([])
+    try:
+        yield
+    finally:
+        _conversions.reset(token)
+
+
 def _onnx_model(model: CapturedModel, plan: Plan) -> tuple[Any, Any, dict[str, str]]:
-    """The ONNX backend, the model in its form, and site → value name where they differ."""
+    """The ONNX backend, the model in its form (which isn't to be changed), and site → value name where they differ."""
     try:
         import onnxscript  # noqa: F401
 
@@ -118,10 +135,16 @@ def _onnx_model(model: CapturedModel, plan: Plan) -> tuple[Any, Any, dict[str, s
         raise MissingExtraError(f'ONNX export needs {error.name}: pip install "bitwright[torch,onnx]"') from error
     found = canonical(model)
     watched = _watched(found, plan)
+    backend, shared = OnnxBackend(), _conversions.get()
+    for known, sites, made, names in shared or ():
+        if known is model and sites == list(watched):
+            return backend, made, names
     exported = _exported(model, found, list(watched.values()))
     names = _rename(exported, found, list(watched))
-    backend = OnnxBackend()
-    return backend, backend.adopt(exported), names
+    made = backend.adopt(exported)
+    if shared is not None:
+        shared.append((model, list(watched), made, names))
+    return backend, made, names
 
 
 def _watched(found: Canonical, plan: Plan) -> dict[str, fx.Node]:

@@ -7,6 +7,7 @@ placement, encodings, the order of steps and every search live in the core.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -202,6 +203,14 @@ class Trainable(Protocol[M_contra]):
         self, model: M_contra, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
         """As `Backend.simulate`, with tensors of its own that are trained."""
+
+
+@runtime_checkable
+class SharedConversion(Protocol):
+    """Exports in several formats that have a costly step in common, such as a conversion to ONNX."""
+
+    def converting_once(self) -> AbstractContextManager[None]:
+        """While it is open, `export` takes that step once for a model, which must not be changed meanwhile."""
 
 
 @runtime_checkable

@@ -251,7 +251,7 @@ def departure(tensor: TensorId, expected: Array, found: Array, encoding: Encodin
     a, b = np.asarray(expected), np.asarray(found)
     if a.shape != b.shape:
         return Departure(tensor, 1.0, None, f"has the shape {list(b.shape)}, {list(a.shape)} is expected")
-    if a.size == 0:
+    if a.size == 0 or np.array_equal(a, b):
         return None
     if a.dtype.kind != "f" or b.dtype.kind != "f":
         share = float((a != b).mean())
@@ -310,11 +310,16 @@ def _measured(a: Array, b: Array, encoding: Encoding | None) -> tuple[float, flo
         size = np.maximum(np.maximum(np.abs(x), np.abs(y)), smallest)
         distance = np.abs(x - y) / (size * 2.0**-mantissa)
         return float((distance > 0.01).mean()), float(distance.max(initial=0.0)), noise * 2.0**mantissa
-    p, q = (np.where(finite, v, 0).astype(np.float32) for v in (a, b))
-    codes = np.abs(encoding.quantize(p).astype(np.int64) - encoding.quantize(q))
+    p, q = (_finite(v, finite).astype(np.float32, copy=False) for v in (a, b))
+    reach = max(float(p.max(initial=0.0)), -float(p.min(initial=0.0)))
+    steps = encoding.steps_between(p, q)
     scale = float(encoding.scale.min())
-    reach = float(np.abs(p).max(initial=0.0))
-    return float((codes > 0).mean()), float(codes.max(initial=0)), noise * reach / scale
+    return float((steps > 0).sum() / a.size), float(steps.max(initial=0)), noise * reach / scale
+
+
+def _finite(values: Array, finite: NDArray[np.bool_]) -> Array:
+    """The values, zero in the place of those that aren't finite."""
+    return values if finite.all() else np.where(finite, values, 0)
 
 
 def _noise(values: Array) -> float:

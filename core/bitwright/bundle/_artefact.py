@@ -7,12 +7,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright import __version__, formats
-from bitwright.backend import Backend, Bundle, BundledFormats
+from bitwright.backend import Backend, Bundle, BundledFormats, SharedConversion
 from bitwright.bundle._plain import keep_exact
 from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
 from bitwright.files import cannot_write, make_directory
@@ -57,10 +58,13 @@ def export(
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     make_directory(staging)
+    conversions = ExitStack()
     try:
         run = export_gate.simulated(sim, max(reference_samples, 1))
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
+        if isinstance(backend, SharedConversion):
+            conversions.enter_context(backend.converting_once())
         bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
         files |= bundle.files
         others = dict(_others(backend, sim.native))
@@ -83,6 +87,7 @@ def export(
                 continue
             files |= made.files
             quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
+        conversions.close()
         compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(sim, run, quantized)
         bias = version >= "2" if include_bias is None else include_bias
         entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
@@ -101,6 +106,7 @@ def export(
         paths = {k: directory / p.name for k, p in files.items()}
         return replace(bundle, files=paths, stored_anew=stored_anew)
     finally:
+        conversions.close()
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -112,6 +112,17 @@ class Encoding:
         """Real values of integer codes."""
         return dequantize(q, *self.spread(q.shape))
 
+    def steps_between(self, a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.int64]:
+        """How many codes two tensors of one shape are apart, flat: only where they differ, if there is one grid.
+
+        Raises:
+            EncodingError: the encoding is a float format.
+        """
+        if self.scale.ndim == 0:  # equal values have equal codes
+            moved = a != b
+            a, b = a[moved], b[moved]
+        return np.abs(self.quantize(a).astype(np.int64) - self.quantize(b)).reshape(-1)
+
     def fake_quantize(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         """Round a tensor to the grid (or float format) and back."""
         if self.float_format is not None:

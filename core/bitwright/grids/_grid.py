@@ -256,8 +256,8 @@ def quantize(
     with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
         q = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(q, out=q)
-    q = q + np.asarray(zero_point, np.float32)
-    return np.asarray(np.clip(q, grid.qmin, grid.qmax), np.int32)
+    q = np.add(q, np.asarray(zero_point, np.float32), out=q)
+    return np.asarray(np.clip(q, grid.qmin, grid.qmax, out=q), np.int32)
 
 
 def dequantize(q: NDArray[np.integer], scale: NDArray[np.float32], zero_point: NDArray[np.int32]) -> FloatArray:

@@ -61,6 +61,10 @@ class Departure:
         self.power += float(np.square(signal[finite]).sum())
         self.noise += float(np.square(other[finite] - signal[finite]).sum())
 
+    def add_equal(self, values: int) -> None:
+        """Count the values of one batch that are all the same codes."""
+        self.values += values
+
     def add(self, steps: NDArray[np.integer], rounding: NDArray[np.floating] | float = 0.0) -> None:
         """Count the values of one batch; `rounding` is what the tensor's own type moves them by, in steps."""
         self.values += steps.size
@@ -151,7 +155,9 @@ class Examination:
                 moved = np.abs(grid.dequantize(theirs) - given[t]) > OFF_GRID * grid.spread(theirs.shape)[0]
                 self._departures[t].off_grid += int(moved.sum())
             ours = codes[t].astype(np.int64)
-            if ours.shape != theirs.shape:
+            if np.array_equal(ours, theirs):
+                self._departures[t].add_equal(ours.size)
+            elif ours.shape != theirs.shape:
                 self._departures[t].add(np.full(ours.shape, np.iinfo(np.int32).max))
             else:
                 last = LAST_PLACE.get(self._simulation.graph.tensors[t].dtype, 0.0)

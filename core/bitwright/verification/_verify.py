@@ -296,12 +296,15 @@ class _Views:
         if not set(bundle.files) & set(ARTEFACTS.values()):
             self.notes.append("the export has no quantized artefact: float and simulation are compared only")
             return
+        outputs = list(dict.fromkeys(graph.outputs))
         try:
-            backend.compile(bundle, [graph.outputs[0]])
+            of_outputs = backend.compile(bundle, outputs)
         except (InputError, ModelError) as error:
             self.problems.append(f"the integer runtime refuses the export: {error}")
             return
-        self.open["integer"] = lambda tensors: backend.compile(bundle, tensors)
+        self.open["integer"] = lambda tensors: (
+            of_outputs if list(dict.fromkeys(tensors)) == outputs else backend.compile(bundle, tensors)
+        )
         try:
             integer = IntegerSimulation(backend, model, graph, table)
         except CapabilityError as error:
@@ -401,12 +404,11 @@ def _compare(site: str, encoding: Encoding, views: dict[str, NDArray[Any] | None
     assert real is not None and simulated is not None
     figures: dict[str, Any] = {"name": site, "sqnr_db": sqnr(real, simulated)}
     if runtime is not None and encoding.float_format is None:
-        codes = encoding.quantize(runtime)
         for view in ("simulated", "exact"):
             other = views.get(view)
             if other is not None:
-                steps = np.abs(encoding.quantize(other) - codes)
-                figures[f"{view}_differs"] = float((steps > 0).mean()) if steps.size else 0.0
+                steps = encoding.steps_between(other, runtime)
+                figures[f"{view}_differs"] = float((steps > 0).sum() / max(runtime.size, 1))
                 figures[f"{view}_max_steps"] = int(steps.max(initial=0))
     return TensorComparison(**figures)
 
