@@ -1,12 +1,19 @@
 """W8A8 of vision architectures: float ONNX, simulation, ONNX Runtime's default session and the opt-in one, in decibels.
 
-    python benchmarks/architectures_w8a8.py --out w8a8.jsonl [--only resnet18,yolov8n] [--seconds 600] [--table]
+    python benchmarks/architectures_w8a8.py --out w8a8.jsonl [--only resnet18,yolov8n] [--seconds 600] [--docs]
 
 Each model runs in a process of its own with a time limit; finished ones are read back from the file, so that a run
 that was stopped goes on. Needs torchvision, timm, segmentation-models-pytorch and ultralytics beside bitwright
 (`pip install torch==2.14.1 torchvision==0.29.1 timm segmentation-models-pytorch ultralytics`); what isn't installed is
-a row with that reason. Weights are random, batch norms have the statistics of the images, which are smooth and random:
-decibels show whether the four agree, not what a trained network loses.
+a row with that reason. Weights are random, batch norms have the statistics of the images, which are smooth and random,
+and are folded: decibels show whether the four agree, not what a trained network loses.
+
+What two right computations of one deep network differ by at the end is shown beside it: the simulation against itself,
+its images changed by up to 2^-21 of each value, a few codes of the first tensor. Of an untrained network whose signal
+is lost in quantization noise, that makes a noise of its own. A plain session *departs* where its figure is more than
+1 dB from the simulation's and it is further from the simulation than that, by more than 3 dB; its file has then
+already been compared with the simulation op by op, on equal inputs, by the export. `--docs` writes the section of
+docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -25,6 +32,12 @@ from typing import Any
 import numpy as np
 
 SIZE, SAMPLES = 224, 8
+NUDGE = 2.0**-21
+"""Part of each value by which images are changed to see what rounding alone makes of a network."""
+DEPARTS, FURTHER = 1.0, 3.0
+"""Decibels between the figures of plain session and simulation, and beyond the network's own answer to rounding."""
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+HEADING = "## W8A8 in ONNX Runtime"
 
 
 def _torchvision(name: str) -> Callable[[], Any]:
@@ -115,6 +128,7 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from bitwright import QuantSim
+    from bitwright_onnx.backend import OnnxBackend
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -123,10 +137,13 @@ def measure(name: str) -> dict[str, Any]:
     with torch.no_grad():
         settle(net, torch.from_numpy(x))
         net(torch.from_numpy(x[:2]))  # what keeps tensors by shape has them
-    sim = QuantSim(net, torch.from_numpy(x[:2]), target="onnxruntime-cpu")
-    batch = {sim.graph.inputs[0]: x}
+    sim = QuantSim(net, torch.from_numpy(x[:2]), target="onnxruntime-cpu").apply("fold_batch_norm")
+    name = sim.graph.inputs[0]
+    batch = {name: x}
     sim.calibrate(batch)
     floats, simulated = sim.predict(batch, simulated=False), sim.predict(batch)
+    rng = np.random.default_rng(1)
+    nudged = [sim.predict({name: (x * (1 + rng.uniform(-NUDGE, NUDGE, x.shape))).astype(np.float32)}) for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         bundle = sim.export(folder, name="m")
 
@@ -144,20 +161,70 @@ def measure(name: str) -> dict[str, Any]:
             "plain": decibels(floats, run("qdq")),
             "opt_in": decibels(floats, run("qdq", precise=True)),
             "plain_to_simulation": decibels(simulated, run("qdq")),
+            "nudged_to_simulation": min(decibels(simulated, n) for n in nudged),
+            "can_saturate": len(OnnxBackend().plain_risks(bundle).pairs),
+            "torch": torch.__version__,
         }
 
 
+def departs(row: dict[str, Any]) -> bool:
+    """Whether the plain session gives another figure than the simulation, and rounding doesn't explain it."""
+    apart = abs(row["plain"] - row["simulation"]) > DEPARTS
+    return apart and row["plain_to_simulation"] < row["nudged_to_simulation"] - FURTHER
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown; a row whose plain session is more than 1 dB from the simulation is marked."""
-    lines = ["| architecture | float ONNX | simulation | plain session | opt-in session |", "|---|---|---|---|---|"]
+    """Markdown; a row that `departs` is marked."""
+    lines = [
+        "| architecture | float ONNX | simulation | plain session | opt-in session | plain to simulation | nudged |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = ("onnx", "simulation", "plain", "opt_in", "plain_to_simulation", "nudged_to_simulation")
     for name, row in rows.items():
         if "failure" in row:
-            lines.append(f"| {name} | {row['failure'][:120]} | | | |")
+            lines.append(f"| {name} | {row['failure'][:120]} | | | | | |")
             continue
-        mark = " **departs**" if abs(row["plain"] - row["simulation"]) > 1 else ""
-        figures = " | ".join(f"{row[k]:.1f}" for k in ("onnx", "simulation", "plain", "opt_in"))
-        lines.append(f"| {name} | {figures}{mark} |")
+        figures = " | ".join(f"{row[k]:.1f}" for k in columns)
+        lines.append(f"| {name} | {figures}{' **departs**' if departs(row) else ''} |")
     return "\n".join(lines)
+
+
+def section(rows: dict[str, dict[str, Any]]) -> str:
+    """What docs/architectures.md says of the rows."""
+    done = {n: r for n, r in rows.items() if "failure" not in r}
+    wanted = [n for n in BUILDERS if n != "plain"]
+    left = [n for n in wanted if n not in done]
+    missing = "" if not left else f" Not run, or not to the end: {', '.join(left)}."
+    apart = [n for n, r in done.items() if abs(r["plain"] - r["simulation"]) > DEPARTS]
+    marked = [n for n in apart if departs(done[n])]
+    versions = " and ".join(sorted({r["torch"] for r in done.values()}))
+    risky = [n for n, r in done.items() if r["can_saturate"]]
+    saturating = f"sums can saturate in {', '.join(risky)}" if risky else "no sum of products can saturate in any"
+    return "\n".join([
+        HEADING, "",
+        f"Made by `python benchmarks/architectures_w8a8.py --docs` with PyTorch {versions}: {len(done)} of "
+        f"{len(wanted)} architectures.{missing} Weights are random, batch norms have the statistics of {SAMPLES} "
+        f"smooth random images of {SIZE}² and are folded; these images are the calibration data and the inputs too. "
+        f"Target `onnxruntime-cpu`, default scheme, one thread, a host with VNNI; without it {saturating} "
+        "([run on a target](on-target.md#what-a-plain-session-computes)). The worst output of each counts, in "
+        "decibels: the first four columns against the float model (*opt-in* is the session with "
+        "`session.x64quantprecision`).", "",
+        "*Plain to simulation* is the one against the other, and *nudged* the simulation against itself with its "
+        "images changed by up to 2⁻²¹ of each value: what float rounding alone makes of the network. Each file was "
+        "compared with the simulation op by op, on equal inputs, when it was exported, and equals it but for "
+        f"rounding. {_told(apart, marked)} Untrained depths lose much at 8 bits: low figures say nothing of trained "
+        "networks.", "",
+        table({n: rows[n] for n in wanted if n in rows}), "",
+    ])  # fmt: skip
+
+
+def _told(apart: list[str], marked: list[str]) -> str:
+    if not apart:
+        return f"No plain session is more than {DEPARTS:g} dB from its simulation."
+    here = f"More than {DEPARTS:g} dB between the figures of simulation and plain session: {', '.join(apart)}"
+    if not marked:
+        return f"{here}; no further apart there than rounding moves the simulation (within {FURTHER:g} dB)."
+    return f"{here}; unexplained by rounding: {', '.join(marked)}."
 
 
 def main() -> None:
@@ -167,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names, with commas")
     parser.add_argument("--seconds", type=int, default=600, help="limit of one model")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--docs", action="store_true", help=f"write the section of {PAGE.name} from what is there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
@@ -175,7 +243,8 @@ def main() -> None:
         return
     lines = asked.out.read_text().splitlines() if asked.out.exists() else []
     rows: dict[str, dict[str, Any]] = {r["name"]: r for r in map(json.loads, lines)}
-    for name in asked.only.split(",") if asked.only else [] if asked.table else [n for n in BUILDERS if n != "plain"]:
+    done = asked.table or asked.docs
+    for name in asked.only.split(",") if asked.only else [] if done else [n for n in BUILDERS if n != "plain"]:
         if name in rows and "failure" not in rows[name]:
             continue
         started = time.monotonic()
@@ -190,6 +259,9 @@ def main() -> None:
         with asked.out.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")
     sys.stdout.write(table(rows) + "\n")
+    if asked.docs:
+        before = PAGE.read_text(encoding="utf-8").split(HEADING)[0]
+        PAGE.write_text(before + section(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

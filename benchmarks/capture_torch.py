@@ -197,7 +197,8 @@ def main() -> None:
     if arguments.write:
         for path in others:
             rows |= {r["name"]: r for r in json.loads(path.read_text())}
-        PAGE.write_text(page(list(rows.values())))
+        others_section = "\n## " + PAGE.read_text(encoding="utf-8").split("\n## ", 1)[1]  # of architectures_w8a8.py
+        PAGE.write_text(page(list(rows.values())) + others_section, encoding="utf-8")
         return
     for name, build in architectures():
         if arguments.only.lower() not in name.lower() or ("qdq" in rows.get(name, ()) and not arguments.again):
