@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError  # noqa: E402
+from bitwright.graph import OpKind  # noqa: E402
 from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
@@ -172,6 +173,37 @@ def test_an_export_converts_once_and_anew_each_time(tmp_path: Path, monkeypatch:
     assert len(made) == 4
     session = ort.InferenceSession(str(again.files["model"]), providers=["CPUExecutionProvider"])
     assert np.allclose(session.run(None, batch)[0], sim.native(torch.from_numpy(data["x"])).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["concatenation of one", "times one", "plus zero"])
+def test_ops_that_change_nothing_have_their_operand_s_grid(kind: str, tmp_path: Path) -> None:
+    """The exporter leaves them out: with a grid of their own, other readers of the operand would be put on it."""
+    changed = {"concatenation of one": lambda y: torch.cat([y], 1), "times one": lambda y: y * 1.0,
+               "plus zero": lambda y: 0 + y}[kind]  # fmt: skip
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.max_pool2d(self.a(x).relu(), 4)  # the pool's own range isn't that of what it reads
+            return self.c(torch.cat([y, self.b(changed(y))], 1))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 32, 32) ** 5
+    sim = QuantSim(Dense().eval(), x[:2], target="onnxruntime-cpu")
+    batch = {sim.graph.inputs[0]: x.numpy()}
+    site = next(op.output for op in sim.graph if sim.graph.producer("b.output").data_inputs == op.outputs)
+    assert sim.plan.root(site) == "relu.output"
+    path = sim.calibrate(batch).export(tmp_path, name="m").files["qdq"]  # compares tensor by tensor
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, batch)[0]
+    step = float(sim.table[sim.graph.outputs[0]].scale)
+    assert (np.abs(found - sim.predict(batch)[0]) > 0.5 * step).mean() < 0.002
+    assert sim.plan.root(next(op.output for op in sim.graph if op.kind is OpKind.CONCAT and len(op.data_inputs) > 1)) \
+        != "relu.output"  # fmt: skip
 
 
 def test_equal_and_zero_parameters_keep_their_names(tmp_path: Path) -> None:

@@ -30,6 +30,31 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return given
 
 
+NEUTRAL: Mapping[str, int] = {"mul": 1, "multiply": 1, "div": 1, "divide": 1, "true_divide": 1,
+                              "add": 0, "sub": 0, "subtract": 0}  # fmt: skip
+"""Second operands that change nothing."""
+
+
+def changes_nothing(node: fx.Node, name: str) -> bool:
+    """Whether an op hands its operand on as it is: x · 1, x / 1, x + 0, x − 0, a concatenation of one tensor.
+
+    Exporters leave such ops out, so that what they compute has the operand's own tensor, and its grid.
+    """
+    given = arguments(node)
+    source, other = given.get("self"), given.get("other")
+    if name in ("cat", "concat", "concatenate"):
+        tensors = given.get("tensors")
+        source = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else None
+    elif isinstance(other, bool) or not isinstance(other, int | float) or other != NEUTRAL.get(name):
+        return False
+    if not isinstance(source, fx.Node) or given.get("rounding_mode"):
+        return False
+    return info(source).shape is not None and (info(source).shape, info(source).dtype) == (
+        info(node).shape,
+        info(node).dtype,
+    )
+
+
 def rank(node: Any) -> int | None:
     """Number of dimensions of what a node computes."""
     shape = info(node).shape if isinstance(node, fx.Node) else None

@@ -176,6 +176,8 @@ class _Builder:
     ) -> tuple[OpKind, str, Attrs | None, dict[ParamRole, fx.Node]]:
         opaque: tuple[OpKind, str, Attrs | None, dict[ParamRole, fx.Node]] = (OpKind.OPAQUE, type, None, {})
         given = attributes.arguments(node)
+        if attributes.changes_nothing(node, name):
+            return OpKind.IDENTITY, "Identity", None, {}
         match kind:
             case OpKind.CONV | OpKind.CONV_TRANSPOSE:
                 roles = self._roles({R.WEIGHT: given["weight"], R.BIAS: given["bias"]})

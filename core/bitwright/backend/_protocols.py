@@ -308,6 +308,7 @@ class Capability(StrEnum):
     QUANTIZED_ARTEFACT = "quantized_artefact"
     QUANTIZED_READER = "quantized_reader"
     BUNDLED_FORMATS = "bundled_formats"
+    SHARED_CONVERSION = "shared_conversion"
     SOURCE_FILES = "source_files"
 
     @property
@@ -324,6 +325,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.QUANTIZED_ARTEFACT: QuantizedArtefact,
     Capability.QUANTIZED_READER: QuantizedReader,
     Capability.BUNDLED_FORMATS: BundledFormats,
+    Capability.SHARED_CONVERSION: SharedConversion,
     Capability.SOURCE_FILES: SourceFiles,
 }
 _INSTEAD: Mapping[Capability, str] = {
