@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from bitwright.plugins import _hookspecs as hookspecs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
 COMMANDS = PAGES["command-line.md"]
 
 
@@ -139,7 +141,7 @@ def blocks(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "page",
     [*(DOCS / name for name in sorted(PAGES)), ROOT / "README.md", ROOT / "CONTRIBUTING.md"],
-    ids=lambda p: p.name,
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
@@ -148,8 +150,50 @@ def test_links_lead_somewhere(page):
 
 
 def test_navigation_lists_every_page():
-    listed = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(PAGES)
+
+
+def test_decisions_have_one_form_and_fit_on_half_a_page():
+    decisions = {name: text for name, text in PAGES.items() if name.startswith("decisions/")}
+    index = decisions.pop("decisions/index.md")
+    parts = ["Problem.", "Decision.", "Why.", "What it costs.", "When to revisit."]
+    assert len(decisions) >= 10
+    for name, text in decisions.items():
+        assert re.findall(r"^\*\*(.*?)\*\*", text, re.M) == parts, name
+        assert len(text.split()) <= 300, name
+        assert f"]({name.removeprefix('decisions/')})" in index, name
+
+
+TEXTS = {**PAGES, "README.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+         "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}  # fmt: skip
+FOLDERS = "core|backends|plugins|tests|docs|benchmarks|examples|changes"
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_paths_and_names_of_the_code_are_there(page):
+    code = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S))
+    for path in (re.match(rf"((?:{FOLDERS})/[\w./*-]*)(?:::\w+)?$", text) for text in code):
+        assert path is None or list(ROOT.glob(path[1].rstrip("/"))), path[1]
+    for name in (text for text in code if re.fullmatch(r"bitwright(\.\w+)+", text)):
+        thing: object = __import__("bitwright")
+        for part in name.split(".")[1:]:
+            thing = getattr(thing, part, None) or importlib.import_module(f"{thing.__name__}.{part}")
+        assert thing is not None, name
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_examples_import_what_is_public(page):
+    for block in blocks(TEXTS[page]):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                assert not re.search(r"\bbitwright\S*\._", ast.unparse(node)), ast.unparse(node)
+
+
+def test_no_page_sends_readers_to_private_modules():
+    inside = {name for name in TEXTS if name.startswith("decisions/")} | {"architecture.md", "where-to-change.md"}
+    for page in sorted(set(TEXTS) - inside):
+        assert not re.findall(r"`bitwright(?:\.\w+)*\._\w+", TEXTS[page]), page
 
 
 def test_configuration_example_loads(tmp_path):

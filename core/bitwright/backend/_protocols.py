@@ -358,6 +358,6 @@ def require(backend: Backend[Any], needed: Collection[Capability], what: str) ->
         raise CapabilityError(f"{what} needs {unknown[0]!r}, which is no capability; there are {', '.join(Capability)}")
     offered = capabilities(backend)
     if lacking := [c for c in Capability if c in needed and c not in offered]:
-        told = ", ".join(f"{c} (`bitwright.backend._protocols.{c.protocol.__name__}`)" for c in lacking)
+        told = ", ".join(f"{c} (`bitwright.backend.{c.protocol.__name__}`)" for c in lacking)
         instead = _INSTEAD.get(lacking[0], "open it in a framework whose backend does, or choose another technique")
         raise CapabilityError(f"{what} needs {told}, which the {backend.name} backend doesn't offer; {instead}")
