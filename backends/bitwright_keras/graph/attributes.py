@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs, ProductAttrs
+from bitwright.graph import (
+    ActivationAttrs,
+    AxisAttrs,
+    BatchNormAttrs,
+    ConvAttrs,
+    OpKind,
+    PoolAttrs,
+    ProductAttrs,
+    clipping,
+)
 from bitwright_keras.graph.model import Node, Spec
 
 Shape = tuple[int | None, ...]
@@ -131,16 +140,13 @@ def pool(node: Node, source: Spec) -> tuple[str, PoolAttrs]:
     return "AveragePool", PoolAttrs(window=None if pads is None else ConvAttrs(kernel, strides, ones, pads))
 
 
-def bounds(low: Any, high: Any) -> tuple[OpKind, ActivationAttrs]:
-    """A clip by its bounds: (0, m) is a clipped ReLU, (0, ∞) a ReLU, all else an activation."""
+def bounds(low: Any, high: Any) -> tuple[OpKind, str, ActivationAttrs]:
+    """See `bitwright.graph.clipping`; a computed bound makes an activation."""
     if not all(
         v is None or (isinstance(v, int | float | np.number | np.ndarray) and not np.ndim(v)) for v in (low, high)
     ):
-        return OpKind.ACTIVATION, ActivationAttrs()
-    attrs = ActivationAttrs(None if low is None else float(low), None if high is None else float(high))
-    if attrs.minimum == 0 and attrs.maximum is not None and attrs.maximum > 0:
-        return OpKind.CLIPPED_RELU, attrs
-    return (OpKind.RELU if attrs.minimum == 0 and attrs.maximum is None else OpKind.ACTIVATION), attrs
+        return OpKind.ACTIVATION, "Clip", ActivationAttrs()
+    return clipping(low, high)
 
 
 def rectifier(layer: Any) -> tuple[OpKind, str, ActivationAttrs | None]:

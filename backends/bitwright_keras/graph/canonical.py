@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from bitwright.graph import (
+    FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
     Graph,
@@ -34,7 +35,7 @@ from bitwright_keras.graph.constants import constant_of
 from bitwright_keras.graph.layouts import ROLES, Layout, layout_of
 from bitwright_keras.graph.masking import mask_names
 from bitwright_keras.graph.model import KerasModel, Node, variables_of
-from bitwright_keras.graph.optable import FLOAT_TYPES, FUNCTIONS, LAYERS, OPERATIONS
+from bitwright_keras.graph.optable import FUNCTIONS, LAYERS, OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Builder:
         attrs: Attrs | None = None
         first = self._model.specs[node.outputs[0]]
         roles: dict[ParamRole, str] = {}
-        if kind is not OpKind.OPAQUE and first.dtype in FLOAT_TYPES and node.inputs:
+        if kind is not OpKind.OPAQUE and first.dtype in FLOAT_DTYPES and node.inputs:
             kind, type, attrs, roles = self._classify(node, kind, type)
         else:
             kind = OpKind.OPAQUE
@@ -223,8 +224,7 @@ class _Builder:
                 low, high = -1.0, 1.0
                 if node.type == "Clip":
                     low, high = (attributes.setting(node, n, i) for i, n in enumerate(("x_min", "x_max"), 1))
-                kind, limits = attributes.bounds(low, high)
-                return kind, "Relu" if kind is OpKind.RELU else type, limits, {}
+                return *attributes.bounds(low, high), {}
             case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT:
                 return kind, type, attributes.axis(node, kind, source, result), {}
             case OpKind.AVERAGE_POOL:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bitwright.graph import OpKind
+from bitwright.graph import FLOAT_DTYPES, OpKind
 from bitwright.placement import Extent, Step, masks
 from bitwright_keras.graph.constants import is_constant
 from bitwright_keras.graph.model import KerasModel, Node, Ref
-from bitwright_keras.graph.optable import FLOAT_TYPES
 
 _TYPES = {"Isnan": "IsNaN", "Isinf": "IsInf", "Isfinite": "IsFinite", "NanToNum": "NanToNum", "Argmax": "ArgMax",
           "TopK": "TopK", "Tril": "Trilu", "Triu": "Trilu", "FullLike": "ConstantOfShape"}  # fmt: skip
@@ -34,7 +33,7 @@ def mask_names(model: KerasModel, kind_of: Callable[[Node], tuple[OpKind, str]])
     specs = model.specs
     return masks(
         steps, model.inputs, model.output_ids, constants,
-        lambda name: name in specs and specs[name].dtype in FLOAT_TYPES,
+        lambda name: name in specs and specs[name].dtype in FLOAT_DTYPES,
     )  # fmt: skip
 
 

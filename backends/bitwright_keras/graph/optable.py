@@ -153,5 +153,3 @@ FUNCTIONS: Mapping[str, tuple[OpKind, str]] = {
 
 NEVER_NEGATIVE = frozenset({"Relu", "Clip", "Sigmoid", "Softmax", "HardSigmoid", "Exp", "Abs", "Softplus"})
 """ONNX types whose outputs can't be negative; a clip only where its lower bound is 0."""
-
-FLOAT_TYPES = frozenset({"float32", "float16", "bfloat16", "float64"})

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
-from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs
+from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs, clipping
 from bitwright_onnx.graph.optable import constant_shape, flag
 from bitwright_onnx.graph.tensors import tensor_array
 
@@ -127,21 +127,16 @@ def _transposed_pads(
 
 
 def clip(node: ir.Node) -> tuple[OpKind, ActivationAttrs]:
-    """A Clip by its bounds: (0, m) is a clipped ReLU, (0, ∞) a ReLU, all else an activation."""
+    """See `bitwright.graph.clipping`; a computed bound makes an activation. Its type stays ONNX's."""
     bounds: list[float | None] = []
     for index in (1, 2):
         value = node.inputs[index] if len(node.inputs) > index else None
         array = constant(value)
         if value is not None and (array is None or array.size != 1):
             return OpKind.ACTIVATION, ActivationAttrs()
-        bound = None if array is None else float(array.reshape(-1)[0])
-        # Exporters write an open end as the type's extreme.
-        bounds.append(None if bound is None or abs(bound) >= float(np.finfo(np.float32).max) else bound)
-    low, high = bounds
-    attrs = ActivationAttrs(low, high)
-    if low == 0 and high is not None and high > 0:
-        return OpKind.CLIPPED_RELU, attrs
-    return (OpKind.RELU if low == 0 and high is None else OpKind.ACTIVATION), attrs
+        bounds.append(None if array is None else float(array.reshape(-1)[0]))
+    kind, _, attrs = clipping(*bounds)
+    return kind, attrs
 
 
 def batch_norm(node: ir.Node) -> BatchNormAttrs | None:

@@ -74,9 +74,6 @@ OPERANDS: Mapping[str, Mapping[int, ParamRole]] = {
 }
 """Roles of constant operands by position; elementwise ops take theirs from either side (see `constant_operands`)."""
 
-CONSTANT_KINDS = frozenset({K.ADD, K.MUL, K.ELEMENTWISE, K.MATMUL})
-"""Kinds whose constant float operand is a parameter of role CONSTANT."""
-
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv",
                            "QLinearMatMul", "ConvInteger", "MatMulInteger", "QAttention", "QGemm", "QLinearAdd",
                            "MatMulNBits"})  # fmt: skip

@@ -17,6 +17,7 @@ from bitwright.errors import ModelError
 from bitwright.graph import ACTIVATION_TYPES, LEAK, Edit, Formula, Op, OpId, OpKind, ParamId, ParamRole, TensorId
 from bitwright_tensorflow.graph import rewriter
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
+from bitwright_tensorflow.graph.elementwise import SPELLED
 from bitwright_tensorflow.graph.forms import Form
 from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.graphs import data_operands
@@ -26,7 +27,6 @@ from bitwright_tensorflow.graph.network import ALIAS, OP_NAME, Read
 from bitwright_tensorflow.graph.params import checked_native, numpy_dtype
 from bitwright_tensorflow.graph.rewriter import Rewriter
 
-_LACKING = frozenset({"HardSigmoid", "Gelu", "Swish", "HardSwish", "Mish"})
 _OPS = {"Add": "AddV2", "Div": "RealDiv"}
 """TensorFlow's names, where they differ."""
 
@@ -45,7 +45,7 @@ def edit_model(model: TfModel, edits: Sequence[Edit]) -> TfModel:
 class TfEditor(Editor):
     """Edits a copy of a model's graph; keeps track of the nodes that each op has in the meantime."""
 
-    activations = frozenset(ACTIVATION_TYPES) - _LACKING
+    activations = frozenset(ACTIVATION_TYPES) - {*SPELLED}
 
     def __init__(self, model: TfModel) -> None:
         self._model = model

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import ActivationAttrs, OpKind, ParamRole, TensorId
+from bitwright.graph import ACTIVATION_TYPES, ActivationAttrs, OpKind, ParamRole, TensorId, clipping, erf
 from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.model import NodeDef, node_of
@@ -24,34 +24,24 @@ _TOLERANCE = 2e-5
 _LARGEST = 12
 """Nodes that a spelled activation has at most."""
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
-
-
-def _sigmoid(x: Values) -> Values:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
 _UNARY: Mapping[str, Callable[[Values], Values]] = {
-    "Neg": np.negative, "Erf": _erf, "Erfc": _erfc, "Tanh": np.tanh, "Sigmoid": _sigmoid, "Square": np.square,
-    "Relu": lambda x: np.maximum(x, 0), "Relu6": lambda x: np.clip(x, 0, 6), "Softplus": lambda x: np.logaddexp(x, 0),
-    "Exp": np.exp, "Identity": lambda x: x,
+    "Neg": np.negative, "Erf": erf, "Erfc": _erfc, "Square": np.square, "Exp": np.exp,
+    **{t: ACTIVATION_TYPES[t].compute for t in ("Identity", "Relu", "Relu6", "Sigmoid", "Softplus", "Tanh")},
 }  # fmt: skip
 _BINARY: Mapping[str, Callable[[Values, Values], Values]] = {
     "Add": np.add, "AddV2": np.add, "Sub": np.subtract, "Mul": np.multiply, "RealDiv": np.divide, "Pow": np.power,
     "Maximum": np.maximum, "Minimum": np.minimum,
 }  # fmt: skip
 
+SPELLED = ("Gelu", "Swish", "HardSwish", "HardSigmoid", "Mish")
+"""Activations that TensorFlow has no op for."""
 _C = math.sqrt(2 / math.pi)
 KNOWN: Mapping[str, Callable[[Values], Values]] = {
-    "Gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    **{t: ACTIVATION_TYPES[t].compute for t in SPELLED},
     "Gelu (tanh)": lambda x: 0.5 * x * (1 + np.tanh(_C * (x + 0.044715 * x**3))),
-    "Swish": lambda x: x * _sigmoid(x),
-    "HardSwish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
-    "HardSigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
-    "Mish": lambda x: x * np.tanh(np.logaddexp(x, 0)),
 }
-"""ONNX type → function (ONNX operator specification; HardSigmoid with α = 1/6 as in HardSwish)."""
+"""ONNX type → function."""
 
 
 def spelled_activation(net: Network, node: NodeDef) -> Found | None:
@@ -160,9 +150,8 @@ def clip(net: Network, node: NodeDef) -> Found | None:
         bounds = (first[0], outer[0]) if node.op == "Minimum" else (outer[0], first[0])
     if bounds[0] > bounds[1]:
         return None
-    kind = OpKind.CLIPPED_RELU if bounds[0] == 0 and bounds[1] > 0 else OpKind.ACTIVATION
-    return Found(node.name, kind, "Clip", (x,), (f"{node.name}:0",), attrs=ActivationAttrs(*bounds), nodes=nodes,
-                 native=node.op)  # fmt: skip
+    kind, type, attrs = clipping(*bounds)
+    return Found(node.name, kind, type, (x,), (f"{node.name}:0",), attrs=attrs, nodes=nodes, native=node.op)
 
 
 def _bound(net: Network, node: NodeDef) -> tuple[float, TensorId] | None:

@@ -63,9 +63,6 @@ KINDS: Mapping[str, tuple[OpKind, str]] = {
 }  # fmt: skip
 """All else is OPAQUE and runs in float."""
 
-CONSTANT_KINDS = frozenset({K.ADD, K.MUL, K.ELEMENTWISE, K.MATMUL})
-"""Kinds whose constant float operand is a parameter of role CONSTANT."""
-
 QUANTIZED_OPS = frozenset({"FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel",
                            "QuantizeV2", "Dequantize", "QuantizeAndDequantize", "QuantizeAndDequantizeV2",
                            "QuantizeAndDequantizeV3", "QuantizeAndDequantizeV4", "QuantizedConv2D",

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from bitwright.graph import ActivationAttrs, Attrs, AxisAttrs, OpKind, ParamRole, PoolAttrs, ProductAttrs, TensorId
+from bitwright.graph import (
+    CONSTANT_KINDS,
+    ActivationAttrs,
+    Attrs,
+    AxisAttrs,
+    OpKind,
+    ParamRole,
+    PoolAttrs,
+    ProductAttrs,
+    TensorId,
+)
 from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.geometry import channel_axis, pool_window, spatial_axes
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.linear_ops import BACKWARD, CONVOLUTIONS
 from bitwright_tensorflow.graph.model import NodeDef
 from bitwright_tensorflow.graph.network import Network, Read
-from bitwright_tensorflow.graph.optable import CONSTANT_KINDS, KINDS
+from bitwright_tensorflow.graph.optable import KINDS
 
 _WINDOWS = frozenset({"AvgPool", "AvgPool3D", "MaxPool", "MaxPool3D"})
 _GATHERS = frozenset({"Gather", "GatherV2"})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs
+from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs, clipping
 from bitwright_torch.graph.model import info
 from bitwright_torch.graph.optable import CLIPS
 
@@ -102,17 +102,14 @@ def batch_norm(node: fx.Node) -> BatchNormAttrs:
     return BatchNormAttrs(float(np.float32(node.args[8])), 1)  # type: ignore[arg-type]
 
 
-def clip(node: fx.Node, name: str) -> tuple[OpKind, ActivationAttrs]:
-    """By its bounds: (0, m) is a clipped ReLU, (0, ∞) a ReLU, all else an activation."""
+def clip(node: fx.Node, name: str) -> tuple[OpKind, str, ActivationAttrs]:
+    """See `bitwright.graph.clipping`; a computed bound makes an activation."""
     given = arguments(node)
     low, high = CLIPS[name]
     low, high = given.get("min_val", given.get("min", low)), given.get("max_val", given.get("max", high))
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
-        return OpKind.ACTIVATION, ActivationAttrs()
-    bounds = ActivationAttrs(None if low is None else float(low), None if high is None else float(high))
-    if bounds.minimum == 0 and bounds.maximum is not None and bounds.maximum > 0:
-        return OpKind.CLIPPED_RELU, bounds
-    return (OpKind.RELU if bounds.minimum == 0 and bounds.maximum is None else OpKind.ACTIVATION), bounds
+        return OpKind.ACTIVATION, "Clip", ActivationAttrs()
+    return clipping(low, high)
 
 
 def pool(node: fx.Node, name: str) -> tuple[str, PoolAttrs]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.graph import (
+    FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
     Graph,
@@ -38,7 +39,7 @@ from bitwright_torch.graph.masks import mask_nodes
 from bitwright_torch.graph.model import CapturedModel, Program, info, program_of
 from bitwright_torch.graph.naming import call_name
 from bitwright_torch.graph.operands import Operand, operands
-from bitwright_torch.graph.optable import CLIPS, FLOAT_TYPES, kind_of
+from bitwright_torch.graph.optable import CLIPS, kind_of
 from bitwright_torch.graph.visibility import data_nodes, value_operands
 
 R = ParamRole
@@ -143,7 +144,7 @@ class _Builder:
         attrs: Attrs | None = None
         roles: dict[ParamRole, fx.Node] = {}
         about = info(node)
-        if kind is not OpKind.OPAQUE and all(info(o).dtype in FLOAT_TYPES for o in outputs[:1]):
+        if kind is not OpKind.OPAQUE and all(info(o).dtype in FLOAT_DTYPES for o in outputs[:1]):
             kind, type, attrs, roles = self._classify(node, name, kind, type)
         else:
             kind = OpKind.OPAQUE
@@ -226,8 +227,7 @@ class _Builder:
             case OpKind.ADD if given.get("alpha", 1) != 1:
                 return OpKind.ELEMENTWISE, type, None, self._constant(node)
         if name in CLIPS:
-            kind, bounds = attributes.clip(node, name)
-            return kind, "Relu" if kind is OpKind.RELU else type, bounds, {}
+            return *attributes.clip(node, name), {}
         return kind, type, None, self._constant(node)
 
     def _matrix_product(

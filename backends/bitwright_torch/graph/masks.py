@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from bitwright.graph import LINEAR_KINDS, OpKind
+from bitwright.graph import FLOAT_DTYPES, LINEAR_KINDS, OpKind
 from bitwright.placement import Extent, Step, masks
 from bitwright_torch.graph.model import info
 from bitwright_torch.graph.naming import call_name
 from bitwright_torch.graph.operands import Operand
-from bitwright_torch.graph.optable import FLOAT_TYPES, kind_of
+from bitwright_torch.graph.optable import kind_of
 
 _FILLING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
 _TYPES = {"isnan": "IsNaN", "isinf": "IsInf", "isfinite": "IsFinite", "nan_to_num": "NanToNum", "argmax": "ArgMax",
@@ -76,6 +76,6 @@ def _is_whole(argument: object) -> bool:
 
 
 def _is_float(node: fx.Node) -> bool:
-    if info(node).dtype in FLOAT_TYPES:
+    if info(node).dtype in FLOAT_DTYPES:
         return True
-    return any(user.target is operator.getitem and info(user).dtype in FLOAT_TYPES for user in node.users)
+    return any(user.target is operator.getitem and info(user).dtype in FLOAT_DTYPES for user in node.users)

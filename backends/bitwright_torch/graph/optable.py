@@ -96,8 +96,6 @@ KINDS: Mapping[str, tuple[OpKind, str]] = {
 }  # fmt: skip
 """By name of the aten op, or of the function that stands for one; all else is OPAQUE and runs in float."""
 
-FLOAT_TYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
-
 CLIPS: Mapping[str, tuple[float | None, float | None]] = {
     "relu6": (0.0, 6.0),
     "hardtanh": (-1.0, 1.0),

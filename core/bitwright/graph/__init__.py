@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, formula
+from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, clipping, erf, formula
 from bitwright.graph._channel_axes import around, channel_axes
 from bitwright.graph._composites import COMPOSITES, NORMS, Composite
 from bitwright.graph._graph import (
+    CONSTANT_KINDS,
+    FLOAT_DTYPES,
     LINEAR_KINDS,
     ActivationAttrs,
     Attrs,
@@ -54,6 +56,8 @@ __all__ = [
     "ACTIVATION_KINDS",
     "ACTIVATION_TYPES",
     "COMPOSITES",
+    "CONSTANT_KINDS",
+    "FLOAT_DTYPES",
     "INTEGER_TYPES",
     "LEAK",
     "LINEAR_KINDS",
@@ -94,8 +98,10 @@ __all__ = [
     "batch_norm_fold",
     "chain",
     "channel_axes",
+    "clipping",
     "columns",
     "downstream",
+    "erf",
     "formula",
     "from_matrix",
     "groups_of",

@@ -52,6 +52,10 @@ class OpKind(StrEnum):
     OPAQUE = "opaque"
 
 
+CONSTANT_KINDS = frozenset({OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.MATMUL})
+"""Ops whose constant float operand is a parameter of role CONSTANT."""
+FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
+
 LINEAR_KINDS = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR})
 """Ops that are a matrix product of input rows with one weight (see `linear_form`)."""
 
@@ -162,7 +166,7 @@ class Tensor:
     @property
     def is_float(self) -> bool:
         """Only float tensors are ever quantized, masks never."""
-        return not self.mask and self.dtype in ("float32", "float16", "bfloat16", "float64")
+        return not self.mask and self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
 from bitwright.graph import (
-    LEAK,
+    ACTIVATION_TYPES,
     ActivationAttrs,
     AxisAttrs,
     BatchNormAttrs,
@@ -41,44 +40,8 @@ ELEMENTWISE: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def _sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # 1 / ∞ is the right 0
-        return np.asarray(1 / (1 + np.exp(-x)), x.dtype)
-
-
-def _hard_sigmoid(x: Array) -> Array:
-    return np.clip(x / np.float32(6) + np.float32(0.5), 0, 1)
-
-
-def _below(x: Array, positive: float, negative: float) -> Array:
-    """positive · x, and negative · (eˣ − 1) below zero."""
-    return np.asarray(np.where(x > 0, positive * x, negative * np.expm1(np.minimum(x, 0))), x.dtype)
-
-
-def _softplus(x: Array) -> Array:
-    return np.asarray(np.logaddexp(x, np.zeros_like(x)))
-
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-_SELU = 1.0507009873554805, 1.6732632423543772
-"""γ and α (Klambauer et al. 2017, "Self-Normalizing Neural Networks")."""
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "Identity": lambda x: x,
-    "Relu": lambda x: np.maximum(x, x.dtype.type(0)),
-    "Relu6": lambda x: np.asarray(np.clip(x, 0, 6), x.dtype),
-    "LeakyRelu": lambda x: np.where(x < 0, x * x.dtype.type(LEAK), x),
-    "Elu": lambda x: _below(x, 1.0, 1.0),
-    "Selu": lambda x: _below(x, _SELU[0], _SELU[0] * _SELU[1]),
-    "Sigmoid": _sigmoid,
-    "HardSigmoid": _hard_sigmoid,
-    "Tanh": np.tanh,
-    "Softplus": _softplus,
-    "Softsign": lambda x: np.asarray(x / (1 + np.abs(x))),
-    "Gelu": lambda x: np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2))), x.dtype),
-    "Swish": lambda x: np.asarray(x * _sigmoid(x)),
-    "HardSwish": lambda x: np.asarray(x * _hard_sigmoid(x)),
-    "Mish": lambda x: np.asarray(x * np.tanh(_softplus(x))),
+    **{name: activation.compute for name, activation in ACTIVATION_TYPES.items()},
     "Exp": np.exp,
     "Abs": np.abs,
 }
