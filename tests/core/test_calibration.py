@@ -8,6 +8,7 @@ from bitwright.calibration._density import Density
 from bitwright.calibration._schemes import calibrate_array, schemes
 from bitwright.errors import EncodingError, InputError
 from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_of_weights
+from bitwright.grids._scheme_names import SCHEMES
 from bitwright.statistics import HistogramStatistic, RangeStatistic
 
 ASYMMETRIC, SYMMETRIC = {"signed": False, "symmetric": False}, {"signed": True, "symmetric": True}
@@ -76,7 +77,7 @@ def aimet_sqnr(x, bits, symmetric):
 
 
 def test_names_aliases_and_settings():
-    assert set(schemes()) == {"minmax", "percentile", "sqnr", "mse", "entropy", "scores"}
+    assert set(schemes()) == set(SCHEMES) == {"minmax", "percentile", "sqnr", "mse", "entropy", "scores"}
     assert scheme("tf_enhanced").name == scheme("TF-Enhanced").name == "sqnr"
     assert scheme("percentile:99.9").percentile == 99.9
     assert scheme(scheme("mse")).name == "mse"
