@@ -156,6 +156,19 @@ def test_qdq_computes_what_the_simulation_does(net: str, tmp_path: Path) -> None
     assert sqnr(sim.predict(data)[0], got) > 40
 
 
+def test_a_concatenation_of_one_tensor_has_its_grid(tmp_path: Path) -> None:
+    """TensorFlow leaves it out: with a grid of its own, other readers of the tensor would be put on it."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((32, 32, 3), name="x")
+    a = keras.layers.Conv2D(8, 3, padding="same", activation="relu", name="a")(x)
+    y = keras.layers.MaxPooling2D(4, name="pool")(a)  # its own range isn't that of what it reads
+    z = keras.layers.Conv2D(8, 1, name="b")(keras.layers.Concatenate(name="one")([y]))
+    sim = QuantSim(keras.Model(x, keras.layers.Concatenate(name="both")([y, z])), target="onnxruntime-cpu")
+    data = (np.random.default_rng(0).normal(size=(16, 32, 32, 3)) ** 5).astype(np.float32)
+    sim.calibrate({sim.graph.inputs[0]: data}).export(tmp_path, name="m")  # compares tensor by tensor
+    assert sim.plan.root("one") == sim.plan.root("pool") != sim.plan.root("both")
+
+
 def test_verify_opens_the_bundle_and_runs_onnx_runtime(exported: Any) -> None:
     _, data, folder = exported
     result = verify(folder, data, inspected=4)
