@@ -122,8 +122,8 @@ def decibels(signal: list[np.ndarray], noisy: list[np.ndarray]) -> float:
     return min((sqnr(a, b) for a, b in zip(signal, noisy, strict=True) if a.dtype.kind == "f"), default=float("nan"))
 
 
-def measure(name: str) -> dict[str, Any]:
-    """One row."""
+def measure(name: str, samples: int, size: int) -> dict[str, Any]:
+    """One row, on so many images of size²."""
     import onnxruntime as ort
     import torch
 
@@ -133,7 +133,7 @@ def measure(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     net = BUILDERS[name]().float().eval()
-    x = images()
+    x = images(samples, size)
     with torch.no_grad():
         settle(net, torch.from_numpy(x))
         net(torch.from_numpy(x[:2]))  # what keeps tensors by shape has them
@@ -164,6 +164,8 @@ def measure(name: str) -> dict[str, Any]:
             "nudged_to_simulation": min(decibels(simulated, n) for n in nudged),
             "can_saturate": len(OnnxBackend().plain_risks(bundle).pairs),
             "torch": torch.__version__,
+            "samples": samples,
+            "size": size,
         }
 
 
@@ -185,7 +187,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {name} | {row['failure'][:120]} | | | | | |")
             continue
         figures = " | ".join(f"{row[k]:.1f}" for k in columns)
-        lines.append(f"| {name} | {figures}{' **departs**' if departs(row) else ''} |")
+        used = row.get("samples", SAMPLES), row.get("size", SIZE)
+        smaller = "" if used == (SAMPLES, SIZE) else f" ({used[0]} images of {used[1]}²)"
+        lines.append(f"| {name}{smaller} | {figures}{' **departs**' if departs(row) else ''} |")
     return "\n".join(lines)
 
 
@@ -204,7 +208,8 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
         HEADING, "",
         f"Made by `python benchmarks/architectures_w8a8.py --docs` with PyTorch {versions}: {len(done)} of "
         f"{len(wanted)} architectures.{missing} Weights are random, batch norms have the statistics of {SAMPLES} "
-        f"smooth random images of {SIZE}² and are folded; these images are the calibration data and the inputs too. "
+        f"smooth random images of {SIZE}² (fewer or smaller ones where a row says so) and are folded; these images are "
+        "the calibration data and the inputs too. "
         f"Target `onnxruntime-cpu`, default scheme, one thread, a host with VNNI; without it {saturating} "
         "([run on a target](on-target.md#what-a-plain-session-computes)). The worst output of each counts, in "
         "decibels: the first four columns against the float model (*opt-in* is the session with "
@@ -233,13 +238,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("architectures_w8a8.jsonl"))
     parser.add_argument("--only", default="", help="names, with commas")
     parser.add_argument("--seconds", type=int, default=600, help="limit of one model")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images")
+    parser.add_argument("--size", type=int, default=SIZE, help="their height and width")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--docs", action="store_true", help=f"write the section of {PAGE.name} from what is there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         warnings.simplefilter("ignore")
-        sys.stdout.write(json.dumps(measure(asked.one)) + "\n")
+        sys.stdout.write(json.dumps(measure(asked.one, asked.samples, asked.size)) + "\n")
         return
     lines = asked.out.read_text().splitlines() if asked.out.exists() else []
     rows: dict[str, dict[str, Any]] = {r["name"]: r for r in map(json.loads, lines)}
@@ -248,7 +255,7 @@ def main() -> None:
         if name in rows and "failure" not in rows[name]:
             continue
         started = time.monotonic()
-        command = [sys.executable, __file__, "--one", name]
+        command = [sys.executable, __file__, "--one", name, "--samples", str(asked.samples), "--size", str(asked.size)]
         try:
             ran = subprocess.run(command, capture_output=True, text=True, timeout=asked.seconds, check=False)
             said = (ran.stderr.strip().splitlines() or ["no output"])[-1]
