@@ -186,7 +186,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "failure" in row:
             lines.append(f"| {name} | {row['failure'][:120]} | | | | | |")
             continue
-        figures = " | ".join(f"{row[k]:.1f}" for k in columns)
+        figures = " | ".join(f"{row[k]:.1f}" if row[k] < float("inf") else "equal" for k in columns)
         used = row.get("samples", SAMPLES), row.get("size", SIZE)
         smaller = "" if used == (SAMPLES, SIZE) else f" ({used[0]} images of {used[1]}²)"
         lines.append(f"| {name}{smaller} | {figures}{' **departs**' if departs(row) else ''} |")

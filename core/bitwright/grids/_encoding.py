@@ -121,7 +121,7 @@ class Encoding:
         if self.scale.ndim == 0:  # equal values have equal codes
             moved = a != b
             a, b = a[moved], b[moved]
-        return np.abs(self.quantize(a).astype(np.int64) - self.quantize(b)).reshape(-1)
+        return np.asarray(np.abs(self.quantize(a).astype(np.int64) - self.quantize(b)), np.int64).reshape(-1)
 
     def fake_quantize(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         """Round a tensor to the grid (or float format) and back."""
