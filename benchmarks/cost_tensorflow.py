@@ -26,7 +26,7 @@ def main():
 
     from bitwright.simulation import QuantSim
     from bitwright_tensorflow.graph.graph_function import GraphFunction
-    from bitwright_tensorflow.graph.runtime import open_session
+    from bitwright_tensorflow.graph.model import open_session
     from bitwright_tensorflow.simulate.building import declare_variables
 
     keras.utils.set_random_seed(0)

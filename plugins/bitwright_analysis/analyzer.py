@@ -20,7 +20,7 @@ from bitwright.plugins import registry
 from bitwright.progress import Progress, Store
 from bitwright.report import plan_widths
 from bitwright.runs import RunDirectory, identity, run_in
-from bitwright.simulation import QuantSim, fork, open_store
+from bitwright.simulation import QuantSim, open_store
 from bitwright_analysis.accumulators import accumulators, overflowing
 from bitwright_analysis.advice import Evidence, advice, sentence
 from bitwright_analysis.distributions import activation_distributions, parameter_distributions
@@ -96,7 +96,7 @@ def quant_analyzer(
     dataset = sim.open(data, batch_size=batch_size, limit=limit)
     seconds: dict[str, float] = {}
     with _run_directory(run, out, sim) as directory:
-        sim.run = directory
+        sim.attach(run=directory)
         with _clock(seconds, "prepare"):
             applied = _prepare(sim, model, recipe, dataset)
         settings = {
@@ -109,7 +109,7 @@ def quant_analyzer(
         score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
         if labels is not None:
             score = Top1(sim.graph, dataset, labels_of(labels, dataset, limit=limit, fixed=sim.fixed_batch))
-        store = open_store(sim, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
+        store = open_store(sim.state, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
         with _clock(seconds, "overall"), OutputNoise(sim.backend, sim.native, sim.graph, dataset) as noise:
             figures = _overall(switches, noise, score, store)
         by_score = score if sweep_by == "evaluate" else None
@@ -201,9 +201,7 @@ def opened(model: Any, sample: Any, options: Mapping[str, Any], progress: Progre
         if options or sample is not None:
             given = ", ".join([*options, *(["sample"] if sample is not None else [])])
             raise InputError(f"{given}: a QuantSim has these already; leave them out, or give the model itself")
-        sim = fork(model)
-        sim.progress = progress or sim.progress
-        return sim
+        return model.fork().attach(progress=progress)
     return QuantSim(model, sample, progress=progress, **options)
 
 

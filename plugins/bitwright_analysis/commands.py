@@ -81,7 +81,7 @@ def analyze(
         if known is not None and dataset.samples is not None and len(known) < dataset.samples:
             raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
         with run_in(out) as run:
-            sim.run = run
+            sim.attach(run=run)
             for step in steps:
                 sim.apply(step.technique, dataset, **step.settings)
             analysis = quant_analyzer(

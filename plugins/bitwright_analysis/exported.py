@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bitwright.bundle import find_bundle, plan_of, read_encodings
@@ -24,6 +25,5 @@ def exported(directory: str | Path, name: str | None = None, *, progress: Progre
     bundle = find_bundle(Path(directory), name)
     sim = QuantSim(bundle.files["model"], progress=progress)
     encodings = read_encodings(bundle.files["encodings"], sim.graph)
-    sim.plan = plan_of(sim.graph, encodings)
-    sim.encodings = encodings.restricted(set(sim.plan))
-    return sim
+    plan = plan_of(sim.graph, encodings)
+    return QuantSim.of(replace(sim.state, plan=plan, encodings=encodings.restricted(set(plan))))

@@ -154,7 +154,7 @@ def target_commands(
     soc: Annotated[str | None, typer.Option(help="Of Qualcomm's tools, such as sm8650.", show_default=False)] = None,
 ) -> None:
     """Print the command lines that bring an export onto a target, in order; nothing is run."""
-    from bitwright.cli import complain, console
+    from bitwright.cli import console
     from bitwright_deploy.target_commands import target_commands as run
 
     shapes = {}
@@ -165,7 +165,7 @@ def target_commands(
         shapes[key] = tuple(int(part) for part in value.split(","))
     found = run(directory, tool, name=name, data=data, input_shapes=shapes, soc=soc)
     for warning in found.warnings:
-        complain(f"warning: {warning}")
+        console.complain(f"warning: {warning}")
     if found.schemas:
         taken = ", ".join(sorted(found.schemas))
         console.say(f"# {found.tool} takes encodings of schema {taken}; this export has {found.schema}")

@@ -59,7 +59,7 @@ def export_network(
     model, stem = named_model(model, name)
     named = isinstance(model, str | Path)
     if sim.reference is None:
-        sim.reference = sim.remembering(data).taken()
+        sim.attach(reference=sim.remembering(data).taken())
     bundle = sim.export(out, name=stem, encodings_version=version, plain_session=plain_session)
     json_file, page = complete_report(
         out,
@@ -91,4 +91,4 @@ def refuse_own_folder(sim: QuantSim, out: str | Path | None, model: Any, name: s
         InputError: it would be.
     """
     if out is not None:
-        refuse_planned(sim, Path(out), named_model(model, name)[1])
+        refuse_planned(sim.state, Path(out), named_model(model, name)[1])

@@ -108,7 +108,7 @@ def auto_quantize(
         )
         best = search.run()
         result = _result(search, validation, data)
-        best.built.sim.run = run if isinstance(run, RunDirectory) else None
+        best.built.sim.attach(run=run if isinstance(run, RunDirectory) else None)
         if out is not None:
             from bitwright_search.auto_export import write
 

@@ -11,7 +11,7 @@ from bitwright.data import Dataset
 from bitwright.errors import BitwrightError, CapabilityError, InputError
 from bitwright.plugins import registry
 from bitwright.runs import identity
-from bitwright.simulation import QuantSim, fork
+from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
@@ -302,14 +302,14 @@ class AutoSearch:
     # -- how one thing is done
 
     def _applied(self, step: Step, base: QuantSim) -> Callable[[], QuantSim]:
-        return lambda: fork(base).apply(step.technique, self.data, **step.settings)
+        return lambda: base.fork().apply(step.technique, self.data, **step.settings)
 
     def _calibrated(self, base: QuantSim, index: int) -> Built | None:
         scheme, weight_scheme = self.schemes[index]
         depends = {"base": content_of(base), "data": self._data, "schemes": [scheme, weight_scheme]}
 
         def make() -> QuantSim:
-            return fork(base, scheme=scheme, weight_scheme=weight_scheme).calibrate(self.data)
+            return base.fork(scheme=scheme, weight_scheme=weight_scheme).calibrate(self.data)
 
         try:
             return self.stages.build("auto: calibrate", depends, make, self._opened)

@@ -11,7 +11,7 @@ from bitwright.backend import Capability, OpTimer, require
 from bitwright.data import whole_batches
 from bitwright.errors import InputError
 from bitwright.progress import Progress
-from bitwright.simulation import QuantSim, retyped
+from bitwright.simulation import QuantSim
 from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
 from bitwright_search.costs import multiply_accumulates
 from bitwright_search.latency import Entry, LatencyTable, per_mac
@@ -83,7 +83,7 @@ def measure_latency(
     groups, _ = group_sites(sim, choices)
     for index, candidate in enumerate(choices):
         types = {s: t for g in groups if index in g.allowed for s, t in g.types(sim, candidate).items()}
-        twin = retyped(sim, types).calibrate(dataset)
+        twin = sim.retyped(types).calibrate(dataset)
         ops = [op.id for op in twin.graph if op.kind in COSTED]
         with tempfile.TemporaryDirectory() as folder:
             bundle = twin.export(folder, name="timed")

@@ -135,7 +135,7 @@ def mixed_precision(
             steps=tuple(steps),
         )
         result = search.run(cost, notes)
-        result.sim.run = run if isinstance(run, RunDirectory) else None
+        result.sim.attach(run=run if isinstance(run, RunDirectory) else None)
         if out is not None:
             from bitwright_search.mixed_export import write
 

@@ -12,7 +12,7 @@ import numpy as np
 from bitwright.data import Dataset
 from bitwright.errors import InputError
 from bitwright.runs import identity
-from bitwright.simulation import QuantSim, retyped
+from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.evaluation import Evaluate, Mode, measure
@@ -206,7 +206,7 @@ class MixedSearch:
                    "steps": [[s.technique, dict(s.settings)] for s in self.steps]}  # fmt: skip
 
         def make() -> QuantSim:
-            twin = retyped(self.sim, self._types(choice))
+            twin = self.sim.retyped(self._types(choice))
             for step in self.steps:
                 twin.apply(step.technique, self.data, **step.settings)
             return twin.calibrate(self.data)

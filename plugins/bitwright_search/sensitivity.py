@@ -16,7 +16,7 @@ from bitwright.backend import Batch, Session, Simulation, Tap
 from bitwright.data import Dataset, FirstSamples
 from bitwright.errors import InputError
 from bitwright.runs import RunDirectory, fingerprint
-from bitwright.simulation import QuantSim, retyped
+from bitwright.simulation import QuantSim
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.solvers import Table
 from bitwright_search.stages import content_of
@@ -90,7 +90,7 @@ def _alone(
 ) -> Iterator[tuple[str, float]]:
     """The noise of each group that isn't known yet, with every other site of the network in float."""
     types = {site: text for g in groups for site, text in g.types(sim, candidate).items()}
-    twin = retyped(sim, types).calibrate(data)
+    twin = sim.retyped(types).calibrate(data)
     table, plan = twin.table, twin.plan
     simulation: Simulation[Any] = twin.backend.simulate(twin.native, plan, table)
     everything = {plan.root(s) for s in plan.quantized}

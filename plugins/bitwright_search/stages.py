@@ -8,13 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, InputError
 from bitwright.plugins import registry
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory, fingerprint, run_in, versions
@@ -101,7 +101,7 @@ class Stages:
         Args:
             name, depends: as `RunDirectory.step` takes them.
             make: makes and calibrates it.
-            opened: attributes that a saved state doesn't hold: run, progress.
+            opened: fields of its state that a saved one doesn't hold: run, progress, source.
         """
         store = self.run.step(name, depends)
         state = store.path / "state"
@@ -112,8 +112,11 @@ class Stages:
                 shutil.rmtree(state, ignore_errors=True)  # damaged: it is made again
             else:
                 self.clock.resumed(record["lap"])
-                sim.reports = [(n, Report(s, f, tuple(c), tuple(map(tuple, r)))) for n, s, f, c, r in record["reports"]]
-                return Built(_with(sim, opened), record["content"], record["seconds"], state)
+                reports = tuple(
+                    (n, Report(s, f, tuple(c), tuple(map(tuple, r)))) for n, s, f, c, r in record["reports"]
+                )
+                sim = QuantSim.of(replace(sim.state, reports=reports, **opened))
+                return Built(sim, record["content"], record["seconds"], state)
         begin = time.perf_counter()
         sim = make()
         seconds = time.perf_counter() - begin
@@ -133,12 +136,6 @@ class Stages:
         text = json.dumps(record, default=_plain)
         store.put("record", {"json": np.array(text, dtype=np.str_)})
         self.run.record("stage", name=name, fingerprint=store.fingerprint, seconds=record["lap"])
-
-
-def _with(sim: QuantSim, attributes: Mapping[str, Any]) -> QuantSim:
-    for name, value in attributes.items():
-        setattr(sim, name, value)
-    return sim
 
 
 def _read(arrays: Mapping[str, Any] | None) -> Record | None:
@@ -193,18 +190,10 @@ def open_sim(
     Raises:
         InputError: a simulation is given together with options that it has already.
     """
-    from bitwright.errors import InputError
-    from bitwright.simulation import fork
-
     if not isinstance(model, QuantSim):
-        sim = QuantSim(model, sample, **{k: v for k, v in options.items() if v is not None}, run=run)
-        if progress is not None:
-            sim.progress = progress
-        return sim
+        return QuantSim(
+            model, sample, **{k: v for k, v in options.items() if v is not None}, run=run, progress=progress
+        )
     if given := [k for k, v in options.items() if v is not None]:
         raise InputError(f"{', '.join(given)}: the simulation given has its own; set them where it is made")
-    sim = fork(model)
-    sim.run = run
-    if progress is not None:
-        sim.progress = progress
-    return sim
+    return model.fork().attach(run=run, progress=progress)

@@ -15,10 +15,11 @@ import pytest
 
 import bitwright_onnx.export.qdq as qdq_writer
 from bitwright import QuantSim
-from bitwright.bundle import Samples
 from bitwright.bundle import _artefact as artefact
 from bitwright.bundle._record import read_reference, spread
-from bitwright.bundle._samples import kept, synthetic
+from bitwright.bundle._synthetic import synthetic
+from bitwright.data import Samples
+from bitwright.data._reference import kept
 from bitwright.errors import InputError, ModelError
 from bitwright.report import digest, read_report
 from bitwright.report._seal import named, seal

@@ -8,9 +8,9 @@ import builders as b
 import numpy as np
 import pytest
 
+from bitwright.backend import NonFiniteWarning
 from bitwright.errors import ModelError
 from bitwright.simulation import QuantSim
-from bitwright.simulation._finiteness import NonFiniteWarning
 from bitwright.verification import sqnr
 
 D = 32

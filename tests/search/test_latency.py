@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,8 +87,7 @@ def test_measured_on_onnx_runtime(net, tmp_path):
 
 
 def test_a_backend_without_a_timer_says_what_to_do(net):
-    sim = QuantSim(net.model)
-    sim.backend = SimpleNamespace(name="plain")
+    sim = QuantSim.of(replace(QuantSim(net.model).state, backend=SimpleNamespace(name="plain")))
     with pytest.raises(
         CapabilityError, match=r"op_timer .*the plain backend doesn't offer; measure an exported \.onnx"
     ):

@@ -24,7 +24,7 @@ from bitwright.graph import (  # noqa: E402  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
-from bitwright_tensorflow.graph.runtime import open_session  # noqa: E402
+from bitwright_tensorflow.graph.model import open_session  # noqa: E402
 
 v1 = tf.compat.v1
 BACKEND = TensorFlowBackend()

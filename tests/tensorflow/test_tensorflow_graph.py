@@ -14,7 +14,7 @@ from bitwright.graph import ConvAttrs, OpKind, ParamRole  # noqa: E402
 from bitwright.testing.contract_base import assert_close, linear_output, own, rows, run  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
-from bitwright_tensorflow.graph.runtime import open_session  # noqa: E402
+from bitwright_tensorflow.graph.model import open_session  # noqa: E402
 
 v1 = tf.compat.v1
 BACKEND = TensorFlowBackend()

@@ -14,7 +14,7 @@ from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
 from bitwright.grids import encoding_of_weights  # noqa: E402
-from bitwright.simulation import QuantSim, fork  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_torch import parameter_groups  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
@@ -161,7 +161,7 @@ def test_quantsim_trains_and_takes_back(tmp_path: Path) -> None:
     before = {n: p.clone() for n, p in module.named_parameters()}
     for step in (
         lambda: sim.export(tmp_path / "out"), lambda: sim.save(tmp_path / "kept"), lambda: sim.predict(data[0][0]),
-        lambda: sim.calibrate(data[0][0]), lambda: sim.apply("cle"), lambda: fork(sim),
+        lambda: sim.calibrate(data[0][0]), lambda: sim.apply("cle"), sim.fork,
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"trained and not taken.*take\(\).*drop_training"):
             step()

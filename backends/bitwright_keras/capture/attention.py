@@ -7,18 +7,16 @@ softmax; the two are shown as one op (`canonical`), so that scores of −10⁹ n
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
 from bitwright_keras.capture.einsum import einsum_dense, product_of
-
-if TYPE_CHECKING:
-    from bitwright_keras.capture.normalize import Normalizer
+from bitwright_keras.capture.emitter import Emitter
 
 
-def multi_head_attention(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def multi_head_attention(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The calls of attention over one axis of (samples, steps, features); None for any other."""
     given = layer._call_signature.bind(*args, **kwargs).arguments
     query, value = given["query"], given["value"]
@@ -75,12 +73,12 @@ def _low(scores: Any) -> float:
     return -3e4 if keras.backend.standardize_dtype(scores.dtype) == "float16" else -1e9
 
 
-def _heads(made: Normalizer, dense: Any, name: str, x: Any) -> Any:
+def _heads(made: Emitter, dense: Any, name: str, x: Any) -> Any:
     """Projection, then (samples, heads, steps, size)."""
     return made.emit(f"{name}/heads", keras.ops.transpose, einsum_dense(made, dense, name, x), (0, 2, 1, 3))
 
 
-def _mask(made: Normalizer, name: str, given: Any, query: Any, key: Any, value: Any) -> Any:
+def _mask(made: Emitter, name: str, given: Any, query: Any, key: Any, value: Any) -> Any:
     """What may be attended to, broadcastable to (samples, heads, queries, keys); None for everything.
 
     The masks of query, value and key, the explicit one and the causal one are combined as the layer does.

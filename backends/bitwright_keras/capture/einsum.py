@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
-if TYPE_CHECKING:
-    from bitwright_keras.capture.normalize import Normalizer
+from bitwright_keras.capture.emitter import Emitter
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def product_of(layer: Any, rank: int) -> Product | None:
     return Product(len(kept), tuple(kernel.index(c) for c in (*contracted, *made)), len(contracted), bias)
 
 
-def einsum_dense(made: Normalizer, layer: Any, name: str, x: Any, owner: str = "") -> Any:
+def einsum_dense(made: Emitter, layer: Any, name: str, x: Any, owner: str = "") -> Any:
     """The calls of an `EinsumDense` without its activation; None where it is no matrix product.
 
     Args:

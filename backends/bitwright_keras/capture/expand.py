@@ -4,23 +4,21 @@ leave the call as it is."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
 from bitwright_keras.capture.attention import multi_head_attention
 from bitwright_keras.capture.einsum import einsum_dense
+from bitwright_keras.capture.emitter import Emitter
 from bitwright_keras.graph.model import variables_of
 from bitwright_keras.graph.native import copy_layer
 
-if TYPE_CHECKING:
-    from bitwright_keras.capture.normalize import Normalizer
-
-Expansion = Callable[["Normalizer", Any, str, tuple[Any, ...], dict[str, Any]], Any]
+Expansion = Callable[[Emitter, Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def activation(made: Normalizer, function: Any, owner: keras.layers.Layer, name: str, x: Any) -> Any:
+def activation(made: Emitter, function: Any, owner: keras.layers.Layer, name: str, x: Any) -> Any:
     """The activation that a layer was given as an argument, as a call of its own: "conv/relu"."""
     if function is None or function is keras.activations.linear:
         return x
@@ -39,7 +37,7 @@ def activation(made: Normalizer, function: Any, owner: keras.layers.Layer, name:
 
 
 def _weighted(
-    made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:  # fmt: skip
     """A convolution or dense layer, and its activation after it."""
     function = layer.activation
@@ -49,7 +47,7 @@ def _weighted(
     return activation(made, function, layer, name, made.emit(name, plain, *args, params=params, **kwargs))
 
 
-def _separable(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _separable(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A depthwise convolution, then one with 1×1 kernels (which has the layer's name and bias)."""
     rank = layer.rank
     depthwise_type = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)[rank - 1]
@@ -88,7 +86,7 @@ def _separable(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     return activation(made, layer.activation, layer, name, x)
 
 
-def _einsum_dense(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _einsum_dense(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = einsum_dense(made, layer, name, args[0] if args else kwargs["inputs"])
     if x is not None:
         x = activation(made, layer.activation, layer, name, x)
@@ -98,7 +96,7 @@ def _einsum_dense(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...]
     return _weighted(made, layer, name, args, kwargs)
 
 
-def _rescaling(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _rescaling(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product and a sum with constants."""
     scale, offset = (np.asarray(v, np.float32) for v in (layer.scale, layer.offset))
     channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
@@ -115,7 +113,7 @@ def _rescaling(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     return made.emit(name, keras.ops.add, x, _number(offset))
 
 
-def _normalization(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _normalization(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """(x − mean) / max(√variance, ε), with constants."""
     if layer.invert or getattr(layer, "mean", None) is None:
         return None
@@ -128,7 +126,7 @@ def _normalization(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...
     return made.emit(name, keras.ops.divide, x, _number(_squeezed(deviation)))
 
 
-def _cast(made: Normalizer, layer: keras.layers.Layer, name: str, x: Any) -> Any:
+def _cast(made: Emitter, layer: keras.layers.Layer, name: str, x: Any) -> Any:
     wanted = layer.compute_dtype
     if keras.backend.standardize_dtype(x.dtype) == wanted:
         return x
@@ -146,7 +144,7 @@ def _squeezed(value: np.ndarray) -> np.ndarray:
     return value.reshape(()) if value.size == 1 else value
 
 
-def _time_distributed(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _time_distributed(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of a dense layer: that layer, which works on the last axis anyway."""
     inner = layer.layer
     if not isinstance(inner, keras.layers.Dense) or kwargs.get("mask") is not None:
@@ -162,7 +160,7 @@ def _time_distributed(made: Normalizer, layer: Any, name: str, args: tuple[Any, 
     return activation(made, inner.activation, inner, name, made.emit(name, plain, *args, params=params))
 
 
-def _embedding(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _embedding(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With its mask as a comparison that is made where something reads it."""
     if not layer.mask_zero:
         return None
@@ -172,7 +170,7 @@ def _embedding(made: Normalizer, layer: Any, name: str, args: tuple[Any, ...], k
     return result
 
 
-def _matmul(made: Normalizer, operation: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _matmul(made: Emitter, operation: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product with a constant matrix: a dense layer without bias."""
     x1, x2 = (*args, *kwargs.values())[:2]
     if not isinstance(x1, keras.KerasTensor) or not isinstance(x2, np.ndarray) or x2.ndim != 2:

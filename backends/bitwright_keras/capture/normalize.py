@@ -22,6 +22,7 @@ import keras
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_keras.capture.comparing import CaptureNotice, as_it_was, compare
+from bitwright_keras.capture.expand import EXPANSIONS
 from bitwright_keras.capture.opening import recording_of
 from bitwright_keras.capture.tracing import Call, Recording, functional_of, history, recorded, trace
 from bitwright_keras.capture.training_mode import (
@@ -150,8 +151,6 @@ class Normalizer:
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str, training: bool = False
     ) -> Any:
         """One call of the user's, on new tensors."""
-        from bitwright_keras.capture.expand import EXPANSIONS
-
         operation = call.operation
         name = self.name(operation, prefix, call.index)
         args, kwargs = self._plain(args, kwargs, name)

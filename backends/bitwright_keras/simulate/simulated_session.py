@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Tap
 from bitwright.graph import TensorId
+from bitwright_keras.simulate.session import KerasSession
 
-if TYPE_CHECKING:
-    from bitwright_keras.simulate.simulation import KerasSimulation
+
+class Reopened(Protocol):
+    """A simulation whose network may be built again."""
+
+    @property
+    def generation(self) -> int:
+        """How often the network has been built."""
+
+    def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:
+        """A session of the network as it is now, with the number of its building."""
 
 
 class SimulationSession:
     """A session that is compiled again where the simulation was built again."""
 
-    def __init__(self, simulation: KerasSimulation, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> None:
+    def __init__(self, simulation: Reopened, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> None:
         self._simulation, self._taps, self._feeds = simulation, taps, feeds
         self._generation, self._session = simulation.opened(taps, feeds)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from bitwright.files import atomic_write, cannot_write, sync_directory
-from bitwright_tensorflow.graph.model import TfModel
-from bitwright_tensorflow.graph.runtime import open_session
+from bitwright_tensorflow.graph.model import TfModel, open_session
 from bitwright_tensorflow.graph.shapes import inference
 
 

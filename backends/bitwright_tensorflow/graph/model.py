@@ -10,7 +10,7 @@ What simulation and export can rely on:
   layout. A frozen source has `Const` nodes and no values.
 - Tensors are called as TensorFlow does, "conv/Relu:0"; ids of ops are node names ("conv/Conv2D": the product of a
   convolution with its BiasAdd); ids of parameters are the node names of variables or constants ("conv/kernel").
-- `runtime.open_session(model)` imports the graph and sets the variables; `runtime.import_values(…)` does so for a
+- `open_session(model)` imports the graph and sets the variables; `runtime.import_values(…)` does so for a
   rewritten GraphDef. `canonical.recognize(model)` says which nodes each canonical op consists of, and at which
   (node, operand) a parameter is read.
 """
@@ -24,20 +24,16 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
-
-Array = NDArray[Any]
+from bitwright_tensorflow.graph.runtime import VARIABLES, Array, import_values, open_graph, reason, session_config
 
 __all__ = ["VARIABLES", "Array", "GraphDef", "Kind", "MetaGraphDef", "NodeDef", "Signature", "TfModel", "array_of",
-           "node_of", "operand_of", "tensor_id"]  # fmt: skip
-
-VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
-"""Ops that hold a variable."""
+           "node_of", "open_session", "operand_of", "tensor_id"]  # fmt: skip
 
 
 class Kind(StrEnum):
@@ -121,9 +117,46 @@ class TfModel:
         Raises:
             InputError: an argument is missing or unknown.
         """
-        from bitwright_tensorflow.graph.runtime import call
+        by_name = dict(self.signature.inputs)
+        if len(arguments) > len(self.inputs):
+            raise InputError(f"the model takes {len(self.inputs)} inputs, {len(arguments)} are given")
+        feed = dict(zip(self.inputs, arguments, strict=False))
+        for name, value in named.items():
+            tensor = by_name.get(name, tensor_id(name))
+            if tensor not in self.inputs:
+                raise InputError(f"the model has no input {name!r}; it takes {', '.join(by_name) or self.inputs}")
+            feed[tensor] = value
+        if missing := [t for t in self.inputs if t not in feed]:
+            raise InputError(f"no array for input {missing[0]!r}")
+        session = self.memo.get("session")
+        if session is None:
+            session = self.memo["session"] = open_session(self)
+        results = session.run(list(self.signature.outputs.values()), feed)
+        return results[0] if len(results) == 1 else dict(zip(self.signature.outputs, results, strict=True))
 
-        return call(self, arguments, named)
+
+def open_session(model: TfModel) -> tf.compat.v1.Session:
+    """The whole model in a session: for a `Kind.SESSION` with its collections, so that savers and optimizers work.
+
+    Lookup tables are initialized. The caller closes the session.
+
+    Raises:
+        ModelError: TensorFlow refuses the graph.
+    """
+    if model.kind is not Kind.SESSION:
+        return open_graph(model.graph_def, model.values)
+    graph = tf.Graph()
+    try:
+        with graph.as_default():
+            tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
+    except (ValueError, tf.errors.OpError) as error:
+        raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
+    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    import_values(session, model.values)
+    tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
+    if tables:
+        session.run(tables)
+    return session
 
 
 def node_of(tensor: str) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
+from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from bitwright.errors import InputError, ModelError
-from bitwright_tensorflow.graph.model import VARIABLES, Array, GraphDef, Kind, TfModel, tensor_id
+
+VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
+"""Ops that hold a variable."""
+
+Array = NDArray[Any]
 
 
 def session_config() -> tf.compat.v1.ConfigProto:
@@ -76,50 +82,6 @@ def open_graph(graph_def: GraphDef, values: Mapping[str, Array]) -> tf.compat.v1
     session = tf.compat.v1.Session(graph=graph, config=session_config())
     import_values(session, values)
     return session
-
-
-def open_session(model: TfModel) -> tf.compat.v1.Session:
-    """The whole model in a session: for a `Kind.SESSION` with its collections, so that savers and optimizers work.
-
-    Lookup tables are initialized. The caller closes the session.
-
-    Raises:
-        ModelError: TensorFlow refuses the graph.
-    """
-    if model.kind is not Kind.SESSION:
-        return open_graph(model.graph_def, model.values)
-    graph = tf.Graph()
-    try:
-        with graph.as_default():
-            tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
-    except (ValueError, tf.errors.OpError) as error:
-        raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
-    session = tf.compat.v1.Session(graph=graph, config=session_config())
-    import_values(session, model.values)
-    tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
-    if tables:
-        session.run(tables)
-    return session
-
-
-def call(model: TfModel, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """`TfModel.__call__`."""
-    by_name = dict(model.signature.inputs)
-    if len(arguments) > len(model.inputs):
-        raise InputError(f"the model takes {len(model.inputs)} inputs, {len(arguments)} are given")
-    feed = dict(zip(model.inputs, arguments, strict=False))
-    for name, value in named.items():
-        tensor = by_name.get(name, tensor_id(name))
-        if tensor not in model.inputs:
-            raise InputError(f"the model has no input {name!r}; it takes {', '.join(by_name) or model.inputs}")
-        feed[tensor] = value
-    if missing := [t for t in model.inputs if t not in feed]:
-        raise InputError(f"no array for input {missing[0]!r}")
-    session = model.memo.get("session")
-    if session is None:
-        session = model.memo["session"] = open_session(model)
-    results = session.run(list(model.signature.outputs.values()), feed)
-    return results[0] if len(results) == 1 else dict(zip(model.signature.outputs, results, strict=True))
 
 
 _TRACES = ("Graph execution error", "Detected at node", "Defined at", "Node:")

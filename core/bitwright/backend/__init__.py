@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitwright.backend._editing import Editor
+from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._grid_checks import check_encodings, check_site, on_grid
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._protocols import (
@@ -40,6 +41,7 @@ __all__ = [
     "Capability",
     "Editor",
     "IntegerRuntime",
+    "NonFiniteWarning",
     "OpTimer",
     "Pair",
     "ParamReader",
@@ -66,4 +68,5 @@ __all__ = [
     "require",
     "silenced",
     "thinned_places",
+    "warn_where_it_began",
 ]

@@ -18,6 +18,7 @@ from bitwright.bundle._artefact import (
     passed_on,
     plan_of,
     read_encodings,
+    refuse_planned,
 )
 from bitwright.bundle._checks import against_record, against_simulation
 from bitwright.bundle._crushed import OutputQuality, risky
@@ -26,22 +27,17 @@ from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainView, seen_plain
 from bitwright.bundle._record import ARRAYS_SUFFIX
 from bitwright.bundle._reopened import as_recorded, reopen
-from bitwright.bundle._samples import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.bundle._saturation import bound
-from bitwright.bundle._source_guard import refuse_planned
 
 __all__ = [
     "ARRAYS_SUFFIX",
     "ENCODINGS_SUFFIX",
-    "SAMPLES",
     "HostNotes",
     "OutputFigures",
     "OutputQuality",
     "PairRisk",
     "PlainRisks",
     "PlainView",
-    "Remembering",
-    "Samples",
     "against_record",
     "against_simulation",
     "as_recorded",
@@ -54,7 +50,6 @@ __all__ = [
     "find_bundle",
     "geometry",
     "in_shape",
-    "is_fixed",
     "is_stem",
     "over_outputs",
     "passed_on",

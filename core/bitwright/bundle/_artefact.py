@@ -6,15 +6,16 @@ import glob
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitwright import __version__, formats
-from bitwright.backend import Backend, Bundle, BundledFormats, SharedConversion
+from bitwright.backend import Backend, Bundle, BundledFormats, SharedConversion, Simulation
 from bitwright.bundle._plain import keep_exact
+from bitwright.bundle._source_guard import refuse_overwriting
 from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
 from bitwright.files import cannot_write, make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
@@ -23,9 +24,7 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerT
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 from bitwright.plugins import registry
 from bitwright.report import REPORT
-
-if TYPE_CHECKING:
-    from bitwright.simulation import QuantSim
+from bitwright.state import SimState
 
 ENCODINGS_SUFFIX = ".encodings"
 QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
@@ -33,7 +32,8 @@ QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
 
 
 def export(
-    sim: QuantSim,
+    state: SimState,
+    simulate: Callable[[], Simulation[Any]],
     directory: Path,
     name: str,
     version: str,
@@ -41,40 +41,46 @@ def export(
     plain_session: bool | None,
     reference_samples: int,
 ) -> Bundle:
-    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven."""
+    """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven.
+
+    Args:
+        state: of a calibrated simulation.
+        simulate: hands out its open simulation, once the arguments have been checked.
+        directory, name, version, include_bias, plain_session, reference_samples: as `QuantSim.export` takes them.
+    """
     from bitwright.bundle import _export_gate as export_gate
-    from bitwright.bundle import _record as record
-    from bitwright.bundle._source_guard import refuse_overwriting, refuse_planned
+    from bitwright.bundle import _recording as recording
+    from bitwright.bundle._record import unseal
 
     if not is_stem(name):
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
     if reference_samples < 0:
         raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
-    table, backend = sim.table, sim.backend
-    plain = sim.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
+    table, backend = state.table, state.backend
+    plain = state.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
-    refuse_planned(sim, directory, name)
+    refuse_planned(state, directory, name)
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     make_directory(staging)
     conversions = ExitStack()
     try:
-        run = export_gate.simulated(sim, max(reference_samples, 1))
+        run = export_gate.simulated(state, simulate, max(reference_samples, 1))
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
         if isinstance(backend, SharedConversion):
             conversions.enter_context(backend.converting_once())
-        bundle = backend.export(sim.native, sim.plan, table, staging / f"{name}.{artefact}", artefact)
+        bundle = backend.export(state.native, state.plan, table, staging / f"{name}.{artefact}", artefact)
         files |= bundle.files
-        others = dict(_others(backend, sim.native))
-        if sim.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
+        others = dict(_others(backend, state.native))
+        if state.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
             others[TFLITE] = ".tflite"
         quantized: list[export_gate.Quantized] = []
         missing: dict[str, str] = {}
         for other, suffix in others.items():
             try:
-                made = backend.export(sim.native, sim.plan, table, staging / f"{name}{suffix}", other)
+                made = backend.export(state.native, state.plan, table, staging / f"{name}{suffix}", other)
                 if other == QDQ and plain:
                     made = keep_exact(made)
                 stored_anew += made.stored_anew
@@ -88,18 +94,18 @@ def export(
             files |= made.files
             quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
         conversions.close()
-        compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(sim, run, quantized)
+        compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(state, run, quantized)
         bias = version >= "2" if include_bias is None else include_bias
-        entries = encodings_file(sim.graph, sim.plan, table, version, bundle, include_bias=bias)
+        entries = encodings_file(state.graph, state.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
-        record.write_with(
-            sim, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
+        recording.write_with(
+            state, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
             missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
         )  # fmt: skip
         written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == REPORT))
-        refuse_overwriting(sim, [directory / path.name for path in written])
+        refuse_overwriting(state, [directory / path.name for path in written])
         # Without the old seal, an export that is killed between two renames is seen to be incomplete.
-        record.unseal(directory, name)
+        unseal(directory, name)
         # External weights lie beside their model and move with it; the encodings come last, as the seal.
         for path in written:
             _move(path, directory / path.name)
@@ -110,14 +116,23 @@ def export(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def planned_files(sim: QuantSim, directory: Path, name: str) -> list[Path]:
+def planned_files(state: SimState, directory: Path, name: str) -> list[Path]:
     """Every file that an export of this name may write into a folder."""
-    artefact, *_ = sim.backend.formats()
+    artefact, *_ = state.backend.formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        endings = [f".{artefact}", *_others(sim.backend, sim.native).values(), ".tflite", ENCODINGS_SUFFIX]
+        endings = [f".{artefact}", *_others(state.backend, state.native).values(), ".tflite", ENCODINGS_SUFFIX]
     found = [directory / f"{name}{ending}" for ending in endings]
     return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
+
+
+def refuse_planned(state: SimState, folder: Path, name: str) -> None:
+    """Refuse, before any work, an export that would write over the file that the model was opened from.
+
+    Raises:
+        InputError: one of the files that an export of this name may write is that file, or belongs to it.
+    """
+    refuse_overwriting(state, planned_files(state, folder, name))
 
 
 def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:

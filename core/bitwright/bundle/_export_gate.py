@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import QuantizedNetwork, QuantizedReader, Session, Simulation, Tap
+from bitwright.backend import QuantizedNetwork, QuantizedReader, Session, Simulation, Tap, warn_where_it_began
 from bitwright.bundle._agreement import Agreement, agreement
-from bitwright.bundle._samples import Samples, synthetic
+from bitwright.bundle._synthetic import synthetic
+from bitwright.data import Samples
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph import Graph, TensorId
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.plugins import registry
-
-if TYPE_CHECKING:
-    from bitwright.simulation import QuantSim
+from bitwright.state import SimState
 
 VALUES_BYTES = 2**29
 """Bytes of tensors that are compared at once; with more, fewer samples are."""
@@ -41,30 +40,35 @@ class Simulated:
 
     samples: Samples
     values: Mapping[TensorId, Array]
+    simulation: Simulation[Any]
 
 
-def simulated(sim: QuantSim, count: int) -> Simulated | str:
+def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: int) -> Simulated | str:
     """The simulation's tensors on the first calibration samples, or on made-up ones; why there are none, in words."""
-    table = sim.table
-    samples = sim.reference
+    samples = state.reference
     if samples is None:
-        samples = synthetic(sim.backend, sim.native, sim.graph, table, count)
+        samples = synthetic(state.backend, state.native, state.graph, state.table, count)
     if samples is None:
         return "there were no calibration data, and no made-up input runs: calibrate on data before the export"
     samples = samples.first(count)
-    taps = compared_tensors(sim.graph, sim.plan)
-    if _bytes(sim.graph, taps, samples) > VALUES_BYTES:
+    taps = compared_tensors(state.graph, state.plan)
+    if _bytes(state.graph, taps, samples) > VALUES_BYTES:
         samples = samples.first(1)
-    return run_simulated(sim, samples)
+    return run_simulated(state, simulate(), samples)
 
 
-def run_simulated(sim: QuantSim, samples: Samples) -> Simulated:
+def run_simulated(state: SimState, simulation: Simulation[Any], samples: Samples) -> Simulated:
     """The tensors that are compared, of the native simulation."""
-    taps = [Tap(t) for t in compared_tensors(sim.graph, sim.plan)]
-    run = sim.simulation.session(taps).run(samples.inputs)
+    taps = [Tap(t) for t in compared_tensors(state.graph, state.plan)]
+    run = simulation.session(taps).run(samples.inputs)
     values = {tap.tensor: np.array(v) for tap, v in run.items()}
-    sim.warn_of_infinities(samples.inputs, [values[t] for t in sim.graph.outputs])
-    return Simulated(samples, values)
+
+    def floating(taps: Sequence[Tap]) -> Session:
+        return state.backend.session(state.native, taps)
+
+    outputs = [values[t] for t in state.graph.outputs]
+    warn_where_it_began(state.graph, outputs, samples.inputs, simulation.session, floating)
+    return Simulated(samples, values, simulation)
 
 
 def compared_tensors(graph: Graph, plan: Plan) -> list[TensorId]:
@@ -85,7 +89,7 @@ def _bytes(graph: Graph, tensors: Sequence[TensorId], samples: Samples) -> int:
     return total
 
 
-def gate(sim: QuantSim, run: Simulated, artefacts: Sequence[Quantized]) -> tuple[int, dict[TensorId, str]]:
+def gate(state: SimState, run: Simulated, artefacts: Sequence[Quantized]) -> tuple[int, dict[TensorId, str]]:
     """Compare the simulation with each quantized artefact.
 
     Returns:
@@ -101,12 +105,12 @@ def gate(sim: QuantSim, run: Simulated, artefacts: Sequence[Quantized]) -> tuple
         if network is None:
             continue
         expected = dict(run.values)
-        missing = [t for t in network.inputs if t in sim.graph.tensors and t not in run.samples.inputs]
+        missing = [t for t in network.inputs if t in state.graph.tensors and t not in run.samples.inputs]
         if missing := [t for t in missing if t not in expected]:
             # Of a model in parts: what its Python hands to a part.
-            session = sim.simulation.session([Tap(t) for t in missing])
+            session = run.simulation.session([Tap(t) for t in missing])
             expected |= {tap.tensor: np.array(v) for tap, v in session.run(run.samples.inputs).items()}
-        found = compare(sim.graph, expected, run.samples.inputs, network, sim.table, artefact.names)
+        found = compare(state.graph, expected, run.samples.inputs, network, state.table, artefact.names)
         if found.first is not None:
             raise ModelError(
                 f"{artefact.path.name} doesn't compute what was simulated, so nothing is exported: "

@@ -1,4 +1,4 @@
-"""The record of an export: decisions, digests, hashes and reference samples, written with it and read back."""
+"""The record of an export: digests, hashes, reference samples and a sealed report, as they lie on disk."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
-from bitwright.files import atomic_write, discard, read_npz, write_text
+from bitwright.files import atomic_write, discard, read_npz
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding
-from bitwright.report import REPORT, BundleRecord, ReferenceRecord, RunReport, StoredTensor, named
-from bitwright.runs import of_arrays, of_file
-
-if TYPE_CHECKING:
-    from bitwright.bundle._export_gate import Simulated
-    from bitwright.bundle._samples import Samples
-    from bitwright.simulation import QuantSim
+from bitwright.report import REPORT, ReferenceRecord, StoredTensor, named
+from bitwright.runs import of_file
 
 ARRAYS_SUFFIX = ".record.npz"
 BUDGET = 16 * 2**20
@@ -37,77 +32,6 @@ def hashes(files: Iterable[Path], folder: Path) -> dict[str, str]:
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         found |= {p.relative_to(folder).as_posix(): of_file(p) for p in inside}
     return found
-
-
-def write_with(
-    sim: QuantSim,
-    folder: Path,
-    name: str,
-    files: Mapping[str, Path],
-    names: Mapping[str, str],
-    run: Simulated | str,
-    *,
-    missing: Mapping[str, str],
-    compared: int,
-    not_compared: Mapping[TensorId, str],
-    stored_anew: Sequence[str] = (),
-) -> RunReport:
-    """Write an export's reference samples and report beside its other files.
-
-    Args:
-        sim: the simulation that is exported.
-        folder: holds all files of the export, and nothing else.
-        name: its stem.
-        files: them by purpose.
-        names: site → name in the files, where they differ.
-        run: the native simulation on reference samples; or why there is none.
-        missing: formats that couldn't be written, with the reason.
-        compared, not_compared: what the gate found.
-        stored_anew: weights that are kept in another type.
-    """
-    from bitwright.report import build_report, dumped
-
-    reference = None if isinstance(run, str) else _write_reference(sim, folder / f"{name}{ARRAYS_SUFFIX}", run)
-    record = BundleRecord(
-        contents=hashes(sorted(folder.iterdir()), folder),
-        parameters={names.get(p, p): of_arrays([("", sim.params[p])])[:16] for p in sim.graph.params},
-        missing=dict(missing),
-        reference=reference,
-        without_reference=run if isinstance(run, str) else "",
-        compared=compared,
-        not_compared=dict(not_compared),
-        stored_anew=tuple(stored_anew),
-    )
-    by_purpose = {purpose: path.name for purpose, path in files.items()}
-    if reference is not None:
-        by_purpose["record"] = reference.file
-    source = sim.source.name if sim.source is not None else type(sim.native).__name__
-    report = build_report(sim, name=name, source=source, files=by_purpose, record=record, names=names)
-    write_text(folder / REPORT, dumped(report))
-    return report
-
-
-def _write_reference(sim: QuantSim, path: Path, run: Simulated) -> ReferenceRecord:
-    from bitwright.bundle._export_gate import run_simulated
-
-    table = sim.table
-    fewer = run.samples.first(1)
-    if _count(fewer) < _count(run.samples) and _exceeds(run.values, table):
-        run = run_simulated(sim, fewer)
-    return write_arrays(
-        path, run.samples.inputs, sim.graph.outputs, list(run.values), run.values, table,
-        synthetic=run.samples.synthetic,
-    )  # fmt: skip
-
-
-def _exceeds(values: Mapping[TensorId, Array], table: Mapping[str, Encoding]) -> bool:
-    """Whether stored tensors take more than `BUDGET`; no value is looked at where a byte for each is too much."""
-    least = sum(v.size for v in values.values() if v.dtype != object)
-    return least > BUDGET or sum(stored(t, v, table.get(t))[1].nbytes for t, v in values.items()) > BUDGET
-
-
-def _count(samples: Samples) -> int:
-    return sum(v.size for v in samples.inputs.values())
 
 
 def unseal(folder: Path, name: str) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitwright.backend import Backend, SourceFiles
 from bitwright.errors import InputError
-
-if TYPE_CHECKING:
-    from bitwright.simulation import QuantSim
+from bitwright.state import SimState
 
 
-def refuse_overwriting(sim: QuantSim, targets: Iterable[Path]) -> None:
+def refuse_overwriting(state: SimState, targets: Iterable[Path]) -> None:
     """Raise if one of the files that are to be written is the model that a simulation was opened from.
 
     Raises:
         InputError: one is, or it is a file that belongs to it (external weights, a checkpoint, a SavedModel's).
     """
-    own = source_files(sim)
+    own = source_files(state)
     if not own:
         return
     known = {identity for path in own if (identity := _identity(path)) is not None}
@@ -32,23 +30,12 @@ def refuse_overwriting(sim: QuantSim, targets: Iterable[Path]) -> None:
             )
 
 
-def refuse_planned(sim: QuantSim, folder: Path, name: str) -> None:
-    """`refuse_overwriting` before any work: of all files that an export of this name may write.
-
-    Raises:
-        InputError: as `refuse_overwriting`.
-    """
-    from bitwright.bundle._artefact import planned_files
-
-    refuse_overwriting(sim, planned_files(sim, folder, name))
-
-
-def source_files(sim: QuantSim) -> list[Path]:
+def source_files(state: SimState) -> list[Path]:
     """The file or folder that a simulation was opened from, with what belongs to it."""
     found: list[Path] = []
-    if sim.source is not None:
-        found += _with_companions(sim.source)
-    found += _held(sim.backend, sim.native)
+    if state.source is not None:
+        found += _with_companions(state.source)
+    found += _held(state.backend, state.native)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import bitwright
-from bitwright.cli import complain, doctor, encodings, listings, quantize, verify
+from bitwright.cli import console, doctor, encodings, listings, quantize, verify
 from bitwright.plugins import default_registry, import_dotted
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def _add_tools() -> None:
             try:
                 app.command(info.command_name or info.name.replace("_", "-"))(import_dotted(info.command))
             except Exception as error:
-                complain(f"warning: tool {info.name!r} has no command: {type(error).__name__}: {error}")
+                console.complain(f"warning: tool {info.name!r} has no command: {type(error).__name__}: {error}")
 
 
 _add_tools()

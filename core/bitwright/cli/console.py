@@ -23,6 +23,11 @@ def say(text: str) -> None:
     out().print(Text(text), soft_wrap=True)
 
 
+def complain(line: str) -> None:
+    """One line on the error stream."""
+    sys.stderr.write(" ".join(line.split()) + "\n")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
     """A table; columns named in `numbers` are set flush right."""
     shown = Table(

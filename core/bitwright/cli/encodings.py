@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.cli import complain, console, options
+from bitwright.cli import console, options
 from bitwright.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def convert(
     geometries = None if graph is None else {p: geometry(graph, p) for p in graph.params}
     result = formats.convert(file, to, geometries, None if graph is None else set(graph.params))
     for warning in result.warnings:
-        complain(f"warning: {warning}")
+        console.complain(f"warning: {warning}")
     formats.write(result.file, destination, to)
     console.say(f"{len(result.file.entries)} encodings, {file.version} → {to}: {destination}")
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.bundle import SAMPLES, is_stem
+from bitwright.bundle import is_stem
 from bitwright.cli import console, options
+from bitwright.data import SAMPLES
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ def quantize(
                 opened(model, load), target=chosen, weights=weights, activations=activations, scheme=scheme,
                 weight_scheme=weight_scheme, overrides=options.read_overrides(override), seed=seed, progress=progress,
             )  # fmt: skip
-            sim.source = model
-            refuse_planned(sim, out, job.name)
+            sim.attach(source=model)
+            refuse_planned(sim.state, out, job.name)
             calibration = sim.open(data, batch_size=batch_size, limit=calibration_samples)
             scored = Scored.open(sim, data, labels, batch_size) if labels is not None else None
         with run_in(out) as run:
             run.record("quantize", model=str(model), target=chosen.name, data=str(data), recipe=recipe)
-            sim.run = run
+            sim.attach(run=run)
             accuracy = _work(sim, steps, calibration, scored, clock)
             files = _export(sim, job, calibration, accuracy, clock)
             run.finish()

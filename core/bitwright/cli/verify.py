@@ -63,7 +63,6 @@ def verify(
     Exits with 1 if one departs beyond rounding, a file was changed, a part of an output is crushed, or a limit that
     was given isn't kept; a line for each says where.
     """
-    from bitwright.cli import complain
     from bitwright.cli.labels import read_labels
     from bitwright.verification import verify as run
 
@@ -88,7 +87,7 @@ def verify(
         _show(result)
     if failures := [*result.problems, *_broken_limits(result, min_agreement, min_sqnr, max_drop)]:
         for failure in failures[:-1]:
-            complain(f"bitwright: {failure}")
+            console.complain(f"bitwright: {failure}")
         raise CheckFailed(failures[-1])
 
 

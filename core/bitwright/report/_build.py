@@ -1,4 +1,4 @@
-"""Builds a report from a `QuantSim`, and writes it."""
+"""Builds a report from the state of a simulation, and writes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,17 +29,15 @@ from bitwright.report._model import (
     StepRecord,
 )
 from bitwright.runs import of_file, versions
+from bitwright.state import SimState
 from bitwright.technique import Report
-
-if TYPE_CHECKING:
-    from bitwright.simulation import QuantSim
 
 ON_GRID_DB = 120.0
 """A rounding error this far below the weights is float32 noise: the weights lie on their grid already."""
 
 
 def build_report(
-    sim: QuantSim,
+    state: SimState,
     *,
     name: str,
     source: str,
@@ -53,33 +51,33 @@ def build_report(
     """The report of a calibrated simulation.
 
     Args:
-        sim: the simulation, after its last technique and calibration.
+        state: of the simulation (`QuantSim.state`), after its last technique and calibration.
         name: stem of the exported files.
         source: the model's file name, or its type.
         calibration, accuracy, seconds, files: what the caller knows about the run.
         record: of the exported files.
         names: site → its name in them, where it isn't the site's own.
     """
-    modules = default_registry().backend_info(sim.backend.name).modules if _registered(sim.backend.name) else ()
-    table = sim.table
-    settings = [dict(step.settings) for step in sim.encodings.provenance]
-    settings += [{}] * (len(sim.reports) - len(settings))
+    modules = default_registry().backend_info(state.backend.name).modules if _registered(state.backend.name) else ()
+    table = state.table
+    settings = [dict(step.settings) for step in state.encodings.provenance]
+    settings += [{}] * (len(state.reports) - len(settings))
     return RunReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         name=name,
-        model=_model(sim, source, table),
-        target=sim.target.name,
-        target_config=json.loads(sim.target.to_json()),
-        weights=sim.weights,
-        activations=sim.activations,
-        overrides={name: _plain(value) for name, value in sim.overrides.items()},
-        seed=sim.seed,
+        model=_model(state, source, table),
+        target=state.target.name,
+        target_config=json.loads(state.target.to_json()),
+        weights=state.weights,
+        activations=state.activations,
+        overrides={name: _plain(value) for name, value in state.overrides.items()},
+        seed=state.seed,
         calibration=calibration,
-        steps=tuple(_step(t, s, r) for (t, r), s in zip(sim.reports, settings, strict=False)),
+        steps=tuple(_step(t, s, r) for (t, r), s in zip(state.reports, settings, strict=False)),
         sites=tuple(
-            _site(site, sim.graph, table.get(site.id), (names or {}).get(site.id, "")) for site in sim.plan.values()
+            _site(site, state.graph, table.get(site.id), (names or {}).get(site.id, "")) for site in state.plan.values()
         ),
-        layers=tuple(_layers(sim)),
+        layers=tuple(_layers(state)),
         accuracy=accuracy,
         seconds={k: round(v, 3) for k, v in (seconds or {}).items()},
         versions=versions(modules),
@@ -159,16 +157,16 @@ def _registered(backend: str) -> bool:
     return backend in default_registry().backends()
 
 
-def _model(sim: QuantSim, source: str, table: Mapping[str, Encoding]) -> ModelInfo:
-    graph = sim.graph
+def _model(state: SimState, source: str, table: Mapping[str, Encoding]) -> ModelInfo:
+    graph = state.graph
     counts = {p: math.prod(param.shape) for p, param in graph.params.items()}
     quantized = sum(_stored_bytes(count, table.get(p)) for p, count in counts.items())
-    original = sim.source.resolve() if sim.source is not None and sim.source.is_file() else None
+    original = state.source.resolve() if state.source is not None and state.source.is_file() else None
     return ModelInfo(
         source=source,
         path=None if original is None else str(original),
         sha256=None if original is None else of_file(original),
-        backend=sim.backend.name,
+        backend=state.backend.name,
         ops=len(graph),
         opaque_ops=sum(op.kind is OpKind.OPAQUE for op in graph),
         parameters=sum(counts.values()),
@@ -275,16 +273,16 @@ def describe(grid: QuantSpec | Encoding) -> str:
             return f"{text}, blocks of {size}" + (f" in int{wide}" if wide else "")
 
 
-def _layers(sim: QuantSim) -> list[LayerRow]:
+def _layers(state: SimState) -> list[LayerRow]:
     rows = []
-    for op in sim.graph.linear_ops:
+    for op in state.graph.linear_ops:
         weight = op.weight
-        if weight is None or weight not in sim.plan:
+        if weight is None or weight not in state.plan:
             continue
-        encoding = sim.encodings.get(sim.plan.root(weight))
+        encoding = state.encodings.get(state.plan.root(weight))
         if encoding is None:
             continue
-        values = sim.params[weight]
+        values = state.params[weight]
         axis = encoding.granularity.axis if not isinstance(encoding.granularity, PerTensor) else 0
         ranges = np.abs(to_groups(values, PerChannel(axis))).max(axis=-1)
         rows.append(

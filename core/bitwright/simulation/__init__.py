@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from bitwright.simulation._apply import open_store
-from bitwright.simulation._fork import fork
 from bitwright.simulation._opening import open_model
 from bitwright.simulation._quantsim import QuantSim
 from bitwright.simulation._recipe import RecipeLike, read_recipe
-from bitwright.simulation._set_precision import retyped
 
-__all__ = ["QuantSim", "RecipeLike", "fork", "open_model", "open_store", "read_recipe", "retyped"]
+__all__ = ["QuantSim", "RecipeLike", "open_model", "open_store", "read_recipe"]

@@ -1,43 +1,39 @@
-"""Copies of a `QuantSim` that go ways of their own, for searches that try one thing after another."""
+"""States that go ways of their own, for searches that try one thing after another."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
-if TYPE_CHECKING:
-    from bitwright.simulation._quantsim import QuantSim
-
-S = TypeVar("S", bound="QuantSim")
+from bitwright.simulation._state import rebuilt
+from bitwright.simulation._training import require_taken
+from bitwright.state import SimState
 
 
 def fork(
-    sim: S,
+    state: SimState,
     *,
     scheme: str | None = None,
     weight_scheme: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> S:
-    """A simulation with the same model, encodings and history; what is done to one doesn't touch the other.
-
-    The model isn't copied: backends never change one, they return new ones.
+) -> SimState:
+    """The same model, encodings and history, without a model in training; see `QuantSim.fork`.
 
     Args:
-        sim: stays as it is.
-        scheme, weight_scheme: other calibration schemes, in force from the next `calibrate` on.
+        state: stays as it is.
+        scheme, weight_scheme: other calibration schemes, in force from the next calibration on.
         overrides: further exceptions by op or site, on top of those that it has.
 
     Raises:
         InputError: an override names nothing, or no type; or a trained model wasn't taken over.
     """
-    sim._require_taken("a search")
-    twin = copy.copy(sim)
-    twin.folded, twin.reports = dict(sim.folded), list(sim.reports)
-    twin.overrides = {**sim.overrides, **(overrides or {})}
-    twin.scheme = sim.scheme if scheme is None else scheme
-    twin.weight_scheme = sim.weight_scheme if weight_scheme is None else weight_scheme
-    twin._simulation, twin._training = None, None
-    if twin.options != sim.options:
-        twin.refresh()
-    return twin
+    require_taken(state, "a search")
+    twin = replace(
+        state,
+        scheme=state.scheme if scheme is None else scheme,
+        weight_scheme=state.weight_scheme if weight_scheme is None else weight_scheme,
+        overrides={**state.overrides, **(overrides or {})},
+        training=None,
+    )
+    return twin if twin.options == state.options else rebuilt(twin)

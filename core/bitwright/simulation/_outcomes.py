@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bitwright.backend import check_encodings
+from bitwright.backend import Backend, check_encodings
 from bitwright.errors import BitwrightError, PluginError
-from bitwright.graph import Edit, Graph, SetParams
+from bitwright.graph import Edit, Graph, OpId, ParamId, SetParams
 from bitwright.grids import EncodingTable, Provenance
+from bitwright.simulation._state import rebuilt
+from bitwright.state import SimState
 from bitwright.technique import Outcome, Report
 
-if TYPE_CHECKING:
-    from bitwright.simulation._quantsim import QuantSim
 
-
-@contextmanager
-def unchanged_on_failure(sim: QuantSim) -> Iterator[None]:
-    """All that a `QuantSim` holds is what it was, the compiled simulation too, if the block raises."""
-    before = dict(vars(sim))
-    held = {name: type(before[name])(before[name]) for name in ("folded", "overrides", "reports")}
-    try:
-        yield
-    except BaseException:
-        vars(sim).clear()
-        vars(sim).update(before)
-        for name, value in held.items():
-            # The very objects stay, for who holds them.
-            kept = getattr(sim, name)
-            kept.clear()
-            kept.extend(value) if isinstance(kept, list) else kept.update(value)
-        raise
-
-
-def take(
-    sim: QuantSim, technique: str, settings: Mapping[str, Any], outcome: Outcome, fingerprint: str, seconds: float
-) -> None:
-    """Take an outcome over.
+def taken(
+    state: SimState, technique: str, settings: Mapping[str, Any], outcome: Outcome, fingerprint: str, seconds: float
+) -> SimState:
+    """The state after a technique.
 
     Args:
-        sim: what the technique was applied to.
+        state: what the technique was applied to; it stays as it is.
         technique: its name.
         settings: JSON-like, for the provenance.
         outcome: what it has returned.
@@ -54,30 +36,39 @@ def take(
         EncodingError: an encoding is for no site of the plan, or doesn't fit it.
         ModelError: an edit can't be made.
     """
-    with unchanged_on_failure(sim):
-        _check_types(technique, outcome)
-        edits = list(outcome.edits)
-        if edits:
-            sim.native = _edited(sim, technique, edits)
-        graph = sim.backend.graph(sim.native) if edits else sim.graph
-        _check_params(technique, graph, outcome)
-        if outcome.params:
-            sim.native = _edited(sim, technique, [SetParams(dict(outcome.params))])
-        if edits or outcome.params:
-            # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
-            sim.encodings = EncodingTable(sim.encodings.frozen, sim.encodings.provenance)
-        sim.folded.update(outcome.folded)
-        sim.refresh()
-        check_encodings(sim.graph, sim.plan, outcome.encodings)
-        sim.encodings = sim.encodings.merged(outcome.encodings).recorded(Provenance(technique, settings, fingerprint))
-        report = outcome.report
-        figures = {**report.figures, "seconds": seconds}
-        sim.reports.append((technique, Report(report.summary, figures, report.columns, report.rows)))
+    _check_types(technique, outcome)
+    # Read once: what is checked is what is taken.
+    params, folded, encodings = dict(outcome.params), dict(outcome.folded), dict(outcome.encodings)
+    edits, native, graph, table = list(outcome.edits), state.native, state.graph, state.encodings
+    if edits:
+        native = _edited(state.backend, native, technique, edits)
+        graph = state.backend.graph(native)
+    _check_params(technique, graph, params, folded)
+    if params:
+        native = _edited(state.backend, native, technique, [SetParams(params)])
+    if edits or params:
+        # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
+        table = EncodingTable(table.frozen, table.provenance)
+    owned = {op: (_owned(gamma), _owned(beta)) for op, (gamma, beta) in folded.items()}
+    now = rebuilt(state, native=native, encodings=table, folded={**state.folded, **owned})
+    check_encodings(now.graph, now.plan, encodings)
+    report = outcome.report
+    figures = {**report.figures, "seconds": seconds}
+    told = (technique, Report(report.summary, figures, report.columns, report.rows))
+    recorded = now.encodings.merged(encodings).recorded(Provenance(technique, settings, fingerprint))
+    return replace(now, encodings=recorded, reports=(*state.reports, told))
 
 
-def _edited(sim: QuantSim, technique: str, edits: Sequence[Edit]) -> Any:
+def _owned(values: NDArray[Any]) -> NDArray[Any]:
+    """A copy that nobody writes to."""
+    copy = np.array(values)
+    copy.setflags(write=False)
+    return copy
+
+
+def _edited(backend: Backend[Any], model: Any, technique: str, edits: Sequence[Edit]) -> Any:
     try:
-        return sim.backend.edit(sim.native, edits)
+        return backend.edit(model, edits)
     except BitwrightError:
         raise
     except Exception as error:
@@ -117,12 +108,12 @@ def _check_types(technique: str, outcome: Any) -> None:
         raise wrong(f"a report with rows that don't have its {len(report.columns)} columns")
 
 
-def _check_params(technique: str, graph: Graph, outcome: Outcome) -> None:
+def _check_params(technique: str, graph: Graph, params: Mapping[ParamId, Any], folded: Mapping[OpId, Any]) -> None:
     """Parameters and folded norms against the graph after the edits."""
-    for id, value in outcome.params.items():
+    for id, value in params.items():
         _check_array(technique, f"parameter {id!r}", value, graph.params[id].shape if id in graph.params else None)
     known = {op.id for op in graph}
-    for id, pair in outcome.folded.items():
+    for id, pair in folded.items():
         fits = isinstance(pair, tuple | list) and len(pair) == 2
         shape = np.shape(pair[0]) if fits else ()
         if id not in known or not fits or len(shape) != 1:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import EllipsisType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import (
-    Batch,
-    Bundle,
-    ParamReader,
-    Session,
-    Simulation,
-    Tap,
-    TrainableSimulation,
-    Training,
-    check_encodings,
-)
-from bitwright.bundle import SAMPLES, Remembering, Samples
-from bitwright.calibration import full_table, guarded, weight_encodings
-from bitwright.data import Dataset, batch_dimension, joined, open_data
-from bitwright.errors import EncodingError, InputError
-from bitwright.graph import Graph, OpId
-from bitwright.grids import Encoding, EncodingTable
-from bitwright.placement import Derived, Plan, SiteId, SiteKind, build_plan, is_lost
-from bitwright.progress import Progress, Silent
+from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, Training, warn_where_it_began
+from bitwright.data import SAMPLES, Dataset, Remembering, Samples, joined
+from bitwright.errors import InputError
+from bitwright.grids import Encoding
+from bitwright.placement import Derived, SiteId, SiteKind
+from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import _apply as applying
-from bitwright.simulation import bias_forms
-from bitwright.simulation._opening import open_model
-from bitwright.targets import Target, load_target, target_names
-from bitwright.technique import Report, Technique
+from bitwright.simulation import _fork as forking
+from bitwright.simulation import _set_precision as precision
+from bitwright.simulation import _training as training
+from bitwright.simulation._state import open_simulation, open_state, rebuilt, with_encodings
+from bitwright.state import SimState, StateView
+from bitwright.targets import Target
+from bitwright.technique import Technique
 
-if TYPE_CHECKING:
-    from bitwright.simulation._set_precision import Conflict
 
-
-class QuantSim:
+class QuantSim(StateView):
     """Simulates a model on an integer target, improves it, and exports it.
 
     Args:
@@ -77,72 +67,105 @@ class QuantSim:
         run: RunDirectory | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.target = load_target(target)
-        self.weights, self.activations = weights, activations
-        self.scheme, self.weight_scheme = scheme, weight_scheme
-        self.overrides = dict(overrides or {})
-        self.seed, self.run = seed, run
-        self.progress: Progress = progress or Silent()
-        self.source = Path(model) if isinstance(model, (str, Path)) else None
-        self.backend, self.native = open_model(model, sample, backend)
-        self.folded: dict[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        self.reports: list[tuple[str, Report]] = []
-        self.encodings = EncodingTable()
-        self._simulation: Simulation[Any] | None = None
-        self._training: tuple[TrainableSimulation, Training, str] | None = None
-        self.reference: Samples | None = None
-        """The first samples of the calibration data, which an export is proven on."""
-        self.refresh()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments that a saved state needs to be opened again."""
-        preset = self.target.name in target_names()
-        return {
-            "target": self.target.name if preset else self.target.config.model_dump(mode="json", exclude_none=True),
-            "weights": self.weights,
-            "activations": self.activations,
-            "scheme": self.scheme,
-            "weight_scheme": self.weight_scheme,
-            "overrides": self.overrides,
-            "seed": self.seed,
-        }
-
-    def refresh(self) -> None:
-        """Rebuild graph and plan after an edit; encodings of sites that are gone go too."""
-        known = getattr(self, "graph", None)
-        self.graph: Graph = self.backend.graph(self.native)
-        if known is not None:
-            # Exceptions for what a fold has removed have nothing left to apply to; a wrong name was refused at first.
-            gone = {k for k, v in self.overrides.items() if is_lost(known, self.graph, k, v)}
-            self.overrides = {k: v for k, v in self.overrides.items() if k not in gone}
-        self.plan: Plan = build_plan(
-            self.graph,
-            self.target,
-            weights=self.weights,
-            activations=self.activations,
-            scheme=self.scheme,
-            weight_scheme=self.weight_scheme,
-            overrides=self.overrides,
+        self._state = open_state(
+            model,
+            sample,
+            target=target,
+            weights=weights,
+            activations=activations,
+            scheme=scheme,
+            weight_scheme=weight_scheme,
+            overrides=overrides,
+            backend=backend,
+            seed=seed,
+            run=run,
+            progress=progress,
         )
-        self.encodings = self.encodings.restricted(set(self.plan))
-        self._simulation = None
+        self._opened: tuple[SimState, Simulation[Any]] | None = None
+        """The open simulation, and the state that it was made of."""
 
-    @property
-    def params(self) -> ParamReader:
-        """The current float parameters, in canonical layout."""
-        return ParamReader(self.backend, self.native, self.graph)
+    @classmethod
+    def of(cls, state: SimState) -> Self:
+        """The simulation with a given state, such as one that `dataclasses.replace` made of another's."""
+        made = cls.__new__(cls)
+        made._state, made._opened = state, None
+        return made
+
+    def _become(self, state: SimState) -> Self:
+        """Take a state over that is whole: the one place where a simulation changes."""
+        stale = self._opened is not None and not state.computes_as(self._opened[0])
+        self._state = state  # from here on nothing is left to fail
+        if stale:
+            self._opened = None
+        return self
+
+    def _twin(self, state: SimState) -> Self:
+        """Another simulation of the same class."""
+        twin = copy.copy(self)
+        twin._state, twin._opened = state, None
+        return twin
+
+    def attach(
+        self,
+        *,
+        run: RunDirectory | EllipsisType | None = ...,
+        progress: Progress | None = None,
+        source: Path | None = None,
+        reference: Samples | None = None,
+    ) -> Self:
+        """Set what serves the work and is no part of the network; what isn't given stays.
+
+        Args:
+            run: where long steps keep finished work, for resuming; None keeps it in memory from now on.
+            progress: where progress is shown.
+            source: the file that the model was opened from, where it was given as an object.
+            reference: samples that exports are proven on, in place of the first ones of the calibration data.
+        """
+        state = self._state
+        return self._become(
+            replace(
+                state,
+                run=state.run if isinstance(run, EllipsisType) else run,
+                progress=progress or state.progress,
+                source=source or state.source,
+                reference=reference or state.reference,
+            )
+        )
+
+    def fork(
+        self,
+        *,
+        scheme: str | None = None,
+        weight_scheme: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A simulation with the same model, encodings and history; what is done to one doesn't touch the other.
+
+        The model isn't copied: backends never change one, they return new ones.
+
+        Args:
+            scheme, weight_scheme: other calibration schemes, in force from the next `calibrate` on.
+            overrides: further exceptions by op or site, on top of those that it has.
+
+        Raises:
+            InputError: an override names nothing, or no type; or a trained model wasn't taken over.
+        """
+        return self._twin(forking.fork(self._state, scheme=scheme, weight_scheme=weight_scheme, overrides=overrides))
+
+    def retyped(self, types: Mapping[SiteId, str]) -> Self:
+        """A fork with other types at some sites; encodings of another type are dropped, frozen ones too.
+
+        Args:
+            types: by tensor or parameter; of tensors that share a grid, all.
+
+        Raises:
+            InputError: no such site, or not a type.
+        """
+        return self._twin(precision.retyped(self._state, types))
 
     def open(self, data: Any, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
-        if isinstance(data, Dataset):
-            return data
-        return open_data(data, self.backend.input_specs(self.native), batch_size=batch_size, limit=limit)
-
-    @property
-    def fixed_batch(self) -> int | None:
-        """The batch size that the model fixes; None where it is free."""
-        return batch_dimension(self.backend.input_specs(self.native))
+        return self._state.open(data, batch_size=batch_size, limit=limit)
 
     # -- encodings
 
@@ -155,28 +178,11 @@ class QuantSim:
             InputError: the data are empty, don't fit the model, or hold NaN.
         """
         self._require_taken("calibrate()")
-        dataset = self.remembering(data)
-        params = self.params
-        table = EncodingTable(self.encodings.frozen, self.encodings.provenance)
-        table = table.merged(weight_encodings(self.plan, params, table))
-        table = table.merged(applying.calibrated_activations(self, table, dataset))
-        self.encodings = guarded(self.plan, table, params)
-        self.reference = dataset.taken()
-        self._simulation = None
-        return self
+        return self._become(applying.calibrated(self._state, data))
 
     def remembering(self, data: Any) -> Remembering:
         """Data as `open` takes them; the first samples that go by can be kept as `reference`."""
-        return Remembering(self.open(data), self.backend.input_specs(self.native))
-
-    @property
-    def table(self) -> EncodingTable:
-        """One encoding for every quantized site: shared ones resolved, biases derived.
-
-        Raises:
-            EncodingError: the simulation isn't calibrated yet.
-        """
-        return full_table(self.plan, self.encodings)
+        return Remembering(self.open(data), self._state.inputs)
 
     def set(self, encodings: Mapping[SiteId, Encoding], *, freeze: bool = False) -> Self:
         """Install encodings by hand; `freeze` keeps them through later calibrations.
@@ -184,10 +190,7 @@ class QuantSim:
         Raises:
             EncodingError: a site isn't in the plan, takes its encoding from another, or the scales don't fit.
         """
-        check_encodings(self.graph, self.plan, encodings)
-        self.encodings = self.encodings.merged({s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()})
-        self._simulation = None
-        return self
+        return self._become(with_encodings(self._state, encodings, freeze=freeze))
 
     def set_precision(
         self,
@@ -197,11 +200,20 @@ class QuantSim:
         activations: str | None = None,
         inputs: str | None = None,
         strict: bool = True,
-    ) -> tuple[Conflict, ...]:
-        """Give ops, modules, op types or tensors another type, see `_set_precision.set_precision`."""
-        from bitwright.simulation._set_precision import set_precision
+    ) -> tuple[precision.Conflict, ...]:
+        """Give ops, modules, op types or tensors another type; the last call on a site wins.
 
-        return set_precision(self, what, weights=weights, activations=activations, inputs=inputs, strict=strict)
+        Sites whose type changes need `calibrate` again; arguments and errors are those of `precision.set_precision`.
+        Nothing changes if it fails.
+
+        Returns:
+            Remarks, and with ``strict=False`` the conflicts.
+        """
+        state, conflicts = precision.set_precision(
+            self._state, what, weights=weights, activations=activations, inputs=inputs, strict=strict
+        )
+        self._become(state)
+        return conflicts
 
     def load_encodings(
         self, path: str | Path, *, strict: bool = True, partial: bool = True, freeze: bool = True
@@ -218,18 +230,18 @@ class QuantSim:
             EncodingError: the file is invalid or doesn't fit the model.
         """
         from bitwright.bundle import read_encodings
-        from bitwright.simulation._set_precision import retyped
 
-        loaded = read_encodings(Path(path), self.graph, self.plan, strict=strict)
+        state = self._state
+        loaded = read_encodings(Path(path), state.graph, state.plan, strict=strict)
         if not partial:
             missing = {
                 s: "float"
-                for s in self.plan.quantized
-                if self.plan.root(s) not in loaded and not isinstance(self.plan[s].decision, Derived)
+                for s in state.plan.quantized
+                if state.plan.root(s) not in loaded and not isinstance(state.plan[s].decision, Derived)
             }
-            self.overrides = retyped(self, missing).overrides
-            self.refresh()
-        return self.set(loaded, freeze=freeze)
+            overrides = precision.retyped(state, missing).overrides
+            state = rebuilt(state, overrides=overrides)
+        return self._become(with_encodings(state, loaded, freeze=freeze))
 
     # -- techniques
 
@@ -247,8 +259,7 @@ class QuantSim:
             InputError: a setting or the data are invalid.
         """
         self._require_taken("apply()")
-        applying.apply(self, technique, data, settings)
-        return self
+        return self._become(applying.apply(self._state, technique, data, settings))
 
     # -- simulation and export
 
@@ -259,15 +270,9 @@ class QuantSim:
         Raises:
             EncodingError: not calibrated yet.
         """
-        if self._simulation is None:
-            missing = [s for s in (*self.plan.activations, *self.plan.parameters) if s not in self.encodings]
-            if missing:
-                raise EncodingError(
-                    f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
-                )
-            # With the derived int32 biases, as the target has them.
-            self._simulation = bias_forms.simulate(self.backend, self.native, self.plan, self.table)
-        return self._simulation
+        if self._opened is None or not self._state.computes_as(self._opened[0]):
+            self._opened = self._state, open_simulation(self._state)
+        return self._opened[1]
 
     @property
     def model(self) -> Any:
@@ -289,12 +294,10 @@ class QuantSim:
             CapabilityError: the backend can't train.
             EncodingError: not calibrated yet.
         """
-        from bitwright.simulation import _training as training
-
-        settings = Training(range_learning, gradient_scale)
-        simulation = training.start(self, settings)
-        self._training = simulation, settings, training.state(self, simulation)
-        return simulation.model
+        state = training.started(self._state, Training(range_learning, gradient_scale))
+        self._become(state)
+        assert state.training is not None
+        return state.training.simulation.model
 
     def take(self) -> Self:
         """Take over the weights and encodings that the model of `trainable` has now; encodings become frozen.
@@ -303,28 +306,14 @@ class QuantSim:
             InputError: `trainable` wasn't called.
             EncodingError: the model was edited in the meantime.
         """
-        from bitwright.simulation import _training as training
-
-        if self._training is None:
-            raise InputError("there is no model in training: call trainable() first")
-        simulation, settings, _ = self._training
-        encodings = training.learned(self, simulation, settings)
-        taken = training.state(self, simulation)
-        self.native, self.encodings = simulation.float_model(), encodings
-        self._training = simulation, settings, taken
-        self.refresh()
-        return self
+        return self._become(training.taken(self._state))
 
     def drop_training(self) -> Self:
         """Give up the model of `trainable`, with all that it has learned since it was last taken."""
-        self._training = None
-        return self
+        return self._become(replace(self._state, training=None))
 
     def _require_taken(self, what: str) -> None:
-        if self._training is not None:
-            from bitwright.simulation import _training as training
-
-            training.require_taken(self, what)
+        training.require_taken(self._state, what)
 
     def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
         """The model's outputs over a whole dataset, in the order of `graph.outputs`.
@@ -356,7 +345,6 @@ class QuantSim:
 
     def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:
         """Warn where the simulation's outputs for one batch aren't finite and the float model's are (see `predict`)."""
-        from bitwright.simulation._finiteness import warn_where_it_began
 
         def floating(taps: Sequence[Tap]) -> Session:
             return self.backend.session(self.native, taps)
@@ -397,21 +385,24 @@ class QuantSim:
         from bitwright.bundle import export
 
         self._require_taken("export()")
-        return export(self, Path(directory), name, encodings_version, include_bias, plain_session, reference_samples)
+        return export(
+            self._state, lambda: self.simulation, Path(directory), name, encodings_version, include_bias, plain_session,
+            reference_samples,
+        )  # fmt: skip
 
     def save(self, directory: str | Path) -> Path:
         """Keep the whole state (model, encodings, provenance) to go on with `load`."""
         from bitwright.simulation._saved_state import save
 
         self._require_taken("save()")
-        return save(self, Path(directory))
+        return save(self._state, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path, model: Any = None, **options: Any) -> Self:
         """Go on from `save`. `model` replaces the saved one (it must have the same graph)."""
         from bitwright.simulation._saved_state import load
 
-        return load(cls, Path(directory), model, options)
+        return cls.of(load(Path(directory), model, options))
 
     def activation_sites(self) -> tuple[SiteId, ...]:
         """Every activation that the target quantizes, shared ones included."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
 from bitwright.grids import EncodingTable, parse_type
 from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
 from bitwright.simulation._fork import fork
-
-if TYPE_CHECKING:
-    from bitwright.simulation._quantsim import QuantSim
+from bitwright.state import SimState
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,18 @@ class Conflict:
 
 
 def set_precision(
-    sim: QuantSim,
+    state: SimState,
     what: str | OpKind | Iterable[str | OpKind],
     *,
     weights: str | None = None,
     activations: str | None = None,
     inputs: str | None = None,
     strict: bool = True,
-) -> tuple[Conflict, ...]:
+) -> tuple[SimState, tuple[Conflict, ...]]:
     """Give ops, modules, op types or tensors another type; the last call on a site wins.
 
     Args:
-        sim: changed, unless an error is raised; sites whose type changes need `calibrate` again.
+        state: stays as it is.
         what: an op's name, a module's (the start of its ops' names, up to a dot or slash), a pattern with ``*``, an op
             type ("Conv", or the framework's own name), an `OpKind`, a tensor's or parameter's name; or several.
         weights: type of the weights, such as "int4", "int4:block32", "float".
@@ -57,10 +55,11 @@ def set_precision(
         strict: raise if something stands against it; otherwise do what can be done, and say what couldn't.
 
     Returns:
-        Remarks, and with ``strict=False`` the conflicts.
+        The state with the types, in which sites that have another one need `calibrate` again; remarks, and with
+        ``strict=False`` the conflicts.
 
     Raises:
-        InputError: nothing is called so, a type isn't understood, or with `strict` a conflict; nothing is changed then.
+        InputError: nothing is called so, a type isn't understood, or with `strict` a conflict.
     """
     asked = {"weights": weights, "activations": activations, "inputs": inputs}
     if all(v is None for v in asked.values()):
@@ -68,17 +67,17 @@ def set_precision(
     for role, text in asked.items():
         if text is not None and text != "float" and parse_type(text)[3] is not None and role != "weights":
             raise InputError(f"{role}={text!r}: blocks are for weights; activations have one scale, for example uint8")
-    request = _Request(sim)
+    request = _Request(state)
     for item in [what] if isinstance(what, str) else what:
         request.add(item, weights, activations, inputs)
     return request.carry_out(strict)
 
 
-def retyped(sim: QuantSim, types: Mapping[SiteId, str]) -> QuantSim:
-    """A copy of a simulation with other types at some sites; encodings of another type are dropped, frozen ones too.
+def retyped(state: SimState, types: Mapping[SiteId, str]) -> SimState:
+    """A fork with other types at some sites; encodings of another type are dropped, frozen ones too.
 
     Args:
-        sim: stays as it is.
+        state: stays as it is.
         types: by tensor or parameter; of tensors that share a grid, all.
 
     Raises:
@@ -86,22 +85,21 @@ def retyped(sim: QuantSim, types: Mapping[SiteId, str]) -> QuantSim:
     """
     found: dict[SiteId, Any] = {}
     for site, text in types.items():
-        entry = sim.plan[site]
-        if site in sim.graph and entry.op is not None:
+        entry = state.plan[site]
+        if site in state.graph and entry.op is not None:
             # A name that is an op's too goes by way of the op, so that neither hides the other.
-            said = found.get(entry.op) or sim.overrides.get(entry.op)
+            said = found.get(entry.op) or state.overrides.get(entry.op)
             found[entry.op] = {**(said if isinstance(said, Mapping) else {}), _role(entry): text}
         else:
             found[site] = text
-    twin = fork(sim, overrides=found)
-    kept = {s: e for s, e in sim.encodings.items() if s in twin.plan and twin.plan.spec(s) == sim.plan.spec(s)}
-    twin.encodings = EncodingTable(kept, sim.encodings.provenance)
-    return twin
+    twin = fork(state, overrides=found)
+    kept = {s: e for s, e in state.encodings.items() if s in twin.plan and twin.plan.spec(s) == state.plan.spec(s)}
+    return replace(twin, encodings=EncodingTable(kept, state.encodings.provenance))
 
 
 class _Request:
-    def __init__(self, sim: QuantSim) -> None:
-        self.sim, self.graph, self.plan = sim, sim.graph, sim.plan
+    def __init__(self, state: SimState) -> None:
+        self.state, self.graph, self.plan = state, state.graph, state.plan
         self.types: dict[SiteId, str] = {}
         self.conflicts: list[Conflict] = []
 
@@ -157,22 +155,21 @@ class _Request:
 
     def _before(self, site: SiteId) -> str | None:
         """What an earlier override says of a site."""
-        said = self.sim.overrides.get(site)
+        said = self.state.overrides.get(site)
         if isinstance(said, str) and not (said == "float" and site in self.graph):
             return said
         entry = self.plan[site]
-        said = self.sim.overrides.get(entry.op) if entry.op is not None else None
+        said = self.state.overrides.get(entry.op) if entry.op is not None else None
         return said.get(_role(entry)) if isinstance(said, Mapping) else None
 
-    def carry_out(self, strict: bool) -> tuple[Conflict, ...]:
-        """Check the new plan, then take it over."""
-        sim = self.sim
-        twin = retyped(sim, self.types)
+    def carry_out(self, strict: bool) -> tuple[SimState, tuple[Conflict, ...]]:
+        """The state with the new plan, and what stands against it."""
+        twin = retyped(self.state, self.types)
         for note in twin.plan.notes:
             if note not in self.plan.notes:
                 self.conflicts.append(Conflict(note.partition(":")[0], note.partition(": ")[2]))
         changed = {s for s in twin.plan if twin.plan.spec(s) != self.plan.spec(s)}
-        for site in sorted(changed & set(sim.encodings.frozen)):
+        for site in sorted(changed & set(self.state.encodings.frozen)):
             self.conflicts.append(Conflict(site, "its frozen encoding has another type and is dropped"))
         for site, text in self.types.items():
             spec = twin.plan.spec(site)
@@ -183,10 +180,7 @@ class _Request:
         if strict and (serious := [c for c in found if c.serious]):
             told = "; ".join(map(str, serious[:5])) + (f"; and {len(serious) - 5} more" if len(serious) > 5 else "")
             raise InputError(f"set_precision: {told}. Nothing was changed; strict=False does what can be done")
-        sim.overrides = twin.overrides
-        sim.encodings = twin.encodings
-        sim.refresh()
-        return found
+        return replace(twin, training=self.state.training), found
 
 
 def _role(site: Site) -> str:

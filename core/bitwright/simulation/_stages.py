@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 from bitwright.graph import Graph
 from bitwright.grids import EncodingTable, Provenance
 from bitwright.placement import Plan
-from bitwright.simulation._outcomes import unchanged_on_failure
+from bitwright.state import SimState
 from bitwright.technique import Report, Settings
-
-if TYPE_CHECKING:
-    from bitwright.data import Dataset
-    from bitwright.simulation._quantsim import QuantSim
 
 
 @runtime_checkable
@@ -26,16 +23,29 @@ class Staged(Protocol):
         """The settings of each pass, in order; one for a pass on its own."""
 
 
-def run(sim: QuantSim, technique: Any, settings: Settings, stages: Sequence[Settings], data: Dataset | None) -> None:
-    """Apply each stage; the report and the provenance are those of one technique. Nothing changes if one fails."""
-    known, provenance = len(sim.reports), sim.encodings.provenance
-    with unchanged_on_failure(sim):
-        for stage in stages:
-            sim.apply(technique, data, **stage.model_dump())
-    done = [report for _, report in sim.reports[known:]]
+def run(
+    state: SimState,
+    name: str,
+    settings: Settings,
+    stages: Sequence[Settings],
+    one: Callable[[SimState, Settings], SimState],
+) -> SimState:
+    """Apply each stage by `one`; the report and the provenance are those of one technique.
+
+    Args:
+        state: stays as it is.
+        name: of the technique.
+        settings: of the technique as a whole, for the provenance.
+        stages: the settings of each pass, in order.
+        one: makes one pass.
+    """
+    now = state
+    for stage in stages:
+        now = one(now, stage)
+    done = [report for _, report in now.reports[len(state.reports) :]]
     figures = {"stages": float(len(done)), "seconds": sum(r.figures.get("seconds", 0.0) for r in done)}
     rows = tuple(row for report in done for row in report.rows)
     summary = f"{len(done)} passes; the last: {done[-1].summary}"
-    sim.reports = [*sim.reports[:known], (technique.name, Report(summary, figures, done[-1].columns, rows))]
-    last = Provenance(technique.name, settings.model_dump(mode="json"))
-    sim.encodings = EncodingTable(dict(sim.encodings), (*provenance, last))
+    whole = (name, Report(summary, figures, done[-1].columns, rows))
+    provenance = (*state.encodings.provenance, Provenance(name, settings.model_dump(mode="json")))
+    return replace(now, reports=(*state.reports, whole), encodings=EncodingTable(now.encodings, provenance))

@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
 
 from bitwright.backend import Capability, ParamReader, Trainable, TrainableSimulation, Training, require
 from bitwright.errors import EncodingError, InputError
-from bitwright.grids import EncodingTable, Provenance
+from bitwright.grids import Provenance
 from bitwright.runs import fingerprint
+from bitwright.simulation._state import rebuilt, require_calibrated
+from bitwright.state import InTraining, SimState
 
-if TYPE_CHECKING:
-    from bitwright.simulation._quantsim import QuantSim
 
-
-def start(sim: QuantSim, training: Training) -> TrainableSimulation:
-    """A simulation to be trained, from the encodings in force.
+def started(state: SimState, settings: Training) -> SimState:
+    """The state with a model out for training, which begins from its encodings.
 
     Raises:
         CapabilityError: the backend can't train.
         EncodingError: not calibrated yet.
     """
-    backend = sim.backend
+    backend = state.backend
     require(backend, {Capability.TRAINABLE}, "training")
     assert isinstance(backend, Trainable)
-    assert sim.simulation is not None  # says what isn't calibrated
-    return backend.simulate_trainable(sim.native, sim.plan, sim.encodings, training)
+    require_calibrated(state)
+    made = backend.simulate_trainable(state.native, state.plan, state.encodings, settings)
+    return replace(state, training=InTraining(made, settings, state.native, state.plan, _content(state, made)))
 
 
-def state(sim: QuantSim, simulation: TrainableSimulation) -> str:
+def _content(state: SimState, simulation: TrainableSimulation) -> str:
     """What the model in training has now, weights and grids, as a fingerprint."""
     native = simulation.float_model()
-    graph = sim.backend.graph(native)
-    weights = fingerprint.of_params(ParamReader(sim.backend, native, graph))
+    weights = fingerprint.of_params(ParamReader(state.backend, native, state.backend.graph(native)))
     return fingerprint.of_json([weights, fingerprint.of_encodings(simulation.get())])
 
 
-def require_taken(sim: QuantSim, what: str) -> None:
+def require_taken(state: SimState, what: str) -> None:
     """Refuse to go on with the weights from before a training that wasn't taken over.
 
     A model of `QuantSim.trainable` that was never stepped, or was taken since, is no obstacle.
 
     Args:
-        sim: the simulation.
+        state: of the simulation.
         what: is to be done, for the message.
 
     Raises:
         InputError: the model in training has other weights or grids than at its start, or when it was last taken.
     """
-    if sim._training is None:
-        return
-    simulation, _, taken = sim._training
-    if state(sim, simulation) != taken:
+    training = state.training
+    if training is not None and _content(state, training.simulation) != training.taken:
         raise InputError(
             f"{what} would use the weights from before training: the model of trainable() was trained and not taken "
             "over since. Call take() first, or drop_training() to give up what it has learned"
         )
 
 
-def learned(sim: QuantSim, simulation: TrainableSimulation, training: Training) -> EncodingTable:
-    """The encodings after training, frozen: the weights were trained for these grids.
+def taken(state: SimState) -> SimState:
+    """The state with the weights and encodings that the model in training has now; the encodings are frozen.
 
     Raises:
-        EncodingError: there is a site that the plan doesn't know; the model was edited in the meantime.
+        InputError: there is no model in training.
+        EncodingError: the model was edited in the meantime.
     """
-    found = simulation.get()
-    if strange := [s for s in found if s not in sim.plan]:
-        raise EncodingError(f"site {strange[0]!r} is gone: take() what was trained before applying other techniques")
-    own = (*sim.plan.activations, *sim.plan.parameters)
+    training = state.training
+    if training is None:
+        raise InputError("there is no model in training: call trainable() first")
+    if state.native is not training.native or state.plan != training.plan:
+        raise EncodingError(
+            "the model has other weights, ops or types since trainable(), which taking over what was trained would "
+            "undo: take() before applying techniques; trainable() starts again, drop_training() gives up what was "
+            "learned"
+        )
+    content = _content(state, training.simulation)
+    native, found = training.simulation.float_model(), training.simulation.get()
+    own = (*state.plan.activations, *state.plan.parameters)
+    # Frozen: the weights were trained for these grids.
     table = {s: found[s].with_(frozen=True) for s in own if s in found}
-    settings = {"range_learning": training.range_learning, "gradient_scale": training.gradient_scale}
-    return sim.encodings.merged(table).recorded(Provenance("training", settings))
+    settings = asdict(training.settings)
+    encodings = state.encodings.merged(table).recorded(Provenance("training", settings))
+    now = rebuilt(state, native=native, encodings=encodings)
+    return replace(now, training=InTraining(training.simulation, training.settings, native, now.plan, content))

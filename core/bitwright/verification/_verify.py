@@ -26,14 +26,13 @@ from bitwright.bundle import (
     against_simulation,
     classes_of,
     in_shape,
-    is_fixed,
     over_outputs,
     reopen,
     seen_plain,
     whole_of,
 )
 from bitwright.calibration import full_table
-from bitwright.data import Dataset, InputSpecs, first_samples, samples_in
+from bitwright.data import Dataset, InputSpecs, first_samples, is_fixed, samples_in
 from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, Tap
+from bitwright.backend._protocols import Batch, Session
+from bitwright.backend._taps import Tap
 from bitwright.graph import Graph, TensorId
 
 OpenSession = Callable[[Sequence[Tap]], Session]

@@ -1,101 +1,21 @@
-"""The few samples that an export carries: the first of the calibration data, or made up where there were none."""
+"""Made-up inputs of a model, for exports that there were no calibration data for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Tap
-from bitwright.data import Dataset, InputSpecs, first_samples
+from bitwright.backend import Backend, Tap
+from bitwright.data import SAMPLES, Samples, is_fixed
 from bitwright.errors import BitwrightError
 from bitwright.graph import Graph, OpKind
 from bitwright.grids import Encoding
 
-SAMPLES = 4
-"""Reference samples of an export unless it is asked for another number."""
-KEPT_BYTES = 32 * 2**20
-"""Bytes of inputs that are kept at most; one sample (or one fixed batch) is kept whatever its size."""
 SIZES = (16, 32, 64, 8, 128, 224, 4, 1, 2, 256, 512)
 """What is tried for dimensions that a model leaves free, in this order, until it runs."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Model inputs by name, one batch.
-
-    Attributes:
-        inputs: arrays as the model takes them.
-        synthetic: made up from the inputs' grids, for lack of data.
-        whole: the model fixes the size of the batch.
-    """
-
-    inputs: Batch
-    synthetic: bool = False
-    whole: bool = False
-
-    def first(self, count: int) -> Samples:
-        """At most so many of the samples; all where their axis isn't known or the batch is fixed."""
-        return self if self.whole else replace(self, inputs=first_samples(self.inputs, count))
-
-
-def kept(batch: Batch, specs: InputSpecs, count: int = SAMPLES) -> Samples:
-    """Copies of the first samples of a batch, within `KEPT_BYTES`; a batch whose size the model fixes is kept whole."""
-    fixed = is_fixed(specs)
-    batch = {name: np.asarray(values) for name, values in batch.items()}
-    size = sum(v.nbytes for v in batch.values())
-    if not fixed:
-        part = first_samples(batch, count)
-        held = sum(v.nbytes for v in part.values())
-        while count > 1 and held > KEPT_BYTES:
-            count -= 1
-            part = first_samples(batch, count)
-            held = sum(v.nbytes for v in part.values())
-        if held < size:
-            return Samples({name: values.copy() for name, values in part.items()})
-    return Samples({name: np.array(values) for name, values in batch.items()}, whole=fixed)
-
-
-def is_fixed(specs: InputSpecs) -> bool:
-    """Whether batches must be taken whole: an input fixes their size, or has no axis of samples."""
-    return any(not shape or shape[0] is not None for shape, _ in specs.values())
-
-
-class Remembering:
-    """A dataset that hands out another's batches, and keeps the first samples that go by.
-
-    Attributes:
-        seen: them; None until the first batch came.
-    """
-
-    def __init__(self, data: Dataset, specs: InputSpecs) -> None:
-        self._data, self._specs = data, specs
-        self.seen: Samples | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._data:
-            if self.seen is None:
-                self.seen = kept(batch, self._specs)
-            yield batch
-
-    @property
-    def samples(self) -> int | None:
-        """As many as the dataset itself has."""
-        return self._data.samples
-
-    def fingerprint(self) -> str:
-        """The dataset's own."""
-        return self._data.fingerprint()
-
-    def taken(self) -> Samples | None:
-        """What went by; where nothing did (a stored result was used), the first batch is fetched."""
-        if self.seen is None:
-            first = next(iter(self._data), None)
-            self.seen = None if first is None else kept(first, self._specs)
-        return self.seen
 
 
 def synthetic(

@@ -1,0 +1,125 @@
+"""Making states: from a model, by other settings, and from there to an open simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bitwright.backend import Batch, Simulation, check_encodings
+from bitwright.errors import EncodingError
+from bitwright.grids import Encoding
+from bitwright.placement import Plan, SiteId, build_plan, is_lost
+from bitwright.progress import Progress, Silent
+from bitwright.runs import RunDirectory
+from bitwright.simulation import bias_forms
+from bitwright.simulation._opening import open_model
+from bitwright.state import SimState
+from bitwright.targets import Target, load_target
+
+
+def open_state(
+    model: Any,
+    sample: Batch | None = None,
+    *,
+    target: str | Path | Mapping[str, Any] | Target = "default",
+    weights: str | None = None,
+    activations: str | None = None,
+    scheme: str = "sqnr",
+    weight_scheme: str = "minmax",
+    overrides: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+    run: RunDirectory | None = None,
+    progress: Progress | None = None,
+) -> SimState:
+    """The state of a simulation at its beginning; arguments and errors are those of `QuantSim`."""
+    chosen = load_target(target)
+    opener, native = open_model(model, sample, backend)
+    graph = opener.graph(native)
+    return _planned(
+        SimState(
+            backend=opener,
+            native=native,
+            graph=graph,
+            target=chosen,
+            plan=Plan({}, chosen.name),
+            weights=weights,
+            activations=activations,
+            scheme=scheme,
+            weight_scheme=weight_scheme,
+            overrides=dict(overrides or {}),
+            seed=seed,
+            source=Path(model) if isinstance(model, (str, Path)) else None,
+            run=run,
+            progress=progress or Silent(),
+        )
+    )
+
+
+def rebuilt(state: SimState, **changes: Any) -> SimState:
+    """A state with other fields, and with what follows from them: its graph and its plan.
+
+    Exceptions for what an edit has removed have nothing left to apply to and go; so do encodings of sites that are
+    gone.
+
+    Args:
+        state: stays as it is.
+        changes: new values of its fields, other than `graph` and `plan`.
+
+    Raises:
+        InputError: an override names nothing, or no type.
+        ModelError: the model can't be shown as a graph.
+    """
+    changed = replace(state, **changes)
+    if changed.native is not state.native:
+        graph = changed.backend.graph(changed.native)
+        left = {k: v for k, v in changed.overrides.items() if not is_lost(state.graph, graph, k, v)}
+        changed = replace(changed, graph=graph, overrides=left)
+    return _planned(changed)
+
+
+def with_encodings(state: SimState, encodings: Mapping[SiteId, Encoding], *, freeze: bool = False) -> SimState:
+    """A state with further encodings, see `QuantSim.set`.
+
+    Raises:
+        EncodingError: a site isn't in the plan, takes its encoding from another, or the scales don't fit.
+    """
+    check_encodings(state.graph, state.plan, encodings)
+    given = {s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()}
+    return replace(state, encodings=state.encodings.merged(given))
+
+
+def _planned(state: SimState) -> SimState:
+    plan = build_plan(
+        state.graph,
+        state.target,
+        weights=state.weights,
+        activations=state.activations,
+        scheme=state.scheme,
+        weight_scheme=state.weight_scheme,
+        overrides=state.overrides,
+    )
+    return replace(state, plan=plan, encodings=state.encodings.restricted(set(plan)))
+
+
+def require_calibrated(state: SimState) -> None:
+    """Refuse to simulate what has no grid yet.
+
+    Raises:
+        EncodingError: a site has no encoding.
+    """
+    missing = [s for s in (*state.plan.activations, *state.plan.parameters) if s not in state.encodings]
+    if missing:
+        raise EncodingError(f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)")
+
+
+def open_simulation(state: SimState) -> Simulation[Any]:
+    """A new simulation with the encodings in force, and with the derived int32 biases, as the target has them.
+
+    Raises:
+        EncodingError: not calibrated yet.
+    """
+    require_calibrated(state)
+    return bias_forms.simulate(state.backend, state.native, state.plan, state.table)
