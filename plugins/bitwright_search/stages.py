@@ -112,10 +112,8 @@ class Stages:
                 shutil.rmtree(state, ignore_errors=True)  # damaged: it is made again
             else:
                 self.clock.resumed(record["lap"])
-                reports = tuple(
-                    (n, Report(s, f, tuple(c), tuple(map(tuple, r)))) for n, s, f, c, r in record["reports"]
-                )
-                sim = QuantSim.of(replace(sim.state, reports=reports, **opened))
+                done = tuple((n, Report(s, f, tuple(c), tuple(map(tuple, r)))) for n, s, f, c, r in record["reports"])
+                sim = QuantSim.of(replace(sim.state, reports=done, **opened))
                 return Built(sim, record["content"], record["seconds"], state)
         begin = time.perf_counter()
         sim = make()
