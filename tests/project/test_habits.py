@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tomllib
@@ -26,6 +27,15 @@ def test_every_package_is_shipped_typed_and_checked():
     assert set(PROJECT["tool"]["importlinter"]["root_packages"]) == names
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").is_file(), package
+
+
+@pytest.mark.parametrize("package", [Path(package).name for package in PACKAGES])
+def test_every_public_name_is_there(package):
+    needed = {"bitwright_onnx": "onnxruntime", "bitwright_keras": "keras", "bitwright_tensorflow": "tensorflow"}
+    pytest.importorskip(needed.get(package, package.replace("bitwright_torch", "torch")))
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None, name
 
 
 def test_every_requirement_is_pinned():
