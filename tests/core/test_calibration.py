@@ -145,6 +145,23 @@ def test_percentile_with_five_hundred_bins():
         assert e.maximum == pytest.approx(high, rel=1e-6)
 
 
+@pytest.mark.parametrize("way", ["histogram", "values"])
+def test_percentile_cuts_each_side_by_its_own_values(way):
+    """10 of 1,000 values may lie above, and 10 below: neither end is the extreme, nor the other's mirror image."""
+    x = np.random.default_rng(0).permutation(np.concatenate([-np.arange(1.0, 301), np.arange(1.0, 701)]))
+    spec = QuantSpec(8, **ASYMMETRIC)
+    found = calibrate("percentile:99", spec, x) if way == "histogram" else calibrate_array(x, spec, "percentile:99")
+    step = float(found.scale)
+    assert step == pytest.approx((690 + 290) / 255, rel=1e-3)
+    assert float(found.maximum) == pytest.approx(690, abs=step) and float(found.minimum) == pytest.approx(
+        -291, abs=step
+    )
+    # Of values on one side of zero alone the grid still reaches to zero, and the near side is cut there.
+    for sign in (1, -1):
+        one = calibrate_array(sign * np.arange(1.0, 1001), spec, "percentile:99")
+        assert sorted(map(abs, (float(one.minimum), float(one.maximum)))) == [0, pytest.approx(990, rel=1e-4)]
+
+
 def test_percentile_drops_outliers():
     x = np.arange(101, dtype=np.float32)
     x[-2:] = 800, 1000
