@@ -95,6 +95,7 @@ def test_subclassed_models_are_captured_through_call() -> None:
     assert graph.op("conv").params[ParamRole.WEIGHT] == "conv/kernel"
 
 
+@pytest.mark.filterwarnings("ignore:variable 'subclassed/shift', which:bitwright_keras.CaptureNotice")
 def test_an_unbuilt_model_needs_a_sample() -> None:
     with pytest.raises(ModelError, match=r"never called|sample batch"):
         BACKEND.adopt(nets.Subclassed())
@@ -162,6 +163,7 @@ def test_everything_else_computes_the_same() -> None:
     equal(model, {"a": normal(2, 12, 4), "b": normal(2, 6, 8)})
 
 
+@pytest.mark.filterwarnings("ignore:Layer 'einsum_dense.*does not support masking:UserWarning")
 @pytest.mark.parametrize(
     "build",
     [

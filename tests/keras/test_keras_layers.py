@@ -52,7 +52,7 @@ def test_float_models_compute_what_keras_does(name: str) -> None:
             backend.adopt(model)
         return
     given = list(data.values())
-    expected = keras.tree.flatten(model(given if len(given) > 1 else given[0], training=False))
+    expected = keras.tree.flatten(model(given, training=False))
     found = backend.adopt(model)
     values = run(backend.session(found, [Tap(t) for t in found.output_ids]), data)
     for a, b in zip(expected, values.values(), strict=True):

@@ -97,7 +97,7 @@ def _unoptimized(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def _proved(sim: QuantSim, data: dict[str, np.ndarray], folder: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*qdq.onnx isn.t written")
+        warnings.filterwarnings("ignore", message=".* no .h5 is written")
         bundle = sim.export(folder, name="net")
     for mine, theirs in zip(sim.predict(data), _unoptimized(bundle.files["qdq"], data), strict=True):
         assert sqnr(mine, theirs) >= 60

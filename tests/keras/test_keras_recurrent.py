@@ -65,6 +65,7 @@ def drawn(model: Any) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.* no .h5 is written:UserWarning")
 @pytest.mark.parametrize(
     ("name", "steps"), [*((name, 7) for name in NETS), ("states", None), ("both", None), ("gru, both", None)]
 )

@@ -23,6 +23,11 @@ from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
 from bitwright_keras.graph.native import keras_model  # noqa: E402
 
+# Models called as their authors do, layers without build(): Keras has something to say of both.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(?s).*The structure of `inputs` doesn't match:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer:UserWarning"),
+]
 BACKEND = KerasBackend()
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 8)).astype(np.float32)

@@ -33,6 +33,7 @@ class Net(nn.Module):
         return self.product(self, torch.tanh(a), torch.tanh(c))
 
 
+@pytest.mark.filterwarnings("ignore:the model is captured with fixed input shapes:bitwright_torch.CaptureNotice")
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_of_two_activations_are_quantized(name):
     a, c = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))

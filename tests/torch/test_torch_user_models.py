@@ -112,6 +112,7 @@ def through_mt(m, x):
     return y
 
 
+@pytest.mark.filterwarnings("ignore:Module is captured in parts:bitwright_torch.CaptureNotice")
 @pytest.mark.parametrize("call", [chunk_then_whole, whole_then_chunk, through_mt])
 def test_views_without_a_functional_form_are_never_read_stale(call):
     """The captured model says what the model says, whole or in parts."""

@@ -263,6 +263,9 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     # -- as a Keras layer
 
+    def compute_mask(self, x: Any, previous_mask: Any = None) -> None:
+        """None: captured models hand masks to the layers that read them as tensors of their own."""
+
     def compute_output_spec(self, x: Any) -> Any:
         """The input's shape and type."""
         return keras.KerasTensor(x.shape, dtype=x.dtype)

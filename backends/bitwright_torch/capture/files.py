@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,13 @@ RECORD = "bitwright.json"
 """Entry of a .pt2 file that keeps the names of ops and tensors."""
 
 
+def save_program(program: ExportedProgram, file: Any, extra: dict[str, str] | None = None) -> None:
+    """Write a `.pt2` program; parameters that are views of a larger array, which PyTorch warns of, are kept as such."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group", category=UserWarning)
+        torch.export.save(program, file, extra_files=extra)
+
+
 def save_pt2(model: CapturedModel, path: Path) -> Path:
     """Write a captured model as a `torch.export` program, atomically, with the names that bitwright uses.
 
@@ -49,7 +57,7 @@ def save_pt2(model: CapturedModel, path: Path) -> Path:
         "given": list(program.convention.given),
     }
     with atomic_write(path) as file:
-        torch.export.save(exported, file, extra_files={RECORD: json.dumps(record)})
+        save_program(exported, file, {RECORD: json.dumps(record)})
     return path
 
 

@@ -98,13 +98,13 @@ def save_simulation(model: CapturedModel, plan: Plan, encodings: EncodingTable, 
         InputError: the file can't be written.
         ModelError: torch.export refuses it.
     """
-    from bitwright_torch.capture.files import reexport
+    from bitwright_torch.capture.files import reexport, save_program
     from bitwright_torch.simulate.simulation import TorchSimulation
 
     fixed = {s: e.with_(frozen=True) if plan[s].kind is SiteKind.PARAMETER else e for s, e in encodings.items()}
     simulation = TorchSimulation(model, plan, fixed)
     buffer = io.BytesIO()
-    torch.export.save(reexport(simulation.model), buffer)
+    save_program(reexport(simulation.model), buffer)
     with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return path

@@ -131,11 +131,12 @@ class TorchEditor(Editor):
         node.replace_all_uses_with(read)
         self._known[id] = (replace(operand, base=name, evaluator=None), shown)
         self._restructured = True
-        dead = [node]
+        dead, erased = [node], set[fx.Node]()
         while dead:
             gone = dead.pop()
-            if gone.users:
+            if gone.users or gone in erased:
                 continue
+            erased.add(gone)
             dead += gone.all_input_nodes
             if gone.op == "get_attr":
                 self._forget(gone)

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     with warnings.catch_warnings():
+        # What a command has to say doesn't depend on how Python was started.
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
         with _terminated_as_stopped() as terminated:
             status = _run(words, debug=debug)

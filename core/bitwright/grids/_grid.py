@@ -290,7 +290,8 @@ def cast_float(x: NDArray[np.floating], format: FloatFormat, scale: NDArray[np.f
     to even, subnormals kept.
     """
     exponent_bits, mantissa_bits, largest = FLOAT_FORMATS[format]
-    v = np.divide(x, scale, dtype=np.float32).astype(np.float64)
+    with np.errstate(over="ignore"):  # what overflows float32 saturates below, as it does in QuantizeLinear
+        v = np.divide(x, scale, dtype=np.float32).astype(np.float64)
     bias = 2 ** (exponent_bits - 1) - 1
     _, exponent = np.frexp(np.abs(v))  # |v| in [0.5, 1) · 2**exponent
     step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - bias) - mantissa_bits)
