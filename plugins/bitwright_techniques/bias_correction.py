@@ -60,9 +60,9 @@ class BiasCorrection:
         """Means are collected layer by layer."""
         return ()
 
-    def needs_data(self, settings: Settings) -> bool:
+    def needs_data(self, settings: Any) -> bool:
         """For measured means."""
-        return settings.mode == "empirical"
+        return bool(settings.mode == "empirical")
 
     def apply(self, ctx: Context) -> Outcome:
         """Correct.

@@ -158,7 +158,7 @@ class EditContract(Contract):
         op = _activation(graph)
         if op is not None:
             removed = run_outputs(backend, backend.edit(model, [RemoveOp(op.id)]), case.batch)
-            edits = [*(ReplaceActivation(op.id, type) for type in ACTIVATION_TYPES), RemoveOp(op.id)]
+            edits: list[Edit] = [*(ReplaceActivation(op.id, type) for type in ACTIVATION_TYPES), RemoveOp(op.id)]
             for t, v in run_outputs(backend, backend.edit(model, edits), case.batch).items():
                 assert_close(v, removed[t], case.tolerance, t)
             with pytest.raises(ModelError, match=repr(op.id)):
@@ -207,6 +207,14 @@ class EditContract(Contract):
             own = after.params[role]
             assert np.array_equal(backend.read(split, [own])[own], backend.read(model, [p])[p])
             assert p in backend.graph(split).op(users[1].id).params.values()
+            if all(op.kind in LINEAR_KINDS and op.weight == p for op in users[:2]):
+                ramp = np.arange(output_channels(users[0], graph.params[p].shape), dtype=np.float32)
+                biases = {users[0].id: ramp, users[1].id: -ramp}
+                parts: list[Edit] = [SetBias(op, value) for op, value in biases.items()]
+                changed = backend.edit(model, [SplitSharedParam(users[0].id, p), *parts])
+                for op, value in biases.items():
+                    bias = backend.graph(changed).op(op).params[ParamRole.BIAS]
+                    assert np.array_equal(backend.read(changed, [bias])[bias], value), op
 
 
 def run_outputs(backend: Backend[Any], model: Any, batch: Batch) -> dict[TensorId, Array]:
