@@ -84,15 +84,8 @@ def floors() -> dict[str, int]:
 
 
 def imports(source: str) -> Iterator[str]:
-    """Rooms of the core that a module imports, late or not; not what only types need."""
-
-    def walk(node: ast.AST) -> Iterator[ast.AST]:
-        for child in ast.iter_child_nodes(node):
-            if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
-                yield child
-                yield from walk(child)
-
-    for node in walk(ast.parse(source)):
+    """Rooms of the core that a module imports: late imports and those for types too."""
+    for node in ast.walk(ast.parse(source)):
         wanted: list[str] = []
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
@@ -126,6 +119,8 @@ def test_rooms_import_what_is_drawn_below_them():
 def test_climbing_is_seen():
     assert climbing([("grids", "def f():\n    from bitwright.placement import Plan")]) == ["grids → placement"]
     assert climbing([("graph", "from bitwright import grids")]) == ["graph → grids"]
+    typed = "if TYPE_CHECKING:\n    from bitwright.simulation import QuantSim"
+    assert climbing([("bundle", typed)]) == ["bundle → simulation"]
     assert not climbing([("placement", "from bitwright.grids import Grid"), ("cli", "from bitwright import QuantSim")])
 
 
