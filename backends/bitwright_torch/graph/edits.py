@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,12 +86,12 @@ class TorchEditor(Editor):
             raise ModelError(f"{op.id!r} ({op.type}) is a part of fused attention; it can't be edited")
         return self._nodes[op.id]
 
-    def _source(self, op: Op, tensor: TensorId, among: Iterable[fx.Node]) -> fx.Node:
-        """The node that computes what an op reads."""
-        found = next((n for n in among if NAMES in n.meta and info(n).tensor == tensor), None)
-        if found is None:
-            raise ModelError(f"{op.id!r} ({op.type}) reads {tensor!r} in a way that can't be edited")
-        return found
+    def _source(self, op: Op) -> fx.Node:
+        """The node that computes the one tensor that an op reads."""
+        read = [n for n in self._node(op).all_input_nodes if n.op != "get_attr" and SPELLED not in n.meta]
+        if len(read) != 1:
+            raise ModelError(f"{op.id!r} ({op.type}) reads {op.data_inputs[0]!r} in a way that can't be edited")
+        return read[0]
 
     # -- values
 
@@ -206,7 +206,8 @@ class TorchEditor(Editor):
     def only_reader(self, tensor: TensorId, reader: Op) -> bool:
         """See `Editor`; what works on shapes reads too."""
         node = self._node(reader)
-        return set(self._source(reader, tensor, node.all_input_nodes).users) == {node}
+        source = self._data_argument(node)
+        return isinstance(source, fx.Node) and set(source.users) == {node}
 
     def fold_backward(self, norm: Op, into: Op) -> None:
         """See `Editor`."""
@@ -255,7 +256,7 @@ class TorchEditor(Editor):
         """See `Editor`."""
         node = self._node(op)
         inputs = node.all_input_nodes
-        source = self._source(op, op.data_inputs[0], self._graph.nodes)
+        source = self._source(op)
         operands = [self._computed(o, source, f"{op.id}/{formula.type}", node) for o in formula.operands]
         node.target, node.args, node.kwargs = _CALLS[formula.type], tuple(operands), {}
         self._restructured = True
@@ -278,7 +279,7 @@ class TorchEditor(Editor):
         node = self._node(op)
         if info(node).shape is None:
             raise ModelError(f"{op.id!r} ({op.type}) doesn't pass one input on to one output; it can't be removed")
-        source = self._source(op, op.data_inputs[0], self._graph.nodes)
+        source = self._source(op)
         node.replace_all_uses_with(source)
         if renames:
             source.meta[NAMES] = replace(info(source), tensor=info(node).tensor)
