@@ -190,7 +190,9 @@ class TorchBackend:
         return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
 
 
-def _simulation(model: Model, plan: Plan, encodings: EncodingTable, training: Training | None = None) -> Any:
+def _simulation(
+    model: Model, plan: Plan, encodings: EncodingTable, training: Training | None = None
+) -> TrainableSimulation:
     if isinstance(model, PartitionedModel):
         from bitwright_torch.simulate.parts_simulation import PartitionedSimulation
 
