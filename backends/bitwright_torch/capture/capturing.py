@@ -33,6 +33,7 @@ from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program,
 from bitwright_torch.graph.modes import bind_modes
 from bitwright_torch.graph.naming import Namer, last_user_line, owner_of, source_of
 from bitwright_torch.graph.visibility import data_nodes
+from bitwright_torch.matrix_reads import split_layouts
 
 aten = torch.ops.aten
 _LARGEST = 2**63 - 1
@@ -237,6 +238,7 @@ def from_exported(
     _drop_copies(graph)
     bind_modes(graph, holder, owner_of)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is aten.copy_.default)
+    split_layouts(graph, holder)
     example = tuple(_hint(n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
     annotate(graph, holder)
     graph.lint()

@@ -105,6 +105,9 @@ class TorchEditor(Editor):
     def add_bias(self, op: Op, value: NDArray[np.floating]) -> ParamId:
         """See `Editor`."""
         node, (operand, _) = self._node(op), self._known[str(op.weight)]
+        if node.target in (aten.matmul.default, aten.mm.default):
+            self._make_parameter(operand.id)  # a transpose of what is computed would be another parameter
+            operand, _ = self._known[operand.id]
         weight = tensor_of(self._tree, operand.base)
         bias = torch.from_numpy(np.ascontiguousarray(value)).to(weight.device, weight.dtype)
         name = self._register(_bias_name(operand, op.id), bias, weight.requires_grad)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from bitwright_torch.graph.constants import Evaluator, computed, constant_nodes
 from bitwright_torch.graph.model import info, tensor_of
 from bitwright_torch.graph.naming import call_name
+from bitwright_torch.matrix_reads import outputs_are_rows
 
 aten = torch.ops.aten
 _PARAMETRIZED = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<name>\w+)(\..*)?\.output")
@@ -35,13 +36,6 @@ _VIEWS = frozenset({
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
     aten.detach.default, aten.alias.default, *_TRANSPOSES,
 })  # fmt: skip
-
-
-_RIGHT: Mapping[Any, int] = {
-    aten.linear.default: 1, aten.addmm.default: 2, aten.matmul.default: 1, aten.mm.default: 1,
-    aten.embedding.default: 0,
-}  # fmt: skip
-"""Ops that read the rows or columns of a matrix as outputs, and where they have it."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +122,12 @@ def operands(graph: fx.Graph, model: nn.Module) -> Mapping[fx.Node, Operand]:
 
 
 def _turn_apart(graph: fx.Graph, found: dict[fx.Node, Operand]) -> None:
-    """Where products read a matrix both ways round, its transposes are parameters of their own: one id, one layout."""
+    """Where ops read a matrix both ways round, its transposes are parameters of their own: one id, one layout."""
     facing: dict[str, set[bool]] = {}
     for node, operand in found.items():
         for user in node.users:
-            place = _RIGHT.get(user.target)
-            if len(operand.shape) == 2 and place is not None and user.args[place] is node:
-                rows_are_outputs = user.target in (aten.linear.default, aten.embedding.default)
-                facing.setdefault(operand.id, set()).add(rows_are_outputs != operand.transposed)
+            if len(operand.shape) == 2 and user not in found and user.op == "call_function":
+                facing.setdefault(operand.id, set()).add(outputs_are_rows(user, node) != operand.transposed)
     for node, operand in list(found.items()):
         if operand.transposed and operand.evaluator is None and len(facing.get(operand.id, ())) == 2:
             tensor, shape = info(node).tensor, operand.shape
