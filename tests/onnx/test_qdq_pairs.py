@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from bitwright import QuantSim
 from bitwright.backend import Bundle, QuantizedArtefact
 from bitwright.bundle import check_pairs
 from bitwright.calibration import full_table
@@ -105,3 +106,48 @@ def test_nothing_to_read(case, tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match=r"broken\.onnx"):
         backend.pairs(Bundle({"qdq": tmp_path / "broken.onnx"}))
+
+
+@pytest.mark.parametrize("listed", ["all", "root"], ids=["every site listed", "only what grids are shared with"])
+def test_the_grid_of_a_bias_is_checked_behind_ops_that_move_values(tmp_path, listed):
+    """`m` is no site: an Identity behind a Reshape; the file may list only the tensor whose grid is passed on."""
+    rng = np.random.default_rng(0)
+    held = [("w", rng.normal(size=(8, 3)).astype(np.float32)), ("b", rng.normal(size=3).astype(np.float32)),
+            ("s", np.array([-1, 8]))]  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("Relu", ["x"], ["r"]),
+        onnx.helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
+        onnx.helper.make_node("Reshape", ["t", "s"], ["q"]),
+        onnx.helper.make_node("Identity", ["q"], ["m"]),
+        onnx.helper.make_node("Gemm", ["m", "w", "b"], ["y"]),
+    ]
+    info = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", [2, 2, 4]), ("y", [2, 3]))
+    ]
+    initializers = [onnx.numpy_helper.from_array(v, n) for n, v in held]
+    graph = onnx.helper.make_graph(nodes, "g", info[:1], info[1:], initializers)
+    backend = OnnxBackend()
+    native = backend.adopt(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    )
+    sim = QuantSim(native).calibrate(rng.normal(size=(4, 2, 2, 4)).astype(np.float32))
+    bundle = sim.export(tmp_path, name="m")
+    table = dict(sim.table.items())
+    if listed == "root":
+        table = {s: e for s, e in table.items() if sim.plan.root(s) == s}
+        assert len(table) < len(dict(sim.table.items()))
+    shown = sim.native
+
+    def biases():
+        return [p for p in check_pairs(backend, shown, bundle, sim.plan, table) if p.name == "b"]
+
+    assert biases() == []
+
+    def corrupt(graph):
+        (scale,) = [t for t in graph.initializer if t.name == "b_scale"]
+        values = onnx.numpy_helper.to_array(scale) * np.float32(1.5)
+        scale.CopyFrom(onnx.numpy_helper.from_array(values, "b_scale"))
+
+    edit(bundle, corrupt)
+    (problem,) = biases()
+    assert "another scale" in problem.message

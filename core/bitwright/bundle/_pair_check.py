@@ -17,7 +17,7 @@ from bitwright.backend import Backend, Bundle, Pair, QuantizedArtefact
 from bitwright.bundle._artefact import QDQ
 from bitwright.calibration import bias_encoding
 from bitwright.formats import CAST_FORMATS, Problem
-from bitwright.graph import Graph, ParamId
+from bitwright.graph import Graph, ParamId, TensorId, preserves_grid
 from bitwright.grids import Blockwise, Encoding, PerChannel, cast_float, spread
 from bitwright.placement import Derived, Float, Plan, SiteId
 
@@ -117,12 +117,26 @@ class _Check:
         """The int32 grids of the ops that add a bias, as far as their operands are quantized."""
         found: list[Encoding] = []
         for op in self.graph.users(bias):
-            inputs = self.encodings.get(op.data_inputs[0]) if op.data_inputs else None
-            weight = self.encodings.get(op.weight or "")
+            inputs = self._operand(op.data_inputs[0]) if op.data_inputs else None
+            weight = None if op.weight is None else self._listed(op.weight)
             grid = None if inputs is None or weight is None else bias_encoding(inputs, weight)
             if grid is not None and not any(_same_grid(grid, e) for e in found):
                 found.append(grid)
         return found
+
+    def _operand(self, tensor: TensorId) -> Encoding | None:
+        """The grid of what an op reads: a tensor's own, or that which ops that only move values pass on to it."""
+        while (known := self._listed(tensor)) is None:
+            op = self.graph.producer(tensor)
+            if tensor in self.plan or op is None or not preserves_grid(op):
+                return None
+            tensor = op.data_inputs[0]
+        return known
+
+    def _listed(self, site: SiteId) -> Encoding | None:
+        """The file's entry of a site, or of the one that its grid is shared with."""
+        known = self.encodings.get(site)
+        return self.encodings.get(self.plan.root(site)) if known is None and site in self.plan else known
 
     def _departures(self, site: SiteId, pair: Pair, encoding: Encoding) -> list[Problem]:
         shape = self.graph.params[site].shape if site in self.graph.params else None
