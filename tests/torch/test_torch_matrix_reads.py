@@ -1,4 +1,4 @@
-"""A bare matrix that layers, products with its columns and einsums read: each layout is a parameter that is quantized."""
+"""A bare matrix that layers, products with its columns and einsums read: a parameter in each layout."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, wi
 from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
+from bitwright_torch.graph.matrix_reads import split_layouts
 from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program, aliases, tensor_of
 from bitwright_torch.graph.modes import bind_modes
 from bitwright_torch.graph.naming import Namer, last_user_line, owner_of, source_of
 from bitwright_torch.graph.visibility import data_nodes
-from bitwright_torch.matrix_reads import split_layouts
 
 aten = torch.ops.aten
 _LARGEST = 2**63 - 1

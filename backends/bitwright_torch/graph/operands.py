@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitwright_torch.graph.constants import Evaluator, computed, constant_nodes
+from bitwright_torch.graph.matrix_reads import outputs_are_rows
 from bitwright_torch.graph.model import info, tensor_of
 from bitwright_torch.graph.naming import call_name
-from bitwright_torch.matrix_reads import outputs_are_rows
 
 aten = torch.ops.aten
 _PARAMETRIZED = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<name>\w+)(\..*)?\.output")
