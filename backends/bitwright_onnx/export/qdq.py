@@ -28,6 +28,7 @@ from bitwright.graph import Graph, Param, ParamId, preserves_grid
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.export.byte_blocks import turn_byte_blocks
 from bitwright_onnx.export.storage import opset_for, storage_type, stored
 from bitwright_onnx.graph.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
 from bitwright_onnx.graph.optable import turns_weight
@@ -127,6 +128,7 @@ def build_qdq(
             writer.activation(site, table[site], kinds[site])
         else:
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
+    turn_byte_blocks(work.graph, writer.fresh)
     _runnable_pairs(work)
     work.metadata_props[NAMES] = json.dumps(writer.names)
     if writer.forms:
@@ -233,7 +235,7 @@ class _Writer:
         dtype = value.dtype or ir.DataType.FLOAT
         uses = list(value.uses())
         is_input = value.is_graph_input()
-        chain = Chain(self._fresh(f"{site}_qdq"))
+        chain = Chain(self.fresh(f"{site}_qdq"))
         if encoding.float_format in ("float16", "bfloat16"):
             form, known = form_of(encoding, None), merged(form_of(encoding, None), encoding)
 
@@ -249,7 +251,7 @@ class _Writer:
         self._open_clip(site, value, encoding, kind)
         if is_input:
             # A model output that is an input goes by the input's name and stays as it is.
-            y.name = self.names[site] = self._fresh(f"{site}_dequantized")
+            y.name = self.names[site] = self.fresh(f"{site}_dequantized")
             self._at_start(chain)
             return
         for index, output in enumerate(graph.outputs):
@@ -259,11 +261,11 @@ class _Writer:
         if producer is None:  # a constant, for example what was folded into one
             self._at_start(chain)
             graph.initializers.pop(str(value.name), None)
-            value.name = self._fresh(f"{site}_float")
+            value.name = self.fresh(f"{site}_float")
             graph.register_initializer(value)
         else:
             graph.insert_after(producer, chain.nodes)
-            value.name = self._fresh(f"{site}_float")
+            value.name = self.fresh(f"{site}_float")
         y.name = site
 
     def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
@@ -293,7 +295,7 @@ class _Writer:
             low = self._initializer(f"{site}_minimum", encoding.minimum)
             x = chain("Clip", x, low, self._initializer(f"{site}_maximum", encoding.maximum))
         q = chain("QuantizeLinear", x, scale, zero, **axis)
-        q.name = self._fresh(f"{site}_quantized")
+        q.name = self.fresh(f"{site}_quantized")
         if clipped and kind.bitwidth <= 8:
             low = self._initializer(f"{site}_lowest", np.asarray(grid.qmin), kind)
             q = chain("Clip", q, low, self._initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
@@ -344,12 +346,12 @@ class _Writer:
             if twin is None:
                 name = f"{site}_{len(apart) + 2}"
                 twin = self._stored(name, value, kind, canonical, own)
-                twin.name = self._fresh(name)
+                twin.name = self.fresh(name)
                 self.forms[twin.name] = site
                 apart.append((own, twin))
             user.replace_input_with(index, twin)
         if is_output:
-            main.name = self.names[site] = self._fresh(f"{site}_dequantized")
+            main.name = self.names[site] = self.fresh(f"{site}_dequantized")
         else:
             del graph.initializers[site]
             main.name = site
@@ -366,7 +368,7 @@ class _Writer:
             producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
         if not turns or producer is None:
             return
-        chain = Chain(self._fresh(f"{site}_turned"))
+        chain = Chain(self.fresh(f"{site}_turned"))
         q, *numbers = producer.inputs
         codes = chain("Transpose", q, perm=[1, 0])
         codes.type = q.type if q is not None else None
@@ -397,7 +399,7 @@ class _Writer:
         back = np.argsort(layout)
         canonical_native = tuple(native[i] for i in layout)
         q = self._initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
-        chain = Chain(self._fresh(f"{name}_dq"))
+        chain = Chain(self.fresh(f"{name}_dq"))
         if encoding.float_format in ("float16", "bfloat16"):
             y = chain.cast(q, dtype)
         else:
@@ -419,13 +421,14 @@ class _Writer:
     def _initializer(self, name: str, array: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
         array = np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
         dtype = kind or ir.DataType.from_numpy(array.dtype)
-        fresh = self._fresh(name)
+        fresh = self.fresh(name)
         tensor = ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=fresh)
         made = ir.Value(name=fresh, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.model.graph.register_initializer(made)
         return made
 
-    def _fresh(self, name: str) -> str:
+    def fresh(self, name: str) -> str:
+        """A name that nothing in the model has."""
         chosen, count = name, 1
         while chosen in self._taken:
             count += 1
