@@ -1,6 +1,7 @@
 """Models that can't be captured whole, and what users are told."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ import bitwright  # noqa: E402
 import bitwright_torch  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright.verification import verify  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
 BACKEND = TorchBackend()
@@ -183,6 +185,17 @@ def test_parts_are_exported_one_by_one(detector, x, tmp_path):
     np.testing.assert_allclose(plain.run(None, {name: x.numpy()})[0], detector.backbone(x).detach(), atol=1e-5)
     read = bitwright.formats.read(bundle.files["encodings"])
     assert {"backbone.0.weight", "head.weight"} <= read.parameters.keys()
+
+
+def test_verify_says_what_an_export_in_parts_lacks(detector, x, tmp_path):
+    """No file holds the Python between the parts; the export itself has compared each of them."""
+    pytest.importorskip("onnxscript")
+    sim = bitwright.QuantSim(captured(detector, x)).calibrate([x])
+    sim.export(tmp_path, name="net")
+    assert json.loads((tmp_path / "report.json").read_text())["record"]["compared"] >= 2
+    for check in (lambda: verify(tmp_path, x.numpy()), lambda: verify(tmp_path, x.numpy(), name="net")):
+        with pytest.raises(InputError, match=r"captured in parts \(net\.backbone\.onnx, net\.head\.onnx\); .* whole"):
+            check()
 
 
 def test_parts_are_trained(detector, x):

@@ -386,6 +386,16 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     suffixes = [s for info in registry.backends().values() for s in info.suffixes]
     model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)
     if model is None:
+        endings = tuple(s for s in suffixes if not s.startswith(".qdq"))
+        parts = sorted(p.name for p in directory.glob(f"{glob.escape(stem)}.*")
+                       if p.name.endswith(endings) and not p.name.endswith(".qdq.onnx"))  # fmt: skip
+        if parts:
+            raise InputError(
+                f"{directory} has {found[0].name} of a model that was captured in parts ({', '.join(parts)}); no file "
+                "holds the Python between them, so it can't be run as one. The export compared the quantized file of "
+                "each part with the simulation; to verify on other data, make the model one that is captured whole "
+                "(the notice of the capture says what stops it), or run the parts' files in your own Python"
+            )
         raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it")
     files = {"model": model, "encodings": found[0]}
     if (quantized := directory / f"{stem}.qdq.onnx").exists():
