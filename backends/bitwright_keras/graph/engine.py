@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -13,6 +14,19 @@ from numpy.typing import NDArray
 from bitwright_keras.graph.model import Spec
 
 Function = Callable[..., Any]
+_FORWARD_ONLY = ContextVar("bitwright_keras_forward_only", default=False)
+"""Whether what is being traced is never differentiated."""
+
+
+def with_gradient(function: Function) -> Function:
+    """`keras.ops.custom_gradient`; where nothing is differentiated, the function's values alone.
+
+    TensorFlow keeps the gradient of each traced call in a registry for good, and with it the traced graph.
+    """
+    if not _FORWARD_ONLY.get():
+        differentiable: Function = ops.custom_gradient(function)
+        return differentiable
+    return lambda *tensors: function(*tensors)[0]
 
 
 def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[keras.Variable]) -> Function:
@@ -31,7 +45,11 @@ def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[ker
 
         signature = [tf.TensorSpec(spec.shape, spec.dtype) for spec in inputs]
         traced = tf.function(function, input_signature=signature, autograph=False)
-        result: Function = traced.get_concrete_function()
+        forward = _FORWARD_ONLY.set(True)
+        try:
+            result: Function = traced.get_concrete_function()
+        finally:
+            _FORWARD_ONLY.reset(forward)
         return result
     if name == "torch":
         import torch

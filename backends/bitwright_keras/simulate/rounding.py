@@ -1,4 +1,4 @@
-"""Fake quantization of Keras tensors, differentiable: the core's pair in `keras.ops.custom_gradient`.
+"""Fake quantization of Keras tensors, differentiable: the core's pair as a function with a gradient of its own.
 
 Composed of divide, round, clip and multiply, as the reference grid is; scales are variables, so that no compiler can
 turn the division into a product with a reciprocal that it computed beforehand.
@@ -11,7 +11,7 @@ from typing import Any
 from keras import ops
 
 from bitwright.grids import FLOAT_FORMATS, FloatFormat, Groups, cast_vjp, learned_vjp, rounded_vjp
-from bitwright_keras.graph.engine import clip
+from bitwright_keras.graph.engine import clip, with_gradient
 
 CASTS = {
     "float16": "float16", "bfloat16": "bfloat16", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2",
@@ -67,7 +67,7 @@ def round_to_grid(x: Any, scale: Any, low: Any, high: Any, *, learned: bool = Fa
         factor: of the gradients to scale and ends.
     """
 
-    @ops.custom_gradient  # type: ignore[untyped-decorator]
+    @with_gradient
     def rounded(x: Any, scale: Any, low: Any, high: Any) -> Any:
         y = clip(ops.round(ops.divide(x, scale)), low, high) * scale
 
@@ -98,7 +98,7 @@ def round_to_float(x: Any, scale: Any, form: FloatFormat, *, learned: bool = Fal
     """x in a float format and back, saturating at its largest value; bit-equal to `grid.cast_float`."""
     largest = FLOAT_FORMATS[form][2]
 
-    @ops.custom_gradient  # type: ignore[untyped-decorator]
+    @with_gradient
     def rounded(x: Any, scale: Any) -> Any:
         r = ops.clip(ops.divide(x, scale), -largest, largest)
         y = ops.cast(ops.cast(r, CASTS[form]), "float32") * scale
