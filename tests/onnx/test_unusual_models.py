@@ -10,7 +10,7 @@ from builders import ModelBuilder
 from onnx import TensorProto, helper
 
 from bitwright import QuantSim
-from bitwright.errors import BitwrightError, ModelError
+from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.graph import ConvAttrs
 from bitwright.verification import verify
 from bitwright_onnx.simulate.session import has_quantize_linear
@@ -234,5 +234,27 @@ def test_scores_in_float16_move_a_softmax_in_float32(tmp_path):
     b.node("Mul", ["p", b.const("c", np.full(8, 0.7, np.float32))], b.output("y", ["n", 8, 8]))
     data = {"x": (b.rng.standard_normal((8, 8, 16)) * 0.5).astype(np.float16)}
     sim = QuantSim(b.build(), weights="int16", activations="uint16", scheme="minmax").calibrate(data)
+    sim.export(tmp_path)
+    assert verify(tmp_path, data).problems == []
+
+
+@pytest.mark.parametrize("scheme", ["minmax", "sqnr", "percentile"])
+def test_nan_in_an_output_is_refused_by_every_scheme(scheme):
+    b = ModelBuilder(opset=17)
+    b.node("Sqrt", [b.input("x", ["n", 6])], b.output("y", ["n", 6]))
+    x = np.abs(b.rng.standard_normal((32, 6))).astype(np.float32)
+    x[20, 3] = -1
+    sim = QuantSim(b.build(), scheme=scheme)
+    with pytest.raises(InputError, match=r"'y'.*NaN"):
+        sim.calibrate({"x": x})
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_sum_of_more_than_two(bits, tmp_path):
+    b = ModelBuilder(opset=17)
+    operands = [b.input("x", ["n", 6]), *(b.weight(n, 6) for n in ("c", "d"))]
+    b.node("Sum", operands, b.output("y", ["n", 6]))
+    data = {"x": b.rng.standard_normal((8, 6)).astype(np.float32)}
+    sim = QuantSim(b.build(), weights=f"int{bits}", activations=f"uint{bits}").calibrate(data)
     sim.export(tmp_path)
     assert verify(tmp_path, data).problems == []

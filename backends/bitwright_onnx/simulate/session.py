@@ -145,7 +145,8 @@ class OrtSession:
     """A model, or a segment of it, compiled for fixed taps (`bitwright.backend.Session`).
 
     Taps with reduction "minmax" are reduced inside the graph, so that two scalars (or two rows, with an axis)
-    leave it in place of the tensor. ONNX Runtime's reductions skip NaN (infinities they keep).
+    leave it in place of the tensor. ONNX Runtime's reductions skip NaN (infinities they keep), so the model's own
+    outputs leave it whole: nearly every NaN gets there.
 
     Args:
         model: the model; it isn't changed.
@@ -172,6 +173,7 @@ class OrtSession:
         self._bound = bound if bound is not None else {}
         known = values_of(model.graph)
         require_tensors((*(t.tensor for t in self.taps), *(feeds or ())), known)
+        results = {v.name for v in model.graph.outputs}
         sources = set(feeds) if feeds is not None else {v.name for v in model.graph.inputs}
         self._passed = {t: t.tensor for t in self.taps if t.tensor in sources}
         computed = [t for t in self.taps if t not in self._passed]
@@ -184,7 +186,8 @@ class OrtSession:
             values = values_of(part.graph)
             part.graph.outputs.clear()
             for tap in computed:
-                outputs = _reduced(part, values[tap.tensor], tap)
+                whole = tap.tensor in results and tap.reduce != "none"
+                outputs = [values[tap.tensor]] if whole else _reduced(part, values[tap.tensor], tap)
                 self._fetch[tap] = tuple(str(v.name) for v in outputs)
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
