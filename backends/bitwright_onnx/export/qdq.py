@@ -29,8 +29,8 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerT
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.model import save_model
 from bitwright_onnx.export.byte_blocks import turn_byte_blocks
+from bitwright_onnx.export.float_biases import split_large_biases
 from bitwright_onnx.export.storage import opset_for, storage_type, stored
-from bitwright_onnx.float_biases import split_large_biases
 from bitwright_onnx.graph.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
 from bitwright_onnx.graph.optable import turns_weight
 from bitwright_onnx.graph.subgraph import values_of
