@@ -214,6 +214,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time of one model")
     parser.add_argument("--log", type=Path, help="append every outcome to this file, a line of JSON each")
     parser.add_argument("--again", action="store_true", help="run only what --log doesn't hold as listed")
+    parser.add_argument("--write", action="store_true", help="write results and table of a share too")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -228,11 +229,11 @@ def main() -> int:
         problems += [f"{source}: {p}" for p in judge(outcomes[source], known(source), names)]
         kinds = Counter(o.kind for o in outcomes[source])
         print(f"{source}: {dict(kinds)}, {time.monotonic() - since:.0f} s")
-        if arguments.share == 1:
+        if arguments.share == 1 or arguments.write:
             results[source] = record(source, outcomes[source]) | {"of": len(names)}
     for problem in problems:
         print(problem)
-    if arguments.share == 1:
+    if arguments.share == 1 or arguments.write:
         RESULTS.write_text(json.dumps({s: results[s] for s in SOURCES if s in results}, indent=1) + "\n")
         PAGE.write_text(with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
         print(table(json.loads(RESULTS.read_text())))
