@@ -234,7 +234,7 @@ def test_training_is_taken_over_whole_or_not_at_all(port, monkeypatch):
         with pytest.raises(ModelError):
             sim.take()
         held.check()
-    for at in (1, 5, 20, 100):
+    for at in (5, 60):
         with pytest.raises(KeyboardInterrupt), Stopper(at):
             sim.take()
         held.check(at)
