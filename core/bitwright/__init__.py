@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from bitwright.simulation import QuantSim
     from bitwright.verification import validate
 
-__version__ = "0.1.0"
+from bitwright._version import __version__
+
 __all__ = ["QuantSim", "RunDirectory", "__version__", "registry", "validate"]
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import bitwright
+from bitwright import _version
 from bitwright.errors import InputError
 
 __all__ = ["deprecated", "renamed_parameter"]
@@ -101,8 +101,8 @@ def _warn_in(cls: type, message: str) -> None:
 def _message(name: str, since: str, removed: str, instead: str) -> str:
     if _minor(removed) <= _minor(since):
         raise InputError(f"{name} can't go in {removed}: it works for a minor version at least after {since}")
-    if _minor(bitwright.__version__) >= _minor(removed):
-        raise InputError(f"{name} was to go in {removed}, and this is {bitwright.__version__}: remove it")
+    if _minor(_version.__version__) >= _minor(removed):
+        raise InputError(f"{name} was to go in {removed}, and this is {_version.__version__}: remove it")
     return f"{name} is deprecated since {since} and will be removed in {removed}; {instead}"
 
 

@@ -7,14 +7,13 @@ import warnings
 
 import pytest
 
-import bitwright
 from bitwright.deprecation import deprecated, renamed_parameter
 from bitwright.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def version(monkeypatch):
-    monkeypatch.setattr(bitwright, "__version__", "0.3.1")
+    monkeypatch.setattr("bitwright._version.__version__", "0.3.1")
 
 
 def test_a_function_works_and_warns_at_the_callers_line():

@@ -138,7 +138,7 @@ def test_steps_are_separate_and_unused_ones_go(tmp_path):
 def test_other_versions_are_another_step(tmp_path, monkeypatch):
     with RunDirectory(tmp_path) as run:
         run.step("a", {"seed": 0}).put("k", ARRAYS)
-        monkeypatch.setattr("bitwright.__version__", "999")
+        monkeypatch.setattr("bitwright._version.__version__", "999")
         assert run.step("a", {"seed": 0}).get("k") is None
 
 

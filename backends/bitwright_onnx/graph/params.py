@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import checked_param, no_param
+from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_onnx.graph.operands import canonical_shape, layout_of, parameters
 from bitwright_onnx.graph.optable import FLOAT_TYPES, constant_shape, turns_weight
@@ -51,10 +51,13 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
 
 
-def _native_tensor(value: ir.Value, given: np.ndarray) -> ir.TensorProtocol:
+def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
     assert value.const_value is not None
     layout, shape = canonical_form(value)
-    array = checked_param(str(value.name), given, shape)
+    if array.shape != shape:
+        raise ModelError(f"parameter {value.name!r} has shape {shape}, the new value {array.shape}")
+    if not np.isfinite(array).all():
+        raise ModelError(f"the new value of parameter {value.name!r} holds NaN or infinity")
     native = constant_shape(value)
     permuted = array.reshape(tuple(native[i] for i in layout))
     back = np.asarray(permuted.transpose(np.argsort(layout)), order="C")
@@ -64,7 +67,7 @@ def _native_tensor(value: ir.Value, given: np.ndarray) -> ir.TensorProtocol:
 def _parameter(model: ir.Model, id: ParamId) -> ir.Value:
     value = model.graph.initializers.get(id)
     if value is None or value.const_value is None or value.const_value.dtype not in FLOAT_TYPES:
-        raise no_param(id)
+        raise ModelError(f"the model has no parameter {id!r}")
     return value
 
 

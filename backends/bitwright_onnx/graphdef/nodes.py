@@ -82,7 +82,7 @@ class Node:
     """
 
     def __init__(self, proto: Any) -> None:
-        self._proto = proto
+        self.proto = proto
         self.name, self.op = str(proto.name), str(proto.op)
         self.inputs = tuple(tensor_name(i) for i in proto.input if not i.startswith("^"))
 
@@ -92,40 +92,40 @@ class Node:
 
     def has(self, key: str) -> bool:
         """Whether an attribute is set."""
-        return key in self._proto.attr
+        return key in self.proto.attr
 
     def integer(self, key: str, default: int = 0) -> int:
         """An int attribute."""
-        return int(self._proto.attr[key].i) if self.has(key) else default
+        return int(self.proto.attr[key].i) if self.has(key) else default
 
     def number(self, key: str, default: float = 0.0) -> float:
         """A float attribute."""
-        return float(self._proto.attr[key].f) if self.has(key) else default
+        return float(self.proto.attr[key].f) if self.has(key) else default
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A bool attribute."""
-        return bool(self._proto.attr[key].b) if self.has(key) else default
+        return bool(self.proto.attr[key].b) if self.has(key) else default
 
     def text(self, key: str, default: str = "") -> str:
         """A bytes attribute as text."""
-        return self._proto.attr[key].s.decode() if self.has(key) else default
+        return self.proto.attr[key].s.decode() if self.has(key) else default
 
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of ints; () where it isn't set."""
-        return tuple(int(i) for i in self._proto.attr[key].list.i) if self.has(key) else ()
+        return tuple(int(i) for i in self.proto.attr[key].list.i) if self.has(key) else ()
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of floats; () where it isn't set."""
-        return tuple(float(f) for f in self._proto.attr[key].list.f) if self.has(key) else ()
+        return tuple(float(f) for f in self.proto.attr[key].list.f) if self.has(key) else ()
 
     def dtype(self, key: str) -> int:
         """A type attribute's DataType number."""
-        return int(self._proto.attr[key].type)
+        return int(self.proto.attr[key].type)
 
     def value(self) -> NDArray[Any]:
         """A Const's values."""
         try:
-            return decode(self._proto.attr["value"].tensor)
+            return decode(self.proto.attr["value"].tensor)
         except ModelError as error:
             raise ModelError(f"constant {self.name!r}: {error}") from None
 
@@ -134,7 +134,7 @@ class Node:
         key = "shape" if self.op == "Placeholder" and not self.has("_output_shapes") else "_output_shapes"
         if not self.has(key):
             return None
-        attr = self._proto.attr[key]
+        attr = self.proto.attr[key]
         shapes = [attr.shape] if key == "shape" else list(attr.list.shape)
         if index >= len(shapes) or shapes[index].unknown_rank:
             return None

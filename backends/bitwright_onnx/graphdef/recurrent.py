@@ -57,7 +57,7 @@ class RecurrentNode(Node):
     """Stands for the node that ends a loop."""
 
     def __init__(self, node: Node, recurrent: Recurrent, role: str) -> None:
-        super().__init__(node._proto)
+        super().__init__(node.proto)
         self.op = OP
         self.inputs = tuple(tensor_name(t) for t in (recurrent.source, *recurrent.initial))
         self.recurrent, self.role = recurrent, role

@@ -30,7 +30,7 @@ from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.graph.matrix_reads import split_layouts
-from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program, aliases, tensor_of
+from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program, aliases, program_of, tensor_of
 from bitwright_torch.graph.modes import bind_modes
 from bitwright_torch.graph.naming import Namer, last_user_line, owner_of, source_of
 from bitwright_torch.graph.visibility import data_nodes
@@ -70,7 +70,7 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     for name, submodule in holder.named_modules():
         submodule.training = flags[name]
     model.training = flags[""]
-    for notice in model._program.notices:
+    for notice in program_of(model).notices:
         warnings.warn(notice, CaptureNotice, stacklevel=3)
     return model
 

@@ -57,7 +57,7 @@ class PartitionedModel(nn.Module):
         self.training = root.training
         self.__dict__["_root"] = root
         self._parts = parts
-        self._convention = convention
+        self.convention = convention
         self.specs = dict(specs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ class PartitionedModel(nn.Module):
         root = share(self.__dict__["_root"])
         for name, part in parts.items():
             _swap(root, name, part)
-        return PartitionedModel(root, self._parts, self._convention, self.specs)
+        return PartitionedModel(root, self._parts, self.convention, self.specs)
 
 
 @dataclass
@@ -137,7 +137,7 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
         text += f", and in float: {', '.join(left)}" if left else ""
         warnings.warn(f"{text}. The whole can't be captured: {failure}", CaptureNotice, stacklevel=3)
     if fixed:
-        reasons = "; ".join(dict.fromkeys(r for name in fixed for r in captured[name]._program.notices))
+        reasons = "; ".join(dict.fromkeys(r for name in fixed for r in program_of(captured[name]).notices))
         text = f"{type(module).__name__} takes only the sample's batch size, as {', '.join(fixed)} does: {reasons}"
         warnings.warn(text, CaptureNotice, stacklevel=3)
     return PartitionedModel(root, order, convention, _specs(arguments, convention, fixed=bool(fixed)))
@@ -151,7 +151,7 @@ def _fixed(
     captured: Mapping[str, CapturedModel],
 ) -> list[str]:
     """Parts that were captured with fixed shapes, and whose inputs grow with the model's batch."""
-    suspects = [name for name, part in captured.items() if part._program.notices]
+    suspects = [name for name, part in captured.items() if program_of(part).notices]
     doubled, wanted = with_batch(arguments, signature, doubled=True) if suspects else (arguments, None)
     if not suspects or wanted is None:
         return []
@@ -262,7 +262,7 @@ def parts_graph(model: PartitionedModel) -> Graph:
     ops: list[Op] = []
     tensors: dict[str, Tensor] = {}
     params = {}
-    inputs = list(model._convention.inputs)
+    inputs = list(model.convention.inputs)
     known = list(inputs)
     tensors.update({name: Tensor(name, None, OUTSIDE) for name in inputs})
     for name, part in model.parts.items():
@@ -272,7 +272,7 @@ def parts_graph(model: PartitionedModel) -> Graph:
         tensors.update(shown.tensors)
         params.update(shown.params)
         known += [t for t in shown.outputs if t not in known]
-    results = [f"result.{i}" for i in range(model._convention.out_spec.num_leaves)]
+    results = [f"result.{i}" for i in range(model.convention.out_spec.num_leaves)]
     tensors.update({name: Tensor(name, None, OUTSIDE) for name in results})
     ops.append(_python("python", known, results))
     return Graph(ops, tensors, params, inputs, results)

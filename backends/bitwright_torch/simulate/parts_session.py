@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from bitwright.backend import Batch, Session, Tap, reduced, require_tensors
+from bitwright.backend import Batch, Session, Tap, reduced
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph
@@ -42,7 +42,8 @@ class PartitionedSession:
         self._taps = tuple(dict.fromkeys(taps))
         by_part: dict[str, list[Tap]] = {}
         for tap in self._taps:
-            require_tensors([tap.tensor], graph.tensors)
+            if tap.tensor not in graph.tensors:
+                raise ModelError(f"the model has no tensor {tap.tensor!r}")
             if graph.tensors[tap.tensor].dtype != OUTSIDE:
                 by_part.setdefault(part_of(model, tap.tensor), []).append(tap)
         self._sessions = {name: open_part(name, tapped, None) for name, tapped in by_part.items()}
@@ -55,7 +56,7 @@ class PartitionedSession:
             ModelError: the model failed while running.
         """
         found: dict[Tap, Array] = {}
-        model, convention = self._model, self._model._convention
+        model, convention = self._model, self._model.convention
         handles = []
         flags = {m: m.training for m in (*model.modules(), model.__dict__["_root"])}
         for name, session in self._sessions.items():

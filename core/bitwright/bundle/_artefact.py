@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitwright import __version__, formats
+from bitwright import formats
+from bitwright._version import __version__
 from bitwright.backend import Backend, Bundle, BundledFormats, SharedConversion, Simulation
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting

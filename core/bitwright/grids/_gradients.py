@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.grids._grid import Blockwise, Granularity, Grid, PerChannel, PerTensor, _axis, block_count
+from bitwright.grids._grid import Blockwise, Granularity, Grid, PerChannel, PerTensor, axis_of, block_count
 
 Array = Any
 """An array of whichever framework the namespace belongs to."""
@@ -55,12 +55,8 @@ class NumpyNamespace:
     round = staticmethod(np.rint)
     clip = staticmethod(np.clip)
     where = staticmethod(np.where)
+    reshape = staticmethod(np.reshape)
     transpose = staticmethod(np.transpose)
-
-    @staticmethod
-    def reshape(x: NDArray[Any], shape: tuple[int, ...], /) -> NDArray[Any]:
-        """The same elements in another shape."""
-        return np.reshape(x, shape)
 
     @staticmethod
     def sum(x: NDArray[Any], axes: tuple[int, ...], /) -> NDArray[Any]:
@@ -98,12 +94,12 @@ class Groups:
         rank = len(shape)
         if isinstance(granularity, PerTensor):
             return cls(shape, shape, (), (), tuple(range(rank)))
-        axis = _axis(granularity.axis, shape)
+        axis = axis_of(granularity.axis, shape)
         if isinstance(granularity, PerChannel):
             spread = tuple(n if i == axis else 1 for i, n in enumerate(shape))
             return cls(shape, shape, (shape[axis],), spread, tuple(i for i in range(rank) if i != axis))
         assert isinstance(granularity, Blockwise)
-        along = _axis(granularity.block_axis, shape)
+        along = axis_of(granularity.block_axis, shape)
         blocks = block_count(shape, granularity)
         split = (*shape[:along], blocks, granularity.block_size, *shape[along + 1 :])
         channel = axis + int(axis > along)

@@ -181,14 +181,14 @@ def spread(values: NDArray[np.generic], shape: tuple[int, ...], granularity: Gra
     """
     if isinstance(granularity, PerTensor):
         return values.reshape(())
-    axis = _axis(granularity.axis, shape)
+    axis = axis_of(granularity.axis, shape)
     if isinstance(granularity, PerChannel):
         if values.shape != (shape[axis],):
             raise InputError(
                 f"per-channel values of shape {values.shape} for {shape[axis]} channels (axis {axis} of {shape})"
             )
         return values.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    block_axis = _axis(granularity.block_axis, shape)
+    block_axis = axis_of(granularity.block_axis, shape)
     blocks = block_count(shape, granularity)
     if values.shape != (shape[axis], blocks):
         raise InputError(
@@ -206,7 +206,7 @@ def block_count(shape: tuple[int, ...], granularity: Blockwise) -> int:
     Raises:
         InputError: the block size doesn't divide the axis.
     """
-    length = shape[_axis(granularity.block_axis, shape)]
+    length = shape[axis_of(granularity.block_axis, shape)]
     if length % granularity.block_size:
         raise InputError(
             f"block size {granularity.block_size} doesn't divide axis {granularity.block_axis} of {shape} "
@@ -219,7 +219,7 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, 
     """Shape of the scale array for a tensor of `shape`."""
     if isinstance(granularity, PerTensor):
         return ()
-    channels = shape[_axis(granularity.axis, shape)]
+    channels = shape[axis_of(granularity.axis, shape)]
     return (channels,) if isinstance(granularity, PerChannel) else (channels, block_count(shape, granularity))
 
 
@@ -227,16 +227,21 @@ def to_groups(values: NDArray[np.generic], granularity: Granularity) -> NDArray[
     """Rearrange a tensor to (*scale_shape, elements): the elements that share a scale lie on the last axis."""
     if isinstance(granularity, PerTensor):
         return values.reshape(-1)
-    axis = _axis(granularity.axis, values.shape)
+    axis = axis_of(granularity.axis, values.shape)
     if isinstance(granularity, PerChannel):
         return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    block_axis = _axis(granularity.block_axis, values.shape)
+    block_axis = axis_of(granularity.block_axis, values.shape)
     blocks = block_count(values.shape, granularity)
     moved = np.moveaxis(values, (axis, block_axis), (0, 1))
     return moved.reshape(moved.shape[0], blocks, -1)
 
 
-def _axis(axis: int, shape: tuple[int, ...]) -> int:
+def axis_of(axis: int, shape: tuple[int, ...]) -> int:
+    """An axis counted from the front.
+
+    Raises:
+        InputError: the shape has no such axis.
+    """
     if not -len(shape) <= axis < len(shape):
         raise InputError(f"axis {axis} is out of range for a tensor of shape {shape}")
     return axis % len(shape)

@@ -77,7 +77,7 @@ class LayerwiseWalk:
     cache_bytes: int = CACHE_BYTES
     moments_gib: float = LayerwiseSettings().moments_gib
     name: str = "layer by layer"
-    _current: Any = field(init=False)
+    current: Any = field(init=False)
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class LayerwiseWalk:
         results: dict[OpId, LayerResult] = {}
         stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
         stages = schedule(self.graph, ops, partial=self._partial)
-        self._current = self.model
+        self.current = self.model
         encodings = self.encodings
         if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
             encodings = self.activations()
@@ -248,7 +248,7 @@ class _Networks:
         }  # a shared one is split off when it changes
         self.biases = {op.id: b if (b := op.params.get(ParamRole.BIAS)) in own else None for op in ops}
         self.changed: dict[ParamId, NDArray[np.float32]] = {}
-        """What `walk._current` doesn't have yet."""
+        """What `walk.current` doesn't have yet."""
         self.added: dict[OpId, NDArray[np.float32]] = {}
         self.users = {p: len(walk.graph.users(p)) for p in walk.graph.params}
         self.params: dict[ParamId, NDArray[np.float32]] = {}
@@ -351,12 +351,12 @@ class _Networks:
                 self.users[shared] -= 1
             edits.append(SetBias(id, bias))
         if edits:
-            walk._current = walk.backend.edit(walk._current, edits)
+            walk.current = walk.backend.edit(walk.current, edits)
         if self.added:
-            graph = walk.backend.graph(walk._current)
+            graph = walk.backend.graph(walk.current)
             self.biases.update((o, graph.op(o).params.get(ParamRole.BIAS)) for o in self.added if o in graph)
         self.changed, self.added = {}, {}
-        simulation = walk.backend.simulate(walk._current, walk.plan, self.encodings)
+        simulation = walk.backend.simulate(walk.current, walk.plan, self.encodings)
         if not self.active:
             simulation.set({s: None for s, site in walk.plan.items() if site.kind is SiteKind.ACTIVATION})
         return simulation

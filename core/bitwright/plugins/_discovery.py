@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pluggy import PluginManager
 
-import bitwright
+from bitwright import _version
 from bitwright.errors import PluginError
 from bitwright.plugins import _hookspecs as hookspecs
 from bitwright.plugins._hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo, ToolInfo
@@ -183,7 +183,7 @@ def discover(defaults: Iterable[str] | None = None, *, entry_points: bool = True
     manager.add_hookspecs(hookspecs)
     catalogue = Catalogue()
     for module in DEFAULT_PLUGINS if defaults is None else defaults:
-        owner = Owner(module, PROJECT, bitwright.__version__)
+        owner = Owner(module, PROJECT, _version.__version__)
         _read(catalogue, manager, owner, partial(importlib.import_module, module))
     if entry_points:
         chosen = _chosen()
@@ -249,7 +249,7 @@ def _take(catalogue: Catalogue, descriptor: Descriptor[Any]) -> None:
         offered = f"{API_VERSIONS.start}" if len(API_VERSIONS) == 1 else f"{API_VERSIONS.start} to {API_VERSIONS[-1]}"
         message = (
             f"{_word(kind)} {info.name!r} of {owner.title} is written for plugin api {info.api}, bitwright "
-            f"{bitwright.__version__} serves {offered}: "
+            f"{_version.__version__} serves {offered}: "
             f"pip install --upgrade {'bitwright' if newer else owner.distribution or owner.name}"
         )
         catalogue.refused.update({(kind, name): message for name in descriptor.names})

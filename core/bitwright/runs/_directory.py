@@ -25,7 +25,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-import bitwright
+from bitwright import _version
 from bitwright.errors import InputError
 from bitwright.files import DAMAGED, atomic_write, cannot_write, make_directory, sweep
 from bitwright.runs import fingerprint
@@ -252,7 +252,7 @@ def versions(modules: Iterable[str] = ()) -> dict[str, str]:
     """
     found = {
         "python": ".".join(map(str, sys.version_info[:3])),
-        "bitwright": bitwright.__version__,
+        "bitwright": _version.__version__,
         "results": RESULTS,
         "numpy": np.__version__,
     }
