@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from bitwright.graph import SetParams
+from bitwright.errors import InputError
+from bitwright.graph import Graph, SetParams
 from bitwright.grids import Encoding
 from bitwright.technique import Outcome, Report
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
-from bitwright.testing.reference import ReferenceBackend, ReferenceSession
+from bitwright.testing.reference import ReferenceBackend, ReferenceSession, ReferenceSimulation
 from bitwright.testing.technique_contract import TechniqueContract
 from bitwright_techniques.bias_correction import BiasCorrection
 
@@ -75,6 +76,81 @@ class ForgetsBias(ReferenceBackend):
         return super().export(replace(model, params=bare), plan, encodings, path, format)
 
 
+class UncheckedSimulation(ReferenceSimulation):
+    """Takes every encoding, as long as numpy broadcasts."""
+
+    def set(self, encodings):
+        self._in_force.update({s: e for s, e in encodings.items() if e is not None})
+
+
+class ChecksNoEncodings(ReferenceBackend):
+    def simulate(self, model, plan, encodings):
+        return UncheckedSimulation(model, plan, encodings)
+
+
+class ChecksLate(ReferenceBackend):
+    """Installs one encoding after the other, so that some are in force when one is refused."""
+
+    def simulate(self, model, plan, encodings):
+        made = super().simulate(model, plan, encodings)
+        whole = made.set
+        made.set = lambda changes: [whole({s: e}) for s, e in changes.items()]
+        return made
+
+
+class TakesAnyParameter(ReferenceBackend):
+    def edit(self, model, edits):
+        for edit in edits:
+            model = replace(model, params={**model.params, **edit.values})
+        return model
+
+
+class TakesAnyBias(ReferenceBackend):
+    def edit(self, model, edits):
+        new = {f"{e.op}.bias": np.asarray(e.value) for e in edits}
+        return replace(model, params={**model.params, **new})
+
+
+class _FeedsAsGiven(ReferenceSession):
+    """Numbers of other types go into the ops as they are, and nothing is looked at."""
+
+    def run(self, batch):
+        known = self.model.graph.tensors
+        self.model = replace(self.model, graph=Graph(
+            self.model.graph.ops,
+            {t: replace(x, dtype=str(np.asarray(batch[t]).dtype), shape=None) if t in batch else x
+             for t, x in known.items()},
+            self.model.graph.params, self.model.graph.inputs, self.model.graph.outputs,
+        ))  # fmt: skip
+        return super().run(batch)
+
+
+class FeedsAsGiven(ReferenceBackend):
+    def session(self, model, taps):
+        return _FeedsAsGiven(model, taps)
+
+
+class RefusesIntegers(ReferenceBackend):
+    def session(self, model, taps):
+        made = super().session(model, taps)
+        whole = made.run
+
+        def run(batch):
+            if wrong := next((t for t, v in batch.items() if np.asarray(v).dtype.kind in "iu"), None):
+                raise InputError(f"input {wrong!r} takes floats")
+            return whole(batch)
+
+        made.run = run
+        return made
+
+
+class NeedsEveryFeed(ReferenceBackend):
+    def segment(self, model, feeds, taps):
+        made = super().segment(model, feeds, taps)
+        made.feeds = tuple(feeds)
+        return made
+
+
 def test_a_right_backend_passes():
     kit = _Kit(ReferenceBackend())
     kit.test_read_and_edit_round_trip(CASE)
@@ -87,11 +163,20 @@ def test_a_right_backend_passes():
         (EditsInPlace(), "test_read_and_edit_round_trip"),
         (WrongLayout(), "test_canonical_layouts"),
         (ForgetsBias(), "test_export_and_reload"),
+        (ChecksNoEncodings(), "test_encodings_that_don_t_fit_are_refused"),
+        (ChecksLate(), "test_encodings_that_don_t_fit_are_refused"),
+        (ChecksNoEncodings(), "test_unknown_sites_are_refused"),
+        (TakesAnyParameter(), "test_parameter_values_that_don_t_fit_are_refused"),
+        (TakesAnyBias(), "test_biases_that_don_t_fit_are_refused"),
+        (RefusesIntegers(), "test_sessions_take_numbers_of_any_type"),
+        (FeedsAsGiven(), "test_feeds_that_don_t_fit_are_refused"),
+        (NeedsEveryFeed(), "test_segments_need_no_more_than_their_taps_do"),
     ],
 )
 def test_faulty_backends_fail(backend, test, tmp_path):
     arguments = (tmp_path,) if "export" in test else ()
-    with pytest.raises(AssertionError):
+    getattr(_Kit(ReferenceBackend()), test)(CASE, *arguments)
+    with pytest.raises((AssertionError, pytest.fail.Exception, InputError)):
         getattr(_Kit(backend), test)(CASE, *arguments)
 
 

@@ -108,7 +108,10 @@ def test_channels_last_is_only_a_layout():
     first, last = Builder(3), Builder(3)
     a = first.build(first.conv("c", first.input("x", 3, 5, 5), 4, pad=1))
     model = last.build(last.conv("c", last.input("x", 3, 5, 5), 4, pad=1))
-    tensors = {t: replace(x, channel_axis=3) for t, x in model.graph.tensors.items()}
+    tensors = {
+        t: replace(x, channel_axis=3, shape=(x.shape[0], *x.shape[2:], x.shape[1]))
+        for t, x in model.graph.tensors.items()
+    }
     graph = Graph(model.graph.ops, tensors, model.graph.params, model.graph.inputs, model.graph.outputs)
     batch = models.batch(a)
     moved = {"x": np.moveaxis(batch["x"], 1, 3)}
@@ -137,14 +140,14 @@ def test_sites_that_share_follow_their_root():
     value = simulation.session([Tap(tied)]).run(batch)[Tap(tied)]
     assert np.array_equal(value, coarse.fake_quantize(value))
     assert len(np.unique(value)) < 20
-    assert tied not in simulation.get()
+    assert simulation.get()[tied].equals(coarse)
 
 
 def test_errors_name_what_is_wrong(tmp_path):
     model = models.mlp()
-    with pytest.raises(InputError, match="lacks"):
+    with pytest.raises(InputError, match="no array for input"):
         model({})
-    with pytest.raises(ModelError, match="not in the model"):
+    with pytest.raises(ModelError, match="no tensor 'nowhere'"):
         BACKEND.session(model, [Tap("nowhere")])
     b = Builder()
     unknown = b.build(b.opaque("strange", b.input("x", 2), "Quux"))

@@ -24,6 +24,7 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
     fake_quantize_vjp,
 )
 from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
+from bitwright.placement import Derived  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_keras.graph.engine import value_of  # noqa: E402
 from bitwright_keras.graph.model import variables_of  # noqa: E402
@@ -106,6 +107,20 @@ def test_a_grid_chosen_otherwise_keeps_its_ratio_and_a_frozen_one_stays() -> Non
     assert found[other].equals(sim.encodings[other])
     new = sim.backend.read(made.float_model(), [other])[other]
     assert np.array_equal(new, 2 * sim.params[other])
+
+
+@pytest.mark.parametrize("range_learning", [False, True])
+def test_derived_grids_of_biases_stay(range_learning: bool) -> None:
+    """They follow from others: neither the bias's values nor an optimizer moves them."""
+    sim = simulated()
+    made = sim.backend.simulate_trainable(sim.native, sim.plan, sim.table, Training(range_learning))
+    compiled(made.model).fit(X[:32], LABELS[:32], epochs=1, batch_size=16, verbose=0)
+    derived = [s for s in sim.plan.quantized if isinstance(sim.plan[s].decision, Derived)]
+    found, trained = made.get(), sim.backend.read(made.float_model(), derived)
+    assert derived
+    for site in derived:
+        assert not np.array_equal(trained[site], sim.params[site])
+        assert found[site].equals(sim.table[site]), site
 
 
 def test_batch_norms_and_dropout_train() -> None:

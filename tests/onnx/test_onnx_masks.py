@@ -150,6 +150,19 @@ def guarded(net, s):
     return net.node("Where", ["nan", net.const("zero", np.float32(0)), "raw"], "p")
 
 
+def guarded_by_the_mask(net, s, fill=-np.inf):
+    """The same, where the mask tells which rows are masked whole, as in ONNX's own expansion of Attention."""
+    kept = net.node("Cast", [net.flags()], "kept", to=b.BOOL)
+    net.data["mask"] = net.data["mask"].copy()
+    net.data["mask"][0] = 0
+    offset = net.node("Where", [kept, net.const("zero", np.float32(0)), net.const("fill", np.float32(fill))], "off")
+    net.node("Softmax", [net.added(s, offset)], "raw", axis=-1)
+    net.node("Identity", ["raw"], "cast")
+    largest = net.node("ReduceMax", [offset], "largest", axes=[-1], keepdims=1)
+    lost = net.node("Equal", [largest, "fill"], "lost")
+    return net.node("Where", [lost, "zero", "cast"], "p")
+
+
 FORMS = {
     "triangle of -inf": causal(-np.inf),
     "triangle of -1e4": causal(-1e4),
@@ -200,14 +213,20 @@ def test_masks_at_every_target(form, target, tmp_path):
     assert np.array_equal(run(sim.export(tmp_path, name="net").files["qdq"], net.data), found)
 
 
-def test_a_softmax_of_nothing_that_the_model_guards(tmp_path):
-    net = Net(guarded)
+@pytest.mark.parametrize("form", [guarded, guarded_by_the_mask])
+def test_a_softmax_of_nothing_that_the_model_guards(form, tmp_path):
+    net = Net(form)
     sim = QuantSim(net.build()).calibrate(net.data)
     assert isinstance(sim.plan["raw"].decision, Float)
     expected, found = sim.predict(net.data, simulated=False)[0], sim.predict(net.data)[0]
     assert not expected[0].any() and not found[0].any()
     assert sqnr(expected, found) >= 28
     assert np.array_equal(run(sim.export(tmp_path, name="net").files["qdq"], net.data), found)
+
+
+def test_a_softmax_that_cannot_be_nan_keeps_its_grid():
+    plan = QuantSim(Net(lambda net, s: guarded_by_the_mask(net, s, LOWEST)).build()).plan
+    assert "raw" in plan.quantized
 
 
 def plan_of(mask):

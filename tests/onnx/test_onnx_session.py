@@ -115,9 +115,9 @@ def test_bad_batches():
     session = OrtSession(CNN, [Tap("prob")])
     with pytest.raises(InputError, match="no array for input 'x'; it holds z"):
         session.run({"z": b.image(1, 3, 8, 8)})
-    with pytest.raises(InputError, match="x float32"):
+    with pytest.raises(InputError, match=r"input 'x' takes shape \[\?, 3, 8, 8\].*holds \[1, 4, 8, 8\]"):
         session.run({"x": b.image(1, 4, 8, 8)})
-    with pytest.raises(InputError, match="x float32"):
+    with pytest.raises(InputError, match=r"input 'x' takes shape \[\?, 3, 8, 8\].*holds \[3, 8, 8\]"):
         session.run({"x": b.image(3, 8, 8)})
     with pytest.raises(InputError, match="input 'x': holds <U1 values; give numbers"):
         session.run({"x": np.full((1, 3, 8, 8), "a")})

@@ -10,7 +10,7 @@ from builders import ModelBuilder
 from onnx import TensorProto, helper
 
 from bitwright import QuantSim
-from bitwright.errors import BitwrightError, ModelError
+from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.graph import ConvAttrs
 from bitwright.verification import verify
 from bitwright_onnx.simulate.session import has_quantize_linear
@@ -220,3 +220,41 @@ def test_float16_arithmetic_is_coarser_than_grids_of_16_bits(tmp_path):
     scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), "c_scale"))
     onnx.save(file, bundle.files["qdq"])
     assert verify(tmp_path, data).problems
+
+
+def test_scores_in_float16_move_a_softmax_in_float32(tmp_path):
+    """By the last place of the coarser type, which no operand that the runtime hands out takes away (a mask's sum)."""
+    b = ModelBuilder(opset=17)
+    x = b.input("x", ["n", 8, 16], TensorProto.FLOAT16)
+    b.node("Transpose", [x], "xt", perm=[0, 2, 1])
+    b.node("MatMul", [x, "xt"], "s")
+    b.node("Add", ["s", b.const("mask", np.triu(np.full((8, 8), -np.inf, np.float16), 1))], "masked")
+    b.node("Cast", ["masked"], "wide", to=TensorProto.FLOAT)
+    b.node("Softmax", ["wide"], "p")
+    b.node("Mul", ["p", b.const("c", np.full(8, 0.7, np.float32))], b.output("y", ["n", 8, 8]))
+    data = {"x": (b.rng.standard_normal((8, 8, 16)) * 0.5).astype(np.float16)}
+    sim = QuantSim(b.build(), weights="int16", activations="uint16", scheme="minmax").calibrate(data)
+    sim.export(tmp_path)
+    assert verify(tmp_path, data).problems == []
+
+
+@pytest.mark.parametrize("scheme", ["minmax", "sqnr", "percentile"])
+def test_nan_in_an_output_is_refused_by_every_scheme(scheme):
+    b = ModelBuilder(opset=17)
+    b.node("Sqrt", [b.input("x", ["n", 6])], b.output("y", ["n", 6]))
+    x = np.abs(b.rng.standard_normal((32, 6))).astype(np.float32)
+    x[20, 3] = -1
+    sim = QuantSim(b.build(), scheme=scheme)
+    with pytest.raises(InputError, match=r"'y'.*NaN"):
+        sim.calibrate({"x": x})
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_sum_of_more_than_two(bits, tmp_path):
+    b = ModelBuilder(opset=17)
+    operands = [b.input("x", ["n", 6]), *(b.weight(n, 6) for n in ("c", "d"))]
+    b.node("Sum", operands, b.output("y", ["n", 6]))
+    data = {"x": b.rng.standard_normal((8, 6)).astype(np.float32)}
+    sim = QuantSim(b.build(), weights=f"int{bits}", activations=f"uint{bits}").calibrate(data)
+    sim.export(tmp_path)
+    assert verify(tmp_path, data).problems == []

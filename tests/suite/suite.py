@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from foreign import KINDS, NOT_RUN, OK, REFUSED, Outcome
-from pool import run
+from pool import SECONDS, run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -50,6 +50,8 @@ SOURCES: Mapping[str, Source] = {
     "onnx": Source(
         "foreign_onnx", "`onnx.backend.test`: every operator, and converted models", 8, ("onnx", "onnxruntime")
     ),
+    "torch": Source("foreign_torch", "PyTorch's own list of operators (`op_db`), with its samples", 16, ("torch",)),
+    "keras": Source("foreign_keras", "every layer class of `keras.layers`", 8, ("keras", "tensorflow")),
 }
 
 
@@ -82,23 +84,27 @@ def known(source: str) -> Known:
 
 def judge(outcomes: Iterable[Outcome], listed: Known, names: Iterable[str]) -> list[str]:
     """What is wrong with a run, in words; empty where all is as listed."""
-    problems = []
-    for o in outcomes:
-        if o.kind == REFUSED:
-            if o.name not in listed.refused:
-                problems.append(f"{o.name}: refused at {o.step}, and not listed: {o.reason}")
-            elif listed.refused[o.name][0] not in o.reason:
-                problems.append(f"{o.name}: refused for another reason than listed: {o.reason}")
-        elif o.kind not in (OK, NOT_RUN):
-            problems.append(f"{o.name}: {o.kind} at {o.step}: {o.reason}")
-        elif o.name in listed.refused:
-            problems.append(f"{o.name}: is listed as refused, and isn't ({o.kind}); take it off the list")
-        if o.notes and o.name not in listed.limited:
-            problems.append(f"{o.name}: can't be compared, and isn't listed: {o.notes[0]}")
-        elif o.name in listed.limited and not o.notes and o.kind == OK:
-            problems.append(f"{o.name}: is listed as limited, and isn't; take it off the list")
+    problems = [p for o in outcomes for p in _problems(o, listed)]
     there = set(names)
     problems += [f"{n}: is listed, but there is no such model" for n in {*listed.refused, *listed.limited} - there]
+    return problems
+
+
+def _problems(o: Outcome, listed: Known) -> list[str]:
+    problems = []
+    if o.kind == REFUSED:
+        if o.name not in listed.refused:
+            problems.append(f"{o.name}: refused at {o.step}, and not listed: {o.reason}")
+        elif listed.refused[o.name][0] not in o.reason:
+            problems.append(f"{o.name}: refused for another reason than listed: {o.reason}")
+    elif o.kind not in (OK, NOT_RUN):
+        problems.append(f"{o.name}: {o.kind} at {o.step}: {o.reason}")
+    elif o.name in listed.refused:
+        problems.append(f"{o.name}: is listed as refused, and isn't ({o.kind}); take it off the list")
+    if o.notes and o.name not in listed.limited:
+        problems.append(f"{o.name}: can't be compared, and isn't listed: {o.notes[0]}")
+    elif o.name in listed.limited and not o.notes and o.kind == OK:
+        problems.append(f"{o.name}: is listed as limited, and isn't; take it off the list")
     return problems
 
 
@@ -113,11 +119,22 @@ def sample(names: Mapping[str, str], share: int) -> list[str]:
     return chosen
 
 
-def examine_source(source: str, share: int, workers: int, log: Path | None = None) -> list[Outcome]:
-    """Outcomes of a source's models; each is appended to `log`, a line of JSON, as it comes."""
+def examine_source(
+    source: str, share: int, workers: int, log: Path | None = None, seconds: float = SECONDS, again: bool = False
+) -> list[Outcome]:
+    """Outcomes of a source's models; each is appended to `log`, a line of JSON, as it comes.
+
+    Args:
+        source, share: which models.
+        workers, seconds: processes, and the time of one model.
+        log: is written, and read where only what isn't as listed there runs `again`.
+        again: take the other outcomes from the log.
+    """
     module = importlib.import_module(SOURCES[source].module)
     names = module.names()
-    chosen = sample(names, share)
+    listed = known(source)
+    kept = {o.name: o for o in logged(log, source) if not _problems(o, listed)} if again and log else {}
+    chosen = [n for n in sample(names, share) if n not in kept]
     done = Counter[str]()
 
     def tell(outcome: Outcome) -> None:
@@ -130,7 +147,16 @@ def examine_source(source: str, share: int, workers: int, log: Path | None = Non
         if done.total() % 100 == 0:
             print(f"{source}: {done.total()} of {len(chosen)}, {dict(done)}", file=sys.stderr, flush=True)
 
-    return run(chosen, [names[n] for n in chosen], module.load, workers=workers, tell=tell)
+    found = run(chosen, [names[n] for n in chosen], module.load, workers=workers, seconds=seconds, tell=tell)
+    kept |= {o.name: o for o in found}
+    return [kept[n] for n in sample(names, share)]
+
+
+def logged(log: Path, source: str) -> list[Outcome]:
+    """A source's outcomes in a log, the last of each model."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = [Outcome(**{k: v for k, v in line.items() if k != "source"}) for line in lines if line["source"] == source]
+    return list({o.name: o for o in found}.values())
 
 
 def record(source: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -185,7 +211,10 @@ def main() -> int:
     parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], default=list(SOURCES))
     parser.add_argument("--share", type=int, default=1, help="run one of so many models of each group (default: all)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time of one model")
     parser.add_argument("--log", type=Path, help="append every outcome to this file, a line of JSON each")
+    parser.add_argument("--again", action="store_true", help="run only what --log doesn't hold as listed")
+    parser.add_argument("--write", action="store_true", help="write results and table of a share too")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -193,16 +222,18 @@ def main() -> int:
     problems = []
     for source in arguments.sources:
         since = time.monotonic()
-        outcomes[source] = examine_source(source, arguments.share, arguments.workers, arguments.log)
+        outcomes[source] = examine_source(
+            source, arguments.share, arguments.workers, arguments.log, arguments.seconds, arguments.again
+        )
         names = importlib.import_module(SOURCES[source].module).names()
         problems += [f"{source}: {p}" for p in judge(outcomes[source], known(source), names)]
         kinds = Counter(o.kind for o in outcomes[source])
         print(f"{source}: {dict(kinds)}, {time.monotonic() - since:.0f} s")
-        if arguments.share == 1:
+        if arguments.share == 1 or arguments.write:
             results[source] = record(source, outcomes[source]) | {"of": len(names)}
     for problem in problems:
         print(problem)
-    if arguments.share == 1:
+    if arguments.share == 1 or arguments.write:
         RESULTS.write_text(json.dumps({s: results[s] for s in SOURCES if s in results}, indent=1) + "\n")
         PAGE.write_text(with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
         print(table(json.loads(RESULTS.read_text())))

@@ -21,12 +21,14 @@ from bitwright.grids import (  # noqa: E402
     Groups,
     encoding_of_weights,
     lsq_factor,
+    min_max_numbers,
+    two_level_scales,
 )
 from bitwright.grids import _gradients as gradients  # noqa: E402
 from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
+from bitwright.placement import Derived  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
-from bitwright_tensorflow.simulate.fake_quant import Ends, kind_of, trained  # noqa: E402
-from bitwright_tensorflow.simulate.weight_ranges import min_max_numbers, two_level  # noqa: E402
+from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, kind_of, trained  # noqa: E402
 
 v1 = tf.compat.v1
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
@@ -99,10 +101,26 @@ def test_weight_ranges_are_the_core_s(spec):
         expected = encoding_of_weights(weights, spec)
         with tf.Graph().as_default(), v1.Session() as session:
             given = v1.placeholder(tf.float32, weights.shape)
-            scale, zero = min_max_numbers(given, expected, Groups.of(weights.shape, spec.granularity))
-            scale, zero = session.run([two_level(scale, expected), zero], {given: weights})
+            groups = Groups.of(weights.shape, spec.granularity)
+            scale, zero = min_max_numbers(NAMESPACE, groups.cut(NAMESPACE, given), expected, groups)
+            scale, zero = session.run([two_level_scales(NAMESPACE, scale, expected), zero], {given: weights})
         assert np.array_equal(scale, expected.scale)
         assert np.array_equal(zero, expected.zero_point)
+
+
+@pytest.mark.parametrize("mode", [MODES["regular"], MODES["range learning"]], ids=["regular", "range learning"])
+def test_derived_grids_of_biases_stay(mode):
+    """They follow from others: neither the bias's values nor an optimizer moves them."""
+    net = setup()
+    sim = net.sim
+    simulation = sim.backend.simulate_trainable(net.model, sim.plan, sim.table, mode)
+    train(simulation.model, steps=4)
+    derived = [s for s in sim.plan.quantized if isinstance(sim.plan[s].decision, Derived)]
+    found, trained = simulation.get(), read_params(simulation.float_model(), derived)
+    assert derived
+    for site in derived:
+        assert not np.array_equal(trained[site], sim.params[site])
+        assert found[site].equals(sim.table[site]), site
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

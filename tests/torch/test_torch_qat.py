@@ -12,8 +12,10 @@ torch = pytest.importorskip("torch")
 from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 
 from bitwright.backend import Training  # noqa: E402
+from bitwright.calibration import full_table  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
-from bitwright.grids import encoding_of_weights  # noqa: E402
+from bitwright.grids import EncodingTable, encoding_of_weights  # noqa: E402
+from bitwright.placement import Derived  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_torch import parameter_groups  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
@@ -103,6 +105,20 @@ def test_frozen_grids_stay_in_range_learning(net: Setup) -> None:
     train(simulation.model, batches(5))
     assert all(simulation.get()[s].equals(net.table[s]) for s in frozen)
     assert not simulation.get()["fc.weight"].equals(net.table["fc.weight"])
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_derived_grids_of_biases_stay(net: Setup, mode: Training) -> None:
+    """They follow from others: neither the bias's values nor an optimizer moves them."""
+    full = full_table(net.plan, EncodingTable(net.table))
+    derived = [s for s in net.plan.quantized if isinstance(net.plan[s].decision, Derived)]
+    simulation = net.simulation(mode, **{s: full[s] for s in derived})
+    train(simulation.model, batches(5))
+    found, trained = simulation.get(), simulation.float_model()
+    assert derived
+    for site in derived:
+        assert not torch.equal(trained.get_parameter(site), net.model.get_parameter(site))
+        assert found[site].equals(full[site]), site
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -99,3 +99,12 @@ def value_of(variable: keras.Variable) -> Any:
     import tensorflow as tf
 
     return tf.convert_to_tensor(value)
+
+
+def opaque(value: float) -> Any:
+    """A double that TensorFlow's graph optimizer can't see: it would multiply by its reciprocal where this divides."""
+    if keras.backend.backend() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    return tf.raw_ops.PlaceholderWithDefault(input=np.float64(value), shape=[])

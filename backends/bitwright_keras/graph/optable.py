@@ -150,6 +150,3 @@ FUNCTIONS: Mapping[str, tuple[OpKind, str]] = {
     },
 }  # fmt: skip
 """By name of Keras's own activation functions; others (squareplus, sparsemax, …) are OPAQUE."""
-
-NEVER_NEGATIVE = frozenset({"Relu", "Clip", "Sigmoid", "Softmax", "HardSigmoid", "Exp", "Abs", "Softplus"})
-"""ONNX types whose outputs can't be negative; a clip only where its lower bound is 0."""

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.errors import ModelError
+from bitwright.backend import checked_param, known_param
 from bitwright.graph import ParamId
 from bitwright_keras.graph.canonical import Place, canonical
 from bitwright_keras.graph.constants import constant_of, with_constant
@@ -28,7 +28,7 @@ def read_params(model: KerasModel, ids: Collection[ParamId]) -> dict[ParamId, ND
     places = canonical(model).places
     values: dict[ParamId, NDArray[np.float32]] = {}
     for id in ids:
-        place = _place(places, id)
+        place = known_param(places, id)
         native = native_value(place)
         values[id] = np.array(place.layout.canonical(native), np.float32, order="C")
     return values
@@ -56,12 +56,8 @@ def native_values(model: KerasModel, values: Mapping[ParamId, NDArray[np.floatin
     """
     places, found = canonical(model).places, {}
     for id, value in values.items():
-        place = _place(places, id)
-        if np.shape(value) != place.layout.shape:
-            raise ModelError(f"parameter {id!r} has shape {place.layout.shape}, the new value {np.shape(value)}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
-        found[id] = place.layout.to_native(np.asarray(value, np.float32))
+        layout = known_param(places, id).layout
+        found[id] = layout.to_native(checked_param(id, value, layout.shape).astype(np.float32, copy=False))
     return found
 
 
@@ -105,9 +101,3 @@ def with_variables(layer: keras.layers.Layer, values: Mapping[str, NDArray[Any]]
 def id_of(node: Node) -> int:
     """Identity of a call's layer."""
     return id(node.operation)
-
-
-def _place(places: Mapping[ParamId, Place], id: ParamId) -> Place:
-    if id not in places:
-        raise ModelError(f"the model has no parameter {id!r}")
-    return places[id]

@@ -11,36 +11,41 @@ import numpy as np
 from keras import ops
 
 from bitwright.grids import (
+    NUMPY,
+    UNSET,
     Encoding,
     Grid,
+    GridPolicy,
     Groups,
     PerChannel,
     PerTensor,
     encoding_arrays,
     encoding_of_arrays,
+    followed,
+    learned_scale,
+    learned_zero,
     lsq_factor,
+    min_max_numbers,
+    moving,
+    present,
+    ratio_to,
     two_level,
+    two_level_scales,
 )
 from bitwright_keras.graph.engine import value_of
 from bitwright_keras.graph.layouts import Layout
 from bitwright_keras.simulate.rounding import NAMESPACE, round_to_float, round_to_grid, round_wide
-from bitwright_keras.simulate.weight_ranges import min_max_scale, two_level_scale
 
 WIDE = 2**24
 """Grid steps from which codes don't fit float32's significand."""
-_UNSET = Encoding(8, False, False, np.ones((), np.float32), np.zeros((), np.int32))
 
 
 @keras.saving.register_keras_serializable(package="bitwright")
 class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     """Rounds a tensor to its site's grid, or passes it while bypassed.
 
-    A parameter's grid follows its values at each step: min-max calibration of the present values, times the ratio that
-    the encoding had to it at first. Frozen and learned grids don't follow.
-
-    With `learns`, the grid is trained: scale · exp(`log_scale`), zero point + `zero_shift` · steps, both starting at
-    0, so that the start is bit-equal and one learning rate suits grids of all sizes. Zero points at an end of the
-    codes (behind a ReLU) and symmetric grids keep theirs.
+    A parameter's grid follows its values at each step; with `learns`, the grid is trained: see
+    `bitwright.grids._training_rules`.
 
     Args:
         encoding: of the site; its numbers go into variables, its kind is part of the configuration. None bypasses.
@@ -64,7 +69,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     ) -> None:
         super().__init__(**kwargs)
         self._on_start = encoding is not None
-        self._form = _of_config(encoding) if isinstance(encoding, Mapping) else encoding or _UNSET
+        self._form = _of_config(encoding) if isinstance(encoding, Mapping) else encoding or UNSET
         self._layout = None if layout is None else Layout(*(tuple(int(n) for n in part) for part in layout))
         self.learns, self.evened, self.follows, self.grid_rate = learns, evened, follows, grid_rate
         shape = self._form.scale.shape
@@ -75,11 +80,10 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
             shape=(), dtype="bool", initializer="zeros", trainable=False, name="enabled", autocast=False
         )
         self.log_scale = self.zero_shift = self.ratio = self.following = None
-        fixed = self._form.frozen or self._form.float_format in ("float16", "bfloat16")
-        if learns and not fixed:
+        if self.policy.learns:
             self.log_scale = self._number("log_scale", shape, 0.0, trainable=True)
-            if not self._form.symmetric and self._form.float_format is None and self._moves.any():
-                self.zero_shift = self._number("zero_shift", shape, 0.0, trainable=True)
+        if self.policy.moves:
+            self.zero_shift = self._number("zero_shift", shape, 0.0, trainable=True)
         if follows:
             self.ratio = self._number("ratio", shape, 1.0, dtype="float64")
             self.following = self.add_weight(
@@ -98,9 +102,9 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         )  # fmt: skip
 
     @property
-    def _moves(self) -> np.ndarray:
-        grid = self._form.grid
-        return np.asarray((self._form.zero_point > grid.qmin) & (self._form.zero_point < grid.qmax))
+    def policy(self) -> GridPolicy:
+        """What training does with the grid."""
+        return GridPolicy.of(self._form, parameter=self.follows, range_learning=self.learns)
 
     # -- the encoding
 
@@ -136,9 +140,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         if self.following is not None and self.ratio is not None and parameter is not None:
             self.following.assign(not encoding.frozen)
             if not encoding.frozen:
-                base = two_level_scale(min_max_scale(*self._cut(parameter), encoding)[0], encoding)
-                base = ops.convert_to_numpy(base).astype(np.float64)
-                self.ratio.assign(encoding.scale.astype(np.float64) / base)
+                base = ops.convert_to_numpy(self._min_max(parameter)[0])
+                self.ratio.assign(ratio_to(NUMPY, encoding.scale, base))
 
     def _assign(self, encoding: Encoding) -> None:
         grid = encoding.grid
@@ -155,16 +158,9 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         """The encoding in force; None while bypassed. Learned and followed numbers are read off the device."""
         if not bool(ops.convert_to_numpy(value_of(self.enabled))):
             return None
-        form = self._form
         scale, low, _ = self.numbers(parameter)
-        scale = ops.convert_to_numpy(scale).astype(np.float32)
-        zero = form.grid.qmin - ops.convert_to_numpy(low).astype(np.float64)
-        found = form.with_(scale=scale, zero_point=np.rint(zero).astype(np.int32), block_scale=None)
-        if np.array_equal(found.scale, form.scale) and np.array_equal(found.zero_point, form.zero_point):
-            return form
-        if self.learns and not form.frozen:
-            found = found.with_(source="range learning", frozen=True)
-        return two_level(found)
+        zero = self._form.grid.qmin - ops.convert_to_numpy(low).astype(np.float64)
+        return present(self._form, ops.convert_to_numpy(scale).astype(np.float32), zero, self.learns)
 
     # -- rounding
 
@@ -173,26 +169,26 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         scale, low, high = (value_of(v) for v in (self.scale, self.low, self.high))
         form, grid = self._form, self._form.grid
         if self.follows and parameter is not None:
-            raw, zero = min_max_scale(*self._cut(parameter), form)
-            base = two_level_scale(raw, form)
-            moved = ops.cast(ops.cast(base, "float64") * value_of(self.ratio), "float32")
-            moved = two_level_scale(moved, form)
-            following = value_of(self.following)
-            plain = ops.logical_and(following, value_of(self.ratio) == 1)
-            scale = ops.stop_gradient(ops.where(following, moved, scale))
-            low = ops.where(plain, grid.qmin - zero, low)
-            high = ops.where(plain, grid.qmax - zero, high)
+            base, zero = self._min_max(parameter)
+            stored = ops.cast(grid.qmin - low, "float64")
+            moved, zero = followed(NAMESPACE, base, zero, value_of(self.ratio), stored, form)
+            zero, following = ops.cast(zero, "float32"), value_of(self.following)
+            scale = ops.where(following, moved, scale)
+            low = ops.where(following, grid.qmin - zero, low)
+            high = ops.where(following, grid.qmax - zero, high)
         if self.log_scale is not None:
-            scale = scale * ops.exp(self._learned(self.log_scale))
-            scale = scale + ops.stop_gradient(two_level_scale(scale, form) - scale)
+            scale = learned_scale(NAMESPACE, scale, self._learned(self.log_scale), form)
         if self.zero_shift is not None:
-            steps = ops.convert_to_tensor(self._moves.astype(np.float32) * np.float32(grid.steps))
-            shift = self._learned(self.zero_shift) * steps
-            zero = grid.qmin - low
-            moved = zero + shift
-            moved = moved + ops.stop_gradient(ops.clip(ops.round(moved), grid.qmin, grid.qmax) - moved)
-            low, high = grid.qmin - moved, grid.qmax - moved
+            shift = self._learned(self.zero_shift)
+            zero = learned_zero(NAMESPACE, grid.qmin - low, shift, float(grid.qmin), float(grid.qmax))
+            low, high = grid.qmin - zero, grid.qmax - zero
         return scale, low, high
+
+    def _min_max(self, parameter: Any) -> tuple[Any, Any]:
+        """Scale and zero point (float64) of the grid that covers the parameter's present values."""
+        cut, groups = self._cut(parameter)
+        scale, zero = min_max_numbers(NAMESPACE, cut, self._form, groups)
+        return two_level_scales(NAMESPACE, scale, self._form), zero
 
     def _learned(self, variable: keras.Variable) -> Any:
         value = value_of(variable)
@@ -296,11 +292,10 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
 def _config_of(encoding: Encoding) -> dict[str, Any]:
     arrays = encoding_arrays(encoding)
-    moves = np.asarray((encoding.zero_point > encoding.grid.qmin) & (encoding.zero_point < encoding.grid.qmax))
     return {
         "kind": json.loads(str(arrays["encoding"])),
         "shape": list(encoding.scale.shape),
-        "moves": bool(moves.any()),
+        "moves": bool(moving(encoding).any()),
     }
 
 

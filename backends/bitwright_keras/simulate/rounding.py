@@ -11,7 +11,7 @@ from typing import Any
 from keras import ops
 
 from bitwright.grids import FLOAT_FORMATS, FloatFormat, Groups, cast_vjp, learned_vjp, rounded_vjp
-from bitwright_keras.graph.engine import clip, with_gradient
+from bitwright_keras.graph.engine import clip, opaque, with_gradient
 
 CASTS = {
     "float16": "float16", "bfloat16": "bfloat16", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2",
@@ -19,7 +19,7 @@ CASTS = {
 
 
 class KerasNamespace:
-    """`bitwright.grids._gradients.Namespace` of keras.ops."""
+    """`bitwright.grids._gradients.Namespace` of keras.ops, and the namespaces that extend it."""
 
     @staticmethod
     def round(x: Any, /) -> Any:
@@ -50,6 +50,34 @@ class KerasNamespace:
     def transpose(x: Any, axes: tuple[int, ...], /) -> Any:
         """Axes in another order."""
         return ops.transpose(x, axes)
+
+    # -- of `range_numbers.RangeNamespace`
+
+    lowest = staticmethod(ops.min)
+    highest = staticmethod(ops.max)
+    minimum = staticmethod(ops.minimum)
+    maximum = staticmethod(ops.maximum)
+    filled = staticmethod(ops.full_like)
+
+    @staticmethod
+    def divided(x: Any, by: float, /) -> Any:
+        """x / by."""
+        return ops.divide(x, opaque(by))
+
+    @staticmethod
+    def float64(x: Any, /) -> Any:
+        """In double."""
+        return ops.cast(x, "float64")
+
+    @staticmethod
+    def float32(x: Any, /) -> Any:
+        """In single."""
+        return ops.cast(x, "float32")
+
+    # -- of `training_rules.TrainingNamespace`
+
+    exp = staticmethod(ops.exp)
+    stop = staticmethod(ops.stop_gradient)
 
 
 NAMESPACE = KerasNamespace()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
-from bitwright.backend import Batch, Tap, thinned_places
-from bitwright.data import fed
-from bitwright.errors import InputError, ModelError
+from bitwright.backend import Batch, Tap, between, check_shape, fed, given, handed_out, not_computable, require_tensors
+from bitwright.errors import ModelError
 from bitwright.files import Array
-from bitwright.graph import ActivationAttrs, Graph, TensorId
+from bitwright.graph import ActivationAttrs, Graph, TensorId, never_negative
 from bitwright_keras.graph.engine import as_numpy, compiled
-from bitwright_keras.graph.model import KerasModel, Node
-from bitwright_keras.graph.optable import NEVER_NEGATIVE
+from bitwright_keras.graph.model import KerasModel
 
 
 class KerasSession:
@@ -42,14 +40,15 @@ class KerasSession:
         aliases: Mapping[TensorId, TensorId] | None = None,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
-        for name in (*(t.tensor for t in self.taps), *(feeds or ())):
-            if name not in graph.tensors:
-                raise ModelError(f"the model has no tensor {name!r}")
+        require_tensors((*(t.tensor for t in self.taps), *(feeds or ())), graph.tensors)
         known = aliases or {}
         # A fed tensor is taken as it is given: in a simulation, as it is after its quantizer.
         sources = {t: t for t in model.inputs} if feeds is None else {known.get(t, t): t for t in feeds}
         self._ids = {tap: known.get(tap.tensor, tap.tensor) for tap in self.taps}
-        self._nodes = _part(model, self._ids.values(), sources, [t.tensor for t in self.taps])
+        wanted = self._ids.values()
+        self._nodes, missing = between(model.nodes, lambda n: n.inputs, lambda n: n.outputs, wanted, sources)
+        if missing:
+            raise not_computable((t.tensor for t in self.taps), sources.values(), missing)
         read = {t for node in self._nodes for t in node.inputs} | set(self._ids.values())
         self._feeds = {id: name for id, name in sources.items() if id in read}
         self._specs = {name: model.specs[id] for id, name in self._feeds.items()}
@@ -80,14 +79,10 @@ class KerasSession:
         return {tap: as_numpy(value) for tap, value in zip(self.taps, results, strict=True)}
 
     def _tensor(self, name: str, batch: Batch) -> Any:
-        if name not in batch:
-            raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
-        array, spec = batch[name], self._specs[name]
+        array, spec = given(batch, name), self._specs[name]
         if not keras.ops.is_tensor(array):
             array = fed(array, spec.dtype, name)
-        shape = tuple(array.shape)
-        if len(shape) != len(spec.shape) or any(n not in (None, m) for n, m in zip(spec.shape, shape, strict=True)):
-            raise InputError(f"input {name!r} has shape {spec.shape} (None: free), the batch holds {shape}")
+        check_shape(name, array.shape, spec.shape)
         return keras.ops.convert_to_tensor(array, dtype=spec.dtype)
 
     def _compute(self, *tensors: Any) -> list[Any]:
@@ -117,55 +112,24 @@ class KerasSession:
 
     def _hand_out(self, id: TensorId, value: Any, wanted: Mapping[TensorId, list[Tap]], found: dict[Tap, Any]) -> None:
         for tap in wanted.get(id, ()):
-            found[tap] = _reduced(value, tap, id in self._zero)
+            found[tap] = handed_out(_Taps, value, tap, never_negative=id in self._zero)
 
 
-def _reduced(value: Any, tap: Tap, never_negative: bool) -> Any:
-    if tap.reduce == "minmax":
-        axes = None if tap.axis is None else tuple(i for i in range(len(value.shape)) if i != tap.axis)
-        high = keras.ops.max(value, axis=axes)
-        low = keras.ops.zeros_like(high) if never_negative else keras.ops.min(value, axis=axes)
-        return keras.ops.cast(keras.ops.stack([low, high]), "float32")
-    if tap.step > 1:
-        return _thinned(value, tap.step, tap.axis)
-    return value
+class _Taps:
+    """`bitwright.backend._sessions.TapNamespace` of keras.ops."""
 
-
-def _thinned(value: Any, step: int, axis: int | None) -> Any:
-    """As the core's `thinned`, in the graph."""
-    sizes = tuple(value.shape)[1:]
-    known = None not in sizes
-    if not known and axis not in (None, 0, 1):
-        value = keras.ops.moveaxis(value, axis, 1)
-    flat = keras.ops.reshape(value, (keras.ops.shape(value)[0], -1))
-    places = thinned_places(sizes, step, axis) if known else None
-    return flat[:, ::step] if places is None else keras.ops.take(flat, places, axis=1)
+    zeros_like = staticmethod(keras.ops.zeros_like)
+    second = staticmethod(lambda x, axis: keras.ops.moveaxis(x, axis, 1))
+    every = staticmethod(lambda x, step: x[:, ::step])
+    take = staticmethod(lambda x, places: keras.ops.take(x, places, axis=1))
+    shape = staticmethod(lambda x: tuple(x.shape))
+    highest = staticmethod(lambda x, axes: keras.ops.max(x, axis=axes))
+    extremes = staticmethod(lambda x, axes: (keras.ops.min(x, axis=axes), keras.ops.max(x, axis=axes)))
+    pair = staticmethod(lambda low, high: keras.ops.cast(keras.ops.stack([low, high]), "float32"))
+    by_sample = staticmethod(lambda x: keras.ops.reshape(x, (keras.ops.shape(x)[0], -1)))
 
 
 def _never_negative(graph: Graph, tensor: TensorId) -> bool:
     op = graph.producer(tensor)
-    if op is None or op.type not in NEVER_NEGATIVE:
-        return False
-    return op.type != "Clip" or (isinstance(op.attrs, ActivationAttrs) and op.attrs.minimum == 0)
-
-
-def _part(
-    model: KerasModel, wanted: Collection[TensorId], sources: Mapping[TensorId, TensorId], names: Sequence[str]
-) -> tuple[Node, ...]:
-    """The calls between some tensors and others.
-
-    Raises:
-        ModelError: a wanted tensor depends on a model input that is no source.
-    """
-    needed = {t for t in wanted if t not in sources}
-    kept: list[Node] = []
-    for node in reversed(model.nodes):
-        if not needed.isdisjoint(node.outputs):
-            kept.append(node)
-            needed.update(t for t in node.inputs if t not in sources)
-    if missing := [t for t in model.inputs if t in needed]:
-        raise ModelError(
-            f"{', '.join(map(repr, dict.fromkeys(names)))} can't be computed from "
-            f"{', '.join(map(repr, sources.values()))} alone: input {missing[0]!r} is needed"
-        )
-    return tuple(reversed(kept))
+    low = op.attrs.minimum if op is not None and isinstance(op.attrs, ActivationAttrs) else None
+    return op is not None and never_negative(op.type, low)

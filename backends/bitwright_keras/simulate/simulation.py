@@ -19,10 +19,10 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Session, Tap, Training, check_site, on_grid
+from bitwright.backend import Session, Sites, Tap, Training
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.placement import Derived, Plan, SiteId, SiteKind
+from bitwright.placement import Derived, Plan, SiteId
 from bitwright_keras.graph.canonical import Place, canonical
 from bitwright_keras.graph.constants import with_constant
 from bitwright_keras.graph.engine import value_of
@@ -73,11 +73,11 @@ class KerasSimulation:
     ) -> None:
         self._float, self._plan = model, plan
         self._graph: Graph = canonical(model).graph
-        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
+        self._sites = Sites(self._graph, plan, encodings)
         self._training = Training() if trainable is True else trainable or None
         self._generation = 0
         self._replaced: dict[ParamId, NDArray[Any]] = {}
-        self._table: dict[SiteId, Encoding | None] = plan.by_root(encodings, self._check)
+        self._table: dict[SiteId, Encoding | None] = self._sites.changes(encodings)
         self._build()
 
     # -- building
@@ -92,10 +92,7 @@ class KerasSimulation:
         self._aliases: dict[TensorId, TensorId] = {}
         self._names = {n.operation.name for n in self._float.nodes} | set(self._float.inputs)
         nodes, specs = self._with_parameters(), dict(self._float.specs)
-        at: dict[TensorId, FakeQuantize] = {}
-        for site in self._plan.quantized:
-            if self._plan[site].kind is SiteKind.ACTIVATION and not on_grid(self._graph, self._plan, site):
-                at[site] = self._quantizer(site)
+        at = {site: self._quantizer(site) for site in self._sites.rounded}
         made: list[Node] = []
         for site in self._float.inputs:
             if site in at:
@@ -121,7 +118,7 @@ class KerasSimulation:
     def _with_parameters(self) -> list[Node]:
         """The float model's calls, by layers whose parameters are quantized."""
         places = canonical(self._float).places
-        sites = [s for s in self._plan.quantized if self._plan[s].kind is SiteKind.PARAMETER and s in places]
+        sites = [s for s in self._sites.parameters if s in places]
         by_layer: dict[int, dict[str, SiteId]] = {}
         constants: dict[str, SiteId] = {}
         for site in sites:
@@ -193,13 +190,11 @@ class KerasSimulation:
         root = self._plan.root(site)
         if root not in self._activations:
             encoding = self._table.get(root)
-            if encoding is not None:
-                self._check(site, encoding)
             learns = (
                 self._training is not None
                 and self._training.range_learning
                 and encoding is not None
-                and self._plan[root].kind is SiteKind.ACTIVATION
+                and not self._sites.is_parameter(root)
             )
             self._activations[root] = FakeQuantize(
                 encoding, learns=learns, evened=bool(self._training and self._training.gradient_scale),
@@ -236,7 +231,7 @@ class KerasSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        changes = self._plan.by_root(encodings, self._check)
+        changes = self._sites.changes(encodings)
         if all(self._takes(root, encoding) for root, encoding in changes.items()):
             for root, encoding in changes.items():
                 self._table[root] = encoding
@@ -299,19 +294,16 @@ class KerasSimulation:
                 native = held.place.layout.to_native(encoding.fake_quantize(whole))
             held.variable.assign(native)
 
-    def _check(self, site: SiteId, encoding: Encoding) -> None:
-        check_site(self._graph, site, encoding)
-
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
-        return EncodingTable(self._plan.by_site(self._by_root()), self._provenance)
+        return self._sites.table(self._by_root())
 
     def _by_root(self) -> dict[SiteId, Encoding | None]:
         found = dict(self._table)
         if self._training is None:
             return found
         for root, quantizer in self._activations.items():
-            if self._plan[root].kind is SiteKind.ACTIVATION:
+            if not self._sites.is_parameter(root):
                 found[root] = quantizer.get()
         for site, held in self._parameters.items():
             if held.quantizer is not None and self._plan.root(site) == site:

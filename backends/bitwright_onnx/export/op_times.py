@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import onnxruntime as ort
 
 from bitwright.backend import Batch
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import OpId
 from bitwright_onnx.export.runtime import INTEGER_CONFIG
-from bitwright_onnx.simulate.session import session_options
+from bitwright_onnx.simulate.session import inputs_of, session_options
 
 _REWRITTEN = re.compile(r"(_token_\d+|_quant|_nchwc)+$")
 """What ONNX Runtime's rewrites put behind the name of an op that they give another kernel or layout."""
@@ -48,12 +47,14 @@ def op_times(
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {str(error).splitlines()[0]}") from error
-        names = [i.name for i in session.get_inputs()]
+        inputs = inputs_of(session)
         sizes = [len(next(iter(b.values()))) for b in batches]
         try:
             for _ in range(repeats + 1):
                 for batch in batches:
-                    session.run(None, {n: np.asarray(batch[n]) for n in names})
+                    session.run(None, {n: i.of(batch) for n, i in inputs.items()})
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"the integer runtime refuses the batch: {str(error).splitlines()[0]}") from error
         finally:

@@ -31,7 +31,7 @@ from bitwright.files import Array
 from bitwright_onnx.capture.model import save_model
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.tensors import tensor_array
-from bitwright_onnx.simulate.session import session_options
+from bitwright_onnx.simulate.session import inputs_of, session_options
 
 EXACT_OPTION = 'session.x64quantprecision to "1"'
 FLOAT_OPTION = 'session.qdq_matmulnbits_accuracy_level to "1"'
@@ -214,7 +214,7 @@ class PlainSession:
         except Exception as error:
             raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {str(error).splitlines()[0]}") from error
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._inputs = [i.name for i in self._session.get_inputs()]
+        self._inputs = inputs_of(self._session)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """The model's outputs.
@@ -222,10 +222,9 @@ class PlainSession:
         Raises:
             InputError: a model input is missing or doesn't fit.
         """
-        if missing := [n for n in self._inputs if n not in batch]:
-            raise InputError(f"the batch has no array for input {missing[0]!r}; it holds {list(batch)}")
+        feeds = {n: i.of(batch) for n, i in self._inputs.items()}
         try:
-            values: Sequence[Any] = self._session.run(self._outputs, {n: np.asarray(batch[n]) for n in self._inputs})
+            values: Sequence[Any] = self._session.run(self._outputs, feeds)
         except Exception as error:
             raise InputError(f"ONNX Runtime refuses the batch: {str(error).splitlines()[0]}") from error
         return {Tap(name): value for name, value in zip(self._outputs, values, strict=True)}

@@ -29,6 +29,7 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerT
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.model import save_model
 from bitwright_onnx.export.byte_blocks import turn_byte_blocks
+from bitwright_onnx.export.float_biases import split_large_biases
 from bitwright_onnx.export.storage import opset_for, storage_type, stored
 from bitwright_onnx.graph.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
 from bitwright_onnx.graph.optable import turns_weight
@@ -129,6 +130,7 @@ def build_qdq(
         else:
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
     turn_byte_blocks(work.graph, writer.fresh)
+    split_large_biases(work, writer.initializer, writer.fresh)
     _runnable_pairs(work)
     work.metadata_props[NAMES] = json.dumps(writer.names)
     if writer.forms:
@@ -240,7 +242,7 @@ class _Writer:
             form, known = form_of(encoding, None), merged(form_of(encoding, None), encoding)
 
             def operand(suffix: str) -> ir.Value:
-                return self._initializer(f"{site}_{suffix}", known[suffix])
+                return self.initializer(f"{site}_{suffix}", known[suffix])
 
             y = fixed_site(chain, value, Place(form, dtype, INT4_OPSET), operand, encoding)
         else:
@@ -281,8 +283,8 @@ class _Writer:
                 f"activation {site!r}: blockwise grids of activations can't be exported; use one scale a channel or one"
             )
         axis = {"axis": layout.axis % len(shape)} if isinstance(layout, PerChannel) else {}
-        scale = self._initializer(f"{site}_scale", encoding.scale)
-        zero = self._initializer(f"{site}_zero_point", encoding.zero_point, kind)
+        scale = self.initializer(f"{site}_scale", encoding.scale)
+        zero = self.initializer(f"{site}_zero_point", encoding.zero_point, kind)
         x = in_float32(chain, x, dtype)
         grid = encoding.grid
         clipped = encoding.float_format is None and grid.steps != 2**kind.bitwidth - 1
@@ -292,13 +294,13 @@ class _Writer:
                 raise EncodingError(
                     f"activation {site!r}: {encoding.bits}-bit codes a channel can't be exported; use 8 or 16"
                 )
-            low = self._initializer(f"{site}_minimum", encoding.minimum)
-            x = chain("Clip", x, low, self._initializer(f"{site}_maximum", encoding.maximum))
+            low = self.initializer(f"{site}_minimum", encoding.minimum)
+            x = chain("Clip", x, low, self.initializer(f"{site}_maximum", encoding.maximum))
         q = chain("QuantizeLinear", x, scale, zero, **axis)
         q.name = self.fresh(f"{site}_quantized")
         if clipped and kind.bitwidth <= 8:
-            low = self._initializer(f"{site}_lowest", np.asarray(grid.qmin), kind)
-            q = chain("Clip", q, low, self._initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
+            low = self.initializer(f"{site}_lowest", np.asarray(grid.qmin), kind)
+            q = chain("Clip", q, low, self.initializer(f"{site}_highest", np.asarray(grid.qmax), kind))
         return from_float32(chain, chain("DequantizeLinear", q, scale, zero, **axis), dtype)
 
     def _open_clip(self, site: SiteId, value: ir.Value, encoding: Encoding, kind: ir.DataType) -> None:
@@ -322,7 +324,7 @@ class _Writer:
             inside = limit > end if index == 1 else limit < end
             if inside and int(encoding.quantize(limit)) == code:
                 name = f"{site}_{'minimum' if index == 1 else 'maximum'}"
-                node.replace_input_with(index, self._initializer(name, np.asarray(end)))
+                node.replace_input_with(index, self.initializer(name, np.asarray(end)))
 
     def parameter(self, site: ParamId, encoding: Encoding, kind: ir.DataType, others: Mapping[str, Encoding]) -> None:
         """Integers in place of the parameter; `others` are ops that need the same values on another grid."""
@@ -376,7 +378,7 @@ class _Writer:
         for suffix, number in zip(("scale", "zero_point"), numbers, strict=False):
             assert number is not None and number.const_value is not None
             turned = np.ascontiguousarray(number.const_value.numpy().T)
-            operands.append(self._initializer(f"{site}_turned_{suffix}", turned, number.const_value.dtype))
+            operands.append(self.initializer(f"{site}_turned_{suffix}", turned, number.const_value.dtype))
         axis, size = (producer.attributes.get_int(k) for k in ("axis", "block_size"))
         assert axis is not None and size is not None
         y = chain("DequantizeLinear", codes, *operands, axis=1 - axis % 2, block_size=size)
@@ -398,15 +400,15 @@ class _Writer:
         codes = stored(canonical, encoding, kind)
         back = np.argsort(layout)
         canonical_native = tuple(native[i] for i in layout)
-        q = self._initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
+        q = self.initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
         chain = Chain(self.fresh(f"{name}_dq"))
         if encoding.float_format in ("float16", "bfloat16"):
             y = chain.cast(q, dtype)
         else:
             scale, zero, attributes = _native_numbers(encoding, param, layout, canonical_native, back)
-            operands = [self._initializer(f"{name}_scale", scale)]
+            operands = [self.initializer(f"{name}_scale", scale)]
             if encoding.float_format is None:
-                operands.append(self._initializer(f"{name}_zero_point", zero, kind))
+                operands.append(self.initializer(f"{name}_zero_point", zero, kind))
             y = from_float32(chain, chain("DequantizeLinear", q, *operands, **attributes), dtype)
         y.type, y.shape = ir.TensorType(dtype), ir.Shape(native)
         self._at_start(chain)
@@ -418,7 +420,7 @@ class _Writer:
         else:
             self.model.graph.insert_before(self._first, chain.nodes)
 
-    def _initializer(self, name: str, array: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
+    def initializer(self, name: str, array: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
         array = np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
         dtype = kind or ir.DataType.from_numpy(array.dtype)
         fresh = self.fresh(name)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bitwright.backend import Batch, Tap
+from bitwright.backend import Batch, Tap, given
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import TensorId
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
-from bitwright_onnx.simulate.session import SIMULATION_CONFIG, compile_session
+from bitwright_onnx.simulate.session import SIMULATION_CONFIG, compile_session, inputs_of
 
 
 class QuantizedFile:
@@ -73,17 +73,16 @@ class _Run:
         if self._computed:
             fed = None if feeds is None else list(dict.fromkeys(feeds.values()))
             self._session = compile_session(model, self._computed, feeds=fed, config=SIMULATION_CONFIG, optimize=False)
-            self._needed = {i.name: i.type for i in self._session.get_inputs()}
+            self._inputs = inputs_of(self._session)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed a batch by the names that were asked for."""
         values = dict(batch) if self._feeds is None else {n: batch[s] for s, n in self._feeds.items() if s in batch}
-        found: dict[str, Array] = {name: batch[source] for name, source in self._passed.items()}
+        found: dict[str, Array] = {name: given(batch, source) for name, source in self._passed.items()}
         if self._session is not None:
-            if missing := [n for n in self._needed if n not in values]:
-                raise InputError(f"the batch has no array for {missing[0]!r}")
+            feeds = {n: i.of(values) for n, i in self._inputs.items()}
             try:
-                fetched = self._session.run(self._computed, {n: values[n] for n in self._needed})
+                fetched = self._session.run(self._computed, feeds)
             except Exception as error:
                 raise ModelError(f"the quantized model can't be run: {str(error).splitlines()[0]}") from error
             found |= dict(zip(self._computed, fetched, strict=True))

@@ -27,13 +27,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitwright.backend import Batch, Bundle, Tap
+from bitwright.backend import Batch, Bundle, Tap, given
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import TensorId
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
-from bitwright_onnx.simulate.session import compile_session, session_options
+from bitwright_onnx.simulate.session import compile_session, inputs_of, session_options
 
 INTEGER_CONFIG: Mapping[str, str] = {
     "session.x64quantprecision": "1",
@@ -79,7 +79,7 @@ class IntegerSession:
         _unshare_weights(model.graph)
         _move_to_unsigned(model.graph)
         self._session = compile_session(model, self._outputs, config=INTEGER_CONFIG, optimize=not reference)
-        self._inputs = tuple(i.name for i in self._session.get_inputs())
+        self._inputs = inputs_of(self._session)
 
     @staticmethod
     def tensors(path: str | Path) -> frozenset[str]:
@@ -98,14 +98,14 @@ class IntegerSession:
         Raises:
             InputError: a model input is missing or doesn't fit.
         """
-        if missing := [n for n in (*self._inputs, *self._passed.values()) if n not in batch]:
-            raise InputError(f"the batch has no array for input {missing[0]!r}; it holds {list(batch)}")
+        feeds = {n: i.of(batch) for n, i in self._inputs.items()}
+        passed = {t: feeds[n] if n in feeds else given(batch, n) for t, n in self._passed.items()}
         try:
-            fetched = self._session.run(self._outputs, {n: np.asarray(batch[n]) for n in self._inputs})
+            fetched = self._session.run(self._outputs, feeds)
         except Exception as error:
             raise InputError(f"the integer runtime refuses the batch: {str(error).splitlines()[0]}") from error
         values: dict[str, Any] = dict(zip(self._outputs, fetched, strict=True))
-        return {tap: batch[name] if tap in self._passed else values[name] for tap, name in self._fetch.items()}
+        return {tap: passed[tap] if tap in passed else values[name] for tap, name in self._fetch.items()}
 
 
 def _unshare_weights(graph: ir.Graph) -> None:

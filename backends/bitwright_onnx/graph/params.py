@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.errors import ModelError
+from bitwright.backend import checked_param, no_param
 from bitwright.graph import ParamId
 from bitwright_onnx.graph.operands import canonical_shape, layout_of, parameters
 from bitwright_onnx.graph.optable import FLOAT_TYPES, constant_shape, turns_weight
@@ -51,13 +51,10 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
 
 
-def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
+def _native_tensor(value: ir.Value, given: np.ndarray) -> ir.TensorProtocol:
     assert value.const_value is not None
     layout, shape = canonical_form(value)
-    if array.shape != shape:
-        raise ModelError(f"parameter {value.name!r} has shape {shape}, the new value {array.shape}")
-    if not np.isfinite(array).all():
-        raise ModelError(f"the new value of parameter {value.name!r} holds NaN or infinity")
+    array = checked_param(str(value.name), given, shape)
     native = constant_shape(value)
     permuted = array.reshape(tuple(native[i] for i in layout))
     back = np.asarray(permuted.transpose(np.argsort(layout)), order="C")
@@ -67,7 +64,7 @@ def _native_tensor(value: ir.Value, array: np.ndarray) -> ir.TensorProtocol:
 def _parameter(model: ir.Model, id: ParamId) -> ir.Value:
     value = model.graph.initializers.get(id)
     if value is None or value.const_value is None or value.const_value.dtype not in FLOAT_TYPES:
-        raise ModelError(f"the model has no parameter {id!r}")
+        raise no_param(id)
     return value
 
 

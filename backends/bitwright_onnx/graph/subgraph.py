@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
-from bitwright.errors import ModelError
+from bitwright.backend import not_computable, require_tensors
 
 
 def values_of(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -53,19 +53,13 @@ def extract(model: ir.Model, outputs: Sequence[str], feeds: Sequence[str] | None
     """
     graph = model.graph
     values = values_of(graph)
-    for name in (*outputs, *(feeds or ())):
-        if name not in values:
-            raise ModelError(f"the model has no tensor {name!r}")
+    require_tensors((*outputs, *(feeds or ())), values)
     fed = {values[name] for name in feeds or ()}
     nodes, roots = _walk([values[name] for name in outputs], fed)
     inputs = [v for v in graph.inputs if v in roots]
     if feeds is not None:
         if inputs:
-            chain = ", ".join(repr(v.name) for v in inputs)
-            raise ModelError(
-                f"{', '.join(map(repr, outputs))} can't be computed from {', '.join(map(repr, feeds))} alone: "
-                f"the model input(s) {chain} would be needed too"
-            )
+            raise not_computable(outputs, feeds, (str(v.name) for v in inputs))
         inputs = [values[name] for name in feeds]
     view = ir.GraphView(
         inputs,

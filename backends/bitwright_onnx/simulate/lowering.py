@@ -9,25 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.graph import Param, TensorId
+from bitwright.graph import Param
 from bitwright.grids import Encoding
 from bitwright_onnx.graph.opset import opset_of
 from bitwright_onnx.simulate.session import has_quantize_linear
 from bitwright_onnx.simulate.site_ops import Chain, Form, Place, fixed_site, live_site, merged
-
-_GRID_KEEPING = frozenset(
-    {"Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity",
-     "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
-)  # fmt: skip
-
-
-def moved_from(value: ir.Value) -> tuple[TensorId, ...]:
-    """The tensors that a tensor's values are taken from unchanged; empty where its op computes new ones."""
-    node = value.producer()
-    if node is None or node.op_type not in _GRID_KEEPING or node.domain not in ("", "ai.onnx"):
-        return ()
-    data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-    return tuple(str(v.name) for v in data if v is not None)
 
 
 def fake_quantized(native: NDArray[Any], param: Param, encoding: Encoding) -> NDArray[Any]:

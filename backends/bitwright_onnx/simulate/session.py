@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitwright.backend import Batch, Tap, reduced, thinned_places
-from bitwright.data import fed
+from bitwright.backend import Batch, Tap, feed, given, reduced, require_tensors, thinned_places
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
+from bitwright.graph import never_negative
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
 
@@ -144,7 +145,8 @@ class OrtSession:
     """A model, or a segment of it, compiled for fixed taps (`bitwright.backend.Session`).
 
     Taps with reduction "minmax" are reduced inside the graph, so that two scalars (or two rows, with an axis)
-    leave it in place of the tensor. ONNX Runtime's reductions skip NaN (infinities they keep).
+    leave it in place of the tensor. ONNX Runtime's reductions skip NaN (infinities they keep), so the model's own
+    outputs leave it whole: nearly every NaN gets there.
 
     Args:
         model: the model; it isn't changed.
@@ -170,37 +172,38 @@ class OrtSession:
         self.taps = tuple(dict.fromkeys(taps))
         self._bound = bound if bound is not None else {}
         known = values_of(model.graph)
-        for tap in self.taps:
-            if tap.tensor not in known:
-                raise ModelError(f"the model has no tensor {tap.tensor!r} to tap")
+        require_tensors((*(t.tensor for t in self.taps), *(feeds or ())), known)
+        results = {v.name for v in model.graph.outputs}
         sources = set(feeds) if feeds is not None else {v.name for v in model.graph.inputs}
         self._passed = {t: t.tensor for t in self.taps if t.tensor in sources}
         computed = [t for t in self.taps if t not in self._passed]
         self._fetch: dict[Tap, tuple[str, ...]] = {}
         self._session: ort.InferenceSession | None = None
-        inputs: dict[str, tuple[str, list[Any]]] = {}
+        self._inputs: dict[str, Input] = {}
         if computed:
             # A feed that no tap depends on is dropped, so that run() needs only what is used.
             part = extract(model, list(dict.fromkeys(t.tensor for t in computed)), feeds)
             values = values_of(part.graph)
             part.graph.outputs.clear()
             for tap in computed:
-                outputs = _reduced(part, values[tap.tensor], tap)
+                whole = tap.tensor in results and tap.reduce != "none"
+                outputs = [values[tap.tensor]] if whole else _reduced(part, values[tap.tensor], tap)
                 self._fetch[tap] = tuple(str(v.name) for v in outputs)
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
                 part.graph.inputs.remove(value)
             self._session = _compile(part, config=config)
-            inputs = {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+            self._inputs = inputs_of(self._session)
+        self._fed = tuple(self._inputs)
+        for name in self._passed.values():
+            dtype = known[name].dtype
+            self._inputs.setdefault(name, Input(name, None if dtype is None else _dtype(dtype.name.lower())))
         self._outputs = list(dict.fromkeys(n for names in self._fetch.values() for n in names))
-        self._types = {name: _dtype(kind) for name, (kind, _) in inputs.items()}
-        self._sequences = frozenset(name for name, (kind, _) in inputs.items() if not kind.startswith("tensor("))
-        self._needed = tuple(dict.fromkeys([*inputs, *self._passed.values()]))
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the tensors that `run` must be given (bound ones left out)."""
-        return tuple(n for n in self._needed if n not in self._bound)
+        return tuple(n for n in self._inputs if n not in self._bound)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed one batch; arrays that the taps don't depend on are ignored.
@@ -209,15 +212,11 @@ class OrtSession:
             InputError: a needed array is missing, or has the wrong dtype, rank or shape.
             ModelError: an op failed while running.
         """
-        feed = {}
-        for name in self._needed:
-            source = self._bound if name in self._bound else batch
-            if name not in source:
-                raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
-            feed[name] = self._as_typed(name, source[name])
+        bound = self._bound
+        feeds = {n: np.asarray(bound[n]) if n in bound else i.of(batch) for n, i in self._inputs.items()}
         fetched: dict[str, Array] = {}
         if self._session is not None:
-            given = {n: feed[n] for n in self._types}
+            given = {n: feeds[n] for n in self._fed}
             try:
                 fetched = dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
             except Exception as error:
@@ -229,7 +228,7 @@ class OrtSession:
         results: dict[Tap, Array] = {}
         for tap in self.taps:
             if tap in self._passed:
-                results[tap] = reduced(feed[tap.tensor], tap)
+                results[tap] = reduced(feeds[tap.tensor], tap)
             elif len(names := self._fetch[tap]) == 1:
                 value = fetched[names[0]]
                 if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment
@@ -245,13 +244,41 @@ class OrtSession:
                 results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
         return results
 
-    def _as_typed(self, name: str, value: Any) -> Any:
-        if name in self._sequences:
-            return value
-        wanted = self._types.get(name)
-        if wanted is None or wanted.kind in "OUS":
-            return np.asarray(value)
-        return fed(value, wanted.name, name)
+
+@dataclass(frozen=True)
+class Input:
+    """What ONNX Runtime is fed under one name.
+
+    Attributes:
+        name: of the tensor.
+        dtype: numpy's; None for sequences and for types that numpy doesn't know: they are fed as they are given.
+        shape: None for free dimensions, or as a whole where the rank isn't known.
+    """
+
+    name: str
+    dtype: np.dtype[Any] | None = None
+    shape: tuple[int | None, ...] | None = None
+
+    def of(self, batch: Batch) -> Any:
+        """The batch's array, as the model takes it.
+
+        Raises:
+            InputError: it is missing or doesn't fit.
+        """
+        if self.dtype is None:
+            return given(batch, self.name)
+        if self.dtype.kind in "OUS":
+            return np.asarray(given(batch, self.name))
+        return feed(batch, self.name, self.dtype.name, self.shape)
+
+
+def inputs_of(session: ort.InferenceSession) -> dict[str, Input]:
+    """What a compiled session is fed."""
+    found = {}
+    for i in session.get_inputs():
+        shape = tuple(n if isinstance(n, int) else None for n in i.shape)
+        found[i.name] = Input(i.name, _dtype(i.type), shape or None)  # () stands for unknown ranks too
+    return found
 
 
 def _dtype(kind: str) -> np.dtype[Any] | None:
@@ -312,8 +339,8 @@ def _never_negative(value: ir.Value) -> bool:
         return False
     if node.op_type == "Clip" and len(node.inputs) > 1 and node.inputs[1] is not None:
         low = node.inputs[1].const_value
-        return low is not None and float(low.numpy().reshape(-1)[0]) >= 0
-    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+        return low is not None and never_negative("Clip", float(low.numpy().reshape(-1)[0]))
+    return never_negative(node.op_type)
 
 
 def _thinned(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:

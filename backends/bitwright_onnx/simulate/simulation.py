@@ -27,19 +27,19 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Tap, check_site
-from bitwright.errors import EncodingError, ModelError
+from bitwright.backend import Batch, Sites, Tap, require_tensors
+from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph, Param, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.placement import Plan, SiteId
 from bitwright_onnx.graph.opset import raise_opset
 from bitwright_onnx.graph.params import native_tensors
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import tensor_array
-from bitwright_onnx.simulate.lowering import Lowering, fake_quantized, moved_from
+from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
-from bitwright_onnx.simulate.site_ops import Form, constants, extents, form_of, numbers
+from bitwright_onnx.simulate.site_ops import Form, constants, form_of, numbers
 
 
 class OnnxSimulation:
@@ -59,12 +59,11 @@ class OnnxSimulation:
         self._float = model
         self._graph = graph
         self._plan = plan
+        self._sites = Sites(graph, plan, encodings)
         self._values = values_of(model.graph)
         self._table: dict[SiteId, Encoding] = {}
-        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
-        self._sites = tuple(s for s in plan.quantized if plan[s].kind is SiteKind.ACTIVATION and s in self._values)
-        self._site_set = frozenset(self._sites)
-        self._prefix = {s: self._free_name(f"{s}/quantizer") for s in {plan.root(s) for s in self._sites}}
+        self._rounded = tuple(s for s in self._sites.rounded if s in self._values)
+        self._prefix = {s: self._free_name(f"{s}/quantizer") for s in {plan.root(s) for s in self._rounded}}
         self._forms: dict[SiteId, Form] = {}
         self._bound: dict[str, Array] = {}
         self._quantized: dict[SiteId, tuple[Encoding, ir.TensorProtocol]] = {}
@@ -88,14 +87,14 @@ class OnnxSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        for root, encoding in self._plan.by_root(encodings, self._check).items():
+        for root, encoding in self._sites.changes(encodings).items():
             if encoding is None:
                 self._table.pop(root, None)
             else:
                 self._table[root] = encoding
             if root in self._prefix:
                 self._install(root, encoding)
-            if any(self._plan[s].kind is SiteKind.PARAMETER for s in self._plan.tied(root)):
+            if any(self._sites.is_parameter(s) for s in self._plan.tied(root)):
                 self._revision += 1
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
@@ -108,7 +107,7 @@ class OnnxSimulation:
 
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them."""
-        return EncodingTable(self._plan.by_site(self._table), self._provenance)
+        return self._sites.table(self._table)
 
     def session(self, taps: Sequence[Tap]) -> SimulatedSession:
         """Run the simulated network; taps are handed out after their own fake quantization."""
@@ -141,24 +140,6 @@ class OnnxSimulation:
             name += "_"
         return name
 
-    def _check(self, site: SiteId, encoding: Encoding) -> None:
-        check_site(self._graph, site, encoding)
-        if self._plan[site].kind is SiteKind.PARAMETER:
-            shape = self._graph.params[site].shape
-        elif encoding.scale.ndim == 0:
-            return
-        else:
-            value = self._values.get(site)
-            if value is None or value.shape is None:
-                raise EncodingError(f"{site!r} has no known rank, so only one scale for the whole tensor can be set")
-            # Free dimensions fit anything; along the axes that carry scales the encoding's own lengths stand in.
-            scaled = extents(encoding, len(value.shape))
-            shape = tuple(d if isinstance(d, int) else n for d, n in zip(value.shape, scaled, strict=True))
-        try:
-            encoding.spread(shape)
-        except ValueError as error:
-            raise EncodingError(f"{site!r}: {error}") from None
-
     def _install(self, root: SiteId, encoding: Encoding | None, form: Form | None = None) -> None:
         known = self._forms.get(root)
         if encoding is not None:
@@ -173,14 +154,6 @@ class OnnxSimulation:
         for suffix, value in {**numbers(form, encoding), **constants(form)}.items():
             self._bound[f"{prefix}/{suffix}"] = value
 
-    def _on_grid(self, site: SiteId) -> bool:
-        """Whether a site's values have been rounded to its grid by the ops before it."""
-        if len(self._plan.tied(self._plan.root(site))) == 1:
-            return False
-        sources = moved_from(self._values[site])
-        root = self._plan.root(site)
-        return bool(sources) and all(s in self._site_set and self._plan.root(s) == root for s in sources)
-
     def _lower(
         self, outputs: Sequence[TensorId], feeds: tuple[TensorId, ...] | None, *, fixed: bool
     ) -> tuple[ir.Model, dict[TensorId, str], list[str]]:
@@ -190,9 +163,8 @@ class OnnxSimulation:
             The part; the name of each site's quantized tensor where it isn't the site's own; the live inputs.
         """
         part = extract(self._float, list(dict.fromkeys(outputs)), feeds)
-        active = [s for s in self._sites if s not in (feeds or ()) and not self._on_grid(s)]
         values = values_of(part.graph)
-        active = [s for s in active if s in values]
+        active = [s for s in self._rounded if s not in (feeds or ()) and s in values]
         forms = {s: self._forms[self._plan.root(s)] for s in active}
         wanted = max((f.opset for f in forms.values()), default=0)
         if part.graph.opset_imports.get("", 1) < wanted:
@@ -204,7 +176,7 @@ class OnnxSimulation:
                 values[id].const_value = tensor
         for shared, grid in self._table.items():
             for site in self._plan.tied(shared):
-                if self._plan[site].kind is SiteKind.PARAMETER and site in values:
+                if self._sites.is_parameter(site) and site in values:
                     self._set_parameter(values[site], self._graph.params[site], grid)
         lowering = Lowering(part)
         aliases: dict[TensorId, str] = {}
@@ -245,9 +217,7 @@ class SimulatedSession:
         self._session: OrtSession | None = None
         self._parameters: frozenset[SiteId] = frozenset()
         self._roots: frozenset[SiteId] = frozenset()
-        for tap in self._taps:
-            if tap.tensor not in simulation._values:
-                raise ModelError(f"the model has no tensor {tap.tensor!r} to tap")
+        require_tensors((*(t.tensor for t in self._taps), *(feeds or ())), simulation._values)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed one batch (model inputs, or the segment's feeds).
@@ -269,7 +239,7 @@ class SimulatedSession:
             values = values_of(part.graph)
             plan = simulation._plan
             self._parameters = frozenset(p for p in simulation._graph.params if p in values)
-            self._roots = frozenset(plan.root(s) for s in simulation._sites if s in values)
+            self._roots = frozenset(plan.root(s) for s in simulation._rounded if s in values)
             self._aliases = {t: replace(t, tensor=aliases.get(t.tensor, t.tensor)) for t in self._taps}
             self._session = OrtSession(
                 part,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
+from bitwright.backend import not_computable
 from bitwright.errors import ModelError
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef, node_of, operand_of, tensor_id
@@ -96,8 +97,7 @@ def extract(
             raise ModelError(f"the graph has no node {name!r}")
         node = nodes[name]
         if node.op == "Placeholder" and f"{name}:0" not in given:
-            raise ModelError(f"{', '.join(fetches)[:200]} can't be computed from {', '.join(feeds)[:200]}: it needs "
-                             f"{name!r} too")  # fmt: skip
+            raise not_computable(fetches, feeds, [name])
         needed[name] = None
         for operand in node.input:
             if operand.startswith("^"):

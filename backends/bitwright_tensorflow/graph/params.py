@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from bitwright.backend import checked_param, known_param
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
 from bitwright_tensorflow.graph.canonical import recognize
@@ -31,10 +32,7 @@ def read_of(model: TfModel, id: ParamId) -> Read:
     Raises:
         ModelError: there is no such parameter.
     """
-    try:
-        return recognize(model).params[id]
-    except KeyError:
-        raise ModelError(f"the model has no parameter {id!r}") from None
+    return known_param(recognize(model).params, id)
 
 
 def native_value(model: TfModel, source: str) -> Array:
@@ -58,12 +56,7 @@ def checked_native(read: Read, value: NDArray[np.floating], id: ParamId) -> Arra
     Raises:
         ModelError: the shape differs, or a value isn't finite.
     """
-    array = np.asarray(value)
-    if array.shape != read.form.shape:
-        raise ModelError(f"parameter {id!r} has shape {read.form.shape}, the new value {array.shape}")
-    if not np.isfinite(array).all():
-        raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
-    return read.form.to_native(array).astype(numpy_dtype(read.dtype))
+    return read.form.to_native(checked_param(id, value, read.form.shape)).astype(numpy_dtype(read.dtype))
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

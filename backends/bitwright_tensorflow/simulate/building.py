@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
-from bitwright.backend import Training
+from bitwright.backend import Sites, Training
 from bitwright.graph import ParamId, ParamRole, TensorId
 from bitwright.grids import Encoding
-from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.placement import Derived, Plan, SiteId
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.model import Kind, MetaGraphDef, TfModel, node_of
 from bitwright_tensorflow.simulate.fake_quant import OPERANDS, Chain, switched
@@ -56,12 +56,11 @@ class Builder:
     Args:
         model: the float model.
         found: its canonical graph.
-        plan: the sites.
-        active: activation sites that need ops of their own; elsewhere values lie on the grid already.
+        sites: what is quantized.
     """
 
-    def __init__(self, model: TfModel, found: Canonical, plan: Plan, active: tuple[SiteId, ...]) -> None:
-        self._model, self._found, self._plan, self._active = model, found, plan, active
+    def __init__(self, model: TfModel, found: Canonical, sites: Sites) -> None:
+        self._model, self._found, self._sites, self._plan = model, found, sites, sites.plan
         self._ins = Instrument(model.copy_meta(), found.network.inference.order)
         self._made = SimulatedNetwork(self._ins.meta)
         self._reads: dict[ParamId, TensorId] = {}
@@ -74,14 +73,14 @@ class Builder:
         """
         collect_variables(self._ins, self._model)
         ins, made = self._ins, self._made
-        for root in dict.fromkeys(self._plan.root(s) for s in self._active):
+        for root in dict.fromkeys(self._plan.root(s) for s in self._sites.rounded):
             chain = chains[root]
             shape = chain.shape(self._rank(root))
             prefix = ins.free(f"{_scope(root)}/quantizer")
             made.switches[root] = (prefix, chain)
             on = ins.variable(f"{prefix}/on", tf.bool, ())
             operands = {n: ins.variable(f"{prefix}/{n}", t, shape) for n, t in OPERANDS[chain.kind].items()}
-            for site in (s for s in self._active if self._plan.root(s) == root):
+            for site in (s for s in self._sites.rounded if self._plan.root(s) == root):
                 x, scope = self._activation(site), prefix if site == root else ins.free(f"{_scope(site)}/quantizer")
                 with ins.scratch.as_default(), tf.name_scope(f"{scope}/"):
                     y = switched(x, on, chain.kind, operands, "value")
@@ -104,7 +103,7 @@ class Builder:
             if root in encodings and root not in made.sites:
                 owner = root if root in self._found.params else param
                 self._site(root, encodings[root], training, self._operand(owner))
-        for site in self._active:
+        for site in self._sites.rounded:
             root = self._plan.root(site)
             if root in encodings:
                 if root not in made.sites:
@@ -124,8 +123,7 @@ class Builder:
     # -- parts
 
     def _parameters(self) -> list[ParamId]:
-        quantized = (s for s in self._plan.quantized if self._plan[s].kind is SiteKind.PARAMETER)
-        return [p for p in quantized if p in self._found.params]
+        return [p for p in self._sites.parameters if p in self._found.params]
 
     def _rank(self, site: SiteId) -> int | None:
         graph = self._found.graph
@@ -133,7 +131,8 @@ class Builder:
         return None if shape is None else len(shape)
 
     def _site(self, root: SiteId, encoding: Encoding, training: Training, operand: Operand | None) -> None:
-        site = TrainedSite(self._ins.free(f"{_scope(root)}/quantizer"), encoding, training, operand)
+        derived = isinstance(self._plan[root].decision, Derived)
+        site = TrainedSite(self._ins.free(f"{_scope(root)}/quantizer"), encoding, training, operand, derived)
         site.build(self._ins)
         self._made.sites[root] = site
 

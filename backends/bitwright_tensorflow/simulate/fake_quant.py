@@ -39,7 +39,7 @@ _CASTS: dict[str, Any] = {
 
 
 class TfNamespace:
-    """`bitwright.grids._gradients.Namespace` of TensorFlow."""
+    """`bitwright.grids._gradients.Namespace` of TensorFlow, and the namespaces that extend it."""
 
     round = staticmethod(tf.round)
     where = staticmethod(tf.where)
@@ -55,6 +55,38 @@ class TfNamespace:
     def sum(x: Node, axes: tuple[int, ...], /) -> Node:
         """Sum over axes."""
         return tf.reduce_sum(x, axes)
+
+    # -- of `range_numbers.RangeNamespace`
+
+    lowest = staticmethod(tf.reduce_min)
+    highest = staticmethod(tf.reduce_max)
+    minimum = staticmethod(tf.minimum)
+    maximum = staticmethod(tf.maximum)
+
+    @staticmethod
+    def divided(x: Node, by: float, /) -> Node:
+        """x / by in double; grappler doesn't see the value, as it would multiply by its reciprocal."""
+        return x / tf.raw_ops.PlaceholderWithDefault(input=np.float64(by), shape=[])
+
+    @staticmethod
+    def filled(x: Node, value: float, /) -> Node:
+        """One value in x's shape and type."""
+        return tf.zeros_like(x) + value
+
+    @staticmethod
+    def float64(x: Node, /) -> Node:
+        """In double."""
+        return tf.cast(x, tf.float64)
+
+    @staticmethod
+    def float32(x: Node, /) -> Node:
+        """In single."""
+        return tf.cast(x, tf.float32)
+
+    # -- of `training_rules.TrainingNamespace`
+
+    exp = staticmethod(tf.exp)
+    stop = staticmethod(tf.stop_gradient)
 
 
 NAMESPACE = TfNamespace()

@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bitwright.backend import Batch, Tap, reduced, thinned_places
-from bitwright.data import fed
-from bitwright.errors import InputError, ModelError
-from bitwright.graph import TensorId
+from bitwright.backend import Batch, Tap, feed, given, handed_out, reduced
+from bitwright.errors import ModelError
+from bitwright.graph import TensorId, never_negative
 from bitwright_tensorflow.graph.graphs import Spec, extract
 from bitwright_tensorflow.graph.model import Array, GraphDef, TfModel
 from bitwright_tensorflow.graph.runtime import open_graph, reason
 from bitwright_tensorflow.graph.shapes import inference
-
-_NEVER_NEGATIVE = frozenset({"Relu", "Relu6", "Sigmoid", "Softmax", "Softplus", "Abs", "Square"})
 
 
 class TfSession:
@@ -59,13 +56,18 @@ class TfSession:
             self.session = open_graph(part, values)
             graph = self.session.graph
             with graph.as_default():
-                results = [_reduced(graph.get_tensor_by_name(where.get(t.tensor, t.tensor)), t) for t in computed]
-            held = {feed: graph.get_tensor_by_name(place) for feed, place in places.items()}
-            self._inputs = {feed: (np.dtype(t.dtype.as_numpy_dtype), t.shape) for feed, t in held.items()}
+                found = [(graph.get_tensor_by_name(where.get(t.tensor, t.tensor)), t) for t in computed]
+                results = [_handed_out(tensor, tap) for tensor, tap in found]
+            held = {name: graph.get_tensor_by_name(place) for name, place in places.items()}
+            self._inputs = {name: (np.dtype(t.dtype.as_numpy_dtype), t.shape) for name, t in held.items()}
+            self._fed = tuple(held)
             self._call = self.session.make_callable(results, feed_list=list(held.values()))
         self._computed = computed
-        passed = {where.get(t.tensor, t.tensor): t.tensor for t in self._passed}
-        self._needed = tuple(dict.fromkeys([*self._inputs, *passed]))
+        self._places = {t: where.get(t.tensor, t.tensor) for t in self._passed}
+        for name in self._places.values():
+            dtype, shape = spec(name)
+            self._inputs.setdefault(name, (np.dtype(dtype.as_numpy_dtype), shape))
+        self._needed = tuple(self._inputs)
 
     @property
     def needs(self) -> tuple[TensorId, ...]:
@@ -79,53 +81,40 @@ class TfSession:
             InputError: a needed array is missing, or has the wrong dtype, rank or shape.
             ModelError: an op failed while running.
         """
-        for name in self._needed:
-            if name not in batch:
-                raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
-        results: dict[Tap, Array] = {t: reduced(np.asarray(batch[t.tensor]), t) for t in self._passed}
+        fed = {name: self._typed(name, batch) for name in self._needed}
+        results: dict[Tap, Array] = {tap: reduced(fed[place], tap) for tap, place in self._places.items()}
         if self._call is not None:
-            given = [self._typed(name, batch[name]) for name in self._inputs]
             try:
-                results.update(zip(self._computed, self._call(*given), strict=True))
+                results.update(zip(self._computed, self._call(*(fed[n] for n in self._fed)), strict=True))
             except tf.errors.OpError as error:
                 raise ModelError(f"running the model failed: {reason(error)}") from error
         return {tap: results[tap] for tap in self.taps}
 
-    def _typed(self, name: TensorId, value: Any) -> Array:
+    def _typed(self, name: TensorId, batch: Batch) -> Array:
         dtype, shape = self._inputs[name]
-        array = np.asarray(value) if dtype.kind in "OUS" else fed(value, dtype.name, name)
-        if not shape.is_compatible_with(array.shape):
-            raise InputError(f"input {name!r} takes shape {shape}, the batch holds {array.shape}")
-        return array
+        if dtype.kind in "OUS":
+            return np.asarray(given(batch, name))
+        return feed(batch, name, dtype.name, None if shape.rank is None else shape.as_list())
 
 
-def _reduced(tensor: Any, tap: Tap) -> Any:
+class _Taps:
+    """`bitwright.backend._sessions.TapNamespace` of TensorFlow."""
+
+    zeros_like = staticmethod(tf.zeros_like)
+    shape = staticmethod(lambda x: None if x.shape.rank is None else tuple(x.shape.as_list()))
+    second = staticmethod(lambda x, axis: tf.transpose(x, [0, axis, *(i for i in range(1, x.shape.rank) if i != axis)]))
+    highest = staticmethod(tf.reduce_max)
+    extremes = staticmethod(lambda x, axes: (tf.reduce_min(x, axes), tf.reduce_max(x, axes)))
+    pair = staticmethod(lambda low, high: tf.cast(tf.stack([low, high]), tf.float32))
+    by_sample = staticmethod(lambda x: tf.reshape(x, [tf.shape(x)[0], -1]))
+    every = staticmethod(lambda x, step: x[:, ::step])
+    take = staticmethod(lambda x, places: tf.gather(x, places, axis=1))
+
+
+def _handed_out(tensor: Any, tap: Tap) -> Any:
     """The tensor itself, thinned, or its minimum and maximum."""
-    if tap.reduce == "none":
-        if tap.step == 1:
-            return tf.identity(tensor)
-        return _thinned(tensor, tap.step, tap.axis)
-    rank = tensor.shape.rank
-    if tap.axis is None:
-        axes = None
-    elif rank is None:
-        raise ModelError(f"tensor {tap.tensor!r} has no known rank; its channels can't be told apart")
-    else:
-        axes = [i for i in range(rank) if i != tap.axis % rank]
-    high = tf.reduce_max(tensor, axes)
-    low = tf.zeros_like(high) if tensor.op.type in _NEVER_NEGATIVE else tf.reduce_min(tensor, axes)
-    return tf.cast(tf.stack([low, high]), tf.float32)
-
-
-def _thinned(tensor: Any, step: int, axis: int | None) -> Any:
-    """As the core's `thinned`, in the graph."""
-    known = tensor.shape.rank is not None and tensor.shape[1:].is_fully_defined()
-    if not known and axis not in (None, 0, 1):
-        order = [0, axis, *(i for i in range(1, tensor.shape.rank) if i != axis)]
-        tensor = tf.transpose(tensor, order)
-    flat = tf.reshape(tensor, [tf.shape(tensor)[0], -1])
-    places = thinned_places(tuple(tensor.shape[1:].as_list()), step, axis) if known else None
-    return flat[:, ::step] if places is None else tf.gather(flat, places, axis=1)
+    found = handed_out(_Taps, tensor, tap, never_negative=never_negative(tensor.op.type))
+    return tf.identity(tensor) if found is tensor else found
 
 
 def open_taps(model: TfModel, taps: Sequence[Tap], feeds: Sequence[TensorId] | None = None) -> TfSession:

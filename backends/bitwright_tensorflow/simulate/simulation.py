@@ -18,17 +18,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, Tap, check_site, on_grid
-from bitwright.errors import EncodingError
+from bitwright.backend import Batch, Session, Sites, Tap
 from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable, PerTensor, spread
-from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.grids import Encoding, EncodingTable
+from bitwright.placement import Plan, SiteId
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.model import Array, TfModel, array_of
 from bitwright_tensorflow.graph.params import native_values
 from bitwright_tensorflow.graph.shapes import Inference
 from bitwright_tensorflow.simulate.building import Builder, SimulatedNetwork, chains_of
-from bitwright_tensorflow.simulate.fake_quant import Chain, kind_of, numbers
+from bitwright_tensorflow.simulate.fake_quant import Chain, numbers
 from bitwright_tensorflow.simulate.session import TfSession, known_tensor
 from bitwright_tensorflow.simulate.simulated import Assigner, SimulatedModel
 
@@ -49,9 +48,8 @@ class TfSimulation:
         self._float, self._plan = model, plan
         self._found: Canonical = recognize(model)
         self._graph: Graph = self._found.graph
-        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
-        self._active = tuple(s for s in plan.quantized if self._needs_ops(s))
-        self._roots = tuple(dict.fromkeys(plan.root(s) for s in self._active))
+        self._sites = Sites(self._graph, plan, encodings)
+        self._roots = tuple(dict.fromkeys(plan.root(s) for s in self._sites.rounded))
         self._table: dict[SiteId, Encoding] = {}
         self._natives: dict[str, Array] = {}
         self._rounded: dict[SiteId, tuple[Encoding | None, Array]] = {}
@@ -67,11 +65,6 @@ class TfSimulation:
         self._chains = chains_of(self._plan, self._roots)
         self._network = self._build()
         self.set(encodings)
-
-    def _needs_ops(self, site: SiteId) -> bool:
-        if self._plan[site].kind is not SiteKind.ACTIVATION or site not in self._graph.tensors:
-            return False
-        return not on_grid(self._graph, self._plan, site)
 
     @property
     def source(self) -> TfModel:
@@ -92,7 +85,7 @@ class TfSimulation:
 
     def _build(self) -> SimulatedNetwork:
         """Build the graph for the present chains, with the numbers that `_table` has."""
-        builder = Builder(self._float, self._found, self._plan, self._active)
+        builder = Builder(self._float, self._found, self._sites)
         network = builder.for_inference(self._chains)
         self.revision += 1
         self.values = dict(self._float.values)
@@ -138,7 +131,7 @@ class TfSimulation:
         return self._natives[param]
 
     def _rank(self, site: SiteId) -> int | None:
-        if self._plan[site].kind is SiteKind.PARAMETER:
+        if self._sites.is_parameter(site):
             return len(self._graph.params[site].shape)
         shape = self._graph.tensors[site].shape
         return None if shape is None else len(shape)
@@ -164,7 +157,7 @@ class TfSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        changes = self._plan.by_root(encodings, self._check)
+        changes = self._sites.changes(encodings)
         self._table = {**self._table, **{r: e for r, e in changes.items() if e is not None}}
         for root in (r for r, e in changes.items() if e is None):
             self._table.pop(root, None)
@@ -202,33 +195,9 @@ class TfSimulation:
                 written = True
         return written
 
-    def _check(self, site: SiteId, encoding: Encoding) -> None:
-        shape: tuple[int | None, ...] | None
-        if self._plan[site].kind is SiteKind.PARAMETER:
-            shape = self._graph.params[site].shape
-        else:
-            shape = self._graph.tensors[site].shape
-        check_site(self._graph, site, encoding)
-        if isinstance(encoding.granularity, PerTensor):
-            return
-        try:
-            spread_numbers = numbers(kind_of(encoding), encoding, None if shape is None else len(shape))
-            assert shape is not None
-            if None not in shape:
-                spread(encoding.scale, tuple(n or 0 for n in shape), encoding.granularity)
-            for value in spread_numbers.values():
-                fits = all(m in (1, n) or n is None for m, n in zip(value.shape, shape, strict=value.ndim > 0))
-                if not fits:
-                    raise EncodingError(f"scales of shape {encoding.scale.shape} for a tensor of shape {shape}")
-        except (ValueError, IndexError) as error:
-            raise EncodingError(f"{site!r}: {error}") from None
-
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them."""
-        return self._shared(self._table)
-
-    def _shared(self, by_root: Mapping[SiteId, Encoding]) -> EncodingTable:
-        return EncodingTable(self._plan.by_site(by_root), self._provenance)
+        return self._sites.table(self._table)
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network; taps are handed out after their own fake quantization."""

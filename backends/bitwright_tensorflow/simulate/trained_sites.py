@@ -1,12 +1,6 @@
 """The grid of one site in training: variables for its numbers, and what the graph computes from them.
 
-In regular quantization-aware training activations keep their grids; a parameter's grid follows its values: in every
-step, it is what min-max calibration would make of them. A grid that was chosen otherwise keeps its ratio to the
-min-max one; frozen grids don't follow.
-
-In range learning, scale = `scale` · exp(`log_scale`) and zero point = `zero_point` + `zero_shift` · steps. Both start
-at 0, so that the start is bit-equal and one learning rate suits grids of all sizes. Zero points at an end of the codes
-(behind a ReLU) and symmetric grids keep theirs.
+Which grids follow parameters and which are learned is the core's policy, `bitwright.grids._training_rules`.
 """
 
 from __future__ import annotations
@@ -22,17 +16,29 @@ import tensorflow as tf
 from bitwright.backend import Training
 from bitwright.errors import EncodingError
 from bitwright.graph import Param, TensorId
-from bitwright.grids import Blockwise, Encoding, Granularity, Groups, PerChannel, PerTensor
-from bitwright.grids import two_level as two_level_encoding
+from bitwright.grids import (
+    NUMPY,
+    UNSET,
+    Blockwise,
+    Encoding,
+    Granularity,
+    GridPolicy,
+    Groups,
+    PerChannel,
+    PerTensor,
+    followed,
+    learned_scale,
+    learned_zero,
+    min_max_numbers,
+    one_sided,
+    present,
+    ratio_to,
+    two_level_scales,
+)
 from bitwright_tensorflow.graph.forms import Form, Reshaped, Transposed
 from bitwright_tensorflow.graph.model import Array
 from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, Node, kind_of, trained
 from bitwright_tensorflow.simulate.instrument import Instrument
-from bitwright_tensorflow.simulate.weight_ranges import min_max_numbers, one_sided, two_level
-
-UNSCALED = ("float16", "bfloat16")
-"""Float formats without a scale."""
-_UNSET = Encoding(8, False, False, np.ones((), np.float32), np.zeros((), np.int32))
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,18 @@ class TrainedSite:
         encoding: what it starts with; None builds a bypassed 8-bit grid.
         training: how grids are trained.
         operand: where the site is a parameter.
+        derived: the site's encoding follows from others.
 
     Attributes:
-        learned, moves, follows: whether scale and zero point are trained, and whether the grid follows a parameter.
+        policy: what training does with the grid.
     """
 
     prefix: str
     encoding: Encoding | None
     training: Training
     operand: Operand | None = None
-    learned: bool = field(init=False)
-    moves: bool = field(init=False)
-    follows: bool = field(init=False)
+    derived: bool = False
+    policy: GridPolicy = field(init=False)
     _form: Encoding = field(init=False)
     _ends: Ends = field(init=False)
     _on: Node = field(init=False)
@@ -109,14 +115,11 @@ class TrainedSite:
     _base: TensorId | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        form = self.encoding or _UNSET
-        fixed = form.frozen or form.float_format in UNSCALED or self.encoding is None
-        grid = form.grid
-        inside = (form.zero_point > grid.qmin) & (form.zero_point < grid.qmax)
-        self.learned = self.training.range_learning and not fixed
-        self.moves = self.learned and not form.symmetric and form.float_format is None and bool(inside.any())
-        self.follows = self.operand is not None and not self.training.range_learning and not fixed
-        self._form = form
+        self._form = self.encoding or UNSET
+        learning = self.training.range_learning
+        self.policy = GridPolicy.of(
+            self.encoding, parameter=self.operand is not None, range_learning=learning, derived=self.derived
+        )
 
     # -- building
 
@@ -132,38 +135,30 @@ class TrainedSite:
         self._on = variable("on", tf.bool, ())
         scale, zero = variable("scale", tf.float32, shape), variable("zero_point", wide, shape)
         qmin, qmax = variable("qmin", wide, ()), variable("qmax", wide, ())
-        log_scale = variable("log_scale", tf.float32, shape, True) if self.learned else None
-        shift = variable("zero_shift", tf.float32, shape, True) if self.moves else None
-        ratio = variable("ratio", tf.float64, shape) if self.follows else None
-        stop = tf.stop_gradient
+        log_scale = variable("log_scale", tf.float32, shape, True) if self.policy.learns else None
+        shift = variable("zero_shift", tf.float32, shape, True) if self.policy.moves else None
+        ratio = variable("ratio", tf.float64, shape) if self.policy.follows else None
         with ins.scratch.as_default(), tf.name_scope(f"{self.prefix}/"):
             if ratio is not None:
                 scale, zero = self._followed(ratio, zero)
             if log_scale is not None:
-                scale = scale * tf.exp(log_scale)
-                if isinstance(form.granularity, Blockwise) and form.granularity.decompressed_bits is not None:
-                    scale = stop(two_level(scale, form)) + (scale - stop(scale))
+                scale = learned_scale(NAMESPACE, scale, log_scale, form)
             if shift is not None:
-                moved = zero + shift * tf.cast(qmax - qmin, tf.float32)
-                snapped = NAMESPACE.clip(tf.round(moved), qmin, qmax)
-                inside = tf.logical_and(zero > qmin, zero < qmax)
-                zero = tf.where(inside, stop(snapped) + (moved - stop(moved)), zero)
+                zero = learned_zero(NAMESPACE, zero, shift, qmin, qmax)
             scale = tf.identity(scale, name="scale_now")
             zero = tf.identity(zero, name="zero_point_now")
             self._now = (scale.name, zero.name)
-            self._ends = Ends(kind, tf.cast(scale, wide), zero, qmin, qmax, self.learned, self.moves)
+            self._ends = Ends(kind, tf.cast(scale, wide), zero, qmin, qmax, self.policy.learns, self.policy.moves)
 
     def _followed(self, ratio: Node, stored: Node) -> tuple[Node, Node]:
         assert self.operand is not None
-        form, stop = self._form, tf.stop_gradient
-        values, granularity, _ = self.operand.placed(form.granularity)
-        values = stop(tf.cast(values, tf.float32))
-        scale, zero = min_max_numbers(values, form, Groups.of(tuple(values.shape.as_list()), granularity))
-        base = tf.identity(two_level(scale, form), name="min_max_scale")
+        values, granularity, _ = self.operand.placed(self._form.granularity)
+        values = tf.stop_gradient(tf.cast(values, tf.float32))
+        groups = Groups.of(tuple(values.shape.as_list()), granularity)
+        scale, zero = min_max_numbers(NAMESPACE, groups.cut(NAMESPACE, values), self._form, groups)
+        base = tf.identity(two_level_scales(NAMESPACE, scale, self._form), name="min_max_scale")
         self._base = base.name
-        scale = two_level(tf.cast(tf.cast(base, tf.float64) * ratio, tf.float32), form)
-        zero = tf.where(tf.equal(ratio, 1.0), tf.cast(zero, stored.dtype), stored)
-        return stop(scale), stop(zero)
+        return followed(NAMESPACE, base, tf.cast(zero, stored.dtype), ratio, stored, self._form)
 
     def apply(self, ins: Instrument, x: Node | Operand, scope: str) -> Node:
         """x on the grid; x is an activation or the parameter.
@@ -178,7 +173,7 @@ class TrainedSite:
                 values, granularity, back = x, self._form.granularity, lambda y: y
             groups = _groups(values, granularity, scope)
             factor: Node | float = 1.0
-            if self.training.gradient_scale and self.learned:
+            if self.training.gradient_scale and self.policy.learns:
                 factor = self._factor(values)
             return back(trained(values, self._ends, groups, self._on, factor=factor, name="value"))
 
@@ -196,19 +191,23 @@ class TrainedSite:
             return True
         if self.encoding is None:
             return False
-        fresh = TrainedSite(self.prefix, encoding, self.training, self.operand)
+        fresh = TrainedSite(self.prefix, encoding, self.training, self.operand, self.derived)
         return self._structure == fresh._structure
 
     @property
     def _structure(self) -> tuple[object, ...]:
         form = self._form
-        kind = (kind_of(form), form.granularity, form.scale.shape, self.learned, self.moves, self.follows)
-        return (*kind, form.symmetric, one_sided(form), form.bits, form.signed, form.strict) if self.follows else kind
+        kind = (kind_of(form), form.granularity, form.scale.shape, self.policy)
+        if not self.policy.follows:
+            return kind
+        return (*kind, form.symmetric, one_sided(form), form.bits, form.signed, form.strict)
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the variables that are trained."""
-        names = [name for name, there in (("log_scale", self.learned), ("zero_shift", self.moves)) if there]
+        names = [
+            name for name, there in (("log_scale", self.policy.learns), ("zero_shift", self.policy.moves)) if there
+        ]
         return tuple(f"{self.prefix}/{name}" for name in names)
 
     def install(self, encoding: Encoding | None) -> dict[str, Array]:
@@ -216,7 +215,7 @@ class TrainedSite:
         if encoding is None:
             values: dict[str, Array] = {"on": np.asarray(False)}
             if self.encoding is None:
-                values |= self._numbers(_UNSET)
+                values |= self._numbers(UNSET)
         else:
             self.encoding = self._form = encoding
             values = {"on": np.asarray(True), **self._numbers(encoding)}
@@ -231,23 +230,22 @@ class TrainedSite:
             "qmin": np.asarray(grid.qmin, wide),
             "qmax": np.asarray(grid.qmax, wide),
         }
-        if self.learned:
+        if self.policy.learns:
             found["log_scale"] = np.zeros(shape, np.float32)
-        if self.moves:
+        if self.policy.moves:
             found["zero_shift"] = np.zeros(shape, np.float32)
-        if self.follows:
+        if self.policy.follows:
             found["ratio"] = np.ones(shape, np.float64)
         return found
 
     @property
     def base(self) -> TensorId | None:
         """The tensor of the min-max scale of a parameter's present values."""
-        return self._base if self.follows else None
+        return self._base if self.policy.follows else None
 
     def ratios(self, base: Array) -> dict[str, Array]:
         """`ratio` for the present encoding, from the value of `base`."""
-        ratio = self._form.scale.astype(np.float64) / base.astype(np.float64)
-        return {f"{self.prefix}/ratio": ratio}
+        return {f"{self.prefix}/ratio": ratio_to(NUMPY, self._form.scale, base)}
 
     @property
     def now(self) -> tuple[TensorId, TensorId]:
@@ -256,16 +254,7 @@ class TrainedSite:
 
     def present(self, on: bool, scale: Array, zero: Array) -> Encoding | None:
         """The encoding for the values of `now`."""
-        if not on:
-            return None
-        form = self._form
-        codes = np.rint(zero).astype(np.int32)
-        if np.array_equal(scale, form.scale) and np.array_equal(codes, form.zero_point):
-            return form
-        found = form.with_(scale=scale, zero_point=codes, block_scale=None)
-        if self.learned:
-            found = found.with_(source="range learning", frozen=True)
-        return two_level_encoding(found)
+        return present(self._form, scale, zero, self.policy.learns) if on else None
 
 
 def _groups(x: Node, granularity: Granularity, name: str) -> Groups:

@@ -32,13 +32,13 @@ class TrainableTfSimulation(TfSimulation):
         super().__init__(model, plan, encodings)
 
     def _start(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        changes = self._plan.by_root(encodings, self._check)
+        changes = self._sites.changes(encodings)
         self._chains = {}
         self._table = {r: e for r, e in changes.items() if e is not None}
         self._network = self._build()
 
     def _build(self) -> SimulatedNetwork:
-        builder = Builder(self._float, self._found, self._plan, self._active)
+        builder = Builder(self._float, self._found, self._sites)
         network = builder.for_training(self._table, self._training)
         self.revision += 1
         self.values = {**self._float.values, **{c: self._native(c) for c in network.constants}}
@@ -60,7 +60,7 @@ class TrainableTfSimulation(TfSimulation):
             EncodingError: also where the graph, to which an optimizer may belong already, can't hold an encoding: for a
                 site that had none, or another kind of grid than it had.
         """
-        changes = self._plan.by_root(encodings, self._check)
+        changes = self._sites.changes(encodings)
         sites = self._network.sites
         changes = {r: e for r, e in changes.items() if r in sites or e is not None}
         for root, encoding in changes.items():
@@ -98,7 +98,7 @@ class TrainableTfSimulation(TfSimulation):
             encoding = site.present(bool(on[f"{site.prefix}/on"]), next(numbers), next(numbers))
             if encoding is not None:
                 by_root[root] = encoding
-        return self._shared(by_root)
+        return self._sites.table(by_root)
 
     def refresh(self) -> None:
         """Take over what training has made of the variables."""

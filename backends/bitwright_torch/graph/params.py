@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bitwright.backend import checked_param, known_param
 from bitwright.errors import ModelError
 from bitwright.graph import Param, ParamId
 from bitwright_torch.graph.canonical import canonical
@@ -27,7 +28,7 @@ def read_params(model: CapturedModel, ids: Collection[ParamId]) -> dict[ParamId,
     known = canonical(model).params
     values: dict[ParamId, NDArray[np.float32]] = {}
     for id in ids:
-        operand, param = _known(known, id)
+        operand, param = known_param(known, id)
         stored = operand.view(model).to("cpu", torch.float32)
         layout = param.layout or tuple(range(stored.ndim))
         values[id] = np.array(stored.permute(layout).numpy(), np.float32, order="C")
@@ -50,11 +51,11 @@ def write_params(
     """
     native = native_values(known, values)
     for id in native:
-        operand, _ = _known(known, id)
+        operand, _ = known_param(known, id)
         if operand.evaluator is not None:
             raise ModelError(f"{id!r} is computed from other parameters; it must be made a parameter before it is set")
     for id, value in native.items():
-        operand, _ = _known(known, id)
+        operand, _ = known_param(known, id)
         own(model, operand.base, owned)
         with torch.no_grad():
             operand.view(model).copy_(torch.from_numpy(value))
@@ -68,13 +69,10 @@ def native_values(known: Known, values: Mapping[ParamId, NDArray[np.floating]]) 
     """
     native: dict[ParamId, NDArray[np.floating]] = {}
     for id, value in values.items():
-        _, param = _known(known, id)
-        if np.shape(value) != param.shape:
-            raise ModelError(f"parameter {id!r} has shape {param.shape}, the new value {np.shape(value)}")
-        if not np.isfinite(value).all():
-            raise ModelError(f"the new value of parameter {id!r} holds NaN or infinity")
-        layout = param.layout or tuple(range(np.ndim(value)))
-        native[id] = np.array(np.transpose(value, np.argsort(layout)), order="C")  # scalars stay scalars
+        _, param = known_param(known, id)
+        array = checked_param(id, value, param.shape)
+        layout = param.layout or tuple(range(array.ndim))
+        native[id] = np.array(np.transpose(array, np.argsort(layout)), order="C")  # scalars stay scalars
     return native
 
 
@@ -83,9 +81,3 @@ def own(model: nn.Module, name: str, owned: set[str]) -> None:
     if name not in owned:
         replace_tensor(model, name, tensor_of(model, name).detach().clone())
         owned.add(name)
-
-
-def _known(known: Known, id: ParamId) -> tuple[Operand, Param]:
-    if id not in known:
-        raise ModelError(f"the model has no parameter {id!r}")
-    return known[id]

@@ -12,32 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.grids import (
+    UNSET,
     Blockwise,
     Encoding,
     Granularity,
+    GridPolicy,
     Groups,
     PerChannel,
     PerTensor,
     encoding_arrays,
     encoding_of_arrays,
+    followed,
+    learned_scale,
+    learned_zero,
     lsq_factor,
+    min_max_numbers,
+    present,
+    ratio_to,
+    two_level_scales,
 )
 from bitwright.grids import two_level as two_level_encoding
+from bitwright_torch.simulate.kernels import NAMESPACE
 from bitwright_torch.simulate.rounding import round_to_float, round_to_grid
-from bitwright_torch.simulate.weight_ranges import min_max_numbers, two_level
-
-_UNSET = Encoding(8, False, False, np.ones((), np.float32), np.zeros((), np.int32))
 
 
 class FakeQuantize(nn.Module):
     """Rounds a tensor to its site's grid, or passes it while bypassed.
 
-    A parameter's grid follows its values: whenever they change, so does the grid, as min-max calibration would change
-    it. A grid that was chosen otherwise keeps its ratio to the min-max one; frozen and learned grids don't follow.
-
-    With `learn`, the grid is trained: scale = `scale` · exp(`log_scale`), zero point = `zero_point` + `zero_shift` ·
-    steps, both starting at 0, so that the start is bit-equal and one learning rate suits grids of all sizes. Zero
-    points at an end of the codes (behind a ReLU) and symmetric grids keep theirs.
+    A parameter's grid follows its values whenever they change; with `learn`, grids are trained: see
+    `bitwright.grids._training_rules`.
 
     The state dict holds everything, the kind of grid too (`_extra_state`, JSON as bytes). One that has nothing of
     this site leaves it as it is, so float checkpoints load.
@@ -45,9 +48,11 @@ class FakeQuantize(nn.Module):
     Args:
         layout: native axis of each canonical axis, for parameters; None for activations.
         shape: of the parameter, in its own layout.
+        derived: the site's encoding follows from others.
 
     Attributes:
         enabled: whether it rounds.
+        policy: what training does with the grid.
         scale: float32 buffer, in the encoding's shape.
         zero_point: int32 buffer of the same shape.
         ratio: float64 buffer, of the scale to the min-max scale of the parameter; 1 for activations.
@@ -60,13 +65,16 @@ class FakeQuantize(nn.Module):
     log_scale: nn.Parameter | None
     zero_shift: nn.Parameter | None
 
-    def __init__(self, layout: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, layout: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None, *, derived: bool = False
+    ) -> None:
         super().__init__()
-        self.layout, self.shape = layout, shape
+        self.layout, self.shape, self.derived = layout, shape, derived
         self.enabled = False
         self.learns = False
         self.evened = False
-        self._form = _UNSET
+        self._form = UNSET
+        self._set_policy()
         self._granularity: Granularity = PerTensor()
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
@@ -84,7 +92,7 @@ class FakeQuantize(nn.Module):
     @property
     def follows(self) -> bool:
         """Whether the grid follows the parameter's values."""
-        return self.is_parameter and self.enabled and not self.learns and not self._form.frozen
+        return self.policy.follows
 
     # -- the encoding
 
@@ -97,9 +105,9 @@ class FakeQuantize(nn.Module):
         """
         self._rounded = None
         self.enabled = encoding is not None
+        self._adopt(self._form if encoding is None else encoding)
         if encoding is None:
             return
-        self._adopt(encoding)
         device = self.scale.device
         self._put("scale", torch.tensor(encoding.scale, device=device))
         self._put("zero_point", torch.tensor(encoding.zero_point, device=device))
@@ -107,8 +115,7 @@ class FakeQuantize(nn.Module):
         if parameter is not None:
             self._seen = _version(parameter)
             if not encoding.frozen:
-                base = min_max_numbers(parameter, encoding, self._granularity)[0]
-                self.ratio.copy_(self.scale.double() / two_level(base, encoding).double())
+                self.ratio.copy_(ratio_to(NAMESPACE, self.scale, self._min_max(parameter)[0]))
         if self.learns:
             self._reset_learned()
 
@@ -118,14 +125,7 @@ class FakeQuantize(nn.Module):
             return None
         with torch.no_grad():
             scale, zero = self.numbers()
-        found = self._form.with_(
-            scale=scale.cpu().numpy(), zero_point=zero.round().to(torch.int32).cpu().numpy(), block_scale=None
-        )
-        if np.array_equal(found.scale, self._form.scale) and np.array_equal(found.zero_point, self._form.zero_point):
-            return self._form
-        if self.learns and not self._form.frozen:
-            found = found.with_(source="range learning", frozen=True)
-        return two_level_encoding(found)
+        return present(self._form, scale.cpu().numpy(), zero.cpu().numpy(), self.learns)
 
     def learn(self, *, evened: bool = False) -> None:
         """Train the grid from its present encoding on.
@@ -134,16 +134,13 @@ class FakeQuantize(nn.Module):
             evened: scale its gradients as LSQ does (`gradients.lsq_factor`).
         """
         self.learns, self.evened = True, evened
+        self._set_policy()
         self._reset_learned()
 
     def _reset_learned(self) -> None:
-        form = self._form
-        fixed = form.frozen or form.float_format in ("float16", "bfloat16")
-        self._set_learned("log_scale", None if fixed else torch.zeros_like(self.scale))
-        grid = form.grid
-        inside = (form.zero_point > grid.qmin) & (form.zero_point < grid.qmax)
-        moves = not fixed and not form.symmetric and form.float_format is None and bool(inside.any())
-        self._set_learned("zero_shift", torch.zeros_like(self.scale) if moves else None)
+        policy = self.policy
+        self._set_learned("log_scale", torch.zeros_like(self.scale) if policy.learns else None)
+        self._set_learned("zero_shift", torch.zeros_like(self.scale) if policy.moves else None)
 
     def _set_learned(self, name: str, value: Tensor | None) -> None:
         held: nn.Parameter | None = getattr(self, name)
@@ -152,8 +149,13 @@ class FakeQuantize(nn.Module):
         else:  # an optimizer may hold it
             held.data.copy_(value)
 
+    def _set_policy(self) -> None:
+        form = self._form if self.enabled else None
+        self.policy = GridPolicy.of(form, parameter=self.is_parameter, range_learning=self.learns, derived=self.derived)
+
     def _adopt(self, encoding: Encoding) -> None:
         self._form = encoding
+        self._set_policy()
         self._granularity = _native(encoding.granularity, self.layout)
 
     def _put(self, name: str, value: Tensor) -> None:
@@ -169,14 +171,9 @@ class FakeQuantize(nn.Module):
         """Scale and zero point in force, float32; differentiable where they are learned."""
         scale, zero = self.scale, self.zero_point.float()
         if self.log_scale is not None:
-            scale = scale * torch.exp(self.log_scale)
-            scale = scale + (two_level(scale, self._form) - scale).detach()
+            scale = learned_scale(NAMESPACE, scale, self.log_scale, self._form)
         if self.zero_shift is not None:
-            grid = self._form.grid
-            moved = zero + self.zero_shift * grid.steps
-            inside = (zero > grid.qmin) & (zero < grid.qmax)
-            moved = moved + (moved.round().clamp(grid.qmin, grid.qmax) - moved).detach()
-            zero = torch.where(inside, moved, zero)
+            zero = learned_zero(NAMESPACE, zero, self.zero_shift, self._form.grid.qmin, self._form.grid.qmax)
         return scale, zero
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,10 +209,15 @@ class FakeQuantize(nn.Module):
 
     def _followed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            scale, zero = min_max_numbers(parameter, self._form, self._granularity)
-            scale = (two_level(scale, self._form).double() * self.ratio).float()
-            zero = torch.where(self.ratio == 1, zero, self.zero_point)
-            return two_level(scale, self._form), zero.float()
+            base, zero = self._min_max(parameter)
+            scale, zero = followed(NAMESPACE, base, zero, self.ratio, self.zero_point.double(), self._form)
+            return scale, zero.float()
+
+    def _min_max(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (float64) of the grid that covers the parameter's present values."""
+        groups = Groups.of(tuple(parameter.shape), self._granularity)
+        scale, zero = min_max_numbers(NAMESPACE, groups.cut(NAMESPACE, parameter.detach().float()), self._form, groups)
+        return two_level_scales(NAMESPACE, scale, self._form), zero
 
     def follow(self, parameter: Tensor) -> None:
         """Fit the grid to the parameter's present values, if they have changed."""
@@ -261,11 +263,9 @@ class FakeQuantize(nn.Module):
             # In the grid of the module that was saved, which this one has only once it is loaded.
             form, _ = _saved(*(state_dict[prefix + n] for n in ("_extra_state", "scale", "zero_point")))
             grid = form.grid
-            zero = state_dict[prefix + "zero_point"].float()
-            moved = zero + state_dict.pop(prefix + "zero_shift") * grid.steps
-            moved = moved.round().clamp(grid.qmin, grid.qmax)
-            inside = (zero > grid.qmin) & (zero < grid.qmax)
-            state_dict[prefix + "zero_point"] = torch.where(inside, moved, zero).to(torch.int32)
+            zero, shift = state_dict[prefix + "zero_point"].float(), state_dict.pop(prefix + "zero_shift")
+            moved = learned_zero(NAMESPACE, zero, shift, grid.qmin, grid.qmax)
+            state_dict[prefix + "zero_point"] = moved.to(torch.int32)
         for name in ("scale", "zero_point", "ratio", "log_scale", "zero_shift"):
             value, held = state_dict.get(prefix + name), getattr(self, name)
             if value is not None and held is not None and value.shape != held.shape:
@@ -274,7 +274,7 @@ class FakeQuantize(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if folds:
             # Learned scales don't follow the weights.
-            self._form = self._form.with_(frozen=True)
+            self._adopt(self._form.with_(frozen=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: `model.half()` must not round scales."""

@@ -37,7 +37,7 @@ logger = logging.getLogger("bitwright.torch")
 
 
 class TorchNamespace:
-    """`bitwright.grids._gradients.Namespace` of torch."""
+    """`bitwright.grids._gradients.Namespace` of torch, and the namespaces that extend it."""
 
     @staticmethod
     def round(x: Tensor, /) -> Tensor:
@@ -68,6 +68,46 @@ class TorchNamespace:
     def sum(x: Tensor, axes: tuple[int, ...], /) -> Tensor:
         """Over axes."""
         return torch.sum(x, axes)
+
+    # -- of `range_numbers.RangeNamespace`
+
+    lowest = staticmethod(torch.amin)
+    highest = staticmethod(torch.amax)
+    filled = staticmethod(torch.full_like)
+
+    @staticmethod
+    def divided(x: Tensor, by: float, /) -> Tensor:
+        """x / by; on GPUs, torch would multiply by a number's reciprocal."""
+        return x / torch.as_tensor(by, dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def minimum(x: Tensor, y: Any, /) -> Tensor:
+        """The smaller of two."""
+        return torch.clamp(x, max=y)
+
+    @staticmethod
+    def maximum(x: Tensor, y: Any, /) -> Tensor:
+        """The larger of two."""
+        return torch.clamp(x, min=y)
+
+    @staticmethod
+    def float64(x: Tensor, /) -> Tensor:
+        """In double."""
+        return x.double()
+
+    @staticmethod
+    def float32(x: Tensor, /) -> Tensor:
+        """In single."""
+        return x.float()
+
+    # -- of `training_rules.TrainingNamespace`
+
+    exp = staticmethod(torch.exp)
+
+    @staticmethod
+    def stop(x: Tensor, /) -> Tensor:
+        """Without a gradient."""
+        return x.detach()
 
 
 NAMESPACE = TorchNamespace()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from bitwright.backend import Batch, Session, Tap, reduced
+from bitwright.backend import Batch, Session, Tap, reduced, require_tensors
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph
@@ -42,8 +42,7 @@ class PartitionedSession:
         self._taps = tuple(dict.fromkeys(taps))
         by_part: dict[str, list[Tap]] = {}
         for tap in self._taps:
-            if tap.tensor not in graph.tensors:
-                raise ModelError(f"the model has no tensor {tap.tensor!r}")
+            require_tensors([tap.tensor], graph.tensors)
             if graph.tensors[tap.tensor].dtype != OUTSIDE:
                 by_part.setdefault(part_of(model, tap.tensor), []).append(tap)
         self._sessions = {name: open_part(name, tapped, None) for name, tapped in by_part.items()}

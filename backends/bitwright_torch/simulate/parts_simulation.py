@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from bitwright.backend import Session, Tap, Training
-from bitwright.errors import EncodingError
+from bitwright.backend import Session, Sites, Tap, Training
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Plan, SiteId
@@ -40,7 +39,8 @@ class PartitionedSimulation:
         trainable: bool | Training = False,
     ) -> None:
         self._float, self._plan, self._graph = model, plan, parts_graph(model)
-        self._provenance = encodings.provenance
+        self._sites = Sites(self._graph, plan, encodings)
+        self._sites.changes(encodings)
         self._simulations: dict[str, TorchSimulation] = {}
         for name, part in model.parts.items():
             sites = sites_of(part)
@@ -62,16 +62,15 @@ class PartitionedSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        if unknown := [s for s in encodings if s not in self._plan]:
-            raise EncodingError(f"the plan has no site {unknown[0]!r} to put an encoding on")
+        self._sites.changes(encodings)  # all are checked before a part takes its own
         for name, simulation in self._simulations.items():
             sites = sites_of(self._float.parts[name])
             simulation.set({s: e for s, e in encodings.items() if s in sites})
 
     def get(self) -> EncodingTable:
         """The encodings in force."""
-        found = {s: e for simulation in self._simulations.values() for s, e in simulation.get().items()}
-        return EncodingTable(found, self._provenance)
+        by_part = (simulation.get() for simulation in self._simulations.values())
+        return self._sites.table({s: e for table in by_part for s, e in table.items()})
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network."""

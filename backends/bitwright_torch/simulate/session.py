@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from bitwright.backend import Batch, Reduction, Tap, thinned_places
-from bitwright.data import fed
-from bitwright.errors import InputError, ModelError
+from bitwright.backend import Batch, Reduction, Tap, check_shape, fed, given, not_computable, require_tensors
+from bitwright.backend import handed_out as handed_out_of
+from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.model import CapturedModel, compile_graph, device_of, info, program_of
@@ -47,9 +47,7 @@ class TorchSession:
         constants: Mapping[str, Any] | None = None,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
-        for name in (*(t.tensor for t in self.taps), *(feeds or ())):
-            if name not in tensors:
-                raise ModelError(f"the model has no tensor {name!r}")
+        require_tensors((*(t.tensor for t in self.taps), *(feeds or ())), tensors)
         self._root = root
         sources = {n for n in graph.nodes if n.op == "placeholder"} if feeds is None else {tensors[f] for f in feeds}
         wanted = list(dict.fromkeys(t.tensor for t in self.taps))
@@ -84,20 +82,14 @@ class TorchSession:
             raise ModelError(f"running the model on {given} failed: {str(error).splitlines()[0][:300]}") from error
 
     def _leaf(self, name: str, batch: Batch, device: torch.device) -> torch.Tensor:
-        if name not in batch:
-            raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
-        given: Any = batch[name]
+        value: Any = given(batch, name)
         shape, wanted = self._shapes[name]
         dtype = getattr(torch, wanted)
-        known = isinstance(given, torch.Tensor) and (
-            given.dtype == dtype or given.is_floating_point() == dtype.is_floating_point
+        known = isinstance(value, torch.Tensor) and (
+            value.dtype == dtype or value.is_floating_point() == dtype.is_floating_point
         )
-        tensor = as_tensor(given if known else fed(given, wanted, name)).to(dtype)
-        fits = shape is None or (
-            tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
-        )
-        if not fits:
-            raise InputError(f"input {name!r} has shape {shape} (None: free), the batch holds {tuple(tensor.shape)}")
+        tensor = as_tensor(value if known else fed(value, wanted, name)).to(dtype)
+        check_shape(name, tensor.shape, shape)
         return tensor.to(device)
 
 
@@ -129,22 +121,23 @@ def _reduce(graph: fx.Graph, wanted: Sequence[str], taps: Sequence[Tap]) -> None
     graph.output_node().args = (results,)
 
 
+class _Taps:
+    """`bitwright.backend._sessions.TapNamespace` of torch."""
+
+    zeros_like = staticmethod(torch.zeros_like)
+    shape = staticmethod(lambda x: tuple(x.shape))
+    second = staticmethod(lambda x, axis: x.movedim(axis, 1))
+    highest = staticmethod(lambda x, axes: x.amax(axes or ()))
+    extremes = staticmethod(lambda x, axes: torch.aminmax(x) if axes is None else (x.amin(axes), x.amax(axes)))
+    pair = staticmethod(lambda low, high: torch.stack([low, high]).float())
+    by_sample = staticmethod(lambda x: x.reshape(len(x), -1))
+    every = staticmethod(lambda x, step: x[:, ::step].contiguous())
+    take = staticmethod(lambda x, places: x.index_select(1, torch.from_numpy(places).to(x.device)))
+
+
 def handed_out(value: torch.Tensor, reduction: Reduction, axis: int | None, step: int) -> torch.Tensor:
-    """What a tap makes of its tensor, on the tensor's device (see `Tap`)."""
-    if reduction == "minmax":
-        if axis is None:
-            value = torch.stack(torch.aminmax(value))
-        else:
-            rows = value.movedim(axis, 0).reshape(value.shape[axis], -1)
-            value = torch.stack([rows.amin(1), rows.amax(1)])
-        return value.float()
-    if step > 1:
-        places = thinned_places(tuple(value.shape[1:]), step, axis)
-        flat = value.reshape(len(value), -1)
-        if places is None:
-            value = flat[:, ::step].contiguous()
-        else:
-            value = flat.index_select(1, torch.from_numpy(places).to(value.device))
+    """What a tap makes of its tensor, on the tensor's device (see `Tap`); a graph holds no `Tap`, but its fields."""
+    value = handed_out_of(_Taps, value, Tap("", reduction, axis, step))
     return value.float() if value.dtype == torch.bfloat16 else value
 
 
@@ -177,11 +170,8 @@ def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -
             needed.add(cut[node][0])
             continue
         if node.op == "placeholder" and about.shape is not None:
-            ends = ", ".join(repr(info(n).tensor) for n in wanted)
-            raise ModelError(
-                f"{ends} can't be computed from {', '.join(repr(info(n).tensor) for n in sources)} alone: input "
-                f"{about.tensor!r} is needed"
-            )
+            ends, starts = ((info(n).tensor for n in nodes) for nodes in (wanted, sources))
+            raise not_computable(ends, starts, [about.tensor])
         stack.extend(node.all_input_nodes)
     part = fx.Graph()
     values: dict[fx.Node, Any] = {}

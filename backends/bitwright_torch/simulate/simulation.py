@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from bitwright.backend import Session, Tap, Training, check_site, on_grid
+from bitwright.backend import Session, Sites, Tap, Training
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.placement import Derived, Plan, SiteId, SiteKind
+from bitwright.placement import Derived, Plan, SiteId
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.constants import constant_nodes
 from bitwright_torch.graph.model import NAMES, CapturedModel, device_of, info, program_of, share
@@ -68,7 +68,7 @@ class TorchSimulation:
     ) -> None:
         self._float, self._plan = model, plan
         self._graph: Graph = canonical(model).graph
-        self._provenance = encodings.provenance if isinstance(encodings, EncodingTable) else ()
+        self._sites = Sites(self._graph, plan, encodings)
         self._owned = False
         self._replaced: set[str] = set()
         self._quantizers: dict[SiteId, FakeQuantize] = {}
@@ -79,8 +79,8 @@ class TorchSimulation:
         if trainable:
             self._own()
         if isinstance(trainable, Training) and trainable.range_learning:
-            for site, quantizer in self._quantizers.items():
-                if quantizer.enabled and not isinstance(plan[site].decision, Derived):
+            for quantizer in self._quantizers.values():
+                if quantizer.enabled and not quantizer.derived:
                     quantizer.learn(evened=trainable.gradient_scale)
 
     # -- building
@@ -113,14 +113,15 @@ class TorchSimulation:
                 self._parameters[id] = known[computed]
                 roots[id] = _insert(graph, computed, f"{name}.{key}", id, floats[computed])
                 floats[roots[id]] = set()
+        rounded = frozenset(self._sites.rounded)
         for site in self._plan.quantized:
-            is_parameter = self._plan[site].kind is SiteKind.PARAMETER
+            is_parameter = self._sites.is_parameter(site)
             node = roots.get(site) if is_parameter else nodes.get(site)
-            if node is None or (not is_parameter and on_grid(self._graph, self._plan, site)):
+            if node is None or not (is_parameter or site in rounded):
                 continue
             root = self._plan.root(site)
             module: nn.Module = self._quantizer(root, roots)
-            if not is_parameter and self._plan[root].kind is SiteKind.PARAMETER:
+            if not is_parameter and self._sites.is_parameter(root):
                 module = _Tied(self._quantizers[root])
             key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
             quantizers._modules.setdefault(key, module)
@@ -145,10 +146,11 @@ class TorchSimulation:
 
     def _quantizer(self, root: SiteId, roots: Mapping[SiteId, fx.Node]) -> FakeQuantize:
         if root not in self._quantizers:
-            made = FakeQuantize()
-            if self._plan[root].kind is SiteKind.PARAMETER and root in roots:
+            derived = isinstance(self._plan[root].decision, Derived)
+            made = FakeQuantize(derived=derived)
+            if self._sites.is_parameter(root) and root in roots:
                 param, native = self._graph.params[root], tuple(n or 0 for n in info(roots[root]).shape or ())
-                made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native)
+                made = FakeQuantize(param.layout or tuple(range(len(param.shape))), native, derived=derived)
             self._quantizers[root] = made
         return self._quantizers[root]
 
@@ -174,9 +176,9 @@ class TorchSimulation:
         Raises:
             EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
         """
-        for root, encoding in self._plan.by_root(encodings, self._check).items():
+        for root, encoding in self._sites.changes(encodings).items():
             if root in self._quantizers:
-                known = self._plan[root].kind is SiteKind.PARAMETER and root in self._parameters
+                known = self._sites.is_parameter(root) and root in self._parameters
                 with torch.no_grad():
                     self._quantizers[root].set(encoding, self._value(root) if known else None)
 
@@ -192,9 +194,6 @@ class TorchSimulation:
             self._computed[id].value = torch.from_numpy(value).to(place.device, place.dtype)
         self.set(kept)
 
-    def _check(self, site: SiteId, encoding: Encoding) -> None:
-        check_site(self._graph, site, encoding)
-
     def get(self) -> EncodingTable:
         """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
         by_root = {}
@@ -202,7 +201,7 @@ class TorchSimulation:
             if quantizer.follows:
                 quantizer.follow(self._value(root))
             by_root[root] = quantizer.get()
-        return EncodingTable(self._plan.by_site(by_root), self._provenance)
+        return self._sites.table(by_root)
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network; taps are handed out after their own fake quantization."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from bitwright.backend._checks import (
+    check_encodings,
+    checked_bias,
+    checked_param,
+    checked_params,
+    known_param,
+    no_param,
+    on_grid,
+    require_params,
+)
+from bitwright.backend._conversion import array_of, check_numeric, converted, fed
 from bitwright.backend._editing import Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
-from bitwright.backend._grid_checks import check_encodings, check_site, on_grid
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._protocols import (
     Backend,
@@ -31,6 +41,8 @@ from bitwright.backend._protocols import (
     require,
 )
 from bitwright.backend._quiet import silenced
+from bitwright.backend._sessions import between, check_shape, feed, given, handed_out, not_computable, require_tensors
+from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
 
 __all__ = [
@@ -55,17 +67,34 @@ __all__ = [
     "Session",
     "SharedConversion",
     "Simulation",
+    "Sites",
     "SourceFiles",
     "Tap",
     "Trainable",
     "TrainableSimulation",
     "Training",
+    "array_of",
+    "between",
     "capabilities",
     "check_encodings",
-    "check_site",
+    "check_numeric",
+    "check_shape",
+    "checked_bias",
+    "checked_param",
+    "checked_params",
+    "converted",
+    "fed",
+    "feed",
+    "given",
+    "handed_out",
+    "known_param",
+    "no_param",
+    "not_computable",
     "on_grid",
     "reduced",
     "require",
+    "require_params",
+    "require_tensors",
     "silenced",
     "thinned_places",
     "warn_where_it_began",

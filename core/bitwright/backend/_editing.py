@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend._checks import checked_bias, checked_params
 from bitwright.errors import ModelError
 from bitwright.graph import (
     ACTIVATION_KINDS,
@@ -64,11 +64,7 @@ class Editor(ABC):
 
     @abstractmethod
     def set_values(self, values: Mapping[ParamId, NDArray[Any]]) -> None:
-        """Set parameters, given in canonical layout.
-
-        Raises:
-            ModelError: as `ParamUpdates.set_params`. Nothing is set then.
-        """
+        """Set parameters, given in canonical layout; names, shapes and finiteness are checked before."""
 
     @abstractmethod
     def add_bias(self, op: Op, value: NDArray[Any]) -> ParamId:
@@ -128,7 +124,7 @@ class Editor(ABC):
         """
         match edit:
             case SetParams(values):
-                self.set_values(values)
+                self.set_values(checked_params(self._shapes, values))
             case SetBias(op, value):
                 self._set_bias(self.op(op), value)
             case FoldBatchNorm(norm, into):
@@ -248,17 +244,3 @@ class Editor(ABC):
 
 def _reading(op: Op, tensors: Mapping[TensorId, TensorId]) -> Op:
     return replace(op, inputs=tuple(t if t is None else tensors.get(t, t) for t in op.inputs))
-
-
-def checked_bias(op: OpId, value: Any, width: int) -> NDArray[Any]:
-    """A new bias of a linear op.
-
-    Raises:
-        ModelError: there isn't one value for each output, or one isn't finite.
-    """
-    array = np.asarray(value)
-    if array.shape != (width,):
-        raise ModelError(f"the bias of {op!r} has shape ({width},), the new one {array.shape}")
-    if not np.isfinite(array).all():
-        raise ModelError(f"the new bias of {op!r} holds NaN or infinity; nothing was changed")
-    return array

@@ -206,3 +206,15 @@ def bias_encoding(inputs: Encoding, weight: Encoding) -> Encoding | None:
     scale = np.maximum(np.asarray(inputs.scale * per_channel, np.float32), np.finfo(np.float32).tiny)
     layout: Granularity = PerTensor() if scale.ndim == 0 else PerChannel(0)
     return Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), layout, source="bias")
+
+
+def fits_accumulator(bias: NDArray[Any], inputs: NDArray[Any], weight: NDArray[Any]) -> bool:
+    """Whether a float bias has an int32 form at s_input · s_weight.
+
+    Args:
+        bias: one value for each output channel, or any other array where there is one weight scale.
+        inputs, weight: the scales of the operands' grids; one for each output channel, or others (the least counts).
+    """
+    magnitudes = np.abs(np.asarray(bias, np.float64))
+    least = np.asarray(weight, np.float64) if np.shape(weight) == magnitudes.shape else float(np.min(weight))
+    return bool((magnitudes <= (2.0**31 - 1) * float(np.min(inputs)) * least).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.data._batches import InputSpecs, batch_dimension, fed, first_samples, joined, samples_in
+from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
 from bitwright.data._dataset import Dataset, labels, open_data
 from bitwright.data._reference import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.data._samples import FirstSamples, labels_of, whole_batches
@@ -15,7 +15,6 @@ __all__ = [
     "Remembering",
     "Samples",
     "batch_dimension",
-    "fed",
     "first_samples",
     "is_fixed",
     "joined",

@@ -18,11 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch
+from bitwright.backend import Batch, array_of
 from bitwright.data._batches import (
     WAYS,
     InputSpecs,
-    array_of,
     batch_dimension,
     check_batch,
     first_samples,

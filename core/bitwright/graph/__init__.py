@@ -36,7 +36,15 @@ from bitwright.graph._linear_form import (
     output_spatial,
     to_matrix,
 )
-from bitwright.graph._op_types import INTEGER_TYPES, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, preserves_grid
+from bitwright.graph._op_types import (
+    INTEGER_TYPES,
+    ONNX_TYPES,
+    OTHER_NAMES,
+    VENDOR_TYPES,
+    moved_from,
+    never_negative,
+    preserves_grid,
+)
 from bitwright.graph._patterns import (
     BatchNormFold,
     Chain,
@@ -107,6 +115,8 @@ __all__ = [
     "groups_of",
     "input_channels",
     "kind",
+    "moved_from",
+    "never_negative",
     "op_type",
     "output_channels",
     "output_spatial",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bitwright.graph._graph import Op, OpKind, ParamRole
+from bitwright.graph._graph import Op, OpKind, ParamId, ParamRole, TensorId
 
 ONNX_TYPES = frozenset(
     """
@@ -99,8 +99,18 @@ GRID_PRESERVING_TYPES = frozenset(
 )
 """Outputs hold values of the first input and no others, so its grid serves them exactly (ONNX semantics)."""
 
+NEVER_NEGATIVE_TYPES = frozenset({
+    "Abs", "Exp", "HardSigmoid", "Relu", "Relu6", "Sigmoid", "Softmax", "Softplus", "Square",
+})  # fmt: skip
+"""Types of ops, by ONNX's and by frameworks' names, whose outputs can't be negative."""
+
 INTEGER_TYPES = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "NonMaxSuppression", "SequenceLength"})
 """Outputs are indices or sizes, whatever a backend without type information says."""
+
+
+def never_negative(type: str, minimum: float | None = None) -> bool:
+    """Whether an op of this type can't give negative values; a clip where its `minimum` says so."""
+    return type in NEVER_NEGATIVE_TYPES or (type == "Clip" and minimum is not None and minimum >= 0)
 
 
 def preserves_grid(op: Op) -> bool:
@@ -113,3 +123,15 @@ def preserves_grid(op: Op) -> bool:
     if op.kind is OpKind.PAD:
         return ParamRole.CONSTANT not in op.params
     return op.kind in GRID_PRESERVING_KINDS or op.type in GRID_PRESERVING_TYPES
+
+
+def moved_from(op: Op) -> tuple[TensorId | ParamId, ...]:
+    """The tensors and parameters that an op's output values come from, unchanged; empty where it computes new ones.
+
+    Dropout counts, whose larger values in training must not clip. A cast doesn't: a narrower type rounds.
+    """
+    if op.kind is OpKind.EMBEDDING:
+        return () if op.weight is None else (op.weight,)
+    if op.kind is OpKind.CONCAT:
+        return (*op.data_inputs, *op.params.values())
+    return op.data_inputs[:1] if op.type != "Cast" and preserves_grid(op) else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bitwright.grids._encoding import (
-    EPSILON,
     Encoding,
     EncodingTable,
     Provenance,
@@ -39,20 +38,35 @@ from bitwright.grids._grid import (
     spread,
     to_groups,
 )
+from bitwright.grids._min_max import min_max_numbers, one_sided, two_level_scales
 from bitwright.grids._pair_sums import HIGHEST, LOWEST, in_order, pair_limit, pair_sums, row_chunks
+from bitwright.grids._range_numbers import EPSILON, NUMPY
 from bitwright.grids._scheme_names import parse_scheme
+from bitwright.grids._training_rules import (
+    UNSET,
+    GridPolicy,
+    followed,
+    learned_scale,
+    learned_zero,
+    moving,
+    present,
+    ratio_to,
+)
 
 __all__ = [
     "EPSILON",
     "FLOAT_FORMATS",
     "HIGHEST",
     "LOWEST",
+    "NUMPY",
+    "UNSET",
     "Blockwise",
     "Encoding",
     "EncodingTable",
     "FloatFormat",
     "Granularity",
     "Grid",
+    "GridPolicy",
     "Groups",
     "PerChannel",
     "PerTensor",
@@ -68,13 +82,21 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_vjp",
     "fit_pairs",
+    "followed",
     "in_order",
+    "learned_scale",
     "learned_vjp",
+    "learned_zero",
     "lsq_factor",
+    "min_max_numbers",
+    "moving",
+    "one_sided",
     "pair_limit",
     "pair_sums",
     "parse_scheme",
     "parse_type",
+    "present",
+    "ratio_to",
     "rounded",
     "rounded_vjp",
     "row_chunks",
@@ -82,4 +104,5 @@ __all__ = [
     "spread",
     "to_groups",
     "two_level",
+    "two_level_scales",
 ]

@@ -27,8 +27,7 @@ from bitwright.grids._grid import (
     to_groups,
 )
 from bitwright.grids._pair_sums import fitted_scale
-
-EPSILON = float(np.finfo(np.float32).eps)
+from bitwright.grids._range_numbers import NUMPY, GridKind, range_numbers, two_level_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +151,7 @@ def encoding_from_range(
 ) -> Encoding:
     """The encoding whose grid covers [low, high], zero always included and exactly representable.
 
-    Formulas (n = number of steps): asymmetric δ = (high − low)/n, z = round(−low/δ) + qmin;
-    symmetric δ = max(high/qmax, −low/−qmin), so that a tensor whose extreme is negative gets the extra code;
-    a symmetric grid stored unsigned has z = 2**(bits−1). Ranges that are empty give δ = 2**-23 (float32 epsilon).
+    Formulas: `range_numbers.range_numbers`.
 
     Args:
         spec: the site's specification; `low` and `high` have its scale shape.
@@ -178,40 +175,16 @@ def encoding_from_range(
     elif spec.maximum is not None:
         lo, hi = np.minimum(lo, spec.maximum), np.minimum(hi, spec.maximum)
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
-    if spec.float_format is not None:
-        return _float_encoding(spec, np.maximum(-lo, hi), source)
-    signed, strict, symmetric = spec.signed, spec.strict, spec.symmetric
-    grid = spec.grid
-    if symmetric and spec.unsigned_symmetric and (lo >= 0).all():
-        signed, strict, grid = False, False, Grid.of(spec.bits, signed=False)
-        scale, zero = hi / grid.steps, np.zeros(hi.shape)
-    elif symmetric:
-        half = 2 ** (spec.bits - 1)
-        scale = np.maximum(hi / (half - 1), -lo / (half - int(strict)))
-        zero = np.full(hi.shape, 0 if signed else half)
-    else:
-        scale, zero = (hi - lo) / grid.steps, np.zeros(hi.shape)
-    # The floor keeps all-zero channels (they exist in trained nets) from dividing by zero.
-    step = np.maximum(scale, min(EPSILON, 0.01 / grid.steps)).astype(np.float32)
-    if not symmetric:
-        zero = np.clip(np.rint(-lo / step.astype(np.float64)) + grid.qmin, grid.qmin, grid.qmax)
-    limit = spec.pair_limit if signed and symmetric else None
+    as_float = spec.float_format is not None
+    one_sided = not as_float and spec.symmetric and spec.unsigned_symmetric and bool((lo >= 0).all())
+    signed, strict = (True, False) if as_float else (spec.signed and not one_sided, spec.strict and not one_sided)
+    symmetric = spec.symmetric or as_float
+    kind = GridKind(spec.bits, signed, symmetric, strict, spec.float_format, one_sided)
+    scale, zero = range_numbers(NUMPY, lo, hi, kind)
+    limit = spec.pair_limit if signed and symmetric and not as_float else None
     return Encoding(
-        spec.bits, signed, symmetric, step, zero.astype(np.int32), spec.granularity, strict,
+        spec.bits, signed, symmetric, scale, zero.astype(np.int32), spec.granularity, strict, spec.float_format,
         source=source, pair_limit=limit,
-    )  # fmt: skip
-
-
-def _float_encoding(spec: QuantSpec, extreme: NDArray[np.float64], source: str) -> Encoding:
-    from bitwright.grids._grid import FLOAT_FORMATS
-
-    assert spec.float_format is not None
-    scale = np.ones(extreme.shape)
-    if spec.float_format.startswith("float8"):
-        scale = np.maximum(extreme / FLOAT_FORMATS[spec.float_format][2], EPSILON)
-    return Encoding(
-        spec.bits, True, True, scale.astype(np.float32), np.zeros(extreme.shape, np.int32), spec.granularity,
-        float_format=spec.float_format, source=source,
     )  # fmt: skip
 
 
@@ -241,9 +214,8 @@ def two_level(encoding: Encoding) -> Encoding:
     if not isinstance(layout, Blockwise) or layout.decompressed_bits is None:
         return encoding
     ratio = 2 ** (layout.decompressed_bits - encoding.bits)
-    gamma = (encoding.scale.max(axis=1) / ratio).astype(np.float32)
-    factor = np.clip(np.rint(encoding.scale / gamma[:, None]), 1, ratio).astype(np.int32)
-    return encoding.with_(scale=(factor * gamma[:, None]).astype(np.float32), block_scale=factor)
+    factors, gamma = two_level_factors(NUMPY, encoding.scale, len(encoding.scale), ratio)
+    return encoding.with_(scale=factors * gamma, block_scale=factors.astype(np.int32))
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,12 @@ class NumpyNamespace:
     round = staticmethod(np.rint)
     clip = staticmethod(np.clip)
     where = staticmethod(np.where)
-    reshape = staticmethod(np.reshape)
     transpose = staticmethod(np.transpose)
+
+    @staticmethod
+    def reshape(x: NDArray[Any], shape: tuple[int, ...], /) -> NDArray[Any]:
+        """The same elements in another shape."""
+        return np.reshape(x, shape)
 
     @staticmethod
     def sum(x: NDArray[Any], axes: tuple[int, ...], /) -> NDArray[Any]:

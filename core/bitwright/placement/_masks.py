@@ -110,6 +110,7 @@ class _Fact:
     masked: bool = False
     condition: bool = False  # made of inputs, integers and constants by arithmetic alone
     sources: frozenset[str] = frozenset()  # the model's float inputs that a condition is made of
+    infinite: bool = False  # masks by −∞, not by a number that stands for it
 
 
 def masks(
@@ -153,7 +154,7 @@ class _Search:
         self._forward()
         found = {t for t, fact in self._facts.items() if fact.level == _SURE and self._is_float(t)}
         found |= {name for name, extent in self._constants.items() if extent.largest >= BOUNDLESS}
-        return frozenset(found | self._reaching())
+        return frozenset(found | self._reaching() | self._guarded())
 
     # -- what is known of each tensor, from the inputs on
 
@@ -196,7 +197,8 @@ class _Search:
             level, masked = (self._facts[data[0]].level, self._facts[data[0]].masked) if data else (_NONE, False)
         elif step.type not in _BOUNDS:
             level, masked = _NONE, False
-        return _Fact(level, masked, condition, sources)
+        infinite = any(self._facts[t].infinite for t in data) or any(np.isinf(e.largest) for e in extents)
+        return _Fact(level, masked, condition, sources, level > _NONE and (infinite or step.type == "Log"))
 
     def _condition(self, step: Step, known: Sequence[_Fact]) -> tuple[bool, frozenset[str]]:
         sources = frozenset[str]().union(*(f.sources for f in known))
@@ -246,6 +248,26 @@ class _Search:
             if not given.isdisjoint(step.outputs):
                 given.update(t for t in step.inputs if t in self._facts and self._facts[t].sources)
         return {t for t in hit | given if t in self._constants or self._is_float(t)}
+
+    def _guarded(self) -> set[str]:
+        """Softmaxes of scores masked by −∞ in whose place a choice may put zero: rows masked whole are NaN there."""
+        zeros = {name for name, extent in self._constants.items() if extent.largest == 0}
+        chosen: set[str] = set()
+        for step in reversed(self._steps):
+            fills = step.type in _FILLS and not zeros.isdisjoint(step.inputs)
+            if fills or (self._carries(step) and not chosen.isdisjoint(step.outputs)):
+                chosen.update(step.inputs)
+        found: set[str] = set()
+        for step in self._steps:
+            scores = step.inputs[0] if step.kind is OpKind.SOFTMAX else ""
+            lost = self._masks(scores, _LIKELY) and self._facts[scores].infinite
+            if lost or (self._carries(step) and not found.isdisjoint(step.inputs)):
+                found.update(t for t in step.outputs if t in chosen and self._is_float(t))
+        return found
+
+    @staticmethod
+    def _carries(step: Step) -> bool:
+        return step.kind in _CARRYING_KINDS or step.type in _CARRYING_TYPES
 
     def _masks(self, tensor: str, least: int) -> bool:
         fact = self._facts.get(tensor)

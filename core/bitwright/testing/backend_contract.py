@@ -19,10 +19,11 @@ from bitwright.testing.contract_base import Case
 from bitwright.testing.edit_contract import EditContract
 from bitwright.testing.file_contract import FileContract
 from bitwright.testing.graph_contract import GraphContract
+from bitwright.testing.refusal_contract import RefusalContract
 from bitwright.testing.simulation_contract import SimulationContract
 
 __all__ = ["BackendContract", "Case"]
 
 
-class BackendContract(GraphContract, EditContract, SimulationContract, FileContract):
+class BackendContract(GraphContract, EditContract, SimulationContract, RefusalContract, FileContract):
     """Subclass it and give `backend` and `cases`."""

@@ -14,11 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Editor, Tap, reduced
-from bitwright.errors import EncodingError, InputError, ModelError
+from bitwright.backend import (
+    Batch,
+    Bundle,
+    Editor,
+    Sites,
+    Tap,
+    between,
+    feed,
+    not_computable,
+    reduced,
+    require_params,
+    require_tensors,
+)
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, OpId, Param, ParamId, ParamRole, TensorId
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.placement import Float, Plan, SiteId
+from bitwright.placement import Plan, SiteId
 from bitwright.testing import archive
 from bitwright.testing.kernels import compute, supports
 
@@ -58,33 +70,27 @@ class ReferenceSession:
         self.model, self.taps, self.whole = model, tuple(taps), feeds is None
         self.feeds = model.graph.inputs if feeds is None else tuple(feeds)
         wanted = [t.tensor for t in taps]
-        needed: dict[OpId, Op] = {}
-        stack = [t for t in wanted if t not in self.feeds]
-        while stack:
-            tensor = stack.pop()
-            op = model.graph.producer(tensor)
-            if op is None:
-                known = "a model input that isn't fed" if tensor in model.graph.inputs else "not in the model"
-                raise ModelError(f"can't compute {wanted} from {list(self.feeds)}: tensor {tensor!r} is {known}")
-            if op.id not in needed:
-                if not supports(op):
-                    raise ModelError(f"the reference backend can't run {op.id!r} ({op.native or op.type})")
-                needed[op.id] = op
-                stack += [t for t in op.data_inputs if t not in self.feeds]
-        self.ops = [op for op in model.graph.ops if op.id in needed]
+        require_tensors((*wanted, *self.feeds), model.graph.tensors)
+        self.ops, missing = between(model.graph.ops, lambda o: o.data_inputs, lambda o: o.outputs, wanted, self.feeds)
+        if missing:
+            raise not_computable(wanted, self.feeds, missing)
+        for op in self.ops:
+            if not supports(op):
+                raise ModelError(f"the reference backend can't run {op.id!r} ({op.native or op.type})")
+        read = {*wanted, *(t for op in self.ops for t in op.data_inputs)}
+        self.feeds = tuple(t for t in self.feeds if t in read)
         self._last_use = {t: i for i, op in enumerate(self.ops) for t in op.data_inputs}
 
     def run(self, batch: Batch) -> Mapping[Tap, Array]:
         """Feed and interpret.
 
         Raises:
-            InputError: a feed is missing.
+            InputError: a feed is missing, or doesn't fit.
         """
-        missing = [t for t in self.feeds if t not in batch]
-        if missing:
-            raise InputError(f"the batch lacks {missing}; it has {list(batch)}")
-        model = self.model
-        values = {t: self._quantized(t, batch[t]) if self.whole else np.asarray(batch[t]) for t in self.feeds}
+        model, known = self.model, self.model.graph.tensors
+        values = {t: feed(batch, t, known[t].dtype, known[t].shape) for t in self.feeds}
+        if self.whole:
+            values = {t: self._quantized(t, v) for t, v in values.items()}
         keep = {t.tensor for t in self.taps}
         for i, op in enumerate(self.ops):
             inputs = tuple(values[t] for t in op.data_inputs)
@@ -106,7 +112,7 @@ class ReferenceSimulation:
     """Fake quantization by site. The model reads the live table, so `set` rebuilds nothing."""
 
     def __init__(self, model: ReferenceModel, plan: Plan, encodings: EncodingTable) -> None:
-        self.plan = plan
+        self.plan, self._sites = plan, Sites(model.graph, plan, encodings)
         self._in_force: dict[SiteId, Encoding] = {}  # every site that quantizes, ties included
         self.model = replace(model, encodings=self._in_force)
         self.set({s: e for s, e in encodings.items() if s in plan})
@@ -117,24 +123,16 @@ class ReferenceSimulation:
         Raises:
             EncodingError: a site isn't in the plan or stays in float, or an encoding doesn't fit its parameter.
         """
-        for site, encoding in encodings.items():
-            if site not in self.plan:
-                raise EncodingError(f"the plan for target {self.plan.target!r} has no site {site!r}")
-            decision = self.plan[self.plan.root(site)].decision
-            if isinstance(decision, Float) and encoding is not None:
-                raise EncodingError(f"site {site!r} stays in float ({decision.reason}); it takes no encoding")
-            if encoding is not None and site in self.model.params:
-                encoding.spread(self.model.params[site].shape)
-        for site, encoding in encodings.items():
-            for tied in self.plan.tied(self.plan.root(site)):
+        for root, encoding in self._sites.changes(encodings).items():
+            for tied in self.plan.tied(root):
                 if encoding is None:
                     self._in_force.pop(tied, None)
                 else:
                     self._in_force[tied] = encoding
 
     def get(self) -> EncodingTable:
-        """The encodings in force, by root site."""
-        return EncodingTable({s: e for s, e in self._in_force.items() if self.plan.root(s) == s})
+        """The encodings in force, at roots and at the sites that share with them."""
+        return self._sites.table(self._in_force)
 
     def session(self, taps: Sequence[Tap]) -> ReferenceSession:
         """Run the simulated network."""
@@ -174,9 +172,7 @@ class ReferenceBackend:
 
     def read(self, model: ReferenceModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """Copies of parameter values."""
-        unknown = [i for i in ids if i not in model.params]
-        if unknown:
-            raise ModelError(f"the model has no parameters {unknown}")
+        require_params(model.params, ids)
         return {i: np.array(model.params[i], np.float32) for i in ids}
 
     def edit(self, model: ReferenceModel, edits: Sequence[Edit]) -> ReferenceModel:

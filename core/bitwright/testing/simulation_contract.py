@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from bitwright.backend import ParamUpdates, PartialExecution, Tap
 from bitwright.errors import EncodingError, ModelError
-from bitwright.graph import SetParams
+from bitwright.graph import SetParams, moved_from
 from bitwright.grids import QuantSpec, encoding_from_range
+from bitwright.placement import SharedWith
 from bitwright.testing.contract_base import (
     Case,
     Contract,
@@ -94,6 +96,29 @@ class SimulationContract(Contract):
             expected = linear_output(graph, op, values[op.data_inputs[0]], params)
             assert_close(rows(graph, op, values[op.output]), expected, max(case.tolerance, 1e-5), op.id)
             simulation.set({op.weight: None})
+
+    def test_sites_that_share_follow_their_root(self, case: Case) -> None:
+        """A tensor whose op only moves values is on its root's grid; either name sets it, and `get` has both."""
+        backend, model = self.backend(), case.build()
+        graph = backend.graph(model)
+        plan = simple_plan(graph)
+        for op in graph:
+            root, tied = next((t for t in moved_from(op) if t in plan.activations), None), op.output
+            if root is None or len(moved_from(op)) > 1 or tied not in plan:
+                continue
+            shared = plan.changed({tied: replace(plan[tied], decision=SharedWith(root))})
+            table = min_max_encodings(backend, model, shared, [case.batch])
+            simulation = bare(backend, model, case, shared)
+            for name, factor in ((root, 20), (tied, 30)):
+                coarse = table[root].with_(scale=table[root].scale * np.float32(factor))
+                simulation.set({name: coarse})
+                assert simulation.get()[root].equals(coarse)
+                assert simulation.get()[tied].equals(coarse)
+                found = run(simulation.session([Tap(root), Tap(tied)]), case.batch)
+                assert np.array_equal(found[tied], coarse.fake_quantize(found[tied])), op.id
+                assert set(np.unique(found[tied])) <= {*np.unique(found[root]), 0.0}, op.id
+            simulation.set({tied: None})
+            assert root not in simulation.get()
 
     def test_unknown_sites_are_refused(self, case: Case) -> None:
         """And nothing is changed by the attempt."""

@@ -122,6 +122,7 @@ class Examination:
             dict(simulation.uncovered) if foreign is None else {op.id: foreign for op in simulation.graph.ops}
         )
         self._loose = self._reasons()
+        self._last_places = self._coarsest()
         self._departures = {t: Departure() for t in self._grids}
 
     def _reasons(self) -> dict[TensorId, str]:
@@ -134,6 +135,15 @@ class Examination:
             if why is not None:
                 loose.update(dict.fromkeys(op.outputs, why))
         return loose
+
+    def _coarsest(self) -> dict[TensorId, float]:
+        """Each tensor's last place: its own type's, or that of a coarser one since the last that the runtime gave."""
+        tensors = self._simulation.graph.tensors
+        coarsest: dict[TensorId, float] = {}
+        for op in self._simulation.graph.ops:
+            behind = max((coarsest.get(t, 0.0) for t in op.data_inputs if t not in self._given), default=0.0)
+            coarsest.update({t: max(behind, LAST_PLACE.get(tensors[t].dtype, 0.0)) for t in op.outputs if t in tensors})
+        return coarsest
 
     def add(self, batch: Batch, runtime: Mapping[TensorId, NDArray[Any]]) -> None:
         """Compare one batch.
@@ -160,7 +170,7 @@ class Examination:
             elif ours.shape != theirs.shape:
                 self._departures[t].add(np.full(ours.shape, np.iinfo(np.int32).max))
             else:
-                last = LAST_PLACE.get(self._simulation.graph.tensors[t].dtype, 0.0)
+                last = self._last_places.get(t, 0.0)
                 rounding = last * np.abs(given[t].astype(np.float64)) / grid.spread(theirs.shape)[0] if last else 0.0
                 # No integer stands for NaN: what codes it gets is nobody's promise. Outputs that hold some are told.
                 defined = (ours >= grid.grid.qmin) & (ours <= grid.grid.qmax) & np.isfinite(given[t].astype(np.float64))

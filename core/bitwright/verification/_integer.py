@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, Capability, PartialExecution, Session, Tap, require
-from bitwright.calibration import bias_encoding, quantized_weights
+from bitwright.calibration import bias_encoding, fits_accumulator, quantized_weights
 from bitwright.errors import InputError
 from bitwright.graph import (
     LINEAR_KINDS,
@@ -196,7 +196,7 @@ class IntegerSimulation:
                 and weight.scale.ndim < 2
                 and (bias is None or self._bias_grid(op, bias) is not None)
             )
-        if op.kind in (OpKind.ADD, OpKind.MUL):
+        if op.kind in (OpKind.ADD, OpKind.MUL) and op.type != "Sum":  # a Sum may have constants that aren't shown
             operands = self._operands(op)
             return len(operands) == 2 and all(self._grid(t) is not None for t in operands)
         if op.kind is OpKind.MATMUL and op.type == "MatMul":
@@ -214,14 +214,19 @@ class IntegerSimulation:
         return False
 
     def _bias_grid(self, op: Op, bias: ParamId) -> Encoding | None:
-        """The grid of an op's own accumulators; None where the bias has a grid of its own that isn't theirs.
+        """The grid of an op's own accumulators; None where the bias has another grid, or is float and none of theirs.
 
         A bias that several ops share has an int32 form for each of them.
         """
         known = self._table.get(bias)
         if op.weight is None or (known is not None and known.bits != 32):
             return None
-        return bias_encoding(self._table[op.data_inputs[0]], self._table[op.weight])
+        inputs, weight = self._table[op.data_inputs[0]], self._table[op.weight]
+        if known is None:
+            value = self._backend.read(self._model, [bias])[bias]
+            if not fits_accumulator(value, inputs.scale, weight.scale):
+                return None  # in the exported file it stands behind the op
+        return bias_encoding(inputs, weight)
 
     @staticmethod
     def _operands(op: Op) -> tuple[str, ...]:

@@ -1,0 +1,90 @@
+"""The one rule by which numbers become what a model takes: data sets, sessions and runtimes follow it alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bitwright.errors import InputError
+from bitwright.files import Array
+
+
+def array_of(value: Any, where: str) -> Array:
+    """A numpy array of what may be a tensor of any framework.
+
+    Raises:
+        InputError: it isn't numeric, or its rows differ in length.
+    """
+    if hasattr(value, "detach"):  # a torch tensor, perhaps on a device or with a gradient
+        value = value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: can't be read as an array ({error})") from None
+    check_numeric(array, where)
+    return array
+
+
+def check_numeric(array: Array, where: str) -> None:
+    """Refuse text and objects.
+
+    Raises:
+        InputError: it holds no numbers.
+    """
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise InputError(f"{where}: holds {array.dtype} values; give numbers")
+
+
+def converted(values: Array, dtype: str, place: str) -> Array:
+    """Convert where no value changes beyond float rounding: never out of range, never a fraction to an integer.
+
+    Args:
+        values: numbers.
+        dtype: numpy's name of the type wanted; one that numpy doesn't know is left to the backend.
+        place: what messages begin with.
+
+    Raises:
+        InputError: a value can't be converted so.
+    """
+    try:
+        target = np.dtype(dtype)
+    except TypeError:
+        return np.asarray(values, order="C")  # a dtype that numpy doesn't know is the backend's to convert
+    if values.dtype == target or values.size == 0:
+        return np.asarray(values, target, order="C")
+    if target.kind in "iu":
+        info = np.iinfo(target)
+        if values.dtype.kind not in "biu" and not (np.rint(values) == values).all():
+            raise InputError(f"{place}: the model takes {dtype}, but the {values.dtype} values have fractions")
+        if values.min() < info.min or values.max() > info.max:
+            raise InputError(f"{place}: values outside {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "f":
+        ends = [float(values.min()), float(values.max())]
+        if any(np.isfinite(e) and abs(e) > float(np.finfo(target).max) for e in ends):
+            raise InputError(f"{place}: values too large for {dtype} ({values.min()} to {values.max()})")
+    elif target.kind == "b" and not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{place}: the model takes booleans, but there are values other than 0 and 1")
+    return np.asarray(values, target, order="C")
+
+
+def fed(values: Any, dtype: str, name: str) -> Array:
+    """What a session feeds to an input or an inner tensor of the model: every backend converts by this rule.
+
+    Numbers are converted where no value changes beyond float rounding: integers to floats, floats that are whole to
+    integers, 0 and 1 to booleans.
+
+    Args:
+        values: of the batch; a tensor of any framework is read as an array.
+        dtype: what the model takes, by numpy's name; one that numpy doesn't know is left to the backend.
+        name: of the input, for messages.
+
+    Raises:
+        InputError: it isn't numeric, out of range, or holds fractions where integers are wanted.
+    """
+    array = values if isinstance(values, np.ndarray) else array_of(values, f"input {name!r}")
+    if array.dtype == dtype:
+        return array
+    place = f"input {name!r}"
+    check_numeric(array, place)
+    return converted(array, dtype, place)
