@@ -148,14 +148,16 @@ def test_percentile_with_five_hundred_bins():
 @pytest.mark.parametrize("way", ["histogram", "values"])
 def test_percentile_cuts_each_side_by_its_own_values(way):
     """10 of 1,000 values may lie above, and 10 below: neither end is the extreme, nor the other's mirror image."""
-    x = np.random.default_rng(0).permutation(np.concatenate([-np.arange(1.0, 301), np.arange(1.0, 701)]))
     spec = QuantSpec(8, **ASYMMETRIC)
-    found = calibrate("percentile:99", spec, x) if way == "histogram" else calibrate_array(x, spec, "percentile:99")
-    step = float(found.scale)
-    assert step == pytest.approx((690 + 290) / 255, rel=1e-3)
-    assert float(found.maximum) == pytest.approx(690, abs=step) and float(found.minimum) == pytest.approx(
-        -291, abs=step
-    )
+    # How often positive values occur decides where the lower end lies: 1,000 values, and 1,700, of which 17 may.
+    for times, low, high in ((1, -290, 690), (2, -283, 692)):
+        x = np.concatenate([-np.arange(1.0, 301), *[np.arange(1.0, 701)] * times])
+        x = np.random.default_rng(0).permutation(x)
+        found = calibrate("percentile:99", spec, x) if way == "histogram" else calibrate_array(x, spec, "percentile:99")
+        step = float(found.scale)
+        assert step == pytest.approx((high - low) / 255, rel=1e-3)
+        assert float(found.maximum) == pytest.approx(high, abs=step)
+        assert float(found.minimum) == pytest.approx(low, abs=step)
     # Of values on one side of zero alone the grid still reaches to zero, and the near side is cut there.
     for sign in (1, -1):
         one = calibrate_array(sign * np.arange(1.0, 1001), spec, "percentile:99")
@@ -176,6 +178,7 @@ def test_percentile_of_nearly_all_zeros_keeps_the_rest():
     x = np.zeros(10_000, np.float32)
     x[:2] = 3
     assert calibrate("percentile:99", QuantSpec(8, **ASYMMETRIC), x).maximum == pytest.approx(3)
+    assert calibrate("percentile:99", QuantSpec(8, **ASYMMETRIC), -x).minimum == pytest.approx(-3)
 
 
 # -- searches
@@ -393,7 +396,32 @@ def test_entropy_matches_the_definition():
     best = min(divergences.values())
     chosen = round(float(e.maximum) / width)
     assert divergences[min(divergences, key=lambda n: abs(n - chosen))] <= best * 1.1
+    # Of the 128 thresholds that are tried it is the best.
+    tried = [int(n) for n in np.unique(np.rint(np.linspace(16, 2048, 128)))]
+    assert chosen == min(tried, key=lambda n: divergences[n])
     assert e.maximum < 0.9 * x.max()
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile:99", "sqnr", "mse", "entropy"])
+def test_what_lies_below_zero_counts_as_what_lies_above(name):
+    """Values turned about zero give the grid turned about zero, where a grid has as many steps on either side."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.laplace(2, 3, 30_000), [90]]).astype(np.float32)
+    found, turned = (calibrate(name, QuantSpec(6, strict=True), sign * x) for sign in (1, -1))
+    assert float(turned.scale) == pytest.approx(float(found.scale), rel=1e-6)
+    free, other = (calibrate(name, QuantSpec(6, **ASYMMETRIC), sign * x) for sign in (1, -1))
+    ends = [float(v) for v in (free.minimum, free.maximum, other.minimum, other.maximum)]
+    assert ends[2:] == pytest.approx([-ends[1], -ends[0]], abs=2 * float(free.scale))
+
+
+def test_one_end_that_the_target_fixes_leaves_the_other_to_the_scheme():
+    """With both ends given there is nothing to choose; with one, the data's tail is still cut."""
+    x = samples("one outlier")
+    for given in ({"minimum": -2.0}, {"maximum": 2000.0}):
+        spec = QuantSpec(4, **ASYMMETRIC, **given)
+        assert isinstance(scheme("sqnr").statistic(spec)(), HistogramStatistic)
+        assert calibrate("sqnr", spec, x).maximum < 20
+    assert calibrate("sqnr", QuantSpec(4, **ASYMMETRIC, minimum=-2.0, maximum=2000.0), x).maximum > 1900
 
 
 def test_entropy_without_enough_values_takes_the_full_range():

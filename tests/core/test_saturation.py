@@ -93,6 +93,24 @@ def test_a_safe_convolution_is_exact_and_an_unsafe_one_isnt(groups):
         assert (lost == 0) == safe
 
 
+def test_products_of_a_sequence_convolution_are_added_in_the_kernels_order():
+    """Positions outside, channels inside: each sum by hand, in the order of `in_order`."""
+    attrs = ConvAttrs((3,), (1,), (1,), ((0, 0),), 1)
+    op = Op("c", OpKind.CONV, "Conv", ("x",), ("y",), {ParamRole.WEIGHT: "w"}, attrs)
+    rng = np.random.default_rng(0)
+    inputs = INPUTS.with_(zero_point=np.int32(0))
+    codes, weight = rng.integers(180, 256, (2, 3, 5)), rng.integers(40, 128, (2, 3, 3)).astype(np.int8)
+    found, lost = saturation.accumulate(op, codes, inputs, weight, 1)
+    expected, over = np.zeros((2, 2, 3), int), 0
+    for n, o, t in product(range(2), range(2), range(3)):
+        products = [int(weight[o, c, k]) * int(codes[n, c, t + k]) for k in range(3) for c in range(3)] + [0]
+        sums = [a + b for a, b in zip(products[::2], products[1::2], strict=True)]
+        expected[o, n, t] = sum(min(s, 32767) for s in sums)
+        over += sum(s > 32767 for s in sums)
+    assert found.tolist() == expected.reshape(2, -1).tolist()
+    assert lost == over > 0
+
+
 def test_two_lowest_codes_are_named():
     """ARM adds two products of int8 in int16: (−128)·(−128) twice doesn't fit, wherever they lie."""
     weight = np.zeros((2, 16), np.int8)

@@ -132,7 +132,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
             start = begin + gap.index(word)
             add(left.end_lineno or 0, start, start + len(word), OPERATORS[word])
 
-    first = 1
+    first, signed = 1, set[ast.AST]()  # −1 is another number without its sign already
     for node in code(ast.parse(source)):
         first = node.lineno if isinstance(node, ast.stmt) else first
         match node:
@@ -148,8 +148,9 @@ def mutants(module: str, source: str) -> list[Mutant]:
                 between(left, right)
             case ast.UnaryOp(operand=operand):
                 begin, end = span(node)
+                signed |= {operand} if isinstance(operand, ast.Constant) else set()
                 add(node.lineno, begin, end, f"({source[slice(*span(operand))]})")
-            case ast.Constant(value=bool() | int() | float() as value):
+            case ast.Constant(value=bool() | int() | float() as value) if node not in signed:
                 begin, end = span(node)
                 new = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2
                 add(node.lineno, begin, end, str(new))
@@ -335,7 +336,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", help="only modules with this in their names")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one run of tests")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds that a mutant's tests may take")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried side by side")
     parser.add_argument("--floor", type=float, default=95, help="percent that have to be killed")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
