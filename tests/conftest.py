@@ -1,5 +1,7 @@
 """Settings of the whole test suite, and the command line as a fixture."""
 
+import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,37 @@ from hypothesis import settings
 # The same examples every time, and no deadline: a busy machine must not decide whether the suite passes.
 settings.register_profile("bitwright", derandomize=True, deadline=None)
 settings.load_profile("bitwright")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_translations():
+    """PyTorch's ONNX exporter collects its translations in each export, for half a second; here once a process."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    export, held = torch.onnx.export, {}
+
+    def with_one_table(*args, **options):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        if not held:
+            held["make"] = make = ONNXRegistry.from_torchlib.__func__
+
+            def from_torchlib(cls, opset_version):
+                if opset_version not in held:
+                    held[opset_version] = make(cls, opset_version)
+                table = copy.copy(held[opset_version])
+                table.functions = {op: list(found) for op, found in table.functions.items()}
+                return table
+
+            ONNXRegistry.from_torchlib = classmethod(from_torchlib)
+        return export(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", with_one_table)
+        yield
 
 
 @pytest.fixture

@@ -167,3 +167,29 @@ def test_inputs_that_vary_are_summed_as_they_are():
     op, x, w = tensors("plain")
     m = moments_of(op, to_matrix(op, w).shape[2], (x, x))
     assert not m.state()["shift_x"].any()
+
+
+def test_features_steady_below_zero_are_summed_about_their_means_too():
+    op, x = Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",)), -steady()
+    m = moments_of(op, 300, (x, x))
+    assert (m.state()["shift_x"][0, :7] < 0).all()
+    a = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    assert np.allclose(m.centred()[0][0], a.T @ a / 400, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_the_errors_of_a_residual_operand_in_every_layout(axis):
+    """Of a 1 × 1 convolution: each position is a row, whichever axis holds the channels, and errors have a mean."""
+    rng = np.random.default_rng(5)
+    x, r = rng.normal(size=(3, 4, 5, 6)).astype(np.float32), rng.normal(2, 1, (3, 2, 5, 6)).astype(np.float32)
+    attrs = ConvAttrs((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)), 1)
+    op = Op("c", OpKind.CONV, "Conv", ("x",), ("y",), {}, attrs)
+    m = moments_of(op, 4, (x, x, r), channel_axis=axis, residual_outputs=2)
+    rows, errors = (np.moveaxis(t, 1, -1).reshape(-1, t.shape[1]).astype(np.float64) for t in (x, r))
+    rx, rq, mean, square = m.residual
+    assert np.allclose(rx, errors.T @ rows / 90, atol=1e-6) and np.allclose(rq, rx, atol=1e-6)
+    assert np.allclose(mean, errors.mean(0), atol=1e-6) and np.allclose(square, np.square(errors).mean(0), atol=1e-5)
+    free = errors - errors.mean(0)
+    cx, _, variance = m.centred_residual()
+    assert np.allclose(cx, free.T @ (rows - rows.mean(0)) / 90, atol=1e-6)
+    assert np.allclose(variance, np.square(free).mean(0), atol=1e-5)

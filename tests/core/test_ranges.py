@@ -7,12 +7,23 @@ from math import gcd
 import numpy as np
 import pytest
 
-from bitwright.calibration._ranges import COUNTED, LIMIT, activation_requests, bias_encoding, full_table, guarded
+from bitwright.calibration._ranges import (
+    COUNTED,
+    LIMIT,
+    activation_encodings,
+    activation_requests,
+    bias_encoding,
+    full_table,
+    guarded,
+)
+from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import EncodingError
 from bitwright.grids import EncodingTable, PerChannel, PerTensor, QuantSpec, encoding_from_range
 from bitwright.placement import build_plan
 from bitwright.statistics import HistogramStatistic, RangeStatistic
 from bitwright.testing.builder import Builder
+from bitwright.testing.harness import Quiet
+from bitwright.testing.reference import ReferenceBackend
 
 
 def grid(low, high, bits=8, **options):
@@ -118,3 +129,19 @@ def test_a_table_says_which_site_has_no_encoding():
     plan, weight, _ = linear()
     with pytest.raises(EncodingError, match="has no encoding yet: call calibrate"):
         full_table(plan, EncodingTable({weight: grid([-1, -1], [1, 1], granularity=PerChannel(0))}))
+
+
+def test_a_grid_that_tensors_share_covers_the_values_of_each():
+    b = Builder(0)
+    x = b.input("x", 4, 6, 6)
+    small, large, third = (b.binary(n, "Mul", x, v) for n, v in (("small", 0.5), ("large", 7.0), ("third", 0.1)))
+    model = b.build(b.concat("left", [small, third]), b.concat("right", [small, large]))
+    backend = ReferenceBackend()
+    plan = build_plan(backend.graph(model), "default", scheme="minmax")
+    (root,) = {plan.root(t) for t in (small, large, third)}
+    assert set(plan.observed(root)) == {"left.output", "right.output"}, "what two concatenations read ties them"
+    data = np.random.default_rng(0).standard_normal((8, 4, 6, 6)).astype(np.float32)
+    found = activation_encodings(backend, model, plan, model.params, {}, ArrayDataset({"x": data}, 4), Quiet())[root]
+    step = float(found.scale)
+    assert float(found.minimum) == pytest.approx(7 * data.min(), abs=step)
+    assert float(found.maximum) == pytest.approx(7 * data.max(), abs=step)

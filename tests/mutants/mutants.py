@@ -6,8 +6,8 @@
 
 Each mutant is imported in place of its module in a forked process, so that no file is touched, and meets the tests that
 execute its line (of a line that runs at import, those that execute its module), the quick ones first. It is killed if
-one fails, they can't be collected, or they take longer than `--timeout`. What can't be told apart by any test is listed
-with its reason in equivalent.toml. The exit status is 1 if less than `--floor` percent are killed.
+one fails, they can't be collected, or they compute for longer than `--timeout`. What can't be told apart by any test is
+listed with its reason in equivalent.toml. The exit status is 1 if less than `--floor` percent are killed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -238,13 +239,15 @@ def tried(tests: Sequence[str], seconds: float, before: Callable[[], object], pl
             try:
                 import pytest
 
+                # Processor time, so that a busy machine kills no mutant; the clock ends what only waits.
+                resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
                 before()
                 options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore"]
                 status = int(pytest.main([*options, *tests], [_NoShrinking(), *plugins]))
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-        ended = time.monotonic() + seconds
+        ended = time.monotonic() + 20 * seconds
         while (reaped := os.waitpid(child, os.WNOHANG))[0] == 0:
             if time.monotonic() > ended:
                 os.killpg(child, signal.SIGKILL)
@@ -336,7 +339,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", help="only modules with this in their names")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds that a mutant's tests may take")
+    parser.add_argument("--timeout", type=float, default=60, help="processor seconds that a mutant's tests may take")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried side by side")
     parser.add_argument("--floor", type=float, default=95, help="percent that have to be killed")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
