@@ -231,6 +231,38 @@ def test_callable_modules_and_nested_results() -> None:
         model(x)
 
 
+def _without_type(graph_def):
+    next(n for n in graph_def.node if n.op == "Placeholder").attr["dtype"].type = 0
+
+
+def _short_strides(graph_def):
+    del next(n for n in graph_def.node if n.op == "Conv2D").attr["strides"].list.i[2:]
+
+
+def _other_shape(graph_def):
+    constant = next(n for n in graph_def.node if n.op == "Const" and len(n.attr["value"].tensor.tensor_shape.dim) == 4)
+    constant.attr["value"].tensor.tensor_shape.dim[1].size = 7
+
+
+def _no_channels(graph_def):
+    constant = next(n for n in graph_def.node if n.op == "Const" and len(n.attr["value"].tensor.tensor_shape.dim) == 4)
+    constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(np.zeros((3, 3, 0, 4), np.float32)))
+
+
+@pytest.mark.parametrize("change", [_without_type, _short_strides, _other_shape, _no_channels])
+def test_graphs_that_are_damaged_inside_are_refused_by_name(change, tmp_path: Path) -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        weight = tf.constant(np.random.default_rng(0).normal(size=(3, 3, 3, 4)).astype(np.float32))
+        tf.nn.relu(tf.nn.conv2d(x, weight, 1, "SAME"), name="y")
+    graph_def = graph.as_graph_def()
+    change(graph_def)
+    path = tmp_path / "net.pb"
+    path.write_bytes(graph_def.SerializeToString())
+    with pytest.raises((InputError, ModelError)):
+        QuantSim(path).calibrate(X)
+
+
 def test_captured_arrays_are_constants_and_tables_are_refused() -> None:
     shift = tf.constant(np.arange(3, dtype=np.float32))
     model = BACKEND.adopt(tf.function(lambda x: x + shift), np.zeros((2, 3), np.float32))

@@ -69,9 +69,10 @@ def _convolution(net: Network, node: NodeDef) -> Found | None:
     wrapped = _unblocked(net, node, _squeezed(net, node, x, axes, weight), data_format)
     kept = wrapped.kept
     kernel = tuple(weight.form.shape[i] for i in kept)
-    strides, dilations = (
-        tuple((net.attr(node, name) or [1] * rank)[axes[i]] for i in kept) for name in ("strides", "dilations")
-    )
+    steps = [net.attr(node, name) or [1] * rank for name in ("strides", "dilations")]
+    if any(len(step) != rank for step in steps) or 0 in weight.form.shape:
+        return None  # TensorFlow has no kernel for it
+    strides, dilations = (tuple(step[axes[i]] for i in kept) for step in steps)
     padding, explicit = net.attr(node, "padding"), net.attr(node, "explicit_paddings") or []
     inner = net.shape(x) or ()
     sizes, spatial = [inner[axes[i]] for i in kept], [axes[i] for i in kept]

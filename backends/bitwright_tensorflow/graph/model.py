@@ -175,5 +175,12 @@ def operand_of(tensor: TensorId) -> str:
 
 
 def array_of(tensor_proto: Any) -> Array:
-    """The values of a TensorProto."""
-    return np.asarray(tf.make_ndarray(tensor_proto))
+    """The values of a TensorProto.
+
+    Raises:
+        ModelError: it holds another number of values than its shape says, or none of a type that arrays have.
+    """
+    try:
+        return np.asarray(tf.make_ndarray(tensor_proto))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"a constant of the graph can't be read, the file is damaged: {error}") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bitwright.errors import ModelError
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.frames import regions
 from bitwright_tensorflow.graph.graphs import Spec, Wiring, extract
@@ -96,7 +97,10 @@ def _infer(model: TfModel) -> Inference:
         node = wiring.node(tensor.partition(":")[0])
         if node.op == "Placeholder":
             shape = tf.TensorShape(node.attr["shape"].shape) if "shape" in node.attr else tf.TensorShape(None)
-            specs[tensor] = (tf.as_dtype(node.attr["dtype"].type), shape)
+            try:
+                specs[tensor] = (tf.as_dtype(node.attr["dtype"].type), shape)
+            except TypeError as error:
+                raise ModelError(f"the graph doesn't say of what type its input {tensor!r} is") from error
         else:
             spec(tensor)
     part, places = extract(model.graph_def, model.inputs, model.outputs, spec, controlled=controlled)
