@@ -67,6 +67,7 @@ def sequence(x: Any) -> Any:
 
 NETS = {
     "sequence": sequence,
+    "grouped": lambda x: conv(4)(L.Conv2D(6, 3, groups=3, strides=2, activation="relu", name="grouped")(x)),
     "slopes": slopes,
     "slopes, shared": lambda x: slopes(x, shared_axes=[1, 2]),
     "norm behind activation": norm_behind_activation,

@@ -23,6 +23,7 @@ from bitwright_onnx.graphdef import conv as graphdef_conv
 from bitwright_onnx.graphdef import math as graphdef_math
 from bitwright_onnx.graphdef import recurrent as graphdef_recurrent
 from bitwright_onnx.graphdef.builder import Builder, Constant
+from bitwright_onnx.graphdef.calls import inline_calls
 from bitwright_onnx.graphdef.folding import fold
 from bitwright_onnx.graphdef.nodes import INT32, Node, onnx_type, tensor_name
 from bitwright_onnx.graphdef.recurrent import Recurrent, stand_ins
@@ -73,7 +74,7 @@ def import_graphdef(
     Raises:
         ModelError: ops that ONNX has no counterpart for (all of them are named), or a tensor that isn't there.
     """
-    nodes = {str(n.name): Node(n) for n in graph_def.node}
+    nodes = {str(n.name): Node(n) for n in inline_calls(graph_def).node}
     ends = [tensor_name(t) for t in outputs]
     starts = [tensor_name(t) for t in inputs]
     _check(nodes, starts, ends)
