@@ -239,3 +239,16 @@ def test_an_input_that_is_an_output_is_handed_out_as_it_came():
     outputs = dict(zip(sim.graph.outputs, sim.predict({"x": x}), strict=True))
     assert np.array_equal(outputs["x"], x)
     assert not np.array_equal(outputs["y"], sim.predict({"x": x}, simulated=False)[0])
+
+
+def test_the_simulated_model_hands_it_out_as_predict_and_the_exported_file_do(tmp_path):
+    net = image(conv("y"), **CONV)[0]
+    net.graph.output.append(net.graph.input[0])
+    x = normal(4, 4, 8, 8)
+    sim = QuantSim(net).calibrate({"x": x})
+    found, seen = dict(zip(sim.graph.outputs, sim.predict({"x": x}), strict=True)), sim.model.run({"x": x})
+    session = ort.InferenceSession(str(sim.export(tmp_path).files["qdq"]), providers=["CPUExecutionProvider"])
+    written = dict(zip(sim.graph.outputs, session.run(list(sim.graph.outputs), {"x": x}), strict=True))
+    for name, value in found.items():
+        np.testing.assert_allclose(seen[name], value, atol=1e-5)
+        np.testing.assert_allclose(written[name], value, atol=1e-5)

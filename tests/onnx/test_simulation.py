@@ -309,14 +309,18 @@ def test_subgraphs_read_quantized_tensors():
     np.testing.assert_array_equal(simulation.model.run({"x": x})["y"], -grid.fake_quantize(np.maximum(x, 0)))
 
 
-def test_an_input_that_is_an_output_is_handed_out_quantized():
+def test_an_input_that_is_an_output_is_tapped_quantized_and_handed_out_as_it_came():
     model = proto([helper.make_node("Relu", ["x"], ["y"])], {"x": ["N", 4]}, ["y"])
     model.graph.output.append(model.graph.input[0])
     native, graph = opened(model)
     grid = encoding(ACTIVATION, 0.1, 100)
     simulation = OnnxSimulation(native, graph, plan_of(graph), {"x": grid})
     x = midpoints(0.1, (5, 4))
-    np.testing.assert_array_equal(simulation.model.run({"x": x})["x"], grid.fake_quantize(x))
+    tapped = simulation.session([Tap("x")]).run({"x": x})[Tap("x")]  # what the network's ops read
+    np.testing.assert_array_equal(tapped, grid.fake_quantize(x))
+    np.testing.assert_array_equal(simulation.model.run({"x": x})["x"], x)  # as the model with its grids baked in
+    baked = ort.InferenceSession(simulation.to_model().SerializeToString()).run(["x"], {"x": x})
+    np.testing.assert_array_equal(baked[0], x)
     assert [o.name for o in simulation.to_model().graph.output] == ["y", "x"]
 
 

@@ -51,7 +51,7 @@ def _replaceable(call: Any, functions: Any) -> bool:
 
 def _replace(graph_def: Any, call: Any, function: Any) -> None:
     given = [i for i in call.input if not i.startswith("^")]
-    arguments = dict(zip((a.name for a in function.signature.input_arg), given, strict=True))
+    arguments: dict[str, str] = dict(zip((a.name for a in function.signature.input_arg), given, strict=True))
 
     def operand(text: str) -> str:
         """ "arg" or "node:output:index", as function bodies write it, in the graph's own terms."""
