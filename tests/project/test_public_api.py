@@ -58,3 +58,41 @@ def test_nobody_imports_what_is_private() -> None:
 def test_every_facade_says_what_it_is() -> None:
     for name, path in facades().items():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+
+
+FRAMEWORKS_OWN = {
+    "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_schema", "_ops", "_version", "_layers",
+    "_functional", "_inputs",
+}  # fmt: skip
+"""Private names of PyTorch and Keras that have no public way, and that our own classes have too (or inherit)."""
+
+
+def _owned(tree: ast.AST) -> set[str]:
+    """Private attributes and methods that the classes of a module give themselves."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name) | ast.FunctionDef(name=name):
+                found.add(name)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_no_class_reaches_into_the_private_parts_of_another() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    ours = set().union(*(_owned(tree) for tree in trees.values())) - FRAMEWORKS_OWN
+    found = []
+    for path, tree in trees.items():
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        inside = {id(n): owned for c in classes for owned in (_owned(c),) for n in ast.walk(c)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or node.attr not in ours:
+                continue
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                continue
+            # Another object of the same class is no stranger, and accessors stand beside their class.
+            if node.attr in inside.get(id(node), set()) or (id(node) not in inside and node.attr in _owned(tree)):
+                continue
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

@@ -20,7 +20,7 @@ on shallow nets, without it a coarse weight grid (4 bits) moves some by a step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -42,6 +42,31 @@ from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
 from bitwright_onnx.simulate.site_ops import Form, constants, form_of, numbers
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a part of the model has of the simulation: roots of sites whose grids are in it, and parameters."""
+
+    roots: frozenset[SiteId]
+    parameters: frozenset[ParamId]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A part of the model with its chains.
+
+    Attributes:
+        part: itself.
+        aliases: the name of each site's quantized tensor where it isn't the site's own.
+        live: inputs that carry the numbers of grids.
+        content: of the part.
+    """
+
+    part: ir.Model
+    aliases: Mapping[TensorId, str]
+    live: tuple[str, ...]
+    content: Content
+
+
 class OnnxSimulation:
     """`bitwright.backend.Simulation` of an ONNX model.
 
@@ -60,15 +85,15 @@ class OnnxSimulation:
         self._graph = graph
         self._plan = plan
         self._sites = Sites(graph, plan, encodings)
-        self._values = values_of(model.graph)
+        self.values = values_of(model.graph)
         self._table: dict[SiteId, Encoding] = {}
-        self._rounded = tuple(s for s in self._sites.rounded if s in self._values)
+        self._rounded = tuple(s for s in self._sites.rounded if s in self.values)
         self._prefix = {s: self._free_name(f"{s}/quantizer") for s in {plan.root(s) for s in self._rounded}}
         self._forms: dict[SiteId, Form] = {}
-        self._bound: dict[str, Array] = {}
+        self.bound: dict[str, Array] = {}
         self._quantized: dict[SiteId, tuple[Encoding, ir.TensorProtocol]] = {}
         self._replaced: dict[ParamId, tuple[int, ir.TensorProtocol]] = {}
-        self._revision = 0
+        self.revision = 0
         for root in self._prefix:
             spec = plan.spec(root)
             self._install(root, None, Form("integer8") if spec is None else form_of(spec, self._rank(root)))
@@ -95,14 +120,14 @@ class OnnxSimulation:
             if root in self._prefix:
                 self._install(root, encoding)
             if any(self._sites.is_parameter(s) for s in self._plan.tied(root)):
-                self._revision += 1
+                self.revision += 1
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `bitwright.backend.ParamUpdates`; sessions opened before are built again where they hold what changed."""
         replaced = native_tensors(self._float, values)
-        self._revision += 1
+        self.revision += 1
         for id, tensor in replaced.items():
-            self._replaced[id] = self._revision, tensor
+            self._replaced[id] = self.revision, tensor
             self._quantized.pop(id, None)
 
     def get(self) -> EncodingTable:
@@ -124,7 +149,7 @@ class OnnxSimulation:
     def to_model(self) -> onnx.ModelProto:
         """The simulated model as it is now, encodings and quantized parameters baked in as constants."""
         outputs = [str(v.name) for v in self._float.graph.outputs]
-        model = self._lower(outputs, None, fixed=True)[0]
+        model = self.lower(outputs, None, fixed=True).part
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 array = tensor_array(value.const_value)
@@ -132,11 +157,11 @@ class OnnxSimulation:
         return ir.to_proto(model)
 
     def _rank(self, site: SiteId) -> int | None:
-        shape = self._values[site].shape
+        shape = self.values[site].shape
         return None if shape is None else len(shape)
 
     def _free_name(self, name: str) -> str:
-        while any(v.startswith(name) for v in self._values):
+        while any(v.startswith(name) for v in self.values):
             name += "_"
         return name
 
@@ -149,19 +174,13 @@ class OnnxSimulation:
         assert form is not None
         if form != known:
             self._forms[root] = form
-            self._revision += 1
+            self.revision += 1
         prefix = self._prefix[root]
         for suffix, value in {**numbers(form, encoding), **constants(form)}.items():
-            self._bound[f"{prefix}/{suffix}"] = value
+            self.bound[f"{prefix}/{suffix}"] = value
 
-    def _lower(
-        self, outputs: Sequence[TensorId], feeds: tuple[TensorId, ...] | None, *, fixed: bool
-    ) -> tuple[ir.Model, dict[TensorId, str], list[str]]:
-        """The part between feeds and outputs with its chains.
-
-        Returns:
-            The part; the name of each site's quantized tensor where it isn't the site's own; the live inputs.
-        """
+    def lower(self, outputs: Sequence[TensorId], feeds: tuple[TensorId, ...] | None, *, fixed: bool = False) -> Lowered:
+        """The part between feeds and outputs with its chains: on inputs that follow the encodings, or `fixed`."""
         part = extract(self._float, list(dict.fromkeys(outputs)), feeds)
         values = values_of(part.graph)
         active = [s for s in self._rounded if s not in (feeds or ()) and s in values]
@@ -191,7 +210,32 @@ class OnnxSimulation:
                 continue
             if alias != site:
                 aliases[site] = alias
-        return part, aliases, lowering.live_inputs
+        values = values_of(part.graph)
+        roots = frozenset(self._plan.root(s) for s in self._rounded if s in values)
+        parameters = frozenset(p for p in self._graph.params if p in values)
+        return Lowered(part, aliases, tuple(lowering.live_inputs), Content(roots, parameters))
+
+    def held_by(self, content: Content) -> tuple[dict[str, object], ...]:
+        """What a part has of the simulation built in, as it is now: forms of grids, encodings of parameters, values.
+
+        A session on the part is right for as long as this stays equal; what else changes reaches it by `bound`.
+        """
+        forms: dict[str, object] = {r: self._forms[r] for r in content.roots}
+        encodings: dict[str, object] = {
+            p: self._table.get(self._plan.root(p)) for p in content.parameters if p in self._plan
+        }
+        replaced: dict[str, object] = {p: r for p, (r, _) in self._replaced.items() if p in content.parameters}
+        return forms, encodings, replaced
+
+    @property
+    def inputs(self) -> tuple[TensorId, ...]:
+        """Of the model."""
+        return self._graph.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorId, ...]:
+        """Of the model."""
+        return tuple(str(v.name) for v in self._float.graph.outputs)
 
     def _set_parameter(self, value: ir.Value, param: Param, encoding: Encoding) -> None:
         known = self._quantized.get(param.id)
@@ -211,13 +255,12 @@ class SimulatedSession:
         self._simulation = simulation
         self._feeds = feeds
         self._taps = tuple(dict.fromkeys(taps))
-        self._state: tuple[dict[str, object], ...] | None = None
+        self._content: Content | None = None
+        self._held: tuple[dict[str, object], ...] = ()
         self._revision = -1
         self._aliases: dict[Tap, Tap] = {}
         self._session: OrtSession | None = None
-        self._parameters: frozenset[SiteId] = frozenset()
-        self._roots: frozenset[SiteId] = frozenset()
-        require_tensors((*(t.tensor for t in self._taps), *(feeds or ())), simulation._values)
+        require_tensors((*(t.tensor for t in self._taps), *(feeds or ())), simulation.values)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed one batch (model inputs, or the segment's feeds).
@@ -232,34 +275,21 @@ class SimulatedSession:
     def _compiled(self) -> OrtSession:
         """The session for the simulation's present graph; built again only where it holds what has changed."""
         simulation = self._simulation
-        if self._session is not None and self._revision == simulation._revision:
+        if self._session is not None and self._revision == simulation.revision:
             return self._session
-        if self._session is None or self._state != self._present():
-            part, aliases, live = simulation._lower([t.tensor for t in self._taps], self._feeds, fixed=False)
-            values = values_of(part.graph)
-            plan = simulation._plan
-            self._parameters = frozenset(p for p in simulation._graph.params if p in values)
-            self._roots = frozenset(plan.root(s) for s in simulation._rounded if s in values)
-            self._aliases = {t: replace(t, tensor=aliases.get(t.tensor, t.tensor)) for t in self._taps}
+        if self._session is None or self._content is None or self._held != simulation.held_by(self._content):
+            lowered = simulation.lower([t.tensor for t in self._taps], self._feeds)
+            self._aliases = {t: replace(t, tensor=lowered.aliases.get(t.tensor, t.tensor)) for t in self._taps}
             self._session = OrtSession(
-                part,
+                lowered.part,
                 list(self._aliases.values()),
-                feeds=None if self._feeds is None else [*self._feeds, *live],
-                bound=simulation._bound,
+                feeds=None if self._feeds is None else [*self._feeds, *lowered.live],
+                bound=simulation.bound,
                 config=SIMULATION_CONFIG,
             )
-            self._state = self._present()
-        self._revision = simulation._revision
+            self._content, self._held = lowered.content, simulation.held_by(lowered.content)
+        self._revision = simulation.revision
         return self._session
-
-    def _present(self) -> tuple[dict[str, object], ...]:
-        """Forms of grids, encodings of parameters, and replaced parameters that the session was built for."""
-        simulation = self._simulation
-        forms: dict[str, object] = {r: simulation._forms[r] for r in self._roots}
-        table, plan = simulation._table, simulation._plan
-        encodings: dict[str, object] = {p: table.get(plan.root(p)) for p in self._parameters if p in plan}
-        replaced: dict[str, object] = {p: r for p, (r, _) in simulation._replaced.items() if p in self._parameters}
-        return forms, encodings, replaced
 
 
 class SimulatedModel:
@@ -270,8 +300,8 @@ class SimulatedModel:
 
     def __init__(self, simulation: OnnxSimulation) -> None:
         self._simulation = simulation
-        self.inputs: tuple[str, ...] = simulation._graph.inputs
-        self.outputs: tuple[str, ...] = tuple(str(v.name) for v in simulation._float.graph.outputs)
+        self.inputs: tuple[str, ...] = simulation.inputs
+        self.outputs: tuple[str, ...] = simulation.outputs
         self._session = simulation.session([Tap(name) for name in self.outputs])
 
     def run(self, batch: Batch) -> dict[str, Array]:
