@@ -215,7 +215,8 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
         "decibels: the first four columns against the float model (*opt-in* is the session with "
         "`session.x64quantprecision`).", "",
         "*Plain to simulation* is the one against the other, and *nudged* the simulation against itself with its "
-        "images changed by up to 2⁻²¹ of each value: what float rounding alone makes of the network (*equal*: not a bit is another). Each file was "
+        "images changed by up to 2⁻²¹ of each value: what float rounding alone makes of the network "
+        "(*equal*: not a bit is another). Each file was "
         "compared with the simulation op by op, on equal inputs, when it was exported, and equals it but for "
         f"rounding. {_told(apart, marked)} Untrained depths lose much at 8 bits: low figures say nothing of trained "
         "networks.", "",
