@@ -11,7 +11,7 @@ import tfnets  # noqa: E402
 import tfsims  # noqa: E402
 from tfsims import SPECS, setup  # noqa: E402
 
-from bitwright.backend import Tap  # noqa: E402
+from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel, QuantSpec, encoding_from_range, encoding_of_weights  # noqa: E402  # noqa: E402
 from bitwright_tensorflow.graph.canonical import recognize  # noqa: E402
@@ -190,7 +190,7 @@ def test_a_loop_s_frames_are_left_alone():
     assert any(n.op == "Enter" for n in net.model.graph_def.node)
     error = net.simulated() - net.sim.predict(net.sample, simulated=False)[0]
     assert 0 < np.abs(error).max() < 0.1
-    trained = net.simulation(True).model
+    trained = net.simulation(Training()).model
     with trained.graph.as_default():
         gradients = tf.gradients(trained.graph.get_tensor_by_name(trained.outputs[0]), trained.trainable_variables)
     found = trained.session.run(gradients, {"x:0": net.sample})
