@@ -48,10 +48,10 @@ class Source:
 
 SOURCES: Mapping[str, Source] = {
     "onnx": Source(
-        "foreign_onnx", "`onnx.backend.test`: every operator, and converted models", 8, ("onnx", "onnxruntime")
+        "foreign_onnx", "`onnx.backend.test`: every operator, and converted models", 32, ("onnx", "onnxruntime")
     ),
-    "torch": Source("foreign_torch", "PyTorch's own list of operators (`op_db`), with its samples", 16, ("torch",)),
-    "keras": Source("foreign_keras", "every layer class of `keras.layers`", 8, ("keras", "tensorflow")),
+    "torch": Source("foreign_torch", "PyTorch's own list of operators (`op_db`), with its samples", 64, ("torch",)),
+    "keras": Source("foreign_keras", "every layer class of `keras.layers`", 32, ("keras", "tensorflow")),
 }
 
 
