@@ -44,9 +44,9 @@ def packages(folder: Path) -> set[str]:
 
 
 def core_rooms() -> set[str]:
-    """Folders and modules right below the core, the entrances apart."""
+    """Folders and public modules right below the core."""
     return {p.parent.name for p in CORE.glob("*/__init__.py")} | {
-        p.name for p in CORE.glob("*.py") if p.stem not in ("__init__", "__main__")
+        p.name for p in CORE.glob("*.py") if not p.stem.startswith("_")
     }
 
 
