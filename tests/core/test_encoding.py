@@ -210,3 +210,12 @@ def test_steps_between_tensors():
     channels = encoding_of_weights(w, QuantSpec(8, granularity=PerChannel(0)))
     turned = np.abs(channels.quantize(w) - channels.quantize(w[:, ::-1]))
     assert channels.steps_between(w, w[:, ::-1]).tolist() == turned.reshape(-1).tolist()
+
+
+def test_steps_between_counts_codes():
+    """On one grid only values that differ are looked at; with a scale for each channel all are."""
+    a, b = np.array([[0.0, 1.0], [2.0, -1.0]], np.float32), np.array([[0.0, 1.5], [2.0, 3.0]], np.float32)
+    one = Encoding(8, True, True, np.float32(0.5), np.int32(0))
+    assert one.steps_between(a, b).tolist() == [1, 8]
+    channels = Encoding(8, True, True, np.array([0.5, 1.0], np.float32), np.zeros(2, np.int32), PerChannel(0))
+    assert channels.steps_between(a, b).tolist() == [0, 1, 0, 4]

@@ -20,7 +20,7 @@ from bitwright.grids import (
     pair_sums,
 )
 from bitwright.grids._pair_sums import fitted_scale
-from bitwright.verification._integer_kernels import accumulate
+from bitwright.verification._integer_kernels import accumulate, matmul
 
 INPUTS = Encoding(8, False, False, np.float32(1), np.int32(3), PerTensor())
 
@@ -145,3 +145,20 @@ def test_only_channels_that_need_it_are_raised():
     assert 1.8 < limited.scale[1] / plain.scale[1] < 1.93  # 127 + 114.3 becomes 128, with a code each to spare
     assert saturation.bound(plain.quantize(weight)).channels.tolist() == [False, True, False]
     assert not saturation.bound(limited.quantize(weight)).channels.any()
+
+
+@pytest.mark.parametrize("zero", [-128, 0, 127])
+def test_accumulators_are_exact_beyond_what_float32_counts(zero):
+    """2,001 products of which the sum is odd and above 2**24, wherever the zero point lies."""
+    inputs = Encoding(8, True, False, np.float32(1), np.int32(zero), PerTensor())
+    code = 127 if zero < 127 else -128
+    codes, weight = np.full((1, 2001), code), np.full((1, 2001), 127, np.int8)
+    if zero == 0:
+        weight = weight - np.arange(2001) % 2 * 2
+    exact = int(((codes - zero) * weight.astype(int)).sum())
+    assert abs(exact) > 2**24 and exact % 2
+    assert accumulate(LINEAR, codes, inputs, weight, None).tolist() == [[exact]]
+    other = Encoding(8, False, False, np.float32(1), np.int32(0), PerTensor())
+    right = np.abs(weight.astype(np.int32)).T
+    assert matmul(codes.astype(np.int32), inputs, right, other).tolist() == [[exact]]
+    assert matmul(right.T, other, codes.astype(np.int32).T, inputs).tolist() == [[exact]]

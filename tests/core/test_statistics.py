@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as npst
 
 from bitwright.backend._taps import thinned
 from bitwright.errors import InputError
-from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Statistic
+from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Request, Statistic, finite
 
 FLOATS = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 
@@ -228,3 +228,21 @@ def test_thinning_takes_the_same_values_in_every_layout(shape, step, data):
     moved = np.moveaxis(x, 1, axis)
     np.testing.assert_array_equal(thinned(moved, step, axis), expected)
     np.testing.assert_array_equal(thinned(np.ascontiguousarray(moved), step, axis), expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_seen(bad):
+    well = np.array([-3.0, 2.0], np.float32)
+    assert finite([well, np.zeros((0, 2), np.float32)])
+    assert not finite([well, np.array([1, bad, 2], np.float32)])
+
+
+def test_what_is_held_is_told_in_bytes():
+    """24 octaves on either side of zero, 2**precision counts of 8 bytes in each."""
+    assert HistogramStatistic.bytes_for() == 2 * 24 * 512 * 8
+    assert HistogramStatistic.bytes_for(3, 7) == 3 * 2 * 24 * 128 * 8
+
+
+def test_what_is_asked_for_is_needed_unless_it_says_otherwise():
+    request = Request("key", ("a", "b"), RangeStatistic, ("simulated",))
+    assert (request.optional, request.memory, request.sources) == (False, 0, ("simulated", "simulated"))

@@ -5,9 +5,9 @@
     python tests/mutants/mutants.py --module grid        of one module alone
 
 Each mutant is imported in place of its module in a forked process, so that no file is touched, and meets the tests that
-execute its line (of a line that runs at import, those that execute its module), the quick ones first. It is killed if
-one fails, they can't be collected, or they compute for longer than `--timeout`. What can't be told apart by any test is
-listed with its reason in equivalent.toml. The exit status is 1 if less than `--floor` percent are killed.
+execute its line (a line that runs at import meets all), the quick ones first. It is killed if one fails, they can't be
+collected, or they compute for much longer than without it. What can't be told apart by any test is listed with its
+reason in equivalent.toml. The exit status is 1 if less than `--floor` percent are killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -311,11 +310,17 @@ class Witnesses:
             self._lines = {module: data.contexts_by_lineno(str(file)) for module, file in files.items()}
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Node ids, the quickest first; none where no test executes the module."""
+        """Node ids, the quickest first; of a line that runs at import all, those that execute its module first."""
         lines = self._lines[mutant.module]
         found = set().union(*(lines.get(n, ()) for n in range(mutant.first, mutant.line + 1))) - {""}
-        found = found or set().union(*lines.values()) - {""}
-        return sorted(found, key=lambda test: (self._seconds[test], test))
+        if found:
+            return sorted(found, key=lambda test: (self._seconds[test], test))
+        near = set().union(*lines.values())
+        return sorted(self._seconds, key=lambda test: (test not in near, self._seconds[test], test))
+
+    def seconds(self, tests: Sequence[str]) -> float:
+        """How long tests take, traced."""
+        return sum(self._seconds[test] for test in tests)
 
 
 def chosen(count: int, seed: int, only: str | None) -> list[tuple[Mutant, str]]:
@@ -339,7 +344,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", help="only modules with this in their names")
-    parser.add_argument("--timeout", type=float, default=60, help="processor seconds that a mutant's tests may take")
+    parser.add_argument("--timeout", type=float, default=60, help="processor seconds beside five times the usual")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried side by side")
     parser.add_argument("--floor", type=float, default=95, help="percent that have to be killed")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
@@ -357,10 +362,13 @@ def main() -> int:
     del hypothesis, np, pydantic, pytest
     assert not any(name.partition(".")[0] == "bitwright" for name in sys.modules)
     witnesses = Witnesses(SUBJECTS, 20 * asked.timeout)
-    work = [(mutant, source, witnesses.of(mutant)) for mutant, source in sample]
+    work = []
+    for mutant, source in sample:
+        tests = witnesses.of(mutant)
+        work.append((mutant, source, tests, asked.timeout + 5 * witnesses.seconds(tests)))
     survivors = 0
     with multiprocessing.get_context("fork").Pool(asked.jobs) as pool:
-        for told in pool.imap(partial(judged, seconds=asked.timeout), work):
+        for told in pool.imap(judged, work):
             survivors += bool(told)
             print(told, end="\n" if told else "", flush=True)
     killed = 100 * (1 - survivors / max(1, len(sample)))
@@ -368,9 +376,9 @@ def main() -> int:
     return int(killed < asked.floor)
 
 
-def judged(item: tuple[Mutant, str, list[str]], seconds: float) -> str:
+def judged(item: tuple[Mutant, str, list[str], float]) -> str:
     """What survives, described; nothing of one that is killed."""
-    mutant, source, tests = item
+    mutant, source, tests, seconds = item
     finder = _Finder(mutant.module, path_of(mutant.module), mutant.text(source))
     if tests and not tried(tests, seconds, lambda: sys.meta_path.insert(0, finder)).well:
         return ""

@@ -96,7 +96,7 @@ def test_average_pool_equals_the_runtime(seed, include):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("classes", [2, 7, 100])
+@pytest.mark.parametrize("classes", [2, 7, 100, 1500])
 def test_softmax_equals_the_runtime(seed, classes):
     rng = np.random.default_rng(seed)
     a, y = uint8(rng.uniform(0.01, 0.15), rng.integers(0, 256)), uint8(rng.choice([1 / 256, 1 / 255, 0.003]), 0)
