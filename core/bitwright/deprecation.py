@@ -87,7 +87,7 @@ def renamed_parameter(old: str, new: str, *, since: str, removed: str) -> Callab
 
 def _warn_in(cls: type, message: str) -> None:
     """Instances of the class itself warn; of a subclass too, since it is built on what goes."""
-    made = cls.__init__
+    made = cls.__init__  # type: ignore[misc]  # of this very class, which is what is wrapped
 
     @functools.wraps(made)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
