@@ -180,7 +180,10 @@ def test_wrong_data(make, message):
 def test_wrong_data_for_several_inputs():
     ids, mask = np.zeros((6, 5), int), np.ones((6, 5))
     for source, message in [
-        (ids, "one array for a model with 2 inputs; give a mapping with 'ids', 'mask'"),
+        (
+            ids,
+            "one array for a model with 2 inputs; give a mapping with 'ids', 'mask', or a list of batches that are tuples",
+        ),
         ({"ids": ids}, "no array for input 'mask'"),
         ({"ids": ids, "mask": mask[:4]}, "different numbers of samples: 'ids' 6, 'mask' 4"),
         ([(ids, mask[:4])], "batch 0: the inputs hold different numbers of samples"),

@@ -27,7 +27,8 @@ def single_input(specs: InputSpecs) -> str:
     """
     if len(specs) != 1:
         raise InputError(
-            f"one array for a model with {len(specs)} inputs; give a mapping with {', '.join(map(repr, specs))}"
+            f"one array for a model with {len(specs)} inputs; give a mapping with {', '.join(map(repr, specs))}, "
+            "or a list of batches that are tuples in this order"
         )
     return next(iter(specs))
 
