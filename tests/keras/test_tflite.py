@@ -295,6 +295,7 @@ def _sequences(kind: str) -> Any:
     return keras.Model(ids, L.Flatten(name="end")(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*no .h5 is written:UserWarning")
 @pytest.mark.parametrize("kind", ["dense", "attention", "convolution"])
 def test_verify_reads_tensors_that_litert_keeps_with_merged_axes(kind: str, tmp_path: Path) -> None:
     """It flattens (samples, steps, features) before a linear layer, and has 1-D convolutions as 2-D ones."""
