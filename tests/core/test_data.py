@@ -182,7 +182,7 @@ def test_wrong_data_for_several_inputs():
     for source, message in [
         (
             ids,
-            "one array for a model with 2 inputs; give a mapping with 'ids', 'mask', or a list of batches that are tuples",
+            "2 inputs; give a mapping with 'ids', 'mask', or a list of batches that are tuples",
         ),
         ({"ids": ids}, "no array for input 'mask'"),
         ({"ids": ids, "mask": mask[:4]}, "different numbers of samples: 'ids' 6, 'mask' 4"),
