@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -77,87 +77,25 @@ def test_every_plugin_and_every_other_folder_is_described():
 # -- floors
 
 
-def floors() -> dict[str, int]:
-    """Room → floor, as drawn."""
-    drawn = re.findall(r"│ +(\d+)  ((?:\w+(?: {2})?)+) *│", part("The picture"))
-    return {room: int(floor) for floor, rooms in drawn for room in rooms.split()}
+def floors(picture: str) -> list[set[str]]:
+    """The rooms on each floor, from the top, as drawn: number, names, and what they are."""
+    drawn = re.findall(r"│ +(\d+)  (\w+(?: · \w+)*) {2,}", picture)
+    assert [int(number) for number, _ in drawn] == list(reversed(range(len(drawn))))
+    return [set(names.split(" · ")) for _, names in drawn]
 
 
-def imports(source: str) -> Iterator[str]:
-    """Rooms of the core that a module imports: late imports and those for types too."""
-    for node in ast.walk(ast.parse(source)):
-        wanted: list[str] = []
-        if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            wanted = [f"{node.module}.{a.name}" if node.module == "bitwright" else node.module for a in node.names]
-        yield from (name.split(".")[1] for name in wanted if name.startswith("bitwright."))
+def contract() -> list[set[str]]:
+    """The layers that import-linter holds, from the top; private modules of the package itself are no rooms."""
+    linted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (c["layers"] for c in linted if c["type"] == "layers" and c["containers"] == ["bitwright"])
+    rooms = [{room for room in layer.split(" | ") if not room.startswith("_")} for layer in layers]
+    return [layer for layer in rooms if layer]
 
 
-def climbing(sources: Iterable[tuple[str, str]]) -> list[str]:
-    """Imports that don't lead down: "room → room"."""
-    drawn = floors()
-    return [
-        f"{room} → {other}"
-        for room, source in sources
-        for other in imports(source)
-        if other != room and other in drawn and drawn[other] >= drawn[room]
-    ]
-
-
-def test_rooms_import_what_is_drawn_below_them():
-    drawn = floors()
-    assert set(drawn) == {room.removesuffix(".py") for room in core_rooms()}
-    assert sorted(set(drawn.values())) == list(range(len(set(drawn.values()))))
-    sources = [
-        (path.relative_to(CORE).parts[0].removesuffix(".py"), path.read_text(encoding="utf-8"))
-        for path in CORE.rglob("*.py")
-    ]
-    assert not climbing((room, source) for room, source in sources if room in drawn)
-
-
-def test_climbing_is_seen():
-    assert climbing([("grids", "def f():\n    from bitwright.placement import Plan")]) == ["grids → placement"]
-    assert climbing([("graph", "from bitwright import grids")]) == ["graph → grids"]
-    typed = "if TYPE_CHECKING:\n    from bitwright.simulation import QuantSim"
-    assert climbing([("bundle", typed)]) == ["bundle → simulation"]
-    assert not climbing([("placement", "from bitwright.grids import Grid"), ("cli", "from bitwright import QuantSim")])
-
-
-def reaching_in(path: Path, source: str) -> list[str]:
-    """Private modules of the core that a file outside of their room imports."""
-    parts = path.parts
-    room = f"bitwright.{parts[2].removesuffix('.py')}." if parts[:2] == ("core", "bitwright") else "nothing"
-    private = re.findall(r"^\s*(?:from|import) (bitwright\.\w+)(?:\.(_\w+)| import (_\w+))", source, re.M)
-    return [
-        f"{home}.{a or b}" for home, a, b in private if not f"{home}.".startswith(room) and not (a + b).startswith("__")
-    ]
-
-
-def test_private_modules_are_imported_in_their_room_alone():
-    files = [
-        p for folder in ("core", "backends", "plugins", "examples", "benchmarks") for p in (ROOT / folder).rglob("*.py")
-    ]
-    found = {
-        str(path.relative_to(ROOT)): names
-        for path in files
-        if (names := reaching_in(path.relative_to(ROOT), path.read_text(encoding="utf-8")))
-    }
-    assert not found
-
-
-@pytest.mark.parametrize(
-    ("path", "line", "found"),
-    [
-        ("backends/bitwright_onnx/backend.py", "from bitwright.grids._grid import Grid", ["bitwright.grids._grid"]),
-        ("core/bitwright/graph/_graph.py", "    from bitwright.grids import _grid", ["bitwright.grids._grid"]),
-        ("core/bitwright/technique.py", "import bitwright.grids._grid as g", ["bitwright.grids._grid"]),
-        ("core/bitwright/grids/_encoding.py", "from bitwright.grids._grid import Grid", []),
-        ("plugins/bitwright_search/costs.py", "from bitwright.grids import Grid", []),
-    ],
-)
-def test_reaching_in_is_seen(path, line, found):
-    assert reaching_in(Path(path), line) == found
+def test_the_floors_are_those_that_the_import_rules_hold():
+    drawn = floors(part("The picture"))
+    assert drawn == contract()
+    assert set().union(*drawn) == {room.removesuffix(".py") for room in core_rooms()}
 
 
 def test_the_picture_has_every_backend_and_plugin():
