@@ -51,7 +51,7 @@ SOURCES: Mapping[str, Source] = {
         "foreign_onnx", "`onnx.backend.test`: every operator, and converted models", 32, ("onnx", "onnxruntime")
     ),
     "torch": Source("foreign_torch", "PyTorch's own list of operators (`op_db`), with its samples", 64, ("torch",)),
-    "keras": Source("foreign_keras", "every layer class of `keras.layers`", 32, ("keras", "tensorflow")),
+    "keras": Source("foreign_keras", "every layer class of `keras.layers`", 32, ("keras", "tensorflow-cpu")),
 }
 
 
@@ -191,7 +191,7 @@ def table(results: Mapping[str, Any]) -> str:
         cells = [f"{title} ({versions})", examined, f"{ran:,}", f"{kinds[OK]:,}", kinds[REFUSED], lost, kinds["wrong"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for source, held in results.items():
-        for what, label in (("refused", "Refused"), ("limited", "Not comparable at 16 bits")):
+        for what, label in (("refused", "Refused"), ("limited", "Not comparable in all steps")):
             if held[what]:
                 lines += ["", f"{label}, {source}:", ""]
                 lines += [f"- {count}: {why}" for why, count in held[what].items()]

@@ -17,7 +17,7 @@ from simulated import Setup, conv_setup, setup  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright.backend import Tap  # noqa: E402
-from bitwright.errors import InputError  # noqa: E402
+from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
@@ -355,3 +355,20 @@ def test_a_fresh_export_passes_the_check(target: str, tmp_path: Path) -> None:
     held["activation_encodings"] = [e for e in held["activation_encodings"] if e["name"] != "a.output"]
     bundle.files["encodings"].write_text(json.dumps(held))
     assert main([*said, "--target", target]) == 1
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        first, second = torch.unsafe_chunk(self.linear(x), 2)
+        return first - second
+
+
+def test_what_the_optimizer_behind_the_exporter_breaks_on_is_an_error_that_names_the_op(tmp_path):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    sim = QuantSim(Halves().eval(), x).calibrate({"x": x.numpy()})
+    with pytest.raises(ModelError, match=r"onnxscript fails.*split"):
+        sim.export(tmp_path)

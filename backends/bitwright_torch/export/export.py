@@ -292,7 +292,16 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
     for value in hidden:
         value.const_value = None
     given = [value.name for value in inputs]
-    optimize_ir(exported)
+    try:
+        optimize_ir(exported)
+    except Exception as error:
+        told = error
+        while isinstance(told.__cause__, RuntimeError):
+            told = told.__cause__
+        raise ModelError(
+            f"torch.onnx can't export the model: the optimizer of onnxscript fails: {told}. Write the op that it names "
+            "otherwise (sizes that don't depend on the batch, most often)"
+        ) from error
     for value, name in zip(inputs, given, strict=True):
         if value.name != name:  # an output that is an input has taken its name
             for node in graph:
