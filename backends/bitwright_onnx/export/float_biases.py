@@ -33,9 +33,9 @@ def split_large_biases(
         bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2 else None
         if node.domain or bias is None or bias.const_value is None or node.attributes.get_float("beta", 1.0) != 1.0:
             continue
-        scales = _scale(node.inputs[0]), _scale(node.inputs[1])
+        source, weight = _scale(node.inputs[0]), _scale(node.inputs[1])
         values = np.asarray(tensor_array(bias.const_value))
-        if scales[0] is None or scales[1] is None or fits_accumulator(values, *scales):
+        if source is None or weight is None or fits_accumulator(values, source, weight):
             continue
         if node.op_type != "Gemm":
             rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
