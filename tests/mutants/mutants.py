@@ -333,7 +333,7 @@ def chosen(count: int, seed: int, only: str | None) -> list[tuple[Mutant, str]]:
             source = path_of(module).read_text(encoding="utf-8")
             for mutant in mutants(module, source):
                 was, now = (line[6:] for line in mutant.described(source).splitlines()[1:])
-                if (module, was, now) not in same:
+                if not same & {(module, was, now), (module, was, "*")}:
                     found.append((mutant, source))
     return sorted(random.Random(seed).sample(found, min(count, len(found))), key=lambda m: (m[0].module, m[0].start))
 
