@@ -117,7 +117,7 @@ def settle(net: Any, x: Any) -> None:
 
 def decibels(signal: list[np.ndarray], noisy: list[np.ndarray]) -> float:
     """Signal to noise of the worst float output; infinite where equal."""
-    from bitwright.verification import sqnr
+    from bitwright.verify import sqnr
 
     return min((sqnr(a, b) for a, b in zip(signal, noisy, strict=True) if a.dtype.kind == "f"), default=float("nan"))
 

@@ -34,7 +34,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import verify  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 
 console = Console(width=120)
 images, labels = photos(arguments.images)

@@ -80,7 +80,7 @@ with tempfile.TemporaryDirectory() as folder:
 
     import keras
 
-    from bitwright.verification import sqnr, verify
+    from bitwright.verify import sqnr, verify
 
     wanted = keras.models.load_model(model, compile=False).predict(evaluation, verbose=0)
     loaded = np.load(work / "plain.npz")

@@ -22,7 +22,7 @@ from rich.table import Table
 from text_orientation import CALIBRATION_LINES, TEST_LINES, dataset, model_path, sentences
 
 from bitwright.simulation import QuantSim
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--json", type=Path)

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from keras import layers  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
-from bitwright.verification import verify  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 
 
 def images(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:

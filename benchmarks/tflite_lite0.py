@@ -21,7 +21,7 @@ from imagenet import photos
 from lite0_frameworks import keras_model
 
 from bitwright import QuantSim
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 
 def main() -> None:

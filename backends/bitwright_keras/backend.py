@@ -74,7 +74,7 @@ class KerasBackend:
         if isinstance(model, KerasModel):
             return model
         if not isinstance(model, keras.Model):
-            raise InputError(f"a {type(model).__name__} is no Keras model")
+            raise InputError(f"a {type(model).__name__} is not a Keras model")
         return normalize(model, sample)
 
     def graph(self, model: KerasModel) -> Graph:

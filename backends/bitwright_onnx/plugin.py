@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.plugins import BackendInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, hookimpl
 
 # Field numbers of onnx.ModelProto (onnx.proto3): ir_version 1, producer_name 2, producer_version 3, domain 4,
 # model_version 5, doc_string 6, graph 7, opset_import 8, metadata_props 14, training_info 20, functions 25.

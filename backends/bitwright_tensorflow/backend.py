@@ -58,7 +58,7 @@ class TensorFlowBackend:
         if not path.exists():
             raise InputError(f"there is no model {str(path)!r}")
         if form not in _OPTIONS:
-            raise InputError(f"{path} is no TensorFlow model: a SavedModel folder, a .pb or a .meta")
+            raise InputError(f"{path} is not a TensorFlow model: a SavedModel folder, a .pb or a .meta")
         if unknown := sorted(set(options) - _OPTIONS[form]):
             known = ", ".join(sorted(_OPTIONS[form]))
             raise InputError(f"{path} is opened without the option {unknown[0]!r}; there is {known}")

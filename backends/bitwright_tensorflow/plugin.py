@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.plugins import BackendInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, hookimpl
 
 
 @hookimpl

@@ -100,7 +100,7 @@ class TorchBackend:
         if isinstance(model, ExportedProgram):
             return load_exported(model)
         if not isinstance(model, nn.Module):
-            raise InputError(f"a {type(model).__name__} is no PyTorch module")
+            raise InputError(f"a {type(model).__name__} is not a PyTorch module")
         if sample is None:
             raise InputError(
                 f"{type(model).__name__} needs a sample batch to be captured: QuantSim(model, sample, …), a tensor, a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.plugins import BackendInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, hookimpl
 
 
 @hookimpl

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from bitwright.plugins import registry
     from bitwright.runs import RunDirectory
     from bitwright.simulation import QuantSim
-    from bitwright.verification import validate
+    from bitwright.verify import validate
 
 from bitwright._version import __version__
 
 __all__ = ["QuantSim", "RunDirectory", "__version__", "registry", "validate"]
 
 
-_HOMES = {"QuantSim": "simulation", "RunDirectory": "runs", "validate": "verification"}
+_HOMES = {"QuantSim": "simulation", "RunDirectory": "runs", "validate": "verify"}
 
 
 def __getattr__(name: str) -> Any:

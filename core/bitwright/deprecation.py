@@ -110,5 +110,5 @@ def _minor(version: str) -> tuple[int, int]:
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        raise InputError(f"{version!r} is no version of the form MAJOR.MINOR") from None
+        raise InputError(f"{version!r} is not a version of the form MAJOR.MINOR") from None
     return major, minor

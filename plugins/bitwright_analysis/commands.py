@@ -195,7 +195,7 @@ def validate(
 
     from bitwright.cli import console
     from bitwright.errors import CheckFailed
-    from bitwright.verification import validate as run
+    from bitwright.verify import validate as run
     from bitwright_analysis.hints import architecture_hints
 
     found = run(model, target=target, weights=weights, activations=activations)

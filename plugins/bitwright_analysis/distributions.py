@@ -210,7 +210,7 @@ def _typical(values: HistogramStatistic) -> float:
 
 
 def thinning(shape: tuple[int | None, ...] | None) -> int:
-    """Count every so-manieth value of a sample; no divisor in common with any dimension, so that all are met alike."""
+    """Count every n-th value of a sample; no divisor in common with any dimension, so that all are met alike."""
     if shape is None or len(shape) < 2 or None in shape[1:]:
         return 1
     sizes = [d for d in shape[1:] if d is not None]

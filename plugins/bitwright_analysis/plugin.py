@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.plugins import ToolInfo, hookimpl
+from bitwright.hookspecs import ToolInfo, hookimpl
 
 
 @hookimpl

@@ -141,7 +141,7 @@ class Evaluation:
         """What it gives for the simulation as it is set now.
 
         Raises:
-            InputError: the result is no finite number.
+            InputError: the result is not a finite number.
         """
         result = self._evaluate(simulation.model)
         try:

@@ -40,7 +40,7 @@ def layer_outputs(
 ) -> None:
     """Write each layer's output, one folder a sample, as the tools of targets dump and compare them.
 
-    A model file that is no export can only be dumped with --float.
+    A model file that is not an export can only be dumped with --float.
     """
     from bitwright.cli import console
     from bitwright_analysis.exported import exported

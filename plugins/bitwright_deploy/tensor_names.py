@@ -35,7 +35,7 @@ def matched(wanted: Mapping[str, str], offered: Iterable[str]) -> dict[str, str]
     """For each tensor, the offered name that means it; tensors without one are left out.
 
     A name is taken if it is the tensor's or its file's, then if both are equal when `plain`. A plain name that several
-    tensors have, or several offers, is no match.
+    tensors have, or several offers, is not a match.
 
     Args:
         wanted: tensor → its file's stem.

@@ -18,7 +18,7 @@ from bitwright.grids import PerTensor
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike
-from bitwright.verification import Validation, validate
+from bitwright.verify import Validation, validate
 from bitwright_search.auto_advice import advise
 from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.auto_result import AutoQuantResult

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.plugins import AutoStage, TechniqueInfo, hookimpl
+from bitwright.hookspecs import AutoStage, TechniqueInfo, hookimpl
 
 
 @hookimpl

@@ -13,7 +13,7 @@ from bitwright.graph import ConvAttrs, Graph, Op, OpKind, Param, ParamRole, Tens
 from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_from_range, encoding_of_weights
 from bitwright.progress import Silent
 from bitwright.statistics import HistogramStatistic
-from bitwright.verification._integer import IntegerSimulation
+from bitwright.verify._integer import IntegerSimulation
 from bitwright_analysis.accumulators import accumulators, overflowing, width_of
 from bitwright_analysis.distributions import activation_distributions, cumulative, parameter_distributions
 from bitwright_analysis.imbalance import equalized, imbalances, input_ranges, output_ranges, precision

@@ -8,7 +8,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 
 from bitwright import QuantSim  # noqa: E402
-from bitwright.verification import verify  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 
 
 def feeds(count=6):

@@ -150,8 +150,8 @@ def bad(values, at=(7, 1, 2)):
 WRONG = [
     (lambda: np.zeros((0, 3, 4)), "the data are empty"),
     (lambda: [], "the data are empty"),
-    (lambda: {"y": X}, "no array for input 'x'; array 'y' is no input of the model"),
-    (lambda: {"x": X, "y": X}, "array 'y' is no input of the model; the model's inputs are 'x'"),
+    (lambda: {"y": X}, "no array for input 'x'; array 'y' is not an input of the model"),
+    (lambda: {"x": X, "y": X}, "array 'y' is not an input of the model; the model's inputs are 'x'"),
     (lambda: X[..., :3], r"input 'x': shape \[8, 3, 3\], but the model takes \[\?, 3, 4\] \(axis 2\)"),
     (lambda: X[0], r"shape \[3, 4\], but the model takes \[\?, 3, 4\]; add a samples axis in front, x\[None\]"),
     (lambda: bad(np.nan), r"input 'x': NaN values in sample 7 \(1 such\)"),
@@ -232,7 +232,7 @@ def test_wrong_files(tmp_path):
         ("text.npz", "expected a file written by numpy.save"),
         ("other.npz", "can't read"),
         ("x.csv", "give a .npz, a .npy or a folder of images"),
-        ("names.npz", "no array for input 'x'; array 'a' is no input"),
+        ("names.npz", "no array for input 'x'; array 'a' is not an input"),
     ]:
         with pytest.raises(InputError, match=message) as error:
             open_data(tmp_path / name, ONE)

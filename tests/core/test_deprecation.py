@@ -79,7 +79,7 @@ def test_a_renamed_parameter_takes_the_old_keyword():
         ("0.3", "0.3", "works for a minor version at least after 0.3"),
         ("0.2", "0.3", "was to go in 0.3, and this is 0.3.1: remove it"),
         ("0.1", "0.2", "was to go in 0.2"),
-        ("soon", "0.4", "'soon' is no version"),
+        ("soon", "0.4", "'soon' is not a version"),
     ],
 )
 def test_dates_that_are_over_or_none_are_refused(since, removed, message):

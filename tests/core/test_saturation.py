@@ -20,7 +20,7 @@ from bitwright.grids import (
     pair_sums,
 )
 from bitwright.grids._pair_sums import fitted_scale
-from bitwright.verification._integer_kernels import accumulate, matmul
+from bitwright.verify._integer_kernels import accumulate, matmul
 
 INPUTS = Encoding(8, False, False, np.float32(1), np.int32(3), PerTensor())
 

@@ -28,7 +28,7 @@ def _same(layer: str, *ranks: int, **options: Any) -> dict[str, tuple[Shapes, Ca
 
 
 def _dense_after(call: Call) -> Call:
-    """A layer between two dense ones, so that its input is no model input and its output no model output."""
+    """A layer between two dense ones, so that its input is not a model input and its output no model output."""
     return lambda x: L.Dense(3)(call(L.Dense(6)(x)))
 
 

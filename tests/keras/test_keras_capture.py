@@ -15,7 +15,7 @@ from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import ConvAttrs, OpKind, ParamRole  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
-from bitwright.verification import validate  # noqa: E402
+from bitwright.verify import validate  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.capture.normalize import CaptureNotice  # noqa: E402
 from bitwright_keras.graph.native import keras_model  # noqa: E402

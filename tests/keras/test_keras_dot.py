@@ -7,7 +7,7 @@ import pytest
 
 from bitwright import QuantSim
 from bitwright.graph import OpKind, ProductAttrs
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 keras = pytest.importorskip("keras")
 

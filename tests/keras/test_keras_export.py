@@ -22,7 +22,7 @@ from bitwright import QuantSim, formats  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.bundle import check_bundle, read_encodings  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.capture.files import load_model  # noqa: E402
 from bitwright_keras.export.export import export, save_saved_model  # noqa: E402

@@ -14,7 +14,7 @@ from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(1, 999, (32, 6)).astype(np.float32)
 

@@ -22,7 +22,7 @@ from bitwright import QuantSim  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import BitwrightError  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"

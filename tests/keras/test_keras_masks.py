@@ -14,7 +14,7 @@ from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 S, D, N = 12, 16, 24
 KEPT = np.tile(np.arange(S) < 8, (N, 1, 1))

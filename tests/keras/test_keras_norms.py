@@ -14,7 +14,7 @@ from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 D = 32
 GAMMA = np.random.default_rng(1).uniform(0.5, 1.5, D).astype(np.float32)

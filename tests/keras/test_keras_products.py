@@ -15,7 +15,7 @@ from keras import ops  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 X = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
 

@@ -25,7 +25,7 @@ from keras import layers as L  # noqa: E402
 from bitwright import QuantSim  # noqa: E402
 from bitwright.cli import main  # noqa: E402
 from bitwright.placement import OwnForms, SiteKind  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 
 
 def conv(filters: int, **options: Any) -> Any:

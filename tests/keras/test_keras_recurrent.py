@@ -21,7 +21,7 @@ import onnxruntime as ort  # noqa: E402
 from keras import layers as L  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 
 
 def states(kind: Any, **options: Any) -> Any:

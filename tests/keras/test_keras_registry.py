@@ -4,7 +4,8 @@ import importlib.machinery
 import sys
 import types
 
-from bitwright.plugins import BackendInfo, Registry, hookimpl
+from bitwright.hookspecs import BackendInfo, hookimpl
+from bitwright.plugins import Registry
 from bitwright.testing.reference import ReferenceBackend
 
 

@@ -23,7 +23,7 @@ from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind, ParamRole  # noqa: E402
 from bitwright.grids import Encoding, PerChannel  # noqa: E402
 from bitwright.placement import Derived, SiteKind  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 from bitwright_keras.export.export import export  # noqa: E402
 from bitwright_keras.export.litert import LiteRtSession  # noqa: E402
 from bitwright_keras.export.tflite_file import TfliteFile  # noqa: E402

@@ -40,7 +40,7 @@ SUBJECTS = (
     "bitwright.grids._gradients",
     "bitwright.calibration._ranges",
     "bitwright.graph._linear_form",
-    "bitwright.verification._integer_kernels",
+    "bitwright.verify._integer_kernels",
     "bitwright.bundle._saturation",
     "bitwright.grids._pair_sums",
     "bitwright.calibration._base",

@@ -24,7 +24,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright.report import digest, read_report
 from bitwright.report._seal import named, seal
 from bitwright.runs import of_file
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 N = onnx.helper.make_node
 FLOAT = onnx.TensorProto.FLOAT

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitwright import QuantSim
 from bitwright.cli import main
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 N = helper.make_node
 NETS = {

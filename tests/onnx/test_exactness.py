@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from bitwright import QuantSim
 from bitwright.targets import load_target
-from bitwright.verification import Verification, verify
-from bitwright.verification import _integer_kernels as kernels
+from bitwright.verify import Verification, verify
+from bitwright.verify import _integer_kernels as kernels
 
 PER_TENSOR = load_target("default").config.model_dump(mode="json", exclude_none=True)
 PER_TENSOR["defaults"]["per_channel_quantization"] = False
@@ -125,8 +125,8 @@ def test_a_changed_scale_in_the_quantized_file_is_a_problem(kind, tensor, tmp_pa
 
 
 def test_another_runtime_covers_nothing():
-    from bitwright.verification._exactness import Examination
-    from bitwright.verification._integer import IntegerSimulation
+    from bitwright.verify._exactness import Examination
+    from bitwright.verify._integer import IntegerSimulation
 
     model, data = NETS["conv_relu"]()
     sim = QuantSim(model).calibrate(data)
@@ -140,7 +140,7 @@ def test_another_runtime_covers_nothing():
 
 def test_the_runtime_s_operands_are_computed_with():
     """Ops whose operands the plain run had as well aren't computed again; those that got others are."""
-    from bitwright.verification._integer import IntegerSimulation
+    from bitwright.verify._integer import IntegerSimulation
 
     model, data = NETS["squeeze_excite"]()
     sim = QuantSim(model).calibrate(data)

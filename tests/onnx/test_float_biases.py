@@ -10,7 +10,7 @@ from builders import ModelBuilder
 
 from bitwright import QuantSim
 from bitwright.calibration import fits_accumulator
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 
 def net(kind, size, **attributes):

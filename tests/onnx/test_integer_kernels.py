@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitwright.graph import ConvAttrs, Op, OpKind, PoolAttrs
 from bitwright.grids import Encoding, Grid, PerChannel
-from bitwright.verification import _integer_kernels as kernels
+from bitwright.verify import _integer_kernels as kernels
 
 F = np.float32
 

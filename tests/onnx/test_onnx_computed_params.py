@@ -9,7 +9,7 @@ import pytest
 
 from bitwright.bundle import check_bundle
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 
 DATA = {"x": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
 

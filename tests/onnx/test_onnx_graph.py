@@ -18,7 +18,7 @@ from bitwright.graph import (
     to_matrix,
 )
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 from bitwright_onnx.backend import OnnxBackend
 
 BACKEND = OnnxBackend()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 
 IDS = np.random.default_rng(0).integers(1, 999, (32, 6)).astype(np.float32)
 

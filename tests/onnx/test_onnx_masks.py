@@ -10,7 +10,7 @@ import pytest
 from bitwright.errors import InputError
 from bitwright.placement import Float
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 
 S, D, N = 12, 16, 24
 KEPT = np.arange(S) < 8

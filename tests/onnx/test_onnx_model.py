@@ -16,7 +16,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import ParamRole
 from bitwright.placement import Float
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.graph.opset import opset_of, raise_opset
 from bitwright_onnx.graph.subgraph import values_of
@@ -329,7 +329,7 @@ def test_links_that_lead_elsewhere_are_refused(cache, tmp_path, how):
     elif how == "folder":
         (snapshot / "f").symlink_to(tmp_path)
         location = "f/secret"
-    elif how == "copied model":  # a model that is no link has no blobs
+    elif how == "copied model":  # a model that is not a link has no blobs
         secret.rename(blobs / "bb")
         (snapshot / "m.onnx").unlink()
         (snapshot / "m.onnx").write_bytes((blobs / "aa").read_bytes())
@@ -373,9 +373,9 @@ def test_foreign_files(tmp_path, content):
 def test_missing_files_folders_and_other_objects(tmp_path):
     with pytest.raises(InputError, match="no model file"):
         BACKEND.load(tmp_path / "none.onnx")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         BACKEND.load(tmp_path)
-    with pytest.raises(InputError, match="a dict is no ONNX model"):
+    with pytest.raises(InputError, match="a dict is not an ONNX model"):
         BACKEND.adopt({})
     with pytest.raises(InputError, match="no custom-op library"):
         BACKEND.adopt(b.mlp(), custom_ops=[tmp_path / "lib.so"])

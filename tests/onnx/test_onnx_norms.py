@@ -11,7 +11,7 @@ import pytest
 from bitwright.backend import NonFiniteWarning
 from bitwright.errors import ModelError
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr
+from bitwright.verify import sqnr
 
 D = 32
 TARGETS = ("default", "per_tensor", "htp_v66", "htp_v73", "generic-int8", "onnxruntime-cpu")

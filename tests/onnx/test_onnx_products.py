@@ -10,7 +10,7 @@ import pytest
 
 from bitwright.graph import OpKind
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr, verify
+from bitwright.verify import sqnr, verify
 
 RNG = np.random.default_rng(0)
 DATA = {"a": RNG.standard_normal((8, 8)).astype(np.float32), "c": RNG.standard_normal((8, 8)).astype(np.float32)}

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bitwright import QuantSim
 from bitwright.bundle import check_bundle
 from bitwright.graph import SetBias, SetParams, SplitSharedParam
-from bitwright.verification import sqnr, verify
+from bitwright.verify import sqnr, verify
 from bitwright_onnx.backend import OnnxBackend
 
 node = helper.make_node

@@ -17,8 +17,8 @@ from bitwright.bundle import _saturation as saturation
 from bitwright.bundle._plain import plain_view
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.simulation import QuantSim
-from bitwright.verification import _integer_kernels as integer_kernels
-from bitwright.verification import sqnr, verify
+from bitwright.verify import _integer_kernels as integer_kernels
+from bitwright.verify import sqnr, verify
 from bitwright_onnx.export import plain_session
 from bitwright_onnx.export.plain_session import PlainSession, keep_exact, risks_of, saturates_here
 from bitwright_onnx.export.runtime import runtime_ops

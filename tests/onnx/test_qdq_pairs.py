@@ -110,7 +110,7 @@ def test_nothing_to_read(case, tmp_path):
 
 @pytest.mark.parametrize("listed", ["all", "root"], ids=["every site listed", "only what grids are shared with"])
 def test_the_grid_of_a_bias_is_checked_behind_ops_that_move_values(tmp_path, listed):
-    """`m` is no site: an Identity behind a Reshape; the file may list only the tensor whose grid is passed on."""
+    """`m` is not a site: an Identity behind a Reshape; the file may list only the tensor whose grid is passed on."""
     rng = np.random.default_rng(0)
     held = [("w", rng.normal(size=(8, 3)).astype(np.float32)), ("b", rng.normal(size=3).astype(np.float32)),
             ("s", np.array([-1, 8]))]  # fmt: skip

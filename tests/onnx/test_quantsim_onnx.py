@@ -15,7 +15,7 @@ from bitwright.errors import EncodingError, InputError, PluginError
 from bitwright.grids import QuantSpec, encoding_from_range
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim
-from bitwright.verification import sqnr, verify
+from bitwright.verify import sqnr, verify
 
 RNG = np.random.default_rng(0)
 DATA = {"x": RNG.normal(size=(24, 3, 8, 8)).astype(np.float32)}

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from bitwright import QuantSim
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.graph import ConvAttrs
-from bitwright.verification import verify
+from bitwright.verify import verify
 from bitwright_onnx.simulate.session import has_quantize_linear
 
 NEWEST = onnx.defs.onnx_opset_version()
@@ -205,7 +205,7 @@ def test_inputs_without_a_batch_are_verified(tmp_path, widths):
 
 
 def test_float16_arithmetic_is_coarser_than_grids_of_16_bits(tmp_path):
-    """Its last place is dozens of steps; that is no departure of the runtime, and a factor of 1.1 is one."""
+    """Its last place is dozens of steps; that is not a departure of the runtime, and a factor of 1.1 is one."""
     b = ModelBuilder(opset=17)
     x = b.input("x", ["n", 64], TensorProto.FLOAT16)
     b.node("Mul", [x, b.const("c", np.full(64, 0.7071, np.float16))], "h")

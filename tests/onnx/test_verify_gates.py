@@ -19,7 +19,7 @@ from bitwright.bundle._crushed import joined
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Tensor
 from bitwright.grids import Encoding
-from bitwright.verification import verify
+from bitwright.verify import verify
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "corruption.py"
 N = onnx.helper.make_node

@@ -85,7 +85,7 @@ def floors(picture: str) -> list[set[str]]:
 
 
 def contract() -> list[set[str]]:
-    """The layers that import-linter holds, from the top; private modules of the package itself are no rooms."""
+    """The layers that import-linter holds, from the top; private modules of the package itself are not rooms."""
     linted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     (layers,) = (c["layers"] for c in linted if c["type"] == "layers" and c["containers"] == ["bitwright"])
     rooms = [{room for room in layer.split(" | ") if not room.startswith("_")} for layer in layers]

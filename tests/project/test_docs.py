@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bitwright import hookspecs
 from bitwright.backend import Capability
 from bitwright.plugins import Registry
-from bitwright.plugins import _hookspecs as hookspecs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -91,7 +91,7 @@ def test_no_class_reaches_into_the_private_parts_of_another() -> None:
                 continue
             if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
                 continue
-            # Another object of the same class is no stranger, and accessors stand beside their class.
+            # Another object of the same class is not a stranger, and accessors stand beside their class.
             if node.attr in inside.get(id(node), set()) or (id(node) not in inside and node.attr in _owned(tree)):
                 continue
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")

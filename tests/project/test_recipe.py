@@ -10,7 +10,8 @@ import pytest
 from pydantic import Field
 
 from bitwright.errors import InputError, PluginError
-from bitwright.plugins import Registry, TechniqueInfo
+from bitwright.hookspecs import TechniqueInfo
+from bitwright.plugins import Registry
 from bitwright.simulation import read_recipe
 from bitwright.simulation._recipe import check_settings
 from bitwright.technique import Outcome, Recipe, Settings, Step

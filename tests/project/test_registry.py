@@ -14,12 +14,13 @@ import pytest
 from bitwright import registry
 from bitwright.backend import Capability
 from bitwright.errors import InputError, MissingExtraError, PluginError
-from bitwright.plugins import BackendInfo, Registry, TechniqueInfo
+from bitwright.hookspecs import BackendInfo, TechniqueInfo
+from bitwright.plugins import Registry
 from bitwright.plugins.registry import PluginWarning
 from bitwright.technique import Context, Outcome, Settings
 
 GOOD = """
-from bitwright.plugins import BackendInfo, TechniqueInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, TechniqueInfo, hookimpl
 
 @hookimpl
 def register_techniques():
@@ -152,15 +153,15 @@ def test_other_import_errors_are_not_disguised(tmp_path, monkeypatch):
         ("raise RuntimeError('boom')", "boom"),
         ("import not_installed_anywhere", "not_installed_anywhere"),
         (
-            "from bitwright.plugins import hookimpl\n@hookimpl\ndef register_techniques(): return ['x']",
+            "from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_techniques(): return ['x']",
             "TechniqueInfo",
         ),
         (
-            "from bitwright.plugins import hookimpl\n@hookimpl\ndef register_backends(): return 1/0",
+            "from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_backends(): return 1/0",
             "division",
         ),
         (
-            "from bitwright.plugins import hookimpl\n@hookimpl\ndef register_tecniques(): return []",
+            "from bitwright.hookspecs import hookimpl\n@hookimpl\ndef register_tecniques(): return []",
             "register_tecniques",
         ),
     ],
@@ -196,7 +197,7 @@ def test_environment_chooses_plugins(install, monkeypatch, value, state):
 def test_duplicate_names_name_both_distributions(install):
     acme(install)
     twin = """
-        from bitwright.plugins import TechniqueInfo, hookimpl
+        from bitwright.hookspecs import TechniqueInfo, hookimpl
         @hookimpl
         def register_techniques():
             return [TechniqueInfo("acme_round", "", factory="x:y")]

@@ -10,7 +10,8 @@ import pytest
 
 from bitwright import QuantSim, RunDirectory, auto_quantize
 from bitwright.errors import CapabilityError, InputError, ModelError, PluginError
-from bitwright.plugins import AutoStage, default_registry
+from bitwright.hookspecs import AutoStage
+from bitwright.plugins import default_registry
 from bitwright.technique import Outcome, Report, Settings
 from bitwright_search.auto_result import Status
 
@@ -296,7 +297,7 @@ def test_what_it_writes(net, tmp_path):
     assert told["met"] is True
     assert [t["name"] for t in told["trials"]] == [t.name for t in result.trials]
     assert told["score"] == result.score
-    from bitwright.verification import verify
+    from bitwright.verify import verify
 
     seen = verify(tmp_path / "out", {"image": net.images}, net.labels)
     assert seen.accuracy["simulated"] == pytest.approx(result.score)

@@ -105,8 +105,8 @@ def test_frozen_encodings_of_another_type(sim, net):
         (("mix", {"weights": "int99"}), "integer types have 2 to 16 bits"),
         (("mix", {"activations": "int4:block32"}), "blocks are for weights"),
         (("relu1", {"weights": "int4"}), "'relu1' has no weights"),
-        (("mix.weight", {"activations": "uint8"}), "is no op: give weights="),
-        (("image", {"weights": "int8"}), "is no op: give activations="),
+        (("mix.weight", {"activations": "uint8"}), "is not an op; pass weights="),
+        (("image", {"weights": "int8"}), "is not an op; pass activations="),
         (("stem_out", {"activations": "uint8"}), "stays in float"),
     ],
 )

@@ -136,7 +136,7 @@ class _Examination:
 
     def run(self) -> None:
         from bitwright import QuantSim
-        from bitwright.verification import verify
+        from bitwright.verify import verify
 
         outcome = self.outcome
         outcome.step = "open"

@@ -58,7 +58,7 @@ def test_a_technique_is_refused_where_the_backend_lacks_what_it_needs(sim):
     with pytest.raises(CapabilityError, match=r"needing needs trainable \(`bitwright.backend.Trainable`\), which the "
                        r"reference backend doesn't offer; open the model in PyTorch"):  # fmt: skip
         sim.apply(Needing(Capability.PARTIAL_EXECUTION, Capability.TRAINABLE))
-    with pytest.raises(CapabilityError, match="needing needs 'gpu', which is no capability; there are partial"):
+    with pytest.raises(CapabilityError, match="needing needs 'gpu', which is not a capability; there are partial"):
         sim.apply(Needing("gpu"))
     with pytest.raises(AssertionError, match="asked for its statistics"):
         sim.apply(Needing(Capability.PARTIAL_EXECUTION))

@@ -8,7 +8,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 
 v1 = tf.compat.v1

@@ -9,7 +9,7 @@ tf = pytest.importorskip("tensorflow")
 
 from bitwright.graph import OpKind, ProductAttrs  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import verify  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 
 v1 = tf.compat.v1

@@ -11,7 +11,7 @@ import onnxruntime as ort  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 from bitwright_torch import CaptureNotice  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 

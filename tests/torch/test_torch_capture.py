@@ -190,7 +190,7 @@ def test_attention_is_shown_spelled_out_and_runs_fused():
     assert (weights[0, :, :, 3:] == 0).all() and np.isfinite(weights).all()
     np.testing.assert_allclose(found[Tap(graph.outputs[0])], module(ids, mask).detach(), atol=1e-6)
     scores = BACKEND.session(model, [Tap(f"{name}.scores.output", "minmax")]).run({"ids": ids, "mask": mask})
-    assert np.isfinite(next(iter(scores.values()))).all(), "the mask's infinity is no value of a tensor"
+    assert np.isfinite(next(iter(scores.values()))).all(), "the mask's infinity is not a value of a tensor"
 
 
 def test_parts_of_a_matrix_are_parameters():

@@ -18,7 +18,7 @@ from bitwright import QuantSim  # noqa: E402
 from bitwright.bundle import check_bundle  # noqa: E402
 from bitwright.graph import SetParams  # noqa: E402
 from bitwright.placement import SiteKind  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 
 
 class Tied(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitwright import QuantSim
-from bitwright.verification import sqnr, verify
+from bitwright.verify import sqnr, verify
 
 
 class Gate(nn.Module):

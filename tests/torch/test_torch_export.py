@@ -304,7 +304,7 @@ class Tagger(nn.Module):
 def test_recurrent_weights_keep_their_names_and_grids(kind: Any, options: Any, tmp_path: Path) -> None:
     """ONNX has other gates' order; the matrices are in integers all the same, and the export proves it."""
     from bitwright.cli import main
-    from bitwright.verification import verify
+    from bitwright.verify import verify
 
     torch.manual_seed(0)
     data = {"x": torch.randn(8, 5, 8).numpy()}

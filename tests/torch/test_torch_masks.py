@@ -10,7 +10,7 @@ from torch import nn  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 S, D, N = 12, 16, 24
 LOWEST = torch.finfo(torch.float32).min

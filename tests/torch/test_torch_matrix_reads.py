@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: E402
 from bitwright import QuantSim  # noqa: E402
 from bitwright.cli import main  # noqa: E402
 from bitwright.graph import ParamRole  # noqa: E402
-from bitwright.verification import sqnr, verify  # noqa: E402
+from bitwright.verify import sqnr, verify  # noqa: E402
 
 READS = {
     "layer, einsum and columns": lambda x, w: torch.einsum("bi,ij->bj", torch.relu(F.linear(x, w)), w) @ w,

@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 
 D = 32
 

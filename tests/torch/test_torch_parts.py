@@ -16,7 +16,7 @@ import bitwright  # noqa: E402
 import bitwright_torch  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
-from bitwright.verification import verify  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
 BACKEND = TorchBackend()

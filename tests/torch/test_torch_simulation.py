@@ -18,7 +18,7 @@ from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
-from bitwright.verification import sqnr  # noqa: E402
+from bitwright.verify import sqnr  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
 

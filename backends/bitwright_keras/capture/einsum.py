@@ -67,7 +67,7 @@ def product_of(layer: Any, rank: int) -> Product | None:
 
 
 def einsum_dense(made: Emitter, layer: Any, name: str, x: Any, owner: str = "") -> Any:
-    """The calls of an `EinsumDense` without its activation; None where it is no matrix product.
+    """The calls of an `EinsumDense` without its activation; None where it is not a matrix product.
 
     Args:
         made: where the calls go.

@@ -122,7 +122,7 @@ def _record(
         outputs = layer.call(*new_args, **called_with)
         leaves = keras.tree.flatten(outputs)
         if not leaves or not all(isinstance(x, keras.KerasTensor) for x in leaves):
-            raise ModelError("it returns what is no tensor")
+            raise ModelError("it returns what is not a tensor")
         layer._maybe_reset_call_context()
         recording = recorded(keras.Function(fresh, outputs))
     except Exception as error:

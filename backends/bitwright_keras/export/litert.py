@@ -31,7 +31,7 @@ class LiteRtSession:
         threads: of the interpreter.
 
     Raises:
-        InputError: there is no such file, or it is no TFLite model.
+        InputError: there is no such file, or it is not a TFLite model.
         MissingExtraError: there is no interpreter.
     """
 

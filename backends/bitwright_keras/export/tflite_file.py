@@ -55,14 +55,14 @@ class TfliteFile:
         source: its name, for messages.
 
     Raises:
-        InputError: it is no TFLite model, or has several subgraphs.
+        InputError: it is not a TFLite model, or has several subgraphs.
         MissingExtraError: TensorFlow isn't installed.
     """
 
     def __init__(self, content: bytes, source: str = "the file") -> None:
         self._schema = _schema()
         if len(content) < 8 or content[4:8] != IDENTIFIER:
-            raise InputError(f"{source} is no TFLite model")
+            raise InputError(f"{source} is not a TFLite model")
         try:
             self.model = self._schema.ModelT.InitFromPackedBuf(content, 0)
         except Exception as error:
@@ -76,7 +76,7 @@ class TfliteFile:
         """Open a file.
 
         Raises:
-            InputError: there is no such file, or it is no TFLite model.
+            InputError: there is no such file, or it is not a TFLite model.
         """
         try:
             return cls(Path(path).read_bytes(), str(path))

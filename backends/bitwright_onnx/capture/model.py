@@ -35,9 +35,11 @@ def load_model(path: str | os.PathLike[str], *, custom_ops: Sequence[str | os.Pa
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no model file {str(path)!r}" if not path.exists() else f"{str(path)!r} is no file")
+        raise InputError(
+            f"there is no model file {str(path)!r}" if not path.exists() else f"{str(path)!r} is not a file"
+        )
     if path.stat().st_size == 0:
-        raise InputError(f"{str(path)!r} is empty, so it is no ONNX model")
+        raise InputError(f"{str(path)!r} is empty, so it is not an ONNX model")
     try:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:
@@ -73,7 +75,7 @@ def adopt_model(model: object, *, custom_ops: Sequence[str | os.PathLike[str]] =
         return _from_proto(proto, "the model in memory", Path(), custom_ops)
     if isinstance(model, str | os.PathLike):
         return load_model(model, custom_ops=custom_ops)
-    raise InputError(f"a {type(model).__name__} is no ONNX model; give a path, a ModelProto or an onnx_ir.Model")
+    raise InputError(f"a {type(model).__name__} is not an ONNX model; give a path, a ModelProto or an onnx_ir.Model")
 
 
 def _from_proto(

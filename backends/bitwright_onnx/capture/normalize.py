@@ -39,7 +39,7 @@ def normalize(model: ir.Model) -> ir.Model:
     """The model in normal form. Works in place on a model that the caller owns, except where it must be converted.
 
     Raises:
-        ModelError: the model has no outputs, an input or an output is no tensor, a tensor is produced twice, or its
+        ModelError: the model has no outputs, an input or an output is not a tensor, a tensor is produced twice, or its
             opset can't be raised; a node isn't what its operator's schema says (see `wellformed`).
     """
     if not model.graph.outputs:

@@ -42,7 +42,7 @@ def _check(
         for value in node.inputs:
             if value is not None and value not in known:
                 raise ModelError(
-                    f"{_said(node)} reads {value.name!r}, which is no input, no weight and no node's output"
+                    f"{_said(node)} reads {value.name!r}, which is neither an input nor a weight nor a node's output"
                 )
         schema = _schema(node, opsets)
         if schema is not None:
@@ -54,7 +54,7 @@ def _check(
             _check(body, body.inputs, body.initializers.values(), opsets, known)
     for value in graph.outputs:
         if value not in known:
-            raise ModelError(f"output {value.name!r} is no input, no weight and no node's output")
+            raise ModelError(f"output {value.name!r} is neither an input nor a weight nor a node's output")
 
 
 def _said(node: ir.Node) -> str:
@@ -107,7 +107,9 @@ def _values(node: ir.Node) -> None:
     if node.op_type == "Transpose":
         order = _numbers(node, "perm")
         if order is not None and sorted(order) != list(range(len(order))):
-            raise ModelError(f"attribute 'perm' of {_said(node)} is {order}, which is no order of {len(order)} axes")
+            raise ModelError(
+                f"attribute 'perm' of {_said(node)} is {order}, which is not an order of {len(order)} axes"
+            )
     elif node.op_type in _WINDOWED:
         named = {k: n for k in ("kernel_shape", "strides", "dilations") if (n := _numbers(node, k)) is not None}
         lengths: dict[str, float] = {k: len(n) for k, n in named.items()}

@@ -1,4 +1,4 @@
-"""Values that are no tensors: sequences and optionals, whose types ONNX's inference knows and onnx-ir's merge loses."""
+"""Values that are not tensors: sequences and optionals, whose types ONNX's inference knows and onnx-ir's merge loses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _pass_on(sources: list[ir.Value | None], targets: list[ir.Value]) -> None:
 
 
 def _type_of(node: ir.Node, index: int) -> ir.TypeProtocol | None:
-    """The type of an output that is no tensor; None for tensors."""
+    """The type of an output that is not a tensor; None for tensors."""
     if node.domain not in ("", "ai.onnx"):
         return None
     source = node.inputs[0] if node.inputs else None

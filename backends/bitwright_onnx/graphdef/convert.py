@@ -192,7 +192,7 @@ def with_parameters(graph: Graph, model: ir.Model, plan: Plan, known: Mapping[Pa
         known: the source's parameters, `layout` from the layout in which TensorFlow has them.
 
     Raises:
-        ModelError: a parameter is no initializer of the model, or it is one in another shape.
+        ModelError: a parameter is not an initializer of the model, or it is one in another shape.
     """
     found: dict[ParamId, Param] = {}
     for site in plan.quantized:

@@ -53,7 +53,7 @@ def flatten(
     """A concrete function's graph, its variables' values, and where its inputs and outputs now are.
 
     Raises:
-        ModelError: it captures something that is no variable (a lookup table, an iterator).
+        ModelError: it captures something that is not a variable (a lookup table, an iterator).
     """
     # Static shapes that Python knew: inference alone loses some behind `tf.tensordot`.
     graph_def = function.graph.as_graph_def(add_shapes=True)
@@ -99,7 +99,7 @@ def _captured(function: Any, nodes: Mapping[str, NodeDef]) -> tuple[dict[str, No
         variable = variables.get(id(outer))
         if variable is None:
             raise ModelError(
-                f"the function reads the resource {place!r}, which is no variable (a lookup table or an iterator); "
+                f"the function reads the resource {place!r}, which is not a variable (a lookup table or an iterator); "
                 "leave it out of the function"
             )
         if id(outer) not in by_handle:

@@ -49,7 +49,7 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
     try:
         saved.ParseFromString((path / "saved_model.pb").read_bytes())
     except (DecodeError, OSError) as error:
-        raise InputError(f"{path} is no SavedModel: {error}") from error
+        raise InputError(f"{path} is not a SavedModel: {error}") from error
     found = [m for m in saved.meta_graphs if set(m.meta_info_def.tags) == set(tags)]
     if not found:
         there = "; ".join(",".join(m.meta_info_def.tags) for m in saved.meta_graphs)

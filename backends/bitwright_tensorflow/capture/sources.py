@@ -88,7 +88,7 @@ def adopt(model: object, sample: Any = None) -> TfModel:
         return from_concrete(_traced(model, sample), Kind.FUNCTION)
     if isinstance(model, tf.Module) and callable(model):
         return from_concrete(_traced(tf.function(model), sample), Kind.FUNCTION)
-    raise InputError(f"a {type(model).__name__} is no TensorFlow model; give a function, a session or a SavedModel")
+    raise InputError(f"a {type(model).__name__} is not a TensorFlow model; give a function, a session or a SavedModel")
 
 
 # -- sessions
@@ -118,7 +118,7 @@ def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names
     try:
         meta.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
-        raise InputError(f"{path} is no MetaGraph: {error}") from error
+        raise InputError(f"{path} is not a MetaGraph: {error}") from error
     prefix = str(checkpoint or path.with_suffix(""))
     if not tf.compat.v1.train.checkpoint_exists(prefix):
         raise InputError(f"there is no checkpoint {prefix!r}; name it: load(path, checkpoint=…)")
@@ -201,7 +201,7 @@ def from_concrete(function: Any, kind: Kind, key: str = "serving_default") -> Tf
     """A concrete function, its calls inlined.
 
     Raises:
-        ModelError: it has no tensor inputs or outputs, or captures what is no variable.
+        ModelError: it has no tensor inputs or outputs, or captures what is not a variable.
     """
     captured = {inner.name for _, inner in function.graph.captures}
     inputs = {t.name.removesuffix(":0"): t.name for t in function.graph.inputs if t.name not in captured}
@@ -280,9 +280,9 @@ def read_frozen(path: Path) -> GraphDef:
     try:
         graph_def.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
-        raise InputError(f"{path} is no frozen graph: {error}") from error
+        raise InputError(f"{path} is not a frozen graph: {error}") from error
     if not graph_def.node:
-        raise InputError(f"{path} is no frozen graph: it has no nodes")
+        raise InputError(f"{path} is not a frozen graph: it has no nodes")
     return graph_def
 
 

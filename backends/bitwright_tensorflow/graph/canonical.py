@@ -4,7 +4,7 @@
 - Identities aren't shown: their readers read what they read. One that is a model output gives its name to the tensor
   of the op before it, or is an op where others read that tensor too.
 - What computes sizes alone isn't shown, and what is made of constants alone isn't either.
-- A weight that the graph computes from variables is no parameter; its op is OPAQUE, as is a strided convolution with
+- A weight that the graph computes from variables is not a parameter; its op is OPAQUE, as is a strided convolution with
   SAME padding over free dimensions.
 - A loop or condition of TF 1 (Enter … Exit, Switch … Merge) is one OPAQUE op of type "Loop" or "If".
 """

@@ -206,7 +206,7 @@ class TfEditor(Editor):
     # -- structure
 
     def only_reader(self, tensor: TensorId, reader: Op) -> bool:
-        """See `Editor`; the model's user may read what is no output."""
+        """See `Editor`; the model's user may read what is not an output."""
         return not self._net.is_end(tensor) and super().only_reader(tensor, reader)
 
     def fold_forward(self, norm: Op, into: Op) -> None:

@@ -28,7 +28,7 @@ ADDS = frozenset({"Add", "AddV2", "BiasAdd"})
 
 
 def linear_op(net: Network, node: NodeDef) -> Found | None:
-    """The canonical op around a convolution or product; None where its weight is no parameter."""
+    """The canonical op around a convolution or product; None where its weight is not a parameter."""
     if node.op in CONVOLUTIONS:
         found = _convolution(net, node)
     elif node.op in PRODUCTS:
@@ -186,7 +186,7 @@ def _product(net: Network, node: NodeDef) -> Found | None:
 
 
 def _einsum_weight(equation: str) -> bool | None:
-    """Whether the weight of "…c,cd->…d" is stored (out, in); None where the product is no linear op."""
+    """Whether the weight of "…c,cd->…d" is stored (out, in); None where the product is not a linear op."""
     match = re.fullmatch(r"([A-Za-z.]+),([A-Za-z])([A-Za-z])->([A-Za-z.]+)", equation.replace(" ", ""))
     if match is None:
         return None

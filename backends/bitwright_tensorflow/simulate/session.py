@@ -133,7 +133,7 @@ def open_taps(model: TfModel, taps: Sequence[Tap], feeds: Sequence[TensorId] | N
 
 
 def known_tensor(model: TfModel, tensor: TensorId) -> None:
-    """Refuse a name that is no tensor between the model's inputs and outputs.
+    """Refuse a name that is not a tensor between the model's inputs and outputs.
 
     Raises:
         ModelError: it isn't.

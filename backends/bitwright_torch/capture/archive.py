@@ -139,7 +139,7 @@ def _payloads(config: Any, folder: str, kept: dict[str, zipfile.ZipInfo]) -> Ite
         sizes = [n["as_int"] for n in meta["sizes"]]
         for number in (*sizes, *(n["as_int"] for n in meta["strides"]), meta["storage_offset"]["as_int"]):
             if not isinstance(number, int) or number < 0:
-                raise InputError(f"{name!r} has a size or stride that is no number")
+                raise InputError(f"{name!r} has a size or stride that is not a number")
         if math.prod(sizes) > (max(kept[path].file_size, _VIEWED) if kept[path].file_size else 0):
             raise InputError(f"{name!r} is far larger than its data")
         yield path
@@ -206,7 +206,7 @@ def _walk(value: Any, depth: int) -> None:
 def _check_identifier(name: object) -> None:
     """Names of nodes and arguments stand in generated source as they are."""
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise InputError(f"{str(name)[:60]!r} is no name of a tensor")
+        raise InputError(f"{str(name)[:60]!r} is not a name of a tensor")
 
 
 def check_name(name: object) -> None:
@@ -216,7 +216,7 @@ def check_name(name: object) -> None:
         InputError: a name that could end the quotation.
     """
     if not isinstance(name, str) or '"' in name or "\\" in name or not name.isprintable():
-        raise InputError(f"{str(name)[:60]!r} is no name of a parameter or module")
+        raise InputError(f"{str(name)[:60]!r} is not a name of a parameter or module")
 
 
 def _check_target(target: object) -> None:
@@ -239,7 +239,7 @@ def _check_target(target: object) -> None:
         op = getattr(packet, rest[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) and rest[3:] else None
         if isinstance(op, torch._ops.OpOverload) and not any(a.name in _FILES for a in op._schema.arguments):
             return
-    raise InputError(f"it calls {text[:80]!r}, which is no op of a model")
+    raise InputError(f"it calls {text[:80]!r}, which is not an op of a model")
 
 
 def _check_call_structure(spec: Any, depth: int) -> None:

@@ -141,7 +141,7 @@ def _record(path: Path, text: str) -> dict[str, Any] | None:
         for call, op, tensor, source in record.get("ops", ()):
             names += [call, op, tensor]
             if not isinstance(source, str | None):
-                raise TypeError("a source is no text")
+                raise TypeError("a source is not text")
         for name in names:
             check_name(name)
     except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:

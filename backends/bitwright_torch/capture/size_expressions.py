@@ -40,12 +40,12 @@ def check_expression(text: object) -> None:
         InputError: anything else.
     """
     if not isinstance(text, str) or len(text) > LONGEST or not text.isascii():
-        raise InputError(f"{str(text)[:60]!r} is no expression of sizes")
+        raise InputError(f"{str(text)[:60]!r} is not an expression of sizes")
     try:
         tree = ast.parse(text, mode="eval")
         _check(tree.body, powers=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InputError(f"{text[:60]!r} is no expression of sizes") from None
+        raise InputError(f"{text[:60]!r} is not an expression of sizes") from None
 
 
 def _check(node: ast.AST, *, powers: bool) -> None:

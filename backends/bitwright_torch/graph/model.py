@@ -60,7 +60,7 @@ class Program:
     Attributes:
         graph: functional aten ops; parameters and buffers are `get_attr` nodes, `placeholder`s the flat inputs.
         convention: how the user calls the model.
-        example: shape of each flat input in the sample; None where it is no tensor.
+        example: shape of each flat input in the sample; None where it is not a tensor.
         notices: what capturing had to restrict (a fixed batch size, …), for the user.
         prefix: "backbone." for the part of that name in a bigger model: all ids of ops, tensors and parameters start
             with it.

@@ -151,7 +151,7 @@ def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -
         the sources' tensor names.
 
     Raises:
-        ModelError: a wanted node depends on a model input that is no source.
+        ModelError: a wanted node depends on a model input that is not a source.
     """
     sizes = {s: (n, i) for n in sources for i, s in enumerate(info(n).sizes) if info(n).shape is not None}
     cut: dict[fx.Node, tuple[fx.Node, int]] = {}

@@ -58,7 +58,7 @@ def check_encoding(graph: Graph, plan: Plan, site: SiteId, encoding: Encoding) -
         encoding: to be installed there.
 
     Raises:
-        EncodingError: it is no encoding, or its scales don't fit.
+        EncodingError: it is not an encoding, or its scales don't fit.
     """
     if not isinstance(encoding, Encoding):
         raise EncodingError(f"site {site!r}: an Encoding is needed, got a {type(encoding).__name__}")
@@ -129,7 +129,7 @@ def known_param(known: Mapping[ParamId, T], id: ParamId) -> T:
 
 
 def no_param(id: ParamId) -> ModelError:
-    """That a name is no float parameter of the model."""
+    """That a name is not a float parameter of the model."""
     return ModelError(f"the model has no parameter {id!r}")
 
 

@@ -136,7 +136,7 @@ class Editor(ABC):
             case SplitSharedParam(op, param):
                 self._split(self.op(op), param)
             case _:
-                raise ModelError(f"{edit!r} is no edit; `bitwright.graph.edits` has them all")
+                raise ModelError(f"{edit!r} is not an edit; `bitwright.graph.edits` has them all")
 
     def apply_all(self, edits: Sequence[Edit]) -> None:
         """Carry out edits in order.
@@ -209,7 +209,7 @@ class Editor(ABC):
 
     def _replace_activation(self, op: Op, type: str) -> None:
         if op.kind not in ACTIVATION_KINDS or len(op.data_inputs) != 1 or len(op.outputs) != 1:
-            raise ModelError(f"{op.id!r} ({op.type}) is no activation; it can't be turned into a {type}")
+            raise ModelError(f"{op.id!r} ({op.type}) is not an activation; it can't be turned into a {type}")
         if type not in ACTIVATION_TYPES:
             raise ModelError(f"{op.id!r} can't be turned into a {type!r}; possible are {', '.join(ACTIVATION_TYPES)}")
         self._put(op, type)

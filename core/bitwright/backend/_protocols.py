@@ -355,7 +355,9 @@ def require(backend: Backend[Any], needed: Collection[Capability], what: str) ->
         CapabilityError: it lacks one; says what to do instead.
     """
     if unknown := sorted(set(needed) - set(Capability)):
-        raise CapabilityError(f"{what} needs {unknown[0]!r}, which is no capability; there are {', '.join(Capability)}")
+        raise CapabilityError(
+            f"{what} needs {unknown[0]!r}, which is not a capability; there are {', '.join(Capability)}"
+        )
     offered = capabilities(backend)
     if lacking := [c for c in Capability if c in needed and c not in offered]:
         told = ", ".join(f"{c} (`bitwright.backend.{c.protocol.__name__}`)" for c in lacking)

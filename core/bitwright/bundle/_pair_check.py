@@ -36,7 +36,7 @@ def check_pairs(
     Codes of parameters must be those of the float model's values on that grid, those of biases on their accumulators'
     (of several ops that share a bias, on each one's); parameters that stay in float must be the float model's.
     Nothing to say where the bundle holds no such artefact, or the backend can't read it back. Biases of integer layers
-    may stay in float; plain casts (float16, bfloat16) are no pairs.
+    may stay in float; plain casts (float16, bfloat16) are not pairs.
 
     Args:
         backend: the model's.

@@ -174,7 +174,7 @@ def plain_view(
     """
     plain, reference = (outputs[v].reshape(len(outputs[v]), -1).argmax(axis=1) for v in ("plain", "float"))
     one, other = outputs["plain"], outputs["integer"]
-    both = np.isnan(one) & np.isnan(other) if one.dtype.kind == "f" else False  # NaN in both is no difference
+    both = np.isnan(one) & np.isnan(other) if one.dtype.kind == "f" else False  # NaN in both is not a difference
     differs = float(((one != other) & ~np.asarray(both)).mean()) if one.size else 0.0
     return PlainView(
         accuracy=None if labels is None else float((plain == np.asarray(labels)[: len(plain)]).mean()),

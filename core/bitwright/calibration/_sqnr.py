@@ -27,7 +27,7 @@ class Sqnr(Scheme):
     relative error: saturating it costs at most T² and is chosen where that saves the body more. Values beyond T that
     are not rare move the percentile, so T grows with them and they are kept.
 
-    From `FINE_BITS` on nothing has to be given up for the body: it is min-max. Rare large values that are no outliers
+    From `FINE_BITS` on nothing has to be given up for the body: it is min-max. Rare large values that are not outliers
     (probabilities, scores) can't be told by their distribution; placement gives their tensors another scheme, see
     `placing.known_ranges`.
     """

@@ -109,7 +109,7 @@ class Job:
         """Refuse names that can't work, before anything is opened.
 
         Raises:
-            InputError: the name is no file name, or the schema doesn't exist.
+            InputError: the name is not a file name, or the schema doesn't exist.
         """
         if not is_stem(self.name):
             raise InputError(f"--name {self.name!r} can't be a file name; use a plain stem such as 'mobilenet'")

@@ -13,7 +13,7 @@ from bitwright.cli import console, options
 from bitwright.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from bitwright.verification import Verification
+    from bitwright.verify import Verification
 
 SHOWN_TENSORS = 10
 
@@ -64,7 +64,7 @@ def verify(
     was given isn't kept; a line for each says where.
     """
     from bitwright.cli.labels import read_labels
-    from bitwright.verification import verify as run
+    from bitwright.verify import verify as run
 
     if max_drop is not None and labels is None:
         raise typer.BadParameter("--max-drop needs --labels")

@@ -250,7 +250,9 @@ def _feeds(arrays: Mapping[str, Array], specs: InputSpecs, limit: int | None, wh
 def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
     missing, extra = [n for n in specs if n not in arrays], [n for n in arrays if n not in specs]
     if missing or extra:
-        told = [f"no array for input {n!r}" for n in missing] + [f"array {n!r} is no input of the model" for n in extra]
+        told = [f"no array for input {n!r}" for n in missing] + [
+            f"array {n!r} is not an input of the model" for n in extra
+        ]
         raise InputError(f"{where}: {'; '.join(told)}; the model's inputs are {', '.join(map(repr, specs))}")
     if (feeds := _feeds(arrays, specs, limit, where)) is not None:
         return feeds

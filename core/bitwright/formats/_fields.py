@@ -115,7 +115,7 @@ class Fields:
         bad = ~(np.isfinite(single) & (single > 0))
         if bad.any():
             raise self.where.error(
-                f"{values[bad][0]!r} is no scale: it must be finite and greater than 0 in float32", name
+                f"{values[bad][0]!r} is not a scale: it must be finite and greater than 0 in float32", name
             )
         return values
 
@@ -123,7 +123,7 @@ class Fields:
         """Whole numbers from `low` to `high`; whole floats are taken too."""
         values = self.numbers(name)
         if not (values == np.rint(values)).all():
-            raise self.where.error(f"{values[values != np.rint(values)][0]!r} is no whole number", name)
+            raise self.where.error(f"{values[values != np.rint(values)][0]!r} is not a whole number", name)
         outside = (values < low) | (values > high)
         if outside.any():
             raise self.where.error(f"{int(values[outside][0])} is outside {low}..{high}", name)

@@ -84,7 +84,7 @@ class Extent:
 
 
 def is_mask(values: ArrayLike) -> bool:
-    """Whether a constant is a mask by itself: what it is added to is no sum with a bias."""
+    """Whether a constant is a mask by itself: what it is added to is not a sum with a bias."""
     return Extent.of(values).offset > _NONE
 
 

@@ -46,7 +46,7 @@ def parse_overrides(graph: Graph, wanted: Mapping[str, object]) -> Overrides:
 
     Raises:
         InputError: a name, pattern or type that the graph doesn't have, a role that none of the ops has, a value that
-            is no type, or two patterns or types that say different things of one site.
+            is not a type, or two patterns or types that say different things of one site.
     """
     found = _Found()
     for name, value in wanted.items():

@@ -15,10 +15,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pluggy import PluginManager
 
-from bitwright import _version
+from bitwright import _version, hookspecs
 from bitwright.errors import PluginError
-from bitwright.plugins import _hookspecs as hookspecs
-from bitwright.plugins._hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo, ToolInfo
+from bitwright.hookspecs import API_VERSIONS, PROJECT, BackendInfo, TechniqueInfo, ToolInfo
 
 DEFAULT_PLUGINS = (
     "bitwright_onnx.plugin",

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from bitwright.backend import Backend
 from bitwright.errors import InputError, MissingExtraError, PluginError
+from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
 from bitwright.plugins._discovery import (
     Catalogue,
     Descriptor,
@@ -29,7 +30,6 @@ from bitwright.plugins._discovery import (
     discover,
     import_dotted,
 )
-from bitwright.plugins._hookspecs import BackendInfo, TechniqueInfo, ToolInfo
 from bitwright.technique import Settings, Technique
 
 __all__ = [

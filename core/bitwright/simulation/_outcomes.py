@@ -95,15 +95,15 @@ def _check_types(technique: str, outcome: Any) -> None:
         if not isinstance(value, kind) or isinstance(value, str):
             raise wrong(f"a {type(value).__name__} as {name}, which is a {kind.__name__}")
     if strange := next((e for e in outcome.edits if not isinstance(e, get_args(Edit))), None):
-        raise wrong(f"a {type(strange).__name__} among its edits, which is no edit")
+        raise wrong(f"a {type(strange).__name__} among its edits, which is not an edit")
     report = outcome.report
     if not isinstance(report.summary, str):
-        raise wrong("a report whose summary is no text")
+        raise wrong("a report whose summary is not text")
     if not isinstance(report.figures, Mapping):
         raise wrong("a report whose figures are no mapping")
     for name, figure in report.figures.items():
         if not isinstance(name, str) or not isinstance(figure, int | float | np.number):
-            raise wrong(f"a report whose figure {name!r} is no number")
+            raise wrong(f"a report whose figure {name!r} is not a number")
     if not all(isinstance(r, list | tuple) and len(r) == len(report.columns) for r in report.rows):
         raise wrong(f"a report with rows that don't have its {len(report.columns)} columns")
 

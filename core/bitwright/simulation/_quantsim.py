@@ -113,7 +113,7 @@ class QuantSim(StateView):
         source: Path | None = None,
         reference: Samples | None = None,
     ) -> Self:
-        """Set what serves the work and is no part of the network; what isn't given stays.
+        """Set what serves the work and is not a part of the network; what isn't given stays.
 
         Args:
             run: where long steps keep finished work, for resuming; None keeps it in memory from now on.

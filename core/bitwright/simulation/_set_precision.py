@@ -113,7 +113,7 @@ class _Request:
             text = weights if site.kind is SiteKind.PARAMETER else activations
             if text is None:
                 role = "weights" if site.kind is SiteKind.PARAMETER else "activations"
-                raise InputError(f"{item!r} is no op: give {role}=")
+                raise InputError(f"{item!r} is not an op; pass {role}=")
             self._put(item, text)
             return
         if weights is not None:

@@ -37,7 +37,7 @@ def _content(state: SimState, simulation: TrainableSimulation) -> str:
 def require_taken(state: SimState, what: str) -> None:
     """Refuse to go on with the weights from before a training that wasn't taken over.
 
-    A model of `QuantSim.trainable` that was never stepped, or was taken since, is no obstacle.
+    A model of `QuantSim.trainable` that was never stepped, or was taken since, is not an obstacle.
 
     Args:
         state: of the simulation.

@@ -91,7 +91,7 @@ def read(path: Path) -> tuple[Graph, dict[str, Array], dict[str, tuple[int, ...]
             arrays = {k: file[k] for k in file.files}
         text = json.loads(str(arrays["description"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no reference model: {error}") from error
+        raise InputError(f"{path} is not a reference model: {error}") from error
     ops = [
         Op(
             **{

@@ -247,11 +247,11 @@ def _wrong(graph: Graph) -> Iterator[tuple[Any, str]]:
         RemoveOp("nowhere"), SplitSharedParam("nowhere", "nowhere"),
     ))  # fmt: skip
     yield SetParams({"nowhere": one}), "the model has no parameter 'nowhere'"
-    yield "remove", "'remove' is no edit"
+    yield "remove", "'remove' is not an edit"
     linear = next(iter(graph.linear_ops), None)
     if linear is not None:
         name = re.escape(repr(linear.id))
-        yield ReplaceActivation(linear.id, "Relu"), f"{name} .* is no activation; it can't be turned into a Relu"
+        yield ReplaceActivation(linear.id, "Relu"), f"{name} .* is not an activation; it can't be turned into a Relu"
         yield SplitSharedParam(linear.id, "nowhere"), f"{name} has no parameter 'nowhere'"
         yield FoldBatchNorm(linear.id, linear.id), f"{name} .* can't be folded into {name}"
     op = _activation(graph)

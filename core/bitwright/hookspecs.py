@@ -7,7 +7,7 @@ A distribution names a module in the entry-point group ``bitwright``::
 
 and that module, which must import no framework, implements one or more of the hooks::
 
-    from bitwright.plugins import TechniqueInfo, hookimpl
+    from bitwright.hookspecs import TechniqueInfo, hookimpl
 
     @hookimpl
     def register_techniques():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.verification._validation import Validation, validate
-from bitwright.verification._verify import Verification, sqnr, verify
+from bitwright.verify._validation import Validation, validate
+from bitwright.verify._verify import Verification, sqnr, verify
 
 __all__ = ["Validation", "Verification", "sqnr", "validate", "verify"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch
 from bitwright.graph import OpId, TensorId
 from bitwright.grids import Encoding
-from bitwright.verification._integer import IntegerSimulation
+from bitwright.verify._integer import IntegerSimulation
 
 ROUNDING_STEPS = 1
 """Grid steps by which one op in float may depart where a last bit decides."""

@@ -41,8 +41,8 @@ from bitwright.progress import Progress, Silent
 from bitwright.report import RunReport
 from bitwright.runs import of_file
 from bitwright.simulation import bias_forms
-from bitwright.verification._exactness import Exactness, Examination
-from bitwright.verification._integer import IntegerSimulation
+from bitwright.verify._exactness import Exactness, Examination
+from bitwright.verify._integer import IntegerSimulation
 
 INSPECTED = 8
 """Samples on which the tensors inside are compared."""

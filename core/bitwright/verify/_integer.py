@@ -34,8 +34,8 @@ from bitwright.graph import (
     TensorId,
 )
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.verification import _integer_kernels as kernels
-from bitwright.verification._integer_coverage import uncovered
+from bitwright.verify import _integer_kernels as kernels
+from bitwright.verify._integer_coverage import uncovered
 
 ACCUMULATOR = 2**31
 
