@@ -104,15 +104,15 @@ class Lines(Silent):
         stage.done += steps
         if time.monotonic() - stage.told >= LINE_SECONDS:
             stage.told = time.monotonic()
-            self._tell(f"{stage.description}: {stage.count}" + (f" {note}" if note else ""))
+            self._write_line(f"{stage.description}: {stage.count}" + (f" {note}" if note else ""))
 
     def finish(self) -> None:
         """Report the stage and its duration."""
         if self._stages:
             stage = self._stages.pop()
-            self._tell(f"{stage.description}: {stage.count} done, {stage.seconds:.1f} s")
+            self._write_line(f"{stage.description}: {stage.count} done, {stage.seconds:.1f} s")
 
-    def _tell(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         self._stream.write("  " * len(self._stages) + line + "\n")
         self._stream.flush()
 

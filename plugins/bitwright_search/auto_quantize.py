@@ -25,7 +25,7 @@ from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
 from bitwright_search.participants import split_steps
-from bitwright_search.stages import Stages, open_sim, run_of
+from bitwright_search.stages import SearchStore, open_sim, run_of
 
 if TYPE_CHECKING:
     from bitwright.data import Dataset
@@ -99,7 +99,7 @@ def auto_quantize(
             sim,
             data,
             read_evaluate(evaluate, sim),
-            Stages(directory),
+            SearchStore(directory),
             Limits(allowed_drop, budget_seconds, budget_evaluations),
             _schemes(schemes, sim),
             preparations,

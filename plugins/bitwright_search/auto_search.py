@@ -15,7 +15,7 @@ from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
-from bitwright_search.stages import Built, Record, Stages, content_of
+from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 SCHEMES = (
     ("sqnr", "minmax"),
@@ -82,7 +82,7 @@ class AutoSearch:
     sim: QuantSim
     data: Dataset
     evaluate: Evaluate
-    stages: Stages
+    stages: SearchStore
     limits: Limits
     schemes: Sequence[tuple[str, str]]
     preparations: Sequence[Step]

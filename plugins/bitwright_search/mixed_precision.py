@@ -24,7 +24,7 @@ from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
 from bitwright_search.participants import split_steps
 from bitwright_search.sensitivity import SAMPLES, first_samples, measure_noise
-from bitwright_search.stages import Stages, open_sim, run_of
+from bitwright_search.stages import SearchStore, open_sim, run_of
 
 CANDIDATES = (("int8", "uint16"), ("int8", "uint8"), ("int4", "uint8"))
 """The candidates by default."""
@@ -118,7 +118,7 @@ def mixed_precision(
         macs = multiply_accumulates(sim, batches[0])
         costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))
         table = costs.table(groups, choices)
-        stages = Stages(directory)
+        stages = SearchStore(directory)
         noises = measure_noise(sim, groups, choices, data, batches, directory)
         search = MixedSearch(
             sim=sim,

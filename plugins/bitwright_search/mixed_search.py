@@ -31,7 +31,7 @@ from bitwright_search.solvers import (
     undominated,
     within,
 )
-from bitwright_search.stages import Built, Record, Stages, content_of
+from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MixedSearch:
     sim: QuantSim
     data: Dataset
     evaluate: Evaluate | None
-    stages: Stages
+    stages: SearchStore
     groups: Sequence[Group]
     candidates: Sequence[Candidate]
     costs: Table

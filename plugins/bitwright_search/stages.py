@@ -61,7 +61,7 @@ class Built:
     path: Path | None
 
 
-class Stages:
+class SearchStore:
     """A run directory's view of a search.
 
     Args:

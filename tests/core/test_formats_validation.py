@@ -74,7 +74,7 @@ CASES = [
     ("0.6.1", INT_06, "scale", [0.1, 0.2], "scale", "one number"),
     ("0.6.1", INT_06, "offset", 1, "offset", "outside -255..0"),
     ("0.6.1", INT_06, "offset", -256, "offset", "outside -255..0"),
-    ("0.6.1", INT_06, "offset", -127.5, "offset", "no whole number"),
+    ("0.6.1", INT_06, "offset", -127.5, "offset", "not a whole number"),
     ("0.6.1", INT_06, "min", -2.0, "min", "contradicts scale and offset"),
     ("0.6.1", INT_06, "max", 2.0, "max", "contradicts scale and offset"),
     ("0.6.1", INT_06, "zero_point", 0, "zero_point", "unknown field; the known ones are bitwidth"),

@@ -39,7 +39,7 @@ from bitwright_keras.graph.optable import FUNCTIONS, LAYERS, OPERATIONS
 
 
 @dataclass(frozen=True)
-class Place:
+class ParamPlace:
     """Where a parameter is kept.
 
     Attributes:
@@ -70,7 +70,7 @@ class Canonical:
     """
 
     graph: Graph
-    places: Mapping[ParamId, Place]
+    places: Mapping[ParamId, ParamPlace]
     nodes: Mapping[str, tuple[Node, ...]]
 
 
@@ -97,7 +97,7 @@ class _Builder:
         self._model = model
         self._readers = readers_of(model)
         self._params: dict[ParamId, Param] = {}
-        self._places: dict[ParamId, Place] = {}
+        self._places: dict[ParamId, ParamPlace] = {}
         self._own: dict[str, int] = {}
         self._orders: dict[str, tuple[int, ...]] = {}
 
@@ -283,7 +283,7 @@ class _Builder:
             dtype = keras.backend.standardize_dtype(variables_of(node.layer)[key].dtype)
         order = layout.order if len(layout.order) == len(layout.shape) else None
         self._params.setdefault(id, Param(id, layout.shape, dtype, order))
-        self._places.setdefault(id, Place(node, key, layout))
+        self._places.setdefault(id, ParamPlace(node, key, layout))
         return id
 
     def _native_shape(self, node: Node, key: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitwright.graph import FLOAT_DTYPES, OpKind
-from bitwright.placement import Extent, Step, masks
+from bitwright.placement import Extent, NodeView, masks
 from bitwright_keras.graph.constants import is_constant
 from bitwright_keras.graph.model import KerasModel, Node, Ref
 
@@ -18,7 +18,7 @@ _VALUES = frozenset({"Where", "Add", "Subtract", "Multiply", "Divide", "TrueDivi
 
 def mask_names(model: KerasModel, kind_of: Callable[[Node], tuple[OpKind, str]]) -> frozenset[str]:
     """Ids of the activations that are masks or masked (see `bitwright.placement._masks`)."""
-    steps: list[Step] = []
+    steps: list[NodeView] = []
     constants: dict[str, Extent] = {}
     for node in model.nodes:
         kind, type = kind_of(node)
@@ -29,7 +29,7 @@ def mask_names(model: KerasModel, kind_of: Callable[[Node], tuple[OpKind, str]])
             elif node.layer is None and node.type in _VALUES and is_constant(leaf):
                 operands.append(f"{node.op}\0{index}")
                 constants[operands[-1]] = Extent.of(leaf)
-        steps.append(Step(kind, _TYPES.get(node.type, type), tuple(operands), node.outputs))
+        steps.append(NodeView(kind, _TYPES.get(node.type, type), tuple(operands), node.outputs))
     specs = model.specs
     return masks(
         steps, model.inputs, model.output_ids, constants,

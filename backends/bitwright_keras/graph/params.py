@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import checked_param, known_param
 from bitwright.graph import ParamId
-from bitwright_keras.graph.canonical import Place, canonical
+from bitwright_keras.graph.canonical import ParamPlace, canonical
 from bitwright_keras.graph.constants import constant_of, with_constant
 from bitwright_keras.graph.engine import value_of
 from bitwright_keras.graph.model import KerasModel, Node, variables_of
@@ -34,7 +34,7 @@ def read_params(model: KerasModel, ids: Collection[ParamId]) -> dict[ParamId, ND
     return values
 
 
-def native_value(place: Place) -> NDArray[Any]:
+def native_value(place: ParamPlace) -> NDArray[Any]:
     """A parameter's value as Keras has it."""
     variable = place.variable
     if variable is None:

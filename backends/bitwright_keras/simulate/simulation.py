@@ -23,7 +23,7 @@ from bitwright.backend import Session, Sites, Tap, Training
 from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Derived, Plan, SiteId
-from bitwright_keras.graph.canonical import Place, canonical
+from bitwright_keras.graph.canonical import ParamPlace, canonical
 from bitwright_keras.graph.constants import with_constant
 from bitwright_keras.graph.engine import value_of
 from bitwright_keras.graph.model import KerasModel, Node, Ref, substitute, variables_of
@@ -45,7 +45,7 @@ class _Parameter:
         quantizer: in training, of a layer's parameter.
     """
 
-    place: Place
+    place: ParamPlace
     variable: keras.Variable
     quantizer: FakeQuantize | None = None
 
@@ -159,7 +159,7 @@ class KerasSimulation:
         self._owned.add(id(result))
         return result
 
-    def _weight_quantizer(self, site: SiteId, place: Place) -> FakeQuantize:
+    def _weight_quantizer(self, site: SiteId, place: ParamPlace) -> FakeQuantize:
         assert self._training is not None
         encoding = self._table.get(self._plan.root(site))
         derived = isinstance(self._plan[site].decision, Derived)

@@ -42,7 +42,8 @@ def _check(
         for value in node.inputs:
             if value is not None and value not in known:
                 raise ModelError(
-                    f"{_said(node)} reads {value.name!r}, which is neither an input nor a weight nor a node's output"
+                    f"{_describe(node)} reads {value.name!r}, which is neither an input nor a weight "
+                    "nor a node's output"
                 )
         schema = _schema(node, opsets)
         if schema is not None:
@@ -57,7 +58,7 @@ def _check(
             raise ModelError(f"output {value.name!r} is neither an input nor a weight nor a node's output")
 
 
-def _said(node: ir.Node) -> str:
+def _describe(node: ir.Node) -> str:
     name = node.name or next((o.name for o in node.outputs if o.name), None)
     return f"node {name!r} ({node.op_type})"
 
@@ -80,26 +81,28 @@ def _operands(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
     ):
         if not least <= len(values) <= most:
             wanted = f"{least}" if least == most else f"at least {least}" if most > 2**30 else f"{least} to {most}"
-            raise ModelError(f"{_said(node)} has {len(values)} {what}; the operator has {wanted}")
+            raise ModelError(f"{_describe(node)} has {len(values)} {what}; the operator has {wanted}")
     single = onnx.defs.OpSchema.FormalParameterOption.Single
     for value, parameter in zip(node.inputs, schema.inputs, strict=False):
         if value is None and parameter.option == single:
-            raise ModelError(f"{_said(node)} has no input {parameter.name!r}, which the operator needs")
+            raise ModelError(f"{_describe(node)} has no input {parameter.name!r}, which the operator needs")
 
 
 def _attributes(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
     for name, attribute in node.attributes.items():
         wanted = schema.attributes.get(name)
         if wanted is None:
-            raise ModelError(f"{_said(node)} has an attribute {name!r}, which the operator doesn't have")
+            raise ModelError(f"{_describe(node)} has an attribute {name!r}, which the operator doesn't have")
         kind: Any = wanted.type  # an enumeration that onnx's stubs don't know as one
         if int(attribute.type) != int(kind.value) and not attribute.is_ref():
-            raise ModelError(f"attribute {name!r} of {_said(node)} is of type {attribute.type.name}, not {kind.name}")
+            raise ModelError(
+                f"attribute {name!r} of {_describe(node)} is of type {attribute.type.name}, not {kind.name}"
+            )
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in node.attributes:
-            raise ModelError(f"{_said(node)} has no attribute {name!r}, which the operator needs")
+            raise ModelError(f"{_describe(node)} has no attribute {name!r}, which the operator needs")
     if node.op_type == "Constant" and len(node.attributes) != 1:
-        raise ModelError(f"{_said(node)} has {len(node.attributes)} attributes; a constant has one, its value")
+        raise ModelError(f"{_describe(node)} has {len(node.attributes)} attributes; a constant has one, its value")
 
 
 def _values(node: ir.Node) -> None:
@@ -108,7 +111,7 @@ def _values(node: ir.Node) -> None:
         order = _numbers(node, "perm")
         if order is not None and sorted(order) != list(range(len(order))):
             raise ModelError(
-                f"attribute 'perm' of {_said(node)} is {order}, which is not an order of {len(order)} axes"
+                f"attribute 'perm' of {_describe(node)} is {order}, which is not an order of {len(order)} axes"
             )
     elif node.op_type in _WINDOWED:
         named = {k: n for k in ("kernel_shape", "strides", "dilations") if (n := _numbers(node, k)) is not None}
@@ -117,12 +120,14 @@ def _values(node: ir.Node) -> None:
             lengths["pads"] = len(pads) / 2
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{k} {_numbers(node, k)}" for k in lengths)
-            raise ModelError(f"the attributes of {_said(node)} are for different numbers of axes: {told}")
+            raise ModelError(f"the attributes of {_describe(node)} are for different numbers of axes: {told}")
         for name in ("kernel_shape", "strides", "dilations"):
             if any(n < 1 for n in _numbers(node, name) or ()):
-                raise ModelError(f"attribute {name!r} of {_said(node)} is {_numbers(node, name)}; it must be positive")
+                raise ModelError(
+                    f"attribute {name!r} of {_describe(node)} is {_numbers(node, name)}; it must be positive"
+                )
         if node.attributes.get_int("group", 1) < 1:
-            raise ModelError(f"attribute 'group' of {_said(node)} is {node.attributes.get_int('group')}")
+            raise ModelError(f"attribute 'group' of {_describe(node)} is {node.attributes.get_int('group')}")
 
 
 def _numbers(node: ir.Node, name: str) -> list[int] | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from bitwright_onnx.simulate.site_ops import Chain
+from bitwright_onnx.simulate.site_ops import NodeList
 
 _BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 _MOVING = frozenset(
@@ -69,7 +69,7 @@ def turn_byte_blocks(graph: ir.Graph, fresh: Callable[[str], str]) -> None:
         else:  # the model reads the matrix transposed: let it do so behind the dequantization (see `_turn_blocks`)
             first = next((u for u, _ in turn.inputs[0].uses() if u.op_type == blocks.op_type), None)  # type: ignore[union-attr]
             assert first is not None
-            chain = Chain(fresh(f"{node.inputs[1].name}_read"))  # type: ignore[union-attr]
+            chain = NodeList(fresh(f"{node.inputs[1].name}_read"))  # type: ignore[union-attr]
             y = chain("Transpose", first.outputs[0], perm=[1, 0])
             y.type = first.outputs[0].type
             graph.insert_before(node, chain.nodes)
@@ -93,7 +93,7 @@ def _store_turned(graph: ir.Graph, fresh: Callable[[str], str], blocks: ir.Node)
         value.shape = ir.Shape(turned.shape)
     axis = blocks.attributes.get_int("axis", 1)
     blocks.attributes["axis"] = ir.AttrInt64("axis", 1 - int(axis or 0) % 2)
-    chain = Chain(fresh(f"{y.name}_turned"))
+    chain = NodeList(fresh(f"{y.name}_turned"))
     read = chain("Transpose", y, perm=[1, 0])
     read.type, read.shape = y.type, y.shape
     if y.shape is not None:

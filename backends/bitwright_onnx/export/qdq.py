@@ -36,7 +36,15 @@ from bitwright_onnx.graph.optable import turns_weight
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.session import has_quantize_linear
-from bitwright_onnx.simulate.site_ops import Chain, Place, fixed_site, form_of, from_float32, in_float32, merged
+from bitwright_onnx.simulate.site_ops import (
+    NodeList,
+    SiteContext,
+    fixed_site,
+    form_of,
+    from_float32,
+    in_float32,
+    merged,
+)
 
 NAMES = "bitwright.names"
 """Metadata key of a QDQ file: JSON of site → dequantized tensor, where they differ."""
@@ -237,14 +245,14 @@ class _Writer:
         dtype = value.dtype or ir.DataType.FLOAT
         uses = list(value.uses())
         is_input = value.is_graph_input()
-        chain = Chain(self.fresh(f"{site}_qdq"))
+        chain = NodeList(self.fresh(f"{site}_qdq"))
         if encoding.float_format in ("float16", "bfloat16"):
             form, known = form_of(encoding, None), merged(form_of(encoding, None), encoding)
 
             def operand(suffix: str) -> ir.Value:
                 return self.initializer(f"{site}_{suffix}", known[suffix])
 
-            y = fixed_site(chain, value, Place(form, dtype, INT4_OPSET), operand, encoding)
+            y = fixed_site(chain, value, SiteContext(form, dtype, INT4_OPSET), operand, encoding)
         else:
             y = self._pair(chain, value, site, encoding, kind)
         y.type, y.shape = value.type, value.shape
@@ -270,7 +278,7 @@ class _Writer:
             value.name = self.fresh(f"{site}_float")
         y.name = site
 
-    def _pair(self, chain: Chain, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
+    def _pair(self, chain: NodeList, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
         dtype = x.dtype or ir.DataType.FLOAT
         if kind is ir.DataType.INT32:
             raise EncodingError(
@@ -370,7 +378,7 @@ class _Writer:
             producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
         if not turns or producer is None:
             return
-        chain = Chain(self.fresh(f"{site}_turned"))
+        chain = NodeList(self.fresh(f"{site}_turned"))
         q, *numbers = producer.inputs
         codes = chain("Transpose", q, perm=[1, 0])
         codes.type = q.type if q is not None else None
@@ -401,7 +409,7 @@ class _Writer:
         back = np.argsort(layout)
         canonical_native = tuple(native[i] for i in layout)
         q = self.initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
-        chain = Chain(self.fresh(f"{name}_dq"))
+        chain = NodeList(self.fresh(f"{name}_dq"))
         if encoding.float_format in ("float16", "bfloat16"):
             y = chain.cast(q, dtype)
         else:
@@ -414,7 +422,7 @@ class _Writer:
         self._at_start(chain)
         return y
 
-    def _at_start(self, chain: Chain) -> None:
+    def _at_start(self, chain: NodeList) -> None:
         if self._first is None:
             self.model.graph.extend(chain.nodes)
         else:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import LINEAR_KINDS, OpKind
-from bitwright.placement import Extent, Step, masks
+from bitwright.placement import Extent, NodeView, masks
 from bitwright_onnx.graph.attributes import constant
 from bitwright_onnx.graph.optable import FLOAT_TYPES, KINDS, is_default_domain, is_float_constant
 
@@ -16,7 +16,7 @@ _UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, O
 
 def mask_names(graph: ir.Graph) -> frozenset[str]:
     """Names of the values that are masks or masked (see `bitwright.placement._masks`)."""
-    steps: list[Step] = []
+    steps: list[NodeView] = []
     constants: dict[str, Extent] = {}
     dtypes: dict[str, ir.DataType | None] = {str(v.name): v.dtype for v in graph.inputs}
     for node in graph:
@@ -34,7 +34,7 @@ def mask_names(graph: ir.Graph) -> frozenset[str]:
             constants[names[-1]] = Extent.of(filled.as_tensor().numpy())
         outputs = [o for o in node.outputs if o.name]
         dtypes.update({str(o.name): o.dtype for o in outputs})
-        steps.append(Step(kind, node.op_type, tuple(names), tuple(str(o.name) for o in outputs)))
+        steps.append(NodeView(kind, node.op_type, tuple(names), tuple(str(o.name) for o in outputs)))
     return masks(
         steps,
         [str(v.name) for v in graph.inputs],

@@ -1,4 +1,4 @@
-"""Values that are not tensors: sequences and optionals, whose types ONNX's inference knows and onnx-ir's merge loses."""
+"""Sequences and optionals: values whose types ONNX's inference knows and onnx-ir's merge loses."""
 
 from __future__ import annotations
 

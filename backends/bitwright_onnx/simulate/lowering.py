@@ -13,7 +13,7 @@ from bitwright.graph import Param
 from bitwright.grids import Encoding
 from bitwright_onnx.graph.opset import opset_of
 from bitwright_onnx.simulate.session import has_quantize_linear
-from bitwright_onnx.simulate.site_ops import Chain, Form, Place, fixed_site, live_site, merged
+from bitwright_onnx.simulate.site_ops import NodeList, SiteContext, SiteForm, fixed_site, live_site, merged
 
 
 def fake_quantized(native: NDArray[Any], param: Param, encoding: Encoding) -> NDArray[Any]:
@@ -39,7 +39,7 @@ class Lowering:
         self.live_inputs: list[str] = []
         """Names of the inputs that live chains have added."""
 
-    def live(self, value: ir.Value, form: Form, prefix: str) -> str:
+    def live(self, value: ir.Value, form: SiteForm, prefix: str) -> str:
         """A chain whose numbers are inputs `<prefix>/<suffix>`; returns the name of the quantized tensor."""
         known = merged(form, None)
 
@@ -51,12 +51,12 @@ class Lowering:
             self.live_inputs.append(f"{prefix}/{suffix}")
             return made
 
-        chain = Chain(f"{value.name}/quantize")
+        chain = NodeList(f"{value.name}/quantize")
         place, once = self._place(value, form), self._once(prefix, operand)
         y = self._attach(value, chain, lambda: live_site(chain, value, place, once))
         return self._named(value, y, outputs=True)
 
-    def fixed(self, value: ir.Value, form: Form, prefix: str, encoding: Encoding) -> str:
+    def fixed(self, value: ir.Value, form: SiteForm, prefix: str, encoding: Encoding) -> str:
         """A chain whose numbers are constants; returns the name of the quantized tensor."""
         known = merged(form, encoding)
 
@@ -66,13 +66,13 @@ class Lowering:
             self._graph.register_initializer(made)
             return made
 
-        chain, place = Chain(f"{value.name}/quantize"), self._place(value, form)
+        chain, place = NodeList(f"{value.name}/quantize"), self._place(value, form)
         y = self._attach(value, chain, lambda: fixed_site(chain, value, place, self._once(prefix, operand), encoding))
         # A model output that is an input goes by the input's name, so it stays as it is.
         return self._named(value, y, outputs=False)
 
-    def _place(self, value: ir.Value, form: Form) -> Place:
-        return Place(form, value.dtype or ir.DataType.FLOAT, self._opset, has_quantize_linear(self._opset))
+    def _place(self, value: ir.Value, form: SiteForm) -> SiteContext:
+        return SiteContext(form, value.dtype or ir.DataType.FLOAT, self._opset, has_quantize_linear(self._opset))
 
     def _once(self, prefix: str, make: Callable[[str], ir.Value]) -> Callable[[str], ir.Value]:
         """Sites that share an encoding share its operands."""
@@ -85,7 +85,7 @@ class Lowering:
 
         return operand
 
-    def _attach(self, value: ir.Value, chain: Chain, build: Callable[[], ir.Value]) -> ir.Value:
+    def _attach(self, value: ir.Value, chain: NodeList, build: Callable[[], ir.Value]) -> ir.Value:
         uses = list(value.uses())
         y = build()
         y.type, y.shape = value.type, value.shape

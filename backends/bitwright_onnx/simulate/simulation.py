@@ -39,7 +39,7 @@ from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
-from bitwright_onnx.simulate.site_ops import Form, constants, form_of, numbers
+from bitwright_onnx.simulate.site_ops import SiteForm, constants, form_of, numbers
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class OnnxSimulation:
         self._table: dict[SiteId, Encoding] = {}
         self._rounded = tuple(s for s in self._sites.rounded if s in self.values)
         self._prefix = {s: self._free_name(f"{s}/quantizer") for s in {plan.root(s) for s in self._rounded}}
-        self._forms: dict[SiteId, Form] = {}
+        self._forms: dict[SiteId, SiteForm] = {}
         self.bound: dict[str, Array] = {}
         self._quantized: dict[SiteId, tuple[Encoding, ir.TensorProtocol]] = {}
         self._replaced: dict[ParamId, tuple[int, ir.TensorProtocol]] = {}
         self.revision = 0
         for root in self._prefix:
             spec = plan.spec(root)
-            self._install(root, None, Form("integer8") if spec is None else form_of(spec, self._rank(root)))
+            self._install(root, None, SiteForm("integer8") if spec is None else form_of(spec, self._rank(root)))
         self.set(encodings)
 
     @property
@@ -165,7 +165,7 @@ class OnnxSimulation:
             name += "_"
         return name
 
-    def _install(self, root: SiteId, encoding: Encoding | None, form: Form | None = None) -> None:
+    def _install(self, root: SiteId, encoding: Encoding | None, form: SiteForm | None = None) -> None:
         known = self._forms.get(root)
         if encoding is not None:
             form = form_of(encoding, self._rank(root))

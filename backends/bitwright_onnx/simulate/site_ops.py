@@ -39,7 +39,7 @@ FLOAT_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class SiteForm:
     """The shape of a chain; a change of form needs a new graph, a change of numbers doesn't.
 
     Attributes:
@@ -55,19 +55,21 @@ class Form:
         """The lowest opset that can express it."""
         return FLOAT8_OPSET if self.kind.startswith("float8") else MINIMUM_OPSET
 
-    def covers(self, other: Form) -> bool:
+    def covers(self, other: SiteForm) -> bool:
         """Whether this chain can compute the other's grids too."""
         return self == other or (self.kind == "integer" and other.kind == "integer8" and self.rank == other.rank)
 
 
-def form_of(encoding: Encoding | QuantSpec, rank: int | None) -> Form:
+def form_of(encoding: Encoding | QuantSpec, rank: int | None) -> SiteForm:
     """The chain that an encoding needs on a tensor of `rank`."""
     scalar = isinstance(encoding.granularity, PerTensor)
     kind = encoding.float_format or ("int32" if encoding.bits == 32 else "integer")
-    return Form("integer8" if kind == "integer" and scalar and encoding.bits <= 8 else kind, None if scalar else rank)
+    return SiteForm(
+        "integer8" if kind == "integer" and scalar and encoding.bits <= 8 else kind, None if scalar else rank
+    )
 
 
-def numbers(form: Form, encoding: Encoding | None) -> Numbers:
+def numbers(form: SiteForm, encoding: Encoding | None) -> Numbers:
     """Operands of a chain for an encoding; None gives the bypass (its switches off, harmless values elsewhere)."""
     on = encoding is not None
     if form.kind in ("integer8", "integer") and form.rank is None:
@@ -115,7 +117,7 @@ def _scalar_numbers(encoding: Encoding | None) -> Numbers:
     }
 
 
-def _spread(values: NDArray[Any], encoding: Encoding, form: Form) -> NDArray[Any]:
+def _spread(values: NDArray[Any], encoding: Encoding, form: SiteForm) -> NDArray[Any]:
     """Values that broadcast against the tensor, whose free dimensions are not needed for it."""
     layout = encoding.granularity
     if form.rank is None or isinstance(layout, PerTensor):
@@ -145,7 +147,7 @@ def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
 Operand = Callable[[str], ir.Value]
 
 
-class Chain:
+class NodeList:
     """Appends nodes to a list and hands out their values."""
 
     def __init__(self, prefix: str) -> None:
@@ -165,34 +167,34 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SiteContext:
     """Where a chain goes: its form, the tensor's type, the graph's opset, and whether the runtime has pairs there.
 
     ONNX Runtime may run a model's ops in an opset whose QuantizeLinear it doesn't have yet: there chains are composed.
     """
 
-    form: Form
+    form: SiteForm
     dtype: ir.DataType
     opset: int
     pairs: bool = True
 
-    def narrow(self, chain: Chain, x: ir.Value, operand: Operand, *, clip: bool = True) -> ir.Value:
+    def narrow(self, chain: NodeList, x: ir.Value, operand: Operand, *, clip: bool = True) -> ir.Value:
         """Grids of up to 8 bits."""
         if self.pairs:
             return _pair8(chain, x, operand, clip)
         return _composed(chain, x, operand, clip=True)
 
-    def wide(self, chain: Chain, x: ir.Value, operand: Operand) -> ir.Value:
+    def wide(self, chain: NodeList, x: ir.Value, operand: Operand) -> ir.Value:
         """Full grids of 16 bits."""
         if self.pairs and self.opset >= WIDE_OPSET:
             return _pair16(chain, x, operand)
         return _composed(chain, x, operand, clip=True)
 
 
-def live_site(chain: Chain, x: ir.Value, place: Place, operand: Operand) -> ir.Value:
+def live_site(chain: NodeList, x: ir.Value, place: SiteContext, operand: Operand) -> ir.Value:
     """The chain with its switches: bypassed, the tensor passes as it is."""
     form = place.form
-    branches: list[tuple[str, Callable[[Chain, ir.Value], ir.Value]]]
+    branches: list[tuple[str, Callable[[NodeList, ir.Value], ir.Value]]]
     if form.kind == "integer8":
         branches = [("narrow", lambda c, v: place.narrow(c, v, operand))]
     elif form.kind == "integer" and form.rank is None:
@@ -206,7 +208,7 @@ def live_site(chain: Chain, x: ir.Value, place: Place, operand: Operand) -> ir.V
     return _switch(chain, x, branches, operand, place.dtype)
 
 
-def fixed_site(chain: Chain, x: ir.Value, place: Place, operand: Operand, encoding: Encoding) -> ir.Value:
+def fixed_site(chain: NodeList, x: ir.Value, place: SiteContext, operand: Operand, encoding: Encoding) -> ir.Value:
     """The chain of one encoding, without switches, for graphs whose encodings are constants."""
     form = place.form
     x = in_float32(chain, x, place.dtype)
@@ -223,9 +225,9 @@ def fixed_site(chain: Chain, x: ir.Value, place: Place, operand: Operand, encodi
 
 
 def _switch(
-    chain: Chain,
+    chain: NodeList,
     x: ir.Value,
-    branches: Sequence[tuple[str, Callable[[Chain, ir.Value], ir.Value]]],
+    branches: Sequence[tuple[str, Callable[[NodeList, ir.Value], ir.Value]]],
     operand: Operand,
     dtype: ir.DataType,
 ) -> ir.Value:
@@ -233,7 +235,7 @@ def _switch(
         return chain("Identity", x)
     (switch, build), *rest = branches
     prefix = f"{chain.prefix}/{switch}"
-    taken, passed = Chain(f"{prefix}/then"), Chain(f"{prefix}/else")
+    taken, passed = NodeList(f"{prefix}/then"), NodeList(f"{prefix}/else")
     y = from_float32(taken, build(taken, in_float32(taken, x, dtype)), dtype)
     z = _switch(passed, x, rest, operand, dtype)
     graphs: dict[str, Any] = {
@@ -248,17 +250,17 @@ def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
     return value
 
 
-def in_float32(chain: Chain, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+def in_float32(chain: NodeList, x: ir.Value, dtype: ir.DataType) -> ir.Value:
     """A tensor of type `dtype` as float32, in which grids are computed."""
     return x if dtype is ir.DataType.FLOAT else chain.cast(x, ir.DataType.FLOAT)
 
 
-def from_float32(chain: Chain, y: ir.Value, dtype: ir.DataType) -> ir.Value:
+def from_float32(chain: NodeList, y: ir.Value, dtype: ir.DataType) -> ir.Value:
     """A float32 tensor back in the type `dtype`."""
     return y if dtype is ir.DataType.FLOAT else chain.cast(y, dtype)
 
 
-def _pair8(chain: Chain, x: ir.Value, operand: Operand, clip: bool = True) -> ir.Value:
+def _pair8(chain: NodeList, x: ir.Value, operand: Operand, clip: bool = True) -> ir.Value:
     scale, zero = operand("scale"), operand("zero8")
     q = chain("QuantizeLinear", x, scale, zero)
     if clip:
@@ -266,12 +268,12 @@ def _pair8(chain: Chain, x: ir.Value, operand: Operand, clip: bool = True) -> ir
     return chain("DequantizeLinear", q, scale, zero)
 
 
-def _pair16(chain: Chain, x: ir.Value, operand: Operand) -> ir.Value:
+def _pair16(chain: NodeList, x: ir.Value, operand: Operand) -> ir.Value:
     scale, zero = operand("scale"), operand("zero16")
     return chain("DequantizeLinear", chain("QuantizeLinear", x, scale, zero), scale, zero)
 
 
-def _composed(chain: Chain, x: ir.Value, operand: Operand, *, clip: bool) -> ir.Value:
+def _composed(chain: NodeList, x: ir.Value, operand: Operand, *, clip: bool) -> ir.Value:
     """`bitwright.grids._grid.fake_quantize` op by op; Clip takes scalars only, Max and Min broadcast."""
     q = chain("Round", chain("Div", x, operand("scale")))
     if clip:
@@ -281,7 +283,7 @@ def _composed(chain: Chain, x: ir.Value, operand: Operand, *, clip: bool) -> ir.
     return chain("Mul", q, operand("scale"))
 
 
-def _plain(chain: Chain, x: ir.Value, form: Form, operand: Operand) -> ir.Value:
+def _plain(chain: NodeList, x: ir.Value, form: SiteForm, operand: Operand) -> ir.Value:
     if form.kind == "integer":
         return _composed(chain, x, operand, clip=False)
     if form.kind == "int32":
@@ -301,7 +303,7 @@ def _plain(chain: Chain, x: ir.Value, form: Form, operand: Operand) -> ir.Value:
     return chain("Mul", y, operand("scale")) if scaled else y
 
 
-def constants(form: Form) -> Numbers:
+def constants(form: SiteForm) -> Numbers:
     """Operands that follow from the form alone."""
     if form.kind not in FLOAT_FORMATS:
         return {}
@@ -309,6 +311,6 @@ def constants(form: Form) -> Numbers:
     return {"lowest": -largest, "largest": largest}
 
 
-def merged(form: Form, encoding: Encoding | None) -> Mapping[str, NDArray[Any]]:
+def merged(form: SiteForm, encoding: Encoding | None) -> Mapping[str, NDArray[Any]]:
     """Every operand that a fixed chain may use."""
     return {**numbers(form, encoding), **constants(form)}

@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor, TensorId, channel_axes
 from bitwright_tensorflow.graph.elementwise import clip, prelu, spelled_activation
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.linear_ops import linear_op
 from bitwright_tensorflow.graph.masking import mask_names
 from bitwright_tensorflow.graph.model import NodeDef, TfModel, node_of
 from bitwright_tensorflow.graph.network import ALIAS, Edge, Network, Read
 from bitwright_tensorflow.graph.norms import fused_batch_norm, spelled_norm
 from bitwright_tensorflow.graph.optable import QUANTIZED_OPS
+from bitwright_tensorflow.graph.recognized import Recognized
 from bitwright_tensorflow.graph.single_ops import single_op
 
-Recognizer = Callable[[Network, NodeDef], Found | None]
+Recognizer = Callable[[Network, NodeDef], Recognized | None]
 RECOGNIZERS: tuple[Recognizer, ...] = (linear_op, fused_batch_norm, spelled_norm, prelu, spelled_activation, clip)
 """Tried in this order on all nodes, last ones first (a hard swish holds a clip), before they are ops of their own."""
 
@@ -46,7 +46,7 @@ class Canonical:
 
     graph: Graph
     network: Network
-    ops: Mapping[str, Found]
+    ops: Mapping[str, Recognized]
     params: Mapping[str, Read]
     operands: Mapping[str, tuple[Edge, ...]]
 
@@ -67,7 +67,7 @@ def recognize(model: TfModel) -> Canonical:
 def _recognize(model: TfModel) -> Canonical:
     net = Network(model)
     _refuse_quantized(net)
-    claimed: dict[str, Found] = {}
+    claimed: dict[str, Recognized] = {}
     candidates = [n for n in reversed(net.inference.order) if n not in net.constant | net.sizes | net.collapsed]
     for recognizer in RECOGNIZERS:
         for name in candidates:
@@ -75,7 +75,7 @@ def _recognize(model: TfModel) -> Canonical:
             if found is not None and net.is_float(found.outputs[0]) and claimed.keys().isdisjoint(found.nodes):
                 claimed.update(dict.fromkeys(found.nodes, found))
     groups = [_region(net, region) for region in net.inference.regions]
-    shown: list[Found] = [g for g in groups if g is not None]
+    shown: list[Recognized] = [g for g in groups if g is not None]
     for name in net.inference.order:
         if name in net.constant | net.sizes | net.collapsed:
             continue
@@ -106,7 +106,7 @@ def _outputs(net: Network, name: str) -> tuple[TensorId, ...]:
     return tuple(dict.fromkeys([*tensors[:1], *read]))
 
 
-def _region(net: Network, region: tuple[str, ...]) -> Found | None:
+def _region(net: Network, region: tuple[str, ...]) -> Recognized | None:
     """A loop or condition as one op."""
     inside = set(region)
     reads = dict.fromkeys(
@@ -120,20 +120,20 @@ def _region(net: Network, region: tuple[str, ...]) -> Found | None:
         return None
     loop = any(net.node(n).op in ("Enter", "RefEnter") for n in region)
     main = node_of(outputs[0])
-    return Found(main, OpKind.OPAQUE, "Loop" if loop else "If", tuple(reads), outputs, nodes=region,
+    return Recognized(main, OpKind.OPAQUE, "Loop" if loop else "If", tuple(reads), outputs, nodes=region,
                  native="while loop" if loop else "condition")  # fmt: skip
 
 
-def _topological(net: Network, shown: list[Found]) -> list[Found]:
+def _topological(net: Network, shown: list[Recognized]) -> list[Recognized]:
     place = {name: i for i, name in enumerate(net.inference.order)}
     return sorted(shown, key=lambda found: max(place[n] for n in found.nodes))
 
 
-def _named_outputs(net: Network, shown: list[Found]) -> list[Found]:
+def _named_outputs(net: Network, shown: list[Recognized]) -> list[Recognized]:
     """Let an Identity that is a model output give its name to the op before it, where nothing else reads that."""
     makers = {t: found for found in shown for t in found.outputs}
     gone: set[str] = set()
-    renamed: dict[str, Found] = {}
+    renamed: dict[str, Recognized] = {}
     for found in shown:
         if found.kind is not OpKind.IDENTITY or not net.is_end(found.outputs[0]) or len(found.inputs) != 1:
             continue
@@ -150,7 +150,7 @@ def _named_outputs(net: Network, shown: list[Found]) -> list[Found]:
     return [renamed.get(f.id, f) for f in shown if f.id not in gone]
 
 
-def _assemble(model: TfModel, net: Network, shown: list[Found]) -> Canonical:
+def _assemble(model: TfModel, net: Network, shown: list[Recognized]) -> Canonical:
     ops: list[Op] = []
     params: dict[str, Param] = {}
     reads: dict[str, Read] = {}

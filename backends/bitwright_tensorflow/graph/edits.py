@@ -18,13 +18,13 @@ from bitwright.graph import ACTIVATION_TYPES, LEAK, Edit, Formula, Op, OpId, OpK
 from bitwright_tensorflow.graph import rewriter
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.elementwise import SPELLED
-from bitwright_tensorflow.graph.forms import Form
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.graphs import data_operands
+from bitwright_tensorflow.graph.layouts import Layout
 from bitwright_tensorflow.graph.linear_ops import ADDS
 from bitwright_tensorflow.graph.model import Array, Kind, TfModel, array_of, node_of, operand_of
 from bitwright_tensorflow.graph.network import ALIAS, OP_NAME, Read
 from bitwright_tensorflow.graph.params import checked_native, numpy_dtype
+from bitwright_tensorflow.graph.recognized import Recognized
 from bitwright_tensorflow.graph.rewriter import Rewriter
 
 _OPS = {"Add": "AddV2", "Div": "RealDiv"}
@@ -52,7 +52,7 @@ class TfEditor(Editor):
         known: Canonical = recognize(model)
         super().__init__(known.graph)
         self._net = known.network
-        self._found: dict[OpId, Found] = dict(known.ops)
+        self._found: dict[OpId, Recognized] = dict(known.ops)
         self._params: dict[ParamId, Read] = dict(known.params)
         self._values: dict[str, Array] = dict(model.values)
         self._lazy: Rewriter | None = None
@@ -143,18 +143,18 @@ class TfEditor(Editor):
                 self._graph.nodes[moved].attr[OP_NAME].s = found.id.encode()
             self._graph.add(rewriter.bias_add(name, f"{moved}:0", tensor, weight.dtype, data_format))
             inner = (*found.nodes[:-1], moved, name)
-        read = Read(source, (name, 1), tensor, Form(native.shape), weight.dtype)
+        read = Read(source, (name, 1), tensor, Layout(native.shape), weight.dtype)
         self._params[source] = read
         self._found[found.id] = replace(found, nodes=inner, reads={**found.reads, ParamRole.BIAS: read})
         return source
 
-    def _data_format(self, found: Found) -> str:
+    def _data_format(self, found: Recognized) -> str:
         output = found.outputs[0]
         rank = self._rank(found)
         axis = found.channels.get(output, -1)
         return "NCHW" if axis == 1 and rank is not None and rank > 2 else "NHWC"
 
-    def _rank(self, found: Found) -> int | None:
+    def _rank(self, found: Recognized) -> int | None:
         for tensor in (found.outputs[0], *(f"{n}:0" for n in found.nodes)):
             if self._net.inference_has(tensor):
                 return self._net.rank(tensor)
@@ -171,7 +171,7 @@ class TfEditor(Editor):
         self._found[found.id] = replace(found, reads={**found.reads, role: read})
         return source
 
-    def _reading(self, found: Found, old: Read, source: str, tensor: str) -> Read:
+    def _reading(self, found: Recognized, old: Read, source: str, tensor: str) -> Read:
         """Let one op read its parameter from another tensor, through copies of the views of the old one."""
         node, index = old.edge
         chain = []
@@ -223,7 +223,7 @@ class TfEditor(Editor):
         """See `Editor`."""
         self._fold_backward(self._found.pop(norm.id), self._found[into.id])
 
-    def _fold_backward(self, norm: Found, into: Found) -> None:
+    def _fold_backward(self, norm: Recognized, into: Recognized) -> None:
         name = norm.end
         last = self._graph.nodes[into.end]
         moved = self._graph.move_aside(name, "folded")
@@ -267,7 +267,7 @@ class TfEditor(Editor):
                 self._found[id] = replace(other, inputs=inputs)
         del self._found[op.id]
 
-    def _supplant(self, found: Found, formula: Formula) -> None:
+    def _supplant(self, found: Recognized, formula: Formula) -> None:
         """Put nodes in the place of an op, the last one under the name of its last one."""
         source = found.inputs[0]
         # An Identity at the model's end that gives the op its tensor's name stays.

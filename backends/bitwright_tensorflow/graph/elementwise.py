@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.graph import ACTIVATION_TYPES, ActivationAttrs, OpKind, ParamRole, TensorId, clipping, erf
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.model import NodeDef, node_of
 from bitwright_tensorflow.graph.network import Network, Read
+from bitwright_tensorflow.graph.recognized import Recognized
 
 Values = NDArray[np.float64]
 _PROBE: Values = np.concatenate([np.linspace(-9, 9, 61), [-0.1, 0.05, 30.0, -30.0]])
@@ -44,7 +44,7 @@ KNOWN: Mapping[str, Callable[[Values], Values]] = {
 """ONNX type → function."""
 
 
-def spelled_activation(net: Network, node: NodeDef) -> Found | None:
+def spelled_activation(net: Network, node: NodeDef) -> Recognized | None:
     """A known activation that ends at a node."""
     if node.op not in ("Mul", "RealDiv"):
         return None
@@ -58,7 +58,7 @@ def spelled_activation(net: Network, node: NodeDef) -> Found | None:
     for type, function in KNOWN.items():
         expected = function(_PROBE)
         if np.allclose(values, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
-            return Found(node.name, OpKind.ACTIVATION, type.partition(" ")[0], (source,), (f"{node.name}:0",),
+            return Recognized(node.name, OpKind.ACTIVATION, type.partition(" ")[0], (source,), (f"{node.name}:0",),
                          nodes=names, native=type)  # fmt: skip
     return None
 
@@ -124,7 +124,7 @@ def _evaluated(net: Network, names: tuple[str, ...], source: TensorId) -> Values
     return known[f"{names[-1]}:0"]
 
 
-def clip(net: Network, node: NodeDef) -> Found | None:
+def clip(net: Network, node: NodeDef) -> Recognized | None:
     """Relu6, ClipByValue, and Minimum and Maximum by scalars (`tf.clip_by_value`, in either order)."""
     x: TensorId
     nodes: tuple[str, ...]
@@ -151,7 +151,7 @@ def clip(net: Network, node: NodeDef) -> Found | None:
     if bounds[0] > bounds[1]:
         return None
     kind, type, attrs = clipping(*bounds)
-    return Found(node.name, kind, type, (x,), (f"{node.name}:0",), attrs=attrs, nodes=nodes, native=node.op)
+    return Recognized(node.name, kind, type, (x,), (f"{node.name}:0",), attrs=attrs, nodes=nodes, native=node.op)
 
 
 def _bound(net: Network, node: NodeDef) -> tuple[float, TensorId] | None:
@@ -164,7 +164,7 @@ def _bound(net: Network, node: NodeDef) -> tuple[float, TensorId] | None:
     return None if bound is None else (bound, data[0])
 
 
-def prelu(net: Network, node: NodeDef) -> Found | None:
+def prelu(net: Network, node: NodeDef) -> Recognized | None:
     """relu(x) − α·relu(−x) with a constant α, as Keras spells it."""
     if node.op not in ("Add", "AddV2"):
         return None
@@ -190,7 +190,7 @@ def prelu(net: Network, node: NodeDef) -> Found | None:
             if [net.sole(t) for t in inner] != [below, mul]:
                 continue
             names = {relu.name, minus.name, below.name, mul.name, node.name}
-            return Found(node.name, OpKind.PRELU, "PRelu", (x,), (f"{node.name}:0",), {ParamRole.SLOPE: slope},
+            return Recognized(node.name, OpKind.PRELU, "PRelu", (x,), (f"{node.name}:0",), {ParamRole.SLOPE: slope},
                          ActivationAttrs(), _in_order(net, names), "parametric ReLU")  # fmt: skip
     return None
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from bitwright.graph import ConvAttrs, OpKind, ParamRole, TensorId
 from bitwright.placement import is_mask
-from bitwright_tensorflow.graph.forms import Reshaped, Transposed
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.geometry import channel_axis, spatial_axes, transposed, window_pads
+from bitwright_tensorflow.graph.layouts import Reshaped, Transposed
 from bitwright_tensorflow.graph.model import NodeDef, node_of
 from bitwright_tensorflow.graph.network import ALIAS, Network, Read
+from bitwright_tensorflow.graph.recognized import Recognized
 
 BACKWARD = frozenset({"Conv2DBackpropInput", "Conv2DBackpropInputV2", "Conv3DBackpropInputV2"})
 DEPTHWISE = "DepthwiseConv2dNative"
@@ -27,7 +27,7 @@ PRODUCTS = frozenset({"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3",
 ADDS = frozenset({"Add", "AddV2", "BiasAdd"})
 
 
-def linear_op(net: Network, node: NodeDef) -> Found | None:
+def linear_op(net: Network, node: NodeDef) -> Recognized | None:
     """The canonical op around a convolution or product; None where its weight is not a parameter."""
     if node.op in CONVOLUTIONS:
         found = _convolution(net, node)
@@ -56,7 +56,7 @@ class _Wrapped:
     block: tuple[tuple[int, ...], tuple[tuple[int, int], ...]] | None = None
 
 
-def _convolution(net: Network, node: NodeDef) -> Found | None:
+def _convolution(net: Network, node: NodeDef) -> Recognized | None:
     backward = node.op in BACKWARD
     operands = net.operands(node)
     x = operands[2 if backward else 0]
@@ -100,7 +100,7 @@ def _convolution(net: Network, node: NodeDef) -> Found | None:
     # Conv1D's own tensors have one axis less.
     axis = place - (len(axes) - len(kept)) if place > 1 else place
     reads = {ParamRole.WEIGHT: weight}
-    return Found(net.id(node), kind, type, (wrapped.source,), (output,), reads, attrs, wrapped.nodes, node.op,
+    return Recognized(net.id(node), kind, type, (wrapped.source,), (output,), reads, attrs, wrapped.nodes, node.op,
                  {wrapped.source: axis, output: axis})  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _unblocked(net: Network, node: NodeDef, wrapped: _Wrapped, data_format: str)
     return replace(wrapped, source=net.operands(before)[0], end=after, nodes=nodes, block=(block, effective))
 
 
-def _product(net: Network, node: NodeDef) -> Found | None:
+def _product(net: Network, node: NodeDef) -> Recognized | None:
     operands = net.operands(node)
     if len(operands) != 2 or not net.is_data(operands[0]):
         return None
@@ -181,7 +181,7 @@ def _product(net: Network, node: NodeDef) -> Found | None:
     channels = {} if rank is None else {source: rank - 1, output: rank - 1}
     type = "Gemm" if rank == 2 else "MatMul"
     reads = {ParamRole.WEIGHT: weight}
-    return Found(net.id(node), OpKind.LINEAR, type, (source,), (output,), reads, None, nodes, node.op,
+    return Recognized(net.id(node), OpKind.LINEAR, type, (source,), (output,), reads, None, nodes, node.op,
                  channels)  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def _restores(net: Network, after: NodeDef, source: TensorId, rank: int, weight:
     return known and net.ints(net.operands(gather)[1]) == tuple(range(rank - 1))
 
 
-def _with_bias(net: Network, found: Found) -> Found:
+def _with_bias(net: Network, found: Recognized) -> Recognized:
     width = _width(found)
     while (after := net.sole(found.outputs[0])) is not None:
         if after.op in ADDS and ParamRole.BIAS not in found.reads and not _named(net, found):
@@ -256,11 +256,11 @@ def _with_bias(net: Network, found: Found) -> Found:
     return found
 
 
-def _named(net: Network, found: Found) -> bool:
+def _named(net: Network, found: Recognized) -> bool:
     return ALIAS in net.node(found.end).attr
 
 
-def _moved(found: Found, after: NodeDef) -> Found:
+def _moved(found: Recognized, after: NodeDef) -> Recognized:
     output = f"{after.name}:0"
     channels = dict(found.channels)
     if found.outputs[0] in channels:
@@ -270,14 +270,14 @@ def _moved(found: Found, after: NodeDef) -> Found:
     return replace(found, outputs=(output,), nodes=(*found.nodes, after.name), channels=channels)
 
 
-def _width(found: Found) -> int:
+def _width(found: Recognized) -> int:
     shape = found.reads[ParamRole.WEIGHT].form.shape
     if found.kind is OpKind.CONV_TRANSPOSE:
         return shape[1] * (found.attrs.groups if isinstance(found.attrs, ConvAttrs) else 1)
     return shape[0]
 
 
-def bias_of(net: Network, found: Found, add: NodeDef, width: int) -> Read | None:
+def bias_of(net: Network, found: Recognized, add: NodeDef, width: int) -> Read | None:
     """The constant that an Add gives each output channel; None where it is something else."""
     operands = net.operands(add)
     places = [i for i, t in enumerate(operands) if not net.is_data(t)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitwright.graph import OpKind
-from bitwright.placement import Extent, Step, masks
+from bitwright.placement import Extent, NodeView, masks
 from bitwright_tensorflow.graph.model import VARIABLES
 from bitwright_tensorflow.graph.network import Network
 from bitwright_tensorflow.graph.optable import KINDS
@@ -18,7 +18,7 @@ _READ = frozenset({"Add", "Sub", "Sum", "Mul", "Div", "Where", "ConstantOfShape"
 
 def mask_names(net: Network) -> frozenset[str]:
     """Names of the tensors that are masks or masked (see `bitwright.placement._masks`)."""
-    steps: list[Step] = []
+    steps: list[NodeView] = []
     constants: dict[str, Extent] = {}
     known: set[str] = set()
     for name in net.inference.order:
@@ -37,7 +37,7 @@ def mask_names(net: Network) -> frozenset[str]:
             continue  # its value says more than its form
         outputs = tuple(f"{name}:{i}" for i in range(len(net.inference.graph.get_operation_by_name(name).outputs)))
         known.update(outputs)
-        steps.append(Step(kind, type, tuple(operands), outputs))
+        steps.append(NodeView(kind, type, tuple(operands), outputs))
     known.update(net.inputs)
     found = masks(
         steps, net.inputs, [net.resolve(t) for t in net.outputs], constants,

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.graph import TensorId
-from bitwright_tensorflow.graph.forms import Form, Reshaped, Step, Transposed
 from bitwright_tensorflow.graph.graphs import data_operands
+from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Step, Transposed
 from bitwright_tensorflow.graph.model import VARIABLES, Array, NodeDef, TfModel, node_of
 from bitwright_tensorflow.graph.shapes import Inference, inference
 
@@ -46,7 +46,7 @@ class Read:
     source: str
     edge: Edge
     tensor: TensorId
-    form: Form
+    form: Layout
     dtype: str
 
     def then(self, *steps: Step) -> Read:
@@ -238,7 +238,7 @@ class Network:
         native = self.shape(at)
         if native is None or any(n is None for n in native):
             return None
-        form = Form(tuple(int(n or 0) for n in native))
+        form = Layout(tuple(int(n or 0) for n in native))
         for name, result in reversed(later):
             step = self._step(self.node(name), result)
             if step is None:

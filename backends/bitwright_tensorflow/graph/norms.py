@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bitwright.graph import AxisAttrs, BatchNormAttrs, OpKind, ParamRole, TensorId
-from bitwright_tensorflow.graph.forms import Reshaped
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.geometry import channel_axis
 from bitwright_tensorflow.graph.graphs import data_operands
+from bitwright_tensorflow.graph.layouts import Reshaped
 from bitwright_tensorflow.graph.model import NodeDef, node_of
 from bitwright_tensorflow.graph.network import PASSING, Network, Read
+from bitwright_tensorflow.graph.recognized import Recognized
 
 R = ParamRole
 FUSED = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
 _ADD, _MUL = frozenset({"Add", "AddV2"}), frozenset({"Mul"})
 
 
-def fused_batch_norm(net: Network, node: NodeDef) -> Found | None:
+def fused_batch_norm(net: Network, node: NodeDef) -> Recognized | None:
     """FusedBatchNorm in inference with constant statistics."""
     if node.op not in FUSED or net.attr(node, "is_training", True):
         return None
@@ -33,11 +33,11 @@ def fused_batch_norm(net: Network, node: NodeDef) -> Found | None:
     attrs = BatchNormAttrs(net.attr(node, "epsilon", 1e-4), axis)
     given = {role: read for role, read in reads.items() if read is not None}
     output = f"{node.name}:0"
-    return Found(node.name, OpKind.BATCH_NORM, "BatchNormalization", (x,), (output,), given, attrs, (node.name,),
+    return Recognized(node.name, OpKind.BATCH_NORM, "BatchNormalization", (x,), (output,), given, attrs, (node.name,),
                  node.op, {x: axis, output: axis})  # fmt: skip
 
 
-def spelled_norm(net: Network, node: NodeDef) -> Found | None:
+def spelled_norm(net: Network, node: NodeDef) -> Recognized | None:
     """x·s + t with s = γ/√(var + ε), t = β − mean·s: a batch norm where mean and var are parameters, a layer norm
     where they are moments of x over the last axes."""
     if node.op not in _ADD:
@@ -171,7 +171,9 @@ def _negated(net: Network, tensor: TensorId, scale: TensorId) -> tuple[tuple[Nod
     return None if negative is None else ((negative, 0), (negative.name, name))
 
 
-def _batch_norm(net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _Scale, shift: _Shift) -> Found | None:
+def _batch_norm(
+    net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _Scale, shift: _Shift
+) -> Recognized | None:
     places = {R.GAMMA: scale.gamma, R.BETA: shift.beta, R.MEAN: shift.mean, R.VAR: scale.variance}
     reads: dict[R, Read] = {}
     axis: int | None = None
@@ -192,12 +194,14 @@ def _batch_norm(net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _
     if len({read.form.shape for read in reads.values()}) != 1:
         return None
     output = f"{node.name}:0"
-    return Found(node.name, OpKind.BATCH_NORM, "BatchNormalization", (x,), (output,), reads,
+    return Recognized(node.name, OpKind.BATCH_NORM, "BatchNormalization", (x,), (output,), reads,
                  BatchNormAttrs(scale.epsilon, axis), (mul.name, node.name), "batch normalization",
                  {x: axis, output: axis})  # fmt: skip
 
 
-def _layer_norm(net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _Scale, shift: _Shift) -> Found | None:
+def _layer_norm(
+    net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _Scale, shift: _Shift
+) -> Recognized | None:
     mean = _operand_node(net, shift.mean, "Mean")
     variance = _operand_node(net, scale.variance, "Mean")
     rank = net.rank(x)
@@ -234,8 +238,8 @@ def _layer_norm(net: Network, node: NodeDef, mul: NodeDef, x: TensorId, scale: _
         if net.is_end(f"{name}:0") or any(reader not in names for reader, _ in net.readers(f"{name}:0")):
             return None
     output = f"{node.name}:0"
-    return Found(node.name, OpKind.LAYER_NORM, "LayerNormalization", (x,), (output,), reads, AxisAttrs(over[0]), nodes,
-                 "layer normalization", {x: rank - 1, output: rank - 1})  # fmt: skip
+    return Recognized(node.name, OpKind.LAYER_NORM, "LayerNormalization", (x,), (output,), reads, AxisAttrs(over[0]),
+                      nodes, "layer normalization", {x: rank - 1, output: rank - 1})  # fmt: skip
 
 
 def _operand_node(net: Network, place: tuple[NodeDef, int], op: str) -> NodeDef | None:

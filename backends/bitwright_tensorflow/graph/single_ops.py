@@ -13,19 +13,19 @@ from bitwright.graph import (
     ProductAttrs,
     TensorId,
 )
-from bitwright_tensorflow.graph.found import Found
 from bitwright_tensorflow.graph.geometry import channel_axis, pool_window, spatial_axes
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.linear_ops import BACKWARD, CONVOLUTIONS
 from bitwright_tensorflow.graph.model import NodeDef
 from bitwright_tensorflow.graph.network import Network, Read
 from bitwright_tensorflow.graph.optable import KINDS
+from bitwright_tensorflow.graph.recognized import Recognized
 
 _WINDOWS = frozenset({"AvgPool", "AvgPool3D", "MaxPool", "MaxPool3D"})
 _GATHERS = frozenset({"Gather", "GatherV2"})
 
 
-def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Found:
+def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Recognized:
     """A node as a canonical op; OPAQUE if nothing is known about it."""
     kind, type = KINDS.get(node.op, (OpKind.OPAQUE, node.op))
     if not outputs or not net.is_float(outputs[0]):
@@ -74,7 +74,7 @@ def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Fou
         kind, type = (OpKind.IDENTITY, "Identity") if same else (OpKind.ELEMENTWISE, "Cast")
     if kind in CONSTANT_KINDS and not reads:
         reads = _constant(net, node)
-    return Found(node.name, kind, type, data, outputs, reads, attrs, (node.name,), node.op, channels, order)
+    return Recognized(node.name, kind, type, data, outputs, reads, attrs, (node.name,), node.op, channels, order)
 
 
 def _constant(net: Network, node: NodeDef) -> dict[ParamRole, Read]:

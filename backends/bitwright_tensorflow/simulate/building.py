@@ -18,7 +18,7 @@ from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.model import Kind, MetaGraphDef, TfModel, node_of
-from bitwright_tensorflow.simulate.fake_quant import OPERANDS, Chain, switched
+from bitwright_tensorflow.simulate.fake_quant import OPERANDS, SiteForm, switched
 from bitwright_tensorflow.simulate.instrument import Instrument, drop_unread, variable_records
 from bitwright_tensorflow.simulate.trained_sites import Operand, TrainedSite
 
@@ -44,7 +44,7 @@ class SimulatedNetwork:
     meta: MetaGraphDef
     aliases: dict[TensorId, TensorId] = field(default_factory=dict)
     outputs: Mapping[TensorId, TensorId] = field(default_factory=dict)
-    switches: dict[SiteId, tuple[str, Chain]] = field(default_factory=dict)
+    switches: dict[SiteId, tuple[str, SiteForm]] = field(default_factory=dict)
     quantized: dict[ParamId, str] = field(default_factory=dict)
     sites: dict[SiteId, TrainedSite] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Builder:
         self._made = SimulatedNetwork(self._ins.meta)
         self._reads: dict[ParamId, TensorId] = {}
 
-    def for_inference(self, chains: Mapping[SiteId, Chain]) -> SimulatedNetwork:
+    def for_inference(self, chains: Mapping[SiteId, SiteForm]) -> SimulatedNetwork:
         """Every planned site has its ops.
 
         Args:
@@ -202,9 +202,9 @@ def declare_variables(model: TfModel) -> MetaGraphDef:
     return ins.finish()
 
 
-def chains_of(plan: Plan, roots: tuple[SiteId, ...]) -> dict[SiteId, Chain]:
+def chains_of(plan: Plan, roots: tuple[SiteId, ...]) -> dict[SiteId, SiteForm]:
     """The ops that each root's specification asks for."""
-    return {root: Chain.of(plan.spec(root)) for root in roots}
+    return {root: SiteForm.of(plan.spec(root)) for root in roots}
 
 
 def _scope(site: SiteId) -> str:

@@ -100,7 +100,7 @@ def kind_of(encoding: Encoding | QuantSpec) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class SiteForm:
     """What a site's ops can compute: other numbers are assigned, another chain needs another graph.
 
     Attributes:
@@ -113,7 +113,7 @@ class Chain:
     spread: bool = False
 
     @classmethod
-    def of(cls, encoding: Encoding | QuantSpec | None) -> Chain:
+    def of(cls, encoding: Encoding | QuantSpec | None) -> SiteForm:
         """The chain for an encoding or a specification."""
         if encoding is None:
             return cls()

@@ -27,7 +27,7 @@ from bitwright_tensorflow.graph.model import Array, TfModel, array_of
 from bitwright_tensorflow.graph.params import native_values
 from bitwright_tensorflow.graph.shapes import Inference
 from bitwright_tensorflow.simulate.building import Builder, SimulatedNetwork, chains_of
-from bitwright_tensorflow.simulate.fake_quant import Chain, numbers
+from bitwright_tensorflow.simulate.fake_quant import SiteForm, numbers
 from bitwright_tensorflow.simulate.session import TfSession, known_tensor
 from bitwright_tensorflow.simulate.simulated import Assigner, SimulatedModel
 
@@ -161,7 +161,7 @@ class TfSimulation:
         self._table = {**self._table, **{r: e for r, e in changes.items() if e is not None}}
         for root in (r for r, e in changes.items() if e is None):
             self._table.pop(root, None)
-        wanted = {r: Chain.of(e) for r, e in changes.items() if e is not None and r in self._chains}
+        wanted = {r: SiteForm.of(e) for r, e in changes.items() if e is not None and r in self._chains}
         if any(self._chains[r] != chain for r, chain in wanted.items()):
             self._chains.update(wanted)
             self._build()

@@ -35,7 +35,7 @@ from bitwright.grids import (
     ratio_to,
     two_level_scales,
 )
-from bitwright_tensorflow.graph.forms import Form, Reshaped, Transposed
+from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Transposed
 from bitwright_tensorflow.graph.model import Array
 from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, Node, kind_of, trained
 from bitwright_tensorflow.simulate.instrument import Instrument
@@ -53,7 +53,7 @@ class Operand:
 
     symbol: Node
     param: Param
-    form: Form
+    form: Layout
 
     def placed(self, granularity: Granularity) -> tuple[Node, Granularity, Callable[[Node], Node]]:
         """Values that the granularity can be spread over, the granularity in their layout, and the way back."""
@@ -70,14 +70,14 @@ class Operand:
         return stepped(self.symbol, self.form), granularity, lambda y: stepped_back(y, self.form)
 
 
-def stepped(x: Node, form: Form) -> Node:
+def stepped(x: Node, form: Layout) -> Node:
     """Native values in canonical layout, as graph ops."""
     for step in form.steps:
         x = tf.transpose(x, step.order) if isinstance(step, Transposed) else tf.reshape(x, step.shape)
     return x
 
 
-def stepped_back(x: Node, form: Form) -> Node:
+def stepped_back(x: Node, form: Layout) -> Node:
     """Canonical values in native layout, as graph ops."""
     for step, before in zip(reversed(form.steps), reversed(form.shapes[:-1]), strict=True):
         if isinstance(step, Reshaped):

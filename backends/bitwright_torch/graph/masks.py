@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from bitwright.graph import FLOAT_DTYPES, LINEAR_KINDS, OpKind
-from bitwright.placement import Extent, Step, masks
+from bitwright.placement import Extent, NodeView, masks
 from bitwright_torch.graph.model import info
 from bitwright_torch.graph.naming import call_name
 from bitwright_torch.graph.operands import Operand
@@ -25,7 +25,7 @@ _WHOLE_NUMBERS = frozenset({"Where", "Add", "Sub", "Mul", "Div", "ConstantOfShap
 
 def mask_nodes(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Module) -> frozenset[fx.Node]:
     """Nodes, parameters among them, that are masks or masked (see `bitwright.placement._masks`)."""
-    steps: list[Step] = []
+    steps: list[NodeView] = []
     constants: dict[str, Extent] = {}
     nodes = {node.name: node for node in graph.nodes}
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
@@ -45,7 +45,7 @@ def mask_nodes(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Modul
                     fx.node.map_arg(argument, lambda n, found=found: found.append(n.name))  # type: ignore[misc]
                     operands += found
             fx.node.map_arg(node.kwargs, lambda n, operands=operands: operands.append(n.name))  # type: ignore[misc]
-            steps.append(Step(kind, type, tuple(operands), (node.name,)))
+            steps.append(NodeView(kind, type, tuple(operands), (node.name,)))
     ends: list[fx.Node] = []
     fx.node.map_arg(graph.output_node().args, ends.append)
     found_names = masks(

@@ -68,7 +68,7 @@ def _against(opened: Reopened, reference: Reference, simulation: Simulation[Any]
     found: list[str] = []
     network = simulation_network(simulation, list(opened.graph.tensors))
     seen = agreement(opened.graph, expected, reference.inputs, network, opened.table, known=opened.graph.tensors)
-    found += _told(seen, "the reopened simulation", "the recorded one")
+    found += _lines(seen, "the reopened simulation", "the recorded one")
     _note(opened, seen, "the reopened simulation")
     file = opened.bundle.files.get(QDQ)
     written = None if file is None else open_quantized(file)
@@ -77,7 +77,7 @@ def _against(opened: Reopened, reference: Reference, simulation: Simulation[Any]
     called = quantized_names(opened, written)
     known = {t for t in expected if called.get(t, t) in written.tensors}
     seen = agreement(opened.graph, expected, reference.inputs, Renamed(written, called), opened.table, known=known)
-    found += _told(seen, file.name, "the recorded simulation")
+    found += _lines(seen, file.name, "the recorded simulation")
     _note(opened, seen, file.name)
     return found
 
@@ -93,7 +93,7 @@ def against_simulation(opened: Reopened, simulation: Simulation[Any], batch: Bat
     called = quantized_names(opened, written)
     known = {t for t in expected if called.get(t, t) in written.tensors}
     seen = agreement(opened.graph, expected, batch, Renamed(written, called), opened.table, known=known)
-    return _told(seen, file.name, "the simulation")
+    return _lines(seen, file.name, "the simulation")
 
 
 def quantized_names(opened: Reopened, written: QuantizedNetwork) -> dict[TensorId, str]:
@@ -109,7 +109,7 @@ def quantized_names(opened: Reopened, written: QuantizedNetwork) -> dict[TensorI
     return found
 
 
-def _told(seen: Agreement, what: str, beside: str) -> list[str]:
+def _lines(seen: Agreement, what: str, beside: str) -> list[str]:
     first = seen.first
     if first is None:
         return []

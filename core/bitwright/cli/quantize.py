@@ -89,7 +89,7 @@ def quantize(
             accuracy = _work(sim, steps, calibration, scored, clock)
             files = _export(sim, job, calibration, accuracy, clock)
             run.finish()
-    _tell(out, files, accuracy)
+    _print_summary(out, files, accuracy)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | 
     return {**files, "report": json_file.name, "page": page.name}
 
 
-def _tell(out: Path, files: dict[str, str], accuracy: Accuracy | None) -> None:
+def _print_summary(out: Path, files: dict[str, str], accuracy: Accuracy | None) -> None:
     if accuracy is not None:
         console.table(
             ("", "top-1", "points", "same class"),

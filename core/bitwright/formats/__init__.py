@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from bitwright.formats._binding import TensorGeometry, bind, inverse, permute, renumber, settle, unbind
+from bitwright.formats._binding import TensorGeometry, bind, inverse, permute, renumber, resolve, unbind
 from bitwright.formats._check import ExpectedEntry, Problem, check
 from bitwright.formats._compare import Difference, diff
 from bitwright.formats._convert import Conversion, convert
-from bitwright.formats._entries import CAST_FORMATS, VERSIONS, EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import CAST_FORMATS, VERSIONS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._files import dumps, loads, read, write
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "EncodingsFile",
     "Entry",
     "ExpectedEntry",
-    "Layout",
     "Problem",
+    "ScaleLayout",
     "TensorGeometry",
     "Version",
     "bind",
@@ -34,7 +34,7 @@ __all__ = [
     "permute",
     "read",
     "renumber",
-    "settle",
+    "resolve",
     "unbind",
     "write",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
-from bitwright.formats._entries import CAST_FORMATS, Entry, Layout
+from bitwright.formats._entries import CAST_FORMATS, Entry, ScaleLayout
 from bitwright.formats._header import cast_entry, laid_out
 from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel, PerTensor, QuantSpec
 
@@ -34,7 +34,7 @@ class TensorGeometry:
     block_axis: int | None = None
 
 
-def settle(entry: Entry, geometry: TensorGeometry | None, name: str = "the tensor") -> Entry:
+def resolve(entry: Entry, geometry: TensorGeometry | None, name: str = "the tensor") -> Entry:
     """An entry with layout, axes and order filled in, and its counts checked against the tensor.
 
     What the file says goes before what the geometry says; its numbers are never changed.
@@ -48,8 +48,8 @@ def settle(entry: Entry, geometry: TensorGeometry | None, name: str = "the tenso
         EncodingError: the number of scales doesn't fit the tensor, or an axis is needed and not known.
     """
     layout = entry.layout
-    if layout is Layout.TENSOR or (layout is None and entry.count == 1):
-        return entry if layout is not None else _unpacked(entry, Layout.TENSOR)
+    if layout is ScaleLayout.TENSOR or (layout is None and entry.count == 1):
+        return entry if layout is not None else _unpacked(entry, ScaleLayout.TENSOR)
     rank = entry.rank if geometry is None else len(geometry.shape)
     if entry.rank is not None and entry.rank != rank:
         raise EncodingError(
@@ -57,13 +57,13 @@ def settle(entry: Entry, geometry: TensorGeometry | None, name: str = "the tenso
         )
     axis = _axis(entry.axis, geometry.channel_axis if geometry else None, rank, name, "channel")
     if geometry is None:
-        if layout is Layout.CHANNEL or (layout is not None and entry.packed is None):
+        if layout is ScaleLayout.CHANNEL or (layout is not None and entry.packed is None):
             return entry.with_(axis=axis)
         raise EncodingError(f"tensor {name!r}: its {entry.count} scales can't be placed without its shape")
     channels = geometry.shape[axis]
     if layout is None:
-        layout = Layout.CHANNEL if entry.count == channels else Layout.BLOCK
-    if layout is Layout.CHANNEL:
+        layout = ScaleLayout.CHANNEL if entry.count == channels else ScaleLayout.BLOCK
+    if layout is ScaleLayout.CHANNEL:
         if entry.count != channels:
             raise EncodingError(
                 f"tensor {name!r}: {entry.count} scales for {channels} channels (axis {axis} of {geometry.shape})"
@@ -82,7 +82,7 @@ def _settle_blocks(entry: Entry, geometry: TensorGeometry, axis: int, name: str)
         rest
         or axis == block_axis
         or size * blocks != length
-        or (entry.layout is Layout.LPBQ and entry.scale.size != channels)
+        or (entry.layout is ScaleLayout.LPBQ and entry.scale.size != channels)
     ):
         of_size = f" of {entry.block_size}" if entry.block_size else ""
         raise EncodingError(
@@ -107,8 +107,8 @@ def _axis(said: int | None, given: int | None, rank: int | None, name: str, what
     return axis % rank
 
 
-def _unpacked(entry: Entry, layout: Layout) -> Entry:
-    if layout is Layout.CHANNEL:
+def _unpacked(entry: Entry, layout: ScaleLayout) -> Entry:
+    if layout is ScaleLayout.CHANNEL:
         return entry.with_(layout=layout, packed=None)
     scalar: dict[str, Any] = {
         n: None if (v := getattr(entry, n)) is None else np.asarray(v).reshape(())
@@ -140,7 +140,7 @@ def bind(
     Raises:
         EncodingError: the entry doesn't fit the tensor.
     """
-    entry = settle(entry, geometry, name)
+    entry = resolve(entry, geometry, name)
     granularity = _granularity(entry)
     if entry.float_format is not None:
         scale = entry.scale.astype(np.float32)
@@ -180,10 +180,10 @@ def _convention(entry: Entry, code: NDArray[np.int64], spec: QuantSpec | None) -
 
 
 def _granularity(entry: Entry) -> Granularity:
-    if entry.layout is Layout.TENSOR:
+    if entry.layout is ScaleLayout.TENSOR:
         return PerTensor()
     assert entry.axis is not None
-    if entry.layout is Layout.CHANNEL:
+    if entry.layout is ScaleLayout.CHANNEL:
         return PerChannel(entry.axis)
     assert entry.block_axis is not None and entry.block_size is not None
     rank = entry.rank or 2
@@ -214,23 +214,23 @@ def unbind(encoding: Encoding, shape: Sequence[int] | None = None) -> Entry:
     }
     scale, zero = encoding.scale.astype(np.float64), encoding.zero_point.astype(np.int64) + middle
     if isinstance(layout, PerTensor):
-        return Entry(encoding.bits, scale, zero, Layout.TENSOR, **said)
+        return Entry(encoding.bits, scale, zero, ScaleLayout.TENSOR, **said)
     said["axis"] = layout.axis
     if isinstance(layout, PerChannel):
-        return settle(Entry(encoding.bits, scale, zero, Layout.CHANNEL, **said), geometry)
+        return resolve(Entry(encoding.bits, scale, zero, ScaleLayout.CHANNEL, **said), geometry)
     if geometry is None:
         raise EncodingError("blockwise encodings are written in the tensor's own shape; give unbind the shape")
     said |= {"block_axis": layout.block_axis, "block_size": layout.block_size, "rank": len(geometry.shape)}
     if layout.decompressed_bits is None:
-        return settle(Entry(encoding.bits, scale, zero, Layout.BLOCK, **said), geometry)
+        return resolve(Entry(encoding.bits, scale, zero, ScaleLayout.BLOCK, **said), geometry)
     if (zero != 1 << (encoding.bits - 1)).any():
         raise EncodingError("two-level (LPBQ) encodings must be symmetric")
     gamma, factors = two_levels(encoding)
     entry = Entry(
-        encoding.bits, gamma, zero[:, 0], Layout.LPBQ, block_scale=factors,
+        encoding.bits, gamma, zero[:, 0], ScaleLayout.LPBQ, block_scale=factors,
         decompressed_bits=layout.decompressed_bits, **said,
     )  # fmt: skip
-    return settle(entry, geometry)
+    return resolve(entry, geometry)
 
 
 def two_levels(encoding: Encoding) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.formats._block_order import pack
-from bitwright.formats._entries import EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import EncodingsFile, Entry, ScaleLayout, Version
 
 _GRID = (
     "bits",
@@ -130,6 +130,6 @@ def _flat(entry: Entry, values: NDArray[Any], order: Version | None) -> NDArray[
 def _shown(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, Layout):
+    if isinstance(value, ScaleLayout):
         return value.value
     return f"{value:.9g}" if isinstance(value, float) else str(value)

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from bitwright.errors import EncodingError
-from bitwright.formats._binding import TensorGeometry, settle
-from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, Layout
+from bitwright.formats._binding import TensorGeometry, resolve
+from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout
 from bitwright.formats._files import as_version, schema
 from bitwright.formats._header import refuse_unsplit
 
@@ -82,10 +82,10 @@ def _for(name: str, entry: Entry, version: str, geometry: TensorGeometry | None,
     if entry.float_format in CAST_FORMATS:
         return entry
     if geometry is not None:
-        return settle(entry, geometry, name)
+        return resolve(entry, geometry, name)
     if version == "1.0.0" and entry.layout is None and entry.count > 1:
         warnings.append(
             f"tensor {name!r}: {entry.count} scales are taken as those of channels; give the model to be sure"
         )
-        return entry.with_(layout=Layout.CHANNEL, packed=None)
+        return entry.with_(layout=ScaleLayout.CHANNEL, packed=None)
     return entry

@@ -24,7 +24,7 @@ CAST_FORMATS = frozenset({"float16", "bfloat16"})
 """Float formats without a scale: a plain cast, which schemas 2.x express by leaving the tensor out."""
 
 
-class Layout(StrEnum):
+class ScaleLayout(StrEnum):
     """Which elements share a scale, as files name it."""
 
     TENSOR = "tensor"
@@ -60,7 +60,7 @@ class Entry:
     bits: int
     scale: NDArray[np.float64]
     zero_point: NDArray[np.int64]
-    layout: Layout | None = Layout.TENSOR
+    layout: ScaleLayout | None = ScaleLayout.TENSOR
     float_format: FloatFormat | None = None
     signed: bool | None = None
     symmetric: bool | None = None

@@ -9,7 +9,7 @@ import numpy as np
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import unpack
-from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.grids import Provenance
 
@@ -65,7 +65,7 @@ def _unsaid(entry: Entry, version: Version) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if entry.float_format in CAST_FORMATS:
         return said
-    blocks = entry.layout in (Layout.BLOCK, Layout.LPBQ) and entry.packed is None
+    blocks = entry.layout in (ScaleLayout.BLOCK, ScaleLayout.LPBQ) and entry.packed is None
     if version.startswith("2"):
         if entry.float_format is None and entry.is_symmetric != entry.with_(symmetric=None).is_symmetric:
             said["symmetric"] = entry.is_symmetric
@@ -78,8 +78,8 @@ def _unsaid(entry: Entry, version: Version) -> dict[str, Any]:
         said["signed"] = entry.is_signed
     if entry.axis is not None:
         said["axis"] = entry.axis
-    if version == "0.6.1" and (blocks or entry.layout is Layout.CHANNEL):
-        said["layout"] = str(Layout.BLOCK if blocks else entry.layout)
+    if version == "0.6.1" and (blocks or entry.layout is ScaleLayout.CHANNEL):
+        said["layout"] = str(ScaleLayout.BLOCK if blocks else entry.layout)
     if blocks:
         said["block_axis"], said["rank"], said["channels"] = entry.block_axis, entry.rank, _channels(entry)
         if version == "0.6.1":
@@ -141,10 +141,10 @@ def _filled(entry: Entry, note: object, where: Where, tensor: str) -> Entry:
         if name in fields and getattr(entry, name) is None:
             changes[name] = fields.integer(name, 0 if name != "axis" else -64, 2**31)
     if "layout" in fields and entry.layout is None:
-        changes["layout"] = Layout(fields.text("layout", tuple(Layout)))
+        changes["layout"] = ScaleLayout(fields.text("layout", tuple(ScaleLayout)))
     filled = entry.with_(**changes)
-    if entry.packed is None or filled.layout not in (Layout.BLOCK, Layout.LPBQ):
-        return filled.with_(packed=None) if filled.layout in (Layout.TENSOR, Layout.CHANNEL) else filled
+    if entry.packed is None or filled.layout not in (ScaleLayout.BLOCK, ScaleLayout.LPBQ):
+        return filled.with_(packed=None) if filled.layout in (ScaleLayout.TENSOR, ScaleLayout.CHANNEL) else filled
     fields.require("axis", "block_axis", "rank", "channels")
     channels = fields.integer("channels", 1, 2**31)
     if entry.count % channels:
@@ -183,7 +183,7 @@ def _cast(where: Where, tensor: str, format: object) -> Entry:
 
 def cast_entry(format: Any) -> Entry:
     """The entry of a tensor in float16 or bfloat16."""
-    return Entry(16, np.array(1.0), np.array(0), Layout.TENSOR, format, signed=True, symmetric=True)
+    return Entry(16, np.array(1.0), np.array(0), ScaleLayout.TENSOR, format, signed=True, symmetric=True)
 
 
 def _provenance(where: Where, value: object) -> Iterable[Provenance]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import nest, unnest
-from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.formats._header import collect, described, parse_header
 
@@ -74,16 +74,16 @@ def parse_one_level(fields: Fields) -> Entry:
         rank = scale.ndim
         scale, zero = (unnested(where, values, axis, block_axis, "y_scale") for values in (scale, zero))
         return Entry(
-            bits, scale, zero, Layout.BLOCK, axis=axis, block_axis=block_axis, rank=rank,
+            bits, scale, zero, ScaleLayout.BLOCK, axis=axis, block_axis=block_axis, rank=rank,
             block_size=fields.integer("block_size", 1, 2**31), **said,
         )  # fmt: skip
     if "axis" in fields:
         if scale.ndim != 1:
             raise where.error(f"shape {scale.shape}; with an axis and no block_size, a list is expected", "y_scale")
-        return Entry(bits, scale, zero, Layout.CHANNEL, axis=fields.integer("axis", -64, 63), **said)
+        return Entry(bits, scale, zero, ScaleLayout.CHANNEL, axis=fields.integer("axis", -64, 63), **said)
     if scale.ndim:
         raise where.error(f"{scale.size} scales need an axis", "axis")
-    return Entry(bits, scale, zero, Layout.TENSOR, **said)
+    return Entry(bits, scale, zero, ScaleLayout.TENSOR, **said)
 
 
 def _whole(values: NDArray[Any], fields: Fields) -> NDArray[Any]:
@@ -114,7 +114,7 @@ def parse_two_level(
     if blocks.max() > 2**bits:
         raise where.error(f"a block scale exceeds {2**bits}, the most for {bits}-bit codes", "per_block_int_scale")
     return Entry(
-        bits, channel_scale.reshape(-1), np.full(blocks.shape[0], 1 << (bits - 1)), Layout.LPBQ, signed=signed,
+        bits, channel_scale.reshape(-1), np.full(blocks.shape[0], 1 << (bits - 1)), ScaleLayout.LPBQ, signed=signed,
         axis=channel_axis, block_axis=block_axis, rank=factors.ndim,
         block_size=fields.integer("block_size", 1, 2**31), block_scale=blocks, decompressed_bits=2 * bits,
     )  # fmt: skip
@@ -181,15 +181,19 @@ def render_entry(
     Raises:
         EncodingError: an axis that the schema records isn't known.
     """
-    layout = entry.layout or (Layout.TENSOR if entry.count == 1 else None)
-    blocks = layout in (Layout.BLOCK, Layout.LPBQ)
-    if layout is None or (layout is Layout.CHANNEL and entry.axis is None) or (blocks and entry.packed is not None):
+    layout = entry.layout or (ScaleLayout.TENSOR if entry.count == 1 else None)
+    blocks = layout in (ScaleLayout.BLOCK, ScaleLayout.LPBQ)
+    if (
+        layout is None
+        or (layout is ScaleLayout.CHANNEL and entry.axis is None)
+        or (blocks and entry.packed is not None)
+    ):
         raise EncodingError(
             f"tensor {name!r}: schema {version} records the channel axis, which isn't known; "
             "give the tensor's geometry (the model)"
         )
     said: dict[str, Any]
-    if layout is Layout.LPBQ:
+    if layout is ScaleLayout.LPBQ:
         if (entry.decompressed_bits or 2 * entry.bits) != 2 * entry.bits:
             raise EncodingError(
                 f"tensor {name!r}: in schema {version} LPBQ decompresses to twice the code width; "
@@ -206,16 +210,16 @@ def render_entry(
         said = {"name": name, "output_dtype": f"{'' if entry.is_signed else 'u'}int{entry.bits}"}
         zero = entry.zero_point - (entry.middle if entry.is_signed else 0)
     scale = entry.scale
-    if layout is Layout.BLOCK:
+    if layout is ScaleLayout.BLOCK:
         scale, zero = nested(entry, scale), nested(entry, zero)
-    elif layout is Layout.TENSOR:
+    elif layout is ScaleLayout.TENSOR:
         scale, zero = scale.reshape(()), zero.reshape(())
     said["y_scale"] = scale.tolist()
     if zero.any():
         said["y_zero_point"] = zero.tolist()
-    if layout is not Layout.TENSOR:
-        said["axis"] = entry.block_axis if layout is Layout.BLOCK else entry.axis
-    if layout is Layout.BLOCK:
+    if layout is not ScaleLayout.TENSOR:
+        said["axis"] = entry.block_axis if layout is ScaleLayout.BLOCK else entry.axis
+    if layout is ScaleLayout.BLOCK:
         said["block_size"] = entry.block_size
     return said
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import pack
-from bitwright.formats._entries import EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.formats._header import cast_entry, collect, described, parse_header, refuse_unsplit
 from bitwright.formats._legacy_offset import offset_of, zero_point_of
@@ -190,12 +190,12 @@ def render_entry(name: str, entry: Entry) -> list[dict[str, Any]]:
 
 
 def _flat(name: str, entry: Entry) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    if entry.packed not in (None, VERSION) and entry.layout in (Layout.BLOCK, Layout.LPBQ):
+    if entry.packed not in (None, VERSION) and entry.layout in (ScaleLayout.BLOCK, ScaleLayout.LPBQ):
         raise EncodingError(
             f"tensor {name!r}: schema 0.6.1 lists blocks in another order than {entry.packed}; "
             "give the tensor's geometry (the model)"
         )
-    if entry.layout is Layout.LPBQ:
+    if entry.layout is ScaleLayout.LPBQ:
         scale = entry.scales.astype(np.float64)
         offset = np.full(scale.shape, -entry.middle)
     else:
@@ -211,4 +211,4 @@ def _ordered(entry: Entry, values: NDArray[Any]) -> NDArray[Any]:
 
 def losses(entry: Entry) -> list[str]:
     """What a reader of this schema won't find."""
-    return ["its two-level (LPBQ) scales become plain block scales"] if entry.layout is Layout.LPBQ else []
+    return ["its two-level (LPBQ) scales become plain block scales"] if entry.layout is ScaleLayout.LPBQ else []

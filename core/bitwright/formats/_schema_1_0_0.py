@@ -13,7 +13,7 @@ import numpy as np
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import pack
-from bitwright.formats._entries import EncodingsFile, Entry, Layout, Version
+from bitwright.formats._entries import EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.formats._header import cast_entry, collect, described, parse_header, refuse_unsplit
 from bitwright.formats._legacy_offset import offset_of, zero_point_of
@@ -25,10 +25,10 @@ _COMMON = ("name", "dtype", "bw", "enc_type")
 _INTEGER = (*_COMMON, "is_sym", "scale", "offset")
 _LPBQ = ("block_size", "compressed_bw", "per_block_int_scale")
 _TYPES = {
-    "PER_TENSOR": Layout.TENSOR,
-    "PER_CHANNEL": Layout.CHANNEL,
-    "PER_BLOCK": Layout.BLOCK,
-    "LPBQ": Layout.LPBQ,
+    "PER_TENSOR": ScaleLayout.TENSOR,
+    "PER_CHANNEL": ScaleLayout.CHANNEL,
+    "PER_BLOCK": ScaleLayout.BLOCK,
+    "LPBQ": ScaleLayout.LPBQ,
 }
 _NAMES = {layout: name for name, layout in _TYPES.items()}
 
@@ -62,13 +62,13 @@ def _entry(fields: Fields) -> Entry:
     layout = _TYPES[kind]
     if fields.text("dtype", ("INT", "FLOAT")) == "FLOAT":
         fields.refuse([f for f in fields if f not in _COMMON], "a float encoding has no such field")
-        if layout is not Layout.TENSOR or fields.integer("bw", 1, 64) != 16:
+        if layout is not ScaleLayout.TENSOR or fields.integer("bw", 1, 64) != 16:
             raise where.error("the only float encoding of schema 1.0.0 is 16 bits PER_TENSOR (float16)", "bw")
         return cast_entry("float16")
     fields.require("is_sym", "scale", "offset")
-    if layout in (Layout.TENSOR, Layout.CHANNEL):
+    if layout in (ScaleLayout.TENSOR, ScaleLayout.CHANNEL):
         fields.refuse(("block_size",), f"doesn't go with enc_type {kind}")
-    if layout is not Layout.LPBQ:
+    if layout is not ScaleLayout.LPBQ:
         fields.refuse(_LPBQ[1:], f"doesn't go with enc_type {kind}")
     if "zero_point_shift" in fields and fields.numbers("zero_point_shift").any():
         raise where.error("grids that don't hold 0 (shifted zero points) aren't supported", "zero_point_shift")
@@ -77,20 +77,20 @@ def _entry(fields: Fields) -> Entry:
     offset = fields.integers("offset", -(2**bits - 1), 0).reshape(-1)
     if len(scale) != len(offset):
         raise where.error(f"{len(offset)} offsets for {len(scale)} scales", "offset")
-    if layout is Layout.TENSOR:
+    if layout is ScaleLayout.TENSOR:
         if len(scale) != 1:
             raise where.error(f"{len(scale)} scales, but enc_type is PER_TENSOR", "scale")
         scale, offset = scale[0], offset[0]
-    if layout is Layout.LPBQ:
+    if layout is ScaleLayout.LPBQ:
         return _two_level(fields, bits, symmetric, scale, offset)
     zero_point, strict = zero_point_of(np.asarray(offset), bits, symmetric)
     size = None
-    if layout is Layout.BLOCK:
+    if layout is ScaleLayout.BLOCK:
         fields.require("block_size")
         size = fields.integer("block_size", 1, 2**31)
     return Entry(
         bits, scale, zero_point, layout, symmetric=symmetric, strict=strict, block_size=size,
-        packed=VERSION if layout is Layout.BLOCK else None,
+        packed=VERSION if layout is ScaleLayout.BLOCK else None,
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _two_level(fields: Fields, decompressed: int, symmetric: bool, scale: Any, o
     if len(factors) % len(scale):
         raise where.error(f"{len(factors)} block scales for {len(scale)} channels", "per_block_int_scale")
     return Entry(
-        bits, scale, np.full(scale.shape, 1 << (bits - 1)), Layout.LPBQ, symmetric=True, strict=False,
+        bits, scale, np.full(scale.shape, 1 << (bits - 1)), ScaleLayout.LPBQ, symmetric=True, strict=False,
         block_size=fields.integer("block_size", 1, 2**31), block_scale=factors, decompressed_bits=decompressed,
         packed=VERSION,
     )  # fmt: skip
@@ -135,19 +135,19 @@ def render_entry(name: str, entry: Entry) -> dict[str, Any]:
         if entry.float_format != "float16":
             raise EncodingError(f"tensor {name!r}: schema 1.0.0 has no {entry.float_format}; use 2.0.0 or float16")
         return {"name": name, "dtype": "FLOAT", "bw": 16, "enc_type": "PER_TENSOR"}
-    layout = entry.layout or (Layout.TENSOR if entry.count == 1 else None)
+    layout = entry.layout or (ScaleLayout.TENSOR if entry.count == 1 else None)
     if layout is None:
         raise EncodingError(
             f"tensor {name!r}: its {entry.count} scales may be those of channels or of blocks; "
             "give the tensor's geometry (the model)"
         )
-    if layout in (Layout.BLOCK, Layout.LPBQ) and entry.packed not in (None, VERSION):
+    if layout in (ScaleLayout.BLOCK, ScaleLayout.LPBQ) and entry.packed not in (None, VERSION):
         raise EncodingError(
             f"tensor {name!r}: schema 1.0.0 lists blocks in another order than {entry.packed}; "
             "give the tensor's geometry (the model)"
         )
     said: dict[str, Any] = {"name": name, "dtype": "INT", "bw": entry.bits, "is_sym": entry.is_symmetric}
-    if layout is Layout.LPBQ:
+    if layout is ScaleLayout.LPBQ:
         decompressed = entry.decompressed_bits or 2 * entry.bits
         said["bw"] = decompressed
         said["scale"] = entry.scale.tolist()
@@ -156,9 +156,9 @@ def render_entry(name: str, entry: Entry) -> dict[str, Any]:
         said["scale"] = _ordered(entry, entry.scale)
         said["offset"] = _ordered(entry, offset_of(name, entry))
     said["enc_type"] = _NAMES[layout]
-    if layout in (Layout.BLOCK, Layout.LPBQ):
+    if layout in (ScaleLayout.BLOCK, ScaleLayout.LPBQ):
         said["block_size"] = entry.block_size
-    if layout is Layout.LPBQ:
+    if layout is ScaleLayout.LPBQ:
         said["compressed_bw"] = entry.bits
         said["per_block_int_scale"] = _ordered(entry, entry.block_scale)
     return said

@@ -22,7 +22,7 @@ RECOMPUTED_OPS = 3
 
 
 @dataclass(frozen=True)
-class Stage:
+class Visit:
     """One layer of the walk: run from cut `start` to where its input is; move the cut there if `moves`."""
 
     op: Op
@@ -38,7 +38,7 @@ def cut_before(graph: Graph, position: int) -> tuple[TensorId, ...]:
     return tuple(t for t in needed if t in before)
 
 
-def schedule(graph: Graph, ops: Sequence[OpId], *, partial: bool) -> list[Stage]:
+def schedule(graph: Graph, ops: Sequence[OpId], *, partial: bool) -> list[Visit]:
     """Where the walk cuts the graph; deterministic, from shapes and order alone.
 
     A cut moves forward when the tensors there are hardly larger than those of the cut in use, or when more than
@@ -47,17 +47,17 @@ def schedule(graph: Graph, ops: Sequence[OpId], *, partial: bool) -> list[Stage]
     position = {op.id: i for i, op in enumerate(graph.ops)}
     linear = [position[op.id] for op in graph.linear_ops]
     wanted = sorted((graph.op(o) for o in ops), key=lambda op: position[op.id])
-    stages: list[Stage] = []
+    visits: list[Visit] = []
     at, start = 0, graph.inputs
     for op in wanted:
         here = position[op.id]
         cut = cut_before(graph, here)
         again = sum(at <= p < here for p in linear)
         moves = partial and bool(cut) and (_size(graph, cut) <= 1.25 * _size(graph, start) or again >= RECOMPUTED_OPS)
-        stages.append(Stage(op, start, cut, moves))
+        visits.append(Visit(op, start, cut, moves))
         if moves:
             at, start = here, cut
-    return stages
+    return visits
 
 
 def _size(graph: Graph, tensors: Sequence[TensorId]) -> int:

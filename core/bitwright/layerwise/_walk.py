@@ -40,7 +40,7 @@ from bitwright.graph import (
     to_matrix,
 )
 from bitwright.grids import Encoding, EncodingTable, encoding_arrays, encoding_of_arrays
-from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Stage, schedule
+from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
@@ -94,40 +94,40 @@ class LayerwiseWalk:
         budget = self.moments_gib if moments_gib is None else moments_gib
         results: dict[OpId, LayerResult] = {}
         stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
-        stages = schedule(self.graph, ops, partial=self._partial)
+        visits = schedule(self.graph, ops, partial=self._partial)
         self.current = self.model
         encodings = self.encodings
         if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
             encodings = self.activations()
-        self.progress.start("Layers", len(stages))
-        pair = _Networks(self, [s.op for s in stages], quantized_inputs, quantized_activations, encodings)
-        unfinished = [i for i, s in enumerate(stages) if s.op.id not in stored]
+        self.progress.start("Layers", len(visits))
+        pair = _Networks(self, [s.op for s in visits], quantized_inputs, quantized_activations, encodings)
+        unfinished = [i for i, s in enumerate(visits) if s.op.id not in stored]
         replaced: dict[ParamId, LayerResult] = {}
         try:
-            for index, stage in enumerate(stages):
-                result = stored.get(stage.op.id)
+            for index, visit in enumerate(visits):
+                result = stored.get(visit.op.id)
                 # A weight that several ops share was settled by the first of them.
-                shared = replaced.get(stage.op.weight or "")
+                shared = replaced.get(visit.op.weight or "")
                 moments, addend, left = None, None, ""
                 if result is None and shared is None:
-                    addend = self._addend(stage) if residuals and products and quantized_inputs else None
-                    left = self._too_large(stage.op, quantized_inputs, products, budget)
+                    addend = self._addend(visit) if residuals and products and quantized_inputs else None
+                    left = self._too_large(visit.op, quantized_inputs, products, budget)
                     if not left:
-                        moments = self._moments(stage, quantized_inputs, products, residual=addend is not None)
+                        moments = self._moments(visit, quantized_inputs, products, residual=addend is not None)
                 # Behind the last unfinished layer nothing has to run any more.
-                if unfinished and index <= unfinished[-1] and (moments is not None or stage.moves):
-                    pair.run(stage, moments, addend if moments is not None else None)
+                if unfinished and index <= unfinished[-1] and (moments is not None or visit.moves):
+                    pair.run(visit, moments, addend if moments is not None else None)
                 if result is None:
                     result = (
-                        self._solve(stage.op, moments, solve, encodings, left)
+                        self._solve(visit.op, moments, solve, encodings, left)
                         if shared is None
                         else replace(shared, bias=None, figures={"shared": 1.0})
                     )
-                    self.store.put(f"layer/{stage.op.id}", _dump(result))
-                results[stage.op.id] = result
-                replaced[stage.op.weight or ""] = result
-                pair.replace(stage.op, result)
-                self.progress.advance(1, stage.op.id)
+                    self.store.put(f"layer/{visit.op.id}", _dump(result))
+                results[visit.op.id] = result
+                replaced[visit.op.weight or ""] = result
+                pair.replace(visit.op, result)
+                self.progress.advance(1, visit.op.id)
         finally:
             pair.close()
             self.progress.finish()
@@ -150,14 +150,14 @@ class LayerwiseWalk:
     def _partial(self) -> bool:
         return isinstance(self.backend, PartialExecution)
 
-    def _addend(self, stage: Stage) -> TensorId | None:
+    def _addend(self, visit: Visit) -> TensorId | None:
         """The tensor that is added to the layer's output and known before it; None if there is no such sum."""
-        op, graph = stage.op, self.graph
+        op, graph = visit.op, self.graph
         total = graph.sole_consumer(op.output)
         if groups_of(op) > 1 or total is None or total.kind is not OpKind.ADD or len(total.data_inputs) != 2:
             return None
         other = next((t for t in total.data_inputs if t != op.output), None)
-        if other is None or other not in stage.cut:
+        if other is None or other not in visit.cut:
             return None
         shape = graph.tensors[op.output].shape
         return other if shape is not None and shape == graph.tensors[other].shape else None
@@ -179,8 +179,8 @@ class LayerwiseWalk:
             "moments_gib; raise it where memory allows"
         )
 
-    def _moments(self, stage: Stage, paired: bool, products: bool, *, residual: bool) -> LayerMoments:
-        op = stage.op
+    def _moments(self, visit: Visit, paired: bool, products: bool, *, residual: bool) -> LayerMoments:
+        op = visit.op
         axis = self.graph.tensors[op.data_inputs[0]].channel_axis
         outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
         return LayerMoments(op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs)
@@ -268,21 +268,21 @@ class _Networks:
         elif result.bias is not None and bias is not None:
             self.params[bias] = result.bias
 
-    def run(self, stage: Stage, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
-        """Stream the layer's inputs into `moments`, and move the cut if the stage says so."""
+    def run(self, visit: Visit, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
+        """Stream the layer's inputs into `moments`, and move the cut if the visit says so."""
         walk = self.walk
-        needed = [t for t in (stage.op.data_inputs[0], addend) if t is not None]
-        wanted = stage.cut if stage.moves else tuple(dict.fromkeys(needed))
-        sessions = [self._float_session(stage.start, wanted)]
+        needed = [t for t in (visit.op.data_inputs[0], addend) if t is not None]
+        wanted = visit.cut if visit.moves else tuple(dict.fromkeys(needed))
+        sessions = [self._float_session(visit.start, wanted)]
         if self.quantized:
-            sessions.append(self._quantized_session(stage.start, wanted))
+            sessions.append(self._quantized_session(visit.start, wanted))
         fresh = [CutCache(walk.cache_bytes // 2) for _ in sessions]
         try:
             for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
                 seen: list[dict[TensorId, NDArray[Any]]] = []
                 for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
                     values = _through(session, batch, wanted)
-                    if stage.moves:
+                    if visit.moves:
                         fresh[index].append(values)
                     seen.append(values)
                 if moments is not None:
@@ -291,10 +291,10 @@ class _Networks:
             for cache in fresh:
                 cache.close()
             raise
-        if stage.moves:
+        if visit.moves:
             self.close()
             self.caches = [*fresh, None][:2]
-            self.start = stage.cut
+            self.start = visit.cut
 
     def _batches(self, index: int) -> Iterator[Batch]:
         cache = self.caches[index]

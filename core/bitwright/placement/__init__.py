@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitwright.placement._build import build_plan
-from bitwright.placement._masks import Extent, Step, is_mask, masks
+from bitwright.placement._masks import Extent, NodeView, is_mask, masks
 from bitwright.placement._overrides import is_lost
 from bitwright.placement._plan import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 
@@ -12,13 +12,13 @@ __all__ = [
     "Derived",
     "Extent",
     "Float",
+    "NodeView",
     "OwnForms",
     "Plan",
     "SharedWith",
     "Site",
     "SiteId",
     "SiteKind",
-    "Step",
     "build_plan",
     "is_lost",
     "is_mask",

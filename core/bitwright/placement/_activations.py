@@ -39,7 +39,7 @@ from bitwright.targets import Constraints, Target
 
 
 @dataclass
-class Wish:
+class DraftDecision:
     """What the sections so far say of one tensor.
 
     Attributes:
@@ -71,7 +71,7 @@ _foldable = where(
 
 
 class ActivationPlacement:
-    """Runs the sections over a graph; `wishes` holds the result in topological order.
+    """Runs the sections over a graph; `drafts` holds the result in topological order.
 
     Args:
         graph, target: what is placed, and for what.
@@ -100,9 +100,9 @@ class ActivationPlacement:
         self.lookups: dict[TensorId, ParamId] = {}
         """Outputs of embeddings that take their table's grid, because the target gives them none."""
         order: list[TensorId] = [*graph.inputs, *(t for op in graph for t in op.outputs)]
-        self.wishes: dict[TensorId, Wish] = {t: Wish() for t in order}
+        self.drafts: dict[TensorId, DraftDecision] = {t: DraftDecision() for t in order}
         for t in graph.inputs:
-            self.wishes[t].reason = "the target doesn't quantize model inputs"
+            self.drafts[t].reason = "the target doesn't quantize model inputs"
         self._defaults()
         self._op_types()
         self._supergroups()
@@ -152,9 +152,9 @@ class ActivationPlacement:
             reason = self.floats(op)
             for t in op.outputs:
                 if reason is not None:
-                    self.wishes[t].off(reason)
+                    self.drafts[t].off(reason)
                 else:
-                    self.wishes[t].on = on
+                    self.drafts[t].on = on
 
     def _op_types(self) -> None:
         for op in self.graph:
@@ -167,24 +167,24 @@ class ActivationPlacement:
                 elif settings.is_output_quantized is not None and not self.follows(op):
                     self._vote(t, "quantized", settings.is_output_quantized, op, "is_output_quantized")
                 elif settings.is_output_quantized is False:
-                    self.wishes[t].off(f"the target leaves outputs of {op.type} in float")
+                    self.drafts[t].off(f"the target leaves outputs of {op.type} in float")
                 if settings.is_symmetric is not None:
                     self._vote(t, "symmetric", settings.is_symmetric, op, "is_symmetric")
                 if settings.encoding_constraints is not None:
-                    self.wishes[t].limits = settings.encoding_constraints
+                    self.drafts[t].limits = settings.encoding_constraints
             if settings.is_input_quantized:
                 for t in op.data_inputs:
                     self._vote(t, "quantized", True, op, "is_input_quantized")
                     if settings.is_symmetric is not None:
                         self._vote(t, "symmetric", settings.is_symmetric, op, "is_symmetric")
         for (tensor, what), (value, op, _) in self._votes.items():
-            wish = self.wishes[tensor]
+            draft = self.drafts[tensor]
             if what == "symmetric":
-                wish.symmetric = value
+                draft.symmetric = value
             elif value:
-                wish.on = True
+                draft.on = True
             else:
-                wish.off(f"the target leaves outputs of {op.type} in float")
+                draft.off(f"the target leaves outputs of {op.type} in float")
 
     def _vote(self, tensor: TensorId, what: str, value: bool, op: Op, key: str) -> None:
         before = self._votes.setdefault((tensor, what), (value, op, key))
@@ -199,16 +199,16 @@ class ActivationPlacement:
     def _supergroups(self) -> None:
         for fold in self.folds.values():
             if fold.direction == "backward" and self._all_run((fold.into, fold.batch_norm)):
-                self.wishes[fold.into.output].off(f"fused with batch norm {fold.batch_norm.id!r}", final=True)
+                self.drafts[fold.into.output].off(f"fused with batch norm {fold.batch_norm.id!r}", final=True)
         for group in self.config.supergroups:
             pattern: Chain = chain(*(op_type(t) for t in group.op_list), through=_foldable)
             for match in pattern.find(self.graph):
                 if self._fuses(match):
                     for t in match.inner:
-                        self.wishes[t].off(f"inside the supergroup {'+'.join(group.op_list)}", final=True)
+                        self.drafts[t].off(f"inside the supergroup {'+'.join(group.op_list)}", final=True)
         for composite in self.composites:
             for t in composite.inner:
-                self.wishes[t].off(f"inside {composite.type}", final=True)
+                self.drafts[t].off(f"inside {composite.type}", final=True)
 
     def _fuses(self, match: Match) -> bool:
         first = match.ops[0].attrs
@@ -223,63 +223,63 @@ class ActivationPlacement:
         if on is None:
             return
         for t in self.graph.inputs:
-            wish = self.wishes[t]
+            draft = self.drafts[t]
             if not on:
-                wish.off("the target leaves model inputs in float")
+                draft.off("the target leaves model inputs in float")
             elif t in self.needed:
-                wish.on = True
-            elif not wish.on:
-                wish.off("no quantized op reads it")
+                draft.on = True
+            elif not draft.on:
+                draft.off("no quantized op reads it")
         # As AIMET does, an enabled `model_input` also quantizes what float ops hand to quantized ones.
         for op in self.graph if on else ():
             if self.floats(op) is not None:
                 for t in op.outputs:
                     voted_off = not self._votes.get((t, "quantized"), (True,))[0]
-                    self.wishes[t].on |= t in self.needed and not voted_off and not self.wishes[t].final
+                    self.drafts[t].on |= t in self.needed and not voted_off and not self.drafts[t].final
 
     def _model_outputs(self) -> None:
         on = self.config.model_output.is_output_quantized
         for t in self.graph.outputs if on is not None else ():
             if on:
-                self.wishes[t].on = True
+                self.drafts[t].on = True
             else:
-                self.wishes[t].off("the target leaves model outputs in float", final=True)
+                self.drafts[t].off("the target leaves model outputs in float", final=True)
 
     def _indices(self) -> None:
         found = find_indices(self.graph)
         for t in found.only:
-            self.wishes[t].off("only read as indices or conditions, which are exact", final=True)
+            self.drafts[t].off("only read as indices or conditions, which are exact", final=True)
         for t, (lookup, signal) in found.both.items():
-            if self.wishes[t].on or t in self.needed:
+            if self.drafts[t].on or t in self.needed:
                 self.notes.append(
                     f"{t}: {lookup!r} reads it as indices and {signal!r} as a signal; it stays in float, since a grid "
                     "would change the indices"
                 )
-            self.wishes[t].off("also read as indices, which are exact", final=True)
+            self.drafts[t].off("also read as indices, which are exact", final=True)
 
     def _overrides(self) -> None:
         for site, precision in self.overrides.sites.items():
-            if site not in self.wishes:
+            if site not in self.drafts:
                 continue
-            wish = self.wishes[site]
+            draft = self.drafts[site]
             if precision is None:
-                wish.off("kept in float by an override", final=True)
+                draft.off("kept in float by an override", final=True)
             elif not self.graph.tensors[site].is_float:
                 raise InputError(f"overrides: tensor {site!r} holds {self._held(site)} and stays as it is")
             else:
-                wish.on, wish.precision = True, precision
+                draft.on, draft.precision = True, precision
 
     def _held(self, site: TensorId) -> str:
         tensor = self.graph.tensors[site]
         return "masked values" if tensor.mask else tensor.dtype
 
     def _integers(self) -> None:
-        for t, wish in self.wishes.items():
+        for t, draft in self.drafts.items():
             producer = self.graph.producer(t)
             tensor = self.graph.tensors[t]
             if tensor.mask:
-                wish.off(MASKED, final=True)
+                draft.off(MASKED, final=True)
             elif not tensor.is_float:
-                wish.off(f"{tensor.dtype} values are never quantized", final=True)
+                draft.off(f"{tensor.dtype} values are never quantized", final=True)
             elif producer is not None and producer.type in INTEGER_TYPES:
-                wish.off(f"outputs of {producer.type} are indices or sizes", final=True)
+                draft.off(f"outputs of {producer.type} are indices or sizes", final=True)

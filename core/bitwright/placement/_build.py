@@ -58,19 +58,19 @@ def build_plan(
     weight_type = Precision.of(weights, target.weights)
     activation_type = Precision.of(activations, target.activations).for_activations(activations)
     placement = ActivationPlacement(graph, target, parse_overrides(graph, overrides or {}))
-    shared = ties.resolve(placement.wishes, ties.settle(placement))
+    shared = ties.resolve(placement.drafts, ties.propagate(placement))
     decisions: dict[SiteId, Decision] = {}
     ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None
-    for t, wish in placement.wishes.items():
-        if not wish.on:
-            decisions[t] = Float(wish.reason)
+    for t, draft in placement.drafts.items():
+        if not draft.on:
+            decisions[t] = Float(draft.reason)
         elif t in shared.parent:
             decisions[t] = SharedWith(shared.parent[t])
         else:
             members = shared.members(t) or (t,)
-            limits = wish.limits if len(shared.observed.get(t, (t,))) == 1 else None
+            limits = draft.limits if len(shared.observed.get(t, (t,))) == 1 else None
             symmetric = _symmetric(placement, members)
-            spec = activation_spec(target, wish.precision or activation_type, symmetric=symmetric, limits=limits)
+            spec = activation_spec(target, draft.precision or activation_type, symmetric=symmetric, limits=limits)
             if ranges is not None:
                 spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
             decisions[t] = spec
@@ -91,7 +91,7 @@ def build_plan(
     decisions.update({p: params.decide(p) for p in used if p not in biases})
     apply_exceptions(placement, decisions, notes)
     for t, table in placement.lookups.items():
-        if isinstance(decisions[t], QuantSpec) and placement.wishes[t].precision is None:
+        if isinstance(decisions[t], QuantSpec) and placement.drafts[t].precision is None:
             known = isinstance(decisions[table], QuantSpec)
             decisions[t] = SharedWith(table) if known else Float("neither the target nor its table gives it a grid")
     if target.config.bitwright.pair_sum_bits is not None:
@@ -110,7 +110,7 @@ def build_plan(
 
 def _symmetric(placement: ActivationPlacement, members: tuple[SiteId, ...]) -> bool:
     """Symmetry of a group of tied tensors: what `op_type` says of any member, or the default."""
-    said = {m: wish for m in members if (wish := placement.wishes[m].symmetric) is not None}
+    said = {m: draft for m in members if (draft := placement.drafts[m].symmetric) is not None}
     if len(set(said.values())) > 1:
         yes, no = (next(m for m, s in said.items() if s is value) for value in (True, False))
         raise TargetError(
@@ -130,14 +130,14 @@ def _outside_kernels(graph: Graph, target: Target, spec_of: SpecOf) -> list[str]
         if not kernels or inputs is None or weight is None:
             continue
         pairs = [(_number(k.activation), None if k.param is None else _number(k.param)) for k in kernels]
-        asked = (_said(inputs), _said(weight))
+        asked = (_describe(inputs), _describe(weight))
         if not any(a == asked[0] and w in (None, asked[1]) for a, w in pairs):
             known = ", ".join(f"{a} × {w or 'any'}" for a, w in pairs)
             notes.append(f"{op.id}: the target has no {op.type} kernel for {asked[0]} × {asked[1]}, only {known}")
     return notes
 
 
-def _said(spec: QuantSpec) -> str:
+def _describe(spec: QuantSpec) -> str:
     return f"{'int' if spec.float_format is None else 'float'}{spec.bits}"
 
 

@@ -10,7 +10,7 @@ A grid over −∞ doesn't exist, and one over −10,000 has no step left for th
 
 From `BOUNDLESS` on a number is a mask wherever it goes. Smaller ones are if a softmax, a maximum, a choice or the
 model's caller reads what they mask; a constant that merely is large (a learned bias of −12, pixels times 255) isn't.
-Backends translate their nodes to `Step`s, hidden ones and constants included, and ask `masks`.
+Backends translate their nodes to `NodeView`s, hidden ones and constants included, and ask `masks`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def is_mask(values: ArrayLike) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class NodeView:
     """A node as this module sees it.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Fact:
 
 
 def masks(
-    steps: Sequence[Step],
+    steps: Sequence[NodeView],
     inputs: Iterable[str],
     outputs: Iterable[str],
     constants: Mapping[str, Extent],
@@ -134,7 +134,7 @@ def masks(
 class _Search:
     def __init__(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[NodeView],
         inputs: tuple[str, ...],
         outputs: frozenset[str],
         constants: Mapping[str, Extent],
@@ -146,7 +146,7 @@ class _Search:
         }
         self._signals: frozenset[str] = frozenset()
         self._possible: dict[int, str] = {}
-        """Step that adds what may be a mask given as an input → that operand."""
+        """NodeView that adds what may be a mask given as an input → that operand."""
 
     def found(self) -> frozenset[str]:
         self._forward()
@@ -167,7 +167,7 @@ class _Search:
                 fact = self._fact(index, step)
                 self._facts.update(dict.fromkeys(floats, fact))
 
-    def _fact(self, index: int, step: Step) -> _Fact:
+    def _fact(self, index: int, step: NodeView) -> _Fact:
         known = [self._facts[t] for t in step.inputs if t in self._facts]
         extents = [self._constants[t] for t in step.inputs if t in self._constants]
         data = [t for t in step.inputs if t in self._facts and self._is_float(t)]
@@ -200,7 +200,7 @@ class _Search:
         infinite = any(self._facts[t].infinite for t in data) or any(np.isinf(e.largest) for e in extents)
         return _Fact(level, masked, condition, sources, level > _NONE and (infinite or step.type == "Log"))
 
-    def _condition(self, step: Step, known: Sequence[_Fact]) -> tuple[bool, frozenset[str]]:
+    def _condition(self, step: NodeView, known: Sequence[_Fact]) -> tuple[bool, frozenset[str]]:
         sources = frozenset[str]().union(*(f.sources for f in known))
         arithmetic = step.kind in _CARRYING_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE}
         arithmetic |= step.type in _CARRYING_TYPES | _BOUNDS | _FILLS or (step.type == "Log" and not sources)
@@ -208,7 +208,7 @@ class _Search:
         condition = arithmetic and all(f.condition for f in known)
         return condition, sources if condition else frozenset()
 
-    def _given_mask(self, step: Step, data: Sequence[str]) -> str | None:
+    def _given_mask(self, step: NodeView, data: Sequence[str]) -> str | None:
         """The operand of an addition that an input of the model alone makes up, where the other is computed."""
         given = [t for t in data if self._facts[t].condition and self._facts[t].sources]
         if len(given) != 1 or len(data) != 2 or len(step.inputs) != 2:
@@ -266,7 +266,7 @@ class _Search:
         return found
 
     @staticmethod
-    def _carries(step: Step) -> bool:
+    def _carries(step: NodeView) -> bool:
         return step.kind in _CARRYING_KINDS or step.type in _CARRYING_TYPES
 
     def _masks(self, tensor: str, least: int) -> bool:
@@ -274,7 +274,7 @@ class _Search:
         return fact is not None and fact.masked and fact.level >= least and self._is_float(tensor)
 
     @staticmethod
-    def _passes_on(step: Step) -> bool:
+    def _passes_on(step: NodeView) -> bool:
         """Whether an op's result is masked because an operand is (a tested tensor's own operands needn't be)."""
         arithmetic = step.kind in _CARRYING_KINDS or step.kind in (OpKind.ADD, OpKind.MUL)
         return arithmetic or step.type in _CARRYING_TYPES | _BOUNDS | _FILLS | {"Sub", "Div"}

@@ -212,13 +212,13 @@ class ParameterPlacement:
                 first = replace(first, decision=common)
                 self.notes.append(
                     f"{param}: {policies[0].op.id!r} ({policies[0].op.type}) and {other.op.id!r} ({other.op.type}) "
-                    f"share it, {_said(a)} and {_said(b)}; {_said(common)} for both"
+                    f"share it, {_describe(a)} and {_describe(b)}; {_describe(common)} for both"
                 )
             elif first.policy:
                 raise TargetError(
                     f"{self.target.source}: ops {first.op.id!r} ({first.op.type}) and {other.op.id!r} "
                     f"({other.op.type}) share parameter {param!r}, and the target treats them differently "
-                    f"({_said(a)} / {_said(b)}); "
+                    f"({_describe(a)} / {_describe(b)}); "
                     "give both op types the same settings, or override the parameter"
                 )
         return first.decision
@@ -234,7 +234,7 @@ def _vector(precision: Precision) -> Precision:
     return replace(precision, bits=max(8, precision.bits), blocks=None)
 
 
-def _said(decision: Decision) -> str:
+def _describe(decision: Decision) -> str:
     if not isinstance(decision, QuantSpec):
         return "float"
     symmetry = "symmetric" if decision.symmetric else "asymmetric"

@@ -37,33 +37,33 @@ class Ties:
         return tuple(s for s, r in self.root.items() if r == root)
 
 
-def settle(placement: ActivationPlacement) -> list[Edge]:
+def propagate(placement: ActivationPlacement) -> list[Edge]:
     """Decide every tensor that depends on its neighbours, in topological order, and list the ties.
 
     A tensor behind an op that preserves the grid takes its input's; where the input is float, it gets a grid of its
     own if a quantized op reads it. Tensors that were given different precisions aren't tied.
     """
-    graph, wishes = placement.graph, placement.wishes
+    graph, drafts = placement.graph, placement.drafts
     edges: list[Edge] = []
 
     def alike(a: TensorId, b: TensorId) -> bool:
-        return wishes[a].on and wishes[b].on and wishes[a].precision == wishes[b].precision
+        return drafts[a].on and drafts[b].on and drafts[a].precision == drafts[b].precision
 
     for op in graph:
         if placement.follows(op):
             source = op.data_inputs[0]
             for t in op.outputs:
-                wish = wishes[t]
-                own = wish.precision is not None and not (
-                    wishes[source].on and wish.precision == wishes[source].precision
+                draft = drafts[t]
+                own = draft.precision is not None and not (
+                    drafts[source].on and draft.precision == drafts[source].precision
                 )
-                if wish.final or own:
+                if draft.final or own:
                     continue
-                if wishes[source].on:
-                    wish.on = True
+                if drafts[source].on:
+                    draft.on = True
                     edges.append((source, t))
                 elif t not in placement.needed or not (_is_real(graph.tensors[source]) or op.type == "Cast"):
-                    wish.off(f"its input {source!r} stays in float")
+                    draft.off(f"its input {source!r} stays in float")
         elif op.kind is OpKind.RECURRENT:
             states, last = _hidden_states(op)
             if states is not None and last is not None and alike(states, last):

@@ -1,4 +1,4 @@
-"""Plugins: hooks, discovery, and the registry of backends, techniques and tools."""
+"""Plugins: discovery, and the registry of backends, techniques and tools."""
 
 from __future__ import annotations
 
@@ -7,8 +7,3 @@ from bitwright.plugins._discovery import import_dotted
 from bitwright.plugins.registry import Registry, default_registry, plugins
 
 __all__ = ["Registry", "default_registry", "import_dotted", "plugins"]
-    "Registry",
-    "default_registry",
-    "import_dotted",
-    "plugins",
-]

@@ -30,7 +30,7 @@ Step = Transposed | Reshaped
 
 
 @dataclass(frozen=True)
-class Form:
+class Layout:
     """Steps from the variable's own (native) layout to the canonical one.
 
     Attributes:
@@ -70,16 +70,16 @@ class Form:
         known = [a for a in axes if a is not None]
         return tuple(known) if sorted(known) == list(range(len(self.native))) and len(axes) == len(known) else None
 
-    def then(self, *steps: Step) -> Form:
+    def then(self, *steps: Step) -> Layout:
         """The form with further steps; those that change nothing are left out."""
         form = self
         for step in steps:
             kept = form.steps
             if isinstance(step, Reshaped) and kept and isinstance(kept[-1], Reshaped):
                 kept = kept[:-1]
-            form = Form(form.native, kept)
+            form = Layout(form.native, kept)
             same = step.shape == form.shape if isinstance(step, Reshaped) else list(step.order) == sorted(step.order)
-            form = form if same else Form(form.native, (*kept, step))
+            form = form if same else Layout(form.native, (*kept, step))
         return form
 
     def canonical(self, array: Array) -> Array:

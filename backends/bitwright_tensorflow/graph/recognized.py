@@ -10,7 +10,7 @@ from bitwright_tensorflow.graph.network import Read
 
 
 @dataclass(frozen=True)
-class Found:
+class Recognized:
     """One canonical op.
 
     Attributes:
