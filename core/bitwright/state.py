@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Backend, ParamReader, TrainableSimulation, Training
 from bitwright.calibration import full_table
-from bitwright.data import Dataset, InputSpecs, Samples, batch_dimension, open_data
+from bitwright.data import DataLike, Dataset, InputSpecs, Samples, batch_dimension, open_data
 from bitwright.graph import Graph, OpId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
@@ -126,7 +126,7 @@ class SimState:
         """
         return full_table(self.plan, self.encodings)
 
-    def open(self, data: Any, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
+    def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
         if isinstance(data, Dataset):
             return data

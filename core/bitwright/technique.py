@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,8 +135,11 @@ class LayerWalk(Protocol):
         """
 
 
+S = TypeVar("S", bound=Settings)
+
+
 @dataclass(frozen=True)
-class Context:
+class Context(Generic[S]):
     """All that a technique may see.
 
     Attributes:
@@ -155,7 +158,7 @@ class Context:
     params: Params
     encodings: Mapping[SiteId, Encoding]
     statistics: Mapping[str, Statistic]
-    settings: Any
+    settings: S
     walk: LayerWalk | None
     store: Store
     progress: Progress
@@ -181,7 +184,7 @@ class Technique(Protocol):
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
         """What it needs from the one streaming pass over the calibration data."""
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[Any]) -> Outcome:
         """Compute the change; the context is not modified."""
 
 
@@ -208,7 +211,7 @@ def require_data(technique: Technique, requests: Iterable[Request], settings: An
         raise InputError(_no_data(technique.name))
 
 
-def walk_of(ctx: Context, technique: str) -> LayerWalk:
+def walk_of(ctx: Context[Any], technique: str) -> LayerWalk:
     """The layer-by-layer service.
 
     Raises:

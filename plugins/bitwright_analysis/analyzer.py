@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.bundle import OutputQuality
-from bitwright.data import FirstSamples, labels_of
+from bitwright.data import DataLike, FirstSamples, labels_of
 from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.plugins import registry
@@ -36,7 +36,7 @@ DIRECTIONS = ("alone", "without")
 
 def quant_analyzer(
     model: Any,
-    data: Any,
+    data: DataLike,
     evaluate: Callable[[Any], Any] | None = None,
     *,
     labels: Any = None,

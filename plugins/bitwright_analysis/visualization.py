@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Session, Tap
 from bitwright.calibration import collect
+from bitwright.data import DataLike
 from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph, ParamRole
@@ -111,7 +112,7 @@ class _Seen:
 def visualize(
     before: Any,
     after: Any,
-    data: Any = None,
+    data: DataLike | None = None,
     *,
     out: str | Path | None = None,
     sample: Any = None,
@@ -202,7 +203,7 @@ def _of_values(values: NDArray[np.float32], *, per_channel: bool) -> _Seen:
 
 
 def _activations(
-    sims: Sequence[QuantSim], data: Any, drawn: dict[str, list[dict[str, Any]]], batch_size: int, limit: int | None
+    sims: Sequence[QuantSim], data: DataLike, drawn: dict[str, list[dict[str, Any]]], batch_size: int, limit: int | None
 ) -> list[Change]:
     tensors = [
         t
@@ -221,7 +222,7 @@ def _activations(
 
 
 def _collected(
-    sim: QuantSim, tensors: Sequence[str], data: Any, batch_size: int, limit: int | None
+    sim: QuantSim, tensors: Sequence[str], data: DataLike, batch_size: int, limit: int | None
 ) -> dict[str, _Seen]:
     requests = []
     for t in tensors:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitwright.data import DataLike
 from bitwright.errors import InputError
 from bitwright.report import finite
 from bitwright_analysis.scoring import Power, decibels
@@ -141,7 +142,7 @@ class _Pair:
 def compare(
     reference: Any,
     target: str | Path,
-    data: Any = None,
+    data: DataLike | None = None,
     *,
     min_sqnr: float = MIN_SQNR,
     names: Mapping[str, str] | None = None,

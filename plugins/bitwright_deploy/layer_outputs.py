@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitwright.backend import Tap
-from bitwright.data import Dataset, FirstSamples, samples_in
+from bitwright.data import DataLike, Dataset, FirstSamples, samples_in
 from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph
@@ -139,7 +139,7 @@ class Dump:
 
 def layer_outputs(
     model: Any,
-    data: Any,
+    data: DataLike,
     out: str | Path,
     *,
     layout: str = "NHWC",

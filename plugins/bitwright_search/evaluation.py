@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Simulation, Tap
-from bitwright.data import labels_of
+from bitwright.data import DataLike, Dataset, labels_of
 from bitwright.errors import InputError
 from bitwright.runs import fingerprint
 from bitwright.simulation import QuantSim
@@ -41,7 +41,7 @@ class Labelled:
         batch_size: samples a batch, for arrays and files.
     """
 
-    data: Any
+    data: DataLike
     labels: Any
     batch_size: int = 8
 
@@ -68,7 +68,13 @@ class Labelled:
         return float((predicted == self.labels).mean())
 
     def identity(self) -> list[str]:
-        """By the content of the opened data and labels."""
+        """By the content of the opened data and labels.
+
+        Raises:
+            InputError: they aren't `opened`.
+        """
+        if not isinstance(self.data, Dataset):
+            raise InputError("data have an identity once they are opened: call opened(sim) first")
         return ["top-1", self.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(self.labels))])]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Capability, OpTimer, require
-from bitwright.data import whole_batches
+from bitwright.data import DataLike, whole_batches
 from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.simulation import QuantSim
@@ -22,7 +22,7 @@ from bitwright_search.sensitivity import first_samples
 
 def measure_latency(
     model: Any,
-    data: Any,
+    data: DataLike,
     *,
     candidates: Sequence[Any] = CANDIDATES,
     target: Any = "default",

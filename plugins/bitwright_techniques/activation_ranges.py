@@ -80,13 +80,13 @@ class ActivationRanges:
         for op in {op.id: op for site in sites for op in _readers(graph, plan, site)}.values():
             yield sample_request(graph, op, f"sample/{op.id}", settings.samples)
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[ActivationRangesSettings]) -> Outcome:
         """Choose.
 
         Raises:
             InputError: a pattern that matches no site.
         """
-        s: ActivationRangesSettings = ctx.settings
+        s = ctx.settings
         free = [site for site in _sites(ctx.plan, s) if not _frozen(ctx, site)]
         sites, left = _split(ctx.graph, ctx.plan, free)
         chosen: dict[SiteId, Encoding] = {}
@@ -176,7 +176,7 @@ def _key(kind: str, site: SiteId, tensor: str) -> str:
     return f"{kind}\0{site}\0{tensor}"
 
 
-def _merged(ctx: Context, kind: str, site: SiteId) -> Statistic:
+def _merged(ctx: Context[ActivationRangesSettings], kind: str, site: SiteId) -> Statistic:
     first, *others = (ctx.statistics[_key(kind, site, t)] for t in ctx.plan.observed(site))
     if others:
         whole = type(first)(first.axis)  # type: ignore[call-arg]
@@ -187,11 +187,11 @@ def _merged(ctx: Context, kind: str, site: SiteId) -> Statistic:
     return first
 
 
-def _frozen(ctx: Context, site: SiteId) -> bool:
+def _frozen(ctx: Context[ActivationRangesSettings], site: SiteId) -> bool:
     return site in ctx.encodings and ctx.encodings[site].frozen
 
 
-def _candidates(ctx: Context, site: SiteId) -> dict[str, Encoding]:
+def _candidates(ctx: Context[ActivationRangesSettings], site: SiteId) -> dict[str, Encoding]:
     spec = ctx.plan.spec(site)
     assert spec is not None
     found = {}
@@ -203,7 +203,7 @@ def _candidates(ctx: Context, site: SiteId) -> dict[str, Encoding]:
     return found
 
 
-def _error(ctx: Context, site: SiteId, encoding: Encoding, readers: tuple[Op, ...]) -> float:
+def _error(ctx: Context[ActivationRangesSettings], site: SiteId, encoding: Encoding, readers: tuple[Op, ...]) -> float:
     if not readers:
         return _own_error(ctx, site, encoding)
     errors = []
@@ -221,7 +221,7 @@ def _error(ctx: Context, site: SiteId, encoding: Encoding, readers: tuple[Op, ..
     return float(np.mean(errors))
 
 
-def _own_error(ctx: Context, site: SiteId, encoding: Encoding) -> float:
+def _own_error(ctx: Context[ActivationRangesSettings], site: SiteId, encoding: Encoding) -> float:
     """Relative squared error on the histogram of the site's values; its range alone says nothing (0)."""
     spec = ctx.plan.spec(site)
     assert spec is not None

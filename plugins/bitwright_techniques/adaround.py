@@ -64,7 +64,7 @@ class AdaRound:
         """The moments of layers are of data."""
         return True
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[AdaRoundSettings]) -> Outcome:
         """Round every selected layer.
 
         Returns:

@@ -48,9 +48,9 @@ class Awq:
         """Ranges and samples of the inputs of all layers that could take factors."""
         return migration_requests(graph, settings.samples)
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[AwqSettings]) -> Outcome:
         """Search and scale; layers whose input nothing can absorb are listed with the reason."""
-        s: AwqSettings = ctx.settings
+        s = ctx.settings
         grid = [i / s.steps for i in range(1, s.steps + 1)]
         return migrate(ctx, factors, grid, quantized_inputs=s.quantized_inputs)
 

@@ -28,7 +28,7 @@ from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
 
 
-class Settings(BaseSettings):
+class BatchNormReestimationSettings(BaseSettings):
     """How far statistics move.
 
     Attributes:
@@ -44,7 +44,7 @@ class BatchNormReestimation:
     """Measures every batch norm's mean and variance in the simulated network."""
 
     name: ClassVar[str] = "batch_norm_reestimation"
-    Settings: ClassVar[type[BaseSettings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = BatchNormReestimationSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def stages(self, graph: Graph, plan: Plan, settings: Any) -> Sequence[BaseSettings]:
@@ -63,7 +63,7 @@ class BatchNormReestimation:
             moments = partial(ChannelMoments, norm.attrs.axis)
             yield Request(norm.id, norm.data_inputs[:1], moments, ("simulated",))
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[BatchNormReestimationSettings]) -> Outcome:
         """Set the measured statistics; a norm that is used in several places takes those of all of them."""
         merged: dict[ParamId, ChannelMoments] = {}
         norms = _norms(ctx.graph, ctx.settings.norms)

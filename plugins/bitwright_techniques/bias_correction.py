@@ -35,7 +35,7 @@ from bitwright_techniques.token_norms import normalizes_tokens
 Biases = dict[OpId, NDArray[np.float32]]
 
 
-class Settings(BaseSettings):
+class BiasCorrectionSettings(BaseSettings):
     """How the means are found.
 
     Attributes:
@@ -53,7 +53,7 @@ class BiasCorrection:
     """Corrects the biases of all linear ops whose weights are quantized."""
 
     name: ClassVar[str] = "bias_correction"
-    Settings: ClassVar[type[BaseSettings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = BiasCorrectionSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
@@ -64,7 +64,7 @@ class BiasCorrection:
         """For measured means."""
         return bool(settings.mode == "empirical")
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[BiasCorrectionSettings]) -> Outcome:
         """Correct.
 
         Raises:
@@ -87,12 +87,12 @@ class BiasCorrection:
         return Outcome(params, {}, edits, report=Report(summary, figures, ("op", "mode", "rms shift"), rows))
 
 
-def _bias(ctx: Context, id: OpId, like: NDArray[np.float32]) -> NDArray[np.float32]:
+def _bias(ctx: Context[BiasCorrectionSettings], id: OpId, like: NDArray[np.float32]) -> NDArray[np.float32]:
     bias = ctx.graph.op(id).params.get(ParamRole.BIAS)
     return np.zeros_like(like) if bias is None else ctx.params[bias]
 
 
-def _empirical(ctx: Context, ops: list[Op]) -> Biases:
+def _empirical(ctx: Context[BiasCorrectionSettings], ops: list[Op]) -> Biases:
     def solve(layer: Layer) -> LayerResult:
         quantized = layer.encoding.fake_quantize(layer.weight)
         bias = corrected_bias(layer.op, layer.weight, quantized, layer.bias, layer.moments)
@@ -106,7 +106,7 @@ def _empirical(ctx: Context, ops: list[Op]) -> Biases:
     return {id: r.bias for id, r in results.items() if r.bias is not None}
 
 
-def _analytic(ctx: Context, ops: list[Op]) -> Biases:
+def _analytic(ctx: Context[BiasCorrectionSettings], ops: list[Op]) -> Biases:
     if not ctx.folded:
         raise InputError(
             "analytic bias correction needs the batch norms that fold_batch_norm has folded, and there are none; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ def clip_requests(graph: Graph, pooling: bool, *, optional: bool) -> Iterable[Re
         yield Request(_key(clip), (source,), lambda axis=axis: RangeStatistic(axis), optional=optional)  # type: ignore[misc]
 
 
-def clip_rule(ctx: Context) -> ClipRule:
+def clip_rule(ctx: Context[Any]) -> ClipRule:
     """Which clipped ReLUs equalization goes through, by the setting `clipped_relu`."""
     mode = ctx.settings.clipped_relu
     if mode in ("replace", "stop"):
@@ -36,7 +37,7 @@ def clip_rule(ctx: Context) -> ClipRule:
     return lambda first, clip: reach(ctx, first, clip) is not None
 
 
-def reach(ctx: Context, first: Op, clip: Op) -> NDArray[np.float64] | None:
+def reach(ctx: Context[Any], first: Op, clip: Op) -> NDArray[np.float64] | None:
     """Largest value of each channel of `first` before the clip, as a share of the bound; above 1 it is cut.
 
     None where neither data nor a folded batch norm tell.

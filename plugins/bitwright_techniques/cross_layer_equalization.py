@@ -61,7 +61,7 @@ MANTISSA = 12
 of 0.05 % it doesn't, so that all give the same weights."""
 
 
-class Settings(BaseSettings):
+class CrossLayerEqualizationSettings(BaseSettings):
     """How far equalization goes.
 
     Attributes:
@@ -88,7 +88,7 @@ class CrossLayerEqualization:
     """Equalizes channel ranges of consecutive layers, and absorbs high biases. Fold batch norms first."""
 
     name: ClassVar[str] = "cross_layer_equalization"
-    Settings: ClassVar[type[BaseSettings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = CrossLayerEqualizationSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
@@ -97,7 +97,7 @@ class CrossLayerEqualization:
             return ()
         return clip_requests(graph, settings.across_pooling, optional=settings.clipped_relu == "auto")
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[CrossLayerEqualizationSettings]) -> Outcome:
         """Equalize to convergence or for the set number of passes, then absorb."""
         settings = ctx.settings
         sets = find_chains(
@@ -126,7 +126,13 @@ class CrossLayerEqualization:
         return _outcome(ctx, sets, layers, rows, passes)
 
 
-def _outcome(ctx: Context, sets: list[Chain], layers: _Layers, rows: list[tuple[Any, ...]], passes: int) -> Outcome:
+def _outcome(
+    ctx: Context[CrossLayerEqualizationSettings],
+    sets: list[Chain],
+    layers: _Layers,
+    rows: list[tuple[Any, ...]],
+    passes: int,
+) -> Outcome:
     clips = {op.id for chain in sets for link in chain for op in link.between if bounded(op)}
     replaced = clips if ctx.settings.clipped_relu == "replace" else set()
     changes: list[Edit] = [ReplaceActivation(op.id, "Relu") for op in ctx.graph if op.id in replaced]
@@ -170,12 +176,12 @@ def _channels(chain: Chain) -> int:
     return int(chain[0].channel_of.max()) + 1
 
 
-def _frozen(ctx: Context, site: ParamId | TensorId) -> bool:
+def _frozen(ctx: Context[CrossLayerEqualizationSettings], site: ParamId | TensorId) -> bool:
     encoding = ctx.encodings.get(ctx.plan.root(site) if site in ctx.plan else site)
     return encoding is not None and encoding.frozen
 
 
-def _own_params(ctx: Context, op: Op) -> bool:
+def _own_params(ctx: Context[CrossLayerEqualizationSettings], op: Op) -> bool:
     """Whether the op's parameters are its own and free to change."""
     ids = [op.params[r] for r in (ParamRole.WEIGHT, ParamRole.BIAS) if r in op.params]
     return all(len(ctx.graph.users(id)) == 1 and not _frozen(ctx, id) for id in ids)
@@ -184,7 +190,7 @@ def _own_params(ctx: Context, op: Op) -> bool:
 class _Layers:
     """Weights, biases and folded statistics of all layers in the sets, in float64, as they change."""
 
-    def __init__(self, ctx: Context, sets: list[Chain]) -> None:
+    def __init__(self, ctx: Context[CrossLayerEqualizationSettings], sets: list[Chain]) -> None:
         self.graph = ctx.graph
         self.weights: dict[OpId, Values] = {}
         self.biases: dict[OpId, Values] = {}

@@ -46,7 +46,7 @@ from bitwright_techniques.bias_edits import bias_changes
 Values = NDArray[np.float64]
 
 
-class Settings(BaseSettings):
+class FoldBatchNormSettings(BaseSettings):
     """What may be folded.
 
     Attributes:
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
 class Folding:
     """The state of one run: new weights and biases so far, and how the folds have rewired the graph."""
 
-    ctx: Context
+    ctx: Context[FoldBatchNormSettings]
     weights: dict[OpId, Values] = field(default_factory=dict)
     biases: dict[OpId, Values] = field(default_factory=dict)
     producers: dict[TensorId, Op] = field(default_factory=dict)
@@ -109,14 +109,14 @@ class FoldBatchNorm:
     """Folds every batch norm that has a linear neighbour, and rewrites the others as scale and shift."""
 
     name: ClassVar[str] = "fold_batch_norm"
-    Settings: ClassVar[type[BaseSettings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = FoldBatchNormSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def statistics(self, graph: Graph, plan: Plan, settings: Any) -> Iterable[Request]:
         """It needs no data."""
         return ()
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[FoldBatchNormSettings]) -> Outcome:
         """Fold; backward pairs win over forward ones, and each norm goes into one op."""
         settings = ctx.settings
         run = Folding(ctx)

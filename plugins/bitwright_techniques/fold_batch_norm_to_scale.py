@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,10 @@ from bitwright.placement import Plan
 from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome, Report
 from bitwright.technique import Settings as BaseSettings
-from bitwright_techniques.fold_batch_norm import FoldBatchNorm
-from bitwright_techniques.fold_batch_norm import Settings as FoldSettings
+from bitwright_techniques.fold_batch_norm import FoldBatchNorm, FoldBatchNormSettings
 
 
-class Settings(BaseSettings):
+class FoldBatchNormToScaleSettings(BaseSettings):
     """There is nothing to set."""
 
 
@@ -35,14 +34,14 @@ class FoldBatchNormToScale:
     """Folds batch norms into the linear op before them after training, rescaling its weight's encoding."""
 
     name: ClassVar[str] = "fold_batch_norm_to_scale"
-    Settings: ClassVar[type[BaseSettings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = FoldBatchNormToScaleSettings
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
     def statistics(self, graph: Any, plan: Plan, settings: Any) -> Iterable[Request]:
         """It needs no data."""
         return ()
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[FoldBatchNormToScaleSettings]) -> Outcome:
         """Fold where each output channel has scales of its own; other norms stay."""
         foldable: dict[ParamId, Encoding] = {}
         for op in ctx.graph.linear_ops:
@@ -52,9 +51,10 @@ class FoldBatchNormToScale:
                 foldable[weight] = encoding
         # A per-tensor grid can't take a factor for each channel: it is shown frozen, which fold_batch_norm respects.
         shown = {s: e.with_(frozen=s not in foldable) if s in ctx.graph.params else e for s, e in ctx.encodings.items()}
-        inner = FoldBatchNorm().apply(
-            replace(ctx, encodings=shown, settings=FoldSettings(forward=False, standalone=False))
-        )
+        settings = FoldBatchNormSettings(forward=False, standalone=False)
+        # Another technique's settings make it another technique's context.
+        folding = cast("Context[FoldBatchNormSettings]", replace(cast("Any", ctx), encodings=shown, settings=settings))
+        inner = FoldBatchNorm().apply(folding)
         encodings: dict[ParamId, Encoding] = {}
         mirrored = 0
         for edit in inner.edits:
@@ -79,7 +79,7 @@ def _by_output(op: Op, encoding: Encoding) -> bool:
     return layout.axis == (1 if op.kind is OpKind.CONV_TRANSPOSE else 0)
 
 
-def _factor(ctx: Context, norm: Op) -> NDArray[np.float64]:
+def _factor(ctx: Context[FoldBatchNormToScaleSettings], norm: Op) -> NDArray[np.float64]:
     assert isinstance(norm.attrs, BatchNormAttrs)
     var = np.asarray(ctx.params[norm.params[ParamRole.VAR]], np.float64)
     gamma = norm.params.get(ParamRole.GAMMA)

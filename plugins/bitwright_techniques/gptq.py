@@ -59,7 +59,7 @@ class Gptq:
         """The moments of layers are of data."""
         return True
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[GptqSettings]) -> Outcome:
         """Round every selected layer.
 
         Returns:

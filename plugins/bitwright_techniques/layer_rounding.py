@@ -92,7 +92,10 @@ def decided(graph: Graph, settings: AnySettings) -> AnySettings:
 
 
 def round_layers(
-    ctx: Context, technique: str, solve: Callable[[Layer, AnySettings], LayerResult], extra: Sequence[str] = ()
+    ctx: Context[AnySettings],
+    technique: str,
+    solve: Callable[[Layer, AnySettings], LayerResult],
+    extra: Sequence[str] = (),
 ) -> Outcome:
     """Walk over the layers that the context's `RoundingSettings` select.
 

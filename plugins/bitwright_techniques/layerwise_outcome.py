@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.graph import Op, OpId
@@ -15,7 +16,7 @@ _WIDEST = 16
 
 
 def select_layers(
-    ctx: Context, include: Sequence[str], exclude: Sequence[str], *, skip_frozen: bool = False
+    ctx: Context[Any], include: Sequence[str], exclude: Sequence[str], *, skip_frozen: bool = False
 ) -> tuple[list[OpId], dict[OpId, str]]:
     """Linear ops whose weight has an integer grid of its own, in topological order.
 
@@ -63,7 +64,7 @@ def select_layers(
     return chosen, skipped
 
 
-def outcome_of(ctx: Context, results: Mapping[OpId, LayerResult], report: Report, *, weights: bool) -> Outcome:
+def outcome_of(ctx: Context[Any], results: Mapping[OpId, LayerResult], report: Report, *, weights: bool) -> Outcome:
     """Results of a walk as an outcome: frozen encodings, biases, and with `weights` the weights themselves.
 
     Layers that the walk has left keep their float weight, and the range that they had.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def migration_requests(graph: Graph, limit: int) -> Iterable[Request]:
 
 
 def migrate(
-    ctx: Context, propose: Proposal, alphas: Sequence[float], *, quantized_inputs: bool, least_gain: float = 0.0
+    ctx: Context[Any], propose: Proposal, alphas: Sequence[float], *, quantized_inputs: bool, least_gain: float = 0.0
 ) -> Outcome:
     """Search and apply.
 
@@ -106,12 +107,12 @@ def migrate(
     return scaled.outcome(Report(summary, figures, columns, tuple(rows)))
 
 
-def _frozen(ctx: Context, site: ParamId | TensorId) -> bool:
+def _frozen(ctx: Context[Any], site: ParamId | TensorId) -> bool:
     encoding = ctx.encodings.get(ctx.plan.root(site) if site in ctx.plan else site)
     return encoding is not None and encoding.frozen
 
 
-def _obstacle(ctx: Context, op: Op) -> str | None:
+def _obstacle(ctx: Context[Any], op: Op) -> str | None:
     roles = (ParamRole.WEIGHT, ParamRole.BIAS, ParamRole.GAMMA, ParamRole.BETA)
     for role in roles:
         id = op.params.get(role)
@@ -125,7 +126,7 @@ def _obstacle(ctx: Context, op: Op) -> str | None:
 
 
 def _searched(
-    ctx: Context, path: ScalePath, propose: Proposal, alphas: Sequence[float], quantized: bool, least_gain: float
+    ctx: Context[Any], path: ScalePath, propose: Proposal, alphas: Sequence[float], quantized: bool, least_gain: float
 ) -> tuple[float, Values, float, float]:
     """α (NaN for factors of 1), factors, and relative output error before and after; kept in the store."""
     key = f"factors/{path.source.id}"
@@ -162,7 +163,7 @@ def _error(readers: Sequence[_Measured], factors: Values) -> float:
 class _Measured:
     """One reader's output error as a function of the factors, on a sample of its input."""
 
-    def __init__(self, ctx: Context, reader: Reader, quantized: bool) -> None:
+    def __init__(self, ctx: Context[Any], reader: Reader, quantized: bool) -> None:
         op = reader.op
         assert op.weight is not None
         sample, extent = ctx.statistics[f"sample/{op.id}"], ctx.statistics[f"range/{op.id}"]
@@ -230,7 +231,7 @@ def scale_outputs(op: Op, weight: NDArray[np.floating], factors: Values) -> NDAr
 class _Scaled:
     """Parameters as they change."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context[Any]) -> None:
         self.ctx = ctx
         self.params: dict[ParamId, NDArray[np.float32]] = {}
         self.biases: dict[OpId, NDArray[np.float32]] = {}

@@ -61,13 +61,13 @@ class SeqMse:
         """The moments of layers are of data."""
         return True
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[SeqMseSettings]) -> Outcome:
         """Search the scales of every selected layer; weights stay, frozen encodings are left alone.
 
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        s: SeqMseSettings = ctx.settings
+        s = ctx.settings
         walk = walk_of(ctx, self.name)
         ops, skipped = select_layers(ctx, s.include, s.exclude, skip_frozen=True)
         results = walk(

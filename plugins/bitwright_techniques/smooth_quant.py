@@ -48,7 +48,7 @@ class SmoothQuant:
         """Ranges and samples of the inputs of all layers that could take factors."""
         return migration_requests(graph, settings.samples)
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[SmoothQuantSettings]) -> Outcome:
         """Search and migrate; layers whose input nothing can absorb are listed with the reason."""
         return migrate(ctx, factors, ctx.settings.alpha, quantized_inputs=True)
 

@@ -64,13 +64,13 @@ class WeightClipping:
         """By the output's error alone."""
         return settings.metric == "output"
 
-    def apply(self, ctx: Context) -> Outcome:
+    def apply(self, ctx: Context[WeightClippingSettings]) -> Outcome:
         """Search the range of every selected weight; weights stay, frozen encodings are left alone.
 
         Raises:
             InputError: metric "output" without data, or a pattern that matches no layer.
         """
-        s: WeightClippingSettings = ctx.settings
+        s = ctx.settings
         ops, skipped = select_layers(ctx, s.include, s.exclude, skip_frozen=True)
         by_output = s.metric == "output" or (s.metric == "auto" and ctx.walk is not None)
         if by_output:

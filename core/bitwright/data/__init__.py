@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
-from bitwright.data._dataset import Dataset, labels, open_data
+from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._reference import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.data._samples import FirstSamples, labels_of, whole_batches
 
 __all__ = [
     "SAMPLES",
+    "DataLike",
     "Dataset",
     "FirstSamples",
     "InputSpecs",

@@ -138,8 +138,12 @@ class IterableDataset:
         return digest.hexdigest()[:32]
 
 
+DataLike = Dataset | str | Path | NDArray[Any] | Mapping[str, Any] | Iterable[Any] | Callable[[], Iterable[Any]]
+"""What users give as data, see `open_data`."""
+
+
 def open_data(
-    source: Any,
+    source: DataLike,
     specs: InputSpecs,
     *,
     batch_size: int = 8,

@@ -11,7 +11,7 @@ import numpy as np
 
 from bitwright.backend import Session, require
 from bitwright.calibration import activation_encodings, collect, guarded, weight_encodings
-from bitwright.data import Dataset, Remembering
+from bitwright.data import DataLike, Dataset, Remembering
 from bitwright.errors import InputError
 from bitwright.grids import Encoding, EncodingTable, encoding_arrays, encoding_of_arrays
 from bitwright.layerwise import LayerwiseWalk
@@ -27,7 +27,7 @@ from bitwright.statistics import Request, Source, Statistic
 from bitwright.technique import Context, Technique, require_data
 
 
-def apply(state: SimState, technique: str | Technique, data: Any, settings: Mapping[str, Any]) -> SimState:
+def apply(state: SimState, technique: str | Technique, data: DataLike | None, settings: Mapping[str, Any]) -> SimState:
     """The state after one technique, see `QuantSim.apply`."""
     body = registry.technique(technique) if isinstance(technique, str) else technique
     chosen = _settings(body, settings)
@@ -64,7 +64,7 @@ def apply(state: SimState, technique: str | Technique, data: Any, settings: Mapp
     return taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
 
 
-def calibrated(state: SimState, data: Any) -> SimState:
+def calibrated(state: SimState, data: DataLike) -> SimState:
     """The state with the range of every site that isn't frozen, see `QuantSim.calibrate`."""
     dataset = Remembering(state.open(data), state.inputs)
     params = state.params

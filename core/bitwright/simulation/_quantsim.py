@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, Training, warn_where_it_began
-from bitwright.data import SAMPLES, Dataset, Remembering, Samples, joined
+from bitwright.data import SAMPLES, DataLike, Dataset, Remembering, Samples, joined
 from bitwright.errors import InputError
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, SiteId, SiteKind
@@ -163,13 +163,13 @@ class QuantSim(StateView):
         """
         return self._twin(precision.retyped(self._state, types))
 
-    def open(self, data: Any, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
+    def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
         return self._state.open(data, batch_size=batch_size, limit=limit)
 
     # -- encodings
 
-    def calibrate(self, data: Any) -> Self:
+    def calibrate(self, data: DataLike) -> Self:
         """Set the ranges of every site that isn't frozen: weights by their values, activations on `data`.
 
         Nothing changes if it fails (empty data, NaN).
@@ -180,7 +180,7 @@ class QuantSim(StateView):
         self._require_taken("calibrate()")
         return self._become(applying.calibrated(self._state, data))
 
-    def remembering(self, data: Any) -> Remembering:
+    def remembering(self, data: DataLike) -> Remembering:
         """Data as `open` takes them; the first samples that go by can be kept as `reference`."""
         return Remembering(self.open(data), self._state.inputs)
 
@@ -245,7 +245,7 @@ class QuantSim(StateView):
 
     # -- techniques
 
-    def apply(self, technique: str | Technique, data: Any = None, /, **settings: Any) -> Self:
+    def apply(self, technique: str | Technique, data: DataLike | None = None, /, **settings: Any) -> Self:
         """Run one technique and take its result. Nothing changes if it fails.
 
         Args:
@@ -315,7 +315,7 @@ class QuantSim(StateView):
     def _require_taken(self, what: str) -> None:
         training.require_taken(self._state, what)
 
-    def predict(self, data: Any, *, simulated: bool = True) -> list[NDArray[Any]]:
+    def predict(self, data: DataLike, *, simulated: bool = True) -> list[NDArray[Any]]:
         """The model's outputs over a whole dataset, in the order of `graph.outputs`.
 
         Args:

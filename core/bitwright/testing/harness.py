@@ -226,7 +226,7 @@ class Applied:
 
     outcome: Outcome
     model: Any
-    context: Context
+    context: Context[Any]
     encodings: EncodingTable
     walk: SimpleWalk | None
 

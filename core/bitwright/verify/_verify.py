@@ -32,7 +32,7 @@ from bitwright.bundle import (
     whole_of,
 )
 from bitwright.calibration import full_table
-from bitwright.data import Dataset, InputSpecs, first_samples, is_fixed, samples_in
+from bitwright.data import DataLike, Dataset, InputSpecs, first_samples, is_fixed, samples_in
 from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable
@@ -114,7 +114,7 @@ class Verification(BaseModel):
 
 def verify(
     directory: str | Path,
-    data: Any,
+    data: DataLike,
     labels: Labels | None = None,
     *,
     name: str | None = None,
@@ -216,7 +216,7 @@ def _plain(
         return None
 
 
-def _opened_data(data: Any, specs: Any, batch_size: int, limit: int | None) -> tuple[Dataset, list[str]]:
+def _opened_data(data: DataLike, specs: Any, batch_size: int, limit: int | None) -> tuple[Dataset, list[str]]:
     """The data, and what was said of samples that are left out."""
     from bitwright.data import open_data
 
