@@ -16,7 +16,7 @@ def doctor() -> None:
     from bitwright.backend import capabilities
     from bitwright.bundle import HostNotes
     from bitwright.errors import BitwrightError, MissingExtraError
-    from bitwright.plugins import default_registry
+    from bitwright.plugins.registry import default_registry
     from bitwright.runs import versions
 
     registry = default_registry()

@@ -48,7 +48,7 @@ def techniques(
     as_json: Json = False,
 ) -> None:
     """List the techniques, or show one with its settings."""
-    from bitwright.plugins import default_registry
+    from bitwright.plugins.registry import default_registry
 
     registry = default_registry()
     if name is not None:

@@ -16,7 +16,7 @@ from bitwright.files import write_text
 from bitwright.graph import Graph, OpKind, Tensor
 from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, to_groups
 from bitwright.placement import Derived, Float, OwnForms, SharedWith, Site, SiteKind
-from bitwright.plugins import default_registry
+from bitwright.plugins import registry
 from bitwright.report._model import (
     Accuracy,
     BundleRecord,
@@ -58,7 +58,9 @@ def build_report(
         record: of the exported files.
         names: site → its name in them, where it isn't the site's own.
     """
-    modules = default_registry().backend_info(state.backend.name).modules if _registered(state.backend.name) else ()
+    modules = (
+        registry.default_registry().backend_info(state.backend.name).modules if _registered(state.backend.name) else ()
+    )
     table = state.table
     settings = [dict(step.settings) for step in state.encodings.provenance]
     settings += [{}] * (len(state.reports) - len(settings))
@@ -154,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def _registered(backend: str) -> bool:
-    return backend in default_registry().backends()
+    return backend in registry.default_registry().backends()
 
 
 def _model(state: SimState, source: str, table: Mapping[str, Encoding]) -> ModelInfo:

@@ -88,9 +88,9 @@ def _checked(steps: list[Step], where: str, registry: Registry | None) -> Recipe
 
 
 def _registry(registry: Registry | None) -> Registry:
-    from bitwright.plugins import default_registry
+    from bitwright.plugins import registry as known
 
-    return registry if registry is not None else default_registry()
+    return registry if registry is not None else known.default_registry()
 
 
 def _parse_file(path: Path) -> Any:
