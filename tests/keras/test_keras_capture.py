@@ -228,7 +228,7 @@ def test_a_shared_layer_takes_a_bias_at_each_call() -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path) -> None:
-    with pytest.raises(InputError, match="no Keras model"):
+    with pytest.raises(InputError, match="not a Keras model"):
         BACKEND.adopt({"x": 1})
     with pytest.raises(InputError, match="no file"):
         BACKEND.load(tmp_path / "absent.keras")

@@ -221,8 +221,8 @@ def test_a_saved_model_is_replaced_whole(tmp_path: Path) -> None:
 OTHER = """
 import sys, numpy as np, keras
 from bitwright_keras.backend import KerasBackend
-from bitwright_keras.export import save_saved_model
-from bitwright_keras.frozen import frozen
+from bitwright_keras.export.export import save_saved_model
+from bitwright_keras.export.frozen import frozen
 from bitwright.errors import CapabilityError
 from pathlib import Path
 assert keras.backend.backend() == "torch"

@@ -344,7 +344,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be read"):
         TfliteFile.read(path)
     path.write_bytes(b"not a model at all")
-    with pytest.raises(InputError, match="no TFLite model"):
+    with pytest.raises(InputError, match="not a TFLite model"):
         TfliteFile.read(path)
     with pytest.raises(InputError, match="can't be run"):
         LiteRtSession(path)

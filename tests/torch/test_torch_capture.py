@@ -237,7 +237,7 @@ def test_a_fixed_batch_is_told():
 
     with pytest.warns(CaptureNotice, match="fixed input shapes.*code fixes it"):
         model = BACKEND.adopt(Fixed(), noise(2, 3))
-    with pytest.raises(InputError, match=r"input 'x' has shape \(2, 3\)"):
+    with pytest.raises(InputError, match=r"input 'x' takes shape \[2, 3\]"):
         BACKEND.session(model, [Tap("x"), Tap(BACKEND.graph(model).outputs[0])]).run({"x": noise(4, 3)})
 
 
@@ -255,7 +255,7 @@ def test_segments_take_sizes_from_what_they_are_fed():
     ("batch", "error", "message"),
     [
         ({}, InputError, "no array for input 'x'"),
-        ({"x": np.zeros((2, 3, 8), np.float32)}, InputError, "has shape"),
+        ({"x": np.zeros((2, 3, 8), np.float32)}, InputError, "takes shape"),
         ({"x": np.zeros((2, 3, 8, 8), np.complex64)}, InputError, "holds complex64 values"),
     ],
 )

@@ -324,5 +324,5 @@ def test_expressions_of_sizes_pass(text):
      "(" * 300 + "s0" + ")" * 300, "s0 + " * 900 + "s0", "f'{s0}'", "s0; s1", "ſ0", "Max(*s0)", "Max(1, x=s0)", None],
 )  # fmt: skip
 def test_other_expressions_do_not(text):
-    with pytest.raises(InputError, match="no expression"):
+    with pytest.raises(InputError, match="not an expression"):
         check_expression(text)

@@ -209,6 +209,7 @@ def test_weights_in_evaluation_are_rounded_once(net: Setup, monkeypatch: pytest.
         assert count == once + 1
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo, of our Function
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_models_agree(net: Setup, compiler: str) -> None:
     if compiler == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:

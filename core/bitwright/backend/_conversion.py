@@ -57,7 +57,8 @@ def converted(values: Array, dtype: str, place: str) -> Array:
         info = np.iinfo(target)
         if values.dtype.kind not in "biu" and not (np.rint(values) == values).all():
             raise InputError(f"{place}: the model takes {dtype}, but the {values.dtype} values have fractions")
-        if values.min() < info.min or values.max() > info.max:
+        # As Python's own numbers: numpy would bring the bounds into the type of the values, where they may overflow.
+        if values.min().item() < info.min or values.max().item() > info.max:
             raise InputError(f"{place}: values outside {dtype} ({values.min()} to {values.max()})")
     elif target.kind == "f":
         ends = [float(values.min()), float(values.max())]
