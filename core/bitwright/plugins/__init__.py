@@ -1,4 +1,4 @@
-"""Plugins: discovery, and the registry of backends, techniques and tools."""
+"""Plugins: how they are discovered, and the registry of backends, techniques and tools."""
 
 from __future__ import annotations
 

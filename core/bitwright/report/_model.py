@@ -93,7 +93,7 @@ class SiteRow(Record):
         name: the tensor's name in the exported files, where it isn't the site's own.
         follows: whose encoding the site has, or which ones it is derived from; of a bias in float that has an int32
             form for each of its ops, their inputs and weights in turn.
-        digest: of the encoding's numbers (`bundle.record.digest`).
+        digest: of the encoding's numbers (`report.digest`).
     """
 
     site: str

@@ -19,10 +19,7 @@ from bitwright.grids import Encoding
 from bitwright.placement import Derived, SiteId, SiteKind
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
-from bitwright.simulation import _apply as applying
-from bitwright.simulation import _fork as forking
-from bitwright.simulation import _set_precision as precision
-from bitwright.simulation import _training as training
+from bitwright.simulation import _apply, _fork, _set_precision, _training
 from bitwright.simulation._state import open_simulation, open_state, rebuilt, with_encodings
 from bitwright.state import SimState, StateView
 from bitwright.targets import Target
@@ -150,7 +147,7 @@ class QuantSim(StateView):
         Raises:
             InputError: an override names nothing, or no type; or a trained model wasn't taken over.
         """
-        return self._twin(forking.fork(self._state, scheme=scheme, weight_scheme=weight_scheme, overrides=overrides))
+        return self._twin(_fork.fork(self._state, scheme=scheme, weight_scheme=weight_scheme, overrides=overrides))
 
     def retyped(self, types: Mapping[SiteId, str]) -> Self:
         """A fork with other types at some sites; encodings of another type are dropped, frozen ones too.
@@ -161,7 +158,7 @@ class QuantSim(StateView):
         Raises:
             InputError: no such site, or not a type.
         """
-        return self._twin(precision.retyped(self._state, types))
+        return self._twin(_set_precision.retyped(self._state, types))
 
     def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
@@ -178,7 +175,7 @@ class QuantSim(StateView):
             InputError: the data are empty, don't fit the model, or hold NaN.
         """
         self._require_taken("calibrate()")
-        return self._become(applying.calibrated(self._state, data))
+        return self._become(_apply.calibrated(self._state, data))
 
     def remembering(self, data: DataLike) -> Remembering:
         """Data as `open` takes them; the first samples that go by can be kept as `reference`."""
@@ -200,7 +197,7 @@ class QuantSim(StateView):
         activations: str | None = None,
         inputs: str | None = None,
         strict: bool = True,
-    ) -> tuple[precision.Conflict, ...]:
+    ) -> tuple[_set_precision.Conflict, ...]:
         """Give ops, modules, op types or tensors another type; the last call on a site wins.
 
         Sites whose type changes need `calibrate` again; arguments and errors are those of `precision.set_precision`.
@@ -209,7 +206,7 @@ class QuantSim(StateView):
         Returns:
             Remarks, and with ``strict=False`` the conflicts.
         """
-        state, conflicts = precision.set_precision(
+        state, conflicts = _set_precision.set_precision(
             self._state, what, weights=weights, activations=activations, inputs=inputs, strict=strict
         )
         self._become(state)
@@ -239,7 +236,7 @@ class QuantSim(StateView):
                 for s in state.plan.quantized
                 if state.plan.root(s) not in loaded and not isinstance(state.plan[s].decision, Derived)
             }
-            overrides = precision.retyped(state, missing).overrides
+            overrides = _set_precision.retyped(state, missing).overrides
             state = rebuilt(state, overrides=overrides)
         return self._become(with_encodings(state, loaded, freeze=freeze))
 
@@ -259,7 +256,7 @@ class QuantSim(StateView):
             InputError: a setting or the data are invalid.
         """
         self._require_taken("apply()")
-        return self._become(applying.apply(self._state, technique, data, settings))
+        return self._become(_apply.apply(self._state, technique, data, settings))
 
     # -- simulation and export
 
@@ -294,7 +291,7 @@ class QuantSim(StateView):
             CapabilityError: the backend can't train.
             EncodingError: not calibrated yet.
         """
-        state = training.started(self._state, Training(range_learning, gradient_scale))
+        state = _training.started(self._state, Training(range_learning, gradient_scale))
         self._become(state)
         assert state.training is not None
         return state.training.simulation.model
@@ -306,14 +303,14 @@ class QuantSim(StateView):
             InputError: `trainable` wasn't called.
             EncodingError: the model was edited in the meantime.
         """
-        return self._become(training.taken(self._state))
+        return self._become(_training.taken(self._state))
 
     def drop_training(self) -> Self:
         """Give up the model of `trainable`, with all that it has learned since it was last taken."""
         return self._become(replace(self._state, training=None))
 
     def _require_taken(self, what: str) -> None:
-        training.require_taken(self._state, what)
+        _training.require_taken(self._state, what)
 
     def predict(self, data: DataLike, *, simulated: bool = True) -> list[NDArray[Any]]:
         """The model's outputs over a whole dataset, in the order of `graph.outputs`.
