@@ -40,7 +40,7 @@ def deprecated(*, since: str, removed: str, instead: str) -> Callable[[C], C]:
             return thing
 
         @functools.wraps(thing)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return thing(*args, **kwargs)
 
@@ -72,7 +72,7 @@ def renamed_parameter(old: str, new: str, *, since: str, removed: str) -> Callab
         message = _message(f"{old!r} of {name}", since, removed, f"use {new!r}")
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             if old in kwargs:
                 if new in signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k != old}).arguments:
                     raise InputError(f"{name} got {old!r} and {new!r}, which are one parameter; give {new!r} alone")
@@ -90,7 +90,7 @@ def _warn_in(cls: type, message: str) -> None:
     made = cls.__init__  # type: ignore[misc]  # of this very class, which is what is wrapped
 
     @functools.wraps(made)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: object, *args: object, **kwargs: object) -> None:
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         made(self, *args, **kwargs)
 

@@ -6,7 +6,7 @@ framework object. Third parties implement `Technique` and register a `TechniqueI
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -105,13 +105,17 @@ class LayerResult:
     left: str = ""
 
 
+Solve = Callable[[Layer], LayerResult]
+"""Finds a layer's new numbers from its moments."""
+
+
 class LayerWalk(Protocol):
     """Visits linear ops in topological order; each sees its input as the replaced layers before it make it."""
 
     def __call__(
         self,
         ops: Sequence[OpId],
-        solve: Any,
+        solve: Solve,
         *,
         quantized_inputs: bool = True,
         quantized_activations: bool = True,
@@ -119,7 +123,7 @@ class LayerWalk(Protocol):
         residuals: bool = False,
         moments_gib: float | None = None,
     ) -> Mapping[OpId, LayerResult]:
-        """Run `solve(layer: Layer) -> LayerResult` on each op, resuming finished ones from the store.
+        """Run `solve` on each op, resuming finished ones from the store.
 
         A layer whose moments are too large, or on which `solve` fails numerically (numpy's LinAlgError and
         FloatingPointError, a weight that isn't finite), is named in a warning, its result says why (`left`), and the
@@ -196,7 +200,7 @@ class NeedsData(Protocol):
         """Whether it is refused without data, before any work, at these settings."""
 
 
-def require_data(technique: Technique, requests: Iterable[Request], settings: Any) -> None:
+def require_data(technique: Technique, requests: Iterable[Request], settings: object) -> None:
     """Refuse a technique that needs calibration data where there are none.
 
     Args:

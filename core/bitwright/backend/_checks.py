@@ -144,7 +144,7 @@ def require_params(known: Collection[ParamId], ids: Collection[ParamId]) -> None
             raise no_param(id)
 
 
-def checked_param(id: ParamId, value: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+def checked_param(id: ParamId, value: object, shape: tuple[int, ...]) -> NDArray[Any]:
     """A new value of a parameter, in canonical layout.
 
     Args:
@@ -177,7 +177,7 @@ def checked_params(
     return {id: checked_param(id, value, known_param(shapes, id)) for id, value in values.items()}
 
 
-def checked_bias(op: OpId, value: Any, width: int) -> NDArray[Any]:
+def checked_bias(op: OpId, value: object, width: int) -> NDArray[Any]:
     """A new bias of a linear op.
 
     Args:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from bitwright.errors import InputError
 from bitwright.files import Array
 
 
-def array_of(value: Any, where: str) -> Array:
+def array_of(value: object, where: str) -> Array:
     """A numpy array of what may be a tensor of any framework.
 
     Raises:
@@ -69,7 +67,7 @@ def converted(values: Array, dtype: str, place: str) -> Array:
     return np.asarray(values, target, order="C")
 
 
-def fed(values: Any, dtype: str, name: str) -> Array:
+def fed(values: object, dtype: str, name: str) -> Array:
     """What a session feeds to an input or an inner tensor of the model: every backend converts by this rule.
 
     Numbers are converted where no value changes beyond float rounding: integers to floats, floats that are whole to

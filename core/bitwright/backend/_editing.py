@@ -161,7 +161,7 @@ class Editor(ABC):
     def _readers(self, tensor: TensorId) -> list[Op]:
         return [op for op in self.ops.values() if tensor in op.inputs]
 
-    def _set_bias(self, op: Op, value: Any) -> None:
+    def _set_bias(self, op: Op, value: object) -> None:
         if op.kind not in LINEAR_KINDS or op.weight is None:
             raise ModelError(
                 f"{op.id!r} is a {op.native or op.type} without a constant weight; it can't be given a bias"

@@ -70,6 +70,6 @@ def where_it_began(graph: Graph, batch: Batch, simulated: OpenSession, floating:
     return None
 
 
-def _finite(values: Any) -> bool:
+def _finite(values: object) -> bool:
     array = np.asarray(values)
     return array.dtype.kind in "biuOUS" or bool(np.isfinite(np.asarray(array, np.float32)).all())

@@ -18,7 +18,7 @@ Params = Mapping[ParamId, NDArray[np.float32]]
 class ParamReader(Mapping[ParamId, NDArray[np.float32]]):
     """A model's parameters, read one at a time when they are asked for."""
 
-    def __init__(self, backend: Backend[Any], model: Any, graph: Graph) -> None:
+    def __init__(self, backend: Backend[Any], model: object, graph: Graph) -> None:
         self._backend, self._model, self._graph = backend, model, graph
 
     def __getitem__(self, id: ParamId) -> NDArray[np.float32]:

@@ -153,7 +153,7 @@ class Backend(Protocol[M]):
     def owns(self, model: object) -> bool:
         """Whether an object is a model of this framework."""
 
-    def load(self, path: Path, **options: Any) -> M:
+    def load(self, path: Path, **options: object) -> M:
         """Open a model file."""
 
     def save(self, model: M, path: Path) -> Path:

@@ -136,7 +136,7 @@ def refuse_planned(state: SimState, folder: Path, name: str) -> None:
     refuse_overwriting(state, planned_files(state, folder, name))
 
 
-def _others(backend: Backend[Any], model: Any) -> Mapping[str, str]:
+def _others(backend: Backend[Any], model: object) -> Mapping[str, str]:
     """Formats that a bundle has beside the float artefact → the endings of their names."""
     if isinstance(backend, BundledFormats):
         return backend.bundled(model)

@@ -18,13 +18,13 @@ from bitwright.bundle._artefact import QDQ
 from bitwright.calibration import bias_encoding
 from bitwright.formats import CAST_FORMATS, Problem
 from bitwright.graph import Graph, ParamId, TensorId, preserves_grid
-from bitwright.grids import Blockwise, Encoding, PerChannel, cast_float, spread
+from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel, cast_float, spread
 from bitwright.placement import Derived, Float, Plan, SiteId
 
 
 def check_pairs(
     backend: Backend[Any],
-    model: Any,
+    model: object,
     bundle: Bundle,
     plan: Plan,
     encodings: Mapping[SiteId, Encoding],
@@ -64,7 +64,7 @@ def check_pairs(
 
 
 class _Check:
-    def __init__(self, backend: Backend[Any], model: Any, plan: Plan, encodings: Mapping[SiteId, Encoding]) -> None:
+    def __init__(self, backend: Backend[Any], model: object, plan: Plan, encodings: Mapping[SiteId, Encoding]) -> None:
         self.backend, self.model, self.plan, self.encodings = backend, model, plan, encodings
         self.graph: Graph = backend.graph(model)
 
@@ -228,7 +228,7 @@ def _same_zero(pair: Pair, encoding: Encoding, zero: NDArray[np.int64]) -> bool:
     return any(np.array_equal(theirs, ours + sign * 2 ** (bits - 1)) for bits in (pair.bits, encoding.bits))
 
 
-def _coarse(shape: tuple[int, ...], how: Any) -> tuple[int, ...]:
+def _coarse(shape: tuple[int, ...], how: Granularity) -> tuple[int, ...]:
     """The shape with the blocks in place of the axis that they divide."""
     if not isinstance(how, Blockwise):
         return shape
@@ -236,7 +236,7 @@ def _coarse(shape: tuple[int, ...], how: Any) -> tuple[int, ...]:
     return tuple(n // how.block_size if i == axis else n for i, n in enumerate(shape))
 
 
-def _placed(values: NDArray[Any], shape: tuple[int, ...], how: Any) -> NDArray[Any]:
+def _placed(values: NDArray[Any], shape: tuple[int, ...], how: Granularity) -> NDArray[Any]:
     """Scales of an encoding ready to broadcast against the coarse shape."""
     if isinstance(how, Blockwise):
         return spread(values, shape, Blockwise(how.axis, how.block_axis, 1))

@@ -39,7 +39,7 @@ def source_files(state: SimState) -> list[Path]:
     return found
 
 
-def _held(backend: Backend[Any], model: Any) -> Collection[Path]:
+def _held(backend: Backend[Any], model: object) -> Collection[Path]:
     return backend.source_files(model) if isinstance(backend, SourceFiles) else ()
 
 

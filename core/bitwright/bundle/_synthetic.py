@@ -19,7 +19,7 @@ SIZES = (16, 32, 64, 8, 128, 224, 4, 1, 2, 256, 512)
 
 
 def synthetic(
-    backend: Backend[Any], model: Any, graph: Graph, table: Mapping[str, Encoding], count: int = SAMPLES
+    backend: Backend[Any], model: object, graph: Graph, table: Mapping[str, Encoding], count: int = SAMPLES
 ) -> Samples | None:
     """Made-up inputs that the model runs on: spread over the inputs' grids, or normal; None if no size fits.
 

@@ -46,7 +46,7 @@ def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[Si
 
 def activation_encodings(
     backend: Backend[Any],
-    model: Any,
+    model: object,
     plan: Plan,
     params: Params,
     encodings: EncodingTable,
@@ -126,7 +126,7 @@ def sampled(make: Callable[[], Statistic], tensor: Tensor, *, extremes: bool = F
     return sampled
 
 
-def quantized_weights(backend: Backend[Any], model: Any, encodings: Mapping[SiteId, Encoding]) -> Any:
+def quantized_weights(backend: Backend[Any], model: object, encodings: Mapping[SiteId, Encoding]) -> Any:
     """The model with its weights rounded to their grids."""
     known = backend.graph(model).params
     sites = [s for s in encodings if s in known]

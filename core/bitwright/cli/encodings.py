@@ -14,10 +14,13 @@ from bitwright.cli import console, options
 from bitwright.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bitwright.backend import Backend, Bundle
     from bitwright.graph import Graph
     from bitwright.placement import Plan
     from bitwright.report import RunReport
+    from bitwright.targets import Target
 
 app = typer.Typer(help="Convert, check and compare encodings files.")
 
@@ -239,13 +242,13 @@ class Asked:
         return dict(was.plan(graph).items()) == dict(plan.items())
 
 
-def _target(given: Any) -> Any:
+def _target(given: str | Path | Mapping[str, Any]) -> Target:
     from bitwright.targets import load_target
 
     return load_target(given)
 
 
-def _settings(target: str) -> Any:
+def _settings(target: str) -> object:
     return json.loads(_target(target).to_json())
 
 
@@ -256,5 +259,5 @@ def _open(model: Path) -> tuple[Backend[Any], Any]:
     return backend, backend.load(model)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return value if isinstance(value, int | float | str | bool) or value is None else str(value)

@@ -132,11 +132,11 @@ def attribute_notes(docstring: str) -> dict[str, str]:
     return notes
 
 
-def _json(value: Any) -> None:
+def _json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return "–" if value is None else str(value)

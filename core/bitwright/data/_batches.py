@@ -94,7 +94,7 @@ def stacked(batch: Batch, specs: InputSpecs, where: str) -> list[Batch] | None:
     return [{n: batch[n][i] if n in deeper else batch[n] for n in specs} for i in range(count)]
 
 
-def named_batch(item: Any, specs: InputSpecs, where: str) -> Batch:
+def named_batch(item: object, specs: InputSpecs, where: str) -> Batch:
     """A batch as the user's iterable gives it (mapping, array, tuple, list) → arrays by input name.
 
     Raises:

@@ -290,7 +290,7 @@ def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: in
 
 
 def _iterable(
-    source: Any, specs: InputSpecs, limit: int | None, called: Callable[[int], str] = "batch {}".format
+    source: object, specs: InputSpecs, limit: int | None, called: Callable[[int], str] = "batch {}".format
 ) -> IterableDataset:
     count: int | None = None
     start: Callable[[], Iterator[Any]]
@@ -337,7 +337,7 @@ def _fresh(function: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
     return start
 
 
-def _parts(item: Any, specs: InputSpecs, where: str, fixed: int | None) -> Iterator[Batch]:
+def _parts(item: object, specs: InputSpecs, where: str, fixed: int | None) -> Iterator[Batch]:
     """What an item of an iterable is to the model: a batch, pieces of the size that the model fixes, or whole feeds."""
     named = named_batch(item, specs, where)
     feeds = stacked(named, specs, where)

@@ -60,7 +60,7 @@ def whole_batches(samples: int, fixed: int | None) -> int:
 
 
 def labels_of(
-    labels: Any, data: Dataset, *, limit: int | None = None, fixed: int | None = None
+    labels: object, data: Dataset, *, limit: int | None = None, fixed: int | None = None
 ) -> NDArray[np.integer[Any]]:
     """Class indices, one for each sample of a dataset.
 

@@ -106,13 +106,13 @@ def _entry_diff(name: str, a: Entry, b: Entry, tolerance: float) -> list[Differe
     return found
 
 
-def _both_said(field: str, x: Any, y: Any) -> bool:
+def _both_said(field: str, x: object, y: object) -> bool:
     if field == "float_format":
         return True
     if x is None or y is None:
         return False
     # Without the rank, an axis counted from the end can't be told from one counted from the start.
-    return "axis" not in field or (x < 0) == (y < 0)
+    return not (isinstance(x, int) and isinstance(y, int) and "axis" in field) or (x < 0) == (y < 0)
 
 
 def _codes(entry: Entry) -> NDArray[np.int64]:
@@ -127,7 +127,7 @@ def _flat(entry: Entry, values: NDArray[Any], order: Version | None) -> NDArray[
     return pack(values, *entry.block_axes, order)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, ScaleLayout):

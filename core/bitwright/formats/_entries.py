@@ -140,7 +140,7 @@ class Entry:
         return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.shape == b.shape and bool((a == b).all())
     return type(a) is type(b) and bool(a == b)

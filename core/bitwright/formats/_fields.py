@@ -52,7 +52,7 @@ class Fields:
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         """A field's raw value, or a default."""
         return self._values.get(name, default)
 

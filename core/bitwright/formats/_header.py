@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import unpack
 from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
-from bitwright.grids import Provenance
+from bitwright.grids import FloatFormat, Provenance
 
 OWN_FIELDS = ("provenance", "parameters", "casts", "quantizer_args", "excluded_layers", "tensors")
 OWN = "bitwright"
@@ -156,7 +157,7 @@ def laid_out(entry: Entry, channels: int, axis: int, block_axis: int, rank: int)
     """A packed entry of blocks with its numbers brought to (channels, blocks)."""
     version = entry.packed or "1.0.0"
 
-    def spread(values: Any) -> Any:
+    def spread(values: NDArray[Any]) -> NDArray[Any]:
         return unpack(values, channels, axis=axis, block_axis=block_axis, rank=rank, version=version)
 
     changes: dict[str, Any] = {"packed": None, "axis": axis, "block_axis": block_axis, "rank": rank}
@@ -176,12 +177,12 @@ def _mapping(fields: Fields, name: str) -> Mapping[str, Any]:
 
 
 def _cast(where: Where, tensor: str, format: object) -> Entry:
-    if format not in CAST_FORMATS:
+    if not isinstance(format, str) or format not in CAST_FORMATS:
         raise Where(where.source, tensor).error(f"{describe(format)} is none of float16, bfloat16", "casts")
-    return cast_entry(format)
+    return cast_entry(cast(FloatFormat, format))
 
 
-def cast_entry(format: Any) -> Entry:
+def cast_entry(format: FloatFormat) -> Entry:
     """The entry of a tensor in float16 or bfloat16."""
     return Entry(16, np.array(1.0), np.array(0), ScaleLayout.TENSOR, format, signed=True, symmetric=True)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import pack
@@ -94,7 +95,9 @@ def _entry(fields: Fields) -> Entry:
     )  # fmt: skip
 
 
-def _two_level(fields: Fields, decompressed: int, symmetric: bool, scale: Any, offset: Any) -> Entry:
+def _two_level(
+    fields: Fields, decompressed: int, symmetric: bool, scale: NDArray[np.float64], offset: NDArray[np.int64]
+) -> Entry:
     where = fields.where
     fields.require(*_LPBQ)
     bits = fields.bits("compressed_bw")
@@ -164,7 +167,8 @@ def render_entry(name: str, entry: Entry) -> dict[str, Any]:
     return said
 
 
-def _ordered(entry: Entry, values: Any) -> list[Any]:
+def _ordered(entry: Entry, values: NDArray[Any] | None) -> list[Any]:
+    assert values is not None, "an LPBQ entry has block scales"
     if values.ndim < 2:
         return list(values.reshape(-1).tolist())
     return list(pack(values, *entry.block_axes, VERSION).tolist())

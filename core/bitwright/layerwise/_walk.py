@@ -44,13 +44,11 @@ from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
-from bitwright.technique import Layer, LayerResult, LayerwiseSettings
+from bitwright.technique import Layer, LayerResult, LayerwiseSettings, Solve
 
 GIB = 2**30
 NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
 """What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
-
-Solve = Callable[[Layer], LayerResult]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -148,7 +148,7 @@ def dumped(report: RunReport) -> str:
     return report.model_dump_json(indent=1) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A setting as JSON can hold it."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -203,7 +203,7 @@ def _step(technique: str, settings: Mapping[str, Any], report: Report) -> StepRe
     )
 
 
-def cell(value: Any) -> Cell:
+def cell(value: object) -> Cell:
     """A table value as JSON can hold it."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
@@ -214,9 +214,9 @@ def cell(value: Any) -> Cell:
     return None if value is None else str(value)
 
 
-def finite(value: Any) -> float | None:
+def finite(value: SupportsFloat) -> float | None:
     """A float, or None for NaN and infinities."""
-    return float(value) if math.isfinite(value) else None
+    return float(value) if math.isfinite(float(value)) else None
 
 
 def _site(site: Site, graph: Graph, encoding: Encoding | None, name: str) -> SiteRow:

@@ -182,7 +182,7 @@ class RunDirectory:
         """The journal's file."""
         return self.path / "journal.jsonl"
 
-    def record(self, event: str, **fields: Any) -> None:
+    def record(self, event: str, **fields: object) -> None:
         """Append an event to the journal, durably.
 
         Raises:

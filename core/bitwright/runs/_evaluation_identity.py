@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,11 +26,11 @@ from bitwright.runs import fingerprint
 class Identified(Protocol):
     """An evaluation that says itself what tells it from others."""
 
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """Something that JSON can hold, the same in any process."""
 
 
-def identity(evaluate: Any) -> str:
+def identity(evaluate: object) -> str:
     """A fingerprint of an evaluation: the data and labels, or the function's source and what it holds.
 
     What a function reads when it runs (files, global variables) can't be seen from here; a changed file needs another
@@ -51,7 +52,7 @@ class _Describer:
         self._known: dict[int, tuple[str | None, Any]] = {}
         self._depth = 0
 
-    def of(self, value: Any) -> Any:
+    def of(self, value: object) -> object:
         """What tells a value from others, in any process."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):
             return [type(value).__name__, repr(value)]
@@ -68,7 +69,7 @@ class _Describer:
         self._known[id(value)] = (digest, value)
         return digest
 
-    def _described(self, value: Any) -> Any:
+    def _described(self, value: object) -> object:
         if isinstance(value, Identified) and not isinstance(value, type):
             return ["identity", value.identity()]
         if isinstance(value, functools.partial):
@@ -87,7 +88,7 @@ class _Describer:
             return ["array", fingerprint.of_arrays([("", array)])]
         return self._collection(value)
 
-    def _collection(self, value: Any) -> Any:
+    def _collection(self, value: object) -> object:
         kind = [type(value).__module__, type(value).__qualname__]
         if isinstance(value, Mapping):
             # By text, as keys of several types have no order; that of insertion isn't part of a mapping's value.
@@ -103,12 +104,12 @@ class _Describer:
             return ["object", kind, source, [[k, self.of(v)] for k, v in sorted(state.items())]]
         return ["other", kind, source, _plain(value)]
 
-    def _function(self, function: Any) -> Any:
+    def _function(self, function: FunctionType) -> object:
         cells = [self._cell(c) for c in function.__closure__ or ()]
         defaults = [self.of(function.__defaults__), self.of(function.__kwdefaults__)]
         return ["function", function.__module__, function.__qualname__, _source(function.__code__), cells, defaults]
 
-    def _cell(self, cell: Any) -> Any:
+    def _cell(self, cell: CellType) -> object:
         try:
             return self.of(cell.cell_contents)
         except ValueError:
@@ -118,7 +119,7 @@ class _Describer:
         return [self.of(v) for v in values]
 
 
-def _state(value: Any) -> dict[str, Any] | None:
+def _state(value: object) -> dict[str, Any] | None:
     """An object's attributes; None where it has no place for them."""
     found = dict(vars(value)) if hasattr(value, "__dict__") else {}
     declared = (c.__dict__.get("__slots__", ()) for c in type(value).__mro__)
@@ -127,7 +128,7 @@ def _state(value: Any) -> dict[str, Any] | None:
     return found if found or hasattr(value, "__dict__") else None
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     # Addresses differ from process to process and say nothing.
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
@@ -146,7 +147,7 @@ def _array(value: Any) -> NDArray[Any] | None:
         return None
 
 
-def _source(item: Any) -> str:
+def _source(item: type | CodeType) -> str:
     try:
         return inspect.getsource(item)
     except (OSError, TypeError):

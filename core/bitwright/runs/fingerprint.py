@@ -15,7 +15,7 @@ from bitwright.graph import Graph
 from bitwright.grids import EncodingTable, encoding_arrays
 
 
-def of_json(value: Any) -> str:
+def of_json(value: object) -> str:
     """Hash of a JSON-like value; key order doesn't matter."""
     return _short(hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode()))
 
@@ -59,5 +59,5 @@ def of_params(params: Mapping[str, NDArray[Any]]) -> str:
     return of_arrays((name, params[name]) for name in sorted(params))
 
 
-def _short(digest: Any) -> str:
-    return str(digest.hexdigest())[:32]
+def _short(digest: hashlib.blake2b) -> str:
+    return digest.hexdigest()[:32]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Session, require
+from bitwright.backend import Session, Tap, require
 from bitwright.calibration import activation_encodings, collect, guarded, weight_encodings
 from bitwright.data import DataLike, Dataset, Remembering
 from bitwright.errors import InputError
@@ -77,7 +77,7 @@ def calibrated(state: SimState, data: DataLike) -> SimState:
 def _statistics(
     state: SimState, requests: Sequence[Request], table: EncodingTable, dataset: Dataset
 ) -> Mapping[str, Statistic]:
-    def open_session(source: Source, taps: Any) -> Session:
+    def open_session(source: Source, taps: Sequence[Tap]) -> Session:
         if source == "float":
             return state.backend.session(state.native, taps)
         full = table.merged(calibrated_activations(state, table, dataset))
@@ -117,7 +117,7 @@ def calibrated_activations(state: SimState, table: EncodingTable, dataset: Datas
     return done
 
 
-def open_store(state: SimState, step: str, settings: Any, table: EncodingTable, dataset: Dataset | None) -> Store:
+def open_store(state: SimState, step: str, settings: object, table: EncodingTable, dataset: Dataset | None) -> Store:
     """Where a step keeps finished work: keyed by all that its result depends on."""
     if state.run is None:
         return MemoryStore()

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.backend import Backend
+from bitwright.backend import Backend, Batch
 from bitwright.errors import InputError
 from bitwright.plugins import registry
 
 
 def open_model(
-    model: Any, sample: Any = None, name: str | None = None, options: Mapping[str, Any] | None = None
+    model: object, sample: Batch | None = None, name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> tuple[Backend[Any], Any]:
     """The backend for a model object or path, and the model in that backend's form.
 

@@ -66,7 +66,7 @@ def _owned(values: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _edited(backend: Backend[Any], model: Any, technique: str, edits: Sequence[Edit]) -> Any:
+def _edited(backend: Backend[Any], model: object, technique: str, edits: Sequence[Edit]) -> Any:
     try:
         return backend.edit(model, edits)
     except BitwrightError:
@@ -78,7 +78,7 @@ def _edited(backend: Backend[Any], model: Any, technique: str, edits: Sequence[E
         ) from error
 
 
-def _check_types(technique: str, outcome: Any) -> None:
+def _check_types(technique: str, outcome: object) -> None:
     def wrong(what: str) -> PluginError:
         return PluginError(f"technique {technique!r} has returned {what}; nothing was changed")
 
@@ -125,7 +125,7 @@ def _check_params(technique: str, graph: Graph, params: Mapping[ParamId, Any], f
             _check_array(technique, f"folded norm of {id!r}", part, shape)
 
 
-def _check_array(technique: str, what: str, value: Any, shape: tuple[int, ...] | None) -> None:
+def _check_array(technique: str, what: str, value: object, shape: tuple[int, ...] | None) -> None:
     reason = None
     if shape is None:
         reason = "the model has no such parameter"

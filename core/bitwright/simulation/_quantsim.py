@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, Training, warn_where_it_began
 from bitwright.data import SAMPLES, DataLike, Dataset, Remembering, Samples, joined
 from bitwright.errors import InputError
+from bitwright.graph import OpKind
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, SiteId, SiteKind
 from bitwright.progress import Progress
@@ -50,7 +51,7 @@ class QuantSim(StateView):
 
     def __init__(
         self,
-        model: Any,
+        model: object,
         sample: Batch | None = None,
         *,
         target: str | Path | Mapping[str, Any] | Target = "default",
@@ -191,7 +192,7 @@ class QuantSim(StateView):
 
     def set_precision(
         self,
-        what: Any,
+        what: str | OpKind | Iterable[str | OpKind],
         *,
         weights: str | None = None,
         activations: str | None = None,
@@ -242,7 +243,7 @@ class QuantSim(StateView):
 
     # -- techniques
 
-    def apply(self, technique: str | Technique, data: DataLike | None = None, /, **settings: Any) -> Self:
+    def apply(self, technique: str | Technique, data: DataLike | None = None, /, **settings: object) -> Self:
         """Run one technique and take its result. Nothing changes if it fails.
 
         Args:
@@ -395,7 +396,7 @@ class QuantSim(StateView):
         return save(self._state, Path(directory))
 
     @classmethod
-    def load(cls, directory: str | Path, model: Any = None, **options: Any) -> Self:
+    def load(cls, directory: str | Path, model: object = None, **options: object) -> Self:
         """Go on from `save`. `model` replaces the saved one (it must have the same graph)."""
         from bitwright.simulation._saved_state import load
 

@@ -22,6 +22,8 @@ from bitwright.errors import InputError, PluginError
 from bitwright.technique import Recipe, Settings, Step
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from bitwright.plugins import Registry
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -111,7 +113,7 @@ def _parse_file(path: Path) -> Any:
         raise InputError(f"recipe {str(path)!r} isn't YAML: {' '.join(str(error).split())[:300]}") from error
 
 
-def _check_size(content: Any, where: str) -> None:
+def _check_size(content: object, where: str) -> None:
     stack, count = [content], 0
     while stack:
         value = stack.pop()
@@ -124,7 +126,7 @@ def _check_size(content: Any, where: str) -> None:
             stack += value
 
 
-def _steps(content: Any, where: str) -> list[Step]:
+def _steps(content: object, where: str) -> list[Step]:
     if isinstance(content, Mapping) and set(content) == {"steps"}:
         content = content["steps"]
     if not isinstance(content, Sequence) or isinstance(content, str | bytes):
@@ -134,7 +136,7 @@ def _steps(content: Any, where: str) -> list[Step]:
     return [_step(item, f"{where}, step {number}") for number, item in enumerate(content, 1)]
 
 
-def _step(item: Any, where: str) -> Step:
+def _step(item: object, where: str) -> Step:
     if isinstance(item, Step):
         return item
     if isinstance(item, str):
@@ -147,13 +149,13 @@ def _step(item: Any, where: str) -> Step:
     raise InputError(f"{where}: write a name, or one name with its settings, not {_word(item)}")
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with {len(value)} keys"
     return "nothing" if value is None else _SHORT.repr(value)
 
 
-def _explain(error: Any, model: type[Settings]) -> str:
+def _explain(error: ErrorDetails, model: type[Settings]) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
         return f"there is no setting {field!r}; there are: {', '.join(model.model_fields) or 'none'}"

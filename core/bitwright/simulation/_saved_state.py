@@ -62,7 +62,7 @@ def save(state: SimState, directory: Path) -> Path:
     return directory
 
 
-def load(directory: Path, model: Any, options: Mapping[str, Any]) -> SimState:
+def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState:
     """See `QuantSim.load`."""
     path = directory / STATE
     if not path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from bitwright.graph import Graph
 from bitwright.grids import EncodingTable, Provenance
@@ -19,7 +19,7 @@ class Staged(Protocol):
 
     name: str
 
-    def stages(self, graph: Graph, plan: Plan, settings: Any) -> Sequence[Settings]:
+    def stages(self, graph: Graph, plan: Plan, settings: object) -> Sequence[Settings]:
         """The settings of each pass, in order; one for a pass on its own."""
 
 

@@ -20,7 +20,7 @@ from bitwright.targets import Target, load_target
 
 
 def open_state(
-    model: Any,
+    model: object,
     sample: Batch | None = None,
     *,
     target: str | Path | Mapping[str, Any] | Target = "default",

@@ -16,7 +16,7 @@ from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Derived, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 
 
-def simulate(backend: Backend[Any], model: Any, plan: Plan, table: EncodingTable) -> Simulation[Any]:
+def simulate(backend: Backend[Any], model: object, plan: Plan, table: EncodingTable) -> Simulation[Any]:
     """`Backend.simulate` of a full table, with every form of a shared bias on its own grid.
 
     Args:
@@ -49,7 +49,7 @@ Form = tuple[tuple[SiteId, SiteId], Encoding]
 """(input, weight) of an op, and the grid of its accumulators."""
 
 
-def _forms(backend: Backend[Any], model: Any, plan: Plan, table: EncodingTable) -> dict[SiteId, dict[OpId, Form]]:
+def _forms(backend: Backend[Any], model: object, plan: Plan, table: EncodingTable) -> dict[SiteId, dict[OpId, Form]]:
     """Shared biases → the form for each op."""
     shared = [s for s in plan if isinstance(plan[s].decision, OwnForms)]
     found: dict[SiteId, dict[OpId, Form]] = {}

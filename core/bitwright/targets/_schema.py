@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,9 @@ from pydantic import (
 
 from bitwright.errors import InputError, TargetError
 from bitwright.grids import parse_type
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def _flag(value: object) -> bool:
@@ -246,7 +249,7 @@ def key_path(loc: Sequence[str | int]) -> str:
     return text.removeprefix(".") or "(top level)"
 
 
-def _reason(error: Any) -> str:
+def _reason(error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key, allowed = str(error["loc"][-1]), _keys_at(error["loc"][:-1])
@@ -276,11 +279,11 @@ def _keys_at(loc: Sequence[str | int]) -> list[str]:
     return list(here.model_fields) if _is_model(here) else []
 
 
-def _unwrapped(annotation: Any) -> Any:
+def _unwrapped(annotation: object) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
 
 
-def _is_model(annotation: Any) -> bool:
+def _is_model(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -277,7 +277,7 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
     own = extension.get("extra_op_types") if isinstance(extension, dict) else None
     kept = set(own) if isinstance(own, list) else set()
 
-    def renamed(name: Any) -> Any:
+    def renamed(name: object) -> Any:
         return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
 
     found = dict(raw)
@@ -309,7 +309,7 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
-def _merge_patch(base: Any, patch: Any) -> Any:
+def _merge_patch(base: object, patch: object) -> Any:
     """RFC 7396."""
     if not isinstance(patch, dict):
         return patch

@@ -64,7 +64,7 @@ class IntegerSimulation:
         CapabilityError: the backend can't run parts of a model.
     """
 
-    def __init__(self, backend: Backend[Any], model: Any, graph: Graph, table: EncodingTable) -> None:
+    def __init__(self, backend: Backend[Any], model: object, graph: Graph, table: EncodingTable) -> None:
         require(backend, {Capability.PARTIAL_EXECUTION}, "exact integer simulation")
         assert isinstance(backend, PartialExecution)
         self._backend, self._model, self._graph, self._table = backend, model, graph, table

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bitwright.graph import ConvAttrs, Op, OpKind, PoolAttrs, columns, output_spatial, to_matrix
 from bitwright.grids import Encoding, Grid
@@ -172,7 +172,7 @@ def _with(op: Op, attrs: ConvAttrs) -> Op:
     return Op(op.id, op.kind, op.type, op.inputs, op.outputs, op.params, attrs)
 
 
-def _fma(a: Any, b: Any, c: Any) -> Any:
+def _fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> NDArray[np.float32]:
     """Fused multiply-add: the product of two float32 numbers is exact in float64, so that one rounding remains."""
     return np.asarray(np.multiply(a, b, dtype=np.float64) + np.asarray(c, np.float64), F)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.backend import Batch
 from bitwright.bundle import risky
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, OpKind
@@ -88,8 +89,8 @@ class Validation:
 
 
 def validate(
-    model: Any,
-    sample: Any = None,
+    model: object,
+    sample: Batch | None = None,
     *,
     target: str | Path | Mapping[str, Any] | Target = "default",
     weights: str | None = None,

@@ -216,7 +216,9 @@ def _plain(
         return None
 
 
-def _opened_data(data: DataLike, specs: Any, batch_size: int, limit: int | None) -> tuple[Dataset, list[str]]:
+def _opened_data(
+    data: DataLike, specs: Mapping[str, tuple[tuple[int | None, ...], str]], batch_size: int, limit: int | None
+) -> tuple[Dataset, list[str]]:
     """The data, and what was said of samples that are left out."""
     from bitwright.data import open_data
 
@@ -278,7 +280,7 @@ class _Views:
     """Openers of the four views' sessions; `problems` has why one couldn't be opened."""
 
     def __init__(
-        self, backend: Backend[Any], model: Any, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
+        self, backend: Backend[Any], model: object, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
     ) -> None:
         require(backend, {Capability.INTEGER_RUNTIME}, "verify")
         assert isinstance(backend, IntegerRuntime)
