@@ -41,7 +41,16 @@ from bitwright.backend._protocols import (
     require,
 )
 from bitwright.backend._quiet import silenced
-from bitwright.backend._sessions import between, check_shape, feed, given, handed_out, not_computable, require_tensors
+from bitwright.backend._sessions import (
+    TapNamespace,
+    between,
+    check_shape,
+    feed,
+    given,
+    handed_out,
+    not_computable,
+    require_tensors,
+)
 from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
 
@@ -70,6 +79,7 @@ __all__ = [
     "Sites",
     "SourceFiles",
     "Tap",
+    "TapNamespace",
     "Trainable",
     "TrainableSimulation",
     "Training",

@@ -45,6 +45,7 @@ from bitwright.grids._scheme_names import parse_scheme
 from bitwright.grids._training_rules import (
     UNSET,
     GridPolicy,
+    TrainingNamespace,
     followed,
     learned_scale,
     learned_zero,
@@ -72,6 +73,7 @@ __all__ = [
     "PerTensor",
     "Provenance",
     "QuantSpec",
+    "TrainingNamespace",
     "cast_float",
     "cast_vjp",
     "dequantize",

@@ -1,0 +1,29 @@
+"""A base for backends of frameworks whose models are graphs of pure functions: a graph, parameters, a callable an op.
+
+Editing, sessions and segments, taps, checks of feeds, simulation and files stand here. The numpy reference backend
+(`bitwright.testing.reference`) is its first user.
+"""
+
+from __future__ import annotations
+
+from bitwright.dataflow._backend import FlowBackend
+from bitwright.dataflow._editing import FlowEditor
+from bitwright.dataflow._layouts import Layout
+from bitwright.dataflow._model import FlowModel, Function, rebuild
+from bitwright.dataflow._namespace import FlowNamespace, NumpyLike
+from bitwright.dataflow._session import FlowSession, Program
+from bitwright.dataflow._simulation import FlowSimulation
+
+__all__ = [
+    "FlowBackend",
+    "FlowEditor",
+    "FlowModel",
+    "FlowNamespace",
+    "FlowSession",
+    "FlowSimulation",
+    "Function",
+    "Layout",
+    "NumpyLike",
+    "Program",
+    "rebuild",
+]

@@ -1,0 +1,164 @@
+"""A dataflow model as one .npz: arrays beside a JSON description, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.dataflow._layouts import Layout
+from bitwright.dataflow._model import M
+from bitwright.errors import InputError
+from bitwright.graph import Attrs, Formula, Graph, Op, OpKind, Param, ParamRole, Tensor
+from bitwright.grids import Encoding, Granularity
+
+Array = NDArray[Any]
+_TYPES: dict[str, Any] = {t.__name__: t for t in (*get_args(Attrs), *get_args(Granularity), Formula)}
+_LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit")
+_VERSION = 1
+
+
+def write(path: Path, model: M, backend: str, pack: Callable[[Op], Any]) -> Path:
+    """Write beside, flush to disk, rename.
+
+    Args:
+        path: the file; its folder exists.
+        model: to be kept.
+        backend: whose model it is.
+        pack: what is kept of the native part of an op: JSON or bytes.
+    """
+    graph = model.graph
+    native = {op.id: _native(model.native[op.id], pack, op) for op in graph if op.id in model.native}
+    blobs = {f"native/{o}": np.frombuffer(n, np.uint8) for o, n in native.items() if isinstance(n, bytes)}
+    description = {
+        "backend": backend,
+        "version": _VERSION,
+        "ops": [
+            {**asdict(op), "params": {r.value: p for r, p in op.params.items()}, "attrs": _tagged(op.attrs)}
+            for op in graph.ops
+        ],
+        "tensors": [asdict(t) for t in graph.tensors.values()],
+        "params": [asdict(p) for p in graph.params.values()],
+        "inputs": graph.inputs,
+        "outputs": graph.outputs,
+        "native": {o: n for o, n in native.items() if not isinstance(n, bytes)},
+        "layouts": {p: layout.steps for p, layout in model.layouts.items()},
+        "encodings": {
+            s: {**{k: getattr(e, k) for k in _LAYOUT}, "granularity": _tagged(e.granularity)}
+            for s, e in model.encodings.items()
+        },
+    }
+    arrays = {**{f"param/{p}": v for p, v in model.params.items()}, **blobs}
+    for s, e in model.encodings.items():
+        arrays |= {f"scale/{s}": e.scale, f"zero/{s}": e.zero_point}
+        if e.block_scale is not None:
+            arrays[f"blocks/{s}"] = e.block_scale
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, description=np.array(json.dumps(description)), **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read(path: Path, made: type[M], backend: str, unpack: Callable[[Any], Any]) -> M:
+    """Read what `write` wrote.
+
+    Args:
+        path: the file.
+        made: type of the model.
+        backend: whose model it must be.
+        unpack: the inverse of `write`'s `pack`.
+
+    Raises:
+        InputError: the file is missing, truncated, another backend's or something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+        text = json.loads(str(arrays["description"]))
+        if (text["backend"], text["version"]) != (backend, _VERSION):
+            raise ValueError(f"it was written by {text['backend']}, version {text['version']} of the format")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a {backend} model: {error}") from error
+    graph = Graph(
+        [_op(op) for op in text["ops"]],
+        {t["id"]: Tensor(**_tuples(t)) for t in text["tensors"]},
+        {p["id"]: Param(**_tuples(p)) for p in text["params"]},
+        text["inputs"],
+        text["outputs"],
+    )
+    encodings = {
+        s: Encoding(
+            **{**e, "granularity": _untagged(e["granularity"])},
+            scale=arrays[f"scale/{s}"],
+            zero_point=arrays[f"zero/{s}"],
+            block_scale=arrays.get(f"blocks/{s}"),
+        )
+        for s, e in text["encodings"].items()
+    }
+    native: dict[str, Any] = {o: _unpacked(n, unpack) for o, n in text["native"].items()}
+    native |= {o: unpack(v.tobytes()) for o, v in _below(arrays, "native/").items()}
+    layouts = {p: Layout(_frozen(steps)) for p, steps in text["layouts"].items()}
+    return made(graph, _below(arrays, "param/"), native, layouts, encodings)
+
+
+def _below(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _op(op: dict[str, Any]) -> Op:
+    return Op(
+        **{
+            **op,
+            "kind": OpKind(op["kind"]),
+            "inputs": tuple(op["inputs"]),
+            "outputs": tuple(op["outputs"]),
+            "params": {ParamRole(r): p for r, p in op["params"].items()},
+            "attrs": _untagged(op["attrs"]),
+        }
+    )
+
+
+def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:
+    """Activations that an edit has put in are the base's own."""
+    return _tagged(native) if isinstance(native, Formula) else pack(op)
+
+
+def _unpacked(stored: Any, unpack: Callable[[Any], Any]) -> Any:
+    put_in = isinstance(stored, dict) and stored.get("type!") == "Formula"
+    return _untagged(stored) if put_in else unpack(_frozen(stored))
+
+
+def _tagged(record: Any) -> Any:
+    if type(record).__name__ not in _TYPES:
+        return record
+    return {"type!": type(record).__name__, **{f.name: _tagged(getattr(record, f.name)) for f in fields(record)}}
+
+
+def _untagged(record: Any) -> Any:
+    if not isinstance(record, dict):
+        return _frozen(record)
+    return _TYPES[record["type!"]](**{k: _untagged(v) for k, v in record.items() if k != "type!"})
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _frozen(v) for k, v in record.items()}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

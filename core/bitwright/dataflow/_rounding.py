@@ -1,0 +1,70 @@
+"""Fake quantization of activations in a compiled program: the kind of a grid is compiled, its numbers are fed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.dataflow._namespace import FlowNamespace
+from bitwright.grids import FLOAT_FORMATS, Encoding, FloatFormat, Granularity, Groups, rounded
+
+Array = Any
+"""An array of the framework."""
+WIDE = 2**24
+"""Grids of as many steps don't fit float32; they are computed in float64."""
+
+
+class Form(NamedTuple):
+    """What of an encoding a program is compiled for.
+
+    Attributes:
+        granularity: which elements share a scale.
+        float_format: of a float encoding.
+        wide: more steps than float32 has whole numbers.
+    """
+
+    granularity: Granularity
+    float_format: FloatFormat | None
+    wide: bool
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> Form:
+        """That of an encoding."""
+        wide = encoding.float_format is None and encoding.grid.steps >= WIDE
+        return cls(encoding.granularity, encoding.float_format, wide)
+
+
+Numbers = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Scale, and the ends of the grid as seen from its zero, float32, in the scale's shape."""
+
+
+def numbers_of(encoding: Encoding) -> Numbers:
+    """What a program is fed of an encoding."""
+    zero = encoding.zero_point.astype(np.float64)
+    low, high = encoding.grid.qmin - zero, encoding.grid.qmax - zero
+    return encoding.scale, np.asarray(low, np.float32), np.asarray(high, np.float32)
+
+
+def fake_quantized(ns: FlowNamespace, x: Array, numbers: tuple[Array, Array, Array], form: Form) -> Array:
+    """A tensor on its grid, bit-equal to `Encoding.fake_quantize`.
+
+    Args:
+        ns: the framework's functions.
+        x: float32.
+        numbers: of the framework, see `numbers_of`.
+        form: the kind of grid.
+    """
+    groups = Groups.of(ns.shape(x), form.granularity)  # type: ignore[arg-type]
+    scale, low, high = (groups.broadcast(ns, n) for n in numbers)
+    cut = groups.cut(ns, x)
+    if form.float_format is not None:
+        largest = FLOAT_FORMATS[form.float_format][2]
+        y = ns.cast(ns.minimum(ns.maximum(cut / scale, -largest), largest), form.float_format) * scale
+    elif form.wide:
+        q = ns.round(ns.float64(cut) / ns.float64(scale))
+        y = ns.float32(ns.clip(q, ns.float64(low), ns.float64(high))) * scale
+    else:
+        y = rounded(ns, cut, scale, low, high)
+    return groups.joined(ns, y)
