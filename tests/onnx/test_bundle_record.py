@@ -149,6 +149,28 @@ def test_kept_samples_are_bounded_and_fixed_batches_whole():
     fixed = kept(batch, {"x": ((8, 2**20), "float32")})
     assert len(fixed.inputs["x"]) == 8 and fixed.first(1) is fixed
     assert len(Samples(batch).first(3).inputs["x"]) == 3
+    assert fixed.entire is None and kept(big, {"x": ((None, 2**22), "float32")}).uncut() is None
+    uncut = kept(batch, {"x": ((None, 2**20), "float32")}).first(1).uncut()
+    assert uncut is not None and len(uncut.inputs["x"]) == 8 and uncut.first(1) is uncut
+
+
+def test_rows_that_are_read_by_number_take_the_whole_batch(tmp_path):
+    """Row 7 of a batch of 10 isn't among its first samples: the export's comparison and the checks inside take all."""
+    model = model_of([N("MatMul", ["x", "w"], ["h"]), N("Gather", ["h", "rows"], ["y"])], {"x": ["n", 6]}, ["y"],
+                     w=normal(6, 6), rows=np.array([7, 2, 9]))  # fmt: skip
+    model.graph.output[0].type.tensor_type.shape.Clear()
+    feed = [{"x": normal(10, 6)}]
+    sim = QuantSim(model).calibrate(feed)
+    for name, made in (("a", sim), ("b", QuantSim.load(sim.save(tmp_path / "state")))):
+        assert len(made.reference.inputs["x"]) == 4
+        made.export(tmp_path / name)
+        found = verify(tmp_path / name, feed)
+        assert found.problems == [] and found.recorded and not [n for n in found.notes if "reference" in n]
+        record = read_report(tmp_path / name, "model").report.record
+        assert len(read_reference(tmp_path / name, record.reference).inputs["x"]) == 10
+    two = QuantSim(model).calibrate([{"x": normal(2, 6)}])
+    with pytest.raises(InputError, match="idx=7"):  # there is nothing to fall back to
+        two.export(tmp_path / "c")
 
 
 def test_a_small_budget_spreads_over_the_network():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export.serde.serialize import SerializeError
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
@@ -32,10 +33,18 @@ RECORD = "bitwright.json"
 
 
 def save_program(program: ExportedProgram, file: Any, extra: dict[str, str] | None = None) -> None:
-    """Write a `.pt2` program; parameters that are views of a larger array, which PyTorch warns of, are kept as such."""
+    """Write a `.pt2` program; parameters that are views of a larger array, which PyTorch warns of, are kept as such.
+
+    Raises:
+        ModelError: the format has no place for something in it (arguments or results of the user's own classes).
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found in the group", category=UserWarning)
-        torch.export.save(program, file, extra_files=extra)
+        try:
+            torch.export.save(program, file, extra_files=extra)
+        except (NotImplementedError, SerializeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ModelError(f"a .pt2 file can't hold the model: {reason}") from error
 
 
 def save_pt2(model: CapturedModel, path: Path) -> Path:
@@ -64,6 +73,8 @@ def save_pt2(model: CapturedModel, path: Path) -> Path:
 def reexport(model: CapturedModel) -> ExportedProgram:
     """A captured model in evaluation mode as an exported program, free dimensions and argument names kept.
 
+    Named tuples of PyTorch's own (`torch.return_types`), which files can't hold, are plain tuples in it.
+
     Raises:
         ModelError: it can't be exported.
     """
@@ -88,7 +99,7 @@ def reexport(model: CapturedModel) -> ExportedProgram:
     copied = with_program(model, program).to("cpu").eval()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return CapturedModel.forward(copied, *args, **kwargs)
+        return _plain(CapturedModel.forward(copied, *args, **kwargs))
 
     forward.__signature__ = convention.signature  # type: ignore[attr-defined]
     copied.forward = forward  # type: ignore[method-assign]
@@ -97,6 +108,15 @@ def reexport(model: CapturedModel) -> ExportedProgram:
             return torch.export.export(copied, bound.args, bound.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ModelError(f"the model can't be exported: {str(error).splitlines()[0][:300]}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A result with tuples in the place of `torch.return_types`."""
+    if isinstance(value, dict) and type(value) is dict:
+        return {k: _plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return tuple(value) if type(value).__module__ == "torch.return_types" else value
 
 
 def _named(graph: fx.Graph) -> Iterator[fx.Node]:

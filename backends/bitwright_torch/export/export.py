@@ -112,7 +112,7 @@ def save_simulation(model: CapturedModel, plan: Plan, encodings: EncodingTable, 
 
 _Conversion = tuple[CapturedModel, list[str], Any, dict[str, str]]
 _conversions: ContextVar[list[_Conversion] | None] = ContextVar("conversions", default=None)
-"""What was converted while `converting_once` is open: model, sites, ONNX model, names."""
+"""What was converted while `converting_once` is open: model, sites, ONNX model (or why there is none), names."""
 
 
 @contextmanager
@@ -138,8 +138,15 @@ def _onnx_model(model: CapturedModel, plan: Plan) -> tuple[Any, Any, dict[str, s
     backend, shared = OnnxBackend(), _conversions.get()
     for known, sites, made, names in shared or ():
         if known is model and sites == list(watched):
+            if isinstance(made, ModelError):
+                raise made
             return backend, made, names
-    exported = _exported(model, found, list(watched.values()))
+    try:
+        exported = _exported(model, found, list(watched.values()))
+    except ModelError as error:
+        if shared is not None:
+            shared.append((model, list(watched), error, {}))
+        raise
     names = _rename(exported, found, list(watched))
     made = backend.adopt(exported)
     if shared is not None:

@@ -24,7 +24,7 @@ from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, Par
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 from bitwright.plugins import registry
-from bitwright.report import REPORT
+from bitwright.report import REPORT, RunReport, read_report
 from bitwright.state import SimState
 
 ENCODINGS_SUFFIX = ".encodings"
@@ -72,13 +72,17 @@ def export(
         artefact, *_ = backend.formats()
         if isinstance(backend, SharedConversion):
             conversions.enter_context(backend.converting_once())
-        bundle = backend.export(state.native, state.plan, table, staging / f"{name}.{artefact}", artefact)
+        missing: dict[str, str] = {}
+        try:
+            bundle = backend.export(state.native, state.plan, table, staging / f"{name}.{artefact}", artefact)
+        except ModelError as error:
+            missing[artefact] = str(error)
+            bundle = _in_own_form(state, staging, name, artefact, error)
         files |= bundle.files
         others = dict(_others(backend, state.native))
         if state.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
             others[TFLITE] = ".tflite"
         quantized: list[export_gate.Quantized] = []
-        missing: dict[str, str] = {}
         for other, suffix in others.items():
             try:
                 made = backend.export(state.native, state.plan, table, staging / f"{name}{suffix}", other)
@@ -115,6 +119,26 @@ def export(
     finally:
         conversions.close()
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _in_own_form(state: SimState, folder: Path, name: str, artefact: str, error: ModelError) -> Bundle:
+    """The float model as its backend saves it, where the format of bundles can't express an operator.
+
+    Nothing is in the bundle where it can't be saved either (a model in parts has no form of its own).
+
+    Raises:
+        ModelError: the one given, where the artefact is the backend's own form.
+    """
+    suffix = registry.backends()[state.backend.name].suffixes[0]
+    if suffix == f".{artefact}":
+        raise error
+    try:
+        bundle = Bundle({"model": state.backend.save(state.native, folder / f"{name}{suffix}")})
+        instead = f"the float model is {name}{suffix}"
+    except (InputError, ModelError) as other:
+        bundle, instead = Bundle({}), f"no file holds the float model ({other})"
+    warnings.warn(f"{name}.{artefact} isn't written, {instead}: {error}", stacklevel=4)
+    return bundle
 
 
 def planned_files(state: SimState, directory: Path, name: str) -> list[Path]:
@@ -385,7 +409,10 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
         raise InputError(f"{directory} holds {len(found)} encodings files{more}")
     stem = found[0].stem
     suffixes = [s for info in registry.backends().values() for s in info.suffixes]
-    model = next((p for s in suffixes if (p := directory / f"{stem}{s}").exists()), None)
+    recorded = _recorded(directory, stem)
+    known = None if recorded is None else recorded.files
+    own = [directory / Path(known["model"]).name] if known and "model" in known else []
+    model = next((p for p in (*own, *(directory / f"{stem}{s}" for s in suffixes)) if p.exists()), None)
     if model is None:
         endings = tuple(s for s in suffixes if not s.startswith(".qdq"))
         parts = sorted(p.name for p in directory.glob(f"{glob.escape(stem)}.*")
@@ -397,13 +424,19 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
                 "each part with the simulation; to verify on other data, make the model one that is captured whole "
                 "(the notice of the capture says what stops it), or run the parts' files in your own Python"
             )
-        raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it")
-    files = {"model": model, "encodings": found[0]}
-    if (quantized := directory / f"{stem}.qdq.onnx").exists():
-        files[QDQ] = quantized
-    if (flat := directory / f"{stem}.tflite").exists():
-        files[TFLITE] = flat
-    return Bundle(files)
+        missing = recorded.record.missing if recorded is not None and recorded.record is not None else {}
+        told = "".join(f"; the export has no {format}: {reason}" for format, reason in missing.items())
+        raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it{told}")
+    # A former export of the same name may have left a quantized file where this one hasn't got any.
+    quantized = {QDQ: directory / f"{stem}.qdq.onnx", TFLITE: directory / f"{stem}.tflite"}
+    there = {k: path for k, path in quantized.items() if path.exists() and (known is None or k in known)}
+    return Bundle({"model": model, "encodings": found[0], **there})
+
+
+def _recorded(directory: Path, stem: str) -> RunReport | None:
+    """The report of an export that has a record; None without one."""
+    report = read_report(directory, stem).report
+    return report if report is not None and report.record is not None else None
 
 
 def passed_on(graph: Graph, plan: Plan) -> frozenset[SiteId]:

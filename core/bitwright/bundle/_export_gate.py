@@ -44,7 +44,10 @@ class Simulated:
 
 
 def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: int) -> Simulated | str:
-    """The simulation's tensors on the first calibration samples, or on made-up ones; why there are none, in words."""
+    """The simulation's tensors on the first calibration samples, or on made-up ones; why there are none, in words.
+
+    Where samples don't run apart from the batch that they came in, all of it is taken.
+    """
     samples = state.reference
     if samples is None:
         samples = synthetic(state.backend, state.native, state.graph, state.table, count)
@@ -54,7 +57,17 @@ def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: i
     taps = compared_tensors(state.graph, state.plan)
     if _bytes(state.graph, taps, samples) > VALUES_BYTES:
         samples = samples.first(1)
-    return run_simulated(state, simulate(), samples)
+    simulation, entire = simulate(), samples.uncut()
+    try:
+        return run_simulated(state, simulation, samples)
+    except BitwrightError:
+        if entire is None:
+            raise
+        try:
+            return run_simulated(state, simulation, entire)
+        except BitwrightError:
+            pass
+        raise  # what is wrong with a few samples is easier to see
 
 
 def run_simulated(state: SimState, simulation: Simulation[Any], samples: Samples) -> Simulated:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bitwright.bundle._export_gate import Simulated, run_simulated
 from bitwright.bundle._record import ARRAYS_SUFFIX, BUDGET, hashes, stored, write_arrays
 from bitwright.data import Samples
+from bitwright.errors import BitwrightError
 from bitwright.files import Array, write_text
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding
@@ -66,7 +68,8 @@ def _write_reference(state: SimState, path: Path, run: Simulated) -> ReferenceRe
     table = state.table
     fewer = run.samples.first(1)
     if _count(fewer) < _count(run.samples) and _exceeds(run.values, table):
-        run = run_simulated(state, run.simulation, fewer)
+        with suppress(BitwrightError):  # one sample may not run apart from the others
+            run = run_simulated(state, run.simulation, fewer)
     return write_arrays(
         path, run.samples.inputs, state.graph.outputs, list(run.values), run.values, table,
         synthetic=run.samples.synthetic,

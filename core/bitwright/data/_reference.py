@@ -25,19 +25,29 @@ class Samples:
         inputs: arrays as the model takes them.
         synthetic: made up from the inputs' grids, for lack of data.
         whole: the model fixes the size of the batch.
+        entire: the batch that the samples were cut from, for models whose samples don't run apart from one another
+            (rows that are read by index); None where nothing was cut off, or too many bytes were.
     """
 
     inputs: Batch
     synthetic: bool = False
     whole: bool = False
+    entire: Batch | None = None
 
     def first(self, count: int) -> Samples:
         """At most so many of the samples; all where their axis isn't known or the batch is fixed."""
         return self if self.whole else replace(self, inputs=first_samples(self.inputs, count))
 
+    def uncut(self) -> Samples | None:
+        """The whole batch that the samples are the first ones of; None where it isn't kept."""
+        return None if self.entire is None else replace(self, inputs=self.entire, whole=True, entire=None)
+
 
 def kept(batch: Batch, specs: InputSpecs, count: int = SAMPLES) -> Samples:
-    """Copies of the first samples of a batch, within `KEPT_BYTES`; a batch whose size the model fixes is kept whole."""
+    """Copies of the first samples of a batch, within `KEPT_BYTES`; a batch whose size the model fixes is kept whole.
+
+    The whole batch is kept too where it stays within these bytes (`Samples.entire`).
+    """
     fixed = is_fixed(specs)
     batch = {name: np.asarray(values) for name, values in batch.items()}
     size = sum(v.nbytes for v in batch.values())
@@ -48,6 +58,9 @@ def kept(batch: Batch, specs: InputSpecs, count: int = SAMPLES) -> Samples:
             count -= 1
             part = first_samples(batch, count)
             held = sum(v.nbytes for v in part.values())
+        if held < size <= KEPT_BYTES:
+            entire = {name: values.copy() for name, values in batch.items()}
+            return Samples(first_samples(entire, count), entire=entire)
         if held < size:
             return Samples({name: values.copy() for name, values in part.items()})
     return Samples({name: np.array(values) for name, values in batch.items()}, whole=fixed)

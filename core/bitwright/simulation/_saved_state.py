@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.data import Samples
+from bitwright.data import Samples, first_samples, samples_in
 from bitwright.errors import InputError, ModelError
 from bitwright.files import DAMAGED, atomic_write, make_directory, write_text
 from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
@@ -40,7 +40,8 @@ def save(state: SimState, directory: Path) -> Path:
     }
     kept = state.reference
     if kept is not None:
-        arrays |= {f"reference/{index}": values for index, values in enumerate(kept.inputs.values())}
+        inputs = kept.inputs if kept.entire is None else kept.entire
+        arrays |= {f"reference/{index}": values for index, values in enumerate(inputs.values())}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with atomic_write(directory / ENCODINGS) as file:
@@ -52,7 +53,7 @@ def save(state: SimState, directory: Path) -> Path:
         "options": state.options,
         "sites": list(state.encodings),
         "folded": list(state.folded),
-        "reference": None if kept is None else {"inputs": list(kept.inputs), "whole": kept.whole},
+        "reference": None if kept is None else _about(kept),
         "provenance": [
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in state.encodings.provenance
@@ -82,6 +83,8 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
     if (kept := content.get("reference")) is not None:
         inputs = {name: arrays[f"reference/{i}"] for i, name in enumerate(kept["inputs"])}
         reference = Samples(inputs, whole=bool(kept["whole"]))
+        if "samples" in kept:
+            reference = Samples(first_samples(inputs, int(kept["samples"])), entire=inputs)
     return replace(
         state,
         encodings=EncodingTable(
@@ -93,6 +96,12 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
         },
         reference=reference,
     )
+
+
+def _about(kept: Samples) -> dict[str, Any]:
+    """What the reference's arrays don't say: of a whole batch, how many of its samples are used."""
+    about = {"inputs": list(kept.inputs), "whole": kept.whole}
+    return about if kept.entire is None else {**about, "samples": samples_in(kept.inputs)}
 
 
 def _under(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
