@@ -259,6 +259,7 @@ def test_missing_file_and_directory(tmp_path):
         ({"tensors": {"w": {"hue": 1}}}, "tensor 'w': field 'hue': unknown field"),
         ({"parameters": "w"}, "'parameters': expected a list of tensor names"),
         ({"casts": {"h": "float32"}}, "tensor 'h': field 'casts': 'float32' is none of"),
+        ({"casts": {"h": ["float16"]}}, "tensor 'h': field 'casts': a list is none of"),
         ({"provenance": [{}]}, "'technique': required"),
         ({"provenance": {}}, "'provenance': expected a list"),
     ],
