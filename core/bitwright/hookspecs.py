@@ -113,17 +113,18 @@ class ToolInfo:
     Attributes:
         name: what `registry.tool` and ``bitwright.<name>`` call it.
         summary: one line.
-        factory: the tool itself, a callable whose first argument is a model or a `QuantSim`; ``"package.module:name"``.
-        command: its command of ``bitwright``: a dotted function with Typer annotations; empty where it has none.
-            Its module must be light: what is heavy is imported within.
+        factory: the tool itself, a callable whose first argument is a model or a `QuantSim`, or its
+            ``"package.module:name"``.
+        command: its command of ``bitwright``: a function with Typer annotations, or its ``"package.module:name"``;
+            empty where it has none. Its module must be light: what is heavy is imported within.
         command_name: what the command line calls it; the tool's name with hyphens if empty.
         api: version of the plugin interface that it was written for.
     """
 
     name: str
     summary: str
-    factory: str
-    command: str = ""
+    factory: str | Callable[..., Any]
+    command: str | Callable[..., Any] = ""
     command_name: str = ""
     api: int = 1
 

@@ -23,7 +23,9 @@ def commands():
     """Every command and group with its parameters, as `(words, parameter)`."""
     import typer
 
-    from bitwright.cli.app import app
+    from bitwright.cli.app import add_commands_of_tools, app
+
+    add_commands_of_tools()
 
     def walk(command, words):
         yield words, command

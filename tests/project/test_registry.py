@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -44,33 +42,6 @@ class AcmeRound:
     def statistics(self, graph, plan, settings): return ()
     def apply(self, ctx): return Outcome()
 """
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Put a distribution with an entry point on the path, as pip would lay it out."""
-    made: list[str] = []
-
-    def install(name: str, modules: dict[str, str], entry: str, version: str = "1.0") -> None:
-        site = tmp_path / name
-        package = next(iter(modules)).partition(".")[0]
-        for module, text in modules.items():
-            file = site.joinpath(*module.split(".")).with_suffix(".py")
-            if module == package:
-                file = site / package / "__init__.py"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(textwrap.dedent(text))
-        (site / package / "__init__.py").touch()
-        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[bitwright]\n{entry}\n")
-        monkeypatch.syspath_prepend(str(site))
-        made.append(package)
-
-    yield install
-    for module in [m for m in sys.modules if m.partition(".")[0] in made]:
-        del sys.modules[module]
 
 
 def acme(install: Any, plugin: str = GOOD, name: str = "bitwright-acme") -> None:
@@ -142,9 +113,10 @@ def test_other_import_errors_are_not_disguised(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     found = Registry((), entry_points=False)
     found.add(BackendInfo("buggy", "", factory="buggy_backend:X", modules=("json",)))
-    with pytest.raises(ModuleNotFoundError, match="a_typo_in_the_backend") as caught:
+    with pytest.raises(PluginError, match=r"backend 'buggy' of .*a_typo_in_the_backend") as caught:
         found.backend("buggy")
     assert not isinstance(caught.value, MissingExtraError)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +141,12 @@ def test_other_import_errors_are_not_disguised(tmp_path, monkeypatch):
 def test_broken_plugin_is_named_and_skipped(install, monkeypatch, text, reason):
     acme(install, text)
     found = Registry()
-    with pytest.warns(PluginWarning, match=r"plugin 'acme' \(bitwright-acme 1.0\) skipped"):
+    with pytest.warns(PluginWarning, match=r"plugin 'acme' \(bitwright-acme 1.0\)( skipped|: hook register)"):
         assert "adaround" in found.techniques()
     state = status(found, "acme")
     assert state.state == "failed"
     assert reason in state.reason
-    assert "Traceback" in state.traceback
+    assert ("Traceback" in state.traceback) is (reason != "TechniqueInfo")
     with pytest.raises(PluginError, match=r"failed to load: acme; see `bitwright plugins`"):
         found.technique("acme_round")
     monkeypatch.setenv("BITWRIGHT_STRICT_PLUGINS", "1")
@@ -207,9 +179,10 @@ def test_duplicate_names_name_both_distributions(install):
         found = Registry()
         with pytest.raises(PluginError, match=r"bitwright-acme 1\.0.*zeta-acme 2\.0"):
             found.technique("acme_round")
-    with pytest.raises(PluginError, match="registered twice"):
-        found.techniques()
+    assert "acme_round" not in found.techniques()
+    assert "adaround" in found.techniques()
     assert status(found, "zeta").state == "failed"
+    assert status(found, "acme").state == "partial"
 
 
 @pytest.mark.parametrize(("api", "command"), [(2, "--upgrade bitwright$"), (0, "--upgrade bitwright-acme$")])
@@ -218,7 +191,8 @@ def test_api_out_of_range_says_what_to_upgrade(install, api, command):
     found = Registry()
     with pytest.warns(PluginWarning, match=f"api {api}"), pytest.raises(PluginError, match=command):
         found.technique("acme_round")
-    assert status(found, "acme").state == "failed"
+    assert status(found, "acme").state == "partial"
+    assert status(found, "acme").backends == ("acme",)
 
 
 def test_unknown_name_suggests():

@@ -66,12 +66,13 @@ def complain(line: str) -> None:
 def _run(words: list[str], *, debug: bool) -> int:
     import typer
 
-    from bitwright.cli.app import app
+    from bitwright.cli.app import add_commands_of_tools, app
     from bitwright.errors import BitwrightError, CheckFailed
 
     # Typer's own copy of click has no public name for its base of usage errors.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:
+        add_commands_of_tools(next((word for word in words if not word.startswith("-")), None))
         status = app(args=words, prog_name="bitwright", standalone_mode=False)
         if status == STOPPED:  # Typer turns KeyboardInterrupt into this
             raise KeyboardInterrupt
@@ -98,11 +99,17 @@ def _run(words: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        complain(
-            f"bitwright: unexpected {type(error).__name__}: {error}. This is a bug, or a limit that should be said "
-            "better; --debug shows where it arose"
-        )
+        complain(f"bitwright: unexpected {type(error).__name__}: {error}. {_blame(error)}")
         return BAD_INPUT
+
+
+def _blame(error: Exception) -> str:
+    """Whose bug an unexpected error is: a third party's where it has come through the code of a plugin."""
+    from bitwright.plugins import default_registry
+
+    if plugins := default_registry().culprits(error):
+        return f"It arose in {plugins[0]}, and is for its authors; --debug shows where"
+    return "This is a bug, or a limit that should be said better; --debug shows where it arose"
 
 
 def _help_hint(error: Exception) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import bitwright
-from bitwright.cli import console, doctor, encodings, listings, quantize, verify
-from bitwright.plugins import default_registry, import_dotted
+from bitwright.cli import doctor, encodings, listings, quantize, verify
+from bitwright.errors import PluginError
+from bitwright.plugins import default_registry
 
 app = typer.Typer(
     name="bitwright",
@@ -40,14 +42,32 @@ app.command("plugins")(listings.plugins)
 app.command("doctor")(doctor.doctor)
 
 
-def _add_tools() -> None:
-    """The commands that tools bring; one that can't be imported is named and left out."""
-    for info in default_registry().tools().values():
-        if info.command:
-            try:
-                app.command(info.command_name or info.name.replace("_", "-"))(import_dotted(info.command))
-            except Exception as error:
-                console.complain(f"warning: tool {info.name!r} has no command: {type(error).__name__}: {error}")
+def add_commands_of_tools(word: str | None = None) -> None:
+    """Add the commands that tools bring.
+
+    Args:
+        word: the command that is asked for: no other one is imported; None for all of them, for help and documentation.
+
+    Raises:
+        PluginError: the command that is asked for can't be imported, or two plugins bring it.
+    """
+    registry = default_registry()
+    there = {command.name for command in app.registered_commands}
+    for name, info in registry.commands().items():
+        if name in there or word not in (None, name):
+            continue
+        try:
+            app.command(name)(registry.command(name))
+        except PluginError as error:
+            if word is not None:
+                raise
+            app.command(name, help=f"{info.summary} (can't be used, see `bitwright plugins`)")(_broken(str(error)))
+    if word is not None and word not in there and (reason := registry.lost_command(word)):
+        raise PluginError(reason)
 
 
-_add_tools()
+def _broken(reason: str) -> Callable[[], None]:
+    def command() -> None:
+        raise PluginError(reason)
+
+    return command

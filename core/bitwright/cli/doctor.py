@@ -47,9 +47,9 @@ def doctor() -> None:
             problems.append(f"technique {name}: {error}")
     console.say(f"{len(registry.techniques())} techniques")
     problems += [
-        f"plugin {plugin.name} ({plugin.distribution}) failed: {plugin.reason}\n{plugin.traceback}"
+        f"plugin {plugin.name} ({plugin.distribution}) {plugin.state}: {plugin.reason}\n{plugin.traceback}"
         for plugin in registry.plugins()
-        if plugin.state == "failed"
+        if plugin.state in ("failed", "partial")
     ]
     if not working:
         problems.append('no backend is ready; the light one comes with: pip install "bitwright[onnx]"')

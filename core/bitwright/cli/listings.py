@@ -83,10 +83,10 @@ def techniques(
 
 
 def plugins(as_json: Json = False) -> None:
-    """List the plugins with their state: ok, missing framework, failed (and why), or blocked."""
-    from bitwright.plugins import plugins as found
+    """List the plugins with their state: ok, missing framework, partial or failed (and why), or blocked."""
+    from bitwright.plugins import default_registry
 
-    states = found()
+    states = default_registry().plugins(examined=True)
     if as_json:
         _json([asdict(p) for p in states])
         return

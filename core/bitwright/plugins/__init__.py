@@ -1,8 +1,7 @@
-"""Plugins: how they are discovered, and the registry of backends, techniques and tools."""
+"""The registry of backends, techniques and tools: what the catalogue describes is made here."""
 
 from __future__ import annotations
 
-from bitwright.plugins._discovery import import_dotted
 from bitwright.plugins.registry import Registry, default_registry, plugins
 
-__all__ = ["Registry", "default_registry", "import_dotted", "plugins"]
+__all__ = ["Registry", "default_registry", "plugins"]

@@ -12,24 +12,32 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bitwright.backend import Backend
-from bitwright.errors import InputError, MissingExtraError, PluginError
-from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
-from bitwright.plugins._discovery import (
+from bitwright.catalogue import (
     Catalogue,
     Descriptor,
+    Fault,
     Owner,
     PluginStatus,
     PluginWarning,
-    admit,
+    State,
+    blamed,
+    command_of,
+    culprits,
+    current,
     discover,
-    import_dotted,
+    item_of,
+    resolved,
 )
+from bitwright.errors import BitwrightError, InputError, MissingExtraError, PluginError
+from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
 from bitwright.technique import Settings, Technique
 
 __all__ = [
@@ -59,67 +67,102 @@ class Registry:
     Args:
         default_plugins: modules whose hooks are read first; None takes the built-in ones.
         entry_points: whether installed third-party plugins are read too.
+        catalogue: where what plugins offer is looked up; None reads it by the arguments above.
     """
 
-    def __init__(self, default_plugins: Iterable[str] | None = None, *, entry_points: bool = True) -> None:
+    def __init__(
+        self,
+        default_plugins: Iterable[str] | None = None,
+        *,
+        entry_points: bool = True,
+        catalogue: Callable[[], Catalogue] | None = None,
+    ) -> None:
         self._defaults = None if default_plugins is None else tuple(default_plugins)
         self._entry_points = entry_points
+        self._given = catalogue
         self._found: Catalogue | None = None
         self._instances: dict[tuple[str, str], Any] = {}
 
     @property
     def _catalogue(self) -> Catalogue:
         if self._found is None:
-            self._found = discover(self._defaults, entry_points=self._entry_points)
+            read = self._given or (lambda: discover(self._defaults, entry_points=self._entry_points))
+            self._found = read()
         return self._found
 
     # -- listing
 
     def backends(self) -> Mapping[str, BackendInfo]:
-        """Every usable backend's descriptor, by name, whether its framework is installed or not.
-
-        Raises:
-            PluginError: two distributions register the same name.
-        """
-        self._catalogue.refuse_conflicts(BackendInfo)
+        """Every usable backend's descriptor, by name, whether its framework is installed or not."""
         return {d.info.name: d.info for d in self._catalogue.of(BackendInfo)}
 
     def techniques(self) -> Mapping[str, TechniqueInfo]:
-        """Every usable technique's descriptor, by name.
-
-        Raises:
-            PluginError: two distributions register the same name or alias.
-        """
-        self._catalogue.refuse_conflicts(TechniqueInfo)
+        """Every usable technique's descriptor, by name."""
         return {d.info.name: d.info for d in self._catalogue.of(TechniqueInfo)}
 
     def tools(self) -> Mapping[str, ToolInfo]:
-        """Every usable tool's descriptor, by name.
-
-        Raises:
-            PluginError: two distributions register the same name.
-        """
-        self._catalogue.refuse_conflicts(ToolInfo)
+        """Every usable tool's descriptor, by name."""
         return {d.info.name: d.info for d in self._catalogue.of(ToolInfo)}
 
-    def plugins(self) -> tuple[PluginStatus, ...]:
-        """The state of every plugin: "ok", "missing framework", "failed" or "blocked", with the reason."""
+    def plugins(self, *, examined: bool = False) -> tuple[PluginStatus, ...]:
+        """The state of every plugin, see `PluginStatus`, with the reasons.
+
+        Args:
+            examined: make every item of third parties, so that one that can't be made is known; without, only what
+                went wrong so far is.
+        """
+        if examined:
+            for descriptor in self._catalogue.descriptors:
+                if not descriptor.owner.builtin:
+                    with suppress(BitwrightError):  # it is among the owner's faults now
+                        self._examine(descriptor)
         return tuple(self._status(owner) for owner in self._catalogue.owners)
+
+    def _examine(self, descriptor: Descriptor[Any]) -> None:
+        info, owner = descriptor.info, descriptor.owner
+        known = len(owner.faults)
+        try:
+            match info:
+                case TechniqueInfo():
+                    self.technique(info.name)
+                    self.settings(info.name)
+                case ToolInfo():
+                    self.tool(info.name)
+                    if info.command:
+                        self.command(command_of(info))
+                case BackendInfo():
+                    self._backend(descriptor)
+        except MissingExtraError:
+            raise
+        except BitwrightError as error:
+            if len(owner.faults) == known and item_of(info) not in {f.item for f in owner.faults}:
+                owner.add_fault(Fault(item_of(info), str(error)))
+            raise
 
     def _status(self, owner: Owner) -> PluginStatus:
         mine = [d for d in self._catalogue.descriptors if d.owner is owner]
-        state, reason = owner.state, owner.reason
-        if state == "ok":
-            missing = [self._missing(d) for d in mine if isinstance(d.info, BackendInfo)]
-            if hints := [hint for hint in missing if hint]:
-                state, reason = "missing framework", "; ".join(hints)
+        faults = tuple(map(str, owner.faults))
+        broken = {f.item for f in owner.faults}
+        missing = [hint for d in mine if isinstance(d.info, BackendInfo) and (hint := self._missing(d))]
+        state: State = "ok"
+        if owner.blocked:
+            state = "blocked"
+        elif faults:
+            state = "failed" if all(item_of(d.info) in broken for d in mine) else "partial"
+        elif missing:
+            state = "missing framework"
+        names = {k: tuple(d.info.name for d in mine if isinstance(d.info, k) and item_of(d.info) not in broken)
+                 for k in (BackendInfo, TechniqueInfo, ToolInfo)}  # fmt: skip
         return PluginStatus(
-            owner.name, owner.distribution, owner.version, state, reason,
-            tuple(d.info.name for d in mine if isinstance(d.info, BackendInfo)),
-            tuple(d.info.name for d in mine if isinstance(d.info, TechniqueInfo)),
-            tuple(d.info.name for d in mine if isinstance(d.info, ToolInfo)),
-            owner.traceback,
+            owner.name, owner.distribution, owner.version, state,
+            owner.blocked or "; ".join([*faults, *missing]),
+            names[BackendInfo], names[TechniqueInfo], names[ToolInfo],
+            next((f.traceback for f in owner.faults if f.traceback), ""), faults,
         )  # fmt: skip
+
+    def culprits(self, error: BaseException) -> tuple[str, ...]:
+        """Plugins of third parties whose code an exception has come through, the innermost first."""
+        return tuple(o.title for o in culprits(error.__traceback__, self._catalogue.owners))
 
     # -- one by name
 
@@ -140,10 +183,7 @@ class Registry:
         descriptor = self._catalogue.find(TechniqueInfo, name)
         made = self._make(descriptor)
         if not isinstance(made, Technique):
-            raise PluginError(
-                f"technique {name!r} of {descriptor.owner.title} isn't a Technique: "
-                f"it lacks {_lacking(made, Technique)}"
-            )
+            raise _unfit(descriptor, f"isn't a Technique: it lacks {_lacking(made, Technique)}")
         return made
 
     def settings(self, name: str) -> type[Settings]:
@@ -152,11 +192,11 @@ class Registry:
         Raises:
             PluginError: as `technique`, or the model isn't a subclass of `bitwright.technique.Settings`.
         """
-        info = self.technique_info(name)
-        model = import_dotted(info.settings) if isinstance(info.settings, str) else info.settings
+        descriptor = self._catalogue.find(TechniqueInfo, name)
+        model = resolved(descriptor, descriptor.info.settings)
         model = model if model is not None else self.technique(name).Settings
         if not (inspect.isclass(model) and issubclass(model, Settings)):
-            raise PluginError(f"the settings of technique {name!r} must be a subclass of bitwright.technique.Settings")
+            raise _unfit(descriptor, "has settings that are no subclass of bitwright.technique.Settings")
         return model
 
     def tool(self, name: str) -> Callable[..., Any]:
@@ -166,11 +206,34 @@ class Registry:
             PluginError: unknown, registered twice, or its module doesn't provide it.
         """
         descriptor = self._catalogue.find(ToolInfo, name)
-        made: Any = import_dotted(descriptor.info.factory)
+        made: Any = resolved(descriptor, descriptor.info.factory)
         if not callable(made):
-            raise PluginError(f"tool {name!r} of {descriptor.owner.title} can't be called: {descriptor.info.factory}")
+            raise _unfit(descriptor, f"can't be called: {descriptor.info.factory}")
         found: Callable[..., Any] = made
         return found
+
+    def commands(self) -> Mapping[str, ToolInfo]:
+        """The tools that bring a command, by what the command line calls it."""
+        return {command_of(d.info): d.info for d in self._catalogue.of(ToolInfo) if d.info.command}
+
+    def lost_command(self, name: str) -> str:
+        """Why no plugin has a command that two bring; empty where that isn't so."""
+        return self._catalogue.why_lost("command", name)
+
+    def command(self, name: str) -> Callable[..., Any]:
+        """The command of that name that a tool brings, a function with Typer annotations.
+
+        Raises:
+            PluginError: there is none, two plugins bring it, or its module doesn't provide it.
+        """
+        for descriptor in self._catalogue.of(ToolInfo):
+            if descriptor.info.command and command_of(descriptor.info) == name:
+                made: Any = resolved(descriptor, descriptor.info.command, f"command {name!r}")
+                if not callable(made):
+                    raise _unfit(descriptor, f"can't be called: {descriptor.info.command}", f"command {name!r}")
+                found: Callable[..., Any] = made
+                return found
+        raise PluginError(self.lost_command(name) or f"no plugin brings a command {name!r}")
 
     def backend_info(self, name: str) -> BackendInfo:
         """The descriptor of a backend.
@@ -194,16 +257,15 @@ class Registry:
             raise MissingExtraError(hint)
         try:
             made = self._make(descriptor)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, PluginError) as error:
             # Only the framework's own absence is explained; any other failing import is a bug to be seen as it is.
-            if (error.name or "").partition(".")[0] not in descriptor.info.modules:
+            cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+            name = str(getattr(cause, "name", None) or "")
+            if not isinstance(cause, ModuleNotFoundError) or name.partition(".")[0] not in descriptor.info.modules:
                 raise
-            raise MissingExtraError(_hint(descriptor, [str(error.name)])) from error
+            raise MissingExtraError(_hint(descriptor, [name])) from error
         if not isinstance(made, Backend):
-            raise PluginError(
-                f"backend {descriptor.info.name!r} of {descriptor.owner.title} isn't a Backend: "
-                f"it lacks {_lacking(made, Backend)}"
-            )
+            raise _unfit(descriptor, f"isn't a Backend: it lacks {_lacking(made, Backend)}")
         return made
 
     def _missing(self, descriptor: Descriptor[BackendInfo]) -> str:
@@ -214,8 +276,9 @@ class Registry:
     def _make(self, descriptor: Descriptor[Any]) -> Any:
         key = (type(descriptor.info).__name__, descriptor.info.name)
         if key not in self._instances:
-            factory = descriptor.info.factory
-            self._instances[key] = (import_dotted(factory) if isinstance(factory, str) else factory)()
+            factory = resolved(descriptor, descriptor.info.factory)
+            with blamed(descriptor.owner, item_of(descriptor.info)):
+                self._instances[key] = factory()
         return self._instances[key]
 
     # -- by what the user holds
@@ -231,6 +294,7 @@ class Registry:
             MissingExtraError: none owns it, and one that might needs something installed.
         """
         missing: list[str] = []
+        broken: list[str] = []
         packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
 
         def distance(descriptor: Descriptor[BackendInfo]) -> int:
@@ -242,15 +306,21 @@ class Registry:
                 continue
             try:
                 candidate = self._backend(descriptor)
+                with blamed(descriptor.owner, item_of(descriptor.info)):
+                    owned = candidate.owns(model)
             except MissingExtraError as error:
                 missing.append(str(error))
                 continue
-            if candidate.owns(model):
+            except PluginError as error:  # a broken backend is none for this model; others may be
+                broken.append(str(error))
+                continue
+            if owned:
                 return candidate
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         if missing:
             raise MissingExtraError(f"no usable backend takes a {kind}: {'; '.join(missing)}")
-        raise PluginError(f"no backend takes a {kind}; there are {self._describe_backends()}")
+        told = f" ({'; '.join(broken)})" if broken else ""
+        raise PluginError(f"no backend takes a {kind}; there are {self._describe_backends()}{told}")
 
     def backend_for_path(self, path: str | Path) -> Backend[Any]:
         """The backend that opens a model file or folder: by suffix, and by content where that doesn't decide.
@@ -265,7 +335,7 @@ class Registry:
         offered = self._catalogue.of(BackendInfo)
         by_suffix = [d for d in offered if path.suffix.lower() in d.info.suffixes]
         if len(by_suffix) != 1:
-            by_content = [d for d in by_suffix or offered if _recognizes(d.info, path)]
+            by_content = [d for d in by_suffix or offered if _recognizes(d, path)]
             by_suffix = by_content or by_suffix
         if not by_suffix:
             raise InputError(f"no backend opens {str(path)!r}; there are {self._describe_backends()}")
@@ -293,7 +363,7 @@ class Registry:
         """
         info = item if isinstance(item, BackendInfo | TechniqueInfo | ToolInfo) else _describe(item)
         self._instances.pop((type(info).__name__, info.name), None)
-        admit(self._catalogue, info)
+        self._catalogue.admit(info)
         return item
 
 
@@ -325,11 +395,25 @@ def _lacking(made: object, protocol: type) -> str:
     return ", ".join(sorted(m for m in wanted if not hasattr(made, m))) or "nothing by name (is it a class?)"
 
 
-def _recognizes(info: BackendInfo, path: Path) -> bool:
-    if info.sniff is None:
+def _recognizes(descriptor: Descriptor[BackendInfo], path: Path) -> bool:
+    """Whether a backend tells by content that it opens a file; one that fails at it doesn't."""
+    if descriptor.info.sniff is None:
         return False
-    sniff: Any = import_dotted(info.sniff) if isinstance(info.sniff, str) else info.sniff
-    return bool(sniff(path))
+    item = f"sniff of {item_of(descriptor.info)}"
+    try:
+        sniff: Any = resolved(descriptor, descriptor.info.sniff, item)
+        with blamed(descriptor.owner, item):
+            return bool(sniff(path))
+    except PluginError as error:
+        warnings.warn(str(error), PluginWarning, stacklevel=3)
+        return False
+
+
+def _unfit(descriptor: Descriptor[Any], reason: str, item: str = "") -> PluginError:
+    """What is raised where something was made, and isn't what it should be."""
+    item = item or item_of(descriptor.info)
+    descriptor.owner.add_fault(Fault(item, reason))
+    return PluginError(f"{item} of {descriptor.owner.title} {reason}")
 
 
 def _hint(descriptor: Descriptor[BackendInfo], absent: list[str]) -> str:
@@ -341,7 +425,7 @@ def _hint(descriptor: Descriptor[BackendInfo], absent: list[str]) -> str:
 @cache
 def default_registry() -> Registry:
     """The registry that the module's functions, `QuantSim` and the command line use."""
-    return Registry()
+    return Registry(catalogue=current)
 
 
 def backends() -> Mapping[str, BackendInfo]:

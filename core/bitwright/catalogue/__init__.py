@@ -1,0 +1,24 @@
+"""Which plugins there are and what they offer: descriptors by kind and name; what they describe isn't imported."""
+
+from __future__ import annotations
+
+from bitwright.catalogue._catalogue import Catalogue, Descriptor, command_of, item_of
+from bitwright.catalogue._discovery import current, discover, resolved
+from bitwright.catalogue._owners import Fault, Owner, PluginStatus, PluginWarning, State, blamed, culprits
+
+__all__ = [
+    "Catalogue",
+    "Descriptor",
+    "Fault",
+    "Owner",
+    "PluginStatus",
+    "PluginWarning",
+    "State",
+    "blamed",
+    "command_of",
+    "culprits",
+    "current",
+    "discover",
+    "item_of",
+    "resolved",
+]

@@ -1,0 +1,80 @@
+"""What plugins can register: one hook and one descriptor a kind, and what makes a descriptor valid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from bitwright import _version
+from bitwright.hookspecs import API_VERSIONS, BackendInfo, TechniqueInfo, ToolInfo
+
+Info = BackendInfo | TechniqueInfo | ToolInfo
+I_co = TypeVar("I_co", bound=Info, covariant=True)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[I_co]):
+    """One kind of item.
+
+    Attributes:
+        info: its descriptor.
+        word: what messages call it.
+        hook: which hook returns descriptors.
+        key: names that give the same key are the same name.
+    """
+
+    info: type[I_co]
+    word: str
+    hook: str
+    key: Callable[[str], str] = str
+
+
+KINDS: tuple[Kind[Any], ...] = (
+    Kind(BackendInfo, "backend", "register_backends"),
+    Kind(TechniqueInfo, "technique", "register_techniques"),
+    Kind(ToolInfo, "tool", "register_tools"),
+)
+COMMAND: Kind[Any] = Kind(ToolInfo, "command", "register_tools")
+"""Commands have names of their own, beside those of the tools that bring them."""
+
+
+def kind_of(info: type[Any]) -> Kind[Any]:
+    """The kind whose descriptors are of a class."""
+    return next(k for k in KINDS if k.info is info)
+
+
+def invalid(info: Any) -> str:
+    """What is wrong with a descriptor's fields; empty if nothing."""
+    if not isinstance(info.name, str) or not info.name.strip():
+        return f"name: {info.name!r} is no name"
+    for field in ("aliases", "modules", "suffixes"):
+        values = getattr(info, field, ())
+        if isinstance(values, str) or not all(isinstance(v, str) and v for v in _listed(values)):
+            return f"{field}: {values!r} isn't a tuple of names"
+    for field in ("summary", "extra", "command_name"):
+        if not isinstance(getattr(info, field, ""), str):
+            return f"{field}: {getattr(info, field)!r} isn't text"
+    for field in ("factory", "command"):
+        value = getattr(info, field, "")
+        if not isinstance(value, str) and not callable(value):
+            return f"{field}: {value!r} is neither 'package.module:Name' nor a callable"
+    if isinstance(info.api, bool) or not isinstance(info.api, int):
+        return f"api: {info.api!r} isn't a number"
+    return ""
+
+
+def _listed(values: Any) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, list | tuple) else (None,)
+
+
+def unserved(info: Info, distribution: str) -> str:
+    """Why a descriptor's plugin api isn't served by this bitwright, and what to upgrade; empty if it is."""
+    if info.api in API_VERSIONS:
+        return ""
+    newer = info.api >= API_VERSIONS.stop
+    offered = f"{API_VERSIONS.start}" if len(API_VERSIONS) == 1 else f"{API_VERSIONS.start} to {API_VERSIONS[-1]}"
+    return (
+        f"it is written for plugin api {info.api}, bitwright {_version.__version__} serves {offered}: "
+        f"pip install --upgrade {'bitwright' if newer else distribution}"
+    )
