@@ -139,7 +139,7 @@ class ExpectedInputs:
     def _joined(self, op: Op, known: list[Moments]) -> Moments | None:
         place = self._axis(op.output)
         on_channels = place is not None and isinstance(op.attrs, AxisAttrs) and op.attrs.axis % place[1] == place[0]
-        if not on_channels or any(m.size == 1 for m, _ in known):
+        if not on_channels or op.params or any(m.size == 1 for m, _ in known):
             return None
         return np.concatenate([m for m, _ in known]), np.concatenate([s for _, s in known])
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from bitwright.graph import (
+    CONSTANT_KINDS,
     FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
@@ -228,7 +229,7 @@ class _Builder:
             case OpKind.CONCAT if node.type == "Concatenate" and len(node.inputs) == 1:
                 return OpKind.IDENTITY, "Identity", None, {}  # TensorFlow leaves it out
             case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT:
-                return kind, type, attributes.axis(node, kind, source, result), {}
+                return kind, type, attributes.axis(node, kind, source, result), self._constant(node, kind)
             case OpKind.AVERAGE_POOL:
                 if len(node.inputs) > 1:  # masked: another mean for each sample
                     return OpKind.ELEMENTWISE, "ReduceMean", None, {}
@@ -245,8 +246,13 @@ class _Builder:
             case OpKind.ELEMENTWISE if type == "Cast":
                 same = source.dtype == result.dtype
                 return (OpKind.IDENTITY, "Identity", None, {}) if same else (kind, type, None, {})
+        return kind, type, None, self._constant(node, kind)
+
+    @staticmethod
+    def _constant(node: Node, kind: OpKind) -> dict[ParamRole, str]:
+        """The first constant operand of an op that has no roles of its own."""
         constants = [key for key in node.params if key.startswith(("args/", "kwargs/"))]
-        return kind, type, None, {ParamRole.CONSTANT: constants[0]} if constants else {}
+        return {ParamRole.CONSTANT: constants[0]} if constants and kind in CONSTANT_KINDS else {}
 
     def _axes(self, node: Node, kind: OpKind) -> None:
         rank = len(self._model.specs[node.inputs[0]].shape) if node.inputs else 0

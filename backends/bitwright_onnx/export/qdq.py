@@ -135,6 +135,8 @@ def build_qdq(
             skipped[site] = "the model has no such tensor"
         elif _is_computed(plan, graph, site):
             writer.activation(site, table[site], kinds[site])
+        elif site not in graph.params:
+            skipped[site] = "no op of the ONNX model reads it as a parameter; it stays in float"
         else:
             writer.parameter(site, table[site], kinds[site], _bias_groups(graph, plan, site, table))
     turn_byte_blocks(work.graph, writer.fresh)

@@ -127,7 +127,7 @@ def export_program(
             with suppress(Exception):
                 doubled, wanted = with_batch(arguments, signature, doubled=True)
                 exported = _export(holder, doubled, wanted)
-                if not _fixed(exported) & fixed:
+                if not _fixed(exported) & fixed and _takes(exported, doubled):
                     return exported
             reason = "the model's code fixes it"
     try:
@@ -220,6 +220,14 @@ def _fixed(exported: ExportedProgram) -> frozenset[int]:
 def _free(size: Any) -> bool:
     """Whether a traced size is a symbol still: the code may have fixed one that began as such."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def _takes(exported: ExportedProgram, doubled: Arguments) -> bool:
+    """Whether what was captured from a doubled sample takes half of it too: `split` makes more parts of twice as much,
+    and a list of so many results is none of the sample's."""
+    leaves = pytree.tree_leaves((doubled.args, doubled.kwargs))
+    size = next(t.shape[0] for t in leaves if isinstance(t, torch.Tensor) and t.ndim)
+    return all(known.lower <= max(size // 2, 2) for known in exported.range_constraints.values())
 
 
 def from_exported(

@@ -25,8 +25,9 @@ from bitwright.files import atomic_write
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan, SiteKind
 from bitwright_torch.export.recurrent_export import name_recurrent_weights
+from bitwright_torch.export.spelling import refuse_invalid, spell
 from bitwright_torch.graph.canonical import Canonical, canonical
-from bitwright_torch.graph.model import NAMES, CapturedModel, aliases, compile_graph, info, program_of, with_program
+from bitwright_torch.graph.model import CapturedModel, aliases, compile_graph, info, program_of, with_program
 from bitwright_torch.graph.operands import operands
 from bitwright_torch.simulate.session import extract
 
@@ -191,7 +192,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     placeholders = [n for n in found.lowered.nodes if n.op == "placeholder"]
     graph, copies, held = _with_own_tensors(found.lowered, model)
     part, needed = extract(graph, [copies[n] for n in nodes], {copies[n] for n in placeholders})
-    _spell_lookups(part)
+    spell(part)
     examples = {info(n).tensor: shape for n, shape in zip(placeholders, program.example, strict=True)}
     convention = program.convention
     fixed = {convention.names[i]: value for i, value in convention.constants.items()}
@@ -229,6 +230,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     names = {name: ids.get(first, program.prefix + first) for name, first in aliases(model).items()}
     names |= {name: id for id, (name, _) in held.items()}
     _tidy(made.model, names, set(found.params))
+    refuse_invalid(made.model)
     return made.model
 
 
@@ -262,18 +264,6 @@ def _with_own_tensors(
         read.meta = dict(node.meta)
         node.replace_all_uses_with(read)
     return copied, copies, held
-
-
-def _spell_lookups(graph: fx.Graph) -> None:
-    """`table[rows]` as an embedding: Gather in ONNX, whose GatherND backends and runtimes don't quantize."""
-    aten = torch.ops.aten
-    for node in graph.nodes:
-        if node.target is not aten.index.Tensor or node.args[0].op != "get_attr" or len(node.args[1]) != 1:
-            continue
-        table, (rows,) = node.args
-        kind = info(rows).dtype if rows is not None and NAMES in rows.meta else ""
-        if kind in ("int64", "int32") and len(info(table).shape or ()) == 2:
-            node.target, node.args = aten.embedding.default, (table, rows)
 
 
 def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.graph import (
+    CONSTANT_KINDS,
     FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
@@ -215,20 +216,20 @@ class _Builder:
             case OpKind.RECURRENT:
                 return self._recurrent(node, kind, type, given)
             case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT:
-                return kind, type, attributes.axis(node, kind, name), self._constant(node)
+                return kind, type, attributes.axis(node, kind, name), self._constant(node, kind, type)
             case OpKind.AVERAGE_POOL:
                 type, averaged = attributes.pool(node, name)
-                return kind, type, averaged, self._constant(node)
+                return kind, type, averaged, {}
             case OpKind.PAD if given.get("value"):
                 return OpKind.ELEMENTWISE, type, None, {}
             case OpKind.IDENTITY if type == "Cast":
                 same = info(node).dtype == info(node.args[0]).dtype if isinstance(node.args[0], fx.Node) else False
                 return (kind, "Identity", None, {}) if same else (OpKind.ELEMENTWISE, type, None, {})
             case OpKind.ADD if given.get("alpha", 1) != 1:
-                return OpKind.ELEMENTWISE, type, None, self._constant(node)
+                return OpKind.ELEMENTWISE, type, None, self._constant(node, OpKind.ELEMENTWISE, type)
         if name in CLIPS:
             return *attributes.clip(node, name), {}
-        return kind, type, None, self._constant(node)
+        return kind, type, None, self._constant(node, kind, type)
 
     def _matrix_product(
         self, node: fx.Node, name: str, type: str, given: Mapping[str, Any]
@@ -242,9 +243,9 @@ class _Builder:
         elif name in ("matmul", "mm") and len(node.args) == 2:
             slots, plain = {R.WEIGHT: node.args[1]}, node.args[0] not in self._operands
             if not plain or node.args[1] not in self._operands or len(self._operands[node.args[1]].shape) != 2:  # type: ignore[index]
-                return OpKind.MATMUL, type, None, self._constant(node)
+                return OpKind.MATMUL, type, None, self._constant(node, OpKind.MATMUL, type)
         else:
-            return OpKind.MATMUL, type, None, self._constant(node)
+            return OpKind.MATMUL, type, None, self._constant(node, OpKind.MATMUL, type)
         roles = self._roles(slots)
         if roles is None or R.WEIGHT not in roles or not plain or len(self._operands[roles[R.WEIGHT]].shape) != 2:
             computed = name == "linear" and given["bias"] is None
@@ -271,8 +272,13 @@ class _Builder:
         given = {role: node for role, node in slots.items() if node is not None}
         return given if all(node in self._operands for node in given.values()) else None
 
-    def _constant(self, node: fx.Node) -> dict[ParamRole, fx.Node]:
-        """The first parameter operand of an op that has no roles of its own."""
+    def _constant(self, node: fx.Node, kind: OpKind, type: str) -> dict[ParamRole, fx.Node]:
+        """The first parameter operand of an op that has no roles of its own.
+
+        What is scattered, or scattered into, has none in ONNX: it stays in float, and is rounded with the result.
+        """
+        if kind not in CONSTANT_KINDS or type == "ScatterND":
+            return {}
         first = next((n for n in node.all_input_nodes if n in self._operands and n not in self._masks), None)
         return {} if first is None else {R.CONSTANT: first}
 

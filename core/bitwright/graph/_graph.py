@@ -52,7 +52,7 @@ class OpKind(StrEnum):
     OPAQUE = "opaque"
 
 
-CONSTANT_KINDS = frozenset({OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.MATMUL})
+CONSTANT_KINDS = frozenset({OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.CONCAT, OpKind.MATMUL})
 """Ops whose constant float operand is a parameter of role CONSTANT."""
 FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from bitwright.errors import TargetError
-from bitwright.graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
+from bitwright.graph import CONSTANT_KINDS, LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grids import Blockwise, Granularity, PerChannel, PerTensor, QuantSpec
 from bitwright.placement._activations import MASKED, ActivationPlacement
 from bitwright.placement._plan import Decision, Derived, Float, OwnForms, SharedWith, SiteId
 from bitwright.placement._types import Precision, activation_spec, param_spec
 
 SpecOf = Callable[[SiteId], QuantSpec | None]
-_OPERANDS = frozenset({OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.CONCAT, OpKind.MATMUL})
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class ParameterPlacement:
         config = self.target.config
         if self.graph.tensors[op.output].mask:
             return Float(MASKED)
-        if op.kind not in _OPERANDS or op.type in ("Pow", "Where"):
+        if op.kind not in CONSTANT_KINDS or op.type in ("Pow", "Where"):
             return Float(f"{op.type} needs its constant exactly")
         if op.type == "Div" and prod(param.shape) > 1:
             return Float("a divisor might round to zero")
