@@ -16,6 +16,8 @@ from bitwright_keras.graph.model import Spec
 Function = Callable[..., Any]
 _FORWARD_ONLY = ContextVar("bitwright_keras_forward_only", default=False)
 """Whether what is being traced is never differentiated."""
+_AS_SWITCHED = ContextVar("bitwright_keras_as_switched", default=False)
+"""Whether what is being traced may take switches (booleans in variables) for what they are now."""
 
 
 def with_gradient(function: Function) -> Function:
@@ -29,7 +31,25 @@ def with_gradient(function: Function) -> Function:
     return lambda *tensors: function(*tensors)[0]
 
 
-def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[keras.Variable]) -> Function:
+def traces_once() -> bool:
+    """Whether `compiled` makes a graph before the first call, in which branches cost time even where none is taken."""
+    name: str = keras.backend.backend()
+    return name == "tensorflow"
+
+
+def switched(variable: keras.Variable) -> bool | None:
+    """What a switch is now, where the function that is being traced may take it for good; None where it must look."""
+    if not _AS_SWITCHED.get():
+        return None
+    import tensorflow as tf
+
+    with tf.init_scope():
+        return bool(ops.convert_to_numpy(value_of(variable)))
+
+
+def compiled(
+    function: Function, inputs: Sequence[Spec], variables: Sequence[keras.Variable], *, as_switched: bool = False
+) -> Function:
     """A function of tensors for many calls, without gradients.
 
     TensorFlow: one `tf.function` for all batch sizes; JAX: `jax.jit`; PyTorch: without recording gradients.
@@ -38,6 +58,8 @@ def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[ker
         function: takes tensors, returns a list of tensors.
         inputs: of the tensors that it takes.
         variables: that it reads; each call sees their present values.
+        as_switched: TensorFlow may leave out what switches are off for now: a branch for each takes two thirds of the
+            time that a network of many takes to trace. The caller compiles again when one is turned.
     """
     name = keras.backend.backend()
     if name == "tensorflow":
@@ -45,10 +67,11 @@ def compiled(function: Function, inputs: Sequence[Spec], variables: Sequence[ker
 
         signature = [tf.TensorSpec(spec.shape, spec.dtype) for spec in inputs]
         traced = tf.function(function, input_signature=signature, autograph=False)
-        forward = _FORWARD_ONLY.set(True)
+        forward, switches = _FORWARD_ONLY.set(True), _AS_SWITCHED.set(as_switched)
         try:
             result: Function = traced.get_concrete_function()
         finally:
+            _AS_SWITCHED.reset(switches)
             _FORWARD_ONLY.reset(forward)
         return result
     if name == "torch":

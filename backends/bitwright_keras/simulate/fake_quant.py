@@ -32,7 +32,7 @@ from bitwright.grids import (
     two_level,
     two_level_scales,
 )
-from bitwright_keras.graph.engine import value_of
+from bitwright_keras.graph.engine import switched, value_of
 from bitwright_keras.graph.layouts import Layout
 from bitwright_keras.simulate.rounding import NAMESPACE, round_to_float, round_to_grid, round_wide
 
@@ -156,11 +156,16 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     def get(self, parameter: Any = None) -> Encoding | None:
         """The encoding in force; None while bypassed. Learned and followed numbers are read off the device."""
-        if not bool(ops.convert_to_numpy(value_of(self.enabled))):
+        if not self.on:
             return None
         scale, low, _ = self.numbers(parameter)
         zero = self._form.grid.qmin - ops.convert_to_numpy(low).astype(np.float64)
         return present(self._form, ops.convert_to_numpy(scale).astype(np.float32), zero, self.learns)
+
+    @property
+    def on(self) -> bool:
+        """Whether it rounds; otherwise values pass as they are."""
+        return bool(ops.convert_to_numpy(value_of(self.enabled)))
 
     # -- rounding
 
@@ -197,6 +202,9 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, x: Any) -> Any:
         """x on the grid, in x's type."""
+        on = switched(self.enabled)
+        if on is not None:
+            return self._round(x) if on else x
         return ops.cond(value_of(self.enabled), lambda: self._round(x), lambda: x)
 
     def _round(self, x: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,8 +11,10 @@ from bitwright.backend import Batch, Tap, between, check_shape, fed, given, hand
 from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright.graph import ActivationAttrs, Graph, TensorId, never_negative
-from bitwright_keras.graph.engine import as_numpy, compiled
+from bitwright_keras.graph.engine import Function, as_numpy, compiled, traces_once
 from bitwright_keras.graph.model import KerasModel
+
+Switches = tuple[bool, ...]
 
 
 class KerasSession:
@@ -26,6 +28,8 @@ class KerasSession:
         taps: what to hand out.
         feeds: tensors to feed in place of the model's inputs.
         aliases: the model's name of a tensor that is known under another.
+        switches: gives what a simulation's quantizers are set to, on or off: where that stays as it is, the compiled
+            function holds no branches for it.
 
     Raises:
         ModelError: a tap is unknown or can't be computed from the feeds.
@@ -38,6 +42,7 @@ class KerasSession:
         taps: Sequence[Tap],
         feeds: Sequence[TensorId] | None = None,
         aliases: Mapping[TensorId, TensorId] | None = None,
+        switches: Callable[[], Switches] | None = None,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
         require_tensors((*(t.tensor for t in self.taps), *(feeds or ())), graph.tensors)
@@ -53,9 +58,14 @@ class KerasSession:
         self._feeds = {id: name for id, name in sources.items() if id in read}
         self._specs = {name: model.specs[id] for id, name in self._feeds.items()}
         self._zero = {self._ids[t] for t in self.taps if t.reduce == "minmax" and _never_negative(graph, t.tensor)}
+        self._switches = switches
+        self._switched = switches() if switches is not None and traces_once() else None
+        self._function = self._compiled()
+
+    def _compiled(self) -> Function:
         variables = {id(v): v for node in self._nodes if node.layer is not None for v in node.layer.variables}
         inputs = [self._specs[n] for n in self._feeds.values()]
-        self._function = compiled(self._compute, inputs, list(variables.values()))
+        return compiled(self._compute, inputs, list(variables.values()), as_switched=self._switched is not None)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -70,6 +80,9 @@ class KerasSession:
             ModelError: an op failed while running.
         """
         tensors = [self._tensor(name, batch) for name in self._feeds.values()]
+        if self._switches is not None and self._switched is not None and self._switches() != self._switched:
+            self._switched = None  # who turns one will turn more: from here on each is looked at in every run
+            self._function = self._compiled()
         try:
             results = self._function(*tensors)
         except Exception as error:

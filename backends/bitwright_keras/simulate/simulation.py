@@ -324,7 +324,11 @@ class KerasSimulation:
 
     def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:
         """A session of the network as it is now, with the number of its building."""
-        return self._generation, KerasSession(self._model, self._graph, taps, feeds, self._aliases)
+        return self._generation, KerasSession(self._model, self._graph, taps, feeds, self._aliases, self._switches)
+
+    def _switches(self) -> tuple[bool, ...]:
+        held = (p.quantizer for p in self._parameters.values() if p.quantizer is not None)
+        return tuple(q.on for q in (*self._activations.values(), *held))
 
     @property
     def generation(self) -> int:
