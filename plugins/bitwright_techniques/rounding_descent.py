@@ -105,6 +105,8 @@ def _sweep(problem: RoundingProblem, codes: Array) -> Array:
     codes = codes.copy()
     gram, step, features = problem.gram, problem.step, codes.shape[1]
     per_code = 1.0 / (np.einsum("gkk->gk", gram)[:, :, None] * step)
+    # Of a feature's slope only the value at its own turn counts, so that a move updates the features after it and no
+    # other: those of its block at once, the rest by one matrix product when the block is through.
     slope = gram @ (codes * step - problem.target)
     for begin in range(0, features, _BLOCK):
         end = min(begin + _BLOCK, features)
@@ -191,6 +193,8 @@ def successive_rounding(
     free, step = sort(problem.target).copy(), sort(problem.step)
     low, high = sort(problem.low), sort(problem.high)
     codes, features = np.empty_like(free), free.shape[1]
+    # Row k of U over its diagonal is minus what the features after k take over of a unit of k's error: the minimum of
+    # the loss over all that is still free.
     pivot = np.einsum("gkk->gk", upper)
     for begin in range(0, features, block):
         end = min(begin + block, features)
@@ -221,6 +225,8 @@ def kick(problem: RoundingProblem, codes: Array, rng: np.random.Generator, *, ki
     Returns:
         Codes whose loss is, row by row, no greater.
     """
+    # A descent ends where no single code gains; at two changed codes or more, it may end elsewhere. Kicks are tried on
+    # all rows at once, since each row keeps or drops its own.
     best, loss = codes, problem.loss(codes)
     rate = max(share, 2 / codes.shape[1])
     for _ in range(kicks):

@@ -59,6 +59,8 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     """
     signature = inspect.signature(module.forward)
     arguments = arguments_of(sample, signature)
+    # What is captured reads its parameters from a copy, since batch norms, dropouts and state are bound to its modules
+    # below. Export runs in evaluation mode: there a batch norm is one op, which `bind_modes` gives its flag back.
     holder = private_copy(module)
     flags = {name: m.training for name, m in holder.named_modules()}
     holder.eval()
@@ -238,6 +240,9 @@ def from_exported(
     Raises:
         ModelError: an op that has no functional form, or control flow that depends on data.
     """
+    # The order counts. Regions first, since an in-place op within one writes to a tensor outside; in-place ops before
+    # inputs are adopted, as a write to a buffer ends as a copy to its `get_attr`; modes after
+    # that, when batch norms read the module's own buffers; names at the very end, from the nodes that are left.
     module = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
     inline_regions(module)
     graph = copy.deepcopy(module.graph)  # without an owning module, whose attributes fx would ask for
