@@ -139,8 +139,9 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     try:
         from bitwright_onnx.backend import OnnxBackend
+        from bitwright_onnx.export.known_parameters import with_parameters
         from bitwright_onnx.export.qdq import write_qdq
-        from bitwright_onnx.graphdef.convert import import_graphdef, with_parameters
+        from bitwright_onnx.graphdef.convert import import_graphdef
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
     graph = frozen(model)

@@ -107,8 +107,9 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     backend = onnx_backend()
+    from bitwright_onnx.export.known_parameters import with_parameters
     from bitwright_onnx.export.qdq import write_qdq
-    from bitwright_onnx.graphdef.convert import import_graphdef, with_parameters
+    from bitwright_onnx.graphdef.convert import import_graphdef
 
     graph = recognize(model).graph
     graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)

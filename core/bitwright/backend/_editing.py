@@ -218,8 +218,9 @@ class Editor(ABC):
         shown = ACTIVATION_TYPES[type]
         self.put_activation(op, formula(type, self.activations))
         self.ops[op.id] = replace(
-            op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={}, native=""
-        )
+            op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={}, native="",
+            call=None,
+        )  # fmt: skip
 
     def _remove(self, op: Op) -> None:
         if len(op.data_inputs) != 1 or len(op.outputs) != 1:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
 from bitwright.errors import InputError
-from bitwright.graph import Attrs, Formula, Graph, Op, OpKind, Param, ParamRole, Tensor
+from bitwright.graph import Attrs, Call, Constant, Formula, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright.grids import Encoding, Granularity
 
 Array = NDArray[Any]
@@ -42,7 +42,12 @@ def write(path: Path, model: M, backend: str, pack: Callable[[Op], Any]) -> Path
         "backend": backend,
         "version": _VERSION,
         "ops": [
-            {**asdict(op), "params": {r.value: p for r, p in op.params.items()}, "attrs": _tagged(op.attrs)}
+            {
+                **asdict(replace(op, call=None)),
+                "params": {r.value: p for r, p in op.params.items()},
+                "attrs": _tagged(op.attrs),
+                "call": _called(op.call),
+            }
             for op in graph.ops
         ],
         "tensors": [asdict(t) for t in graph.tensors.values()],
@@ -130,8 +135,29 @@ def _op(op: dict[str, Any]) -> Op:
             "outputs": tuple(op["outputs"]),
             "params": {ParamRole(r): p for r, p in op["params"].items()},
             "attrs": _untagged(op["attrs"]),
+            "call": _call(op.get("call")),
         }
     )
+
+
+def _called(call: Call | None) -> Any:
+    if call is None:
+        return None
+    operands = {
+        i: held.value if isinstance(held, ParamRole) else {"dtype": held.array.dtype.str, "values": held.array.tolist()}
+        for i, held in call.operands.items()
+    }
+    return {"attributes": dict(call.attributes), "operands": operands}
+
+
+def _call(stored: Any) -> Call | None:
+    if stored is None:
+        return None
+    operands = {
+        int(i): ParamRole(held) if isinstance(held, str) else Constant(np.array(held["values"], held["dtype"]))
+        for i, held in stored["operands"].items()
+    }
+    return Call(_tuples(stored["attributes"]), operands)
 
 
 def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:

@@ -55,7 +55,9 @@ class FlowEditor(Editor, Generic[M]):
     def put_activation(self, op: Op, formula: Formula) -> None:
         """See `Editor`."""
         shown = ACTIVATION_TYPES[formula.type]
-        changed = replace(op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={})
+        changed = replace(
+            op, kind=shown.kind, type=shown.type, attrs=shown.attrs, inputs=op.data_inputs, params={}, call=None
+        )
         self.model = rebuild(self.model, self._swapped(changed))
         self.model = replace(self.model, native={**self.model.native, op.id: formula})
 

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
 
@@ -139,6 +143,57 @@ class ProductAttrs:
 Attrs = ConvAttrs | BatchNormAttrs | ActivationAttrs | PoolAttrs | AxisAttrs | RecurrentAttrs | ProductAttrs
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Constant:
+    """A literal operand, such as the indices of a gather; two of the same type and values are equal.
+
+    Args:
+        value: whatever makes an array; Python's floats become float32, its integers int64.
+    """
+
+    value: Any
+
+    def __post_init__(self) -> None:
+        array = np.asarray(self.value)
+        if array.dtype == np.float64 and not isinstance(self.value, np.ndarray | np.generic):
+            array = array.astype(np.float32)
+        object.__setattr__(self, "value", array)
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The values."""
+        return np.asarray(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return NotImplemented
+        mine, theirs = self.array, other.array
+        return mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
+
+    def __hash__(self) -> int:
+        return hash((self.array.dtype.str, self.array.shape))
+
+
+AttributeValue = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What else an op's computation needs, in ONNX's words (opset 20): with it, and with the parameters' values, a
+    graph can be run or written as a file. `bitwright.graph.NEEDS` says what each type must have.
+
+    Axes count in the tensor's own layout, whatever that is. What is absent has ONNX's default.
+
+    Attributes:
+        attributes: by the names that ONNX's operator gives them (`perm`, `axis`, `keepdims`, …).
+        operands: those that are no activations, by position among ONNX's operands: a literal, or the role of the
+            parameter that stands there. Roles may be left out where `operands` finds them by itself.
+    """
+
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    operands: Mapping[int, Constant | ParamRole] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Param:
     """A parameter in canonical layout. `layout[i]` is the native axis that canonical axis i comes from."""
@@ -182,7 +237,7 @@ class Op:
         params: by role; a parameter used by two ops has one id.
         native: the framework's own name of the type, for messages.
         source: where the user wrote it, if known.
-        constants: scalar or small constant operands by operand index that belong to no role (for reports).
+        call: what else its computation needs, where the backend says so; nothing that a technique has to look at.
     """
 
     id: OpId
@@ -194,6 +249,7 @@ class Op:
     attrs: Attrs | None = None
     native: str = ""
     source: str | None = None
+    call: Call | None = None
 
     @property
     def output(self) -> TensorId:

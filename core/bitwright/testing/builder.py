@@ -13,6 +13,7 @@ from bitwright.graph import (
     Attrs,
     AxisAttrs,
     BatchNormAttrs,
+    Call,
     ConvAttrs,
     Graph,
     Op,
@@ -198,8 +199,8 @@ class Builder:
     def transpose(self, name: str, x: TensorId, *perm: int) -> TensorId:
         """Reorder axes."""
         self._perms[name] = perm
-        shape = self.shape(x)
-        return self.op(name, OpKind.TRANSPOSE, "Transpose", (x,), tuple(shape[i] for i in perm))
+        shape, call = self.shape(x), Call({"perm": perm})
+        return self.op(name, OpKind.TRANSPOSE, "Transpose", (x,), tuple(shape[i] for i in perm), call=call)
 
     def identity(self, name: str, x: TensorId) -> TensorId:
         """Pass through."""
@@ -219,6 +220,7 @@ class Builder:
         *,
         params: Mapping[ParamRole, str] | None = None,
         attrs: Attrs | None = None,
+        call: Call | None = None,
     ) -> TensorId:
         """Any op with one output of `shape`."""
         output = f"{name}.output"
@@ -226,7 +228,7 @@ class Builder:
         same_rank = len(source.shape or ()) == len(shape)
         axis = len(shape) - 1 if kind is OpKind.LINEAR else source.channel_axis if same_rank else 1
         self._tensors[output] = Tensor(output, shape, channel_axis=axis)
-        self._ops.append(Op(name, kind, type, inputs, (output,), dict(params or {}), attrs, native=type))
+        self._ops.append(Op(name, kind, type, inputs, (output,), dict(params or {}), attrs, native=type, call=call))
         return output
 
     def param(self, name: str, value: Array) -> str:

@@ -1,0 +1,207 @@
+"""What the ONNX backend does for others: their graphs as ONNX models, QDQ files, and all that is done with these.
+
+A backend whose graphs are complete (`bitwright.graph.NEEDS`) needs no converter of its own. It derives from
+`QdqExport` and answers `export(…, "qdq")` with `export_qdq`:
+
+    class MyBackend(QdqExport):
+        def export(self, model, plan, encodings, path, format):
+            if format == "qdq":
+                return self.export_qdq(model, plan, encodings, path)
+            ...
+
+        def formats(self):
+            return {"mynet": "the float model", **QDQ_FORMAT}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from bitwright.backend import Backend, Batch, Bundle, Pair, Session, Tap
+from bitwright.errors import ModelError
+from bitwright.files import Array
+from bitwright.graph import Graph, OpId, ParamId, TensorId
+from bitwright.grids import EncodingTable
+from bitwright.placement import Plan
+from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.emit.emitter import emit, values_equal
+from bitwright_onnx.emit.sheet import NotEmittable
+from bitwright_onnx.export.known_parameters import with_parameters
+from bitwright_onnx.graph.subgraph import values_of
+
+__all__ = ["QDQ_FORMAT", "NotEmittable", "QdqExport", "Written", "export_qdq", "write_graph", "written"]
+
+QDQ_FORMAT: Mapping[str, str] = {
+    "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
+}
+"""For `formats`."""
+_SAMPLES, _SIZE = 2, 32
+"""Of the batch that a written model is checked with: samples, and the length of other free dimensions."""
+
+
+def write_graph(graph: Graph, params: Mapping[ParamId, Array], path: Path | None = None) -> onnx.ModelProto:
+    """A canonical graph as an ONNX model, tensors and parameters under their own names.
+
+    Args:
+        graph: complete as `bitwright.graph.NEEDS` says.
+        params: every parameter's values, in canonical layout.
+        path: where to write it too, atomically.
+
+    Raises:
+        NotEmittable: ops that can't be written, with the reasons.
+        ModelError: onnx.checker refuses the model: the graph's shapes or types contradict themselves.
+        InputError: the file can't be written.
+    """
+    model = emit(graph, params).model
+    proto = ir.to_proto(model)
+    _check(proto)
+    if path is not None:
+        save_model(model, path)
+    return proto
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(f"the graph makes no valid ONNX model: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Written:
+    """A backend's model as ONNX.
+
+    Attributes:
+        model: in the ONNX backend's form.
+        names: tensor → its name there, where that isn't its own.
+    """
+
+    model: ir.Model
+    names: Mapping[TensorId, str]
+
+
+def written(backend: Backend[Any], model: Any, *, sample: Batch | None = None) -> Written:
+    """A backend's model as an ONNX model that was seen to compute the same.
+
+    Every tensor of the graph is compared, in ONNX Runtime and in the backend, on one batch.
+
+    Args:
+        backend, model: whose.
+        sample: feeds for the comparison; None: normal random numbers in the inputs' shapes.
+
+    Raises:
+        NotEmittable: ops that can't be written.
+        ModelError: the ONNX model is invalid, or computes something else; says which tensor.
+    """
+    graph = backend.graph(model)
+    values = backend.read(model, list(graph.params))
+    emitted = emit(graph, values)
+    _check(ir.to_proto(emitted.model))
+    onnx_backend = OnnxBackend()
+    made = onnx_backend.adopt(emitted.model)
+    _compare(backend, model, graph, made, emitted.names, sample if sample is not None else _sample(backend, model))
+    return Written(made, emitted.names)
+
+
+def _sample(backend: Backend[Any], model: Any) -> Batch:
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, (shape, dtype) in backend.input_specs(model).items():
+        sizes = [n or (_SIZE if i else _SAMPLES) for i, n in enumerate(shape)]
+        whole = not dtype.startswith(("float", "bfloat"))
+        array = rng.integers(0, 2, sizes) if whole else rng.normal(size=sizes)
+        found[name] = array.astype(dtype if dtype != "bfloat16" else "float32")
+    return found
+
+
+def _compare(
+    backend: Backend[Any], model: Any, graph: Graph, made: ir.Model, names: Mapping[TensorId, str], sample: Batch
+) -> None:
+    present = values_of(made.graph)
+    twins = {t: names.get(t, t) for t in graph.tensors if names.get(t, t) in present}
+    twins = {t: n for t, n in twins.items() if present[n].const_value is None}
+    expected = backend.session(model, [Tap(t) for t in twins]).run(sample)
+    found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)
+    order = {t: i for i, op in enumerate(graph) for t in op.outputs}
+    for tensor in sorted(twins, key=lambda t: order.get(t, -1)):
+        if not values_equal(np.asarray(expected[Tap(tensor)]), np.asarray(found[Tap(twins[tensor])])):
+            op = graph.producer(tensor)
+            made_by = "a model input" if op is None else f"the output of {op.id!r} ({op.native or op.type})"
+            raise ModelError(
+                f"not emittable as ONNX: tensor {tensor!r}, {made_by}, has other values in the ONNX model: the op's "
+                f"type, attributes or `call` don't say what it computes"
+            )
+
+
+def export_qdq(
+    backend: Backend[Any],
+    model: Any,
+    plan: Plan,
+    encodings: EncodingTable,
+    path: Path,
+    *,
+    sample: Batch | None = None,
+) -> Bundle:
+    """Write a backend's model as a QDQ ONNX file: for `Backend.export`.
+
+    Args:
+        backend, model: whose.
+        plan, encodings: of its sites.
+        path: the file.
+        sample: as `written` takes it.
+
+    Raises:
+        NotEmittable, ModelError: as `written`.
+        EncodingError: an encoding that ONNX has no ops for.
+        InputError: the file can't be written.
+    """
+    from bitwright_onnx.export.qdq import write_qdq
+
+    found = written(backend, model, sample=sample)
+    shown = with_parameters(OnnxBackend().graph(found.model), found.model, plan, backend.graph(model).params)
+    report = write_qdq(found.model, shown, plan, encodings, path)
+    passed = {t: report.names.get(name, name) for t, name in found.names.items()}
+    return Bundle({"qdq": report.path}, {**report.names, **passed})
+
+
+class QdqExport:
+    """Base of backends that write QDQ files by `export_qdq`: with it they have the capabilities `integer_runtime`,
+    `quantized_artefact` and `op_timer`, in ONNX Runtime."""
+
+    def export_qdq(self: Any, model: Any, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+        """`export_qdq` of this module."""
+        return export_qdq(self, model, plan, encodings, path)
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
+        """See `bitwright.backend.IntegerRuntime`; taps that the file doesn't have are left out.
+
+        Raises:
+            InputError: the bundle holds no quantized model.
+        """
+        from bitwright_onnx.export.runtime import IntegerSession
+
+        known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
+        return OnnxBackend().compile(bundle, [t for t in taps if t in known])
+
+    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
+        """See `bitwright.backend.QuantizedArtefact`."""
+        return OnnxBackend().pairs(bundle)
+
+    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
+        """See `bitwright.backend.QuantizedArtefact`."""
+        return OnnxBackend().floats(bundle)
+
+    def op_seconds(
+        self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1
+    ) -> Mapping[OpId, float]:
+        """See `bitwright.backend.OpTimer`."""
+        return OnnxBackend().op_seconds(bundle, ops, batches, repeats=repeats, threads=threads)

@@ -1,0 +1,1 @@
+"""Canonical graphs as ONNX models."""

@@ -1,0 +1,171 @@
+"""A canonical graph with its parameters as an ONNX model.
+
+Tensors and parameters keep their names, so that encodings find each on exactly one ONNX value. What passes its input
+on (Identity, Dropout) is no node of the model: such a tensor goes by the name of the one that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitwright.errors import ModelError
+from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, lacking
+from bitwright_onnx.capture.folding import KEPT
+from bitwright_onnx.emit import elementwise, norms, products, shapes
+from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
+
+OPSET = 20
+_LATER = frozenset({"RMSNormalization", "Swish", "Attention", "RotaryEmbedding", "TensorScatter", "BitCast", "SwiGLU",
+                    "LinearAttention", "CausalConvWithState"})  # fmt: skip
+"""Operators that ONNX has from later opsets on, and runtimes not yet."""
+
+Writer = Callable[[Sheet, Op], ir.Value | list[ir.Value]]
+
+_BY_KIND: Mapping[OpKind, Writer] = {
+    OpKind.CONV: products.convolution,
+    OpKind.CONV_TRANSPOSE: products.convolution,
+    OpKind.LINEAR: products.linear,
+    OpKind.EMBEDDING: products.embedding,
+    OpKind.BATCH_NORM: norms.batch_norm,
+    OpKind.IDENTITY: elementwise.identity,
+}
+_BY_TYPE: Mapping[str, Writer] = {
+    "MatMul": products.product,
+    "LayerNormalization": norms.layer_norm,
+    "RMSNormalization": norms.rms_norm,
+    **dict.fromkeys(("GroupNormalization", "InstanceNormalization"), norms.group_norm),
+    "LpNormalization": norms.lp_norm,
+    "Clip": elementwise.clip,
+    "LeakyRelu": elementwise.leaky_relu,
+    "PRelu": elementwise.prelu,
+    "Swish": elementwise.swish,
+    "Square": elementwise.square,
+    "Cast": elementwise.cast,
+    "Concat": elementwise.concat,
+    "Split": elementwise.split_sizes,
+    **dict.fromkeys(("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"), shapes.pool),
+    **dict.fromkeys(
+        ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
+         "ReduceLogSumExp", "ReduceSumSquare"),
+        shapes.reduction,
+    ),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), shapes.reshape),
+    "Transpose": shapes.transpose,
+    **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.blocks),
+    "Resize": shapes.resize,
+}  # fmt: skip
+"""What writes an op, by its kind or else by its type; other operators of ONNX are written as they stand."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A written graph.
+
+    Attributes:
+        model: the ONNX model.
+        names: tensor → its name in the model, where that isn't its own.
+    """
+
+    model: ir.Model
+    names: Mapping[TensorId, str] = field(default_factory=dict)
+
+
+def refusals(graph: Graph) -> Iterator[tuple[str, str, str]]:
+    """The ops that can't be written: id, type and reason."""
+    for op in graph:
+        reason = _refusal(op, graph)
+        if reason is not None:
+            yield op.id, op.type, reason
+
+
+def _refusal(op: Op, graph: Graph) -> str | None:
+    if (reason := lacking(op, graph)) is not None:
+        return reason
+    if op.kind in _BY_KIND or op.type in _BY_TYPE:
+        return None
+    if op.type not in ONNX_TYPES:
+        return "ONNX has no such operator"
+    return "ONNX has the operator in later opsets only" if op.type in _LATER else None
+
+
+def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[ParamId, NDArray[Any]]) -> Emitted:
+    """Write a graph.
+
+    Args:
+        graph: canonical, complete as `bitwright.graph.NEEDS` says.
+        params: values in canonical layout, or what hands them out by id.
+
+    Raises:
+        NotEmittable: ops that can't be written; all that are known beforehand are named.
+        ModelError: a tensor and a parameter share a name.
+    """
+    if refused := list(refusals(graph)):
+        raise NotEmittable(*refused[0], refused[1:])
+    if clash := sorted(set(graph.tensors) & set(graph.params)):
+        raise ModelError(f"{clash[0]!r} names a tensor and a parameter; in an ONNX model a name means one thing")
+    sheet = Sheet(graph, params.__getitem__ if isinstance(params, Mapping) else params)
+    names: dict[TensorId, str] = {}
+    inputs = [_input(sheet, tensor) for tensor in graph.inputs]
+    for op in graph:
+        written = (_BY_KIND.get(op.kind) or _BY_TYPE.get(op.type) or elementwise.plain)(sheet, op)
+        values = written if isinstance(written, list) else [written]
+        for tensor, value in zip(op.outputs, values, strict=True):
+            _name(sheet, op, tensor, value, names)
+    outputs = [sheet.values[t] for t in graph.outputs]
+    for tensor, value in zip(graph.outputs, outputs, strict=True):
+        about = graph.tensors[tensor]
+        value.type = ir.TensorType(onnx_type(about.dtype))
+        value.shape = None if about.shape is None else ir.Shape(list(about.shape))
+    made = ir.Graph(
+        inputs,
+        outputs,
+        nodes=sheet.nodes,
+        initializers=list(sheet.initializers.values()),
+        opset_imports={"": OPSET},
+        name="bitwright",
+    )
+    made.meta[KEPT] = frozenset(graph.params)
+    return Emitted(ir.Model(made, ir_version=9, producer_name="bitwright"), names)
+
+
+def _input(sheet: Sheet, tensor: TensorId) -> ir.Value:
+    about = sheet.graph.tensors[tensor]
+    value = ir.Value(name=tensor, type=ir.TensorType(onnx_type(about.dtype)))
+    if about.shape is not None:
+        value.shape = ir.Shape([f"{tensor}_{i}" if n is None else n for i, n in enumerate(about.shape)])
+    sheet.values[tensor] = value
+    return value
+
+
+def _name(sheet: Sheet, op: Op, tensor: TensorId, value: ir.Value, names: dict[TensorId, str]) -> None:
+    """Call what an op computes by the name of its tensor; what is another tensor's value already keeps its name."""
+    given = value.name in sheet.graph.tensors or value.producer() is None
+    if given and tensor in sheet.graph.outputs:
+        value, given = sheet.node(op, "Identity", value), False
+    if given:
+        names[tensor] = str(value.name)
+    else:
+        value.name = tensor
+        producer = value.producer()
+        assert producer is not None
+    sheet.values[tensor] = value
+
+
+def values_equal(expected: NDArray[Any], found: NDArray[Any]) -> bool:
+    """Whether two arrays are one tensor's, but for the rounding of floats: a noise of 90 dB below the signal."""
+    if np.shape(expected) != np.shape(found):
+        return False
+    if np.asarray(expected).dtype.kind != "f":
+        return bool(np.array_equal(expected, found))
+    a, b = (np.asarray(x, np.float64) for x in (expected, found))
+    apart = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    if not np.isfinite(a[apart]).all() or not np.isfinite(b[apart]).all():
+        return False
+    whole = float(np.square(a[np.isfinite(a)]).sum())
+    return float(np.square((a - b)[apart]).sum()) <= 1e-9 * whole + 1e-24 * a.size
