@@ -263,3 +263,25 @@ def test_another_process_in_the_same_folder_is_refused(net, run, tmp_path):
         done = run("quantize", net.model, "--data", net.npz, "--out", tmp_path / "o")
     assert done.status == 2
     assert "in use by process" in done.err
+
+
+def test_what_stays_in_float_is_named(run, tmp_path):
+    nodes = [
+        onnx.helper.make_node("Relu", ["x"], ["h"], name="relu"),
+        onnx.helper.make_node("Det", ["h"], ["d"], name="determinant"),
+        onnx.helper.make_node("NonZero", ["h"], ["i"], name="places"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "net", [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 2, 2])],
+        [onnx.helper.make_tensor_value_info("d", onnx.TensorProto.FLOAT, ["n"]),
+         onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [3, "m"])],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(8, 2, 2)).astype(np.float32))
+    done = run("quantize", tmp_path / "net.onnx", "--data", tmp_path / "x.npy", "--out", tmp_path / "o")
+    assert done.status == 0, done.err
+    (told,) = [line for line in done.out.splitlines() if line.startswith("note: in float")]
+    assert "determinant (Det)" in told and "places" not in told
+    report = RunReport.model_validate_json((tmp_path / "o" / "report.json").read_text())
+    assert report.model.unknown == ("determinant (Det)",)

@@ -452,3 +452,28 @@ def test_whole_feeds_that_do_not_fit(tmp_path):
             open_data(source, STREAM)
     with pytest.raises(InputError, match="'ids' 6, 'mask' 4; where axis 0 isn't samples, give whole feeds"):
         open_data({"ids": np.zeros((6, 5), np.int64), "mask": np.zeros((4, 5))}, TWO)
+
+
+def test_a_tensor_of_tensorflow_goes_by_the_name_of_its_node(tmp_path):
+    specs = {"x:0": ((None, 3, 4), "float32"), "m": ((None,), "float32")}
+    mask = np.arange(10, dtype=np.float32)
+    (tmp_path / "parts").mkdir()
+    np.savez(tmp_path / "parts" / "0.npz", x=X, m=mask)
+    np.savez(tmp_path / "a.npz", **{"x": X, "m:0": mask})
+    forms = (
+        {"x": X, "m": mask},
+        {"x:0": X, "m:0": mask},
+        [{"x": X, "m": mask}],
+        tmp_path / "a.npz",
+        tmp_path / "parts",
+    )
+    for form in forms:
+        data = open_data(form, specs)
+        np.testing.assert_array_equal(whole(data, "x:0"), X)
+        np.testing.assert_array_equal(whole(data, "m"), mask)
+    both = {"x:0": ((None, 3, 4), "float32"), "x": ((None,), "float32")}
+    np.testing.assert_array_equal(whole(open_data({"x": mask, "x:0": X}, both), "x:0"), X)
+    with pytest.raises(InputError, match="no array for input 'x:0'"):  # "x" is another tensor
+        open_data({"x": mask}, both)
+    with pytest.raises(InputError, match="array 'x' is not an input"):  # which of the two is meant?
+        open_data({"x": X, "x:0": X, "m": mask}, specs)

@@ -82,6 +82,32 @@ def test_attention_masks(causal: bool, dropout: float) -> None:
     equal(keras.Model([q, v, m], y), [normal(2, 5, 6), normal(2, 7, 4), RNG.random((2, 5, 7)) > 0.4])
 
 
+@pytest.mark.parametrize("steps", [5, None])
+@pytest.mark.parametrize("called", [{}, {"use_causal_mask": True}, {"return_attention_scores": True, "masked": True}])
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 2}, {"use_gate": True, "dropout": 0.1}])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_of_every_kind_is_spelled_out(steps, called, settings, grouped) -> None:
+    """Keras's two attention layers with gates, windows and scores, over fixed and free numbers of steps."""
+    x, m = keras.Input((steps, 6), name="x"), keras.Input((steps, steps), dtype="bool", name="m")
+    layer = (
+        L.GroupQueryAttention(4, 6, 2, name="a", **settings)
+        if grouped
+        else L.MultiHeadAttention(2, 3, name="a", **settings)
+    )
+    called = dict(called)
+    inputs, given = x, normal(2, 5, 6)
+    if called.pop("masked", False):
+        called["attention_mask"] = m
+        inputs, given = [x, m], [given, RNG.random((2, 5, 5)) > 0.4]
+    y = layer(x, x, **called)
+    model = nets.settled(keras.Model(inputs, list(y) if isinstance(y, tuple) else y))
+    graph = BACKEND.graph(equal(model, given))
+    assert graph.unknown_ops == () or {op.native for op in graph.unknown_ops} == {"Cast operation"}
+    assert {graph.op(f"a/{n}").kind for n in ("query", "key", "value", "attention_output")} == {OpKind.LINEAR}
+    assert graph.params["a/key/kernel"].shape == ((8, 6) if grouped else (6, 6))
+    assert ("a/gate" in {op.id for op in graph}) is bool(settings.get("use_gate"))
+
+
 def test_subclassed_models_are_captured_through_call() -> None:
     x = normal(3, 8, 8, 3)
     model = nets.Subclassed()

@@ -132,7 +132,8 @@ def test_sizes_count_widths_and_scales(report):
     assert report.model.parameters == 4 * 27 + 4
     assert report.model.float_bytes == 4 * 112
     assert report.model.quantized_bytes == 4 * 27 // 2 + 4 * 4 + 4 * 4
-    assert report.model.opaque_ops == 1
+    assert report.model.opaque_ops == 1 and len(report.model.unknown) == 1
+    assert report.model.unknown[0] in render(report)
 
 
 def test_layer_figures(report, sim):

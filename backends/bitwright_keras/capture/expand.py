@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from bitwright_keras.capture.attention import multi_head_attention
+from bitwright_keras.capture.attention import grouped_query_attention, multi_head_attention
 from bitwright_keras.capture.einsum import einsum_dense
 from bitwright_keras.capture.emitter import Emitter
 from bitwright_keras.graph.model import variables_of
@@ -199,6 +199,7 @@ EXPANSIONS: Mapping[str, Expansion] = {
     "Embedding": _embedding,
     "EinsumDense": _einsum_dense,
     "MultiHeadAttention": multi_head_attention,
+    **dict.fromkeys(("GroupQueryAttention", "GroupedQueryAttention"), grouped_query_attention),
     "Rescaling": _rescaling,
     "Normalization": _normalization,
     "TimeDistributed": _time_distributed,

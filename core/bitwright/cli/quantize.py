@@ -89,7 +89,12 @@ def quantize(
             accuracy = _work(sim, steps, calibration, scored, clock)
             files = _export(sim, job, calibration, accuracy, clock)
             run.finish()
+    _print_floats(sim)
     _print_summary(out, files, accuracy)
+
+
+SHOWN = 10
+"""Operations that one line names at most."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,16 @@ def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | 
         seconds=clock.seconds,
     )  # fmt: skip
     return {**files, "report": json_file.name, "page": page.name}
+
+
+def _print_floats(sim: QuantSim) -> None:
+    """What stays in float because no target could name it, and what else the plan has to say."""
+    if unknown := sim.graph.unknown_ops:
+        shown = ", ".join(f"{op.id} ({op.native or op.type})" for op in unknown[:SHOWN])
+        more = f" and {len(unknown) - SHOWN} more (report.html)" if len(unknown) > SHOWN else ""
+        console.say(f"note: in float with their weights, as no target can name their kind: {shown}{more}")
+    for note in sim.plan.notes:
+        console.say(f"note: {note}")
 
 
 def _print_summary(out: Path, files: dict[str, str], accuracy: Accuracy | None) -> None:

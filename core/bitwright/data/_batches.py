@@ -33,6 +33,18 @@ def single_input(specs: InputSpecs) -> str:
     return next(iter(specs))
 
 
+def in_names_of(specs: InputSpecs, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays under the model's own input names: TensorFlow's "x:0" is the first output of "x", and goes by both."""
+
+    def known(name: str) -> str:
+        if name in specs:
+            return name
+        other = name.removesuffix(":0") if name.endswith(":0") else f"{name}:0"
+        return other if other in specs and other not in arrays else name
+
+    return {known(str(name)): values for name, values in arrays.items()}
+
+
 def one_run(specs: InputSpecs) -> bool:
     """Whether the inputs' first axes aren't samples of one batch: an input is a scalar, or two fix different sizes.
 
@@ -101,6 +113,7 @@ def named_batch(item: object, specs: InputSpecs, where: str) -> Batch:
         InputError: names are missing or unknown, or there are fewer elements than inputs.
     """
     if isinstance(item, Mapping):
+        item = in_names_of(specs, item)
         if missing := [n for n in specs if n not in item]:
             raise InputError(f"{where}: no array for input {missing[0]!r}; it holds {', '.join(map(str, item))}")
         return {n: array_of(item[n], f"{where}, input {n!r}") for n in specs}

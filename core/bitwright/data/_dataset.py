@@ -25,6 +25,7 @@ from bitwright.data._batches import (
     batch_dimension,
     check_batch,
     first_samples,
+    in_names_of,
     is_feed,
     named_batch,
     one_run,
@@ -152,7 +153,8 @@ def open_data(
 ) -> Dataset:
     """Data in any accepted form, as batches that fit a model. Arrays and files are checked whole, before any work.
 
-    - a mapping of arrays by input name, or one array for a model with one input; the first axis is samples;
+    - a mapping of arrays by input name (TensorFlow's "x:0" may be called "x"), or one array for a model with one input;
+      the first axis is samples;
     - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: memory-mapped,
       unless an .npz is compressed;
     - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
@@ -192,7 +194,8 @@ def open_data(
     if isinstance(source, str | Path):
         return _open_path(Path(source), specs, size, limit, images)
     if isinstance(source, Mapping):
-        return _arrays({str(k): array_of(v, f"array {k!r}") for k, v in source.items()}, specs, size, limit, "data")
+        arrays = {str(k): array_of(v, f"array {k!r}") for k, v in source.items()}
+        return _arrays(in_names_of(specs, arrays), specs, size, limit, "data")
     if isinstance(source, np.ndarray) or (hasattr(source, "__array__") and hasattr(source, "shape")):
         return _arrays({single_input(specs): array_of(source, "data")}, specs, size, limit, "data")
     return _iterable(source, specs, limit)
@@ -203,7 +206,7 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
         raise InputError(f"there is no file or folder {str(path)!r}")
     if path.is_dir():
         if files := sorted(path.glob("*.npz")):
-            return _iterable(NpzFolder(tuple(files), tuple(specs)), specs, limit, lambda i: str(files[i]))
+            return _iterable(NpzFolder(tuple(files), specs), specs, limit, lambda i: str(files[i]))
         return ImageFolder.open(path, specs, size, limit, images or ImageOptions())
     if path.suffix == ".npy":
         return _arrays({single_input(specs): read_npy(path)}, specs, size, limit, str(path))
@@ -211,7 +214,7 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
         arrays = read_npz(path)
         if len(arrays) == len(specs) == 1:
             arrays = dict(zip(specs, arrays.values(), strict=True))
-        return _arrays(arrays, specs, size, limit, str(path))
+        return _arrays(in_names_of(specs, arrays), specs, size, limit, str(path))
     raise InputError(f"can't read {str(path)!r} as data: give a .npz, a .npy or a folder of images or .npz files")
 
 
@@ -221,22 +224,22 @@ class NpzFolder:
 
     Attributes:
         files: in their order.
-        names: of the model's inputs; any array name will do for a single one.
+        specs: of the model's inputs; any array name will do for a single one.
     """
 
     files: tuple[Path, ...]
-    names: tuple[str, ...]
+    specs: InputSpecs
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
         for file in self.files:
-            arrays = read_npz(file)
-            missing = [n for n in self.names if n not in arrays]
-            if missing and len(arrays) == len(self.names) == 1:
-                arrays = dict(zip(self.names, arrays.values(), strict=True))
+            arrays = in_names_of(self.specs, read_npz(file))
+            missing = [n for n in self.specs if n not in arrays]
+            if missing and len(arrays) == len(self.specs) == 1:
+                arrays = dict(zip(self.specs, arrays.values(), strict=True))
             elif missing:
                 raise InputError(
                     f"{file}: no array for input {missing[0]!r}; it holds {', '.join(arrays) or 'nothing'}, the "
-                    f"model's inputs are {', '.join(map(repr, self.names))}"
+                    f"model's inputs are {', '.join(map(repr, self.specs))}"
                 )
             yield arrays
 

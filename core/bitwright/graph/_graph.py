@@ -376,6 +376,13 @@ class Graph:
         """Convolutions and linear ops with a weight, in topological order."""
         return tuple(op for op in self.ops if op.kind in LINEAR_KINDS and op.weight is not None)
 
+    @cached_property
+    def unknown_ops(self) -> tuple[Op, ...]:
+        """Ops of unknown kinds that compute floats, in topological order: no target quantizes what is inside them."""
+        return tuple(
+            op for op in self.ops if op.kind is OpKind.OPAQUE and any(self.tensors[t].is_float for t in op.outputs)
+        )
+
     def is_depthwise(self, op: Op) -> bool:
         """A grouped convolution with one input channel a group."""
         weight = op.weight

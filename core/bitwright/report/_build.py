@@ -171,6 +171,7 @@ def _model(state: SimState, source: str, table: Mapping[str, Encoding]) -> Model
         backend=state.backend.name,
         ops=len(graph),
         opaque_ops=sum(op.kind is OpKind.OPAQUE for op in graph),
+        unknown=tuple(f"{op.id} ({op.native or op.type})" for op in graph.unknown_ops),
         parameters=sum(counts.values()),
         float_bytes=4 * sum(counts.values()),
         quantized_bytes=quantized,

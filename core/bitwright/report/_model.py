@@ -24,6 +24,7 @@ class ModelInfo(Record):
         path, sha256: where the original lies and what it holds, so that `verify` can compare with it; null for a model
             object.
         ops, opaque_ops: all operations, and those that run in float because their type isn't known.
+        unknown: those of them that compute floats, weights of their own included, each with its type in parentheses.
         parameters: number of parameter values.
         float_bytes, quantized_bytes: size of all parameters before, and with the planned widths (scales included).
         inputs, outputs: name → shape as text.
@@ -35,6 +36,7 @@ class ModelInfo(Record):
     backend: str
     ops: int
     opaque_ops: int
+    unknown: tuple[str, ...] = ()
     parameters: int
     float_bytes: int
     quantized_bytes: int

@@ -51,7 +51,9 @@ def _overview(report: RunReport) -> str:
     ]
     note = ""
     if model.opaque_ops:
-        note = f"<p class=note>{model.opaque_ops} of {model.ops} operations are of unknown types and run in float.</p>"
+        told = f"{model.opaque_ops} of {model.ops} operations are of unknown types and run in float"
+        named = ", ".join(model.unknown)
+        note = f"<p class=note>{escape(told + (f'; those that compute floats: {named}' if named else ''))}.</p>"
     return f'<section><p>{escape(verdict(report))}</p><div class="tiles">{"".join(tiles)}</div>{note}</section>'
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from bitwright.backend import Batch
 from bitwright.bundle import risky
 from bitwright.errors import ModelError
-from bitwright.graph import Graph, OpKind
+from bitwright.graph import Graph
 from bitwright.placement import Float, Plan, build_plan
 from bitwright.report import plan_widths
 from bitwright.targets import Target
@@ -125,8 +125,7 @@ def validate(
     plan = build_plan(graph, chosen, weights=weights, activations=activations)
     unknown = tuple(
         Finding(op.id, f"{op.native or op.type} has no kind that a target could name", op.source)
-        for op in graph
-        if op.kind is OpKind.OPAQUE and any(graph.tensors[t].is_float for t in op.outputs)
+        for op in graph.unknown_ops
     )
     return Validation(
         True,
