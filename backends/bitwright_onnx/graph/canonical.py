@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from bitwright.errors import ModelError
 from bitwright.graph import (
+    KINDS,
     ActivationAttrs,
     Attrs,
     Graph,
@@ -32,7 +33,6 @@ from bitwright_onnx.graph.masking import mask_names
 from bitwright_onnx.graph.operands import describe, dtype_name, is_embedding, parameters
 from bitwright_onnx.graph.optable import (
     FLOAT_TYPES,
-    KINDS,
     QUANTIZED_OPS,
     bias_add,
     constant_shape,

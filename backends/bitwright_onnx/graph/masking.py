@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bitwright.graph import LINEAR_KINDS, OpKind
+from bitwright.graph import KINDS, LINEAR_KINDS, OpKind
 from bitwright.placement import Extent, NodeView, masks
 from bitwright_onnx.graph.attributes import constant
-from bitwright_onnx.graph.optable import FLOAT_TYPES, KINDS, is_default_domain, is_float_constant
+from bitwright_onnx.graph.optable import FLOAT_TYPES, is_default_domain, is_float_constant
 
 _UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
 """Kinds whose constants are weights: large, and no masks."""

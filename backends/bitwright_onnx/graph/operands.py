@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from bitwright.graph import CONSTANT_KINDS, OpKind, Param, ParamRole
+from bitwright.graph import CONSTANT_KINDS, KINDS, OpKind, Param, ParamRole
 from bitwright_onnx.graph.optable import (
-    KINDS,
     OPERANDS,
     bias_add,
     constant_shape,

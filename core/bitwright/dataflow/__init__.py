@@ -7,7 +7,9 @@ Editing, sessions and segments, taps, checks of feeds, simulation and files stan
 from __future__ import annotations
 
 from bitwright.dataflow._backend import FlowBackend
+from bitwright.dataflow._builder import GraphBuilder
 from bitwright.dataflow._editing import FlowEditor
+from bitwright.dataflow._functions import Captured
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import FlowModel, Function, rebuild
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike
@@ -15,6 +17,7 @@ from bitwright.dataflow._session import FlowSession, Program
 from bitwright.dataflow._simulation import FlowSimulation
 
 __all__ = [
+    "Captured",
     "FlowBackend",
     "FlowEditor",
     "FlowModel",
@@ -22,6 +25,7 @@ __all__ = [
     "FlowSession",
     "FlowSimulation",
     "Function",
+    "GraphBuilder",
     "Layout",
     "NumpyLike",
     "Program",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Batch, Bundle, Tap, require_params
 from bitwright.dataflow import _archive
 from bitwright.dataflow._editing import FlowEditor
+from bitwright.dataflow._functions import Captured
 from bitwright.dataflow._model import Function, M
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike, evaluated
 from bitwright.dataflow._rounding import Form, fake_quantized
@@ -62,7 +63,8 @@ class FlowBackend(ABC, Generic[M]):
 
     def adds_bias(self, model: M, op: Op) -> bool:
         """Whether the function of a linear op adds the op's bias. Where it doesn't, the base does."""
-        return True
+        kept = model.native.get(op.id)
+        return ParamRole.BIAS in kept.roles if isinstance(kept, Captured) else True
 
     def compile_program(self, program: Program) -> Program:
         """Make a pure program fast, as `jax.jit` does. Its arguments are dictionaries of arrays by name."""

@@ -41,6 +41,7 @@ from bitwright.graph._linear_form import (
 from bitwright.graph._needs import NEEDS, Needs, lacking, operands
 from bitwright.graph._op_types import (
     INTEGER_TYPES,
+    KINDS,
     ONNX_TYPES,
     OTHER_NAMES,
     VENDOR_TYPES,
@@ -70,6 +71,7 @@ __all__ = [
     "CONSTANT_KINDS",
     "FLOAT_DTYPES",
     "INTEGER_TYPES",
+    "KINDS",
     "LEAK",
     "LINEAR_KINDS",
     "NEEDS",

@@ -87,6 +87,52 @@ _NAMES = {
 OTHER_NAMES: Mapping[str, str] = {name: type for type, names in _NAMES.items() for name in names.split()}
 """ONNX type by the names that configuration files of PyTorch's and Keras's tools give it."""
 
+K = OpKind
+KINDS: Mapping[str, OpKind] = {
+    **dict.fromkeys(("Conv",), K.CONV),
+    **dict.fromkeys(("ConvTranspose",), K.CONV_TRANSPOSE),
+    **dict.fromkeys(("Gemm",), K.LINEAR),
+    **dict.fromkeys(("MatMul", "Einsum"), K.MATMUL),
+    **dict.fromkeys(("BatchNormalization",), K.BATCH_NORM),
+    **dict.fromkeys(("LayerNormalization",), K.LAYER_NORM),
+    **dict.fromkeys(
+        ("InstanceNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "LRN",
+         "MeanVarianceNormalization"),
+        K.NORM,
+    ),
+    **dict.fromkeys(("Relu",), K.RELU),
+    **dict.fromkeys(("LeakyRelu", "PRelu"), K.PRELU),
+    **dict.fromkeys(
+        ("Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Gelu",
+         "Erf", "Mish", "Swish", "ThresholdedRelu", "Shrink", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal",
+         "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh",
+         "Acosh", "Atanh"),
+        K.ACTIVATION,
+    ),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), K.SOFTMAX),
+    **dict.fromkeys(("Add", "Sum"), K.ADD),
+    **dict.fromkeys(("Mul",), K.MUL),
+    **dict.fromkeys(
+        ("Sub", "Div", "Max", "Min", "Pow", "Mean", "Mod", "Where", "ReduceSum", "ReduceL1", "ReduceL2",
+         "ReduceProd", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp", "CumSum"),
+        K.ELEMENTWISE,
+    ),
+    **dict.fromkeys(("Concat",), K.CONCAT),
+    **dict.fromkeys(("Split",), K.SPLIT),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), K.AVERAGE_POOL),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "MaxRoiPool"), K.MAX_POOL),
+    **dict.fromkeys(("Resize", "Upsample"), K.RESIZE),
+    **dict.fromkeys(
+        ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"), K.RESHAPE
+    ),
+    **dict.fromkeys(("Transpose",), K.TRANSPOSE),
+    **dict.fromkeys(("Slice", "Gather", "GatherElements", "GatherND", "Compress"), K.SLICE),
+    **dict.fromkeys(("Pad",), K.PAD),
+    **dict.fromkeys(("Identity", "Dropout"), K.IDENTITY),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), K.RECURRENT),
+}  # fmt: skip
+"""Kind by operator of the default domain, before operands and attributes are looked at; all else is OPAQUE."""
+
 GRID_PRESERVING_KINDS = frozenset(
     {OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.MAX_POOL, OpKind.IDENTITY}
 )
