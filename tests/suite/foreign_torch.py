@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from foreign import Foreign, NotRun
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST = 20_000
 """Values of a sample's tensors; some operators come with samples that take minutes."""
@@ -100,6 +101,15 @@ def _map(tree: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> 
     return tree
 
 
+class _WithoutDraws(TorchDispatchMode):
+    """Refuses random numbers: the list's own functions seed each call, so that two runs wouldn't tell."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotRun("the operator draws random numbers")
+        return func(*args, **(kwargs or {}))
+
+
 def _samples(op: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     for sample in islice(op.sample_inputs("cpu", torch.float32, requires_grad=False), 40):
         arguments = [sample.input, *sample.args]
@@ -147,8 +157,10 @@ def _rank(arguments: list[Any]) -> int:
 def _outputs(module: _Call, x: torch.Tensor) -> list[torch.Tensor]:
     given, held = x.clone(), {n: t.clone() for n, t in module.state_dict().items()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _WithoutDraws():
             result = module(given)
+    except NotRun:
+        raise
     except Exception as error:
         raise NotRun(f"PyTorch: {error}".splitlines()[0][:200]) from None
     tensors = [result] if isinstance(result, torch.Tensor) else list(result) if isinstance(result, list | tuple) else []

@@ -188,7 +188,8 @@ class Reach:
         """Why an output can't be compared at 16 bits; empty if it can.
 
         The float model must itself move as far, within 6 dB, when its inputs, or one of the tensors inside, move by
-        half a step: nothing that rounds them to 16 bits could do better.
+        half a step: nothing that rounds them to 16 bits could do better. Below 0 dB, where nothing is left of the
+        signal, it is chance how much larger the error is.
         """
         if measured.why:
             return ""
@@ -208,6 +209,7 @@ def _as_far(moved: Distance, measured: Distance, wanted: float) -> str:
         return f"gives {moved.why}"
     if measured.differs and moved.differs >= measured.differs / 2:
         return f"changes {100 * moved.differs:.3g} % of the elements"
-    if not measured.differs and moved.decibels <= min(wanted, measured.decibels + 6):
+    lost = measured.decibels < 0 and moved.decibels < 0
+    if not measured.differs and (lost or moved.decibels <= min(wanted, measured.decibels + 6)):
         return f"leaves {moved.decibels:.0f} dB of the float model itself"
     return ""

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import onnx
 from foreign import Foreign, NotRun, examine
-from measures import distance, equal
+from measures import Distance, _as_far, distance, equal
 from onnx import TensorProto, helper
 from pool import run
 
@@ -96,3 +96,9 @@ def test_measures():
     assert distance(np.array([1, np.inf]), np.array([1, np.inf])).close(199)
     assert equal(a, a * np.float32(1 + 1e-6), 1e-4) == "" and "differ" in equal(a, a * np.float32(1.01), 1e-4)
     assert "in place of" in equal(a, a.astype(np.float16), 1e-4)
+
+
+def test_below_nothing_of_the_signal_it_is_chance_how_far():
+    lost, worse, well = Distance(-10.0), Distance(-30.0), Distance(20.0)
+    assert "-10 dB" in _as_far(lost, worse, 60.0)
+    assert _as_far(well, worse, 60.0) == "" and _as_far(well, Distance(10.0), 60.0) == ""

@@ -23,7 +23,7 @@ import keras
 from bitwright.errors import CapabilityError, MissingExtraError, ModelError
 from bitwright.graph import ParamId, TensorId
 from bitwright_keras.graph.canonical import canonical
-from bitwright_keras.graph.constants import constant_of
+from bitwright_keras.graph.constants import constant_of, with_operand
 from bitwright_keras.graph.model import KerasModel, Node, execute, variables_of
 from bitwright_keras.graph.native import first_line
 from bitwright_keras.graph.optable import AUGMENTATION
@@ -173,16 +173,11 @@ def _with_operands(model: KerasModel, node: Node, found: dict[ParamId, Any]) -> 
 
     if node.layer is not None or not node.params:
         return node
-    args, kwargs = list(node.args), dict(node.kwargs)
     dtype = model.specs[node.outputs[0]].dtype  # what Keras computes in: a uint8 image by 255.0 is float32
     for key, param in node.params.items():
-        where, _, name = key.partition("/")
-        constant = found[param] = tf.constant(constant_of(node, key), dtype)
-        if where == "args":
-            args[int(name)] = constant
-        else:
-            kwargs[name] = constant
-    return replace(node, args=tuple(args), kwargs=kwargs)
+        found[param] = tf.constant(constant_of(node, key), dtype)
+        node = with_operand(node, key, found[param])
+    return node
 
 
 def _constant_names(model: KerasModel, concrete: Any) -> dict[ParamId, str]:

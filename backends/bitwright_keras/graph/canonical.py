@@ -226,7 +226,7 @@ class _Builder:
                 if node.type == "Clip":
                     low, high = (attributes.setting(node, n, i) for i, n in enumerate(("x_min", "x_max"), 1))
                 return *attributes.bounds(low, high), {}
-            case OpKind.CONCAT if node.type == "Concatenate" and len(node.inputs) == 1:
+            case OpKind.CONCAT if node.type == "Concatenate" and len(node.args[0]) == 1:
                 return OpKind.IDENTITY, "Identity", None, {}  # TensorFlow leaves it out
             case OpKind.SOFTMAX | OpKind.CONCAT | OpKind.SPLIT:
                 return kind, type, attributes.axis(node, kind, source, result), self._constant(node, kind)

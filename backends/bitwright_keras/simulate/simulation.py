@@ -24,7 +24,7 @@ from bitwright.graph import Graph, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Derived, Plan, SiteId
 from bitwright_keras.graph.canonical import ParamPlace, canonical
-from bitwright_keras.graph.constants import with_constant
+from bitwright_keras.graph.constants import with_constant, with_operand
 from bitwright_keras.graph.engine import value_of
 from bitwright_keras.graph.model import KerasModel, Node, Ref, substitute, variables_of
 from bitwright_keras.graph.native import copy_layer, copy_of, keras_model
@@ -178,13 +178,8 @@ class KerasSimulation:
         layer = constant(value, self._file_name(f"{site}_value"), self._float.specs[node.outputs[0]].dtype)
         self._owned.add(id(layer))
         self._parameters[site] = _Parameter(place, layer.value)
-        where, _, name = key.partition("/")
-        if where == "args":
-            args = tuple(Ref(site) if i == int(name) else x for i, x in enumerate(node.args))
-            changed = replace(node, args=args)
-        else:
-            changed = replace(node, kwargs={**node.kwargs, name: Ref(site)})
-        return [Node(f"{site}/value", layer, (Ref(node.inputs[0]),), {}, (site,)), changed]
+        read = Node(f"{site}/value", layer, (Ref(node.inputs[0]),), {}, (site,))
+        return [read, with_operand(node, key, Ref(site))]
 
     def _quantizer(self, site: SiteId) -> FakeQuantize:
         root = self._plan.root(site)
