@@ -92,6 +92,10 @@ def _channels(entry: Entry) -> int:
     return int(entry.scale.shape[0])
 
 
+_RANK = 64
+"""Axes that a tensor may have (numpy's limit)."""
+
+
 def with_own(file: EncodingsFile, source: str) -> EncodingsFile:
     """Fill in what bitwright stored under `producer` when it wrote the file; other files are returned as they are.
 
@@ -140,7 +144,9 @@ def _filled(entry: Entry, note: object, where: Where, tensor: str) -> Entry:
             changes[name] = fields.flag(name)
     for name in ("axis", "block_axis", "block_size", "rank"):
         if name in fields and getattr(entry, name) is None:
-            changes[name] = fields.integer(name, 0 if name != "axis" else -64, 2**31)
+            changes[name] = fields.integer(
+                name, 0 if name != "axis" else -_RANK, 2**31 if name == "block_size" else _RANK
+            )
     if "layout" in fields and entry.layout is None:
         changes["layout"] = ScaleLayout(fields.text("layout", tuple(ScaleLayout)))
     filled = entry.with_(**changes)
@@ -150,7 +156,10 @@ def _filled(entry: Entry, note: object, where: Where, tensor: str) -> Entry:
     channels = fields.integer("channels", 1, 2**31)
     if entry.count % channels:
         raise at.error(f"{entry.count} scales can't belong to {channels} channels", "channels")
-    return laid_out(filled, channels, filled.axis or 0, filled.block_axis or 0, filled.rank or 0)
+    axis, block_axis, rank = filled.axis or 0, filled.block_axis or 0, filled.rank or 0
+    if not (-rank <= axis < rank and block_axis < rank and axis % rank != block_axis):
+        raise at.error(f"channels along axis {axis} and blocks along {block_axis} of {rank} axes", "block_axis")
+    return laid_out(filled, channels, axis, block_axis, rank)
 
 
 def laid_out(entry: Entry, channels: int, axis: int, block_axis: int, rank: int) -> Entry:

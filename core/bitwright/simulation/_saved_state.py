@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from bitwright.backend import check_encodings
 from bitwright.data import Samples, first_samples, samples_in
 from bitwright.errors import InputError, ModelError
 from bitwright.files import DAMAGED, atomic_write, make_directory, write_text
+from bitwright.graph import OpId
 from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.plugins import registry
 from bitwright.runs import fingerprint
@@ -58,9 +62,25 @@ def save(state: SimState, directory: Path) -> Path:
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in state.encodings.provenance
         ],
+        "contents": {p.name: fingerprint.of_file(p) for p in (model, directory / ENCODINGS) if p.is_file()},
     }
-    write_text(directory / STATE, json.dumps(content, indent=1))
+    content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are text
+    write_text(directory / STATE, json.dumps({**content, "seal": _seal(content)}, indent=1))
     return directory
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the two files hold, taken apart before anything is opened."""
+
+    backend: str
+    model: str
+    graph: str
+    options: Mapping[str, Any]
+    encodings: EncodingTable
+    folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]]
+    reference: Samples | None
+    contents: Mapping[str, str]
 
 
 def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState:
@@ -69,33 +89,61 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
     if not path.exists():
         raise InputError(f"{directory} holds no saved simulation ({STATE} is missing)")
     try:
-        content = json.loads(path.read_text())
-        chosen = {**content["options"], "backend": content["backend"], **options}
-        source = directory / content["model"] if model is None else model
-        with np.load(directory / ENCODINGS, allow_pickle=False) as archive:
-            arrays = dict(archive)
-    except DAMAGED as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    state = open_state(source, **chosen)
-    if fingerprint.of_graph(state.graph) != content["graph"]:
+        saved = _read(directory)
+        known = set(inspect.signature(open_state).parameters)
+        if left := set(saved.options) - known:
+            raise ValueError(f"its options know no {min(map(repr, left))}")
+    except (*DAMAGED, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{path} is damaged ({reason[:200]}); save the simulation again, or open the model and calibrate it"
+        ) from None
+    if model is None:
+        source: object = directory / saved.model
+        if (stored := saved.contents.get(saved.model)) and stored != fingerprint.of_file(directory / saved.model):
+            raise InputError(f"{directory / saved.model} was changed after the simulation was saved")
+    else:
+        source = model
+    state = open_state(source, **{**saved.options, "backend": saved.backend, **options})
+    if fingerprint.of_graph(state.graph) != saved.graph:
         raise ModelError("the model given has another graph than the one that was saved")
-    reference = None
-    if (kept := content.get("reference")) is not None:
-        inputs = {name: arrays[f"reference/{i}"] for i, name in enumerate(kept["inputs"])}
+    check_encodings(state.graph, state.plan, {s: e for s, e in saved.encodings.items() if s in state.plan})
+    return replace(state, encodings=saved.encodings, folded=saved.folded, reference=saved.reference)
+
+
+def _read(directory: Path) -> _Saved:
+    content = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    if "seal" in content and content["seal"] != _seal(content):
+        raise ValueError("its text was changed after it was written")
+    # States saved before there were seals have neither them nor hashes.
+    contents = {str(k): str(v) for k, v in content.get("contents", {}).items()}
+    if ENCODINGS in contents and contents[ENCODINGS] != fingerprint.of_file(directory / ENCODINGS):
+        raise ValueError(f"{ENCODINGS} isn't the file that was saved with it")
+    if Path(content["model"]).name != content["model"]:
+        raise ValueError("its model is none of the folder's own files")
+    with np.load(directory / ENCODINGS, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    kept, reference = content.get("reference"), None
+    if kept is not None:
+        inputs = {str(name): np.asarray(arrays[f"reference/{i}"]) for i, name in enumerate(kept["inputs"])}
         reference = Samples(inputs, whole=bool(kept["whole"]))
         if "samples" in kept:
             reference = Samples(first_samples(inputs, int(kept["samples"])), entire=inputs)
-    return replace(
-        state,
-        encodings=EncodingTable(
-            {site: encoding_of_arrays(_under(arrays, f"{i}/")) for i, site in enumerate(content["sites"])},
-            tuple(Provenance(**p) for p in content["provenance"]),
-        ),
-        folded={
-            op: (arrays[f"folded/{i}/gamma"], arrays[f"folded/{i}/beta"]) for i, op in enumerate(content["folded"])
-        },
-        reference=reference,
-    )
+    table = {str(site): encoding_of_arrays(_under(arrays, f"{i}/")) for i, site in enumerate(content["sites"])}
+    folded = {
+        str(op): (np.asarray(arrays[f"folded/{i}/gamma"]), np.asarray(arrays[f"folded/{i}/beta"]))
+        for i, op in enumerate(content["folded"])
+    }
+    provenance = tuple(Provenance(**p) for p in content["provenance"])
+    return _Saved(
+        str(content["backend"]), str(content["model"]), str(content["graph"]), dict(content["options"]),
+        EncodingTable(table, provenance), folded, reference, contents,
+    )  # fmt: skip
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """A digest of all that the text says but itself."""
+    return fingerprint.of_json({k: v for k, v in content.items() if k != "seal"})
 
 
 def _about(kept: Samples) -> dict[str, Any]:
