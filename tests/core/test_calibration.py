@@ -482,3 +482,38 @@ def test_float_formats_need_no_search():
     half = calibrate_array(x, QuantSpec(16, float_format="float16"), "mse")
     assert half.scale == 1
     assert half.fake_quantize(x) == pytest.approx(x, rel=1e-3)
+
+
+def test_an_interval_counts_by_its_midpoint():
+    """Its near end would make a value of the bin [1, 2] weigh as 1, its far end as 2."""
+    one = Density(*(np.array(v, float) for v in ([-2.0], [4.0], [[-2, 0, 1]], [[-1, 1, 4]], [[1, 1, 1]])))
+    assert one.magnitude.tolist() == [[1.5, 0.5, 2.5]]
+
+
+def test_joined_intervals_reach_from_the_first_to_the_last():
+    ends = np.array([0.0, 0.25, 0.5, 1, 2])
+    density = Density(np.array([0.0]), np.array([2.0]), ends[None, :-1], ends[None, 1:], np.array([[1.0, 2, 3, 4]]))
+    joined = density.condensed(1.0)
+    assert joined.low.tolist() == [[0, 1]]
+    assert joined.high.tolist() == [[1, 2]]
+    assert joined.mass.tolist() == [[6, 4]]
+
+
+@pytest.mark.parametrize(("precision", "bits"), [(3, 3), (None, 6)])
+def test_arrays_are_searched_in_bins_of_the_schemes_precision(monkeypatch, precision, bits):
+    """Mantissa bits of the bins: the scheme's own, or those that its search sees."""
+    seen = {}
+
+    class Watching(Scheme):
+        name = "watching"
+        view = 6
+
+        def range(self, data, spec):
+            seen["width"] = float((data.high - data.low).max() / data.high[0, -1])
+            return data.minimum, data.maximum
+
+    Watching.precision = precision
+    monkeypatch.setattr("bitwright.calibration._density.EXACT_LIMIT", 10)
+    values = np.linspace(1, 1.999, 4096, dtype=np.float32)
+    Watching().of_array(values, QuantSpec(8, signed=False, symmetric=False, granularity=PerTensor()))
+    assert seen["width"] == pytest.approx(2.0**-bits / 1.999, rel=0.01)

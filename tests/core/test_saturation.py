@@ -162,3 +162,9 @@ def test_accumulators_are_exact_beyond_what_float32_counts(zero):
     right = np.abs(weight.astype(np.int32)).T
     assert matmul(codes.astype(np.int32), inputs, right, other).tolist() == [[exact]]
     assert matmul(right.T, other, codes.astype(np.int32).T, inputs).tolist() == [[exact]]
+
+
+def test_a_pair_sum_at_the_edge_of_int16_holds():
+    """32,767 and −32,768 are int16 numbers; one more or one less isn't, and two codes of −128 wrap around on ARM."""
+    edge = saturation.Bound(np.array([32767, 32768, 0, 0]), np.array([-32768, 0, -32769, 0]), np.array([1, 1, 1, 2]))
+    assert edge.channels.tolist() == [False, True, True, True]
