@@ -11,6 +11,8 @@ from bitwright.errors import ModelError
 from bitwright.graph import (
     AxisAttrs,
     BatchNormAttrs,
+    Call,
+    Constant,
     ConvAttrs,
     OpKind,
     ParamRole,
@@ -18,6 +20,7 @@ from bitwright.graph import (
     SetBias,
     SetParams,
     erf,
+    lacking,
 )
 from bitwright.testing.kernels import ACTIVATIONS
 
@@ -366,6 +369,58 @@ def test_convolutions_say_where_channels_lie():
     assert model.graph.outputs == ("scores",)
     assert [model.graph.tensors[t].channel_axis for t in ("x", "scores")] == [3, 3]
     assert model.graph.params["conv.w"].shape == (6, 3, 1, 1)
+
+
+def contraction(net, other, contract, batch=((), ()), equation=""):
+    y = net.b.contraction(net.x.id, other.id, lambda a, b: [np.einsum(equation, a, b)], contract=contract, batch=batch)
+    model, x, found = net.build(T(net.b, y))
+    held = {p: BACKEND.read(model, [p])[p] for p in model.graph.params}
+    return model, x, found, held
+
+
+def test_contractions_are_matrix_products():
+    net = Net(5, 6)
+    w = net.param("heads.w", 6, 2, 4)
+    model, x, y, held = contraction(net, w, ((2,), (0,)), equation="bsi,ihd->bshd")
+    linear, split = model.graph
+    assert (linear.kind, linear.id, split.kind) == (K.LINEAR, "heads", K.RESHAPE)
+    assert held["heads.w"].shape == (8, 6)
+    assert np.allclose(y.reshape(7, 5, 8), x @ held["heads.w"].T, atol=1e-5)
+    net = Net(5, 2, 4)
+    model, x, y, held = contraction(net, net.param("w", 2, 4, 3), ((2, 3), (0, 1)), equation="bshd,hdo->bso")
+    assert [op.kind for op in model.graph] == [K.RESHAPE, K.LINEAR]
+    assert np.allclose(y, x.reshape(7, 5, 8) @ held["w"].T, atol=1e-5)
+    net = Net(5, 2, 4)
+    twice = T(net.b, net.b.op("Exp", [net.x.id], [net.x.shape], lambda x: [np.exp(x)])[0])
+    model, x, y, _ = contraction(net, twice, ((3,), (3,)), ((0, 2), (0, 2)), "bqhd,bkhd->bhqk")
+    assert [op.type for op in model.graph if op.kind is not K.ACTIVATION] == ["Transpose", "Transpose", "MatMul"]
+    assert np.allclose(y, np.einsum("bqhd,bkhd->bhqk", x, np.exp(x)), atol=1e-4)
+    net = Net(5, 6)
+    model, x, y, held = contraction(net, net.param("w", 5, 3), ((1,), (0,)), equation="bsi,so->bio")
+    (op,) = model.graph
+    assert (op.kind, op.type) == (K.MATMUL, "Einsum")
+    assert np.allclose(y, np.einsum(op.call.attributes["equation"], x, held["w"]), atol=1e-5)
+
+
+def test_calls_say_what_onnx_needs():
+    net = Net(6)
+    y = (1.0 - net.x).call(
+        "Slice",
+        lambda x: x[:, 1:3],
+        shape=(7, 2),
+        attributes={"starts": (np.int64(1),), "ends": (3,), "axes": (1,), "steps": (1,)},
+    )
+    model, _, _ = net.build(y)
+    difference, cut = model.graph
+    assert difference.call == Call({}, {0: R.CONSTANT})
+    assert cut.call.operands == {1: Constant([1]), 2: Constant([3]), 3: Constant([1]), 4: Constant([1])}
+    assert lacking(cut, model.graph) is None
+    net = Net(5, 8)
+    model, _, _ = net.build(layer_norm(net.x, net.param("g", 8), net.param("b", 8)))
+    assert model.graph.ops[0].call.attributes == {"axis": -1, "epsilon": pytest.approx(1e-5)}
+    net = Net(6)
+    model, _, _ = net.build(net.x.call("fancy", np.cbrt))
+    assert model.graph.ops[0].call is None
 
 
 def test_unknown_calls_end_every_pattern():

@@ -121,7 +121,7 @@ class FlowBackend(ABC, Generic[M]):
     def read(self, model: M, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """Copies of parameter values."""
         require_params(model.params, ids)
-        return {i: np.array(model.params[i], np.float32) for i in ids}
+        return {i: np.array(model.params[i], np.float32, order="C") for i in ids}
 
     def edit(self, model: M, edits: Sequence[Edit]) -> M:
         """Apply edits, in order, to a copy."""

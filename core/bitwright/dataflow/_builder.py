@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.dataflow._contraction import contracted
 from bitwright.dataflow._emission import Emission
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
@@ -140,6 +141,31 @@ class GraphBuilder:
             self._values[value] = Value(value, "result", tuple(shape), dtype)
         self._nodes.append(node)
         return outputs
+
+    def contraction(
+        self,
+        left: ValueId,
+        right: ValueId,
+        function: Callable[..., Sequence[Any]],
+        *,
+        contract: tuple[Sequence[int], Sequence[int]],
+        batch: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        **told: Any,
+    ) -> ValueId:
+        """A sum of products over axes of two tensors, with what makes it a matrix product: transpositions, reshapes.
+
+        Arrays of the framework need numpy's `reshape`, `transpose` and `@` for that.
+
+        Args:
+            left, right: operands.
+            function: computes it.
+            contract: axes of both that are summed over.
+            batch: axes of both that run along together; they come first in the output, then the others of the left
+                operand, then those of the right one.
+            told: as `op` takes it.
+        """
+        axes = [(tuple(a), tuple(b)) for a, b in (contract, batch)]
+        return contracted(self, left, right, axes[0], axes[1], function, told)
 
     def build(self, made: type[M], outputs: Sequence[ValueId], *, names: Sequence[str] = ()) -> M:
         """The model.

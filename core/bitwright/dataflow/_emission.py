@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,22 @@ from numpy.typing import NDArray
 from bitwright.dataflow._functions import Captured
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
-from bitwright.dataflow._nodes import Node, Nodes, Step, ValueId, is_float, numeric
+from bitwright.dataflow._nodes import Node, Nodes, Step, ValueId, is_float
 from bitwright.graph import (
     KINDS,
     LINEAR_KINDS,
+    ONNX_TYPES,
     ActivationAttrs,
+    AxisAttrs,
+    Call,
+    Constant,
     Graph,
     Op,
     OpKind,
     Param,
     ParamId,
     ParamRole,
+    PoolAttrs,
     Tensor,
     TensorId,
     channel_axes,
@@ -48,6 +53,15 @@ _ROLES: Mapping[str, Mapping[int, ParamRole]] = {
     "GRU": {1: R.WEIGHT, 2: R.RECURRENT, 3: R.BIAS},
     "RNN": {1: R.WEIGHT, 2: R.RECURRENT, 3: R.BIAS},
 }
+_GIVEN: Mapping[str, Sequence[str]] = {
+    "Slice": ("starts", "ends", "axes", "steps"),
+    "Pad": ("pads",),
+    "Split": ("split",),
+    "Expand": ("shape",),
+    "Tile": ("repeats",),
+    "CumSum": ("axis",),
+}
+"""What ONNX takes as operands, though it is known when a model is captured."""
 
 
 @dataclass
@@ -185,7 +199,7 @@ class Emission:
         array = self.nodes.values[native].array
         assert array is not None
         self._natives[name] = (native, given)
-        self._values[name] = numeric(given.canonical(array))
+        self._values[name] = np.array(given.canonical(array), np.float32, order="C")
         made.params[role] = name
 
     def _base(self, made: _Made) -> str:
@@ -217,8 +231,8 @@ class Emission:
                 data.pop()
             inputs = tuple(None if o is None else names[o] for o in data)
             outputs = tuple(names[o] for o in last.outputs)
-            op = Op(one.name, one.kind, one.type, inputs, outputs, one.params, one.node.attrs, one.node.native,
-                    one.node.source)  # fmt: skip
+            op = Op(one.name, one.kind, one.type, inputs, outputs, one.params, _plain(one.node.attrs), one.node.native,
+                    one.node.source, self._call(one))  # fmt: skip
             ops.append(op)
             native[op.id] = self._function(one, last)
             if one.node.channels is not None:
@@ -234,6 +248,31 @@ class Emission:
                   for p, v in self._values.items()}  # fmt: skip
         graph = Graph(ops, tensors, params, [names[i] for i in self._inputs], [names[o] for o in self.nodes.outputs])
         return made(graph, dict(self._values), native, layouts)
+
+    def _call(self, made: _Made) -> Call | None:
+        """What else the op computes with, in ONNX's words; None for what ONNX hasn't got."""
+        node, type = made.node, made.type
+        if type not in ONNX_TYPES or (made.kind is K.OPAQUE and type in _WEIGHTS):
+            return None
+        attributes = dict(node.attributes)
+        operands: dict[int, Constant | ParamRole] = {}
+        for place, name in enumerate(_GIVEN.get(type, ()), 1):
+            if name in attributes:
+                operands[place] = Constant(np.asarray(attributes.pop(name), np.int64))
+        if type.startswith("Reduce") or (isinstance(node.attrs, AxisAttrs | PoolAttrs) and type in KINDS):
+            attributes = {k: v for k, v in attributes.items() if type.endswith("Normalization")}
+        roles = {value: role for role, value in made.held.items()}
+        for place, operand in enumerate(node.operands):
+            if operand is None or not self.nodes.values[operand].known:
+                continue
+            role = roles.get(operand)
+            array = self.nodes.values[operand].array
+            if role is R.CONSTANT:
+                operands[place] = role
+            elif role is None and array is not None:
+                operands[place] = Constant(array)
+        attributes = {k: _plain(v) for k, v in attributes.items()}
+        return Call(attributes, operands) if attributes or operands or made.kind is K.OPAQUE else None
 
     def _known(self, value: ValueId) -> tuple[int | None, ...]:
         return self.nodes.values[value].shape
@@ -290,6 +329,15 @@ class Emission:
         if held.kind == "constant":
             return set()
         return {p for o in self.nodes.derived[value].present for p in self._leaves(o)}
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python's own, a tuple of such, or a record of both."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _unique(name: str, taken: Collection[str]) -> str:

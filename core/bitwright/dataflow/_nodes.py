@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.dataflow._layouts import Layout
@@ -216,8 +215,3 @@ def _moved(nodes: Nodes, node: Node) -> Layout | None:
 def is_float(value: Value) -> bool:
     """Whether it can be a parameter."""
     return value.dtype.startswith(("float", "bfloat"))
-
-
-def numeric(array: NDArray[Any]) -> NDArray[Any]:
-    """float32 of floats, as canonical parameters are."""
-    return np.asarray(array, np.float32)
