@@ -18,6 +18,7 @@ from bitwright.graph import OpKind  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
+from bitwright_tensorflow.capture import sources  # noqa: E402
 from bitwright_tensorflow.graph.model import Kind  # noqa: E402
 
 v1 = tf.compat.v1
@@ -326,3 +327,53 @@ def test_a_streaming_function_is_calibrated_on_whole_feeds():
     assert found.shape == (5, 1, 4)
     assert np.square(expected - found).sum() < 1e-3 * np.square(expected).sum()
     sim.apply("adaround", feeds).calibrate(feeds)
+
+
+def _held():
+    """Each form that the user holds: a function with a sample, a concrete one, a loaded SavedModel, a session."""
+    module = tf.Module()
+    module.weight = tf.Variable(tf.reshape(tf.range(24.0), (6, 4)) / 10 - 1)
+    function = tf.function(lambda x: {"b": tf.nn.relu(x @ module.weight), "a": tf.reduce_sum(x @ module.weight, -1)})
+    with tf.Graph().as_default():
+        x = v1.placeholder(tf.float32, (None, 6), "x")
+        kept = v1.placeholder(tf.float32, (), "keep")
+        y = tf.identity(x @ v1.get_variable("v", (6, 4)) * kept, "y")
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+    concrete = function.get_concrete_function(tf.TensorSpec((None, 6), name="x"))
+    return {
+        "function": (function, np.ones((9, 6), np.float32)),
+        "concrete": (concrete, None),
+        "session": (SessionModel(session, [y.name], constants={"keep": 0.5}), None),
+    }, module
+
+
+def _with_other_weights(capture):
+    def made(*arguments):
+        model = capture(*arguments)
+        return model.with_values({name: value * 1.01 for name, value in model.values.items()})
+
+    return made
+
+
+@pytest.mark.parametrize("form", ["function", "concrete", "session"])
+def test_a_capture_that_computes_something_else_is_refused(form, monkeypatch) -> None:
+    forms, _module = _held()
+    held, sample = forms[form]
+    assert BACKEND.adopt(held, sample).values
+    for name in ("open_graph", "from_concrete"):
+        monkeypatch.setattr(sources, name, _with_other_weights(getattr(sources, name)))
+    with pytest.raises(ModelError, match=r"other results at output '(a|b|y)' \(.*:0\) than the model itself"):
+        BACKEND.adopt(held, sample)
+
+
+def test_what_changes_something_is_not_run_to_compare_it() -> None:
+    count = tf.Variable(0, trainable=False)
+
+    @tf.function
+    def counting(x):
+        count.assign_add(1)
+        return 2 * x + tf.random.uniform(())
+
+    assert BACKEND.adopt(counting, np.ones((3, 2), np.float32)).outputs
+    assert count.numpy() == 0

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import alike, precision_of
 from bitwright.errors import InputError, ModelError
 from bitwright_keras.capture.tracing import Recording
 from bitwright_keras.capture.training_mode import takes_training
@@ -24,8 +25,6 @@ from bitwright_keras.graph.native import first_line
 
 SAMPLES = 4
 """How many of a sample's rows are compared."""
-_PRECISION = {"float16": 1e-2, "bfloat16": 6e-2}
-"""How far outputs may differ, in parts of the largest one, where some op computes in that type; 1e-4 otherwise."""
 
 
 class CaptureNotice(UserWarning):
@@ -69,7 +68,7 @@ def compare(
             notice = f"{normal.name!r} runs on no made-up numbers ({said}): give a sample, to have its capture checked"
             warnings.warn(CaptureNotice(notice), stacklevel=3)
             return
-        precision = max((_PRECISION.get(spec.dtype, 1e-4) for spec in normal.specs.values()), default=1e-4)
+        precision = precision_of(spec.dtype for spec in normal.specs.values())
         values: dict[str, Any] = dict(batch)
         execute(normal.nodes, values)
         found = [values[t] for t in refs(normal.outputs)]
@@ -122,19 +121,7 @@ def _draws(first: Sequence[Any], run: Callable[[], Any], restore: Callable[[], N
 
 
 def _alike(expected: Sequence[Any], found: Sequence[Any], precision: float) -> bool:
-    return len(expected) == len(found) and all(
-        _near(as_numpy(a), as_numpy(b), precision) for a, b in zip(expected, found, strict=True)
-    )
-
-
-def _near(a: NDArray[Any], b: NDArray[Any], precision: float) -> bool:
-    if a.shape != b.shape:
-        return False
-    if a.dtype.kind != "f" or b.dtype.kind != "f":  # a rounding may turn one decision of many over
-        return bool(np.count_nonzero(a != b) <= 0.05 * a.size)
-    finite = np.abs(a[np.isfinite(a)]).astype(np.float64)
-    near = max(precision * float(finite.max(initial=0)), 1e-7)
-    return bool(np.allclose(a, b, rtol=10 * precision, atol=near, equal_nan=True))
+    return alike([as_numpy(x) for x in expected], [as_numpy(x) for x in found], precision)
 
 
 def _batches(normal: KerasModel, sample: Any) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
+from bitwright_tensorflow.capture.comparing import of_function, of_session
 from bitwright_tensorflow.capture.inline import CALLS, flatten, inline_calls
 from bitwright_tensorflow.capture.normalize import normalize
 from bitwright_tensorflow.capture.restoring import restored, session_values
@@ -80,15 +81,22 @@ def adopt(model: object, sample: Any = None) -> TfModel:
     if isinstance(model, GraphDef):
         return from_frozen(model)
     if _is_concrete(model):
-        return from_concrete(model, Kind.FUNCTION)
+        return _compared(model, Kind.FUNCTION)
     signatures = getattr(model, "signatures", None)
     if signatures and not _is_function(model):
-        return from_concrete(signature_of(signatures, None), Kind.SAVED_MODEL)
+        return _compared(signature_of(signatures, None), Kind.SAVED_MODEL)
     if _is_function(model):
-        return from_concrete(_traced(model, sample), Kind.FUNCTION)
+        return _compared(_traced(model, sample), Kind.FUNCTION, sample)
     if isinstance(model, tf.Module) and callable(model):
-        return from_concrete(_traced(tf.function(model), sample), Kind.FUNCTION)
+        return _compared(_traced(tf.function(model), sample), Kind.FUNCTION, sample)
     raise InputError(f"a {type(model).__name__} is not a TensorFlow model; give a function, a session or a SavedModel")
+
+
+def _compared(function: Any, kind: Kind, sample: Any = None) -> TfModel:
+    """The capture of a function that the user holds, compared with it."""
+    model = from_concrete(function, kind)
+    of_function(function, model, sample)
+    return model
 
 
 # -- sessions
@@ -104,7 +112,9 @@ def from_session(given: SessionModel) -> TfModel:
     graph = given.session.graph
     with graph.as_default():
         meta = tf.compat.v1.train.export_meta_graph(graph=graph, clear_devices=True)
-    return open_graph(meta, lambda: session_values(given.session), given, Kind.SESSION)
+    model = open_graph(meta, lambda: session_values(given.session), given, Kind.SESSION)
+    of_session(given.session, model, given.constants)
+    return model
 
 
 def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names, constants: Any = None) -> TfModel:

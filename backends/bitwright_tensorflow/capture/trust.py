@@ -52,7 +52,7 @@ def refuse_outside(graph_def: GraphDef, ends: Sequence[str], where: str) -> None
     Raises:
         ModelError: an op reads or writes files, runs Python functions, or talks to other processes.
     """
-    for node in _closure(graph_def, ends):
+    for node in closure(graph_def, ends):
         writes = node.op == "PrintV2" and node.attr["output_stream"].s.startswith(b"file:")
         if node.op.startswith(_OUTSIDE) or writes:
             raise ModelError(
@@ -64,15 +64,15 @@ def refuse_outside(graph_def: GraphDef, ends: Sequence[str], where: str) -> None
 
 def only_restores(graph_def: GraphDef, operation: str) -> str:
     """The first op of another kind among those that restoring the variables runs; empty where all is well."""
-    return next((n.op for n in _closure(graph_def, [operation]) if n.op not in _RESTORING), "")
+    return next((n.op for n in closure(graph_def, [operation]) if n.op not in _RESTORING), "")
 
 
 def only_initializes(graph_def: GraphDef, operation: str) -> bool:
     """Whether an initializer computes numbers and assigns them, and nothing else."""
-    return all(n.op in _INITIAL for n in _closure(graph_def, [operation]))
+    return all(n.op in _INITIAL for n in closure(graph_def, [operation]))
 
 
-def _closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
+def closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
     """What ends depend on, in whatever way, with the nodes of all functions that this calls."""
     nodes: Mapping[str, NodeDef] = {n.name: n for n in graph_def.node}
     functions = {f.signature.name: f for f in graph_def.library.function}

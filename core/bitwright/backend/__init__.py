@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.backend._alike import alike, precision_of
 from bitwright.backend._checks import (
     check_encodings,
     checked_bias,
@@ -83,6 +84,7 @@ __all__ = [
     "Trainable",
     "TrainableSimulation",
     "Training",
+    "alike",
     "array_of",
     "between",
     "capabilities",
@@ -101,6 +103,7 @@ __all__ = [
     "no_param",
     "not_computable",
     "on_grid",
+    "precision_of",
     "reduced",
     "require",
     "require_params",
