@@ -286,3 +286,24 @@ def test_float16_layers_keep_all_but_qdq(tmp_path: Path) -> None:
         sim.export(tmp_path, name="net")
     assert {p.name for p in tmp_path.iterdir()} == {
         "net.keras", "net.h5", "net.pb", "net.encodings", "net.record.npz", "report.json"}  # fmt: skip
+
+
+def test_an_output_that_is_an_input_is_handed_out_as_it_came(tmp_path) -> None:
+    """In the simulated model, when it predicts, and in the QDQ file; what dropout passes on is on the grid."""
+    ort, layers = pytest.importorskip("onnxruntime"), keras.layers
+    inputs = keras.Input((6,), name="x")
+    made = layers.Dense(6, activation="relu", name="d")(inputs), layers.Dropout(0.5, name="p")(inputs)
+    model = keras.Model(inputs, [inputs, *made])
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    sim = QuantSim(model).calibrate(x)
+    rounded = sim.table["x"].fake_quantize(x)
+    session = ort.InferenceSession(sim.export(tmp_path).files["qdq"])
+    assert [o.name for o in session.get_outputs()] == list(sim.graph.outputs) == ["x", "d/relu", "p"]
+    for row in (sim.model(x), sim.predict(x), session.run(None, {"x": x})):
+        np.testing.assert_array_equal(np.asarray(row[0]), x)
+        np.testing.assert_allclose(np.asarray(row[2]), rounded, atol=1e-6)
+    found = verify(tmp_path, x)
+    assert found.problems == []
+    figures = {o.name: o.sqnr_db for o in found.outputs}
+    assert figures["x"]["integer_float"] == float("inf")
+    assert 30 < figures["p"]["integer_float"] < 60 and figures["p"]["integer_simulated"] > 100

@@ -13,12 +13,15 @@ import pytest
 
 import bitwright
 from bitwright import QuantSim
-from bitwright.bundle import risky
+from bitwright.backend import Tap
+from bitwright.bundle import over_outputs, risky
 from bitwright.bundle._agreement import departure, independent
 from bitwright.bundle._crushed import joined
+from bitwright.data import open_data
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Tensor
 from bitwright.grids import Encoding
+from bitwright.progress import Silent
 from bitwright.verify import verify
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "corruption.py"
@@ -313,3 +316,25 @@ def test_tensors_that_depend_on_each_other_are_judged_apart():
     groups = independent(graph, ["a", "b", "c", "d"], set(names))
     assert groups == [["a", "d"], ["b"], ["c"]]
     assert independent(graph, ["a", "c"], {"x", "a", "c"}) == [["a"], ["c"]]
+
+
+def test_what_a_view_does_not_have_is_told_and_gets_no_figure():
+    """An output that nothing was compared with isn't one of infinite signal to noise."""
+    graph = Graph([], {t: Tensor(t, (None, 2), "float32") for t in ("x", "y")}, {}, ("x",), ("x", "y"))
+
+    class View:
+        def __init__(self, *tensors):
+            self.tensors = tensors
+
+        def run(self, batch):
+            return {Tap(t): 2 * batch["x"] for t in self.tensors}
+
+    data = open_data({"x": np.ones((3, 2), np.float32)}, {"x": ((None, 2), "float32")})
+    sums = over_outputs(
+        graph, {"float": View("x", "y"), "simulated": View("x", "y"), "integer": View("x")}, data, Silent()
+    )
+    figures = {f.name: f.sqnr_db for f in sums.figures()}
+    assert figures["y"] == {"simulated_float": float("inf")}
+    assert set(figures["x"].values()) == {float("inf")} and len(figures["x"]) == 3
+    assert any("integer output 'y' isn't compared" in p for p in sums.problems)
+    np.testing.assert_array_equal(sums.first["integer"], np.ones((3, 2)))  # the input as it was fed

@@ -21,6 +21,7 @@ from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright.verify import verify  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.export.export import export  # noqa: E402
 
@@ -374,3 +375,36 @@ def test_where_the_optimizer_behind_the_exporter_breaks_the_op_is_named(tmp_path
         export(sim.native, sim.plan, sim.table, tmp_path / "m.onnx", "onnx")
     with pytest.warns(UserWarning, match=r"model.onnx isn't written, .*onnxscript fails.*split|qdq"):
         assert "qdq" not in sim.export(tmp_path).files
+
+
+class PassesOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x, torch.relu(self.linear(x)), x.reshape(-1, 6)
+
+
+def test_an_output_that_is_an_input_is_handed_out_as_it_came(tmp_path):
+    """In the simulated model, when it predicts, and in both files; a view of it is computed, and is on the grid."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    sim = QuantSim(PassesOn().eval(), x).calibrate({"x": x.numpy()})
+    with torch.no_grad():
+        simulated = [v.numpy() for v in sim.model(x)]
+    files = sim.export(tmp_path).files
+    rows = {"model": simulated, "predict": sim.predict({"x": x.numpy()})}
+    for kind in ("model", "qdq"):
+        session = ort.InferenceSession(files[kind])
+        assert (
+            [o.name for o in session.get_outputs()] == list(sim.graph.outputs) == ["x", "relu.output", "reshape.output"]
+        )
+        rows[kind] = session.run(None, {"x": x.numpy()})
+    for row in rows.values():
+        np.testing.assert_array_equal(row[0], x.numpy())
+    rounded = sim.table["x"].fake_quantize(x.numpy())
+    np.testing.assert_allclose(rows["qdq"][2], rounded, atol=1e-6)
+    found = verify(tmp_path, {"x": x.numpy()})
+    assert found.problems == []
+    figures = {o.name: o.sqnr_db["integer_float"] for o in found.outputs}
+    assert figures["x"] == float("inf") and 30 < figures["reshape.output"] < 60

@@ -158,6 +158,7 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
             names=_sites(graph),
             recurrent=layers,
             kept=[s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER],
+            output_names=model.output_ids,
         )
     )
     shown = with_parameters(backend.graph(made), made, plan, canonical(model).graph.params)

@@ -26,7 +26,7 @@ from bitwright.placement import Derived, Plan, SiteId
 from bitwright_keras.graph.canonical import ParamPlace, canonical
 from bitwright_keras.graph.constants import with_constant, with_operand
 from bitwright_keras.graph.engine import value_of
-from bitwright_keras.graph.model import KerasModel, Node, Ref, substitute, variables_of
+from bitwright_keras.graph.model import KerasModel, Node, Ref, variables_of
 from bitwright_keras.graph.native import copy_layer, copy_of, keras_model
 from bitwright_keras.graph.params import array_of, native_value, native_values, with_values
 from bitwright_keras.simulate.fake_quant import FakeQuantize
@@ -107,8 +107,8 @@ class KerasSimulation:
             for t in wanted:
                 specs[raw[t]] = specs[t]
                 made.append(Node(f"{t}/fake_quant", at[t], (Ref(raw[t]),), {}, (t,)))
-        outputs = substitute(self._float.outputs, lambda ref: Ref(self._aliases.get(ref.id, ref.id)))
-        self._model = self._float.with_(nodes=tuple(made), specs=specs, outputs=outputs)
+        # An output that is an input is handed out as it came.
+        self._model = self._float.with_(nodes=tuple(made), specs=specs)
         self._owned |= {id(q) for q in self._activations.values()}
         for param, native in dict(self._replaced).items():
             self._write(param, native)

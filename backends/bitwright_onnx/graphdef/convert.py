@@ -52,6 +52,7 @@ def import_graphdef(
     kept: Collection[str] = (),
     recurrent: Sequence[Recurrent] = (),
     decode: Callable[[Any], Any] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> ir.Model:
     """A frozen GraphDef as an ONNX model.
 
@@ -64,6 +65,8 @@ def import_graphdef(
         kept: parameters, by their names in ONNX, that aren't computed in advance with what reads them.
         recurrent: loops that are recurrent layers.
         decode: how the values of a Const's NodeDef are read, where they aren't a plain TensorProto.
+        output_names: what the outputs are called; default: as their tensors are. An output that is an input, and is
+            called so, is handed out as it came.
 
     Returns:
         The model; tensors in TensorFlow's layouts, weights in ONNX's.
@@ -91,7 +94,8 @@ def import_graphdef(
     for node in order:
         if node.op not in _SKIPPED and node.name not in fed and not fold(builder, node):
             HANDLERS[node.op](builder, node)
-    graph_outputs = [_output(builder, nodes, tensor) for tensor in ends]
+    called = output_names or [builder.name_of(tensor) for tensor in ends]
+    graph_outputs = [_output(builder, t, name, graph_inputs) for t, name in zip(ends, called, strict=True)]
     used = {id(v) for node in builder.made for v in node.inputs} | {id(v) for v in graph_outputs}
     graph = ir.Graph(
         graph_inputs,
@@ -167,10 +171,12 @@ def _input(builder: Builder, nodes: Mapping[str, Node], tensor: str) -> ir.Value
     return value
 
 
-def _output(builder: Builder, nodes: Mapping[str, Node], tensor: str) -> ir.Value:
+def _output(builder: Builder, tensor: str, name: str, inputs: Sequence[ir.Value]) -> ir.Value:
     value = builder.value(tensor)
-    if value.name != builder.name_of(tensor) or value.producer() is None:
+    if value.name == name and any(value is v for v in inputs):  # handed out as it came, under its own name
+        return value
+    if value.name != name or value.producer() is None:
         alias = builder.add("Identity", value, hint=tensor)
-        alias.name = builder.name_of(tensor)
+        alias.name = name
         value = alias
     return value

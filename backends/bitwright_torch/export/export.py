@@ -338,8 +338,12 @@ def _rename(exported: Any, found: Canonical, sites: Sequence[str]) -> dict[str, 
     names: dict[str, str] = {}
     named: dict[int, str] = {}
     outputs: list[Any] = []
+    fed = {value.name: value for value in graph.inputs}
     for site, value in zip(sites, values, strict=True):
         is_output = site in found.graph.outputs
+        if is_output and site in fed:  # handed out as it came, under its own name
+            outputs.append(fed[site])
+            continue
         if id(value) not in named and not value.is_graph_input() and not value.is_initializer():
             named[id(value)] = value.name = site
         elif is_output:

@@ -291,5 +291,7 @@ def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId, but: Coll
     call.meta = {NAMES: known}
     if node.op in ("call_function", "call_module"):
         node.meta = {**node.meta, NAMES: replace(known, tensor=f"{site}/float")}
-    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call and user not in but)
+    # An output that is an input is handed out as it came.
+    kept = {*but, call, *([graph.output_node()] if node.op == "placeholder" else [])}
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user not in kept)
     return call

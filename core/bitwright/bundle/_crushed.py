@@ -91,7 +91,9 @@ class OutputQuality:
 
     def __post_init__(self) -> None:
         self.joined = joined(self.graph)
-        outputs = [t for t in self.graph.outputs if self.graph.tensors[t].is_float]
+        # An output that is an input is handed out as it came.
+        made = [t for t in self.graph.outputs if t not in self.graph.inputs]
+        outputs = [t for t in made if self.graph.tensors[t].is_float]
         inside = [t for j in self.joined for t in (*j.inputs, j.op.output)]
         self.taps = tuple(Tap(t) for t in dict.fromkeys([*outputs, *inside]))
         self._outputs = outputs

@@ -47,8 +47,10 @@ class _Pair:
     noise: float = 0.0
     alike: int = 0
     count: int = 0
+    compared: bool = False
 
     def add(self, other: NDArray[Any], signal: NDArray[Any]) -> None:
+        self.compared = True
         a, b = (np.asarray(v) for v in (other, signal))
         if a.shape != b.shape or a.dtype.kind not in "biuf" or b.dtype.kind not in "biuf":
             self.noise = float("inf")
@@ -94,7 +96,7 @@ class OutputSums:
             OutputFigures(
                 name=tensor,
                 agreement={k: p.alike / p.count for k, p in pairs.items() if p.count},
-                sqnr_db={k: p.decibels for k, p in pairs.items()},
+                sqnr_db={k: p.decibels for k, p in pairs.items() if p.compared},
             )
             for tensor, pairs in self.pairs.items()
         ]
@@ -102,6 +104,8 @@ class OutputSums:
 
 def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset, progress: Progress) -> OutputSums:
     """Figures of all outputs over a dataset; the first one is kept whole.
+
+    An output that is an input is what was fed, in every view: no op of the target touches it.
 
     Args:
         graph: whose outputs.
@@ -121,6 +125,8 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
     progress.start("Verify", dataset.samples)
     for batch in dataset:
         runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
+        passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
+        runs = {view: {**run, **passed} for view, run in runs.items()}
         for view, run in runs.items():
             parts[view].append(run[outputs[0]])
         for tensor in outputs:
@@ -128,6 +134,8 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
             if real.dtype.kind == "f" and np.isnan(real).any():
                 problems[f"the float output {tensor!r} holds NaN"] = None
             for view, run in runs.items():
+                if tensor not in run:
+                    problems[f"the {view} output {tensor!r} isn't compared: there is no such tensor in it"] = None
                 if view != "float" and not _finite_alike(run.get(tensor), real):
                     problems[f"the {view} output {tensor!r} holds NaN or infinity"] = None
             for key, (other, signal) in known.items():
