@@ -71,6 +71,12 @@ def drop_pair(graph):
         node.input[:] = ["c_float" if name == "c" else name for name in node.input]
 
 
+def pass_by(graph):
+    """Read `c_float` beside the pair, which is there still."""
+    for node in graph.node:
+        node.input[:] = ["c_float" if name == "c" else name for name in node.input]
+
+
 def change_scale(graph):
     (scale,) = [t for t in graph.initializer if t.name == "w_scale"]
     values = onnx.numpy_helper.to_array(scale) * np.float32(1.01)
@@ -86,6 +92,7 @@ def second_pair(graph):
     ("change", "name", "message"),
     [
         (drop_pair, "c", "passes through 0 Q/DQ pairs, must be one"),
+        (pass_by, "c", "passes through 0 Q/DQ pairs, must be one"),
         (change_scale, "w", "another scale in the Q/DQ pair"),
         (second_pair, "stray", "isn't to be quantized"),
     ],

@@ -70,7 +70,7 @@ def contents_of(path: Path) -> QdqContents:
         name = sites.get(str(value.name), _name(str(value.name), kept))
         if source is not None and source.is_initializer():
             restored.append((name, node, _restored(graph, value, source)))
-        else:
+        elif not _passed_by(source, value):
             found.pairs.setdefault(name, []).append(_activation(node, path))
     for name, node, parameter in restored:
         found.pairs.setdefault(name, []).append(_parameter(node, parameter, path))
@@ -80,6 +80,19 @@ def contents_of(path: Path) -> QdqContents:
         if name not in operands and value not in made and tensor is not None and tensor.dtype in FLOAT_TYPES:
             found.floats[name] = _reader(value)
     return found
+
+
+def _passed_by(source: ir.Value | None, value: ir.Value) -> bool:
+    """Whether a pair is there for nothing: what it gives nobody reads, and what it quantizes is read as it was."""
+    if value.uses() or value.is_graph_output():
+        return False
+    while source is not None and (node := source.producer()) is not None and _of_pair(node):
+        source = node.inputs[0]
+    return source is not None and any(not _of_pair(user) for user, _ in source.uses())
+
+
+def _of_pair(node: ir.Node) -> bool:
+    return "_qdq/" in str(node.name) or node.op_type == "QuantizeLinear"
 
 
 def _metadata(model: ir.Model, key: str) -> Mapping[str, Any]:
