@@ -1,14 +1,19 @@
 """The kits must fail what is wrong: each fault below breaks one promise, and one contract test has to notice."""
 
+import inspect
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from pydantic import BaseModel
 
 from bitwright.dataflow import FlowSession, FlowSimulation
-from bitwright.errors import InputError
+from bitwright.errors import BitwrightError, InputError
 from bitwright.graph import Graph, SetParams
+from bitwright.grids import Encoding, PerChannel
+from bitwright.statistics import RangeStatistic, Request
 from bitwright.technique import Outcome, Report
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
@@ -45,14 +50,6 @@ class WrongLayout(ReferenceBackend):
         flipped = [SetParams({p: np.flip(v, -1) for p, v in e.values.items()}) if isinstance(e, SetParams) else e
                    for e in edits]  # fmt: skip
         return super().edit(model, flipped)
-
-
-class RoundsHalfUp(ReferenceBackend):
-    def rounded(self, x, numbers, form):
-        if numbers[0].ndim:
-            return super().rounded(x, numbers, form)
-        scale, low, high = numbers
-        return np.clip(np.floor(x / scale + np.float32(0.5)), low, high) * scale
 
 
 class ForgetsBias(ReferenceBackend):
@@ -164,16 +161,10 @@ def test_faulty_backends_fail(backend, test, tmp_path):
     arguments = (tmp_path,) if "export" in test else ()
     getattr(_Kit(ReferenceBackend()), test)(CASE, *arguments)
     with pytest.raises((AssertionError, pytest.fail.Exception, InputError)):
-        getattr(_Kit(backend), test)(CASE, *arguments)
+        getattr(_Kit(backend), test)(Case(CASE.build, CASE.batch), *arguments)
 
 
-def test_half_up_rounding_fails_on_midpoints():
-    from bitwright.grids import QuantSpec
-
-    spec = QuantSpec(4, signed=False, symmetric=False)
-    _Kit(ReferenceBackend()).test_fake_quantization_is_the_core_s_grid(CASE, spec)
-    with pytest.raises(AssertionError):
-        _Kit(RoundsHalfUp()).test_fake_quantization_is_the_core_s_grid(CASE, spec)
+TICKS = itertools.count()
 
 
 class Faulty(BiasCorrection):
@@ -182,7 +173,25 @@ class Faulty(BiasCorrection):
     fault = ""
     calls = 0
 
+    @property
+    def name(self):
+        return "Bias Correction" if self.fault == "odd name" else "bias_correction"
+
+    def statistics(self, graph, plan, settings):
+        requests = list(super().statistics(graph, plan, settings))
+        if self.fault == "needs no data":
+            return []
+        if self.fault == "same key twice":
+            tensors = graph.inputs
+            return [*requests, *(Request("same", tensors, RangeStatistic) for _ in range(2))]
+        return requests
+
+    def needs_data(self, settings):
+        return self.fault != "needs no data"
+
     def apply(self, ctx):
+        if self.fault == "needs no data":
+            return Outcome({}, report=Report("done"))
         if self.fault == "writes into its inputs":
             next(iter(ctx.params.values()))[...] = 0
         outcome = super().apply(ctx)
@@ -193,8 +202,24 @@ class Faulty(BiasCorrection):
             return replace(outcome, params={p: v + 1 for p, v in outcome.params.items()})
         if self.fault == "wrong shape":
             return replace(outcome, params={p: v[:1] for p, v in outcome.params.items()})
+        if self.fault == "NaN":
+            return replace(outcome, params={p: v * np.float32(np.nan) for p, v in outcome.params.items()})
+        if self.fault == "unknown parameter":
+            return replace(outcome, params={f"{p}?": v for p, v in outcome.params.items()})
+        if self.fault == "unknown site":
+            return replace(outcome, encodings={"nowhere": next(iter(ctx.encodings.values()))})
+        if self.fault == "encoding that doesn't fit":
+            weight = ctx.graph.linear_ops[0].weight
+            two = Encoding(4, True, True, np.ones(2, np.float32), np.zeros(2, np.int32), PerChannel(0))
+            return replace(outcome, encodings={weight: two})
+        if self.fault == "depends on the clock":
+            return replace(outcome, params={p: v + next(TICKS) * 1e-3 for p, v in outcome.params.items()})
         if self.fault == "ragged report":
             return replace(outcome, report=Report("done", {}, ("a", "b"), (("only one",),)))
+        if self.fault == "two lines":
+            return replace(outcome, report=Report("done\nand more"))
+        if self.fault == "infinite figure":
+            return replace(outcome, report=Report("done", {"gain": float("inf")}))
         if self.fault == "forgets the store":
             for op in ctx.graph.linear_ops:
                 ctx.store.put(f"layer/{op.id}", {"weight": np.zeros(1)})
@@ -225,15 +250,31 @@ class FaultyKit(TechniqueContract):
     ("fault", "test"),
     [
         ("random", "test_is_deterministic"),
+        ("depends on the clock", "test_is_deterministic"),
         ("worse", "test_never_above_nearest_rounding"),
+        ("wrong shape", "test_outcome_fits_the_model"),
+        ("NaN", "test_outcome_fits_the_model"),
+        ("unknown parameter", "test_outcome_fits_the_model"),
+        ("unknown site", "test_outcome_fits_the_model"),
+        ("encoding that doesn't fit", "test_outcome_fits_the_model"),
+        ("same key twice", "test_describes_itself"),
+        ("odd name", "test_describes_itself"),
+        ("needs no data", "test_needs_data_or_not"),
         ("ragged report", "test_report_says_what_was_done"),
+        ("two lines", "test_report_says_what_was_done"),
+        ("infinite figure", "test_report_says_what_was_done"),
         ("forgets the store", "test_resumes_after_a_crash"),
     ],
 )
 def test_faulty_techniques_fail(fault, test):
-    getattr(FaultyKit(""), test)(models.mlp())
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        getattr(FaultyKit(fault), test)(models.mlp())
+    for kit in (FaultyKit(""), FaultyKit(fault)):
+        method = getattr(kit, test)
+        run = partial(method, *([models.mlp()] if "model" in inspect.signature(method).parameters else []))
+        if not kit.fault:
+            run()
+            continue
+        with pytest.raises((AssertionError, pytest.fail.Exception, BitwrightError)):
+            run()
 
 
 def test_writing_into_the_context_fails():

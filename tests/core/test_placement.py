@@ -627,3 +627,13 @@ def test_a_tied_head_and_embedding_take_the_best_that_both_can(weights):
     # Where lookups take their table's grid, or the head has one scale, there is one scale.
     assert build_plan(tied(), "htp_v73", weights=weights).spec("w").granularity == PerTensor()
     assert build_plan(tied(), "per_tensor", weights=weights).spec("w").granularity == PerTensor()
+
+
+@pytest.mark.parametrize("type", ["float16", "fp8"])
+def test_a_table_that_a_linear_op_shares_may_be_float(type):
+    from bitwright.testing import models
+
+    plan = build_plan(models.tokens().graph, "default", weights=type)
+    spec = plan.spec("table")
+    assert spec.float_format == {"float16": "float16", "fp8": "float8e4m3fn"}[type]
+    assert spec.granularity == PerChannel(0)

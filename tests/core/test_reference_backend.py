@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -62,11 +63,16 @@ def attention():
 
 
 class TestReferenceBackend(BackendContract):
+    declines: ClassVar = {"recurrent": "the reference backend has no recurrent kernels"}
+
     def backend(self):
         return BACKEND
 
+    def native_value(self, model, param):
+        return model.params[param]
+
     def cases(self):
-        made = {**models.MODELS, "shared": shared_and_identity, "odd": odd_geometry, "attention": attention}
+        made = {**models.BACKEND_MODELS, "shared": shared_and_identity, "odd": odd_geometry, "attention": attention}
         return {name: Case(make, models.batch(make())) for name, make in made.items()}
 
 

@@ -1,16 +1,20 @@
 """The Keras backend holds the backend contract."""
 
 from functools import cache
+from typing import ClassVar
 
 import pytest
 
 keras = pytest.importorskip("keras")
+tf = pytest.importorskip("tensorflow")
 
 import keras_nets as nets  # noqa: E402
 import numpy as np  # noqa: E402
 
 from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
+from bitwright_keras.graph.canonical import canonical  # noqa: E402
+from bitwright_keras.graph.params import native_value  # noqa: E402
 
 
 def case(build, tolerance=1e-5, **inputs):
@@ -26,21 +30,63 @@ def normal(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+def prenormed():
+    """Batch norms before linear ops, a PReLU, average pooling, two outputs."""
+    L = keras.layers
+    x = inputs = keras.Input((6, 6, 3), name="x")
+    x = L.LeakyReLU(0.2, name="leaky")(L.Conv2D(4, 3, name="c1")(L.BatchNormalization(name="bn_in")(x)))
+    x = L.Conv2D(4, 3, padding="same", name="c2")(L.BatchNormalization(name="bn_mid")(x))
+    x = L.PReLU(shared_axes=[1, 2], alpha_initializer="ones", name="prelu")(x)
+    y = L.Flatten(name="flat")(L.AveragePooling2D(2, name="average")(x))
+    gated = L.Multiply(name="gated")([y, L.Activation("sigmoid", name="gate")(y)])
+    return keras.Model(inputs, [L.Dense(5, name="fc")(gated), y], name="prenormed")
+
+
+def sequence():
+    """Two inputs; scores with a mask, an LSTM and a GRU."""
+    L = keras.layers
+    x, scale = keras.Input((5, 6), name="x"), keras.Input((5, 1), name="scale")
+    triangle = np.triu(np.full((5, 5), -1e9, np.float32), 1)
+    scores = keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1))) + triangle
+    y = keras.ops.matmul(keras.ops.softmax(scores), x) * scale
+    y = L.GRU(3, return_sequences=True, name="gru")(L.LSTM(4, return_sequences=True, name="lstm")(y))
+    return keras.Model([x, scale], L.Dense(4, name="fc")(y), name="sequence")
+
+
 IDS = np.random.default_rng(0).integers(0, 12, (4, 7)).astype(np.int32)
 CASES = {
     "residual": case(nets.residual, x=normal(8, 8, 8, 3)),
     "branches": case(nets.branches, x=normal(4, 7, 7, 3)),
     "separable": case(nets.separable, x=normal(4, 6, 6, 3)),
     "transformer": case(nets.transformer, ids=IDS),
+    "prenormed": case(prenormed, x=normal(4, 6, 6, 3)),
+    "sequence": case(sequence, x=normal(4, 5, 6), scale=normal(4, 5, 1)),
 }
 
 
 class TestKerasContract(BackendContract):
     suffix = ".keras"
-    demanding = frozenset({"tflite"})  # the kit's plan has no ties; test_tflite.py has plans that fit
+    demanding = frozenset({"tflite"})  # test_tflite.py has plans that fit
+    declines: ClassVar = {"recurrent": "Keras's recurrent layers are opaque, and run in float"}
 
     def backend(self):
         return KerasBackend()
+
+    def native_value(self, model, param):
+        return native_value(canonical(model).places[param])
+
+    def descend(self, simulation, batch, cotangents, rate):
+        model = simulation.model
+        names = KerasBackend().graph(simulation.float_model()).outputs
+        with tf.GradientTape() as tape:
+            given = list(batch.values())
+            outputs = model(given if len(given) > 1 else given[0], training=False)
+            pairs = zip(names, outputs if isinstance(outputs, list) else [outputs], strict=True)
+            loss = sum(tf.reduce_sum(y * cotangents[t]) for t, y in pairs if t in cotangents)
+        variables = model.trainable_variables
+        for variable, gradient in zip(variables, tape.gradient(loss, [v.value for v in variables]), strict=True):
+            if gradient is not None:
+                variable.assign_sub(rate * gradient)
 
     def cases(self):
         return CASES

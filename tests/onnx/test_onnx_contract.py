@@ -54,11 +54,57 @@ def transformer_block():
     return m
 
 
-def case(builder, *shape):
+def prenormed():
+    """Batch norms before linear ops, one matrix used by two, a bias used by two, two outputs."""
+    m = b.ModelBuilder(17)
+    m.input("x", ["N", 3, 6, 6])
+    m.batch_norm("x", "normed", 3)
+    m.node("Conv", ["normed", m.weight("c1.w", 4, 3, 3, 3), m.weight("shared.b", 4)], "c1")
+    m.node("LeakyRelu", ["c1"], "act", alpha=0.2)
+    m.batch_norm("act", "mid", 4)
+    m.node("Conv", ["mid", m.weight("c2.w", 4, 4, 3, 3), "shared.b"], "c2", pads=[1, 1, 1, 1])
+    m.node("PRelu", ["c2", m.positive("slope", 4, 1, 1)], "act2")
+    m.node("AveragePool", ["act2"], "average", kernel_shape=[2, 2], strides=[2, 2])
+    m.node("Flatten", ["average"], "flat")
+    m.node("Gemm", ["flat", m.weight("matrix", 16, 16), m.weight("fc.b", 16)], "fc1", transB=1)
+    m.node("Sigmoid", ["fc1"], "gate")
+    m.node("Mul", ["flat", "gate"], "gated")
+    m.node("Gemm", ["gated", "matrix"], "y", transB=1)
+    m.output("y", ["N", 16])
+    m.output("gate", ["N", 16])
+    return m
+
+
+def tokens():
+    """Ids and floats in: embedding tied to the output layer, a mask, an LSTM and a GRU."""
+    m = b.ModelBuilder(17)
+    m.input("ids", ["N", 5], b.INT64)
+    m.input("side", ["N", 5, 8])
+    table = m.weight("table", 12, 8)
+    m.node("Gather", [table, "ids"], "embedded")
+    m.node("Add", ["embedded", "side"], "sum")
+    m.node("Transpose", ["sum"], "turned", perm=[0, 2, 1])
+    m.node("MatMul", ["sum", "turned"], "scores")
+    m.node("Add", ["scores", m.const("mask", np.triu(np.full((5, 5), -1e9, np.float32), 1))], "masked")
+    m.node("Softmax", ["masked"], "weights", axis=-1)
+    m.node("MatMul", ["weights", "sum"], "mixed")
+    m.node("Transpose", ["mixed"], "by_time", perm=[1, 0, 2])
+    m.node("LSTM", ["by_time", m.weight("W", 1, 16, 8), m.weight("R", 1, 16, 4), m.weight("B", 1, 32)],
+           ["states", "", "cell"], "lstm", hidden_size=4)  # fmt: skip
+    m.node("Squeeze", ["states", m.const("one", np.array([1], np.int64))], "seq")
+    m.node("GRU", ["seq", m.weight("GW", 1, 24, 4), m.weight("GR", 1, 24, 8)], ["", "last"], "gru", hidden_size=8)
+    m.node("Squeeze", ["last", m.const("zero", np.array([0], np.int64))], "state")
+    m.node("Transpose", [table], "table_t", perm=[1, 0])
+    m.node("MatMul", ["state", "table_t"], "y")
+    m.output("y", ["N", 12])
+    return m
+
+
+def case(builder, *shape, **inputs):
     def build():
         return OnnxBackend().adopt(builder().build())
 
-    return Case(build, {"x": normal(*shape)})
+    return Case(build, inputs or {"x": normal(*shape)})
 
 
 class TestOnnxContract(BackendContract):
@@ -67,5 +113,14 @@ class TestOnnxContract(BackendContract):
     def backend(self):
         return OnnxBackend()
 
+    def native_value(self, model, param):
+        return model.graph.initializers[param].const_value.numpy()
+
     def cases(self):
-        return {"mobile block": case(mobile_block, 4, 4, 8, 8), "transformer": case(transformer_block, 4, 5, 8)}
+        ids = np.random.default_rng(0).integers(0, 12, (4, 5))
+        return {
+            "mobile block": case(mobile_block, 4, 4, 8, 8),
+            "transformer": case(transformer_block, 4, 5, 8),
+            "prenormed": case(prenormed, 4, 3, 6, 6),
+            "tokens": case(tokens, ids=ids, side=normal(4, 5, 8)),
+        }

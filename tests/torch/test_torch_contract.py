@@ -12,6 +12,7 @@ from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E4
 from bitwright.testing.contract_base import run  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
+from bitwright_torch.graph.canonical import canonical  # noqa: E402
 
 
 def case(build, tolerance=1e-5, **inputs):
@@ -31,6 +32,38 @@ def ids(*shape):
     return np.random.default_rng(0).integers(0, 12, shape)
 
 
+class Prenormed(torch.nn.Module):
+    """Batch norms before linear ops, a leaky ReLU and a PReLU, average pooling, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn_in, self.conv1 = torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 4, 3)
+        self.bn_mid, self.conv2 = torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.prelu = torch.nn.PReLU(4)
+        self.fc = torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.nn.functional.leaky_relu(self.conv1(self.bn_in(x)), 0.2)
+        x = self.prelu(self.conv2(self.bn_mid(x)))
+        y = torch.nn.functional.avg_pool2d(x, 2).flatten(1)
+        return self.fc(y * torch.sigmoid(y)), y
+
+
+class Sequence(torch.nn.Module):
+    """Scores with a mask, an LSTM and a GRU."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("triangle", torch.full((5, 5), -1e9).triu(1))
+        self.lstm = torch.nn.LSTM(6, 4, batch_first=True)
+        self.gru = torch.nn.GRU(4, 3, batch_first=True)
+        self.fc = torch.nn.Linear(3, 4)
+
+    def forward(self, x, scale):
+        x = torch.softmax(x @ x.transpose(1, 2) + self.triangle, -1) @ x * scale
+        return self.fc(self.gru(self.lstm(x)[0])[0])
+
+
 class TestTorchContract(BackendContract):
     suffix = ".pt2"
 
@@ -42,8 +75,28 @@ class TestTorchContract(BackendContract):
         model = onnx.load(path)
         return run(onnx.session(model, [Tap(t) for t in onnx.graph(model).outputs]), case.batch)
 
+    def native_value(self, model, param):
+        state = model.state_dict()
+        held = state[param] if param in state else canonical(model).params[param][0].view(model)
+        return held.detach().numpy()
+
+    def descend(self, simulation, batch, cotangents, rate):
+        model = simulation.model.eval()
+        outputs = model(*(torch.from_numpy(v) for v in batch.values()))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        names = TorchBackend().graph(simulation.float_model()).outputs
+        pairs = zip(names, outputs, strict=True)
+        loss = sum((y * torch.from_numpy(cotangents[t])).sum() for t, y in pairs if t in cotangents)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= rate * parameter.grad
+
     def cases(self):
         return {
+            "prenormed": case(Prenormed, x=normal(4, 3, 6, 6)),
+            "sequence": case(Sequence, x=normal(4, 5, 6), scale=normal(4, 5, 1)),
             "residual": case(nets.Residual, x=normal(8, 3, 8, 8)),
             "branches": case(nets.Branches, x=normal(4, 3, 6, 6)),
             "mlp": case(nets.Mlp, x=normal(8, 10)),

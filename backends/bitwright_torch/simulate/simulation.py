@@ -121,7 +121,7 @@ class TorchSimulation:
                 continue
             root = self._plan.root(site)
             module: nn.Module = self._quantizer(root, roots)
-            if not is_parameter and self._sites.is_parameter(root):
+            if site != root and self._sites.is_parameter(root):
                 module = _Tied(self._quantizers[root])
             key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
             quantizers._modules.setdefault(key, module)
@@ -253,7 +253,7 @@ class _Computed(nn.Module):
 
 
 class _Tied(nn.Module):
-    """Rounds an activation to the grid of a parameter, in training too."""
+    """Rounds another tensor to the grid of a parameter, in training too; the grid follows the parameter alone."""
 
     def __init__(self, source: FakeQuantize) -> None:
         super().__init__()

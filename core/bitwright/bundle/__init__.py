@@ -11,6 +11,7 @@ from bitwright.bundle._artefact import (
     ENCODINGS_SUFFIX,
     bound_entries,
     check_bundle,
+    encodings_file,
     export,
     find_bundle,
     geometry,
@@ -22,6 +23,7 @@ from bitwright.bundle._artefact import (
 )
 from bitwright.bundle._checks import against_record, against_simulation
 from bitwright.bundle._crushed import OutputQuality, risky
+from bitwright.bundle._export_gate import Quantized, gate, run_simulated
 from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainView, seen_plain
@@ -38,6 +40,7 @@ __all__ = [
     "PairRisk",
     "PlainRisks",
     "PlainView",
+    "Quantized",
     "against_record",
     "against_simulation",
     "as_recorded",
@@ -46,8 +49,10 @@ __all__ = [
     "check_bundle",
     "check_pairs",
     "classes_of",
+    "encodings_file",
     "export",
     "find_bundle",
+    "gate",
     "geometry",
     "in_shape",
     "is_stem",
@@ -58,6 +63,7 @@ __all__ = [
     "refuse_planned",
     "reopen",
     "risky",
+    "run_simulated",
     "seen_plain",
     "whole_of",
 ]

@@ -14,6 +14,7 @@ from bitwright.grids._encoding import (
 from bitwright.grids._encoding_arrays import encoding_arrays, encoding_of_arrays
 from bitwright.grids._gradients import (
     Groups,
+    NumpyNamespace,
     cast_vjp,
     fake_quantize,
     fake_quantize_vjp,
@@ -69,6 +70,7 @@ __all__ = [
     "Grid",
     "GridPolicy",
     "Groups",
+    "NumpyNamespace",
     "PerChannel",
     "PerTensor",
     "Provenance",

@@ -150,7 +150,7 @@ class ParameterPlacement:
         if not (isinstance(a, QuantSpec) and isinstance(b, QuantSpec)):
             return None
         wider = a if a.bits >= b.bits else b
-        if a.with_(bits=b.bits, granularity=b.granularity) != b or a.float_format is not None:
+        if a.with_(bits=b.bits, granularity=b.granularity) != b:
             return None
         rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
         rest = [v for v in (first, other) if v not in rows]

@@ -19,11 +19,25 @@ from bitwright.testing.contract_base import Case
 from bitwright.testing.edit_contract import EditContract
 from bitwright.testing.file_contract import FileContract
 from bitwright.testing.graph_contract import GraphContract
+from bitwright.testing.grid_contract import GridContract
+from bitwright.testing.plan_contract import PlanContract
 from bitwright.testing.refusal_contract import RefusalContract
+from bitwright.testing.replay_contract import ReplayContract
 from bitwright.testing.simulation_contract import SimulationContract
+from bitwright.testing.training_contract import TrainingContract
 
 __all__ = ["BackendContract", "Case"]
 
 
-class BackendContract(GraphContract, EditContract, SimulationContract, RefusalContract, FileContract):
+class BackendContract(
+    GraphContract,
+    ReplayContract,
+    EditContract,
+    GridContract,
+    SimulationContract,
+    PlanContract,
+    TrainingContract,
+    RefusalContract,
+    FileContract,
+):
     """Subclass it and give `backend` and `cases`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Builder:
         self._perms: dict[str, tuple[int, ...]] = {}
         self._inputs: list[TensorId] = []
 
-    def input(self, name: str, *shape: int, dtype: str = "float32", channel_axis: int = 1) -> TensorId:
+    def input(self, name: str, *shape: int, dtype: str = "float32", channel_axis: int | None = 1) -> TensorId:
         """A model input; `shape` without the sample axis."""
         self._inputs.append(name)
         self._tensors[name] = Tensor(name, (None, *shape), dtype, channel_axis if shape else None)
@@ -122,6 +123,21 @@ class Builder:
         params = {role: self.param(f"{name}.{role.value}", value) for role, value in values.items()}
         attrs = BatchNormAttrs(epsilon)
         return self.op(name, OpKind.BATCH_NORM, "BatchNormalization", (x,), self.shape(x), params=params, attrs=attrs)
+
+    def layer_norm(self, name: str, x: TensorId) -> TensorId:
+        """Layer normalization over the last axis, ε = 1e-5."""
+        features = self.shape(x)[-1] or 1
+        values = {
+            ParamRole.GAMMA: self.rng.uniform(0.5, 2.0, features),
+            ParamRole.BETA: self.rng.normal(0, 0.5, features),
+        }
+        params = {role: self.param(f"{name}.{role.value}", value) for role, value in values.items()}
+        return self.op(name, OpKind.LAYER_NORM, "LayerNormalization", (x,), self.shape(x), params=params)
+
+    def masked(self, x: TensorId) -> TensorId:
+        """Say that a tensor is a mask, or masked."""
+        self._tensors[x] = replace(self._tensors[x], mask=True)
+        return x
 
     def relu(self, name: str, x: TensorId) -> TensorId:
         """max(x, 0)."""
@@ -226,7 +242,7 @@ class Builder:
         output = f"{name}.output"
         source = self._tensors[inputs[0]]
         same_rank = len(source.shape or ()) == len(shape)
-        axis = len(shape) - 1 if kind is OpKind.LINEAR else source.channel_axis if same_rank else 1
+        axis = len(shape) - 1 if kind in (OpKind.LINEAR, OpKind.EMBEDDING) else source.channel_axis if same_rank else 1
         self._tensors[output] = Tensor(output, shape, channel_axis=axis)
         self._ops.append(Op(name, kind, type, inputs, (output,), dict(params or {}), attrs, native=type, call=call))
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, Session, Simulation, Tap
+from bitwright.calibration import weight_encodings
 from bitwright.graph import (
     BatchNormAttrs,
     ConvAttrs,
@@ -24,11 +26,15 @@ from bitwright.graph import (
     output_channels,
     to_matrix,
 )
-from bitwright.grids import Encoding
-from bitwright.placement import Plan
-from bitwright.testing.harness import min_max_encodings
+from bitwright.grids import Encoding, EncodingTable, encoding_from_range
+from bitwright.placement import Plan, SiteId
+from bitwright.testing.replay import Fallback, tappable
 
 Array = NDArray[Any]
+
+
+_MADE: dict[type, Mapping[str, Case]] = {}
+"""Cases by contract class."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,33 @@ class Case:
     batch: Batch
     tolerance: float = 1e-5
 
+    @cached_property
+    def model(self) -> Any:
+        """The model, built once for all tests: no backend changes one that it is given."""
+        return self.build()
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """What several tests need of the model, by name."""
+        return {}
+
 
 class Contract:
     """Base of the contract's parts.
 
     Attributes:
         kinds: ops that the cases must cover between them.
-        suffix: of the backend's model files.
+        suffix: of the backend's model files; None if it writes none.
+        declines: what the framework can't build → why, in words: kinds ("recurrent") and `replay_contract.FEATURES`
+            that no case needs to have. The tests for them are skipped, and say so.
     """
 
     kinds: ClassVar[frozenset[OpKind]] = frozenset(
         {OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR, OpKind.BATCH_NORM, OpKind.RELU, OpKind.CLIPPED_RELU,
          OpKind.ADD, OpKind.CONCAT, OpKind.MAX_POOL}
     )  # fmt: skip
-    suffix: ClassVar[str] = ".model"
+    suffix: ClassVar[str | None] = ".model"
+    declines: ClassVar[Mapping[str, str]] = {}
 
     def backend(self) -> Backend[Any]:
         """The backend under test."""
@@ -71,8 +90,14 @@ class Contract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each case."""
         if "case" in metafunc.fixturenames:
-            found = self.cases()
+            found = self._cases()
             metafunc.parametrize("case", list(found.values()), ids=list(found))
+
+    def _cases(self) -> Mapping[str, Case]:
+        """The cases, made once for the class, so that each model is built once."""
+        if type(self) not in _MADE:
+            _MADE[type(self)] = dict(self.cases())
+        return _MADE[type(self)]
 
     def outputs(self, model: Any, case: Case) -> dict[TensorId, Array]:
         """The float model's outputs, in order."""
@@ -93,9 +118,40 @@ def assert_close(found: Array, expected: Array, tolerance: float, what: str) -> 
     assert worst <= tolerance * scale, f"{what}: differs by {worst:.3g} where values reach {scale:.3g}"
 
 
-def bare(backend: Backend[Any], model: Any, case: Case, plan: Plan) -> Simulation[Any]:
+def everything(backend: Backend[Any], case: Case) -> dict[TensorId, Array]:
+    """All tensors of the case's float network, computed once."""
+    if "values" not in case.kept:
+        taps = [Tap(t) for t in tappable(backend.graph(case.model))]
+        case.kept["values"] = run(backend.session(case.model, taps), case.batch)
+    return dict(case.kept["values"])
+
+
+def fallback_of(backend: Backend[Any], case: Case) -> Fallback:
+    """The case's ops run natively, one at a time, sessions kept."""
+    held: Fallback = case.kept.setdefault("fallback", Fallback(backend, case.model))
+    return held
+
+
+def min_max_table(backend: Backend[Any], case: Case, plan: Plan) -> EncodingTable:
+    """Every own encoding of a plan: weights by their values, activations by the float network's extremes."""
+    model, values = case.model, everything(backend, case)
+    params = backend.read(model, list(plan.parameters))
+    weights = EncodingTable(weight_encodings(plan, params, EncodingTable({})))
+    found: dict[SiteId, Encoding] = {}
+    for site in plan.activations:
+        spec = plan.spec(site)
+        assert spec is not None
+        seen = [values[t].astype(np.float64) for t in plan.observed(site) if t in values]
+        seen = [v[np.isfinite(v)] for v in seen]
+        low = min((float(v.min()) for v in seen if v.size), default=0.0)
+        high = max((float(v.max()) for v in seen if v.size), default=0.0)
+        found[site] = encoding_from_range(spec, low, high, source="minmax")
+    return weights.merged(found)
+
+
+def bare(backend: Backend[Any], case: Case, plan: Plan) -> Simulation[Any]:
     """A simulation with every site bypassed."""
-    simulation = backend.simulate(model, plan, min_max_encodings(backend, model, plan, [case.batch]))
+    simulation = backend.simulate(case.model, plan, min_max_table(backend, case, plan))
     simulation.set(dict.fromkeys((*plan.activations, *plan.parameters)))
     return simulation
 

@@ -16,6 +16,7 @@ from bitwright.graph import (
     ACTIVATION_KINDS,
     ACTIVATION_TYPES,
     LINEAR_KINDS,
+    ConvAttrs,
     Edit,
     FoldBatchNorm,
     Graph,
@@ -43,6 +44,7 @@ from bitwright.testing.contract_base import (
     scale_shift,
 )
 from bitwright.testing.kernels import ACTIVATIONS
+from bitwright.testing.replay import replay, tappable
 
 
 class EditContract(Contract):
@@ -50,7 +52,7 @@ class EditContract(Contract):
 
     def test_wrong_edits_are_refused(self, case: Case) -> None:
         """Unknown ids and wrong shapes raise ModelError."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         weight = next((op.weight for op in backend.graph(model).linear_ops if op.weight), None)
         bad: list[Any] = [
             SetParams({"no such parameter": np.zeros(1, np.float32)}),
@@ -65,9 +67,22 @@ class EditContract(Contract):
         with pytest.raises(BitwrightError):
             backend.read(model, ["no such parameter"])
 
+    def test_new_values_are_used(self, case: Case) -> None:
+        """Every parameter can be set, biases and statistics too, and ops compute with what was set."""
+        backend, model = self.backend(), case.model
+        graph = backend.graph(model)
+        self.outputs(model, case)  # what is kept of it must not serve for another
+        known = backend.read(model, list(graph.params))
+        new = {p: (v * np.float32(0.8) + np.float32(0.01)).astype(np.float32) for p, v in known.items()}
+        changed = backend.edit(model, [SetParams(new)])
+        for p, v in backend.read(changed, list(new)).items():
+            slack = 0 if graph.params[p].dtype == "float32" else 1e-2
+            assert np.allclose(v, new[p], rtol=slack, atol=slack), p
+        check_replays(backend, changed, case.batch, case.tolerance)
+
     def test_every_linear_op_takes_a_bias(self, case: Case) -> None:
         """SetBias replaces or creates; the output moves by exactly the difference."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         for op in graph.linear_ops:
             assert op.weight is not None
@@ -80,13 +95,17 @@ class EditContract(Contract):
             assert np.array_equal(backend.read(changed, [bias])[bias], value)
             taps = run(backend.session(model, [Tap(op.output)]), case.batch)
             after = run(backend.session(changed, [Tap(moved.output)]), case.batch)
+            own = op.params.get(ParamRole.BIAS)
+            kept = [p for p in graph.params if p != own or len(graph.users(p)) > 1]
+            before, now = backend.read(model, kept), backend.read(changed, kept)
+            assert all(np.array_equal(before[p], now[p]) for p in kept), f"{op.id}: another op's parameter changed"
             step = value - next(iter(old.values()), np.zeros(size, np.float32))
             expected = rows(graph, op, taps[op.output]) + step[:, None]
             assert_close(rows(graph, op, after[moved.output]), expected, max(case.tolerance, 1e-5), op.id)
 
     def test_batch_norms_fold(self, case: Case) -> None:
         """Arithmetic by SetParams and SetBias, rewiring by FoldBatchNorm: outputs and their names stay."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         before = self.outputs(model, case)
         for norm in (op for op in graph if op.kind is OpKind.BATCH_NORM):
@@ -112,9 +131,63 @@ class EditContract(Contract):
             for t, v in self.outputs(folded, case).items():
                 assert_close(v, before[t], 10 * case.tolerance, t)
 
+    def test_batch_norms_fold_forward(self, case: Case) -> None:
+        """Into the linear op that alone reads it: that op reads what the norm read, and all else keeps its name."""
+        backend, model = self.backend(), case.model
+        graph = backend.graph(model)
+        for norm in (op for op in graph if op.kind is OpKind.BATCH_NORM):
+            into = graph.sole_consumer(norm.output)
+            if (
+                into is None
+                or into.kind not in LINEAR_KINDS
+                or into.weight is None
+                or len(graph.users(into.weight)) > 1
+            ):
+                continue
+            scale, shift = scale_shift(backend, model, norm)
+            values = backend.read(model, own(into))
+            matrix = to_matrix(into, values[into.weight].astype(np.float64))
+            s, t = (np.repeat(v.reshape(len(matrix), -1), matrix.shape[2] * len(matrix) // v.size, axis=1)
+                    for v in (scale, shift))  # fmt: skip
+            width = output_channels(into, graph.params[into.weight].shape)
+            bias = values[into.params[ParamRole.BIAS]] if ParamRole.BIAS in into.params else np.zeros(width)
+            bias = bias + np.einsum("gok,gk->go", matrix, t).reshape(-1)
+            weight = from_matrix(into, matrix * s[:, None, :], values[into.weight].shape).astype(np.float32)
+            edits: list[Edit] = [
+                FoldBatchNorm(norm.id, into.id),
+                SetParams({into.weight: weight}),
+                SetBias(into.id, bias.astype(np.float32)),
+            ]
+            folded = backend.edit(model, edits)
+            after = backend.graph(folded)
+            assert norm.id not in after
+            assert norm.id in backend.graph(model), "editing changed the original"
+            assert after.op(into.id).data_inputs[0] == norm.data_inputs[0]
+            assert after.op(into.id).output == into.output
+            check_replays(backend, folded, case.batch, case.tolerance)
+            if not (isinstance(into.attrs, ConvAttrs) and any(map(any, into.attrs.pads))):
+                before = self.outputs(model, case)  # the shift isn't a bias where zeros are padded
+                for tensor, v in self.outputs(folded, case).items():
+                    assert_close(v, before[tensor], 10 * case.tolerance, tensor)
+
+    def test_removed_ops_are_gone(self, case: Case) -> None:
+        """RemoveOp: what read the op reads its input; all other ops stay, and compute what the graph says."""
+        backend, model = self.backend(), case.model
+        graph = backend.graph(model)
+        ops = [op for op in graph if op.kind in ACTIVATION_KINDS and op.params == {} and op.output not in graph.outputs]
+        for op in ops[:3]:
+            changed = backend.edit(model, [RemoveOp(op.id)])
+            after = backend.graph(changed)
+            assert {o.id for o in after} == {o.id for o in graph} - {op.id}
+            for reader in graph.consumers(op.output):
+                expected = tuple(op.data_inputs[0] if t == op.output else t for t in reader.inputs)
+                assert after.op(reader.id).inputs == expected, reader.id
+            check_replays(backend, changed, case.batch, case.tolerance)
+            assert op.id in backend.graph(model), "editing changed the original"
+
     def test_clipped_relus_become_relus(self, case: Case) -> None:
         """ReplaceActivation drops the bound and keeps id and tensors."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         for op in (op for op in backend.graph(model) if op.kind is OpKind.CLIPPED_RELU):
             changed = backend.edit(model, [ReplaceActivation(op.id, "Relu")])
             new = backend.graph(changed).op(op.id)
@@ -125,7 +198,7 @@ class EditContract(Contract):
 
     def test_every_activation_type(self, case: Case) -> None:
         """ReplaceActivation makes all of `ACTIVATION_TYPES`, with the numbers of the kernels; id and tensors stay."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         op = _activation(backend.graph(model))
         if op is None:
             pytest.skip("the case has no activation")
@@ -153,7 +226,7 @@ class EditContract(Contract):
 
     def test_edits_follow_one_another(self, case: Case) -> None:
         """Each edit of a sequence sees the model that the ones before it have made."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         op = _activation(graph)
         if op is not None:
@@ -173,7 +246,7 @@ class EditContract(Contract):
 
     def test_edits_that_can_t_be_made_are_refused(self, case: Case) -> None:
         """Each mistake has one error, that names what is wrong; nothing of the model changes."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         for edit, told in _wrong(graph):
             with pytest.raises(ModelError, match=told):
@@ -184,7 +257,7 @@ class EditContract(Contract):
 
     def test_identities_can_be_removed(self, case: Case) -> None:
         """RemoveOp keeps the outputs and their names."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         before = self.outputs(model, case)
         for op in (op for op in backend.graph(model) if op.kind is OpKind.IDENTITY):
             after = self.outputs(backend.edit(model, [RemoveOp(op.id)]), case)
@@ -194,7 +267,7 @@ class EditContract(Contract):
 
     def test_shared_parameters_split(self, case: Case) -> None:
         """After SplitSharedParam the op has a parameter of its own, with the same value."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         for p in graph.params:
             users = graph.users(p)
@@ -207,6 +280,11 @@ class EditContract(Contract):
             own = after.params[role]
             assert np.array_equal(backend.read(split, [own])[own], backend.read(model, [p])[p])
             assert p in backend.graph(split).op(users[1].id).params.values()
+            other = backend.read(model, [p])[p] * np.float32(0.5)
+            moved = backend.edit(model, [SplitSharedParam(users[0].id, p), SetParams({own: other})])
+            assert np.array_equal(backend.read(moved, [p])[p], backend.read(model, [p])[p]), f"{p} changed with {own}"
+            assert np.array_equal(backend.read(moved, [own])[own], other), own
+            check_replays(backend, moved, case.batch, case.tolerance)
             if all(op.kind in LINEAR_KINDS and op.weight == p for op in users[:2]):
                 ramp = np.arange(output_channels(users[0], graph.params[p].shape), dtype=np.float32)
                 biases = {users[0].id: ramp, users[1].id: -ramp}
@@ -215,6 +293,15 @@ class EditContract(Contract):
                 for op, value in biases.items():
                     bias = backend.graph(changed).op(op).params[ParamRole.BIAS]
                     assert np.array_equal(backend.read(changed, [bias])[bias], value), op
+
+
+def check_replays(backend: Backend[Any], model: Any, batch: Batch, tolerance: float) -> None:
+    """Assert that an edited model computes what its graph says, op by op."""
+    graph = backend.graph(model)
+    values = run(backend.session(model, [Tap(t) for t in tappable(graph)]), batch)
+    params = backend.read(model, list(graph.params))
+    faults, _ = replay(graph, values, params, None, max(tolerance, 1e-5), lambda op, params: None)
+    assert not faults, "\n".join(faults)
 
 
 def run_outputs(backend: Backend[Any], model: Any, batch: Batch) -> dict[TensorId, Array]:

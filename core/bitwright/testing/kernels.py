@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from bitwright.graph import (
     OpKind,
     ParamRole,
     PoolAttrs,
+    ProductAttrs,
     columns,
+    erf,
     output_channels,
     output_spatial,
     to_matrix,
@@ -32,6 +35,7 @@ Params = Mapping[ParamRole, Array]
 
 ELEMENTWISE: dict[str, Callable[[Array, Array], Array]] = {
     "Add": np.add,
+    "Sum": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
     "Div": np.divide,
@@ -40,10 +44,18 @@ ELEMENTWISE: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+def _unary(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda x: np.asarray(function(x), x.dtype)
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "Exp": np.exp, "Abs": np.abs, "Neg": np.negative, "Sqrt": np.sqrt, "Log": np.log, "Erf": erf,
+    "Reciprocal": np.reciprocal, "Floor": np.floor, "Ceil": np.ceil, "Round": np.rint, "Sign": np.sign,
+    "Sin": np.sin, "Cos": np.cos,
+}  # fmt: skip
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **{name: activation.compute for name, activation in ACTIVATION_TYPES.items()},
-    "Exp": np.exp,
-    "Abs": np.abs,
+    **{name: _unary(function) for name, function in _FUNCTIONS.items()},
 }
 """By type: all of `ACTIVATION_TYPES`, and a few more."""
 
@@ -64,9 +76,11 @@ def compute(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params, per
         return list(np.split(inputs[0], len(op.outputs), op.attrs.axis))
     if op.kind in ELEMENTWISE_KINDS and op.type in ELEMENTWISE:
         operands = [*inputs, *(params[r] for r in (ParamRole.CONSTANT,) if r in params)]
-        return [ELEMENTWISE[op.type](operands[0], operands[1])]
+        return [np.asarray(functools.reduce(ELEMENTWISE[op.type], operands))]
     if op.type in ACTIVATIONS and op.kind not in KERNELS:
         return [ACTIVATIONS[op.type](inputs[0])]
+    if op.kind is OpKind.ACTIVATION and op.type == "Clip":
+        return [_clip(op, graph, inputs, params)]
     kernel = KERNELS.get(op.kind)
     if kernel is None:
         raise ModelError(f"the reference backend has no kernel for {op.id!r} ({op.type})")
@@ -125,7 +139,14 @@ def conv_spatial(op: Op, spatial: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _matmul(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
-    return np.asarray(np.matmul(inputs[0], inputs[1]))
+    operands = [*inputs, *(params[r] for r in (ParamRole.CONSTANT,) if r in params)]
+    a, b = operands[0], operands[1]
+    if isinstance(op.attrs, ProductAttrs):
+        if op.attrs.transposed is None:
+            raise ModelError(f"{op.id!r} contracts axes that its attributes don't name")
+        first, second = op.attrs.transposed
+        a, b = np.swapaxes(a, -1, -2) if first else a, np.swapaxes(b, -1, -2) if second else b
+    return np.asarray(np.matmul(a, b))
 
 
 def _embedding(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
@@ -144,13 +165,22 @@ def _batch_norm(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params)
     return np.asarray(y + params[ParamRole.BETA].reshape(shape) if ParamRole.BETA in params else y)
 
 
+def _layer_norm(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
+    x, gamma = inputs[0], params[ParamRole.GAMMA]
+    axes = tuple(range(x.ndim - gamma.ndim, x.ndim))
+    centred = x - x.mean(axis=axes, keepdims=True, dtype=np.float64)
+    deviation = np.sqrt(np.square(centred).mean(axis=axes, keepdims=True) + 1e-5)
+    return np.asarray(centred / deviation * gamma + params.get(ParamRole.BETA, np.float32(0)), x.dtype)
+
+
 def _relu(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
     return np.maximum(inputs[0], np.float32(0))
 
 
 def _clip(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
     attrs = op.attrs if isinstance(op.attrs, ActivationAttrs) else ActivationAttrs(0.0, 6.0)
-    return np.asarray(np.clip(inputs[0], attrs.minimum, attrs.maximum), inputs[0].dtype)
+    low, high = (b if n is None else n for n, b in ((attrs.minimum, -np.inf), (attrs.maximum, np.inf)))
+    return np.asarray(np.clip(inputs[0], low, high), inputs[0].dtype)
 
 
 def _prelu(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
@@ -168,8 +198,10 @@ def _prelu(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> A
 
 def _softmax(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
     axis = op.attrs.axis if isinstance(op.attrs, AxisAttrs) else -1
-    e = np.exp(inputs[0] - inputs[0].max(axis=axis, keepdims=True))
-    return np.asarray(e / e.sum(axis=axis, keepdims=True))
+    shifted = inputs[0] - inputs[0].max(axis=axis, keepdims=True)
+    e = np.exp(shifted)
+    total = e.sum(axis=axis, keepdims=True)
+    return np.asarray(shifted - np.log(total) if op.type == "LogSoftmax" else e / total)
 
 
 def _concat(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
@@ -224,6 +256,7 @@ KERNELS: dict[OpKind, Kernel] = {
     OpKind.MATMUL: _matmul,
     OpKind.EMBEDDING: _embedding,
     OpKind.BATCH_NORM: _batch_norm,
+    OpKind.LAYER_NORM: _layer_norm,
     OpKind.RELU: _relu,
     OpKind.CLIPPED_RELU: _clip,
     OpKind.PRELU: _prelu,

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.graph import OpKind, ParamRole
 from bitwright.testing.builder import Builder
 from bitwright.testing.reference import ReferenceModel
+
+IDS = 12
+"""How many rows embeddings have."""
 
 
 def conv_bn_relu(seed: int = 0, *, depth: int = 3, relu6: bool = False, bias: bool = False) -> ReferenceModel:
@@ -81,6 +85,33 @@ def transposed(seed: int = 0) -> ReferenceModel:
     return b.build(x)
 
 
+def prenormed(seed: int = 0) -> ReferenceModel:
+    """Batch norms before linear ops, as in ResNet v2: one before a convolution, one before a linear op."""
+    b = Builder(seed)
+    x = b.relu("act0", b.batch_norm("bn_in", b.input("x", 3, 6, 6)))
+    x = b.relu("act1", b.conv("conv1", x, 4))
+    x = b.conv("conv2", b.batch_norm("bn_mid", x), 6)
+    x = b.relu("act2", x)
+    x = b.flatten("flatten", x)
+    return b.build(b.linear("fc", b.batch_norm("bn_out", x), 4))
+
+
+def tokens(seed: int = 0) -> ReferenceModel:
+    """Ids and floats in, two outputs: embedding, layer norm, attention with a mask, one matrix used twice."""
+    b = Builder(seed)
+    ids, side = b.input("ids", 5, dtype="int64", channel_axis=None), b.input("side", 5, 8, channel_axis=2)
+    table = b.param("table", b.rng.normal(0, 0.7, (12, 8)))
+    x = b.op("embed", OpKind.EMBEDDING, "Gather", (ids,), (None, 5, 8), params={ParamRole.WEIGHT: table})
+    x = b.layer_norm("norm", b.binary("sum", "Add", x, side))
+    q, k, v = (b.linear(n, x, 8) for n in ("q", "k", "v"))
+    scores = b.matmul("scores", q, b.transpose("kt", k, 0, 2, 1))
+    scores = b.masked(b.binary("masked", "Add", scores, np.triu(np.full((5, 5), -1e9, np.float32), 1)))
+    y = b.matmul("mix", b.softmax("softmax", scores), v)
+    y = b.binary("gated", "Mul", y, b.activation("gate", b.linear("gate_fc", x, 8), "Sigmoid"))
+    head = b.op("head", OpKind.LINEAR, "MatMul", (y,), (None, 5, 12), params={ParamRole.WEIGHT: table})
+    return b.build(head, b.prelu("side_out", y, 0.2))
+
+
 MODELS: dict[str, Callable[..., ReferenceModel]] = {
     "conv_bn_relu": conv_bn_relu,
     "depthwise_triple": depthwise_triple,
@@ -89,11 +120,21 @@ MODELS: dict[str, Callable[..., ReferenceModel]] = {
     "mlp": mlp,
     "transposed": transposed,
 }
-"""All of them by name; each takes a seed."""
+"""By name; each takes a seed. Techniques are tested on these."""
+
+BACKEND_MODELS: dict[str, Callable[..., ReferenceModel]] = {**MODELS, "prenormed": prenormed, "tokens": tokens}
+"""With those that a backend must show and simulate too."""
 
 
 def batch(model: ReferenceModel, samples: int = 8, seed: int = 0) -> Mapping[str, NDArray[Any]]:
-    """Normal random inputs for a model."""
+    """Normal random inputs for a model; integer ones are ids below `IDS`."""
     rng = np.random.default_rng(seed)
-    shapes = {t: model.graph.tensors[t].shape or (None,) for t in model.graph.inputs}
-    return {t: rng.normal(size=(samples, *(n or 1 for n in s[1:]))).astype(np.float32) for t, s in shapes.items()}
+    found = {}
+    for t in model.graph.inputs:
+        tensor = model.graph.tensors[t]
+        shape = (samples, *(n or 1 for n in (tensor.shape or (None,))[1:]))
+        whole = np.dtype(tensor.dtype).kind in "iu"
+        found[t] = (
+            rng.integers(0, IDS, shape).astype(tensor.dtype) if whole else rng.normal(size=shape).astype("float32")
+        )
+    return found

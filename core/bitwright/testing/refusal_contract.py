@@ -17,8 +17,10 @@ from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import Graph, SetBias, SetParams, TensorId, output_channels
 from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel
 from bitwright.placement import Plan, SiteId
-from bitwright.testing.contract_base import Array, Case, Contract, bare, run
-from bitwright.testing.harness import min_max_encodings, simple_plan
+from bitwright.testing.contract_base import Array, Case, Contract, bare, everything, min_max_table, run
+from bitwright.testing.harness import simple_plan
+from bitwright.testing.plan_contract import check_network
+from bitwright.testing.replay import Quantization
 
 
 class RefusalContract(Contract):
@@ -26,10 +28,10 @@ class RefusalContract(Contract):
 
     def test_encodings_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Too few, too many or misplaced scales: when the simulation is built and when they are set; all or nothing."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         plan = simple_plan(graph)
-        table = min_max_encodings(backend, model, plan, [case.batch])
+        table = min_max_table(backend, case, plan)
         simulation = backend.simulate(model, plan, table)
         taps = [Tap(t) for t in graph.outputs]
         before = run(simulation.session(taps), case.batch)
@@ -40,7 +42,8 @@ class RefusalContract(Contract):
             refused(EncodingError, repr(site), told, simulation.set, {site: encoding})
         fitting = {s: e.with_(scale=e.scale * 2) for s, e in table.items() if s != wrong[0][0]}
         refused(EncodingError, repr(wrong[0][0]), "one of many", simulation.set, {**fitting, wrong[0][0]: wrong[0][1]})
-        some = {s: (s, e) for s, e in wrong}.values()  # building takes longer: one for each site
+        # Building takes longer: a site of each kind with each layout of scales.
+        some = {(plan[s].kind, type(e.granularity)): (s, e) for s, e in wrong}.values()
         for site, encoding in some:
             changed = table.merged({site: encoding})
             refused(EncodingError, repr(site), repr(site), backend.simulate, model, plan, changed)
@@ -50,27 +53,22 @@ class RefusalContract(Contract):
 
     def test_a_scale_for_each_channel_of_an_activation(self, case: Case) -> None:
         """Where as many scales are given as there are channels, the tensor is on the grid of each."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         plan = simple_plan(graph)
-        simulation = bare(backend, model, case, plan)
-        sites = [s for s, _, _ in _channelled(graph, plan)]
-        values = run(simulation.session([Tap(s) for s in sites]), case.batch)
+        simulation = bare(backend, case, plan)
+        values, chosen = everything(backend, case), dict[SiteId, Encoding]()
         for site, axis, channels in _channelled(graph, plan):
             reach = np.abs(values[site]).max(axis=tuple(i for i in range(values[site].ndim) if i != axis))
             scale = (np.maximum(reach, 0.1) / 100 * np.linspace(0.5, 1.5, channels)).astype(np.float32)
-            encoding = Encoding(8, True, True, scale, np.zeros(channels, np.int32), PerChannel(axis))
-            simulation.set({site: encoding})
-            assert simulation.get()[site].equals(encoding)
-            found = run(simulation.session([Tap(site)]), case.batch)[site]
-            steps = np.rint(np.abs(found - encoding.fake_quantize(values[site])) / encoding.spread(found.shape)[0])
-            assert steps.max(initial=0) <= 1, site
-            assert np.mean(steps > 0) <= 0.01, site
-            simulation.set({site: None})
+            chosen[site] = Encoding(8, True, True, scale, np.zeros(channels, np.int32), PerChannel(axis))
+        simulation.set(chosen)
+        assert all(simulation.get()[s].equals(e) for s, e in chosen.items())
+        check_network(backend, case, simulation, Quantization(plan, chosen), "a scale for each channel")
 
     def test_parameter_values_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Wrong shapes, NaN, infinity and unknown names: nothing is set, of values in the same edit neither."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         known = {p: np.array(v) for p, v in backend.read(model, list(graph.params)).items()}
         simulation = backend.simulate(model, plan := simple_plan(graph), _table(self, model, plan, case))
@@ -98,7 +96,7 @@ class RefusalContract(Contract):
 
     def test_biases_that_don_t_fit_are_refused(self, case: Case) -> None:
         """A bias has one finite value for each output; ops that are no linear ones take none."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         for op in graph.linear_ops:
             assert op.weight is not None
@@ -111,7 +109,7 @@ class RefusalContract(Contract):
 
     def test_sessions_take_numbers_of_any_type(self, case: Case) -> None:
         """What is converted without loss is: whole numbers of any type to floats and integers, 0 and 1 to booleans."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         specs = backend.input_specs(model)
         taps = [Tap(t) for t in graph.outputs]
@@ -130,7 +128,7 @@ class RefusalContract(Contract):
 
     def test_feeds_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Missing, misshapen, misread or lossy arrays are InputErrors with the input's name; others are ignored."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         taps = [Tap(t) for t in graph.outputs]
         specs = backend.input_specs(model)
@@ -157,7 +155,7 @@ class RefusalContract(Contract):
 
     def test_unknown_tensors_are_refused(self, case: Case) -> None:
         """Taps and feeds that the model doesn't have are ModelErrors, when the session is made."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         plan = simple_plan(graph)
         simulation = backend.simulate(model, plan, _table(self, model, plan, case))
@@ -172,7 +170,7 @@ class RefusalContract(Contract):
 
     def test_segments_need_no_more_than_their_taps_do(self, case: Case) -> None:
         """Feeds that no tap depends on need no value; a tap that is a feed is handed out as it is fed, reduced too."""
-        backend, model = self.backend(), case.build()
+        backend, model = self.backend(), case.model
         graph = backend.graph(model)
         op = graph.linear_ops[-1]
         x = op.data_inputs[0]
@@ -211,7 +209,7 @@ def _spoilt(value: Array, by: float) -> Array:
 
 
 def _table(contract: Contract, model: Any, plan: Plan, case: Case) -> Any:
-    return min_max_encodings(contract.backend(), model, plan, [case.batch])
+    return min_max_table(contract.backend(), case, plan)
 
 
 def _channelled(graph: Graph, plan: Plan) -> list[tuple[TensorId, int, int]]:
