@@ -167,7 +167,7 @@ def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:
 
 def _unpacked(stored: Any, unpack: Callable[[Any], Any]) -> Any:
     put_in = isinstance(stored, dict) and stored.get("type!") == "Formula"
-    return _untagged(stored) if put_in else unpack(_frozen(stored))
+    return _untagged(stored) if put_in else unpack(_deeply(stored))
 
 
 def _tagged(record: Any) -> Any:
@@ -184,6 +184,13 @@ def _untagged(record: Any) -> Any:
 
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _frozen(v) for k, v in record.items()}
+
+
+def _deeply(value: Any) -> Any:
+    """With tuples for lists, in dictionaries too."""
+    if isinstance(value, dict):
+        return {k: _deeply(v) for k, v in value.items()}
+    return tuple(_deeply(v) for v in value) if isinstance(value, list) else value
 
 
 def _frozen(value: Any) -> Any:

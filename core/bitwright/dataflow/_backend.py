@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic
@@ -17,6 +17,7 @@ from bitwright.dataflow._editing import FlowEditor
 from bitwright.dataflow._functions import Captured
 from bitwright.dataflow._model import Function, M
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike, evaluated
+from bitwright.dataflow._packing import packed, unpacked
 from bitwright.dataflow._rounding import Form, fake_quantized
 from bitwright.dataflow._session import FlowSession, Program
 from bitwright.dataflow._simulation import FlowSimulation
@@ -40,12 +41,14 @@ class FlowBackend(ABC, Generic[M]):
         name: of the backend.
         model_type: of its models.
         namespace: the framework's array functions.
+        calls: the framework's functions that files name, by the names that they have there.
         file_format: name and description of the file that `save` writes and `load` opens.
     """
 
     name: str
     model_type: type[M]
     namespace: FlowNamespace = NumpyLike(np)
+    calls: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     file_format: ClassVar[tuple[str, str]] = ("npz", "float graph and parameters")
 
     # -- what a backend gives
@@ -89,12 +92,18 @@ class FlowBackend(ABC, Generic[M]):
         return fake_quantized(self.namespace, x, numbers, form)
 
     def pack(self, model: M, op: Op) -> Any:
-        """What a file keeps of `model.native[op.id]`: JSON, or bytes."""
-        return model.native[op.id]
+        """What a file keeps of `model.native[op.id]`: JSON, or bytes. Captured functions are kept by `calls`.
+
+        Raises:
+            ModelError: one calls what isn't there.
+        """
+        kept = model.native[op.id]
+        return {"captured": packed(kept, self.calls, op.id)} if isinstance(kept, Captured) else kept
 
     def unpack(self, stored: Any) -> Any:
         """The other way; lists have become tuples."""
-        return stored
+        captured = isinstance(stored, dict) and stored.keys() == {"captured"}
+        return unpacked(stored["captured"], self.calls) if captured else stored
 
     # -- the protocol
 

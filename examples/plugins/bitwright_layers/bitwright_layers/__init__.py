@@ -1,0 +1,1 @@
+"""bitwright for lists of layers."""
