@@ -35,8 +35,10 @@ class Samples:
     entire: Batch | None = None
 
     def first(self, count: int) -> Samples:
-        """At most so many of the samples; all where their axis isn't known or the batch is fixed."""
-        return self if self.whole else replace(self, inputs=first_samples(self.inputs, count))
+        """At most so many of the samples, out of the whole batch where that is kept; all where their axis isn't known
+        or the batch is fixed."""
+        held = self.inputs if self.entire is None else self.entire
+        return self if self.whole else replace(self, inputs=first_samples(held, count))
 
     def uncut(self) -> Samples | None:
         """The whole batch that the samples are the first ones of; None where it isn't kept."""

@@ -373,7 +373,7 @@ class QuantSim(StateView):
                 whose products can saturate without VNNI are stored as uint8, values unchanged, which runs slower;
                 `Bundle.stored_anew` names them. Default: for targets with `pair_sum_bits`, such as onnxruntime-cpu.
             reference_samples: how many of the first calibration samples go into `NAME.record.npz`, with what the
-                simulation makes of them; 0 for none.
+                simulation makes of them; 0 for none, at most the first batch's.
 
         Raises:
             EncodingError: the simulation isn't calibrated yet.
