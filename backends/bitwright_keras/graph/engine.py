@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any
 
 import keras
@@ -21,14 +23,58 @@ _AS_SWITCHED = ContextVar("bitwright_keras_as_switched", default=False)
 
 
 def with_gradient(function: Function) -> Function:
-    """`keras.ops.custom_gradient`; where nothing is differentiated, the function's values alone.
-
-    TensorFlow keeps the gradient of each traced call in a registry for good, and with it the traced graph.
-    """
+    """`keras.ops.custom_gradient`; where nothing is differentiated, the function's values alone."""
     if not _FORWARD_ONLY.get():
         differentiable: Function = ops.custom_gradient(function)
-        return differentiable
+        return _held_by_graph(differentiable) if keras.backend.backend() == "tensorflow" else differentiable
     return lambda *tensors: function(*tensors)[0]
+
+
+def _held_by_graph(function: Function) -> Function:
+    """A function with its own gradient, which lives as long as the graph that it is traced into.
+
+    TensorFlow registers the gradient of each traced call under a new name, for good; the gradient knows tensors, these
+    their graph, and so no traced graph of a simulation would ever be freed. Here the graph holds the gradient, and the
+    registry knows it weakly.
+    """
+
+    def called(*tensors: Any) -> Any:
+        import tensorflow as tf
+        from tensorflow.python.framework import ops as tf_ops
+
+        if tf.executing_eagerly():
+            return function(*tensors)
+        registry: dict[str, dict[str, Any]] = tf_ops.gradient_registry._registry
+        known = len(registry)
+        result = function(*tensors)
+        graph = tf.compat.v1.get_default_graph()
+        for name in list(islice(reversed(registry), max(0, len(registry) - known))):
+            _hand_over(registry, name, graph)
+        return result
+
+    return called
+
+
+def _hand_over(registry: dict[str, dict[str, Any]], name: str, graph: Any) -> None:
+    """Let a graph hold a registered gradient."""
+    entry = registry[name]
+    gradient = entry.get("type")
+    if gradient is None or not name.startswith("CustomGradient"):
+        return
+    held = getattr(graph, "_bitwright_gradients", None)
+    if held is None:
+        held = graph._bitwright_gradients = {}
+    held[name] = gradient
+    place = weakref.ref(graph)
+
+    def looked_up(*arguments: Any) -> Any:
+        alive = place()
+        if alive is None:
+            raise LookupError(f"the graph that the gradient {name} is of is gone")
+        return alive._bitwright_gradients[name](*arguments)
+
+    entry["type"] = looked_up
+    weakref.finalize(graph, registry.pop, name, None)
 
 
 def traces_once() -> bool:
