@@ -1,6 +1,7 @@
 """The base of dataflow backends, on a backend whose parameters lie otherwise and whose functions add no bias."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import (
     ACTIVATION_TYPES,
     LINEAR_KINDS,
+    Graph,
     OpKind,
     ParamRole,
     ReplaceActivation,
@@ -40,6 +42,8 @@ def twisted(model):
                 layouts[p] = layout.flipped(*range(2, rank)) if op.kind is OpKind.CONV_TRANSPOSE else layout
             else:
                 layouts[p] = Layout().reshaped((1, *graph.params[p].shape), graph.params[p].shape)
+    params = {p: replace(param, layout=layouts[p].order) for p, param in graph.params.items()}
+    graph = Graph(graph.ops, graph.tensors, params, graph.inputs, graph.outputs)
     return TwistedModel(graph, dict(model.params), dict(model.native), layouts)
 
 
@@ -67,12 +71,20 @@ BACKEND = TwistedBackend()
 
 
 class TestTwistedBackend(BackendContract):
+    declines: ClassVar = {"recurrent": "the kernels have no recurrent ops"}
+
     def backend(self):
         return BACKEND
 
+    def native_value(self, model, param):
+        layout = model.layouts[param]
+        return model.params[param] if layout.order is None else layout.native(model.params[param])
+
     def cases(self):
-        names = ("conv_bn_relu", "transposed", "mlp", "depthwise_triple", "concat_branches", "residual")
-        return {n: Case(lambda n=n: twisted(models.MODELS[n]()), models.batch(models.MODELS[n]())) for n in names}
+        return {
+            name: Case(lambda make=make: twisted(make()), models.batch(make()))
+            for name, make in models.BACKEND_MODELS.items()
+        }
 
 
 def test_layouts_are_undone():

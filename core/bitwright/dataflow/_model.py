@@ -30,6 +30,7 @@ class FlowModel:
         native: what the backend keeps of an op beside that: what `FlowBackend.function` works from.
         layouts: how the framework takes parameters; the canonical layout where there is none.
         encodings: fake quantization in force, by site; empty for a float model.
+        programs: that sessions have compiled; shared by models that differ in numbers alone.
     """
 
     graph: Graph
@@ -37,6 +38,7 @@ class FlowModel:
     native: Mapping[OpId, Any] = field(default_factory=dict)
     layouts: Mapping[ParamId, Layout] = field(default_factory=dict)
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False)
     _arrays: dict[ParamId, tuple[Any, Any, Array]] = field(default_factory=dict, init=False, repr=False)
 
     def array(self, param: ParamId, convert: Callable[[NDArray[Any]], Array]) -> Array:
@@ -95,4 +97,5 @@ def rebuild(
         params={p: v for p, v in values.items() if p in used},
         native={o: n for o, n in model.native.items() if o in names},
         layouts={p: layout for p, layout in layouts.items() if p in used},
+        programs={},
     )

@@ -70,7 +70,6 @@ class FlowSession:
         made = (t for op in self.ops for t in op.outputs if t not in given)
         self._sites = (*(self.feeds if self.whole else ()), *made)
         self._last_use = {t: i for i, op in enumerate(self.ops) for t in op.data_inputs}
-        self._programs: dict[tuple[tuple[TensorId, Form], ...], Program] = {}
         self._numbers: dict[TensorId, tuple[Encoding, Numbers]] = {}
 
     def run(self, batch: Batch) -> Mapping[Tap, Array]:
@@ -83,9 +82,10 @@ class FlowSession:
         feeds = {t: array(feed(batch, t, known[t].dtype, known[t].shape)) for t in self.feeds}
         in_force = {s: e for s in self._sites if (e := model.encodings.get(s)) is not None}
         forms = tuple((site, Form.of(encoding)) for site, encoding in in_force.items())
-        program = self._programs.get(forms)
+        key = (self.taps, self.feeds, self.whole, forms)
+        program = model.programs.get(key)
         if program is None:
-            program = self._programs[forms] = self.backend.compile_program(self._program(dict(forms)))
+            program = model.programs[key] = self.backend.compile_program(self._program(dict(forms)))
         params = {p: model.array(p, array) for p in self._params}
         values = program(params, {s: self._numbers_of(s, e) for s, e in in_force.items()}, feeds)
         return {tap: np.asarray(self.backend.numpy(v)) for tap, v in zip(self.taps, values, strict=True)}

@@ -1,5 +1,7 @@
 """bitwright's kit on the backend for lists of layers; then the whole way, to the integers of ONNX Runtime."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from bitwright_layers.backend import LayersBackend
@@ -35,8 +37,19 @@ class TestLayersBackend(BackendContract):
     suffix = ".layers"
     kinds = frozenset({OpKind.CONV, OpKind.LINEAR, OpKind.RELU, OpKind.MAX_POOL, OpKind.AVERAGE_POOL})
 
+    declines: ClassVar = dict.fromkeys(
+        ("depthwise", "forward fold", "shared parameter", "two inputs", "two outputs", "integer input", "mask",
+         "embedding", "matmul", "softmax", "layer_norm", "prelu", "mul", "transpose", "recurrent"),
+        "lists of layers have no such thing",
+    )  # fmt: skip
+
     def backend(self):
         return LayersBackend()
+
+    def native_value(self, model, param):
+        net = CNN if param.split(".")[0] in {layer.name for layer in CNN} else MLP
+        (layer,) = (layer for layer in net if layer.name == param.split(".")[0])
+        return getattr(layer, param.split(".")[1])
 
     def cases(self):
         return {"cnn": Case(lambda: LayersBackend().adopt(CNN, {"image": X}), {"image": X}),
