@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bitwright.bundle import find_bundle, plan_of, read_encodings
+from bitwright.bundle import ENCODINGS_SUFFIX, find_bundle, plan_of, read_encodings
+from bitwright.errors import InputError
 from bitwright.progress import Progress
+from bitwright.report import RunReport, read_report
 from bitwright.simulation import QuantSim
 
 
 def exported(directory: str | Path, name: str | None = None, *, progress: Progress | None = None) -> QuantSim:
-    """The simulation that an export came from, without its target: what has an entry is quantized so.
+    """The simulation that an export came from: what has an entry is quantized so.
+
+    A technique that is applied to it, and changes to its types, go by the target, types and exceptions that the
+    export's report names; by the default target where there is no report.
 
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
@@ -23,7 +30,25 @@ def exported(directory: str | Path, name: str | None = None, *, progress: Progre
         EncodingError: the encodings don't fit the model.
     """
     bundle = find_bundle(Path(directory), name)
-    sim = QuantSim(bundle.files["model"], progress=progress)
+    stem = bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX)
+    sim = _opened(bundle.files["model"], read_report(Path(directory), stem).report, progress)
     encodings = read_encodings(bundle.files["encodings"], sim.graph)
     plan = plan_of(sim.graph, encodings)
     return QuantSim.of(replace(sim.state, plan=plan, encodings=encodings.restricted(set(plan))))
+
+
+def _opened(model: Path, report: RunReport | None, progress: Progress | None) -> QuantSim:
+    if report is None:
+        return QuantSim(model, progress=progress)
+    known: dict[str, Any] = {
+        "target": report.target_config, "weights": report.weights, "activations": report.activations,
+        "progress": progress,
+    }  # fmt: skip
+    try:
+        return QuantSim(model, overrides=report.overrides, **known)
+    except InputError:  # exceptions for what folding has taken out of the exported model
+        sim = QuantSim(model, **known)
+    for what, type in report.overrides.items():
+        with suppress(InputError):
+            sim = sim.fork(overrides={what: type})
+    return sim

@@ -212,6 +212,18 @@ def test_an_export_opened_again_computes_the_same(sim, images, tmp_path):
     assert np.array_equal(again.predict(images)[0], sim.predict(images)[0])
 
 
+def test_a_technique_on_an_export_goes_by_the_export_s_own_target(images, tmp_path):
+    """Not by the default one, which has other types here; exceptions hold where the exported model still has them."""
+    given = {"target": "htp_v73", "weights": "int8", "activations": "uint16", "overrides": {"dw": {"weights": "int4"}}}
+    sim = QuantSim(conv_model(), **given).apply("fold_batch_norm").calibrate(images)
+    sim.export(tmp_path, name="net")
+    again = exported(tmp_path)
+    assert again.state.activations == "uint16" and again.target.to_json() == sim.target.to_json()
+    applied = again.fork().apply("bias_correction", images).calibrate(images)
+    specs = {s: sim.plan.spec(s) for s in sim.plan if s in applied.plan}
+    assert len(specs) > 8 and specs == {s: applied.plan.spec(s) for s in specs}
+
+
 def test_an_integer_runtime_doesn_t_depart(sim, images, tmp_path):
     """ONNX Runtime's integer kernels against the simulation: roundings differ, no tensor departs."""
     bundle = sim.export(tmp_path / "out", name="net")
