@@ -183,6 +183,18 @@ class KerasBackend:
 
         return floats_of(bundle)
 
+    def departures(
+        self, model: KerasModel, plan: Plan, encodings: EncodingTable, bundle: Bundle
+    ) -> Sequence[tuple[str, str]]:
+        """See `ReproducedArtefact`: of a .tflite file.
+
+        Raises:
+            BitwrightError: it can't be read, or not be made again.
+        """
+        from bitwright_keras.export.tflite_check import departures
+
+        return departures(model, plan, encodings, bundle)
+
     def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each input."""
         return {t: (model.specs[t].shape, model.specs[t].dtype) for t in model.inputs}

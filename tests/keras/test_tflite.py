@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,56 @@ def test_damaged_files(tmp_path: Path) -> None:
         TfliteFile.read(path)
     with pytest.raises(InputError, match="can't be run"):
         LiteRtSession(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: Any) -> Path:
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((8, 8, 3), name="image")
+    x = L.Conv2D(6, 3, padding="same", activation="relu", name="stem")(inputs)
+    x = L.DepthwiseConv2D(3, activation="relu", name="wide")(x)
+    model = keras.Model(inputs, L.Dense(4, name="last")(L.GlobalAveragePooling2D(name="pool")(x)))
+    sim, x = _calibrated(nets.settled(model))
+    folder = tmp_path_factory.mktemp("small")
+    sim.export(folder, name="net")
+    return folder
+
+
+def _checked(folder: Path, capsys: Any) -> tuple[int, str]:
+    status = main(["encodings", "check", str(folder)])
+    return status, capsys.readouterr().out
+
+
+def test_the_check_reads_the_tflite_file_back(small: Path, capsys: Any) -> None:
+    assert _checked(small, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("site", "what"),
+    [("stem/relu", "scale"), ("wide/relu", "zero point"), ("stem/kernel", "codes"), ("wide/kernel", "scale"),
+     ("last/kernel", "codes"), ("bias", "codes")],
+)  # fmt: skip
+def test_the_check_names_the_number_that_was_changed(
+    small: Path, tmp_path: Path, site: str, what: str, capsys: Any
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(small, folder)
+    file = TfliteFile.read(folder / "net.tflite")
+    called = {file.name(i): i for i in range(len(file.tensors))}
+    if site == "bias":
+        index = next(int(o.inputs[2]) for kind, o in file.operators() if kind == "CONV_2D")
+    else:
+        index = next(i for name, i in called.items() if name.removesuffix("_int8") == site)
+    grid, values = file.grid(index), file.constant(index)
+    if what == "codes":
+        changed = np.array(values)
+        changed.reshape(-1)[0] += 1 if changed.reshape(-1)[0] < 100 else -1
+        file.set_constant(index, changed)
+    else:
+        scale = grid.scale * np.float32(1.01) if what == "scale" else grid.scale
+        file.set_grid(index, scale, grid.zero_point + (what == "zero point"))
+    file.write(folder / "net.tflite")
+    status, told = _checked(folder, capsys)
+    assert status == 1
+    assert f"another {what} in the .tflite file" in told if what != "codes" else "codes aren't those" in told
+    assert site == "bias" or any(line.startswith(site) for line in told.splitlines())

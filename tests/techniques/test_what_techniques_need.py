@@ -21,7 +21,9 @@ OFFERED = {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
     },
     "torch": {"partial_execution", "trainable", "shared_conversion"},
-    "keras": {"partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats"},
+    "keras": {
+        "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats", "reproduced_artefact",
+    },
     "tensorflow": {"partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats"},
 }  # fmt: skip
 

@@ -295,6 +295,22 @@ class QuantizedArtefact(Protocol):
         """Parameters that the artefact keeps in float under their own names → their values, canonical layout."""
 
 
+@runtime_checkable
+class ReproducedArtefact(Protocol[M_contra]):
+    """Checking a quantized artefact without pairs (.tflite) by making it again, for `bitwright encodings check`."""
+
+    def departures(
+        self, model: M_contra, plan: Plan, encodings: EncodingTable, bundle: Bundle
+    ) -> Sequence[tuple[str, str]]:
+        """Numbers of the artefact that aren't those of the model and the encodings: (tensor, what is wrong in words).
+
+        Nothing where the bundle has no such artefact.
+
+        Raises:
+            BitwrightError: it can't be made again.
+        """
+
+
 class Capability(StrEnum):
     """What a backend may offer beyond the required protocol: each is one of the protocols above (`protocol`).
 
@@ -310,6 +326,7 @@ class Capability(StrEnum):
     BUNDLED_FORMATS = "bundled_formats"
     SHARED_CONVERSION = "shared_conversion"
     SOURCE_FILES = "source_files"
+    REPRODUCED_ARTEFACT = "reproduced_artefact"
 
     @property
     def protocol(self) -> type:
@@ -327,6 +344,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.BUNDLED_FORMATS: BundledFormats,
     Capability.SHARED_CONVERSION: SharedConversion,
     Capability.SOURCE_FILES: SourceFiles,
+    Capability.REPRODUCED_ARTEFACT: ReproducedArtefact,
 }
 _INSTEAD: Mapping[Capability, str] = {
     Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Bundle, Pair, QuantizedArtefact
+from bitwright.backend import Backend, Bundle, Pair, QuantizedArtefact, ReproducedArtefact
 from bitwright.bundle._artefact import QDQ
 from bitwright.calibration import bias_encoding
 from bitwright.formats import CAST_FORMATS, Problem
 from bitwright.graph import Graph, ParamId, TensorId, preserves_grid
-from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel, cast_float, spread
+from bitwright.grids import Blockwise, Encoding, EncodingTable, Granularity, PerChannel, cast_float, spread
 from bitwright.placement import Derived, Float, Plan, SiteId
 
 
@@ -36,7 +36,8 @@ def check_pairs(
     Codes of parameters must be those of the float model's values on that grid, those of biases on their accumulators'
     (of several ops that share a bias, on each one's); parameters that stay in float must be the float model's.
     Nothing to say where the bundle holds no such artefact, or the backend can't read it back. Biases of integer layers
-    may stay in float; plain casts (float16, bfloat16) are not pairs.
+    may stay in float; plain casts (float16, bfloat16) are not pairs. An artefact without pairs must be what the backend
+    makes of the float model and the encodings (`ReproducedArtefact`).
 
     Args:
         backend: the model's.
@@ -46,11 +47,14 @@ def check_pairs(
         encodings: of the encodings file, bound to the model's sites in canonical layout.
         optional: sites that the artefact may have no tensor for (`artefact.passed_on`).
     """
+    problems: list[Problem] = []
+    if isinstance(backend, ReproducedArtefact):
+        found_again = backend.departures(model, plan, EncodingTable(dict(encodings)), bundle)
+        problems += [Problem(tensor, what) for tensor, what in found_again]
     if QDQ not in bundle.files or not isinstance(backend, QuantizedArtefact):
-        return []
+        return problems
     check = _Check(backend, model, plan, encodings)
     pairs = dict(backend.pairs(bundle))
-    problems: list[Problem] = []
     for site in plan:
         found = tuple(pairs.pop(site, ()))
         if isinstance(plan[plan.root(site)].decision, Float):
