@@ -22,7 +22,8 @@ OFFERED = {
     },
     "torch": {"partial_execution", "trainable", "shared_conversion"},
     "keras": {
-        "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats", "reproduced_artefact",
+        "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "reproduced_artefact",
+        "bundled_formats",
     },
     "tensorflow": {"partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats"},
 }  # fmt: skip
