@@ -64,7 +64,7 @@ FRAMEWORKS_OWN = {
     "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_schema", "_ops", "_version", "_layers",
     "_functional", "_inputs", "_evaluate", "_registry",
 }  # fmt: skip
-"""Private names of PyTorch, Keras, TensorFlow and JAX that have no public way, and that our own classes have too (or inherit)."""
+"""Private names of frameworks that have no public way, and that our own classes have too (or inherit)."""
 
 
 def _owned(tree: ast.AST) -> set[str]:
