@@ -206,16 +206,23 @@ def with_table(page: str, results: Mapping[str, Any]) -> str:
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: made, page, flags=re.S)
 
 
-def main() -> int:
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; no source means all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], default=list(SOURCES))
+    parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], default=[])
     parser.add_argument("--share", type=int, default=1, help="run one of so many models of each group (default: all)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time of one model")
     parser.add_argument("--log", type=Path, help="append every outcome to this file, a line of JSON each")
     parser.add_argument("--again", action="store_true", help="run only what --log doesn't hold as listed")
     parser.add_argument("--write", action="store_true", help="write results and table of a share too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    arguments.sources = arguments.sources or list(SOURCES)
+    return arguments
+
+
+def main() -> int:
+    arguments = parsed()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     outcomes: dict[str, list[Outcome]] = {}

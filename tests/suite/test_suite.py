@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from foreign import Outcome
-from suite import HERE, PAGE, RESULTS, SOURCES, Known, judge, sample, with_table
+from suite import HERE, PAGE, RESULTS, SOURCES, Known, judge, parsed, sample, with_table
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -79,3 +79,8 @@ def test_a_listed_model_that_is_gone_is_told():
 
 def test_paths_are_those_of_the_repository():
     assert Path(__file__).parent == HERE and PAGE.exists()
+
+
+def test_without_a_source_all_are_run():
+    assert parsed([]).sources == list(SOURCES)
+    assert parsed(["torch", "--share", "4"]).sources == ["torch"]
