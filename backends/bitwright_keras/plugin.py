@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.hookspecs import BackendInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, RuntimeInfo, hookimpl
 
 
 @hookimpl
@@ -16,5 +16,21 @@ def register_backends() -> list[BackendInfo]:
             modules=("keras",),
             suffixes=(".keras", ".h5", ".hdf5"),
             extra="keras",
+            port="bitwright_keras.testing:model_port",
+        )
+    ]
+
+
+@hookimpl
+def register_runtimes() -> list[RuntimeInfo]:
+    """LiteRT."""
+    return [
+        RuntimeInfo(
+            name="tflite",
+            summary="LiteRT (TensorFlow Lite), on an int8 .tflite file.",
+            factory="bitwright_keras.export.litert:LiteRt",
+            artefact="tflite",
+            suffix=".tflite",
+            arithmetic="LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's",
         )
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.hookspecs import BackendInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, RuntimeInfo, hookimpl
 
 # Field numbers of onnx.ModelProto (onnx.proto3): ir_version 1, producer_name 2, producer_version 3, domain 4,
 # model_version 5, doc_string 6, graph 7, opset_import 8, metadata_props 14, training_info 20, functions 25.
@@ -33,6 +33,21 @@ def register_backends() -> list[BackendInfo]:
             modules=("onnx", "onnx_ir", "onnxruntime"),
             suffixes=(".onnx",),
             extra="onnx",
+            port="bitwright_onnx.testing:model_port",
             sniff=looks_like_onnx,
+        )
+    ]
+
+
+@hookimpl
+def register_runtimes() -> list[RuntimeInfo]:
+    """ONNX Runtime."""
+    return [
+        RuntimeInfo(
+            name="onnxruntime",
+            summary="ONNX Runtime's integer kernels, on the quantized ONNX model.",
+            factory="bitwright_onnx.onnx_runtime:OnnxRuntime",
+            modules=("onnx", "onnx_ir", "onnxruntime"),
+            extra="onnx",
         )
     ]

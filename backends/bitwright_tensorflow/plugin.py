@@ -18,6 +18,7 @@ def register_backends() -> list[BackendInfo]:
             modules=("tensorflow",),
             suffixes=(".pb", ".meta"),
             extra="tensorflow",
+            port="bitwright_tensorflow.testing:model_port",
             sniff=is_saved_model,
         )
     ]

@@ -16,5 +16,6 @@ def register_backends() -> list[BackendInfo]:
             modules=("torch",),
             suffixes=(".pt2", ".py"),
             extra="torch",
+            port="bitwright_torch.testing:model_port",
         )
     ]

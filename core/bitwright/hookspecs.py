@@ -1,4 +1,4 @@
-"""The whole plugin surface: three hooks that return light descriptors, and the markers to implement them.
+"""The whole plugin surface: hooks that return light descriptors, and the markers to implement them.
 
 A distribution names a module in the entry-point group ``bitwright``::
 
@@ -51,6 +51,7 @@ class BackendInfo:
             it can open a file or folder. Must import no framework.
         extra: the extra of its distribution that installs the framework; empty where there is none.
         api: version of the plugin interface that it was written for.
+        port: optional; makes the `bitwright.testing.ports.ModelPort` that brings the test kits' models onto it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class BackendInfo:
     extra: str = ""
     api: int = 1
     sniff: str | Callable[[Path], bool] | None = None
+    port: Factory | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,76 @@ class ToolInfo:
     api: int = 1
 
 
+@dataclass(frozen=True)
+class TargetInfo:
+    """One target: a configuration file that travels in a package.
+
+    Attributes:
+        name: what ``target=`` and ``--target`` call it; capitals, and whether it has "-" or "_", make no difference.
+        summary: one line; empty takes the file's `bitwright.description`.
+        file: ``"package:acme.json"``, or a path within the package (``"package:targets/acme.json"``). What it extends
+            is a target's name, or a file beside it.
+        aliases: other names.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    file: str
+    aliases: tuple[str, ...] = ()
+    api: int = 1
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """One integer runtime: what executes an exported model as the hardware does, for `verify`.
+
+    Attributes:
+        name: what a target's `bitwright.runtime` and ``verify --runtime`` call it.
+        summary: one line.
+        factory: makes the `bitwright.backend.IntegerRuntime`.
+        artefact: what it executes, by its purpose in a bundle. "qdq" is the quantized ONNX model, which exports have
+            anyway. Any other name is an artefact of its own, written for targets that name this runtime: by the
+            backend, where it has an export format of that name, and otherwise by the runtime
+            (`bitwright.backend.ArtefactWriter`).
+        suffix: ending of the artefact's name, with the dot; needed for an artefact of its own.
+        arithmetic: in words, how its arithmetic departs from ONNX Runtime's, which the exact integers follow: ops are
+            compared as numbers then, not code by code. Empty where it doesn't.
+        modules: top-level modules that must be installed.
+        extra: the extra of its distribution that installs them; empty where there is none.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    artefact: str = "qdq"
+    suffix: str = ""
+    arithmetic: str = ""
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+    api: int = 1
+
+
+@dataclass(frozen=True)
+class SchemaInfo:
+    """One schema of encodings files: a JSON object with its name under "version".
+
+    Attributes:
+        name: what such a file has under "version", and ``encodings_version=`` and ``--encodings-version`` call it.
+        summary: one line.
+        factory: makes what reads and writes it (`bitwright.formats.Schema`).
+        biases: exports write int32 bias encodings too, unless they are told otherwise.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    biases: bool = False
+    api: int = 1
+
+
 @hookspec
 def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
     """Return the backends that this distribution provides. Must not import a framework."""
@@ -142,3 +214,18 @@ def register_techniques() -> Iterable[TechniqueInfo]:  # type: ignore[empty-body
 @hookspec
 def register_tools() -> Iterable[ToolInfo]:  # type: ignore[empty-body]
     """Return the tools that this distribution provides. Must not import a framework."""
+
+
+@hookspec
+def register_targets() -> Iterable[TargetInfo]:  # type: ignore[empty-body]
+    """Return the targets that this distribution provides."""
+
+
+@hookspec
+def register_runtimes() -> Iterable[RuntimeInfo]:  # type: ignore[empty-body]
+    """Return the integer runtimes that this distribution provides. Must not import a framework."""
+
+
+@hookspec
+def register_schemas() -> Iterable[SchemaInfo]:  # type: ignore[empty-body]
+    """Return the schemas of encodings files that this distribution provides."""

@@ -19,7 +19,7 @@ from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright.progress import Progress, Silent
 from bitwright.runs import RunDirectory
-from bitwright.targets import Target, target_names
+from bitwright.targets import Target, is_preset
 from bitwright.technique import Report
 
 Folded = Mapping[OpId, tuple[NDArray[np.floating], NDArray[np.floating]]]
@@ -96,7 +96,8 @@ class SimState:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of `QuantSim` that a saved state needs to be opened again, JSON-like."""
-        preset = self.target.name in target_names()
+        # What a plugin brings may be gone when the state is opened again: only presets go by their names.
+        preset = is_preset(self.target)
         return {
             "target": self.target.name if preset else self.target.config.model_dump(mode="json", exclude_none=True),
             "weights": self.weights,

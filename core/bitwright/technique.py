@@ -57,7 +57,8 @@ class Outcome:
 
     Attributes:
         params: new parameter values, canonical layout.
-        encodings: new encodings; those of trained or searched weights are `frozen`.
+        encodings: new encodings. Calibration replaces them, unless they are `frozen`, as those of weights that lie on
+            their grid already, or `kept`: scales that were searched, which later techniques may search again.
         edits: graph edits, applied before `params` are set.
         folded: (γ, β) of the batch norm that each linear op has absorbed, so that its output is about N(β, γ²)
             in each channel; entries replace those that `Context.folded` had.
@@ -198,6 +199,27 @@ class NeedsData(Protocol):
 
     def needs_data(self, settings: Any) -> bool:
         """Whether it is refused without data, before any work, at these settings."""
+
+
+def frozen_note(ctx: Context[Any], sites: Iterable[SiteId] | None = None) -> str:
+    """What a report says of encodings that a technique had to leave alone: "5 weights are frozen (adaround)".
+
+    Args:
+        ctx: of the technique.
+        sites: those that it would have worked on; None for the weights of all linear ops.
+
+    Returns:
+        Empty where none is frozen.
+    """
+    if sites is None:
+        sites = [op.weight for op in ctx.graph.linear_ops if op.weight is not None]
+    found = {s: e for s in dict.fromkeys(sites) if (e := ctx.encodings.get(s)) is not None and e.frozen}
+    if not found:
+        return ""
+    who = ", ".join(sorted({e.held_by or e.source or "loaded" for e in found.values()}))
+    kinds = {"weight" if s in ctx.graph.params else "activation" for s in found}
+    what = (kinds.pop() if len(kinds) == 1 else "encoding") + ("s are" if len(found) > 1 else " is")
+    return f"{len(found)} {what} frozen ({who})"
 
 
 def require_data(technique: Technique, requests: Iterable[Request], settings: object) -> None:

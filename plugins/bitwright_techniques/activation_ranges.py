@@ -27,7 +27,7 @@ from bitwright.graph import LINEAR_KINDS, Graph, Op, to_matrix
 from bitwright.grids import Encoding, PerTensor, QuantSpec
 from bitwright.placement import Plan, SiteId
 from bitwright.statistics import HistogramStatistic, Request, Statistic
-from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Context, Outcome, Report, frozen_note
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.input_sample import InputSample, sample_request
 from bitwright_techniques.token_norms import normalizes_tokens
@@ -107,6 +107,8 @@ class ActivationRanges:
         summary = f"ranges of {len(chosen)} activations chosen: {split}" if chosen else "no activation range to choose"
         if left:
             summary += f"; {len(left)} that no linear layer reads are left to calibration, since tokens are normalized"
+        if note := frozen_note(ctx, _sites(ctx.plan, s)):
+            summary += f"; {note}"
         return Outcome(
             encodings=chosen,
             report=Report(

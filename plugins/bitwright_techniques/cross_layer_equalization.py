@@ -40,7 +40,7 @@ from bitwright.graph import (
 )
 from bitwright.placement import Plan
 from bitwright.statistics import Request
-from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Context, Outcome, Report, frozen_note
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.channel_chains import Chain, Link, bounded, find_chains, input_axis, is_depthwise, output_axis
@@ -152,6 +152,8 @@ def _outcome(
         summary += f"; absorbed the bias of {absorbed} channels"
     if norms:
         summary += f"; {norms} batch norms end chains (apply fold_batch_norm first)"
+    if note := frozen_note(ctx):
+        summary += f"; {note}"
     figures = {
         "sets": float(len(sets)),
         "passes": float(passes),

@@ -39,7 +39,7 @@ from bitwright.graph import (
 )
 from bitwright.placement import Plan
 from bitwright.statistics import Request
-from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Context, Outcome, Report, frozen_note
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes
 
@@ -152,6 +152,8 @@ def _outcome(run: Folding, norms: int) -> Outcome:
         summary += f"; {standalone} rewritten as scale and shift"
     if left := int(run.counts["left"]):
         summary += f"; {left} left"
+    if norms and (note := frozen_note(run.ctx)):
+        summary += f"; {note}"
     report = Report(summary, dict(run.counts), ("batch norm", "into", "how", "remark"), tuple(run.rows))
     return Outcome(params, {}, [*run.edits, *changes], run.folded, report)
 
@@ -177,7 +179,7 @@ def _unfit(run: Folding, op: Op, norm: Op, tensor: TensorId, channels: int) -> s
         return f"{op.id!r} shares its weight"
     encoding = run.ctx.encodings.get(weight)
     if encoding is not None and encoding.frozen:
-        return f"the encoding of {op.id!r}'s weight is frozen"
+        return f"the encoding of {op.id!r}'s weight is frozen ({encoding.held_by or encoding.source or 'loaded'})"
     scale, shift = _scale_shift(run, norm)
     if scale.size != channels:
         return f"{op.id!r} has {channels} channels, the norm {scale.size}"

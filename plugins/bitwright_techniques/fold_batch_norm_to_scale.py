@@ -50,7 +50,11 @@ class FoldBatchNormToScale:
             if weight is not None and encoding is not None and _by_output(op, encoding):
                 foldable[weight] = encoding
         # A per-tensor grid can't take a factor for each channel: it is shown frozen, which fold_batch_norm respects.
-        shown = {s: e.with_(frozen=s not in foldable) if s in ctx.graph.params else e for s, e in ctx.encodings.items()}
+        rigid = {"frozen": True, "held_by": "their scales aren't those of output channels"}
+        shown = {
+            s: e.with_(frozen=False) if s in foldable else e.with_(**rigid) if s in ctx.graph.params else e
+            for s, e in ctx.encodings.items()
+        }
         settings = FoldBatchNormSettings(forward=False, standalone=False)
         # Another technique's settings make it another technique's context.
         folding = cast("Context[FoldBatchNormSettings]", replace(cast("Any", ctx), encodings=shown, settings=settings))

@@ -56,7 +56,7 @@ def select_layers(
         elif len(ctx.graph.users(op.weight or "")) > 1:
             reason = "weight is shared with another op"
         elif skip_frozen and encoding.frozen:
-            reason = f"encoding is frozen ({encoding.source or 'loaded'})"
+            reason = f"encoding is frozen ({encoding.held_by or encoding.source or 'loaded'})"
         if reason is None:
             chosen.append(op.id)
         else:
@@ -109,7 +109,9 @@ def rounding_report(
     return Report(summary, figures, columns, tuple(rows))
 
 
-def search_report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str], what: str, by: str = "") -> Report:
+def search_report(
+    results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, str], what: str, by: str = "", note: str = ""
+) -> Report:
     """Report of a technique that chooses the scales of weights: errors of each layer, and what was left out.
 
     Args:
@@ -117,6 +119,7 @@ def search_report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, st
         skipped: reasons, by op.
         what: what is searched: "weight scale".
         by: by which error, if that has to be told: "output error".
+        note: what the summary ends with, such as which weights are frozen, and by whom.
     """
     results, skipped, told = _split(results, skipped)
     columns = ("layer", "before", "after", "seconds")
@@ -124,7 +127,7 @@ def search_report(results: Mapping[OpId, LayerResult], skipped: Mapping[OpId, st
     rows += [(op, reason, "", "") for op, reason in skipped.items()]
     figures = {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())}
     summary = f"{len(results)} {what}s searched" + (f" by {by}" if by else "") if results else f"no {what} to search"
-    return Report(summary + told, figures, columns, tuple(rows))
+    return Report(summary + told + (f"; {note}" if note else ""), figures, columns, tuple(rows))
 
 
 def _split(

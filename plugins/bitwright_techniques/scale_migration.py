@@ -27,7 +27,7 @@ from bitwright.graph import (
 )
 from bitwright.grids import encoding_from_range, encoding_of_weights
 from bitwright.statistics import RangeStatistic, Request
-from bitwright.technique import Context, Outcome, Report
+from bitwright.technique import Context, Outcome, Report, frozen_note
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.input_sample import InputSample, input_axis_of, sample_request
 from bitwright_techniques.scale_paths import Reader, ScalePath, find_paths
@@ -104,6 +104,8 @@ def migrate(
         summary += f"; their readers' output error fell by {100 * figures['mean_gain']:.0f} % on average"
     if missed:
         summary += f"; {len(missed)} layers have nothing before them that could absorb factors"
+    if note := frozen_note(ctx):
+        summary += f"; {note}"
     return scaled.outcome(Report(summary, figures, columns, tuple(rows)))
 
 

@@ -15,7 +15,7 @@ from bitwright.backend import Capability
 from bitwright.graph import Graph
 from bitwright.placement import Plan
 from bitwright.statistics import Request
-from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome, walk_of
+from bitwright.technique import Context, Layer, LayerResult, LayerwiseSettings, Outcome, frozen_note, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers
 from bitwright_techniques.reconstruction import Inputs, corrected_bias, reconstruction
@@ -77,7 +77,7 @@ class SeqMse:
             quantized_activations=s.quantized_activations,
             moments_gib=s.moments_gib,
         )
-        report = search_report(results, skipped, "weight scale")
+        report = search_report(results, skipped, "weight scale", note=frozen_note(ctx))
         return outcome_of(ctx, results, report, weights=False)
 
 

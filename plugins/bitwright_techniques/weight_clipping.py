@@ -20,7 +20,7 @@ from bitwright.graph import Graph, Op, to_matrix
 from bitwright.grids import Encoding, QuantSpec, encoding_from_range, to_groups
 from bitwright.placement import Plan
 from bitwright.statistics import Request
-from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome, walk_of
+from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome, frozen_note, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers
 from bitwright_techniques.reconstruction import Reconstruction, reconstruction
@@ -102,7 +102,7 @@ class WeightClipping:
                 ctx.progress.advance(1, id)
             ctx.progress.finish()
         error = "output error" if by_output else "weight error"
-        report = search_report(results, skipped, "weight range", error)
+        report = search_report(results, skipped, "weight range", error, frozen_note(ctx))
         return outcome_of(ctx, results, report, weights=False)
 
 

@@ -71,10 +71,10 @@ def test_recipe_example_is_valid(tmp_path):
 
 def test_every_hook_is_documented():
     hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
-    assert len(hooks) == 3
-    text = PAGES["write-a-technique.md"] + PAGES["write-a-backend.md"]
+    assert len(hooks) == 6
+    text = "".join(PAGES[f"write-a-{page}.md"] for page in ("technique", "backend", "target", "runtime"))
     for hook in hooks:
-        assert f"def {hook}():" in text
+        assert re.search(rf"def {hook}\(\)( -> .*)?:", text), hook
         assert getattr(hookspecs, hook).__doc__
 
 

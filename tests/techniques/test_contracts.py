@@ -55,14 +55,9 @@ class _Everywhere(TechniqueContract):
     def technique(self):
         return registry.technique(self.name)
 
-    def backend(self):
-        return BACKENDS[self.port_name].backend()
-
-    def port(self, model):
-        return BACKENDS[self.port_name].port(model)
-
-    def batch(self, model, samples=8, seed=0):
-        return BACKENDS[self.port_name].batch(super().batch(model, samples, seed))
+    @property
+    def on(self):
+        return BACKENDS[self.port_name]
 
     def models(self):
         return (

@@ -89,6 +89,14 @@ class LiteRtSession:
         return {tap: np.concatenate(p) if p else np.zeros((0,), np.float32) for tap, p in parts.items()}
 
 
+class LiteRt:
+    """LiteRT as an integer runtime of `verify` (`bitwright.backend.IntegerRuntime`)."""
+
+    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> LiteRtSession:
+        """See `compile_bundle`."""
+        return compile_bundle(bundle, taps)
+
+
 def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = ()) -> LiteRtSession:
     """Load an exported bundle's .tflite file (`bitwright.backend.IntegerRuntime`).
 

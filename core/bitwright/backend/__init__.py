@@ -18,6 +18,7 @@ from bitwright.backend._editing import Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._protocols import (
+    ArtefactWriter,
     Backend,
     Batch,
     Bundle,
@@ -36,6 +37,7 @@ from bitwright.backend._protocols import (
     SharedConversion,
     Simulation,
     SourceFiles,
+    ToCompile,
     Trainable,
     TrainableSimulation,
     Training,
@@ -57,6 +59,7 @@ from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
 
 __all__ = [
+    "ArtefactWriter",
     "Backend",
     "Batch",
     "Bundle",
@@ -83,6 +86,7 @@ __all__ = [
     "SourceFiles",
     "Tap",
     "TapNamespace",
+    "ToCompile",
     "Trainable",
     "TrainableSimulation",
     "Training",

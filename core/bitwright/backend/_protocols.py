@@ -227,10 +227,47 @@ class PartialExecution(Protocol[M_contra]):
 
 @runtime_checkable
 class IntegerRuntime(Protocol):
-    """A runtime that executes an exported bundle with integer kernels, for `verify`."""
+    """A runtime that executes an exported bundle with integer kernels, for `verify`; see `RuntimeInfo`."""
 
     def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
-        """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized)."""
+        """Load the bundle's quantized artefact; with taps, also hand out these tensors (dequantized).
+
+        A tap that the artefact has no tensor for, such as one that is fused into a kernel, is left out.
+
+        Raises:
+            InputError: the bundle has nothing that this runtime executes, or it is damaged.
+            ModelError: the runtime refuses the model.
+            MissingExtraError: what it needs isn't installed.
+        """
+
+
+@dataclass(frozen=True)
+class ToCompile:
+    """What a runtime makes its own artefact of.
+
+    Attributes:
+        graph, params: the float model; values in canonical layout.
+        plan, encodings: what is quantized; one encoding for each quantized site, shared and derived ones included.
+        bundle: what the export has written so far: "model", and "qdq" where there is a quantized ONNX model.
+    """
+
+    graph: Graph
+    params: Mapping[ParamId, NDArray[np.float32]]
+    plan: Plan
+    encodings: EncodingTable
+    bundle: Bundle
+
+
+@runtime_checkable
+class ArtefactWriter(Protocol):
+    """What an integer runtime may offer that executes an artefact of its own: compiling it, as a model is exported."""
+
+    def write(self, model: ToCompile, path: Path) -> Path:
+        """Write the artefact at `path`, whose ending is `RuntimeInfo.suffix`.
+
+        Raises:
+            ModelError: the model has what the runtime can't execute; names it.
+        """
 
 
 class QuantizedNetwork(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bitwright.bundle._artefact import (
     ENCODINGS_SUFFIX,
+    QDQ,
     bound_entries,
     check_bundle,
     encodings_file,
@@ -26,7 +27,7 @@ from bitwright.bundle._crushed import OutputQuality, risky
 from bitwright.bundle._export_gate import Quantized, gate, run_simulated
 from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
-from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainView, seen_plain
+from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainRuntime, PlainView, seen_plain
 from bitwright.bundle._record import ARRAYS_SUFFIX
 from bitwright.bundle._reopened import as_recorded, reopen
 from bitwright.bundle._saturation import bound
@@ -34,11 +35,13 @@ from bitwright.bundle._saturation import bound
 __all__ = [
     "ARRAYS_SUFFIX",
     "ENCODINGS_SUFFIX",
+    "QDQ",
     "HostNotes",
     "OutputFigures",
     "OutputQuality",
     "PairRisk",
     "PlainRisks",
+    "PlainRuntime",
     "PlainView",
     "Quantized",
     "against_record",

@@ -14,7 +14,15 @@ from typing import Any
 
 from bitwright import formats
 from bitwright._version import __version__
-from bitwright.backend import Backend, Bundle, BundledFormats, SharedConversion, Simulation
+from bitwright.backend import (
+    ArtefactWriter,
+    Backend,
+    Bundle,
+    BundledFormats,
+    SharedConversion,
+    Simulation,
+    ToCompile,
+)
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
 from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
@@ -22,14 +30,15 @@ from bitwright.files import cannot_write, make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
+from bitwright.hookspecs import RuntimeInfo
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 from bitwright.plugins import registry
 from bitwright.report import REPORT, RunReport, read_report
 from bitwright.state import SimState
 
 ENCODINGS_SUFFIX = ".encodings"
-QDQ, WEIGHTS, TFLITE = "qdq", "safetensors", "tflite"
-"""Export formats that a bundle has too, where the backend offers them; the last one for targets that run it."""
+QDQ, WEIGHTS = "qdq", "safetensors"
+"""Export formats that a bundle has too, where the backend offers them."""
 
 
 def export(
@@ -80,8 +89,9 @@ def export(
             bundle = _in_own_form(state, staging, name, artefact, error)
         files |= bundle.files
         others = dict(_others(backend, state.native))
-        if state.target.config.bitwright.runtime == TFLITE and TFLITE in backend.formats():
-            others[TFLITE] = ".tflite"
+        runtime = registry.runtimes().get(state.target.config.bitwright.runtime or "")
+        if runtime is not None and runtime.artefact in backend.formats():
+            others.setdefault(runtime.artefact, runtime.suffix)
         quantized: list[export_gate.Quantized] = []
         for other, suffix in others.items():
             try:
@@ -99,8 +109,14 @@ def export(
             files |= made.files
             quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
         conversions.close()
+        if runtime is not None and runtime.artefact not in (QDQ, *others):
+            try:
+                files[runtime.artefact] = compiled(state, runtime, replace(bundle, files=files), staging / name)
+            except (MissingExtraError, ModelError) as error:
+                missing[runtime.artefact] = str(error)
+                warnings.warn(f"{name}{runtime.suffix} isn't written: {error}", stacklevel=3)
         compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(state, run, quantized)
-        bias = version >= "2" if include_bias is None else include_bias
+        bias = formats.writes_biases(version) if include_bias is None else include_bias
         entries = encodings_file(state.graph, state.plan, table, version, bundle, include_bias=bias)
         files["encodings"] = formats.write(entries, staging / f"{name}{ENCODINGS_SUFFIX}", version)
         recording.write_with(
@@ -146,7 +162,8 @@ def planned_files(state: SimState, directory: Path, name: str) -> list[Path]:
     artefact, *_ = state.backend.formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        endings = [f".{artefact}", *_others(state.backend, state.native).values(), ".tflite", ENCODINGS_SUFFIX]
+        others = _others(state.backend, state.native).values()
+        endings = [f".{artefact}", *others, *own_artefacts().values(), ENCODINGS_SUFFIX]
     found = [directory / f"{name}{ending}" for ending in endings]
     return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
 
@@ -165,6 +182,31 @@ def _others(backend: Backend[Any], model: object) -> Mapping[str, str]:
     if isinstance(backend, BundledFormats):
         return backend.bundled(model)
     return {f: suffix for f, suffix in ((QDQ, ".qdq.onnx"), (WEIGHTS, ".safetensors")) if f in backend.formats()}
+
+
+def own_artefacts() -> dict[str, str]:
+    """What integer runtimes execute that isn't the quantized ONNX model, by purpose → the ending of its name."""
+    return {info.artefact: info.suffix for info in registry.runtimes().values() if info.artefact != QDQ}
+
+
+def compiled(state: SimState, info: RuntimeInfo, bundle: Bundle, stem: Path) -> Path:
+    """The artefact that the target's runtime makes itself, written.
+
+    Raises:
+        ModelError: it can't execute the model, or neither it nor the backend writes its artefact.
+        MissingExtraError: what the runtime needs isn't installed.
+    """
+    path = stem.with_name(f"{stem.name}{info.suffix}")
+    runtime = registry.runtime(info.name)
+    if not isinstance(runtime, ArtefactWriter):
+        raise ModelError(
+            f"the {state.backend.name} backend has no format {info.artefact!r}, and runtime {info.name!r} doesn't "
+            "write it itself"
+        )
+    written = runtime.write(ToCompile(state.graph, state.params, state.plan, state.table, bundle), path)
+    if written != path or not path.exists():
+        raise ModelError(f"runtime {info.name!r} has written {written}, where {path.name} was asked for")
+    return path
 
 
 def is_stem(name: str) -> bool:
@@ -222,7 +264,7 @@ def encodings_file(
     return EncodingsFile(
         activations=activations,
         parameters=parameters,
-        version=version,  # type: ignore[arg-type]
+        version=version,
         producer={"package": "bitwright", "version": __version__},
         quantizer_args=quantizer_args(plan),
         provenance=table.provenance,
@@ -428,7 +470,7 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
         told = "".join(f"; the export has no {format}: {reason}" for format, reason in missing.items())
         raise InputError(f"{directory} has {found[0].name} but no model {stem}{{{','.join(suffixes)}}} beside it{told}")
     # A former export of the same name may have left a quantized file where this one hasn't got any.
-    quantized = {QDQ: directory / f"{stem}.qdq.onnx", TFLITE: directory / f"{stem}.tflite"}
+    quantized = {k: directory / f"{stem}{suffix}" for k, suffix in {QDQ: ".qdq.onnx", **own_artefacts()}.items()}
     there = {k: path for k, path in quantized.items() if path.exists() and (known is None or k in known)}
     return Bundle({"model": model, "encodings": found[0], **there})
 

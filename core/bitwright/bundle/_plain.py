@@ -16,8 +16,8 @@ from bitwright.data import Dataset, joined
 from bitwright.graph import TensorId
 from bitwright.plugins import registry
 
-QDQ, TFLITE = "qdq", "tflite"
-"""Purposes of files in a bundle: what ONNX Runtime runs, and what is run instead where there is one."""
+QDQ = "qdq"
+"""Purpose, in a bundle, of the files that plain sessions open."""
 TOLERATED_DB = 1.0
 """By how much a plain session's outputs may be worse than promised before it is a problem."""
 
@@ -136,7 +136,7 @@ def seen_plain(
         labels: class of each sample.
         sqnr_db: how signal and noisy are compared.
     """
-    if QDQ not in bundle.files or TFLITE in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
+    if QDQ not in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
         return None
     session = runtime.plain_session(bundle)
     # A file may list its outputs in another order than the model, and TensorFlow's names end in ":0".

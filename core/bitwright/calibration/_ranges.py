@@ -53,13 +53,13 @@ def activation_encodings(
     data: Dataset,
     progress: Progress,
 ) -> dict[SiteId, Encoding]:
-    """Encodings of every activation site with a specification of its own, unless frozen.
+    """Encodings of every activation site with a specification of its own, unless frozen or kept.
 
     Statistics are taken from the network with quantized weights and float activations: what a site sees depends on
     the weights that the target has, and not on ranges that aren't set yet.
     """
     graph = backend.graph(model)
-    wanted = [s for s in plan.activations if not (s in encodings and encodings[s].frozen)]
+    wanted = [s for s in plan.activations if not (s in encodings and (encodings[s].frozen or encodings[s].kept))]
     if not wanted:
         return {}
     requests = activation_requests(graph, plan, wanted)

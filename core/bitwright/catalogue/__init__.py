@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bitwright.catalogue._catalogue import Catalogue, Descriptor, command_of, item_of
 from bitwright.catalogue._discovery import current, discover, resolved
+from bitwright.catalogue._kinds import Info, kind_of
 from bitwright.catalogue._owners import Fault, Owner, PluginStatus, PluginWarning, State, blamed, culprits
 
 __all__ = [
     "Catalogue",
     "Descriptor",
     "Fault",
+    "Info",
     "Owner",
     "PluginStatus",
     "PluginWarning",
@@ -20,5 +22,6 @@ __all__ = [
     "current",
     "discover",
     "item_of",
+    "kind_of",
     "resolved",
 ]

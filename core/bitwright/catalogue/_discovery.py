@@ -21,6 +21,8 @@ from bitwright.errors import BitwrightError, PluginError
 from bitwright.hookspecs import PROJECT
 
 DEFAULT_PLUGINS = (
+    "bitwright.targets.plugin",
+    "bitwright.formats.plugin",
     "bitwright_onnx.plugin",
     "bitwright_torch.plugin",
     "bitwright_keras.plugin",

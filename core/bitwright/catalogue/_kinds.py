@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from bitwright import _version
-from bitwright.hookspecs import API_VERSIONS, BackendInfo, TechniqueInfo, ToolInfo
+from bitwright.hookspecs import API_VERSIONS, BackendInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
 
-Info = BackendInfo | TechniqueInfo | ToolInfo
+Info = BackendInfo | TechniqueInfo | ToolInfo | TargetInfo | RuntimeInfo | SchemaInfo
+QDQ = "qdq"
+"""What the quantized ONNX model is called in a bundle."""
 I_co = TypeVar("I_co", bound=Info, covariant=True)
 
 
@@ -30,10 +32,18 @@ class Kind(Generic[I_co]):
     key: Callable[[str], str] = str
 
 
+def plain(name: str) -> str:
+    """A target's name as it is compared: "HTP-V73" is "htp_v73"."""
+    return name.lower().replace("-", "_")
+
+
 KINDS: tuple[Kind[Any], ...] = (
     Kind(BackendInfo, "backend", "register_backends"),
     Kind(TechniqueInfo, "technique", "register_techniques"),
     Kind(ToolInfo, "tool", "register_tools"),
+    Kind(TargetInfo, "target", "register_targets", plain),
+    Kind(RuntimeInfo, "runtime", "register_runtimes"),
+    Kind(SchemaInfo, "encodings schema", "register_schemas"),
 )
 COMMAND: Kind[Any] = Kind(ToolInfo, "command", "register_tools")
 """Commands have names of their own, beside those of the tools that bring them."""
@@ -52,13 +62,17 @@ def invalid(info: Any) -> str:
         values = getattr(info, field, ())
         if isinstance(values, str) or not all(isinstance(v, str) and v for v in _listed(values)):
             return f"{field}: {values!r} isn't a tuple of names"
-    for field in ("summary", "extra", "command_name"):
+    for field in ("summary", "extra", "command_name", "artefact", "suffix", "arithmetic"):
         if not isinstance(getattr(info, field, ""), str):
             return f"{field}: {getattr(info, field)!r} isn't text"
     for field in ("factory", "command"):
         value = getattr(info, field, "")
         if not isinstance(value, str) and not callable(value):
             return f"{field}: {value!r} is neither 'package.module:Name' nor a callable"
+    if isinstance(info, TargetInfo) and not (isinstance(info.file, str) and all(info.file.partition(":"))):
+        return f"file: {info.file!r} isn't of the form 'package:file.json'"
+    if isinstance(info, RuntimeInfo) and info.artefact != QDQ and not info.suffix.startswith("."):
+        return f"suffix: {info.suffix!r} is no ending of a file's name, which its own artefact {info.artefact!r} needs"
     if isinstance(info.api, bool) or not isinstance(info.api, int):
         return f"api: {info.api!r} isn't a number"
     return ""

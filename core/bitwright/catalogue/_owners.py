@@ -86,6 +86,7 @@ class PluginStatus:
         backends, techniques, tools: names of what it provides and can be used.
         traceback: of the first failure that was an exception.
         faults: one for each item that can't be used, or for the plugin as a whole.
+        targets, runtimes, schemas: as backends.
     """
 
     name: str
@@ -98,6 +99,9 @@ class PluginStatus:
     tools: tuple[str, ...] = ()
     traceback: str = ""
     faults: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    schemas: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -7,11 +7,14 @@ import json
 import re
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitwright.cli import console
+
+if TYPE_CHECKING:
+    from bitwright.plugins.registry import PluginStatus
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -24,6 +27,7 @@ def targets(
     config: Annotated[bool, typer.Option("--config", help="Print the whole configuration of one target.")] = False,
 ) -> None:
     """List the targets, or show one."""
+    from bitwright.errors import TargetError
     from bitwright.targets import load_target, target_names, target_summary
 
     if config:
@@ -31,7 +35,14 @@ def targets(
             raise typer.BadParameter("--config needs the name of a target")
         sys.stdout.write(load_target(name).to_json().rstrip() + "\n")
         return
-    summaries = [target_summary(n) for n in ((name,) if name is not None else target_names())]
+    summaries = []
+    for one in (name,) if name is not None else target_names():
+        try:
+            summaries.append(target_summary(one))
+        except TargetError as error:
+            if name is not None:
+                raise
+            console.complain(f"warning: {error}")
     if as_json:
         _json([asdict(s) for s in summaries])
     elif name is not None:
@@ -91,20 +102,15 @@ def plugins(as_json: Json = False) -> None:
         _json([asdict(p) for p in states])
         return
     console.table(
-        ("plugin", "distribution", "state", "backends", "techniques", "tools", "reason"),
-        (
-            (
-                p.name,
-                f"{p.distribution} {p.version}".strip(),
-                p.state,
-                ", ".join(p.backends),
-                ", ".join(p.techniques),
-                ", ".join(p.tools),
-                p.reason,
-            )
-            for p in states
-        ),
+        ("plugin", "distribution", "state", "provides", "reason"),
+        ((p.name, f"{p.distribution} {p.version}".strip(), p.state, _provided(p), p.reason) for p in states),
     )
+
+
+def _provided(plugin: PluginStatus) -> str:
+    """Names by kind: "techniques: cle, adaround; tools: auto_quantize"."""
+    kinds = ("backends", "techniques", "tools", "targets", "runtimes", "schemas")
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind in kinds if (names := getattr(plugin, kind)))
 
 
 def setting_notes(model: type) -> dict[str, str]:

@@ -126,10 +126,10 @@ def check_encodings_version(version: str) -> None:
     Raises:
         InputError: it doesn't exist.
     """
-    from bitwright.formats import VERSIONS
+    from bitwright.formats import versions
 
-    if version not in VERSIONS:
-        raise InputError(f"there is no encodings version {version!r}; there are {', '.join(VERSIONS)}")
+    if version not in versions():
+        raise InputError(f"there is no encodings version {version!r}; there are {', '.join(versions())}")
 
 
 def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None) -> Dataset:

@@ -36,7 +36,7 @@ def verify(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="onnxruntime or tflite, if the export is for both (default: the target's).", show_default=False
+            help="The integer runtime: onnxruntime, tflite or a plugin's (default: the target's).", show_default=False
         ),
     ] = None,
     min_agreement: Annotated[
@@ -135,7 +135,7 @@ def _show(result: Verification) -> None:
             continue
         rows.append(
             (
-                view,
+                f"integer ({result.runtime})" if view == "integer" else view,
                 "" if accuracy is None else console.percent(accuracy),
                 "" if pair not in result.agreement else console.percent(result.agreement[pair]),
                 "" if pair not in result.sqnr_db else console.decibels(result.sqnr_db[pair]),
@@ -155,7 +155,7 @@ def _show(result: Verification) -> None:
     if "integer_simulated" in result.sqnr_db:
         same = result.agreement.get("integer_simulated")
         console.say(
-            "simulation and integer runtime: "
+            f"simulation and {result.runtime}: "
             + ("" if same is None else f"{console.percent(same)} same class, ")
             + console.decibels(result.sqnr_db["integer_simulated"])
         )

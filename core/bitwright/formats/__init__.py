@@ -10,7 +10,7 @@ from bitwright.formats._check import ExpectedEntry, Problem, check
 from bitwright.formats._compare import Difference, diff
 from bitwright.formats._convert import Conversion, convert
 from bitwright.formats._entries import CAST_FORMATS, VERSIONS, EncodingsFile, Entry, ScaleLayout, Version
-from bitwright.formats._files import dumps, loads, read, write
+from bitwright.formats._files import Schema, dumps, loads, read, schema, versions, write, writes_biases
 
 __all__ = [
     "CAST_FORMATS",
@@ -22,6 +22,7 @@ __all__ = [
     "ExpectedEntry",
     "Problem",
     "ScaleLayout",
+    "Schema",
     "TensorGeometry",
     "Version",
     "bind",
@@ -35,6 +36,9 @@ __all__ = [
     "read",
     "renumber",
     "resolve",
+    "schema",
     "unbind",
+    "versions",
     "write",
+    "writes_biases",
 ]

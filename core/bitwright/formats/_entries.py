@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from bitwright.errors import EncodingError
 from bitwright.grids import FloatFormat, Provenance
 
-Version = Literal["0.6.1", "1.0.0", "2.0.0", "2.1.0"]
+Version = str
+"""The name of a schema, as its files have it under "version"."""
 VERSIONS: tuple[Version, ...] = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
+"""The built-in schemas; `versions` has those of plugins too."""
 CAST_FORMATS = frozenset({"float16", "bfloat16"})
 """Float formats without a scale: a plain cast, which schemas 2.x express by leaving the tensor out."""
 

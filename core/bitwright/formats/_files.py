@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from bitwright.errors import EncodingError
+from bitwright.catalogue import Descriptor, Fault, blamed, current, item_of, kind_of, resolved
+from bitwright.errors import EncodingError, PluginError
 from bitwright.files import write_text
 from bitwright.formats import _schema_0_6_1 as schema_0_6_1
 from bitwright.formats import _schema_1_0_0 as schema_1_0_0
-from bitwright.formats import _schema_2_0_0 as schema_2_0_0
-from bitwright.formats import _schema_2_1_0 as schema_2_1_0
-from bitwright.formats._entries import VERSIONS, EncodingsFile, Entry, Version
+from bitwright.formats._entries import EncodingsFile, Entry
 from bitwright.formats._fields import Where, describe
 from bitwright.formats._header import with_own
+from bitwright.hookspecs import SchemaInfo
 
 
+@runtime_checkable
 class Schema(Protocol):
-    """What each schema's module offers."""
+    """What reads and writes one schema of encodings files; each of the built-in ones is a module of that form."""
 
-    VERSION: Version
+    VERSION: str
 
     def parse(self, document: Mapping[str, Any], source: str) -> EncodingsFile:
         """A file's JSON object → entries."""
@@ -36,20 +37,46 @@ class Schema(Protocol):
         """What a reader of the schema won't find of an entry."""
 
 
-_MODULES: tuple[Schema, ...] = (schema_0_6_1, schema_1_0_0, schema_2_0_0, schema_2_1_0)
-SCHEMAS: dict[str, Schema] = {module.VERSION: module for module in _MODULES}
 _SECTIONS = ("activation_encodings", "param_encodings")
 
 
+def versions() -> tuple[str, ...]:
+    """Every schema that there is: the built-in ones, and those of plugins."""
+    return tuple(d.info.name for d in current().of(SchemaInfo))
+
+
+def writes_biases(version: str) -> bool:
+    """Whether exports in a schema have int32 bias encodings, unless they are told otherwise."""
+    found = current().holder(SchemaInfo, version)
+    return found is not None and found.info.biases
+
+
 def schema(version: str) -> Schema:
-    """The module that reads and writes a version.
+    """What reads and writes a version.
 
     Raises:
-        EncodingError: unknown version.
+        EncodingError: unknown version, or its plugin is broken.
     """
-    if version not in SCHEMAS:
-        raise EncodingError(f"unknown encodings version {version!r}; known: {', '.join(VERSIONS)}")
-    return SCHEMAS[version]
+    found = _descriptor(version)
+    try:
+        factory = resolved(found, found.info.factory)
+        with blamed(found.owner, item_of(found.info)):
+            made = factory()
+    except PluginError as error:
+        raise EncodingError(str(error)) from error
+    if not isinstance(made, Schema):
+        found.owner.add_fault(Fault(item_of(found.info), "isn't a Schema"))
+        raise EncodingError(
+            f"{item_of(found.info)} of {found.owner.title} isn't a Schema: see bitwright.formats.Schema"
+        )
+    return made
+
+
+def _descriptor(version: str) -> Descriptor[SchemaInfo]:
+    if (found := current().holder(SchemaInfo, version)) is not None:
+        return found
+    lost = current().why_lost(kind_of(SchemaInfo).word, version)
+    raise EncodingError(lost or f"unknown encodings version {version!r}; known: {', '.join(versions())}")
 
 
 def read(source: str | Path | Mapping[str, Any]) -> EncodingsFile:
@@ -117,9 +144,9 @@ def _parse(document: object, source: str) -> EncodingsFile:
         version = document["version"]
         if version in schema_0_6_1.EARLIER:
             version = schema_0_6_1.VERSION
-        if not isinstance(version, str) or version not in SCHEMAS:
-            raise where.error(f"{describe(version)} is none of {', '.join(VERSIONS)}", "version")
-        return with_own(schema(version).parse(document, source), source)
+        if not isinstance(version, str) or version not in versions():
+            raise where.error(f"{describe(version)} is none of {', '.join(versions())}", "version")
+        return with_own(_read_by(version, document, source), source)
     sections = [document[s] for s in _SECTIONS if s in document]
     if sections:
         listed = all(isinstance(section, list) for section in sections)
@@ -129,6 +156,19 @@ def _parse(document: object, source: str) -> EncodingsFile:
         # AdaRound of early AIMET releases: parameter names at the top level.
         return schema_0_6_1.parse({"param_encodings": document}, source)
     raise where.error("not an encodings file: it has no version and no activation_encodings or param_encodings")
+
+
+def _read_by(version: str, document: Mapping[str, Any], source: str) -> EncodingsFile:
+    """A document by its schema; what a plugin's does wrong is put down to it."""
+    reader, found = schema(version), _descriptor(version)
+    try:
+        with blamed(found.owner, item_of(found.info)):
+            file = reader.parse(document, source)
+    except PluginError as error:
+        raise EncodingError(f"{source}: {error}") from error
+    if not isinstance(file, EncodingsFile):
+        raise EncodingError(f"{source}: {item_of(found.info)} of {found.owner.title} gave a {type(file).__name__}")
+    return file
 
 
 def _looks_like_entry(value: object) -> bool:
@@ -149,7 +189,13 @@ def dumps(file: EncodingsFile, version: str | None = None) -> str:
     Raises:
         EncodingError: unknown version, or an entry that the schema can't express.
     """
-    document = schema(version or file.version).render(file)
+    version = version or file.version
+    writer, found = schema(version), _descriptor(version)
+    try:
+        with blamed(found.owner, item_of(found.info)):
+            document = writer.render(file)
+    except PluginError as error:
+        raise EncodingError(str(error)) from error
     blocks = [f"  {json.dumps(key)}: {_block(value, key)}" for key, value in document.items()]
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
@@ -181,7 +227,7 @@ def write(file: EncodingsFile, path: str | Path, version: str | None = None) -> 
     return write_text(path, text)
 
 
-def as_version(version: str) -> Version:
+def as_version(version: str) -> str:
     """A version string, checked."""
     schema(version)
-    return version  # type: ignore[return-value]
+    return version

@@ -42,8 +42,12 @@ class Encoding:
         float_format: set for float encodings; scale is then 1 but for scaled fp8.
         block_scale: LPBQ only, int32 (channels, blocks): scale = channel_scale[:, None] · block_scale.
         pair_limit: as in `QuantSpec`, for those who choose codes; not kept in files.
-        frozen: later calibrations keep it (AdaRound, SeqMSE, loaded encodings).
+        frozen: later calibrations keep it, and later techniques don't change what it goes with (AdaRound, SeqMSE,
+            loaded encodings).
+        kept: later calibrations keep it as long as the parameter has the values that it was found for; techniques may
+            search again, and change the parameter.
         source: what produced it, for reports ("minmax", "sqnr", "adaround", "loaded", …).
+        held_by: who froze or keeps it, for reports: a technique, "loaded", "set by hand" or "training".
     """
 
     bits: int
@@ -58,6 +62,8 @@ class Encoding:
     frozen: bool = False
     source: str = ""
     pair_limit: int | None = None
+    kept: bool = False
+    held_by: str = ""
 
     def __post_init__(self) -> None:
         scale = np.array(self.scale, np.float32)
@@ -133,7 +139,7 @@ class Encoding:
         return replace(self, **changes)
 
     def equals(self, other: Encoding) -> bool:
-        """Same grid and bit-equal numbers; provenance (`frozen`, `source`) is not compared."""
+        """Same grid and bit-equal numbers; provenance (`frozen`, `kept`, `source`, `held_by`) is not compared."""
         return (
             (self.bits, self.signed, self.symmetric, self.strict, self.float_format, self.granularity)
             == (other.bits, other.signed, other.symmetric, other.strict, other.float_format, other.granularity)
@@ -266,3 +272,8 @@ class EncodingTable(Mapping[str, Encoding]):
     def frozen(self) -> EncodingTable:
         """Only the frozen entries."""
         return EncodingTable({s: e for s, e in self._entries.items() if e.frozen}, self.provenance)
+
+    @property
+    def held(self) -> EncodingTable:
+        """Only the entries that calibration doesn't replace: frozen and kept ones."""
+        return EncodingTable({s: e for s, e in self._entries.items() if e.frozen or e.kept}, self.provenance)

@@ -14,7 +14,10 @@ from bitwright.grids._grid import Blockwise, PerChannel, PerTensor
 
 
 def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
-    """An encoding as plain arrays for a `Store`; `encoding_of_arrays` is the inverse, bit for bit."""
+    """An encoding as plain arrays for a `Store`; `encoding_of_arrays` is the inverse, bit for bit.
+
+    Who holds it (`Encoding.held_by`) isn't among them: it is no number, and equal grids have equal fingerprints.
+    """
     layout = encoding.granularity
     meta = {
         "bits": encoding.bits,
@@ -26,6 +29,8 @@ def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
         "source": encoding.source,
         "granularity": {name: getattr(layout, name) for name in layout.__dataclass_fields__},
     }
+    if encoding.kept:  # only then, so that what was stored before is found again
+        meta["kept"] = True
     arrays: dict[str, NDArray[Any]] = {
         "encoding": np.array(json.dumps(meta)),
         "scale": encoding.scale,

@@ -19,11 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitwright.backend import Backend
+from bitwright.backend import Backend, IntegerRuntime
 from bitwright.catalogue import (
     Catalogue,
     Descriptor,
     Fault,
+    Info,
     Owner,
     PluginStatus,
     PluginWarning,
@@ -37,7 +38,9 @@ from bitwright.catalogue import (
     resolved,
 )
 from bitwright.errors import BitwrightError, InputError, MissingExtraError, PluginError
-from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo
+from bitwright.formats import schema
+from bitwright.hookspecs import BackendInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
+from bitwright.targets import load_target
 from bitwright.technique import Settings, Technique
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "default_registry",
     "model_file",
     "plugins",
+    "runtime",
+    "runtimes",
     "technique",
     "techniques",
     "tool",
@@ -104,6 +109,10 @@ class Registry:
         """Every usable tool's descriptor, by name."""
         return {d.info.name: d.info for d in self._catalogue.of(ToolInfo)}
 
+    def runtimes(self) -> Mapping[str, RuntimeInfo]:
+        """Every usable integer runtime's descriptor, by name, whether what it needs is installed or not."""
+        return {d.info.name: d.info for d in self._catalogue.of(RuntimeInfo)}
+
     def plugins(self, *, examined: bool = False) -> tuple[PluginStatus, ...]:
         """The state of every plugin, see `PluginStatus`, with the reasons.
 
@@ -132,6 +141,12 @@ class Registry:
                         self.command(command_of(info))
                 case BackendInfo():
                     self._backend(descriptor)
+                case RuntimeInfo():
+                    self.runtime(info.name)
+                case TargetInfo():
+                    load_target(info.name)
+                case SchemaInfo():
+                    schema(info.name)
         except MissingExtraError:
             raise
         except BitwrightError as error:
@@ -143,7 +158,8 @@ class Registry:
         mine = [d for d in self._catalogue.descriptors if d.owner is owner]
         faults = tuple(map(str, owner.faults))
         broken = {f.item for f in owner.faults}
-        missing = [hint for d in mine if isinstance(d.info, BackendInfo) and (hint := self._missing(d))]
+        needing = (d for d in mine if isinstance(d.info, BackendInfo | RuntimeInfo))
+        missing = list(dict.fromkeys(hint for d in needing if (hint := self._missing(d))))
         state: State = "ok"
         if owner.blocked:
             state = "blocked"
@@ -152,12 +168,13 @@ class Registry:
         elif missing:
             state = "missing framework"
         names = {k: tuple(d.info.name for d in mine if isinstance(d.info, k) and item_of(d.info) not in broken)
-                 for k in (BackendInfo, TechniqueInfo, ToolInfo)}  # fmt: skip
+                 for k in (BackendInfo, TechniqueInfo, ToolInfo, TargetInfo, RuntimeInfo, SchemaInfo)}  # fmt: skip
         return PluginStatus(
             owner.name, owner.distribution, owner.version, state,
             owner.blocked or "; ".join([*faults, *missing]),
             names[BackendInfo], names[TechniqueInfo], names[ToolInfo],
             next((f.traceback for f in owner.faults if f.traceback), ""), faults,
+            names[TargetInfo], names[RuntimeInfo], names[SchemaInfo],
         )  # fmt: skip
 
     def culprits(self, error: BaseException) -> tuple[str, ...]:
@@ -252,6 +269,21 @@ class Registry:
         """
         return self._backend(self._catalogue.find(BackendInfo, name))
 
+    def runtime(self, name: str) -> IntegerRuntime:
+        """The integer runtime of that name.
+
+        Raises:
+            PluginError: unknown, two plugins bring it, or its module doesn't provide it.
+            MissingExtraError: what it needs isn't installed; the message holds the `pip install` line.
+        """
+        descriptor = self._catalogue.find(RuntimeInfo, name)
+        if hint := self._missing(descriptor):
+            raise MissingExtraError(hint)
+        made = self._make(descriptor)
+        if not isinstance(made, IntegerRuntime):
+            raise _unfit(descriptor, f"isn't an IntegerRuntime: it lacks {_lacking(made, IntegerRuntime)}")
+        return made
+
     def _backend(self, descriptor: Descriptor[BackendInfo]) -> Backend[Any]:
         if hint := self._missing(descriptor):
             raise MissingExtraError(hint)
@@ -268,8 +300,30 @@ class Registry:
             raise _unfit(descriptor, f"isn't a Backend: it lacks {_lacking(made, Backend)}")
         return made
 
-    def _missing(self, descriptor: Descriptor[BackendInfo]) -> str:
-        """What to install for a backend; empty where all is there. Imports nothing."""
+    def missing(self, name: str) -> str:
+        """What must be installed for a backend, with the `pip install` line; empty where all is there.
+
+        Raises:
+            PluginError: unknown, or two plugins bring it.
+        """
+        return self._missing(self._catalogue.find(BackendInfo, name))
+
+    def port(self, name: str) -> object:
+        """What a backend's `BackendInfo.port` makes; None where it has none.
+
+        Raises:
+            PluginError: unknown, or its module doesn't provide it.
+        """
+        descriptor = self._catalogue.find(BackendInfo, name)
+        if descriptor.info.port is None:
+            return None
+        item = f"port of {item_of(descriptor.info)}"
+        factory = resolved(descriptor, descriptor.info.port, item)
+        with blamed(descriptor.owner, item):
+            return factory()
+
+    def _missing(self, descriptor: Descriptor[Any]) -> str:
+        """What to install for a backend or a runtime; empty where all is there. Imports nothing."""
         absent = [m for m in descriptor.info.modules if m not in sys.modules and importlib.util.find_spec(m) is None]
         return _hint(descriptor, absent) if absent else ""
 
@@ -361,7 +415,7 @@ class Registry:
         Raises:
             PluginError: the name belongs to an installed plugin, or the class lacks what the protocol asks.
         """
-        info = item if isinstance(item, BackendInfo | TechniqueInfo | ToolInfo) else _describe(item)
+        info = item if isinstance(item, Info) else _describe(item)
         self._instances.pop((type(info).__name__, info.name), None)
         self._catalogue.admit(info)
         return item
@@ -416,10 +470,10 @@ def _unfit(descriptor: Descriptor[Any], reason: str, item: str = "") -> PluginEr
     return PluginError(f"{item} of {descriptor.owner.title} {reason}")
 
 
-def _hint(descriptor: Descriptor[BackendInfo], absent: list[str]) -> str:
+def _hint(descriptor: Descriptor[Any], absent: list[str]) -> str:
     info, owner = descriptor.info, descriptor.owner
     wanted = f'"{owner.distribution or "bitwright"}[{info.extra}]"' if info.extra else " ".join(absent)
-    return f"backend {info.name!r} needs {', '.join(absent)}: pip install {wanted}"
+    return f"{item_of(info)} needs {', '.join(absent)}: pip install {wanted}"
 
 
 @cache
@@ -461,6 +515,16 @@ def backend_for_model(model: object) -> Backend[Any]:
 def backend_for_path(path: str | Path) -> Backend[Any]:
     """`Registry.backend_for_path` of the default registry."""
     return default_registry().backend_for_path(path)
+
+
+def runtimes() -> Mapping[str, RuntimeInfo]:
+    """`Registry.runtimes` of the default registry."""
+    return default_registry().runtimes()
+
+
+def runtime(name: str) -> IntegerRuntime:
+    """`Registry.runtime` of the default registry."""
+    return default_registry().runtime(name)
 
 
 def tools() -> Mapping[str, ToolInfo]:

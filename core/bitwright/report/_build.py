@@ -241,7 +241,7 @@ def _site(site: Site, graph: Graph, encoding: Encoding | None, name: str) -> Sit
             "scale_smallest": float(encoding.scale.min()),
             "scale_largest": float(encoding.scale.max()),
             "zero_point": int(encoding.zero_point) if single else None,
-            "source": encoding.source + (", frozen" if encoding.frozen else ""),
+            "source": encoding.source + (", frozen" if encoding.frozen else ", kept" if encoding.kept else ""),
             "digest": digest(encoding),
         }
     )

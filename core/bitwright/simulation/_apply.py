@@ -43,7 +43,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         requests = []
     begin = time.perf_counter()
     # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
-    base = EncodingTable(state.encodings.frozen, state.encodings.provenance)
+    base = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = base.merged(weight_encodings(state.plan, state.params, base))
     store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset)
     context = Context(
@@ -65,10 +65,10 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
 
 
 def calibrated(state: SimState, data: DataLike) -> SimState:
-    """The state with the range of every site that isn't frozen, see `QuantSim.calibrate`."""
+    """The state with the range of every site that isn't frozen or kept, see `QuantSim.calibrate`."""
     dataset = Remembering(state.open(data), state.inputs)
     params = state.params
-    table = EncodingTable(state.encodings.frozen, state.encodings.provenance)
+    table = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = table.merged(weight_encodings(state.plan, params, table))
     table = table.merged(calibrated_activations(state, table, dataset))
     return replace(state, encodings=guarded(state.plan, table, params), reference=dataset.taken())

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from bitwright.backend import Backend, check_encodings
 from bitwright.errors import BitwrightError, PluginError
 from bitwright.graph import Edit, Graph, OpId, ParamId, SetParams
-from bitwright.grids import EncodingTable, Provenance
+from bitwright.grids import Encoding, EncodingTable, Provenance
+from bitwright.placement import SiteId
 from bitwright.simulation._state import rebuilt
 from bitwright.state import SimState
 from bitwright.technique import Outcome, Report
@@ -47,16 +48,38 @@ def taken(
     if params:
         native = _edited(state.backend, native, technique, [SetParams(params)])
     if edits or params:
-        # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's.
-        table = EncodingTable(table.frozen, table.provenance)
+        # Ranges that were calibrated on the old weights are stale; frozen ones are the user's or a technique's, and
+        # kept ones are good as long as nothing that they were found for has changed.
+        same = _unchanged(state, native, graph)
+        table = EncodingTable({s: e for s, e in table.held.items() if e.frozen or s in same}, table.provenance)
     owned = {op: (_owned(gamma), _owned(beta)) for op, (gamma, beta) in folded.items()}
     now = rebuilt(state, native=native, encodings=table, folded={**state.folded, **owned})
     check_encodings(now.graph, now.plan, encodings)
     report = outcome.report
     figures = {**report.figures, "seconds": seconds}
     told = (technique, Report(report.summary, figures, report.columns, report.rows))
-    recorded = now.encodings.merged(encodings).recorded(Provenance(technique, settings, fingerprint))
+    held = {s: _held(e, state.encodings.get(s), technique) for s, e in encodings.items()}
+    recorded = now.encodings.merged(held).recorded(Provenance(technique, settings, fingerprint))
     return replace(now, encodings=recorded, reports=(*state.reports, told))
+
+
+def _unchanged(state: SimState, native: object, graph: Graph) -> frozenset[SiteId]:
+    """Parameters with a kept encoding that have the values that they had."""
+    sites = [s for s, e in state.encodings.items() if e.kept and not e.frozen and s in graph.params]
+    if not sites:
+        return frozenset()
+    now = state.backend.read(native, sites)
+    return frozenset(s for s in sites if s in state.graph.params and np.array_equal(now[s], state.params[s]))
+
+
+def _held(encoding: Encoding, before: Encoding | None, technique: str) -> Encoding:
+    """A technique's encoding, with who holds it: the technique, unless it returns what it has found there."""
+    if not (encoding.frozen or encoding.kept):
+        return encoding.with_(held_by="") if encoding.held_by else encoding
+    as_before = before is not None and encoding.equals(before)
+    if as_before and before is not None and (encoding.frozen, encoding.kept) == (before.frozen, before.kept):
+        return encoding.with_(held_by=before.held_by or technique)
+    return encoding.with_(held_by=technique, kept=encoding.kept and not encoding.frozen)
 
 
 def _owned(values: NDArray[Any]) -> NDArray[Any]:

@@ -168,7 +168,7 @@ class QuantSim(StateView):
     # -- encodings
 
     def calibrate(self, data: DataLike) -> Self:
-        """Set the ranges of every site that isn't frozen: weights by their values, activations on `data`.
+        """Set the ranges of every site that isn't frozen or kept: weights by their values, activations on `data`.
 
         Nothing changes if it fails (empty data, NaN).
 

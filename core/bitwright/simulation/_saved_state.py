@@ -23,6 +23,7 @@ from bitwright.plugins import registry
 from bitwright.runs import fingerprint
 from bitwright.simulation._state import open_state
 from bitwright.state import SimState
+from bitwright.targets import load_target
 
 STATE, ENCODINGS = "quantsim.json", "encodings.npz"
 
@@ -55,7 +56,9 @@ def save(state: SimState, directory: Path) -> Path:
         "model": model.name,
         "graph": fingerprint.of_graph(state.graph),
         "options": state.options,
+        "target": state.target.name,
         "sites": list(state.encodings),
+        "held_by": {site: e.held_by for site, e in state.encodings.items() if e.held_by},
         "folded": list(state.folded),
         "reference": None if kept is None else _about(kept),
         "provenance": [
@@ -77,6 +80,7 @@ class _Saved:
     model: str
     graph: str
     options: Mapping[str, Any]
+    target: str
     encodings: EncodingTable
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]]
     reference: Samples | None
@@ -104,7 +108,10 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
             raise InputError(f"{directory / saved.model} was changed after the simulation was saved")
     else:
         source = model
-    state = open_state(source, **{**saved.options, "backend": saved.backend, **options})
+    chosen = {**saved.options, "backend": saved.backend, **options}
+    if "target" not in options and isinstance(saved.options.get("target"), Mapping):
+        chosen["target"] = replace(load_target(saved.options["target"]), name=saved.target)
+    state = open_state(source, **chosen)
     if fingerprint.of_graph(state.graph) != saved.graph:
         raise ModelError("the model given has another graph than the one that was saved")
     check_encodings(state.graph, state.plan, {s: e for s, e in saved.encodings.items() if s in state.plan})
@@ -130,6 +137,9 @@ def _read(directory: Path) -> _Saved:
         if "samples" in kept:
             reference = Samples(first_samples(inputs, int(kept["samples"])), entire=inputs)
     table = {str(site): encoding_of_arrays(_under(arrays, f"{i}/")) for i, site in enumerate(content["sites"])}
+    # States saved before these two were noted have neither.
+    held_by = {str(site): str(who) for site, who in content.get("held_by", {}).items()}
+    table = {site: e.with_(held_by=held_by.get(site, "")) for site, e in table.items()}
     folded = {
         str(op): (np.asarray(arrays[f"folded/{i}/gamma"]), np.asarray(arrays[f"folded/{i}/beta"]))
         for i, op in enumerate(content["folded"])
@@ -137,7 +147,7 @@ def _read(directory: Path) -> _Saved:
     provenance = tuple(Provenance(**p) for p in content["provenance"])
     return _Saved(
         str(content["backend"]), str(content["model"]), str(content["graph"]), dict(content["options"]),
-        EncodingTable(table, provenance), folded, reference, contents,
+        str(content.get("target", "custom")), EncodingTable(table, provenance), folded, reference, contents,
     )  # fmt: skip
 
 

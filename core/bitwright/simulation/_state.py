@@ -87,8 +87,15 @@ def with_encodings(state: SimState, encodings: Mapping[SiteId, Encoding], *, fre
         EncodingError: a site isn't in the plan, takes its encoding from another, or the scales don't fit.
     """
     check_encodings(state.graph, state.plan, encodings)
-    given = {s: e.with_(frozen=e.frozen or freeze) for s, e in encodings.items()}
+    given = {s: _held(e.with_(frozen=e.frozen or freeze)) for s, e in encodings.items()}
     return replace(state, encodings=state.encodings.merged(given))
+
+
+def _held(encoding: Encoding) -> Encoding:
+    """An encoding of the user's, with who holds it."""
+    if not (encoding.frozen or encoding.kept) or encoding.held_by:
+        return encoding
+    return encoding.with_(held_by="loaded" if encoding.source == "loaded" else "set by hand")
 
 
 def _planned(state: SimState) -> SimState:

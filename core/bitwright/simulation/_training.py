@@ -74,7 +74,7 @@ def taken(state: SimState) -> SimState:
     native, found = training.simulation.float_model(), training.simulation.get()
     own = (*state.plan.activations, *state.plan.parameters)
     # Frozen: the weights were trained for these grids.
-    table = {s: found[s].with_(frozen=True) for s in own if s in found}
+    table = {s: found[s].with_(frozen=True, kept=False, held_by="training") for s in own if s in found}
     settings = asdict(training.settings)
     encodings = state.encodings.merged(table).recorded(Provenance("training", settings))
     now = rebuilt(state, native=native, encodings=encodings)

@@ -167,7 +167,7 @@ class Extension(_Section):
     """The section `bitwright`: what the schema above can't say. Every key is optional.
 
     Attributes:
-        extends: a preset or a file (relative to this one) that this file changes; merged as JSON merge patch
+        extends: a target's name or a file (relative to this one) that this file changes; merged as JSON merge patch
             (RFC 7396): objects merge, null removes, everything else replaces.
         description: one line for people.
         weights, activations: types that hold when the user asks for none.
@@ -180,7 +180,8 @@ class Extension(_Section):
         pair_sum_bits: 16 where kernels add the products of two neighbours in saturating int16 first, as ONNX Runtime's
             do on x64 without VNNI: scales of 8-bit weights are raised so that no such sum can saturate, and what
             still can is exported as uint8 (see `bitwright.bundle._saturation`).
-        runtime: what executes the exported model, for `verify`.
+        runtime: the integer runtime that executes the exported model, for `verify`: "onnxruntime", "tflite", or one
+            that a plugin registers.
         extra_op_types: custom op types that this file may name.
     """
 
@@ -194,7 +195,7 @@ class Extension(_Section):
     ties: tuple[str, ...] = ("Concat", "AveragePool", "Resize", "Upsample", "CropAndResize")
     accumulator_bits: Literal[16, 32, 64] = 32
     pair_sum_bits: Literal[16] | None = None
-    runtime: Literal["onnxruntime", "tflite"] | None = None
+    runtime: str | None = None
     extra_op_types: tuple[str, ...] = ()
 
     @field_validator("activations")

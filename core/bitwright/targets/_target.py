@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import TargetError, unknown_name
+from bitwright.catalogue import Descriptor, blamed, current, item_of, kind_of
+from bitwright.errors import PluginError, TargetError, unknown_name
 from bitwright.files import is_file
 from bitwright.graph import COMPOSITES, NORMS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
+from bitwright.hookspecs import RuntimeInfo, TargetInfo
 from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config
 
 PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
@@ -27,8 +30,6 @@ PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
     ParamRole.CONSTANT: (),
 }
 """Names that configuration files give to each role; where a file uses several, the later one wins."""
-
-_ALIASES = {"default": "default_per_channel"}
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,15 @@ def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
         return target
     if isinstance(target, Mapping):
         return _build("custom", _extended(dict(target), "custom target", Path(), ()), "custom target")
-    name = _preset_name(str(target))
-    if isinstance(target, str) and name is not None:
-        raw = _extended(_read_preset(name), name, Path(), (name,))
-        return _build(_alias_or(target, name), raw, f"preset {name}")
+    if isinstance(target, str) and (found := _registered(target)) is not None:
+        try:
+            read = _read_registered(found)
+            raw = _extended(read.raw, read.title, read.folder, (read.key,))
+            return _build(_alias_or(target, found.info), raw, read.source)
+        except TargetError as error:
+            if found.owner.name == PRESETS or found.owner.title in str(error):
+                raise
+            raise TargetError(f"target {found.info.name!r} of {found.owner.title}: {error}") from error
     path = Path(target)
     if not path.is_file():
         if isinstance(target, str) and path.suffix != ".json" and len(path.parts) == 1:
@@ -161,14 +167,18 @@ def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
                 f"no target is called {target!r}{unknown_name(target, target_names())}; or give a .json file"
             )
         raise TargetError(f"target file {str(path)!r} doesn't exist")
-    raw = _extended(_decode(_read_text(path), str(path)), str(path), path.parent, (str(path.resolve()),))
+    raw = _extended(_decode(_read_text(path, str(path)), str(path)), str(path), path.parent, (str(path.resolve()),))
     return _build(path.stem, raw, str(path))
 
 
 def target_names() -> tuple[str, ...]:
-    """The shipped presets, sorted."""
-    files = (f.name for f in resources.files("bitwright").joinpath("targets", "presets").iterdir())
-    return tuple(sorted({f.removesuffix(".json") for f in files if f.endswith(".json")} | set(_ALIASES)))
+    """The names of all targets: the presets and those of plugins, sorted."""
+    return tuple(sorted(current().names(TargetInfo)))
+
+
+def is_preset(target: Target) -> bool:
+    """Whether a target ships with bitwright, so that its name alone says what it is."""
+    return target.source.startswith(_PRESET)
 
 
 def target_summary(target: str | Path | Target) -> TargetSummary:
@@ -193,29 +203,61 @@ def target_summary(target: str | Path | Target) -> TargetSummary:
     )
 
 
-def _alias_or(asked: str, name: str) -> str:
-    return next((alias for alias in _ALIASES if _plain(asked) == _plain(alias)), name)
+_PRESET = "preset "
+PRESETS = "bitwright.targets.plugin"
+"""The plugin of the presets, whose errors go by the target's name alone."""
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+@dataclass(frozen=True)
+class _Read:
+    """A registered target's file: its content, the folder that it lies in, a key, and what messages call it."""
+
+    raw: dict[str, Any]
+    folder: Path | Traversable
+    key: str
+    title: str
+    source: str
 
 
-def _preset_name(name: str) -> str | None:
-    found = next((n for n in target_names() if _plain(n) == _plain(name)), None)
-    return None if found is None else _ALIASES.get(found, found)
+def _alias_or(asked: str, info: TargetInfo) -> str:
+    key = kind_of(TargetInfo).key
+    return next((n for n in info.aliases if key(asked) == key(n)), info.name)
 
 
-def _read_preset(name: str) -> dict[str, Any]:
-    text = resources.files("bitwright").joinpath("targets", "presets", f"{name}.json").read_text("utf-8")
-    return _decode(text, name)
+def _registered(name: str) -> Descriptor[TargetInfo] | None:
+    """The target of a name or alias.
+
+    Raises:
+        TargetError: two plugins bring it, so that nobody has the name.
+    """
+    if found := current().holder(TargetInfo, name):
+        return found
+    if reason := current().why_lost(kind_of(TargetInfo).word, name, kind_of(TargetInfo).key):
+        raise TargetError(reason)
+    return None
 
 
-def _read_text(path: Path) -> str:
+def _read_registered(found: Descriptor[TargetInfo]) -> _Read:
+    package, _, inner = found.info.file.partition(":")
+    title = found.info.name if found.owner.name == PRESETS else f"target {found.info.name!r} of {found.owner.title}"
+    try:
+        with blamed(found.owner, item_of(found.info)):
+            file = resources.files(package).joinpath(*inner.split("/"))
+            folder = resources.files(package).joinpath(*inner.split("/")[:-1])
+    except PluginError as error:
+        raise TargetError(str(error)) from error
+    raw = _decode(_read_text(file, title if found.owner.name == PRESETS else f"{title}: {inner}"), title)
+    if found.info.summary and isinstance(raw.get("bitwright", {}), dict):
+        raw = {**raw, "bitwright": {"description": found.info.summary, **raw.get("bitwright", {})}}
+    source = f"{_PRESET}{found.info.name}" if found.owner.name == PRESETS else title
+    return _Read(raw, folder, found.info.file, title, source)
+
+
+def _read_text(path: Path | Traversable, source: str) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"{path}: can't be read ({error})") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or no path at all
+        raise TargetError(f"{source}: can't be read ({error})") from None
 
 
 def _decode(text: str, source: str) -> dict[str, Any]:
@@ -240,7 +282,7 @@ def _decode(text: str, source: str) -> dict[str, Any]:
     return raw
 
 
-def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+def _extended(raw: dict[str, Any], source: str, folder: Path | Traversable, seen: tuple[str, ...]) -> dict[str, Any]:
     """Resolve `bitwright.extends`, recursively, with op types under their ONNX names."""
     raw = _in_onnx_names(raw, source)
     extension = raw.get("bitwright")
@@ -248,23 +290,31 @@ def _extended(raw: dict[str, Any], source: str, folder: Path, seen: tuple[str, .
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise TargetError(f"{source}: bitwright.extends: got {base!r}; allowed: a preset's name or a file")
-    preset = _preset_name(base)
-    path = folder / base
-    if preset is None and not is_file(path):
+        raise TargetError(f"{source}: bitwright.extends: got {base!r}; allowed: a target's name or a file")
+    found = _registered(base)
+    path = folder.joinpath(base)
+    if found is None and not _is_file(path):
         raise TargetError(
-            f"{source}: bitwright.extends: no preset or file {base!r}{unknown_name(base, target_names())}"
+            f"{source}: bitwright.extends: no target or file {base!r}{unknown_name(base, target_names())}"
         )
-    key = preset or str(path.resolve())
+    key = found.info.file if found is not None else str(path.resolve() if isinstance(path, Path) else path)
     if key in seen:
         raise TargetError(
             f"{source}: bitwright.extends: files extend each other in a circle: {' → '.join((*seen, key))}"
         )
-    parent = _read_preset(preset) if preset else _decode(_read_text(path), str(path))
-    parent = _extended(parent, key, Path() if preset else path.parent, (*seen, key))
+    if found is not None:
+        read = _read_registered(found)
+        parent = _extended(read.raw, read.title, read.folder, (*seen, key))
+    else:
+        parent = _decode(_read_text(path, f"{source}, {base}"), f"{source}, {base}")
+        parent = _extended(parent, str(path), path.parent if isinstance(path, Path) else folder, (*seen, key))
     own = {**raw, "bitwright": {k: v for k, v in raw["bitwright"].items() if k != "extends"}}
     merged: dict[str, Any] = _merge_patch(parent, own)
     return merged
+
+
+def _is_file(path: Path | Traversable) -> bool:
+    return is_file(path) if isinstance(path, Path) else path.is_file()
 
 
 def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
@@ -325,6 +375,12 @@ def _merge_patch(base: object, patch: object) -> Any:
 def _build(name: str, raw: dict[str, Any], source: str) -> Target:
     config = parse_config(raw, source)
     _check_names(config, source)
+    runtimes = current().names(RuntimeInfo)
+    if (runtime := config.bitwright.runtime) is not None and runtime not in runtimes:
+        raise TargetError(
+            f"{source}: bitwright.runtime: there is no integer runtime {runtime!r}{unknown_name(runtime, runtimes)}; "
+            "install the distribution that brings it, or leave the key out"
+        )
     return Target(name, config, source)
 
 

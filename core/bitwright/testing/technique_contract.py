@@ -30,7 +30,8 @@ from bitwright.statistics import Request
 from bitwright.technique import Layer, NeedsData, Outcome, Technique
 from bitwright.testing import models
 from bitwright.testing.harness import Applied, Interrupted, MemoryStore, run_technique, simple_plan
-from bitwright.testing.reference import ReferenceBackend, ReferenceModel
+from bitwright.testing.ports import REFERENCE, Port
+from bitwright.testing.reference import ReferenceModel
 
 FRAMEWORKS = ("torch", "tensorflow", "keras", "onnx", "onnx_ir", "onnxruntime", "jax")
 
@@ -43,6 +44,8 @@ class TechniqueContract:
         needs_data: it must be refused in clear words without calibration data.
         reconstructs: it lowers the output error of single layers, so that it may never be above nearest rounding.
         weights, activations: what the test plan quantizes to.
+        on: the backend that the tests run on, one of `bitwright.testing.ports.installed`; default: the reference one.
+            A model that can't be brought onto it is skipped.
     """
 
     settings: ClassVar[Mapping[str, Any]] = {}
@@ -50,6 +53,7 @@ class TechniqueContract:
     reconstructs: ClassVar[bool] = False
     weights: ClassVar[QuantSpec] = QuantSpec(4, granularity=PerChannel(0))
     activations: ClassVar[QuantSpec | None] = QuantSpec(8, signed=False, symmetric=False)
+    on: Port = REFERENCE
 
     def technique(self) -> Technique:
         """The technique under test."""
@@ -66,16 +70,19 @@ class TechniqueContract:
             metafunc.parametrize("model", [make() for make in found.values()], ids=list(found))
 
     def backend(self) -> Backend[Any]:
-        """The backend that it runs on; override it together with `port` to run the kit on a framework."""
-        return ReferenceBackend()
+        """The backend that it runs on."""
+        return self.on.backend()
 
     def port(self, model: ReferenceModel) -> Any:
         """A small model in the backend's form; the same object for the same model."""
-        return model
+        try:
+            return self.on.port(model)
+        except NotImplementedError as reason:
+            pytest.skip(f"{self.on}: {reason}")
 
     def batch(self, model: ReferenceModel, samples: int = 8, seed: int = 0) -> Batch:
         """A batch for the ported model; override it where inputs have other names or another layout there."""
-        return models.batch(model, samples, seed)
+        return self.on.batch(models.batch(model, samples, seed))
 
     def interruptions(self, entries: int) -> Iterable[int]:
         """After how many stored results it is interrupted, of so many; by default after each but the last."""

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.backend import Backend, Batch, Bundle, Capability, IntegerRuntime, Session, Tap, require
+from bitwright.backend import Backend, Batch, Bundle, Session, Tap
 from bitwright.bundle import (
+    QDQ,
     OutputFigures,
     OutputQuality,
+    PlainRuntime,
     PlainView,
     against_record,
     against_simulation,
@@ -33,10 +35,12 @@ from bitwright.bundle import (
 )
 from bitwright.calibration import full_table
 from bitwright.data import DataLike, Dataset, InputSpecs, first_samples, is_fixed, samples_in
-from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError
+from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError, PluginError
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable
+from bitwright.hookspecs import RuntimeInfo
 from bitwright.placement import Plan, SiteKind
+from bitwright.plugins import registry
 from bitwright.progress import Progress, Silent
 from bitwright.report import RunReport
 from bitwright.runs import of_file
@@ -79,6 +83,7 @@ class Verification(BaseModel):
 
     Attributes:
         samples: how many were run.
+        runtime: the integer runtime that "integer" is of; empty where there is nothing that one executes.
         float_model: "original", or "exported" where the original isn't at hand (its weights may be on their grids).
         accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
         agreement: share of equal argmax of the first output: "simulated_float", "integer_float", "integer_simulated".
@@ -98,6 +103,7 @@ class Verification(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     samples: int
+    runtime: str = ""
     float_model: str = "exported"
     accuracy: dict[str, float] = Field(default_factory=dict)
     agreement: dict[str, float] = Field(default_factory=dict)
@@ -136,16 +142,19 @@ def verify(
         inspected: samples for the comparison inside; whole batches where the model fixes their size.
         float_model: the original model, which "float" means at the outputs; default: the one that the run's report
             names, if it is still there unchanged, otherwise the exported model. Inside, it is always the exported one.
-        runtime: "onnxruntime" or "tflite", where the bundle has a quantized artefact for both; default: the one that
-            was exported for the target.
+        runtime: the integer runtime, "onnxruntime", "tflite" or one of a plugin, if the bundle has what it executes;
+            default: that of the target, or else one that there is something for.
         progress: where progress is shown.
 
     Raises:
         InputError: the directory holds no bundle, or none for that runtime, or the data or labels don't fit.
-        CapabilityError: the backend has no integer runtime for the bundle's quantized artefact.
+        MissingExtraError: what the runtime needs isn't installed.
     """
     opened = reopen(Path(directory), name)
-    bundle = _for_runtime(opened.bundle, runtime)
+    chosen, told = _choose(opened.bundle, opened.report, runtime)
+    artefacts = {info.artefact for info in registry.runtimes().values()} - {chosen.artefact if chosen else ""}
+    bundle = replace(opened.bundle, files={k: p for k, p in opened.bundle.files.items() if k not in artefacts})
+    opened.notes += told
     backend, model, graph = opened.backend, opened.model, opened.graph
     dataset, left_out = _opened_data(data, backend.input_specs(model), batch_size, limit)
     try:
@@ -153,7 +162,7 @@ def verify(
     except EncodingError as error:
         return Verification(samples=0, recorded=opened.record is not None, notes=[*left_out, *opened.notes],
                             problems=[*opened.problems, str(error)])  # fmt: skip
-    views = _Views(backend, model, graph, opened.plan, table, bundle)
+    views = _Views(backend, model, graph, opened.plan, table, bundle, chosen)
     original = original_model(Path(directory), opened.report) if float_model is None else Path(float_model)
     reference = model if original is None else backend.load(original)
     wanted = list(graph.outputs)
@@ -169,7 +178,7 @@ def verify(
     problems += against_simulation(opened, views.simulation, batches[0])
     exact, tensors, exactness = _inside(views, batches)
     problems[:0] = exactness.problems
-    plain = _plain(bundle, dataset, graph.outputs[0], outputs, labels, problems)
+    plain = _plain(bundle, dataset, graph.outputs[0], outputs, labels, problems) if views.plain else None
     problems += [plain.problem] if plain is not None and plain.problem else []
     quality = OutputQuality(graph)
     taps = [t.tensor for t in quality.taps]
@@ -181,6 +190,7 @@ def verify(
     classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
     return Verification(
         samples=samples,
+        runtime="" if chosen is None else chosen.name,
         float_model="exported" if original is None else "original",
         accuracy={}
         if labels is None
@@ -230,26 +240,36 @@ def _opened_data(
     return dataset, [str(w.message) for w in caught if "left out" in str(w.message)]
 
 
-ARTEFACTS: Mapping[str, str] = {"onnxruntime": "qdq", "tflite": "tflite"}
-"""What each integer runtime executes, by purpose in a bundle."""
+def _choose(bundle: Bundle, report: RunReport | None, asked: str | None) -> tuple[RuntimeInfo | None, list[str]]:
+    """The integer runtime that a bundle is run on, and what is to be said of the choice.
 
-FOREIGN: Mapping[str, str] = {
-    "tflite": "LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's"
-}
-"""Runtimes whose arithmetic the exact integers don't follow."""
+    That which the user asks for; otherwise the one that it was exported for, one that executes an artefact of its own,
+    or the first that executes what there is.
 
-
-def _for_runtime(bundle: Bundle, runtime: str | None) -> Bundle:
-    """The bundle without what other runtimes execute."""
-    if runtime is None:
-        return bundle
-    if runtime not in ARTEFACTS:
-        raise InputError(f"there is no integer runtime {runtime!r}; there are {', '.join(ARTEFACTS)}")
-    wanted = ARTEFACTS[runtime]
-    if wanted not in bundle.files:
-        raise InputError(f"the bundle has nothing for {runtime}; export it for a target with that runtime")
-    others = {v for v in ARTEFACTS.values() if v != wanted}
-    return replace(bundle, files={k: p for k, p in bundle.files.items() if k not in others})
+    Raises:
+        InputError: there is no such runtime, or the bundle has nothing for it.
+    """
+    known = registry.runtimes()
+    there = [info for info in known.values() if info.artefact in bundle.files]
+    if asked is not None:
+        if asked not in known:
+            try:
+                registry.runtime(asked)
+            except PluginError as error:
+                raise InputError(str(error)) from None
+        if known[asked] not in there:
+            raise InputError(f"the bundle has nothing for {asked}; export it for a target with that runtime")
+        return known[asked], []
+    extension = {} if report is None else report.target_config.get("bitwright", {})
+    meant = extension.get("runtime") if isinstance(extension, dict) else None
+    if isinstance(meant, str) and meant in known and known[meant] in there:
+        return known[meant], []
+    notes = []
+    if isinstance(meant, str) and there:
+        gone = "which isn't installed here" if meant not in known else "and has nothing that it executes"
+        notes.append(f"the export is for the integer runtime {meant!r}, {gone}: another one is compared")
+    own = [info for info in there if info.artefact != QDQ]
+    return next(iter([*own, *there]), None), notes
 
 
 def original_model(directory: Path, report: RunReport | None = None) -> Path | None:
@@ -280,10 +300,18 @@ class _Views:
     """Openers of the four views' sessions; `problems` has why one couldn't be opened."""
 
     def __init__(
-        self, backend: Backend[Any], model: object, graph: Graph, plan: Plan, table: EncodingTable, bundle: Bundle
+        self,
+        backend: Backend[Any],
+        model: object,
+        graph: Graph,
+        plan: Plan,
+        table: EncodingTable,
+        bundle: Bundle,
+        chosen: RuntimeInfo | None,
     ) -> None:
         self.backend, self.graph, self.plan, self.table = backend, graph, plan, table
-        self.foreign = FOREIGN.get("tflite") if "tflite" in bundle.files else None
+        self.foreign = None if chosen is None else chosen.arithmetic or None
+        self.plain = False
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.simulation = bias_forms.simulate(backend, model, plan, table)
@@ -292,19 +320,19 @@ class _Views:
             "simulated": lambda tensors: self.simulation.session([Tap(t) for t in tensors]),
         }
         self.integer: IntegerSimulation | None = None
-        if not set(bundle.files) & set(ARTEFACTS.values()):
+        if chosen is None:
             self.notes.append("the export has no quantized artefact: float and simulation are compared only")
             return
-        require(backend, {Capability.INTEGER_RUNTIME}, "verify")
-        assert isinstance(backend, IntegerRuntime)
+        runtime = registry.runtime(chosen.name)
+        self.plain = isinstance(runtime, PlainRuntime)
         outputs = list(dict.fromkeys(graph.outputs))
         try:
-            of_outputs = backend.compile(bundle, outputs)
+            of_outputs = runtime.compile(bundle, outputs)
         except (InputError, ModelError) as error:
             self.problems.append(f"the integer runtime refuses the export: {error}")
             return
         self.open["integer"] = lambda tensors: (
-            of_outputs if list(dict.fromkeys(tensors)) == outputs else backend.compile(bundle, tensors)
+            of_outputs if list(dict.fromkeys(tensors)) == outputs else runtime.compile(bundle, tensors)
         )
         try:
             integer = IntegerSimulation(backend, model, graph, table)

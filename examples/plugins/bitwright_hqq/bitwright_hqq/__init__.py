@@ -1,0 +1,1 @@
+"""A technique for bitwright: weight scales by half-quadratic optimization."""
