@@ -184,6 +184,11 @@ NETS: dict[str, Callable[[], Net]] = {
     "max_pool": after_conv("MaxPool", kernel_shape=[3, 3], pads=PAD, strides=[2, 2]),
     "add": lambda: two_convs("Add"),
     "mul": lambda: two_convs("Mul"),
+    "mul_constant": lambda: rows(node("Mul", ["x", "k"], ["y"]), k=normal(16)),
+    "mul_channels": lambda: after_conv("Mul", extra=("k",))(k=normal(8, 1, 1)),
+    "mul_scalar": lambda: after_conv("Mul", extra=("k",))(k=np.float32(0.37)),
+    "gate": lambda: image(
+        conv(), node("GlobalAveragePool", ["c"], ["g"]), node("Mul", ["c", "g"], ["y"]), **CONV),
     "sub": lambda: two_convs("Sub"),
     "concat": lambda: two_convs("Concat", axis=1),
     "add_constant": lambda: rows(node("Add", ["x", "k"], ["y"]), k=normal(16)),

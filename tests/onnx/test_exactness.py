@@ -62,7 +62,8 @@ def test_at_every_width(options, tmp_path):
 
 COVERED = ("conv", "conv_relu", "conv_clip", "depthwise", "grouped", "strided", "conv1d", "conv3d", "gemm",
            "gemm_turned", "gemm_beta", "matmul", "matmul_bias", "matmul_bias_rows", "matmul_of_activations",
-           "leaky_relu", "embedding", "global_pool", "max_pool", "add", "mul", "sub", "concat", "add_constant",
+           "leaky_relu", "embedding", "global_pool", "max_pool", "add", "mul", "mul_constant",
+           "mul_channels", "mul_scalar", "gate", "sub", "concat", "add_constant",
            "maximum", "split", "pad", "transpose", "shared_bias", "gemm_called_twice")  # fmt: skip
 
 

@@ -63,6 +63,34 @@ def test_elementwise_equals_the_runtime_on_all_pairs_of_codes(type, kernel, seed
     assert np.array_equal(ours, expected)
 
 
+def test_a_product_adds_the_zero_point_before_it_is_rounded():
+    """2.5 + 3 and 3.5 + 3 round to even: 2.5 by itself would give 2 + 3."""
+    a, y = uint8(0.5, 0), uint8(1.0, 3)
+    node = helper.make_node("QLinearMul", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"], domain="com.microsoft")
+    x, one = np.arange(8, dtype=np.uint8), np.array([1], np.uint8)
+    b = uint8(1.0, 0)
+    expected = run([node], operands(("a", a), ("b", b), ("y", y)), {"a": x, "b": one})
+    assert expected.tolist() == [3, 4, 4, 4, 5, 6, 6, 6]
+    assert np.array_equal(kernels.multiply(x.astype(np.int32), a, one.astype(np.int32), b, y, 0, 255), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 64, 7, 7), (2, 64, 1, 1)), ((2, 1, 7, 7), (2, 48, 7, 7)), ((2, 7, 7, 64), (64,)), ((300, 17), ()),
+     ((64, 1), (1, 257)), ((3, 5, 9), (5, 1))],
+)  # fmt: skip
+@pytest.mark.parametrize(("type", "kernel"), [("QLinearAdd", kernels.add), ("QLinearMul", kernels.multiply)])
+def test_elementwise_equals_the_runtime_where_it_broadcasts(type, kernel, shapes, seed):
+    rng = np.random.default_rng(seed)
+    a, b, y = (drawn(rng) for _ in range(3))
+    first, second = (rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes)
+    node = helper.make_node(type, ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"], domain="com.microsoft")
+    expected = run([node], operands(("a", a), ("b", b), ("y", y)), {"a": first, "b": second})
+    ours = kernel(first.astype(np.int32), a, second.astype(np.int32), b, y, 0, 255)
+    assert np.array_equal(ours, expected)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_global_average_pool_equals_the_runtime(seed):
     rng = np.random.default_rng(seed)

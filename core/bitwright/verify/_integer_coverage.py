@@ -55,8 +55,6 @@ def _kernel(graph: Graph, op: Op, table: Mapping[str, Encoding]) -> str | None:
     for site in operands:
         if not _is_byte(table.get(site)):
             return f"the runtime has no {op.type} kernel for {_bits(table.get(site))} codes and computes it in float"
-    if op.kind is OpKind.MUL and _broadcasts(graph, op):
-        return "the runtime rounds a product that broadcasts in an order of its own"
     if op.kind in LINEAR_KINDS:
         weight = table.get(op.weight or "")
         if op.kind is OpKind.CONV_TRANSPOSE:
@@ -72,11 +70,6 @@ def _kernel(graph: Graph, op: Op, table: Mapping[str, Encoding]) -> str | None:
         if op.type == "ReduceMean":
             return "the runtime computes ReduceMean in float"
     return None
-
-
-def _broadcasts(graph: Graph, op: Op) -> bool:
-    shapes = {graph.tensors[t].shape for t in op.data_inputs} | {graph.params[p].shape for p in op.params.values()}
-    return len(shapes) > 1
 
 
 def _function(graph: Graph, op: Op, table: Mapping[str, Encoding]) -> str | None:

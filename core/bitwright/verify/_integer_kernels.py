@@ -110,10 +110,10 @@ def add(a: Codes, ea: Encoding, b: Codes, eb: Encoding, out: Encoding, low: int,
 
 
 def multiply(a: Codes, ea: Encoding, b: Codes, eb: Encoding, out: Encoding, low: int, high: int) -> Codes:
-    """QLinearMul (ONNX Runtime contrib operators)."""
+    """QLinearMul (ONNX Runtime contrib operators), which adds the zero point before it rounds; codes may broadcast."""
     ratio = F(F(ea.scale * eb.scale) / out.scale)
     product = (a - int(ea.zero_point)).astype(F) * (b - int(eb.zero_point)).astype(F)
-    return np.asarray(np.clip(np.rint(product * ratio) + F(out.zero_point), low, high), np.int32)
+    return _clip(np.asarray(product * ratio, F) + F(out.zero_point), low, high)
 
 
 def softmax(codes: Codes, encoding: Encoding, axis: int, out: Encoding) -> Codes:
