@@ -23,6 +23,7 @@ def torch_model(model: ReferenceModel) -> Any:
 
     def module(op: Op) -> Any:
         bias, attrs = ParamRole.BIAS in op.params, op.attrs
+        made: Any
         if op.kind in (OpKind.CONV, OpKind.CONV_TRANSPOSE):
             assert isinstance(attrs, ConvAttrs)
             shape, n = tensor(op, ParamRole.WEIGHT).shape, len(attrs.kernel)
@@ -63,7 +64,7 @@ def torch_model(model: ReferenceModel) -> Any:
                 return F.relu6
             case "Clip", ActivationAttrs(minimum=low, maximum=high):
                 return lambda x: torch.clamp(x, low, high)
-            case "LeakyRelu", ActivationAttrs(alpha=alpha):
+            case "LeakyRelu", ActivationAttrs(alpha=alpha) if alpha is not None:
                 return lambda x: F.leaky_relu(x, alpha)
             case "MaxPool", PoolAttrs(window=ConvAttrs() as w):
                 return lambda x: F.max_pool2d(x, w.kernel, w.strides, tuple(p[0] for p in w.pads))

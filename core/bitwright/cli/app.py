@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bitwright
-from bitwright.cli import doctor, encodings, listings, quantize, verify
+from bitwright.cli import doctor, encodings, listings, new, quantize, verify
 from bitwright.errors import PluginError
 from bitwright.plugins import default_registry
 
@@ -40,6 +40,7 @@ app.command("targets")(listings.targets)
 app.command("techniques")(listings.techniques)
 app.command("plugins")(listings.plugins)
 app.command("doctor")(doctor.doctor)
+app.command("new")(new.new)
 
 
 def add_commands_of_tools(word: str | None = None) -> None:
