@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from exactness_nets import NETS
 
 from bitwright import QuantSim
 from bitwright.backend import Capability, capabilities
@@ -34,6 +35,7 @@ from bitwright.testing.models import MODELS, batch
 from bitwright.testing.reference import ReferenceBackend
 from bitwright.verify import verify
 from bitwright_onnx.adapters import QDQ_FORMAT, NotEmittable, QdqExport, write_graph, written
+from bitwright_onnx.backend import OnnxBackend
 
 R = ParamRole
 
@@ -441,3 +443,22 @@ def test_a_model_that_cannot_be_written_is_exported_without(emitting, tmp_path):
     sim = QuantSim(model).calibrate([feeds])
     with pytest.warns(UserWarning, match=r"m.qdq.onnx isn't written: not emittable as ONNX: op 'odd' \(Tanh\)"):
         assert "qdq" not in sim.export(tmp_path, name="m").files
+
+
+# -- graphs of ONNX models
+
+NOT_WRITTEN = {}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_graphs_of_onnx_models_are_complete(name):
+    """What the ONNX backend shows of a model says all that it computes."""
+    backend = OnnxBackend()
+    proto, data = NETS[name]()
+    model = backend.adopt(proto)
+    if name in NOT_WRITTEN:
+        with pytest.raises(NotEmittable, match=NOT_WRITTEN[name]):
+            written(backend, model, sample=data)
+        return
+    made = written(backend, model, sample=data)
+    assert set(backend.graph(made.model).params) >= set(backend.graph(model).params)

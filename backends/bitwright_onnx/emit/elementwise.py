@@ -14,9 +14,19 @@ from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"HardSigmoid": {"alpha": 1 / 6}}
 """Attributes whose canonical default (`bitwright.graph.ACTIVATION_TYPES`) isn't ONNX's."""
 
+CHANNELS_FIRST = frozenset({"Conv", "ConvTranspose", "LRN", "LpPool", "GlobalLpPool", "GridSample", "MaxRoiPool",
+                            "RoiAlign", "MaxUnpool", "Col2Im", "DeformConv", "MeanVarianceNormalization"})  # fmt: skip
+"""Operators that have no writer of their own and take channels on axis 1."""
+
 
 def plain(sheet: Sheet, op: Op) -> list[ir.Value]:
-    """An ONNX operator with the op's own operands and attributes."""
+    """An ONNX operator with the op's own operands and attributes.
+
+    Raises:
+        NotEmittable: ONNX has it with channels on axis 1 alone, and here they lie elsewhere.
+    """
+    if op.type in CHANNELS_FIRST and not layout_of(sheet, op).native:
+        raise NotEmittable(op.id, op.type, "its channels don't lie on axis 1")
     attributes = dict(DEFAULTS.get(op.type, {})) | (dict(op.call.attributes) if op.call is not None else {})
     if isinstance(op.attrs, AxisAttrs):
         attributes["axis"] = op.attrs.axis

@@ -34,6 +34,7 @@ _BY_KIND: Mapping[OpKind, Writer] = {
     OpKind.EMBEDDING: products.embedding,
     OpKind.BATCH_NORM: norms.batch_norm,
     OpKind.IDENTITY: elementwise.identity,
+    OpKind.RECURRENT: products.recurrent,
 }
 _BY_TYPE: Mapping[str, Writer] = {
     "MatMul": products.product,
@@ -115,6 +116,8 @@ def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[Param
     for op in graph:
         written = (_BY_KIND.get(op.kind) or _BY_TYPE.get(op.type) or elementwise.plain)(sheet, op)
         values = written if isinstance(written, list) else [written]
+        if len(values) != len(op.outputs):
+            raise NotEmittable(op.id, op.type, f"it has {len(op.outputs)} outputs")
         for tensor, value in zip(op.outputs, values, strict=True):
             _name(sheet, op, tensor, value, names)
     outputs = [sheet.values[t] for t in graph.outputs]

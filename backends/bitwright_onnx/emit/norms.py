@@ -80,6 +80,8 @@ def group_norm(sheet: Sheet, op: Op) -> ir.Value:
     y = sheet.node(op, "Reshape", y, sheet.node(op, "Shape", x))
     tail = (channels, *(1,) * (place.rank - 2))
     for role, kind in ((ParamRole.GAMMA, "Mul"), (ParamRole.BETA, "Add")):
+        if role in op.params and sheet.graph.params[op.params[role]].shape != (channels,):
+            raise NotEmittable(op.id, op.type, f"its {role.value} isn't one number a channel")
         if role in op.params:
             y = sheet.node(op, kind, y, sheet.param(op, role, tail))
     return place.back(y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole, ProductAttrs
+from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole, ProductAttrs, RecurrentAttrs
 from bitwright_onnx.emit.layouts import layout_of
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, multiplies_rank_2
 
@@ -66,3 +66,11 @@ def embedding(sheet: Sheet, op: Op) -> ir.Value:
     if not sheet.graph.tensors[op.data_inputs[0]].dtype.startswith("int"):
         rows = sheet.node(op, "Cast", rows, to=int(ir.DataType.INT64))
     return sheet.node(op, "Gather", table, rows, axis=0)
+
+
+def recurrent(sheet: Sheet, op: Op) -> list[ir.Value]:
+    """LSTM, GRU and RNN, whose parameters lie as ONNX has them; of the outputs, those that the attributes name."""
+    assert op.call is not None
+    slots = op.attrs.outputs if isinstance(op.attrs, RecurrentAttrs) else tuple(range(len(op.outputs)))
+    made = sheet.nodes_of(op, op.type, sheet.operands(op), max(slots) + 1, op.call.attributes)
+    return [made[slot] for slot in slots]

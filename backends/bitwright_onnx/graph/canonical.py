@@ -28,6 +28,7 @@ from bitwright.graph import (
     channel_axes,
 )
 from bitwright_onnx.graph import attributes
+from bitwright_onnx.graph.calls import call_of
 from bitwright_onnx.graph.channels import permutation, told_axes
 from bitwright_onnx.graph.masking import mask_names
 from bitwright_onnx.graph.operands import describe, dtype_name, is_embedding, parameters
@@ -177,7 +178,8 @@ def _op(node: ir.Node, add: ir.Node | None, unseen: set[ir.Value], params: dict[
     inputs = tuple(None if v is None else str(v.name) for v in data)
     outputs = tuple(str(o.name) for o in (add or node).outputs if o.name)
     native = node.op_type if is_default_domain(node) else f"{node.domain}.{node.op_type}"
-    return Op(str(node.name), kind, node.op_type, inputs, outputs, roles, attrs, native)
+    call = call_of(node, roles, unseen)
+    return Op(str(node.name), kind, node.op_type, inputs, outputs, roles, attrs, native, call=call)
 
 
 def _classify(node: ir.Node) -> tuple[OpKind, Attrs | None]:

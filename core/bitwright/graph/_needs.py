@@ -77,6 +77,8 @@ class Needs:
     otherwise: str = ""
 
 
+_WEIGHED = ("Conv", "ConvTranspose", "Gemm")
+"""Types that need a weight, unless they are products of two activations."""
 _SHAPE = "the output's shape, of which one dimension at most is free"
 _WINDOW = "`kernel_shape` (and `strides`, `pads`, …) in `call.attributes`"
 _AXES = "`PoolAttrs.axes`"
@@ -114,7 +116,7 @@ NEEDS: Mapping[str, Needs] = {
     "Tile": Needs(operands={1: "repeats"}),
     "DepthToSpace": Needs(attributes=("blocksize", "mode")),
     "SpaceToDepth": Needs(attributes=("blocksize",)),
-    "Slice": Needs(operands={1: "starts", 2: "ends", 3: "axes"}),
+    "Slice": Needs(operands={1: "starts", 2: "ends"}),
     "Gather": Needs(operands={0: "data", 1: "indices"}),
     "GatherElements": Needs(operands={1: "indices"}),
     "GatherND": Needs(operands={1: "indices"}),
@@ -136,6 +138,8 @@ def lacking(op: Op, graph: Graph) -> str | None:
     """
     if op.kind is OpKind.OPAQUE and op.call is None:
         return f"its backend doesn't say what it computes ({op.native or op.type})"
+    if op.kind is OpKind.MATMUL and op.type in _WEIGHED:
+        return None if op.call is not None else f"its backend doesn't say how it multiplies ({op.native or op.type})"
     if isinstance(op.attrs, ProductAttrs) and op.attrs.transposed is None and op.type == "MatMul":
         return "it contracts other axes than a matrix product"
     needs = NEEDS.get(op.type)
