@@ -37,7 +37,16 @@ from bitwright_onnx.emit.sheet import NotEmittable
 from bitwright_onnx.export.known_parameters import with_parameters
 from bitwright_onnx.graph.subgraph import values_of
 
-__all__ = ["QDQ_FORMAT", "NotEmittable", "QdqExport", "Written", "export_qdq", "write_graph", "written"]
+__all__ = [
+    "QDQ_FORMAT",
+    "NotEmittable",
+    "QdqExport",
+    "Written",
+    "export_qdq",
+    "export_written",
+    "write_graph",
+    "written",
+]
 
 QDQ_FORMAT: Mapping[str, str] = {
     "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
@@ -164,10 +173,14 @@ def export_qdq(
         EncodingError: an encoding that ONNX has no ops for.
         InputError: the file can't be written.
     """
+    return export_written(written(backend, model, sample=sample), backend.graph(model), plan, encodings, path)
+
+
+def export_written(found: Written, graph: Graph, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    """The second half of `export_qdq`: a model as `written` gives it, made of a graph."""
     from bitwright_onnx.export.qdq import write_qdq
 
-    found = written(backend, model, sample=sample)
-    shown = with_parameters(OnnxBackend().graph(found.model), found.model, plan, backend.graph(model).params)
+    shown = with_parameters(OnnxBackend().graph(found.model), found.model, plan, graph.params)
     report = write_qdq(found.model, shown, plan, encodings, path)
     passed = {t: report.names.get(name, name) for t, name in found.names.items()}
     return Bundle({"qdq": report.path}, {**report.names, **passed})

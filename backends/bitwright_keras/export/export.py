@@ -20,7 +20,7 @@ from bitwright.backend import Bundle
 from bitwright.calibration import full_table
 from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError
 from bitwright.files import atomic_write, cannot_write, sync_directory
-from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole
+from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole, lacking
 from bitwright.grids import EncodingTable
 from bitwright.placement import Derived, Plan, SiteKind
 from bitwright_keras.capture.files import beyond_h5, save_model
@@ -39,18 +39,20 @@ KERAS_FORMATS: Mapping[str, str] = {
 TENSORFLOW_FORMATS: Mapping[str, str] = {
     "pb": "the float model as a frozen TensorFlow graph; encodings files name its tensors",
     "saved_model": "the float model as a TensorFlow SavedModel (a folder)",
-    "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
     "tflite": "the quantized model as an int8 .tflite file, for LiteRT",
+}
+ONNX_FORMATS: Mapping[str, str] = {
+    "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
 }
 
 
 def formats() -> dict[str, str]:
-    """Formats that can be written here; those of TensorFlow need it installed, whatever Keras runs on."""
+    """Formats that can be written here: TensorFlow's need it, ONNX's their packages, whatever Keras runs on."""
     found = dict(KERAS_FORMATS)
     if importlib.util.find_spec("tensorflow") is not None:
         found |= TENSORFLOW_FORMATS
-        if importlib.util.find_spec("onnx_ir") is None:
-            del found["qdq"]
+    if importlib.util.find_spec("onnx_ir") is not None:
+        found |= ONNX_FORMATS
     return found
 
 
@@ -61,12 +63,15 @@ def bundled(model: KerasModel) -> dict[str, str]:
         warnings.warn(f"{model.name}: no .h5 is written: {why}", stacklevel=3)
         del found["h5"]
     offered = formats()
+    shown = canonical(model).graph
+    if "qdq" in offered and not any(lacking(op, shown) for op in shown):
+        found["qdq"] = ".qdq.onnx"
     if "pb" in offered:
         try:
             frozen(model)
         except (CapabilityError, ModelError) as error:
-            written = ".keras and .h5 are" if "h5" in found else ".keras is"
-            warnings.warn(f"{model.name}: {written} written only: {error}", stacklevel=3)
+            names = " and ".join(ending for ending in (".keras", *found.values()))
+            warnings.warn(f"{model.name}: {names} {'are' if found else 'is'} written only: {error}", stacklevel=3)
         else:
             found |= {format: ending for format, ending in (("pb", ".pb"), ("qdq", ".qdq.onnx")) if format in offered}
     return found
@@ -137,6 +142,26 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 
 
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    """From the canonical graph where that says all that is computed; otherwise from the frozen one."""
+    try:
+        from bitwright_onnx.adapters import export_written, written
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
+    from bitwright_keras.backend import KerasBackend
+
+    try:
+        found = written(KerasBackend(), model)
+    except ModelError as error:
+        if importlib.util.find_spec("tensorflow") is None:
+            raise
+        try:
+            return _frozen_qdq(model, plan, encodings, path)
+        except (ModelError, CapabilityError) as other:
+            raise ModelError(f"{other}; and by its own ops: {error}") from other
+    return export_written(found, canonical(model).graph, plan, encodings, path)
+
+
+def _frozen_qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     try:
         from bitwright_onnx.backend import OnnxBackend
         from bitwright_onnx.export.known_parameters import with_parameters

@@ -19,6 +19,7 @@ from bitwright.graph import (
     FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
+    Call,
     Graph,
     Op,
     OpKind,
@@ -32,6 +33,7 @@ from bitwright.graph import (
 )
 from bitwright.placement import is_mask
 from bitwright_keras.graph import attributes
+from bitwright_keras.graph.calls import call_of, opaque_call
 from bitwright_keras.graph.constants import constant_of
 from bitwright_keras.graph.layouts import ROLES, Layout, layout_of
 from bitwright_keras.graph.masking import mask_names
@@ -167,7 +169,14 @@ class _Builder:
             params[ParamRole.BIAS] = self._declare(bias, key, Layout(native, tuple(range(len(native))), native[:1]))
         self._axes(node, kind)
         outputs = node.outputs if bias is None else bias.outputs
-        return Op(node.op, kind, type, node.inputs, outputs, params, attrs, _native(node))
+        call = self._call(node, kind, type, params)
+        return Op(node.op, kind, type, node.inputs, outputs, params, attrs, _native(node), call=call)
+
+    def _call(self, node: Node, kind: OpKind, type: str, params: Mapping[ParamRole, str]) -> Call | None:
+        if kind is not OpKind.OPAQUE:
+            return call_of(node, type, self._model.specs, params)
+        known, named = self._kind(node)
+        return opaque_call(node, named if known is not OpKind.OPAQUE else "", self._model.specs)
 
     def _kind(self, node: Node) -> tuple[OpKind, str]:
         opaque = OpKind.OPAQUE, node.type

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bitwright.graph import LEAK, ActivationAttrs, AxisAttrs, Op, OpKind, ParamRole
-from bitwright_onnx.emit.layouts import layout_of
+from bitwright_onnx.emit.layouts import attributes_of, layout_of
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"HardSigmoid": {"alpha": 1 / 6}}
@@ -27,7 +27,7 @@ def plain(sheet: Sheet, op: Op) -> list[ir.Value]:
     """
     if op.type in CHANNELS_FIRST and not layout_of(sheet, op).native:
         raise NotEmittable(op.id, op.type, "its channels don't lie on axis 1")
-    attributes = dict(DEFAULTS.get(op.type, {})) | (dict(op.call.attributes) if op.call is not None else {})
+    attributes = dict(DEFAULTS.get(op.type, {})) | attributes_of(op)
     if isinstance(op.attrs, AxisAttrs):
         attributes["axis"] = op.attrs.axis
     return sheet.nodes_of(op, op.type, sheet.operands(op), len(op.outputs), attributes)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
-from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, lacking
+from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, as_called, lacking
 from bitwright_onnx.capture.folding import KEPT
 from bitwright_onnx.emit import elementwise, norms, products, shapes
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
@@ -58,10 +58,18 @@ _BY_TYPE: Mapping[str, Writer] = {
     ),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), shapes.reshape),
     "Transpose": shapes.transpose,
+    "Slice": shapes.part,
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.blocks),
     "Resize": shapes.resize,
 }  # fmt: skip
 """What writes an op, by its kind or else by its type; other operators of ONNX are written as they stand."""
+
+_OF_ONE = {
+    products.convolution, products.linear, norms.batch_norm, norms.layer_norm, norms.rms_norm, norms.group_norm,
+    norms.lp_norm, elementwise.leaky_relu, elementwise.prelu, elementwise.swish, elementwise.square, elementwise.cast,
+    elementwise.identity, shapes.pool, shapes.transpose, shapes.blocks, shapes.resize,
+}  # fmt: skip
+"""Writers of functions of one tensor."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def refusals(graph: Graph) -> Iterator[tuple[str, str, str]]:
 def _refusal(op: Op, graph: Graph) -> str | None:
     if (reason := lacking(op, graph)) is not None:
         return reason
+    op = as_called(op)
     if op.kind in _BY_KIND or op.type in _BY_TYPE:
         return None
     if op.type not in ONNX_TYPES:
@@ -113,8 +122,11 @@ def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[Param
     sheet = Sheet(graph, params.__getitem__ if isinstance(params, Mapping) else params)
     names: dict[TensorId, str] = {}
     inputs = [_input(sheet, tensor) for tensor in graph.inputs]
-    for op in graph:
-        written = (_BY_KIND.get(op.kind) or _BY_TYPE.get(op.type) or elementwise.plain)(sheet, op)
+    for op in map(as_called, graph):
+        writer = _BY_KIND.get(op.kind) or _BY_TYPE.get(op.type) or elementwise.plain
+        if writer in _OF_ONE and len(op.data_inputs) != 1:
+            raise NotEmittable(op.id, op.type, "it reads other tensors than one")
+        written = writer(sheet, op)
         values = written if isinstance(written, list) else [written]
         if len(values) != len(op.outputs):
             raise NotEmittable(op.id, op.type, f"it has {len(op.outputs)} outputs")

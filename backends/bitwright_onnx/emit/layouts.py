@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
-from bitwright.graph import Op, TensorId
+from bitwright.graph import Op
 from bitwright_onnx.emit.sheet import Sheet
 
 
@@ -38,12 +40,18 @@ class Layout:
         return self._sheet.transpose(self._op, value, [self.order.index(i) for i in range(len(self.order))])
 
 
-def layout_of(sheet: Sheet, op: Op, tensor: TensorId | None = None) -> Layout:
-    """The layout of an op, as its first input (or `tensor`) tells it; channels on axis 1 where nothing does.
+def layout_of(sheet: Sheet, op: Op) -> Layout:
+    """The layout of an op, as its call (`channel_axis`) or its first input tells it; else channels are on axis 1.
 
     Raises:
         NotEmittable: the rank isn't known.
     """
-    told = tensor or op.data_inputs[0]
-    axis = sheet.graph.tensors[told].channel_axis
-    return Layout(sheet, op, 1 if axis is None else axis, sheet.rank(op, told))
+    source = op.data_inputs[0]
+    told = op.call.attributes.get("channel_axis") if op.call is not None else None
+    axis = told if isinstance(told, int) else sheet.graph.tensors[source].channel_axis
+    return Layout(sheet, op, 1 if axis is None else axis, sheet.rank(op, source))
+
+
+def attributes_of(op: Op) -> dict[str, Any]:
+    """What the op's call says as attributes of ONNX's."""
+    return {} if op.call is None else {k: v for k, v in op.call.attributes.items() if k != "channel_axis"}

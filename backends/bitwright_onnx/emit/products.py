@@ -10,11 +10,11 @@ from bitwright_onnx.emit.sheet import NotEmittable, Sheet, multiplies_rank_2
 
 
 def window(attrs: ConvAttrs) -> dict[str, object]:
-    """Geometry in ONNX's attributes."""
+    """Geometry in ONNX's attributes; ONNX Runtime's integer pools know no dilations, not even of 1."""
     return {
         "kernel_shape": attrs.kernel,
         "strides": attrs.strides,
-        "dilations": attrs.dilations,
+        "dilations": attrs.dilations if set(attrs.dilations) != {1} else None,
         "pads": (*(begin for begin, _ in attrs.pads), *(end for _, end in attrs.pads)),
     }
 
@@ -63,7 +63,7 @@ def product(sheet: Sheet, op: Op) -> ir.Value:
 def embedding(sheet: Sheet, op: Op) -> ir.Value:
     """Rows of a table."""
     table, rows = sheet.operands(op)
-    if not sheet.graph.tensors[op.data_inputs[0]].dtype.startswith("int"):
+    if op.data_inputs and not sheet.graph.tensors[op.data_inputs[0]].dtype.startswith("int"):
         rows = sheet.node(op, "Cast", rows, to=int(ir.DataType.INT64))
     return sheet.node(op, "Gather", table, rows, axis=0)
 

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import Constant, Op, PoolAttrs, operands
-from bitwright_onnx.emit.layouts import Layout, layout_of
+from bitwright_onnx.emit.layouts import Layout, attributes_of, layout_of
 from bitwright_onnx.emit.products import window
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet
-
-
-def _called(op: Op) -> dict[str, Any]:
-    return {} if op.call is None else dict(op.call.attributes)
 
 
 def pool(sheet: Sheet, op: Op) -> ir.Value:
     """Windowed pooling; global pooling over the axes that the attributes name."""
     attrs, largest = op.attrs, op.type in ("MaxPool", "GlobalMaxPool")
-    if "kernel_shape" not in _called(op):
+    if op.type == "GlobalMaxPool" and len(operands(op)) > 1:
+        return reduction(sheet, replace(op, type="ReduceMax"))
+    if "kernel_shape" not in attributes_of(op):
         if not isinstance(attrs, PoolAttrs) or (attrs.window is None and not attrs.axes):
             raise NotEmittable(op.id, op.type, "its windows aren't known")
         if attrs.window is None:
             return _reduced(sheet, op, "ReduceMax" if largest else "ReduceMean", attrs.axes, attrs.keepdims)
     place = layout_of(sheet, op)
-    given = _called(op) or window(attrs.window)  # type: ignore[union-attr, arg-type]
+    given = attributes_of(op) or window(attrs.window)  # type: ignore[union-attr, arg-type]
     if not largest:
         inside = isinstance(attrs, PoolAttrs) and attrs.count_include_pad
         given.setdefault("count_include_pad", int(inside))
@@ -40,7 +38,7 @@ def reduction(sheet: Sheet, op: Op) -> ir.Value:
         return _reduced(sheet, op, op.type, op.attrs.axes, op.attrs.keepdims)
     held = operands(op)[1]
     axes = held.array.reshape(-1).tolist() if isinstance(held, Constant) else None
-    keep = bool(_called(op)["keepdims"])
+    keep = bool(attributes_of(op)["keepdims"])
     if axes is None:
         return sheet.node(op, op.type, *sheet.operands(op), keepdims=int(keep))
     return _reduced(sheet, op, op.type, axes, keep)
@@ -64,22 +62,30 @@ def reshape(sheet: Sheet, op: Op) -> ir.Value:
     """Reshape and its kin: to the shape that stands there, else to the output's."""
     x, *given = sheet.operands(op)
     if given and given[0] is not None:
-        return sheet.node(op, op.type, x, *given, **_called(op))
+        return sheet.node(op, op.type, x, *given, **attributes_of(op))
     shape = sheet.shape(op.output)
     assert shape is not None
     target = tuple(-1 if n is None else n for n in shape)
     return sheet.node(op, "Reshape", x, sheet.literal(op, np.array(target, np.int64)))
 
 
+def part(sheet: Sheet, op: Op) -> ir.Value:
+    """Slice; with `squeeze`, axes of which one element is left go."""
+    given = attributes_of(op)
+    gone = given.pop("squeeze", ())
+    y = sheet.node(op, "Slice", *sheet.operands(op), **given)
+    return sheet.node(op, "Squeeze", y, sheet.literal(op, gone)) if gone else y
+
+
 def transpose(sheet: Sheet, op: Op) -> ir.Value:
     """A permutation."""
-    return sheet.node(op, "Transpose", sheet.values[op.data_inputs[0]], perm=_called(op)["perm"])
+    return sheet.node(op, "Transpose", sheet.values[op.data_inputs[0]], perm=attributes_of(op)["perm"])
 
 
 def blocks(sheet: Sheet, op: Op) -> ir.Value:
     """DepthToSpace and SpaceToDepth."""
     place = layout_of(sheet, op)
-    return place.back(sheet.node(op, op.type, place.to_onnx(sheet.values[op.data_inputs[0]]), **_called(op)))
+    return place.back(sheet.node(op, op.type, place.to_onnx(sheet.values[op.data_inputs[0]]), **attributes_of(op)))
 
 
 def resize(sheet: Sheet, op: Op) -> ir.Value:
@@ -89,11 +95,13 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
     Runtime moves Transposes through Resize, and forgets its `axes` then.)
     """
     held, place = [*operands(op), None, None, None][:4], layout_of(sheet, op)
-    named = _called(op)
+    named = attributes_of(op)
     axes = named.pop("axes", tuple(range(place.rank)))
     factors, sizes = (h.array.reshape(-1).tolist() if isinstance(h, Constant) else None for h in held[2:])
     if (factors is None and sizes is None) or held[1] is not None:
         raise NotEmittable(op.id, op.type, "its sizes are computed")
+    if sizes is not None and named.pop("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise NotEmittable(op.id, op.type, "it keeps the aspect ratio")
     source = sheet.shape(op.data_inputs[0]) or ()
     x = place.to_onnx(sheet.values[op.data_inputs[0]])
     scales: dict[int, float] = {}

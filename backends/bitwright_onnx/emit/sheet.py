@@ -41,8 +41,10 @@ def onnx_type(name: str) -> ir.DataType:
     """ONNX's type by the name that the core has for it.
 
     Raises:
-        ModelError: ONNX has none.
+        ModelError: ONNX has none, or it isn't one of numbers.
     """
+    if name == "string":
+        raise ModelError("models of text aren't written as ONNX")
     try:
         return ir.DataType[_TYPES.get(name, name.upper())]
     except KeyError:

@@ -147,7 +147,7 @@ def _called(call: Call | None) -> Any:
         i: held.value if isinstance(held, ParamRole) else {"dtype": held.array.dtype.str, "values": held.array.tolist()}
         for i, held in call.operands.items()
     }
-    return {"attributes": dict(call.attributes), "operands": operands}
+    return {"attributes": dict(call.attributes), "operands": operands, "type": call.type}
 
 
 def _call(stored: Any) -> Call | None:
@@ -157,7 +157,7 @@ def _call(stored: Any) -> Call | None:
         int(i): ParamRole(held) if isinstance(held, str) else Constant(np.array(held["values"], held["dtype"]))
         for i, held in stored["operands"].items()
     }
-    return Call(_tuples(stored["attributes"]), operands)
+    return Call(_tuples(stored["attributes"]), operands, stored["type"])
 
 
 def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:

@@ -39,7 +39,7 @@ from bitwright.graph._linear_form import (
     output_spatial,
     to_matrix,
 )
-from bitwright.graph._needs import NEEDS, Needs, lacking, operands
+from bitwright.graph._needs import NEEDS, Needs, as_called, lacking, operands
 from bitwright.graph._op_types import (
     INTEGER_TYPES,
     KINDS,
@@ -114,6 +114,7 @@ __all__ = [
     "Tensor",
     "TensorId",
     "around",
+    "as_called",
     "batch_norm_fold",
     "chain",
     "channel_axes",

@@ -155,6 +155,8 @@ class Constant:
 
     def __post_init__(self) -> None:
         array = np.asarray(self.value)
+        if not array.size and not isinstance(self.value, np.ndarray):
+            array = array.astype(np.int64)  # a list of no axes
         if array.dtype == np.float64 and not isinstance(self.value, np.ndarray | np.generic):
             array = array.astype(np.float32)
         object.__setattr__(self, "value", array)
@@ -188,10 +190,12 @@ class Call:
         attributes: by the names that ONNX's operator gives them (`perm`, `axis`, `keepdims`, …).
         operands: those that are no activations, by position among ONNX's operands: a literal, or the role of the
             parameter that stands there. Roles may be left out where `operands` finds them by itself.
+        type: ONNX's operator, where the op's own `type` is no name of one (as of most OPAQUE ops).
     """
 
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     operands: Mapping[int, Constant | ParamRole] = field(default_factory=dict)
+    type: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitwright.graph._graph import (
     ActivationAttrs,
@@ -104,7 +104,7 @@ NEEDS: Mapping[str, Needs] = {
     "AveragePool": Needs(PoolAttrs, otherwise=_WINDOW),
     "MaxPool": Needs(PoolAttrs, otherwise=_WINDOW),
     "GlobalAveragePool": Needs(PoolAttrs),
-    "GlobalMaxPool": Needs(PoolAttrs),
+    "GlobalMaxPool": Needs(PoolAttrs, otherwise="operand 1: axes"),
     **dict.fromkeys(
         ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
          "ReduceLogSumExp", "ReduceSumSquare"),
@@ -131,11 +131,17 @@ NEEDS: Mapping[str, Needs] = {
 """By type; the types that aren't here need nothing but their operands."""
 
 
+def as_called(op: Op) -> Op:
+    """The op with the type that its call gives it."""
+    return op if op.call is None or not op.call.type else replace(op, type=op.call.type)
+
+
 def lacking(op: Op, graph: Graph) -> str | None:
     """What an op lacks to be computed from its graph (see `NEEDS`); None where it has all.
 
     An OPAQUE op computes what its type says only where it has a `Call`.
     """
+    op = as_called(op)
     if op.kind is OpKind.OPAQUE and op.call is None:
         return f"its backend doesn't say what it computes ({op.native or op.type})"
     if op.kind is OpKind.MATMUL and op.type in _WEIGHED:
@@ -184,6 +190,8 @@ def _otherwise(op: Op, graph: Graph) -> bool:
         return shape is not None and shape.count(None) <= 1
     if op.type in ("AveragePool", "MaxPool"):
         return "kernel_shape" in attributes or _pooled(op)
+    if op.type == "GlobalMaxPool":
+        return _pooled(op) or operands(op)[1:] not in ((), (None,))
     if op.type.startswith("Reduce"):
         return isinstance(op.attrs, PoolAttrs) and bool(op.attrs.axes)
     if op.type == "Resize":
