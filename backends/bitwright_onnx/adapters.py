@@ -1,16 +1,9 @@
 """What the ONNX backend does for others: their graphs as ONNX models, QDQ files, and all that is done with these.
 
-A backend whose graphs are complete (`bitwright.graph.NEEDS`) needs no converter of its own. It derives from
-`QdqExport` and answers `export(…, "qdq")` with `export_qdq`:
+A backend whose graphs are complete (`bitwright.graph.NEEDS`) needs no converter of its own:
 
-    class MyBackend(QdqExport):
-        def export(self, model, plan, encodings, path, format):
-            if format == "qdq":
-                return self.export_qdq(model, plan, encodings, path)
-            ...
-
-        def formats(self):
-            return {"mynet": "the float model", **QDQ_FORMAT}
+    class MyBackend(QdqExport, FlowBackend[MyModel]):
+        ...
 """
 
 from __future__ import annotations
@@ -187,12 +180,26 @@ def export_written(found: Written, graph: Graph, plan: Plan, encodings: Encoding
 
 
 class QdqExport:
-    """Base of backends that write QDQ files by `export_qdq`: with it they have the capabilities `integer_runtime`,
-    `quantized_artefact` and `op_timer`, in ONNX Runtime."""
+    """The first base of a backend that writes QDQ files by `export_qdq`, beside the formats of its other base.
 
-    def export_qdq(self: Any, model: Any, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-        """`export_qdq` of this module."""
-        return export_qdq(self, model, plan, encodings, path)
+    With it the backend has the capabilities `integer_runtime`, `quantized_artefact` and `op_timer`, in ONNX Runtime.
+    """
+
+    def export(self: Any, model: Any, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
+        """Write a QDQ file, or what the other base writes.
+
+        Raises:
+            NotEmittable, ModelError, EncodingError, InputError: as `export_qdq`.
+        """
+        if format in QDQ_FORMAT:
+            return export_qdq(self, model, plan, encodings, path)
+        others: Any = super()
+        return others.export(model, plan, encodings, path, format)  # type: ignore[no-any-return]
+
+    def formats(self) -> Mapping[str, str]:
+        """Those of the other base, and QDQ."""
+        others: Any = super()
+        return {**others.formats(), **QDQ_FORMAT}
 
     def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
         """See `bitwright.backend.IntegerRuntime`; taps that the file doesn't have are left out.

@@ -34,7 +34,7 @@ from bitwright.testing.builder import Builder
 from bitwright.testing.models import MODELS, batch
 from bitwright.testing.reference import ReferenceBackend
 from bitwright.verify import verify
-from bitwright_onnx.adapters import QDQ_FORMAT, NotEmittable, QdqExport, write_graph, written
+from bitwright_onnx.adapters import NotEmittable, QdqExport, write_graph, written
 from bitwright_onnx.backend import OnnxBackend
 
 R = ParamRole
@@ -42,14 +42,6 @@ R = ParamRole
 
 class EmittingBackend(QdqExport, ReferenceBackend):
     """The reference backend with QDQ files."""
-
-    def export(self, model, plan, encodings, path, format):
-        if format == "qdq":
-            return self.export_qdq(model, plan, encodings, path)
-        return super().export(model, plan, encodings, path, format)
-
-    def formats(self):
-        return {**super().formats(), **QDQ_FORMAT}
 
 
 @pytest.fixture
@@ -101,6 +93,7 @@ def test_its_quantized_file_is_the_simulation(name, options, emitting, tmp_path)
 
 
 def test_what_a_backend_gains():
+    assert [*EmittingBackend().formats()] == [*ReferenceBackend().formats(), "qdq"]
     offered = capabilities(EmittingBackend()) - capabilities(ReferenceBackend())
     assert offered == {Capability.INTEGER_RUNTIME, Capability.QUANTIZED_ARTEFACT, Capability.OP_TIMER}
 
