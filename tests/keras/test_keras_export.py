@@ -263,8 +263,11 @@ def test_a_model_that_tensorflow_cannot_trace_keeps_its_keras_files(tmp_path: Pa
     node.operation.__class__ = Untraceable
     with pytest.raises(ModelError, match=r"can't freeze 'residual': not in a graph"):
         frozen(sim.native)
+    with pytest.warns(UserWarning, match=r"\.keras, \.h5 and \.qdq\.onnx are written only.*not in a graph"):
+        assert BACKEND.bundled(sim.native) == {"h5": ".h5", "qdq": ".qdq.onnx"}
+    opened = BACKEND.adopt(keras_model(sim.native))  # now its own graph doesn't know the layer either
     with pytest.warns(UserWarning, match=r"\.keras and \.h5 are written only.*not in a graph"):
-        assert BACKEND.bundled(sim.native) == {"h5": ".h5"}
+        assert BACKEND.bundled(opened) == {"h5": ".h5"}
 
 
 def test_bytes_divided_by_a_number_are_frozen() -> None:

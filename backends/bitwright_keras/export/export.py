@@ -70,8 +70,9 @@ def bundled(model: KerasModel) -> dict[str, str]:
         try:
             frozen(model)
         except (CapabilityError, ModelError) as error:
-            names = " and ".join(ending for ending in (".keras", *found.values()))
-            warnings.warn(f"{model.name}: {names} {'are' if found else 'is'} written only: {error}", stacklevel=3)
+            *first, last = (".keras", *found.values())
+            names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+            warnings.warn(f"{model.name}: {names} written only: {error}", stacklevel=3)
         else:
             found |= {format: ending for format, ending in (("pb", ".pb"), ("qdq", ".qdq.onnx")) if format in offered}
     return found

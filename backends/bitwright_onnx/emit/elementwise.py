@@ -83,6 +83,12 @@ def square(sheet: Sheet, op: Op) -> ir.Value:
     return sheet.node(op, "Mul", x, x)
 
 
+def squared_difference(sheet: Sheet, op: Op) -> ir.Value:
+    """(x − y)²."""
+    difference = sheet.node(op, "Sub", *sheet.operands(op))
+    return sheet.node(op, "Mul", difference, difference)
+
+
 def identity(sheet: Sheet, op: Op) -> ir.Value:
     """What passes its input on is no node: the output is the input's value."""
     return sheet.values[op.data_inputs[0]]

@@ -47,6 +47,7 @@ _BY_TYPE: Mapping[str, Writer] = {
     "PRelu": elementwise.prelu,
     "Swish": elementwise.swish,
     "Square": elementwise.square,
+    "SquaredDifference": elementwise.squared_difference,
     "Cast": elementwise.cast,
     "Concat": elementwise.concat,
     "Split": elementwise.split_sizes,
@@ -100,7 +101,7 @@ def _refusal(op: Op, graph: Graph) -> str | None:
     if op.kind in _BY_KIND or op.type in _BY_TYPE:
         return None
     if op.type not in ONNX_TYPES:
-        return "ONNX has no such operator"
+        return f"ONNX has no operator {op.type}"
     return "ONNX has the operator in later opsets only" if op.type in _LATER else None
 
 

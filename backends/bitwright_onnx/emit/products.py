@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole, ProductAttrs, RecurrentAttrs
+from bitwright.graph import operands as operands_of
 from bitwright_onnx.emit.layouts import layout_of
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, multiplies_rank_2
 
@@ -52,10 +53,10 @@ def product(sheet: Sheet, op: Op) -> ir.Value:
     if len(operands) != 2 or None in operands:
         raise NotEmittable(op.id, op.type, f"a product of {len(operands)} operands")
     turned = (isinstance(op.attrs, ProductAttrs) and op.attrs.transposed) or (False, False)
-    for index, flips in enumerate(turned):
+    for index, (held, flips) in enumerate(zip(operands_of(op), turned, strict=True)):
         value = operands[index]
         if flips and value is not None:
-            rank = sheet.rank(op, op.data_inputs[index])
+            rank = value.const_value.shape.rank() if value.const_value is not None else sheet.rank(op, str(held))
             operands[index] = sheet.transpose(op, value, (*range(rank - 2), rank - 1, rank - 2))
     return sheet.node(op, "MatMul", *operands)
 

@@ -106,6 +106,22 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
+    """From the canonical graph where that says all that is computed; otherwise node by node."""
+    onnx_backend()
+    from bitwright_onnx.adapters import export_written, written
+    from bitwright_tensorflow.backend import TensorFlowBackend
+
+    try:
+        found = written(TensorFlowBackend(), model)
+    except ModelError as error:
+        try:
+            return _frozen_qdq(model, plan, encodings, path)
+        except ModelError as other:
+            raise ModelError(f"{other}; and by its own ops: {error}") from other
+    return export_written(found, recognize(model).graph, plan, encodings, path)
+
+
+def _frozen_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     backend = onnx_backend()
     from bitwright_onnx.export.known_parameters import with_parameters
     from bitwright_onnx.export.qdq import write_qdq

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from bitwright.errors import ModelError
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, Tensor, TensorId, channel_axes
+from bitwright_tensorflow.graph.calls import call_of
 from bitwright_tensorflow.graph.elementwise import clip, prelu, spelled_activation
 from bitwright_tensorflow.graph.linear_ops import linear_op
 from bitwright_tensorflow.graph.masking import mask_names
@@ -166,7 +167,10 @@ def _assemble(model: TfModel, net: Network, shown: list[Recognized]) -> Canonica
             reads.setdefault(param.id, found.reads[role])
             operands.setdefault(param.id, []).append(found.reads[role].edge)
         roles: dict[ParamRole, str] = {role: p.id for role, p in described.items()}
-        ops.append(Op(found.id, found.kind, found.type, found.inputs, found.outputs, roles, found.attrs, found.native))
+        ops.append(
+            Op(found.id, found.kind, found.type, found.inputs, found.outputs, roles, found.attrs, found.native,
+               call=call_of(net, found))
+        )  # fmt: skip
     seen = dict.fromkeys([*model.inputs, *(t for op in ops for t in (*op.data_inputs, *op.outputs)), *model.outputs])
     outputs = [t if any(t in op.outputs for op in ops) else net.resolve(t) for t in model.outputs]
     tensors = [t for t in seen if t in model.inputs or any(True for op in ops if t in op.outputs)]

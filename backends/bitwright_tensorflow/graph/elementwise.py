@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import ACTIVATION_TYPES, ActivationAttrs, OpKind, ParamRole, TensorId, clipping, erf
+from bitwright.graph import ACTIVATION_TYPES, ActivationAttrs, Call, OpKind, ParamRole, TensorId, clipping, erf
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.model import NodeDef, node_of
 from bitwright_tensorflow.graph.network import Network, Read
@@ -59,7 +59,8 @@ def spelled_activation(net: Network, node: NodeDef) -> Recognized | None:
         expected = function(_PROBE)
         if np.allclose(values, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             return Recognized(node.name, OpKind.ACTIVATION, type.partition(" ")[0], (source,), (f"{node.name}:0",),
-                         nodes=names, native=type)  # fmt: skip
+                         nodes=names, native=type,
+                         call=Call({"approximate": "tanh"}) if "tanh" in type else None)  # fmt: skip
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bitwright.graph import AxisAttrs, BatchNormAttrs, OpKind, ParamRole, TensorId
+from bitwright.graph import AxisAttrs, BatchNormAttrs, Call, OpKind, ParamRole, TensorId
 from bitwright_tensorflow.graph.geometry import channel_axis
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.layouts import Reshaped
@@ -239,7 +239,8 @@ def _layer_norm(
             return None
     output = f"{node.name}:0"
     return Recognized(node.name, OpKind.LAYER_NORM, "LayerNormalization", (x,), (output,), reads, AxisAttrs(over[0]),
-                      nodes, "layer normalization", {x: rank - 1, output: rank - 1})  # fmt: skip
+                      nodes, "layer normalization", {x: rank - 1, output: rank - 1},
+                      call=Call({"axis": over[0], "epsilon": scale.epsilon}))  # fmt: skip
 
 
 def _operand_node(net: Network, place: tuple[NodeDef, int], op: str) -> NodeDef | None:

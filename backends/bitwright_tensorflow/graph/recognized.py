@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bitwright.graph import Attrs, OpKind, ParamRole, TensorId
+from bitwright.graph import Attrs, Call, OpKind, ParamRole, TensorId
 from bitwright_tensorflow.graph.network import Read
 
 
@@ -23,6 +23,7 @@ class Recognized:
         native: TensorFlow's op type.
         channels: channel axis of tensors, where the op tells it.
         order: permutation of a transposition.
+        call: see `bitwright.graph.Op`, where the recognizer says it.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Recognized:
     native: str = ""
     channels: Mapping[TensorId, int] = field(default_factory=dict)
     order: tuple[int, ...] | None = None
+    call: Call | None = None
 
     @property
     def end(self) -> str:
