@@ -27,6 +27,7 @@ from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.capture.files import load_model  # noqa: E402
 from bitwright_keras.export.export import export, save_saved_model  # noqa: E402
 from bitwright_keras.export.frozen import frozen  # noqa: E402
+from bitwright_keras.graph.native import keras_model  # noqa: E402
 from bitwright_tensorflow.graph.runtime import session_config  # noqa: E402
 
 BACKEND = KerasBackend()
