@@ -106,18 +106,29 @@ def written(backend: Backend[Any], model: Any, *, sample: Batch | None = None) -
     """
     graph = backend.graph(model)
     values = backend.read(model, list(graph.params))
-    emitted = emit(graph, values)
+    return written_graph(graph, values, lambda taps: backend.session(model, taps), sample=sample)
+
+
+def written_graph(
+    graph: Graph,
+    params: Mapping[ParamId, Array],
+    session: Callable[[Sequence[Tap]], Session],
+    *,
+    sample: Batch | None = None,
+) -> Written:
+    """`written`, of a graph with its parameters' values and what opens a session for some taps."""
+    emitted = emit(graph, params)
     _check(ir.to_proto(emitted.model))
-    onnx_backend = OnnxBackend()
-    made = onnx_backend.adopt(emitted.model)
-    _compare(backend, model, graph, made, emitted.names, sample if sample is not None else _sample(backend, model))
+    made = OnnxBackend().adopt(emitted.model)
+    _compare(session, graph, made, emitted.names, sample if sample is not None else _sample(graph))
     return Written(made, emitted.names)
 
 
-def _sample(backend: Backend[Any], model: Any) -> Batch:
+def _sample(graph: Graph) -> Batch:
     rng = np.random.default_rng(0)
     found = {}
-    for name, (shape, dtype) in backend.input_specs(model).items():
+    for name in graph.inputs:
+        dtype, shape = graph.tensors[name].dtype, graph.tensors[name].shape or ()
         sizes = [n or (_SIZE if i else _SAMPLES) for i, n in enumerate(shape)]
         whole = not dtype.startswith(("float", "bfloat"))
         array = rng.integers(0, 2, sizes) if whole else rng.normal(size=sizes)
@@ -126,12 +137,16 @@ def _sample(backend: Backend[Any], model: Any) -> Batch:
 
 
 def _compare(
-    backend: Backend[Any], model: Any, graph: Graph, made: ir.Model, names: Mapping[TensorId, str], sample: Batch
+    session: Callable[[Sequence[Tap]], Session],
+    graph: Graph,
+    made: ir.Model,
+    names: Mapping[TensorId, str],
+    sample: Batch,
 ) -> None:
     present = values_of(made.graph)
     twins = {t: names.get(t, t) for t in graph.tensors if names.get(t, t) in present}
     twins = {t: n for t, n in twins.items() if present[n].const_value is None}
-    expected = backend.session(model, [Tap(t) for t in twins]).run(sample)
+    expected = session([Tap(t) for t in twins]).run(sample)
     found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
     for tensor in sorted(twins, key=lambda t: order.get(t, -1)):

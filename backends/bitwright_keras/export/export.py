@@ -31,6 +31,7 @@ from bitwright_keras.graph.canonical import canonical
 from bitwright_keras.graph.model import KerasModel
 from bitwright_keras.graph.native import keras_model
 from bitwright_keras.graph.params import read_params
+from bitwright_keras.simulate.session import KerasSession
 
 KERAS_FORMATS: Mapping[str, str] = {
     "keras": "the float model with its updated weights as .keras; plain Keras loads it",
@@ -145,13 +146,13 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     """From the canonical graph where that says all that is computed; otherwise from the frozen one."""
     try:
-        from bitwright_onnx.adapters import export_written, written
+        from bitwright_onnx.adapters import export_written, written_graph
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
-    from bitwright_keras.backend import KerasBackend
-
+    graph = canonical(model).graph
+    values = read_params(model, list(graph.params))
     try:
-        found = written(KerasBackend(), model)
+        found = written_graph(graph, values, lambda taps: KerasSession(model, graph, taps))
     except ModelError as error:
         if importlib.util.find_spec("tensorflow") is None:
             raise
@@ -159,7 +160,7 @@ def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) ->
             return _frozen_qdq(model, plan, encodings, path)
         except (ModelError, CapabilityError) as other:
             raise ModelError(f"{other}; and by its own ops: {error}") from other
-    return export_written(found, canonical(model).graph, plan, encodings, path)
+    return export_written(found, graph, plan, encodings, path)
 
 
 def _frozen_qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:

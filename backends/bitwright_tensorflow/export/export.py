@@ -19,8 +19,10 @@ from bitwright_tensorflow.export.checkpoints import save_checkpoint
 from bitwright_tensorflow.export.freezing import frozen_graph, save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.model import Kind, TfModel
+from bitwright_tensorflow.graph.params import read_params
 from bitwright_tensorflow.graph.runtime import import_graph
 from bitwright_tensorflow.simulate.building import declare_variables
+from bitwright_tensorflow.simulate.session import open_taps
 
 if TYPE_CHECKING:
     from bitwright_onnx.backend import OnnxBackend
@@ -108,17 +110,18 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
     """From the canonical graph where that says all that is computed; otherwise node by node."""
     onnx_backend()
-    from bitwright_onnx.adapters import export_written, written
-    from bitwright_tensorflow.backend import TensorFlowBackend
+    from bitwright_onnx.adapters import export_written, written_graph
 
+    graph = recognize(model).graph
+    values = read_params(model, list(graph.params))
     try:
-        found = written(TensorFlowBackend(), model)
+        found = written_graph(graph, values, lambda taps: open_taps(model, taps))
     except ModelError as error:
         try:
             return _frozen_qdq(model, plan, encodings, path)
         except ModelError as other:
             raise ModelError(f"{other}; and by its own ops: {error}") from other
-    return export_written(found, recognize(model).graph, plan, encodings, path)
+    return export_written(found, graph, plan, encodings, path)
 
 
 def _frozen_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
