@@ -402,3 +402,16 @@ def test_the_check_names_the_number_that_was_changed(
     assert status == 1
     assert f"another {what} in the .tflite file" in told if what != "codes" else "codes aren't those" in told
     assert site == "bias" or any(line.startswith(site) for line in told.splitlines())
+
+
+def test_an_output_that_the_file_has_under_another_s_name_is_compared(tmp_path: Path) -> None:
+    """Dropout passes on the very tensor that is an output too; an output that is an input is what was fed."""
+    inputs = keras.Input((6,), name="x")
+    last = L.Dense(5, activation="relu", name="d")(inputs)
+    model = keras.Model(inputs, [last, L.Dropout(0.3, name="p")(last), inputs])
+    sim, x = _calibrated(model)
+    sim.export(tmp_path, name="net")
+    found = verify(tmp_path, x)
+    assert found.problems == []
+    figures = {o.name: o.sqnr_db["integer_float"] for o in found.outputs}
+    assert figures["x"] == float("inf") and figures["p"] == figures["d/relu"] and 30 < figures["p"] < 60

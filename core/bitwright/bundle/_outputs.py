@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from bitwright.backend import Session
 from bitwright.bundle._crushed import CRUSHED_DB
 from bitwright.data import Dataset, joined, samples_in
 from bitwright.errors import InputError
-from bitwright.graph import Graph
+from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.progress import Progress
 
 PAIRS = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
@@ -126,7 +126,7 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
     for batch in dataset:
         runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
         passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
-        runs = {view: {**run, **passed} for view, run in runs.items()}
+        runs = {view: _whole(graph, outputs, {**run, **passed}) for view, run in runs.items()}
         for view, run in runs.items():
             parts[view].append(run[outputs[0]])
         for tensor in outputs:
@@ -152,6 +152,20 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
         if crushed is not None and crushed < CRUSHED_DB:
             problems[f"output {tensor!r} is crushed: {crushed:.1f} dB of signal to quantization noise"] = None
     return OutputSums({view: whole_of(p) for view, p in parts.items()}, samples, pairs, list(problems))
+
+
+def _whole(
+    graph: Graph, outputs: Sequence[TensorId], run: dict[TensorId, NDArray[Any]]
+) -> dict[TensorId, NDArray[Any]]:
+    """A run, with outputs that are another's tensor under a second name (dropout), which a file need not have twice."""
+    for tensor in outputs:
+        source, op = tensor, graph.producer(tensor)
+        while source not in run and op is not None and op.kind is OpKind.IDENTITY and op.data_inputs:
+            source = op.data_inputs[0]
+            op = graph.producer(source)
+        if source in run:
+            run[tensor] = run[source]
+    return run
 
 
 def _finite_alike(values: NDArray[Any] | None, real: NDArray[Any]) -> bool:
