@@ -228,7 +228,7 @@ def _print_floats(sim: QuantSim) -> None:
     if unknown := sim.graph.unknown_ops:
         shown = ", ".join(f"{op.id} ({op.native or op.type})" for op in unknown[:SHOWN])
         more = f" and {len(unknown) - SHOWN} more (report.html)" if len(unknown) > SHOWN else ""
-        console.say(f"note: in float with their weights, as no target can name their kind: {shown}{more}")
+        console.say(f"note: in float, weights included, as no target can name their kind: {shown}{more}")
     for note in sim.plan.notes:
         console.say(f"note: {note}")
 

@@ -174,7 +174,9 @@ def _show(result: Verification) -> None:
         for reason, ops in list(_by_reason(result.uncovered).items())[:SHOWN_TENSORS]:
             console.say(f"  {ops[0]}{f' and {len(ops) - 1} more' if len(ops) > 1 else ''}: {reason}")
     if result.tensors:
-        console.say("\ntensors in which simulation and runtime differ most:")
+        compared = any(t.simulated_differs is not None for t in result.tensors)
+        most = "in which simulation and runtime differ most" if compared else "with the least signal to noise"
+        console.say(f"\ntensors {most}:")
         console.table(
             ("tensor", "SQNR", "codes that differ", "by steps"),
             (
