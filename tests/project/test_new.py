@@ -15,7 +15,8 @@ from bitwright.errors import InputError
 
 
 @pytest.mark.parametrize(("kind", "name", "shown"), [("technique", "my-scales", "my_scales"),
-                                                     ("target", "my_chip", "my-chip")])  # fmt: skip
+                                                     ("target", "my_chip", "my-chip"),
+                                                     ("backend", "my_net", "")])  # fmt: skip
 def test_what_is_written_installs_passes_its_tests_and_works(kind, name, shown, tmp_path, monkeypatch, capsys):
     pytest.importorskip("hatchling")
     monkeypatch.chdir(tmp_path)
@@ -32,9 +33,13 @@ def test_what_is_written_installs_passes_its_tests_and_works(kind, name, shown, 
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
     listed = subprocess.run(
-        [sys.executable, "-m", "bitwright", f"{kind}s", shown], check=True, capture_output=True, text=True, env=env
+        [sys.executable, "-m", "bitwright", *([f"{kind}s", shown] if shown else ["plugins"])],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=env,
     )
-    assert shown in listed.stdout and not listed.stderr
+    assert (shown or f"backends: {name}") in listed.stdout and not listed.stderr
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,7 @@ def test_what_is_written_installs_passes_its_tests_and_works(kind, name, shown, 
         (("technique", "x" * 60), "can't be a name"),
         (("technique", "cle"), "belongs to plugin 'bitwright_techniques.plugin'"),
         (("target", "htp-v73"), "belongs to plugin 'bitwright.targets.plugin'"),
+        (("backend", "onnx"), "belongs to plugin 'bitwright_onnx.plugin'"),
         (("technique", "techniques"), "there is a package bitwright_techniques"),
         (("gizmo", "mine"), "gizmo"),
     ],

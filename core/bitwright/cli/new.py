@@ -1,4 +1,4 @@
-"""``bitwright new``: a distribution with a technique or a target, whole and working, to start from."""
+"""``bitwright new``: a distribution with a technique, a target or a backend, whole and working, to start from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ class Kind(StrEnum):
 
     TECHNIQUE = "technique"
     TARGET = "target"
+    BACKEND = "backend"
 
 
 def new(
@@ -34,15 +35,15 @@ def new(
         Path | None, typer.Option(help="Folder to make (default: bitwright-NAME here).", show_default=False)
     ] = None,
 ) -> None:
-    """Write a distribution with a technique or a target: it installs, passes its tests, and does something real."""
+    """Write a distribution with a technique, target or backend: it installs, passes its tests and does a real thing."""
     plain = checked_name(kind, name)
     folder = out if out is not None else Path(f"bitwright-{plain.replace('_', '-')}")
     write_distribution(folder, files_of(kind, plain))
     console.say(f"{folder} is written. To try it:")
     console.say(f"  pip install -e {folder}")
     console.say(f"  pytest {folder}")
-    shown = "techniques" if kind is Kind.TECHNIQUE else "targets"
-    console.say(f"  bitwright {shown} {templates.public_name(kind.value, plain)}")
+    shown = "plugins" if kind is Kind.BACKEND else f"{kind}s {templates.public_name(kind.value, plain)}"
+    console.say(f"  bitwright {shown}")
 
 
 def checked_name(kind: Kind, name: str) -> str:
@@ -55,9 +56,10 @@ def checked_name(kind: Kind, name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", plain) or keyword.iskeyword(plain) or len(plain) > 50:
         raise InputError(f"{name!r} can't be a name: small letters, digits and _ (or -), a letter first")
     from bitwright.catalogue import current
-    from bitwright.hookspecs import TargetInfo, TechniqueInfo
+    from bitwright.hookspecs import BackendInfo, TargetInfo, TechniqueInfo
 
-    info: type[TechniqueInfo] | type[TargetInfo] = TechniqueInfo if kind is Kind.TECHNIQUE else TargetInfo
+    infos = {Kind.TECHNIQUE: TechniqueInfo, Kind.TARGET: TargetInfo, Kind.BACKEND: BackendInfo}
+    info: Any = infos[kind]
     if held := current().holder(info, plain):
         raise InputError(f"{kind} {name!r} belongs to {held.owner.title}; choose another name")
     if find_spec(f"bitwright_{plain}") is not None:

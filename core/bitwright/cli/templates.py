@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bitwright.cli.backend_template import BACKEND
+
 
 def public_name(kind: str, name: str) -> str:
     """What the registered thing is called: targets by "-", as their files are."""
@@ -12,7 +14,7 @@ def filled(kind: str, name: str) -> dict[str, str]:
     """Every file of a distribution of that kind: path within its folder → text."""
     title = "".join(part.title() for part in name.split("_"))
     values = {"NAME": name, "PUBLIC": public_name(kind, name), "DASHED": name.replace("_", "-"), "TITLE": title}
-    own = TECHNIQUE if kind == "technique" else TARGET
+    own = {"technique": TECHNIQUE, "target": TARGET, "backend": {**BACKEND, "pyproject.toml": _BACKEND_PROJECT}}[kind]
     return {_put(path, values): _put(text, values) for path, text in {**COMMON, **own}.items()}
 
 
@@ -49,6 +51,12 @@ packages = ["bitwright_@NAME@"]
     "bitwright_@NAME@/py.typed": "",
 }
 
+_BACKEND_PROJECT = (
+    COMMON["pyproject.toml"]
+    .replace("@SUMMARY@", "A backend for bitwright: @NAME@")
+    .replace('["bitwright", "numpy>=1.26"]', '["bitwright[onnx]", "numpy>=1.26"]')
+)
+
 TECHNIQUE = {
     "pyproject.toml": COMMON["pyproject.toml"].replace("@SUMMARY@", "A technique for bitwright: @NAME@"),
     "bitwright_@NAME@/__init__.py": '"""A technique for bitwright."""\n',
@@ -67,6 +75,8 @@ Change `bitwright_@NAME@/technique.py` into your own. bitwright's page "Write a 
 """What this distribution registers; it must import no framework."""
 
 from __future__ import annotations
+
+from bitwright.cli.backend_template import BACKEND
 
 from bitwright.hookspecs import TechniqueInfo, hookimpl
 
@@ -87,6 +97,8 @@ def register_techniques() -> list[TechniqueInfo]:
 """Weight scales by the squared error of the weights: fractions of the range are tried, for each scale by itself."""
 
 from __future__ import annotations
+
+from bitwright.cli.backend_template import BACKEND
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -173,6 +185,8 @@ def error(weight: np.ndarray[Any, Any], encoding: Encoding) -> float:
 
 from __future__ import annotations
 
+from bitwright.cli.backend_template import BACKEND
+
 import numpy as np
 from bitwright import registry
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
@@ -219,6 +233,8 @@ Change `bitwright_@NAME@/@NAME@.json` to what your hardware does. bitwright's pa
 
 from __future__ import annotations
 
+from bitwright.cli.backend_template import BACKEND
+
 from bitwright.hookspecs import TargetInfo, hookimpl
 
 
@@ -245,6 +261,8 @@ def register_targets() -> list[TargetInfo]:
 """The target as it is installed, and what it does to a model."""
 
 from __future__ import annotations
+
+from bitwright.cli.backend_template import BACKEND
 
 from bitwright.placement import build_plan
 from bitwright.targets import load_target, target_summary
