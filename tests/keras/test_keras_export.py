@@ -177,7 +177,7 @@ def test_verify_opens_the_bundle_and_runs_onnx_runtime(exported: Any) -> None:
     assert result.sqnr_db["integer_simulated"] > 25
     with pytest.raises(InputError, match="nothing for tflite"):
         verify(folder, data, runtime="tflite")
-    with pytest.raises(InputError, match="no integer runtime 'tensorrt'"):
+    with pytest.raises(InputError, match="there is no runtime 'tensorrt'"):
         verify(folder, data, runtime="tensorrt")
 
 
