@@ -175,6 +175,30 @@ def test_verify_refuses_runtimes_that_are_not_there(tmp_path):
     assert (found.runtime, found.problems) == ("onnxruntime", [])
 
 
+def test_verify_takes_the_runtime_that_the_target_names(tmp_path):
+    """Of two that execute the same file it is not the first; where it is gone, the other one is told of."""
+    pytest.importorskip("onnxruntime")
+    from bitwright.verify import verify
+
+    discovery.current.cache_clear()
+    try:
+        catalogue.current().admit(RuntimeInfo("other", "", factory="bitwright_onnx.onnx_runtime:OnnxRuntime"))
+        x = {"x": np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)}
+        target = {"bitwright": {"extends": "generic-int8", "runtime": "other"}}
+        QuantSim(gemm(), target=target).calibrate(x).export(tmp_path)
+        registry = Registry(catalogue=catalogue.current)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bitwright.plugins.registry.default_registry", lambda: registry)
+            found = verify(tmp_path, x)
+            assert (found.runtime, found.notes) == ("other", [])
+            assert verify(tmp_path, x, runtime="onnxruntime").runtime == "onnxruntime"
+        found = verify(tmp_path, x)
+        assert found.runtime == "onnxruntime"
+        assert "the integer runtime 'other', which isn't installed here" in found.notes[0]
+    finally:
+        discovery.current.cache_clear()
+
+
 # -- schemas
 
 SCHEMA = '''
