@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from bitwright.backend import Batch, Bundle, Tap
+from bitwright.backend import Batch, Tap
 from bitwright.dataflow import FlowBackend, FlowModel, GraphBuilder, Layout
 from bitwright.errors import ModelError
 from bitwright.graph import ConvAttrs, PoolAttrs
-from bitwright.grids import EncodingTable
-from bitwright.placement import Plan
 from bitwright_layers import framework
 from bitwright_layers.framework import Conv, Dense, Layer, MaxPool, Mean, Net, Relu
-from bitwright_onnx.adapters import QDQ_FORMAT, QdqExport
+from bitwright_onnx.adapters import QdqExport
 
 HWIO, TRANSPOSED = Layout().permuted(3, 2, 0, 1), Layout().permuted(1, 0)
 
@@ -67,16 +64,6 @@ class LayersBackend(QdqExport, FlowBackend[LayersModel]):
             one = layer(one)
             (value,) = _tell(builder, layer, value, [(None, *one.shape[1:])])
         return builder.build(LayersModel, [value])
-
-    def formats(self) -> Mapping[str, str]:
-        """The net itself, and a QDQ file."""
-        return {**super().formats(), **QDQ_FORMAT}
-
-    def export(self, model: LayersModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of them."""
-        if format == "qdq":
-            return self.export_qdq(model, plan, encodings, path)
-        return super().export(model, plan, encodings, path, format)
 
 
 def _tell(b: GraphBuilder, layer: Layer, x: str, shape: list[Sequence[int | None]]) -> tuple[str, ...]:
