@@ -19,6 +19,7 @@ from bitwright.errors import BitwrightError
 from bitwright.graph import Graph, Op, OpId, OpKind, ParamId, ParamRole, SetParams, TensorId
 from bitwright.grids import Encoding
 from bitwright.placement import Plan
+from bitwright.testing.called import called
 from bitwright.testing.kernels import ELEMENTWISE, ELEMENTWISE_KINDS, compute, supports
 
 Array = NDArray[Any]
@@ -39,6 +40,9 @@ def alternatives(
         params: by role, canonical layout.
         shape: of the first output.
     """
+    said = called(graph, op, inputs, params)
+    if said is not None:
+        return [said]
     if op.kind is OpKind.TRANSPOSE:
         x = inputs[0]
         perms = itertools.permutations(range(x.ndim)) if x.ndim <= 6 else ()

@@ -8,6 +8,7 @@ from bitwright.graph import (
     ActivationAttrs,
     AxisAttrs,
     BatchNormAttrs,
+    Call,
     ConvAttrs,
     Graph,
     OpKind,
@@ -65,3 +66,11 @@ shown("masks aren't told", "tokens", with_tensors(lambda t: replace(t, mask=Fals
 shown("a shared parameter isn't told", "pooled", with_ops(
     lambda op: replace(op, params={r: p for r, p in op.params.items() if r is ParamRole.WEIGHT})),
     REPLAYED)  # fmt: skip
+
+
+shown(
+    "axes are said to be exchanged otherwise",
+    "tokens",
+    with_ops(lambda op: replace(op, call=Call({"perm": (1, 0, 2)})) if op.kind is OpKind.TRANSPOSE else op),
+    REPLAYED,
+)
