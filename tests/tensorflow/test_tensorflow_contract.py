@@ -55,7 +55,7 @@ def tokens():
         x = tf.nn.batch_normalization(x, mean, var, beta, gamma, 1e-5, name="norm")
         scores = tf.add(tf.matmul(x, x, transpose_b=True, name="scores"), np.triu(np.full((5, 5), -1e9, "f"), 1))
         y = tf.matmul(tf.nn.softmax(scores, name="weights"), x, name="mix")
-        y = tf.multiply(y, tf.sigmoid(y, name="gate"), name="gated")
+        y = tf.multiply(y, tf.tanh(side, name="gate"), name="gated")
         y = tf.transpose(tf.transpose(y, [0, 2, 1], name="turned"), [0, 2, 1], name="back")
         flat = tf.reshape(y, [-1, 8], name="rows")
         logits = tf.matmul(flat, table, transpose_b=True, name="logits")

@@ -96,9 +96,12 @@ class EditContract(Contract):
             taps = run(backend.session(model, [Tap(op.output)]), case.batch)
             after = run(backend.session(changed, [Tap(moved.output)]), case.batch)
             own = op.params.get(ParamRole.BIAS)
-            kept = [p for p in graph.params if p != own or len(graph.users(p)) > 1]
+            kept = [p for p in graph.params if p != own]
             before, now = backend.read(model, kept), backend.read(changed, kept)
             assert all(np.array_equal(before[p], now[p]) for p in kept), f"{op.id}: another op's parameter changed"
+            for other in (o for o in graph.users(own or "") if o.id != op.id):
+                its = backend.graph(changed).op(other.id).params[ParamRole.BIAS]
+                assert np.array_equal(backend.read(changed, [its])[its], old[own or ""]), f"{op.id}: {other.id} too"
             step = value - next(iter(old.values()), np.zeros(size, np.float32))
             expected = rows(graph, op, taps[op.output]) + step[:, None]
             assert_close(rows(graph, op, after[moved.output]), expected, max(case.tolerance, 1e-5), op.id)
