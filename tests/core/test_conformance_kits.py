@@ -10,13 +10,18 @@ import pytest
 from pydantic import BaseModel
 
 from bitwright.dataflow import FlowSession, FlowSimulation
-from bitwright.errors import BitwrightError, InputError
+from bitwright.errors import BitwrightError, CapabilityError, InputError
 from bitwright.graph import Graph, SetParams
 from bitwright.grids import Encoding, PerChannel
+from bitwright.placement import build_plan
+from bitwright.simulation import QuantSim
+from bitwright.state import SimState
 from bitwright.statistics import RangeStatistic, Request
+from bitwright.targets import load_target
 from bitwright.technique import Outcome, Report
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
+from bitwright.testing.contract_base import min_max_table
 from bitwright.testing.reference import ReferenceBackend
 from bitwright.testing.technique_contract import TechniqueContract
 from bitwright_techniques.bias_correction import BiasCorrection
@@ -133,6 +138,44 @@ class NeedsEveryFeed(ReferenceBackend):
         made = super().segment(model, feeds, taps)
         made.feeds = tuple(feeds)
         return made
+
+
+class WritesNothing(ReferenceBackend):
+    def formats(self):
+        return {}
+
+
+class _Silent(_Kit):
+    suffix = None
+
+
+def test_a_backend_that_writes_no_files(tmp_path):
+    kit = _Silent(WritesNothing())
+    kit.test_is_a_backend(CASE)
+    for test in (kit.test_save_and_load, kit.test_export_and_reload):
+        with pytest.raises(pytest.skip.Exception, match=r"no model files|no export formats"):
+            test(CASE, tmp_path)
+    backend, graph, target = kit.backend(), CASE.model.graph, load_target("default")
+    plan = build_plan(graph, target)
+    table = min_max_table(backend, CASE, plan)
+    state = SimState(backend=backend, native=CASE.model, graph=graph, target=target, plan=plan, encodings=table)
+    with pytest.raises(CapabilityError, match="reference backend writes no files"):
+        QuantSim.of(state).export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_framework_has_not_got_is_declined_by_name():
+    class Declining(_Kit):
+        declines = {"recurrent": "there are no recurrent layers"}  # noqa: RUF012
+
+        def cases(self):
+            return {"one": CASE}
+
+    kit = Declining(ReferenceBackend())
+    with pytest.raises(pytest.skip.Exception, match="declined: there are no recurrent layers"):
+        kit.test_cases_cover_what_goes_wrong("recurrent")
+    with pytest.raises(AssertionError, match="no case has it: embedding; or list it in `declines`"):
+        kit.test_cases_cover_what_goes_wrong("embedding")
 
 
 def test_a_right_backend_passes():

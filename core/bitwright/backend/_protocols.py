@@ -181,7 +181,7 @@ class Backend(Protocol[M]):
         """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""
 
     def formats(self) -> Mapping[str, str]:
-        """Export formats: name → description. The first is the float artefact that encodings go with."""
+        """Export formats: name → description; none writes no files. The first is the float artefact of encodings."""
 
     def input_specs(self, model: M) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """Shape (None: free) and dtype of each model input, to check data before any work."""

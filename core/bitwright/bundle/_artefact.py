@@ -25,7 +25,7 @@ from bitwright.backend import (
 )
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
-from bitwright.errors import EncodingError, InputError, MissingExtraError, ModelError
+from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError
 from bitwright.files import cannot_write, make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
@@ -67,6 +67,8 @@ def export(
     if reference_samples < 0:
         raise InputError(f"reference_samples={reference_samples}: give a number of samples, 0 for none")
     table, backend = state.table, state.backend
+    if not backend.formats():
+        raise CapabilityError(f"the {backend.name} backend writes no files: it has no export formats")
     plain = state.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
     refuse_planned(state, directory, name)
