@@ -86,7 +86,7 @@ class TestKerasContract(BackendContract):
         variables = model.trainable_variables
         for variable, gradient in zip(variables, tape.gradient(loss, [v.value for v in variables]), strict=True):
             if gradient is not None:
-                variable.assign_sub(rate * gradient)
+                variable.assign_sub(rate * tf.convert_to_tensor(gradient))
 
     def cases(self):
         return CASES
