@@ -64,6 +64,19 @@ CASES = {
 }
 
 
+def gradients(loss, variables):
+    """Of a function's value by Keras's variables, by whichever backend it runs on."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.autograd.grad(loss(), [v.value for v in variables], allow_unused=True)
+    with tf.GradientTape() as tape:
+        value = loss()
+    # Those of an embedding come as rows and their numbers.
+    found = tape.gradient(value, [v.value for v in variables])
+    return [None if g is None else tf.convert_to_tensor(g) for g in found]
+
+
 class TestKerasContract(BackendContract):
     suffix = ".keras"
     demanding = frozenset({"tflite"})  # test_tflite.py has plans that fit
@@ -78,15 +91,19 @@ class TestKerasContract(BackendContract):
     def descend(self, simulation, batch, cotangents, rate):
         model = simulation.model
         names = KerasBackend().graph(simulation.float_model()).outputs
-        with tf.GradientTape() as tape:
-            given = list(batch.values())
+        given = list(batch.values())
+
+        def loss():
             outputs = model(given if len(given) > 1 else given[0], training=False)
             pairs = zip(names, outputs if isinstance(outputs, list) else [outputs], strict=True)
-            loss = sum(tf.reduce_sum(y * cotangents[t]) for t, y in pairs if t in cotangents)
+            return sum(
+                keras.ops.sum(y * keras.ops.convert_to_tensor(cotangents[t])) for t, y in pairs if t in cotangents
+            )
+
         variables = model.trainable_variables
-        for variable, gradient in zip(variables, tape.gradient(loss, [v.value for v in variables]), strict=True):
+        for variable, gradient in zip(variables, gradients(loss, variables), strict=True):
             if gradient is not None:
-                variable.assign_sub(rate * tf.convert_to_tensor(gradient))
+                variable.assign_sub(rate * keras.ops.convert_to_tensor(gradient))
 
     def cases(self):
         return CASES

@@ -95,16 +95,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from bitwright.backend import Batch, Bundle, Tap
+from bitwright.backend import Batch, Tap
 from bitwright.dataflow import FlowBackend, FlowModel, GraphBuilder, Layout
 from bitwright.errors import ModelError
-from bitwright.grids import EncodingTable
-from bitwright.placement import Plan
-from bitwright_onnx.adapters import QDQ_FORMAT, QdqExport
+from bitwright_onnx.adapters import QdqExport
 
 from bitwright_@NAME@ import framework
 from bitwright_@NAME@.framework import Dense, Relu, Stack
@@ -163,16 +160,6 @@ class @TITLE@Backend(QdqExport, FlowBackend[@TITLE@Model]):
                 case _:
                     raise ModelError(f"a {type(layer).__name__} is no layer that the @NAME@ backend knows")
         return builder.build(@TITLE@Model, [value])
-
-    def formats(self) -> Mapping[str, str]:
-        """The model itself, and a quantized ONNX file."""
-        return {**super().formats(), **QDQ_FORMAT}
-
-    def export(self, model: @TITLE@Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of them."""
-        if format == "qdq":
-            return self.export_qdq(model, plan, encodings, path)
-        return super().export(model, plan, encodings, path, format)
 ''',
     "tests/test_@NAME@.py": '''\
 """The backend by bitwright's kit; then the whole way, to the integers of ONNX Runtime."""
