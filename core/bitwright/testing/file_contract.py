@@ -99,8 +99,8 @@ class FileContract(Contract):
                 if type(self).artefact_outputs is FileContract.artefact_outputs and bundle.layouts:
                     written = backend.graph(backend.load(bundle.files["model"])).params
                     for p, layout in bundle.layouts.items():
-                        held = written[p].layout or tuple(range(len(written[p].shape)))
-                        assert tuple(layout) == held, f"{p} lies as {held} in the artefact, not {layout}"
+                        lies = written[p].layout or tuple(range(len(written[p].shape)))
+                        assert tuple(layout) == lies, f"{p} lies as {lies} in the artefact, not {layout}"
             quantized = [Quantized(p, bundle.names) for k, p in bundle.files.items() if k.split("/")[0] == QDQ]
             gate(state, simulated, quantized)
         with pytest.raises(BitwrightError):
