@@ -99,8 +99,7 @@ def _norm(graph: Graph, op: Op, attributes: Mapping[str, Any], values: Values) -
 
 
 def _slice(graph: Graph, op: Op, attributes: Mapping[str, Any], values: Values) -> list[Array] | None:
-    x, *bounds = values
-    starts, ends, axes, steps = [*bounds, *[None] * (4 - len(bounds))]
+    x, starts, ends, axes, steps = (_at(values, place) for place in range(5))
     if x is None or starts is None or ends is None:
         return None
     chosen = range(starts.size) if axes is None else _ints(axes)
