@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from bitwright.backend import ParamUpdates, Tap
-from bitwright.dataflow import FlowBackend, FlowModel, Layout, NumpyLike
+from bitwright.backend import ParamUpdates, Tap, TrainableSimulation, Training
+from bitwright.dataflow import FlowBackend, FlowModel, Layout, NumpyLike, TrainableFlow
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import (
     ACTIVATION_TYPES,
@@ -19,7 +19,7 @@ from bitwright.graph import (
     SetBias,
     output_channels,
 )
-from bitwright.grids import FLOAT_FORMATS, Encoding, PerChannel
+from bitwright.grids import FLOAT_FORMATS, NUMPY, Encoding, Groups, PerChannel, QuantSpec, fake_quantize_vjp
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
 from bitwright.testing.harness import min_max_encodings, simple_plan
@@ -98,6 +98,8 @@ def test_layouts_are_undone():
     assert layout.order is None
     assert Layout().permuted(3, 2, 0, 1).permuted(1, 0, 2, 3).order == (2, 3, 0, 1)
     assert Layout().permuted(1, 0).permuted(1, 0).order is None
+    back = Layout().permuted(1, 2, 0).then(Layout().permuted(2, 0, 1).reshaped((4, 6), (24,)))
+    assert back.reshaped((24,), (4, 6)) == Layout()
     assert Layout().permuted(0, 1) == Layout() == Layout().reshaped((2, 3), (2, 3)).flipped()
 
 
@@ -184,3 +186,90 @@ def test_biases_are_added_along_the_channels_wherever_they_lie():
         old = model.params.get(op.params.get(ParamRole.BIAS, ""), np.zeros(width))
         step = BACKEND.session(changed, [tap]).run(batch)[tap] - BACKEND.session(model, [tap]).run(batch)[tap]
         assert np.allclose(step, (np.arange(width) * 10 - old)[:, None, None], atol=1e-4)
+
+
+class TrainableTwisted(TrainableFlow, TwistedBackend):
+    """Without a framework that differentiates: what is computed, forwards and backwards, is looked at here."""
+
+    gradients: ClassVar = []
+
+    def with_vjp(self, forward, vjp):
+        def run(*given):
+            y = forward(*given)
+            self.gradients.append(vjp(np.ones_like(y), *given))
+            return y
+
+        return run
+
+
+def training(bits=4, **settings):
+    model, batch = twisted(models.conv_bn_relu()), models.batch(models.conv_bn_relu())
+    backend = TrainableTwisted()
+    plan = simple_plan(model.graph, weights=QuantSpec(bits, granularity=PerChannel(0)))
+    table = min_max_encodings(backend, model, plan, [batch])
+    taps = [Tap(t) for t in model.graph.outputs]
+    simulated = backend.simulate(model, plan, table).session(taps).run(batch)[taps[0]]
+    made = backend.simulate_trainable(model, plan, table, Training(**settings))
+    return model, backend, plan, table, batch, taps, simulated, made
+
+
+@pytest.mark.parametrize("settings", [{}, {"range_learning": True}, {"range_learning": True, "gradient_scale": True}])
+def test_training_starts_from_the_simulation_to_the_bit(settings):
+    model, _backend, _plan, table, batch, _taps, simulated, made = training(**settings)
+    assert isinstance(made, TrainableSimulation)
+    assert np.array_equal(made.model(batch["x"]), simulated)
+    assert made.get().keys() == table.keys()
+    assert all(made.get()[s].equals(e) for s, e in table.items())
+    params = made.model.params
+    assert not {p for p in params["weights"] if "mean" in p or "var" in p}
+    assert bool(params["scales"]) == bool(settings)
+    for p, v in params["weights"].items():
+        assert np.array_equal(model.layouts[p].canonical(v), model.params[p])
+
+
+def test_weights_that_were_trained_have_grids_that_follow():
+    model, backend, plan, table, batch, taps, simulated, made = training()
+    made.model.params["weights"]["conv1.weight"] *= np.float32(3)
+    found = made.get()["conv1.weight"]
+    assert np.allclose(found.scale, 3 * table["conv1.weight"].scale)
+    assert not np.array_equal(made.model(batch["x"]), simulated)
+    again = backend.simulate(made.float_model(), plan, made.get()).session(taps).run(batch)[taps[0]]
+    assert np.array_equal(again, made.model(batch["x"]))
+    assert np.array_equal(made.session(taps).run(batch)[taps[0]], again)
+    assert np.array_equal(backend.read(made.float_model(), ["conv1.weight"])["conv1.weight"],
+                          3 * model.params["conv1.weight"])  # fmt: skip
+    assert np.array_equal(backend.simulate(model, plan, table).session(taps).run(batch)[taps[0]], simulated)
+
+
+def test_scales_that_were_trained_are_the_encodings():
+    _model, backend, plan, table, batch, taps, _simulated, made = training(range_learning=True)
+    made.model.params["scales"]["x"] = np.float32(np.log(2))
+    found = made.get()["x"]
+    assert np.allclose(found.scale, 2 * table["x"].scale)
+    assert found.frozen
+    again = backend.simulate(made.float_model(), plan, made.get()).session(taps).run(batch)[taps[0]]
+    assert np.array_equal(again, made.model(batch["x"]))
+
+
+def test_gradients_are_the_core_s():
+    TrainableTwisted.gradients.clear()
+    model, _backend, _plan, table, batch, _taps, _simulated, made = training(range_learning=True)
+    made.model(batch["x"])
+    weight = next(g for g in TrainableTwisted.gradients if np.shape(g[0]) == model.params["conv1.weight"].shape)
+    form = table["conv1.weight"]
+    zero = form.zero_point.astype(np.float32)
+    groups = Groups.of(model.params["conv1.weight"].shape, form.granularity)
+    ones = np.ones(model.params["conv1.weight"].shape, np.float32)
+    expected = fake_quantize_vjp(NUMPY, ones, model.params["conv1.weight"], form.scale, zero, form.grid, groups)
+    for a, b in zip(weight, expected, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_encodings_set_in_training_go_on_from_the_weights_as_they_are():
+    _model, backend, plan, table, batch, taps, _simulated, made = training()
+    made.model.params["weights"]["conv1.weight"] *= np.float32(2)
+    coarse = table["x"].with_(scale=table["x"].scale * np.float32(4))
+    made.set({"x": coarse})
+    assert made.get()["x"].equals(coarse)
+    again = backend.simulate(made.float_model(), plan, made.get()).session(taps).run(batch)[taps[0]]
+    assert np.array_equal(again, made.model(batch["x"]))

@@ -176,6 +176,13 @@ def test_one_array_used_in_two_layouts():
     assert np.allclose(y, x @ held[first].T @ held[second].T, atol=1e-5)
 
 
+def test_a_matrix_turned_twice_is_one_parameter():
+    net = Net(6)
+    w = net.param("w", 6, 6)
+    model, _, _ = net.build(net.x.matmul(w).matmul(w.transpose(1, 0).transpose(1, 0)))
+    assert [op.weight for op in model.graph] == ["w", "w"]
+
+
 def test_weights_that_are_computed_are_parameters_of_their_ops():
     net = Net(6)
     w = net.param("layer.v", 6, 4) * net.param("layer.g", 4)
@@ -340,6 +347,17 @@ def test_means_over_whole_axes_and_windows():
     net = Net(6)
     model, _, _ = net.build(net.x.reduce("ReduceSum", np.sum, 1) / 5.0)  # of six
     assert [op.type for op in model.graph] == ["ReduceSum", "Div"]
+
+
+def test_masks():
+    net = Net(6)
+    allowed = net.x.two("Greater", 0.0)
+    low = T(net.b, net.b.constant(np.float32(-1e30)))
+    masked = net.b.op("Where", [allowed.id, net.x.id, low.id], [net.x.shape], lambda *a: [np.where(*a)])[0]
+    model, _, _ = net.build(softmax(T(net.b, masked)))
+    where = next(op for op in model.graph if op.type == "Where")
+    assert model.graph.tensors[where.output].mask
+    assert not model.graph.tensors[model.graph.outputs[0]].mask
 
 
 def test_lookups_with_indices_from_the_end():

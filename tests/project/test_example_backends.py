@@ -22,7 +22,7 @@ def installed(name, folder):
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="building a distribution takes hatchling")
-@pytest.mark.parametrize(("name", "needs"), [("bitwright_layers", "onnx")])
+@pytest.mark.parametrize(("name", "needs"), [("bitwright_layers", "onnx"), ("bitwright_jax", "flax")])
 def test_its_own_tests_pass_once_it_is_installed(name, needs, tmp_path):
     pytest.importorskip(needs)
     found = installed(name, tmp_path / "site")
@@ -39,6 +39,8 @@ def lines(name, *files):
 
 def test_a_backend_on_the_dataflow_base_is_short():
     assert lines("bitwright_layers", "backend.py", "plugin.py") <= 150
+    files = (path.name for path in (EXAMPLES / "bitwright_jax" / "bitwright_jax").glob("*.py"))
+    assert lines("bitwright_jax", *files) <= 620
 
 
 def test_the_guide_s_backend_is_the_one_that_is_tested():

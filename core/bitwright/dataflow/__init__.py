@@ -10,11 +10,13 @@ from bitwright.dataflow._backend import FlowBackend
 from bitwright.dataflow._builder import GraphBuilder
 from bitwright.dataflow._editing import FlowEditor
 from bitwright.dataflow._functions import Captured
+from bitwright.dataflow._geometry import general_convolution, pool_window
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import FlowModel, Function, rebuild
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike
 from bitwright.dataflow._session import FlowSession, Program
 from bitwright.dataflow._simulation import FlowSimulation
+from bitwright.dataflow._training import TrainableFlow, TrainedModel
 
 __all__ = [
     "Captured",
@@ -29,5 +31,9 @@ __all__ = [
     "Layout",
     "NumpyLike",
     "Program",
+    "TrainableFlow",
+    "TrainedModel",
+    "general_convolution",
+    "pool_window",
     "rebuild",
 ]

@@ -66,8 +66,8 @@ class FlowBackend(ABC, Generic[M]):
 
     def adds_bias(self, model: M, op: Op) -> bool:
         """Whether the function of a linear op adds the op's bias. Where it doesn't, the base does."""
-        kept = model.native.get(op.id)
-        return ParamRole.BIAS in kept.roles if isinstance(kept, Captured) else True
+        roles = getattr(model.native.get(op.id), "roles", None)  # of a captured function, or one from a file
+        return roles is None or ParamRole.BIAS in roles
 
     def compile_program(self, program: Program) -> Program:
         """Make a pure program fast, as `jax.jit` does. Its arguments are dictionaries of arrays by name."""

@@ -135,7 +135,7 @@ class GraphBuilder:
         node = Node(type, tuple(operands), outputs, (step,), dict(attributes or {}), attrs, dict(layouts or {}),
                     channels, dict(roles or {}), name, native or type, source)  # fmt: skip
         held = [self._values[o].array for o in step.operands]
-        if held and all(array is not None for array in held):
+        if all(array is not None for array in held):
             return self._computed(node, step, held)
         for value, shape, dtype in zip(outputs, shapes, dtypes, strict=True):
             self._values[value] = Value(value, "result", tuple(shape), dtype)

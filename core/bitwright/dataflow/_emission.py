@@ -34,6 +34,7 @@ from bitwright.graph import (
     channel_axes,
     clipping,
 )
+from bitwright.placement import Extent, NodeView, masks
 
 K, R = OpKind, ParamRole
 _WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1, "Gather": 0}
@@ -62,6 +63,10 @@ _GIVEN: Mapping[str, Sequence[str]] = {
     "CumSum": ("axis",),
 }
 """What ONNX takes as operands, though it is known when a model is captured."""
+
+
+_UNREAD = LINEAR_KINDS | {K.MATMUL, K.BATCH_NORM, K.LAYER_NORM, K.NORM, K.RECURRENT}
+"""Kinds whose constants are weights: large, and no masks."""
 
 
 @dataclass
@@ -242,7 +247,10 @@ class Emission:
         ranks = {names[v]: len(self.nodes.values[v].shape) for v in names}
         axes = {names[v]: axis for v, axis in self._channels.items() if v in names}
         axes |= channel_axes(ops, ranks, told, orders)
-        tensors = {t: Tensor(t, self._known(v), self.nodes.values[v].dtype, axes.get(t)) for v, t in names.items()}
+        masked = self._masks(names)
+        tensors = {
+            t: Tensor(t, self._known(v), self.nodes.values[v].dtype, axes.get(t), v in masked) for v, t in names.items()
+        }
         layouts = {p: layout for p, (_, layout) in self._natives.items() if layout.steps}
         params = {p: Param(p, v.shape, "float32", layouts[p].order if p in layouts else None)
                   for p, v in self._values.items()}  # fmt: skip
@@ -273,6 +281,22 @@ class Emission:
                 operands[place] = Constant(array)
         attributes = {k: _plain(v) for k, v in attributes.items()}
         return Call(attributes, operands) if attributes or operands or made.kind is K.OPAQUE else None
+
+    def _masks(self, names: Mapping[ValueId, TensorId]) -> Collection[ValueId]:
+        """Values that are masks, or masked."""
+        views, constants = [], {}
+        for made in self._made:
+            node = made.node
+            for value in node.present:
+                array = self.nodes.values[value].array
+                if array is not None and made.kind not in _UNREAD and node.type != "Gather":
+                    constants[value] = Extent.of(np.asarray(array, np.float32))
+            views.append(NodeView(made.kind, made.type, node.present, made.members[-1].outputs))
+
+        def floating(value: ValueId) -> bool:
+            return value in names and is_float(self.nodes.values[value])
+
+        return masks(views, list(self._inputs), list(self.nodes.outputs), constants, floating)
 
     def _known(self, value: ValueId) -> tuple[int | None, ...]:
         return self.nodes.values[value].shape

@@ -26,7 +26,10 @@ class Layout:
 
     def permuted(self, *order: int) -> Layout:
         """Then axes are put in this order, as numpy's transpose does."""
-        return self if order == tuple(range(len(order))) else Layout((*self.steps, ("permute", order)))
+        before = self.steps
+        if before and before[-1][0] == "permute":
+            before, order = before[:-1], tuple(self.steps[-1][1][i] for i in order)
+        return Layout(before if order == tuple(range(len(order))) else (*before, ("permute", order)))
 
     def flipped(self, *axes: int) -> Layout:
         """Then these axes are reversed."""
@@ -34,12 +37,20 @@ class Layout:
 
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout:
         """Then an array of one shape is given another."""
-        same = tuple(before) == tuple(after)
-        return self if same else Layout((*self.steps, ("reshape", tuple(before), tuple(after))))
+        steps, first, last = self.steps, tuple(before), tuple(after)
+        if steps and steps[-1][0] == "reshape":
+            steps, first = steps[:-1], steps[-1][1]
+        return Layout(steps if first == last else (*steps, ("reshape", first, last)))
 
     def then(self, other: Layout) -> Layout:
         """These steps, and another layout's after them."""
-        return Layout((*self.steps, *other.steps))
+        found = self
+        for name, *arguments in other.steps:
+            if name == "reshape":
+                found = found.reshaped(*arguments)
+            else:
+                found = found.permuted(*arguments[0]) if name == "permute" else found.flipped(*arguments[0])
+        return found
 
     def canonical(self, native: Array) -> Array:
         """The canonical array of a native one."""
@@ -67,12 +78,10 @@ class Layout:
     @property
     def order(self) -> tuple[int, ...] | None:
         """`Param.layout`: the native axis of each canonical one; None where it is the same, or more than an order."""
-        order: tuple[int, ...] | None = None
-        for name, *arguments in self.steps:
-            if name != "permute":
-                return None
-            order = arguments[0] if order is None else tuple(order[i] for i in arguments[0])
-        return None if order is not None and order == tuple(range(len(order))) else order
+        if len(self.steps) != 1 or self.steps[0][0] != "permute":
+            return None
+        order: tuple[int, ...] = self.steps[0][1]
+        return order
 
 
 def _flip(x: Array, axes: Sequence[int]) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ class FlowNamespace(TrainingNamespace, TapNamespace, Protocol):
     @property
     def functions(self) -> Mapping[str, Callable[..., Array]]:
         """Elementwise functions by the names of a `Formula`. `ACTIVATION_TYPES` that aren't here are spelled out."""
+
+    def exactly(self) -> AbstractContextManager[Any]:
+        """While it is open, `float64` is in double precision, where the framework has to be told."""
 
     def cast(self, x: Array, format: FloatFormat, /) -> Array:
         """float32 values, none beyond the format's largest, in a float format and back."""
@@ -151,6 +155,10 @@ class NumpyLike:
         return x[:, places]
 
     # -- `FlowNamespace`
+
+    def exactly(self) -> AbstractContextManager[Any]:
+        """It is anyway."""
+        return nullcontext()
 
     def cast(self, x: Array, format: FloatFormat, /) -> Array:
         """A power of two before and after leaves whole numbers to round: bit-equal to `grid.cast_float`."""

@@ -98,22 +98,33 @@ class FlowSession:
         return held[1]
 
     def _program(self, forms: Mapping[TensorId, Form]) -> Program:
-        ns, kept = self.backend.namespace, {t.tensor for t in self.taps}
-
         def program(params: Mapping[str, Any], numbers: Mapping[str, Any], feeds: Mapping[str, Any]) -> list[Any]:
             def rounded(site: TensorId, x: Any) -> Any:
                 return self.backend.rounded(x, numbers[site], forms[site]) if site in forms else x
 
-            values = {t: rounded(t, x) for t, x in feeds.items()}
-            for i, (op, function) in enumerate(zip(self.ops, self._functions, strict=True)):
-                inputs = tuple(values[t] for t in op.data_inputs)
-                results = function(inputs, {role: params[p] for role, p in op.params.items()})
-                for t, y in zip(op.outputs, results, strict=True):
-                    if t not in values:  # a segment may be fed one of several outputs
-                        values[t] = rounded(t, y)
-                for t in op.data_inputs:
-                    if self._last_use[t] == i and t not in kept:
-                        values.pop(t, None)
-            return [handed_out(ns, values[tap.tensor], tap) for tap in self.taps]
+            return self.computed(params, feeds, rounded)
 
         return program
+
+    def computed(
+        self, params: Mapping[str, Any], feeds: Mapping[str, Any], rounded: Callable[[TensorId, Any], Any]
+    ) -> list[Any]:
+        """What each tap hands out, in arrays of the framework.
+
+        Args:
+            params: in native layout, by name.
+            feeds: by name.
+            rounded: what is made of each tensor.
+        """
+        kept = {t.tensor for t in self.taps}
+        values = {t: rounded(t, feeds[t]) for t in self.feeds}
+        for i, (op, function) in enumerate(zip(self.ops, self._functions, strict=True)):
+            inputs = tuple(values[t] for t in op.data_inputs)
+            results = function(inputs, {role: params[p] for role, p in op.params.items()})
+            for t, y in zip(op.outputs, results, strict=True):
+                if t not in values:  # a segment may be fed one of several outputs
+                    values[t] = rounded(t, y)
+            for t in op.data_inputs:
+                if self._last_use[t] == i and t not in kept:
+                    values.pop(t, None)
+        return [handed_out(self.backend.namespace, values[tap.tensor], tap) for tap in self.taps]

@@ -77,6 +77,8 @@ def compute(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params, per
     if op.kind in ELEMENTWISE_KINDS and op.type in ELEMENTWISE:
         operands = [*inputs, *(params[r] for r in (ParamRole.CONSTANT,) if r in params)]
         return [np.asarray(functools.reduce(ELEMENTWISE[op.type], operands))]
+    if op.type == "Gelu" and op.call is not None and op.call.attributes.get("approximate") == "tanh":
+        return [_gelu_by_tanh(inputs[0])]
     if op.type in ACTIVATIONS and op.kind not in KERNELS:
         return [ACTIVATIONS[op.type](inputs[0])]
     if op.kind is OpKind.ACTIVATION and op.type == "Clip":
@@ -87,6 +89,11 @@ def compute(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params, per
     if op.kind is OpKind.TRANSPOSE:
         return [np.transpose(inputs[0], perm)]
     return [kernel(op, graph, inputs, params)]
+
+
+def _gelu_by_tanh(x: Array) -> Array:
+    """Hendrycks and Gimpel 2016, §2."""
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), x.dtype)
 
 
 def supports(op: Op) -> bool:
