@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help check test suite fuzz floor coverage mutants lint format types hooks changelog docs demo dist clean
+.PHONY: help check test jax suite fuzz floor coverage mutants lint format types hooks changelog docs demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -26,6 +26,14 @@ help: ## show this list
 	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+# As third parties ship a backend: bitwright with the extra that it needs, and the distribution itself.
+.venv-jax/.installed: pyproject.toml constraints.txt examples/plugins/bitwright_jax/pyproject.toml
+	@test -n "$(PYTHON)" || { echo "bitwright needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x .venv-jax/bin/python || $(PYTHON) -m venv .venv-jax
+	.venv-jax/bin/python $(PIP) install --constraint constraints.txt pytest --editable '.[onnx]' \
+		'./examples/plugins/bitwright_jax[flax]'
+	touch $@
+
 .venv-demo/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "bitwright needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(DEMO_BIN)/python || $(PYTHON) -m venv .venv-demo
@@ -37,9 +45,14 @@ check: .venv/.installed ## all that CI runs: lint, the core's coverage, then the
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory floor
 	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory jax
 
 test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest, JOBS=1 takes one process)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+jax: .venv-jax/.installed ## install the JAX backend of examples/plugins by pip, in an environment of its own, and run its tests
+	.venv-jax/bin/python -m pip --disable-pip-version-check --quiet install --no-deps ./examples/plugins/bitwright_jax
+	.venv-jax/bin/python -m pytest -q examples/plugins/bitwright_jax/tests
 
 # The tracer of Python 3.11 makes tests of plain Python take up to 1.7 times as long: in CI the floor is kept for the core
 # by its own tests, which are quick.
@@ -89,5 +102,5 @@ dist: .venv/.installed ## build wheel and sdist into dist/
 	$(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist .
 
 clean: ## remove environments and everything generated
-	rm -rf .venv .venv-demo $(DEMO_OUT) dist site build
+	rm -rf .venv .venv-demo .venv-jax $(DEMO_OUT) dist site build
 	find . -name __pycache__ -prune -exec rm -rf {} +

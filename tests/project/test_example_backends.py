@@ -22,9 +22,8 @@ def installed(name, folder):
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="building a distribution takes hatchling")
-@pytest.mark.parametrize(("name", "needs"), [("bitwright_layers", "onnx"), ("bitwright_jax", "flax")])
-def test_its_own_tests_pass_once_it_is_installed(name, needs, tmp_path):
-    pytest.importorskip(needs)
+@pytest.mark.parametrize("name", ["bitwright_layers"])  # bitwright_jax has an environment of its own: `make jax`
+def test_its_own_tests_pass_once_it_is_installed(name, tmp_path):
     found = installed(name, tmp_path / "site")
     paths = [str(found), *(str(ROOT / p) for p in ("core", "backends", "plugins"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -40,7 +39,7 @@ def lines(name, *files):
 def test_a_backend_on_the_dataflow_base_is_short():
     assert lines("bitwright_layers", "backend.py", "plugin.py") <= 150
     files = (path.name for path in (EXAMPLES / "bitwright_jax" / "bitwright_jax").glob("*.py"))
-    assert lines("bitwright_jax", *files) <= 620
+    assert lines("bitwright_jax", *files) <= 600
 
 
 def test_the_guide_s_backend_is_the_one_that_is_tested():
