@@ -294,6 +294,24 @@ def test_rounded_weights_are_kept_in_evaluation_only() -> None:
         assert not torch.equal(module(weight), first)
 
 
+def test_a_new_value_where_an_old_one_lay_is_rounded_anew() -> None:
+    # What is computed from a parameter is a new tensor each time, and the allocator hands out the same place again.
+    place = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    sites = [FakeQuantize((0, 1), (2, 3)) for _ in range(2)]
+    for site, frozen in zip(sites, (False, True), strict=True):
+        site.eval().set(encoding_of_weights(place, QuantSpec(8)).with_(frozen=frozen), torch.from_numpy(place.copy()))
+    with torch.no_grad():
+        before = [site(torch.from_numpy(place)) for site in sites]
+        place *= 0.5
+        now = torch.from_numpy(place)
+        assert now.data_ptr() == place.ctypes.data and now._version == 0
+        after = [site(now) for site in sites]
+    for old, new in zip(before, after, strict=True):
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(new, now, rtol=0, atol=0.5 / 127)
+    np.testing.assert_array_equal(sites[0].get().scale, encoding_of_weights(place, QuantSpec(8)).scale)
+
+
 def test_autocast_leaves_the_arithmetic_alone() -> None:
     module = FakeQuantize()
     encoding = encoding_from_range(INTEGERS["uint8"], -1.0, 2.0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -81,8 +82,8 @@ class FakeQuantize(nn.Module):
         self.register_buffer("ratio", torch.ones((), dtype=torch.float64))
         self.register_parameter("log_scale", None)
         self.register_parameter("zero_shift", None)
-        self._seen: object = None
-        self._rounded: tuple[object, Tensor] | None = None
+        self._seen: _Version | None = None
+        self._rounded: tuple[list[_Version | None], Tensor] | None = None
 
     @property
     def is_parameter(self) -> bool:
@@ -189,11 +190,10 @@ class FakeQuantize(nn.Module):
         if self.training or (torch.is_grad_enabled() and (x.requires_grad or self.log_scale is not None)):
             self._rounded = None
             return self.round(x, *self.numbers())
-        version = _version(x)
-        key = (version, _version(self.scale), self._learned_version())
-        if version is None or self._rounded is None or self._rounded[0] != key:
+        made_of = [t for t in (x, self.scale, self.log_scale) if t is not None]
+        if self._rounded is None or not _unchanged(made_of, self._rounded[0]):
             with torch.inference_mode(False), torch.no_grad():  # it may serve a backward pass later
-                self._rounded = key, self.round(x, *self.numbers())
+                self._rounded = [_version(t) for t in made_of], self.round(x, *self.numbers())
         return self._rounded[1]
 
     def round(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
@@ -221,17 +221,13 @@ class FakeQuantize(nn.Module):
 
     def follow(self, parameter: Tensor) -> None:
         """Fit the grid to the parameter's present values, if they have changed."""
-        version = _version(parameter)
-        if version is not None and version == self._seen and not self.training:
+        if _unchanged([parameter], [self._seen]) and not self.training:
             return
-        self._seen = version
+        self._seen = _version(parameter)
         with torch.inference_mode(False):
             scale, zero = self._followed(parameter)
             # New tensors, not new values: the old ones may be saved for a backward pass that is still to come.
             self.scale, self.zero_point = scale, zero.to(torch.int32)
-
-    def _learned_version(self) -> object:
-        return None if self.log_scale is None else _version(self.log_scale)
 
     # -- state
 
@@ -320,8 +316,32 @@ def _saved(state: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Encoding, 
     return form, bool(found["enabled"])
 
 
-def _version(tensor: Tensor) -> object:
-    """Changes whenever a tensor's values do (by any in-place op that autograd sees); None where it can't be known."""
-    if tensor.is_inference():
-        return None
-    return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A tensor as it was: it is still so while the same memory is seen in the same way, and nothing was written to it.
+
+    An address alone doesn't tell: what is computed from a parameter may change, and the new value lie where the old
+    one lay.
+    """
+
+    memory: weakref.ref[torch.UntypedStorage]
+    state: tuple[object, ...]
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is this one, unchanged."""
+        return self.memory() is tensor.untyped_storage() and self.state == _state(tensor)
+
+
+def _version(tensor: Tensor) -> _Version | None:
+    """What tells whether a tensor's values changed by any in-place op that autograd sees; None where nothing does."""
+    return None if tensor.is_inference() else _Version(weakref.ref(tensor.untyped_storage()), _state(tensor))
+
+
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    return tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _unchanged(tensors: Sequence[Tensor], versions: Sequence[_Version | None]) -> bool:
+    return len(tensors) == len(versions) and all(
+        v is not None and v.is_still(t) for t, v in zip(tensors, versions, strict=True)
+    )
