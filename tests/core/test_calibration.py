@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bitwright.calibration import Scheme, scheme
+from bitwright.calibration import Scheme, _search, fits_accumulator, scheme
 from bitwright.calibration._density import Density
 from bitwright.calibration._schemes import calibrate_array, schemes
 from bitwright.errors import EncodingError, InputError
@@ -497,6 +497,43 @@ def test_joined_intervals_reach_from_the_first_to_the_last():
     assert joined.low.tolist() == [[0, 1]]
     assert joined.high.tolist() == [[1, 2]]
     assert joined.mass.tolist() == [[6, 4]]
+
+
+def test_what_lies_far_below_the_body_is_searched_as_one(monkeypatch):
+    """A 4,096th part of the body: bins of values down to 2^-40 of it would be tried in vain."""
+    seen = []
+    monkeypatch.setattr(_search, "_codes", lambda spec, data: seen.append(data) or (-8, 7))
+    histogram = HistogramStatistic(precision=6)
+    histogram.update(np.geomspace(2.0**-40, 1, 50_000, dtype=np.float32))
+    _search.least_squares_range(Density.of_statistic(histogram, 6), QuantSpec(4))
+    least = float(seen[0].high[0].min())
+    assert 2.0**-14 < least < 2.0**-11
+    points = Density.of_values(np.geomspace(2.0**-40, 1, 50, dtype=np.float32)[None], 6)
+    _search.least_squares_range(points, QuantSpec(4))
+    assert seen[1] is points
+
+
+def test_a_range_is_cut_at_the_threshold_on_the_side_that_passes_it():
+    x = np.concatenate([-np.abs(samples("laplace", 40_000)), np.full(4, 0.25, np.float32)])
+    low, high = scheme("entropy").range(Density.of_values(x[None], 10), QuantSpec(4, **ASYMMETRIC))
+    assert -x.min() > -low[0] > 1 and high[0] == 0.25
+    low, high = scheme("entropy").range(Density.of_values(-x[None], 10), QuantSpec(4, **ASYMMETRIC))
+    assert x.max() <= high[0] * 100 and -x.min() > high[0] > 1 and low[0] == -0.25
+
+
+def test_a_large_array_s_percentile_is_known_as_finely_as_bins_are(monkeypatch):
+    monkeypatch.setattr("bitwright.calibration._density.EXACT_LIMIT", 10)
+    x = np.linspace(1, 1.999, 4_096, dtype=np.float32)
+    e = calibrate_array(x, QuantSpec(8, **ASYMMETRIC), "percentile:90")
+    assert float(e.maximum) == pytest.approx(1 + 0.999 * 0.9, abs=2.0**-13)
+
+
+def test_biases_that_fit_an_accumulator():
+    assert fits_accumulator(np.float32([1.0, 2.0]), np.float32(1e-4), np.float32(1e-5))
+    assert not fits_accumulator(np.float32([1.0, 3.0]), np.float32(1e-4), np.float32(1e-5))  # 2.147 at most
+    assert fits_accumulator(np.float32([1.0, 3.0]), np.float32(1e-4), np.float32([1e-5, 1e-4]))
+    assert not fits_accumulator(np.float32([3.0, 1.0]), np.float32(1e-4), np.float32([1e-5, 1e-4]))
+    assert not fits_accumulator(np.full((2, 3), 3, np.float32), np.float32(1e-4), np.float32([1e-5, 1e-4]))
 
 
 @pytest.mark.parametrize(("precision", "bits"), [(3, 3), (None, 6)])

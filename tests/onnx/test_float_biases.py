@@ -9,7 +9,6 @@ import pytest
 from builders import ModelBuilder
 
 from bitwright import QuantSim
-from bitwright.calibration import fits_accumulator
 from bitwright.verify import verify
 
 
@@ -62,11 +61,3 @@ def test_a_default_session_keeps_a_float_bias(kind, size, bits, attributes, spli
     np.testing.assert_allclose(session.run(None, data)[0], expected, atol=np.abs(expected).max() * 1e-2 / 2**bits)
     assert verify(tmp_path, Whole(data), name="model").problems == []
     assert ("Add" in {n.op_type for n in onnx.load(file).graph.node}) is split
-
-
-def test_which_biases_fit():
-    assert fits_accumulator(np.float32([1.0, 2.0]), np.float32(1e-4), np.float32(1e-5))
-    assert not fits_accumulator(np.float32([1.0, 3.0]), np.float32(1e-4), np.float32(1e-5))  # 2.147 at most
-    assert fits_accumulator(np.float32([1.0, 3.0]), np.float32(1e-4), np.float32([1e-5, 1e-4]))
-    assert not fits_accumulator(np.float32([3.0, 1.0]), np.float32(1e-4), np.float32([1e-5, 1e-4]))
-    assert not fits_accumulator(np.full((2, 3), 3, np.float32), np.float32(1e-4), np.float32([1e-5, 1e-4]))

@@ -42,8 +42,7 @@ def least_squares_range(data: Density, spec: QuantSpec) -> tuple[Rows, Rows]:
     The min-max grid is among the candidates, so the result is never worse. Ranges respect the specification's
     `minimum` and `maximum`.
     """
-    if not data.exact:
-        data = data.condensed(DEPTH * float(data.body(1e-3).min()))
+    data = data.condensed(DEPTH * float(data.body(1e-3).min()))
     step = max(1, CELLS // max(data.low.shape[1], 1))
     parts = [_Search(data.rows(slice(i, i + step)), spec, _codes(spec, data)) for i in range(0, len(data.low), step)]
     ranges = [part.run() for part in parts]
