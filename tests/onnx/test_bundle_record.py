@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import pytest
 import bitwright_onnx.export.qdq as qdq_writer
 from bitwright import QuantSim
 from bitwright.bundle import _artefact as artefact
+from bitwright.bundle._agreement import agreement
+from bitwright.bundle._export_gate import open_quantized
 from bitwright.bundle._record import read_reference, spread
 from bitwright.bundle._synthetic import synthetic
 from bitwright.data import Samples
 from bitwright.data._reference import kept
 from bitwright.errors import InputError, ModelError
 from bitwright.report import digest, read_report
+from bitwright.report._page import render
 from bitwright.report._seal import named, seal
 from bitwright.runs import of_file
 from bitwright.verify import verify
@@ -208,6 +212,14 @@ def test_command_line_and_python_write_the_same_record(tmp_path):
     assert (tmp_path / "cli/report.html").exists()
 
 
+def test_notes_of_the_plan_travel_with_the_report(tmp_path):
+    sim = calibrated(weights="int4:block16")
+    sim.export(tmp_path)
+    report = read_report(tmp_path, "model").report
+    assert report.notes == sim.plan.notes and any("instead of in blocks" in note for note in report.notes)
+    assert escape(report.notes[0]) in render(report)
+
+
 def test_a_changed_report_breaks_its_seal(tmp_path):
     calibrated().export(tmp_path)
     path = tmp_path / "report.json"
@@ -289,6 +301,52 @@ def test_what_departs_from_the_simulation_is_not_handed_out(tmp_path, monkeypatc
     with pytest.raises(ModelError, match=rf"model\.qdq\.onnx doesn't compute what was simulated.*'({named_tensor})'"):
         sim.export(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def unknown_op(model: ir.Model) -> None:
+    next(n for n in model.graph if n.op_type == "Conv").op_type = "Convolution"
+
+
+def refused_as_it_runs(model: ir.Model) -> None:
+    """A file that loads; that its shapes don't fit is seen on data only."""
+    first = next(n for n in model.graph if n.op_type == "Add")
+    shape = ir.Value(name="shape", const_value=ir.tensor([7, -1], name="shape"))
+    model.graph.register_initializer(shape)
+    reshape = ir.node("Reshape", [first.inputs[0], shape])
+    model.graph.insert_before(first, reshape)
+    first.replace_input_with(0, reshape.outputs[0])
+
+
+@pytest.mark.parametrize("change", [unknown_op, refused_as_it_runs])
+def test_a_file_that_does_not_run_is_not_handed_out(tmp_path, monkeypatch, change):
+    sim = calibrated()
+    corrupted(monkeypatch, change)
+    with pytest.raises(ModelError, match=r"model\.qdq\.onnx can't be run, so nothing is exported: "):
+        sim.export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_that_the_file_does_not_run(tmp_path):
+    calibrated().export(tmp_path)
+    model = onnx.load(tmp_path / "model.qdq.onnx")
+    next(n for n in model.graph.node if n.op_type == "Conv").op_type = "Convolution"
+    onnx.save(model, tmp_path / "model.qdq.onnx")
+    assert any(p.startswith("model.qdq.onnx can't be run: ") for p in verify(tmp_path, DATA).problems)
+
+
+def test_custom_ops_of_a_library_that_a_file_does_not_name_are_not_compared(tmp_path):
+    """Whether it runs can't be known here, which is told and no fault of the file."""
+    calibrated().export(tmp_path)
+    model = onnx.load(tmp_path / "model.qdq.onnx")
+    next(n for n in model.graph.node if n.op_type == "Relu").domain = "of.others"
+    model.opset_import.append(onnx.helper.make_opsetid("of.others", 1))
+    onnx.save(model, tmp_path / "other.qdq.onnx")
+    sim = calibrated()
+    expected = {t: sim.predict(DATA)[0] for t in sim.graph.outputs}
+    network = open_quantized(tmp_path / "other.qdq.onnx")
+    assert network is not None
+    found = agreement(sim.graph, expected, DATA, network, sim.table)
+    assert not found.refused and not found.compared and "'of.others'" in found.unreached["t2"]
 
 
 def test_rounding_in_a_deep_network_is_no_departure(tmp_path):

@@ -9,12 +9,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from bitwright.backend import Batch, Tap, given
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import CapabilityError, InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import TensorId
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, compile_session, inputs_of
+
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "com.microsoft"})
+"""Of ops that ONNX Runtime has without a library."""
 
 
 class QuantizedFile:
@@ -35,6 +38,8 @@ class QuantizedFile:
             raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {reason}") from error
         self._names: dict[str, str] = json.loads(self._model.metadata_props.get(NAMES, "{}"))
         self._known = frozenset(values_of(self._model.graph))
+        own = {f.domain for f in self._model.functions.values()}
+        self._foreign = sorted({n.domain for n in self._model.graph} - own - KNOWN_DOMAINS)
         self.tensors: frozenset[TensorId] = self._known | {s for s, n in self._names.items() if n in self._known}
         self.inputs: tuple[TensorId, ...] = tuple(str(v.name) for v in self._model.graph.inputs)
 
@@ -43,16 +48,29 @@ class QuantizedFile:
 
         Raises:
             ModelError: a tap is unknown, or ONNX Runtime refuses the model.
+            CapabilityError: it has custom ops, whose library isn't known.
         """
-        return _Run(self._model, {t: self._of(t.tensor) for t in taps}, None)
+        return self._compiled({t: self._of(t.tensor) for t in taps}, None)
 
     def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> _Run:
         """Compiled for what lies between; a site is fed in the place of its dequantized tensor.
 
         Raises:
             ModelError: a name is unknown, a tap can't be computed from the feeds alone, or ONNX Runtime refuses it.
+            CapabilityError: it has custom ops, whose library isn't known.
         """
-        return _Run(self._model, {t: self._of(t.tensor) for t in taps}, {t: self._of(t) for t in feeds})
+        return self._compiled({t: self._of(t.tensor) for t in taps}, {t: self._of(t) for t in feeds})
+
+    def _compiled(self, taps: dict[Tap, str], feeds: dict[TensorId, str] | None) -> _Run:
+        try:
+            return _Run(self._model, taps, feeds)
+        except ModelError as error:
+            if not self._foreign:
+                raise
+            raise CapabilityError(
+                f"{self._path.name} has ops of the domain {self._foreign[0]!r}, and a file doesn't say which library "
+                f"they are in: {error}"
+            ) from error
 
     def _of(self, tensor: TensorId) -> str:
         name = self._names.get(tensor, tensor)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Session, Tap
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, CapabilityError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import FLOAT_FORMATS, Encoding
 
@@ -66,11 +66,14 @@ class Agreement:
         compared: tensors that were compared.
         departures: those that depart, in the order of the network.
         unreached: tensors that the second network couldn't compute or doesn't have, with the reason.
+        refused: why the second network can't be run at all, as a whole; empty where it runs, or where what it needs
+            isn't at hand here (`CapabilityError`).
     """
 
     compared: tuple[TensorId, ...] = ()
     departures: tuple[Departure, ...] = ()
     unreached: Mapping[TensorId, str] = field(default_factory=dict)
+    refused: str = ""
 
     @property
     def first(self) -> Departure | None:
@@ -96,45 +99,49 @@ def agreement(
     grids: Mapping[TensorId, Encoding],
     *,
     known: Collection[TensorId] | None = None,
+    entries: Collection[TensorId] | None = None,
 ) -> Agreement:
     """Whether a network computes the expected tensors.
 
     Args:
         graph: which tensor depends on which; ids are those of `expected`.
         expected: tensors after their own quantization, all from one run: the truth.
-        inputs: what the model was fed, as the user gives it.
+        inputs: what the network is fed: the model's inputs as the user gives them; of a part, what it is handed.
         network: the other one.
         grids: encodings of tensors that have one.
         known: tensors that the other network has; None for all.
+        entries: tensors that are fed and not computed; None for the graph's inputs.
     """
+    entries = graph.inputs if entries is None else entries
     order = {t: i for i, t in enumerate((*graph.inputs, *(t for op in graph for t in op.outputs)))}
     wanted = sorted(expected, key=lambda t: order.get(t, len(order)))
     lost = {t: "the file has no such tensor" for t in wanted if known is not None and t not in known}
     taps = [t for t in wanted if t not in lost]
+    refused, reason = "", "it can't be computed from the tensors before it"
     try:
         whole = _run(network.session([Tap(t) for t in taps]), inputs)
         found = {t: departure(t, expected[t], whole[t], grids.get(t)) for t in taps if t in whole}
         if not any(found.values()):
             return Agreement(tuple(taps), (), lost)
-        settled = {t for t, d in found.items() if d is None or t in graph.inputs}
-        departed = {t: d for t, d in found.items() if d is not None and t in graph.inputs}
+        settled = {t for t, d in found.items() if d is None or t in entries}
+        departed = {t: d for t, d in found.items() if d is not None and t in entries}
     except BitwrightError as error:
-        # A part of a model whose inputs come from elsewhere can't be run whole.
-        whole, settled, departed = {}, set(), {}
+        settled, departed = set(), {}
         reason = str(error)
-        lost |= {t: reason for t in taps if t in graph.inputs}
+        refused = "" if isinstance(error, CapabilityError) else reason
+        lost |= {t: reason for t in taps if t in entries}
     # Where the whole agrees up to a tensor, its inputs agreed too: only what departs is looked at op by op.
-    doubtful = [t for t in taps if t not in settled and t not in graph.inputs]
+    doubtful = [t for t in taps if t not in settled and t not in entries]
     given = {t: v for t, v in expected.items() if t not in lost}
     judged = _judge(graph, doubtful, given, inputs, network, grids)
     for tensor in doubtful:
-        answer = judged.get(tensor, "it can't be computed from the tensors before it")
+        answer = judged.get(tensor, reason)
         if isinstance(answer, str):
             lost[tensor] = answer
         elif answer is not None:
             departed[tensor] = answer
     ordered = tuple(departed[t] for t in taps if t in departed)
-    return Agreement(tuple(t for t in taps if t not in lost), ordered, lost)
+    return Agreement(tuple(t for t in taps if t not in lost), ordered, lost, refused)
 
 
 def _run(session: Session, feeds: Values) -> dict[TensorId, Array]:

@@ -110,6 +110,8 @@ def quantized_names(opened: Reopened, written: QuantizedNetwork) -> dict[TensorI
 
 
 def _lines(seen: Agreement, what: str, beside: str) -> list[str]:
+    if seen.refused:
+        return [f"{what} can't be run: {seen.refused}"]
     first = seen.first
     if first is None:
         return []

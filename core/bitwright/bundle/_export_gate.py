@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def gate(state: SimState, run: Simulated, artefacts: Sequence[Quantized]) -> tup
         How many tensors were compared, and those that couldn't be, with the reason.
 
     Raises:
-        ModelError: a tensor departs; the message names the first one.
+        ModelError: a tensor departs (the message names the first one), or an artefact can't be run at all.
     """
     compared: set[TensorId] = set()
     unreached: dict[TensorId, str] = {}
@@ -117,13 +117,21 @@ def gate(state: SimState, run: Simulated, artefacts: Sequence[Quantized]) -> tup
         network = open_quantized(artefact.path)
         if network is None:
             continue
-        expected = dict(run.values)
-        missing = [t for t in network.inputs if t in state.graph.tensors and t not in run.samples.inputs]
-        if missing := [t for t in missing if t not in expected]:
+        expected, inputs = dict(run.values), dict(run.samples.inputs)
+        handed = [t for t in network.inputs if t in state.graph.tensors and t not in inputs]
+        if missing := [t for t in handed if t not in expected]:
             # Of a model in parts: what its Python hands to a part.
             session = run.simulation.session([Tap(t) for t in missing])
-            expected |= {tap.tensor: np.array(v) for tap, v in session.run(run.samples.inputs).items()}
-        found = compare(state.graph, expected, run.samples.inputs, network, state.table, artefact.names)
+            expected |= {tap.tensor: np.array(v) for tap, v in session.run(inputs).items()}
+        inputs |= {t: expected[t] for t in handed}
+        found = compare(
+            state.graph, expected, inputs, network, state.table, artefact.names, [*state.graph.inputs, *handed]
+        )
+        if found.refused:
+            raise ModelError(
+                f"{artefact.path.name} can't be run, so nothing is exported: {found.refused}. This is a fault of the "
+                "export; leave the op in float (overrides) or report it"
+            )
         if found.first is not None:
             raise ModelError(
                 f"{artefact.path.name} doesn't compute what was simulated, so nothing is exported: "
@@ -155,10 +163,11 @@ def compare(
     network: QuantizedNetwork,
     table: Mapping[SiteId, Any],
     names: Mapping[SiteId, str],
+    entries: Collection[TensorId] | None = None,
 ) -> Agreement:
     """`agreement` with an artefact that may call tensors otherwise, or have only some of them."""
     known = {t for t in expected if names.get(t, t) in network.tensors}
-    return agreement(graph, expected, inputs, Renamed(network, names), table, known=known)
+    return agreement(graph, expected, inputs, Renamed(network, names), table, known=known, entries=entries)
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,10 @@ class _RenamedSession:
 
     def run(self, batch: Mapping[TensorId, Array]) -> dict[Tap, Array]:
         """Feed by the graph's names, and hand out so."""
-        feeds = {self.names.get(t, t): batch[t] for t in self.fed} if self.fed else batch
+        if self.fed:
+            feeds = {self.names.get(t, t): batch[t] for t in self.fed}
+        else:
+            feeds = {**batch, **{self.names[t]: v for t, v in batch.items() if t in self.names}}
         found = {tap.tensor: v for tap, v in self.session.run(feeds).items()}
         return {tap: found[self.names.get(tap.tensor, tap.tensor)] for tap in self.taps}
 

@@ -73,6 +73,7 @@ def build_report(
         weights=state.weights,
         activations=state.activations,
         overrides={name: _plain(value) for name, value in state.overrides.items()},
+        notes=tuple(state.plan.notes),
         seed=state.seed,
         calibration=calibration,
         steps=tuple(_step(t, s, r) for (t, r), s in zip(state.reports, settings, strict=False)),

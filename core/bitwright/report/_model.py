@@ -188,6 +188,7 @@ class RunReport(Record):
         target_config: the target's whole configuration.
         weights, activations: the types asked for; null takes the target's.
         overrides: exceptions by op or tensor.
+        notes: what the plan says of fallbacks and exceptions (`Plan.notes`).
         seconds: duration of each stage.
         versions: of Python, bitwright, numpy and the framework.
         files: what the run wrote, by purpose.
@@ -204,6 +205,7 @@ class RunReport(Record):
     weights: str | None
     activations: str | None
     overrides: dict[str, Any]
+    notes: tuple[str, ...] = ()
     seed: int
     calibration: Calibration | None
     steps: tuple[StepRecord, ...]

@@ -54,6 +54,9 @@ def _overview(report: RunReport) -> str:
         told = f"{model.opaque_ops} of {model.ops} operations are of unknown types and run in float"
         named = ", ".join(model.unknown)
         note = f"<p class=note>{escape(told + (f'; those that compute floats: {named}' if named else ''))}.</p>"
+    if report.notes:
+        lines = "".join(f"<p class=note>{escape(told)}</p>" for told in report.notes)
+        note += fold(f"Notes of the plan ({len(report.notes)})", lines)
     return f'<section><p>{escape(verdict(report))}</p><div class="tiles">{"".join(tiles)}</div>{note}</section>'
 
 
