@@ -64,6 +64,33 @@ def test_second_names_and_extremes_of_all_values(tmp_path, function) -> None:
     assert sqnr(function(X).numpy(), sim.predict([X.numpy()])[0]) > 30
 
 
+def test_parts_of_a_batch_follow_its_size(tmp_path) -> None:
+    """torch's exporter makes a sequence of them, on which its optimizer breaks."""
+    function = Function(lambda x: torch.cat(torch.chunk(torch.tanh(x), 2)[::-1], 1))
+    exported(tmp_path, function)
+    six = torch.linspace(-1, 1, 36).reshape(6, 6)
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+    np.testing.assert_allclose(session.run(None, {"x": six.numpy()})[0], function(six).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0, 2])
+def test_powers_of_matrices(tmp_path, power: int) -> None:
+    """Of the zeroth the layers before it aren't used: their biases are in no file."""
+
+    class Powers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 9)
+
+        def forward(self, x):
+            return torch.linalg.matrix_power(self.linear(x).reshape(-1, 3, 3), power)
+
+    torch.manual_seed(0)
+    sim = exported(tmp_path, Powers())
+    if power == 0:
+        assert np.array_equal(sim.predict([X.numpy()])[0], np.broadcast_to(np.eye(3), (4, 3, 3)))
+
+
 def test_a_joined_parameter_is_stored_on_the_grid_of_the_result(tmp_path) -> None:
     sim = exported(tmp_path, Function(lambda x, p: torch.cat([torch.sigmoid(x), p]), 2, 6))
     (op,) = (op for op in sim.graph if op.type == "Concat")

@@ -169,8 +169,9 @@ def _table(
     """One encoding for each quantized site, with weight scales that leave room for the biases."""
     own = EncodingTable({s: e for s, e in encodings.items() if s in plan and plan.root(s) == s})
     values = values_of(model.graph)
-    biases = {s: _canonical(values[s], graph.params[s]) for s in plan
-              if isinstance(plan[s].decision, Derived | OwnForms) and s in values}  # fmt: skip
+    # What no op reads (of a layer whose result isn't used) isn't in the file, and needs no room.
+    biases = {s: _canonical(values[s], graph.params[s]) if s in values else np.zeros(1, np.float32) for s in plan
+              if isinstance(plan[s].decision, Derived | OwnForms)}  # fmt: skip
     safe = guarded(plan, own, biases)
     raised = {
         s: tuple(int(c) for c in np.flatnonzero(safe[s].scale != own[s].scale)) for s in safe if safe[s] is not own[s]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def spell(graph: fx.Graph) -> None:
 
     - `table[rows]` as an embedding: Gather in ONNX, whose GatherND backends and runtimes don't quantize;
     - functions by their first names (`torch.divide`);
-    - the least and the largest of all values along the one axis of their row.
+    - the least and the largest of all values along the one axis of their row;
+    - parts of an axis whose size is known at run time only (`torch.chunk(x, 2)` of samples) as slices;
+    - a matrix to the power of zero as the identity, once for each matrix.
     """
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -35,6 +38,10 @@ def spell(graph: fx.Graph) -> None:
                 node.args = (graph.call_function(aten.flatten.using_ints, node.args), [0])
         elif node.target is aten.index.Tensor:
             _spell_lookup(node)
+        elif node.target in (aten.chunk.default, aten.unsafe_chunk.default):
+            _spell_chunk(graph, node)
+        elif node.target is aten.linalg_matrix_power.default and node.args[1] == 0:
+            _spell_identity(graph, node)
 
 
 def _spell_lookup(node: fx.Node) -> None:
@@ -45,6 +52,32 @@ def _spell_lookup(node: fx.Node) -> None:
     kind = info(row).dtype if isinstance(row, fx.Node) and NAMES in row.meta else ""
     if kind in ("int64", "int32") and len(info(table).shape or ()) == 2:
         node.target, node.args = aten.embedding.default, (table, row)
+
+
+def _spell_chunk(graph: fx.Graph, node: fx.Node) -> None:
+    source, count, axis = (*node.args, *node.kwargs.values(), 0)[:3]
+    sizes = info(source).shape
+    if sizes is None or sizes[axis] is not None or any(u.target is not operator.getitem for u in node.users):
+        return
+    with graph.inserting_before(node):
+        whole = graph.call_function(aten.sym_size.int, (source, axis))
+        size = graph.call_function(operator.add, (whole, count - 1))
+        size = graph.call_function(operator.floordiv, (size, count))
+    for part in list(node.users):
+        place = part.args[1]
+        with graph.inserting_before(part):
+            ends = [graph.call_function(operator.mul, (size, i)) for i in (place, place + 1)]
+        part.target, part.args = aten.slice.Tensor, (source, axis, *ends)
+
+
+def _spell_identity(graph: fx.Graph, node: fx.Node) -> None:
+    source = node.args[0]
+    about = info(source)
+    if about.shape is None or about.shape[-1] is None:
+        return
+    with graph.inserting_before(node):
+        identity = graph.call_function(aten.eye.default, (about.shape[-1],), {"dtype": getattr(torch, about.dtype)})
+    node.target, node.args = aten.expand_as.default, (identity, source)
 
 
 def refuse_invalid(exported: Any) -> None:

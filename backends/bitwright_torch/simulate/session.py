@@ -14,7 +14,7 @@ from bitwright.backend import handed_out as handed_out_of
 from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright_torch.graph.canonical import canonical
-from bitwright_torch.graph.model import CapturedModel, compile_graph, device_of, info, program_of
+from bitwright_torch.graph.model import NAMES, CapturedModel, compile_graph, device_of, info, program_of
 from bitwright_torch.graph.modes import is_flag
 
 aten = torch.ops.aten
@@ -180,6 +180,7 @@ def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -
     for node in sorted(ordered, key=lambda n: not (n in sources or n.op == "placeholder")):
         if node in sources or node.op == "placeholder":
             values[node] = part.placeholder(node.name)
+            values[node].meta[NAMES] = info(node)
             names.append(info(node).tensor)
         elif node in cut:
             source, axis = cut[node]
