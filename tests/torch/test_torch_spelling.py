@@ -64,9 +64,10 @@ def test_second_names_and_extremes_of_all_values(tmp_path, function) -> None:
     assert sqnr(function(X).numpy(), sim.predict([X.numpy()])[0]) > 30
 
 
-def test_parts_of_a_batch_follow_its_size(tmp_path) -> None:
+@pytest.mark.parametrize("parts", [lambda x: torch.chunk(x, 2), lambda x: torch.split(x, x.shape[0] // 2)])
+def test_parts_of_a_batch_follow_its_size(tmp_path, parts) -> None:
     """torch's exporter makes a sequence of them, on which its optimizer breaks."""
-    function = Function(lambda x: torch.cat(torch.chunk(torch.tanh(x), 2)[::-1], 1))
+    function = Function(lambda x: torch.cat(parts(torch.tanh(x))[::-1], 1))
     exported(tmp_path, function)
     six = torch.linspace(-1, 1, 36).reshape(6, 6)
     session = ort.InferenceSession(str(tmp_path / "model.onnx"))
@@ -89,6 +90,10 @@ def test_powers_of_matrices(tmp_path, power: int) -> None:
     sim = exported(tmp_path, Powers())
     if power == 0:
         assert np.array_equal(sim.predict([X.numpy()])[0], np.broadcast_to(np.eye(3), (4, 3, 3)))
+
+
+def test_a_model_that_computes_nothing_is_a_model(tmp_path) -> None:
+    exported(tmp_path, Function(lambda x: x.contiguous()))
 
 
 def test_a_joined_parameter_is_stored_on_the_grid_of_the_result(tmp_path) -> None:

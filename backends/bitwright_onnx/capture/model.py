@@ -82,7 +82,7 @@ def _from_proto(
     proto: onnx.ModelProto, name: str, folder: Path, custom_ops: Sequence[Any], blobs: Path | None = None
 ) -> ir.Model:
     graph = proto.graph
-    if proto.ir_version <= 0 or not (graph.node or graph.initializer) or not graph.output:
+    if proto.ir_version <= 0 or not (graph.node or graph.initializer or graph.input) or not graph.output:
         raise InputError(f"{name} is not an ONNX model: it holds no graph")
     try:
         model = ir.from_proto(proto)

@@ -38,8 +38,8 @@ def spell(graph: fx.Graph) -> None:
                 node.args = (graph.call_function(aten.flatten.using_ints, node.args), [0])
         elif node.target is aten.index.Tensor:
             _spell_lookup(node)
-        elif node.target in (aten.chunk.default, aten.unsafe_chunk.default):
-            _spell_chunk(graph, node)
+        elif node.target in (aten.chunk.default, aten.unsafe_chunk.default, aten.split.Tensor):
+            _spell_parts(graph, node)
         elif node.target is aten.linalg_matrix_power.default and node.args[1] == 0:
             _spell_identity(graph, node)
 
@@ -54,15 +54,23 @@ def _spell_lookup(node: fx.Node) -> None:
         node.target, node.args = aten.embedding.default, (table, row)
 
 
-def _spell_chunk(graph: fx.Graph, node: fx.Node) -> None:
-    source, count, axis = (*node.args, *node.kwargs.values(), 0)[:3]
-    sizes = info(source).shape
-    if sizes is None or sizes[axis] is not None or any(u.target is not operator.getitem for u in node.users):
+def _spell_parts(graph: fx.Graph, node: fx.Node) -> None:
+    """Chunks and splits as slices, which ONNX has for sizes that are computed."""
+    source, amount, axis = (*node.args, *node.kwargs.values(), 0)[:3]
+    if any(u.target is not operator.getitem for u in node.users):
         return
-    with graph.inserting_before(node):
-        whole = graph.call_function(aten.sym_size.int, (source, axis))
-        size = graph.call_function(operator.add, (whole, count - 1))
-        size = graph.call_function(operator.floordiv, (size, count))
+    if node.target is aten.split.Tensor:
+        if not isinstance(amount, fx.Node):
+            return
+        size = amount
+    else:
+        sizes = info(source).shape
+        if sizes is None or sizes[axis] is not None:
+            return
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.sym_size.int, (source, axis))
+            size = graph.call_function(operator.add, (whole, amount - 1))
+            size = graph.call_function(operator.floordiv, (size, amount))
     for part in list(node.users):
         place = part.args[1]
         with graph.inserting_before(part):
