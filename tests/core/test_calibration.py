@@ -513,6 +513,21 @@ def test_what_lies_far_below_the_body_is_searched_as_one(monkeypatch):
     assert seen[1] is points
 
 
+def test_scales_are_tried_from_the_largest_down_twelve_in_an_octave(monkeypatch):
+    tried = []
+    attempt = _search._Search._attempt
+
+    def watched(self, best, fraction, around=None):
+        if around is None:
+            tried.extend(fraction[:, 0])
+        attempt(self, best, fraction, around)
+
+    monkeypatch.setattr(_search._Search, "_attempt", watched)
+    calibrate_array(samples("laplace", 1000), QuantSpec(4), "mse")
+    np.testing.assert_allclose(tried, 2.0 ** (-np.arange(len(tried)) / 12))
+    assert tried[-1] < 0.5
+
+
 def test_a_range_is_cut_at_the_threshold_on_the_side_that_passes_it():
     x = np.concatenate([-np.abs(samples("laplace", 40_000)), np.full(4, 0.25, np.float32)])
     low, high = scheme("entropy").range(Density.of_values(x[None], 10), QuantSpec(4, **ASYMMETRIC))
