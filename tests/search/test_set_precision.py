@@ -97,6 +97,12 @@ def test_frozen_encodings_of_another_type(sim, net):
     assert sim.encodings["mix.weight"].bits == 4
 
 
+def test_weights_only_takes_exceptions():
+    sim = QuantSim(build(), activations="float")
+    sim.set_precision("image", activations="uint8")
+    assert kinds(sim, "image", "relu1_out", "mix.weight") == ["uint8", "float", "int8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

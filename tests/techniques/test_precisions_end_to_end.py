@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from backends import FRAMEWORKS
 
+from bitwright.backend import Tap
 from bitwright.errors import InputError
+from bitwright.formats import read
+from bitwright.graph import SetParams
 from bitwright.grids import Blockwise, Encoding
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
@@ -135,6 +139,45 @@ def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     assert 0 < error(sim, data) < bound
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4:block16", "fp8"])
+def test_weights_only(port, data, kind, tmp_path):
+    """Weights on their grids and nothing else: the float network with rounded weights, in the exported file too."""
+    sim = port.sim(MODEL, weights=kind, activations="float").calibrate(data)
+    assert set(sim.encodings) == set(weights(sim).values())
+    assert {r.reason for r in sim.plan.table() if r.site in sim.graph.inputs} == {
+        "activations stay in float, as was asked"
+    }
+    twin = port.sim(MODEL)
+    rounded = {w: sim.encodings[w].fake_quantize(sim.params[w]) for w in weights(sim).values()}
+    expected = twin.backend.edit(twin.native, [SetParams(rounded)])
+    taps = [Tap(t) for t in sim.graph.outputs]
+    batch = {k: v[:4] for k, v in data.items()}
+    wanted, found = (s.run(batch)[taps[0]] for s in (sim.backend.session(expected, taps), sim.simulation.session(taps)))
+    assert np.allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    bundle = sim.export(tmp_path, name="net", encodings_version="2.0.0")
+    entries = read(bundle.files["encodings"])
+    assert set(entries.parameters) == set(weights(sim).values())
+    assert not entries.activations
+    held = {n.op_type: 0 for n in onnx.load(bundle.files["qdq"]).graph.node}
+    for node in onnx.load(bundle.files["qdq"]).graph.node:
+        held[node.op_type] += 1
+    assert (held["DequantizeLinear"], "QuantizeLinear" in held) == (len(weights(sim)), False)
+    again = port.sim(MODEL, weights=kind, activations="float").load_encodings(bundle.files["encodings"])
+    assert again.simulation.session(taps).run(batch)[taps[0]].tobytes() == found.tobytes()
+
+
+def test_weights_only_but_for_exceptions(port, data):
+    """What an override names is quantized all the same."""
+    (site,) = port.sim(MODEL).graph.op("fc").data_inputs
+    sim = port.sim(MODEL, activations="float", overrides={site: "uint8", "conv1": {"activations": "float16"}})
+    sim.calibrate(data)
+    first = sim.graph.op("conv1").output
+    on = {s for s in sim.encodings if s in sim.graph.tensors}
+    assert {site, first} <= on
+    assert on - set(sim.plan.tied(sim.plan.root(site))) - set(sim.plan.tied(first)) == set()
+    assert (sim.encodings[site].bits, sim.encodings[first].float_format) == (8, "float16")
+
+
 def test_float_and_integer_activations_side_by_side(port, data):
     """16-bit floats for one activation: its values are those of the cast."""
     graph = port.sim(MODEL).graph
@@ -143,8 +186,6 @@ def test_float_and_integer_activations_side_by_side(port, data):
     sim = port.sim(MODEL, overrides={reader.id: {"activations": "float16"}}).calibrate(data)
     act = reader.output
     assert sim.encodings[act].float_format == "float16"
-    from bitwright.backend import Tap
-
     batch = {k: v[:4] for k, v in data.items()}
     found = np.asarray(sim.simulation.session([Tap(act)]).run(batch)[Tap(act)])
     assert np.array_equal(found.astype(np.float16).astype(np.float32), found)

@@ -47,7 +47,10 @@ WeightType = Annotated[
 ]
 ActivationType = Annotated[
     str | None,
-    typer.Option(help="Type of activations, such as uint8, uint16 (default: the target's).", show_default=False),
+    typer.Option(
+        help="Type of activations, such as uint8, float16; float: weights only (default: the target's).",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

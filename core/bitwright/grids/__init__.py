@@ -24,6 +24,7 @@ from bitwright.grids._gradients import (
     rounded_vjp,
 )
 from bitwright.grids._grid import (
+    FLOAT,
     FLOAT_FORMATS,
     Blockwise,
     FloatFormat,
@@ -57,6 +58,7 @@ from bitwright.grids._training_rules import (
 
 __all__ = [
     "EPSILON",
+    "FLOAT",
     "FLOAT_FORMATS",
     "HIGHEST",
     "LOWEST",

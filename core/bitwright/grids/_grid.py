@@ -31,6 +31,8 @@ FLOAT_FORMATS: dict[str, tuple[int, int, float]] = {
     "float8e4m3fn": (4, 3, 448.0),
     "float8e5m2": (5, 2, 57344.0),
 }
+FLOAT = "float"
+"""The type of what isn't quantized at all: `activations="float"` is weights only. No grid has it."""
 FloatFormat = Literal["float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
 
 

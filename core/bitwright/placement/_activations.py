@@ -65,6 +65,8 @@ class DraftDecision:
 
 MASKED = "a mask, or masked by one: no grid holds its huge numbers and the others' steps"
 
+WEIGHTS_ONLY = "activations stay in float, as was asked"
+
 _foldable = where(
     lambda graph, op: (fold := batch_norm_fold(graph, op)) is not None and fold.direction == "backward", "foldable"
 )
@@ -76,14 +78,16 @@ class ActivationPlacement:
     Args:
         graph, target: what is placed, and for what.
         overrides: the user's exceptions.
+        floating: activations stay in float, but for the exceptions: only weights are quantized.
 
     Raises:
         TargetError: two ops contradict each other in `op_type`.
         InputError: an override asks to quantize integers.
     """
 
-    def __init__(self, graph: Graph, target: Target, overrides: Overrides) -> None:
+    def __init__(self, graph: Graph, target: Target, overrides: Overrides, *, floating: bool = False) -> None:
         self.graph, self.target, self.overrides = graph, target, overrides
+        self.floating = floating
         self.config = target.config
         self.notes: list[str] = []
         """What the user should know of what was left in float."""
@@ -108,6 +112,8 @@ class ActivationPlacement:
         self._supergroups()
         self._model_inputs()
         self._model_outputs()
+        if floating:
+            self._weights_only()
         self._indices()
         self._overrides()
         self._integers()
@@ -245,12 +251,17 @@ class ActivationPlacement:
             else:
                 self.drafts[t].off("the target leaves model outputs in float", final=True)
 
+    def _weights_only(self) -> None:
+        for draft in self.drafts.values():
+            if draft.on:
+                draft.off(WEIGHTS_ONLY)
+
     def _indices(self) -> None:
         found = find_indices(self.graph)
         for t in found.only:
             self.drafts[t].off("only read as indices or conditions, which are exact", final=True)
         for t, (lookup, signal) in found.both.items():
-            if self.drafts[t].on or t in self.needed:
+            if self.drafts[t].on or (t in self.needed and not self.floating):
                 self.notes.append(
                     f"{t}: {lookup!r} reads it as indices and {signal!r} as a signal; it stays in float, since a grid "
                     "would change the indices"

@@ -45,7 +45,9 @@ def build_plan(
         weights: type of weights ("int8", "int4:block32", "int4:lpbq64", "float16", …); None takes the target's.
             Blocks that don't divide a weight's inputs fall back to one scale a channel, noted in `Plan.notes`.
             Only the weights of convolutions and linear ops go below 8 bits; one that an embedding shares has 8.
-        activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's.
+            "float" leaves parameters in float.
+        activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's. "float" quantizes
+            weights only: of linear, recurrent and embedding ops, while norms and constants stay in float too.
         scheme: calibration scheme of activations.
         weight_scheme: calibration scheme of parameters.
         overrides: exceptions by op or site, see `_overrides.parse_overrides`.
@@ -55,9 +57,12 @@ def build_plan(
         InputError: a type or an override isn't understood.
     """
     target = load_target(target)
-    weight_type = Precision.of(weights, target.weights)
-    activation_type = Precision.of(activations, target.activations).for_activations(activations)
-    placement = ActivationPlacement(graph, target, parse_overrides(graph, overrides or {}))
+    weight_type = Precision.or_float(weights, target.weights)
+    activation_type = Precision.or_float(activations, target.activations)
+    if activation_type is not None:
+        activation_type = activation_type.for_activations(activations)
+    exceptions = parse_overrides(graph, overrides or {})
+    placement = ActivationPlacement(graph, target, exceptions, floating=activation_type is None)
     shared = ties.resolve(placement.drafts, ties.propagate(placement))
     decisions: dict[SiteId, Decision] = {}
     ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None
@@ -70,7 +75,9 @@ def build_plan(
             members = shared.members(t) or (t,)
             limits = draft.limits if len(shared.observed.get(t, (t,))) == 1 else None
             symmetric = _symmetric(placement, members)
-            spec = activation_spec(target, draft.precision or activation_type, symmetric=symmetric, limits=limits)
+            precision = draft.precision or activation_type
+            assert precision is not None  # where activations stay in float, only an exception's is on
+            spec = activation_spec(target, precision, symmetric=symmetric, limits=limits)
             if ranges is not None:
                 spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
             decisions[t] = spec

@@ -165,11 +165,9 @@ def _of_op(
 
 
 def _precision(where: str, text: str, *, blocks: bool) -> Precision | None:
-    if text == "float":
-        return None
     try:
-        precision = Precision.of(text, text)
-        return precision if blocks else precision.for_activations(text)
+        precision = Precision.or_float(text, text)
+        return precision if precision is None or blocks else precision.for_activations(text)
     except InputError as error:
         raise InputError(f"overrides: {where}: {error}") from None
 

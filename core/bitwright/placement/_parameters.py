@@ -9,7 +9,7 @@ from math import prod
 from bitwright.errors import TargetError
 from bitwright.graph import CONSTANT_KINDS, LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grids import Blockwise, Granularity, PerChannel, PerTensor, QuantSpec
-from bitwright.placement._activations import MASKED, ActivationPlacement
+from bitwright.placement._activations import MASKED, WEIGHTS_ONLY, ActivationPlacement
 from bitwright.placement._plan import Decision, Derived, Float, OwnForms, SharedWith, SiteId
 from bitwright.placement._types import Precision, activation_spec, param_spec
 
@@ -31,8 +31,8 @@ class ParameterPlacement:
     Args:
         activations: the finished placement of activations.
         spec_of: specification in force at an activation, ties followed; None in float.
-        weights: precision of weights.
-        constants: precision of activations, for constants.
+        weights: precision of weights; None leaves parameters in float.
+        constants: precision of activations, for constants; None if they stay in float.
         notes: takes what the user should know of fallbacks.
     """
 
@@ -40,8 +40,8 @@ class ParameterPlacement:
         self,
         activations: ActivationPlacement,
         spec_of: SpecOf,
-        weights: Precision,
-        constants: Precision,
+        weights: Precision | None,
+        constants: Precision | None,
         notes: list[str],
     ) -> None:
         self.activations, self.spec_of = activations, spec_of
@@ -81,7 +81,7 @@ class ParameterPlacement:
         users = self.graph.users(param)
         precision = self.overrides.sites.get(param, self.weights)
         if precision is None:
-            return Float("kept in float by an override")
+            return self._kept(param)
         for op in users:
             if (reason := self.activations.floats(op)) is not None:
                 return Float(reason)
@@ -116,13 +116,15 @@ class ParameterPlacement:
     def _use(self, op: Op, role: ParamRole, param: Param) -> _Verdict:
         override = self.overrides.sites.get(param.id, self.weights)
         if override is None:
-            return _Verdict(op, Float("kept in float by an override"))
+            return _Verdict(op, self._kept(param.id))
         if not param.dtype.startswith(("float", "bfloat")):
             return _Verdict(op, Float(f"{param.dtype} values are never quantized"))
         if (reason := self.activations.floats(op)) is not None:
             return _Verdict(op, Float(reason))
         if op.id in self.activations.folds:
             return _Verdict(op, Float(f"folds into {self.activations.folds[op.id].into.id!r}"))
+        if self.activations.floating and param.id not in self.overrides.sites and not _is_matrix(op, role):
+            return _Verdict(op, Float(f"{WEIGHTS_ONLY}, and with them all parameters but matrices"))
         op_type = op.type
         if role is ParamRole.CONSTANT:
             composite = self._inside.get(op.id)
@@ -142,6 +144,10 @@ class ParameterPlacement:
         precision = override if matrix or param.id in self.overrides.sites else _vector(override)
         layout = self._granularity(op, op_type, role, param, precision)
         return _Verdict(op, param_spec(self.target, precision, symmetric=symmetric, granularity=layout), policy=True)
+
+    def _kept(self, param: ParamId) -> Float:
+        asked = param in self.overrides.sites
+        return Float("kept in float by an override" if asked else "parameters stay in float, as was asked")
 
     def _common(self, first: _Verdict, other: _Verdict) -> QuantSpec | None:
         """The best grid that two users of one parameter can both take: the more bits, and a scale for each channel
@@ -180,6 +186,9 @@ class ParameterPlacement:
     def _constant(self, op: Op, param: Param) -> Decision:
         """Constants are quantized like activations, where the op computes in integers and rounding is harmless."""
         config = self.target.config
+        precision = self.overrides.sites.get(param.id) or self.constants
+        if precision is None:
+            return Float(WEIGHTS_ONLY)
         if self.graph.tensors[op.output].mask:
             return Float(MASKED)
         if op.kind not in CONSTANT_KINDS or op.type in ("Pow", "Where"):
@@ -193,7 +202,6 @@ class ParameterPlacement:
             return Float("the other operand stays in float")
         if op.type in config.bitwright.ties and self.spec_of(op.output) is not None:
             return SharedWith(op.output)
-        precision = self.overrides.sites.get(param.id) or self.constants
         symmetric = self.target.op(op.type).is_symmetric
         if symmetric is None:
             symmetric = bool(config.defaults.ops.is_symmetric)
@@ -221,6 +229,12 @@ class ParameterPlacement:
                     "give both op types the same settings, or override the parameter"
                 )
         return first.decision
+
+
+def _is_matrix(op: Op, role: ParamRole) -> bool:
+    """Whether a parameter is what quantizing weights only is about: what an op multiplies by, or looks up."""
+    kinds = (*LINEAR_KINDS, OpKind.EMBEDDING, OpKind.RECURRENT)
+    return role in (ParamRole.WEIGHT, ParamRole.RECURRENT) and op.kind in kinds
 
 
 def weight_axes(op: Op) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitwright.errors import InputError
-from bitwright.grids import Blockwise, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
+from bitwright.grids import FLOAT, Blockwise, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
 from bitwright.targets import Constraints, Target
 
 
@@ -28,6 +28,15 @@ class Precision:
         """
         bits, signed, float_format, blocks = parse_type(fallback if asked is None else asked)
         return cls(bits, bool(signed), float_format, blocks, asked is not None)
+
+    @classmethod
+    def or_float(cls, asked: str | None, fallback: str) -> Precision | None:
+        """The same, where "float" is a type too: None.
+
+        Raises:
+            InputError: not a type.
+        """
+        return None if (fallback if asked is None else asked) == FLOAT else cls.of(asked, fallback)
 
     def for_activations(self, asked: str | None) -> Precision:
         """Itself.

@@ -35,6 +35,7 @@ class QuantSim(StateView):
         sample: one batch, for frameworks that trace a model; not needed for ONNX.
         target: a preset's name (`bitwright targets`), a configuration file, or a `Target`.
         weights, activations: types such as "int8", "int4:block32", "uint16", "float16"; None takes the target's.
+            `activations="float"` quantizes weights only.
         scheme: calibration scheme of activations; "percentile:99.9" carries a setting.
         weight_scheme: calibration scheme of weights.
         overrides: exceptions by op or site, see `placement.build_plan`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
-from bitwright.grids import EncodingTable, parse_type
+from bitwright.grids import FLOAT, EncodingTable, parse_type
 from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
 from bitwright.simulation._fork import fork
 from bitwright.state import SimState
@@ -65,7 +65,7 @@ def set_precision(
     if all(v is None for v in asked.values()):
         raise InputError("set_precision: give weights=, activations= or inputs=, such as weights='int4'")
     for role, text in asked.items():
-        if text is not None and text != "float" and parse_type(text)[3] is not None and role != "weights":
+        if text is not None and text != FLOAT and parse_type(text)[3] is not None and role != "weights":
             raise InputError(f"{role}={text!r}: blocks are for weights; activations have one scale, for example uint8")
     request = _Request(state)
     for item in [what] if isinstance(what, str) else what:
@@ -135,7 +135,7 @@ class _Request:
 
     def _put(self, site: SiteId, text: str) -> None:
         decision = self.plan[self.plan.root(site)].decision
-        if isinstance(decision, Float) and text != "float" and self._before(site) != "float":
+        if isinstance(decision, Float) and text != FLOAT and (self._before(site) or self._default(site)) != FLOAT:
             self.conflicts.append(Conflict(site, f"it stays in float ({decision.reason}); {text} isn't set"))
             return
         # One grid serves the whole group, whoever of it was named.
@@ -156,11 +156,19 @@ class _Request:
     def _before(self, site: SiteId) -> str | None:
         """What an earlier override says of a site."""
         said = self.state.overrides.get(site)
-        if isinstance(said, str) and not (said == "float" and site in self.graph):
+        if isinstance(said, str) and not (said == FLOAT and site in self.graph):
             return said
         entry = self.plan[site]
         said = self.state.overrides.get(entry.op) if entry.op is not None else None
         return said.get(_role(entry)) if isinstance(said, Mapping) else None
+
+    def _default(self, site: SiteId) -> str:
+        """The type that sites of this kind have where nothing is said of one."""
+        state, parameter = self.state, self.plan[site].kind is SiteKind.PARAMETER
+        asked, usual = (
+            (state.weights, state.target.weights) if parameter else (state.activations, state.target.activations)
+        )
+        return asked or usual
 
     def carry_out(self, strict: bool) -> tuple[SimState, tuple[Conflict, ...]]:
         """The state with the new plan, and what stands against it."""
@@ -173,7 +181,7 @@ class _Request:
             self.conflicts.append(Conflict(site, "its frozen encoding has another type and is dropped"))
         for site, text in self.types.items():
             spec = twin.plan.spec(site)
-            if text != "float" and (spec is None or spec.bits != parse_type(text)[0]):
+            if text != FLOAT and (spec is None or spec.bits != parse_type(text)[0]):
                 row = next(r for r in twin.plan.table() if r.site == site)
                 self.conflicts.append(Conflict(site, f"the target makes it {row.bits} ({row.reason}), not {text}"))
         found = tuple(dict.fromkeys(self.conflicts))

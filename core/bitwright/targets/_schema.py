@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from bitwright.errors import InputError, TargetError
-from bitwright.grids import parse_type
+from bitwright.grids import FLOAT, parse_type
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -154,7 +154,8 @@ class ModelOutput(_Section):
 
 def _quantized_type(value: str) -> str:
     try:
-        parse_type(value)
+        if value != FLOAT:
+            parse_type(value)
     except InputError as error:
         raise ValueError(str(error)) from None
     return value

@@ -24,6 +24,8 @@ TYPES: Mapping[str, tuple[str, str, str]] = {
     "fp8 × fp8": ("per_tensor", "fp8", "fp8"),
     "float16 × bfloat16": ("default", "float16", "bfloat16"),
     "int16 × float16": ("generic-int8", "int16", "float16"),
+    "int4 blocks, weights only": ("default", "int4:block2", "float"),
+    "float × uint8": ("htp_v73", "float", "uint8"),
 }
 """Target, weights and activations, beside what the targets have by default."""
 
@@ -50,7 +52,7 @@ class PlanContract(Contract):
 
     @pytest.mark.parametrize("name", TYPES)
     def test_every_type_is_simulated(self, case: Case, name: str) -> None:
-        """The same with blocks, two-level scales, 16 bits, float16, bfloat16 and fp8."""
+        """The same with blocks, two-level scales, 16 bits, float16, bfloat16 and fp8, and of one side alone."""
         target, weights, activations = TYPES[name]
         backend = self.backend()
         plan = build_plan(backend.graph(case.model), target, weights=weights, activations=activations, scheme="minmax")
