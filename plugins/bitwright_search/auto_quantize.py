@@ -20,10 +20,10 @@ from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike
 from bitwright.verify import Validation, validate
 from bitwright_search.auto_advice import advise
-from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
+from bitwright_search.exporting import refuse_own_folder, write
 from bitwright_search.participants import split_steps
 from bitwright_search.stages import SearchStore, open_sim, run_of
 
@@ -110,9 +110,10 @@ def auto_quantize(
         result = _result(search, validation, data)
         best.built.sim.attach(run=run if isinstance(run, RunDirectory) else None)
         if out is not None:
-            from bitwright_search.auto_export import write
+            from bitwright_search.auto_page import render
 
-            write(result, Path(out), name, model, data, encodings_version, plain_session)
+            write(result, render, Path(out), name, model, data, encodings_version, plain_session,
+                  tool="auto_quantize", document="diagnosis")  # fmt: skip
     return result
 
 

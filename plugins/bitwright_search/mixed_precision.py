@@ -15,10 +15,10 @@ from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike, read_recipe
-from bitwright_search.auto_export import refuse_own_folder
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.evaluation import read_evaluate
+from bitwright_search.exporting import refuse_own_folder, write
 from bitwright_search.latency import read_latency
 from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
@@ -137,9 +137,10 @@ def mixed_precision(
         result = search.run(cost, notes)
         result.sim.attach(run=run if isinstance(run, RunDirectory) else None)
         if out is not None:
-            from bitwright_search.mixed_export import write
+            from bitwright_search.mixed_page import render
 
-            write(result, Path(out), name, model, data, encodings_version, plain_session)
+            write(result, render, Path(out), name, model, data, encodings_version, plain_session,
+                  tool="mixed_precision", document="mixed_precision")  # fmt: skip
     return result
 
 

@@ -1,10 +1,10 @@
-"""Writes what a search found: the bundle and the run's report, and for `auto_quantize` the diagnosis."""
+"""Writes what a search found: the bundle, the run's report, and the search's own document and page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from bitwright.backend import Bundle
 from bitwright.bundle import ARRAYS_SUFFIX, refuse_planned
@@ -12,32 +12,63 @@ from bitwright.data import Dataset
 from bitwright.files import make_directory, write_text
 from bitwright.report import Calibration, complete_report
 from bitwright.simulation import QuantSim
-from bitwright_search.auto_page import render
-from bitwright_search.auto_result import AutoQuantResult
+
+
+class Found(Protocol):
+    """What a search hands out."""
+
+    sim: QuantSim
+    seconds: float
+    target: str
+    bundle: Bundle | None
+    files: dict[str, Path]
+
+    def to_json(self) -> str:
+        """All of it."""
+
+
+F = TypeVar("F", bound=Found)
 
 
 def write(
-    result: AutoQuantResult,
+    result: F,
+    render: Callable[[F, str], str],
     out: Path,
     name: str | None,
     model: Any,
     data: Dataset,
     version: str,
     plain_session: bool | None = None,
+    *,
+    tool: str,
+    document: str,
 ) -> None:
-    """Export the best network to a folder and note its files in the result.
+    """Export the best network to a folder, with what was found as JSON and as a page; note the files in the result.
+
+    Args:
+        result: of the search.
+        render: makes the page, from the result and a title.
+        out: the folder.
+        name: of the files; None for the model's own.
+        model: as it was given.
+        data: that it was calibrated on.
+        version: of the encodings file.
+        plain_session: see `QuantSim.export`.
+        tool: its name in the report's seconds.
+        document: the stem of the JSON file and the page.
 
     Raises:
         InputError: the folder can't be written.
     """
     make_directory(out)
-    seconds = {"auto_quantize": result.seconds}
     stem, result.bundle, files = export_network(
-        result.sim, out, name, model, data, version, seconds, plain_session=plain_session
+        result.sim, out, name, model, data, version, {tool: result.seconds}, plain_session=plain_session
     )
-    result.files = {**files, "diagnosis": out / "diagnosis.json", "diagnosis page": out / "diagnosis.html"}
-    write_text(out / "diagnosis.json", result.to_json())
-    write_text(out / "diagnosis.html", render(result, f"{stem} on {result.target}"))
+    json_file, page = (out / f"{document}{suffix}" for suffix in (".json", ".html"))
+    write_text(json_file, result.to_json())
+    write_text(page, render(result, f"{stem} on {result.target}"))
+    purpose = document.replace("_", " ")
+    result.files = {**files, purpose: json_file, f"{purpose} page": page}
 
 
 def export_network(
