@@ -61,10 +61,10 @@ def little_memory():
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_constants_that_fold_to_gigabytes_are_left_to_be_computed(name, little_memory):
-    started = time.monotonic()
+    started = time.process_time()
     backend = OnnxBackend()
     graph = backend.graph(backend.adopt(model(*BOMBS[name])))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert graph.outputs == ("y",)
 
 
