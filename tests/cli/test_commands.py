@@ -53,6 +53,13 @@ def test_verify_json_has_the_documented_keys(net, exported, run):
     assert {"name", "sqnr_db"} <= found["tensors"][0].keys()
 
 
+def test_verify_without_data_takes_the_exports_own(exported, run):
+    done = run("verify", exported, "--json")
+    found = json.loads(done.out)
+    assert done.status == 0 and found["samples"] == 4 and found["problems"] == []
+    assert any("no data were given" in note for note in found["notes"])
+
+
 def test_verify_without_labels_has_no_accuracy(net, exported, run):
     done = run("verify", exported, "--data", net.npy, "--samples", 8, "--json")
     found = json.loads(done.out)

@@ -187,15 +187,57 @@ def test_parts_are_exported_one_by_one(detector, x, tmp_path):
     assert {"backbone.0.weight", "head.weight"} <= read.parameters.keys()
 
 
-def test_verify_says_what_an_export_in_parts_lacks(detector, x, tmp_path):
-    """No file holds the Python between the parts; the export itself has compared each of them."""
+@pytest.fixture
+def exported(detector, x, tmp_path):
     pytest.importorskip("onnxscript")
-    sim = bitwright.QuantSim(captured(detector, x)).calibrate([x])
-    sim.export(tmp_path, name="net")
-    assert json.loads((tmp_path / "report.json").read_text())["record"]["compared"] >= 2
-    for check in (lambda: verify(tmp_path, x.numpy()), lambda: verify(tmp_path, x.numpy(), name="net")):
-        with pytest.raises(InputError, match=r"captured in parts \(net\.backbone\.onnx, net\.head\.onnx\); .* whole"):
-            check()
+    bitwright.QuantSim(captured(detector, x)).calibrate([x]).export(tmp_path, name="net")
+    return tmp_path
+
+
+def test_verify_compares_an_export_part_by_part(exported, x):
+    """On what each part was handed, as no file holds the Python between them."""
+    assert json.loads((exported / "report.json").read_text())["record"]["compared"] >= 2
+    found = verify(exported)
+    assert found.problems == [] and found.recorded and list(found.parts) == ["net.backbone", "net.head"]
+    assert any("captured in parts" in note for note in found.notes)
+    assert {o.name for o in found.outputs} == {o.name for p in found.parts.values() for o in p.outputs}
+    for part in found.parts.values():
+        assert part.samples == 3 and part.plain is not None
+        assert part.exact["output_differs"] == 0 and part.sqnr_db["simulated_float"] > 20
+    with pytest.raises(InputError, match=r"captured in parts.*name='net\.backbone', 'net\.head'"):
+        verify(exported, x.numpy())
+
+
+def test_the_commands_know_parts(exported, capsys):
+    from bitwright.cli import main
+
+    assert main(["verify", str(exported), "-q"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["encodings", "check", str(exported), "--name", "net.head"]) == 0
+    assert "net.backbone:" in shown and "net.head:" in shown and "integer (onnxruntime)" in shown
+
+
+def test_verify_takes_data_of_one_part(exported):
+    features = np.random.default_rng(0).normal(size=(5, 36, 4)).astype(np.float32).clip(0)
+    found = verify(exported, {"head.input": features}, name="net.head")
+    assert found.problems == [] and found.samples == 5 and not found.parts
+
+
+@pytest.mark.parametrize(("damaged", "told"), [
+    ("net.head.qdq.onnx", "'head"), ("net.head.onnx", "'head.weight' holds other values"),
+])  # fmt: skip
+def test_a_part_that_was_changed_is_named(exported, damaged, told):
+    import onnx
+
+    model = onnx.load(exported / damaged)
+    weight = max(model.graph.initializer, key=lambda t: np.prod(t.dims))
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.roll(onnx.numpy_helper.to_array(weight), 1), weight.name))
+    onnx.save(model, exported / damaged)
+    found = verify(exported)
+    assert any(told in p for p in found.problems) and any(
+        p.startswith(f"{damaged}: was changed") for p in found.problems
+    )
+    assert not found.parts["net.backbone"].problems
 
 
 def test_parts_are_trained(detector, x):

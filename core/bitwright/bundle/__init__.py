@@ -17,16 +17,18 @@ from bitwright.bundle._artefact import (
     find_bundle,
     geometry,
     is_stem,
+    parts_of,
     passed_on,
     plan_of,
     read_encodings,
     refuse_planned,
 )
-from bitwright.bundle._checks import against_record, against_simulation
+from bitwright.bundle._checks import against_record, against_simulation, recorded_inputs
 from bitwright.bundle._crushed import OutputQuality, risky
 from bitwright.bundle._export_gate import Quantized, gate, run_simulated
 from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
+from bitwright.bundle._parts import belongs, parts_in
 from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainRuntime, PlainView, seen_plain
 from bitwright.bundle._record import ARRAYS_SUFFIX
 from bitwright.bundle._reopened import as_recorded, reopen
@@ -47,6 +49,7 @@ __all__ = [
     "against_record",
     "against_simulation",
     "as_recorded",
+    "belongs",
     "bound",
     "bound_entries",
     "check_bundle",
@@ -60,9 +63,12 @@ __all__ = [
     "in_shape",
     "is_stem",
     "over_outputs",
+    "parts_in",
+    "parts_of",
     "passed_on",
     "plan_of",
     "read_encodings",
+    "recorded_inputs",
     "refuse_planned",
     "reopen",
     "risky",

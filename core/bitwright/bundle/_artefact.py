@@ -23,6 +23,7 @@ from bitwright.backend import (
     Simulation,
     ToCompile,
 )
+from bitwright.bundle._parts import of_part, parts_in
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
 from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError
@@ -443,6 +444,8 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give what `bitwright quantize --out` wrote")
+    if name is not None and (part := _part(directory, name)) is not None:
+        return part
     stems = "*" if name is None else glob.escape(name)
     found = sorted(directory.glob(f"{stems}{ENCODINGS_SUFFIX}"))
     if len(found) != 1:
@@ -464,9 +467,8 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
         if parts:
             raise InputError(
                 f"{directory} has {found[0].name} of a model that was captured in parts ({', '.join(parts)}); no file "
-                "holds the Python between them, so it can't be run as one. The export compared the quantized file of "
-                "each part with the simulation; to verify on other data, make the model one that is captured whole "
-                "(the notice of the capture says what stops it), or run the parts' files in your own Python"
+                "holds the Python between them, so it can't be run as one. Choose a part, by the name of its file "
+                f"without ending ({stem}.NAME)"
             )
         missing = recorded.record.missing if recorded is not None and recorded.record is not None else {}
         told = "".join(f"; the export has no {format}: {reason}" for format, reason in missing.items())
@@ -475,6 +477,31 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
     quantized = {k: directory / f"{stem}{suffix}" for k, suffix in {QDQ: ".qdq.onnx", **own_artefacts()}.items()}
     there = {k: path for k, path in quantized.items() if path.exists() and (known is None or k in known)}
     return Bundle({"model": model, "encodings": found[0], **there})
+
+
+def parts_of(directory: Path, name: str | None = None) -> list[str]:
+    """Names of the parts of an export ("net.backbone", "net.head"); none where its model was captured whole."""
+    found = sorted(directory.glob(f"{'*' if name is None else glob.escape(name)}{ENCODINGS_SUFFIX}"))
+    if len(found) != 1:
+        return []
+    stem = found[0].name.removesuffix(ENCODINGS_SUFFIX)
+    recorded = _recorded(directory, stem)
+    return [] if recorded is None else [f"{stem}.{part}" for part in parts_in(recorded.files)]
+
+
+def _part(directory: Path, name: str) -> Bundle | None:
+    """The files of one part of an export; None where there is no part of that name."""
+    for encodings in sorted(directory.glob(f"*{ENCODINGS_SUFFIX}")):
+        stem = encodings.name.removesuffix(ENCODINGS_SUFFIX)
+        if name not in parts_of(directory, stem):
+            continue
+        recorded = _recorded(directory, stem)
+        assert recorded is not None
+        files = {k: directory / Path(f).name for k, f in of_part(recorded.files, name.removeprefix(f"{stem}.")).items()}
+        if not files["model"].exists():
+            raise InputError(f"{directory} has {encodings.name} but no {files['model'].name} beside it")
+        return Bundle({"encodings": encodings, **{k: path for k, path in files.items() if path.exists()}})
+    return None
 
 
 def _recorded(directory: Path, stem: str) -> RunReport | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from bitwright.bundle._agreement import Agreement, agreement
 from bitwright.bundle._export_gate import Renamed, compared_tensors, open_quantized, simulation_network
 from bitwright.bundle._record import Reference, read_reference
 from bitwright.bundle._reopened import Reopened
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, InputError
 from bitwright.graph import TensorId
 from bitwright.placement import SiteId
 
@@ -58,7 +59,27 @@ def _reference(opened: Reopened) -> Reference | None:
         return None
     if reference.synthetic:
         opened.notes.append("its reference samples are made up, as it was exported without calibration data")
-    return reference
+    if not opened.part:
+        return reference
+    if missing := [t for t in opened.graph.inputs if t not in reference.handed and t not in reference.inputs]:
+        opened.notes.append(f"the export doesn't record what {opened.part!r} is fed as {missing[0]!r}: export it again")
+        return None
+    fed = {**reference.inputs, **reference.handed}
+    return replace(reference, inputs={t: fed[t] for t in opened.graph.inputs})
+
+
+def recorded_inputs(opened: Reopened) -> dict[TensorId, Array]:
+    """What the export's reference samples feed to the model, or to this part of it.
+
+    Raises:
+        InputError: it has none.
+    """
+    reference = _reference(replace(opened, notes=[], problems=[]))
+    if reference is None:
+        raise InputError(
+            f"{opened.folder}: the export has no reference samples that could be run; give data, or export it again"
+        )
+    return dict(reference.inputs)
 
 
 def _against(opened: Reopened, reference: Reference, simulation: Simulation[Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Reference:
     Attributes:
         inputs: as the model was fed.
         tensors: outputs and taps of the native simulation, in float.
+        handed: what parts of the model were fed, of those that were captured in parts.
         outputs: which of them are the model's outputs.
         synthetic: the inputs were made up.
     """
@@ -62,6 +63,7 @@ class Reference:
     tensors: dict[TensorId, Array]
     outputs: tuple[TensorId, ...]
     synthetic: bool = False
+    handed: Mapping[TensorId, Array] = field(default_factory=dict)
 
 
 def stored(tensor: TensorId, values: Array, encoding: Encoding | None) -> tuple[StoredTensor, Array]:
@@ -101,6 +103,7 @@ def write_arrays(
     table: Mapping[str, Encoding],
     *,
     synthetic: bool,
+    handed: Mapping[TensorId, Array] | None = None,
     budget: int = BUDGET,
 ) -> ReferenceRecord:
     """Write reference samples within a budget: all inputs, outputs, and taps that are spread over the network.
@@ -111,6 +114,7 @@ def write_arrays(
         outputs, taps: in the order of the network.
         table: encodings.
         synthetic: the inputs were made up.
+        handed: what parts of the model were fed.
         budget: bytes of outputs and taps.
     """
     arrays: dict[str, Array] = {f"input/{i}": _plain(v) for i, v in enumerate(inputs.values())}
@@ -125,6 +129,8 @@ def write_arrays(
     kept_taps = spread(inside, sizes, left)
     for kind, tensors in (("output", kept_outputs), ("tap", kept_taps)):
         arrays |= {f"{kind}/{i}": made[t][1] for i, t in enumerate(tensors)}
+    fed = [stored(t, v, table.get(t)) for t, v in (handed or {}).items()]
+    arrays |= {f"handed/{i}": v for i, (_, v) in enumerate(fed)}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with atomic_write(path) as file:
@@ -135,6 +141,7 @@ def write_arrays(
         inputs=tuple(inputs),
         outputs=tuple(made[t][0] for t in kept_outputs),
         taps=tuple(made[t][0] for t in kept_taps),
+        handed=tuple(about for about, _ in fed),
         left_out=len(made) - len(kept_outputs) - len(kept_taps),
     )
 
@@ -163,6 +170,7 @@ def read_reference(folder: Path, record: ReferenceRecord) -> Reference:
              (("output", record.outputs), ("tap", record.taps)) for i, a in enumerate(abouts)},
             tuple(a.tensor for a in record.outputs),
             record.synthetic,
+            {a.tensor: restored(a, arrays[f"handed/{i}"]) for i, a in enumerate(record.handed)},
         )  # fmt: skip
     except KeyError as error:
         raise InputError(f"{path}: it lacks {error}; it isn't the file that the export wrote") from None

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
+from bitwright.backend import Tap
 from bitwright.bundle._export_gate import Simulated, run_simulated
+from bitwright.bundle._parts import handed_to_parts
 from bitwright.bundle._record import ARRAYS_SUFFIX, BUDGET, hashes, stored, write_arrays
 from bitwright.data import Samples
 from bitwright.errors import BitwrightError
@@ -44,7 +48,10 @@ def write_with(
         compared, not_compared: what the gate found.
         stored_anew: weights that are kept in another type.
     """
-    reference = None if isinstance(run, str) else _write_reference(state, folder / f"{name}{ARRAYS_SUFFIX}", run)
+    reference = None
+    if not isinstance(run, str):
+        handed = handed_to_parts(state.graph, files)
+        reference = _write_reference(state, folder / f"{name}{ARRAYS_SUFFIX}", run, handed)
     record = BundleRecord(
         contents=hashes(sorted(folder.iterdir()), folder),
         parameters={names.get(p, p): of_arrays([("", state.params[p])])[:16] for p in state.graph.params},
@@ -64,15 +71,19 @@ def write_with(
     return report
 
 
-def _write_reference(state: SimState, path: Path, run: Simulated) -> ReferenceRecord:
+def _write_reference(state: SimState, path: Path, run: Simulated, handed: Sequence[TensorId]) -> ReferenceRecord:
     table = state.table
     fewer = run.samples.first(1)
     if _count(fewer) < _count(run.samples) and _exceeds(run.values, table):
         with suppress(BitwrightError):  # one sample may not run apart from the others
             run = run_simulated(state, run.simulation, fewer)
+    fed: dict[TensorId, Array] = {}
+    if handed:
+        session = run.simulation.session([Tap(t) for t in handed])
+        fed = {tap.tensor: np.array(v) for tap, v in session.run(run.samples.inputs).items()}
     return write_arrays(
         path, run.samples.inputs, state.graph.outputs, list(run.values), run.values, table,
-        synthetic=run.samples.synthetic,
+        synthetic=run.samples.synthetic, handed=fed,
     )  # fmt: skip
 
 

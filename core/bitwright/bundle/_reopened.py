@@ -19,6 +19,7 @@ from bitwright.bundle._artefact import (
     spec_of,
 )
 from bitwright.bundle._pair_check import check_pairs
+from bitwright.bundle._parts import belongs, of_part, parts_in
 from bitwright.bundle._record import hashes
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph
@@ -45,6 +46,7 @@ class Reopened:
         changed: files that aren't what the export wrote.
         problems: what is wrong, in words.
         notes: what the user should know.
+        part: which part of the model this is, where it was captured in parts; otherwise empty.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class Reopened:
     changed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    part: str = ""
 
     @property
     def record(self) -> Any:
@@ -76,6 +79,7 @@ def reopen(folder: Path, name: str | None = None) -> Reopened:
     """
     bundle = find_bundle(folder, name)
     stem = bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX)
+    part = "" if name is None else name.removeprefix(stem).removeprefix(".")
     path = bundle.files["model"]
     backend = registry.backend_for_path(path)
     model = backend.load(path)
@@ -92,7 +96,7 @@ def reopen(folder: Path, name: str | None = None) -> Reopened:
         return Reopened(folder, stem, bundle, backend, model, graph, plan_of(graph, table), table, found.report,
                         problems=problems, notes=notes)  # fmt: skip
     opened = Reopened(folder, stem, bundle, backend, model, graph, Plan({}, found.report.target), EncodingTable(),
-                      found.report, problems=problems)  # fmt: skip
+                      found.report, problems=problems, part=part)  # fmt: skip
     opened.sites = {row.site: here for row in found.report.sites if (here := _here(graph, row)) is not None}
     _check_files(opened, record.contents)
     _check_parameters(opened, record.parameters)
@@ -114,6 +118,8 @@ def _here(graph: Graph, row: SiteRow) -> SiteId | None:
 def _check_files(opened: Reopened, contents: Mapping[str, str]) -> None:
     there = [p for f in contents if (p := opened.folder / f).is_file()]
     now = hashes(there, opened.folder)
+    others = _of_other_parts(opened)
+    contents = {f: known for f, known in contents.items() if not f.startswith(others)}
     opened.problems += [f"{f}: the export wrote this file, but it is gone" for f in contents if f not in now]
     opened.changed = [f for f, known in contents.items() if f in now and now[f] != known]
 
@@ -123,12 +129,23 @@ def _check_parameters(opened: Reopened, parameters: Mapping[str, str]) -> None:
     model = opened.bundle.files["model"]
     if not any(f == model.name or f.startswith(f"{model.name}.") for f in opened.changed):
         return
+    if opened.part:
+        parts = parts_in(opened.report.files if opened.report is not None else ())
+        parameters = {p: known for p, known in parameters.items() if belongs(p, opened.part, parts)}
     values = ParamReader(opened.backend, opened.model, opened.graph)
     other = [p for p, known in parameters.items() if p in opened.graph.params and _digest(values, p) != known]
     gone = [p for p in parameters if p not in opened.graph.params and p.removesuffix(":0") not in opened.graph.params]
     opened.problems += _listed(other, "holds other values in the float model than the export wrote")
     if other == [] and len(gone) < len(parameters):
         opened.problems += _listed(gone, "isn't in the float model, where the export wrote it")
+
+
+def _of_other_parts(opened: Reopened) -> tuple[str, ...]:
+    """How the names of files begin that belong to other parts of the model."""
+    if not opened.part or opened.report is None:
+        return ()
+    files = opened.report.files
+    return tuple(f for part in parts_in(files) if part != opened.part for f in of_part(files, part).values())
 
 
 def _digest(values: Mapping[str, Any], param: str) -> str:

@@ -126,6 +126,7 @@ def check(
             found += check_pairs(backend, native, asked.bundle, plan, encodings, optional=optional)
             said = {p.name for p in problems}
             problems += [p for p in found if p.name not in said]
+            problems = [p for p in problems if not asked.of_other_parts(p.name)]
     scope = asked.scope
     if as_json:
         told = [{"name": p.name, "message": p.message} for p in problems]
@@ -175,6 +176,7 @@ class Asked:
     overrides: dict[str, Any]
     bundle: Bundle | None = None
     report: RunReport | None = None
+    part: str = ""
 
     @classmethod
     def of(
@@ -197,7 +199,8 @@ class Asked:
 
         bundle = find_bundle(path, name)
         known: dict[str, Any] = {"target": target, "weights": weights, "activations": activations, "overrides": {}}
-        found = read_report(path, bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX))
+        stem = bundle.files["encodings"].name.removesuffix(ENCODINGS_SUFFIX)
+        found = read_report(path, stem)
         report = found.report
         # The target of the report by its name or file is that of the report: what else was asked for then, too.
         recorded = report is not None and target is not None and _settings(target) == report.target_config
@@ -212,7 +215,17 @@ class Asked:
                 "activations": activations or report.activations,
                 "overrides": report.overrides,
             }
-        return cls(bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle, report=report)
+        part = "" if name is None else name.removeprefix(stem).removeprefix(".")
+        return cls(
+            bundle.files["encodings"], model or bundle.files["model"], **known, bundle=bundle, report=report, part=part
+        )
+
+    def of_other_parts(self, name: str) -> bool:
+        """Whether a tensor is of another part of the model, where one is checked of a model in parts."""
+        from bitwright.bundle import belongs, parts_in
+
+        parts = parts_in(self.report.files) if self.part and self.report is not None else ()
+        return any(belongs(name, part, parts) for part in parts if part != self.part)
 
     @property
     def scope(self) -> str:

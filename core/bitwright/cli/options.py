@@ -26,6 +26,13 @@ ExportName = Annotated[str | None, typer.Option(help="Which export, if the folde
 Samples = Annotated[
     Path, typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False)
 ]
+VerifiedData = Annotated[
+    Path | None,
+    typer.Option(
+        help="Samples: .npz (input name → array), .npy, or a folder of images (default: the export's own).",
+        show_default=False,
+    ),
+]
 CalibrationData = Annotated[
     Path,
     typer.Option(

@@ -21,7 +21,7 @@ SHOWN_TENSORS = 10
 def verify(
     *,
     directory: options.ExportDirectory,
-    data: options.Samples,
+    data: options.VerifiedData = None,
     labels: options.Labels = None,
     as_json: options.Json = False,
     samples: options.SampleLimit = None,
@@ -122,9 +122,15 @@ def _by_reason(uncovered: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _show(result: Verification) -> None:
-    console.say(f"{result.samples} samples; float is the {result.float_model} model")
+    if not result.parts:
+        console.say(f"{result.samples} samples; float is the {result.float_model} model")
     for note in result.notes:
         console.say(f"note: {note}")
+    if result.parts:
+        for name, part in result.parts.items():
+            console.say(f"\n{name}:")
+            _show(part.model_copy(update={"notes": [n for n in part.notes if n not in result.notes]}))
+        return
     if not result.outputs:
         return
     rows: list[tuple[str, ...]] = []

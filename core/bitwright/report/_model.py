@@ -130,13 +130,14 @@ class StoredTensor(Record):
 class ReferenceRecord(Record):
     """Samples that travel with an export, and what the simulation made of them.
 
-    Arrays "input/0", "output/0", "tap/0", … of `file` are the tensors in the order given here.
+    Arrays "input/0", "output/0", "tap/0", "handed/0", … of `file` are the tensors in the order given here.
 
     Attributes:
         file: an .npz beside the report.
         synthetic: the inputs were made up, for lack of calibration data.
         inputs: names of the model's inputs.
         outputs, taps: the model's outputs; outputs of quantized ops.
+        handed: of a model that was captured in parts, what they were fed.
         left_out: tensors that the size budget left no room for.
     """
 
@@ -145,6 +146,7 @@ class ReferenceRecord(Record):
     inputs: tuple[str, ...]
     outputs: tuple[StoredTensor, ...]
     taps: tuple[StoredTensor, ...]
+    handed: tuple[StoredTensor, ...] = ()
     left_out: int = 0
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from bitwright.verify._result import Verification
 from bitwright.verify._validation import Validation, validate
-from bitwright.verify._verify import Verification, sqnr, verify
+from bitwright.verify._verify import sqnr, verify
 
 __all__ = ["Validation", "Verification", "sqnr", "validate", "verify"]

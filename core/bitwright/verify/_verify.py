@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.backend import Backend, Batch, Bundle, Session, Tap
 from bitwright.bundle import (
     QDQ,
-    OutputFigures,
     OutputQuality,
     PlainRuntime,
     PlainView,
@@ -29,6 +27,8 @@ from bitwright.bundle import (
     classes_of,
     in_shape,
     over_outputs,
+    parts_of,
+    recorded_inputs,
     reopen,
     seen_plain,
     whole_of,
@@ -47,6 +47,7 @@ from bitwright.runs import of_file
 from bitwright.simulation import bias_forms
 from bitwright.verify._exactness import Exactness, Examination
 from bitwright.verify._integer import IntegerSimulation
+from bitwright.verify._result import TensorComparison, Verification, of_parts
 
 INSPECTED = 8
 """Samples on which the tensors inside are compared."""
@@ -54,73 +55,9 @@ INSPECTED = 8
 Labels = NDArray[np.integer]
 
 
-class TensorComparison(BaseModel):
-    """One quantized tensor, float against simulation and simulation against integers.
-
-    Attributes:
-        name: the tensor.
-        sqnr_db: signal (float) to quantization noise (simulation) ratio, decibels.
-        simulated_differs: share of codes in which the float simulation departs from the integer runtime.
-        simulated_max_steps: the largest departure, in grid steps.
-        exact_differs, exact_max_steps: the same for the exact integer simulation; None where the runtime fused the
-            tensor away.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    sqnr_db: float
-    simulated_differs: float | None = None
-    simulated_max_steps: int | None = None
-    exact_differs: float | None = None
-    exact_max_steps: int | None = None
-
-
-class Verification(BaseModel):
-    """The result of `verify`; `model_dump_json()` is what ``bitwright verify --json`` prints.
-
-    Where the export has no quantized artefact, nothing of "integer" is there.
-
-    Attributes:
-        samples: how many were run.
-        runtime: the integer runtime that "integer" is of; empty where there is nothing that one executes.
-        float_model: "original", or "exported" where the original isn't at hand (its weights may be on their grids).
-        accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
-        agreement: share of equal argmax of the first output: "simulated_float", "integer_float", "integer_simulated".
-        sqnr_db: of the first output: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
-        outputs: the same figures of every output.
-        exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
-            output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
-            int32's range).
-        plain: a session with the runtime's default options, as users open it; None where the backend has none.
-        tensors: those that differ most first.
-        uncovered: ops whose exact integers may differ from the runtime's, with the reason; compared as float.
-        recorded: whether the export's record says what was simulated.
-        notes: what couldn't be compared, and samples that were left out.
-        problems: what is wrong in words; empty if all is well.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    samples: int
-    runtime: str = ""
-    float_model: str = "exported"
-    accuracy: dict[str, float] = Field(default_factory=dict)
-    agreement: dict[str, float] = Field(default_factory=dict)
-    sqnr_db: dict[str, float] = Field(default_factory=dict)
-    outputs: list[OutputFigures] = Field(default_factory=list)
-    exact: dict[str, float] = Field(default_factory=dict)
-    plain: PlainView | None = None
-    tensors: list[TensorComparison] = Field(default_factory=list)
-    uncovered: dict[str, str] = Field(default_factory=dict)
-    recorded: bool = False
-    notes: list[str] = Field(default_factory=list)
-    problems: list[str] = Field(default_factory=list)
-
-
 def verify(
     directory: str | Path,
-    data: DataLike,
+    data: DataLike | None = None,
     labels: Labels | None = None,
     *,
     name: str | None = None,
@@ -133,11 +70,15 @@ def verify(
 ) -> Verification:
     """Compare the four views of an exported bundle, with each other and with the record of what was simulated.
 
+    The Python between the parts of a model that was captured in parts is in no file. Such an export is compared part
+    by part, each on what it was handed when the reference samples ran; "net.head" as `name` takes one part, on data
+    for its own inputs.
+
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
-        data: samples in any accepted form.
+        data: samples in any accepted form; default: the reference samples that the export carries.
         labels: class index of each sample, for accuracy.
-        name: stem of the files, if the directory holds several bundles.
+        name: stem of the files, if the directory holds several bundles, or only a part is wanted.
         batch_size, limit: of the data; the first `limit` samples are used.
         inspected: samples for the comparison inside; whole batches where the model fixes their size.
         float_model: the original model, which "float" means at the outputs; default: the one that the run's report
@@ -150,7 +91,22 @@ def verify(
         InputError: the directory holds no bundle, or none for that runtime, or the data or labels don't fit.
         MissingExtraError: what the runtime needs isn't installed.
     """
+    if parts := parts_of(Path(directory), name):
+        if data is not None:
+            raise InputError(
+                f"the model in {directory} was captured in parts, and no file holds the Python between them, so data "
+                "can't be run through it: without data each part is compared on what the record says it was handed; "
+                f"with data for its own inputs, choose one as name={parts[0]!r}, {', '.join(map(repr, parts[1:]))}"
+            )
+        return of_parts({
+            part: verify(directory, name=part, batch_size=batch_size, limit=limit, inspected=inspected,
+                         runtime=runtime, progress=progress)
+            for part in parts
+        })  # fmt: skip
     opened = reopen(Path(directory), name)
+    if data is None:
+        data = recorded_inputs(opened)
+        opened.notes.append("no data were given: the samples are those that the export carries")
     chosen, told = _choose(opened.bundle, opened.report, runtime)
     artefacts = {info.artefact for info in registry.runtimes().values()} - {chosen.artefact if chosen else ""}
     bundle = replace(opened.bundle, files={k: p for k, p in opened.bundle.files.items() if k not in artefacts})
@@ -163,7 +119,9 @@ def verify(
         return Verification(samples=0, recorded=opened.record is not None, notes=[*left_out, *opened.notes],
                             problems=[*opened.problems, str(error)])  # fmt: skip
     views = _Views(backend, model, graph, opened.plan, table, bundle, chosen)
-    original = original_model(Path(directory), opened.report) if float_model is None else Path(float_model)
+    original = None if float_model is None else Path(float_model)
+    if original is None and not opened.part:
+        original = original_model(Path(directory), opened.report)
     reference = model if original is None else backend.load(original)
     wanted = list(graph.outputs)
     ran: tuple[str, ...] = ("simulated", "integer")
