@@ -14,7 +14,7 @@ from bitwright.graph import output_channels
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.layerwise import CutCache, LayerwiseWalk
 from bitwright.layerwise._cuts import cut_before, schedule
-from bitwright.layerwise._walk import reconstruction_loss
+from bitwright.layerwise._solving import reconstruction_loss
 from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer, LayerResult
 from bitwright.testing import models

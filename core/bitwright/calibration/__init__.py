@@ -6,6 +6,7 @@ from bitwright.calibration._base import Scheme
 from bitwright.calibration._collect import collect
 from bitwright.calibration._ranges import (
     activation_encodings,
+    activation_grids,
     activation_requests,
     bias_encoding,
     fits_accumulator,
@@ -13,6 +14,7 @@ from bitwright.calibration._ranges import (
     guarded,
     quantized_weights,
     sampled,
+    to_calibrate,
     weight_encodings,
 )
 from bitwright.calibration._schemes import scheme
@@ -20,6 +22,7 @@ from bitwright.calibration._schemes import scheme
 __all__ = [
     "Scheme",
     "activation_encodings",
+    "activation_grids",
     "activation_requests",
     "bias_encoding",
     "collect",
@@ -29,5 +32,6 @@ __all__ = [
     "quantized_weights",
     "sampled",
     "scheme",
+    "to_calibrate",
     "weight_encodings",
 ]

@@ -59,7 +59,7 @@ def activation_encodings(
     the weights that the target has, and not on ranges that aren't set yet.
     """
     graph = backend.graph(model)
-    wanted = [s for s in plan.activations if not (s in encodings and (encodings[s].frozen or encodings[s].kept))]
+    wanted = to_calibrate(plan, encodings)
     if not wanted:
         return {}
     requests = activation_requests(graph, plan, wanted)
@@ -68,7 +68,22 @@ def activation_encodings(
     def open_session(source: Source, taps: Sequence[Tap]) -> Session:
         return backend.session(quantized, taps)
 
-    statistics = collect(requests, open_session, data, progress=progress)
+    return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress))
+
+
+def to_calibrate(plan: Plan, encodings: EncodingTable) -> list[SiteId]:
+    """Activation sites with a specification of their own, unless frozen or kept."""
+    return [s for s in plan.activations if not (s in encodings and (encodings[s].frozen or encodings[s].kept))]
+
+
+def activation_grids(
+    plan: Plan, sites: Sequence[SiteId], statistics: Mapping[str, Statistic]
+) -> dict[SiteId, Encoding]:
+    """The encodings that the plan's schemes choose on finished statistics, those of `activation_requests`.
+
+    Raises:
+        EncodingError: a statistic doesn't do for its site, which is named.
+    """
 
     def encoding(site: SiteId) -> Encoding:
         spec = plan.spec(site)
@@ -83,7 +98,7 @@ def activation_encodings(
 
     # Each site's search is its own, so that threads change nothing but the time.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        return dict(zip(wanted, pool.map(encoding, wanted), strict=True))
+        return dict(zip(sites, pool.map(encoding, sites), strict=True))
 
 
 def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> list[Request]:

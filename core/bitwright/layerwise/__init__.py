@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitwright.layerwise._cuts import CutCache
+from bitwright.layerwise._solving import dump, load, name_left, solved
 from bitwright.layerwise._walk import LayerwiseWalk
 
-__all__ = ["CutCache", "LayerwiseWalk"]
+__all__ = ["CutCache", "LayerwiseWalk", "dump", "load", "name_left", "solved"]

@@ -8,9 +8,6 @@ run executes the same segments as the first, so that its numbers are bit-equal.
 
 from __future__ import annotations
 
-import json
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, ParamUpdates, PartialExecution, Session, Simulation, Tap
+from bitwright.backend import Backend, Batch, ParamReader, ParamUpdates, PartialExecution, Session, Simulation, Tap
 from bitwright.data import Dataset
-from bitwright.errors import InputError, ModelError
 from bitwright.graph import (
     Edit,
     Graph,
@@ -37,18 +33,16 @@ from bitwright.graph import (
     groups_of,
     input_channels,
     output_channels,
-    to_matrix,
 )
-from bitwright.grids import Encoding, EncodingTable, encoding_arrays, encoding_of_arrays
+from bitwright.grids import Encoding, EncodingTable
 from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
+from bitwright.layerwise._solving import dump, load, name_left, solved
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
-from bitwright.technique import Layer, LayerResult, LayerwiseSettings, Solve
+from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 
 GIB = 2**30
-NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
-"""What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
 
 
 @dataclass
@@ -91,7 +85,7 @@ class LayerwiseWalk:
         """See `LayerWalk`."""
         budget = self.moments_gib if moments_gib is None else moments_gib
         results: dict[OpId, LayerResult] = {}
-        stored = {o: r for o in ops if (r := _load(self.store.get(f"layer/{o}"))) is not None}
+        stored = {o: r for o in ops if (r := load(self.store.get(f"layer/{o}"))) is not None}
         visits = schedule(self.graph, ops, partial=self._partial)
         self.current = self.model
         encodings = self.encodings
@@ -121,7 +115,7 @@ class LayerwiseWalk:
                         if shared is None
                         else replace(shared, bias=None, figures={"shared": 1.0})
                     )
-                    self.store.put(f"layer/{visit.op.id}", _dump(result))
+                    self.store.put(f"layer/{visit.op.id}", dump(result))
                 results[visit.op.id] = result
                 replaced[visit.op.weight or ""] = result
                 pair.replace(visit.op, result)
@@ -129,20 +123,8 @@ class LayerwiseWalk:
         finally:
             pair.close()
             self.progress.finish()
-        self._name_left(results)
+        name_left(self.name, results)
         return results
-
-    def _name_left(self, results: Mapping[OpId, LayerResult]) -> None:
-        reasons: dict[str, list[str]] = {}
-        for op, result in results.items():
-            if result.left:
-                reasons.setdefault(result.left, []).append(repr(op))
-        if reasons:
-            count = sum(map(len, reasons.values()))
-            told = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
-            warnings.warn(
-                f"{self.name}: {count} of {len(results)} layers stay rounded to nearest: {told}", stacklevel=4
-            )
 
     @cached_property
     def _partial(self) -> bool:
@@ -186,50 +168,7 @@ class LayerwiseWalk:
     def _solve(
         self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable, left: str
     ) -> LayerResult:
-        assert op.weight is not None
-        bias_id = op.params.get(ParamRole.BIAS)
-        values = self.backend.read(self.model, [p for p in (op.weight, bias_id) if p is not None])
-        weight, encoding = np.asarray(values[op.weight], np.float32), encodings.get(op.weight)
-        if encoding is None:
-            raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
-        if moments is not None and moments.count == 0:
-            raise InputError("the calibration data are empty; give at least one batch")
-        bias = None if bias_id is None else np.asarray(values[bias_id], np.float32)
-        begin = time.perf_counter()
-        if moments is not None:
-            try:
-                result = solve(Layer(op, weight, bias, moments, encoding))
-            except NUMERICAL as error:
-                left = f"it couldn't be solved ({type(error).__name__}: {error})"
-            else:
-                if result.weight.shape != weight.shape:
-                    raise ModelError(f"{op.id!r}: a weight of shape {result.weight.shape} for {weight.shape}")
-                if not all(
-                    np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None
-                ):
-                    left = "its solution isn't finite"
-        if left:
-            return LayerResult(encoding.fake_quantize(weight), encoding, left=left)
-        assert moments is not None
-        figures = {**result.figures, "seconds": time.perf_counter() - begin}
-        if moments.has_products:
-            figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
-        return replace(result, figures=figures)
-
-
-def reconstruction_loss(
-    op: Op, weight: NDArray[np.float32], candidate: NDArray[np.float32], moments: LayerMoments
-) -> float:
-    """Mean squared output error of a layer relative to its output's power, the bias absorbing the mean difference."""
-    w, v = to_matrix(op, weight).astype(np.float64), to_matrix(op, candidate).astype(np.float64)
-    h, hq, c = moments.centred()
-    power = float(np.einsum("gok,gkl,gol->", w, h, w, optimize=True))
-    error = (
-        float(np.einsum("gok,gkl,gol->", v, hq, v, optimize=True))
-        - 2 * float(np.einsum("gok,gkl,gol->", w, c, v, optimize=True))
-        + power
-    )
-    return max(error, 0.0) / max(power, 1e-30)
+        return solved(ParamReader(self.backend, self.model, self.graph), op, moments, solve, encodings, left)
 
 
 class _Networks:
@@ -369,25 +308,3 @@ class _Networks:
 def _through(session: Session | None, batch: Batch, wanted: tuple[TensorId, ...]) -> dict[TensorId, NDArray[Any]]:
     outputs = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
     return {t: outputs[t] if t in outputs else batch[t] for t in wanted}
-
-
-def _dump(result: LayerResult) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"weight": result.weight, **encoding_arrays(result.encoding)}
-    if result.bias is not None:
-        arrays["bias"] = result.bias
-    arrays["figures"] = np.array(json.dumps(dict(result.figures)))
-    if result.left:
-        arrays["left"] = np.array(result.left)
-    return arrays
-
-
-def _load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
-    if arrays is None:
-        return None
-    return LayerResult(
-        arrays["weight"],
-        encoding_of_arrays(arrays),
-        arrays.get("bias"),
-        json.loads(str(arrays["figures"])),
-        str(arrays.get("left", "")),
-    )

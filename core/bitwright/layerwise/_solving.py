@@ -1,0 +1,127 @@
+"""One layer of a walk, wherever its moments come from: solved, judged, and kept as plain arrays."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Params
+from bitwright.errors import InputError, ModelError
+from bitwright.graph import Op, OpId, ParamRole, to_matrix
+from bitwright.grids import Encoding, encoding_arrays, encoding_of_arrays
+from bitwright.placement import SiteId
+from bitwright.statistics import LayerMoments
+from bitwright.technique import Layer, LayerResult, Solve
+
+NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
+"""What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
+
+
+def solved(
+    params: Params,
+    op: Op,
+    moments: LayerMoments | None,
+    solve: Solve,
+    encodings: Mapping[SiteId, Encoding],
+    left: str = "",
+) -> LayerResult:
+    """What a technique makes of one layer.
+
+    Args:
+        params: float weights and biases.
+        op: the layer.
+        moments: of its input; None where there are none, for the reason in `left`.
+        solve: the technique's.
+        encodings: in force.
+        left: why the layer isn't solved.
+
+    Raises:
+        InputError: the weight has no encoding, or no data reached the layer.
+        ModelError: the technique's weight has another shape.
+    """
+    assert op.weight is not None
+    bias_id = op.params.get(ParamRole.BIAS)
+    weight, encoding = np.asarray(params[op.weight], np.float32), encodings.get(op.weight)
+    if encoding is None:
+        raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
+    if moments is not None and moments.count == 0:
+        raise InputError("the calibration data are empty; give at least one batch")
+    bias = None if bias_id is None else np.asarray(params[bias_id], np.float32)
+    begin = time.perf_counter()
+    if moments is not None:
+        try:
+            result = solve(Layer(op, weight, bias, moments, encoding))
+        except NUMERICAL as error:
+            left = f"it couldn't be solved ({type(error).__name__}: {error})"
+        else:
+            if result.weight.shape != weight.shape:
+                raise ModelError(f"{op.id!r}: a weight of shape {result.weight.shape} for {weight.shape}")
+            if not all(
+                np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None
+            ):
+                left = "its solution isn't finite"
+    if left:
+        return LayerResult(encoding.fake_quantize(weight), encoding, left=left)
+    assert moments is not None
+    figures = {**result.figures, "seconds": time.perf_counter() - begin}
+    if moments.has_products:
+        figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
+    return replace(result, figures=figures)
+
+
+def reconstruction_loss(
+    op: Op, weight: NDArray[np.float32], candidate: NDArray[np.float32], moments: LayerMoments
+) -> float:
+    """Mean squared output error of a layer relative to its output's power, the bias absorbing the mean difference."""
+    w, v = to_matrix(op, weight).astype(np.float64), to_matrix(op, candidate).astype(np.float64)
+    h, hq, c = moments.centred()
+    power = float(np.einsum("gok,gkl,gol->", w, h, w, optimize=True))
+    error = (
+        float(np.einsum("gok,gkl,gol->", v, hq, v, optimize=True))
+        - 2 * float(np.einsum("gok,gkl,gol->", w, c, v, optimize=True))
+        + power
+    )
+    return max(error, 0.0) / max(power, 1e-30)
+
+
+def name_left(name: str, results: Mapping[OpId, LayerResult]) -> None:
+    """Warn of the layers that weren't solved, with the reasons; `name` is what the warning begins with."""
+    reasons: dict[str, list[str]] = {}
+    for op, result in results.items():
+        if result.left:
+            reasons.setdefault(result.left, []).append(repr(op))
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        told = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
+        warnings.warn(f"{name}: {count} of {len(results)} layers stay rounded to nearest: {told}", stacklevel=4)
+
+
+def dump(result: LayerResult) -> dict[str, NDArray[Any]]:
+    """A result as plain arrays, for a store."""
+    arrays: dict[str, NDArray[Any]] = {"weight": result.weight, **encoding_arrays(result.encoding)}
+    if result.bias is not None:
+        arrays["bias"] = result.bias
+    arrays["figures"] = np.array(json.dumps(dict(result.figures)))
+    if result.left:
+        arrays["left"] = np.array(result.left)
+    return arrays
+
+
+def load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
+    """The result that `dump` made arrays of."""
+    if arrays is None:
+        return None
+    return LayerResult(
+        arrays["weight"],
+        encoding_of_arrays(arrays),
+        arrays.get("bias"),
+        json.loads(str(arrays["figures"])),
+        str(arrays.get("left", "")),
+    )
