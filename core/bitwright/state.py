@@ -44,6 +44,19 @@ class InTraining:
     taken: str
 
 
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A float model whose weights were rounded on a bank's statistics.
+
+    Attributes:
+        native: the model.
+        network: fingerprint of the network that its weights were rounded from, which the bank was collected on.
+    """
+
+    native: Any
+    network: str
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SimState:
     """All that a simulation is. `graph` and `plan` follow from the other fields: `rebuilt` keeps them so.
@@ -61,6 +74,7 @@ class SimState:
         reports: of the techniques applied, in order, by name.
         reference: the first samples of the calibration data, which an export is proven on.
         training: a model of `QuantSim.trainable`, if there is one.
+        rounded: says that `native` was rounded on a bank, which still serves it then; of another model it says nothing.
         seed: of everything random.
         source: the file that the model was opened from.
         run: where long steps keep finished work; None keeps it in memory.
@@ -82,6 +96,7 @@ class SimState:
     reports: tuple[tuple[str, Report], ...] = ()
     reference: Samples | None = None
     training: InTraining | None = None
+    rounded: Rounded | None = None
     seed: int = 0
     source: Path | None = None
     run: RunDirectory | None = None

@@ -14,8 +14,10 @@ import typer
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
+    from bitwright.bank import Bank as Bank_
     from bitwright.data import Dataset
     from bitwright.progress import Progress
+    from bitwright.technique import Recipe, Step
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)]
 ExportDirectory = Annotated[
@@ -38,6 +40,16 @@ CalibrationData = Annotated[
     typer.Option(
         help="Calibration samples: .npz (input name → array), .npy, or a folder of images.", show_default=False
     ),
+]
+CalibrationSource = Annotated[
+    Path | None,
+    typer.Option(
+        help="Calibration samples: .npz (input name → array), .npy, or a folder of images.", show_default=False
+    ),
+]
+Bank = Annotated[
+    Path | None,
+    typer.Option(help="A bank of `bitwright collect`, in place of --data: nothing runs.", show_default=False),
 ]
 Labels = Annotated[
     Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
@@ -159,6 +171,34 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
 
     backend, native = open_model(model)
     return open_data(data, backend.input_specs(native), batch_size=batch_size, limit=limit)
+
+
+def open_bank(data: Path | None, bank: Path | None) -> Bank_ | None:
+    """The bank that takes the place of data; None where there are data.
+
+    Raises:
+        InputError: neither is given, or both; or the bank can't be opened.
+    """
+    if (data is None) == (bank is None):
+        raise InputError("give either --data or --bank" + ("" if bank is None else ", not both"))
+    if bank is None:
+        return None
+    from bitwright.bank import Bank
+
+    return Bank.open(bank)
+
+
+def steps_before(bank: Bank_ | None, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """What has to be applied without data before a bank is valid, and what is left of the recipe.
+
+    A recipe that begins with those steps isn't made to take them twice.
+    """
+    before = () if bank is None else bank.steps
+    first = recipe.steps[: len(before)]
+    told = [(s.technique, json.dumps(s.settings)) for s in first] == [
+        (s.technique, json.dumps(s.settings)) for s in before
+    ]
+    return before, recipe.steps[len(before) :] if told else recipe.steps
 
 
 def shown_progress(*, quiet: bool) -> AbstractContextManager[Progress]:

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from bitwright.data import Dataset
     from bitwright.report import Accuracy
     from bitwright.simulation import QuantSim
-    from bitwright.technique import Recipe
+    from bitwright.technique import Step
 
 
 def quantize(
     *,
     model: options.Model,
-    data: options.CalibrationData,
     out: options.OutputFolder,
+    data: options.CalibrationSource = None,
+    bank: options.Bank = None,
     labels: options.Labels = None,
     target: options.Target = "default",
     weights: options.WeightType = None,
@@ -68,9 +69,12 @@ def quantize(
     from bitwright.targets import load_target
 
     stem = name if name is not None else model.stem
-    job = Job(model, data, out, stem, encodings_version, batch_size, plain_session, reference_samples)
+    source = options.open_bank(data, bank)
+    if labels is not None and data is None:
+        raise InputError("--labels are those of --data; a bank has no samples to evaluate")
+    job = Job(model, data or bank or Path(), out, stem, encodings_version, batch_size, plain_session, reference_samples)
     job.check()
-    steps = read_recipe(recipe)
+    before, steps = options.steps_before(source, read_recipe(recipe))
     chosen = load_target(target)
     with options.shown_progress(quiet=quiet) as progress:
         clock = Clock()
@@ -81,11 +85,13 @@ def quantize(
             )  # fmt: skip
             sim.attach(source=model)
             refuse_planned(sim.state, out, job.name)
-            calibration = sim.open(data, batch_size=batch_size, limit=calibration_samples)
-            scored = Scored.open(sim, data, labels, batch_size) if labels is not None else None
+            calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples)
+            scored = Scored.open(sim, job.data, labels, batch_size) if labels is not None else None
         with run_in(out) as run:
-            run.record("quantize", model=str(model), target=chosen.name, data=str(data), recipe=recipe)
+            run.record("quantize", model=str(model), target=chosen.name, data=str(job.data), recipe=recipe)
             sim.attach(run=run)
+            for step in before:
+                sim.apply(step.technique, **step.settings)
             accuracy = _work(sim, steps, calibration, scored, clock)
             files = _export(sim, job, calibration, accuracy, clock)
             run.finish()
@@ -99,7 +105,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and written."""
+    """What is read and written; `data` are samples, or a bank."""
 
     model: Path
     data: Path
@@ -164,7 +170,9 @@ def opened(path: Path, load: Sequence[str] | None) -> Any:
     return open_model(path, options=options.read_load_options(load))[1]
 
 
-def _work(sim: QuantSim, steps: Recipe, calibration: Dataset, scored: Scored | None, clock: Clock) -> Accuracy | None:
+def _work(
+    sim: QuantSim, steps: Sequence[Step], calibration: Dataset, scored: Scored | None, clock: Clock
+) -> Accuracy | None:
     """Techniques, then ranges, then accuracy where there are labels."""
     from bitwright.cli.labels import classes, top1
     from bitwright.report import Accuracy

@@ -12,7 +12,7 @@ from bitwright.files._durable import (
     sync_directory,
     write_text,
 )
-from bitwright.files._leftovers import sweep
+from bitwright.files._leftovers import sweep, sweep_beside
 
 __all__ = [
     "DAMAGED",
@@ -25,6 +25,7 @@ __all__ = [
     "read_npy",
     "read_npz",
     "sweep",
+    "sweep_beside",
     "sync_directory",
     "write_text",
 ]

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from glob import escape
 from pathlib import Path
 
 from bitwright.files._durable import discard
@@ -34,6 +35,16 @@ def sweep(folder: Path) -> list[Path]:
             discard(path)
         removed.append(path)
     return removed
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove unfinished folders of `path`, written beside it as ``.NAME.PROCESS.partial``, whose processes are gone."""
+    if sys.platform == "win32":
+        return
+    for folder in path.parent.glob(f".{escape(path.name)}.*.partial"):
+        process = _process(folder.name)
+        if process is not None and not _lives(process):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _process(name: str) -> int | None:

@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Session, Tap, require
-from bitwright.calibration import activation_encodings, collect, guarded, weight_encodings
+from bitwright.bank import Bank, BankView
+from bitwright.calibration import (
+    activation_encodings,
+    activation_grids,
+    activation_requests,
+    collect,
+    guarded,
+    to_calibrate,
+    weight_encodings,
+)
 from bitwright.data import DataLike, Dataset, Remembering
 from bitwright.errors import InputError
-from bitwright.grids import Encoding, EncodingTable, encoding_arrays, encoding_of_arrays
+from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.layerwise import LayerwiseWalk
 from bitwright.placement import SiteId
 from bitwright.plugins import registry
@@ -24,7 +33,7 @@ from bitwright.simulation._outcomes import taken
 from bitwright.simulation._stages import Staged
 from bitwright.state import SimState
 from bitwright.statistics import Request, Source, Statistic
-from bitwright.technique import Context, Technique, require_data
+from bitwright.technique import Context, LayerWalk, Report, Technique, require_data
 
 
 def apply(state: SimState, technique: str | Technique, data: DataLike | None, settings: Mapping[str, Any]) -> SimState:
@@ -33,6 +42,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     chosen = _settings(body, settings)
     require(state.backend, body.requires, body.name)
     dataset = None if data is None else state.open(data)
+    bank = BankView(dataset, state) if isinstance(dataset, Bank) else None
     if isinstance(body, Staged) and len(stages := body.stages(state.graph, state.plan, chosen)) > 1:
         return staged.run(
             state, body.name, chosen, stages, lambda now, stage: apply(now, body, dataset, stage.model_dump())
@@ -46,32 +56,67 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     base = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = base.merged(weight_encodings(state.plan, state.params, base))
     store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset)
+    statistics: Mapping[str, Statistic] = {}
+    walk: LayerWalk | None = None
+    if bank is not None:
+        statistics, walk = bank.statistics(requests, body.name), bank.walk(table, store, body.name)
+    elif dataset is not None:
+        statistics = _statistics(state, requests, table, dataset) if requests else {}
+        walk = _walk(state, body.name, table, dataset, store)
     context = Context(
         graph=state.graph,
         plan=state.plan,
         params=state.params,
         encodings=table,
-        statistics={} if dataset is None or not requests else _statistics(state, requests, table, dataset),
+        statistics=statistics,
         settings=chosen,
-        walk=None if dataset is None else _walk(state, body.name, table, dataset, store),
+        walk=walk,
         store=store,
         progress=state.progress,
         seed=state.seed,
         folded=dict(state.folded),
     )
     outcome = body.apply(context)
+    if bank is not None:
+        outcome = bank.noted(outcome)
     step = getattr(store, "fingerprint", "")
-    return taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
+    now = taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
+    return now if bank is None else bank.followed(now, outcome)
 
 
 def calibrated(state: SimState, data: DataLike) -> SimState:
     """The state with the range of every site that isn't frozen or kept, see `QuantSim.calibrate`."""
-    dataset = Remembering(state.open(data), state.inputs)
+    opened = state.open(data)
+    if isinstance(opened, Bank):
+        return _calibrated_on_bank(state, opened)
+    dataset = Remembering(opened, state.inputs)
     params = state.params
     table = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = table.merged(weight_encodings(state.plan, params, table))
     table = table.merged(calibrated_activations(state, table, dataset))
     return replace(state, encodings=guarded(state.plan, table, params), reference=dataset.taken())
+
+
+def _calibrated_on_bank(state: SimState, bank: Bank) -> SimState:
+    """Ranges by the plan's schemes on a bank's histograms, which are those of the float network."""
+    params, view = state.params, BankView(bank, state)
+    view.require()
+    table = EncodingTable(state.encodings.held, state.encodings.provenance)
+    table = table.merged(weight_encodings(state.plan, params, table))
+    sites = to_calibrate(state.plan, table)
+    requests = activation_requests(state.graph, state.plan, sites)
+    table = table.merged(activation_grids(state.plan, sites, view.statistics(requests, "calibration")))
+    settings = {"scheme": state.scheme, "bank": bank.fingerprint()}
+    told = Report(
+        f"ranges of {len(sites)} activations from a bank of {bank.samples} samples: histograms of the float network, "
+        "whose weights aren't rounded",
+        {"sites": float(len(sites))},
+    )
+    return replace(
+        state,
+        encodings=guarded(state.plan, table, params).recorded(Provenance("calibrate", settings)),
+        reports=(*state.reports, ("calibrate", told)),
+    )
 
 
 def _statistics(
