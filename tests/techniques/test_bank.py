@@ -1,0 +1,419 @@
+"""The bank: solved on it is what is solved on data, in every framework; nothing runs, and nothing wrong is taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from backends import FRAMEWORKS
+
+from bitwright.bank import Bank, collect, merge
+from bitwright.errors import InputError
+from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic
+from bitwright.testing import models
+
+PORT = FRAMEWORKS.get("onnx")
+onnx_only = pytest.mark.skipif(PORT is None, reason="needs ONNX")
+
+
+def network():
+    return models.depthwise_triple(relu6=False)
+
+
+@pytest.fixture(scope="module")
+def sim():
+    return PORT.sim(network(), weights="int4").apply("fold_batch_norm")
+
+
+def samples(sim, count=24, seed=0):
+    """Uneven ones, so that layers' moments differ."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.gamma(2, 1, (count, *shape[1:])).astype(np.float32) for name, (shape, _) in sim.state.inputs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def bank(sim, tmp_path_factory):
+    return collect(sim, samples(sim), tmp_path_factory.mktemp("banks") / "bank")
+
+
+@pytest.fixture
+def copied(bank, tmp_path):
+    return shutil.copytree(bank.path, tmp_path / "copy")
+
+
+def same_weights(one, other):
+    for site in one.plan.parameters:
+        a, b = one.encodings[site], other.encodings[site]
+        assert a.equals(b), site
+        np.testing.assert_array_equal(a.quantize(one.params[site]), b.quantize(other.params[site]), err_msg=site)
+
+
+# -- what is solved
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_codes_from_a_bank_are_those_from_data(name, tmp_path, monkeypatch):
+    """With float inputs, in every framework, and though the model can't be run any more."""
+    sim = FRAMEWORKS[name].sim(network(), weights="int4").apply("fold_batch_norm")
+    data = samples(sim)
+    bank = collect(sim, data, tmp_path / "bank")
+    on_data = sim.fork().apply("gptq", data, inputs="float")
+    monkeypatch.setattr(type(sim.backend), "session", None)
+    monkeypatch.setattr(type(sim.backend), "simulate", None)
+    on_bank = sim.fork().apply("gptq", bank)
+    same_weights(on_bank, on_data)
+    for op in sim.graph.linear_ops:
+        moved = on_bank.params[op.weight] != sim.params[op.weight]
+        assert moved.any(), "nothing was rounded"
+    on_bank.calibrate(bank)
+    assert all(site in on_bank.encodings for site in on_bank.plan.activations)
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("technique", "settings"),
+    [
+        ("adaround", {"inputs": "float"}),
+        ("seq_mse", {"inputs": "float"}),
+        ("weight_clipping", {}),
+    ],
+)
+def test_techniques_on_moments_are_those_on_data(technique, settings, sim, bank):
+    on_bank, on_data = (sim.fork().apply(technique, data, **settings) for data in (bank, samples(sim)))
+    same_weights(on_bank, on_data)
+    assert "on a bank of 24 samples" in on_bank.reports[-1][1].summary
+    assert "bank" not in on_data.reports[-1][1].summary
+
+
+@onnx_only
+def test_biases_keep_the_mean_of_the_float_input(sim, bank):
+    """W E[x] − Ŵ E[x], with E[x] of the float network."""
+    corrected = sim.fork().apply("bias_correction", bank)
+    x = samples(sim)
+    for op in sim.graph.linear_ops:
+        bias = next(p for role, p in op.params.items() if p != op.weight)
+        assert not np.array_equal(corrected.params[bias], sim.params[bias])
+    first = sim.graph.linear_ops[0]
+    moments = bank.layer(first, products=False)
+    direct = LayerMoments(first, moments.mean.shape[1], paired=False, products=False)
+    direct.update(next(iter(x.values())))
+    np.testing.assert_allclose(moments.mean, direct.mean, rtol=1e-6)
+
+
+@onnx_only
+@pytest.mark.parametrize("scheme", ["minmax", "percentile", "sqnr", "mse", "entropy"])
+def test_ranges_are_those_of_the_float_network(scheme, sim, bank):
+    """Weights of 16 bits are almost float: what data give then is what the bank gives at any width."""
+    fine = PORT.sim(network(), weights="int16", scheme=scheme).apply("fold_batch_norm")
+    fine.calibrate(samples(sim))
+    coarse = sim.fork(scheme=scheme).calibrate(bank)
+    for site in coarse.plan.activations:
+        np.testing.assert_allclose(coarse.encodings[site].scale, fine.encodings[site].scale, rtol=2e-4, err_msg=site)
+    name, report = coarse.reports[-1]
+    assert name == "calibrate"
+    assert "histograms of the float network" in report.summary
+    coarse.predict(samples(sim))
+
+
+@onnx_only
+def test_a_histogram_is_the_one_that_calibration_collects(sim, bank):
+    """Bit for bit: its bins at fewer mantissa bits, its ends with and without all values."""
+    tensor = sim.graph.inputs[0]
+    whole = HistogramStatistic(step=bank.record.tensors[tensor].step, layout=bank.record.tensors[tensor].layout)
+    whole.update(samples(sim)[tensor])
+    held = bank.histogram(tensor, 9)
+    for key, values in whole.state().items():
+        np.testing.assert_array_equal(held.state()[key], values, err_msg=key)
+    with pytest.raises(InputError, match="10 bits of mantissa"):
+        bank.histogram(tensor, 11)
+
+
+# -- where it is valid
+
+
+@onnx_only
+def test_rounding_keeps_it_valid_and_changed_inputs_do_not(sim, bank):
+    twice = sim.fork().apply("gptq", bank).apply("bias_correction", bank).calibrate(bank)
+    assert [n for n, _ in twice.reports[-3:]] == ["gptq", "bias_correction", "calibrate"]
+    with pytest.raises(InputError, match="cross_layer_equalization changed the network since: collect behind"):
+        sim.fork().apply("cross_layer_equalization").calibrate(bank)
+    with pytest.raises(InputError, match="another network"):  # what was rounded on data isn't what the bank refers to
+        sim.fork().apply("gptq", samples(sim), inputs="float").calibrate(bank)
+    other = PORT.sim(models.conv_bn_relu(), weights="int4").apply("fold_batch_norm")
+    with pytest.raises(InputError, match="another network"):
+        other.apply("gptq", bank)
+
+
+@onnx_only
+def test_techniques_that_can_do_without_go_on(sim, bank):
+    """Equalization asks for ranges that it doesn't need: on a bank behind other steps it has none."""
+    done = PORT.sim(network(), weights="int4").apply("fold_batch_norm", bank).apply("cross_layer_equalization", bank)
+    without = PORT.sim(network(), weights="int4").apply("fold_batch_norm").apply("cross_layer_equalization")
+    for id in without.graph.params:
+        np.testing.assert_array_equal(done.params[id], without.params[id])
+
+
+@onnx_only
+def test_what_has_to_run_is_refused(sim, bank):
+    calibrated = sim.fork().calibrate(bank)
+    with pytest.raises(InputError, match=r"needs data.*only statistics"):
+        calibrated.predict(bank)
+    with pytest.raises(InputError, match="this is a bank"):
+        collect(sim, bank, bank.path.with_name("again"))
+    raw = PORT.sim(models.conv_bn_relu())
+    there = collect(raw, samples(raw), bank.path.with_name("raw"))
+    with pytest.raises(InputError, match="quantized network"):
+        raw.apply("batch_norm_reestimation", there)
+
+
+@onnx_only
+def test_a_layer_that_is_left_out_is_named(sim, tmp_path):
+    first, *others = sim.graph.linear_ops
+    some = collect(sim, samples(sim), tmp_path / "some", layers=[first.id])
+    assert set(some.record.left_out) == {op.id for op in others}
+    with pytest.warns(UserWarning, match=f"{others[0].id!r}.*the bank has no moments of it"):
+        done = sim.fork().apply("gptq", some)
+    assert done.encodings[first.weight].frozen
+    none = collect(sim, samples(sim), tmp_path / "none", budget_gib=0.0)
+    assert set(none.record.left_out) == {op.id for op in sim.graph.linear_ops}
+    assert not any(f.startswith("moments") for f in none.record.files)
+    with pytest.raises(InputError, match="matches no linear layer"):
+        collect(sim, samples(sim), tmp_path / "x", layers=["nothing*"])
+
+
+# -- merging
+
+
+@onnx_only
+def test_merged_is_one_run(sim, bank, tmp_path):
+    """Histograms and ranges to the bit, moments to float64 rounding, in any order the same bytes."""
+    whole = samples(sim)
+    parts = []
+    for i, piece in enumerate((slice(0, 8), slice(8, 12), slice(12, 24))):
+        parts.append(collect(sim, {k: v[piece] for k, v in whole.items()}, tmp_path / f"part{i}"))
+    joined, other = merge(parts, tmp_path / "joined"), merge(parts[::-1], tmp_path / "reversed")
+    assert joined.record.samples == 24
+    assert joined.record.files == other.record.files
+    for file in ("codes.npy", "counts.npy", "ranges.npy"):
+        assert joined.record.files[file] == bank.record.files[file], file
+    for op in sim.graph.linear_ops:
+        for field in ("mean", "xx"):
+            ours, one = getattr(joined.layer(op), field), getattr(bank.layer(op), field)
+            # Products of a batch are sums in float32, and the batches here are others.
+            np.testing.assert_allclose(ours, one, rtol=1e-6, atol=1e-6 * np.abs(one).max(), err_msg=f"{op.id} {field}")
+    same_batches = [collect(sim, {k: v[p] for k, v in whole.items()}, tmp_path / n)
+                    for n, p in (("first", slice(0, 8)), ("second", slice(8, 24)))]  # fmt: skip
+    exact = merge(same_batches, tmp_path / "exact")
+    for op in sim.graph.linear_ops:
+        ours, one = exact.layer(op), bank.layer(op)
+        # Steady features are summed about the first batch's mean, which is another for the second bank.
+        moving = ~ours.state()["shift_x"].any(axis=0)
+        assert moving.any()
+        np.testing.assert_allclose(ours.xx[..., moving][:, moving], one.xx[..., moving][:, moving], rtol=1e-13)
+        np.testing.assert_allclose(ours.xx, one.xx, rtol=1e-6, atol=1e-6 * np.abs(one.xx).max())
+    same_weights(sim.fork().apply("gptq", exact), sim.fork().apply("gptq", bank))
+
+
+@onnx_only
+def test_what_doesnt_belong_together_isnt_merged(sim, bank, tmp_path):
+    copy = shutil.copytree(bank.path, tmp_path / "copy")
+    with pytest.raises(InputError, match="on the same data, which would count twice"):
+        merge([bank, copy], tmp_path / "out")
+    half = collect(sim, samples(sim, 8, seed=3), tmp_path / "half", number="float32")
+    with pytest.raises(InputError, match="hold moments of different types"):
+        merge([bank, half], tmp_path / "out")
+    other = PORT.sim(models.conv_bn_relu())
+    foreign = collect(other, samples(other, 8, seed=3), tmp_path / "foreign")
+    with pytest.raises(InputError, match="different networks"):
+        merge([bank, foreign], tmp_path / "out")
+    with pytest.raises(InputError, match="two or more"):
+        merge([bank], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert half.bytes < bank.bytes
+
+
+# -- files
+
+
+def rewritten(folder, change):
+    """Change the index, and make its checksum right again, as whoever forges one would."""
+    from bitwright.bank._record import _digest
+
+    path = folder / "bank.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    path.write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+
+@onnx_only
+def test_damaged_files_are_refused(sim, bank, copied):
+    file = copied / "moments-0.npy"
+    good = file.read_bytes()
+    file.write_bytes(good[:-8] + bytes(8))
+    opened = Bank.open(copied)
+    with pytest.raises(InputError, match=r"'moments-0.npy' isn't what was collected"):
+        opened.verify()
+    with pytest.raises(InputError, match="isn't what was collected"):
+        sim.fork().apply("gptq", opened)
+    file.write_bytes(good[:-8])
+    with pytest.raises(InputError, match=r"'moments-0.npy' has \d+ bytes in place of"):
+        Bank.open(copied)
+    file.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        Bank.open(copied)
+    index = copied / "bank.json"
+    index.write_text(index.read_text().replace('"samples": 24', '"samples": 25'))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        Bank.open(copied)
+    index.write_text("{")
+    with pytest.raises(InputError, match="can't be read"):
+        Bank.open(copied)
+    index.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="can't be read"):
+        Bank.open(copied)
+    index.unlink()
+    with pytest.raises(InputError, match=r"is no bank: it has no bank.json"):
+        Bank.open(copied)
+
+
+def forged_file(folder, name, values):
+    np.save(folder / name, values, allow_pickle=values.dtype.hasobject)
+    raw = (folder / name).read_bytes()
+    rewritten(
+        folder, lambda c: c["files"].update({name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}})
+    )
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("name", "make", "told"),
+    [
+        ("moments-0.npy", lambda v: np.full(v.shape, {}, object), "Python objects"),
+        ("moments-0.npy", lambda v: v[:, :-1], "expected float64"),
+        ("moments-0.npy", lambda v: v.astype(np.float32), "expected float64"),
+        ("moments-0.npy", lambda v: np.full_like(v, np.inf), "aren't finite"),
+        ("means.npy", lambda v: v[:, :3], "shorter than its index says"),
+        ("counts.npy", lambda v: -v, "bins that there can't be"),
+        ("codes.npy", lambda v: v + (1 << 19), "bins that there can't be"),
+        ("ranges.npy", lambda v: v[::-1], "is none"),
+    ],
+)
+def test_forged_arrays_are_refused(name, make, told, sim, copied):
+    """With checksums that are right: what they hold is looked at all the same."""
+    forged_file(copied, name, make(np.array(np.load(copied / name))))
+    with pytest.raises(InputError, match=told):
+        opened = Bank.open(copied)
+        sim.fork().apply("gptq", opened).calibrate(opened).fork(scheme="minmax").calibrate(opened)
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c.update(format=2), "a bank of format 2; this version reads 1"),
+        (lambda c: c.update(kind="soup"), "isn't the index of a bank"),
+        (lambda c: c["files"].update({"../x.npy": c["files"]["means.npy"]}), "is missing"),
+        (lambda c: c["moments"][0].update(file="../../x.npy"), "file"),
+        (lambda c: c["moments"][0].update(count=0), "count"),
+        (lambda c: c["layers"].update(other=99), "'other' aren't among"),
+        (lambda c: c.update(surprise=1), "surprise"),
+    ],
+)
+def test_forged_indexes_are_refused(change, told, copied):
+    rewritten(copied, change)
+    with pytest.raises(InputError, match=told):
+        Bank.open(copied)
+
+
+@onnx_only
+def test_moments_of_another_width_are_refused(sim, copied):
+    rewritten(copied, lambda c: c["moments"][0].update(features=2, means=[0, 2 * c["moments"][0]["groups"]]))
+    with pytest.raises(InputError, match="expected float64"):
+        sim.fork().apply("gptq", Bank.open(copied))
+
+
+@onnx_only
+def test_nothing_is_half_written(sim, bank, tmp_path):
+    def failing():
+        yield samples(sim)
+        raise RuntimeError("the disk of the data is gone")
+
+    state = {"first": True}
+
+    def data():
+        if state.pop("first", False):
+            return iter([samples(sim)])
+        return failing()
+
+    with pytest.raises(RuntimeError, match="gone"):
+        collect(sim, data, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    bad = samples(sim)
+    next(iter(bad.values()))[3] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        collect(sim, [bad], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="is there already"):
+        collect(sim, samples(sim), bank.path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+real = Path.rename
+def rename(self, target):
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename
+from bitwright.bank import merge
+merge(sys.argv[1:3], sys.argv[3])
+"""
+
+
+@onnx_only
+@pytest.mark.skipif(sys.platform == "win32", reason="asks for processes")
+def test_what_a_killed_process_leaves_is_swept(sim, bank, tmp_path):
+    other, out = collect(sim, samples(sim, 8, seed=5), tmp_path / "other"), tmp_path / "out"
+    died = subprocess.run([sys.executable, "-c", KILLED, str(bank.path), str(other.path), str(out)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out.*.partial")
+    assert (left / "bank.json").is_file()
+    assert not out.exists()
+    merge([bank, other], out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+
+
+# -- requests
+
+
+@onnx_only
+def test_requests_are_answered_or_refused(sim, bank):
+    from bitwright.bank import BankView
+    from bitwright.statistics import Request
+
+    view, op = BankView(bank, sim.state), sim.graph.linear_ops[0]
+    tensor = op.data_inputs[0]
+    value = samples(sim)[tensor]
+    by_channel, whole = RangeStatistic(1, reduction="none"), RangeStatistic(reduction="none")
+    by_channel.update(value), whole.update(value)
+    answers = view.statistics(
+        [Request("a", (tensor,), lambda: RangeStatistic(1)), Request("b", (tensor,), RangeStatistic)], "test"
+    )
+    np.testing.assert_array_equal(answers["a"].high, by_channel.high)
+    np.testing.assert_array_equal(answers["b"].low, whole.low)
+    finer = Request("c", (tensor,), lambda: HistogramStatistic(1))
+    with pytest.raises(InputError, match="asks for a HistogramStatistic of"):
+        view.statistics([finer], "test")
+    with pytest.raises(InputError, match="knows nothing of tensor 'nowhere'; collect with this target"):
+        view.statistics([Request("d", ("nowhere",), RangeStatistic)], "test")
+    paired = Request("e", (tensor, tensor), lambda: LayerMoments(op, 9), ("float", "simulated"))
+    with pytest.raises(InputError, match="measures the quantized network"):
+        view.statistics([paired], "test")
