@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
 from bitwright.files import Array
 from bitwright.graph import Edit, Graph, ParamId, TensorId
@@ -142,6 +142,12 @@ class KerasBackend:
         from bitwright_keras.export.export import formats
 
         return formats()
+
+    def observed(self, model: KerasModel, seen: Callable[[Batch], None]) -> keras.Model:
+        """See `bitwright.backend.Observable`: a `keras.Model`; `predict` and `evaluate` run it batch by batch."""
+        from bitwright_keras.simulate.observed import ObservedModel
+
+        return ObservedModel(model, seen)
 
     def bundled(self, model: KerasModel) -> Mapping[str, str]:
         """Formats that an exported bundle has beside the .keras file: name → ending.

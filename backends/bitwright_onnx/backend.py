@@ -142,6 +142,12 @@ class OnnxBackend:
             return Bundle({"qdq": report.path}, report.names)
         raise InputError(f"the ONNX backend has no format {format!r}; there are {', '.join(_FORMATS)}")
 
+    def observed(self, model: ir.Model, seen: Callable[[Batch], None]) -> Any:
+        """See `bitwright.backend.Observable`: `run(names, feeds)` as of an `onnxruntime.InferenceSession`."""
+        from bitwright_onnx.simulate.observed import ObservedSession
+
+        return ObservedSession(model, seen)
+
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description."""
         return dict(_FORMATS)

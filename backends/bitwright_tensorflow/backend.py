@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
 from bitwright.graph import Edit, Graph, ParamId, TensorId
 from bitwright.grids import EncodingTable
@@ -166,6 +166,12 @@ class TensorFlowBackend:
         from bitwright_tensorflow.export.export import FORMATS
 
         return dict(FORMATS)
+
+    def observed(self, model: TfModel, seen: Callable[[Batch], None]) -> Any:
+        """See `bitwright.backend.Observable`: a v1 session of the whole graph, which can be called too."""
+        from bitwright_tensorflow.simulate.observed import observed
+
+        return observed(model, seen)
 
     def bundled(self, model: TfModel) -> Mapping[str, str]:
         """What an exported bundle holds beside the frozen graph: the source's own form, and QDQ ONNX."""

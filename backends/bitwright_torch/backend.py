@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 
-from bitwright.backend import Bundle, Session, Simulation, Tap, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import Edit, Graph, ParamId, TensorId
 from bitwright.grids import EncodingTable
@@ -169,6 +169,12 @@ class TorchBackend:
         from bitwright_torch.export.export import export
 
         return export(model, plan, encodings, path, format)
+
+    def observed(self, model: Model, seen: Callable[[Batch], None]) -> nn.Module:
+        """See `bitwright.backend.Observable`: a module, called as the user's."""
+        from bitwright_torch.simulate.observed import observed
+
+        return observed(model, seen)
 
     def converting_once(self) -> AbstractContextManager[None]:
         """See `bitwright.backend.SharedConversion`."""

@@ -19,13 +19,16 @@ from bitwright.testing.reference import ReferenceBackend
 OFFERED = {
     "onnx": {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
+        "observable",
     },
-    "torch": {"partial_execution", "trainable", "shared_conversion"},
+    "torch": {"partial_execution", "trainable", "shared_conversion", "observable"},
     "keras": {
         "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "reproduced_artefact",
-        "bundled_formats",
+        "bundled_formats", "observable",
     },
-    "tensorflow": {"partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats"},
+    "tensorflow": {
+        "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats", "observable",
+    },
 }  # fmt: skip
 
 

@@ -147,6 +147,22 @@ def as_numpy(tensor: Any) -> NDArray[Any]:
     return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
 
 
+def is_symbolic(tensor: Any) -> bool:
+    """Whether a tensor stands for values that aren't there yet: while a function is traced, or a shape inferred."""
+    if isinstance(tensor, keras.KerasTensor):
+        return True
+    name = keras.backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.is_symbolic_tensor(tensor))
+    if name == "jax":
+        import jax
+
+        return isinstance(tensor, jax.core.Tracer)
+    return name == "torch" and str(getattr(tensor, "device", "")) == "meta"
+
+
 def clip(x: Any, low: Any, high: Any) -> Any:
     """Between two scalars or broadcast arrays."""
     if keras.backend.backend() == "tensorflow" and len(low.shape) == 0 and len(high.shape) == 0:

@@ -17,7 +17,7 @@ What simulation and export can rely on:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -135,23 +135,23 @@ class TfModel:
         return results[0] if len(results) == 1 else dict(zip(self.signature.outputs, results, strict=True))
 
 
-def open_session(model: TfModel) -> tf.compat.v1.Session:
+def open_session(model: TfModel, made: Callable[..., Any] = tf.compat.v1.Session) -> Any:
     """The whole model in a session: for a `Kind.SESSION` with its collections, so that savers and optimizers work.
 
-    Lookup tables are initialized. The caller closes the session.
+    Lookup tables are initialized. The caller closes the session, whose class is `made`.
 
     Raises:
         ModelError: TensorFlow refuses the graph.
     """
     if model.kind is not Kind.SESSION:
-        return open_graph(model.graph_def, model.values)
+        return open_graph(model.graph_def, model.values, made)
     graph = tf.Graph()
     try:
         with graph.as_default():
             tf.compat.v1.train.import_meta_graph(model.copy_meta(), clear_devices=True)
     except (ValueError, tf.errors.OpError) as error:
         raise ModelError(f"TensorFlow refuses the graph: {reason(error)}") from error
-    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    session = made(graph=graph, config=session_config())
     import_values(session, model.values)
     tables = graph.get_collection(tf.compat.v1.GraphKeys.TABLE_INITIALIZERS)
     if tables:

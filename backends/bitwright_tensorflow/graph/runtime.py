@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,12 @@ def import_values(session: tf.compat.v1.Session, values: Mapping[str, Array]) ->
         session.run(assigned, feed)
 
 
-def open_graph(graph_def: GraphDef, values: Mapping[str, Array]) -> tf.compat.v1.Session:
-    """A session on a new graph of these nodes, with its variables set."""
+def open_graph(
+    graph_def: GraphDef, values: Mapping[str, Array], made: Callable[..., Any] = tf.compat.v1.Session
+) -> Any:
+    """A session on a new graph of these nodes, with its variables set; `made` is its class."""
     graph = import_graph(graph_def)
-    session = tf.compat.v1.Session(graph=graph, config=session_config())
+    session = made(graph=graph, config=session_config())
     import_values(session, values)
     return session
 

@@ -16,6 +16,7 @@ from bitwright.backend._checks import (
 from bitwright.backend._conversion import array_of, check_numeric, converted, fed
 from bitwright.backend._editing import Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
+from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._protocols import (
     ArtefactWriter,
@@ -25,6 +26,7 @@ from bitwright.backend._protocols import (
     BundledFormats,
     Capability,
     IntegerRuntime,
+    Observable,
     OpTimer,
     Pair,
     ParamUpdates,
@@ -68,6 +70,7 @@ __all__ = [
     "Editor",
     "IntegerRuntime",
     "NonFiniteWarning",
+    "Observable",
     "OpTimer",
     "Pair",
     "ParamReader",
@@ -108,6 +111,7 @@ __all__ = [
     "known_param",
     "no_param",
     "not_computable",
+    "observed",
     "on_grid",
     "precision_of",
     "reduced",

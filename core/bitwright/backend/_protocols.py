@@ -206,6 +206,19 @@ class Trainable(Protocol[M_contra]):
 
 
 @runtime_checkable
+class Observable(Protocol[M_contra]):
+    """Handing a model out as the framework's users run one, for data by their own forward pass (`observed`)."""
+
+    def observed(self, model: M_contra, seen: Callable[[Batch], None]) -> Any:
+        """A copy of the float model as users of the framework run it: a module, a session, a function.
+
+        Args:
+            model: not changed, whatever is done to what is returned.
+            seen: to be called with the inputs of each run that computes values, by name.
+        """
+
+
+@runtime_checkable
 class SharedConversion(Protocol):
     """Exports in several formats that have a costly step in common, such as a conversion to ONNX."""
 
@@ -362,6 +375,7 @@ class Capability(StrEnum):
     QUANTIZED_READER = "quantized_reader"
     BUNDLED_FORMATS = "bundled_formats"
     SHARED_CONVERSION = "shared_conversion"
+    OBSERVABLE = "observable"
     SOURCE_FILES = "source_files"
     REPRODUCED_ARTEFACT = "reproduced_artefact"
 
@@ -380,6 +394,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.QUANTIZED_READER: QuantizedReader,
     Capability.BUNDLED_FORMATS: BundledFormats,
     Capability.SHARED_CONVERSION: SharedConversion,
+    Capability.OBSERVABLE: Observable,
     Capability.SOURCE_FILES: SourceFiles,
     Capability.REPRODUCED_ARTEFACT: ReproducedArtefact,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
+from bitwright.data._forward import is_forward_pass, recorded
 from bitwright.data._reference import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.data._samples import FirstSamples, labels_of, whole_batches
 
@@ -18,10 +19,12 @@ __all__ = [
     "batch_dimension",
     "first_samples",
     "is_fixed",
+    "is_forward_pass",
     "joined",
     "labels",
     "labels_of",
     "open_data",
+    "recorded",
     "samples_in",
     "whole_batches",
 ]

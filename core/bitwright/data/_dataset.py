@@ -33,6 +33,7 @@ from bitwright.data._batches import (
     single_input,
     stacked,
 )
+from bitwright.data._forward import Recording, needed_arguments
 from bitwright.data._images import ImageFolder, ImageOptions
 from bitwright.errors import InputError
 from bitwright.files import Array, read_npy, read_npz
@@ -198,6 +199,8 @@ def open_data(
         return _arrays(in_names_of(specs, arrays), specs, size, limit, "data")
     if isinstance(source, np.ndarray) or (hasattr(source, "__array__") and hasattr(source, "shape")):
         return _arrays({single_input(specs): array_of(source, "data")}, specs, size, limit, "data")
+    if isinstance(source, Recording):
+        return _iterable(source, specs, limit, "call {} of the model".format)
     return _iterable(source, specs, limit)
 
 
@@ -305,13 +308,19 @@ def _iterable(
     if isinstance(source, Iterable):
         start = source.__iter__
     elif callable(source):
+        if (needed := needed_arguments(source)) > 1:
+            raise InputError(
+                f"the function {getattr(source, '__name__', source)!r} needs {needed} arguments; give one without "
+                "arguments that returns an iterator, or one that takes the model and runs it: "
+                "lambda model: forward(model, …)"
+            )
         start = _fresh(source)
     else:
         raise InputError(
             f"can't read data from a {type(source).__name__}; give arrays, a path, a list of batches, a DataLoader, "
             "or a function that returns an iterator"
         )
-    if isinstance(source, list | tuple | NpzFolder):
+    if isinstance(source, list | tuple | NpzFolder | Recording):
         fixed = batch_dimension(specs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when they are gone through

@@ -163,7 +163,11 @@ class QuantSim(StateView):
         return self._twin(_set_precision.retyped(self._state, types))
 
     def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
-        """Data in any accepted form (see `data.open_data`), checked against this model's inputs."""
+        """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
+
+        A function of one argument is a forward pass: it is called once with the float model, in the form in which its
+        framework runs one, and what it feeds to it are the data.
+        """
         return self._state.open(data, batch_size=batch_size, limit=limit)
 
     # -- encodings
@@ -172,6 +176,9 @@ class QuantSim(StateView):
         """Set the ranges of every site that isn't frozen or kept: weights by their values, activations on `data`.
 
         Nothing changes if it fails (empty data, NaN).
+
+        Args:
+            data: as for `open`: arrays, a path, batches; or a forward pass of your own, a function of the model.
 
         Raises:
             InputError: the data are empty, don't fit the model, or hold NaN.
