@@ -222,6 +222,38 @@ def test_the_best_zero_point_is_found():
     assert found <= brute * 1.003
 
 
+def test_the_best_zero_point_among_many_is_found():
+    """64 of them, of which 33 are tried, and then those around the best."""
+    x = samples("normal", 4000)
+    x = np.concatenate([x, np.linspace(3 * x.max(), 4 * x.max(), 8, dtype=np.float32)])
+    e = calibrate_array(x, QuantSpec(6, **ASYMMETRIC), "mse")
+    assert noise(x, e) <= min(noise(x, e.with_(zero_point=np.int32(z))) for z in range(64)) * 1.0001
+
+
+@pytest.mark.parametrize("codes", [None, (-8, 7), (0, 15)])
+def test_the_expected_error_is_the_integral_over_each_interval(codes):
+    """Wherever a grid ends: outside of the data, at an end of an interval, inside of one."""
+    rng = np.random.default_rng(0)
+    ends = np.sort(np.concatenate([rng.uniform(-1, 1, (3, 12)), np.full((3, 1), 1.0)], axis=1), axis=1)
+    low, high, mass = ends[:, :-1], ends[:, 1:], rng.uniform(0.5, 2, (3, 12))
+    if codes == (0, 15):
+        low, high = np.abs(low) % 1 * 0.9, np.abs(low) % 1 * 0.9 + 0.05
+        order = np.argsort(low, axis=1)
+        low, high = np.take_along_axis(low, order, 1), np.take_along_axis(high, order, 1)
+    unit = np.ones(3)
+    density = Density(np.minimum(low[:, 0], 0), unit, low, high, mass)
+    search = _search._Search(density, QuantSpec(4, **(ASYMMETRIC if codes is None else SYMMETRIC)), codes)
+    scale = rng.uniform(0.02, 0.2, (5, 3))
+    top = np.rint(rng.uniform(4, 15, (5, 3, 4))) if codes is None else np.full((5, 3, 1), float(codes[1]))
+    bottom = top - 15 if codes is None else np.full(top.shape, float(codes[0]))
+    points = low[..., None] + (high - low)[..., None] * (np.arange(4000) + 0.5) / 4000
+    for attempt, row, position in np.ndindex(top.shape):
+        s, ends = scale[attempt, row], (bottom[attempt, row, position], top[attempt, row, position])
+        error = np.square(points[row] - s * np.clip(np.rint(points[row] / s), *ends)).mean(axis=-1)
+        expected = (error * mass[row]).sum()
+        assert search._cost(scale, bottom, top)[attempt, row, position] == pytest.approx(expected, rel=1e-4)
+
+
 def test_known_ranges_of_a_normal_distribution():
     x = samples("normal")
     e = calibrate("sqnr", QuantSpec(4, **ASYMMETRIC), x)

@@ -126,6 +126,16 @@ def test_constraints():
     assert (e.minimum, e.maximum) == (pytest.approx(-1), pytest.approx(2))
 
 
+def test_numbers_can_t_be_written_to_and_are_nobody_else_s():
+    scale, zero = np.float32([1, 2]), np.int32([0, 1])
+    e = Encoding(8, True, True, scale, zero, PerChannel(0))
+    scale[0], zero[0] = 3, 4
+    assert e.scale.tolist() == [1, 2] and e.zero_point.tolist() == [0, 1]
+    for numbers in (e.scale, e.zero_point):
+        with pytest.raises(ValueError, match="read-only"):
+            numbers[0] = 1
+
+
 def test_bad_ranges_are_refused():
     with pytest.raises(EncodingError, match="NaN or infinite"):
         encoding_from_range(INT8, 0.0, np.inf)
@@ -137,6 +147,9 @@ def test_bad_ranges_are_refused():
         Encoding(8, True, True, np.float32(1), np.int32(0), PerChannel(0))
     with pytest.raises(EncodingError, match=r"outside the codes -128\.\.127"):
         Encoding(8, True, True, np.float32(1), np.int32(128))
+    for zero in ([0, 128], [-129, 0]):
+        with pytest.raises(EncodingError, match=r"outside the codes -128\.\.127"):
+            Encoding(8, True, True, np.float32([1, 1]), np.int32(zero), PerChannel(0))
     with pytest.raises(EncodingError, match="no integer codes"):
         encoding_from_range(QuantSpec(16, float_format="float16"), -1, 1).quantize(X)
 
