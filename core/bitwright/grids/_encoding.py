@@ -28,6 +28,7 @@ from bitwright.grids._grid import (
 )
 from bitwright.grids._pair_sums import fitted_scale
 from bitwright.grids._range_numbers import NUMPY, GridKind, range_numbers, two_level_factors
+from bitwright.tables import Table, Tabular, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +234,7 @@ class Provenance:
     fingerprint: str = ""
 
 
-class EncodingTable(Mapping[str, Encoding]):
+class EncodingTable(Tabular, Mapping[str, Encoding]):
     """An immutable mapping of site ids to encodings; every change is a new table."""
 
     __slots__ = ("_entries", "provenance")
@@ -254,6 +255,16 @@ class EncodingTable(Mapping[str, Encoding]):
     def __repr__(self) -> str:
         frozen = sum(e.frozen for e in self._entries.values())
         return f"EncodingTable({len(self)} encodings, {frozen} frozen)"
+
+    def as_table(self) -> Table:
+        """A row for each encoding: type, range over all its groups, scales, who made it and who holds it.
+
+        Of a scale or zero point for each channel or block, the smallest and the largest are given.
+        """
+        columns = (
+            "site", "type", "scales", "low", "high", "smallest scale", "largest scale", "zero point", "source", "held",
+        )  # fmt: skip
+        return Table(columns, tuple(_row(site, e) for site, e in self._entries.items()))
 
     def merged(self, entries: Mapping[str, Encoding]) -> EncodingTable:
         """A table in which `entries` replace or extend these."""
@@ -277,3 +288,17 @@ class EncodingTable(Mapping[str, Encoding]):
     def held(self) -> EncodingTable:
         """Only the entries that calibration doesn't replace: frozen and kept ones."""
         return EncodingTable({s: e for s, e in self._entries.items() if e.frozen or e.kept}, self.provenance)
+
+
+def _row(site: str, e: Encoding) -> tuple[Value, ...]:
+    """What `EncodingTable.as_table` says of one encoding."""
+    kind = e.float_format or f"{'int' if e.signed else 'uint'}{e.bits}"
+    low = high = None
+    if e.float_format is None:
+        low, high = float(e.minimum.min()), float(e.maximum.max())
+    points = sorted({int(z) for z in np.ravel(e.zero_point)})
+    zero = points[0] if len(points) == 1 else f"{points[0]} to {points[-1]}"
+    held = "frozen" if e.frozen else "kept" if e.kept else ""
+    who = f"{held} ({e.held_by})" if held and e.held_by else held
+    scales = (float(e.scale.min()), float(e.scale.max()))
+    return (site, kind, e.scale.size, low, high, *scales, zero, e.source, who)

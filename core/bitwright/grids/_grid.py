@@ -134,8 +134,17 @@ class Grid:
 
 
 _TYPE = re.compile(
-    r"(?P<base>u?int(?P<bits>\d+)|float16|bfloat16|fp8|float8e4m3fn|float8e5m2)(:(?P<layout>block|lpbq)(?P<size>\d+))?"
+    r"(?P<base>u?int(?P<bits>\d+)|float16|bfloat16|float8e4m3fn|float8e5m2)(:(?P<layout>block|lpbq)(?P<size>\d+))?"
 )
+_TYPE_ALIASES = {
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8e4m3fn",
+    "fp8_e4m3": "float8e4m3fn",
+    "fp8_e5m2": "float8e5m2",
+}
+"""Every other name that a type goes by."""
 
 
 def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwise | None]:
@@ -147,7 +156,8 @@ def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwi
     Raises:
         InputError: the text is none of these.
     """
-    match = _TYPE.fullmatch(text.strip().lower())
+    name, colon, layout_text = text.strip().lower().partition(":")
+    match = _TYPE.fullmatch(_TYPE_ALIASES.get(name, name) + colon + layout_text)
     if match is None:
         raise InputError(
             f"unknown type {text!r}: use int2…int16, uint2…uint16, float16, bfloat16, fp8 (float8e4m3fn), float8e5m2, "
@@ -165,10 +175,10 @@ def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwi
             raise InputError(f"{text!r}: integer types have 2 to 16 bits")
         if layout is not None and layout.decompressed_bits is not None and bits >= layout.decompressed_bits:
             raise InputError(f"{text!r}: LPBQ decompresses to {layout.decompressed_bits} bits, so its codes need fewer")
-        return bits, not text.strip().lower().startswith("u"), None, layout
+        return bits, not name.startswith("u"), None, layout
     if layout is not None:
         raise InputError(f"{text!r}: blocks go with integer types, for example int4:block32")
-    name = "float8e4m3fn" if match["base"] == "fp8" else match["base"]
+    name = match["base"]
     return (16 if name.endswith("float16") else 8), None, name, None  # type: ignore[return-value]
 
 

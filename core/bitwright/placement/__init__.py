@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bitwright.placement._build import build_plan
 from bitwright.placement._masks import Extent, NodeView, is_mask, masks
-from bitwright.placement._overrides import is_lost
+from bitwright.placement._overrides import ARROW, is_lost, ops_between, without_subgraphs
 from bitwright.placement._plan import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.placement._types import sized, sized_overrides
 
 __all__ = [
+    "ARROW",
     "Decision",
     "Derived",
     "Extent",
@@ -23,4 +25,8 @@ __all__ = [
     "is_lost",
     "is_mask",
     "masks",
+    "ops_between",
+    "sized",
+    "sized_overrides",
+    "without_subgraphs",
 ]

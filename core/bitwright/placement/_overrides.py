@@ -28,6 +28,8 @@ class Overrides:
     sites: Mapping[SiteId, Precision | None] = field(default_factory=dict)
 
 
+ARROW = "->"
+"""Between the first and the last ops of a subgraph."""
 _TYPE, _PATTERN, _NAME = range(3)
 """How closely an override names what it is about; the closer one wins."""
 
@@ -35,9 +37,10 @@ _TYPE, _PATTERN, _NAME = range(3)
 def parse_overrides(graph: Graph, wanted: Mapping[str, object]) -> Overrides:
     """Read overrides: ``{"conv1": "float", "layer2.*": {"weights": "int4"}, "Gemm": "float", "act2": "uint16"}``.
 
-    A key is the name of an op, tensor or parameter, a pattern of names with ``*``, ``?`` and ``[…]``, or an op type
-    ("Conv", or the framework's own name). Names win over patterns, and patterns over types; what is said of a site goes
-    before what is said of its op.
+    A key is the name of an op, tensor or parameter, a pattern of names with ``*``, ``?`` and ``[…]``, an op type
+    ("Conv", or the framework's own name), or a subgraph, ``"conv1 -> add"`` or ``"a, b -> c"``: all ops on the ways
+    from the first ops to the last, these included. Names win over patterns and subgraphs, and these over types; what is
+    said of a site goes before what is said of its op.
 
     "float" for an op makes it run in float: its parameters stay float, and its outputs are quantized only where a
     quantized op reads them. A name that is both an op's and a tensor's means the op for "float" and for mappings, the
@@ -98,11 +101,63 @@ def _resolved(graph: Graph, name: str) -> tuple[int, list[OpId], list[SiteId]]:
     sites = [name] if name in graph.tensors or name in graph.params else []
     if name in graph or sites:
         return _NAME, [name] if name in graph else [], sites
+    if ARROW in name:
+        return _PATTERN, ops_between(graph, name), []
     if any(c in name for c in "*?["):
         floats = [t for t, tensor in graph.tensors.items() if tensor.is_float]
         matched = [s for s in (*floats, *graph.params) if fnmatch.fnmatchcase(s, name)]
         return _PATTERN, [op.id for op in graph if fnmatch.fnmatchcase(op.id, name)], matched
     return _TYPE, [op.id for op in graph if name in (op.type, op.native)], []
+
+
+def ops_between(graph: Graph, text: str) -> list[OpId]:
+    """The ops of a subgraph ``"a, b -> c, d"``: on a way from one of the first to one of the last, these included.
+
+    Raises:
+        InputError: one of them isn't an op of the model, or no way leads from the first to the last.
+    """
+    first, last = ([name.strip() for name in side.split(",")] for side in text.split(ARROW, 1))
+    for name in (*first, *last):
+        if name not in graph:
+            raise InputError(f"{text!r}: the model has no op {name!r}{_near(graph, name)}")
+    after, before = set(first), set(last)
+    for op in graph:  # in topological order, so that one pass each way is enough
+        if any((made := graph.producer(t)) is not None and made.id in after for t in op.inputs):
+            after.add(op.id)
+    for op in reversed(list(graph)):
+        if any(user.id in before for t in op.outputs for user in graph.consumers(t)):
+            before.add(op.id)
+    found = [op.id for op in graph if op.id in after and op.id in before]
+    if not set(first) & before or not set(last) & after:
+        raise InputError(f"{text!r}: no way leads from {', '.join(first)} to {', '.join(last)}")
+    return found
+
+
+def without_subgraphs(graph: Graph, overrides: Mapping[str, object]) -> dict[str, object]:
+    """Overrides in which subgraphs are the names of their ops, so that an edit of one op loses no other's.
+
+    Raises:
+        InputError: a subgraph isn't one, or none of its ops has what it is said of.
+    """
+    found = {name: value for name, value in overrides.items() if ARROW not in name}
+    for name, value in overrides.items():
+        if name in found:
+            continue
+        given = {op: _fitting(graph.op(op), value) for op in ops_between(graph, name)}
+        if not any(given.values()):
+            raise InputError(f"overrides: none of the ops of {name!r} takes {value!r}")
+        for op, said in given.items():
+            if said:
+                found.setdefault(op, said)
+    return found
+
+
+def _fitting(op: Op, value: object) -> object:
+    """What of an override an op of a subgraph has a place for."""
+    if not isinstance(value, Mapping):
+        return value
+    roles = {"weights": ParamRole.WEIGHT in op.params, "bias": ParamRole.BIAS in op.params}
+    return {role: text for role, text in value.items() if roles.get(role, True)}
 
 
 class _Found:

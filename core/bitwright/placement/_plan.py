@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from functools import cached_property
 from typing import TypeVar
@@ -11,6 +11,7 @@ from typing import TypeVar
 from bitwright.errors import EncodingError
 from bitwright.graph import OpId, ParamRole
 from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.tables import Table, Tabular
 
 E = TypeVar("E")
 SiteId = str
@@ -76,7 +77,7 @@ class Site:
     role: ParamRole | None = None
 
 
-class Plan(Mapping[SiteId, Site]):
+class Plan(Tabular, Mapping[SiteId, Site]):
     """Every quantizable site of one graph for one target, in topological order.
 
     Args:
@@ -225,9 +226,20 @@ class Plan(Mapping[SiteId, Site]):
             ties.setdefault(self.root(s), []).append(s)
         return {r: (r, *(s for s in members if s != r)) for r, members in ties.items()}
 
+    def __repr__(self) -> str:
+        return f"Plan({len(self)} sites for {self.target}, {len(self.quantized)} quantized)"
+
     def table(self) -> tuple[Row, ...]:
         """A row for each site, for display."""
         return tuple(self._row(site) for site in self._sites.values())
+
+    def row(self, site: SiteId) -> Row:
+        """The row of one site."""
+        return self._row(self._sites[site])
+
+    def as_table(self) -> Table:
+        """The rows of `table` under their names."""
+        return Table(tuple(f.name for f in fields(Row)), tuple(astuple(row) for row in self.table()))
 
     def _row(self, site: Site) -> Row:
         op, decision = site.op or "", site.decision

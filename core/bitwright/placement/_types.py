@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.grids import FLOAT, Blockwise, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
@@ -21,13 +23,15 @@ class Precision:
 
     @classmethod
     def of(cls, asked: str | None, fallback: str) -> Precision:
-        """Of what the user asked for, or else of the target's default.
+        """Of what the user asked for, or else of the target's default; a width alone ("8") leaves the sign to that.
 
         Raises:
             InputError: not a type.
         """
-        bits, signed, float_format, blocks = parse_type(fallback if asked is None else asked)
-        return cls(bits, bool(signed), float_format, blocks, asked is not None)
+        bare = asked is not None and asked.strip().isdecimal()
+        text = fallback if asked is None else sized(asked, fallback) if bare else asked
+        bits, signed, float_format, blocks = parse_type(text)
+        return cls(bits, bool(signed), float_format, blocks, asked is not None and not bare)
 
     @classmethod
     def or_float(cls, asked: str | None, fallback: str) -> Precision | None:
@@ -47,6 +51,27 @@ class Precision:
         if self.blocks is not None:
             raise InputError(f"{asked!r}: blocks are for weights; activations have one scale, for example uint8")
         return self
+
+
+def sized(asked: str | int, default: str) -> str:
+    """A type as text; of a width alone (8, "8"), the integer type with the sign that the default has."""
+    text = str(asked)
+    if not text.strip().isdecimal():
+        return text
+    return f"{'u' if default.startswith('u') else ''}int{text.strip()}"
+
+
+def sized_overrides(overrides: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """Overrides in which widths of an op's weights and activations are types, by the target's signs."""
+    default = {"weights": target.weights, "activations": target.activations}
+
+    def one(role: str, value: Any) -> Any:
+        return sized(value, default[role]) if role in default and isinstance(value, int | str) else value
+
+    return {
+        name: {role: one(role, v) for role, v in value.items()} if isinstance(value, Mapping) else value
+        for name, value in overrides.items()
+    }
 
 
 def activation_spec(

@@ -21,6 +21,8 @@ from bitwright.placement import Derived, SiteId, SiteKind
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import _apply, _fork, _set_precision, _training
+from bitwright.simulation._overview import overview, title
+from bitwright.simulation._site import SiteHandle, site_named
 from bitwright.simulation._state import open_simulation, open_state, rebuilt, with_encodings
 from bitwright.state import SimState, StateView
 from bitwright.targets import Target
@@ -34,9 +36,10 @@ class QuantSim(StateView):
         model: a framework's model object, or a path to a model file.
         sample: one batch, for frameworks that trace a model; not needed for ONNX.
         target: a preset's name (`bitwright targets`), a configuration file, or a `Target`.
-        weights, activations: types such as "int8", "int4:block32", "uint16", "float16"; None takes the target's.
+        weights, activations: types such as "int8", "int4:block32", "uint16", "float16"; a width alone, such as 8, is
+            the integer type with the target's sign; None takes the target's.
             `activations="float"` quantizes weights only.
-        scheme: calibration scheme of activations; "percentile:99.9" carries a setting.
+        scheme: calibration scheme of activations; "percentile:99.9" carries a setting, "tf_enhanced" is "sqnr".
         weight_scheme: calibration scheme of weights.
         overrides: exceptions by op or site, see `placement.build_plan`.
         backend: a backend's name, if several could open the model.
@@ -47,6 +50,7 @@ class QuantSim(StateView):
     Raises:
         ModelError: the model can't be opened.
         TargetError: the target's configuration is invalid.
+        InputError: no such scheme or type, or an override that names nothing.
         MissingExtraError: the model's framework isn't installed.
     """
 
@@ -56,8 +60,8 @@ class QuantSim(StateView):
         sample: Batch | None = None,
         *,
         target: str | Path | Mapping[str, Any] | Target = "default",
-        weights: str | None = None,
-        activations: str | None = None,
+        weights: str | int | None = None,
+        activations: str | int | None = None,
         scheme: str = "sqnr",
         weight_scheme: str = "minmax",
         overrides: Mapping[str, Any] | None = None,
@@ -162,6 +166,49 @@ class QuantSim(StateView):
         """
         return self._twin(_set_precision.retyped(self._state, types))
 
+    # -- what it is, for people
+
+    def __str__(self) -> str:
+        return str(overview(self._state))
+
+    def __repr__(self) -> str:
+        return f"<{title(self._state)}>"
+
+    def _repr_html_(self) -> str:
+        return overview(self._state).html()
+
+    def __getitem__(self, site: SiteId) -> SiteHandle:
+        """One tensor or parameter, to look at its quantizer and to change it: ``sim["conv1.weight"].set("int4")``.
+
+        Raises:
+            InputError: the plan has no such site; with the nearest name.
+        """
+        return SiteHandle(self, site_named(self._state.graph, self._state.plan, site))
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._state.plan
+
+    def __call__(self, *inputs: Any, **named: Any) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+        """The simulation's output for one batch, as numpy: `sim(x)`, `sim(x, mask)`, `sim(ids=x, mask=m)`.
+
+        For tensors of the framework, and gradients, call `model` instead.
+
+        Args:
+            inputs: the batch as `calibrate` takes one: in any of its forms, or an array for each of the model's inputs.
+            named: arrays by the inputs' names, instead.
+
+        Returns:
+            The output; a tuple where the model has several, in the order of `graph.outputs`.
+
+        Raises:
+            EncodingError: not calibrated yet.
+            InputError: the batch doesn't fit the model.
+        """
+        if bool(inputs) == bool(named):
+            raise InputError("give one batch: an array for each input in order, or all of them by name")
+        found = self.predict([named if named else inputs[0] if len(inputs) == 1 else inputs])
+        return found[0] if len(found) == 1 else tuple(found)
+
     def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
 
@@ -202,9 +249,9 @@ class QuantSim(StateView):
         self,
         what: str | OpKind | Iterable[str | OpKind],
         *,
-        weights: str | None = None,
-        activations: str | None = None,
-        inputs: str | None = None,
+        weights: str | int | None = None,
+        activations: str | int | None = None,
+        inputs: str | int | None = None,
         strict: bool = True,
     ) -> tuple[_set_precision.Conflict, ...]:
         """Give ops, modules, op types or tensors another type; the last call on a site wins.

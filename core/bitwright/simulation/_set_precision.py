@@ -10,7 +10,7 @@ from typing import Any
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
 from bitwright.grids import FLOAT, EncodingTable, parse_type
-from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
+from bitwright.placement import ARROW, Float, Plan, Site, SiteId, SiteKind, ops_between, sized
 from bitwright.simulation._fork import fork
 from bitwright.state import SimState
 
@@ -37,18 +37,19 @@ def set_precision(
     state: SimState,
     what: str | OpKind | Iterable[str | OpKind],
     *,
-    weights: str | None = None,
-    activations: str | None = None,
-    inputs: str | None = None,
+    weights: str | int | None = None,
+    activations: str | int | None = None,
+    inputs: str | int | None = None,
     strict: bool = True,
 ) -> tuple[SimState, tuple[Conflict, ...]]:
     """Give ops, modules, op types or tensors another type; the last call on a site wins.
 
     Args:
         state: stays as it is.
-        what: an op's name, a module's (the start of its ops' names, up to a dot or slash), a pattern with ``*``, an op
-            type ("Conv", or the framework's own name), an `OpKind`, a tensor's or parameter's name; or several.
-        weights: type of the weights, such as "int4", "int4:block32", "float".
+        what: an op's name, a module's (the start of its ops' names, up to a dot or slash), a pattern with ``*``, a
+            subgraph ("conv1 -> add": all ops on the ways from one to the other), an op type ("Conv", or the framework's
+            own name), an `OpKind`, a tensor's or parameter's name; or several.
+        weights: type of the weights, such as "int4", "int4:block32", "float", or a width.
         activations: type of the outputs; where an op is fused with those behind it, of what leaves the fused group.
             For a tensor: its type.
         inputs: type of the tensors that the ops read.
@@ -61,7 +62,15 @@ def set_precision(
     Raises:
         InputError: nothing is called so, a type isn't understood, or with `strict` a conflict.
     """
-    asked = {"weights": weights, "activations": activations, "inputs": inputs}
+    target = state.target
+    asked = {
+        role: given if given is None else sized(given, default)
+        for role, given, default in (
+            ("weights", weights, target.weights),
+            ("activations", activations, target.activations),
+            ("inputs", inputs, target.activations),
+        )
+    }
     if all(v is None for v in asked.values()):
         raise InputError("set_precision: give weights=, activations= or inputs=, such as weights='int4'")
     for role, text in asked.items():
@@ -69,8 +78,28 @@ def set_precision(
             raise InputError(f"{role}={text!r}: blocks are for weights; activations have one scale, for example uint8")
     request = _Request(state)
     for item in [what] if isinstance(what, str) else what:
-        request.add(item, weights, activations, inputs)
+        request.add(item, **asked)
     return request.carry_out(strict)
+
+
+def set_type(state: SimState, site: SiteId, text: str | int) -> SimState:
+    """The state with another type at one site, and at those that share its grid; see `Site.set`.
+
+    Args:
+        state: stays as it is.
+        site: a tensor or parameter of the plan.
+        text: the type, a width, or "float".
+
+    Raises:
+        InputError: not a type, or something stands against it.
+    """
+    kind = state.plan[site].kind
+    # Asked for by its name alone, it needn't be thawed first.
+    group = set(state.plan.tied(state.plan.root(site)))
+    state = replace(state, encodings=state.encodings.restricted(set(state.encodings) - group))
+    request = _Request(state)
+    request.put(site, sized(text, state.target.weights if kind is SiteKind.PARAMETER else state.target.activations))
+    return request.carry_out(strict=True)[0]
 
 
 def retyped(state: SimState, types: Mapping[SiteId, str]) -> SimState:
@@ -114,14 +143,14 @@ class _Request:
             if text is None:
                 role = "weights" if site.kind is SiteKind.PARAMETER else "activations"
                 raise InputError(f"{item!r} is not an op; pass {role}=")
-            self._put(item, text)
+            self.put(item, text)
             return
         if weights is not None:
             bearing = [op for op in ops if op.weight is not None]
             if not bearing and named:
                 raise InputError(f"{str(item)!r} has no weights")
             for op in bearing:
-                self._put(op.params[ParamRole.WEIGHT], weights)
+                self.put(op.params[ParamRole.WEIGHT], weights)
         for op in ops:
             for t in op.outputs if activations is not None else ():
                 self._activation(end_of_fusion(self.graph, self.plan, t), str(activations), single=named)
@@ -131,9 +160,10 @@ class _Request:
     def _activation(self, tensor: TensorId, text: str, *, single: bool) -> None:
         # What a whole type or module is asked for holds where there is something to quantize.
         if single or not isinstance(self.plan[self.plan.root(tensor)].decision, Float):
-            self._put(tensor, text)
+            self.put(tensor, text)
 
-    def _put(self, site: SiteId, text: str) -> None:
+    def put(self, site: SiteId, text: str) -> None:
+        """Note one site, and those that share its grid."""
         decision = self.plan[self.plan.root(site)].decision
         if isinstance(decision, Float) and text != FLOAT and (self._before(site) or self._default(site)) != FLOAT:
             self.conflicts.append(Conflict(site, f"it stays in float ({decision.reason}); {text} isn't set"))
@@ -205,6 +235,8 @@ def _ops(graph: Graph, item: str | OpKind) -> tuple[list[Op], bool]:
         return [graph.op(item)], True
     if item in graph.tensors or item in graph.params:
         return [], True
+    if ARROW in item:
+        return [graph.op(op) for op in ops_between(graph, item)], False
     if any(c in item for c in "*?["):
         found = [op for op in graph if fnmatch.fnmatchcase(op.id, item)]
     else:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.backend import Batch, Simulation, check_encodings
+from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import EncodingError
 from bitwright.grids import Encoding
-from bitwright.placement import Plan, SiteId, build_plan, is_lost
+from bitwright.placement import Plan, SiteId, build_plan, is_lost, sized_overrides, without_subgraphs
 from bitwright.progress import Progress, Silent
 from bitwright.runs import RunDirectory
 from bitwright.simulation import bias_forms
@@ -24,8 +25,8 @@ def open_state(
     sample: Batch | None = None,
     *,
     target: str | Path | Mapping[str, Any] | Target = "default",
-    weights: str | None = None,
-    activations: str | None = None,
+    weights: str | int | None = None,
+    activations: str | int | None = None,
     scheme: str = "sqnr",
     weight_scheme: str = "minmax",
     overrides: Mapping[str, Any] | None = None,
@@ -45,8 +46,8 @@ def open_state(
             graph=graph,
             target=chosen,
             plan=Plan({}, chosen.name),
-            weights=weights,
-            activations=activations,
+            weights=weights if weights is None else str(weights),
+            activations=activations if activations is None else str(activations),
             scheme=scheme,
             weight_scheme=weight_scheme,
             overrides=dict(overrides or {}),
@@ -99,6 +100,10 @@ def _held(encoding: Encoding) -> Encoding:
 
 
 def _planned(state: SimState) -> SimState:
+    for name in (state.scheme, state.weight_scheme):
+        calibration_scheme(name)  # refused now, not at the first calibration
+    overrides = without_subgraphs(state.graph, state.overrides)
+    state = replace(state, overrides=sized_overrides(overrides, state.target))
     plan = build_plan(
         state.graph,
         state.target,

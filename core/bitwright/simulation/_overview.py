@@ -1,0 +1,131 @@
+"""What `print(sim)` and notebooks show: what is quantized to which types and ranges, how far it is, what comes next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from bitwright.graph import Op
+from bitwright.grids import Encoding
+from bitwright.placement import Derived, Float, SharedWith, SiteId
+from bitwright.report import plan_widths
+from bitwright.state import SimState
+from bitwright.tables import Table, Value
+
+SHOWN = 40
+"""Rows of ops on a terminal; `print(sim.plan)` has all sites."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A simulation in words and one table.
+
+    Attributes:
+        title: model and target.
+        lines: what is quantized, how far it is, what was applied.
+        table: a row an op, with the types and ranges of its weight and output.
+        next: what to call next.
+    """
+
+    title: str
+    lines: tuple[str, ...]
+    table: Table
+    next: str
+
+    def __str__(self) -> str:
+        rows = self.table.rows
+        left = len(rows) - SHOWN
+        table = str(Table(self.table.columns, rows[:SHOWN] if left > 0 else rows))
+        more = f"\n… and {left} more: print(sim.plan) has every site" if left > 0 else ""
+        return "\n".join((self.title, *self.lines, "", table + more, "", f"next: {self.next}"))
+
+    def html(self) -> str:
+        """The same for a notebook, all rows."""
+        told = "<br>".join(map(escape, self.lines))
+        return (
+            f"<div><strong>{escape(self.title)}</strong><br>{told}{self.table._repr_html_()}"
+            f"<em>next: {escape(self.next)}</em></div>"
+        )
+
+
+def title(state: SimState) -> str:
+    """Model and target in a few words."""
+    model = state.source.name if state.source is not None else f"a {type(state.native).__name__}"
+    return f"QuantSim of {model} ({state.backend.name}) for {state.target.name}"
+
+
+def overview(state: SimState) -> Overview:
+    """What is to be said of a state."""
+    plan = state.plan
+    floats = sum(isinstance(site.decision, Float) for site in plan.values())
+    missing = _missing(state)
+    wanted = len(plan.activations) + len(plan.parameters)
+    held = sum(e.frozen or e.kept for e in state.encodings.values())
+    lines = [
+        f"{plan_widths(plan)}; {len(plan.quantized)} of {len(plan)} sites quantized, {floats} stay in float",
+        f"calibrated, {wanted} encodings, {held} of them held"
+        if not missing
+        else f"{len(missing)} of {wanted} sites have no encoding yet, {missing[0]!r} first",
+    ]
+    if state.reports:
+        lines.append("applied: " + ", ".join(name for name, _ in state.reports))
+    if state.training is not None:
+        lines.append("a model is out for training")
+    return Overview(title(state), tuple(lines), _table(state), _next(state, bool(missing)))
+
+
+def _missing(state: SimState) -> list[SiteId]:
+    return [s for s in (*state.plan.activations, *state.plan.parameters) if s not in state.encodings]
+
+
+def _next(state: SimState, missing: bool) -> str:
+    if state.training is not None:
+        return "train the model of trainable(), then take()"
+    if missing:
+        return "calibrate(data); techniques such as apply('adaround', data) go before it"
+    return "compare predict(data) with predict(data, simulated=False), then export(folder)"
+
+
+def _table(state: SimState) -> Table:
+    rows: list[tuple[Value, ...]] = [
+        (tensor, "input", "", "", *_shown(state, tensor)) for tensor in state.graph.inputs if tensor in state.plan
+    ]
+    for op in state.graph:
+        row = _row(state, op)
+        if row is not None:
+            rows.append(row)
+    return Table(("op", "type", "weight", "range", "output", "range", ""), tuple(rows))
+
+
+def _row(state: SimState, op: Op) -> tuple[Value, ...] | None:
+    weight = next((p for p in (op.weight, *op.params.values()) if p is not None and p in state.plan), None)
+    output = next((t for t in op.outputs if t in state.plan), None)
+    if weight is None and output is None:
+        return None
+    of_weight = ("", "", "") if weight is None else _shown(state, weight)
+    of_output = ("", "", "") if output is None else _shown(state, output)
+    state_of = ", ".join(dict.fromkeys(filter(None, (of_weight[2], of_output[2]))))
+    return (op.id, op.type, *of_weight[:2], *of_output[:2], state_of)
+
+
+def _shown(state: SimState, site: SiteId) -> tuple[str, str, str]:
+    """Type, range, and who holds the encoding."""
+    row, decision = state.plan.row(site), state.plan[site].decision
+    root = state.plan.root(site)
+    if isinstance(state.plan[root].decision, Float):
+        return "float", "", ""
+    if isinstance(decision, Derived):
+        return "int32", "", ""
+    encoding = state.encodings.get(root)
+    held = "" if encoding is None else "frozen" if encoding.frozen else "kept" if encoding.kept else ""
+    told = row.bits + (f" {row.granularity}" if row.granularity not in ("", "per tensor") else "")
+    shared = f"with {root}" if isinstance(decision, SharedWith) else _range(encoding)
+    return told, shared, held
+
+
+def _range(encoding: Encoding | None) -> str:
+    if encoding is None:
+        return "not yet"
+    if encoding.float_format is not None:
+        return ""
+    return f"{float(encoding.minimum.min()):.4g} … {float(encoding.maximum.max()):.4g}"

@@ -1,0 +1,197 @@
+"""What a newcomer types first: print(sim), sim(x), sim["site"], short names of types and schemes, subgraphs."""
+
+import sys
+import types
+
+import builders as b
+import numpy as np
+import pytest
+
+from bitwright.errors import EncodingError, InputError, MissingExtraError
+from bitwright.grids import parse_type
+from bitwright.placement import Float
+from bitwright.simulation import QuantSim
+
+DATA = {"x": np.random.default_rng(0).normal(size=(24, 3, 8, 8)).astype(np.float32)}
+
+
+def simulation(**options):
+    return QuantSim(b.small_cnn(), target="onnxruntime-cpu", **options)
+
+
+def floats(sim):
+    return {s for s, site in sim.plan.items() if isinstance(site.decision, Float)}
+
+
+def test_print_says_what_is_quantized_how_far_it_is_and_what_comes_next():
+    sim = simulation()
+    before = str(sim)
+    assert "QuantSim of" in before and "onnxruntime-cpu" in before
+    assert "10 of 10 sites have no encoding yet, 'x' first" in before
+    assert before.splitlines()[-1].startswith("next: calibrate(data)")
+    after = str(sim.calibrate(DATA))
+    encoding = sim.encodings["r2"]
+    row = next(line for line in after.splitlines() if line.startswith("relu2"))
+    assert f"{float(encoding.minimum):.4g} … {float(encoding.maximum):.4g}" in row and "uint8" in row
+    assert "with gap" in next(line for line in after.splitlines() if line.startswith("flatten"))
+    assert "export" in after.splitlines()[-1]
+    assert "applied: fold_batch_norm" in str(sim.apply("fold_batch_norm"))
+    sim.calibrate(DATA)
+    assert "0 of them held" in str(sim)
+    sim["r2"].freeze()
+    assert "1 of them held" in str(sim) and "frozen" in str(sim)
+    page = sim._repr_html_()
+    assert "<table>" in page and "relu2" in page and "next: " in page
+    assert "\n" not in repr(sim)
+
+
+def test_plan_and_encodings_are_tables_and_frames(monkeypatch):
+    sim = simulation().calibrate(DATA)
+    lines = str(sim.plan).splitlines()
+    assert len(lines) == len(sim.plan) + 1 and lines[0].split() == [
+        "site", "op", "bits", "granularity", "decision", "reason",
+    ]  # fmt: skip
+    assert "<td" in sim.plan._repr_html_() and "<td" in sim.encodings._repr_html_()
+    row = next(r for r in sim.encodings.as_table().rows if r[0] == "conv1.weight")
+    held = sim.encodings["conv1.weight"]
+    assert row[1:5] == ("int8", 8, float(held.minimum.min()), float(held.maximum.max()))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtraError, match="pip install pandas"):
+        sim.plan.to_pandas()
+    frame = types.SimpleNamespace(DataFrame=lambda rows, columns: (rows, columns))
+    monkeypatch.setitem(sys.modules, "pandas", frame)
+    rows, columns = sim.encodings.to_pandas()
+    assert len(rows) == len(sim.encodings) and columns[0] == "site"
+
+
+def test_html_escapes_names():
+    from bitwright.tables import Table
+
+    assert "<b>" not in Table(("a",), (("<b>x</b>",),))._repr_html_()
+
+
+def test_calling_the_simulation_is_a_prediction_of_one_batch():
+    sim = simulation()
+    with pytest.raises(EncodingError, match="calibrate"):
+        sim(DATA["x"])
+    sim.calibrate(DATA)
+    expected = sim.predict(DATA)[0]
+    assert np.array_equal(sim(DATA["x"]), expected)
+    assert np.array_equal(sim(x=DATA["x"][:5]), sim(DATA["x"])[:5])
+    with pytest.raises(InputError, match="one batch"):
+        sim()
+
+
+def test_a_width_is_the_targets_type_of_that_width():
+    assert {str(simulation(weights=w).plan) for w in (4, "4")} == {str(simulation(weights="int4").plan)}
+    assert str(simulation(activations=16).plan) == str(simulation(activations="uint16").plan)
+    # A width alone says nothing of the sign, so that symmetric activations stay signed.
+    empty = ("params", "op_type", "model_input", "model_output")
+    symmetric = {
+        "defaults": {"ops": {"is_output_quantized": "True", "is_symmetric": "True"}, "params": {}},
+        "supergroups": [],
+        **{key: {} for key in empty},
+    }
+    named, sized, default = (
+        QuantSim(b.small_cnn(), target=symmetric, activations=a).plan.spec("r2") for a in ("uint8", 8, None)
+    )
+    assert sized == default and sized.signed and not named.signed
+    assert simulation(overrides={"fc": {"weights": 4}}).plan.spec("fc.weight").bits == 4
+    sim = simulation()
+    sim.set_precision("conv1", weights=4)
+    assert sim.plan.spec("conv1.weight").bits == 4
+    with pytest.raises(InputError, match="2 to 16"):
+        simulation(weights=64)
+
+
+def test_other_names_of_types():
+    assert parse_type("fp16") == parse_type("float16")
+    assert parse_type("BF16") == parse_type("bfloat16")
+    assert parse_type("fp8_e5m2") == parse_type("float8e5m2")
+
+
+@pytest.mark.parametrize("role", ["scheme", "weight_scheme"])
+def test_a_wrong_scheme_is_refused_at_once_with_the_nearest(role):
+    with pytest.raises(InputError, match="unknown calibration scheme 'tf_enhancd'; did you mean 'tf_enhanced'"):
+        simulation(**{role: "tf_enhancd"})
+    with pytest.raises(InputError, match="percentile"):
+        simulation(**{role: "percentile:200"})
+    with pytest.raises(InputError, match="bogus"):
+        simulation().fork(**{role: "bogus"})
+
+
+def test_aimets_schemes():
+    sim, own = simulation(scheme="tf_enhanced").calibrate(DATA), simulation(scheme="sqnr").calibrate(DATA)
+    assert all(sim.encodings[s].equals(own.encodings[s]) for s in own.encodings)
+
+
+class TestSite:
+    def test_type_range_and_freezing(self):
+        sim = simulation().calibrate(DATA)
+        before = sim.state
+        weight = sim["conv1.weight"].freeze()
+        assert weight.frozen and not before.encodings["conv1.weight"].frozen  # states are never written to
+        weight.set(4)
+        assert weight.decision.bits == 4 and weight.encoding is None
+        sim.calibrate(DATA)
+        assert weight.encoding.bits == 4
+        site = sim["r2"].set(low=0.0, high=2.0)
+        assert float(site.encoding.maximum) == 2.0
+        sim.calibrate(DATA)
+        assert float(site.encoding.maximum) == 2.0
+        site.freeze(False)
+        sim.calibrate(DATA)
+        assert float(site.encoding.maximum) > 10
+        sim["conv1.weight"].float()
+        assert isinstance(weight.decision, Float) and "conv1.weight" not in sim.encodings
+        assert np.isfinite(sim(DATA["x"])).all()
+
+    def test_sites_that_share_a_grid_change_together(self):
+        sim = simulation().calibrate(DATA)
+        sim["flat"].set(low=0.0, high=1.0)
+        assert float(sim["gap"].encoding.maximum) == 1.0
+
+    def test_what_cannot_be_is_refused_and_nothing_changes(self):
+        sim = simulation().calibrate(DATA)
+        state = sim.state
+        for act, message in (
+            (lambda: sim["conv1.wight"], "did you mean 'conv1.weight'"),
+            (lambda: sim["conv1"], "is an op; its sites are 'conv1.weight', 'conv1.bias', 'c1'"),
+            (sim["c1"].freeze, "inside the supergroup"),
+            (lambda: sim["conv1.weight"].set(low=-1, high=1), "for each channel"),
+            (lambda: sim["r2"].set(low=3, high=1), "empty"),
+            (lambda: sim["r2"].set(low=3), "both low= and high="),
+            (lambda: sim["r2"].set("int99"), "2 to 16"),
+            (lambda: sim[0], "named by a text"),
+        ):
+            with pytest.raises((InputError, EncodingError), match=message):
+                act()
+        assert sim.state is state
+        assert "conv1.weight" in sim and "conv1" not in sim
+
+
+class TestSubgraph:
+    def test_all_ops_on_the_ways_between_stay_in_float(self):
+        sim = simulation(overrides={"dw -> add": "float"})
+        assert {"dw.weight", "c2", "b2"} <= floats(sim)
+        assert {"conv1.weight", "fc.weight"}.isdisjoint(floats(sim))
+
+    def test_it_outlives_the_folding_of_one_of_its_ends(self):
+        sim = simulation(overrides={"conv1 -> bn1": "float"}).apply("fold_batch_norm")
+        assert "conv1.weight" in floats(sim)
+        assert "dw.weight" not in floats(sim)
+
+    def test_types_and_set_precision(self):
+        sim = simulation(overrides={"conv1 -> dw": {"weights": "int4"}})
+        assert [sim.plan.spec(f"{op}.weight").bits for op in ("conv1", "dw", "fc")] == [4, 4, 8]
+        sim.set_precision("dw -> fc", weights="int6")
+        assert [sim.plan.spec(f"{op}.weight").bits for op in ("conv1", "dw", "fc")] == [4, 6, 6]
+
+    def test_a_name_of_its_own_wins(self):
+        sim = simulation(overrides={"conv1 -> dw": {"weights": "int4"}, "dw": {"weights": "int7"}})
+        assert sim.plan.spec("dw.weight").bits == 7
+
+    @pytest.mark.parametrize(("text", "message"), [("fc -> conv1", "no way leads"), ("conv -> fc", "no op 'conv'")])
+    def test_a_wrong_one_is_refused(self, text, message):
+        with pytest.raises(InputError, match=message):
+            simulation(overrides={text: "float"})
