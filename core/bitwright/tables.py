@@ -35,6 +35,10 @@ class Table:
         return "\n".join(line.rstrip() for line in told)
 
     def _repr_html_(self) -> str:
+        return self.html()
+
+    def html(self) -> str:
+        """The table as HTML, in a box that scrolls; every value is escaped."""
         head = "".join(f"<th style='text-align:left'>{escape(c)}</th>" for c in self.columns)
         body = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{escape(shown(v))}</td>" for v in row) + "</tr>"
@@ -71,7 +75,7 @@ class Tabular:
         return str(self.as_table())
 
     def _repr_html_(self) -> str:
-        return self.as_table()._repr_html_()
+        return self.as_table().html()
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` of the table.

@@ -67,7 +67,7 @@ def test_plan_and_encodings_are_tables_and_frames(monkeypatch):
 def test_html_escapes_names():
     from bitwright.tables import Table
 
-    assert "<b>" not in Table(("a",), (("<b>x</b>",),))._repr_html_()
+    assert "<b>" not in Table(("a",), (("<b>x</b>",),)).html()
 
 
 def test_calling_the_simulation_is_a_prediction_of_one_batch():

@@ -43,7 +43,7 @@ class Overview:
         """The same for a notebook, all rows."""
         told = "<br>".join(map(escape, self.lines))
         return (
-            f"<div><strong>{escape(self.title)}</strong><br>{told}{self.table._repr_html_()}"
+            f"<div><strong>{escape(self.title)}</strong><br>{told}{self.table.html()}"
             f"<em>next: {escape(self.next)}</em></div>"
         )
 

@@ -183,7 +183,8 @@ class QuantSim(StateView):
         Raises:
             InputError: the plan has no such site; with the nearest name.
         """
-        return SiteHandle(self, site_named(self._state.graph, self._state.plan, site))
+        state = self._state
+        return SiteHandle(site_named(state.graph, state.plan, site), lambda: self._state, self._become)
 
     def __contains__(self, site: object) -> bool:
         return site in self._state.plan

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from bitwright.errors import EncodingError, InputError, unknown_name
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, PerTensor, encoding_from_range
 from bitwright.placement import Decision, Plan, SiteId
 from bitwright.simulation._set_precision import set_type
+from bitwright.simulation._state import with_encodings
 from bitwright.state import SimState
-
-if TYPE_CHECKING:
-    from bitwright.simulation._quantsim import QuantSim
 
 
 class SiteHandle:
@@ -22,22 +21,23 @@ class SiteHandle:
     fails, not at all. Sites that share a grid change together.
 
     Args:
-        sim: the simulation.
-        site: a site of its plan.
+        site: a site of the simulation's plan.
+        state: gives the simulation's state as it is now.
+        become: lets the simulation take another state over.
     """
 
-    def __init__(self, sim: QuantSim, site: SiteId) -> None:
-        self._sim, self.id = sim, site
+    def __init__(self, site: SiteId, state: Callable[[], SimState], become: Callable[[SimState], object]) -> None:
+        self.id, self._state, self._become = site, state, become
 
     @property
     def decision(self) -> Decision:
         """What the plan does here: a `QuantSpec`, or `SharedWith`, `Derived` or `Float` with the reason."""
-        return self._sim.plan[self.id].decision
+        return self._state().plan[self.id].decision
 
     @property
     def encoding(self) -> Encoding | None:
         """The encoding that holds here, ties followed; None before calibration and where there is none."""
-        return self._sim.encodings.get(self._sim.plan.root(self.id))
+        return self._state().encodings.get(self._state().plan.root(self.id))
 
     @property
     def frozen(self) -> bool:
@@ -68,12 +68,12 @@ class SiteHandle:
         if (what is None) != ranged or (not ranged and (low is not None or high is not None)):
             raise InputError(f"{self.id!r}: give an encoding, a type such as 'int4', or both low= and high=")
         if isinstance(what, Encoding):
-            self._sim.set({self._root: what}, freeze=freeze)
+            self._install(what, freeze=freeze)
         elif what is not None:
-            self._sim._become(set_type(self._sim.state, self.id, what))
+            self._become(set_type(self._state(), self.id, what))
         else:
             assert low is not None and high is not None
-            self._sim.set({self._root: self._over(low, high)}, freeze=freeze)
+            self._install(self._over(low, high), freeze=freeze)
         return self
 
     def freeze(self, frozen: bool = True) -> Self:
@@ -84,8 +84,8 @@ class SiteHandle:
         """
         found = self.encoding
         if found is None:
-            raise EncodingError(f"{self.id!r} has no encoding to freeze: {why_none(self._sim.state, self.id)}")
-        self._sim.set({self._root: found.with_(frozen=frozen, kept=found.kept and frozen, held_by="")})
+            raise EncodingError(f"{self.id!r} has no encoding to freeze: {why_none(self._state(), self.id)}")
+        self._install(found.with_(frozen=frozen, kept=found.kept and frozen, held_by=""))
         return self
 
     def float(self) -> Self:
@@ -94,17 +94,17 @@ class SiteHandle:
         Raises:
             InputError: something stands against it.
         """
-        self._sim._become(set_type(self._sim.state, self.id, "float"))
+        self._become(set_type(self._state(), self.id, "float"))
         return self
 
-    @property
-    def _root(self) -> SiteId:
-        return self._sim.plan.root(self.id)
+    def _install(self, encoding: Encoding, *, freeze: bool = False) -> None:
+        state = self._state()
+        self._become(with_encodings(state, {state.plan.root(self.id): encoding}, freeze=freeze))
 
     def _over(self, low: Any, high: Any) -> Encoding:
-        spec = self._sim.plan.spec(self.id)
+        spec = self._state().plan.spec(self.id)
         if spec is None:
-            raise EncodingError(f"{self.id!r} takes no range: {why_none(self._sim.state, self.id)}")
+            raise EncodingError(f"{self.id!r} takes no range: {why_none(self._state(), self.id)}")
         if not isinstance(spec.granularity, PerTensor):
             raise EncodingError(
                 f"{self.id!r} has a scale for each channel or block, so one range doesn't say its grid; set an encoding"
@@ -114,12 +114,12 @@ class SiteHandle:
         return encoding_from_range(spec, low, high, source="manual")
 
     def __repr__(self) -> str:
-        row = self._sim.plan.row(self.id)
+        row = self._state().plan.row(self.id)
         found = self.encoding
         told = f"{row.bits} {row.granularity}".strip() if row.decision != "float" else "float"
         if found is not None and found.float_format is None:
             told += f", {float(found.minimum.min()):.4g} to {float(found.maximum.max()):.4g}"
-        state = "frozen" if self.frozen else "calibrated" if found is not None else why_none(self._sim.state, self.id)
+        state = "frozen" if self.frozen else "calibrated" if found is not None else why_none(self._state(), self.id)
         return f"<{self.id}: {told}, {state}>"
 
 
