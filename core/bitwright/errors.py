@@ -38,6 +38,10 @@ class CapabilityError(BitwrightError):
     """A technique asks for what the backend can't do; the message names an alternative."""
 
 
+class WorkerError(BitwrightError):
+    """Workers that are gone, or a task that brings them down; what was finished before is kept."""
+
+
 class CheckFailed(BitwrightError):
     """A check ran to its end and its answer is no; the command line exits with 1."""
 

@@ -21,6 +21,7 @@ from bitwright.progress import Progress, Silent
 from bitwright.runs import RunDirectory
 from bitwright.targets import Target, is_preset
 from bitwright.technique import Report
+from bitwright.workers import Workers
 
 Folded = Mapping[OpId, tuple[NDArray[np.floating], NDArray[np.floating]]]
 """(γ, β) of the batch norm that each linear op has absorbed, see `technique.Outcome`."""
@@ -79,6 +80,7 @@ class SimState:
         source: the file that the model was opened from.
         run: where long steps keep finished work; None keeps it in memory.
         progress: where progress is shown.
+        workers: where layers are solved; None solves them here.
     """
 
     backend: Backend[Any]
@@ -101,6 +103,7 @@ class SimState:
     source: Path | None = None
     run: RunDirectory | None = None
     progress: Progress = field(default_factory=Silent)
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
         overrides = {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()}
@@ -263,6 +266,11 @@ class StateView:
     def progress(self) -> Progress:
         """Where progress is shown. See `QuantSim.attach`."""
         return self._state.progress
+
+    @property
+    def workers(self) -> Workers | None:
+        """Where layers are solved; None solves them here. See `QuantSim.attach`."""
+        return self._state.workers
 
     @property
     def options(self) -> dict[str, Any]:

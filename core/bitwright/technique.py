@@ -107,7 +107,8 @@ class LayerResult:
 
 
 Solve = Callable[[Layer], LayerResult]
-"""Finds a layer's new numbers from its moments."""
+"""Finds a layer's new numbers from its moments. Workers can solve what is a function of a module, or a `partial` or an
+object of one; a closure is called here."""
 
 
 class LayerWalk(Protocol):
@@ -172,10 +173,15 @@ class Context(Generic[S]):
 
     def rng(self, key: str) -> np.random.Generator:
         """A Philox generator keyed by (seed, key): independent of order, resume and batch size."""
-        import hashlib
+        return seeded(self.seed, key)
 
-        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+def seeded(seed: int, key: str) -> np.random.Generator:
+    """`Context.rng` where the context isn't at hand, such as in another process."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 @runtime_checkable

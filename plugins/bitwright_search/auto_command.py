@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,7 +45,8 @@ def auto(
     budget_evaluations: Annotated[
         int | None, typer.Option(min=2, help="Evaluate at most so often.", show_default=False)
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that evaluate side by side.")] = 1,
+    workers: options.Workers = 1,
+    cluster: options.Cluster = None,
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
@@ -62,25 +63,15 @@ def auto(
     options.check_encodings_version(encodings_version)
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size)
     calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
-    with options.shown_progress(quiet=quiet) as progress, pool(workers) as executor:
+    with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(
             model, calibration, evaluation, allowed_drop=allowed_drop, target=target, weights=weights,
             activations=activations, overrides=options.read_overrides(override), seed=seed,
             schemes=schemes.split(",") if schemes else None, techniques=recipe, batch_size=batch_size, out=out,
             name=name, encodings_version=encodings_version, plain_session=plain_session, budget_seconds=budget_seconds,
-            budget_evaluations=budget_evaluations, executor=executor, progress=progress,
+            budget_evaluations=budget_evaluations, executor=crew, progress=progress,
         )  # fmt: skip
     _tell(result)
-
-
-def pool(workers: int) -> Any:
-    """An executor of so many processes; None, in a context, for one."""
-    from concurrent.futures import ProcessPoolExecutor
-    from contextlib import nullcontext
-    from multiprocessing import get_context
-
-    # Forking a process whose runtime has threads can deadlock.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
 
 
 def _tell(result: AutoQuantResult) -> None:

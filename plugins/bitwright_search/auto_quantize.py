@@ -8,7 +8,6 @@ network so far. The first network within the allowed drop ends the search.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike
 from bitwright.verify import Validation, validate
+from bitwright.workers import lent
 from bitwright_search.auto_advice import advise
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
@@ -54,7 +54,7 @@ def auto_quantize(
     run: RunDirectory | str | Path | None = None,
     budget_seconds: float | None = None,
     budget_evaluations: int | None = None,
-    executor: Executor | None = None,
+    executor: object = None,
     progress: Progress | None = None,
 ) -> AutoQuantResult:
     """Quantize a model so that it loses no more than `allowed_drop`; otherwise return the best that was found.
@@ -77,8 +77,10 @@ def auto_quantize(
         run: where finished stages are kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
         budget_seconds: no stage begins after so much work, earlier processes included.
         budget_evaluations: no more calls of `evaluate` than this, at least 2.
-        executor: any `concurrent.futures.Executor`: independent networks (references, calibration schemes) are
-            evaluated on it. They travel as paths, so its workers need the same file system.
+        executor: where independent networks (references, calibration schemes) are evaluated and independent layers
+            solved, as `workers.open_workers` takes it: a number of processes, "local:N" or the address of a Dask
+            scheduler, a Dask client, any `concurrent.futures.Executor`. Networks travel as paths, so its workers need
+            the same file system.
         progress: where progress is shown.
 
     Raises:
@@ -91,8 +93,8 @@ def auto_quantize(
                "backend": backend, "seed": seed}  # fmt: skip
     preparations, steps = split_steps(techniques)
     validation = None if isinstance(model, QuantSim) else _validated(model, sample, options)
-    with run_of(run, out) as directory:
-        sim = open_sim(model, sample, options, directory, progress)
+    with run_of(run, out) as directory, lent(executor) as workers:
+        sim = open_sim(model, sample, options, directory, progress, workers)
         refuse_own_folder(sim, out, model, name)
         data = sim.open(calibration, batch_size=batch_size)
         search = AutoSearch(
@@ -104,11 +106,11 @@ def auto_quantize(
             _schemes(schemes, sim),
             preparations,
             steps,
-            executor,
+            workers,
         )
         best = search.run()
         result = _result(search, validation, data)
-        best.built.sim.attach(run=run if isinstance(run, RunDirectory) else None)
+        best.built.sim.attach(run=run if isinstance(run, RunDirectory) else None, executor=None)
         if out is not None:
             from bitwright_search.auto_page import render
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from bitwright.plugins import registry
 from bitwright.runs import identity
 from bitwright.simulation import QuantSim
 from bitwright.technique import Step
+from bitwright.workers import Workers
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
 from bitwright_search.stages import Built, Record, SearchStore, content_of
@@ -76,7 +77,7 @@ class AutoSearch:
         limits: when to stop.
         schemes: calibration schemes of activations and weights.
         preparations, techniques: steps of each kind, in order.
-        executor: where independent networks are evaluated; None evaluates here, one after the other.
+        workers: where independent networks are evaluated; None evaluates here, one after the other.
     """
 
     sim: QuantSim
@@ -87,7 +88,7 @@ class AutoSearch:
     schemes: Sequence[tuple[str, str]]
     preparations: Sequence[Step]
     techniques: Sequence[Step]
-    executor: Executor | None = None
+    workers: Workers | None = None
     trials: list[Trial] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     evaluations: int = 0
@@ -100,7 +101,8 @@ class AutoSearch:
         self._data = self.data.fingerprint()
         self._evaluation = identity(self.evaluate)
         self._prepared: tuple[str, ...] = ()
-        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source}
+        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source,
+                        "workers": self.sim.workers}  # fmt: skip
 
     # -- the order of things
 
@@ -321,28 +323,26 @@ class AutoSearch:
     def _scores(self, jobs: Iterable[Job]) -> Generator[tuple[float, float] | Exception]:
         """(score, seconds) of each network, or the error, in order; to be closed when enough is known.
 
-        Without an executor each is evaluated when it is asked for. With one, all are sent before the first is waited
-        for; what comes of those after the one that decides is not used, so that an executor changes the time alone.
+        Without workers each is evaluated when it is asked for. With some, all are sent before the first is waited for;
+        what comes of those after the one that decides is not used, so that workers change the time alone.
         """
-        if self.executor is None:
+        if self.workers is None:
             for job in jobs:
                 yield self._scored(job, None)
             return
-        sent: list[tuple[Job, Future[tuple[float, float]] | None]] = []
-        try:
+        sent: list[tuple[Job, bool]] = []
+        with self.workers.flight() as flight:
             for job in jobs:
-                _, built, mode = job
+                name, built, mode = job
                 known = self.stages.known("auto: evaluate", self._depends(built, mode)) is not None
                 # A network that can't be saved can't travel: it is evaluated here.
                 send = built.path is not None and not known
-                arguments = str(built.path), self.evaluate, str(mode)
-                sent.append((job, self.executor.submit(measure_saved, *arguments) if send else None))
-            for job, future in sent:
-                yield self._scored(job, future)
-        finally:
-            for _, future in sent:
-                if future is not None:
-                    future.cancel()
+                sent.append((job, send))
+                if send:
+                    flight.submit(name, measure_saved, str(built.path), self.evaluate, str(mode))
+            futures = flight.in_order()
+            for job, travels in sent:
+                yield self._scored(job, next(futures) if travels else None)
 
     def _depends(self, built: Built, mode: Mode) -> Record:
         return {"network": built.content, "mode": str(mode), "evaluation": self._evaluation}

@@ -58,6 +58,8 @@ def mixed(
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
+    workers: options.Workers = 1,
+    cluster: options.Cluster = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Give each group of layers the bit widths that it needs.
@@ -75,7 +77,7 @@ def mixed(
     asked = evaluate is not None or labels is not None
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size) if asked else None
     calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
-    with options.shown_progress(quiet=quiet) as progress:
+    with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         table: object = latency
         if measure:
             from bitwright.files import make_directory
@@ -89,7 +91,8 @@ def mixed(
             cost=cost, latency=table, solver=solver, techniques=recipe,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
-            encodings_version=encodings_version, plain_session=plain_session, progress=progress,
+            encodings_version=encodings_version, plain_session=plain_session, executor=crew,
+            progress=progress,
         )  # fmt: skip
     _tell(result)
 

@@ -15,6 +15,7 @@ from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike, read_recipe
+from bitwright.workers import lent
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.evaluation import read_evaluate
@@ -57,6 +58,7 @@ def mixed_precision(
     encodings_version: str = "1.0.0",
     plain_session: bool | None = None,
     run: RunDirectory | str | Path | None = None,
+    executor: object = None,
     progress: Progress | None = None,
 ) -> MixedPrecisionResult:
     """Give each group of sites the type that it needs.
@@ -86,6 +88,9 @@ def mixed_precision(
         encodings_version: schema of the encodings file.
         plain_session: as `QuantSim.export` takes it.
         run: where finished work is kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
+        executor: where sensitivities are measured and independent layers solved, as `workers.open_workers` takes it: a
+            number of processes, "local:N" or the address of a Dask scheduler, a Dask client, an executor. Networks
+            travel as paths, so its workers need the same file system.
         progress: where progress is shown.
 
     Raises:
@@ -105,8 +110,8 @@ def mixed_precision(
     if not is_sim:
         # What all candidates agree on isn't searched for: the whole network has it from the start.
         options |= {"weight_scheme": weight_scheme or "mse", "activations": shared_activations(choices)}
-    with run_of(run, out) as directory:
-        sim = open_sim(model, sample, options, directory, progress)
+    with run_of(run, out) as directory, lent(executor) as workers:
+        sim = open_sim(model, sample, options, directory, progress, workers)
         refuse_own_folder(sim, out, model, name)
         data = sim.open(calibration, batch_size=batch_size)
         if not is_sim:
@@ -135,7 +140,7 @@ def mixed_precision(
             steps=tuple(steps),
         )
         result = search.run(cost, notes)
-        result.sim.attach(run=run if isinstance(run, RunDirectory) else None)
+        result.sim.attach(run=run if isinstance(run, RunDirectory) else None, executor=None)
         if out is not None:
             from bitwright_search.mixed_page import render
 

@@ -75,7 +75,8 @@ class MixedSearch:
     def __post_init__(self) -> None:
         self._content, self._data = content_of(self.sim), self.data.fingerprint()
         self._evaluation = "" if self.evaluate is None else identity(self.evaluate)
-        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source}
+        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source,
+                        "workers": self.sim.workers}  # fmt: skip
         self._networks: dict[Choice, Built] = {}
         precise = np.where(np.isfinite(self.noises), self.costs, -np.inf).argmax(axis=1)
         self.reference = point(tuple(map(int, precise)), self.costs, self.noises)

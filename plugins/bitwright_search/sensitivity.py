@@ -6,15 +6,22 @@ outputs: sums over samples, so that it doesn't depend on the batch size.
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitwright.backend import Batch, Session, Simulation, Tap
 from bitwright.data import Dataset, FirstSamples
-from bitwright.errors import InputError
+from bitwright.errors import BitwrightError, InputError
+from bitwright.grids import EncodingTable
+from bitwright.placement import SiteId
 from bitwright.runs import RunDirectory, fingerprint
 from bitwright.simulation import QuantSim
 from bitwright_search.candidates import Candidate, Group
@@ -23,6 +30,11 @@ from bitwright_search.stages import content_of
 
 SAMPLES = 64
 """Samples of the calibration data that sensitivities are measured on by default."""
+NETWORK = "network"
+"""Folder of a step's store that a network lies in while workers measure it."""
+SAMPLES_FILE = "samples.npz"
+Outputs = list[list[np.ndarray[Any, Any]]]
+"""By batch and output."""
 
 
 def first_samples(data: Dataset, count: int, fixed: int | None = None) -> list[Batch]:
@@ -68,7 +80,8 @@ def measure_noise(
         if any(v is None for v in stored.values()):
             sim.progress.start(f"Sensitivity to {candidate}", len(members))
             try:
-                for name, noise in _alone(sim, members, candidate, data, batches, reference, stored):
+                folder = store.path / NETWORK
+                for name, noise in _alone(sim, members, candidate, data, batches, reference, stored, folder):
                     store.put(name, {"noise": np.array(noise, np.float64)})
                     sim.progress.advance(1, name)
             finally:
@@ -85,27 +98,100 @@ def _alone(
     candidate: Candidate,
     data: Dataset,
     batches: Sequence[Batch],
-    reference: list[list[np.ndarray[Any, Any]]],
+    reference: Outputs,
     stored: dict[str, Any],
+    folder: Path,
 ) -> Iterator[tuple[str, float]]:
     """The noise of each group that isn't known yet, with every other site of the network in float."""
     types = {site: text for g in groups for site, text in g.types(sim, candidate).items()}
     twin = sim.retyped(types).calibrate(data)
-    table, plan = twin.table, twin.plan
-    simulation: Simulation[Any] = twin.backend.simulate(twin.native, plan, table)
-    everything = {plan.root(s) for s in plan.quantized}
-    simulation.set(dict.fromkeys(sorted(everything)))
-    session = simulation.session([Tap(t) for t in _outputs(sim)])
-    for group in groups:
-        if stored[group.name] is not None:
-            continue
-        sites = list(dict.fromkeys(plan.root(s) for s in (*group.weights, *group.activations)))
-        simulation.set({s: table[s] for s in sites})
-        yield group.name, relative_noise(session, batches, reference)
-        simulation.set(dict.fromkeys(sites))
+    roots = {g.name: list(dict.fromkeys(twin.plan.root(s) for s in (*g.weights, *g.activations))) for g in groups
+             if stored[g.name] is None}  # fmt: skip
+    try:
+        if sim.workers is not None and _laid_out(twin, batches, reference, folder):
+            with sim.workers.flight() as flight:
+                for name, sites in roots.items():
+                    flight.submit(name, noise_of, str(folder), sites)
+                while len(flight):
+                    name, future = flight.next()
+                    yield name, future.result()
+            return
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    network = Silenced.of(twin, batches, reference)
+    for name, sites in roots.items():
+        yield name, network.noise(sites)
 
 
-def relative_noise(session: Session, batches: Sequence[Batch], reference: list[list[np.ndarray[Any, Any]]]) -> float:
+@dataclass(frozen=True)
+class Silenced:
+    """A calibrated network with every site in float, and what its float outputs are on some batches."""
+
+    table: EncodingTable
+    simulation: Simulation[Any]
+    session: Session
+    batches: Sequence[Batch]
+    reference: Outputs
+
+    @classmethod
+    def of(cls, sim: QuantSim, batches: Sequence[Batch], reference: Outputs) -> Silenced:
+        """Of a calibrated simulation."""
+        simulation: Simulation[Any] = sim.backend.simulate(sim.native, sim.plan, sim.table)
+        simulation.set(dict.fromkeys(sorted({sim.plan.root(s) for s in sim.plan.quantized})))
+        return cls(sim.table, simulation, simulation.session([Tap(t) for t in _outputs(sim)]), batches, reference)
+
+    def noise(self, sites: Sequence[SiteId]) -> float:
+        """`relative_noise` with these sites alone quantized."""
+        self.simulation.set({s: self.table[s] for s in sites})
+        found = relative_noise(self.session, self.batches, self.reference)
+        self.simulation.set(dict.fromkeys(sites))
+        return found
+
+
+def _laid_out(sim: QuantSim, batches: Sequence[Batch], reference: Outputs, folder: Path) -> bool:
+    """Put a network and the samples where workers find them; whether it can be saved."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        sim.save(folder)
+    except BitwrightError:
+        return False
+    arrays = {f"batch/{i}/{name}": np.asarray(v) for i, batch in enumerate(batches) for name, v in batch.items()}
+    arrays |= {f"exact/{i}/{o}": v for i, outputs in enumerate(reference) for o, v in enumerate(outputs)}
+    numbered: dict[str, Any] = {str(i): values for i, values in enumerate(arrays.values())}
+    with (folder / SAMPLES_FILE).open("wb") as file:
+        np.savez(file, allow_pickle=False, names=np.array(list(arrays)), **numbered)
+    return True
+
+
+def noise_of(folder: str, sites: Sequence[SiteId]) -> float:
+    """`Silenced.noise` of a network that `_laid_out` has put there: what is sent to workers."""
+    # The network is opened once a process, and its threads measure one after another.
+    with _ONE_AT_A_TIME:
+        return _read(folder).noise(sites)
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _read(folder: str) -> Silenced:
+    with np.load(Path(folder) / SAMPLES_FILE, allow_pickle=False) as file:
+        arrays = {str(name): file[str(i)] for i, name in enumerate(file["names"])}
+    batches: list[dict[str, Any]] = []
+    reference: list[list[np.ndarray[Any, Any]]] = []
+    for key, values in arrays.items():
+        kind, number, name = key.split("/", 2)
+        held: list[Any] = batches if kind == "batch" else reference
+        if int(number) == len(held):
+            held.append({} if kind == "batch" else [])
+        if kind == "batch":
+            batches[-1][name] = values
+        else:
+            reference[-1].append(values)
+    return Silenced.of(QuantSim.load(folder), batches, reference)
+
+
+def relative_noise(session: Session, batches: Sequence[Batch], reference: Outputs) -> float:
     """Noise power relative to the signal's, averaged over the outputs."""
     outputs = len(reference[0])
     noise, signal = np.zeros(outputs), np.zeros(outputs)
@@ -117,7 +203,7 @@ def relative_noise(session: Session, batches: Sequence[Batch], reference: list[l
     return float(np.mean(noise / np.maximum(signal, np.finfo(np.float64).tiny)))
 
 
-def _reference(sim: QuantSim, batches: Sequence[Batch]) -> list[list[np.ndarray[Any, Any]]]:
+def _reference(sim: QuantSim, batches: Sequence[Batch]) -> Outputs:
     session = sim.backend.session(sim.native, [Tap(t) for t in _outputs(sim)])
     return [[np.asarray(v) for v in session.run(batch).values()] for batch in batches]
 

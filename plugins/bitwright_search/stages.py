@@ -20,6 +20,7 @@ from bitwright.progress import Progress
 from bitwright.runs import RunDirectory, fingerprint, run_in, versions
 from bitwright.simulation import QuantSim
 from bitwright.technique import Report
+from bitwright.workers import Workers
 
 Record = dict[str, Any]
 
@@ -101,7 +102,7 @@ class SearchStore:
         Args:
             name, depends: as `RunDirectory.step` takes them.
             make: makes and calibrates it.
-            opened: fields of its state that a saved one doesn't hold: run, progress, source.
+            opened: fields of its state that a saved one doesn't hold: run, progress, source, workers.
         """
         store = self.run.step(name, depends)
         state = store.path / "state"
@@ -181,17 +182,25 @@ def run_of(run: RunDirectory | str | Path | None, out: str | Path | None) -> Ite
 
 
 def open_sim(
-    model: Any, sample: Any, options: Mapping[str, Any], run: RunDirectory, progress: Progress | None
+    model: Any,
+    sample: Any,
+    options: Mapping[str, Any],
+    run: RunDirectory,
+    progress: Progress | None,
+    workers: Workers | None = None,
 ) -> QuantSim:
     """A `QuantSim` to search from: a copy of the one given, or a new one.
+
+    Args:
+        model, sample, options: as `QuantSim` takes them.
+        run, progress, workers: what serves the search.
 
     Raises:
         InputError: a simulation is given together with options that it has already.
     """
     if not isinstance(model, QuantSim):
-        return QuantSim(
-            model, sample, **{k: v for k, v in options.items() if v is not None}, run=run, progress=progress
-        )
+        found = {k: v for k, v in options.items() if v is not None}
+        return QuantSim(model, sample, **found, run=run, progress=progress).attach(executor=workers)
     if given := [k for k, v in options.items() if v is not None]:
         raise InputError(f"{', '.join(given)}: the simulation given has its own; set them where it is made")
-    return model.fork().attach(run=run, progress=progress)
+    return model.fork().attach(run=run, progress=progress, executor=workers or model.workers)

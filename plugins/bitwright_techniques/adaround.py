@@ -6,16 +6,18 @@ each layer's input (see `reconstruction`): calibration data are seen once per la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from bitwright.backend import Capability
-from bitwright.graph import Graph
+from bitwright.graph import Graph, OpId
 from bitwright.placement import Plan
 from bitwright.statistics import Request
-from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings
+from bitwright.technique import Context, Layer, LayerResult, Outcome, Settings, seeded
 from bitwright_techniques.joint_search import Choices, Effort, LayerSearch
 from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
 from bitwright_techniques.reconstruction import Reconstruction
@@ -73,13 +75,19 @@ class AdaRound:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        # Names differ between frameworks; a layer's place doesn't.
         places = {op.id: i for i, op in enumerate(ctx.graph.linear_ops)}
+        return round_layers(ctx, self.name, _Rule(ctx.seed, places), extra=("settled",))
 
-        def solve(layer: Layer, settings: AdaRoundSettings) -> LayerResult:
-            return round_layer(layer, settings, ctx.rng(f"layer {places[layer.op.id]}"))
 
-        return round_layers(ctx, self.name, solve, extra=("settled",))
+@dataclass(frozen=True)
+class _Rule:
+    """`round_layer` with the random numbers of the layer's place; its name differs between frameworks."""
+
+    seed: int
+    places: Mapping[OpId, int]
+
+    def __call__(self, layer: Layer, settings: AdaRoundSettings) -> LayerResult:
+        return round_layer(layer, settings, seeded(self.seed, f"layer {self.places[layer.op.id]}"))
 
 
 def round_layer(layer: Layer, settings: AdaRoundSettings, rng: np.random.Generator) -> LayerResult:

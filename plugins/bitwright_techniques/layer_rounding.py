@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -51,6 +52,14 @@ class RoundingSettings(LayerwiseSettings):
 
 
 AnySettings = TypeVar("AnySettings", bound=RoundingSettings)
+Settings_contra = TypeVar("Settings_contra", bound=RoundingSettings, contravariant=True)
+
+
+class Rule(Protocol[Settings_contra]):
+    """Solves a layer."""
+
+    def __call__(self, layer: Layer, settings: Settings_contra) -> LayerResult:
+        """The layer's new numbers."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def decided(graph: Graph, settings: AnySettings) -> AnySettings:
 def round_layers(
     ctx: Context[AnySettings],
     technique: str,
-    solve: Callable[[Layer, AnySettings], LayerResult],
+    solve: Rule[AnySettings],
     extra: Sequence[str] = (),
 ) -> Outcome:
     """Walk over the layers that the context's `RoundingSettings` select.
@@ -102,7 +111,8 @@ def round_layers(
     Args:
         ctx: the technique's context.
         technique: its name.
-        solve: solves a layer with the settings, of which nothing is left to decide.
+        solve: solves a layer with the settings, of which nothing is left to decide; workers can do so too if it is no
+            closure.
         extra: figures that the report has beside `before`, `nearest`, `after` and `seconds`.
 
     Returns:
@@ -116,7 +126,7 @@ def round_layers(
     ops, skipped = select_layers(ctx, s.include, s.exclude)
     results = walk(
         ops,
-        lambda layer: solve(layer, s),
+        partial(solve, settings=s),
         quantized_inputs=s.inputs == "quantized",
         quantized_activations=s.quantized_activations,
         residuals=s.residuals,

@@ -7,6 +7,7 @@ candidate costs one small matrix product, whatever the number of samples.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import ClassVar
 
 from pydantic import Field
@@ -72,7 +73,7 @@ class SeqMse:
         ops, skipped = select_layers(ctx, s.include, s.exclude, skip_frozen=True)
         results = walk(
             ops,
-            lambda layer: scale_layer(layer, s),
+            partial(scale_layer, settings=s),
             quantized_inputs=s.inputs != "float",
             quantized_activations=s.quantized_activations,
             moments_gib=s.moments_gib,

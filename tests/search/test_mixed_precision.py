@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -309,3 +310,39 @@ def test_the_command(net, capsys, tmp_path):
     assert run("--budget", "1", "--cost", "latency", "--latency", tmp_path / "out/latency.json")[0] == 0
     assert run()[0] == 2
     assert run("--allowed-drop", "0.1")[0] == 2
+
+
+def test_sensitivities_on_workers_are_those_of_one_process(net, folded):
+    """The networks travel as paths; what each group adds is the same to the bit."""
+    options = {"candidates": W48, "budget": 0.8, "sensitivity_samples": 8}
+    straight = mixed_precision(folded, net.images, **options)
+    with ThreadPoolExecutor(2) as pool:
+        assert mixed_precision(folded, net.images, executor=pool, **options).sensitivities == straight.sensitivities
+    found = mixed_precision(folded, net.images, executor=2, **options)
+    assert found.sensitivities == straight.sensitivities
+    assert found.assignment == straight.assignment
+    assert found.sim.workers is None
+
+
+def test_what_is_measured_on_workers_is_stored(net, folded, tmp_path, monkeypatch):
+    """A search that ends in the middle goes on from what its workers have measured, and leaves no network behind."""
+    from bitwright_search import sensitivity
+
+    options = {"candidates": W48, "budget": 0.8, "sensitivity_samples": 8, "run": tmp_path}
+    measured, noise_of = [], sensitivity.noise_of
+
+    def failing(folder, sites):
+        measured.append(sites)
+        if len(measured) == 4:
+            raise InputError("in the middle")
+        return noise_of(folder, sites)
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(sensitivity, "noise_of", failing)
+        with pytest.raises(InputError, match="in the middle"):
+            mixed_precision(folded, net.images, executor=pool, **options)
+        found = mixed_precision(folded, net.images, executor=pool, **options)
+    # Three were stored; with the one that failed, each but those is measured in the second search.
+    assert len(measured) == 4 + len(W48) * 5 - 3
+    assert not list(tmp_path.rglob(sensitivity.NETWORK))
+    assert found.sensitivities == mixed_precision(folded, net.images, **{**options, "run": None}).sensitivities

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bitwright.bank._bank import Bank
+from bitwright.graph import Op
 from bitwright.grids import EncodingTable
-from bitwright.layerwise import dump, load, name_left, solved
+from bitwright.layerwise import Solving, dump, layer_of, left_at_nearest, load, name_left
 from bitwright.progress import Store
 from bitwright.state import SimState
 from bitwright.statistics import LayerMoments
@@ -56,24 +57,37 @@ class BankWalk:
         settled: dict[str, LayerResult] = {}
         wanted = set(ops)
         order = [op for op in state.graph.ops if op.id in wanted]
+        solving = Solving(state.graph, state.workers, solve)
+
+        def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
+            if fresh:
+                self._store.put(f"layer/{op.id}", dump(result))
+            results[op.id] = settled[op.weight or ""] = result
+            state.progress.advance(1, op.id)
+
         state.progress.start("Layers", len(order))
         try:
             for op in order:
-                result = load(self._store.get(f"layer/{op.id}"))
+                for done in solving.of_weight(op.weight):
+                    finish(*done)
                 shared = settled.get(op.weight or "")
-                if result is None and shared is not None:
+                if (stored := load(self._store.get(f"layer/{op.id}"))) is not None:
+                    finish(op, stored, fresh=False)
+                elif shared is not None:
                     # A weight that several ops share was settled by the first of them.
-                    result = LayerResult(shared.weight, shared.encoding, None, {"shared": 1.0}, shared.left)
-                if result is None:
-                    left, moments = self._missing(op.id, products, budget), None
-                    if not left:
-                        moments = bank.layer(op, products=products)
-                    result = solved(state.params, op, moments, solve, self._table, left)
-                    self._store.put(f"layer/{op.id}", dump(result))
-                results[op.id] = settled[op.weight or ""] = result
-                state.progress.advance(1, op.id)
+                    finish(op, LayerResult(shared.weight, shared.encoding, None, {"shared": 1.0}, shared.left))
+                elif left := self._missing(op.id, products, budget):
+                    finish(op, left_at_nearest(state.params, op, self._table, left))
+                else:
+                    layer = layer_of(state.params, op, bank.layer(op, products=products), self._table)
+                    for done in solving.solve(layer):
+                        finish(*done)
+            for done in solving.rest():
+                finish(*done)
         finally:
+            solving.close()
             state.progress.finish()
+        results = {op.id: results[op.id] for op in order}
         name_left(self._name, results)
         return results
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitwright.data import Dataset
     from bitwright.progress import Progress
     from bitwright.technique import Recipe, Step
+    from bitwright.workers import Workers as Crew
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.", show_default=False)]
 ExportDirectory = Annotated[
@@ -97,6 +98,15 @@ ReferenceSamples = Annotated[
     int,
     typer.Option(
         min=0, help="Calibration samples that go into NAME.record.npz, for verify to prove the export on; 0 for none."
+    ),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that solve and evaluate side by side.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="A Dask cluster in place of them: its scheduler's address (tcp://host:8786), or local:N.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -199,6 +209,20 @@ def steps_before(bank: Bank_ | None, recipe: Recipe) -> tuple[tuple[Step, ...], 
         (s.technique, json.dumps(s.settings)) for s in before
     ]
     return before, recipe.steps[len(before) :] if told else recipe.steps
+
+
+def opened_workers(workers: int, cluster: str | None) -> AbstractContextManager[Crew | None]:
+    """What ``--workers`` and ``--cluster`` ask for; None where all is done in this process.
+
+    Raises:
+        InputError: both are given, or no scheduler answers at the address.
+        MissingExtraError: Dask isn't installed.
+    """
+    from bitwright.workers import lent
+
+    if cluster is not None and workers > 1:
+        raise InputError("give either --workers or --cluster")
+    return lent(cluster if cluster is not None else workers)
 
 
 def shown_progress(*, quiet: bool) -> AbstractContextManager[Progress]:

@@ -55,6 +55,8 @@ def quantize(
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
     reference_samples: options.ReferenceSamples = SAMPLES,
+    workers: options.Workers = 1,
+    cluster: options.Cluster = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model: apply a recipe, calibrate, export.
@@ -76,14 +78,14 @@ def quantize(
     job.check()
     before, steps = options.steps_before(source, read_recipe(recipe))
     chosen = load_target(target)
-    with options.shown_progress(quiet=quiet) as progress:
+    with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         clock = Clock()
         with clock("open"):
             sim = QuantSim(
                 opened(model, load), target=chosen, weights=weights, activations=activations, scheme=scheme,
                 weight_scheme=weight_scheme, overrides=options.read_overrides(override), seed=seed, progress=progress,
             )  # fmt: skip
-            sim.attach(source=model)
+            sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
             calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples)
             scored = Scored.open(sim, job.data, labels, batch_size) if labels is not None else None

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from bitwright.layerwise._cuts import CutCache
-from bitwright.layerwise._solving import dump, load, name_left, solved
+from bitwright.layerwise._side_by_side import Solving
+from bitwright.layerwise._solving import dump, layer_of, left_at_nearest, load, name_left, solution
 from bitwright.layerwise._walk import LayerwiseWalk
 
-__all__ = ["CutCache", "LayerwiseWalk", "dump", "load", "name_left", "solved"]
+__all__ = [
+    "CutCache",
+    "LayerwiseWalk",
+    "Solving",
+    "dump",
+    "layer_of",
+    "left_at_nearest",
+    "load",
+    "name_left",
+    "solution",
+]

@@ -24,55 +24,65 @@ NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
 """What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
 
 
-def solved(
-    params: Params,
-    op: Op,
-    moments: LayerMoments | None,
-    solve: Solve,
-    encodings: Mapping[SiteId, Encoding],
-    left: str = "",
-) -> LayerResult:
-    """What a technique makes of one layer.
+def layer_of(params: Params, op: Op, moments: LayerMoments, encodings: Mapping[SiteId, Encoding]) -> Layer:
+    """What a technique sees of a layer.
 
     Args:
         params: float weights and biases.
         op: the layer.
-        moments: of its input; None where there are none, for the reason in `left`.
-        solve: the technique's.
+        moments: of its input.
         encodings: in force.
-        left: why the layer isn't solved.
 
     Raises:
         InputError: the weight has no encoding, or no data reached the layer.
-        ModelError: the technique's weight has another shape.
     """
+    if moments.count == 0:
+        raise InputError("the calibration data are empty; give at least one batch")
+    bias = op.params.get(ParamRole.BIAS)
+    weight, encoding = _weight(params, op, encodings)
+    return Layer(op, weight, None if bias is None else np.asarray(params[bias], np.float32), moments, encoding)
+
+
+def left_at_nearest(params: Params, op: Op, encodings: Mapping[SiteId, Encoding], reason: str) -> LayerResult:
+    """The result of a layer that isn't solved.
+
+    Raises:
+        InputError: the weight has no encoding.
+    """
+    weight, encoding = _weight(params, op, encodings)
+    return _left(weight, encoding, reason)
+
+
+def _weight(params: Params, op: Op, encodings: Mapping[SiteId, Encoding]) -> tuple[NDArray[np.float32], Encoding]:
     assert op.weight is not None
-    bias_id = op.params.get(ParamRole.BIAS)
-    weight, encoding = np.asarray(params[op.weight], np.float32), encodings.get(op.weight)
+    encoding = encodings.get(op.weight)
     if encoding is None:
         raise InputError(f"{op.id!r}: its weight {op.weight!r} isn't quantized by the target; exclude the op")
-    if moments is not None and moments.count == 0:
-        raise InputError("the calibration data are empty; give at least one batch")
-    bias = None if bias_id is None else np.asarray(params[bias_id], np.float32)
+    return np.asarray(params[op.weight], np.float32), encoding
+
+
+def _left(weight: NDArray[np.float32], encoding: Encoding, reason: str) -> LayerResult:
+    return LayerResult(encoding.fake_quantize(weight), encoding, left=reason)
+
+
+def solution(solve: Solve, layer: Layer) -> LayerResult:
+    """What a solver makes of a layer; where that is no weight, the layer rounded to nearest, and why.
+
+    Raises:
+        ModelError: the solver returned a weight of another shape.
+    """
     begin = time.perf_counter()
-    if moments is not None:
-        try:
-            result = solve(Layer(op, weight, bias, moments, encoding))
-        except NUMERICAL as error:
-            left = f"it couldn't be solved ({type(error).__name__}: {error})"
-        else:
-            if result.weight.shape != weight.shape:
-                raise ModelError(f"{op.id!r}: a weight of shape {result.weight.shape} for {weight.shape}")
-            if not all(
-                np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None
-            ):
-                left = "its solution isn't finite"
-    if left:
-        return LayerResult(encoding.fake_quantize(weight), encoding, left=left)
-    assert moments is not None
+    try:
+        result = solve(layer)
+    except NUMERICAL as error:
+        return _left(layer.weight, layer.encoding, f"it couldn't be solved ({type(error).__name__}: {error})")
+    if result.weight.shape != layer.weight.shape:
+        raise ModelError(f"{layer.op.id!r}: a weight of shape {result.weight.shape} for {layer.weight.shape}")
+    if not all(np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None):
+        return _left(layer.weight, layer.encoding, "its solution isn't finite")
     figures = {**result.figures, "seconds": time.perf_counter() - begin}
-    if moments.has_products:
-        figures.setdefault("loss", reconstruction_loss(op, weight, result.weight, moments))
+    if layer.moments.has_products:
+        figures.setdefault("loss", reconstruction_loss(layer.op, layer.weight, result.weight, layer.moments))
     return replace(result, figures=figures)
 
 

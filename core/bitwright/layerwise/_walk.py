@@ -36,11 +36,13 @@ from bitwright.graph import (
 )
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
-from bitwright.layerwise._solving import dump, load, name_left, solved
+from bitwright.layerwise._side_by_side import Solving
+from bitwright.layerwise._solving import dump, layer_of, left_at_nearest, load, name_left
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
+from bitwright.workers import Workers
 
 GIB = 2**30
 
@@ -54,6 +56,7 @@ class LayerwiseWalk:
         activations: gives the activation encodings when they are first needed.
         store: finished layers are kept here under "layer/<op id>".
         moments_gib: largest moments of a layer, unless a call says otherwise.
+        workers: where layers are solved; None solves them here.
         name: what warnings begin with.
     """
 
@@ -68,6 +71,7 @@ class LayerwiseWalk:
     activations: Callable[[], EncodingTable] | None = None
     cache_bytes: int = CACHE_BYTES
     moments_gib: float = LayerwiseSettings().moments_gib
+    workers: Workers | None = None
     name: str = "layer by layer"
     current: Any = field(init=False)
 
@@ -94,35 +98,55 @@ class LayerwiseWalk:
         self.progress.start("Layers", len(visits))
         pair = _Networks(self, [s.op for s in visits], quantized_inputs, quantized_activations, encodings)
         unfinished = [i for i, s in enumerate(visits) if s.op.id not in stored]
+        # A weight that several ops share is settled by the first of them.
         replaced: dict[ParamId, LayerResult] = {}
+        solving = Solving(self.graph, self.workers, solve)
+        params = ParamReader(self.backend, self.model, self.graph)
+
+        def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
+            if fresh:
+                self.store.put(f"layer/{op.id}", dump(result))
+            results[op.id] = result
+            replaced[op.weight or ""] = result
+            pair.replace(op, result)
+            self.progress.advance(1, op.id)
+
         try:
             for index, visit in enumerate(visits):
-                result = stored.get(visit.op.id)
-                # A weight that several ops share was settled by the first of them.
-                shared = replaced.get(visit.op.weight or "")
+                op, result = visit.op, stored.get(visit.op.id)
+                for done in solving.of_weight(op.weight):
+                    finish(*done)
+                shared = replaced.get(op.weight or "")
                 moments, addend, left = None, None, ""
                 if result is None and shared is None:
                     addend = self._addend(visit) if residuals and products and quantized_inputs else None
-                    left = self._too_large(visit.op, quantized_inputs, products, budget)
+                    left = self._too_large(op, quantized_inputs, products, budget)
                     if not left:
                         moments = self._moments(visit, quantized_inputs, products, residual=addend is not None)
                 # Behind the last unfinished layer nothing has to run any more.
                 if unfinished and index <= unfinished[-1] and (moments is not None or visit.moves):
+                    if quantized_inputs:
+                        wanted = visit.cut if visit.moves else (op.data_inputs[0], *([addend] if addend else []))
+                        for done in solving.before(wanted):
+                            finish(*done)
                     pair.run(visit, moments, addend if moments is not None else None)
-                if result is None:
-                    result = (
-                        self._solve(visit.op, moments, solve, encodings, left)
-                        if shared is None
-                        else replace(shared, bias=None, figures={"shared": 1.0})
-                    )
-                    self.store.put(f"layer/{visit.op.id}", dump(result))
-                results[visit.op.id] = result
-                replaced[visit.op.weight or ""] = result
-                pair.replace(visit.op, result)
-                self.progress.advance(1, visit.op.id)
+                if result is not None:
+                    finish(op, result, fresh=False)
+                elif shared is not None:
+                    finish(op, replace(shared, bias=None, figures={"shared": 1.0}))
+                else:
+                    if moments is None:
+                        finish(op, left_at_nearest(params, op, encodings, left))
+                        continue
+                    for done in solving.solve(layer_of(params, op, moments, encodings)):
+                        finish(*done)
+            for done in solving.rest():
+                finish(*done)
         finally:
+            solving.close()
             pair.close()
             self.progress.finish()
+        results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
         return results
 
@@ -164,11 +188,6 @@ class LayerwiseWalk:
         axis = self.graph.tensors[op.data_inputs[0]].channel_axis
         outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
         return LayerMoments(op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs)
-
-    def _solve(
-        self, op: Op, moments: LayerMoments | None, solve: Solve, encodings: EncodingTable, left: str
-    ) -> LayerResult:
-        return solved(ParamReader(self.backend, self.model, self.graph), op, moments, solve, encodings, left)
 
 
 class _Networks:

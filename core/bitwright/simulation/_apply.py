@@ -142,6 +142,7 @@ def _walk(state: SimState, name: str, table: EncodingTable, dataset: Dataset, st
         store,
         state.progress,
         activations=lambda: table.merged(calibrated_activations(state, table, dataset)),
+        workers=state.workers,
         name=name,
     )
 

@@ -27,6 +27,7 @@ from bitwright.simulation._state import open_simulation, open_state, rebuilt, wi
 from bitwright.state import SimState, StateView
 from bitwright.targets import Target
 from bitwright.technique import Technique
+from bitwright.workers import open_workers
 
 
 class QuantSim(StateView):
@@ -115,6 +116,7 @@ class QuantSim(StateView):
         progress: Progress | None = None,
         source: Path | None = None,
         reference: Samples | None = None,
+        executor: object = ...,
     ) -> Self:
         """Set what serves the work and is not a part of the network; what isn't given stays.
 
@@ -123,6 +125,13 @@ class QuantSim(StateView):
             progress: where progress is shown.
             source: the file that the model was opened from, where it was given as an object.
             reference: samples that exports are proven on, in place of the first ones of the calibration data.
+            executor: where techniques solve layers that don't depend on one another, as `workers.open_workers` takes
+                it: a number of processes, "local:N" or the address of a Dask scheduler, a Dask client, an executor.
+                Results don't depend on it. None solves them here.
+
+        Raises:
+            InputError: the executor is none of these.
+            MissingExtraError: it is a cluster, and Dask isn't installed.
         """
         state = self._state
         return self._become(
@@ -132,6 +141,7 @@ class QuantSim(StateView):
                 progress=progress or state.progress,
                 source=source or state.source,
                 reference=reference or state.reference,
+                workers=state.workers if executor is ... else open_workers(executor),
             )
         )
 
