@@ -202,6 +202,7 @@ def test_tables_are_immutable_and_keep_provenance():
     more = table.merged({"b": e.with_(frozen=True)})
     assert list(table) == ["a"]
     assert list(more.frozen) == ["b"]
+    assert repr(table.merged({s: e.with_(frozen=s != "c") for s in "bcd"})) == "EncodingTable(4 encodings, 2 frozen)"
     assert more.provenance[0].technique == "adaround"
     assert list(more.restricted({"a"})) == ["a"]
     with pytest.raises(ValueError, match="read-only"):

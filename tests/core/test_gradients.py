@@ -155,12 +155,13 @@ def test_gradients_are_wanted_or_not() -> None:
 
 
 def test_float_formats_saturate() -> None:
-    x, g = np.array([-1000.0, -3.0, 0.3, 500.0], np.float32), np.ones(4, np.float32)
+    # 224 = 448 · 0.5 is the largest value: it is inside.
+    x, g = np.array([-1000.0, -3.0, 0.3, 500.0, 224, -224], np.float32), np.ones(6, np.float32)
     scale = np.array(0.5, np.float32)
     y = cast_float(x, "float8e4m3fn", scale)
     groups = Groups.of(x.shape, PerTensor())
     dx, ds, dz = cast_vjp(NP, g, x, y, scale, 448.0, groups)
-    np.testing.assert_array_equal(dx, [0, 1, 1, 0])
+    np.testing.assert_array_equal(dx, [0, 1, 1, 0, 1, 1])
     inside = [float(y[i] - x[i]) / 0.5 for i in (1, 2)]
     np.testing.assert_allclose(ds, -448 + 448 + sum(inside), atol=1e-4)
     assert dz is None
