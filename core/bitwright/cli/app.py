@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bitwright
-from bitwright.cli import collect, doctor, encodings, listings, new, quantize, verify
+from bitwright.cli import collect, doctor, encodings, listings, new, quantize, reports, verify
 from bitwright.errors import PluginError
 from bitwright.plugins import default_registry
 
@@ -36,6 +36,8 @@ def start(
 app.command("quantize")(quantize.quantize)
 app.command("collect")(collect.collect)
 app.command("verify")(verify.verify)
+app.command("diff")(reports.diff)
+app.command("report")(reports.report)
 app.add_typer(encodings.app, name="encodings")
 app.command("targets")(listings.targets)
 app.command("techniques")(listings.techniques)

@@ -16,11 +16,22 @@ from bitwright.report._model import (
     StepRecord,
     StoredTensor,
 )
+from bitwright.report._runs import (
+    COLUMNS,
+    Difference,
+    Listed,
+    difference,
+    read_run,
+    render_difference,
+    render_index,
+    runs_in,
+)
 from bitwright.report._seal import REPORT, digest, named, read_report
 from bitwright.report._widths import plan_widths
 from bitwright.report.charts import HEIGHT, Axis, linear_axis
 
 __all__ = [
+    "COLUMNS",
     "HEIGHT",
     "REPORT",
     "Accuracy",
@@ -28,7 +39,9 @@ __all__ = [
     "BundleRecord",
     "Calibration",
     "Cell",
+    "Difference",
     "LayerRow",
+    "Listed",
     "Record",
     "ReferenceRecord",
     "RunReport",
@@ -38,6 +51,7 @@ __all__ = [
     "build_report",
     "complete_report",
     "describe",
+    "difference",
     "digest",
     "dumped",
     "finite",
@@ -45,5 +59,9 @@ __all__ = [
     "named",
     "plan_widths",
     "read_report",
+    "read_run",
+    "render_difference",
+    "render_index",
+    "runs_in",
     "write_report",
 ]

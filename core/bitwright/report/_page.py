@@ -26,8 +26,13 @@ def render(report: RunReport) -> str:
 
 def _subtitle(report: RunReport) -> str:
     steps = " → ".join(step.technique for step in report.steps) or "no technique"
-    found = widths((s.kind, s.detail.split(" ")[0].rstrip(",")) for s in report.sites if s.decision == "quantized")
-    return f"{report.model.source} · {found} · {steps} · {report.created.replace('T', ' ').replace('+00:00', ' UTC')}"
+    when = report.created.replace("T", " ").replace("+00:00", " UTC")
+    return f"{report.model.source} · {run_widths(report)} · {steps} · {when}"
+
+
+def run_widths(report: RunReport) -> str:
+    """The types of a run's weights and activations."""
+    return widths((s.kind, s.detail.split(" ")[0].rstrip(",")) for s in report.sites if s.decision == "quantized")
 
 
 # -- sections
@@ -57,7 +62,8 @@ def _overview(report: RunReport) -> str:
     if report.notes:
         lines = "".join(f"<p class=note>{escape(told)}</p>" for told in report.notes)
         note += fold(f"Notes of the plan ({len(report.notes)})", lines)
-    return f'<section><p>{escape(verdict(report))}</p><div class="tiles">{"".join(tiles)}</div>{note}</section>'
+    told = f"<p class=verdict>{escape(verdict(report))}</p>"
+    return f'<section>{told}<div class="tiles">{"".join(tiles)}</div>{note}</section>'
 
 
 def verdict(report: RunReport) -> str:
@@ -78,13 +84,13 @@ def verdict(report: RunReport) -> str:
 
 
 def _step(number: int, step: StepRecord) -> str:
-    chosen = ", ".join(f"{k} {text(v)}" for k, v in step.settings.items())
     parts = [f"<p>{escape(step.summary)}</p>"]
-    if chosen:
-        parts.append(f"<p class=note>{escape(chosen)}</p>")
-    if step.figures:
-        parts.append(facts({k: text(v) for k, v in step.figures.items()}))
+    # Counters that stayed at zero say nothing; report.json has them.
+    if told := {k: text(v) for k, v in step.figures.items() if v != 0}:
+        parts.append(facts(told))
     parts.append(_step_chart(step))
+    if step.settings:
+        parts.append(fold(f"{len(step.settings)} settings", facts({k: text(v) for k, v in step.settings.items()})))
     if step.rows:
         parts.append(fold(f"{len(step.rows)} rows", table(step.columns, step.rows)))
     return section(f"Step {number}: {step.technique}", "".join(parts))
@@ -126,13 +132,20 @@ def _weights(layers: Sequence[LayerRow]) -> str:
         values = [row.sqnr_db for row in layers]
         shown = [v for v in values if v is not None]
         axis = charts.linear_axis(min(0.0, *shown), max(shown), " dB")
-        caption = "Signal to rounding noise of each weight. A gap: the weights lie on their grid already."
+        caption = (
+            "Signal to rounding noise of each weight in dB, higher is better; layers from left to right as in the "
+            "network. A gap: the weights lie on their grid already."
+        )
         parts.append(
             figure(charts.bars(labels, [max(v, 0.0) if v is not None else None for v in values], axis, " dB"), caption)
         )
     low, high = [row.range_smallest for row in layers], [row.range_largest for row in layers]
     plot = charts.ranges(labels, low, high, charts.log_axis([*low, *high]), [row.range_median for row in layers])
-    parts.append(figure(plot, "Largest weight of a channel: smallest to largest channel, and the median. Logarithmic."))
+    caption = (
+        "Largest magnitude of a weight in a channel: from the smallest channel to the largest, and the median. Layers "
+        "from left to right as in the network, values upwards, logarithmic."
+    )
+    parts.append(figure(plot, caption))
     columns = ("Layer", "Type", "Shape", "Quantizer", "Smallest", "Median", "Largest channel", "SQNR dB")
     rows = [
         (r.op, r.type, " × ".join(map(str, r.shape)), r.quantizer, r.range_smallest, r.range_median, r.range_largest,
@@ -149,7 +162,9 @@ def _activations(sites: Sequence[SiteRow]) -> str:
         return ""
     lows, highs = [float(s.low or 0) for s in shown], [float(s.high or 0) for s in shown]
     plot = charts.ranges([s.site for s in shown], lows, highs, charts.symlog_axis([*lows, *highs]))
-    caption = "Range of each activation's grid, in the order of the network. Logarithmic away from zero."
+    caption = (
+        "Range of each activation's grid, from left to right in the order of the network; logarithmic away from 0."
+    )
     return section("Activations", figure(plot, caption))
 
 

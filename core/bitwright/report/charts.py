@@ -95,13 +95,19 @@ def ranges(
     return _plot(axis, marks, len(labels))
 
 
-def pairs(labels: Sequence[str], before: Sequence[float], after: Sequence[float], axis: Axis) -> str:
+def pairs(
+    labels: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+    axis: Axis,
+    called: tuple[str, str] = ("before", "after"),
+) -> str:
     """Two columns side by side for each label."""
     marks = []
     for index, (label, old, new) in enumerate(zip(labels, before, after, strict=True)):
         mark = _column(index, 0.0, axis.place(old), "second", left=0.08, width=0.4)
         mark += _column(index, 0.0, axis.place(new), "first", left=0.52, width=0.4)
-        marks.append(mark + _hit(index, f"{label}: {old:.4g} before, {new:.4g} after"))
+        marks.append(mark + _hit(index, f"{label}: {old:.4g} {called[0]}, {new:.4g} {called[1]}"))
     return _plot(axis, marks, len(labels))
 
 
@@ -126,7 +132,8 @@ def _plot(axis: Axis, marks: Sequence[str], count: int) -> str:
     texts = "".join(f'<span style="bottom:{axis.place(v):.2f}%">{escape(text)}</span>' for v, text in _apart(axis))
     return (
         f'<div class="plot"><div class="ticks" aria-hidden="true">{texts}</div>'
-        f'<svg viewBox="0 0 {width} {HEIGHT:g}" preserveAspectRatio="none" role="img">'
+        f'<svg viewBox="0 0 {width} {HEIGHT:g}" preserveAspectRatio="none" role="img" '
+        f'aria-label="Chart of {count} values, described below">'
         f'<g class="grid">{lines}</g>{"".join(marks)}</svg></div>'
     )
 

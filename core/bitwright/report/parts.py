@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
@@ -57,14 +58,24 @@ def facts(named: Mapping[str, str]) -> str:
     return f"<dl>{''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in named.items())}</dl>"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to another page, relative to this one."""
+
+    text: str
+    href: str
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell | Link]]) -> str:
     """A table that sorts by a click on a heading, and that scrolls; long ones get a filter."""
     head = "".join(f"<th scope=col>{escape(c)}</th>" for c in columns)
     body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in rows)
     return f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _cell(value: Cell) -> str:
+def _cell(value: Cell | Link) -> str:
+    if isinstance(value, Link):
+        return f'<td><a href="{escape(value.href)}">{escape(value.text)}</a></td>'
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f'<td class="n" data-v="{value!r}">{escape(text(value))}</td>'
     return f"<td>{escape(text(value))}</td>"
