@@ -64,6 +64,7 @@ COVERED = ("conv", "conv_relu", "conv_clip", "depthwise", "grouped", "strided", 
            "gemm_turned", "gemm_beta", "matmul", "matmul_bias", "matmul_bias_rows", "matmul_of_activations",
            "leaky_relu", "embedding", "global_pool", "max_pool", "add", "mul", "mul_constant",
            "mul_channels", "mul_scalar", "gate", "sub", "concat", "add_constant",
+           "average_pool", "average_pool_padded", "average_pool_counted",
            "maximum", "split", "pad", "transpose", "shared_bias", "gemm_called_twice")  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from bitwright.grids import Encoding, Grid
 Codes = NDArray[np.int32]
 F = np.float32
 EXACT32, EXACT64 = 2**24, 2**53
+UNSIGNED = 128
+"""What the runtime, told to be precise on x64, adds to signed 8-bit codes: float32 rounds there, not around zero."""
 
 
 def accumulate(
@@ -134,42 +136,39 @@ def softmax(codes: Codes, encoding: Encoding, axis: int, out: Encoding) -> Codes
 def average_pool(
     codes: Codes, encoding: Encoding, attrs: PoolAttrs, out: Encoding, grid: Grid, channel_axis: int | None = None
 ) -> Codes:
-    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime contrib operators); by default channels first."""
+    """QLinearAveragePool and QLinearGlobalAveragePool (ONNX Runtime contrib operators); by default channels first.
+
+    The global one sums codes. That of windows sums real values in float32, in the order of the window, and adds the
+    zero point before it rounds: with equal grids, where averages often lie between two codes, either decides.
+    """
     if attrs.window is not None and channel_axis is not None and channel_axis % codes.ndim != 1:
         first = average_pool(np.moveaxis(codes, channel_axis, 1), encoding, attrs, out, grid)
         return np.moveaxis(first, 1, channel_axis)
     centred = codes.astype(np.int64) - int(encoding.zero_point)
     if attrs.window is None:
-        count: Any = int(np.prod([codes.shape[a] for a in attrs.axes]))
+        count = int(np.prod([codes.shape[a] for a in attrs.axes]))
         total = centred.sum(axis=attrs.axes, keepdims=attrs.keepdims)
-    else:
-        total, count = _windows(centred, attrs)
-    multiplier = np.asarray(F(encoding.scale) / (F(out.scale) * np.asarray(count, F)), F)
-    return _clip(np.rint(total.astype(F) * multiplier) + F(out.zero_point), grid.qmin, grid.qmax)
+        multiplier = np.asarray(F(encoding.scale) / (F(out.scale) * F(count)), F)
+        return _clip(np.rint(total.astype(F) * multiplier) + F(out.zero_point), grid.qmin, grid.qmax)
+    real = F(encoding.scale) * centred.astype(F)
+    sizes = F(np.prod(attrs.window.kernel))
+    if not attrs.count_include_pad and any(map(any, attrs.window.pads)):
+        sizes = _window_sums(np.ones((1, 1, *codes.shape[2:]), F), attrs.window)
+    steps = _window_sums(real, attrs.window) / sizes / F(out.scale)
+    moved = UNSIGNED if out.signed else 0
+    return _clip(steps + F(int(out.zero_point) + moved), grid.qmin + moved, grid.qmax + moved) - moved
 
 
-def _windows(x: NDArray[np.int64], attrs: PoolAttrs) -> tuple[NDArray[np.int64], NDArray[np.int64] | int]:
-    window = attrs.window
-    assert window is not None
-    op = Op("pool", OpKind.CONV, "AveragePool", (), (), attrs=window)
-    flat = ConvAttrs(window.kernel, window.strides, window.dilations, window.pads)
-
-    def sums(values: NDArray[Any]) -> NDArray[np.int64]:
-        # A sum over a window is a convolution with ones; channels become samples so that each is summed alone.
-        single = values.reshape(-1, 1, *values.shape[2:]).astype(F)
-        pooled = [c.sum(axis=1, dtype=np.float64) for c in columns(_with(op, flat), single)]
-        spatial = output_spatial(values.shape[2:], flat)
-        total = np.rint(np.concatenate(pooled, axis=1)).astype(np.int64)
-        return np.asarray(total.reshape(*values.shape[:2], *spatial))
-
-    count: NDArray[np.int64] | int = int(np.prod(window.kernel))
-    if not attrs.count_include_pad and any(map(any, window.pads)):
-        count = sums(np.ones((1, 1, *x.shape[2:])))
-    return sums(x), count
-
-
-def _with(op: Op, attrs: ConvAttrs) -> Op:
-    return Op(op.id, op.kind, op.type, op.inputs, op.outputs, op.params, attrs)
+def _window_sums(x: NDArray[np.float32], window: ConvAttrs) -> NDArray[np.float32]:
+    """Sums over windows in float32, value after value in the order in which they lie; channels first."""
+    padded = np.pad(x, ((0, 0), (0, 0), *window.pads))
+    sizes = output_spatial(x.shape[2:], window)
+    total = np.zeros((*x.shape[:2], *sizes), F)
+    for place in np.ndindex(*window.kernel):
+        cut = (slice(i * d, i * d + s * (n - 1) + 1, s)
+               for i, d, s, n in zip(place, window.dilations, window.strides, sizes, strict=True))  # fmt: skip
+        total += padded[(slice(None), slice(None), *cut)]
+    return total
 
 
 def _fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> NDArray[np.float32]:
