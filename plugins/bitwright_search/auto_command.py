@@ -8,7 +8,13 @@ import typer
 
 from bitwright.cli import console, options
 from bitwright.errors import CheckFailed
-from bitwright_search.evaluation_options import EvaluationData, EvaluationFunction, EvaluationLabels, read_evaluation
+from bitwright_search.evaluation_options import (
+    EvaluationData,
+    EvaluationFunction,
+    EvaluationLabels,
+    EvaluationMetric,
+    read_evaluation,
+)
 
 if TYPE_CHECKING:
     from bitwright_search.auto_result import AutoQuantResult
@@ -25,6 +31,7 @@ def auto(
     out: options.OutputFolder,
     labels: EvaluationLabels = None,
     evaluate: EvaluationFunction = None,
+    metric: EvaluationMetric = None,
     evaluation_data: EvaluationData = None,
     target: options.Target = "default",
     weights: options.WeightType = None,
@@ -61,7 +68,7 @@ def auto(
     from bitwright_search.auto_quantize import auto_quantize
 
     options.check_encodings_version(encodings_version)
-    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size)
+    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric)
     calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(

@@ -18,6 +18,7 @@ import numpy as np
 from bitwright.backend import Simulation, Tap
 from bitwright.data import DataLike, Dataset, labels_of
 from bitwright.errors import InputError
+from bitwright.metrics import metric_factory
 from bitwright.runs import fingerprint
 from bitwright.simulation import QuantSim
 
@@ -76,6 +77,55 @@ class Labelled:
         if not isinstance(self.data, Dataset):
             raise InputError("data have an identity once they are opened: call opened(sim) first")
         return ["top-1", self.data.fingerprint(), fingerprint.of_arrays([("labels", np.asarray(self.labels))])]
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """Evaluation by a metric of `bitwright.metrics` that needs no labels; higher is better.
+
+    Of perplexity the score is the mean log-likelihood of a token, −ln(perplexity): a loss of ln(1.08) is 1.08 × the
+    float network's perplexity. Of kl it is −kl, in nats; the float network has 0.
+
+    Attributes:
+        data: samples, in any form that `QuantSim.open` takes.
+        metric: "perplexity", "perplexity:INPUT", "kl" or "agreement".
+        batch_size: samples a batch, for arrays and files.
+        original: the network as it was opened, which kl and agreement compare with.
+    """
+
+    data: DataLike
+    metric: str
+    batch_size: int = 8
+    original: QuantSim | None = None
+
+    def opened(self, sim: QuantSim) -> ByMetric:
+        """The same with data read and checked against a simulation, whose float model is what others are compared with.
+
+        Raises:
+            InputError: they can't be used, or there is no such metric.
+        """
+        compares = metric_factory(self.metric)().compares
+        dataset = sim.open(self.data, batch_size=self.batch_size)
+        return ByMetric(dataset, self.metric, self.batch_size, sim.fork() if compares else None)
+
+    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> float:
+        """The metric of the first output, its sign so that higher is better."""
+        metric = metric_factory(self.metric)()
+        tap = Tap(sim.graph.outputs[0])
+        session, origin = simulation.session([tap]), self.original
+        floating = origin.backend.session(origin.native, [tap]) if origin is not None else None
+        for batch in sim.open(self.data, batch_size=self.batch_size):
+            inputs = {name: np.asarray(values) for name, values in batch.items()}
+            wanted = None if floating is None else np.asarray(floating.run(batch)[tap])
+            metric.add(inputs, np.asarray(session.run(batch)[tap]), wanted)
+        name, value = self.metric.partition(":")[0], metric.value()
+        return -math.log(value) if name == "perplexity" else -value if name == "kl" else value
+
+    def identity(self) -> list[str]:
+        """By the metric and the content of the opened data; the network that is compared with is the run's own."""
+        if not isinstance(self.data, Dataset):
+            raise InputError("data have an identity once they are opened: call opened(sim) first")
+        return [self.metric, self.data.fingerprint()]
 
 
 @dataclass(frozen=True)
@@ -142,19 +192,19 @@ def _module(path: str) -> Any:
     return module
 
 
-Evaluate = Callable[[Any], Any] | Labelled
-"""A function from the native simulated model to a number, or labelled data for top-1."""
+Evaluate = Callable[[Any], Any] | Labelled | ByMetric
+"""A function from the native simulated model to a number, labelled data for top-1, or data for a metric."""
 
 
 def read_evaluate(given: Any, sim: QuantSim) -> Evaluate:
-    """What the user gave as `evaluate`, checked: a function, ``(data, labels)``, or a `Labelled`.
+    """What the user gave as `evaluate`, checked: a function, ``(data, labels)``, a `Labelled` or a `ByMetric`.
 
     Raises:
         InputError: none of these, or data and labels don't fit the model.
     """
     if isinstance(given, tuple) and len(given) == 2:
         given = Labelled(*given)
-    if isinstance(given, Labelled):
+    if isinstance(given, Labelled | ByMetric):
         return given.opened(sim)
     if not callable(given):
         raise InputError(
@@ -184,7 +234,7 @@ def measure(evaluate: Evaluate, sim: QuantSim, mode: Mode) -> tuple[float, float
     """
     begin = time.perf_counter()
     simulation = simulation_in(sim, mode)
-    value = evaluate.score(sim, simulation) if isinstance(evaluate, Labelled) else evaluate(simulation.model)
+    value = evaluate.score(sim, simulation) if isinstance(evaluate, Labelled | ByMetric) else evaluate(simulation.model)
     try:
         number = float(value)
     except (TypeError, ValueError):

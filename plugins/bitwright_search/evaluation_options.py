@@ -10,7 +10,7 @@ import typer
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
-    from bitwright_search.evaluation import FileFunction, Labelled
+    from bitwright_search.evaluation import ByMetric, FileFunction, Labelled
 
 EvaluationLabels = Annotated[
     Path | None, typer.Option(help="Class indices of the evaluation samples, for top-1.", show_default=False)
@@ -23,21 +23,36 @@ EvaluationFunction = Annotated[
         show_default=False,
     ),
 ]
+EvaluationMetric = Annotated[
+    str | None,
+    typer.Option(
+        help="A metric of the outputs: perplexity (a drop is in nats: 0.077 is 1.08 times as high), kl or agreement.",
+        show_default=False,
+    ),
+]
 EvaluationData = Annotated[
-    Path | None, typer.Option(help="Samples that the labels belong to (default: --data).", show_default=False)
+    Path | None, typer.Option(help="Samples that labels and metrics are about (default: --data).", show_default=False)
 ]
 
 
-def read_evaluation(function: str | None, labels: Path | None, data: Path, batch_size: int) -> FileFunction | Labelled:
-    """What ``--evaluate`` or ``--labels`` ask for.
+def read_evaluation(
+    function: str | None, labels: Path | None, data: Path, batch_size: int, metric: str | None = None
+) -> FileFunction | Labelled | ByMetric:
+    """What ``--evaluate``, ``--labels`` or ``--metric`` ask for.
 
     Raises:
-        InputError: neither or both are given, or one can't be used.
+        InputError: none or several are given, or one can't be used.
     """
-    from bitwright_search.evaluation import FileFunction, Labelled
+    from bitwright.metrics import metric_factory
+    from bitwright_search.evaluation import ByMetric, FileFunction, Labelled
 
-    if (function is None) == (labels is None):
-        raise InputError("give either --labels, for top-1, or --evaluate FILE.py:FUNCTION")
+    if sum(given is not None for given in (function, labels, metric)) != 1:
+        raise InputError(
+            "give either --labels, for top-1, --metric, such as perplexity, or --evaluate FILE.py:FUNCTION"
+        )
+    if metric is not None:
+        metric_factory(metric)
+        return ByMetric(data, metric, batch_size)
     if labels is not None:
         return Labelled(data, labels, batch_size)
     return FileFunction.parse(str(function))

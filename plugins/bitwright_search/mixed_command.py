@@ -9,7 +9,13 @@ import typer
 
 from bitwright.cli import console, options
 from bitwright.errors import CheckFailed, InputError
-from bitwright_search.evaluation_options import EvaluationData, EvaluationFunction, EvaluationLabels, read_evaluation
+from bitwright_search.evaluation_options import (
+    EvaluationData,
+    EvaluationFunction,
+    EvaluationLabels,
+    EvaluationMetric,
+    read_evaluation,
+)
 
 if TYPE_CHECKING:
     from bitwright_search.mixed_result import MixedPrecisionResult
@@ -46,6 +52,7 @@ def mixed(
     ] = None,
     labels: EvaluationLabels = None,
     evaluate: EvaluationFunction = None,
+    metric: EvaluationMetric = None,
     evaluation_data: EvaluationData = None,
     target: options.Target = "default",
     scheme: options.Scheme = "sqnr",
@@ -74,8 +81,8 @@ def mixed(
         raise InputError("give either --latency or --measure")
     overrides = options.read_overrides(override)
     pairs = [part for part in candidates.split(",") if part.strip()]
-    asked = evaluate is not None or labels is not None
-    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size) if asked else None
+    asked = any(given is not None for given in (evaluate, labels, metric))
+    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric) if asked else None
     calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         table: object = latency

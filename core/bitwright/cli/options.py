@@ -55,6 +55,16 @@ Bank = Annotated[
 Labels = Annotated[
     Path | None, typer.Option(help="Class indices of the samples (.npy), to report accuracy.", show_default=False)
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="Metrics of the outputs, as a,b,c: perplexity, kl, agreement, or top1 with --labels.", show_default=False
+    ),
+]
+EvaluationData = Annotated[
+    Path | None,
+    typer.Option(help="Samples that metrics and labels are about (default: --data).", show_default=False),
+]
 SampleLimit = Annotated[
     int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
 ]

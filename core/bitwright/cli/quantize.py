@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.data import Dataset
+    from bitwright.metrics import Figure
     from bitwright.report import Accuracy
     from bitwright.simulation import QuantSim
     from bitwright.technique import Step
@@ -30,6 +31,8 @@ def quantize(
     data: options.CalibrationSource = None,
     bank: options.Bank = None,
     labels: options.Labels = None,
+    metric: options.Metric = None,
+    evaluation_data: options.EvaluationData = None,
     target: options.Target = "default",
     weights: options.WeightType = None,
     activations: options.ActivationType = None,
@@ -70,10 +73,9 @@ def quantize(
     from bitwright.simulation import QuantSim, read_recipe
     from bitwright.targets import load_target
 
+    asked = Asked.of(metric, evaluation_data or data, labels, batch_size)
     stem = name if name is not None else model.stem
     source = options.open_bank(data, bank)
-    if labels is not None and data is None:
-        raise InputError("--labels are those of --data; a bank has no samples to evaluate")
     job = Job(model, data or bank or Path(), out, stem, encodings_version, batch_size, plain_session, reference_samples)
     job.check()
     before, steps = options.steps_before(source, read_recipe(recipe))
@@ -88,17 +90,23 @@ def quantize(
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
             calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples)
-            scored = Scored.open(sim, job.data, labels, batch_size) if labels is not None else None
+            scored = Scored.open(sim, asked.samples, labels, batch_size) if labels is not None else None
+            if asked.metrics:
+                sim.open(asked.samples, batch_size=batch_size)  # what doesn't fit fails before work
+            original = sim.fork()
         with run_in(out) as run:
             run.record("quantize", model=str(model), target=chosen.name, data=str(job.data), recipe=recipe)
             sim.attach(run=run)
             for step in before:
                 sim.apply(step.technique, **step.settings)
             accuracy = _work(sim, steps, calibration, scored, clock)
-            files = _export(sim, job, calibration, accuracy, clock)
+            figures = asked.figures(sim, original, clock)
+            files = _export(sim, job, calibration, accuracy, figures, clock)
             run.finish()
     _print_floats(sim)
-    _print_summary(out, files, accuracy)
+    if asked.metrics and evaluation_data is None:
+        console.say("note: metrics were measured on the calibration data; --evaluation-data takes others")
+    _print_summary(out, files, accuracy, figures)
 
 
 SHOWN = 10
@@ -159,6 +167,51 @@ class Scored:
         return cls(dataset, read_labels(labels, dataset.samples))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Metrics that were asked for, and on what."""
+
+    metrics: tuple[str, ...]
+    data: Path | None
+    labels: Path | None
+    batch_size: int
+
+    @classmethod
+    def of(cls, text: str | None, data: Path | None, labels: Path | None, batch_size: int) -> Asked:
+        """Read ``a,b,c``.
+
+        Raises:
+            InputError: there is no such metric, top1 has no labels, or there are no samples to evaluate.
+        """
+        if labels is not None and data is None:
+            raise InputError("--labels are those of --data; a bank has no samples to evaluate")
+        if text and data is None:
+            raise InputError("--metric needs --evaluation-data; a bank has no samples to evaluate")
+        from bitwright.metrics import metric_factory
+
+        names = tuple(part.strip() for part in text.split(",")) if text else ()
+        for name in names:
+            metric_factory(name, None if labels is None else ())
+        return cls(names, data, labels, batch_size)
+
+    @property
+    def samples(self) -> Path:
+        """What is evaluated on."""
+        assert self.data is not None  # checked by `of`
+        return self.data
+
+    def figures(self, sim: QuantSim, original: QuantSim, clock: Clock) -> tuple[Figure, ...]:
+        """Of the calibrated simulation, against the model as it was opened."""
+        from bitwright.cli.labels import read_labels
+
+        if not self.metrics:
+            return ()
+        with clock("evaluate"):
+            data = sim.open(self.samples, batch_size=self.batch_size)
+            labels = None if self.labels is None else read_labels(self.labels, data.samples)
+            return tuple(sim.measure(data, *self.metrics, reference=original, labels=labels).values())
+
+
 def opened(path: Path, load: Sequence[str] | None) -> Any:
     """What `QuantSim` is given: the path, or the model opened with the ``KEY=VALUE`` options of its backend.
 
@@ -202,9 +255,11 @@ def _work(
     )
 
 
-def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | None, clock: Clock) -> dict[str, str]:
+def _export(
+    sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | None, figures: Sequence[Figure], clock: Clock
+) -> dict[str, str]:
     from bitwright.bundle import ARRAYS_SUFFIX
-    from bitwright.report import Calibration, complete_report
+    from bitwright.report import Calibration, MetricRecord, complete_report
 
     with clock("export"):
         bundle = sim.export(
@@ -228,6 +283,7 @@ def _export(sim: QuantSim, job: Job, calibration: Dataset, accuracy: Accuracy | 
             scheme=sim.scheme, fingerprint=calibration.fingerprint(),
         ),
         accuracy=accuracy,
+        metrics=[MetricRecord(**asdict(f)) for f in figures],
         seconds=clock.seconds,
     )  # fmt: skip
     return {**files, "report": json_file.name, "page": page.name}
@@ -243,7 +299,16 @@ def _print_floats(sim: QuantSim) -> None:
         console.say(f"note: {note}")
 
 
-def _print_summary(out: Path, files: dict[str, str], accuracy: Accuracy | None) -> None:
+def _print_summary(out: Path, files: dict[str, str], accuracy: Accuracy | None, figures: Sequence[Figure] = ()) -> None:
+    if figures:
+        console.table(
+            ("metric", "float", "simulated", "positions"),
+            [
+                (f.metric, "" if f.float_model is None else f"{f.float_model:.4f}", f"{f.simulated:.4f}", str(f.count))
+                for f in figures
+            ],
+            numbers=("float", "simulated", "positions"),
+        )
     if accuracy is not None:
         console.table(
             ("", "top-1", "points", "same class"),

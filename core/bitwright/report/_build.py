@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -23,6 +23,7 @@ from bitwright.report._model import (
     Calibration,
     Cell,
     LayerRow,
+    MetricRecord,
     ModelInfo,
     RunReport,
     SiteRow,
@@ -109,6 +110,7 @@ def complete_report(
     source: str,
     calibration: Calibration | None = None,
     accuracy: Accuracy | None = None,
+    metrics: Sequence[MetricRecord] = (),
     seconds: Mapping[str, float] | None = None,
 ) -> tuple[Path, Path]:
     """Add to an export's report what only the caller knows of the run, and write it again, with its page.
@@ -117,6 +119,7 @@ def complete_report(
         directory, name: of the export.
         source: the model's file name, or its type.
         calibration, accuracy, seconds: as `build_report`.
+        metrics: of the simulation, on the data that they were asked for.
 
     Raises:
         InputError: the export's report isn't there, or a file can't be written.
@@ -133,6 +136,7 @@ def complete_report(
                 "model": report.model.model_copy(update={"source": source}),
                 "calibration": calibration,
                 "accuracy": accuracy,
+                "metrics": tuple(metrics),
                 "seconds": {k: round(v, 3) for k, v in (seconds or {}).items()},
             }
         ),

@@ -182,6 +182,15 @@ class Accuracy(Record):
     agreement: float
 
 
+class MetricRecord(Record):
+    """A metric of the simulation, and of the float model where it doesn't compare the two; see `bitwright.metrics`."""
+
+    metric: str
+    simulated: float
+    float_model: float | None
+    count: int
+
+
 class RunReport(Record):
     """Everything about one export.
 
@@ -214,6 +223,7 @@ class RunReport(Record):
     sites: tuple[SiteRow, ...]
     layers: tuple[LayerRow, ...]
     accuracy: Accuracy | None
+    metrics: tuple[MetricRecord, ...] = ()
     seconds: dict[str, float]
     versions: dict[str, str]
     files: dict[str, str]

@@ -47,6 +47,9 @@ def _overview(report: RunReport) -> str:
             tile("Simulated top-1", f"{report.accuracy.simulated:.2%}", f"{points:+.2f} points"),
             tile("Same class", f"{report.accuracy.agreement:.2%}", "simulation and float"),
         ]
+    for metric in report.metrics:
+        beside = f"float {metric.float_model:.4g}, " if metric.float_model is not None else "from float, "
+        tiles.append(tile(metric.metric, f"{metric.simulated:.4g}", f"{beside}{metric.count} positions"))
     model = report.model
     tiles += [
         tile("Parameters", size(model.quantized_bytes), f"from {size(model.float_bytes)}"),

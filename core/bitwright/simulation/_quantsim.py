@@ -17,10 +17,12 @@ from bitwright.data import SAMPLES, DataLike, Dataset, Remembering, Samples, joi
 from bitwright.errors import InputError
 from bitwright.graph import OpKind
 from bitwright.grids import Encoding
+from bitwright.metrics import Figure
 from bitwright.placement import Derived, SiteId, SiteKind
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import _apply, _fork, _set_precision, _training
+from bitwright.simulation._measure import measured
 from bitwright.simulation._overview import overview, title
 from bitwright.simulation._site import SiteHandle, site_named
 from bitwright.simulation._state import open_simulation, open_state, rebuilt, with_encodings
@@ -406,6 +408,34 @@ class QuantSim(StateView):
         if not batches:
             raise InputError("there are no data to predict on")
         return [joined([b[tap] for b in batches]) for tap in taps]
+
+    def measure(
+        self,
+        data: DataLike,
+        *metrics: str,
+        reference: QuantSim | None = None,
+        labels: Sequence[int] | NDArray[np.integer] | None = None,
+        output: str | None = None,
+    ) -> dict[str, Figure]:
+        """Metrics of the simulation, and of the float model beside it, in one pass over the data.
+
+        Args:
+            data: as for `open`; not what was calibrated on.
+            metrics: "perplexity" ("perplexity:INPUT" names the input that holds the tokens), "kl", "agreement", "top1";
+                see `bitwright.metrics`. Positions that an input called a mask has zeros at don't count.
+            reference: the simulation whose float model is compared with: a fork made before techniques, which change
+                the float model. Default: this one, where none was applied.
+            labels: class indices of the samples, for "top1".
+            output: which output holds the logits; default: the first.
+
+        Raises:
+            InputError: no such metric or output, outputs of another shape or with NaN, or a technique was applied and
+                no reference is given.
+            EncodingError: not calibrated yet.
+        """
+        self._require_taken("measure()")
+        origin = None if reference is None else reference._state
+        return measured(self._state, self.simulation, data, metrics, reference=origin, labels=labels, output=output)
 
     def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:
         """Warn where the simulation's outputs for one batch aren't finite and the float model's are (see `predict`)."""

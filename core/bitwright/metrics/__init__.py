@@ -1,0 +1,27 @@
+"""Metrics of networks with logits, written once: perplexity, divergence from float, agreement, top-1."""
+
+from __future__ import annotations
+
+from bitwright.metrics._metrics import (
+    METRICS,
+    Agreement,
+    Divergence,
+    Figure,
+    Metric,
+    Perplexity,
+    Top1,
+    metric_factory,
+    token_input,
+)
+
+__all__ = [
+    "METRICS",
+    "Agreement",
+    "Divergence",
+    "Figure",
+    "Metric",
+    "Perplexity",
+    "Top1",
+    "metric_factory",
+    "token_input",
+]

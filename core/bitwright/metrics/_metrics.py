@@ -1,0 +1,267 @@
+"""What networks are scored by: perplexity, divergence from the float network, agreement with it, accuracy.
+
+Each metric takes batches one after another and keeps sums alone, so that logits are never held beyond a batch. Sums are
+float64. Classes lie on the last axis of an output: (samples, classes), or (samples, positions, classes) of language
+models, where every position counts for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import InputError, unknown_name
+
+Values = NDArray[Any]
+Inputs = Mapping[str, Values]
+_ELEMENTS = 1 << 22
+"""Logits that are worked on at a time, in float64."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric's value.
+
+    Attributes:
+        metric: its name.
+        simulated: of the simulated network.
+        float_model: of the float network; None where the metric compares the two.
+        count: positions (or samples) that it is the mean of.
+    """
+
+    metric: str
+    simulated: float
+    float_model: float | None
+    count: int
+
+
+class Metric(Protocol):
+    """Sums over batches of one network.
+
+    Attributes:
+        compares: it compares with the float network, whose outputs `add` then needs.
+    """
+
+    compares: bool
+
+    def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
+        """Take a batch: the model's inputs, an output, and what the float network makes of the same inputs."""
+
+    def value(self) -> float:
+        """The value of all batches.
+
+        Raises:
+            InputError: nothing was counted.
+        """
+
+    @property
+    def count(self) -> int:
+        """Positions or samples counted so far."""
+
+
+class _Mean:
+    """A mean over positions."""
+
+    compares = False
+
+    def __init__(self, name: str) -> None:
+        self.name, self.total, self._count = name, 0.0, 0
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def _take(self, values: Values) -> None:
+        self.total += float(np.sum(values, dtype=np.float64))
+        self._count += int(values.size)
+
+    def value(self) -> float:
+        if self._count == 0:
+            raise InputError(f"{self.name}: the data hold nothing to count: every position is masked, or there is none")
+        return self.total / self._count
+
+
+class Perplexity(_Mean):
+    """exp of the mean cross-entropy of each next token: logits (n, length, vocabulary), tokens (n, length) an input.
+
+    Args:
+        tokens: the input that holds token ids; None finds it, see `token_input`.
+    """
+
+    def __init__(self, tokens: str | None = None) -> None:
+        super().__init__("perplexity")
+        self.tokens = tokens
+
+    def add(self, inputs: Inputs, outputs: Values, reference: Values | None = None) -> None:
+        """See `Metric.add`; positions whose token or predecessor is masked don't count."""
+        if outputs.ndim != 3:
+            raise InputError(
+                f"perplexity: the output has shape {outputs.shape}; it takes logits (samples, length, vocabulary)"
+            )
+        ids = inputs[self.tokens or token_input(inputs, outputs.shape[:2])]
+        if ids.shape != outputs.shape[:2] or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"perplexity: tokens are {ids.dtype} {ids.shape}; logits {outputs.shape} ask for integers "
+                f"{outputs.shape[:2]}"
+            )
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < outputs.shape[2]:
+            raise InputError(f"perplexity: token ids from {ids.min()} to {ids.max()}, of {outputs.shape[2]} logits")
+        mask = _counted(inputs, outputs.shape[:2])
+        kept = mask[:, 1:] & mask[:, :-1]
+        for logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, ids[:, 1:]):
+            self._take(-np.take_along_axis(logs, targets[:, None], axis=-1))
+
+    def value(self) -> float:
+        """exp of the mean."""
+        return float(np.exp(super().value()))
+
+
+class Divergence(_Mean):
+    """Mean over positions of the Kullback–Leibler divergence of the network's distribution from the float network's,
+    Σ p ln(p / q) in nats; softmax over the last axis."""
+
+    compares = True
+
+    def __init__(self) -> None:
+        super().__init__("kl")
+
+    def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
+        """See `Metric.add`; masked positions don't count."""
+        assert reference is not None
+        kept = _counted(inputs, outputs.shape[:-1])
+        for logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
+            wanted = _log_softmax(self.name, rows)
+            p = np.exp(wanted)
+            terms = np.where(p > 0, p * (np.where(p > 0, wanted, 0.0) - logs), 0.0)
+            self._take(terms.sum(axis=-1))
+
+
+class Agreement(_Mean):
+    """The share of positions at which both networks' largest logits have the same index."""
+
+    compares = True
+
+    def __init__(self) -> None:
+        super().__init__("agreement")
+
+    def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
+        """See `Metric.add`; masked positions don't count."""
+        assert reference is not None
+        kept = _counted(inputs, outputs.shape[:-1])
+        _finite(self.name, outputs), _finite(self.name, reference)
+        self._take((outputs.argmax(axis=-1) == reference.argmax(axis=-1))[kept])
+
+
+class Top1(_Mean):
+    """The share of samples whose largest output is at their label.
+
+    Args:
+        labels: class indices, one a sample, in the order of the data.
+    """
+
+    def __init__(self, labels: Sequence[int] | NDArray[np.integer]) -> None:
+        super().__init__("top1")
+        self.labels = np.asarray(labels)
+
+    def add(self, inputs: Inputs, outputs: Values, reference: Values | None = None) -> None:
+        """See `Metric.add`."""
+        _finite(self.name, outputs)
+        found = outputs.reshape(len(outputs), -1).argmax(axis=1)
+        expected = self.labels[self.count : self.count + len(found)]
+        if len(expected) != len(found):
+            raise InputError(f"top1: there are {len(self.labels)} labels, but more samples: give one label a sample")
+        self._take(found == expected)
+
+    def value(self) -> float:
+        """The share; refused where labels are left over."""
+        if self.count != len(self.labels):
+            raise InputError(f"top1: there are {len(self.labels)} labels for {self.count} samples")
+        return super().value()
+
+
+METRICS: Mapping[str, str] = {
+    "perplexity": "exp of the mean next-token cross-entropy; perplexity:INPUT names the input with the tokens",
+    "kl": "mean divergence from the float network's distribution, in nats",
+    "agreement": "share of positions with the float network's largest logit",
+    "top1": "share of samples whose largest output is at their label",
+}
+"""Names, and what they mean."""
+
+
+def metric_factory(text: str, labels: Sequence[int] | NDArray[np.integer] | None = None) -> Callable[[], Metric]:
+    """What makes a metric, of its name: "perplexity", "perplexity:input_ids", "kl", "agreement", "top1".
+
+    Args:
+        text: the name, with a setting behind a colon.
+        labels: for "top1".
+
+    Raises:
+        InputError: no such metric, a setting that it doesn't have, or no labels.
+    """
+    name, _, setting = text.partition(":")
+    if name not in METRICS:
+        raise InputError(f"there is no metric {name!r}{unknown_name(name, METRICS)}; there are {', '.join(METRICS)}")
+    if setting and name != "perplexity":
+        raise InputError(f"metric {name!r} has no setting, but {text!r} gives one")
+    if name == "top1":
+        if labels is None:
+            raise InputError("metric 'top1' needs labels: class indices, one a sample")
+        return lambda: Top1(labels)
+    if name == "perplexity":
+        return lambda: Perplexity(setting or None)
+    return Divergence if name == "kl" else Agreement
+
+
+def token_input(inputs: Inputs, shape: tuple[int, ...]) -> str:
+    """The integer input of a shape that holds tokens: the only one, or the only one that isn't a mask, positions or
+    types by its name.
+
+    Raises:
+        InputError: there is none, or several could be meant.
+    """
+    fitting = [n for n, v in inputs.items() if np.issubdtype(v.dtype, np.integer) and v.shape == tuple(shape)]
+    named = [n for n in fitting if not any(word in n.lower() for word in ("mask", "position", "type"))]
+    found = fitting if len(fitting) == 1 else named
+    if len(found) != 1:
+        what = "no integer input has" if not found else f"{' and '.join(map(repr, found))} have"
+        raise InputError(f"perplexity: {what} the logits' shape {tuple(shape)}; name the tokens: perplexity:INPUT")
+    return found[0]
+
+
+def _counted(inputs: Inputs, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Positions that count: all but those that an input called a mask, of the same shape, has zeros at."""
+    counted = np.ones(shape, bool)
+    for name, values in inputs.items():
+        if "mask" in name.lower() and values.shape == tuple(shape) and len(shape) > 1:
+            counted &= values != 0
+    return counted
+
+
+def _log_probabilities(
+    name: str, logits: Values, kept: NDArray[np.bool_], *beside: Values
+) -> Iterator[tuple[NDArray[np.float64], list[Values]]]:
+    """Log-softmax of the positions kept, a piece at a time, with the same positions of other arrays."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    index = np.flatnonzero(kept.reshape(-1))
+    others = [v.reshape(len(flat), *v.shape[kept.ndim :]) for v in beside]
+    step = max(1, _ELEMENTS // max(1, flat.shape[-1]))
+    for begin in range(0, len(index), step):
+        rows = index[begin : begin + step]
+        yield _log_softmax(name, flat[rows]), [v[rows] for v in others]
+
+
+def _log_softmax(name: str, logits: Values) -> NDArray[np.float64]:
+    _finite(name, logits)
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _finite(name: str, logits: Values) -> None:
+    if not np.isfinite(logits).all():
+        raise InputError(f"{name}: the outputs hold NaN or infinity")

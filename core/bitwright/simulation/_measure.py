@@ -1,0 +1,69 @@
+"""Metrics of a simulated network, and of the float network beside it, over a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Simulation, Tap
+from bitwright.data import DataLike
+from bitwright.errors import InputError
+from bitwright.metrics import Figure, Metric, metric_factory
+from bitwright.state import SimState
+
+
+def measured(
+    state: SimState,
+    simulation: Simulation[Any],
+    data: DataLike,
+    metrics: Sequence[str],
+    *,
+    reference: SimState | None = None,
+    labels: Sequence[int] | NDArray[np.integer] | None = None,
+    output: str | None = None,
+) -> dict[str, Figure]:
+    """A figure for each metric, in one pass; see `QuantSim.measure`."""
+    if not metrics:
+        raise InputError("measure: name a metric, such as 'perplexity' or 'kl'")
+    if len(set(metrics)) != len(metrics):
+        raise InputError(f"measure: a metric is named twice in {', '.join(metrics)}")
+    if reference is None and state.reports:
+        raise InputError(
+            f"measure: {state.reports[0][0]!r} has changed the float model since it was opened, so there is nothing "
+            "to compare with: make `before = sim.fork()` before techniques, and pass reference=before"
+        )
+    tap = Tap(_output(state, output))
+    origin = reference or state
+    if tap.tensor not in origin.graph.tensors:
+        raise InputError(f"measure: the reference has no output {tap.tensor!r}")
+    factories = {name: metric_factory(name, labels) for name in metrics}
+    pairs: dict[str, tuple[Metric, Metric | None]] = {}
+    for name, make in factories.items():
+        metric = make()
+        pairs[name] = metric, None if metric.compares else make()
+    quantized = simulation.session([tap])
+    floating = origin.backend.session(origin.native, [tap])
+    for batch in state.open(data):
+        inputs = {k: np.asarray(v) for k, v in batch.items()}
+        found, wanted = (np.asarray(s.run(batch)[tap]) for s in (quantized, floating))
+        if found.shape != wanted.shape:
+            raise InputError(f"measure: {tap.tensor!r} has shape {found.shape}, and {wanted.shape} in the reference")
+        for metric, beside in pairs.values():
+            metric.add(inputs, found, wanted)
+            if beside is not None:
+                beside.add(inputs, wanted, None)
+    return {
+        name: Figure(name, metric.value(), None if beside is None else beside.value(), metric.count)
+        for name, (metric, beside) in pairs.items()
+    }
+
+
+def _output(state: SimState, name: str | None) -> str:
+    if name is None:
+        return state.graph.outputs[0]
+    if name not in state.graph.outputs:
+        raise InputError(f"measure: the model has no output {name!r}; it has {', '.join(state.graph.outputs)}")
+    return name

@@ -1,0 +1,111 @@
+"""Metrics: right values on hand-made logits, what is masked, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bitwright.errors import InputError
+from bitwright.metrics import metric_factory, token_input
+
+LOG = np.log
+
+
+def logits(probabilities):
+    return np.log(np.asarray(probabilities, np.float32)) + 3  # a softmax doesn't see what is added to all
+
+
+def metric(name, *batches, labels=None):
+    """(value, count) over batches of (inputs, outputs, reference)."""
+    found = metric_factory(name, labels)()
+    for inputs, outputs, reference in batches:
+        found.add(inputs, outputs, reference)
+    return found.value(), found.count
+
+
+P = [[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.3, 0.5]]]
+IDS = np.array([[2, 0, 1]])
+
+
+def test_perplexity_is_of_the_next_token():
+    # Position 0 predicts token 0 (p = 0.5), position 1 token 1 (p = 0.1); the last position predicts nothing known.
+    value, count = metric("perplexity", ({"ids": IDS}, logits(P), None))
+    assert value == pytest.approx(np.exp(-(LOG(0.5) + LOG(0.1)) / 2), rel=1e-6)
+    assert count == 2
+
+
+def test_batches_count_by_their_positions():
+    long = np.tile(IDS, (3, 1)), np.tile(logits(P), (3, 1, 1))
+    one = metric("perplexity", ({"ids": IDS}, logits(P), None), ({"ids": long[0]}, long[1], None))
+    assert one == (pytest.approx(np.exp(-(LOG(0.5) + LOG(0.1)) / 2), rel=1e-6), 8)
+
+
+def test_masked_positions_do_not_count():
+    inputs = {"ids": IDS, "attention_mask": np.array([[1, 1, 0]])}
+    value, count = metric("perplexity", (inputs, logits(P), None))
+    assert (value, count) == (pytest.approx(2.0, rel=1e-6), 1)
+    other = logits([[[0.25, 0.25, 0.5], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]])
+    value, count = metric("kl", (inputs, other, logits(P)))
+    assert (value, count) == (pytest.approx((0.5 * LOG(2) + 0.25 * LOG(0.5)) / 2, rel=1e-6), 2)
+    assert metric("agreement", (inputs, other, logits(P))) == (0.5, 2)
+    with pytest.raises(InputError, match="every position is masked"):
+        metric("kl", ({"mask": np.zeros((1, 3), int)}, other, logits(P)))
+
+
+def test_divergence_holds_zero_probabilities_and_large_vocabularies(monkeypatch):
+    p = logits([[[0.5, 0.5, 1.0]]])
+    p[0, 0, 2] = -1e4  # its probability is 0, and p ln p as well
+    value, _ = metric("kl", ({}, logits([[[0.25, 0.25, 0.5]]]), p))
+    assert value == pytest.approx(LOG(2), rel=1e-6)
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 2, 7, 50)).astype(np.float32)
+    whole = metric("kl", ({}, a, b))
+    monkeypatch.setattr("bitwright.metrics._metrics._ELEMENTS", 150)
+    assert metric("kl", ({}, a, b)) == (pytest.approx(whole[0], rel=1e-12), 14)
+    assert metric("kl", ({}, a, a))[0] == 0
+    assert metric("kl", ({}, a[:, 0], b[:, 0]))[1] == 2  # a classifier's (samples, classes)
+
+
+def test_top1_needs_a_label_for_each_sample():
+    outputs = np.eye(3, dtype=np.float32)
+    assert metric("top1", ({}, outputs, None), labels=[0, 1, 1]) == (pytest.approx(2 / 3), 3)
+    with pytest.raises(InputError, match="more samples"):
+        metric("top1", ({}, outputs, None), labels=[0])
+    with pytest.raises(InputError, match="4 labels for 3 samples"):
+        metric("top1", ({}, outputs, None), labels=[0, 1, 2, 0])
+    with pytest.raises(InputError, match="needs labels"):
+        metric_factory("top1")
+
+
+def test_tokens_are_found_or_asked_for():
+    ids, shape = np.zeros((2, 5), np.int64), (2, 5)
+    assert token_input({"a": ids, "x": np.zeros((2, 5), np.float32), "b": ids[:, :3]}, shape) == "a"
+    assert token_input({"input_ids": ids, "attention_mask": ids, "position_ids": ids}, shape) == "input_ids"
+    with pytest.raises(InputError, match=r"'a' and 'b' have the logits' shape \(2, 5\); name the tokens"):
+        token_input({"a": ids, "b": ids}, shape)
+    with pytest.raises(InputError, match="no integer input"):
+        token_input({"x": np.zeros(shape, np.float32)}, shape)
+    two = {"a": IDS, "b": np.zeros_like(IDS)}
+    assert metric("perplexity:a", (two, logits(P), None)) == metric("perplexity", ({"a": IDS}, logits(P), None))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs", "message"),
+    [
+        ("perplexity", {"ids": IDS}, np.zeros((3, 4)), "logits \\(samples, length, vocabulary\\)"),
+        ("perplexity", {"ids": IDS + 1}, logits(P), "token ids from 1 to 3, of 3 logits"),
+        ("perplexity:y", {"y": IDS[:, :2]}, logits(P), "tokens are int64"),
+        ("perplexity", {"ids": IDS}, np.full((1, 3, 3), np.nan), "NaN"),
+        ("kl", {}, np.full((1, 3, 3), np.inf), "NaN or infinity"),
+        ("agreement", {}, np.full((1, 3, 3), np.nan), "NaN"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(name, inputs, outputs, message):
+    with pytest.raises(InputError, match=message):
+        metric(name, (inputs, outputs, logits(P)))
+
+
+@pytest.mark.parametrize("name", ["ppl", "kl:x"])
+def test_unknown_metrics(name):
+    with pytest.raises(InputError, match="metric"):
+        metric_factory(name)

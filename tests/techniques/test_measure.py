@@ -1,0 +1,59 @@
+"""`QuantSim.measure` on each framework: agreement with the float network, and what it asks for after techniques."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from backends import FRAMEWORKS
+
+from bitwright.errors import InputError
+from bitwright.testing import models
+
+pytestmark = pytest.mark.parametrize("port", FRAMEWORKS.values(), ids=FRAMEWORKS)
+MODEL = models.mlp()
+
+
+def divergence(p, q):
+    """Of logits, in nats."""
+    p, q = (x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True)) for x in (p, q))
+    return (np.exp(p) * (p - q)).sum(-1).mean()
+
+
+def test_against_float(port):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL, weights="int4").calibrate(data)
+    found = sim.measure(data, "kl", "agreement", "top1", labels=np.zeros(20, int))
+    p, q = (sim.predict(data, simulated=s)[0] for s in (False, True))
+    assert found["kl"].simulated == pytest.approx(divergence(p, q), rel=1e-4)
+    assert found["kl"].simulated > 1e-5
+    assert (found["kl"].float_model, found["kl"].count) == (None, 20)
+    assert found["agreement"].simulated == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert (found["top1"].float_model, found["top1"].simulated) == (
+        (p.argmax(-1) == 0).mean(),
+        (q.argmax(-1) == 0).mean(),
+    )
+
+
+def test_techniques_need_the_model_as_it_was(port):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL, weights="int4")
+    before = sim.fork()
+    p = port.sim(MODEL).calibrate(data).predict(data, simulated=False)[0]
+    sim.apply("gptq", data, candidates=4).calibrate(data)
+    with pytest.raises(InputError, match="'gptq' has changed the float model"):
+        sim.measure(data, "kl")
+    found = sim.measure(data, "kl", reference=before)["kl"].simulated
+    assert found == pytest.approx(divergence(p, sim.predict(data)[0]), rel=1e-4)
+
+
+def test_bad_requests(port):
+    data = port.batch(models.batch(MODEL, 6, 1))
+    sim = port.sim(MODEL).calibrate(data)
+    for names, options, message in (
+        ((), {}, "name a metric"),
+        (("kl", "kl"), {}, "named twice"),
+        (("kl",), {"output": "nothing"}, "no output 'nothing'"),
+        (("perplexity",), {}, r"logits \(samples, length, vocabulary\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sim.measure(data, *names, **options)
