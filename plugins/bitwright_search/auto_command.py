@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 def auto(
     *,
     model: options.Model,
-    data: options.CalibrationData,
     allowed_drop: Annotated[
         float,
         typer.Option(help="Largest loss, in the evaluation's unit; of top-1, 0.01 is one point.", show_default=False),
     ],
     out: options.OutputFolder,
+    data: options.CalibrationSource = None,
+    bank: options.Bank = None,
     labels: EvaluationLabels = None,
     evaluate: EvaluationFunction = None,
     metric: EvaluationMetric = None,
@@ -69,7 +70,7 @@ def auto(
 
     options.check_encodings_version(encodings_version)
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric)
-    calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
+    calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(
             model, calibration, evaluation, allowed_drop=allowed_drop, target=target, weights=weights,

@@ -36,7 +36,7 @@ EvaluationData = Annotated[
 
 
 def read_evaluation(
-    function: str | None, labels: Path | None, data: Path, batch_size: int, metric: str | None = None
+    function: str | None, labels: Path | None, data: Path | None, batch_size: int, metric: str | None = None
 ) -> FileFunction | Labelled | ByMetric:
     """What ``--evaluate``, ``--labels`` or ``--metric`` ask for.
 
@@ -50,9 +50,12 @@ def read_evaluation(
         raise InputError(
             "give either --labels, for top-1, --metric, such as perplexity, or --evaluate FILE.py:FUNCTION"
         )
+    if function is not None:
+        return FileFunction.parse(function)
+    if data is None:
+        raise InputError("--labels and --metric need samples, and a bank has none: give --evaluation-data")
     if metric is not None:
         metric_factory(metric)
         return ByMetric(data, metric, batch_size)
-    if labels is not None:
-        return Labelled(data, labels, batch_size)
-    return FileFunction.parse(str(function))
+    assert labels is not None
+    return Labelled(data, labels, batch_size)

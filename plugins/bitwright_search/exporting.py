@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bitwright.backend import Bundle
+from bitwright.bank import Bank
 from bitwright.bundle import ARRAYS_SUFFIX, refuse_planned
 from bitwright.data import Dataset
 from bitwright.files import make_directory, write_text
@@ -89,7 +90,7 @@ def export_network(
     """
     model, stem = named_model(model, name)
     named = isinstance(model, str | Path)
-    if sim.reference is None:
+    if sim.reference is None and not isinstance(data, Bank):
         sim.attach(reference=sim.remembering(data).taken())
     bundle = sim.export(out, name=stem, encodings_version=version, plain_session=plain_session)
     json_file, page = complete_report(

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def mixed(
     *,
     model: options.Model,
-    data: options.CalibrationData,
     out: options.OutputFolder,
+    data: options.CalibrationSource = None,
+    bank: options.Bank = None,
     candidates: Annotated[
         str, typer.Option(help="Pairs of types of weights and activations, as WEIGHTS/ACTIVATIONS,….")
     ] = "int8/uint16,int8/uint8,int4/uint8",
@@ -83,13 +84,15 @@ def mixed(
     pairs = [part for part in candidates.split(",") if part.strip()]
     asked = any(given is not None for given in (evaluate, labels, metric))
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric) if asked else None
-    calibration = options.open_samples(model, data, batch_size=batch_size, limit=calibration_samples)
+    calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         table: object = latency
         if measure:
             from bitwright.files import make_directory
             from bitwright_search.latency_measure import measure_latency
 
+            if data is None:
+                raise InputError("--measure runs the model: give --data")
             table = measure_latency(model, data, candidates=pairs, target=target, overrides=overrides,
                                     progress=progress, out=make_directory(out) / "latency.json")  # fmt: skip
             cost = "latency"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from bitwright.bank import Bank
 from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
@@ -24,6 +25,7 @@ from bitwright_search.latency import read_latency
 from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
 from bitwright_search.participants import split_steps
+from bitwright_search.predicted import NOTE, blank_batch, predicted_noise
 from bitwright_search.sensitivity import SAMPLES, first_samples, measure_noise
 from bitwright_search.stages import SearchStore, open_sim, run_of
 
@@ -65,7 +67,8 @@ def mixed_precision(
 
     Args:
         model: a framework's model, a path, or a `QuantSim` (whose settings and techniques then hold).
-        calibration: calibration data in any form that `QuantSim.open` takes.
+        calibration: calibration data in any form that `QuantSim.open` takes; or a `Bank`, from which sensitivities
+            are predicted in closed form: nothing runs but `evaluate`.
         evaluate: a function from the native simulated model to a number, higher is better, or ``(data, labels)``;
             needed for `allowed_drop`.
         candidates: pairs of types (weights, activations). Where all have the same activations, a model gets them
@@ -118,13 +121,20 @@ def mixed_precision(
             # The target runs folded batch norms, so noise is measured with them folded. A simulation is as it is.
             for step in split_steps(None)[0]:
                 sim.apply(step.technique, data)
-        batches = first_samples(data, sensitivity_samples, sim.fixed_batch)
+        bank = data if isinstance(data, Bank) else None
+        batches = [] if bank is not None else first_samples(data, sensitivity_samples, sim.fixed_batch)
         groups, notes = group_sites(sim, choices)
-        macs = multiply_accumulates(sim, batches[0])
+        if bank is None:
+            macs = multiply_accumulates(sim, batches[0])
+        else:  # bytes take no multiplications
+            macs = {} if cost == "weight_bytes" else multiply_accumulates(sim, blank_batch(sim))
         costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))
         table = costs.table(groups, choices)
         stages = SearchStore(directory)
-        noises = measure_noise(sim, groups, choices, data, batches, directory)
+        if bank is None:
+            noises = measure_noise(sim, groups, choices, data, batches, directory)
+        else:
+            noises, notes = predicted_noise(sim, groups, choices, bank), (*notes, NOTE)
         search = MixedSearch(
             sim=sim,
             data=data,

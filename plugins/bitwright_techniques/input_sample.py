@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Reduction
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, columns, groups_of, input_channels
-from bitwright.statistics import Request, finite
+from bitwright.statistics import LayerMoments, Request, finite
 
 
 class InputSample:
@@ -104,8 +105,13 @@ def features_of(graph: Graph, op: Op) -> int:
     return input_channels(op, shape) // groups_of(op) * int(np.prod(shape[2:], dtype=np.int64))
 
 
-def sample_request(graph: Graph, op: Op, key: str, limit: int) -> Request:
-    """A request for a sample of an op's input in the float network."""
+def sample_request(graph: Graph, op: Op, key: str, limit: int, *, or_moments: bool = False) -> Request:
+    """A request for a sample of an op's input in the float network; with `or_moments`, moments serve in its place."""
     features, axis = features_of(graph, op), input_axis_of(graph, op)
-    memory = 4 * groups_of(op) * features * limit
-    return Request(key, (op.data_inputs[0],), lambda: InputSample(op, features, axis, limit=limit), memory=memory)
+    return Request(
+        key,
+        (op.data_inputs[0],),
+        partial(InputSample, op, features, axis, limit=limit),
+        memory=4 * groups_of(op) * features * limit,
+        instead=partial(LayerMoments, op, features, axis, paired=False) if or_moments else None,
+    )

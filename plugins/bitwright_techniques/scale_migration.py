@@ -2,6 +2,13 @@
 
 A technique says which factors s it proposes for a parameter α; the least output error of the readers, measured on
 sampled inputs with weights W·s and inputs x/s both on their grids, decides α. Factors of 1 are always among them.
+
+Where there is no sample but the inputs' second moments H = E[x xᵀ] (a bank), the error of weights is exact on all data,
+and that of inputs is the noise of rounding, Δ²/12 for each value, which the weights pass on::
+
+    E‖W x − Ŵ x̂‖² = tr((Ŵ/s − W) H (Ŵ/s − W)ᵀ) + Σ Ŵ² Δ²/12
+
+Zeros, those of a padded border included, count as values there, though they have no rounding error.
 """
 
 from __future__ import annotations
@@ -25,8 +32,8 @@ from bitwright.graph import (
     groups_of,
     to_matrix,
 )
-from bitwright.grids import encoding_from_range, encoding_of_weights
-from bitwright.statistics import RangeStatistic, Request
+from bitwright.grids import Encoding, encoding_from_range, encoding_of_weights
+from bitwright.statistics import LayerMoments, RangeStatistic, Request, Statistic
 from bitwright.technique import Context, Outcome, Report, frozen_note
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.input_sample import InputSample, input_axis_of, sample_request
@@ -41,7 +48,7 @@ class Channels:
 
     Attributes:
         largest: max |x| over data and readers.
-        mean: mean |x| over the sample.
+        mean: mean |x| over the sample; the root of mean x² where only moments are known.
         weight: max |W| over the readers' weights on that channel.
     """
 
@@ -60,7 +67,7 @@ def migration_requests(graph: Graph, limit: int) -> Iterable[Request]:
     for op in {r.op.id: r.op for path in paths for r in path.readers}.values():
         axis = input_axis_of(graph, op)
         yield Request(f"range/{op.id}", (op.data_inputs[0],), lambda axis=axis: RangeStatistic(axis))  # type: ignore[misc]
-        yield sample_request(graph, op, f"sample/{op.id}", limit)
+        yield sample_request(graph, op, f"sample/{op.id}", limit, or_moments=True)
 
 
 def migrate(
@@ -163,22 +170,21 @@ def _error(readers: Sequence[_Measured], factors: Values) -> float:
 
 
 class _Measured:
-    """One reader's output error as a function of the factors, on a sample of its input."""
+    """One reader's output error as a function of the factors, on a sample of its input or on its moments."""
 
     def __init__(self, ctx: Context[Any], reader: Reader, quantized: bool) -> None:
         op = reader.op
         assert op.weight is not None
-        sample, extent = ctx.statistics[f"sample/{op.id}"], ctx.statistics[f"range/{op.id}"]
-        assert isinstance(sample, InputSample)
+        seen, extent = ctx.statistics[f"sample/{op.id}"], ctx.statistics[f"range/{op.id}"]
         assert isinstance(extent, RangeStatistic)
         self.op, self.channel_of = op, reader.channel_of
-        self.columns = sample.columns
         self.low, self.high = np.asarray(extent.low), np.asarray(extent.high)
         self.weight = np.asarray(ctx.params[op.weight], np.float32)
         self.spec = ctx.plan.spec(op.weight)
         self.input_spec = ctx.plan.spec(op.data_inputs[0]) if quantized else None
-        self.expected = np.matmul(to_matrix(op, self.weight), self.columns)
-        self.power = max(float(np.square(self.expected, dtype=np.float64).sum()), float(np.finfo(np.float32).tiny))
+        self.inputs = (
+            _Sampled(op, self.weight, seen) if isinstance(seen, InputSample) else _Known(op, self.weight, seen)
+        )
 
     def error(self, factors: Values) -> float:
         """‖W x − Ŵ x̂‖² / ‖W x‖², Ŵ and x̂ being W·s and x/s on their grids."""
@@ -186,12 +192,67 @@ class _Measured:
         weight = scale_inputs(self.op, self.weight, given)
         if self.spec is not None:
             weight = encoding_of_weights(weight, self.spec).fake_quantize(weight)
-        x = (self.columns / _spread(self.op, self.weight.shape, given)[..., None]).astype(np.float32)
+        grid = None
         if self.input_spec is not None:
             low, high = float((self.low / given).min()), float((self.high / given).max())
-            x = encoding_from_range(self.input_spec, low, high).fake_quantize(x)
-        error = np.matmul(to_matrix(self.op, weight), x) - self.expected
-        return float(np.square(error, dtype=np.float64).sum()) / self.power
+            grid = encoding_from_range(self.input_spec, low, high)
+        return self.inputs.error(to_matrix(self.op, weight), _spread(self.op, self.weight.shape, given), grid)
+
+
+class _Sampled:
+    """On columns of the input, which are put on their grid.
+
+    Attributes:
+        mean: mean |x| of each feature, (groups, K).
+    """
+
+    def __init__(self, op: Op, weight: NDArray[np.float32], sample: InputSample) -> None:
+        self._columns = sample.columns
+        self._expected = np.matmul(to_matrix(op, weight), self._columns)
+        self._power = max(float(np.square(self._expected, dtype=np.float64).sum()), float(np.finfo(np.float32).tiny))
+        self.mean = np.abs(self._columns).mean(axis=2, dtype=np.float64)
+
+    def error(self, matrix: NDArray[np.floating], factors: Values, grid: Encoding | None) -> float:
+        """Relative output error for a weight matrix that was multiplied by the factors, (groups, K), and rounded."""
+        x = (self._columns / factors[..., None]).astype(np.float32)
+        if grid is not None:
+            x = grid.fake_quantize(x)
+        error = np.matmul(matrix, x) - self._expected
+        return float(np.square(error, dtype=np.float64).sum()) / self._power
+
+
+class _Known:
+    """On second moments of the input.
+
+    Attributes:
+        mean: root of mean x² of each feature, (groups, K).
+    """
+
+    def __init__(self, op: Op, weight: NDArray[np.float32], moments: Statistic) -> None:
+        assert isinstance(moments, LayerMoments)
+        self._squares, self._weight = moments.xx, to_matrix(op, weight).astype(np.float64)
+        self._power = max(self._through(self._weight), float(np.finfo(np.float32).tiny))
+        self.mean = np.sqrt(np.maximum(np.einsum("gkk->gk", self._squares), 0.0))
+
+    def error(self, matrix: NDArray[np.floating], factors: Values, grid: Encoding | None) -> float:
+        """See `_Sampled.error`."""
+        error = self._through(matrix / factors[:, None] - self._weight)
+        if grid is not None:
+            error += float(np.einsum("grk,gk->", np.square(matrix, dtype=np.float64), self._noise(factors, grid)))
+        return error / self._power
+
+    def _through(self, matrix: NDArray[np.floating]) -> float:
+        return float(np.einsum("grk,grk->", matrix @ self._squares, matrix))
+
+    def _noise(self, factors: Values, grid: Encoding) -> Values:
+        """Power of the rounding error of x/s, (groups, K)."""
+        if grid.float_format is None:
+            return np.full_like(factors, float(grid.scale) ** 2 / 12)
+        # Steps grow with the values: the share of a value that is lost, over an octave from the feature's own size on.
+        size = np.maximum(self.mean / factors, np.finfo(np.float32).tiny)[..., None]
+        values = (size * 2.0 ** np.linspace(0, 1, 33)).astype(np.float32)
+        lost = (grid.fake_quantize(values) - values.astype(np.float64)) / values
+        return np.asarray(np.square(size[..., 0]) * np.square(lost).mean(axis=-1))
 
 
 def _channels(path: ScalePath, readers: Sequence[_Measured]) -> Channels:
@@ -200,7 +261,7 @@ def _channels(path: ScalePath, readers: Sequence[_Measured]) -> Channels:
         matrix = np.abs(to_matrix(reader.op, reader.weight)).max(axis=1)
         np.maximum.at(weight, reader.channel_of, _by_channel(reader, matrix).max(axis=1))
         np.maximum.at(largest, reader.channel_of, np.maximum(np.abs(reader.low), np.abs(reader.high)))
-        average = _by_channel(reader, np.abs(reader.columns).mean(axis=2, dtype=np.float64)).mean(axis=1)
+        average = _by_channel(reader, reader.inputs.mean).mean(axis=1)
         counts = np.bincount(reader.channel_of, minlength=path.channels)
         mean += np.bincount(reader.channel_of, average, path.channels) / np.maximum(counts, 1) / len(readers)
     return Channels(largest, mean, weight)

@@ -136,6 +136,21 @@ def test_a_histogram_is_the_one_that_calibration_collects(sim, bank):
         bank.histogram(tensor, 11)
 
 
+@onnx_only
+@pytest.mark.parametrize("technique", ["smooth_quant", "awq"])
+def test_channel_factors_are_chosen_on_moments(technique, tmp_path):
+    """The float function stays; the bank doesn't hold behind it, since inputs are others now."""
+    sim = PORT.sim(models.prenormed(), weights="int4")
+    data = samples(sim)
+    bank = collect(sim, data, tmp_path / "bank")
+    done = sim.fork().apply(technique, bank)
+    assert done.reports[-1][1].figures["scaled"] > 0
+    for before, after in zip(sim.predict(data, simulated=False), done.predict(data, simulated=False), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4 * np.abs(before).max())
+    with pytest.raises(InputError, match=f"{technique} changed the network since"):
+        done.calibrate(bank)
+
+
 # -- where it is valid
 
 

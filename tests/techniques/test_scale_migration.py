@@ -1,5 +1,7 @@
 """SmoothQuant and AWQ: the float function stays, the measured error falls, what can't be scaled is said."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from backends import BACKENDS, FRAMEWORKS
@@ -206,3 +208,37 @@ def test_layer_norms_absorb_factors(framework):
 def test_per_tensor_weights_are_taken_into_account():
     done = run("smooth_quant", outlying(), weights=QuantSpec(8, granularity=PerTensor()))
     assert done.outcome.report.figures["scaled"] >= 1
+
+
+@pytest.mark.parametrize("activations", [ACT, None, QuantSpec(16, float_format="bfloat16")])
+def test_errors_on_moments_are_those_on_the_sample(activations):
+    """Weights' errors are the same sums; noise of rounding is that of uniform errors, within a tenth."""
+    from bitwright.statistics import LayerMoments, RangeStatistic
+    from bitwright_techniques.input_sample import features_of, input_axis_of
+    from bitwright_techniques.scale_migration import _Measured
+
+    class Seen:
+        pass
+
+    backend, model = ReferenceBackend(), outlying()
+    graph = backend.graph(model)
+    plan = simple_plan(graph, weights=INT8, activations=activations)
+    path = find_paths(graph, lambda op: None, lambda tensor: True)[0][0]
+    reader, rng = path.readers[0], np.random.default_rng(0)
+    # Without a border: its zeros are exact, and count as values.
+    op = replace(reader.op, attrs=replace(reader.op.attrs, pads=((0, 0), (0, 0))))
+    reader, axis = replace(reader, op=op), input_axis_of(graph, op)
+    shape = graph.tensors[op.data_inputs[0]].shape
+    x = (rng.normal(0, 1, (64, *shape[1:])) * np.exp(rng.normal(0, 1, (1, shape[1], 1, 1)))).astype(np.float32)
+    one = InputSample(op, features_of(graph, op), axis, limit=10**6)
+    other = LayerMoments(op, features_of(graph, op), axis, paired=False)
+    extent = RangeStatistic(axis, reduction="none")
+    for statistic in (one, other, extent):
+        statistic.update(x)
+    errors = []
+    for seen in (one, other):
+        ctx = Seen()
+        ctx.statistics, ctx.plan, ctx.params = {f"sample/{op.id}": seen, f"range/{op.id}": extent}, plan, model.params
+        measured = _Measured(ctx, reader, quantized=True)
+        errors.append([measured.error(f) for f in (np.ones(path.channels), np.linspace(0.5, 2, path.channels))])
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4 if activations is None else 0.1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,7 +18,7 @@ from bitwright.errors import InputError
 from bitwright.files import DAMAGED
 
 INDEX = "bank.json"
-FORMAT = 1
+FORMAT: Final = 1
 LARGEST_INDEX = 256 * 2**20
 """Bytes; an entry takes some hundred."""
 PRECISION = 10

@@ -78,6 +78,8 @@ class BankView:
         found: dict[str, Statistic] = {}
         for request in requests:
             answer = self._answer(request)
+            if answer is None and request.instead is not None:
+                answer = self._answer(replace(request, make=request.instead))
             if answer is not None:
                 found[request.key] = answer
             elif not request.optional:

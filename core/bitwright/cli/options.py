@@ -193,6 +193,21 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     return open_data(data, backend.input_specs(native), batch_size=batch_size, limit=limit)
 
 
+def open_calibration(
+    model: Path, data: Path | None, bank: Path | None, *, batch_size: int, limit: int | None
+) -> Dataset:
+    """`open_samples`, or the bank in their place.
+
+    Raises:
+        InputError: as `open_samples` and `open_bank`.
+    """
+    opened = open_bank(data, bank)
+    if opened is not None:
+        return opened
+    assert data is not None
+    return open_samples(model, data, batch_size=batch_size, limit=limit)
+
+
 def open_bank(data: Path | None, bank: Path | None) -> Bank_ | None:
     """The bank that takes the place of data; None where there are data.
 

@@ -76,7 +76,8 @@ def quantize(
     asked = Asked.of(metric, evaluation_data or data, labels, batch_size)
     stem = name if name is not None else model.stem
     source = options.open_bank(data, bank)
-    job = Job(model, data or bank or Path(), out, stem, encodings_version, batch_size, plain_session, reference_samples)
+    batches = batch_size if source is None else 0
+    job = Job(model, data or bank or Path(), out, stem, encodings_version, batches, plain_session, reference_samples)
     job.check()
     before, steps = options.steps_before(source, read_recipe(recipe))
     chosen = load_target(target)
@@ -115,7 +116,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and written; `data` are samples, or a bank."""
+    """What is read and written; `data` are samples, or a bank, which has no batches."""
 
     model: Path
     data: Path

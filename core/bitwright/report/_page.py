@@ -194,7 +194,8 @@ def _about(report: RunReport) -> str:
     }
     if report.calibration:
         data = report.calibration
-        known["Calibration"] = f"{data.samples} samples of {data.source}, batches of {data.batch_size}, {data.scheme}"
+        batches = f", batches of {data.batch_size}" if data.batch_size else ""
+        known["Calibration"] = f"{data.samples} samples of {data.source}{batches}, {data.scheme}"
         known["Data fingerprint"] = data.fingerprint
     known |= {f"Input {name}": shape for name, shape in report.model.inputs.items()}
     known |= {f"Output {name}": shape for name, shape in report.model.outputs.items()}

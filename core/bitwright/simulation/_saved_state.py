@@ -22,7 +22,7 @@ from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding
 from bitwright.plugins import registry
 from bitwright.runs import fingerprint
 from bitwright.simulation._state import open_state
-from bitwright.state import SimState
+from bitwright.state import Rounded, SimState
 from bitwright.targets import load_target
 
 STATE, ENCODINGS = "quantsim.json", "encodings.npz"
@@ -67,6 +67,8 @@ def save(state: SimState, directory: Path) -> Path:
         ],
         "contents": {p.name: fingerprint.of_file(p) for p in (model, directory / ENCODINGS) if p.is_file()},
     }
+    if state.rounded is not None and state.rounded.native is state.native:
+        content["rounded_from"] = state.rounded.network
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are text
     write_text(directory / STATE, json.dumps({**content, "seal": _seal(content)}, indent=1))
     return directory
@@ -85,6 +87,7 @@ class _Saved:
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]]
     reference: Samples | None
     contents: Mapping[str, str]
+    rounded_from: str
 
 
 def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState:
@@ -115,7 +118,12 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
     if fingerprint.of_graph(state.graph) != saved.graph:
         raise ModelError("the model given has another graph than the one that was saved")
     check_encodings(state.graph, state.plan, {s: e for s, e in saved.encodings.items() if s in state.plan})
-    return replace(state, encodings=saved.encodings, folded=saved.folded, reference=saved.reference)
+    # Of weights that were given in place of the saved ones nobody knows what they were rounded from.
+    own = bool(saved.rounded_from) and model is None and saved.model in saved.contents
+    return replace(
+        state, encodings=saved.encodings, folded=saved.folded, reference=saved.reference,
+        rounded=Rounded(state.native, saved.rounded_from) if own else None,
+    )  # fmt: skip
 
 
 def _read(directory: Path) -> _Saved:
@@ -148,6 +156,7 @@ def _read(directory: Path) -> _Saved:
     return _Saved(
         str(content["backend"]), str(content["model"]), str(content["graph"]), dict(content["options"]),
         str(content.get("target", "custom")), EncodingTable(table, provenance), folded, reference, contents,
+        str(content.get("rounded_from", "")),
     )  # fmt: skip
 
 

@@ -51,6 +51,8 @@ class Request:
         sources: for each tensor, the network it is taken from.
         memory: bytes that the finished statistic holds, for the pass's budget.
         optional: the technique also works without it; it is left out where there are no data.
+        instead: builds what else will do, under the same key, where there are no data but a bank, which has no values
+            to sample: `LayerMoments` in place of columns of a layer's input.
     """
 
     key: str
@@ -59,6 +61,7 @@ class Request:
     sources: tuple[Source, ...] = field(default=("float",))
     memory: int = 0
     optional: bool = False
+    instead: Callable[[], Statistic] | None = None
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.tensors):
