@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitwright.cli import options
+from bitwright.errors import InputError
 
 if TYPE_CHECKING:
+    from bitwright.bank import Bank
+    from bitwright.simulation import QuantSim
     from bitwright_analysis.records import Analysis
 
 SHOWN = 10
@@ -19,11 +22,12 @@ SHOWN = 10
 def analyze(
     *,
     model: options.Model,
-    data: options.Samples,
     out: Annotated[
         Path,
         typer.Option(help="Folder for analysis.json and analysis.html; made if it isn't there.", show_default=False),
     ],
+    data: options.CalibrationSource = None,
+    bank: options.Bank = None,
     labels: options.Labels = None,
     target: options.Target = "default",
     weights: options.WeightType = None,
@@ -53,6 +57,7 @@ def analyze(
 ) -> None:
     """Find out where quantization hurts in a model, and what to do about it.
 
+    With --bank nothing is measured: what each layer loses at its types follows from the bank, and goes to layers.json.
     Interrupted, the same command goes on from the last finished measurement.
     """
     from bitwright.cli.labels import read_labels
@@ -62,7 +67,11 @@ def analyze(
     from bitwright_analysis.analyzer import quant_analyzer
     from bitwright_analysis.plots import require_bokeh
 
-    require_bokeh()
+    source = options.open_bank(data, bank)
+    if source is None:
+        require_bokeh()
+    elif labels is not None:
+        raise InputError("--labels are those of --data; a bank has no samples to evaluate")
     steps = Recipe((Step("fold_batch_norm"),)) if recipe is None else read_recipe(None if recipe == "none" else recipe)
     known = None if labels is None else read_labels(labels, None)
     with options.shown_progress(quiet=quiet or as_json) as progress:
@@ -77,6 +86,14 @@ def analyze(
             seed=seed,
             progress=progress,
         )
+        if source is not None:
+            before, rest = options.steps_before(source, steps)
+            for step in before:
+                sim.apply(step.technique, **step.settings)
+            for step in rest:
+                sim.apply(step.technique, source, **step.settings)
+            return _on_bank(sim.calibrate(source), source, out, as_json=as_json)
+        assert data is not None
         dataset = sim.open(data, batch_size=batch_size, limit=samples)
         if known is not None and dataset.samples is not None and len(known) < dataset.samples:
             raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
@@ -101,6 +118,24 @@ def analyze(
         sys.stdout.write(analysis.model_dump_json(indent=1) + "\n")
     else:
         _show(analysis, out)
+
+
+def _on_bank(sim: QuantSim, bank: Bank, out: Path, *, as_json: bool) -> None:
+    from bitwright.cli import console
+    from bitwright_analysis.bank_noise import layer_noises, write
+
+    noises = layer_noises(sim, bank)
+    path = write(noises, out)
+    if as_json:
+        sys.stdout.write(path.read_text())
+        return
+    console.table(
+        ("layer", "output, weights rounded", "input on its grid"),
+        ((n.layer, console.decibels(n.weights_db), console.decibels(n.inputs_db)) for n in noises),
+        numbers=("output, weights rounded", "input on its grid"),
+    )
+    console.say("signal to noise of each layer alone, predicted from the bank; give --data to measure the network")
+    console.say(str(path))
 
 
 def _show(analysis: Analysis, out: Path) -> None:

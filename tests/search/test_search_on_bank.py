@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -76,6 +78,14 @@ def test_the_commands(net, bank, run, tmp_path):
                "greedy", "--cost", "weight_bytes", "--out", tmp_path / "mixed", "-q")  # fmt: skip
     assert done.status == 0, done.err
     assert "predicted from the bank" in done.out
+    done = run(
+        "analyze", *common, "--weights", "int4", "--recipe", "fold_batch_norm", "--out", tmp_path / "layers", "-q"
+    )
+    assert done.status == 0, done.err
+    layers = json.loads((tmp_path / "layers/layers.json").read_text())
+    assert {row["layer"] for row in layers} == {"stem", "dw", "mix", "res", "fc"}
+    assert layers == sorted(layers, key=lambda row: row["weights_db"])
+    assert all(10 < row["weights_db"] < 35 < row["inputs_db"] < 60 for row in layers)
     done = run("auto", *common, "--labels", "labels.npy", "--allowed-drop", "0.1", "--out", tmp_path / "auto", "-q")
     assert done.status == 2
     assert "give --evaluation-data" in done.err
