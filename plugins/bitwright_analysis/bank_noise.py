@@ -39,7 +39,7 @@ def layer_noises(sim: QuantSim, bank: Bank) -> list[LayerNoise]:
     """
     found = []
     for op in sim.graph.linear_ops:
-        if op.weight not in sim.encodings or op.id not in bank.record.layers:
+        if op.weight is None or op.weight not in sim.encodings or op.id not in bank.record.layers:
             continue
         weights = weight_noise(bank, op, sim.params[op.weight], sim.encodings[op.weight])
         tensor = op.data_inputs[0]
