@@ -64,6 +64,9 @@ def test_protocol_state_and_merging_in_any_order(name):
     back = make()
     back.restore(whole.state())
     same(back, whole)
+    if isinstance(whole, RangeStatistic):
+        np.testing.assert_array_equal(back.low, whole.low)
+        np.testing.assert_array_equal(back.high, whole.high)
     back.update(parts[0])
     whole.update(parts[0])
     same(back, whole)

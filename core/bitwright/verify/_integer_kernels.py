@@ -37,7 +37,7 @@ def accumulate(
     """
     centred = (codes - int(inputs.zero_point)).astype(F)
     matrix = to_matrix(op, weight_codes.astype(np.float64))
-    reach = max(abs(inputs.grid.qmin - int(inputs.zero_point)), abs(inputs.grid.qmax - int(inputs.zero_point)))
+    reach = _reach(inputs)
     peak = float(np.abs(matrix).sum(axis=2, dtype=np.float64).max(initial=0)) * reach
     dtype: Any = F if peak < EXACT32 else np.float64
     operand = matrix.astype(dtype)
@@ -48,10 +48,15 @@ def accumulate(
 
 def matmul(a: Codes, ea: Encoding, b: Codes, eb: Encoding) -> NDArray[np.float64]:
     """Exact integer accumulators of a product of two activations, broadcast as numpy's matmul."""
-    reach = [max(abs(e.grid.qmin - int(e.zero_point)), abs(e.grid.qmax - int(e.zero_point))) for e in (ea, eb)]
-    dtype: Any = F if reach[0] * reach[1] * a.shape[-1] < EXACT32 else np.float64
+    dtype: Any = F if _reach(ea) * _reach(eb) * a.shape[-1] < EXACT32 else np.float64
     left, right = ((q - int(e.zero_point)).astype(dtype) for q, e in ((a, ea), (b, eb)))
     return np.asarray(left @ right, np.float64)
+
+
+def _reach(encoding: Encoding) -> int:
+    """The largest magnitude of a code minus the zero point, which lies among the codes."""
+    zero, grid = int(encoding.zero_point), encoding.grid
+    return max(zero - grid.qmin, grid.qmax - zero)
 
 
 def _shaped(op: Op, flat: NDArray[np.float64], shape: tuple[int, ...], channel_axis: int | None) -> NDArray[np.float64]:
