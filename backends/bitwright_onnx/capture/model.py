@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from bitwright.errors import InputError, ModelError
 from bitwright_onnx.capture.normalize import normalize
+from bitwright_onnx.capture.wellformed import undecoded
 from bitwright_onnx.graph.opset import minimal_ir_version, opset_of
 from bitwright_onnx.graph.tensors import LIBRARIES, byte_size, tensor_array
 
@@ -84,6 +85,8 @@ def _from_proto(
     graph = proto.graph
     if proto.ir_version <= 0 or not (graph.node or graph.initializer or graph.input) or not graph.output:
         raise InputError(f"{name} is not an ONNX model: it holds no graph")
+    if field := undecoded(proto):
+        raise ModelError(f"{name} is damaged: its {field} is not UTF-8 text")
     try:
         model = ir.from_proto(proto)
     except Exception as error:
@@ -104,6 +107,8 @@ def _finished(model: ir.Model, name: str, custom_ops: Sequence[Any], blobs: Path
         return normalize(model)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
+    except (ir.passes.InvariantError, ir.passes.PassError) as error:
+        raise ModelError(f"{name} is damaged, or is beyond onnx-ir: {_first_line(_root(error))}") from error
 
 
 def _own_tensors(model: ir.Model, blobs: Path | None) -> None:

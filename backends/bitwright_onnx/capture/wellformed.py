@@ -18,6 +18,26 @@ from bitwright_onnx.graph.subgraph import bodies
 _WINDOWED = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 
 
+def undecoded(message: Any) -> str | None:
+    """The first field of a protobuf message, or of those in it, whose text isn't UTF-8: protobuf hands out its bytes.
+
+    Returns:
+        The field's full name, such as "onnx.NodeProto.op_type"; None where all is text.
+    """
+    if isinstance(message, onnx.TensorProto):  # its data are bytes, and may be many
+        return next((f"onnx.TensorProto.{n}" for n in ("name", "doc_string") if isinstance(getattr(message, n), bytes)),
+                    next(filter(None, map(undecoded, message.external_data)), None))  # fmt: skip
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        values = (value,) if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+            return str(field.full_name)
+        if field.type == field.TYPE_MESSAGE and (found := next(filter(None, map(undecoded, values)), None)):
+            return found
+    return None
+
+
 def refuse_malformed(model: ir.Model) -> None:
     """Check operands, attributes and names of every node, those of subgraphs and functions included.
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,7 +13,8 @@ from numpy.typing import NDArray
 
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
-from bitwright.errors import InputError
+from bitwright.errors import BitwrightError, InputError
+from bitwright.files import DAMAGED, atomic_write, read_npz
 from bitwright.graph import Attrs, Call, Constant, Formula, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright.grids import Encoding, Granularity
 
@@ -66,17 +64,8 @@ def write(path: Path, model: M, backend: str, pack: Callable[[Op], Any]) -> Path
         arrays |= {f"scale/{s}": e.scale, f"zero/{s}": e.zero_point}
         if e.block_scale is not None:
             arrays[f"blocks/{s}"] = e.block_scale
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, description=np.array(json.dumps(description)), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        np.savez(file, description=np.array(json.dumps(description)), **arrays)  # type: ignore[arg-type]
     return path
 
 
@@ -93,13 +82,19 @@ def read(path: Path, made: type[M], backend: str, unpack: Callable[[Any], Any]) 
         InputError: the file is missing, truncated, another backend's or something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
-        text = json.loads(str(arrays["description"]))
-        if (text["backend"], text["version"]) != (backend, _VERSION):
-            raise ValueError(f"it was written by {text['backend']}, version {text['version']} of the format")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a {backend} model: {error}") from error
+        return _read(path, made, backend, unpack)
+    except BitwrightError:
+        raise
+    except (*DAMAGED, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{path} is not a {backend} model: {reason[:300]}") from error
+
+
+def _read(path: Path, made: type[M], backend: str, unpack: Callable[[Any], Any]) -> M:
+    arrays = {k: np.asarray(v) for k, v in read_npz(path).items()}
+    text = json.loads(str(arrays["description"]))
+    if (text["backend"], text["version"]) != (backend, _VERSION):
+        raise ValueError(f"it was written by {text['backend']}, version {text['version']} of the format")
     graph = Graph(
         [_op(op) for op in text["ops"]],
         {t["id"]: Tensor(**_tuples(t)) for t in text["tensors"]},
