@@ -14,6 +14,10 @@ class InputError(BitwrightError, ValueError):
     """Data, files or arguments that can't be used: wrong shape, NaN, empty, corrupt, unknown name."""
 
 
+class WriteError(InputError):
+    """What can't be written: a full disk, a failing one, no permission. It says nothing of the model."""
+
+
 class ModelError(BitwrightError):
     """A model that can't be opened, captured or rewritten as asked."""
 

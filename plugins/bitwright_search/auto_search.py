@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from bitwright.data import Dataset
-from bitwright.errors import BitwrightError, CapabilityError, InputError
+from bitwright.errors import BitwrightError, CapabilityError, InputError, WriteError
 from bitwright.plugins import registry
 from bitwright.runs import identity
 from bitwright.simulation import QuantSim
@@ -383,6 +383,8 @@ class AutoSearch:
         return scheme if weight_scheme == "minmax" else f"{scheme}, weights {weight_scheme}"
 
     def _failed(self, name: str, kind: str, steps: tuple[str, ...], error: Exception) -> None:
+        if isinstance(error, WriteError):  # a full disk says nothing of the candidate
+            raise error
         expected = isinstance(error, BitwrightError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         status = Status.SKIPPED if isinstance(error, CapabilityError) else Status.FAILED

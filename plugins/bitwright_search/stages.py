@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.errors import BitwrightError, InputError
+from bitwright.errors import BitwrightError, InputError, WriteError
 from bitwright.plugins import registry
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory, fingerprint, run_in, versions
@@ -122,6 +122,8 @@ class SearchStore:
         try:
             sim.save(state)
             saved = True
+        except WriteError:
+            raise
         except BitwrightError as error:
             self.unsaved, saved = str(error), False
         content = content_of(sim)

@@ -220,7 +220,7 @@ READERS: Mapping[str, Reader] = {
     "record": Reader(".npz", lambda: damaged_zip([_written()["out/net.record.npz"]]), _record),
     "saved state": Reader(".json", lambda: _json_of(f"saved/{STATE}"), _saved_state(STATE)),
     "saved encodings": Reader(".npz", lambda: damaged_zip([_written()[f"saved/{ENCODINGS}"]]), _saved_state(ENCODINGS)),
-    "step": Reader(".npz", lambda: damaged_zip([c for n, c in _written().items() if n.startswith("steps/")]), _step),
+    "step": Reader(".npz", lambda: damaged_bytes([c for n, c in _written().items() if n.startswith("steps/")]), _step),
     "dataflow model": Reader(".npz", lambda: damaged_zip([_written()["model.npz"]]), reference.ReferenceBackend().load),
     "onnx": Reader(".onnx", lambda: damaged_bytes([_written()["net.onnx"]]), _onnx),
 }

@@ -16,14 +16,13 @@ import pytest
 
 import bitwright_onnx.export.qdq as qdq_writer
 from bitwright import QuantSim
-from bitwright.bundle import _artefact as artefact
 from bitwright.bundle._agreement import agreement
 from bitwright.bundle._export_gate import open_quantized
 from bitwright.bundle._record import read_reference, spread
 from bitwright.bundle._synthetic import synthetic
 from bitwright.data import Samples
 from bitwright.data._reference import kept
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, WriteError
 from bitwright.report import digest, read_report
 from bitwright.report._page import render
 from bitwright.report._seal import named, seal
@@ -433,23 +432,47 @@ def test_the_command_line_refuses_before_any_work(tmp_path, capsys):
         shutil.rmtree(tmp_path / ".run", ignore_errors=True)
 
 
-# -- killed while it is moved in
+# -- taking the place of an older export
 
 
-def test_a_kill_between_renames_is_seen(tmp_path, monkeypatch):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_an_export_without_its_seals_is_seen_to_be_incomplete(tmp_path):
     calibrated().export(tmp_path)
-    moves = []
-
-    def killed(source: Path, target: Path) -> None:
-        if moves:
-            raise KeyboardInterrupt
-        moves.append(target)
-        source.replace(target)
-
-    monkeypatch.setattr(artefact, "_move", killed)
-    with pytest.raises(KeyboardInterrupt):
-        calibrated(weights="int4").export(tmp_path)
-    assert moves
-    assert not (tmp_path / "model.encodings").exists() and not (tmp_path / "report.json").exists()
+    for name in ("model.encodings", "report.json"):  # as after a kill between renames
+        (tmp_path / name).unlink()
     with pytest.raises(InputError, match="incomplete"):
         verify(tmp_path, DATA)
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [1, 4, 6, 9])
+def test_the_older_export_comes_back_where_the_new_one_can_not_be_moved_in(tmp_path, monkeypatch, fault, number):
+    calibrated().export(tmp_path)
+    before, real, moves = contents(tmp_path), Path.replace, []
+
+    def replace(source: Path, target: Path) -> Path:
+        if tmp_path in (source.parent, target.parent):
+            moves.append(target)
+            if len(moves) == number:
+                raise fault
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(WriteError if isinstance(fault, OSError) else KeyboardInterrupt):
+        calibrated(weights="int4").export(tmp_path)
+    monkeypatch.undo()
+    assert len(moves) == 2 * number - 1, "all that had been moved has been moved back"
+    assert contents(tmp_path) == before
+    assert verify(tmp_path, DATA).problems == []
+
+
+def test_what_only_the_older_export_had_goes_with_it(tmp_path):
+    calibrated().export(tmp_path, reference_samples=1)
+    (tmp_path / "notes.txt").write_text("the user's")
+    assert (tmp_path / "model.record.npz").exists()
+    calibrated().export(tmp_path, reference_samples=0)
+    assert not (tmp_path / "model.record.npz").exists()
+    assert (tmp_path / "notes.txt").exists()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,8 +18,9 @@ from typing import Any
 
 import keras
 
+from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
-from bitwright.files import cannot_write, discard, sync_directory
+from bitwright.files import cannot_write, staging, sync_directory
 from bitwright_keras.capture.normalize import normalize
 from bitwright_keras.capture.plain_layers import with_layers
 from bitwright_keras.graph.model import KerasModel, Ref, substitute
@@ -84,27 +84,19 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r}: Keras models are saved as .keras or .h5")
     if path.suffix != ".keras" and (why := beyond_h5(model.operations)):
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
-    handle, name = None, ""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        beside = Path(name)
-        model.save(beside)
-        if names:
-            write_names(beside, names)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())
-        beside.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        if name:
-            discard(Path(name))
-        raise cannot_write(path, error) from error
-    except BaseException:
-        if name:
-            discard(Path(name))
-        raise
+    with staging(path.parent) as folder:
+        beside = folder / path.name
+        try:
+            with silenced("absl"):  # it calls .h5 an old format
+                model.save(beside)
+            if names:
+                write_names(beside, names)
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from error
     return path
 
 
@@ -121,12 +113,6 @@ def beyond_h5(operations: Iterable[keras.Operation]) -> str:
         except Exception:
             continue
     return ""
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # -- names

@@ -6,8 +6,6 @@ The names in an encodings file are the frozen graph's: tensors "block/relu:0", c
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from bitwright.backend import Bundle
 from bitwright.calibration import full_table
 from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError
-from bitwright.files import atomic_write, cannot_write, sync_directory
+from bitwright.files import atomic_write, cannot_write, staging, sync_directory
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole, lacking
 from bitwright.grids import EncodingTable
 from bitwright.placement import Derived, Plan, SiteKind
@@ -126,20 +124,15 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
             f"SavedModels can't be made with Keras on {keras.backend.backend()}: export .keras, open it with "
             "KERAS_BACKEND=tensorflow and export from there"
         )
-    try:
-        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    try:
-        keras_model(model).export(beside / "model", format="tf_saved_model", verbose=False)
-        if path.exists():
-            path.rename(beside / "old")
-        (beside / "model").replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with staging(path.parent) as folder:
+        try:
+            keras_model(model).export(folder / "model", format="tf_saved_model", verbose=False)
+            if path.exists():
+                path.rename(folder / "old")
+            (folder / "model").replace(path)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from error
     return path
 
 

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from bitwright.errors import InputError, ModelError
+from bitwright.files import cannot_write
 from bitwright_onnx.capture.normalize import normalize
 from bitwright_onnx.capture.wellformed import undecoded
 from bitwright_onnx.graph.opset import minimal_ir_version, opset_of
@@ -222,7 +223,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
                 file.replace(path.parent / file.name)
             _sync(path.parent)
     except OSError as error:
-        raise InputError(f"can't write {str(path)!r}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
     return path
 
 

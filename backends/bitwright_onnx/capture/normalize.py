@@ -28,6 +28,7 @@ from bitwright_onnx.capture.wellformed import refuse_malformed
 from bitwright_onnx.graph.opset import MINIMUM_OPSET, raise_opset
 from bitwright_onnx.graph.rewrites import rewrite, turn_gemms
 from bitwright_onnx.graph.subgraph import values_of
+from bitwright_onnx.graph.tensors import reason
 from bitwright_onnx.graph.value_types import refuse_no_tensors, restore_types
 from bitwright_onnx.simulate.session import compile_session
 
@@ -50,7 +51,10 @@ def normalize(model: ir.Model) -> ir.Model:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if model.functions:
         check_inlined_size(model)
-        passes.InlinePass()(model)
+        try:
+            passes.InlinePass()(model)
+        except Exception as error:
+            raise ModelError(f"its functions can't be written out: {reason(error)}") from error
     _refuse_double_producers(model.graph)
     passes.RemoveInitializersFromInputsPass()(model)
     _name_nodes(model)

@@ -24,10 +24,11 @@ from bitwright.backend import (
     ToCompile,
 )
 from bitwright.bundle._parts import of_part, parts_in
+from bitwright.bundle._placing import move_in
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
-from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError
-from bitwright.files import cannot_write, make_directory
+from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError, WriteError
+from bitwright.files import make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
@@ -61,7 +62,6 @@ def export(
     """
     from bitwright.bundle import _export_gate as export_gate
     from bitwright.bundle import _recording as recording
-    from bitwright.bundle._record import unseal
 
     if not is_stem(name):
         raise InputError(f"{name!r} can't be a file name; use a plain stem such as 'mobilenet'")
@@ -126,13 +126,10 @@ def export(
             state, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
             missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
         )  # fmt: skip
+        # The encodings come last, as the seal.
         written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == REPORT))
         refuse_overwriting(state, [directory / path.name for path in written])
-        # Without the old seal, an export that is killed between two renames is seen to be incomplete.
-        unseal(directory, name)
-        # External weights lie beside their model and move with it; the encodings come last, as the seal.
-        for path in written:
-            _move(path, directory / path.name)
+        move_in(written, directory, name)
         paths = {k: directory / p.name for k, p in files.items()}
         return replace(bundle, files=paths, stored_anew=stored_anew)
     finally:
@@ -154,6 +151,8 @@ def _in_own_form(state: SimState, folder: Path, name: str, artefact: str, error:
     try:
         bundle = Bundle({"model": state.backend.save(state.native, folder / f"{name}{suffix}")})
         instead = f"the float model is {name}{suffix}"
+    except WriteError:
+        raise
     except (InputError, ModelError) as other:
         bundle, instead = Bundle({}), f"no file holds the float model ({other})"
     warnings.warn(f"{name}.{artefact} isn't written, {instead}: {error}", stacklevel=4)
@@ -215,29 +214,6 @@ def compiled(state: SimState, info: RuntimeInfo, bundle: Bundle, stem: Path) -> 
 def is_stem(name: str) -> bool:
     """Whether a bundle's files can be called so."""
     return bool(name.strip(".")) and Path(name).name == name and "\0" not in name
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename a file or a folder; what is there is replaced.
-
-    Raises:
-        InputError: the system doesn't let it.
-    """
-    try:
-        _replace(source, target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-
-
-def _replace(source: Path, target: Path) -> None:
-    if not target.is_dir():
-        source.replace(target)
-        return
-    # A folder can't be replaced in one step.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.replace(old)
-    source.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def encodings_file(

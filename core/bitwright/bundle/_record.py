@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
-from bitwright.files import atomic_write, discard, read_npz
+from bitwright.files import atomic_write, read_npz
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding
-from bitwright.report import REPORT, ReferenceRecord, StoredTensor, named
+from bitwright.report import ReferenceRecord, StoredTensor
 from bitwright.runs import of_file
 
 ARRAYS_SUFFIX = ".record.npz"
@@ -32,16 +32,6 @@ def hashes(files: Iterable[Path], folder: Path) -> dict[str, str]:
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         found |= {p.relative_to(folder).as_posix(): of_file(p) for p in inside}
     return found
-
-
-def unseal(folder: Path, name: str) -> None:
-    """Take away what says that an export of this name is whole; another export's report gets its own name."""
-    report = folder / REPORT
-    other = named(report)
-    if other is not None and other != name and (folder / f"{other}.encodings").exists():
-        report.replace(folder / f"{other}.{REPORT}")
-    for path in (folder / f"{name}.encodings", report, folder / f"{name}.{REPORT}", folder / "report.html"):
-        discard(path)
 
 
 # -- arrays

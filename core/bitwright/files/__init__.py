@@ -12,7 +12,7 @@ from bitwright.files._durable import (
     sync_directory,
     write_text,
 )
-from bitwright.files._leftovers import sweep, sweep_beside
+from bitwright.files._leftovers import staging, sweep, sweep_beside
 
 __all__ = [
     "DAMAGED",
@@ -24,6 +24,7 @@ __all__ = [
     "make_directory",
     "read_npy",
     "read_npz",
+    "staging",
     "sweep",
     "sweep_beside",
     "sync_directory",

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from bitwright.errors import InputError
+from bitwright.errors import InputError, WriteError
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends, and vanishes when it raises.
 
     Raises:
-        InputError: the disk is full, the folder isn't there or isn't writable; `path` is then as it was before.
+        WriteError: the disk is full, the folder isn't there or isn't writable; `path` is then as it was before.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,7 +40,8 @@ def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically.
 
     Raises:
-        InputError: as `atomic_write`, or the text holds lone surrogates.
+        WriteError: as `atomic_write`.
+        InputError: the text holds lone surrogates.
     """
     try:
         content = text.encode()
@@ -67,20 +68,23 @@ def make_directory(path: str | Path) -> Path:
     """Create a folder and its parents, and check that files can be written there.
 
     Raises:
-        InputError: it can't be created, is a file, or isn't writable.
+        WriteError: it can't be created, is a file, or isn't writable.
     """
     path = Path(path)
-    probe = path / f".{os.getpid()}.probe"
+    probe, fresh = path / f".{os.getpid()}.probe", not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
+        if fresh:
+            with suppress(OSError):
+                path.rmdir()
         raise cannot_write(path, error) from error
     discard(probe)
     return path
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
+def cannot_write(path: Path, error: OSError) -> WriteError:
     """The error for a failed write, with the way out where it is known."""
     remedy = {
         errno.ENOSPC: "; free some space or choose another folder",
@@ -90,7 +94,7 @@ def cannot_write(path: Path, error: OSError) -> InputError:
         errno.ENOTDIR: "; a part of the path is a file",
         errno.EEXIST: "; it is a file, not a folder",
     }.get(error.errno or 0, "")
-    return InputError(f"can't write {str(path)!r}: {error.strerror or error}{remedy}")
+    return WriteError(f"can't write {str(path)!r}: {error.strerror or error}{remedy}")
 
 
 def sync_directory(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Temporary files that killed processes left beside results: their names hold its number, the next run sweeps them."""
+"""Temporary files beside results: their names hold the process's number, and the next run sweeps those of dead ones."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from bitwright.files._durable import discard
+from bitwright.files._durable import cannot_write, discard
 
 _NAMES = (
     re.compile(r"\.(?:.+\.)?(?P<process>\d+)\.(?:tmp|partial|old|probe)"),
     re.compile(r"\.bitwright-(?P<process>\d+)-.*"),
 )
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder for what is to be moved to its place in `folder` when it is whole; gone when the block ends.
+
+    Raises:
+        WriteError: it can't be made.
+    """
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".bitwright-{os.getpid()}-", dir=folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def sweep(folder: Path) -> list[Path]:

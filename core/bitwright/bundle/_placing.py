@@ -1,0 +1,75 @@
+"""An export takes the place of an older one: whole, or the older one is back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from bitwright.errors import InputError
+from bitwright.files import cannot_write, staging, sync_directory
+from bitwright.report import REPORT, named, read_report
+
+
+def move_in(written: Sequence[Path], directory: Path, name: str) -> None:
+    """Move an export's files to their places. The older export's go out of the way first, what says that it is whole
+    before all others; so a process that is killed in between leaves no mixture that looks whole. Where a move fails, or
+    is interrupted, the older export comes back.
+
+    Args:
+        written: the files and folders, in the order in which they are to appear; the last is the encodings file.
+        directory: where they belong.
+        name: the export's stem.
+
+    Raises:
+        WriteError: a file can't be moved.
+    """
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        try:
+            source.replace(target)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+        moved.append((source, target))
+
+    with staging(directory) as aside:
+        try:
+            _keep_other_report(directory, name)
+            for path in _older(written, directory, name):
+                move(path, aside / path.name)
+            *others, last = written
+            for path in others:
+                move(path, directory / path.name)
+            sync_directory(directory)
+            move(last, directory / last.name)
+            sync_directory(directory)
+        except BaseException:
+            for source, target in reversed(moved):
+                with suppress(OSError):
+                    target.replace(source)
+            raise
+
+
+def _keep_other_report(directory: Path, name: str) -> None:
+    """Give the report of another export in the folder its own name."""
+    report = directory / REPORT
+    other = named(report)
+    if other is not None and other != name and (directory / f"{other}.encodings").exists():
+        try:
+            report.replace(directory / f"{other}.{REPORT}")
+        except OSError as error:
+            raise cannot_write(report, error) from error
+
+
+def _older(written: Sequence[Path], directory: Path, name: str) -> list[Path]:
+    """What there is of an older export of this name: what seals it first, then the places that are taken, then the
+    files that its report names and that this export doesn't have."""
+    seals = [f"{name}.encodings", REPORT, f"{name}.{REPORT}", "report.html"]
+    recorded: list[str] = []
+    with suppress(InputError):
+        report = read_report(directory, name).report
+        if report is not None and report.record is not None:
+            recorded = [Path(path).parts[0] for path in report.record.contents]
+    places = [directory / n for n in (*seals, *(p.name for p in written), *recorded)]
+    return [p for p in dict.fromkeys(places) if p.is_symlink() or p.exists()]
