@@ -7,6 +7,7 @@ from math import gcd
 import numpy as np
 import pytest
 
+from bitwright.backend import ParamReader
 from bitwright.calibration._ranges import (
     COUNTED,
     LIMIT,
@@ -15,12 +16,15 @@ from bitwright.calibration._ranges import (
     bias_encoding,
     full_table,
     guarded,
+    quantized_weights,
+    weight_encodings,
 )
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import EncodingError
 from bitwright.grids import EncodingTable, PerChannel, PerTensor, QuantSpec, encoding_from_range
 from bitwright.placement import build_plan
 from bitwright.statistics import HistogramStatistic, RangeStatistic
+from bitwright.testing import models
 from bitwright.testing.builder import Builder
 from bitwright.testing.harness import Quiet
 from bitwright.testing.reference import ReferenceBackend
@@ -145,3 +149,29 @@ def test_a_grid_that_tensors_share_covers_the_values_of_each():
     step = float(found.scale)
     assert float(found.minimum) == pytest.approx(7 * data.min(), abs=step)
     assert float(found.maximum) == pytest.approx(7 * data.max(), abs=step)
+
+
+def test_rounded_weights_are_put_into_a_model_some_at_a_time(monkeypatch):
+    """Never more of them are held than the limit and one; the model is that of one edit."""
+    model, backend = models.conv_bn_relu(depth=4), ReferenceBackend()
+    graph = backend.graph(model)
+    plan = build_plan(graph, "default", weights="int4")
+    table = weight_encodings(plan, ParamReader(backend, model, graph), EncodingTable())
+    edit, sizes = backend.edit, []
+
+    def counted(native, edits):
+        sizes.append([v.nbytes for e in edits for v in e.values.values()])
+        return edit(native, edits)
+
+    monkeypatch.setattr(backend, "edit", counted)
+    whole = backend.read(quantized_weights(backend, model, table), list(graph.params))
+    assert len(sizes) == 1
+    limit = 1500
+    monkeypatch.setattr("bitwright.calibration._ranges.ROUNDED_BYTES", limit)
+    sizes.clear()
+    parts = backend.read(quantized_weights(backend, model, table), list(graph.params))
+    assert len(sizes) > 2
+    assert all(sum(some[:-1]) < limit for some in sizes)
+    for id, values in whole.items():
+        np.testing.assert_array_equal(parts[id], values, err_msg=id)
+        assert id not in table or np.array_equal(values, table[id].fake_quantize(backend.read(model, [id])[id]))

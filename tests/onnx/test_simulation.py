@@ -24,6 +24,7 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, Quan
 from bitwright.placement import Float, SharedWith
 from bitwright_onnx.graph.params import read_params
 from bitwright_onnx.simulate import session as sessions
+from bitwright_onnx.simulate import simulation as simulations
 from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 SPECS = {
@@ -237,6 +238,23 @@ def test_only_sessions_that_hold_a_changed_parameter_are_built_again(built):
     assert len(built) == count
     tail.run({"f": f})
     assert len(built) == count + 1
+
+
+def test_rounded_parameters_are_kept_up_to_a_limit(monkeypatch):
+    """What was let go is rounded again: the same bits in a new session."""
+    native, graph = conv_net()
+    plan = plan_of(graph)
+    x = {"x": np.random.default_rng(3).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)}
+    table = encodings_of(native, graph, plan, x)
+    taps = [Tap(graph.outputs[0])]
+    kept = OnnxSimulation(native, graph, plan, table)
+    expected = kept.session(taps).run(x)
+    assert len(kept._quantized) > 1
+    monkeypatch.setattr(simulations, "ROUNDED_BYTES", 1)
+    simulation = OnnxSimulation(native, graph, plan, table)
+    for _ in range(2):
+        np.testing.assert_array_equal(simulation.session(taps).run(x)[taps[0]], expected[taps[0]])
+        assert len(simulation._quantized) == 1
 
 
 def test_taps_and_segments_agree_with_the_whole():

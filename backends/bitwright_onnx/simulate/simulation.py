@@ -41,6 +41,9 @@ from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
 from bitwright_onnx.simulate.site_ops import SiteForm, constants, form_of, numbers
 
+ROUNDED_BYTES = 2**28
+"""Rounded parameters that are kept for the next session; beyond it they are rounded again."""
+
 
 @dataclass(frozen=True)
 class Content:
@@ -244,8 +247,16 @@ class OnnxSimulation:
                 raise ModelError(f"parameter {param.id!r} is not an initializer of the main graph")
             array = fake_quantized(tensor_array(value.const_value), param, encoding)
             known = (encoding, ir.Tensor(array, dtype=value.const_value.dtype, name=value.name))
+            self._quantized.pop(param.id, None)
             self._quantized[param.id] = known
+            self._forget()
         value.const_value = known[1]
+
+    def _forget(self) -> None:
+        """Let go of the rounded parameters that were made first: those that a session holds stay with it."""
+        held = sum(tensor.nbytes for _, tensor in self._quantized.values())
+        while held > ROUNDED_BYTES and len(self._quantized) > 1:
+            held -= self._quantized.pop(next(iter(self._quantized)))[1].nbytes
 
 
 class SimulatedSession:

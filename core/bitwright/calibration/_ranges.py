@@ -22,6 +22,8 @@ from bitwright.placement import Derived, OwnForms, Plan, SiteId
 from bitwright.progress import Progress
 from bitwright.statistics import HistogramStatistic, Request, Source, Statistic
 
+ROUNDED_BYTES = 2**26
+"""Rounded weights that are held beside a model while they are put into it."""
 COUNTED = 2**13
 """Values of each sample that a histogram counts, or somewhat fewer (`sampled`), where a tensor has so many."""
 LIMIT = 2**30
@@ -143,11 +145,20 @@ def sampled(make: Callable[[], Statistic], tensor: Tensor, *, extremes: bool = F
 
 
 def quantized_weights(backend: Backend[Any], model: object, encodings: Mapping[SiteId, Encoding]) -> Any:
-    """The model with its weights rounded to their grids."""
+    """The model with its weights rounded to their grids.
+
+    They are set some at a time, so that beside the model's own copy there are never more than `ROUNDED_BYTES` of them,
+    or one.
+    """
     known = backend.graph(model).params
-    sites = [s for s in encodings if s in known]
-    values = backend.read(model, sites)
-    return backend.edit(model, [SetParams({s: encodings[s].fake_quantize(np.asarray(values[s])) for s in sites})])
+    rounded: dict[SiteId, NDArray[np.floating]] = {}
+    held = 0
+    for site in (s for s in encodings if s in known):
+        rounded[site] = encodings[site].fake_quantize(np.asarray(backend.read(model, [site])[site]))
+        held += rounded[site].nbytes
+        if held >= ROUNDED_BYTES:
+            model, rounded, held = backend.edit(model, [SetParams(rounded)]), {}, 0
+    return backend.edit(model, [SetParams(rounded)])
 
 
 def full_table(plan: Plan, encodings: EncodingTable) -> EncodingTable:
