@@ -156,7 +156,7 @@ def average_pool(
         multiplier = np.asarray(F(encoding.scale) / (F(out.scale) * F(count)), F)
         return _clip(np.rint(total.astype(F) * multiplier) + F(out.zero_point), grid.qmin, grid.qmax)
     real = F(encoding.scale) * centred.astype(F)
-    sizes = F(np.prod(attrs.window.kernel))
+    sizes: Any = F(np.prod(attrs.window.kernel))
     if not attrs.count_include_pad and any(map(any, attrs.window.pads)):
         sizes = _window_sums(np.ones((1, 1, *codes.shape[2:]), F), attrs.window)
     steps = _window_sums(real, attrs.window) / sizes / F(out.scale)
