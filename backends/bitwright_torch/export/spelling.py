@@ -56,7 +56,8 @@ def _spell_lookup(node: fx.Node) -> None:
 
 def _spell_parts(graph: fx.Graph, node: fx.Node) -> None:
     """Chunks and splits as slices, which ONNX has for sizes that are computed."""
-    source, amount, axis = (*node.args, *node.kwargs.values(), 0)[:3]
+    given: list[Any] = [*node.args, *node.kwargs.values(), 0]
+    source, amount, axis = given[:3]
     if any(u.target is not operator.getitem for u in node.users):
         return
     if node.target is aten.split.Tensor:
@@ -72,7 +73,7 @@ def _spell_parts(graph: fx.Graph, node: fx.Node) -> None:
             size = graph.call_function(operator.add, (whole, amount - 1))
             size = graph.call_function(operator.floordiv, (size, amount))
     for part in list(node.users):
-        place = part.args[1]
+        place: Any = part.args[1]
         with graph.inserting_before(part):
             ends = [graph.call_function(operator.mul, (size, i)) for i in (place, place + 1)]
         part.target, part.args = aten.slice.Tensor, (source, axis, *ends)
@@ -80,6 +81,7 @@ def _spell_parts(graph: fx.Graph, node: fx.Node) -> None:
 
 def _spell_identity(graph: fx.Graph, node: fx.Node) -> None:
     source = node.args[0]
+    assert isinstance(source, fx.Node)
     about = info(source)
     if about.shape is None or about.shape[-1] is None:
         return
