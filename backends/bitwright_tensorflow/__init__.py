@@ -1,7 +1,7 @@
 """The TensorFlow backend: graphs of v1 sessions, SavedModels, concrete functions and frozen files.
 
 `SessionModel(session, inputs=[…], outputs=[…])` tells `bitwright.QuantSim` which tensors of a session are the network.
-`TfModel` is the form that the backend works on.
+`TfModel` is the form that the backend works on; `open_session(model)` gives a session with its whole graph and values.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitwright_tensorflow.capture.sources import SessionModel
-    from bitwright_tensorflow.graph.model import TfModel
+    from bitwright_tensorflow.graph.model import TfModel, open_session
 
-__all__ = ["SessionModel", "TfModel"]
+__all__ = ["SessionModel", "TfModel", "open_session"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from bitwright_tensorflow.graph.model import TfModel
 
         return TfModel
+    if name == "open_session":
+        from bitwright_tensorflow.graph.model import open_session
+
+        return open_session
     raise AttributeError(f"module 'bitwright_tensorflow' has no attribute {name!r}")

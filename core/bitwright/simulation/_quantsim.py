@@ -374,6 +374,11 @@ class QuantSim(StateView):
         """
         return self._become(_training.taken(self._state))
 
+    @property
+    def untaken(self) -> bool:
+        """Whether the model of `trainable` has learned something that `take` hasn't taken over."""
+        return _training.is_untaken(self._state)
+
     def drop_training(self) -> Self:
         """Give up the model of `trainable`, with all that it has learned since it was last taken."""
         return self._become(replace(self._state, training=None))

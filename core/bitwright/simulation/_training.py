@@ -34,6 +34,12 @@ def _content(state: SimState, simulation: TrainableSimulation) -> str:
     return fingerprint.of_json([weights, fingerprint.of_encodings(simulation.get())])
 
 
+def is_untaken(state: SimState) -> bool:
+    """Whether the model in training has other weights or grids than at its start, or when it was last taken."""
+    training = state.training
+    return training is not None and _content(state, training.simulation) != training.taken
+
+
 def require_taken(state: SimState, what: str) -> None:
     """Refuse to go on with the weights from before a training that wasn't taken over.
 
@@ -46,8 +52,7 @@ def require_taken(state: SimState, what: str) -> None:
     Raises:
         InputError: the model in training has other weights or grids than at its start, or when it was last taken.
     """
-    training = state.training
-    if training is not None and _content(state, training.simulation) != training.taken:
+    if is_untaken(state):
         raise InputError(
             f"{what} would use the weights from before training: the model of trainable() was trained and not taken "
             "over since. Call take() first, or drop_training() to give up what it has learned"

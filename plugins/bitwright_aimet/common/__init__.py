@@ -1,0 +1,1 @@
+"""What AIMET's packages have in common."""

@@ -1,0 +1,127 @@
+"""`aimet_onnx.quantsim`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from bitwright.errors import InputError
+from bitwright_aimet._settings import read_settings, refuse
+from bitwright_aimet._simulation import SimulationModel
+from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
+from bitwright_aimet.onnx._models import proto_of
+
+__all__ = ["QuantScheme", "QuantizationDataType", "QuantizationSimModel", "load_encodings_to_sim"]
+
+
+class QuantizationSimModel(SimulationModel):
+    """Simulates an ONNX model quantized.
+
+    Args:
+        model: a `ModelProto`, what holds one as `model`, or a path; it isn't changed.
+        dummy_input: not needed.
+        quant_scheme: AIMET's enumeration or text; default min-max, as of AIMET 2 (1.x: "tf_enhanced").
+        rounding_mode: "nearest".
+        default_param_bw, default_activation_bw: widths, as in AIMET 1.
+        param_type, activation_type: types as in AIMET 2, such as "int4"; they win over the widths.
+        use_symmetric_encodings: False: the configuration says which activations are symmetric.
+        config_file: a path, or a target's name; None is AIMET's default configuration.
+        default_data_type: integers or floats.
+        user_onnx_libs: none: models with custom ops are opened with `load(path, custom_ops=[…])`.
+        others: AIMET's options of devices and sessions, which aren't looked at.
+    """
+
+    encoding_version = "1.0.0"
+
+    def __init__(
+        self,
+        model: Any,
+        dummy_input: Any = None,
+        quant_scheme: Any = None,
+        rounding_mode: str = "nearest",
+        default_param_bw: int = 8,
+        default_activation_bw: int = 8,
+        use_symmetric_encodings: bool = False,
+        config_file: Any = None,
+        default_data_type: Any = QuantizationDataType.int,
+        user_onnx_libs: Any = None,
+        *,
+        param_type: Any = None,
+        activation_type: Any = None,
+        **others: Any,
+    ) -> None:
+        refuse(
+            {
+                "use_symmetric_encodings": (
+                    use_symmetric_encodings, False, 'say it in the configuration: "ops": {"is_symmetric": "True"}'
+                ),
+                "user_onnx_libs": (
+                    list(user_onnx_libs or ()), [],
+                    "registry.backend('onnx').load(path, custom_ops=[…]) opens the model; give what it returns",
+                ),
+            }
+        )  # fmt: skip
+        param_bw, kind = _width(param_type, default_param_bw, default_data_type)
+        activation_bw, other = _width(activation_type, default_activation_bw, default_data_type)
+        if kind is not other:
+            raise InputError("param_type and activation_type: both integers or both floats; QuantSim takes any two")
+        settings = read_settings(quant_scheme, activation_bw, param_bw, config_file, kind, rounding_mode)
+        super().__init__(proto_of(model), None, settings)
+
+    def _opened(self) -> Any:
+        return self.bitwright.model
+
+    @property
+    def session(self) -> Any:
+        """The simulated model as ONNX Runtime's sessions are used: `run(names, feeds)`, `get_inputs`, `get_outputs`."""
+        return SimulatedSession(self.model)
+
+
+class SimulatedSession:
+    """A simulated model by the calls of an `onnxruntime.InferenceSession`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None) -> Any:
+        """The outputs asked for, or all, in a list."""
+        found = self._model.run(input_feed)
+        return [found[name] for name in (output_names or self._model.outputs)]
+
+    def get_inputs(self) -> list[Any]:
+        """What is fed; each has its `name`."""
+        return [SimpleNamespace(name=name) for name in self._model.inputs]
+
+    def get_outputs(self) -> list[Any]:
+        """What is computed; each has its `name`."""
+        return [SimpleNamespace(name=name) for name in self._model.outputs]
+
+
+def load_encodings_to_sim(
+    quant_sim_model: QuantizationSimModel, onnx_encoding_path: str, strict: bool = True, **options: Any
+) -> None:
+    """Take the encodings of a file; sites without an entry are left in float, unless told otherwise.
+
+    Args:
+        quant_sim_model: the simulation.
+        onnx_encoding_path: the file.
+        strict: an entry for what isn't quantized is an error.
+        options: `allow_overwrite`, `disable_missing_quantizers`.
+    """
+    quant_sim_model.load_encodings(
+        onnx_encoding_path,
+        strict=strict,
+        partial=not options.get("disable_missing_quantizers", True),
+        allow_overwrite=options.get("allow_overwrite", True),
+    )
+
+
+def _width(asked: Any, width: int, data_type: Any) -> tuple[int, Any]:
+    if asked is None:
+        return width, QuantizationDataType[getattr(data_type, "name", str(data_type))]
+    text = str(getattr(asked, "name", asked)).lower()
+    for prefix, kind in (("float", QuantizationDataType.float), ("int", QuantizationDataType.int)):
+        if text.startswith(prefix) and text.removeprefix(prefix).isdigit():
+            return int(text.removeprefix(prefix)), kind
+    raise InputError(f"type {asked!r}: int2 to int16, float16 or float32; QuantSim takes blocks and fp8 too")

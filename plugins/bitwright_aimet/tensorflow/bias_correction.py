@@ -1,0 +1,50 @@
+"""`aimet_tensorflow.bias_correction`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitwright_aimet import _steps as steps
+from bitwright_aimet._steps import QuantParams
+from bitwright_aimet.tensorflow._sessions import network, session_of
+
+__all__ = ["BiasCorrection", "BiasCorrectionParams", "QuantParams"]
+
+
+@dataclass
+class BiasCorrectionParams:
+    """What bias correction works on.
+
+    Attributes:
+        batch_size: of the data; their batches are taken as they are.
+        num_quant_samples, num_bias_correct_samples: one pass serves both; so many samples as the larger of them.
+        input_op_names, output_op_names: the network's ends.
+    """
+
+    batch_size: int
+    num_quant_samples: int
+    num_bias_correct_samples: int
+    input_op_names: Sequence[str]
+    output_op_names: Sequence[str]
+
+
+class BiasCorrection:
+    """Corrects the shift of output means that quantization causes."""
+
+    @staticmethod
+    def correct_bias(
+        reference_model: Any,
+        bias_correct_params: BiasCorrectionParams,
+        quant_params: QuantParams,
+        data_set: Any,
+        conv_bn_dict: Any = None,
+        perform_only_empirical_bias_corr: bool = True,
+    ) -> Any:
+        """A new session with corrected biases."""
+        given = bias_correct_params
+        data = steps.first_samples(data_set, max(given.num_quant_samples, given.num_bias_correct_samples))
+        model = network(reference_model, given.input_op_names, given.output_op_names)
+        simulation = steps.corrected(model, None, quant_params, data, None, perform_only_empirical_bias_corr)
+        return session_of(simulation)
