@@ -285,3 +285,36 @@ def test_what_stays_in_float_is_named(run, tmp_path):
     assert "determinant (Det)" in told and "places" not in told
     report = RunReport.model_validate_json((tmp_path / "o" / "report.json").read_text())
     assert report.model.unknown == ("determinant (Det)",)
+
+
+def test_workers_change_the_time_alone(net, run, tmp_path, monkeypatch):
+    """Layers are sent to two processes; every file with numbers is that of one process."""
+    from bitwright.workers import Flight
+
+    sent, submit = [], Flight.submit
+
+    def counted(flight, name, *task):
+        sent.append(name)
+        submit(flight, name, *task)
+
+    monkeypatch.setattr(Flight, "submit", counted)
+    (tmp_path / "r.json").write_text('[{"gptq": {"inputs": "float"}}]')
+    command = ("quantize", net.model, "--data", net.npz, "--weights", "int4", "--recipe", tmp_path / "r.json", "--out")
+    assert run(*command, tmp_path / "one").status == 0
+    assert not sent
+    done = run(*command, tmp_path / "two", "--workers", "2")
+    assert done.status == 0, done.err
+    assert sorted(sent) == ["conv", "dw", "fc"]
+    for file in ("net.encodings", "net.onnx", "net.qdq.onnx"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_workers_and_a_cluster_are_one_or_the_other(net, run, tmp_path):
+    command = ("quantize", net.model, "--data", net.npz, "--out", tmp_path / "out")
+    done = run(*command, "--workers", "2", "--cluster", "local:2")
+    assert done.status == 2
+    assert "either --workers or --cluster" in done.err
+    done = run(*command, "--cluster", "somewhere")
+    assert done.status == 2
+    assert "tcp://host:8786" in done.err
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bitwright.bank import Bank, collect, merge
 from bitwright.errors import InputError
 from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic
 from bitwright.testing import models
+from bitwright.workers import Flight, open_workers
 
 PORT = FRAMEWORKS.get("onnx")
 onnx_only = pytest.mark.skipif(PORT is None, reason="needs ONNX")
@@ -432,3 +434,21 @@ def test_requests_are_answered_or_refused(sim, bank):
     paired = Request("e", (tensor, tensor), lambda: LayerMoments(op, 9), ("float", "simulated"))
     with pytest.raises(InputError, match="measures the quantized network"):
         view.statistics([paired], "test")
+
+
+@onnx_only
+def test_layers_are_solved_on_workers(sim, bank, monkeypatch):
+    """All at once: a bank's layers don't depend on one another."""
+    sent, submit = [], Flight.submit
+
+    def counted(flight, name, *task):
+        sent.append(name)
+        submit(flight, name, *task)
+
+    monkeypatch.setattr(Flight, "submit", counted)
+    here = sim.fork().apply("gptq", bank)
+    assert not sent
+    with open_workers(ThreadPoolExecutor(2)) as workers:
+        there = sim.fork().attach(executor=workers).apply("gptq", bank)
+    assert sent == [op.id for op in sim.graph.linear_ops]
+    same_weights(there, here)
