@@ -477,3 +477,47 @@ def test_a_tensor_of_tensorflow_goes_by_the_name_of_its_node(tmp_path):
         open_data({"x": mask}, both)
     with pytest.raises(InputError, match="array 'x' is not an input"):  # which of the two is meant?
         open_data({"x": X, "x:0": X, "m": mask}, specs)
+
+
+# -- nested inputs
+
+IMAGES = {"images.0": ((3, 4, 4), "float32"), "images.1": ((3, 4, 4), "float32")}
+PAIR = {"q.ids": ((None, 4), "int64"), "q.mask": ((None, 4), "int64"), "k": ((None, 4), "float32")}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda a, b: ([a, b], [{"boxes": 1}, {"boxes": 2}]),  # as a detector's DataLoader gives it
+        lambda a, b: ([a, b],),
+        lambda a, b: (a, b),
+        lambda a, b: {"images": [a, b]},
+        lambda a, b: {"images.0": a, "images.1": b},
+    ],
+)
+def test_a_list_of_images_is_given_as_the_model_takes_it(batch):
+    a, b = np.zeros((3, 4, 4), np.float32), np.ones((3, 4, 4), np.float32)
+    (found,) = open_data([batch(a, b)], IMAGES)
+    assert np.array_equal(found["images.0"], a) and np.array_equal(found["images.1"], b)
+
+
+def test_nested_mappings_are_batches_and_whole_data():
+    ids, mask, k = np.arange(8).reshape(2, 4), np.ones((2, 4), np.int64), np.zeros((2, 4), np.float32)
+    for given in (
+        [{"q": {"mask": mask, "ids": ids, "other": 1}, "k": k}],
+        [({"mask": mask, "ids": ids}, k, "label")],
+        {"q": {"mask": mask, "ids": ids}, "k": k},
+    ):
+        (found,) = open_data(given, PAIR)
+        assert np.array_equal(found["q.ids"], ids) and np.array_equal(found["q.mask"], mask)
+    with pytest.raises(InputError, match=r"no array for input 'q.mask'"):
+        open_data([{"q": {"ids": ids}, "k": k}], PAIR)
+
+
+def test_names_that_only_begin_alike_are_inputs_of_their_own():
+    specs = {"input.1": ((None, 2), "float32"), "input.2": ((None, 3), "float32")}
+    one, two = np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32)
+    (found,) = open_data([(one, two)], specs)
+    assert found["input.2"].shape == (1, 3)
+    (found,) = open_data([([[0.0, 1.0]], two)], specs)
+    assert np.array_equal(found["input.1"], [[0.0, 1.0]])

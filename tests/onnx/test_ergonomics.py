@@ -2,11 +2,13 @@
 
 import sys
 import types
+import warnings
 
 import builders as b
 import numpy as np
 import pytest
 
+from bitwright.data import ImplausibleDataWarning, doubt_of_accuracy
 from bitwright.errors import EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
 from bitwright.placement import Float
@@ -195,3 +197,37 @@ class TestSubgraph:
     def test_a_wrong_one_is_refused(self, text, message):
         with pytest.raises(InputError, match=message):
             simulation(overrides={text: "float"})
+
+
+class TestImplausibleData:
+    """Warned of: valid data that can hardly be what the network was trained on."""
+
+    def test_constant_data(self):
+        with pytest.warns(ImplausibleDataWarning, match="the data are constant"):
+            simulation().calibrate({"x": np.zeros((4, 3, 8, 8), np.float32)})
+
+    def test_pixels_that_the_model_does_not_scale(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8))
+        with pytest.warns(ImplausibleDataWarning, match="whole numbers from 0 to 255"):
+            sim = simulation().calibrate({"x": pixels.astype(np.uint8)})
+        with pytest.warns(ImplausibleDataWarning, match="calibrated on 0 to 25"):
+            sim.predict({"x": (pixels / 2550).astype(np.float32)[:1]})
+        with pytest.warns(ImplausibleDataWarning, match="spans 0 to 255, but the network was calibrated on -"):
+            simulation().calibrate(DATA).predict({"x": pixels.astype(np.float32)})
+
+    def test_plausible_data_are_not_remarked_on(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sim = simulation().calibrate(DATA)
+            sim.predict({"x": 3 * DATA["x"]})
+            sim.predict({"x": np.zeros((1, 3, 8, 8), np.float32)})  # black is an image too
+            sim.predict({"x": 100 * DATA["x"]}, simulated=False)
+            simulation().calibrate({"x": np.round(DATA["x"])})  # whole numbers, but no pixels
+
+    @pytest.mark.parametrize(
+        ("top1", "classes", "samples", "doubted"),
+        [(0.11, 10, 500, True), (0.2, 10, 500, False), (0.0, 1000, 64, True), (0.0, 10, 63, False),
+         (0.9, 1, 500, False), (0.01, 1000, 500, False), (0.5, 2, 100, True), (0.65, 2, 100, False)],
+    )  # fmt: skip
+    def test_accuracy_of_guessing(self, top1, classes, samples, doubted):
+        assert bool(doubt_of_accuracy(top1, classes, samples)) is doubted

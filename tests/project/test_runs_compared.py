@@ -49,8 +49,11 @@ def run(name="net", *, simulated=None, steps=(), low=-1.0, weights="int8", decis
 def test_the_difference_says_what_was_done_differently_and_what_came_of_it():
     found = difference(run(simulated=0.80), run(simulated=0.85, steps=("cle",), low=-2.0, weights="int4", size=500))
     assert "5.00 points above A's: 85.00% and 80.00%" in found.verdict
-    assert "500 B instead of 1 kB" in found.verdict and "2 settings and 1 sites differ" in found.verdict
+    assert "500 B instead of 1 kB" in found.verdict and "Different: 2 settings, 1 site." in found.verdict
     assert found.settings == (("weights", "int8", "int4"), ("techniques", "none", "cle"))
+    rounded = [run(steps=("cle",)), run(steps=("cle",))]
+    rounded[1] = rounded[1].model_copy(update={"steps": (StepRecord(technique="cle", summary="", settings={"n": 2}),)})
+    assert difference(*rounded).settings == (("cle: n", "–", "2"),)
     assert found.sites == (("x", "grid", "-1 to 1", "-2 to 1"),)
     assert found.layers == ((EVIL, 39.0, 38.0),)
 
@@ -98,4 +101,4 @@ def test_what_is_no_run_is_refused_or_named(tmp_path, capsys):
         read_run(tmp_path)
     runs, damaged = runs_in(tmp_path)
     assert len(runs) == 1 and len(damaged) == 1
-    assert "1 runs" in render_index(tmp_path, runs)
+    assert "1 run." in render_index(tmp_path, runs)

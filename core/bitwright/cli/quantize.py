@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import typer
 
 from bitwright.bundle import is_stem
 from bitwright.cli import console, options
-from bitwright.data import SAMPLES
+from bitwright.data import SAMPLES, ImplausibleDataWarning, doubt_of_accuracy
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
@@ -237,8 +238,11 @@ def _work(
     if scored is not None:
         # Before any technique: the reference is the user's own model.
         with clock("evaluate"):
-            before = classes(sim.predict(scored.data, simulated=False)[0])
-            top1(before, scored.labels)  # type: ignore[arg-type]
+            scores = sim.predict(scored.data, simulated=False)[0]
+            before = classes(scores)
+            right = top1(before, scored.labels)  # type: ignore[arg-type]
+            if doubt := doubt_of_accuracy(right, scores[0].size, len(before)):
+                warnings.warn(doubt, ImplausibleDataWarning, stacklevel=2)
     for step in steps:
         with clock(step.technique):
             sim.apply(step.technique, calibration, **step.settings)

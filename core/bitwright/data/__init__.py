@@ -5,6 +5,13 @@ from __future__ import annotations
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._forward import is_forward_pass, recorded
+from bitwright.data._plausible import (
+    ImplausibleDataWarning,
+    Watching,
+    doubt_of_accuracy,
+    doubts_of_calibration,
+    doubts_of_scale,
+)
 from bitwright.data._reference import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.data._samples import FirstSamples, labels_of, whole_batches
 
@@ -13,10 +20,15 @@ __all__ = [
     "DataLike",
     "Dataset",
     "FirstSamples",
+    "ImplausibleDataWarning",
     "InputSpecs",
     "Remembering",
     "Samples",
+    "Watching",
     "batch_dimension",
+    "doubt_of_accuracy",
+    "doubts_of_calibration",
+    "doubts_of_scale",
     "first_samples",
     "is_fixed",
     "is_forward_pass",

@@ -113,7 +113,7 @@ def named_batch(item: object, specs: InputSpecs, where: str) -> Batch:
         InputError: names are missing or unknown, or there are fewer elements than inputs.
     """
     if isinstance(item, Mapping):
-        item = in_names_of(specs, item)
+        item = in_names_of(specs, opened_up(item, specs))
         if missing := [n for n in specs if n not in item]:
             raise InputError(f"{where}: no array for input {missing[0]!r}; it holds {', '.join(map(str, item))}")
         return {n: array_of(item[n], f"{where}, input {n!r}") for n in specs}
@@ -122,7 +122,49 @@ def named_batch(item: object, specs: InputSpecs, where: str) -> Batch:
     return {single_input(specs): array_of(item, where)}
 
 
+def opened_up(item: Mapping[Any, Any], specs: InputSpecs) -> dict[str, Any]:
+    """A mapping in which nested ones, and lists, are named by the way to them: ``{"q": {"ids": x}}`` → "q.ids"."""
+    found: dict[str, Any] = {}
+    for key, value in item.items():
+        name = str(key)
+        if name not in specs and any(spec.startswith(f"{name}.") for spec in specs):
+            inner = value if isinstance(value, Mapping) else dict(enumerate(value)) if _is_list(value) else None
+            if inner is not None:
+                found |= opened_up({f"{name}.{k}": v for k, v in inner.items()}, specs)
+                continue
+        found[name] = value
+    return found
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _arguments(item: Sequence[Any], specs: InputSpecs) -> list[Any]:
+    """A batch's elements, one for each input: where an argument is a list or mapping of arrays, as images are to a
+    detector, its inputs are "images.0", "images.1", …, and the element for it is taken apart in that order."""
+    names: dict[str, list[str]] = {}
+    for name in specs:
+        names.setdefault(name.partition(".")[0], []).append(name)
+    if len(item) < len(names) or [n for own in names.values() for n in own] != list(specs):
+        return list(item)
+    found: list[Any] = []
+    for value, (argument, own) in zip(item, names.items(), strict=False):
+        inside = own != [argument] and (isinstance(value, Mapping) or (_is_list(value) and f"{argument}.0" in own))
+        if not inside:
+            if len(own) > 1:
+                return list(item)  # the names only happen to begin alike
+            found.append(value)
+            continue
+        named = opened_up({argument: value}, specs)
+        if any(name not in named for name in own):
+            return list(item)
+        found += [named[name] for name in own]
+    return found
+
+
 def _in_order(item: Sequence[Any], specs: InputSpecs, where: str) -> list[tuple[str, Any]]:
+    item = _arguments(item, specs)
     if len(item) < len(specs):
         raise InputError(f"{where}: {len(item)} elements for {len(specs)} inputs ({', '.join(specs)})")
     return list(zip(specs, item, strict=False))

@@ -29,6 +29,7 @@ from bitwright.data._batches import (
     is_feed,
     named_batch,
     one_run,
+    opened_up,
     samples_in,
     single_input,
     stacked,
@@ -154,15 +155,16 @@ def open_data(
 ) -> Dataset:
     """Data in any accepted form, as batches that fit a model. Arrays and files are checked whole, before any work.
 
-    - a mapping of arrays by input name (TensorFlow's "x:0" may be called "x"), or one array for a model with one input;
-      the first axis is samples;
+    - a mapping of arrays by input name (TensorFlow's "x:0" may be called "x"; "q.ids" is ``{"q": {"ids": …}}`` too), or
+      one array for a model with one input; the first axis is samples;
     - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: memory-mapped,
       unless an .npz is compressed;
     - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
     - a path to a folder of images, scaled to the model's height and width (needs Pillow);
     - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
       that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
-      model's inputs. Further elements of a tuple, such as labels, are left out. The items' own sizes are kept.
+      model's inputs. Further elements of a tuple, such as labels, are left out; an argument that is a list or mapping
+      of arrays, such as a detector's images, is given as one. The items' own sizes are kept.
 
     Where first axes aren't samples (`_batches.one_run`: an input is a scalar, or inputs fix different sizes; or lengths
     differ and some inputs fix theirs), each item or file is one whole feed and runs as it is; in a mapping or .npz,
@@ -195,7 +197,7 @@ def open_data(
     if isinstance(source, str | Path):
         return _open_path(Path(source), specs, size, limit, images)
     if isinstance(source, Mapping):
-        arrays = {str(k): array_of(v, f"array {k!r}") for k, v in source.items()}
+        arrays = {str(k): array_of(v, f"array {k!r}") for k, v in opened_up(source, specs).items()}
         return _arrays(in_names_of(specs, arrays), specs, size, limit, "data")
     if isinstance(source, np.ndarray) or (hasattr(source, "__array__") and hasattr(source, "shape")):
         return _arrays({single_input(specs): array_of(source, "data")}, specs, size, limit, "data")

@@ -57,7 +57,7 @@ class Difference:
 
 def difference(a: RunReport, b: RunReport) -> Difference:
     """What the second run did differently from the first."""
-    ours, theirs = _settings(a), _settings(b)
+    ours, theirs = _settings(a, b), _settings(b, a)
     settings = tuple(
         (name, ours.get(name, "–"), theirs.get(name, "–"))
         for name in dict.fromkeys((*ours, *theirs))
@@ -89,13 +89,19 @@ def _verdict(a: RunReport, b: RunReport, settings: int, sites: int) -> str:
     if b.model.quantized_bytes != a.model.quantized_bytes:
         told.append(f"Parameters take {size(b.model.quantized_bytes)} instead of {size(a.model.quantized_bytes)}.")
     told.append(
-        f"{settings} settings and {sites} sites differ." if settings or sites else "Settings and sites are the same."
+        f"Different: {_counted(settings, 'setting')}, {_counted(sites, 'site')}."
+        if settings or sites
+        else "Settings and sites are the same."
     )
     return " ".join(told)
 
 
-def _settings(report: RunReport) -> dict[str, str]:
-    """All that was asked for, as text."""
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _settings(report: RunReport, other: RunReport) -> dict[str, str]:
+    """All that was asked for, as text; of techniques that the other run doesn't have, their names alone."""
     data = report.calibration
     known = {
         "model": report.model.source,
@@ -110,8 +116,9 @@ def _settings(report: RunReport) -> dict[str, str]:
         known |= {"calibration scheme": data.scheme, "calibration samples": text(data.samples), "data": data.source}
         known["data fingerprint"] = data.fingerprint
     known |= {f"override of {name}": json.dumps(value) for name, value in report.overrides.items()}
-    for number, step in enumerate(report.steps, 1):
-        known |= {f"step {number} {step.technique}: {name}": text(value) for name, value in step.settings.items()}
+    for step in report.steps:
+        if step.technique in {s.technique for s in other.steps}:
+            known |= {f"{step.technique}: {name}": text(value) for name, value in step.settings.items()}
     return known | {f"version of {name}": version for name, version in report.versions.items()}
 
 
@@ -237,7 +244,7 @@ def render_index(folder: Path, runs: list[Listed]) -> str:
         link = Link(name, quote(own.relative_to(folder).as_posix())) if own.is_file() else name
         rows.append((link, *run.row()[1:]))
     scored = [run for run in runs if run.report.accuracy is not None]
-    told = f"{len(runs)} runs"
+    told = _counted(len(runs), "run")
     if scored:
         best = scored[0].report
         assert best.accuracy is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,9 @@ from bitwright.calibration import (
     to_calibrate,
     weight_encodings,
 )
-from bitwright.data import DataLike, Dataset, Remembering
+from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, Remembering, Watching, doubts_of_calibration
 from bitwright.errors import InputError
+from bitwright.graph import Graph, TensorId
 from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.layerwise import LayerwiseWalk
 from bitwright.placement import SiteId
@@ -89,12 +91,20 @@ def calibrated(state: SimState, data: DataLike) -> SimState:
     opened = state.open(data)
     if isinstance(opened, Bank):
         return _calibrated_on_bank(state, opened)
-    dataset = Remembering(opened, state.inputs)
+    watched = Watching(opened)
+    dataset = Remembering(watched, state.inputs)
     params = state.params
     table = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = table.merged(weight_encodings(state.plan, params, table))
     table = table.merged(calibrated_activations(state, table, dataset))
+    for doubt in doubts_of_calibration(watched.seen, _unscaled(state.graph)):
+        warnings.warn(f"calibrate: {doubt}", ImplausibleDataWarning, stacklevel=3)
     return replace(state, encodings=guarded(state.plan, table, params), reference=dataset.taken())
+
+
+def _unscaled(graph: Graph) -> list[TensorId]:
+    """Inputs that only layers with weights read: nothing in the model scales them."""
+    return [t for t in graph.inputs if (users := graph.consumers(t)) and all(op.weight is not None for op in users)]
 
 
 def _calibrated_on_bank(state: SimState, bank: Bank) -> SimState:

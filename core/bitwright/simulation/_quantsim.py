@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, Training, warn_where_it_began
-from bitwright.data import SAMPLES, DataLike, Dataset, Remembering, Samples, joined
+from bitwright.data import (
+    SAMPLES,
+    DataLike,
+    Dataset,
+    ImplausibleDataWarning,
+    Remembering,
+    Samples,
+    Watching,
+    doubts_of_scale,
+    joined,
+)
 from bitwright.errors import InputError
 from bitwright.graph import OpKind
 from bitwright.grids import Encoding
@@ -395,6 +406,7 @@ class QuantSim(StateView):
 
         Warns:
             NonFiniteWarning: the simulation gives NaN or infinity where the float model doesn't; with the first tensor.
+            ImplausibleDataWarning: an input has another scale than in the data that it was calibrated on.
 
         Returns:
             One array an output: batches after one another along the first axis; outputs of rank 0 one a batch, or the
@@ -404,7 +416,8 @@ class QuantSim(StateView):
         taps = [Tap(t) for t in self.graph.outputs]
         session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
         batches, warned = [], not simulated
-        for batch in self.open(data):
+        watched = Watching(self.open(data))
+        for batch in watched if simulated else watched.data:
             # An output that is an input is handed out as it came: no op of the target touches it.
             passed = {tap: np.asarray(batch[tap.tensor]) for tap in taps if tap.tensor in self.graph.inputs}
             found = {**session.run(batch), **passed}
@@ -412,6 +425,8 @@ class QuantSim(StateView):
             warned = warned or self.warn_of_infinities(batch, [found[tap] for tap in taps])
         if not batches:
             raise InputError("there are no data to predict on")
+        for doubt in doubts_of_scale(watched.seen, self._input_ranges()):
+            warnings.warn(f"predict: {doubt}", ImplausibleDataWarning, stacklevel=2)
         return [joined([b[tap] for b in batches]) for tap in taps]
 
     def measure(
@@ -441,6 +456,15 @@ class QuantSim(StateView):
         self._require_taken("measure()")
         origin = None if reference is None else reference._state
         return measured(self._state, self.simulation, data, metrics, reference=origin, labels=labels, output=output)
+
+    def _input_ranges(self) -> dict[str, tuple[float, float]]:
+        """The ends of the grids of the model's inputs, those that have integer grids."""
+        held = {t: self.encodings.get(self.plan.root(t)) for t in self.graph.inputs if t in self.plan}
+        return {
+            t: (float(e.minimum.min()), float(e.maximum.max()))
+            for t, e in held.items()
+            if e is not None and e.float_format is None
+        }
 
     def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:
         """Warn where the simulation's outputs for one batch aren't finite and the float model's are (see `predict`)."""

@@ -34,7 +34,7 @@ from bitwright.bundle import (
     whole_of,
 )
 from bitwright.calibration import full_table
-from bitwright.data import DataLike, Dataset, InputSpecs, first_samples, is_fixed, samples_in
+from bitwright.data import DataLike, Dataset, InputSpecs, doubt_of_accuracy, first_samples, is_fixed, samples_in
 from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError, PluginError
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable
@@ -146,6 +146,10 @@ def verify(
     by_output = {f.name: f for f in figures.figures()}
     own = by_output[graph.outputs[0]]
     classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
+    if labels is not None and "float" in classes and len(classes["float"]) == samples:
+        right = float((classes["float"] == np.asarray(labels)[:samples]).mean())
+        if doubt := doubt_of_accuracy(right, outputs["float"][0].size, samples):
+            opened.notes.append(doubt)
     return Verification(
         samples=samples,
         runtime="" if chosen is None else chosen.name,
