@@ -48,8 +48,9 @@ class ObservedModel:
 
     def _batch(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         if len(arrays) == 1 and not named and isinstance(arrays[0], Mapping):
-            arrays, named = (), arrays[0]
-        batch = {**dict(zip(self.inputs, arrays, strict=False)), **named}
+            batch = dict(arrays[0])
+        else:
+            batch = {**dict(zip(self.inputs, arrays, strict=False)), **named}
         if len(arrays) > len(self.inputs) or batch.keys() != set(self.inputs):
             raise InputError(f"the model takes {', '.join(map(repr, self.inputs))}, by position or by name")
         return batch

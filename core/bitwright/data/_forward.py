@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,7 +26,7 @@ ForwardPass = Callable[[Any], Any]
 """Runs the model that it is given on data of its own; what it returns isn't looked at."""
 
 
-def is_forward_pass(source: object) -> bool:
+def is_forward_pass(source: object) -> TypeGuard[ForwardPass]:
     """Whether something is a function of one argument, the model: functions without arguments return data."""
     return callable(source) and not hasattr(source, "__iter__") and needed_arguments(source) == 1
 
@@ -81,7 +81,8 @@ class Recording:
             self._folder = TemporaryDirectory(prefix="bitwright-feeds-", ignore_cleanup_errors=True)
         path = Path(self._folder.name) / f"{len(self._feeds)}.npz"
         # Numbered, as a name such as "file" or "x/y" isn't what np.savez takes; the names come first.
-        np.savez(path, names=np.array(list(arrays)), **{str(i): a for i, a in enumerate(arrays.values())})
+        numbered: dict[str, Any] = {str(i): a for i, a in enumerate(arrays.values())}
+        np.savez(path, names=np.array(list(arrays)), **numbered)
         self._feeds.append(path)
 
     def __len__(self) -> int:
