@@ -3,13 +3,14 @@
     python benchmarks/cluster.py sweep             # seconds and bytes by K and N, and the cost model fitted to them
     python benchmarks/cluster.py scaling           # a transformer's layers on 0, 1 and 2 processes, and 2 Dask workers
 
-Layers are random: normal weights, and moments of correlated normal inputs. Set OMP_NUM_THREADS=1, and let nothing else
-run: `load` is what the machine was busy with while it was measured.
+Layers are random: normal weights, and moments of correlated normal inputs. Set OMP_NUM_THREADS=1. The sweep's
+seconds are the processor's; for scaling nothing else may run: `load` is what the machine was busy with meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pickle
 import time
@@ -27,8 +28,6 @@ from bitwright_techniques import adaround, gptq, seq_mse
 
 SWEEP = [(256, 256), (256, 1024), (512, 512), (512, 2048), (1024, 1024), (1024, 4096), (2048, 2048), (4096, 1024)]
 """(K, N)."""
-BLOCKS, WIDTH = 3, 768
-"""Of the transformer whose layers are solved: per block four of d × d, two of d × 4d."""
 
 
 def adarounded(layer, settings):
@@ -56,29 +55,31 @@ def made(name: str, features: int, outputs: int, seed: int = 0) -> Layer:
 
 def sweep() -> None:
     rows = []
-    print("technique       K      N   seconds   MB sent   MB returned")
+    print("technique       K      N   CPU s     MB sent   MB returned")
     for rule, solve in RULES.items():
         for features, outputs in SWEEP:
             layer = made("layer", features, outputs)
-            begin = time.perf_counter()
+            begin = time.process_time()
             result = solution(solve, layer)
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             sent, returned = len(pickle.dumps((solve, layer), 5)), len(pickle.dumps(result, 5))
             rows.append((rule, features, outputs, seconds))
             print(
                 f"{rule:10} {features:6} {outputs:6} {seconds:9.2f} {sent / 1e6:9.1f} {returned / 1e6:9.1f}", flush=True
             )
-    print("\nseconds = a K³ + b N K², fitted to relative errors")
+    print("\nseconds = a K³ + b N K² + c N K, fitted to relative errors")
     for rule in RULES:
         _, k, n, t = (np.array(c) for c in zip(*[r for r in rows if r[0] == rule], strict=True))
         k, n = k.astype(float), n.astype(float)
-        terms = np.stack([k**3, n * k**2], 1)
-        a, b = nonnegative(terms / t[:, None])
-        off = terms @ [a, b] / t
-        print(f"{rule:10} a = {a:.3g}, b = {b:.3g}; model over measured {off.min():.2f} to {off.max():.2f}")
+        terms = np.stack([k**3, n * k**2, n * k], 1)
+        a, b, c = nonnegative(terms / t[:, None])
+        off = terms @ [a, b, c] / t
+        print(
+            f"{rule:10} a = {a:.3g}, b = {b:.3g}, c = {c:.3g}; model over measured {off.min():.2f} to {off.max():.2f}"
+        )
         for parameters, width, blocks in TRANSFORMERS:
             layers = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
-            total = blocks * sum(a * k**3 + b * n * k**2 for k, n in layers)
+            total = blocks * sum(a * k**3 + b * n * k**2 + c * n * k for k, n in layers)
             sent = blocks * sum(8 * k * k + 4 * n * k for k, n in layers) / 1e9
             returned = blocks * sum(4 * n * k for k, n in layers) / 1e9
             print(f"    {parameters:7} {total / 3600:12.3g} core hours, {sent:9.3g} GB sent, {returned:9.3g} returned")
@@ -88,19 +89,21 @@ TRANSFORMERS = (("1e9", 2048, 20), ("1e10", 5120, 32), ("1e11", 12288, 55))
 """Parameters, width d and blocks, 12 d² a block."""
 
 
-def nonnegative(terms: np.ndarray) -> tuple[float, float]:
-    """Least squares to ones with both factors at least 0."""
-    found, *_ = np.linalg.lstsq(terms, np.ones(len(terms)), rcond=None)
-    if (found >= 0).all():
-        return float(found[0]), float(found[1])
-    alone = [float(c.sum() / (c @ c)) for c in terms.T]
-    errors = [float(np.square(c * f - 1).sum()) for c, f in zip(terms.T, alone, strict=True)]
-    return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
+def nonnegative(terms: np.ndarray) -> np.ndarray:
+    """Least squares to ones with no factor below 0: the best of all choices of terms."""
+    count, best = terms.shape[1], (np.inf, np.zeros(terms.shape[1]))
+    for chosen in (c for n in range(1, count + 1) for c in itertools.combinations(range(count), n)):
+        found, *_ = np.linalg.lstsq(terms[:, chosen], np.ones(len(terms)), rcond=None)
+        error = float(np.square(terms[:, chosen] @ found - 1).sum())
+        if (found >= 0).all() and error < best[0]:
+            best = error, np.zeros(count)
+            best[1][list(chosen)] = found
+    return best[1]
 
 
-def scaling(rule: str) -> None:
-    shapes = [(WIDTH, WIDTH)] * 4 + [(WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
-    layers = [made(f"{b}.{i}", *shape, seed=b) for b in range(BLOCKS) for i, shape in enumerate(shapes)]
+def scaling(rule: str, width: int, blocks: int) -> None:
+    shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+    layers = [made(f"{b}.{i}", *shape, seed=b) for b in range(blocks) for i, shape in enumerate(shapes)]
     solve = RULES[rule]
     wall: dict[str, float] = {}
     results = {}
@@ -140,7 +143,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("sweep", "scaling"))
     parser.add_argument("--rule", choices=tuple(RULES), default="adaround")
+    parser.add_argument("--width", type=int, default=768, help="d: a block has four layers of d × d and two of d × 4d")
+    parser.add_argument("--blocks", type=int, default=3)
     arguments = parser.parse_args()
     threads = os.environ.get("OMP_NUM_THREADS")
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors, OMP_NUM_THREADS={threads}")
-    sweep() if arguments.what == "sweep" else scaling(arguments.rule)
+    sweep() if arguments.what == "sweep" else scaling(arguments.rule, arguments.width, arguments.blocks)
