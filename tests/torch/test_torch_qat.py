@@ -207,3 +207,17 @@ def test_backends_that_can_t_train_say_so() -> None:
     sim = QuantSim(model, scheme="minmax").calibrate([np.ones((1, 2), np.float32)])
     with pytest.raises(CapabilityError, match="PyTorch"):
         sim.trainable()
+
+
+def test_training_goes_on_elsewhere_without_calibrating(tmp_path: Path) -> None:
+    module, sample = ConvNet().eval(), batches(1)[0][0]
+    sim = QuantSim(module, sample, weights="int4").calibrate(sample)
+    sim.save(tmp_path)
+    model = sim.trainable(range_learning=True)
+    train(model, batches(2))
+    torch.save(model.state_dict(), tmp_path / "step.pt")
+
+    other = QuantSim.load(tmp_path).trainable(range_learning=True)
+    assert not torch.equal(other(sample), model(sample))
+    other.load_state_dict(torch.load(tmp_path / "step.pt"))
+    assert torch.equal(other(sample), model(sample))
