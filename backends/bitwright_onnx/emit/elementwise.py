@@ -14,6 +14,9 @@ from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"HardSigmoid": {"alpha": 1 / 6}}
 """Attributes whose canonical default (`bitwright.graph.ACTIVATION_TYPES`) isn't ONNX's."""
 
+COUNTING = frozenset({"ArgMax", "ArgMin", "NonZero", "Size", "TopK"})
+"""Operators whose outputs, or some of them, are places or sizes."""
+
 CHANNELS_FIRST = frozenset({"Conv", "ConvTranspose", "LRN", "LpPool", "GlobalLpPool", "GridSample", "MaxRoiPool",
                             "RoiAlign", "MaxUnpool", "Col2Im", "DeformConv", "MeanVarianceNormalization"})  # fmt: skip
 """Operators that have no writer of their own and take channels on axis 1."""
@@ -30,7 +33,15 @@ def plain(sheet: Sheet, op: Op) -> list[ir.Value]:
     attributes = dict(DEFAULTS.get(op.type, {})) | attributes_of(op)
     if isinstance(op.attrs, AxisAttrs):
         attributes["axis"] = op.attrs.axis
-    return sheet.nodes_of(op, op.type, sheet.operands(op), len(op.outputs), attributes)
+    count = max(len(op.outputs), 2 if op.type == "TopK" else 1)
+    made = sheet.nodes_of(op, op.type, sheet.operands(op), count, attributes)[: len(op.outputs)]
+    if op.type in COUNTING:  # in 64 bits, whatever the graph says
+        kinds = [sheet.graph.tensors[t].dtype for t in op.outputs]
+        made = [
+            sheet.node(op, "Cast", v, to=int(onnx_type(kind))) if kind.startswith("int") and kind != "int64" else v
+            for v, kind in zip(made, kinds, strict=True)
+        ]
+    return made
 
 
 def cast(sheet: Sheet, op: Op) -> ir.Value:
@@ -75,18 +86,6 @@ def swish(sheet: Sheet, op: Op) -> ir.Value:
     alpha = op.call.attributes.get("alpha", 1.0) if op.call is not None else 1.0
     inner = x if alpha == 1.0 else sheet.node(op, "Mul", x, sheet.literal(op, alpha, sheet.dtype(op)))
     return sheet.node(op, "Mul", x, sheet.node(op, "Sigmoid", inner))
-
-
-def square(sheet: Sheet, op: Op) -> ir.Value:
-    """x · x."""
-    x = sheet.values[op.data_inputs[0]]
-    return sheet.node(op, "Mul", x, x)
-
-
-def squared_difference(sheet: Sheet, op: Op) -> ir.Value:
-    """(x − y)²."""
-    difference = sheet.node(op, "Sub", *sheet.operands(op))
-    return sheet.node(op, "Mul", difference, difference)
 
 
 def identity(sheet: Sheet, op: Op) -> ir.Value:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from bitwright.graph import ConvAttrs, Op, OpKind, ParamRole, ProductAttrs, RecurrentAttrs
 from bitwright.graph import operands as operands_of
-from bitwright_onnx.emit.layouts import layout_of
+from bitwright_onnx.emit.layouts import attributes_of, layout_of
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, multiplies_rank_2
 
 
@@ -31,8 +31,20 @@ def convolution(sheet: Sheet, op: Op) -> ir.Value:
     if ParamRole.BIAS in op.params:
         operands.append(sheet.param(op, ParamRole.BIAS))
     extra = attrs.output_padding or None if op.kind is OpKind.CONV_TRANSPOSE else None
-    y = sheet.node(op, op.type, *operands, **window(attrs), group=attrs.groups, output_padding=extra)
+    geometry = window(attrs)
+    automatic = str(attributes_of(op).get("auto_pad", ""))
+    if automatic.startswith("SAME"):  # over sizes that are free, for which the attributes have no numbers
+        geometry |= {"auto_pad": automatic, "pads": None}
+    y = sheet.node(op, op.type, *operands, **geometry, group=attrs.groups, output_padding=extra)
     return place.back(y)
+
+
+def convolution_of_tensors(sheet: Sheet, op: Op) -> ir.Value:
+    """A Conv by a filter that is an activation; `kernel_order`: its axes as ONNX wants them."""
+    x, kernel = op.data_inputs
+    place, given = layout_of(sheet, op), attributes_of(op)
+    weight = sheet.transpose(op, sheet.values[kernel], given.pop("kernel_order"))
+    return place.back(sheet.node(op, "Conv", place.to_onnx(sheet.values[x]), weight, **given))
 
 
 def linear(sheet: Sheet, op: Op) -> ir.Value:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,17 +65,19 @@ def reshape(sheet: Sheet, op: Op) -> ir.Value:
     if given and given[0] is not None:
         return sheet.node(op, op.type, x, *given, **attributes_of(op))
     shape = sheet.shape(op.output)
-    assert shape is not None
+    if shape is None:
+        raise NotEmittable(op.id, op.type, "the shape of its output isn't known")
     target = tuple(-1 if n is None else n for n in shape)
     return sheet.node(op, "Reshape", x, sheet.literal(op, np.array(target, np.int64)))
 
 
 def part(sheet: Sheet, op: Op) -> ir.Value:
-    """Slice; with `squeeze`, axes of which one element is left go."""
+    """Slice; with `squeeze`, axes of which one element is left go; with `unsqueeze`, some of the result are new."""
     given = attributes_of(op)
-    gone = given.pop("squeeze", ())
+    gone, new = given.pop("squeeze", ()), given.pop("unsqueeze", ())
     y = sheet.node(op, "Slice", *sheet.operands(op), **given)
-    return sheet.node(op, "Squeeze", y, sheet.literal(op, gone)) if gone else y
+    y = sheet.node(op, "Squeeze", y, sheet.literal(op, gone)) if gone else y
+    return sheet.node(op, "Unsqueeze", y, sheet.literal(op, new)) if new else y
 
 
 def transpose(sheet: Sheet, op: Op) -> ir.Value:
@@ -89,7 +92,7 @@ def blocks(sheet: Sheet, op: Op) -> ir.Value:
 
 
 def resize(sheet: Sheet, op: Op) -> ir.Value:
-    """Resize with constant factors or sizes, one for each axis; or for those that `axes` names.
+    """Resize with constant factors or sizes, one for each axis, or for those that `axes` names; or to computed sizes.
 
     Whole factors are written as such; other sizes behind those of samples and channels, read at run time. (ONNX
     Runtime moves Transposes through Resize, and forgets its `axes` then.)
@@ -98,13 +101,21 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
     named = attributes_of(op)
     axes = named.pop("axes", tuple(range(place.rank)))
     factors, sizes = (h.array.reshape(-1).tolist() if isinstance(h, Constant) else None for h in held[2:])
-    if (factors is None and sizes is None) or held[1] is not None:
-        raise NotEmittable(op.id, op.type, "its sizes are computed")
+    factors = factors or None  # no factors stand for absent ones, as in ONNX
+    if (isinstance(held[1], Constant) and held[1].array.size) or isinstance(held[1], str) or isinstance(held[2], str):
+        raise NotEmittable(op.id, op.type, "its factors or regions are computed")
     if sizes is not None and named.pop("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NotEmittable(op.id, op.type, "it keeps the aspect ratio")
     source = sheet.shape(op.data_inputs[0]) or ()
     x = place.to_onnx(sheet.values[op.data_inputs[0]])
     scales: dict[int, float] = {}
+    if isinstance(held[3], str):
+        last = list(place.order[-len(axes) :])
+        if last != [axis % place.rank for axis in axes]:
+            raise NotEmittable(op.id, op.type, "it has computed sizes of some axes that aren't the last ones")
+        return _to_sizes(sheet, op, place, x, sheet.whole(op, sheet.values[held[3]]), len(axes), named)
+    if factors is None and sizes is None:
+        raise NotEmittable(op.id, op.type, "it has no sizes")
     if factors is not None:
         scales = {axis % place.rank: n for axis, n in zip(axes, factors, strict=True)}
     else:
@@ -118,8 +129,16 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
             if left != list(place.order[: len(left)]):
                 raise NotEmittable(op.id, op.type, "it has sizes of some axes that aren't the last ones")
             given = sheet.literal(op, np.array([wanted[i] for i in place.order[len(left) :]], np.int64))
-            head = sheet.node(op, "Shape", x, start=0, end=len(left)) if left else None
-            target = given if head is None else sheet.node(op, "Concat", head, given, axis=0)
-            return place.back(sheet.node(op, "Resize", x, None, None, target, **named))
+            return _to_sizes(sheet, op, place, x, given, len(wanted), named)
     whole = sheet.literal(op, np.array([scales.get(i, 1) for i in place.order], np.float32))
     return place.back(sheet.node(op, "Resize", x, None, whole, **named))
+
+
+def _to_sizes(
+    sheet: Sheet, op: Op, place: Layout, x: ir.Value, sizes: ir.Value, count: int, named: Mapping[str, Any]
+) -> ir.Value:
+    """Resize the last axes of ONNX's layout; the sizes of the others are read at run time."""
+    if count < place.rank:
+        head = sheet.node(op, "Shape", x, start=0, end=place.rank - count)
+        sizes = sheet.node(op, "Concat", head, sizes, axis=0)
+    return place.back(sheet.node(op, "Resize", x, None, None, sizes, **named))

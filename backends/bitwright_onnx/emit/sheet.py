@@ -19,6 +19,13 @@ from bitwright.graph import Constant, Graph, Op, OpId, OpKind, ParamId, ParamRol
 _TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 
+SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("Reshape", "Expand", "Tile", "Slice", "Split", "TopK", "GatherND"), 1),
+    "ConstantOfShape": 0,
+}
+"""Operators of whose operands some are sizes, by the place of the first."""
+
+
 class NotEmittable(ModelError):
     """An op that can't be written as ONNX.
 
@@ -94,7 +101,15 @@ class Sheet:
 
     def operands(self, op: Op) -> list[ir.Value | None]:
         """All of an op's operands, in ONNX's order."""
-        return [self.operand(op, held) for held in operands(op)]
+        found = [self.operand(op, held) for held in operands(op)]
+        first = SIZES.get(op.type, len(found))
+        return [*found[:first], *(None if v is None else self.whole(op, v) for v in found[first:])]
+
+    def whole(self, op: Op, value: ir.Value) -> ir.Value:
+        """A value of whole numbers in 64 bits, as ONNX wants sizes and axes."""
+        tensor = None if value.name is None else self.graph.tensors.get(value.name)
+        kind = value.dtype if tensor is None else onnx_type(tensor.dtype)
+        return value if kind in (None, ir.DataType.INT64) else self.node(op, "Cast", value, to=int(ir.DataType.INT64))
 
     def operand(self, op: Op, held: TensorId | ParamRole | Constant | None) -> ir.Value | None:
         """One operand: an activation, a parameter by its role, a literal."""

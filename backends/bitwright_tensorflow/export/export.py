@@ -14,17 +14,18 @@ from bitwright.backend import Bundle, Session
 from bitwright.errors import InputError, MissingExtraError, ModelError
 from bitwright.graph import TensorId
 from bitwright.grids import EncodingTable
-from bitwright.placement import Plan, SiteKind
+from bitwright.placement import Plan
 from bitwright_tensorflow.export.checkpoints import save_checkpoint
-from bitwright_tensorflow.export.freezing import frozen_graph, save_frozen, save_saved_model
+from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.model import Kind, TfModel
-from bitwright_tensorflow.graph.params import read_params
-from bitwright_tensorflow.graph.runtime import import_graph
+from bitwright_tensorflow.graph.params import to_canonical
+from bitwright_tensorflow.graph.shapes import computed
 from bitwright_tensorflow.simulate.building import declare_variables
 from bitwright_tensorflow.simulate.session import open_taps
 
 if TYPE_CHECKING:
+    from bitwright_onnx.adapters import Written
     from bitwright_onnx.backend import OnnxBackend
 
 FORMATS: Mapping[str, str] = {
@@ -108,33 +109,23 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
 
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    """From the canonical graph where that says all that is computed; otherwise node by node."""
     onnx_backend()
-    from bitwright_onnx.adapters import export_written, written_graph
+    from bitwright_onnx.adapters import export_written
 
-    graph = recognize(model).graph
-    values = read_params(model, list(graph.params))
-    try:
-        found = written_graph(graph, values, lambda taps: open_taps(model, taps))
-    except ModelError as error:
-        try:
-            return _frozen_qdq(model, plan, encodings, path)
-        except ModelError as other:
-            raise ModelError(f"{other}; and by its own ops: {error}") from other
-    return export_written(found, graph, plan, encodings, path)
+    return export_written(as_onnx(model), recognize(model).graph, plan, encodings, path)
 
 
-def _frozen_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    backend = onnx_backend()
-    from bitwright_onnx.export.known_parameters import with_parameters
-    from bitwright_onnx.export.qdq import write_qdq
-    from bitwright_onnx.graphdef.convert import import_graphdef
+def as_onnx(model: TfModel) -> Written:
+    """The model as an ONNX model that was seen to compute the same.
 
-    graph = recognize(model).graph
-    graph_def = import_graph(frozen_graph(model)).as_graph_def(add_shapes=True)
-    names = {t: t for t in graph.tensors} | {p: p for p in graph.params}
-    kept = [s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER]
-    made = backend.adopt(import_graphdef(graph_def, model.inputs, model.outputs, names=names, kept=kept))
-    shown = with_parameters(backend.graph(made), made, plan, graph.params)
-    report = write_qdq(made, shown, plan, encodings, path)
-    return Bundle({"qdq": report.path}, report.names)
+    Raises:
+        NotEmittable, ModelError: see `bitwright_onnx.adapters.written`.
+    """
+    from bitwright_onnx.adapters import written_graph
+
+    found = recognize(model, complete=True)
+    made = {p: read for p, read in found.params.items() if ":" in read.source}
+    values = {p: to_canonical(model, read) for p, read in found.params.items() if p not in made}
+    arrays = computed(model, [read.source for read in made.values()]) if made else []
+    values |= {p: read.form.canonical(array) for (p, read), array in zip(made.items(), arrays, strict=True)}
+    return written_graph(found.graph, values, lambda taps: open_taps(model, taps))

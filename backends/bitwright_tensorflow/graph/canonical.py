@@ -52,21 +52,27 @@ class Canonical:
     operands: Mapping[str, tuple[Edge, ...]]
 
 
-def recognize(model: TfModel) -> Canonical:
+def recognize(model: TfModel, *, complete: bool = False) -> Canonical:
     """The canonical graph of a model; worked out once.
+
+    Args:
+        model: whose.
+        complete: with what computes sizes, and with computed weights as parameters: the same ops and names, and those
+            that only who writes the model down needs.
 
     Raises:
         ModelError: the model is quantized already.
     """
-    found = model.memo.get("canonical")
+    key = "complete" if complete else "canonical"
+    found = model.memo.get(key)
     if found is None:
-        found = model.memo["canonical"] = _recognize(model)
+        found = model.memo[key] = _recognize(model, complete)
     assert isinstance(found, Canonical)
     return found
 
 
-def _recognize(model: TfModel) -> Canonical:
-    net = Network(model)
+def _recognize(model: TfModel, complete: bool) -> Canonical:
+    net = Network(model, complete=complete)
     _refuse_quantized(net)
     claimed: dict[str, Recognized] = {}
     candidates = [n for n in reversed(net.inference.order) if n not in net.constant | net.sizes | net.collapsed]
@@ -77,15 +83,28 @@ def _recognize(model: TfModel) -> Canonical:
                 claimed.update(dict.fromkeys(found.nodes, found))
     groups = [_region(net, region) for region in net.inference.regions]
     shown: list[Recognized] = [g for g in groups if g is not None]
+    hidden = (net.constant | net.sizes | net.collapsed) - net.open_sizes
     for name in net.inference.order:
-        if name in net.constant | net.sizes | net.collapsed:
+        if name in hidden:
             continue
         if name in claimed:
             if claimed[name].end == name:
                 shown.append(claimed[name])
         elif f"{name}:0" not in net.alias and f"{name}:0" not in model.inputs:
             shown.append(single_op(net, net.node(name), _outputs(net, name)))
-    return _assemble(model, net, _named_outputs(net, _topological(net, shown)))
+    shown = [replace(found, call=call_of(net, found)) for found in _topological(net, shown)]
+    return _assemble(model, net, _named_outputs(net, _without_unread_sizes(net, shown)))
+
+
+def _without_unread_sizes(net: Network, shown: list[Recognized]) -> list[Recognized]:
+    """Sizes that nothing reads (any more: the ops that read them are part of another one) are left out."""
+    kept: list[Recognized] = []
+    read = {net.resolve(t) for t in net.outputs}
+    for found in reversed(shown):
+        if found.id not in net.open_sizes or not read.isdisjoint(found.outputs):
+            kept.append(found)
+            read.update(found.inputs)
+    return kept[::-1]
 
 
 def _refuse_quantized(net: Network) -> None:
@@ -102,7 +121,7 @@ def _outputs(net: Network, name: str) -> tuple[TensorId, ...]:
     count = len(net.inference.graph.get_operation_by_name(name).outputs)
     tensors = [f"{name}:{i}" for i in range(count)]
     read = [t for t in tensors if net.readers(t) or net.is_end(t)]
-    if net.node(name).op in ("Split", "SplitV", "Unpack"):
+    if net.node(name).op in ("Split", "SplitV", "Unpack") or name in net.open_sizes:
         return tuple(tensors)
     return tuple(dict.fromkeys([*tensors[:1], *read]))
 
@@ -160,7 +179,7 @@ def _assemble(model: TfModel, net: Network, shown: list[Recognized]) -> Canonica
         described = {role: _param(read) for role, read in found.reads.items()}
         if any(params.get(p.id, p) != p for p in described.values()):
             # One array can't be shown in two layouts (a tied matrix read once as W and once as its transpose).
-            found = shown[index] = replace(found, kind=OpKind.OPAQUE, attrs=None, reads={})
+            found = shown[index] = replace(found, kind=OpKind.OPAQUE, attrs=None, reads={}, call=None)
             described = {}
         for role, param in described.items():
             params[param.id] = param
@@ -169,7 +188,7 @@ def _assemble(model: TfModel, net: Network, shown: list[Recognized]) -> Canonica
         roles: dict[ParamRole, str] = {role: p.id for role, p in described.items()}
         ops.append(
             Op(found.id, found.kind, found.type, found.inputs, found.outputs, roles, found.attrs, found.native,
-               call=call_of(net, found))
+               call=found.call)
         )  # fmt: skip
     seen = dict.fromkeys([*model.inputs, *(t for op in ops for t in (*op.data_inputs, *op.outputs)), *model.outputs])
     outputs = [t if any(t in op.outputs for op in ops) else net.resolve(t) for t in model.outputs]

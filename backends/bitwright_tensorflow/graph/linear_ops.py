@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from bitwright.graph import ConvAttrs, OpKind, ParamRole, TensorId
+from bitwright.graph import Call, ConvAttrs, OpKind, ParamRole, TensorId
 from bitwright.placement import is_mask
 from bitwright_tensorflow.graph.geometry import channel_axis, spatial_axes, transposed, window_pads
 from bitwright_tensorflow.graph.layouts import Reshaped, Transposed
@@ -29,13 +29,11 @@ ADDS = frozenset({"Add", "AddV2", "BiasAdd"})
 
 def linear_op(net: Network, node: NodeDef) -> Recognized | None:
     """The canonical op around a convolution or product; None where its weight is not a parameter."""
-    if node.op in CONVOLUTIONS:
-        found = _convolution(net, node)
-    elif node.op in PRODUCTS:
-        found = _product(net, node)
-    else:
-        return None
-    return None if found is None else _with_bias(net, found)
+    made = _convolution if node.op in CONVOLUTIONS else _product if node.op in PRODUCTS else None
+    found = None if made is None else made(net, node)
+    if found is not None:
+        return _with_bias(net, found)
+    return made(net, node, bare=True) if made is not None and net.complete else None
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,20 @@ class _Wrapped:
     block: tuple[tuple[int, ...], tuple[tuple[int, int], ...]] | None = None
 
 
-def _convolution(net: Network, node: NodeDef) -> Recognized | None:
+def _convolution(net: Network, node: NodeDef, *, bare: bool = False) -> Recognized | None:
+    """A convolution; `bare`: the node by itself, of a computed weight or over sizes that are free as well."""
     backward = node.op in BACKWARD
     operands = net.operands(node)
     x = operands[2 if backward else 0]
-    weight = net.read(node, 1)
+    weight = net.weight(node, 1) if bare else net.read(node, 1)
     rank = net.rank(x)
     if weight is None or rank is None or not net.is_data(x):
         return None
     data_format = net.attr(node, "data_format", "NHWC")
     axes = spatial_axes(data_format, rank)
-    wrapped = _unblocked(net, node, _squeezed(net, node, x, axes, weight), data_format)
+    wrapped = _Wrapped(x, node, (node.name,), tuple(range(len(axes))))
+    if not bare:
+        wrapped = _unblocked(net, node, _squeezed(net, node, x, axes, weight), data_format)
     kept = wrapped.kept
     kernel = tuple(weight.form.shape[i] for i in kept)
     steps = [net.attr(node, name) or [1] * rank for name in ("strides", "dilations")]
@@ -77,20 +78,27 @@ def _convolution(net: Network, node: NodeDef) -> Recognized | None:
     inner = net.shape(x) or ()
     sizes, spatial = [inner[axes[i]] for i in kept], [axes[i] for i in kept]
     extra: tuple[int, ...] = ()
+    call: Call | None = None
     if wrapped.block is not None:
         dilations, pads = wrapped.block
     elif backward:
         result = net.shape(f"{node.name}:0")
         outer = [None if result is None else result[a] for a in spatial]
+        if bare and (None in sizes or None in outer):  # taken for the least that gives such an input
+            sizes = [1] * len(kept)
+            reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+            outer = list(strides if padding == "SAME" else reach)
         geometry = transposed(padding, explicit, spatial, sizes, outer, kernel, strides, dilations)
         if geometry is None:
             return None
         pads, extra = geometry
     else:
         found = window_pads(padding, explicit, spatial, sizes, kernel, strides, dilations)
+        if found is None and (not bare or set(dilations) != {1}):
+            return None  # ONNX Runtime's SAME_UPPER knows no dilation
         if found is None:
-            return None
-        pads = found
+            call = Call({"auto_pad": "SAME_UPPER", "channel_axis": channel_axis(data_format, rank)})
+        pads = found or ((0, 0),) * len(kept)
     place = channel_axis(data_format, rank)
     channels = inner[place]
     weight, groups = _canonical_weight(node, weight, kept, channels)
@@ -101,7 +109,7 @@ def _convolution(net: Network, node: NodeDef) -> Recognized | None:
     axis = place - (len(axes) - len(kept)) if place > 1 else place
     reads = {ParamRole.WEIGHT: weight}
     return Recognized(net.id(node), kind, type, (wrapped.source,), (output,), reads, attrs, wrapped.nodes, node.op,
-                 {wrapped.source: axis, output: axis})  # fmt: skip
+                 {wrapped.source: axis, output: axis}, call=call)  # fmt: skip
 
 
 def _canonical_weight(node: NodeDef, weight: Read, kept: tuple[int, ...], channels: int | None) -> tuple[Read, int]:
@@ -158,11 +166,11 @@ def _unblocked(net: Network, node: NodeDef, wrapped: _Wrapped, data_format: str)
     return replace(wrapped, source=net.operands(before)[0], end=after, nodes=nodes, block=(block, effective))
 
 
-def _product(net: Network, node: NodeDef) -> Recognized | None:
+def _product(net: Network, node: NodeDef, *, bare: bool = False) -> Recognized | None:
     operands = net.operands(node)
     if len(operands) != 2 or not net.is_data(operands[0]):
         return None
-    weight = net.read(node, 1)
+    weight = net.weight(node, 1) if bare else net.read(node, 1)
     if weight is None or len(weight.form.shape) != 2:
         return None
     if node.op == "Einsum":
@@ -175,7 +183,9 @@ def _product(net: Network, node: NodeDef) -> Recognized | None:
             return None
         swapped = bool(net.attr(node, second))
     weight = weight if swapped else weight.then(Transposed((1, 0)))
-    source, end, nodes = _folded(net, node, operands[0], weight.form.shape)
+    source, end, nodes = operands[0], node, (node.name,)
+    if not bare:
+        source, end, nodes = _folded(net, node, operands[0], weight.form.shape)
     rank = net.rank(source)
     output = f"{end.name}:0"
     channels = {} if rank is None else {source: rank - 1, output: rank - 1}

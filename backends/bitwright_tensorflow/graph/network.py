@@ -13,7 +13,7 @@ from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.graphs import data_operands
 from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Step, Transposed
 from bitwright_tensorflow.graph.model import VARIABLES, Array, NodeDef, TfModel, node_of
-from bitwright_tensorflow.graph.shapes import Inference, inference
+from bitwright_tensorflow.graph.shapes import Inference, computed, inference
 
 Edge = tuple[str, int]
 """A node and which of its operands."""
@@ -55,10 +55,18 @@ class Read:
 
 
 class Network:
-    """What recognizers ask about a model."""
+    """What recognizers ask about a model.
 
-    def __init__(self, model: TfModel) -> None:
+    Args:
+        model: whose.
+        complete: sizes that are known at run time only are data, and what is computed from variables alone is a
+            parameter where it is an op's weight; so that all that is computed can be written down.
+    """
+
+    def __init__(self, model: TfModel, *, complete: bool = False) -> None:
         self.inference: Inference = inference(model)
+        self.complete = complete
+        self._model = model
         self.inputs, self.outputs = model.inputs, model.outputs
         self._wiring = self.inference.wiring
         self.constant: set[str] = set()
@@ -69,6 +77,7 @@ class Network:
         for name in self.inference.order:
             self._sort(name, fed)
         hidden = self.constant | self.sizes
+        self.open_sizes: set[str] = {n for n in self.sizes if self.value(f"{n}:0") is None} if complete else set()
         self._readers: dict[TensorId, list[Edge]] = defaultdict(list)
         for name in self.inference.order:
             if name in hidden:
@@ -147,7 +156,9 @@ class Network:
     def is_data(self, tensor: TensorId) -> bool:
         """Whether a tensor holds data (and not a constant or a size)."""
         tensor = self.resolve(tensor)
-        return tensor in self.inputs or node_of(tensor) not in self.constant | self.sizes
+        if tensor in self.inputs or node_of(tensor) in self.open_sizes:
+            return True
+        return node_of(tensor) not in self.constant | self.sizes
 
     def data(self, node: NodeDef) -> list[TensorId]:
         """The operands that hold data."""
@@ -190,6 +201,18 @@ class Network:
     def value(self, tensor: TensorId) -> Array | None:
         """Static value of a constant operand (of a shape, too, where it is known)."""
         return self.inference.value(tensor)
+
+    def known(self, tensor: TensorId) -> Array | None:
+        """The same; of a complete network, computed from constants and variables where it has to be."""
+        value = self.value(tensor)
+        if value is None and self.complete and not self.is_data(tensor):
+            value = computed(self._model, [tensor])[0]
+        return value
+
+    def whole(self, tensor: TensorId) -> tuple[int, ...] | None:
+        """`known` as integers."""
+        value = self.known(tensor)
+        return None if value is None else tuple(int(i) for i in np.asarray(value).reshape(-1))
 
     def ints(self, tensor: TensorId) -> tuple[int, ...] | None:
         """Static value as integers."""
@@ -245,6 +268,18 @@ class Network:
                 return None
             form = form.then(step)
         return Read(found, edge, at, form, self.inference.dtype(at))
+
+    def weight(self, node: NodeDef, index: int) -> Read | None:
+        """A parameter, as `read`; of a complete network, what is computed from parameters too."""
+        found = self.read(node, index)
+        tensor = data_operands(node)[index]
+        if found is not None or not self.complete or self.is_data(tensor) or not self.is_float(tensor):
+            return found
+        shape = self.shape(tensor)
+        if shape is None or None in shape or self.node(node_of(tensor)).op in ("Const", *VARIABLES):
+            return None
+        native = Layout(tuple(int(n or 0) for n in shape))
+        return Read(tensor, (node.name, index), tensor, native, self.inference.dtype(tensor))
 
     def inference_has(self, tensor: TensorId) -> bool:
         """Whether a tensor lies between inputs and outputs."""

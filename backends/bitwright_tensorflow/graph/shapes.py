@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.frames import regions
 from bitwright_tensorflow.graph.graphs import Spec, Wiring, extract
 from bitwright_tensorflow.graph.model import Array, TfModel
-from bitwright_tensorflow.graph.runtime import import_graph
+from bitwright_tensorflow.graph.runtime import import_graph, open_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,13 @@ def inference(model: TfModel) -> Inference:
         found = model.memo["inference"] = _infer(model)
     assert isinstance(found, Inference)
     return found
+
+
+def computed(model: TfModel, tensors: Sequence[TensorId]) -> list[Array]:
+    """Values of tensors that depend on constants and variables alone."""
+    part, _ = extract(model.graph_def, (), tensors, inference(model).spec)
+    with open_graph(part, model.values) as session:
+        return [np.asarray(value) for value in session.run(list(tensors))]
 
 
 def _infer(model: TfModel) -> Inference:
