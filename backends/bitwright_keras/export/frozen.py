@@ -30,8 +30,6 @@ from bitwright_keras.graph.optable import AUGMENTATION
 
 _PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 """What TensorFlow allows as a node's name."""
-UNROLLED = 256
-"""Steps that a recurrent layer may take to be written without a loop."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +52,32 @@ class FrozenGraph:
         return {**self.tensors, **self.constants}
 
 
-def frozen(model: KerasModel, *, batch_size: int | None = None, unrolled: bool = False) -> FrozenGraph:
+def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
     """The model's graph; made once for each batch size.
 
     Args:
         model: the model.
         batch_size: of the inputs; None leaves it as it is in the model.
-        unrolled: recurrent layers step by step, without loops, where they take few steps (`UNROLLED`).
 
     Raises:
         MissingExtraError: TensorFlow isn't installed.
         ModelError: the model can't be traced by TensorFlow.
         CapabilityError: another Keras backend is active, and the model can't be handed to TensorFlow's.
     """
-    key = f"frozen/{batch_size}/{unrolled}"
+    key = f"frozen/{batch_size}"
     if key not in model.memo:
         try:
             import tensorflow  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtraError('frozen graphs need TensorFlow: pip install "bitwright[tensorflow]"') from error
         here = keras.backend.backend() == "tensorflow"
-        model.memo[key] = _traced(model, batch_size, unrolled) if here else _elsewhere(model, batch_size)
+        model.memo[key] = _traced(model, batch_size) if here else _elsewhere(model, batch_size)
     found = model.memo[key]
     assert isinstance(found, FrozenGraph)
     return found
 
 
-def _traced(model: KerasModel, batch_size: int | None, unrolled: bool) -> FrozenGraph:
+def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
@@ -101,7 +98,7 @@ def _traced(model: KerasModel, batch_size: int | None, unrolled: bool) -> Frozen
 
     specs = [_spec(tf, model, name, batch_size, i) for i, name in enumerate(model.inputs)]
     try:
-        with _set(_dropouts(model), 0.0), _set(_loops(model) if unrolled else [], True):
+        with _set(_dropouts(model), 0.0):
             concrete = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
         names = {t: x.name for t, x in recorded.items() if hasattr(x, "graph") and x.graph is concrete.graph}
         constants = _constant_names(model, concrete)
@@ -132,19 +129,6 @@ def _dropouts(model: KerasModel) -> list[tuple[Any, str]]:
     names = ("dropout", "recurrent_dropout")
     cells = [x for layer in model.layers for x in layer._flatten_layers() if all(hasattr(x, n) for n in names)]
     return [(x, n) for x in cells for n in names if isinstance(x.__dict__.get(n), int | float)]
-
-
-def _loops(model: KerasModel) -> list[tuple[Any, str]]:
-    """Recurrent layers of few steps."""
-    found = []
-    for node in model.nodes:
-        layer = node.layer
-        if layer is None or not node.inputs:
-            continue
-        steps = model.specs[node.inputs[0]].shape[1:2]
-        if steps and steps[0] is not None and steps[0] <= UNROLLED:
-            found += [(x, "unroll") for x in layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
-    return found
 
 
 @contextmanager

@@ -38,13 +38,13 @@ def call_of(node: Node, type: str, specs: Specs, roles: Iterable[ParamRole] = ()
 def opaque_call(node: Node, type: str, specs: Specs) -> Call | None:
     """The same of a call that techniques don't look into, such as of whole numbers and masks; `type` is ONNX's name for
     it, or "" where that is another one."""
-    named = COMPARISONS.get(node.type, type)
-    if not named or not node.inputs:
+    named = (COMPARISONS[node.type] or node.type) if node.type in COMPARISONS else type
+    if not (named or node.type in _BY_CLASS) or not node.inputs:
         return None
     made = _operands(node, specs, frozenset()) if node.type in COMPARISONS else call_of(node, named, specs)
     if made is None:
         return Call(type=named) if named in ("Cast", "Reshape", "Squeeze", "Unsqueeze") else None
-    return Call(made.attributes, made.operands, named)
+    return Call(made.attributes, made.operands, made.type or named)
 
 
 COMPARISONS: Mapping[str, str] = {
@@ -56,8 +56,9 @@ COMPARISONS: Mapping[str, str] = {
     "LogicalAnd": "And",
     "LogicalOr": "Or",
     "LogicalNot": "Not",
+    **dict.fromkeys(("NotEqual", "ZerosLike", "OnesLike"), ""),
 }
-"""By class of the operation."""
+"""By class of the operation; "": ONNX has several ops for it."""
 
 Maker = Callable[[Node, Specs, frozenset[ParamRole]], Call | None]
 
@@ -175,10 +176,75 @@ def _pooled(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | Non
     kernel, strides = tuple(layer.pool_size), tuple(layer.strides)
     sizes = attributes.spatial(node, specs[node.inputs[0]])
     pads = attributes.window_pads(layer.padding, sizes, kernel, strides, (1,) * len(kernel))
-    if pads is None:
+    if pads is None:  # they follow from sizes that are free
+        return Call({"kernel_shape": kernel, "strides": strides, "auto_pad": "SAME_UPPER"})
+    if node.type.startswith("Average"):
         return None
     flat = (*(begin for begin, _ in pads), *(end for _, end in pads))
     return Call({"kernel_shape": kernel, "strides": strides, "pads": flat})
+
+
+def _adapted(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    axes = [i for i in range(1, len(specs[node.inputs[0]].shape))]
+    axes.remove(attributes.data_axis(node, len(axes) + 1))
+    kind = "AdaptiveAveragePool" if "Average" in node.type else "AdaptiveMaxPool"
+    given = np.broadcast_to(setting(node, "output_size"), len(axes))
+    return Call({"axes": tuple(axes), "sizes": tuple(int(n) for n in given)}, type=kind)
+
+
+def _convolved(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    """By a filter that is an activation or a constant."""
+    x, kernel = setting(node, "inputs", 0), setting(node, "kernel", 1)
+    if not isinstance(x, Ref) or not isinstance(kernel, Ref | np.ndarray):
+        return None
+    source, shape = specs[x.id].shape, kernel.shape if isinstance(kernel, np.ndarray) else specs[kernel.id].shape
+    n = len(shape) - 2
+    if None in shape or len(source) != n + 2:
+        return None
+    axis = attributes.data_axis(node, n + 2)
+    sizes = tuple(source[i] for i in range(1, n + 2) if i != axis)
+    strides, dilations = (
+        tuple(int(i) for i in np.broadcast_to(setting(node, name, None, 1), n)) for name in ("strides", "dilation_rate")
+    )
+    pads = attributes.window_pads(
+        setting(node, "padding"), sizes, tuple(int(k or 0) for k in shape[:n]), strides, dilations
+    )
+    if pads is None and set(dilations) != {1}:
+        return None
+    channels, held, order = source[axis], dict[int, Constant | ParamRole](), (n + 1, n, *range(n))
+    groups = None if channels is None else channels // int(shape[n] or 1)
+    if node.type == "DepthwiseConv":
+        if isinstance(kernel, Ref):
+            return None
+        kernel = kernel.reshape(*shape[:n], 1, -1)
+        groups = int(shape[n] or 0)
+    if isinstance(kernel, np.ndarray):
+        held[1], order = Constant(kernel.transpose(order).copy()), tuple(range(n + 2))
+    window: dict[str, AttributeValue] = {"auto_pad": "SAME_UPPER"}
+    if pads is not None:
+        window = {"pads": (*(begin for begin, _ in pads), *(end for _, end in pads))}
+    if groups is None:
+        return None
+    given = {"strides": strides, "dilations": dilations, "group": groups, "channel_axis": axis, "kernel_order": order}
+    return Call({**window, **given}, held, "ConvOfTensors")
+
+
+def _truths(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    made = _reduced(node, specs, roles)
+    return None if made is None else Call(made.attributes, made.operands, f"Reduce{node.type}")
+
+
+def _one_hot(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    count, dtype = int(setting(node, "num_classes", 1)), specs[node.outputs[0]].dtype
+    held: Operands = {1: Constant(np.array(count, np.int64)), 2: Constant(np.array([0, 1], dtype))}
+    return Call({"axis": int(setting(node, "axis", None, -1))}, held, "OneHot")
+
+
+def _discretized(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    layer: Any = node.operation
+    if layer.output_mode != "int" or layer.bin_boundaries is None:
+        return None
+    return Call(operands={1: Constant(np.asarray(layer.bin_boundaries, np.float32))}, type="Bucketize")
 
 
 def _spread(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
@@ -263,9 +329,13 @@ def _flipped(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | No
 
 def _taken(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
     axis = setting(node, "axis", 2)
-    if axis is None or not isinstance(node.args[0], Ref):
+    if axis is None:
         return None
     indices = setting(node, "indices", 1)
+    if isinstance(node.args[0], np.ndarray) and isinstance(indices, Ref):
+        return Call({"axis": int(axis)}, {0: Constant(node.args[0])}, "Gather")
+    if not isinstance(node.args[0], Ref):
+        return None
     if isinstance(indices, Ref):
         return Call({"axis": int(axis)})
     return Call({"axis": int(axis)}, {1: Constant(np.asarray(indices, np.int64))})
@@ -363,6 +433,12 @@ _BY_CLASS: Mapping[str, Maker] = {
     "Take": _taken,
     "Tile": _tiled,
     "Repeat": _repeated,
+    **{f"Adaptive{kind}Pooling{rank}D": _adapted for kind in ("Average", "Max") for rank in (1, 2, 3)},
+    **dict.fromkeys(("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"), _pooled),
+    **dict.fromkeys(("Conv", "DepthwiseConv"), _convolved),
+    **dict.fromkeys(("Any", "All"), _truths),
+    "OneHot": _one_hot,
+    "Discretization": _discretized,
     **dict.fromkeys(("Roll", "TakeAlongAxis", "RepeatVector", "Mod", "Remainder", "Embedding"),
                     lambda node, specs, roles: None),
 }  # fmt: skip

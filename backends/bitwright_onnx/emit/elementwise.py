@@ -88,6 +88,18 @@ def swish(sheet: Sheet, op: Op) -> ir.Value:
     return sheet.node(op, "Mul", x, sheet.node(op, "Sigmoid", inner))
 
 
+def one_hot(sheet: Sheet, op: Op) -> ir.Value:
+    """OneHot, of which ONNX Runtime has few combinations of types: 64 bits wherever there are whole numbers."""
+    indices, depth, values = sheet.operands(op)
+    if indices is None or depth is None or values is None:
+        raise NotEmittable(op.id, op.type, "it lacks an operand")
+    kind = onnx_type(sheet.graph.tensors[op.output].dtype)
+    real = kind.is_floating_point()
+    held = values if real else sheet.node(op, "Cast", values, to=int(ir.DataType.INT64))
+    y = sheet.node(op, "OneHot", sheet.whole(op, indices), sheet.whole(op, depth), held, **attributes_of(op))
+    return y if real else sheet.node(op, "Cast", y, to=int(kind))
+
+
 def identity(sheet: Sheet, op: Op) -> ir.Value:
     """What passes its input on is no node: the output is the input's value."""
     return sheet.values[op.data_inputs[0]]

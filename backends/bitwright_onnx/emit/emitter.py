@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bitwright.errors import ModelError
 from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, as_called, lacking
 from bitwright_onnx.capture.folding import KEPT
-from bitwright_onnx.emit import elementwise, norms, products, shapes
+from bitwright_onnx.emit import elementwise, norms, products, recurrent, shapes
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 from bitwright_onnx.emit.spelled import SPELLED, square
 
@@ -49,6 +49,7 @@ _BY_TYPE: Mapping[str, Writer] = {
     "PRelu": elementwise.prelu,
     "Swish": elementwise.swish,
     "Cast": elementwise.cast,
+    "OneHot": elementwise.one_hot,
     "Concat": elementwise.concat,
     "Split": elementwise.split_sizes,
     **dict.fromkeys(("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"), shapes.pool),
@@ -62,6 +63,7 @@ _BY_TYPE: Mapping[str, Writer] = {
     "Slice": shapes.part,
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.blocks),
     "Resize": shapes.resize,
+    "Recurrent": recurrent.layer,
     **SPELLED,
 }  # fmt: skip
 """What writes an op, by its kind or else by its type; other operators of ONNX are written as they stand."""

@@ -40,11 +40,13 @@ def convolution(sheet: Sheet, op: Op) -> ir.Value:
 
 
 def convolution_of_tensors(sheet: Sheet, op: Op) -> ir.Value:
-    """A Conv by a filter that is an activation; `kernel_order`: its axes as ONNX wants them."""
-    x, kernel = op.data_inputs
+    """A Conv by a filter that is an activation, or a constant that is no parameter; `kernel_order`: its axes as ONNX wants them."""
+    x, kernel = sheet.operands(op)
+    if x is None or kernel is None:
+        raise NotEmittable(op.id, op.type, "it lacks its filter")
     place, given = layout_of(sheet, op), attributes_of(op)
-    weight = sheet.transpose(op, sheet.values[kernel], given.pop("kernel_order"))
-    return place.back(sheet.node(op, "Conv", place.to_onnx(sheet.values[x]), weight, **given))
+    weight = sheet.transpose(op, kernel, given.pop("kernel_order"))
+    return place.back(sheet.node(op, "Conv", place.to_onnx(x), weight, **given))
 
 
 def linear(sheet: Sheet, op: Op) -> ir.Value:

@@ -1,7 +1,7 @@
 """Recurrent layers as an ONNX runtime has them: LSTM, GRU, SimpleRNN, in one direction or in both.
 
 Keras's gates: i, f, c, o of an LSTM (ONNX: i, o, f, c); z, r, h of a GRU, as in ONNX. Layers with a mask, a state that
-lasts, or activations that ONNX's ops don't have stay loops.
+lasts, or activations that ONNX's ops don't have are written step by step (see `spelled`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from bitwright_keras.graph.model import KerasModel, Node, Ref
+from bitwright.graph import AttributeValue, Call, Constant
+from bitwright_keras.graph.model import Node, Ref
 from bitwright_keras.graph.params import array_of
 
 _KINDS: Mapping[type, tuple[str, int]] = {
@@ -31,54 +32,38 @@ _GATES = [0, 3, 1, 2]
 """Keras's gate of an LSTM at each place of ONNX's."""
 
 
-def recurrent_layers(model: KerasModel, tensors: Mapping[str, str]) -> list[Any]:
-    """The calls of recurrent layers that ONNX has ops for, as `bitwright_onnx` takes them.
+def recurrent_call(node: Node) -> Call | None:
+    """The call of a recurrent layer in the words of `bitwright_onnx.emit.recurrent`, with the weights that it has now.
 
-    Args:
-        model: in normal form.
-        tensors: activation → tensor of the frozen graph.
+    Returns:
+        None for other layers, and for those that ONNX has no op for.
     """
-    found = [made for node in model.nodes if (made := _of(model, node, tensors)) is not None]
-    return found
-
-
-def loops(model: KerasModel) -> int:
-    """How many calls of recurrent layers there are, of any kind."""
-    layers = [node.layer for node in model.nodes if node.layer is not None]
-    return sum(any(isinstance(x, keras.layers.RNN) for x in layer._flatten_layers()) for layer in layers)
-
-
-def _of(model: KerasModel, node: Node, tensors: Mapping[str, str]) -> Any:
-    from bitwright_onnx.graphdef.recurrent import Recurrent
-
     layer: Any = node.layer
     both = type(layer) is keras.layers.Bidirectional
     layers = [layer.forward_layer, layer.backward_layer] if both else [layer]
     if type(layers[0]) not in _KINDS or any(type(x) is not type(layers[0]) for x in layers):
         return None
-    initial = _initial(node)
+    initial, functions = _initial(node), _functions(layers[0])
     plain = all(
-        not x.stateful and x.compute_dtype == "float32" and None not in _functions(x)
-        and _functions(x) == _functions(layers[0])
+        not x.stateful and x.compute_dtype == "float32" and None not in _functions(x) and _functions(x) == functions
         for x in layers
     )  # fmt: skip
     masked = any(v is not None for v in keras.tree.flatten(node.kwargs.get("mask")))
     if not plain or masked or initial is None or (both and (initial or layers[0].go_backwards)):
         return None
-    outputs = {t: role for t, role in _outputs(layers[0], node, both).items() if t in tensors}
-    if not outputs or any(t not in tensors for t in node.inputs):
-        return None
     if both and layer.merge_mode is None:
         return None
-    kind, _ = _KINDS[type(layers[0])]
-    arrays = [_arrays(x) for x in layers]
-    return Recurrent(
-        kind, tensors[node.inputs[0]], {tensors[t]: role for t, role in outputs.items()},
-        [a[0] for a in arrays], [a[1] for a in arrays], [a[2] for a in arrays],
-        _functions(layers[0]), backwards=not both and layers[0].go_backwards,
-        merge=layer.merge_mode or "" if both else "", initial=[tensors[t] for t in initial],
-        reset_after=bool(getattr(layers[0].cell, "reset_after", False)),
-    )  # fmt: skip
+    arrays = zip(*map(_arrays, layers), strict=True)
+    several = functions * len(layers)
+    attributes: dict[str, AttributeValue] = {
+        "kind": _KINDS[type(layers[0])][0], "results": _results(layers[0], both),
+        "activations": tuple(name for name, _, _ in several),
+        "activation_alpha": tuple(a for _, a, _ in several if a is not None),
+        "activation_beta": tuple(b for _, _, b in several if b is not None),
+        "merge": layer.merge_mode if both else "", "backwards": int(not both and layers[0].go_backwards),
+        "linear_before_reset": int(bool(getattr(layers[0].cell, "reset_after", False))),
+    }  # fmt: skip
+    return Call(attributes, {i: Constant(np.stack(a)) for i, a in enumerate(arrays, 1)}, "Recurrent")
 
 
 def _initial(node: Node) -> list[str] | None:
@@ -106,12 +91,11 @@ def _functions(layer: Any) -> list[Any]:
     return [gates, inner, inner] if isinstance(layer, keras.layers.LSTM) else [gates, inner]
 
 
-def _outputs(first: Any, node: Node, both: bool) -> dict[str, str]:
-    """Activation → what it is."""
+def _results(first: Any, both: bool) -> tuple[str, ...]:
+    """What each output is."""
     states = ["state", "cell"] if isinstance(first, keras.layers.LSTM) else ["state"]
     states += [f"{state}_reverse" for state in states] if both else []
-    roles = ["sequence" if first.return_sequences else "last", *(states if first.return_state else [])]
-    return dict(zip(node.outputs, roles, strict=True))
+    return ("sequence" if first.return_sequences else "last", *(states if first.return_state else []))
 
 
 def _arrays(layer: Any) -> tuple[Any, Any, Any]:

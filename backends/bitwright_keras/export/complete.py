@@ -1,0 +1,116 @@
+"""A model's canonical graph with all that it leaves unsaid: what is one op there, and says nothing of what it computes,
+is here several that do. The others, and all names, are the same; so it is for who writes the model down.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from bitwright.errors import ModelError
+from bitwright.graph import Graph, Op, OpKind, ParamId, TensorId, lacking
+from bitwright_keras.capture.comparing import CaptureNotice
+from bitwright_keras.capture.normalize import Normalizer
+from bitwright_keras.capture.tracing import trace
+from bitwright_keras.export.recurrent import recurrent_call
+from bitwright_keras.export.spelled import recordable
+from bitwright_keras.graph.canonical import canonical
+from bitwright_keras.graph.model import KerasModel, Node, refs, substitute
+from bitwright_keras.graph.native import input_of
+from bitwright_keras.graph.params import read_params
+
+DEPTH = 4
+"""Layers within layers that are looked into."""
+
+
+def complete(model: KerasModel, depth: int = DEPTH) -> tuple[Graph, dict[ParamId, Any]]:
+    """The graph and the values of its parameters; ops that can't be looked into are left as they are."""
+    found = canonical(model)
+    graph, values = found.graph, read_params(model, list(found.graph.params))
+    made = _Made(graph, values)
+    for op in graph:
+        node = found.nodes[op.id][0]
+        if lacking(op, graph) is None:
+            made.ops.append(op)
+        elif (call := recurrent_call(node)) is not None:
+            made.ops.append(replace(op, call=call))
+        elif depth and len(found.nodes[op.id]) == 1 and (inner := _inside(model, node)) is not None:
+            made.splice(op, node, inner, *complete(inner, depth - 1))
+        else:
+            made.ops.append(op)
+    return Graph(made.ops, made.tensors, made.params, graph.inputs, graph.outputs), made.values
+
+
+def _inside(model: KerasModel, node: Node) -> KerasModel | None:
+    """What a layer's `call` does with the activations of one of its calls; None where it can't be recorded."""
+    if node.layer is None or not node.inputs:
+        return None
+    symbols = {t: input_of(f"x{i}", model.specs[t]) for i, t in enumerate(dict.fromkeys(node.inputs))}
+    args, kwargs = substitute((node.args, dict(node.kwargs)), lambda ref: symbols[ref.id])
+    kwargs.pop("training", None)
+    inner = Normalizer()
+    for symbol in symbols.values():
+        inner.declare(symbol.name, symbol)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CaptureNotice)
+            warnings.filterwarnings("ignore", message=".*does not support masking.*")
+            recording = trace(recordable(node.layer), args, kwargs)
+            flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+            given = {id(t): x for t, x in zip(recording.inputs, flat, strict=True)}
+            outputs = inner.references(inner.inline(recording, given, ""))
+    except ModelError:
+        return None
+    return KerasModel(node.op, tuple(s.name for s in symbols.values()), None, tuple(inner.nodes), outputs, inner.specs)
+
+
+class _Made:
+    """The graph in the making."""
+
+    def __init__(self, graph: Graph, values: Mapping[ParamId, Any]) -> None:
+        self.ops: list[Op] = []
+        self.tensors, self.params, self.values = dict(graph.tensors), dict(graph.params), dict(values)
+        self._taken = {*graph.tensors, *graph.params, *(op.id for op in graph)}
+
+    def splice(self, op: Op, node: Node, inner: KerasModel, graph: Graph, values: Mapping[ParamId, Any]) -> None:
+        """Put a layer's ops in the place of its one."""
+        names: dict[TensorId, TensorId] = dict(zip(inner.inputs, dict.fromkeys(node.inputs), strict=True))
+        passed: list[Op] = []
+        for outer, tensor in zip(op.outputs, refs(inner.outputs), strict=True):
+            if tensor in names:  # an input, or the same as another output
+                passed.append(
+                    Op(self._fresh(f"{outer}/passed"), OpKind.IDENTITY, "Identity", (names[tensor],), (outer,))
+                )
+            else:
+                names[tensor] = outer
+        for tensor in graph.tensors.values():
+            if tensor.id not in names:
+                names[tensor.id] = self._fresh(f"{op.id}/{tensor.id}")
+                self.tensors[names[tensor.id]] = replace(tensor, id=names[tensor.id])
+        params = {param: self._fresh(f"{op.id}/{param}") for param in graph.params}
+        self.params |= {params[p.id]: replace(p, id=params[p.id]) for p in graph.params.values()}
+        self.values |= {params[p]: np.asarray(value) for p, value in values.items()}
+        for made in graph:
+            self.ops.append(
+                replace(
+                    made,
+                    id=self._fresh(f"{op.id}/{made.id}"),
+                    inputs=tuple(None if t is None else names[t] for t in made.inputs),
+                    outputs=tuple(names[t] for t in made.outputs),
+                    params={role: params[p] for role, p in made.params.items()},
+                )
+            )
+        self.ops += passed
+
+    def _fresh(self, name: str) -> str:
+        chosen, count = name, 1
+        while chosen in self._taken:
+            count += 1
+            chosen = f"{name}_{count}"
+        self._taken.add(chosen)
+        return chosen

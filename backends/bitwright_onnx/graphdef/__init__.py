@@ -1,1 +1,0 @@
-"""Frozen TensorFlow graphs as ONNX models, under TensorFlow's own tensor names."""
