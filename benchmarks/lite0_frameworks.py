@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 built in Keras and as a TensorFlow v1 session, with the weights of the PyTorch module.
+"""EfficientNet-Lite0 in Keras, as a TensorFlow v1 session and as a JAX function, with the PyTorch module's weights.
 
 Nothing is converted by a tool: each framework's own layers in the module's order, batch norms and zero padding kept,
 images as NHWC.
@@ -144,3 +144,55 @@ def tensorflow_session(module: Any) -> tuple[Any, str, str]:
         for held in v1.global_variables():
             held.load(values[held.op.name], session)
     return session, entry.name, x.name
+
+
+def jax_function(module: Any) -> Any:
+    """A `bitwright_jax.JaxFunction` (examples/plugins/bitwright_jax), its parameters called after their place."""
+    import jax.numpy as jnp
+    from bitwright_jax import JaxFunction
+    from jax import lax
+
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for count, layer in enumerate((layer for stage, _ in skips(module) for layer in stage), 1):
+        match type(layer).__name__:
+            case "Conv2d":
+                weight = array(layer.weight).transpose(2, 3, 1, 0)
+                params[f"conv{count}"] = {"kernel": np.ascontiguousarray(weight)}
+            case "BatchNorm2d":
+                names = ("scale", "bias", "mean", "var")
+                moments = layer.weight, layer.bias, layer.running_mean, layer.running_var
+                params[f"norm{count}"] = dict(zip(names, map(array, moments), strict=True))
+            case "Linear":
+                params["logits"] = {"kernel": array(layer.weight).T.copy(), "bias": array(layer.bias)}
+
+    def run(p: Any, image: Any) -> Any:
+        x, count = image, 0
+        for stage, skip in skips(module):
+            start = x
+            for layer in stage:
+                count += 1
+                match type(layer).__name__:
+                    case "ZeroPad2d":
+                        left, right, top, bottom = layer.padding
+                        x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+                    case "Conv2d":
+                        padding = "SAME" if layer.padding[0] else "VALID"
+                        x = lax.conv_general_dilated(
+                            x, p[f"conv{count}"]["kernel"], layer.stride, padding, feature_group_count=layer.groups,
+                            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                        )  # fmt: skip
+                    case "BatchNorm2d":
+                        held = p[f"norm{count}"]
+                        x = (x - held["mean"]) / jnp.sqrt(held["var"] + layer.eps) * held["scale"] + held["bias"]
+                    case "ReLU6":
+                        x = jnp.clip(x, 0, 6)
+                    case "AdaptiveAvgPool2d":
+                        x = x.mean((1, 2), keepdims=True)
+                    case "Flatten":
+                        x = x.reshape(x.shape[0], -1)
+                    case "Linear":
+                        x = x @ p["logits"]["kernel"] + p["logits"]["bias"]
+            x = start + x if skip else x
+        return x
+
+    return JaxFunction(run, params)

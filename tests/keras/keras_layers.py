@@ -197,11 +197,8 @@ NOT_EXPORTED = {
     "Hashing": "ONNX has no hashes",
     "HashedCrossing": "ONNX has no hashes",
     "IntegerLookup": "ONNX has no lookup tables",
-    **dict.fromkeys(
-        ("MelSpectrogram", "AutoContrast", "Solarization", "RandomCrop",
-         "ContrastLimitedAdaptiveHistogramEqualization"),
-        "Keras computes it by functions of the framework, which can't be recorded",
-    ),
+    "MelSpectrogram": "its Fourier transform isn't written",
+    "ContrastLimitedAdaptiveHistogramEqualization": "its histograms can't be recorded",
 }
 """Layers whose models get no QDQ ONNX file, and why. This list may only shrink."""
 

@@ -19,6 +19,8 @@ def recordable(layer: keras.layers.Layer) -> keras.layers.Layer:
     made = _SPELLED.get(type(layer)) if type(layer).__module__.startswith("keras.") else None
     if made is None and isinstance(layer, keras.layers.RNN):
         made = _steps
+    if made is None and "backend" in vars(layer):
+        made = _by_operations
     call = None if made is None else made(layer)
     return layer if call is None else _Spelled(layer, call)
 
@@ -125,6 +127,8 @@ def _additive_attention(layer: Any) -> Callable[..., Any]:
 
 
 def _categories(layer: Any) -> Callable[..., Any]:
+    """Category encoding: of one-hot rows, the largest or the sum."""
+
     def call(x: Any, count_weights: Any = None) -> Any:
         if count_weights is not None or layer.sparse:
             raise ModelError("it weighs what it counts, or gives sparse tensors")
@@ -138,9 +142,41 @@ def _categories(layer: Any) -> Callable[..., Any]:
     return call
 
 
+class _Operations:
+    """`keras.ops` under the names of a Keras backend's modules, which preprocessing layers compute with."""
+
+    _backend = "keras.ops"  # its name
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("numpy", "nn", "image", "math", "core", "linalg"):
+            return self
+        return getattr(ops if hasattr(ops, name) else keras, name)
+
+    @staticmethod
+    def convert_to_tensor(x: Any, dtype: Any = None, sparse: Any = None) -> Any:
+        """What is one already."""
+        return x if dtype is None else ops.cast(x, dtype)
+
+
+def _by_operations(layer: Any) -> Callable[..., Any]:
+    """A layer that computes with a backend's own functions, by those of `keras.ops`."""
+    options = {"training": False} if layer._call_has_training_arg else {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = vars(layer)["backend"]
+        object.__setattr__(layer, "backend", _Operations())
+        try:
+            return layer.call(*args, **kwargs, **options)
+        finally:
+            object.__setattr__(layer, "backend", own)
+
+    return call
+
+
 _SPELLED: Mapping[type, Callable[[Any], Callable[..., Any] | None]] = {
     keras.layers.Bidirectional: _both_ways,
     keras.layers.TimeDistributed: _each_step,
     keras.layers.AdditiveAttention: _additive_attention,
     keras.layers.CategoryEncoding: _categories,
+    keras.layers.RandomCrop: lambda layer: lambda x: x,  # whose draws, of no use in inference, can't be recorded
 }

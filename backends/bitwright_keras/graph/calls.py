@@ -56,6 +56,7 @@ COMPARISONS: Mapping[str, str] = {
     "LogicalAnd": "And",
     "LogicalOr": "Or",
     "LogicalNot": "Not",
+    "Isnan": "IsNaN",
     **dict.fromkeys(("NotEqual", "ZerosLike", "OnesLike"), ""),
 }
 """By class of the operation; "": ONNX has several ops for it."""
@@ -185,7 +186,7 @@ def _pooled(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | Non
 
 
 def _adapted(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
-    axes = [i for i in range(1, len(specs[node.inputs[0]].shape))]
+    axes = list(range(1, len(specs[node.inputs[0]].shape)))
     axes.remove(attributes.data_axis(node, len(axes) + 1))
     kind = "AdaptiveAveragePool" if "Average" in node.type else "AdaptiveMaxPool"
     given = np.broadcast_to(setting(node, "output_size"), len(axes))

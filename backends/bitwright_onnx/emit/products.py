@@ -40,7 +40,10 @@ def convolution(sheet: Sheet, op: Op) -> ir.Value:
 
 
 def convolution_of_tensors(sheet: Sheet, op: Op) -> ir.Value:
-    """A Conv by a filter that is an activation, or a constant that is no parameter; `kernel_order`: its axes as ONNX wants them."""
+    """A Conv by a filter that is an activation, or a constant that is no parameter.
+
+    The call's `kernel_order`: the filter's axes as ONNX wants them.
+    """
     x, kernel = sheet.operands(op)
     if x is None or kernel is None:
         raise NotEmittable(op.id, op.type, "it lacks its filter")

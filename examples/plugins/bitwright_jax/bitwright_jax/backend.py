@@ -113,7 +113,7 @@ class JaxBackend(QdqExport, TrainableFlow, FlowBackend[JaxModel]):
         given = model if isinstance(model, JaxFunction) else _of_module(model) if _is_module(model) else None
         if given is None:
             raise ModelError(f"the JAX backend takes a JaxFunction or an nnx.Module, got {type(model).__name__}")
-        if sample is None:
+        if not isinstance(sample, Mapping):
             raise ModelError("a JAX function has no shapes of its own: give a sample batch, by input name")
         names = given.inputs if set(given.inputs) <= set(sample) else tuple(sample)[: len(given.inputs)]
         if len(names) < len(given.inputs):
