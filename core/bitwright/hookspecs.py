@@ -64,6 +64,11 @@ class BackendInfo:
     sniff: str | Callable[[Path], bool] | None = None
     port: Factory | None = None
 
+    @property
+    def suffix(self) -> str:
+        """Of the files that it saves models in: the first that it opens, or its name where it claims none."""
+        return self.suffixes[0] if self.suffixes else f".{self.name}"
+
 
 @dataclass(frozen=True)
 class AutoStage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -293,3 +294,8 @@ def test_module_functions_use_the_default_registry(monkeypatch):
     assert registry.techniques() == mine.techniques()
     assert registry.backends() == mine.backends()
     assert registry.plugins() == mine.plugins()
+
+
+def test_a_backend_that_opens_no_files_saves_under_its_name():
+    info = BackendInfo("acme", "", factory="nowhere:X")
+    assert (info.suffix, replace(info, suffixes=(".a", ".b")).suffix) == (".acme", ".a")

@@ -88,10 +88,10 @@ class _Made:
                 )
             else:
                 names[tensor] = outer
-        for tensor in graph.tensors.values():
-            if tensor.id not in names:
-                names[tensor.id] = self._fresh(f"{op.id}/{tensor.id}")
-                self.tensors[names[tensor.id]] = replace(tensor, id=names[tensor.id])
+        for held in graph.tensors.values():
+            if held.id not in names:
+                names[held.id] = self._fresh(f"{op.id}/{held.id}")
+                self.tensors[names[held.id]] = replace(held, id=names[held.id])
         params = {param: self._fresh(f"{op.id}/{param}") for param in graph.params}
         self.params |= {params[p.id]: replace(p, id=params[p.id]) for p in graph.params.values()}
         self.values |= {params[p]: np.asarray(value) for p, value in values.items()}

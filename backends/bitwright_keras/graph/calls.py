@@ -226,7 +226,13 @@ def _convolved(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | 
         window = {"pads": (*(begin for begin, _ in pads), *(end for _, end in pads))}
     if groups is None:
         return None
-    given = {"strides": strides, "dilations": dilations, "group": groups, "channel_axis": axis, "kernel_order": order}
+    given: dict[str, AttributeValue] = {
+        "strides": strides,
+        "dilations": dilations,
+        "group": groups,
+        "channel_axis": axis,
+        "kernel_order": order,
+    }
     return Call({**window, **given}, held, "ConvOfTensors")
 
 

@@ -183,7 +183,8 @@ def _product(net: Network, node: NodeDef, *, bare: bool = False) -> Recognized |
             return None
         swapped = bool(net.attr(node, second))
     weight = weight if swapped else weight.then(Transposed((1, 0)))
-    source, end, nodes = operands[0], node, (node.name,)
+    nodes: tuple[str, ...] = (node.name,)
+    source, end = operands[0], node
     if not bare:
         source, end, nodes = _folded(net, node, operands[0], weight.form.shape)
     rank = net.rank(source)

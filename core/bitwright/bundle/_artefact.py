@@ -145,7 +145,7 @@ def _in_own_form(state: SimState, folder: Path, name: str, artefact: str, error:
     Raises:
         ModelError: the one given, where the artefact is the backend's own form.
     """
-    suffix = registry.backends()[state.backend.name].suffixes[0]
+    suffix = registry.backends()[state.backend.name].suffix
     if suffix == f".{artefact}":
         raise error
     try:

@@ -31,7 +31,7 @@ STATE, ENCODINGS = "quantsim.json", "encodings.npz"
 def save(state: SimState, directory: Path) -> Path:
     """See `QuantSim.save`. The JSON file is written last and names what belongs to it."""
     make_directory(directory)
-    suffix = registry.backends()[state.backend.name].suffixes[0]
+    suffix = registry.backends()[state.backend.name].suffix
     model = state.backend.save(state.native, directory / f"model{suffix}")
     arrays = {
         f"{index}/{name}": values
