@@ -178,5 +178,4 @@ _SPELLED: Mapping[type, Callable[[Any], Callable[..., Any] | None]] = {
     keras.layers.TimeDistributed: _each_step,
     keras.layers.AdditiveAttention: _additive_attention,
     keras.layers.CategoryEncoding: _categories,
-    keras.layers.RandomCrop: lambda layer: ops.copy,  # whose draws, of no use in inference, can't be recorded
 }
