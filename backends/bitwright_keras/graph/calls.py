@@ -313,9 +313,11 @@ def _item(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
             found.append((int(part), int(part) + 1 or last, axis, 1))
         elif part != slice(None):
             step = 1 if part.step is None else part.step
-            if any(not isinstance(v, int | np.integer | None) for v in (part.start, part.stop, step)) or step < 1:
+            if any(not isinstance(v, int | np.integer | None) for v in (part.start, part.stop, step)):
                 return None
-            found.append((part.start or 0, last if part.stop is None else part.stop, axis, step))
+            first, end = (0, last) if step > 0 else (last, np.iinfo(np.int64).min)
+            start = first if part.start is None else part.start
+            found.append((start, end if part.stop is None else part.stop, axis, step))
     if not found:
         return _sliced([0], [last], [0])
     return _sliced(*zip(*found, strict=True), **({"squeeze": tuple(gone)} if gone else {}))
