@@ -47,6 +47,11 @@ def register_techniques() -> list[TechniqueInfo]:
             factory="bitwright_techniques.gptq:Gptq",
         ),
         TechniqueInfo(
+            "rotate",
+            "Rotate the residual streams of transformers, so that no channel stands out; merged into weights.",
+            factory="bitwright_techniques.rotate:Rotate",
+        ),
+        TechniqueInfo(
             "smooth_quant",
             "Move the outliers of activations into the weights that read them.",
             factory="bitwright_techniques.smooth_quant:SmoothQuant",

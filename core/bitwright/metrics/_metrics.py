@@ -152,7 +152,8 @@ class Agreement(_Mean):
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
         kept = _counted(inputs, outputs.shape[:-1])
-        _finite(self.name, outputs), _finite(self.name, reference)
+        _finite(self.name, outputs)
+        _finite(self.name, reference)
         self._take((outputs.argmax(axis=-1) == reference.argmax(axis=-1))[kept])
 
 

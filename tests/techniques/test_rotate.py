@@ -1,0 +1,163 @@
+"""Rotation of residual streams: the float function stays, channels even out, and what can't be rotated is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from backends import FRAMEWORKS
+
+from bitwright.backend import Tap
+from bitwright.graph import OpKind, ParamRole
+from bitwright.testing import models
+from bitwright.testing.builder import Builder
+from bitwright.testing.harness import run_technique
+from bitwright.testing.reference import ReferenceBackend
+from bitwright_techniques.orthogonal import hadamard, rotation
+from bitwright_techniques.residual_streams import residual_streams
+from bitwright_techniques.rotate import Rotate
+
+WIDTH = 12
+
+
+def decoder(*, norm="layer", bias=True, read=False, tied=False):
+    """Two pre-norm blocks on a stream that a linear op begins, with a channel that stands out."""
+    b = Builder(3)
+    x = b.input("x", WIDTH, channel_axis=1)
+    weight = b.rng.normal(0, 0.5, (WIDTH, WIDTH))
+    weight[7] *= 30
+    x = b.linear("embed", x, WIDTH, weight=weight, bias=bias)
+    if norm == "rms":
+        x = b.binary("place", "Add", x, b.rng.normal(0, 1, WIDTH))
+
+    def normed(name, y):
+        if norm == "layer":
+            return b.layer_norm(name, y)
+        square = b.binary(f"{name}.square", "Mul", y, y)
+        mean = b.op(f"{name}.mean", OpKind.AVERAGE_POOL, "ReduceMean", (square,), (None, 1), attrs=last_mean())
+        root = b.activation(f"{name}.root", b.binary(f"{name}.eps", "Add", mean, np.float32([1e-5])), "Sqrt")
+        y = b.op(f"{name}.div", OpKind.ELEMENTWISE, "Div", (y, root), (None, WIDTH))
+        return b.binary(name, "Mul", y, b.rng.uniform(0.5, 2, WIDTH))
+
+    for i in range(2):
+        y = normed(f"norm{i}", x)
+        y = b.binary(f"gated{i}", "Mul", b.relu(f"act{i}", b.linear(f"gate{i}", y, 20)), b.linear(f"up{i}", y, 20))
+        x = b.binary(f"sum{i}", "Add", x, b.linear(f"down{i}", y, WIDTH, bias=bias))
+    extra = [b.relu("seen", x)] if read else []
+    y = normed("last", x)
+    head = {ParamRole.WEIGHT: "embed.weight"} if tied else {}
+    y = b.op("head", OpKind.LINEAR, "MatMul", (y,), (None, WIDTH), params=head) if tied else b.linear("head", y, 9)
+    return b.build(y, *extra)
+
+
+def last_mean():
+    from bitwright.graph import PoolAttrs
+
+    return PoolAttrs((1,), None, False, True)
+
+
+def outputs(port, sim, batch):
+    taps = [Tap(t) for t in sim.graph.outputs]
+    return [sim.backend.session(sim.native, taps).run(batch)[t] for t in taps]
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 28, 36, 40, 576])
+def test_hadamard_matrices(n):
+    h = hadamard(n)
+    assert np.allclose(h @ h.T, np.eye(n))
+    assert np.allclose(np.abs(h), n**-0.5)
+
+
+def test_rotations():
+    rng = np.random.default_rng(0)
+    assert hadamard(6) is None
+    for n, random, keeps in ((6, False, False), (12, True, False), (12, False, True), (7, True, True)):
+        q = rotation(n, rng, random=random, keeps_mean=keeps)
+        assert np.allclose(q @ q.T, np.eye(n))
+        assert np.allclose(q.sum(axis=0), 1) == keeps
+        assert np.abs(q - np.eye(n)).max() > 0.1
+
+
+def test_the_float_function_stays_with_layer_norms():
+    port, model = FRAMEWORKS["onnx"], decoder()
+    sim = port.sim(model)
+    batch = port.batch(models.batch(model, 4))
+    before = outputs(port, sim, batch)[0]
+    sim.apply("rotate")
+    after = outputs(port, sim, batch)[0]
+    assert np.abs(after - before).max() < 2e-5 * np.abs(before).max()
+    (row,) = sim.reports[-1][1].rows
+    assert row[1:] == (WIDTH, 3, 5, "rotated")
+    rows = np.linalg.norm(np.asarray(sim.params[sim.graph.op("embed").weight]), axis=1)
+    assert rows.max() < 0.7 * np.linalg.norm(rows)  # one was 30 times as large as the others: 0.99
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_out_norms_constants_and_shared_matrices(kind, tied):
+    """On the reference backend; a matrix that writes and reads the stream parts in two."""
+    model = decoder(norm="rms", tied=tied)
+    backend, batch = ReferenceBackend(), models.batch(model, 4)
+    graph = backend.graph(model)
+    applied = run_technique(Rotate(), backend, model, kind=kind)
+    tap = Tap(graph.outputs[0])
+    before, after = (backend.session(m, [tap]).run(batch)[tap] for m in (model, applied.model))
+    report = applied.outcome.report
+    assert (report.figures["rotated"], report.figures.get("split", 0)) == (1, int(tied))
+    assert np.abs(after - before).max() < 2e-5 * np.abs(before).max()
+
+
+def test_a_language_model_with_a_tied_embedding():
+    torch = pytest.importorskip("torch")
+    from bitwright import QuantSim
+
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(24) + 0.5)
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(40, 24)
+            self.norms = torch.nn.ModuleList(Norm() for _ in range(3))
+            self.ups = torch.nn.ModuleList(torch.nn.Linear(24, 32) for _ in range(2))
+            self.downs = torch.nn.ModuleList(torch.nn.Linear(32, 24) for _ in range(2))
+            self.head = torch.nn.Linear(24, 40, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for norm, up, down in zip(self.norms, self.ups, self.downs, strict=False):
+                x = x + down(torch.nn.functional.silu(up(norm(x))))
+            return self.head(self.norms[2](x))
+
+    torch.manual_seed(0)
+    ids = {"ids": np.arange(30).reshape(3, 10)}
+    sim = QuantSim(Net().eval(), {k: torch.from_numpy(v) for k, v in ids.items()})
+    before = outputs(None, sim, ids)[0]
+    sim.apply("rotate")
+    after = outputs(None, sim, ids)[0]
+    assert sim.reports[-1][1].figures == {**sim.reports[-1][1].figures, "rotated": 1.0, "split": 1.0}
+    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+def test_what_reads_a_stream_otherwise_keeps_it_as_it_is():
+    (stream,) = residual_streams(decoder(read=True).graph)
+    assert "'seen' (Relu) reads it" in stream.obstacle
+    (stream,) = residual_streams(decoder().graph)
+    assert not stream.obstacle
+    assert list(residual_streams(models.conv_bn_relu().graph)) == []
+
+
+def test_frozen_weights_are_left_with_the_reason():
+    port = FRAMEWORKS["onnx"]
+    sim = port.sim(decoder()).calibrate(port.batch(models.batch(decoder(), 4)))
+    head = sim.graph.op("head").weight
+    before = np.asarray(sim.params[head])
+    sim.set({head: sim.encodings[head]}, freeze=True)
+    sim.apply("rotate")
+    assert "is frozen" in sim.reports[-1][1].rows[0][-1]
+    assert np.array_equal(sim.params[head], before)
