@@ -16,7 +16,9 @@ from bitwright.hookspecs import API_VERSIONS, ToolInfo
 
 I = TypeVar("I", bound=Info)  # noqa: E741
 
-CORE_COMMANDS = ("quantize", "collect", "verify", "encodings", "targets", "techniques", "plugins", "doctor", "new")
+CORE_COMMANDS = (
+    "quantize", "collect", "verify", "report", "diff", "encodings", "targets", "techniques", "plugins", "doctor", "new",
+)  # fmt: skip
 """Commands of the command line itself; a test compares them with it."""
 
 
