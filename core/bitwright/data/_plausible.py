@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.backend import Batch
 from bitwright.data._dataset import Dataset
@@ -40,7 +42,7 @@ class Seen:
     floating: bool = False
     rank: int = 0
 
-    def add(self, values: np.ndarray) -> None:
+    def add(self, values: NDArray[Any]) -> None:
         """Another batch. Values that aren't finite, as masks have, don't count."""
         self.floating, self.rank = values.dtype.kind == "f", max(self.rank, values.ndim)
         if values.size == 0 or values.dtype.kind not in "iuf":

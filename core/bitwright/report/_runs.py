@@ -236,7 +236,7 @@ def runs_in(folder: Path) -> tuple[list[Listed], list[str]]:
 
 def render_index(folder: Path, runs: list[Listed]) -> str:
     """The page of a folder of runs, each linked with its own page."""
-    rows = []
+    rows: list[tuple[Cell | Link, ...]] = []
     for run in runs:
         where = run.path.parent.relative_to(folder)
         own = run.path.with_name(run.path.name.removesuffix("json") + "html")
