@@ -1,6 +1,7 @@
 """Data in every accepted form, and every way in which it can be wrong, with its message."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from bitwright.data import Dataset, FirstSamples, labels, open_data
 from bitwright.data._dataset import ArrayDataset, ImageOptions
 from bitwright.errors import InputError
+from bitwright.files import StoredArray, open_npy
 
 ONE = {"x": ((None, 3, 4), "float32")}
 TWO = {"ids": ((None, 5), "int64"), "mask": ((None, 5), "float32")}
@@ -74,12 +76,46 @@ def test_limit(tmp_path):
         assert np.array_equal(whole(open_data(source, ONE, batch_size=4, limit=99)), X), name
 
 
-def test_files_are_memory_mapped_where_they_can_be(tmp_path):
+def test_files_are_read_piece_by_piece_where_they_can_be(tmp_path):
     for name, source in sources(tmp_path).items():
         if name.endswith(("npy", "npz")):
             array = open_data(source, ONE).arrays["x"]
-            mapped = isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
-            assert mapped == (name != "compressed npz"), name
+            assert isinstance(array, StoredArray) == (name not in ("compressed npz", "fortran npz")), name
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_a_file_that_shrinks_or_changes_while_it_is_in_use_is_an_error(tmp_path, suffix):
+    """A memory map of it would end the process."""
+    path, values = tmp_path / f"x.{suffix}", np.arange(4000 * 16, dtype=np.float32).reshape(-1, 16)
+    save = (lambda: np.save(path, values)) if suffix == "npy" else (lambda: np.savez(path, x=values))
+    save()
+    data = open_data(path, {"x": ((None, 16), "float32")}, batch_size=8)
+    assert sum(len(batch["x"]) for batch in data) == 4000
+    batches = iter(data)
+    next(batches)
+    os.truncate(path, 512)
+    with pytest.raises(InputError, match="was changed while it was in use"):
+        next(batches)
+    save()
+    data = open_data(path, {"x": ((None, 16), "float32")}, batch_size=8)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InputError, match="was changed"):
+        list(data)
+
+
+def test_pieces_are_those_of_the_array(tmp_path):
+    values = np.arange(5 * 3 * 2, dtype=">i4").reshape(5, 3, 2)
+    np.save(tmp_path / "c.npy", values)
+    np.save(tmp_path / "f.npy", np.asfortranarray(values))
+    held = open_npy(tmp_path / "c.npy")
+    assert np.array_equal(held, values) and np.array_equal(open_npy(tmp_path / "f.npy"), values)
+    assert np.array_equal(held[1:4], values[1:4]) and np.array_equal(held[1:4][-1][1], values[3][1])
+    assert np.array_equal(held[4:9], values[4:9]) and np.array_equal(held[3:1], values[3:1])
+    assert (held.ndim, held.size, len(held[2:])) == (3, 30, 3)
+    with pytest.raises(IndexError):
+        held[5]
+    with pytest.raises(IndexError):
+        held[::2]
 
 
 def test_fingerprints_tell_contents_and_batches_apart():

@@ -37,7 +37,7 @@ from bitwright.data._batches import (
 from bitwright.data._forward import Recording, needed_arguments
 from bitwright.data._images import ImageFolder, ImageOptions
 from bitwright.errors import InputError
-from bitwright.files import Array, read_npy, read_npz
+from bitwright.files import Array, StoredArray, open_npy, open_npz, read_npy, read_npz
 
 __all__ = ["ArrayDataset", "Dataset", "ImageOptions", "InputSpecs", "IterableDataset", "labels", "open_data"]
 
@@ -59,7 +59,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class ArrayDataset:
-    """Arrays in memory (or memory-mapped), cut into batches.
+    """Arrays in memory (or in a file, read batch by batch), cut into batches.
 
     Attributes:
         arrays: by input name; the first axis is samples.
@@ -68,7 +68,7 @@ class ArrayDataset:
         drop_last: leave out a last batch that isn't full, for models with a fixed batch dimension.
     """
 
-    arrays: Mapping[str, Array]
+    arrays: Mapping[str, Array | StoredArray]
     batch_size: int
     specs: InputSpecs | None = None
     drop_last: bool = False
@@ -157,8 +157,8 @@ def open_data(
 
     - a mapping of arrays by input name (TensorFlow's "x:0" may be called "x"; "q.ids" is ``{"q": {"ids": …}}`` too), or
       one array for a model with one input; the first axis is samples;
-    - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: memory-mapped,
-      unless an .npz is compressed;
+    - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: read batch
+      by batch, unless an .npz is compressed; a file that changes while it is in use ends the run with an error;
     - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
     - a path to a folder of images, scaled to the model's height and width (needs Pillow);
     - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
@@ -214,9 +214,9 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
             return _iterable(NpzFolder(tuple(files), specs), specs, limit, lambda i: str(files[i]))
         return ImageFolder.open(path, specs, size, limit, images or ImageOptions())
     if path.suffix == ".npy":
-        return _arrays({single_input(specs): read_npy(path)}, specs, size, limit, str(path))
+        return _arrays({single_input(specs): open_npy(path)}, specs, size, limit, str(path))
     if path.suffix == ".npz":
-        arrays = read_npz(path)
+        arrays = open_npz(path)
         if len(arrays) == len(specs) == 1:
             arrays = dict(zip(specs, arrays.values(), strict=True))
         return _arrays(in_names_of(specs, arrays), specs, size, limit, str(path))
@@ -235,9 +235,9 @@ class NpzFolder:
     files: tuple[Path, ...]
     specs: InputSpecs
 
-    def __iter__(self) -> Iterator[dict[str, Array]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for file in self.files:
-            arrays = in_names_of(self.specs, read_npz(file))
+            arrays = in_names_of(self.specs, open_npz(file))
             missing = [n for n in self.specs if n not in arrays]
             if missing and len(arrays) == len(self.specs) == 1:
                 arrays = dict(zip(self.specs, arrays.values(), strict=True))
@@ -249,7 +249,7 @@ class NpzFolder:
             yield arrays
 
 
-def _feeds(arrays: Mapping[str, Array], specs: InputSpecs, limit: int | None, where: str) -> IterableDataset | None:
+def _feeds(arrays: Mapping[str, Any], specs: InputSpecs, limit: int | None, where: str) -> IterableDataset | None:
     """Arrays as whole feeds, where they stack them or are one; None where the first axis is samples."""
     feeds = stacked(arrays, specs, where)
     if feeds is None and not is_feed(arrays, specs):
@@ -259,7 +259,7 @@ def _feeds(arrays: Mapping[str, Array], specs: InputSpecs, limit: int | None, wh
     return _iterable(feeds, specs, limit, lambda i: f"{where}, feed {i}")
 
 
-def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
+def _arrays(arrays: Mapping[str, Any], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
     missing, extra = [n for n in specs if n not in arrays], [n for n in arrays if n not in specs]
     if missing or extra:
         told = [f"no array for input {n!r}" for n in missing] + [
@@ -292,7 +292,7 @@ def _arrays(arrays: Mapping[str, Array], specs: InputSpecs, size: int, limit: in
         )
     dataset = ArrayDataset({n: arrays[n][:length] for n in specs}, size, specs, drop_last=fixed is not None)
     for start in range(0, length, size):
-        part = {n: a[start : start + size] for n, a in dataset.arrays.items()}
+        part = {n: np.asarray(a[start : start + size]) for n, a in dataset.arrays.items()}
         check_batch(part, specs, where, any_length=True, first_sample=start)
     return dataset
 

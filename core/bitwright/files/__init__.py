@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.files._arrays import DAMAGED, Array, read_npy, read_npz
+from bitwright.files._arrays import DAMAGED, Array, open_npy, open_npz, read_npy, read_npz
 from bitwright.files._durable import (
     atomic_write,
     cannot_write,
@@ -13,15 +13,19 @@ from bitwright.files._durable import (
     write_text,
 )
 from bitwright.files._leftovers import staging, sweep, sweep_beside
+from bitwright.files._pieces import StoredArray
 
 __all__ = [
     "DAMAGED",
     "Array",
+    "StoredArray",
     "atomic_write",
     "cannot_write",
     "discard",
     "is_file",
     "make_directory",
+    "open_npy",
+    "open_npz",
     "read_npy",
     "read_npz",
     "staging",

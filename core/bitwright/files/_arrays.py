@@ -6,14 +6,17 @@ import lzma
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
+from bitwright.files._pieces import StoredArray, stored
 
+Held = TypeVar("Held")
 Array = NDArray[Any]
 """A numpy array of any type."""
 DAMAGED = (
@@ -31,11 +34,16 @@ def read_npy(path: Path) -> Array:
     Raises:
         InputError: it is no .npy file, is truncated, or holds objects.
     """
-    try:
-        with path.open("rb") as file:
-            return _mapped(path, file, 0, path.stat().st_size)
-    except DAMAGED as error:
-        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
+    return _npy(path, _mapped)
+
+
+def open_npy(path: Path) -> Array | StoredArray:
+    """A .npy file that is read piece by piece (in Fortran order: at once).
+
+    Raises:
+        InputError: as `read_npy`; and when it is read, if the file has changed.
+    """
+    return _npy(path, _piecewise)
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -44,13 +52,34 @@ def read_npz(path: Path) -> dict[str, Array]:
     Raises:
         InputError: it is no .npz file, is truncated, or holds objects.
     """
-    arrays: dict[str, Array] = {}
+    return _npz(path, _mapped)
+
+
+def open_npz(path: Path) -> dict[str, Array | StoredArray]:
+    """The arrays of a .npz file, read piece by piece; compressed ones, and those in Fortran order, at once.
+
+    Raises:
+        InputError: as `read_npz`; and when they are read, if the file has changed.
+    """
+    return _npz(path, _piecewise)
+
+
+def _npy(path: Path, take: Callable[[Path, BinaryIO, int, int], Held]) -> Held:
+    try:
+        with path.open("rb") as file:
+            return take(path, file, 0, path.stat().st_size)
+    except DAMAGED as error:
+        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
+
+
+def _npz(path: Path, take: Callable[[Path, BinaryIO, int, int], Held]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if entry.compress_type == zipfile.ZIP_STORED:
-                    arrays[name] = _mapped(path, file, _start(file, entry), entry.file_size)
+                    arrays[name] = take(path, file, _start(file, entry), entry.file_size)
                 else:
                     with archive.open(entry) as member:
                         arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
@@ -71,18 +100,34 @@ def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 def _mapped(path: Path, file: BinaryIO, start: int, size: int) -> Array:
     """The array of a .npy stream of `size` bytes that begins at `start`, memory-mapped."""
+    shape, fortran, dtype, offset = _header(file, start, size)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def _piecewise(path: Path, file: BinaryIO, start: int, size: int) -> Array | StoredArray:
+    """As `_mapped`, to be read piece by piece."""
+    shape, fortran, dtype, offset = _header(file, start, size)
+    if not fortran:
+        return stored(path, file.fileno(), offset, shape, dtype)
+    return np.asarray(stored(path, file.fileno(), offset, shape[::-1], dtype)).T
+
+
+def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether in Fortran order, type, and where the values begin, of a .npy stream."""
     file.seek(start)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its shape is {shape}")
     offset = file.tell()
     if offset - start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > size:
         raise ValueError("the file is truncated")
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+    return shape, fortran, dtype, offset
 
 
 def _reason(error: Exception) -> str:
