@@ -66,7 +66,7 @@ class StoredArray:
             InputError: the file can't be read, or isn't the one any more that was opened.
         """
         values = np.empty(self.size, self.dtype)
-        left = memoryview(values.view(np.uint8)) if values.nbytes else memoryview(b"")
+        left = values.view(np.uint8).data if values.nbytes else memoryview(b"")
         try:
             with self.path.open("rb", buffering=0) as file:
                 if _stamp(file.fileno()) != self.stamp:
