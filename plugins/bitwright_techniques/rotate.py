@@ -147,7 +147,7 @@ class _Rotated:
     def outcome(self, report: Report) -> Outcome:
         """All changes. A shared parameter is written once for each use that parts from it, and copied at once."""
         params, later = bias_changes(self.graph, {op: b.astype(np.float32) for op, b in self.biases.items()})
-        by_param: dict[ParamId, list[tuple[OpId, Values]]] = {}
+        by_param: dict[ParamId, list[tuple[OpId, Values | None]]] = {}
         for (op, role), value in self.values.items():
             by_param.setdefault(self.graph.op(op).params[role], []).append((op, value))
         edits: list[Edit] = []
@@ -155,9 +155,9 @@ class _Rotated:
             untouched = [op for op in self.graph.users(param) if op.id not in {u for u, _ in uses}]
             first, *others = uses if not untouched else [(untouched[0].id, None), *uses]
             own = np.asarray(self.ctx.params[param], np.float64) if first[1] is None else first[1]
-            for op, value in others:
-                if value is not None and not np.array_equal(value, own):
-                    edits += [SetParams({param: value.astype(np.float32)}), SplitSharedParam(op, param)]
+            for user, wanted in others:
+                if wanted is not None and not np.array_equal(wanted, own):
+                    edits += [SetParams({param: wanted.astype(np.float32)}), SplitSharedParam(user, param)]
                     self.split += 1
             params[param] = own.astype(np.float32)
         if self.split:
