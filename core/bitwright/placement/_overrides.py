@@ -122,7 +122,8 @@ def ops_between(graph: Graph, text: str) -> list[OpId]:
             raise InputError(f"{text!r}: the model has no op {name!r}{_near(graph, name)}")
     after, before = set(first), set(last)
     for op in graph:  # in topological order, so that one pass each way is enough
-        if any((made := graph.producer(t)) is not None and made.id in after for t in op.inputs):
+        inputs = (t for t in op.inputs if t is not None)
+        if any((made := graph.producer(t)) is not None and made.id in after for t in inputs):
             after.add(op.id)
     for op in reversed(list(graph)):
         if any(user.id in before for t in op.outputs for user in graph.consumers(t)):
