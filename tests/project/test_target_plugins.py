@@ -131,7 +131,7 @@ def test_a_saved_simulation_holds_its_target(acme, tmp_path):
     from bitwright.simulation._saved_state import load
 
     acme(targets(MINE), acme=ACME)
-    sim = QuantSim(gemm(), target="acme-npu").calibrate({"x": np.ones((4, 8), np.float32)})
+    sim = QuantSim(gemm(), target="acme-npu").calibrate({"x": np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8)})
     sim.save(tmp_path / "saved")
     catalogue.current().descriptors[:] = [d for d in catalogue.current().descriptors if d.info.name != "acme-npu"]
     with pytest.raises(TargetError):
