@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bitwright.backend import Tap
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, WriteError
 from bitwright.graph import Graph, ParamRole
 from bitwright.grids import PerChannel, QuantSpec
 from bitwright.placement import Plan, SharedWith
@@ -184,6 +184,6 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(WriteError, match="space"):
         BACKEND.save(models.mlp(), tmp_path / "m.npz")
     assert list(tmp_path.iterdir()) == []

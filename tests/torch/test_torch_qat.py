@@ -204,7 +204,7 @@ def test_backends_that_can_t_train_say_so() -> None:
     y = onnx.helper.make_tensor_value_info("y", 1, [1, 2])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
-    sim = QuantSim(model, scheme="minmax").calibrate([np.ones((1, 2), np.float32)])
+    sim = QuantSim(model, scheme="minmax").calibrate([np.float32([[1, -1]])])
     with pytest.raises(CapabilityError, match="PyTorch"):
         sim.trainable()
 

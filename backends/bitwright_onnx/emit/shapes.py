@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bitwright.graph import Constant, Op, PoolAttrs, operands
 from bitwright_onnx.emit.layouts import Layout, attributes_of, layout_of
 from bitwright_onnx.emit.products import window
-from bitwright_onnx.emit.sheet import NotEmittable, Sheet
+from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 
 
 def pool(sheet: Sheet, op: Op) -> ir.Value:
@@ -107,7 +107,11 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
     if sizes is not None and named.pop("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NotEmittable(op.id, op.type, "it keeps the aspect ratio")
     source = sheet.shape(op.data_inputs[0]) or ()
-    x = place.to_onnx(sheet.values[op.data_inputs[0]])
+    x = sheet.values[op.data_inputs[0]]
+    given, made = (onnx_type(sheet.graph.tensors[t].dtype) for t in (op.data_inputs[0], op.output))
+    if given != made:  # TensorFlow makes floats of bytes
+        x = sheet.node(op, "Cast", x, to=int(made))
+    x = place.to_onnx(x)
     scales: dict[int, float] = {}
     if isinstance(held[3], str):
         last = list(place.order[-len(axes) :])

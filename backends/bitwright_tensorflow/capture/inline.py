@@ -15,6 +15,7 @@ from bitwright_tensorflow.graph.model import Array, GraphDef, MetaGraphDef, Node
 from bitwright_tensorflow.graph.rewriter import constant
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
+_COMPILED = "_XlaMustCompile"
 _WRAPPING = re.compile(r"^(?:(?:Stateful)?PartitionedCall(?:_\d+)?/)+")
 _END = re.compile(r"^Func/|(?:^|/)IdentityN?(?:_\d+)?$")
 
@@ -33,9 +34,13 @@ def inline_calls(graph_def: GraphDef, fetches: Sequence[TensorId]) -> GraphDef:
     for node in [*meta.graph_def.node, *(n for f in meta.graph_def.library.function for n in f.node_def)]:
         # Grappler would take loops and conditions apart into frames that cutting the graph can't hold together.
         node.attr.pop("_lower_using_switch_merge", None)
+        node.attr.pop(_COMPILED, None)
     for function in meta.graph_def.library.function:
         # Another implementation of the same interface would be picked by device.
         function.attr.pop("api_implements", None)
+        # Nor are functions taken apart that are compiled as a whole, as Keras's grouped convolutions are.
+        if function.attr.pop(_COMPILED, None) is not None:
+            function.attr.pop("_noinline", None)
     kept = meta_graph_pb2.CollectionDef()
     kept.node_list.value.extend(dict.fromkeys(fetches))
     meta.collection_def["train_op"].CopyFrom(kept)
