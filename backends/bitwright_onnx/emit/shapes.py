@@ -108,8 +108,8 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
         raise NotEmittable(op.id, op.type, "it keeps the aspect ratio")
     source = sheet.shape(op.data_inputs[0]) or ()
     x = sheet.values[op.data_inputs[0]]
-    given, made = (onnx_type(sheet.graph.tensors[t].dtype) for t in (op.data_inputs[0], op.output))
-    if given != made:  # TensorFlow makes floats of bytes
+    taken, made = (onnx_type(sheet.graph.tensors[t].dtype) for t in (op.data_inputs[0], op.output))
+    if taken != made:  # TensorFlow makes floats of bytes
         x = sheet.node(op, "Cast", x, to=int(made))
     x = place.to_onnx(x)
     scales: dict[int, float] = {}
