@@ -22,7 +22,8 @@ from bitwright.graph import (
 )
 
 _LAYER = frozenset({"LayerNormalization"})
-_NORMS = _LAYER | {"RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization"}
+_NORMS = _LAYER | {"RMSNormalization", "SimplifiedLayerNormalization"}
+"""An Lp norm commutes with rotations only for p = 2 and over the last axis: it reads a stream as any other op does."""
 
 
 @dataclass(frozen=True)

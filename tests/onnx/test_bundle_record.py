@@ -476,3 +476,19 @@ def test_what_only_the_older_export_had_goes_with_it(tmp_path):
     calibrated().export(tmp_path, reference_samples=0)
     assert not (tmp_path / "model.record.npz").exists()
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("forged", ["", "..", "/", "../other.txt", "notes.txt", "folder/notes.txt", "notes\0.txt"])
+def test_a_report_that_names_what_it_did_not_write_takes_nothing_away(tmp_path, forged):
+    folder = tmp_path / "out"
+    calibrated().export(folder)
+    for path in (folder / "notes.txt", folder / "folder/notes.txt", tmp_path / "other.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the user's")
+    content = json.loads((folder / "report.json").read_text())
+    content["record"]["contents"][forged] = "0" * 64
+    (folder / "report.json").write_text(json.dumps(content | {"seal": seal(content)}))
+    calibrated().export(folder)
+    assert (folder / "notes.txt").exists() and (folder / "folder/notes.txt").exists()
+    assert (tmp_path / "other.txt").exists()
+    assert verify(folder, DATA).problems == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
+from bitwright.bank import collect
 from bitwright.errors import InputError
 from bitwright.testing import models
 
@@ -44,6 +45,13 @@ def test_techniques_need_the_model_as_it_was(port):
         sim.measure(data, "kl")
     found = sim.measure(data, "kl", reference=before)["kl"].simulated
     assert found == pytest.approx(divergence(p, sim.predict(data)[0]), rel=1e-4)
+
+
+def test_ranges_from_a_bank_leave_the_float_model_as_it_was(port, tmp_path):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL)
+    sim.calibrate(collect(sim, data, tmp_path / "bank"))
+    assert sim.measure(data, "kl")["kl"].simulated > 0
 
 
 def test_bad_requests(port):

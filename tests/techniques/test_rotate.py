@@ -152,6 +152,17 @@ def test_what_reads_a_stream_otherwise_keeps_it_as_it_is():
     assert list(residual_streams(models.conv_bn_relu().graph)) == []
 
 
+def test_an_lp_norm_is_no_norm_that_rotations_commute_with():
+    """With p = 1, or over another axis, the rotated stream would have another norm."""
+    b = Builder(3)
+    x = b.linear("embed", b.input("x", WIDTH, channel_axis=1), WIDTH)
+    x = b.binary("sum", "Add", x, b.linear("fc", b.layer_norm("norm", x), WIDTH))
+    unit = b.op("unit", OpKind.NORM, "LpNormalization", (x,), (None, WIDTH))
+    model = b.build(b.linear("head", unit, 9))
+    (stream,) = residual_streams(model.graph)
+    assert "'unit' (LpNormalization) reads it" in stream.obstacle
+
+
 def test_frozen_weights_are_left_with_the_reason():
     port = FRAMEWORKS["onnx"]
     sim = port.sim(decoder()).calibrate(port.batch(models.batch(decoder(), 4)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from bitwright.bundle._record import hashes
 from bitwright.errors import InputError
 from bitwright.files import cannot_write, staging, sync_directory
 from bitwright.report import REPORT, named, read_report
@@ -66,10 +67,23 @@ def _older(written: Sequence[Path], directory: Path, name: str) -> list[Path]:
     """What there is of an older export of this name: what seals it first, then the places that are taken, then the
     files that its report names and that this export doesn't have."""
     seals = [f"{name}.encodings", REPORT, f"{name}.{REPORT}", "report.html"]
-    recorded: list[str] = []
+    places = [directory / n for n in (*seals, *(p.name for p in written))]
     with suppress(InputError):
         report = read_report(directory, name).report
         if report is not None and report.record is not None:
-            recorded = [Path(path).parts[0] for path in report.record.contents]
-    places = [directory / n for n in (*seals, *(p.name for p in written), *recorded)]
+            places += _left_behind(directory, report.record.contents, {p.name for p in places})
     return [p for p in dict.fromkeys(places) if p.is_symlink() or p.exists()]
+
+
+def _left_behind(directory: Path, contents: Mapping[str, str], taken: Collection[str]) -> list[Path]:
+    """Files and folders beside an export's report that are, to the bit, what it says was written. A report may come
+    from anywhere: what it merely names, or what was changed since, is somebody else's and stays."""
+    found: list[Path] = []
+    for name in dict.fromkeys(path.partition("/")[0] for path in contents):
+        place = directory / name
+        if name in taken or name in ("", ".", "..") or Path(name).name != name or place.is_symlink():
+            continue
+        recorded = {path: known for path, known in contents.items() if path.partition("/")[0] == name}
+        if place.exists() and hashes([place], directory) == recorded:
+            found.append(place)
+    return found

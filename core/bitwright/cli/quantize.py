@@ -95,7 +95,8 @@ def quantize(
             scored = Scored.open(sim, asked.samples, labels, batch_size) if labels is not None else None
             if asked.metrics:
                 sim.open(asked.samples, batch_size=batch_size)  # what doesn't fit fails before work
-            original = sim.fork()
+            # Held through the run, and with it the float weights: only where it is compared with.
+            original = sim.fork() if asked.metrics else sim
         with run_in(out) as run:
             run.record("quantize", model=str(model), target=chosen.name, data=str(job.data), recipe=recipe)
             sim.attach(run=run)

@@ -30,9 +30,10 @@ def measured(
         raise InputError("measure: name a metric, such as 'perplexity' or 'kl'")
     if len(set(metrics)) != len(metrics):
         raise InputError(f"measure: a metric is named twice in {', '.join(metrics)}")
-    if reference is None and state.reports:
+    changed = [name for name, _ in state.reports if name != "calibrate"]  # which changes no weight
+    if reference is None and changed:
         raise InputError(
-            f"measure: {state.reports[0][0]!r} has changed the float model since it was opened, so there is nothing "
+            f"measure: {changed[0]!r} has changed the float model since it was opened, so there is nothing "
             "to compare with: make `before = sim.fork()` before techniques, and pass reference=before"
         )
     tap = Tap(_output(state, output))
