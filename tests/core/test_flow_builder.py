@@ -344,6 +344,14 @@ def test_means_over_whole_axes_and_windows():
     (op,) = model.graph
     assert (op.kind, op.type, op.attrs) == (K.AVERAGE_POOL, "ReduceMean", PoolAttrs((1, 2), keepdims=False))
     assert np.allclose(y, x.mean((1, 2)), atol=1e-6)
+    net = Net(4, 4, 3)  # as JAX keeps the axes: it puts them back before it divides
+    model, x, y = net.build(net.x.reduce("ReduceSum", np.sum, 1, 2).reshape(7, 1, 1, 3) / 16.0)
+    (op,) = model.graph
+    assert (op.kind, op.type, op.attrs) == (K.AVERAGE_POOL, "ReduceMean", PoolAttrs((1, 2), keepdims=True))
+    assert np.allclose(y, x.mean((1, 2), keepdims=True), atol=1e-6)
+    net = Net(4, 4, 3)  # of another axis
+    model, _, _ = net.build(net.x.reduce("ReduceSum", np.sum, 1, 2).reshape(7, 3, 1, 1) / 16.0)
+    assert [op.type for op in model.graph] == ["ReduceSum", "Reshape", "Div"]
     net = Net(6)
     model, _, _ = net.build(net.x.reduce("ReduceSum", np.sum, 1) / 5.0)  # of six
     assert [op.type for op in model.graph] == ["ReduceSum", "Div"]

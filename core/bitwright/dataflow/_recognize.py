@@ -145,17 +145,32 @@ def _lookup(nodes: Nodes, node: Node) -> tuple[Sequence[Node], Node] | None:
 
 
 def _mean(nodes: Nodes, node: Node) -> tuple[Sequence[Node], Node] | None:
-    """A sum over axes, divided by how many it adds."""
+    """A sum over axes, divided by how many it adds, before or after the axes are put back with length one."""
     total = _read(nodes, node, "ReduceSum")
+    between: tuple[Node, ...] = ()
+    keepdims = total is not None and bool(total.attributes.get("keepdims", 1))
+    if total is None and (reshape := _read(nodes, node, "Reshape")) is not None:
+        total = nodes.producer(reshape.present[0])
+        if total is None or total.type != "ReduceSum" or not _kept(nodes, total, reshape.output):
+            return None
+        between, keepdims = (reshape,), True
     if total is None:
         return None
     shape = nodes.values[total.present[0]].shape
     lengths = [shape[a] for a in total.attributes["axes"]]
     if None in lengths or _divisor(nodes, node) != float(np.prod([n or 1 for n in lengths])):
         return None
-    attrs = PoolAttrs(tuple(total.attributes["axes"]), keepdims=bool(total.attributes.get("keepdims", 1)))
-    made = Node("ReduceMean", total.operands[:1], node.outputs, (), total.attributes, attrs, native=total.native)
-    return (total, node), made
+    attributes = {**total.attributes, "keepdims": int(keepdims)}
+    attrs = PoolAttrs(tuple(total.attributes["axes"]), keepdims=keepdims)
+    made = Node("ReduceMean", total.operands[:1], node.outputs, (), attributes, attrs, native=total.native)
+    return (total, *between, node), made
+
+
+def _kept(nodes: Nodes, total: Node, value: ValueId) -> bool:
+    """Whether a value has the shape of a reduction's operand with its axes kept at length one."""
+    shape = nodes.values[total.present[0]].shape
+    axes = {a % len(shape) for a in total.attributes["axes"]}
+    return nodes.values[value].shape == tuple(1 if i in axes else n for i, n in enumerate(shape))
 
 
 def _average_pool(nodes: Nodes, node: Node) -> tuple[Sequence[Node], Node] | None:
