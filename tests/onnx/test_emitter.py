@@ -11,7 +11,7 @@ import pytest
 from exactness_nets import NETS
 
 from bitwright import QuantSim
-from bitwright.backend import Capability, capabilities
+from bitwright.backend import Capability, Tap, capabilities
 from bitwright.graph import (
     ActivationAttrs,
     AxisAttrs,
@@ -31,11 +31,12 @@ from bitwright.graph import (
 from bitwright.hookspecs import BackendInfo
 from bitwright.plugins import registry
 from bitwright.testing.builder import Builder
-from bitwright.testing.models import MODELS, batch
+from bitwright.testing.models import BACKEND_MODELS, MODELS, batch
 from bitwright.testing.reference import ReferenceBackend
 from bitwright.verify import verify
 from bitwright_onnx.adapters import NotEmittable, QdqExport, write_graph, written
 from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.testing import model_port
 
 R = ParamRole
 
@@ -455,3 +456,21 @@ def test_graphs_of_onnx_models_are_complete(name):
         return
     made = written(backend, model, sample=data)
     assert set(backend.graph(made.model).params) >= set(backend.graph(model).params)
+
+
+# -- the kit's port
+
+
+@pytest.mark.parametrize("name", ["tokens", "prenormed"])
+def test_the_port_of_the_kit_takes_ids_and_lookups(name):
+    """The models that only backends were tested on: integer inputs, a Gather's table before its indices."""
+    model = BACKEND_MODELS[name]()
+    feeds = batch(model)
+    backend = OnnxBackend()
+    made = backend.adopt(model_port().native(model))
+    graph = backend.graph(made)
+    assert [(op.id, op.kind) for op in graph] == [(op.id, op.kind) for op in model.graph]
+    assert set(graph.params) == set(model.graph.params)
+    found = backend.session(made, [Tap(t) for t in graph.outputs]).run(feeds)
+    for tensor, expected in model(feeds).items():
+        np.testing.assert_allclose(found[Tap(tensor)], expected, rtol=1e-5, atol=1e-5)

@@ -171,8 +171,7 @@ def _name(sheet: Sheet, op: Op, tensor: TensorId, value: ir.Value, names: dict[T
         names[tensor] = str(value.name)
     else:
         value.name = tensor
-        producer = value.producer()
-        assert producer is not None
+        sheet.main(op, value)
     sheet.values[tensor] = value
 
 

@@ -178,12 +178,19 @@ class Sheet:
             given.pop()
         name = self.fresh(f"{op.id}/{type}")
         made = [ir.Value(name=name if i == 0 else f"{name}_{i}") for i in range(outputs)]
-        if op.id not in self._main and (type == op.type or op.kind is OpKind.LINEAR):
+        if op.id not in self._main and (type == op.type or (op.kind is OpKind.LINEAR and type in ("Gemm", "MatMul"))):
             self._main.add(op.id)
             name = op.id  # the node that does what the op is named for
         held = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes.items() if v is not None}
         self.nodes.append(ir.node(type, given, held or None, outputs=made, name=name))
         return made
+
+    def main(self, op: Op, value: ir.Value) -> None:
+        """Call the node that computes a value by the op's name, where none has it yet."""
+        producer = value.producer()
+        if op.id not in self._main and producer is not None:
+            self._main.add(op.id)
+            producer.name = op.id
 
     def transpose(self, op: Op, value: ir.Value, order: Sequence[int]) -> ir.Value:
         """A transposed value; itself where nothing moves."""

@@ -132,7 +132,8 @@ class Builder:
             ParamRole.BETA: self.rng.normal(0, 0.5, features),
         }
         params = {role: self.param(f"{name}.{role.value}", value) for role, value in values.items()}
-        return self.op(name, OpKind.LAYER_NORM, "LayerNormalization", (x,), self.shape(x), params=params)
+        return self.op(name, OpKind.LAYER_NORM, "LayerNormalization", (x,), self.shape(x), params=params,
+                       attrs=AxisAttrs(-1), call=Call({"axis": -1, "epsilon": 1e-5}))  # fmt: skip
 
     def masked(self, x: TensorId) -> TensorId:
         """Say that a tensor is a mask, or masked."""
