@@ -44,16 +44,23 @@ class TorchBackend:
         return isinstance(model, nn.Module | ExportedProgram)
 
     def load(self, path: Path, **options: Any) -> Model:
-        """Open a .pt2 file, or run the factory of "model.py:build" and adopt what it returns.
+        """Open a .pt2 file or a folder of transformers, or run the factory of "model.py:build" and adopt its result.
 
         Args:
-            path: the file, for a factory with a colon and the function's name.
-            options: `sample`: for a factory that returns the module only.
+            path: the file or folder, for a factory with a colon and the function's name.
+            options: `sample`: for a factory that returns the module only. `inputs`, `dtype`: for a folder, see
+                `hf_folder.open_folder`.
 
         Raises:
             InputError: no such file, not a program, or an unknown option.
             ModelError: the module can't be captured.
+            MissingExtraError: a folder, and transformers isn't installed.
         """
+        if Path(path).is_dir():
+            from bitwright_torch.capture.hf_folder import open_folder
+
+            module, ids, shapes = open_folder(Path(path), **options)
+            return self.adopt(module, ids, dynamic_shapes=shapes)
         if unknown := sorted(set(options) - {"sample"}):
             raise InputError(f"the PyTorch backend knows no option {unknown[0]!r}; there is sample")
         if ".py" in str(path) and not str(path).endswith(".pt2"):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bitwright.hookspecs import BackendInfo, hookimpl
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder is a model of transformers: a configuration, with weights or without."""
+    return path.is_dir() and (path / "config.json").is_file()
 
 
 @hookimpl
@@ -16,6 +23,7 @@ def register_backends() -> list[BackendInfo]:
             modules=("torch",),
             suffixes=(".pt2", ".py"),
             extra="torch",
+            sniff=is_model_folder,
             port="bitwright_torch.testing:model_port",
         )
     ]

@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Backend, ParamReader, TrainableSimulation, Training
 from bitwright.calibration import full_table
-from bitwright.data import DataLike, Dataset, InputSpecs, Samples, batch_dimension, is_forward_pass, open_data, recorded
+from bitwright.data import (
+    DataLike,
+    Dataset,
+    InputSpecs,
+    Samples,
+    TextOptions,
+    batch_dimension,
+    is_forward_pass,
+    open_data,
+    recorded,
+)
 from bitwright.graph import Graph, OpId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
@@ -145,9 +155,12 @@ class SimState:
         """
         return full_table(self.plan, self.encodings)
 
-    def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
+    def open(
+        self, data: DataLike, *, batch_size: int = 8, limit: int | None = None, text: TextOptions | None = None
+    ) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
 
+        Text is read with the tokenizer of the folder that the model was opened from, unless `text` names another.
         A function of one argument is a forward pass: it is called once with the float model, in the form in which its
         framework runs one, and what it feeds to it are the data.
         """
@@ -155,7 +168,9 @@ class SimState:
             return data
         if is_forward_pass(data):
             data = recorded(self.backend, self.native, data)
-        return open_data(data, self.inputs, batch_size=batch_size, limit=limit)
+        return open_data(
+            data, self.inputs, batch_size=batch_size, limit=limit, text=text or TextOptions.beside(self.source)
+        )
 
     def computes_as(self, other: SimState) -> bool:
         """Whether a simulation of the other serves for this one: it has the very same model, plan and encodings."""

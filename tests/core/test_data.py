@@ -267,7 +267,7 @@ def test_wrong_files(tmp_path):
         ("text.npy", "expected a file written by numpy.save"),
         ("text.npz", "expected a file written by numpy.save"),
         ("other.npz", "can't read"),
-        ("x.csv", "give a .npz, a .npy or a folder of images"),
+        ("x.csv", "give a .npz, a .npy, a .txt, or a folder of images"),
         ("names.npz", "no array for input 'x'; array 'a' is not an input"),
     ]:
         with pytest.raises(InputError, match=message) as error:

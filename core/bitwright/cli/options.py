@@ -15,7 +15,7 @@ from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.bank import Bank as Bank_
-    from bitwright.data import Dataset
+    from bitwright.data import Dataset, TextOptions
     from bitwright.progress import Progress
     from bitwright.technique import Recipe, Step
     from bitwright.workers import Workers as Crew
@@ -27,7 +27,8 @@ ExportDirectory = Annotated[
 ExportName = Annotated[str | None, typer.Option(help="Which export, if the folder holds several.", show_default=False)]
 
 Samples = Annotated[
-    Path, typer.Option(help="Samples: .npz (input name → array), .npy, or a folder of images.", show_default=False)
+    Path,
+    typer.Option(help="Samples: .npz (input name → array), .npy, .txt, or a folder of images.", show_default=False),
 ]
 VerifiedData = Annotated[
     Path | None,
@@ -39,13 +40,13 @@ VerifiedData = Annotated[
 CalibrationData = Annotated[
     Path,
     typer.Option(
-        help="Calibration samples: .npz (input name → array), .npy, or a folder of images.", show_default=False
+        help="Calibration samples: .npz (input name → array), .npy, .txt, or a folder of images.", show_default=False
     ),
 ]
 CalibrationSource = Annotated[
     Path | None,
     typer.Option(
-        help="Calibration samples: .npz (input name → array), .npy, or a folder of images.", show_default=False
+        help="Calibration samples: .npz (input name → array), .npy, .txt, or a folder of images.", show_default=False
     ),
 ]
 Bank = Annotated[
@@ -65,6 +66,13 @@ EvaluationData = Annotated[
     Path | None,
     typer.Option(help="Samples that metrics and labels are about (default: --data).", show_default=False),
 ]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        help="For data that are text: a tokenizer.json (default: the one in the model's folder).", show_default=False
+    ),
+]
+SequenceLength = Annotated[int, typer.Option(min=1, help="For data that are text: tokens a sample.")]
 SampleLimit = Annotated[
     int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
 ]
@@ -162,6 +170,13 @@ def read_load_options(given: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
+def text_options(model: Path, tokenizer: Path | None, length: int) -> TextOptions:
+    """How text becomes tokens, by ``--tokenizer`` and ``--sequence-length``."""
+    from bitwright.data import TextOptions
+
+    return TextOptions(tokenizer or TextOptions.beside(model).tokenizer, length)
+
+
 def check_encodings_version(version: str) -> None:
     """Refuse a schema that can't be written.
 
@@ -186,11 +201,13 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     Raises:
         InputError: either can't be read, or the samples don't fit the model's inputs.
     """
-    from bitwright.data import open_data
+    from bitwright.data import TextOptions, open_data
     from bitwright.simulation import open_model
 
     backend, native = open_model(model)
-    return open_data(data, backend.input_specs(native), batch_size=batch_size, limit=limit)
+    return open_data(
+        data, backend.input_specs(native), batch_size=batch_size, limit=limit, text=TextOptions.beside(model)
+    )
 
 
 def open_calibration(

@@ -18,7 +18,7 @@ from bitwright.data import SAMPLES, ImplausibleDataWarning, doubt_of_accuracy
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
-    from bitwright.data import Dataset
+    from bitwright.data import Dataset, TextOptions
     from bitwright.metrics import Figure
     from bitwright.report import Accuracy
     from bitwright.simulation import QuantSim
@@ -54,6 +54,8 @@ def quantize(
     ] = None,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    tokenizer: options.Tokenizer = None,
+    sequence_length: options.SequenceLength = 256,
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
@@ -74,8 +76,9 @@ def quantize(
     from bitwright.simulation import QuantSim, read_recipe
     from bitwright.targets import load_target
 
-    asked = Asked.of(metric, evaluation_data or data, labels, batch_size)
-    stem = name if name is not None else model.stem
+    text = options.text_options(model, tokenizer, sequence_length)
+    asked = Asked.of(metric, evaluation_data or data, labels, batch_size, text)
+    stem = name if name is not None else model.name if model.is_dir() else model.stem
     source = options.open_bank(data, bank)
     batches = batch_size if source is None else 0
     job = Job(model, data or bank or Path(), out, stem, encodings_version, batches, plain_session, reference_samples)
@@ -91,10 +94,10 @@ def quantize(
             )  # fmt: skip
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
-            calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples)
+            calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples, text=text)
             scored = Scored.open(sim, asked.samples, labels, batch_size) if labels is not None else None
             if asked.metrics:
-                sim.open(asked.samples, batch_size=batch_size)  # what doesn't fit fails before work
+                sim.open(asked.samples, batch_size=batch_size, text=text)  # what doesn't fit fails before work
             # Held through the run, and with it the float weights: only where it is compared with.
             original = sim.fork() if asked.metrics else sim
         with run_in(out) as run:
@@ -178,9 +181,17 @@ class Asked:
     data: Path | None
     labels: Path | None
     batch_size: int
+    text: TextOptions | None = None
 
     @classmethod
-    def of(cls, text: str | None, data: Path | None, labels: Path | None, batch_size: int) -> Asked:
+    def of(
+        cls,
+        named: str | None,
+        data: Path | None,
+        labels: Path | None,
+        batch_size: int,
+        text: TextOptions | None = None,
+    ) -> Asked:
         """Read ``a,b,c``.
 
         Raises:
@@ -188,14 +199,14 @@ class Asked:
         """
         if labels is not None and data is None:
             raise InputError("--labels are those of --data; a bank has no samples to evaluate")
-        if text and data is None:
+        if named and data is None:
             raise InputError("--metric needs --evaluation-data; a bank has no samples to evaluate")
         from bitwright.metrics import metric_factory
 
-        names = tuple(part.strip() for part in text.split(",")) if text else ()
+        names = tuple(part.strip() for part in named.split(",")) if named else ()
         for name in names:
             metric_factory(name, None if labels is None else ())
-        return cls(names, data, labels, batch_size)
+        return cls(names, data, labels, batch_size, text)
 
     @property
     def samples(self) -> Path:
@@ -210,7 +221,7 @@ class Asked:
         if not self.metrics:
             return ()
         with clock("evaluate"):
-            data = sim.open(self.samples, batch_size=self.batch_size)
+            data = sim.open(self.samples, batch_size=self.batch_size, text=self.text)
             labels = None if self.labels is None else read_labels(self.labels, data.samples)
             return tuple(sim.measure(data, *self.metrics, reference=original, labels=labels).values())
 

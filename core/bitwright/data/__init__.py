@@ -14,6 +14,7 @@ from bitwright.data._plausible import (
 )
 from bitwright.data._reference import SAMPLES, Remembering, Samples, is_fixed
 from bitwright.data._samples import FirstSamples, labels_of, whole_batches
+from bitwright.data._text import TextOptions
 
 __all__ = [
     "SAMPLES",
@@ -24,6 +25,7 @@ __all__ = [
     "InputSpecs",
     "Remembering",
     "Samples",
+    "TextOptions",
     "Watching",
     "batch_dimension",
     "doubt_of_accuracy",

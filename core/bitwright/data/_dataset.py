@@ -36,10 +36,21 @@ from bitwright.data._batches import (
 )
 from bitwright.data._forward import Recording, needed_arguments
 from bitwright.data._images import ImageFolder, ImageOptions
+from bitwright.data._text import SUFFIXES as TEXT_SUFFIXES
+from bitwright.data._text import TextOptions, text_rows
 from bitwright.errors import InputError
 from bitwright.files import Array, StoredArray, open_npy, open_npz, read_npy, read_npz
 
-__all__ = ["ArrayDataset", "Dataset", "ImageOptions", "InputSpecs", "IterableDataset", "labels", "open_data"]
+__all__ = [
+    "ArrayDataset",
+    "Dataset",
+    "ImageOptions",
+    "InputSpecs",
+    "IterableDataset",
+    "TextOptions",
+    "labels",
+    "open_data",
+]
 
 
 @runtime_checkable
@@ -152,6 +163,7 @@ def open_data(
     batch_size: int = 8,
     limit: int | None = None,
     images: ImageOptions | None = None,
+    text: TextOptions | None = None,
 ) -> Dataset:
     """Data in any accepted form, as batches that fit a model. Arrays and files are checked whole, before any work.
 
@@ -161,6 +173,7 @@ def open_data(
       by batch, unless an .npz is compressed; a file that changes while it is in use ends the run with an error;
     - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
     - a path to a folder of images, scaled to the model's height and width (needs Pillow);
+    - a path to a text file (.txt, .md), cut into rows of tokens by the tokenizer of `text` (needs tokenizers);
     - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
       that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
       model's inputs. Further elements of a tuple, such as labels, are left out; an argument that is a list or mapping
@@ -179,6 +192,7 @@ def open_data(
         batch_size: samples a batch, for arrays, files and images.
         limit: use only the first so many samples.
         images: how image files become arrays.
+        text: how text becomes tokens.
 
     Raises:
         InputError: the source is unusable (a one-shot iterator, an unknown file type), names, ranks, fixed dimensions
@@ -195,7 +209,7 @@ def open_data(
         return source
     size = batch_dimension(specs) or batch_size
     if isinstance(source, str | Path):
-        return _open_path(Path(source), specs, size, limit, images)
+        return _open_path(Path(source), specs, size, limit, images, text)
     if isinstance(source, Mapping):
         arrays = {str(k): array_of(v, f"array {k!r}") for k, v in opened_up(source, specs).items()}
         return _arrays(in_names_of(specs, arrays), specs, size, limit, "data")
@@ -206,7 +220,14 @@ def open_data(
     return _iterable(source, specs, limit)
 
 
-def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, images: ImageOptions | None) -> Dataset:
+def _open_path(
+    path: Path,
+    specs: InputSpecs,
+    size: int,
+    limit: int | None,
+    images: ImageOptions | None,
+    text: TextOptions | None,
+) -> Dataset:
     if not path.exists():
         raise InputError(f"there is no file or folder {str(path)!r}")
     if path.is_dir():
@@ -220,7 +241,11 @@ def _open_path(path: Path, specs: InputSpecs, size: int, limit: int | None, imag
         if len(arrays) == len(specs) == 1:
             arrays = dict(zip(specs, arrays.values(), strict=True))
         return _arrays(in_names_of(specs, arrays), specs, size, limit, str(path))
-    raise InputError(f"can't read {str(path)!r} as data: give a .npz, a .npy or a folder of images or .npz files")
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        return _arrays(text_rows(path, specs, text or TextOptions()), specs, size, limit, str(path))
+    raise InputError(
+        f"can't read {str(path)!r} as data: give a .npz, a .npy, a .txt, or a folder of images or .npz files"
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bitwright.data import (
     ImplausibleDataWarning,
     Remembering,
     Samples,
+    TextOptions,
     Watching,
     doubts_of_scale,
     joined,
@@ -233,13 +234,16 @@ class QuantSim(StateView):
         found = self.predict([named if named else inputs[0] if len(inputs) == 1 else inputs])
         return found[0] if len(found) == 1 else tuple(found)
 
-    def open(self, data: DataLike, *, batch_size: int = 8, limit: int | None = None) -> Dataset:
+    def open(
+        self, data: DataLike, *, batch_size: int = 8, limit: int | None = None, text: TextOptions | None = None
+    ) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
 
+        Text is read with the tokenizer of the folder that the model was opened from, unless `text` names another.
         A function of one argument is a forward pass: it is called once with the float model, in the form in which its
         framework runs one, and what it feeds to it are the data.
         """
-        return self._state.open(data, batch_size=batch_size, limit=limit)
+        return self._state.open(data, batch_size=batch_size, limit=limit, text=text)
 
     # -- encodings
 
