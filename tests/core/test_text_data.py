@@ -16,7 +16,7 @@ MASKED = {**SPECS, "attention_mask": ((None, None), "int64"), "token_type_ids": 
 def tokenizer(tmp_path):
     """One token a word, and a beginning that its post-processor would add."""
     tokenizers = pytest.importorskip("tokenizers")
-    words = {w: i for i, w in enumerate("<s> one two three four five six seven".split())}
+    words = {w: i for i, w in enumerate(["<s>", "one", "two", "three", "four", "five", "six", "seven"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

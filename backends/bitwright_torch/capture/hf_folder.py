@@ -137,8 +137,8 @@ def _loaded(path: Path, found: Any, dtype: str) -> Any:
             raise ModelError(f"transformers can't open {path} as {found.__name__}: {reason}") from error
     if missing := sorted(told.get("missing_keys", ())):
         raise ModelError(
-            f"{path} holds no values for {len(missing)} parameters of {found.__name__}, {missing[0]!r} first; they would "
-            "be random. Save the model with its head, or name the class that was saved in config.json (architectures)"
+            f"{path} holds no values for {len(missing)} parameters of {found.__name__}, {missing[0]!r} first; they "
+            "would be random. Save the model whole, or name the class that was saved in config.json (architectures)"
         )
     return module
 
