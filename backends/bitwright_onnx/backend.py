@@ -56,12 +56,13 @@ class OnnxBackend:
 
         Args:
             path: the file.
-            options: `custom_ops`: shared libraries with the model's custom ops.
+            options: `custom_ops`: shared libraries with the model's custom ops; `sample` isn't needed.
 
         Raises:
             InputError: no such file, not an ONNX model, or an unknown option.
             ModelError: the model can't be brought into normal form.
         """
+        options.pop("sample", None)
         return load_model(path, custom_ops=_custom_ops(options))
 
     def save(self, model: ir.Model, path: Path, *, external_data: bool | None = None) -> Path:

@@ -46,13 +46,14 @@ class TensorFlowBackend:
             options: SavedModel: `signature` ("serving_default"), `tags` (("serve",)). Frozen: `inputs`, `outputs`
                 (placeholders, and what nothing reads). .meta: `checkpoint` (the prefix; default the same name),
                 `inputs` (placeholders), `outputs` (the signature's), `constants` (values of placeholders that are no
-                data).
+                data). `sample` isn't needed.
 
         Raises:
             InputError: no such file, not a model, an unknown option or name.
             ModelError: it can't be loaded.
         """
         path = Path(path)
+        options.pop("sample", None)
         path = path.parent if path.name == "saved_model.pb" else path
         form = "" if path.is_dir() else path.suffix.lower()
         if not path.exists():

@@ -77,6 +77,7 @@ def analyze(
     with options.shown_progress(quiet=quiet or as_json) as progress:
         sim = QuantSim(
             model,
+            options.sample_of(model, data),
             target=target,
             weights=weights,
             activations=activations,

@@ -73,11 +73,11 @@ def auto(
     calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(
-            model, calibration, evaluation, allowed_drop=allowed_drop, target=target, weights=weights,
-            activations=activations, overrides=options.read_overrides(override), seed=seed,
-            schemes=schemes.split(",") if schemes else None, techniques=recipe, batch_size=batch_size, out=out,
-            name=name, encodings_version=encodings_version, plain_session=plain_session, budget_seconds=budget_seconds,
-            budget_evaluations=budget_evaluations, executor=crew, progress=progress,
+            model, calibration, evaluation, sample=options.sample_of(model, data), allowed_drop=allowed_drop,
+            target=target, weights=weights, activations=activations, overrides=options.read_overrides(override),
+            seed=seed, schemes=schemes.split(",") if schemes else None, techniques=recipe, batch_size=batch_size,
+            out=out, name=name, encodings_version=encodings_version, plain_session=plain_session,
+            budget_seconds=budget_seconds, budget_evaluations=budget_evaluations, executor=crew, progress=progress,
         )  # fmt: skip
     _tell(result)
 

@@ -93,12 +93,14 @@ def mixed(
 
             if data is None:
                 raise InputError("--measure runs the model: give --data")
-            table = measure_latency(model, data, candidates=pairs, target=target, overrides=overrides,
-                                    progress=progress, out=make_directory(out) / "latency.json")  # fmt: skip
+            table = measure_latency(model, data, sample=options.sample_of(model, data), candidates=pairs,
+                                    target=target, overrides=overrides, progress=progress,
+                                    out=make_directory(out) / "latency.json")  # fmt: skip
             cost = "latency"
         result = mixed_precision(
-            model, calibration, evaluation, candidates=pairs, allowed_drop=allowed_drop, budget=budget, lite=lite,
-            cost=cost, latency=table, solver=solver, techniques=recipe,  # type: ignore[arg-type]
+            model, calibration, evaluation, sample=options.sample_of(model, data), candidates=pairs,
+            allowed_drop=allowed_drop, budget=budget, lite=lite, cost=cost, latency=table,
+            solver=solver, techniques=recipe,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, plain_session=plain_session, executor=crew,

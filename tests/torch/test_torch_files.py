@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 import nets  # noqa: E402
 
 from bitwright import QuantSim, registry  # noqa: E402
+from bitwright.cli import main  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright_torch import CaptureNotice  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
@@ -89,6 +90,20 @@ def test_a_factory_is_a_model_path(tmp_path):
     sim = QuantSim(f"{tmp_path}/model.py:build", target="default_per_channel")
     assert sim.backend.name == "torch" and sim.graph.linear_ops[0].id == "0"
     assert sim.native(torch.zeros(5, 4)).shape == (5, 3)
+
+
+def test_a_factory_may_return_the_module_alone_where_there_are_data(tmp_path):
+    (tmp_path / "model.py").write_text(FACTORY)
+    path = f"{tmp_path}/model.py:bare"
+    data = np.random.default_rng(0).normal(size=(16, 4))
+    sim = QuantSim(path, data[:2].astype(np.float32))
+    assert sim.graph.tensors[sim.graph.inputs[0]].shape == (None, 4)
+    np.savez(tmp_path / "data.npz", anything=data)
+    words = ["--data", str(tmp_path / "data.npz"), "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["quantize", path, *words]) == 0
+    assert len(list((tmp_path / "out").glob("*.qdq.onnx"))) == 1
+    (tmp_path / "images").mkdir()
+    assert main(["quantize", path, "--data", str(tmp_path / "images"), "--out", str(tmp_path / "none")]) == 2
 
 
 DETECTOR = """

@@ -250,7 +250,7 @@ def _renamed(model: CapturedModel, ops: list[list[Any]]) -> CapturedModel:
 def run_factory(text: str, sample: Any = None) -> tuple[nn.Module, Any]:
     """Run `function()` of "file.py:function": a module, and the sample to capture it with.
 
-    The function returns both, or a module that has an `example_input_array`.
+    The function returns both, or the module alone if it has an `example_input_array` or a sample is given.
 
     Raises:
         InputError: no such file or function, it fails, or it returns something else.
@@ -271,7 +271,10 @@ def run_factory(text: str, sample: Any = None) -> tuple[nn.Module, Any]:
     if sample is None:
         sample = getattr(module, "example_input_array", None)
     if sample is None:
-        raise InputError(f"{text!r} must return the module and a sample batch, to capture it with")
+        raise InputError(
+            f"{text!r} must return the module and a sample batch, to capture it with, or be opened with one: "
+            "QuantSim(path, sample), or data in arrays on the command line"
+        )
     return module, sample
 
 

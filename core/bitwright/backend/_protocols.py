@@ -154,7 +154,7 @@ class Backend(Protocol[M]):
         """Whether an object is a model of this framework."""
 
     def load(self, path: Path, **options: object) -> M:
-        """Open a model file."""
+        """Open a model file; among the options may always be `sample`, one batch, for models that are traced."""
 
     def save(self, model: M, path: Path) -> Path:
         """Write the native format, atomically."""

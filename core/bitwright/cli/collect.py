@@ -70,7 +70,7 @@ def collect(
 
     steps = read_recipe(techniques)
     with options.shown_progress(quiet=quiet) as progress:
-        sim = QuantSim(model[0], target=target, progress=progress)
+        sim = QuantSim(model[0], options.sample_of(model[0], data), target=target, progress=progress)
         dataset = sim.open(data, batch_size=batch_size, limit=calibration_samples)
         for step in steps:
             sim.apply(step.technique, **step.settings)

@@ -204,10 +204,22 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     from bitwright.data import TextOptions, open_data
     from bitwright.simulation import open_model
 
-    backend, native = open_model(model)
+    backend, native = open_model(model, sample_of(model, data))
     return open_data(
         data, backend.input_specs(native), batch_size=batch_size, limit=limit, text=TextOptions.beside(model)
     )
+
+
+def sample_of(model: Path, data: Path | None) -> Any:
+    """The first samples of data that lie in arrays, for a factory (`model.py:build`) to be traced with; else None.
+
+    Raises:
+        InputError: the data can't be read.
+    """
+    from bitwright.data import first_arrays
+    from bitwright.plugins import registry
+
+    return None if data is None or registry.model_file(model) == model else first_arrays(data)
 
 
 def open_calibration(

@@ -89,8 +89,9 @@ def quantize(
         clock = Clock()
         with clock("open"):
             sim = QuantSim(
-                opened(model, load), target=chosen, weights=weights, activations=activations, scheme=scheme,
-                weight_scheme=weight_scheme, overrides=options.read_overrides(override), seed=seed, progress=progress,
+                opened(model, load, data), options.sample_of(model, data), target=chosen, weights=weights,
+                activations=activations, scheme=scheme, weight_scheme=weight_scheme,
+                overrides=options.read_overrides(override), seed=seed, progress=progress,
             )  # fmt: skip
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
@@ -226,7 +227,7 @@ class Asked:
             return tuple(sim.measure(data, *self.metrics, reference=original, labels=labels).values())
 
 
-def opened(path: Path, load: Sequence[str] | None) -> Any:
+def opened(path: Path, load: Sequence[str] | None, data: Path | None = None) -> Any:
     """What `QuantSim` is given: the path, or the model opened with the ``KEY=VALUE`` options of its backend.
 
     Raises:
@@ -236,7 +237,7 @@ def opened(path: Path, load: Sequence[str] | None) -> Any:
         return path
     from bitwright.simulation import open_model
 
-    return open_model(path, options=options.read_load_options(load))[1]
+    return open_model(path, options.sample_of(path, data), options=options.read_load_options(load))[1]
 
 
 def _work(

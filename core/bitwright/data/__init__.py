@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
+from bitwright.data._first import first_arrays
 from bitwright.data._forward import is_forward_pass, recorded
 from bitwright.data._plausible import (
     ImplausibleDataWarning,
@@ -31,6 +32,7 @@ __all__ = [
     "doubt_of_accuracy",
     "doubts_of_calibration",
     "doubts_of_scale",
+    "first_arrays",
     "first_samples",
     "is_fixed",
     "is_forward_pass",

@@ -18,7 +18,7 @@ def open_model(
 
     Args:
         model: an object, or a path.
-        sample: one batch, for frameworks that trace a model.
+        sample: one batch, for frameworks that trace a model, and for factories that return a model alone.
         name: of the backend, if several could open the model.
         options: the backend's own for opening a path (`Backend.load`).
 
@@ -32,6 +32,7 @@ def open_model(
         if not registry.model_file(path).exists():
             raise InputError(f"there is no file {registry.model_file(path)}")
         backend = registry.backend(name) if name else registry.backend_for_path(path)
-        return backend, backend.load(path, **(options or {}))
+        traced = {} if sample is None else {"sample": sample}
+        return backend, backend.load(path, **traced, **(options or {}))
     backend = registry.backend(name) if name else registry.backend_for_model(model)
     return backend, backend.adopt(model, sample)
