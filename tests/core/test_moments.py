@@ -5,8 +5,9 @@ import pytest
 from direct_convolution import CASES, conv_op, direct, tensors
 
 from bitwright.errors import InputError
-from bitwright.graph import ConvAttrs, Op, OpKind, to_matrix
+from bitwright.graph import ConvAttrs, Op, OpKind, columns, output_spatial, to_matrix
 from bitwright.statistics import LayerMoments
+from bitwright.statistics._displacement import Centred, centred_products
 
 
 def moments_of(op, features, *batches, **options):
@@ -195,3 +196,63 @@ def test_the_errors_of_a_residual_operand_in_every_layout(axis):
     cx, _, variance = m.centred_residual()
     assert np.allclose(cx, free.T @ (rows - rows.mean(0)) / 90, atol=1e-6)
     assert np.allclose(variance, np.square(free).mean(0), atol=1e-5)
+
+
+def geometries(count):
+    """Convolutions with one and two axes, any strides, dilations and paddings, few channels a group."""
+    rng, found = np.random.default_rng(6), 0
+    while found < count:
+        rank, groups = int(rng.integers(1, 3)), int(rng.integers(1, 4))
+        kernel, strides, dilations, spatial = (
+            tuple(map(int, rng.integers(low, high, rank))) for low, high in ((1, 6), (1, 4), (1, 3), (1, 12))
+        )
+        pads = tuple((int(a), int(b)) for a, b in rng.integers(0, 4, (rank, 2)))
+        attrs = ConvAttrs(kernel, strides, dilations, pads, groups)
+        if min(output_spatial(spatial, attrs)) > 0:
+            found += 1
+            yield attrs, (int(rng.integers(1, 4)), groups * int(rng.integers(1, 3)), *spatial)
+
+
+def test_products_by_displacement_are_those_of_columns():
+    """Of one input and of two, about zero and about a number for each channel: small integers, so to the bit."""
+    rng = np.random.default_rng(7)
+    wide = ConvAttrs((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2), (2, 2, 70, 5)  # several blocks of rows
+    for attrs, shape in [*geometries(60), wide]:
+        op, centred = conv_op(OpKind.CONV, attrs), []
+        for part in (0, 1):
+            x = rng.integers(-4, 5, shape).astype(np.float32)
+            centre = part * rng.integers(-3, 4, shape[1]) * rng.integers(0, 2, shape[1]).astype(np.float64)
+            centred += [Centred(x, x.sum(axis=0, dtype=np.float64), c) for c in (np.zeros(shape[1]), centre)]
+        for a, b in ((0, 0), (0, 2), (3, 3), (1, 3), (3, 0)):
+            one, other = (
+                np.concatenate(list(columns(op, centred[i].values)), axis=2)
+                - centred[i].centre.reshape(attrs.groups, -1).repeat(np.prod(attrs.kernel), 1)[..., None]
+                for i in (a, b)
+            )
+            expected = one.astype(np.float64) @ np.swapaxes(other, 1, 2)
+            assert np.array_equal(centred_products(attrs, centred[a], centred[b]), expected), (attrs, shape, a, b)
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_channels_of_a_depthwise_layer_that_barely_vary(axis):
+    """Their variance is that of float64 beside padding too, in every layout; the others are summed about zero."""
+    rng = np.random.default_rng(8)
+    attrs = ConvAttrs((3, 3), (2, 1), (1, 1), ((1, 1), (0, 1)), 3)
+    x = rng.normal(size=(40, 3, 7, 6)).astype(np.float32)
+    x[:, 1] = 1e4 + x[:, 1]
+    op = conv_op(OpKind.CONV, attrs)
+    m = LayerMoments(op, 9, axis, paired=False)
+    for part in np.array_split(np.moveaxis(x, 1, axis), 3):
+        m.update(part)
+    assert m.state()["shift_x"].any(axis=1).tolist() == [False, True, False]
+    full = np.concatenate(list(columns(op, x)), axis=2).astype(np.float64)
+    assert m.count == full.shape[2]
+    assert np.allclose(m.mean, full.mean(axis=2), rtol=1e-9, atol=1e-12)
+    rest = full - full.mean(axis=2, keepdims=True)
+    inside = (full[1] != 0).all(axis=1)  # taps that padding never meets
+    assert inside.any() and not inside.all()
+    expected = rest @ np.swapaxes(rest, 1, 2) / m.count
+    assert np.allclose(m.centred()[0][[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-6)
+    assert np.allclose(m.centred()[0][1][inside][:, inside], expected[1][inside][:, inside], rtol=1e-4, atol=1e-4)
+    assert np.allclose(m.centred()[0][1], expected[1], rtol=1e-6, atol=1e-3)
+    assert np.allclose(m.xx, full @ np.swapaxes(full, 1, 2) / m.count, rtol=1e-8, atol=1e-5)

@@ -228,14 +228,15 @@ def test_merged_is_one_run(sim, bank, tmp_path):
             np.testing.assert_allclose(ours, one, rtol=1e-6, atol=1e-6 * np.abs(one).max(), err_msg=f"{op.id} {field}")
     same_batches = [collect(sim, {k: v[p] for k, v in whole.items()}, tmp_path / n)
                     for n, p in (("first", slice(0, 8)), ("second", slice(8, 24)))]  # fmt: skip
-    exact = merge(same_batches, tmp_path / "exact")
+    exact, seen = merge(same_batches, tmp_path / "exact"), False
     for op in sim.graph.linear_ops:
         ours, one = exact.layer(op), bank.layer(op)
         # Steady features are summed about the first batch's mean, which is another for the second bank.
         moving = ~ours.state()["shift_x"].any(axis=0)
-        assert moving.any()
+        seen |= bool(moving.any())
         np.testing.assert_allclose(ours.xx[..., moving][:, moving], one.xx[..., moving][:, moving], rtol=1e-13)
         np.testing.assert_allclose(ours.xx, one.xx, rtol=1e-6, atol=1e-6 * np.abs(one.xx).max())
+    assert seen, "no feature varies"
     same_weights(sim.fork().apply("gptq", exact), sim.fork().apply("gptq", bank))
 
 

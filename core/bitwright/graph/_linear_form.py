@@ -18,6 +18,8 @@ from bitwright.errors import ModelError
 from bitwright.graph._graph import ConvAttrs, Op, OpKind
 
 CHUNK_BYTES = 64 * 2**20
+LONG = 4
+"""Positions a channel of one sample from which a matrix product of its columns is as fast as one of many samples'."""
 
 
 def groups_of(op: Op) -> int:
@@ -61,6 +63,8 @@ def output_channels(op: Op, weight_shape: tuple[int, ...]) -> int:
 def columns(op: Op, x: NDArray[np.floating], channel_axis: int | None = None) -> Iterator[NDArray[np.float32]]:
     """Input batch → chunks of columns (groups, K, rows), rows running over samples and output positions.
 
+    Chunks of linear ops and of pointwise convolutions may be views of x.
+
     Args:
         op: a convolution, transposed convolution or linear op.
         x: (samples, channels, *spatial) or with channels on `channel_axis`; (…, features) for a linear op.
@@ -71,19 +75,22 @@ def columns(op: Op, x: NDArray[np.floating], channel_axis: int | None = None) ->
     """
     x = np.asarray(x, np.float32)
     if op.kind is OpKind.LINEAR:
-        moved = x if channel_axis in (None, -1, x.ndim - 1) else np.moveaxis(x, channel_axis, -1)
-        flat = moved.reshape(-1, moved.shape[-1])
-        step = max(1, CHUNK_BYTES // (4 * flat.shape[1]))
-        for start in range(0, len(flat), step):
-            yield np.ascontiguousarray(flat[start : start + step].T)[None]
+        yield from _rows(x if channel_axis in (None, -1, x.ndim - 1) else np.moveaxis(x, channel_axis, -1))
         return
     if op.kind not in (OpKind.CONV, OpKind.CONV_TRANSPOSE) or not isinstance(op.attrs, ConvAttrs):
         raise ModelError(f"{op.id!r} ({op.type}) is not a linear op; only convolutions and linear ops have columns")
-    attrs = op.attrs
-    if x.ndim != len(attrs.kernel) + 2:
-        raise ModelError(f"{op.id!r} takes an input of rank {len(attrs.kernel) + 2}, got shape {x.shape}")
+    attrs, rank = op.attrs, len(op.attrs.kernel)
+    if x.ndim != rank + 2:
+        raise ModelError(f"{op.id!r} takes an input of rank {rank + 2}, got shape {x.shape}")
+    pointwise = op.kind is OpKind.CONV and attrs == ConvAttrs((1,) * rank, (1,) * rank, (1,) * rank, ((0, 0),) * rank)
+    if pointwise and channel_axis in (-1, x.ndim - 1):
+        yield from _rows(x)
+        return
     if channel_axis not in (None, 1):
         x = np.moveaxis(x, channel_axis, 1)
+    if pointwise and int(np.prod(x.shape[2:])) >= LONG * x.shape[1]:
+        yield from x.reshape(*x.shape[:2], -1)[:, None]
+        return
     if op.kind is OpKind.CONV_TRANSPOSE:
         attrs = _as_convolution(attrs)
     spatial = output_spatial(x.shape[2:], attrs, dilate=op.attrs.strides if op.kind is OpKind.CONV_TRANSPOSE else None)
@@ -94,6 +101,13 @@ def columns(op: Op, x: NDArray[np.floating], channel_axis: int | None = None) ->
         if op.kind is OpKind.CONV_TRANSPOSE:
             part = _dilate(part, op.attrs.strides)
         yield _patches(part, attrs, spatial)
+
+
+def _rows(x: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    flat = x.reshape(-1, x.shape[-1])
+    step = max(1, CHUNK_BYTES // (4 * flat.shape[1]))
+    for start in range(0, len(flat), step):
+        yield flat[start : start + step].T[None]
 
 
 def output_spatial(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Reduction
 from bitwright.errors import InputError
-from bitwright.graph import Op, OpKind, columns, groups_of
+from bitwright.graph import ConvAttrs, Op, OpKind, columns, groups_of
 from bitwright.statistics._base import finite
+from bitwright.statistics._displacement import Centred, centred_products, column_sums
 
 Moments = NDArray[np.float64]
 RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
 STEADY = 4.0
 """Mean squared over variance from which a feature is summed about its mean: float32 products lose too much there."""
 SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
+THIN = 4
+"""Channels of a group up to which a convolution is summed by displacement; columns of wider ones are as fast."""
 
 
 class LayerMoments:
@@ -25,7 +28,8 @@ class LayerMoments:
 
     With weights W, candidate Ŵ and bias change handled apart, the mean squared output error of a layer is
     ``tr(Ŵ Ĥ Ŵᵀ) − 2 tr(Ŵ Cᵀ Wᵀ) + tr(W H Wᵀ)``, with gradient ``2 (Ŵ Ĥ − W C)`` (AdaRound, Nagel et al. 2020,
-    eq. 20 written in moments). Sums are kept in float64, batches are multiplied in float32.
+    eq. 20 written in moments). Sums are kept in float64, batches are multiplied in float32; those of convolutions with
+    few channels a group, as depthwise ones, by displacement (`_displacement`), without writing columns.
 
     Features that barely vary around a large mean are summed about a shift near it (chosen on the first batch), so that
     their variance isn't the difference of two large numbers; every property gives the moments of x itself.
@@ -83,62 +87,112 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
         if self.paired and values[0].shape != values[1].shape:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
-        if not finite(values):
-            raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        sums = [self._over_samples(v) for v in values]
         error = self._rows(values[-1]) if self.has_residual else None
-        values = values[: 1 + self.paired]
-        if not self._products:
-            rows = [self._add_means(total, v) for total, v in zip(self._sum, values, strict=True)]
-            self.count += rows.pop()
+        values, sums = values[: 1 + self.paired], sums[: 1 + self.paired]
+        means = [self._over_positions(total) for total in sums]
+        count = means[0][1] * (1 if values[0].ndim == 1 else len(values[0]))
+        if count == 0:
             return
-        means = [np.zeros_like(total) for total in self._sum]
-        rows = [self._add_means(total, v) for total, v in zip(means, values, strict=True)]
-        first, shifted = self.count == 0, False
+        totals = [total for total, _ in means]
+        if self._products and self.count == 0:
+            self._shift = [self._steady(v, s, count) for v, s in zip(values, sums, strict=True)]
+        for own, total, shift in zip(self._sum, totals, self._shift, strict=True):
+            own += total - count * shift
+        if self._products and self._thin:
+            self._add_by_displacement(values, sums)
+        elif self._products:
+            self._add_by_columns(values, error)
+        self.count += count
+
+    def _add_by_columns(self, values: Sequence[NDArray[Any]], error: NDArray[np.float32] | None) -> None:
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
-            if first:
-                self._shift, first = [_steady_means(chunk) for chunk in chunks], False
-            shifted = any(shift.any() for shift in self._shift)
-            if shifted:
-                chunks = tuple(
-                    chunk - shift[..., None].astype(np.float32)
-                    for chunk, shift in zip(chunks, self._shift, strict=True)
-                )
-                for total, chunk in zip(self._sum, chunks, strict=True):
-                    total += chunk.sum(axis=2, dtype=np.float64)
+            if any(shift.any() for shift in self._shift):
+                chunks = tuple(c - s[..., None].astype(np.float32) for c, s in zip(chunks, self._shift, strict=True))
             x, q = chunks[0], chunks[-1]
             if error is not None:
                 part, error = np.split(error, [q.shape[2]], axis=1)
                 sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
                 for total, addend in zip(self._residual, sums, strict=True):
                     total += addend
-            # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
-            pairs = ((x, x), (q, q), (x, q))[: len(self._products)]
-            for total, (a, b) in zip(self._products, pairs, strict=True):
-                if len(total) == 1:
-                    total[0] += a[0] @ b[0].T
-                else:
-                    total += np.matmul(a, np.swapaxes(b, 1, 2))
-        if not shifted:
-            for total, mean in zip(self._sum, means, strict=True):
-                total += mean
-        self.count += rows.pop()
+            for total, (a, b) in zip(self._products, self._pairs, strict=True):
+                # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
+                total += chunks[a] @ np.swapaxes(chunks[b], 1, 2)
+
+    def _add_by_displacement(self, values: Sequence[NDArray[Any]], sums: Sequence[NDArray[np.float64]]) -> None:
+        attrs = self.op.attrs
+        assert isinstance(attrs, ConvAttrs)
+        inputs = [
+            Centred(
+                np.asarray(self._channels_first(v), np.float32),
+                self._channels_first(s)[0],
+                shift[:, :: self._taps].reshape(-1),
+            )
+            for v, s, shift in zip(values, sums, self._shift, strict=True)
+        ]
+        for total, (a, b) in zip(self._products, self._pairs, strict=True):
+            total += centred_products(attrs, inputs[a], inputs[b])
+
+    def _steady(self, values: NDArray[Any], sums: NDArray[np.float64], count: int) -> Moments:
+        """Of a batch: the means of the features that barely vary around them, as float32; 0 for the others.
+
+        By displacement, they are those of channels: what padding takes part in varies otherwise, and is told apart.
+        """
+        squares = self._over_samples(np.square(values, dtype=np.float64))
+        if not self._thin:
+            mean, square = (self._over_positions(total)[0] / count for total in (sums, squares))
+        else:
+            size = values.size / len(self._sum[0]) / (self._sum[0].shape[1] // self._taps)
+            spatial = tuple(range(2, values.ndim))
+            mean, square = (
+                (self._channels_first(t).sum(axis=spatial) / size).reshape(len(self._sum[0]), -1).repeat(self._taps, 1)
+                for t in (sums, squares)
+            )
+        variance = square - np.square(mean)
+        return np.where(np.square(mean) > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)
+
+    def _channels_first(self, values: NDArray[Any]) -> NDArray[Any]:
+        return np.moveaxis(values, 1 if self.channel_axis is None else self.channel_axis, 1)
+
+    @property
+    def _taps(self) -> int:
+        return int(np.prod(self.op.attrs.kernel)) if isinstance(self.op.attrs, ConvAttrs) else 1
+
+    @property
+    def _thin(self) -> bool:
+        """Whether products are summed by displacement; a residual operand needs columns."""
+        attrs = self.op.attrs
+        if self.op.kind is not OpKind.CONV or not isinstance(attrs, ConvAttrs) or len(attrs.kernel) > 2:
+            return False
+        return self._taps > 1 and self._sum[0].shape[1] <= THIN * self._taps and not self._residual
 
     def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
         """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
         axis = self.channel_axis if self.channel_axis is not None else (1 if self.op.kind in SPATIAL else -1)
         return np.moveaxis(np.asarray(error, np.float32), axis, 0).reshape(error.shape[axis], -1)
 
-    def _add_means(self, total: Moments, values: NDArray[Any]) -> int:
-        """Add the sum of all columns, and tell how many they are.
+    def _over_samples(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The sum of a batch's samples, as a batch of one.
 
-        Columns are linear in the input, so that those of the samples' sum are enough.
+        Raises:
+            InputError: a value isn't finite.
         """
-        batch = values[None] if values.ndim == 1 else values
-        rows = 0
-        for part in columns(self.op, batch.sum(axis=0, keepdims=True, dtype=np.float64), self.channel_axis):
-            total += part.sum(axis=2, dtype=np.float64)
+        total = (values[None] if values.ndim == 1 else values).sum(axis=0, keepdims=True, dtype=np.float64)
+        if not finite([total]):  # a value that isn't shows in the sum
+            raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        return total
+
+    def _over_positions(self, samples: NDArray[np.float64]) -> tuple[Moments, int]:
+        """Of the sum of samples, the sum of its columns and how many a sample has: columns are linear in the input."""
+        attrs = self.op.attrs
+        if self.op.kind is OpKind.CONV and isinstance(attrs, ConvAttrs) and samples.ndim == len(attrs.kernel) + 2:
+            return column_sums(attrs, self._channels_first(samples)[0])
+        total, rows = np.zeros_like(self._sum[0]), 0
+        high = samples.astype(np.float32)  # columns are of single precision: two of them hold all digits
+        for part, rest in zip(*(columns(self.op, v, self.channel_axis) for v in (high, samples - high)), strict=True):
+            total += part.sum(axis=2, dtype=np.float64) + rest.sum(axis=2, dtype=np.float64)
             rows += part.shape[2]
-        return rows * len(batch)
+        return total, rows
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
@@ -285,10 +339,3 @@ class LayerMoments:
 
 def _outer(a: Moments, b: Moments) -> Moments:
     return a[:, :, None] * b[:, None, :]
-
-
-def _steady_means(chunk: NDArray[np.float32]) -> Moments:
-    """Of columns (groups, K, rows): the means of the features that barely vary around them, as float32; else 0."""
-    mean = chunk.mean(axis=2, dtype=np.float64)
-    variance = np.einsum("gkr,gkr->gk", chunk, chunk, dtype=np.float64) / chunk.shape[2] - np.square(mean)
-    return np.where(np.square(mean) > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)
