@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import TYPE_CHECKING
+
 from bitwright.hookspecs import BackendInfo, RuntimeInfo, hookimpl
+
+if TYPE_CHECKING:
+    from bitwright_keras.backend import KerasBackend
 
 
 @hookimpl
@@ -12,7 +19,7 @@ def register_backends() -> list[BackendInfo]:
         BackendInfo(
             name="keras",
             summary="Keras 3 models: functional, sequential, nested; the simulation is a keras.Model.",
-            factory="bitwright_keras.backend:KerasBackend",
+            factory="bitwright_keras.plugin:backend",
             modules=("keras",),
             suffixes=(".keras", ".h5", ".hdf5"),
             extra="keras",
@@ -34,3 +41,14 @@ def register_runtimes() -> list[RuntimeInfo]:
             arithmetic="LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's",
         )
     ]
+
+
+def backend() -> KerasBackend:
+    """The backend; what TensorFlow logs while it is imported stays out of the output, unless it is an error."""
+    from bitwright.backend import without_native_logs
+
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    with without_native_logs("tensorflow"):
+        from bitwright_keras.backend import KerasBackend
+    return KerasBackend()

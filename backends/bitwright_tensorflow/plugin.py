@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitwright.hookspecs import BackendInfo, hookimpl
+
+if TYPE_CHECKING:
+    from bitwright_tensorflow.backend import TensorFlowBackend
 
 
 @hookimpl
@@ -14,7 +20,7 @@ def register_backends() -> list[BackendInfo]:
         BackendInfo(
             name="tensorflow",
             summary="TensorFlow graphs: v1 sessions and checkpoints, SavedModels, concrete functions, frozen files.",
-            factory="bitwright_tensorflow.backend:TensorFlowBackend",
+            factory="bitwright_tensorflow.plugin:backend",
             modules=("tensorflow",),
             suffixes=(".pb", ".meta"),
             extra="tensorflow",
@@ -27,3 +33,14 @@ def register_backends() -> list[BackendInfo]:
 def is_saved_model(path: Path) -> bool:
     """Whether a path is a SavedModel's folder; files are known by their suffix."""
     return (path / "saved_model.pb").is_file()
+
+
+def backend() -> TensorFlowBackend:
+    """The backend; what TensorFlow logs while it is imported stays out of the output, unless it is an error."""
+    from bitwright.backend import without_native_logs
+
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    with without_native_logs("tensorflow"):
+        from bitwright_tensorflow.backend import TensorFlowBackend
+    return TensorFlowBackend()

@@ -46,7 +46,7 @@ from bitwright.backend._protocols import (
     capabilities,
     require,
 )
-from bitwright.backend._quiet import silenced
+from bitwright.backend._quiet import silenced, without_native_logs
 from bitwright.backend._sessions import (
     TapNamespace,
     between,
@@ -121,4 +121,5 @@ __all__ = [
     "silenced",
     "thinned_places",
     "warn_where_it_began",
+    "without_native_logs",
 ]
