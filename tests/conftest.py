@@ -1,11 +1,18 @@
 """Settings of the whole test suite, and the command line as a fixture."""
 
 import copy
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has one core: threads of ONNX Runtime, PyTorch and TensorFlow beside it would wait, spinning, for the
+    # other worker's.
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 # The same examples every time, and no deadline: a busy machine must not decide whether the suite passes.
 settings.register_profile("bitwright", derandomize=True, deadline=None)

@@ -28,6 +28,7 @@ from bitwright.graph import (
 )
 from bitwright.grids import Encoding, EncodingTable, encoding_from_range
 from bitwright.placement import Plan, SiteId
+from bitwright.testing.harness import simple_plan
 from bitwright.testing.replay import Fallback, tappable
 
 Array = NDArray[Any]
@@ -154,6 +155,25 @@ def bare(backend: Backend[Any], case: Case, plan: Plan) -> Simulation[Any]:
     simulation = backend.simulate(case.model, plan, min_max_table(backend, case, plan))
     simulation.set(dict.fromkeys((*plan.activations, *plan.parameters)))
     return simulation
+
+
+def plain(backend: Backend[Any], case: Case) -> tuple[Plan, EncodingTable, Simulation[Any]]:
+    """A simple plan, its min-max encodings, and a simulation of them, built once for tests that only set encodings."""
+    key = f"simulation {type(backend).__qualname__}"
+    if key not in case.kept:
+        plan = simple_plan(backend.graph(case.model))
+        table = min_max_table(backend, case, plan)
+        case.kept[key] = plan, table, backend.simulate(case.model, plan, table)
+    plan, table, simulation = case.kept[key]
+    simulation.set({s: table.get(s) for s in (*plan.activations, *plan.parameters)})
+    return plan, table, simulation
+
+
+def plain_bare(backend: Backend[Any], case: Case) -> tuple[Plan, Simulation[Any]]:
+    """The plan and the simulation of `plain`, with every site bypassed."""
+    plan, _, simulation = plain(backend, case)
+    simulation.set(dict.fromkeys((*plan.activations, *plan.parameters)))
+    return plan, simulation
 
 
 def grid_points(encoding: Encoding, shape: Sequence[int]) -> NDArray[np.float32]:

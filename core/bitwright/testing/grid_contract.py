@@ -35,6 +35,7 @@ from bitwright.testing.contract_base import (
     linear_output,
     min_max_table,
     own,
+    plain_bare,
     rows,
     run,
 )
@@ -62,7 +63,7 @@ class GridContract(Contract):
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
         for t in (t for t in graph.inputs if graph.tensors[t].is_float):
-            simulation = bare(backend, case, simple_plan(graph))
+            _, simulation = plain_bare(backend, case)
             session = simulation.session([Tap(t)])
             for spec in ACTIVATION_SPECS:
                 for encoding in _input_encodings(spec):
@@ -77,10 +78,7 @@ class GridContract(Contract):
 
     def test_activations_of_every_format(self, case: Case) -> None:
         """Each tensor, on a grid of each format in turn, is the float tensor on that grid."""
-        backend, model = self.backend(), case.model
-        graph = backend.graph(model)
-        plan = simple_plan(graph)
-        simulation = bare(backend, case, plan)
+        plan, simulation = plain_bare(self.backend(), case)
         sites = list(plan.activations)
         session = simulation.session([Tap(t) for t in sites])
         floats = run(session, case.batch)
@@ -109,8 +107,7 @@ class GridContract(Contract):
         """One scale, one for each channel, blocks, two levels, floats: ops compute with their weight on that grid."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
-        plan = simple_plan(graph)
-        simulation = bare(backend, case, plan)
+        _, simulation = plain_bare(backend, case)
         ops = graph.linear_ops
         params = backend.read(model, [p for op in ops for p in own(op)])
         session = simulation.session(_ends(ops))

@@ -17,8 +17,7 @@ from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import Graph, SetBias, SetParams, TensorId, output_channels
 from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel
 from bitwright.placement import Plan, SiteId
-from bitwright.testing.contract_base import Array, Case, Contract, bare, everything, min_max_table, run
-from bitwright.testing.harness import simple_plan
+from bitwright.testing.contract_base import Array, Case, Contract, everything, plain, plain_bare, run
 from bitwright.testing.plan_contract import check_network
 from bitwright.testing.replay import Quantization
 
@@ -30,9 +29,7 @@ class RefusalContract(Contract):
         """Too few, too many or misplaced scales: when the simulation is built and when they are set; all or nothing."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
-        plan = simple_plan(graph)
-        table = min_max_table(backend, case, plan)
-        simulation = backend.simulate(model, plan, table)
+        plan, table, simulation = plain(backend, case)
         taps = [Tap(t) for t in graph.outputs]
         before = run(simulation.session(taps), case.batch)
         wrong = list(_misfits(graph, plan))
@@ -53,10 +50,9 @@ class RefusalContract(Contract):
 
     def test_a_scale_for_each_channel_of_an_activation(self, case: Case) -> None:
         """Where as many scales are given as there are channels, the tensor is on the grid of each."""
-        backend, model = self.backend(), case.model
-        graph = backend.graph(model)
-        plan = simple_plan(graph)
-        simulation = bare(backend, case, plan)
+        backend = self.backend()
+        graph = backend.graph(case.model)
+        plan, simulation = plain_bare(backend, case)
         values, chosen = everything(backend, case), dict[SiteId, Encoding]()
         for site, axis, channels in _channelled(graph, plan):
             reach = np.abs(values[site]).max(axis=tuple(i for i in range(values[site].ndim) if i != axis))
@@ -71,7 +67,7 @@ class RefusalContract(Contract):
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
         known = {p: np.array(v) for p, v in backend.read(model, list(graph.params)).items()}
-        simulation = backend.simulate(model, plan := simple_plan(graph), _table(self, model, plan, case))
+        _, _, simulation = plain(backend, case)
         setters: list[Callable[[Any], object]] = [lambda values: backend.edit(model, [SetParams(values)])]
         if isinstance(simulation, ParamUpdates):
             setters.append(simulation.set_params)
@@ -132,8 +128,7 @@ class RefusalContract(Contract):
         graph = backend.graph(model)
         taps = [Tap(t) for t in graph.outputs]
         specs = backend.input_specs(model)
-        plan = simple_plan(graph)
-        simulation = backend.simulate(model, plan, _table(self, model, plan, case))
+        _, _, simulation = plain(backend, case)
         for session in (backend.session(model, taps), simulation.session(taps)):
             before = run(session, case.batch)
             for name, (shape, dtype) in specs.items():
@@ -157,8 +152,7 @@ class RefusalContract(Contract):
         """Taps and feeds that the model doesn't have are ModelErrors, when the session is made."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
-        plan = simple_plan(graph)
-        simulation = backend.simulate(model, plan, _table(self, model, plan, case))
+        _, _, simulation = plain(backend, case)
         refused(ModelError, "'no such tensor'", "session", backend.session, model, [Tap("no such tensor")])
         refused(ModelError, "'no such tensor'", "simulation", simulation.session, [Tap("no such tensor")])
         segments: list[Callable[[Any, Any], Any]] = [simulation.segment]
@@ -175,8 +169,7 @@ class RefusalContract(Contract):
         op = graph.linear_ops[-1]
         x = op.data_inputs[0]
         spare = next((t for t in graph.tensors if t not in (x, op.output) and graph.tensors[t].is_float), None)
-        plan = simple_plan(graph)
-        simulation = backend.simulate(model, plan, _table(self, model, plan, case))
+        _, _, simulation = plain(backend, case)
         segments: list[Callable[[Any, Any], Any]] = [simulation.segment]
         if isinstance(backend, PartialExecution):
             segments.append(lambda feeds, taps: backend.segment(model, feeds, taps))
@@ -206,10 +199,6 @@ def _spoilt(value: Array, by: float) -> Array:
     copy = np.array(value, np.float32)
     copy.reshape(-1)[-1:] = by
     return copy
-
-
-def _table(contract: Contract, model: Any, plan: Plan, case: Case) -> Any:
-    return min_max_table(contract.backend(), case, plan)
 
 
 def _channelled(graph: Graph, plan: Plan) -> list[tuple[TensorId, int, int]]:

@@ -19,6 +19,7 @@ from bitwright.testing.contract_base import (
     bare,
     floats,
     min_max_table,
+    plain,
     run,
 )
 from bitwright.testing.harness import simple_plan
@@ -53,10 +54,7 @@ class SimulationContract(Contract):
 
     def test_unknown_sites_are_refused(self, case: Case) -> None:
         """And nothing is changed by the attempt."""
-        backend, model = self.backend(), case.model
-        plan = simple_plan(backend.graph(model))
-        table = min_max_table(backend, case, plan)
-        simulation = backend.simulate(model, plan, table)
+        _, table, simulation = plain(self.backend(), case)
         with pytest.raises(EncodingError):
             simulation.set({"no such site": next(iter(table.values()))})
         assert all(simulation.get()[s].equals(e) for s, e in table.items())
@@ -78,9 +76,7 @@ class SimulationContract(Contract):
         if not isinstance(backend, PartialExecution):
             pytest.skip("no PartialExecution")
         graph = backend.graph(model)
-        plan = simple_plan(graph)
-        table = min_max_table(backend, case, plan)
-        simulation = backend.simulate(model, plan, table)
+        _, table, simulation = plain(backend, case)
         networks: list[tuple[Any, Any, bool]] = [
             (lambda taps: backend.session(model, taps), lambda feeds, taps: backend.segment(model, feeds, taps), False),
             (simulation.session, simulation.segment, True),
