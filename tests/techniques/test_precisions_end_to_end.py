@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -15,7 +17,16 @@ from bitwright.grids import Blockwise, Encoding
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 
-pytestmark = pytest.mark.parametrize("port", FRAMEWORKS.values(), ids=FRAMEWORKS)
+everywhere = pytest.mark.parametrize("port", FRAMEWORKS.values(), ids=FRAMEWORKS)
+
+
+def spread(names, *cases, elsewhere):
+    """All cases on the first framework; on the others `elsewhere`, as the backend kit has every grid on each."""
+    first, *others = FRAMEWORKS.values()
+    chosen = [(first, c) for c in cases] + [(port, c) for port in others for c in elsewhere]
+    told = [f"{port}-{'-'.join(c) if isinstance(c, tuple) else c}" for port, c in chosen]
+    values = [(port, *(c if isinstance(c, tuple) else (c,))) for port, c in chosen]
+    return pytest.mark.parametrize(("port", *names.split(",")), values, ids=told)
 
 
 def network(seed=0):
@@ -47,7 +58,7 @@ def error(sim, data):
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
-@pytest.mark.parametrize("kind", ["int4:block16", "int4:lpbq16"])
+@spread("kind", "int4:block16", "int4:lpbq16", elsewhere=["int4:lpbq16"])
 def test_blockwise_weights_end_to_end(port, data, kind, tmp_path):
     sim = port.sim(MODEL, weights=kind).calibrate(data)
     found = {op: sim.encodings[w] for op, w in weights(sim).items()}
@@ -83,8 +94,11 @@ def test_blockwise_weights_end_to_end(port, data, kind, tmp_path):
                 assert np.array_equal(loaded.block_scale, encoding.block_scale)
 
 
-@pytest.mark.parametrize("kind", ["int4:block16", "int4:lpbq16"])
-@pytest.mark.parametrize("technique", ["gptq", "adaround", "seq_mse", "weight_clipping"])
+@spread(
+    "technique,kind",
+    *itertools.product(["gptq", "adaround", "seq_mse", "weight_clipping"], ["int4:block16", "int4:lpbq16"]),
+    elsewhere=[("gptq", "int4:block16"), ("adaround", "int4:lpbq16")],
+)
 def test_techniques_on_blockwise_weights(port, data, kind, technique):
     settings = {} if technique == "weight_clipping" else {"bias_correction": True}
     before = error(port.sim(MODEL, weights=kind).calibrate(data), data)
@@ -110,7 +124,7 @@ def error_against_float(sim, port, data):
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "fp8"])
+@spread("kind", "float16", "bfloat16", "fp8", elsewhere=["fp8"])
 def test_float_formats_mixed_in(port, data, kind):
     """One layer in a float format among integer ones: its sites have it, its values are cast, the others stay."""
     name = {"fp8": "float8e4m3fn"}.get(kind, kind)
@@ -129,7 +143,7 @@ def test_float_formats_mixed_in(port, data, kind):
     assert np.isfinite(error(sim.calibrate(data), data))
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "fp8"])
+@spread("kind", "float16", "bfloat16", "fp8", elsewhere=["fp8"])
 def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     sim = port.sim(MODEL, weights=kind, activations=kind).calibrate(data)
     for op, w in weights(sim).items():
@@ -139,7 +153,7 @@ def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     assert 0 < error(sim, data) < bound
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4:block16", "fp8"])
+@spread("kind", "int8", "fp8", "int4:block16", elsewhere=["int4:block16"])
 def test_weights_only(port, data, kind, tmp_path):
     """Weights on their grids and nothing else: the float network with rounded weights, in the exported file too."""
     sim = port.sim(MODEL, weights=kind, activations="float").calibrate(data)
@@ -166,6 +180,7 @@ def test_weights_only(port, data, kind, tmp_path):
     assert again.simulation.session(taps).run(batch)[taps[0]].tobytes() == found.tobytes()
 
 
+@everywhere
 def test_weights_only_but_for_exceptions(port, data):
     """What an override names is quantized all the same."""
     (site,) = port.sim(MODEL).graph.op("fc").data_inputs
@@ -178,6 +193,7 @@ def test_weights_only_but_for_exceptions(port, data):
     assert (sim.encodings[site].bits, sim.encodings[first].float_format) == (8, "float16")
 
 
+@everywhere
 def test_float_and_integer_activations_side_by_side(port, data):
     """16-bit floats for one activation: its values are those of the cast."""
     graph = port.sim(MODEL).graph
@@ -192,6 +208,7 @@ def test_float_and_integer_activations_side_by_side(port, data):
     assert all(e.float_format is None for s, e in sim.encodings.items() if s not in (act, op.output))
 
 
+@everywhere
 def test_loaded_encodings_freeze_and_partial(port, data, tmp_path):
     first = port.sim(MODEL, weights="int4").calibrate({k: v * 3 for k, v in data.items()})
     path = first.export(tmp_path, name="net").files["encodings"]
@@ -225,6 +242,7 @@ def test_loaded_encodings_freeze_and_partial(port, data, tmp_path):
     assert set(alone.encodings) == {one}
 
 
+@everywhere
 def test_overrides_by_pattern_and_type(port, data):
     conv_type = port.sim(MODEL).graph.op("conv1").type
     sim = port.sim(MODEL, overrides={conv_type: {"weights": "int4"}, "depth*": "float"}).calibrate(data)
@@ -240,6 +258,7 @@ def test_overrides_by_pattern_and_type(port, data):
     assert folded.overrides == {}
 
 
+@everywhere
 def test_exports_that_cannot_saturate(port, data, tmp_path):
     """Scales are raised for onnxruntime-cpu, uint8 is stored for others; both hold in the file that was written."""
     pytest.importorskip("onnxruntime")
