@@ -79,7 +79,8 @@ class AutoStage:
             30, AdaRound 40.
         prepares: it changes the form of the network and not its float function, and the target does the same: done
             first, and kept whatever it scores.
-        weights_only: it repairs weights; left out where quantized weights alone cost no accuracy.
+        weights_only: it repairs weights; left out where quantized weights alone cost no accuracy, or little beside
+            what activations cost.
         replaces: techniques whose part it does itself, and better on a network that they haven't changed: it starts
             from the network before them, and the better of both is kept.
     """

@@ -24,6 +24,7 @@ def advise(
     per_channel: bool,
     activation_bits: int,
     in_float: int,
+    widened: bool = False,
 ) -> tuple[str, ...]:
     """Sentences in the order of their weight.
 
@@ -34,6 +35,7 @@ def advise(
         per_channel: whether the target gives weights a scale for each channel.
         activation_bits: width of most activations.
         in_float: ops that run in float because nobody knows their type.
+        widened: networks with more bits were evaluated.
     """
     said = []
     if met:
@@ -43,7 +45,12 @@ def advise(
         )
     if stopped and not met:
         said.append(f"The search ended at its budget of {stopped}; give it more, the stages that are done are kept.")
-    if not met:
+    if not met and widened and not stopped:
+        said.append(
+            "Not even 16 bits for all activations and 8 for all weights that the target runs with so many are enough: "
+            "look for what overflows or is clipped with `bitwright analyze`, or leave the sensitive ops in float."
+        )
+    elif not met:
         said += _causes(float_score, allowed_drop, weights_only, activations_only, per_channel, activation_bits)
     failed = [t for t in trials if t.status is Status.FAILED]
     said += [f"{t.name} failed and was left out: {t.reason}" for t in failed]

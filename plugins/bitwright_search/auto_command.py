@@ -45,6 +45,7 @@ def auto(
     schemes: Annotated[
         str | None, typer.Option(help="Calibration schemes to try, as a,b,c.", show_default=False)
     ] = None,
+    wider: Annotated[bool, typer.Option(help="Spend 16-bit activations and 8-bit weights where it takes them.")] = True,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
     budget_seconds: Annotated[
@@ -63,7 +64,8 @@ def auto(
 ) -> None:
     """Quantize a model so that it loses no more than an allowed drop.
 
-    Tries calibration schemes and techniques until one is good enough, exports the best, and writes diagnosis.html.
+    Tries calibration schemes, techniques and last more bits at a few sites until one network is good enough, exports
+    the best, and writes diagnosis.html.
     Exit status 1 if none was good enough. Interrupted, the same command goes on from the last finished stage.
     """
     from bitwright_search.auto_quantize import auto_quantize
@@ -75,8 +77,8 @@ def auto(
         result = auto_quantize(
             model, calibration, evaluation, sample=options.sample_of(model, data), allowed_drop=allowed_drop,
             target=target, weights=weights, activations=activations, overrides=options.read_overrides(override),
-            seed=seed, schemes=schemes.split(",") if schemes else None, techniques=recipe, batch_size=batch_size,
-            out=out, name=name, encodings_version=encodings_version, plain_session=plain_session,
+            seed=seed, schemes=schemes.split(",") if schemes else None, techniques=recipe, wider=wider,
+            batch_size=batch_size, out=out, name=name, encodings_version=encodings_version, plain_session=plain_session,
             budget_seconds=budget_seconds, budget_evaluations=budget_evaluations, executor=crew, progress=progress,
         )  # fmt: skip
     _tell(result)
@@ -90,6 +92,10 @@ def _tell(result: AutoQuantResult) -> None:
     ]  # fmt: skip
     console.table(("trial", "outcome", "score", "change", "seconds"), rows, numbers=("score", "change", "seconds"))
     console.say(str(result))
+    if result.wider:
+        console.say(
+            f"more bits at {len(result.wider)} sites: " + ", ".join(f"{s}={t}" for s, t in result.wider.items())
+        )
     for line in result.advice:
         console.say(f"- {line}")
     for path in result.files.values():

@@ -98,6 +98,8 @@ def _chosen(result: AutoQuantResult) -> str:
         "Range setting of weights": result.sim.weight_scheme,
         "Seed": str(result.sim.seed),
     }
+    if result.wider:
+        facts["More bits at"] = ", ".join(f"{site}: {text}" for site, text in result.wider.items())
     facts |= {f"File: {purpose}": path.name for purpose, path in result.files.items()}
     return parts.section("The chosen network", parts.facts(facts) + steps)
 

@@ -2,7 +2,8 @@
 
 Stages, each run once and stored: prepare (batch-norm folding) and validate; evaluate the float model, weights alone and
 activations alone; calibration schemes; then every technique that takes part, in its order, each on top of the best
-network so far. The first network within the allowed drop ends the search.
+network so far; last, more bits at as few sites as are enough. The first network within the allowed drop ends the
+search.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def auto_quantize(
     seed: int | None = None,
     schemes: Sequence[str | tuple[str, str]] | None = None,
     techniques: RecipeLike = None,
+    wider: bool = True,
     batch_size: int = 8,
     out: str | Path | None = None,
     name: str | None = None,
@@ -69,6 +71,8 @@ def auto_quantize(
         schemes: calibration schemes of activations to try, or pairs of (activations, weights); default: those of
             `auto_search.SCHEMES`, for activations of 16 bits and more the whole range alone.
         techniques: a recipe to try step by step, in place of the registered techniques that take part.
+        wider: whether activations may have 16 bits and weights 8 in the end, where the target runs that and they buy
+            most, at as few sites as the allowed drop asks for.
         batch_size: samples a batch, for data that are arrays or files.
         out: where the best network is exported to, with a report and a diagnosis; None exports nothing.
         name: stem of the exported files; default: the model file's, or "model".
@@ -107,6 +111,7 @@ def auto_quantize(
             preparations,
             steps,
             workers,
+            wider,
         )
         best = search.run()
         result = _result(search, validation, data)
@@ -173,6 +178,7 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         samples=data.samples,
         per_channel=not any(s is not None and isinstance(s.granularity, PerTensor) for s in specs),
         activation_bits=_activation_bits(sim),
+        widened=any(t.kind == "types" and t.score is not None for t in search.trials),
         in_float=0 if validation is None else len(validation.unknown),
     )
     if search.stages.unsaved:
@@ -185,6 +191,7 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         allowed_drop=search.limits.allowed_drop,
         best=best.name,
         steps=best.steps,
+        wider=dict(best.wider),
         trials=tuple(search.trials),
         weights_only=scores[Mode.WEIGHTS],
         activations_only=scores[Mode.ACTIVATIONS],

@@ -31,7 +31,7 @@ class Trial:
 
     Attributes:
         name: "float", "weights only", "minmax", "adaround", ….
-        kind: "reference", "preparation", "calibration" or "technique".
+        kind: "reference", "preparation", "calibration", "technique" or "types" (more bits at some sites).
         status: what became of it.
         steps: the stages that made the network, itself last.
         score: what `evaluate` gave; None where it wasn't evaluated.
@@ -67,6 +67,7 @@ class AutoQuantResult:
         advice: what to do next, in words.
         seconds, evaluations: what it took, earlier processes included.
         target: the target's name.
+        wider: types of the sites that got more bits than was asked for, as `overrides` take them.
         bundle: what was exported; None without `out`.
         files: every file written, by purpose.
     """
@@ -86,6 +87,7 @@ class AutoQuantResult:
     seconds: float
     evaluations: int
     target: str
+    wider: Mapping[str, str] = field(default_factory=dict)
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
 

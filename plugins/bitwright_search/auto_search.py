@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from bitwright.data import Dataset
 from bitwright.errors import BitwrightError, CapabilityError, InputError, WriteError
+from bitwright.placement import SiteId
 from bitwright.plugins import registry
 from bitwright.runs import identity
 from bitwright.simulation import QuantSim
@@ -16,6 +17,7 @@ from bitwright.technique import Step
 from bitwright.workers import Workers
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
+from bitwright_search.spending import NAME, Spending, fewest
 from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 SCHEMES = (
@@ -30,6 +32,9 @@ SCHEMES = (
 WIDE = 16
 """From this width on clipping gains nothing, so activations keep their whole range."""
 
+
+NEGLIGIBLE = 0.1
+"""Share of what activations cost from which on weights are worth repairing, where activations alone cost too much."""
 
 Job = tuple[str, Built, Mode]
 """A network to evaluate: what to call it, where it is, and which of its sites are quantized."""
@@ -58,6 +63,8 @@ class Candidate:
     score: float
     refined: bool = False
     """Made by a technique, and not by calibration alone."""
+    wider: Mapping[SiteId, str] = field(default_factory=dict)
+    """Sites that have more bits than was asked for, with their types."""
 
     @property
     def name(self) -> str:
@@ -78,6 +85,7 @@ class AutoSearch:
         schemes: calibration schemes of activations and weights.
         preparations, techniques: steps of each kind, in order.
         workers: where independent networks are evaluated; None evaluates here, one after the other.
+        spend: whether more bits may be spent in the end.
     """
 
     sim: QuantSim
@@ -89,6 +97,7 @@ class AutoSearch:
     preparations: Sequence[Step]
     techniques: Sequence[Step]
     workers: Workers | None = None
+    spend: bool = True
     trials: list[Trial] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     evaluations: int = 0
@@ -101,7 +110,9 @@ class AutoSearch:
         self._data = self.data.fingerprint()
         self._evaluation = identity(self.evaluate)
         self._prepared: tuple[str, ...] = ()
-        self._opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source,
+        self.prepared = self.sim
+        """The network in the form that the target runs, before any calibration."""
+        self.opened = {"run": self.sim.run, "progress": self.sim.progress, "source": self.sim.source,
                         "workers": self.sim.workers}  # fmt: skip
 
     # -- the order of things
@@ -112,7 +123,7 @@ class AutoSearch:
         Raises:
             BitwrightError: not one network could be calibrated and evaluated; the message says why.
         """
-        base = self._prepare()
+        self.prepared = base = self._prepare()
         first = self._first_calibration(base)
         self._reference(first)
         self._diagnose(first)
@@ -123,21 +134,37 @@ class AutoSearch:
         kept = [self.best]
         for step in self.techniques:
             start = _base(step, kept)
-            if self.met or not self._left(step.technique, "technique", (*start.steps, step.technique)):
+            if self.met or not self.left(step.technique, "technique", (*start.steps, step.technique)):
                 break
             if (current := self._technique(step, start, kept[-1])) is not kept[-1]:
                 kept.append(current)
+        if self.spend and not self.met and self.left(NAME, "types", self.best.steps):
+            Spending(self).run()
         return self.best
 
     @property
     def best(self) -> Candidate:
-        """The highest score. Of equal calibrations the first; a technique that scores the same takes over, since it
-        lowers errors that a small evaluation can't show."""
-        best = self.candidates[0]
-        for candidate in self.candidates[1:]:
+        """The highest score, or of those that are good enough, if there are some, one with the fewest wider sites.
+
+        Of equal calibrations the first; a technique that scores the same takes over, since it lowers errors that a
+        small evaluation can't show."""
+        good = [c for c in self.candidates if self.good(c.score)]
+        pool = fewest(good) if good else self.candidates
+        best = pool[0]
+        for candidate in pool[1:]:
             if candidate.score > best.score or (candidate.score == best.score and candidate.refined):
                 best = candidate
         return best
+
+    @property
+    def unrefined(self) -> Candidate:
+        """The best of those that calibration alone has made."""
+        return max((c for c in self.candidates if not c.refined), key=lambda c: c.score)
+
+    @property
+    def prepared_content(self) -> str:
+        """Fingerprint of `prepared`."""
+        return content_of(self.prepared)
 
     @property
     def met(self) -> bool:
@@ -156,18 +183,16 @@ class AutoSearch:
         for step in self.preparations:
             depends = {"base": content, "data": self._data, "settings": dict(step.settings)}
             try:
-                built = self.stages.build(
-                    f"auto: {step.technique}", depends, self._applied(step, current), self._opened
-                )
+                built = self.stages.build(f"auto: {step.technique}", depends, self._applied(step, current), self.opened)
             except Exception as error:
-                self._failed(step.technique, "preparation", (), error)
+                self.failed(step.technique, "preparation", (), error)
                 continue
             status = Status.UNCHANGED
             if built.content != content:
                 status = Status.PREPARED
                 self._prepared += (step.technique,)
             summary = built.sim.reports[-1][1].summary
-            self._note(
+            self.note(
                 Trial(
                     step.technique, "preparation", status, self._prepared, None, built.seconds, summary, step.settings
                 )
@@ -190,24 +215,24 @@ class AutoSearch:
         if isinstance(result, Exception):
             raise result
         self.float_score, seconds = result
-        self._note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
+        self.note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
 
     def _diagnose(self, first: tuple[int, Built]) -> None:
         """What quantized weights and quantized activations cost alone."""
         modes = (Mode.WEIGHTS, Mode.ACTIVATIONS)
         if self.limits.evaluations is not None and self.limits.evaluations - self.evaluations <= len(modes):
             for mode in modes:
-                self._note(
+                self.note(
                     Trial(mode.value, "reference", Status.SKIPPED, reason="the budget leaves no evaluation for it")
                 )
             return
         steps = (*self._prepared, self._scheme_name(first[0]))
         for mode, result in zip(modes, self._scores([(m.value, first[1], m) for m in modes]), strict=True):
             if isinstance(result, Exception):
-                self._failed(mode.value, "reference", steps, result)
+                self.failed(mode.value, "reference", steps, result)
                 continue
             self.diagnosis[mode] = result[0]
-            self._note(Trial(mode.value, "reference", Status.REFERENCE, steps, *result))
+            self.note(Trial(mode.value, "reference", Status.REFERENCE, steps, *result))
 
     def _calibrations(self, base: QuantSim, first: tuple[int, Built]) -> None:
         """Each calibration scheme, until one is good enough."""
@@ -225,9 +250,9 @@ class AutoSearch:
                 name = self._scheme_name(index)
                 steps = (*self._prepared, name)
                 if index in pointless:
-                    self._note(Trial(name, "calibration", Status.SKIPPED, steps, reason=pointless[index]))
+                    self.note(Trial(name, "calibration", Status.SKIPPED, steps, reason=pointless[index]))
                     continue
-                if index != first[0] and not self._left(name, "calibration", steps):
+                if index != first[0] and not self.left(name, "calibration", steps):
                     return
                 built = first[1] if index == first[0] else self._calibrated(base, index)
                 if built is not None:
@@ -238,12 +263,12 @@ class AutoSearch:
             for position, result in enumerate(results):
                 steps, built = sent[position]
                 if isinstance(result, Exception):
-                    self._failed(steps[-1], "calibration", steps, result)
+                    self.failed(steps[-1], "calibration", steps, result)
                     continue
                 score, seconds = result
                 status = Status.KEPT if not self.candidates or score > self.best.score else Status.WORSE
                 self.candidates.append(Candidate(steps, built, score))
-                self._note(Trial(steps[-1], "calibration", status, steps, score, built.seconds + seconds))
+                self.note(Trial(steps[-1], "calibration", status, steps, score, built.seconds + seconds))
                 if self.met:
                     return
         if len(affordable) < len(useful):
@@ -265,41 +290,56 @@ class AutoSearch:
         """A technique on top of `base`; the one to go on from: the new one, or `current` where that is better."""
         steps = (*base.steps, step.technique)
         auto = registry.techniques()[step.technique].auto
-        weights = self.diagnosis.get(Mode.WEIGHTS)
-        if auto is not None and auto.weights_only and weights is not None and weights >= self.float_score:
-            reason = "quantized weights alone cost nothing, and it repairs weights"
-            self._note(Trial(step.technique, "technique", Status.SKIPPED, steps, reason=reason))
+        if auto is not None and auto.weights_only and (reason := self._needless()):
+            self.note(Trial(step.technique, "technique", Status.SKIPPED, steps, reason=reason))
             return current
         depends = {"base": base.built.content, "data": self._data, "settings": dict(step.settings),
                    "schemes": [base.built.sim.scheme, base.built.sim.weight_scheme]}  # fmt: skip
         make = self._applied(step, base.built.sim)
         try:
             built = self.stages.build(
-                f"auto: {step.technique}", depends, lambda: make().calibrate(self.data), self._opened
+                f"auto: {step.technique}", depends, lambda: make().calibrate(self.data), self.opened
             )
         except Exception as error:
-            self._failed(step.technique, "technique", steps, error)
+            self.failed(step.technique, "technique", steps, error)
             return current
         summary = built.sim.reports[-1][1].summary
         if built.content == base.built.content:
-            self._note(
+            self.note(
                 Trial(step.technique, "technique", Status.UNCHANGED, steps, base.score, built.seconds, summary,
                       step.settings)
             )  # fmt: skip
             return current
         (result,) = self._scores([(" + ".join(steps), built, Mode.FULL)])
         if isinstance(result, Exception):
-            self._failed(step.technique, "technique", steps, result)
+            self.failed(step.technique, "technique", steps, result)
             return current
         score, seconds = result
         kept = score >= current.score
-        self._note(
+        self.note(
             Trial(step.technique, "technique", Status.KEPT if kept else Status.WORSE, steps, score,
                   built.seconds + seconds, summary, step.settings)
         )  # fmt: skip
         candidate = Candidate(steps, built, score, refined=True)
         self.candidates.append(candidate)
         return candidate if kept else current
+
+    def _needless(self) -> str:
+        """Why weights need no repair; empty if they do."""
+        weights, activations = self.diagnosis.get(Mode.WEIGHTS), self.diagnosis.get(Mode.ACTIVATIONS)
+        if weights is None:
+            return ""
+        by_weights = self.float_score - weights
+        if by_weights <= 0:
+            return "quantized weights alone cost nothing, and it repairs weights"
+        if activations is not None and not self.good(activations):
+            by_activations = self.float_score - activations
+            if by_weights <= min(NEGLIGIBLE * by_activations, self.limits.allowed_drop / 2):
+                return (
+                    f"it repairs weights, which alone cost {by_weights:.4g}; activations cost {by_activations:.4g}, "
+                    "which is beyond the allowed drop"
+                )
+        return ""
 
     # -- how one thing is done
 
@@ -314,10 +354,10 @@ class AutoSearch:
             return base.fork(scheme=scheme, weight_scheme=weight_scheme).calibrate(self.data)
 
         try:
-            return self.stages.build("auto: calibrate", depends, make, self._opened)
+            return self.stages.build("auto: calibrate", depends, make, self.opened)
         except Exception as error:
             name = self._scheme_name(index)
-            self._failed(name, "calibration", (*self._prepared, name), error)
+            self.failed(name, "calibration", (*self._prepared, name), error)
             return None
 
     def _scores(self, jobs: Iterable[Job]) -> Generator[tuple[float, float] | Exception]:
@@ -365,7 +405,7 @@ class AutoSearch:
         self.evaluations += 1
         return record["score"], record["seconds"]
 
-    def _left(self, name: str, kind: str, steps: tuple[str, ...]) -> bool:
+    def left(self, name: str, kind: str, steps: tuple[str, ...]) -> bool:
         """Whether the budget allows one more stage; if not, that is noted once."""
         limits, spent = self.limits, self.stages.clock.total
         if limits.evaluations is not None and self.evaluations >= limits.evaluations:
@@ -375,23 +415,37 @@ class AutoSearch:
         else:
             return True
         reason = f"the budget of {self.stopped} is spent: this and what would follow is left out"
-        self._note(Trial(name, kind, Status.SKIPPED, steps, reason=reason))
+        self.note(Trial(name, kind, Status.SKIPPED, steps, reason=reason))
         return False
 
     def _scheme_name(self, index: int) -> str:
         scheme, weight_scheme = self.schemes[index]
         return scheme if weight_scheme == "minmax" else f"{scheme}, weights {weight_scheme}"
 
-    def _failed(self, name: str, kind: str, steps: tuple[str, ...], error: Exception) -> None:
+    def failed(self, name: str, kind: str, steps: tuple[str, ...], error: Exception) -> None:
+        """Tell that something couldn't be done.
+
+        Raises:
+            WriteError: it was the disk.
+        """
         if isinstance(error, WriteError):  # a full disk says nothing of the candidate
             raise error
         expected = isinstance(error, BitwrightError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         status = Status.SKIPPED if isinstance(error, CapabilityError) else Status.FAILED
-        self._note(Trial(name, kind, status, steps, reason=reason))
+        self.note(Trial(name, kind, status, steps, reason=reason))
 
-    def _note(self, trial: Trial) -> None:
+    def note(self, trial: Trial) -> None:
+        """Tell what became of something."""
         self.trials.append(trial)
+
+    def add(self, steps: tuple[str, ...], built: Built, score: float, wider: Mapping[SiteId, str]) -> None:
+        """A candidate that has more bits at some sites."""
+        self.candidates.append(Candidate(steps, built, score, refined=True, wider=wider))
+
+    def score(self, name: str, built: Built, mode: Mode) -> tuple[float, float] | Exception:
+        """(score, seconds) of one network, evaluated here, or the error."""
+        return self._scored((name, built, mode), None)
 
 
 def _base(step: Step, kept: Sequence[Candidate]) -> Candidate:

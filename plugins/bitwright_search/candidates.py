@@ -156,17 +156,38 @@ def _has(spec: QuantSpec | None, text: str | None) -> bool:
 
 
 def _runs(sim: QuantSim, op_id: OpId, candidate: Candidate, members: Collection[SiteId]) -> bool:
-    """Whether the target lists a kernel for a candidate; a target that lists none runs everything."""
+    """Whether the target lists a kernel for a candidate."""
+    op = sim.graph.op(op_id)
+    varies = op.kind in COSTED and sim.plan.root(op.data_inputs[0]) in members
+    return runs_kernel(
+        sim,
+        op_id,
+        activation=candidate.activations if varies else None,
+        weight=candidate.weights if op.weight is not None else None,
+    )
+
+
+def runs_kernel(sim: QuantSim, op_id: OpId, *, activation: str | None = None, weight: str | None = None) -> bool:
+    """Whether the target lists a kernel for an op's types; a target that lists none runs everything.
+
+    Args:
+        sim: the network.
+        op_id: the op.
+        activation, weight: types in place of those that its input and weight have.
+    """
     op = sim.graph.op(op_id)
     kernels = sim.target.kernels(op.type) if op.kind in COSTED else ()
     if not kernels:
         return True
-    spec = sim.plan.spec(op.data_inputs[0])
-    present = (32, None) if spec is None else (spec.bits, spec.float_format)
-    varies = sim.plan.root(op.data_inputs[0]) in members
-    activation = _width(candidate.activations) if varies else present
-    weight = _width(candidate.weights) if op.weight is not None else None
-    return any(_fits(k, activation, weight) for k in kernels)
+    inputs = _width(activation) if activation is not None else _present(sim.plan.spec(op.data_inputs[0]))
+    kernel = None
+    if op.weight is not None:
+        kernel = _width(weight) if weight is not None else _present(sim.plan.spec(op.weight))
+    return any(_fits(k, inputs, kernel) for k in kernels)
+
+
+def _present(spec: QuantSpec | None) -> tuple[int, str | None]:
+    return (32, None) if spec is None else (spec.bits, spec.float_format)
 
 
 def _width(text: str) -> tuple[int, str | None]:

@@ -10,7 +10,7 @@ import functools
 import math
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def measure_noise(
     Every number is stored as soon as it is known, and not measured again by a later process.
     """
     noises = np.full((len(groups), len(candidates)), np.inf)
-    reference = _reference(sim, batches)
+    reference = outputs_of(sim, batches)
     content = content_of(sim)
     seen = fingerprint.of_arrays((f"{i}/{k}", v) for i, b in enumerate(batches) for k, v in sorted(b.items()))
     for c, candidate in enumerate(candidates):
@@ -107,8 +107,23 @@ def _alone(
     twin = sim.retyped(types).calibrate(data)
     roots = {g.name: list(dict.fromkeys(twin.plan.root(s) for s in (*g.weights, *g.activations))) for g in groups
              if stored[g.name] is None}  # fmt: skip
+    yield from noises_alone(twin, roots, batches, reference, folder)
+
+
+def noises_alone(
+    sim: QuantSim, roots: Mapping[str, Sequence[SiteId]], batches: Sequence[Batch], reference: Outputs, folder: Path
+) -> Iterator[tuple[str, float]]:
+    """(name, noise) of each group of sites, with every other site in float; by the workers, if there are some.
+
+    Args:
+        sim: a calibrated network.
+        roots: the sites of each group, by name.
+        batches: the samples.
+        reference: the float network's outputs for them.
+        folder: where the network may lie while workers measure it.
+    """
     try:
-        if sim.workers is not None and _laid_out(twin, batches, reference, folder):
+        if sim.workers is not None and _laid_out(sim, batches, reference, folder):
             with sim.workers.flight() as flight:
                 for name, sites in roots.items():
                     flight.submit(name, noise_of, str(folder), sites)
@@ -118,7 +133,7 @@ def _alone(
             return
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    network = Silenced.of(twin, batches, reference)
+    network = Silenced.of(sim, batches, reference)
     for name, sites in roots.items():
         yield name, network.noise(sites)
 
@@ -203,7 +218,8 @@ def relative_noise(session: Session, batches: Sequence[Batch], reference: Output
     return float(np.mean(noise / np.maximum(signal, np.finfo(np.float64).tiny)))
 
 
-def _reference(sim: QuantSim, batches: Sequence[Batch]) -> Outputs:
+def outputs_of(sim: QuantSim, batches: Sequence[Batch]) -> Outputs:
+    """What the float network makes of samples, by batch and output."""
     session = sim.backend.session(sim.native, [Tap(t) for t in _outputs(sim)])
     return [[np.asarray(v) for v in session.run(batch).values()] for batch in batches]
 

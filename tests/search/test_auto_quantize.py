@@ -14,6 +14,8 @@ from bitwright.hookspecs import AutoStage
 from bitwright.plugins import default_registry
 from bitwright.technique import Outcome, Report, Settings
 from bitwright_search.auto_result import Status
+from bitwright_search.evaluation import measure_saved
+from bitwright_search.sensitivity import noise_of
 
 HARD = {"target": "per_tensor", "weights": "int4"}
 
@@ -36,14 +38,14 @@ def test_everything_is_tried_in_order_and_the_best_comes_back(hard, net):
     names = [t.name for t in hard.trials]
     assert names == ["fold_batch_norm", "float", "weights only", "activations only", "sqnr", "minmax",
                      "percentile:99.99", "mse", "sqnr, weights mse", "cross_layer_equalization", "bias_correction",
-                     "adaround"]  # fmt: skip
+                     "adaround", "13 wider", "13 wider, techniques anew"]  # fmt: skip
     assert not hard.met
     assert hard.float_score == pytest.approx(1.0, abs=1e-5)
-    assert hard.score == max(t.score for t in hard.trials if t.kind in ("calibration", "technique"))
+    assert hard.score == max(t.score for t in hard.trials if t.kind in ("calibration", "technique", "types"))
     assert hard.score == net.fidelity(hard.model)
-    assert hard.evaluations == 11
+    assert hard.evaluations == 13
     assert hard.drop == pytest.approx(hard.float_score - hard.score)
-    assert any("mixed_precision" in line for line in hard.advice)
+    assert any("Not even 16 bits" in line for line in hard.advice)
     assert "beyond the allowed 0" in str(hard)
 
 
@@ -58,7 +60,7 @@ def test_each_stage_builds_on_the_best_so_far(hard):
             assert t.steps == (*base.steps, t.name)
             assert t.status is (Status.KEPT if t.score >= best.score else Status.WORSE)
             best = t if t.status is Status.KEPT else best
-        elif t.kind == "calibration" and (best is None or t.score > best.score):
+        elif t.kind in ("calibration", "types") and (best is None or t.score > best.score):
             best = t
     assert best.steps == hard.steps
 
@@ -243,7 +245,10 @@ def test_any_executor_gives_the_same_result(net):
             result = auto_quantize(net.model, net.images, net.fidelity, executor=pool, **options)
         assert summary(result) == summary(plain)
         assert result.best == plain.best
-    assert len(own.submitted) == plain.evaluations
+    # Types are tried one after the other, here; what decides on them is measured side by side.
+    alone = sum(t.kind == "types" for t in plain.trials)
+    assert sum(function is measure_saved for function, _ in own.submitted) == plain.evaluations - alone
+    assert sum(function is noise_of for function, _ in own.submitted) == 13
 
 
 def test_an_executor_stops_where_one_process_stops(net):
@@ -370,7 +375,7 @@ def test_the_command(net, capsys, tmp_path):
     assert "within the allowed 0.05" in out
     assert "diagnosis.html" in out
     status, out, err = run("--evaluate", f"{score}:top1", "--allowed-drop", "0", "--weights", "int3", "--schemes",
-                           "minmax", "--recipe", "cle")  # fmt: skip
+                           "minmax", "--recipe", "cle", "--no-wider")  # fmt: skip
     assert status == 1
     assert "no network is within a drop of 0" in err
     assert run("--allowed-drop", "0.1")[0] == 2
