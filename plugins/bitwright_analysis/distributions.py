@@ -13,7 +13,7 @@ from bitwright.backend import Backend, Params, Session, Tap
 from bitwright.calibration import collect
 from bitwright.data import Dataset
 from bitwright.graph import Graph, Op, ParamRole
-from bitwright.grids import Encoding, PerChannel, PerTensor, to_groups
+from bitwright.grids import Encoding, PerChannel, PerTensor, fixed_layout, to_groups
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress
 from bitwright.report import describe
@@ -48,7 +48,8 @@ def _parameter(
     scale, zero = encoding.spread(values.shape)
     integer = encoding.float_format is None
     single = encoding.scale.ndim == 0
-    axis = 0 if isinstance(encoding.granularity, PerTensor) else encoding.granularity.axis
+    layout = fixed_layout(encoding.granularity)
+    axis = 0 if isinstance(layout, PerTensor) else layout.axis
     groups = to_groups(values, PerChannel(axis)) if values.ndim else values.reshape(1, 1)
     seen = values if single or not integer else values / scale
     low, high = float(seen.min()), float(seen.max())
@@ -81,10 +82,10 @@ def _grid(encoding: Encoding, *, in_codes: bool) -> dict[str, Any]:
         "grid": describe(encoding),
         "grid_low": None,
         "grid_high": None,
-        "step_smallest": float(encoding.scale.min()),
-        "step_largest": float(encoding.scale.max()),
+        "step_smallest": float(encoding.scale.min()) if encoding.scale.size else None,
+        "step_largest": float(encoding.scale.max()) if encoding.scale.size else None,
     }
-    if encoding.float_format is not None:
+    if not encoding.is_fixed:
         return figures
     figures |= {"grid_low": float(encoding.minimum.min()), "grid_high": float(encoding.maximum.max())}
     first = encoding.grid.qmin - int(encoding.zero_point.reshape(-1)[0])
@@ -148,7 +149,7 @@ def _activation(
     edges = np.linspace(first, last, BINS + 1)
     reached = cumulative(values, edges)
     clipped = 0.0
-    if encoding.float_format is None:
+    if encoding.is_fixed:
         ends = np.array(
             [encoding.minimum.min() - encoding.scale.min() / 2, encoding.maximum.max() + encoding.scale.min() / 2]
         )

@@ -81,7 +81,7 @@ class Distribution(Record):
         low, high: smallest and largest value (of activations: in the float network).
         typical: 99.9 % of the magnitudes are at most this.
         grid_low, grid_high: ends of the grid, over all its groups.
-        step_smallest, step_largest: grid steps; equal for one scale.
+        step_smallest, step_largest: grid steps; equal for one scale, null where the range is found at run time.
         clipped: share of values beyond their grid's ends.
         unit: of the histogram: "value", or "code" where scales differ: values in steps from zero.
         first, width: left edge of the first bin and width of each.
@@ -100,8 +100,8 @@ class Distribution(Record):
     typical: float
     grid_low: float | None
     grid_high: float | None
-    step_smallest: float
-    step_largest: float
+    step_smallest: float | None
+    step_largest: float | None
     clipped: float
     unit: str
     first: float

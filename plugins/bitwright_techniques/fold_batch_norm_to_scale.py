@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Capability
 from bitwright.graph import BatchNormAttrs, Op, OpKind, ParamId, ParamRole, edits
-from bitwright.grids import Encoding, PerTensor
+from bitwright.grids import Encoding, PerTensor, fixed_layout
 from bitwright.placement import Plan
 from bitwright.statistics import Request
 from bitwright.technique import Context, Outcome, Report
@@ -77,7 +77,7 @@ class FoldBatchNormToScale:
 
 def _by_output(op: Op, encoding: Encoding) -> bool:
     """Whether scales belong to output channels (LPBQ's and blocks' rows do)."""
-    layout = encoding.granularity
+    layout = fixed_layout(encoding.granularity)
     if isinstance(layout, PerTensor) or encoding.float_format in ("float16", "bfloat16"):
         return False
     return layout.axis == (1 if op.kind is OpKind.CONV_TRANSPOSE else 0)

@@ -246,7 +246,7 @@ class _Known:
 
     def _noise(self, factors: Values, grid: Encoding) -> Values:
         """Power of the rounding error of x/s, (groups, K)."""
-        if grid.float_format is None:
+        if grid.is_fixed:
             return np.full_like(factors, float(grid.scale) ** 2 / 12)
         # Steps grow with the values: the share of a value that is lost, over an octave from the feature's own size on.
         size = np.maximum(self.mean / factors, np.finfo(np.float32).tiny)[..., None]

@@ -274,3 +274,31 @@ def test_exports_that_cannot_saturate(port, data, tmp_path):
     loose, tight = (other.export(tmp_path / str(p), plain_session=p) for p in (False, True))
     assert {r.weight for r in risks_of(loose.files["qdq"]).pairs} == set(tight.stored_anew) == dense
     assert risks_of(tight.files["qdq"]).pairs == ()
+
+
+def test_ranges_at_run_time(port, data, tmp_path):
+    """No data, one grid for what each layer reads, and the same in the exported file and in one that is loaded."""
+    fed = {op.id: op.data_inputs[0] for op in port.sim(MODEL).graph.linear_ops}
+    types = {"activations": "int8:per_token", "overrides": {fed["conv2"]: "uint8:dynamic"}}
+    sim = port.sim(MODEL, **types).calibrate()
+    found = {op: str(sim.encodings[site].run_time) for op, site in fed.items()}
+    assert found == {
+        "conv1": "int8:dynamic", "depthwise": "int8:dynamic", "conv2": "uint8:dynamic", "fc": "int8:per_token",
+    }  # fmt: skip
+    assert set(sim.encodings) == {*fed.values(), *weights(sim).values()}
+    assert 0 < error(sim, data) < 1e-3
+    sim.calibrate(data)  # data change nothing, but what the export is proven on
+    bundle = sim.export(tmp_path, name="net")
+    file = read(bundle.files["encodings"])
+    assert dict(file.run_time) == {bundle.names.get(site, site): found[op] for op, site in fed.items()}
+    assert not file.activations
+    taps = [Tap(t) for t in sim.graph.outputs]
+    batch = {k: v[:4] for k, v in data.items()}
+    wanted = sim.simulation.session(taps).run(batch)[taps[0]]
+    again = port.sim(MODEL, **types).load_encodings(bundle.files["encodings"])
+    assert np.asarray(again.simulation.session(taps).run(batch)[taps[0]]).tobytes() == np.asarray(wanted).tobytes()
+    ops = [node.op_type for node in onnx.load(bundle.files["qdq"]).graph.node]
+    assert "QuantizeLinear" not in ops
+    assert ops.count("DynamicQuantizeLinear") == 1
+    with pytest.raises(InputError, match="calibrate: .* activations take their range of data"):
+        port.sim(MODEL).calibrate()

@@ -29,6 +29,7 @@ from bitwright.grids import (
     moving,
     present,
     ratio_to,
+    run_time_rounded,
     two_level,
     two_level_scales,
 )
@@ -118,6 +119,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         )  # fmt: skip
         if not same or (old.grid.steps >= WIDE) != (encoding.grid.steps >= WIDE):
             return False
+        if encoding.run_time is not None:  # all of it is in the ops
+            return old.equals(encoding)
         if not (self.learns or self.follows):
             return True
         kind = (old.bits, old.signed, old.symmetric, old.strict, old.frozen)
@@ -210,6 +213,9 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     def _round(self, x: Any) -> Any:
         dtype = keras.backend.standardize_dtype(x.dtype)
         value = x if dtype == "float32" else ops.cast(x, "float32")
+        if self._form.run_time is not None:
+            y = run_time_rounded(NAMESPACE, value, self._form.run_time, trained=True)
+            return y if dtype == "float32" else ops.cast(y, dtype)
         scale, low, high = self.numbers(value if self._layout is not None else None)
         groups, cut = None, value
         if self._layout is None:

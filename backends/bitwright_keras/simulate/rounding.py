@@ -62,7 +62,7 @@ class KerasNamespace:
     @staticmethod
     def divided(x: Any, by: float, /) -> Any:
         """x / by."""
-        return ops.divide(x, opaque(by))
+        return ops.divide(x, ops.cast(opaque(by), x.dtype))
 
     @staticmethod
     def float64(x: Any, /) -> Any:
@@ -73,6 +73,14 @@ class KerasNamespace:
     def float32(x: Any, /) -> Any:
         """In single."""
         return ops.cast(x, "float32")
+
+    # -- of `run_time.RunTimeNamespace`
+
+    @staticmethod
+    def spans(x: Any, per_token: bool, /) -> tuple[Any, Any]:
+        """Minimum and maximum of rows, or of all values."""
+        axis = -1 if per_token else None
+        return ops.min(x, axis=axis, keepdims=per_token), ops.max(x, axis=axis, keepdims=per_token)
 
     # -- of `training_rules.TrainingNamespace`
 

@@ -6,7 +6,9 @@ around it lie `<tensor>_float`, `<tensor>_quantized`, `<tensor>_scale` and `<ten
 
 Storage: the narrowest ONNX integer type that holds the codes (4, 8, 16 bits, int32 for biases). An activation grid
 smaller than its type (3, 5, 6, 7 or 9 to 15 bits, strict grids) gets a Clip beside its Q, since Q saturates at the
-type's ends only. float16 and bfloat16 sites are casts there and back; fp8 has Q and DQ of its own.
+type's ends only. float16 and bfloat16 sites are casts there and back; fp8 has Q and DQ of its own. A range at run time
+is DynamicQuantizeLinear and DequantizeLinear where ONNX has it (uint8, one range for the tensor), which ONNX Runtime
+multiplies in integers, and otherwise the grid's formula in standard ops.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from bitwright.backend import Bundle
 from bitwright.calibration import bias_encoding, guarded
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId, preserves_grid
-from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor
+from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, fixed_layout
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.model import save_model
 from bitwright_onnx.export.byte_blocks import turn_byte_blocks
 from bitwright_onnx.export.float_biases import split_large_biases
 from bitwright_onnx.export.storage import opset_for, storage_type, stored
-from bitwright_onnx.graph.opset import INT4_OPSET, MINIMUM_OPSET, opset_of, raise_opset
+from bitwright_onnx.graph.opset import MINIMUM_OPSET, opset_of, raise_opset
 from bitwright_onnx.graph.optable import turns_weight
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.graph.tensors import tensor_array
@@ -249,13 +251,15 @@ class _Writer:
         uses = list(value.uses())
         is_input = value.is_graph_input()
         chain = NodeList(self.fresh(f"{site}_qdq"))
-        if encoding.float_format in ("float16", "bfloat16"):
+        if str(encoding.run_time) == "uint8:dynamic":
+            y = self._dynamic(chain, value, site)
+        elif encoding.run_time is not None or encoding.float_format in ("float16", "bfloat16"):
             form, known = form_of(encoding, None), merged(form_of(encoding, None), encoding)
 
             def operand(suffix: str) -> ir.Value:
                 return self.initializer(f"{site}_{suffix}", known[suffix])
 
-            y = fixed_site(chain, value, SiteContext(form, dtype, INT4_OPSET), operand, encoding)
+            y = fixed_site(chain, value, SiteContext(form, dtype, opset_of(self.model)), operand, encoding)
         else:
             y = self._pair(chain, value, site, encoding, kind)
         y.type, y.shape = value.type, value.shape
@@ -280,6 +284,13 @@ class _Writer:
             graph.insert_after(producer, chain.nodes)
             value.name = self.fresh(f"{site}_float")
         y.name = site
+
+    def _dynamic(self, chain: NodeList, x: ir.Value, site: SiteId) -> ir.Value:
+        dtype = x.dtype or ir.DataType.FLOAT
+        made = [ir.Value(name=self.fresh(f"{site}_{part}")) for part in ("quantized", "scale", "zero_point")]
+        x = in_float32(chain, x, dtype)
+        chain.nodes.append(ir.node("DynamicQuantizeLinear", [x], outputs=made, name=f"{chain.prefix}/dynamic"))
+        return from_float32(chain, chain("DequantizeLinear", *made), dtype)
 
     def _pair(self, chain: NodeList, x: ir.Value, site: SiteId, encoding: Encoding, kind: ir.DataType) -> ir.Value:
         dtype = x.dtype or ir.DataType.FLOAT
@@ -458,7 +469,7 @@ def _native_numbers(
     back: NDArray[np.intp],
 ) -> tuple[NDArray[Any], NDArray[Any], dict[str, int]]:
     """Scale, zero point and attributes of DequantizeLinear in the parameter's native layout."""
-    how = encoding.granularity
+    how = fixed_layout(encoding.granularity)
     extra = len(canonical) - len(param.shape)
     if isinstance(how, PerTensor):
         return encoding.scale, encoding.zero_point, {}

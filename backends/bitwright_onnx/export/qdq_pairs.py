@@ -70,6 +70,8 @@ def contents_of(path: Path) -> QdqContents:
         name = sites.get(str(value.name), _name(str(value.name), kept))
         if source is not None and source.is_initializer():
             restored.append((name, node, _restored(graph, value, source)))
+        elif source is not None and _at_run_time(source):
+            continue
         elif not _passed_by(source, value):
             found.pairs.setdefault(name, []).append(_activation(node, path))
     for name, node, parameter in restored:
@@ -89,6 +91,12 @@ def _passed_by(source: ir.Value | None, value: ir.Value) -> bool:
     while source is not None and (node := source.producer()) is not None and _of_pair(node):
         source = node.inputs[0]
     return source is not None and any(not _of_pair(user) for user, _ in source.uses())
+
+
+def _at_run_time(quantized: ir.Value) -> bool:
+    """Whether codes are of a grid whose numbers are found at run time: a pair without any."""
+    producer = quantized.producer()
+    return producer is not None and producer.op_type == "DynamicQuantizeLinear"
 
 
 def _of_pair(node: ir.Node) -> bool:

@@ -37,6 +37,8 @@ def opset_for(encoding: Encoding, kind: ir.DataType) -> int:
     """The lowest opset that expresses an encoding with codes of type `kind`."""
     if encoding.float_format is not None:
         return FLOAT8_OPSET if kind.bitwidth == 8 else MINIMUM_OPSET
+    if encoding.run_time is not None:
+        return MINIMUM_OPSET
     if kind.bitwidth in (4, 16) or isinstance(encoding.granularity, Blockwise):
         return INT4_OPSET
     return MINIMUM_OPSET

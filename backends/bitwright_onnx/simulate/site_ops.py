@@ -20,7 +20,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
-from bitwright.grids import FLOAT_FORMATS, Blockwise, Encoding, PerTensor, QuantSpec, spread
+from bitwright.grids import (
+    FLOAT_FORMATS,
+    TINY,
+    Blockwise,
+    Dynamic,
+    Encoding,
+    PerTensor,
+    QuantSpec,
+    fixed_layout,
+    spread,
+)
 
 Numbers = dict[str, NDArray[Any]]
 """A chain's operands by suffix."""
@@ -28,6 +38,8 @@ Numbers = dict[str, NDArray[Any]]
 WIDE_OPSET = 21
 """First opset whose QuantizeLinear writes 16-bit codes."""
 FLOAT8_OPSET = 19
+AXES_OPSET = 18
+"""First opset whose ReduceMin and ReduceMax take their axes as an operand."""
 MINIMUM_OPSET = 13
 
 FLOAT_TYPES = {
@@ -43,12 +55,15 @@ class SiteForm:
     """The shape of a chain; a change of form needs a new graph, a change of numbers doesn't.
 
     Attributes:
-        kind: "integer8" (2–8 bits), "integer" (2–16 bits), "int32", or a float format.
+        kind: "integer8" (2–8 bits), "integer" (2–16 bits), "int32", a float format, or with a range at run time
+            "symmetric" or "asymmetric".
         rank: the tensor's rank where scales are spread over its axes; None for one scale.
+        per_token: one range at run time for each row.
     """
 
     kind: str
     rank: int | None = None
+    per_token: bool = False
 
     @property
     def opset(self) -> int:
@@ -62,6 +77,8 @@ class SiteForm:
 
 def form_of(encoding: Encoding | QuantSpec, rank: int | None) -> SiteForm:
     """The chain that an encoding needs on a tensor of `rank`."""
+    if isinstance(encoding.granularity, Dynamic):
+        return SiteForm("symmetric" if encoding.symmetric else "asymmetric", None, encoding.granularity.per_token)
     scalar = isinstance(encoding.granularity, PerTensor)
     kind = encoding.float_format or ("int32" if encoding.bits == 32 else "integer")
     return SiteForm(
@@ -72,6 +89,12 @@ def form_of(encoding: Encoding | QuantSpec, rank: int | None) -> SiteForm:
 def numbers(form: SiteForm, encoding: Encoding | None) -> Numbers:
     """Operands of a chain for an encoding; None gives the bypass (its switches off, harmless values elsewhere)."""
     on = encoding is not None
+    if form.kind in RUN_TIME:
+        ends = (0, 1) if encoding is None else (encoding.grid.qmin, encoding.grid.qmax)
+        return {
+            "on": np.asarray(on),
+            **{k: np.asarray(v, np.float32) for k, v in zip(("low", "high"), ends, strict=True)},
+        }
     if form.kind in ("integer8", "integer") and form.rank is None:
         found = _scalar_numbers(encoding)
         if form.kind == "integer8":
@@ -131,7 +154,7 @@ def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
     Raises:
         EncodingError: an axis is out of range.
     """
-    layout, shape = encoding.granularity, [1] * rank
+    layout, shape = fixed_layout(encoding.granularity), [1] * rank
     axes: tuple[int, ...] = () if isinstance(layout, PerTensor) else (layout.axis,)
     if isinstance(layout, Blockwise):
         axes = (layout.axis, layout.block_axis)
@@ -144,6 +167,8 @@ def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
+RUN_TIME = frozenset({"symmetric", "asymmetric"})
+"""Kinds of chains that find their range in the values."""
 Operand = Callable[[str], ir.Value]
 
 
@@ -190,6 +215,29 @@ class SiteContext:
             return _pair16(chain, x, operand)
         return _composed(chain, x, operand, clip=True)
 
+    def at_run_time(self, chain: NodeList, x: ir.Value, operand: Operand) -> ir.Value:
+        """A grid that the values themselves span: `bitwright.grids.run_time_rounded` op by op."""
+        low = chain("Min", self._reduced(chain, "ReduceMin", x, operand), operand("none"))
+        high = chain("Max", self._reduced(chain, "ReduceMax", x, operand), operand("none"))
+        below = chain("Neg", low)
+        symmetric = self.form.kind == "symmetric"
+        reach = chain("Max", high, below) if symmetric else chain("Sub", high, low)
+        scale = chain("Div", reach, operand("high"))
+        scale = chain("Where", chain("Less", scale, operand("tiny")), operand("one"), scale)
+        ends = operand("low"), operand("high")
+        if not symmetric:
+            zero = chain("Min", chain("Round", chain("Div", below, scale)), operand("high"))
+            ends = chain("Sub", ends[0], zero), chain("Sub", ends[1], zero)
+        q = chain("Min", chain("Max", chain("Round", chain("Div", x, scale)), ends[0]), ends[1])
+        return chain("Mul", q, scale)
+
+    def _reduced(self, chain: NodeList, op: str, x: ir.Value, operand: Operand) -> ir.Value:
+        if not self.form.per_token:
+            return chain(op, x, keepdims=0)
+        if self.opset < AXES_OPSET:
+            return chain(op, x, axes=[-1], keepdims=1)
+        return chain(op, x, operand("axes"), keepdims=1)
+
 
 def live_site(chain: NodeList, x: ir.Value, place: SiteContext, operand: Operand) -> ir.Value:
     """The chain with its switches: bypassed, the tensor passes as it is."""
@@ -203,6 +251,8 @@ def live_site(chain: NodeList, x: ir.Value, place: SiteContext, operand: Operand
             ("wide", lambda c, v: place.wide(c, v, operand)),
             ("odd", lambda c, v: _composed(c, v, operand, clip=True)),
         ]
+    elif form.kind in RUN_TIME:
+        branches = [("on", lambda c, v: place.at_run_time(c, v, operand))]
     else:
         branches = [("on", lambda c, v: _plain(c, v, form, operand))]
     return _switch(chain, x, branches, operand, place.dtype)
@@ -219,6 +269,8 @@ def fixed_site(chain: NodeList, x: ir.Value, place: SiteContext, operand: Operan
             y = place.wide(chain, x, operand)
         else:
             y = _composed(chain, x, operand, clip=True)
+    elif form.kind in RUN_TIME:
+        y = place.at_run_time(chain, x, operand)
     else:
         y = _plain(chain, x, form, operand)
     return from_float32(chain, y, place.dtype)
@@ -305,6 +357,9 @@ def _plain(chain: NodeList, x: ir.Value, form: SiteForm, operand: Operand) -> ir
 
 def constants(form: SiteForm) -> Numbers:
     """Operands that follow from the form alone."""
+    if form.kind in RUN_TIME:
+        plain = {name: np.asarray(v, np.float32) for name, v in (("none", 0), ("one", 1), ("tiny", TINY))}
+        return {**plain, "axes": np.asarray([-1], np.int64)}
     if form.kind not in FLOAT_FORMATS:
         return {}
     largest = np.asarray(FLOAT_FORMATS[form.kind][2], np.float32)

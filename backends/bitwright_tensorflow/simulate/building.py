@@ -83,7 +83,7 @@ class Builder:
             for site in (s for s in self._sites.rounded if self._plan.root(s) == root):
                 x, scope = self._activation(site), prefix if site == root else ins.free(f"{_scope(site)}/quantizer")
                 with ins.scratch.as_default(), tf.name_scope(f"{scope}/"):
-                    y = switched(x, on, chain.kind, operands, "value")
+                    y = switched(x, on, chain.kind, operands, "value", chain.run_time)
                 self._place(site, y)
         for param in self._parameters():
             read = self._found.params[param]

@@ -22,7 +22,18 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
-from bitwright.grids import FLOAT_FORMATS, Blockwise, Encoding, Groups, PerTensor, QuantSpec, spread
+from bitwright.grids import (
+    FLOAT_FORMATS,
+    Blockwise,
+    Encoding,
+    Groups,
+    PerTensor,
+    QuantSpec,
+    RunTimeGrid,
+    fixed_layout,
+    run_time_rounded,
+    spread,
+)
 
 Node = Any
 """A symbolic tensor of a graph under construction."""
@@ -65,8 +76,8 @@ class TfNamespace:
 
     @staticmethod
     def divided(x: Node, by: float, /) -> Node:
-        """x / by in double; grappler doesn't see the value, as it would multiply by its reciprocal."""
-        return x / tf.raw_ops.PlaceholderWithDefault(input=np.float64(by), shape=[])
+        """x / by, in x's type; grappler doesn't see the value, as it would multiply by its reciprocal."""
+        return x / tf.raw_ops.PlaceholderWithDefault(input=np.asarray(by, x.dtype.as_numpy_dtype), shape=[])
 
     @staticmethod
     def filled(x: Node, value: float, /) -> Node:
@@ -83,6 +94,14 @@ class TfNamespace:
         """In single."""
         return tf.cast(x, tf.float32)
 
+    # -- of `run_time.RunTimeNamespace`
+
+    @staticmethod
+    def spans(x: Node, per_token: bool, /) -> tuple[Node, Node]:
+        """Minimum and maximum of rows, or of all values."""
+        axis = -1 if per_token else None
+        return tf.reduce_min(x, axis, keepdims=per_token), tf.reduce_max(x, axis, keepdims=per_token)
+
     # -- of `training_rules.TrainingNamespace`
 
     exp = staticmethod(tf.exp)
@@ -93,7 +112,9 @@ NAMESPACE = TfNamespace()
 
 
 def kind_of(encoding: Encoding | QuantSpec) -> str:
-    """Which ops an encoding needs: "integer" (below 24 bits), "wide", or the name of a float format."""
+    """Which ops an encoding needs: "integer" (below 24 bits), "wide", "run time", or the name of a float format."""
+    if encoding.run_time is not None:
+        return "run time"
     if encoding.float_format is not None:
         return encoding.float_format
     return "wide" if encoding.grid.steps >= WIDE else "integer"
@@ -107,16 +128,20 @@ class SiteForm:
         kind: see `kind_of`.
         spread: whether scales vary over the tensor. The ops would be the same, but their variables then have no fixed
             shape, and where grappler can't tell shapes it fuses what no kernel computes (grouped convolutions).
+        run_time: the codes of a range at run time.
     """
 
     kind: str = "integer"
     spread: bool = False
+    run_time: RunTimeGrid | None = None
 
     @classmethod
     def of(cls, encoding: Encoding | QuantSpec | None) -> SiteForm:
         """The chain for an encoding or a specification."""
         if encoding is None:
             return cls()
+        if encoding.run_time is not None:
+            return cls(kind_of(encoding), run_time=encoding.run_time)
         return cls(kind_of(encoding), not isinstance(encoding.granularity, PerTensor))
 
     def shape(self, rank: int | None) -> tuple[int | None, ...] | None:
@@ -129,6 +154,7 @@ class SiteForm:
 OPERANDS: dict[str, dict[str, Any]] = {
     "integer": {"scale": np.float32, "low": np.float32, "high": np.float32},
     "wide": {"scale": np.float32, "zero": np.float64, "low": np.float64, "high": np.float64},
+    "run time": {},
     "float16": {},
     "bfloat16": {},
     "float8e4m3fn": {"scale": np.float32},
@@ -147,6 +173,8 @@ def numbers(kind: str, encoding: Encoding | None, rank: int | None) -> dict[str,
     """
     if encoding is None:
         return {name: np.ones((1,) * (rank or 0), dtype) for name, dtype in OPERANDS[kind].items()}
+    if not OPERANDS[kind]:
+        return {}
     scale, zero = _spread(encoding.scale, encoding, rank), _spread(encoding.zero_point, encoding, rank)
     found: dict[str, NDArray[Any]] = {"scale": scale}
     if kind == "integer":
@@ -160,7 +188,7 @@ def numbers(kind: str, encoding: Encoding | None, rank: int | None) -> dict[str,
 
 def _spread(values: NDArray[Any], encoding: Encoding, rank: int | None) -> NDArray[Any]:
     """Values that broadcast against the tensor; its dimensions aren't needed but those that carry scales."""
-    layout = encoding.granularity
+    layout = fixed_layout(encoding.granularity)
     if isinstance(layout, PerTensor):
         return values
     if rank is None:
@@ -176,16 +204,19 @@ def _spread(values: NDArray[Any], encoding: Encoding, rank: int | None) -> NDArr
     return np.asarray(spread(values, tuple(shape), layout))
 
 
-def rounded(kind: str, x: Node, operands: Mapping[str, Node]) -> Node:
+def rounded(kind: str, x: Node, operands: Mapping[str, Node], run_time: RunTimeGrid | None = None) -> Node:
     """x on a grid, in x's type; the numbers broadcast against it.
 
     Args:
         kind: see `kind_of`.
         x: any float tensor.
         operands: tensors by the names in `OPERANDS`.
+        run_time: the codes of a range at run time.
     """
     value = tf.cast(x, tf.float32)
-    if kind == "integer":
+    if run_time is not None:
+        y = run_time_rounded(NAMESPACE, value, run_time)
+    elif kind == "integer":
         scale = operands["scale"]
         y = NAMESPACE.clip(tf.round(value / scale), operands["low"], operands["high"]) * scale
     elif kind == "wide":
@@ -209,15 +240,18 @@ def cast_to(kind: str, x: Node) -> Node:
     return tf.cast(tf.cast(saturated, _CASTS[kind]), tf.float32)
 
 
-def switched(x: Node, on: Node, kind: str, operands: Mapping[str, Node], name: str) -> Node:
+def switched(
+    x: Node, on: Node, kind: str, operands: Mapping[str, Node], name: str, run_time: RunTimeGrid | None = None
+) -> Node:
     """`rounded` while `on`, x itself otherwise: no op of the grid then runs. For inference.
 
     Args:
         on: scalar bool.
         name: of the last node.
+        run_time: the codes of a range at run time.
     """
     passed, taken = tf.raw_ops.Switch(data=x, pred=on)
-    return tf.raw_ops.Merge(inputs=[passed, rounded(kind, taken, operands)], name=name).output
+    return tf.raw_ops.Merge(inputs=[passed, rounded(kind, taken, operands, run_time)], name=name).output
 
 
 def chosen(on: Node, x: Node, y: Node) -> Node:

@@ -26,6 +26,7 @@ from bitwright.grids import (
     Groups,
     PerChannel,
     PerTensor,
+    fixed_layout,
     followed,
     learned_scale,
     learned_zero,
@@ -33,11 +34,12 @@ from bitwright.grids import (
     one_sided,
     present,
     ratio_to,
+    run_time_rounded,
     two_level_scales,
 )
 from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Transposed
 from bitwright_tensorflow.graph.model import Array
-from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, Node, kind_of, trained
+from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, Node, chosen, kind_of, trained
 from bitwright_tensorflow.simulate.instrument import Instrument
 
 
@@ -57,7 +59,7 @@ class Operand:
 
     def placed(self, granularity: Granularity) -> tuple[Node, Granularity, Callable[[Node], Node]]:
         """Values that the granularity can be spread over, the granularity in their layout, and the way back."""
-        layout = self.form.layout
+        layout, granularity = self.form.layout, fixed_layout(granularity)
         if isinstance(granularity, PerTensor) or layout == tuple(range(len(self.param.shape))):
             return self.symbol, granularity, lambda y: y
         if layout is not None:
@@ -167,6 +169,9 @@ class TrainedSite:
             EncodingError: the granularity doesn't fit the tensor.
         """
         with ins.scratch.as_default(), tf.name_scope(f"{scope}/"):
+            if self._form.run_time is not None and not isinstance(x, Operand):
+                y = run_time_rounded(NAMESPACE, tf.cast(x, tf.float32), self._form.run_time, trained=True)
+                return tf.identity(tf.cast(chosen(self._on, y, tf.cast(x, tf.float32)), x.dtype), name="value")
             if isinstance(x, Operand):
                 values, granularity, back = x.placed(self._form.granularity)
             else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitwright.grids import (
     UNSET,
     Blockwise,
+    Dynamic,
     Encoding,
     Granularity,
     GridPolicy,
@@ -34,7 +35,7 @@ from bitwright.grids import (
 )
 from bitwright.grids import two_level as two_level_encoding
 from bitwright_torch.simulate.kernels import NAMESPACE
-from bitwright_torch.simulate.rounding import round_to_float, round_to_grid
+from bitwright_torch.simulate.rounding import round_at_run_time, round_to_float, round_to_grid
 
 
 class FakeQuantize(nn.Module):
@@ -201,6 +202,8 @@ class FakeQuantize(nn.Module):
         if scale is None or zero is None:
             scale, zero = self.numbers()
         form, factor = self._form, 1.0
+        if form.run_time is not None:
+            return round_at_run_time(x, form.run_time)
         if self.evened:
             factor = lsq_factor(Groups.of(tuple(x.shape), self._granularity).elements, form.grid)
         if form.float_format is not None:
@@ -300,7 +303,7 @@ class FakeQuantize(nn.Module):
 
 def _native(granularity: Granularity, layout: tuple[int, ...] | None) -> Granularity:
     """A canonical granularity in the parameter's own layout."""
-    if layout is None or isinstance(granularity, PerTensor):
+    if layout is None or isinstance(granularity, PerTensor | Dynamic):
         return granularity
     axis = layout[granularity.axis]
     if isinstance(granularity, Blockwise):

@@ -100,6 +100,14 @@ class TorchNamespace:
         """In single."""
         return x.float()
 
+    # -- of `run_time.RunTimeNamespace`
+
+    @staticmethod
+    def spans(x: Tensor, per_token: bool, /) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of rows, or of all values."""
+        found = torch.aminmax(x, dim=-1, keepdim=True) if per_token else torch.aminmax(x)
+        return found.min, found.max
+
     # -- of `training_rules.TrainingNamespace`
 
     exp = staticmethod(torch.exp)

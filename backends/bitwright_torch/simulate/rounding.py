@@ -13,9 +13,11 @@ from bitwright.grids import (
     Granularity,
     Grid,
     Groups,
+    RunTimeGrid,
     cast_vjp,
     fake_quantize,
     fake_quantize_vjp,
+    run_time_rounded,
 )
 from bitwright_torch.simulate.kernels import NAMESPACE, kernels
 
@@ -45,6 +47,15 @@ def round_to_grid(
         result: Tensor = _RoundToGrid.apply(x, scale, zero_point, grid, granularity, factor)  # type: ignore[no-untyped-call]
         return result
     return _rounded(x, scale, zero_point, grid, granularity)
+
+
+def round_at_run_time(x: Tensor, grid: RunTimeGrid) -> Tensor:
+    """x on the grid that its own values span, in x's type; bit-equal to `Encoding.fake_quantize`."""
+    if not x.numel():
+        return x
+    trained = torch.is_grad_enabled() and x.requires_grad
+    y: Tensor = run_time_rounded(NAMESPACE, x.float(), grid, trained=trained)
+    return y.to(x.dtype)
 
 
 def round_to_float(

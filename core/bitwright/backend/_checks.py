@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, OpId, ParamId, moved_from
-from bitwright.grids import Blockwise, Encoding, PerTensor
+from bitwright.grids import Blockwise, Dynamic, Encoding, PerTensor
 from bitwright.placement import Plan, SiteId
 
 T = TypeVar("T")
@@ -64,6 +64,13 @@ def check_encoding(graph: Graph, plan: Plan, site: SiteId, encoding: Encoding) -
         raise EncodingError(f"site {site!r}: an Encoding is needed, got a {type(encoding).__name__}")
     if isinstance(encoding.granularity, PerTensor):
         return
+    if isinstance(encoding.granularity, Dynamic):
+        if site in graph.params or len(plan.tied(plan.root(site))) > 1:
+            raise EncodingError(
+                f"{site!r}: a range at run time is one tensor's own: parameters, and tensors that share a grid, take "
+                "numbers"
+            )
+        return
     for shared in dict.fromkeys((site, *plan.tied(plan.root(site)))):
         param, tensor = graph.params.get(shared), graph.tensors.get(shared)
         if param is not None:
@@ -87,7 +94,7 @@ def check_fits(site: SiteId, encoding: Encoding, shape: Shape | None) -> None:
         EncodingError: they don't fit.
     """
     layout, found = encoding.granularity, encoding.scale.shape
-    if isinstance(layout, PerTensor):
+    if isinstance(layout, PerTensor | Dynamic):
         return
     if shape is None:
         raise EncodingError(f"{site!r} has no known rank, so only one scale for the whole tensor can be set")

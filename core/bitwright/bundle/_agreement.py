@@ -317,6 +317,9 @@ def _measured(a: Array, b: Array, encoding: Encoding | None) -> tuple[float, flo
         size = np.maximum(np.maximum(np.abs(x), np.abs(y)), smallest)
         distance = np.abs(x - y) / (size * 2.0**-mantissa)
         return float((distance > 0.01).mean()), float(distance.max(initial=0.0)), noise * 2.0**mantissa
+    if encoding.run_time is not None:
+        steps = encoding.steps_between(*(_finite(v, finite) for v in (a, b)))
+        return float((steps > 0).sum() / a.size), float(steps.max(initial=0)), noise * encoding.grid.steps
     p, q = (_finite(v, finite).astype(np.float32, copy=False) for v in (a, b))
     reach = max(float(p.max(initial=0.0)), -float(p.min(initial=0.0)))
     steps = encoding.steps_between(p, q)

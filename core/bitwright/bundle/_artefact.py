@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from bitwright.errors import CapabilityError, EncodingError, InputError, Missing
 from bitwright.files import make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
-from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec, dynamic_encoding
 from bitwright.hookspecs import RuntimeInfo
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
 from bitwright.plugins import registry
@@ -229,9 +229,13 @@ def encodings_file(
     names = {} if bundle is None else bundle.names
     layouts = {} if bundle is None else bundle.layouts
     activations, parameters = {}, {}
+    run_time: dict[str, str] = {}
     for site, encoding in table.items():
         name = names.get(site, site)
         if bundle is not None and site in bundle.absent:
+            continue
+        if encoding.run_time is not None:
+            run_time[name] = str(encoding.run_time)
             continue
         if bundle is not None and site in bundle.constants:
             parameters[name] = formats.unbind(encoding)
@@ -247,6 +251,7 @@ def encodings_file(
         producer={"package": "bitwright", "version": __version__},
         quantizer_args=quantizer_args(plan),
         provenance=table.provenance,
+        run_time=run_time,
     )
 
 
@@ -302,7 +307,7 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
     """
     file = _in_names_of(graph, formats.read(path)).split(graph.params)
     found: dict[SiteId, Encoding] = {}
-    for name, entry in file.entries.items():
+    for name, entry in _listed(file):
         if name not in graph.params and name not in graph.tensors:
             if strict:
                 raise EncodingError(f"{path.name}: the model has no tensor {name!r}; pass strict=False to ignore it")
@@ -319,8 +324,16 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
     return EncodingTable(found, file.provenance)
 
 
-def _bound(graph: Graph, name: SiteId, entry: Entry, spec: QuantSpec | None, where: str) -> Encoding:
-    """An entry's encoding in the canonical layout of its tensor."""
+def _listed(file: EncodingsFile) -> Iterator[tuple[str, Entry | str]]:
+    """What a file says of each tensor: its entry, or the type of its range at run time."""
+    yield from file.entries.items()
+    yield from file.run_time.items()
+
+
+def _bound(graph: Graph, name: SiteId, entry: Entry | str, spec: QuantSpec | None, where: str) -> Encoding:
+    """An entry's encoding in the canonical layout of its tensor; of a type, that of a range at run time."""
+    if isinstance(entry, str):
+        return dynamic_encoding(entry).with_(source="loaded")
     if name not in graph.params:
         return formats.bind(entry, None, spec, name=where)
     encoding = formats.bind(entry, geometry(graph, name), spec, name=where)
@@ -339,7 +352,7 @@ def bound_entries(path: Path, graph: Graph, plan: Plan | None = None) -> tuple[E
     file = _in_names_of(graph, formats.read(path)).split(graph.params)
     found: dict[SiteId, Encoding] = {}
     problems: list[Problem] = []
-    for name, entry in file.entries.items():
+    for name, entry in _listed(file):
         if name in graph.params or name in graph.tensors:
             try:
                 found[name] = _bound(graph, name, entry, None if plan is None else plan.spec(name), name)
@@ -357,9 +370,10 @@ def _in_names_of(graph: Graph, file: EncodingsFile) -> EncodingsFile:
             return name
         return plain if plain in graph.tensors or plain in graph.params else name
 
+    run_time = {known(name): type for name, type in file.run_time.items()}
     tables = (file.activations, file.parameters, file.unsplit)
     activations, parameters, unsplit = ({known(name): entry for name, entry in table.items()} for table in tables)
-    return replace(file, activations=activations, parameters=parameters, unsplit=unsplit)
+    return replace(file, activations=activations, parameters=parameters, unsplit=unsplit, run_time=run_time)
 
 
 def _decision(plan: Plan, site: SiteId) -> Decision:
@@ -395,7 +409,7 @@ def _accumulator(op: Op, bias: ParamId, table: EncodingTable) -> tuple[SiteId, S
         return None
     source, weight = op.data_inputs[0], op.weight
     assert weight is not None
-    if source not in table or table[source].float_format or table[weight].float_format:
+    if source not in table or not (table[source].is_fixed and table[weight].is_fixed):
         return None
     return source, weight
 

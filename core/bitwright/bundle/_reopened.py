@@ -169,11 +169,12 @@ def _read_encodings(opened: Reopened) -> None:
     assert opened.report is not None
     path, graph = opened.bundle.files["encodings"], opened.graph
     try:
-        entries = formats.read(path).entries
+        file = formats.read(path)
         opened.table, unbound = bound_entries(path, graph)
     except EncodingError as error:
         opened.problems.append(str(error))
         return
+    entries = (*file.entries, *file.run_time)
     opened.problems += [str(problem) for problem in unbound]
     rows = {(row.name or row.site): row for row in opened.report.sites if row.digest}
     # What the exported model has no tensor for (folded constants) needs no entry.

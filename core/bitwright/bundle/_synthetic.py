@@ -71,7 +71,7 @@ def _made(
         return np.ones(whole, kind)
     if kind.kind in "iu":
         return np.asarray(rng.integers(0, 2, whole), kind)
-    if encoding is not None and encoding.float_format is None:
+    if encoding is not None and encoding.is_fixed:
         low, high = float(encoding.minimum.min()), float(encoding.maximum.max())
         # Between the extremes and the middle, as data are: most values near zero or the centre, some at the ends.
         spread = rng.beta(2.0, 2.0, whole)

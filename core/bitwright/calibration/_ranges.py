@@ -17,7 +17,17 @@ from bitwright.calibration._schemes import calibrate_array, scheme
 from bitwright.data import Dataset
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph, SetParams, Tensor
-from bitwright.grids import Encoding, EncodingTable, Granularity, PerChannel, PerTensor, two_level
+from bitwright.grids import (
+    Dynamic,
+    Encoding,
+    EncodingTable,
+    Granularity,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    dynamic_encoding,
+    two_level,
+)
 from bitwright.placement import Derived, OwnForms, Plan, SiteId
 from bitwright.progress import Progress
 from bitwright.statistics import HistogramStatistic, Request, Source, Statistic
@@ -44,6 +54,12 @@ def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[Si
         except EncodingError as error:
             raise EncodingError(f"parameter {site!r}: {error}") from None
     return found
+
+
+def dynamic_encodings(plan: Plan, kept: EncodingTable) -> dict[SiteId, Encoding]:
+    """Encodings of every activation whose range is found at run time and that `kept` doesn't have already."""
+    found = {s: _at_run_time(plan, s) for s in plan.activations if s not in kept}
+    return {s: dynamic_encoding(spec) for s, spec in found.items() if spec is not None}
 
 
 def activation_encodings(
@@ -74,8 +90,15 @@ def activation_encodings(
 
 
 def to_calibrate(plan: Plan, encodings: EncodingTable) -> list[SiteId]:
-    """Activation sites with a specification of their own, unless frozen or kept."""
-    return [s for s in plan.activations if not (s in encodings and (encodings[s].frozen or encodings[s].kept))]
+    """Activation sites with a range to be found on data, unless frozen or kept."""
+    held = {s for s, e in encodings.items() if e.frozen or e.kept}
+    return [s for s in plan.activations if s not in held and _at_run_time(plan, s) is None]
+
+
+def _at_run_time(plan: Plan, site: SiteId) -> QuantSpec | None:
+    """The specification of a site whose range is found at run time."""
+    spec = plan.spec(site)
+    return spec if spec is not None and isinstance(spec.granularity, Dynamic) else None
 
 
 def activation_grids(
@@ -224,7 +247,7 @@ def bias_encoding(inputs: Encoding, weight: Encoding) -> Encoding | None:
     None where an operand isn't an integer grid with one weight scale for each channel (LPBQ counts: its channel scale).
     """
     if inputs.float_format or weight.float_format or inputs.scale.ndim:
-        return None
+        return None  # a range at run time has no scale before
     per_channel = weight.scale
     if per_channel.ndim == 2:
         if weight.block_scale is None:

@@ -86,7 +86,7 @@ WeightType = Annotated[
 ActivationType = Annotated[
     str | None,
     typer.Option(
-        help="Type of activations, such as uint8, float16; float: weights only (default: the target's).",
+        help="Type of activations: uint8, float16, int8:per_token, …; float: weights only (default: the target's).",
         show_default=False,
     ),
 ]

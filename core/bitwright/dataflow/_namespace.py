@@ -12,14 +12,14 @@ import numpy as np
 
 from bitwright.backend import TapNamespace
 from bitwright.graph import LEAK, Formula, erf
-from bitwright.grids import FLOAT_FORMATS, FloatFormat, TrainingNamespace
+from bitwright.grids import FLOAT_FORMATS, FloatFormat, RunTimeNamespace, TrainingNamespace
 
 Array = Any
 """An array of the framework."""
 _SELU = 1.0507009873554805, 1.6732632423543772
 
 
-class FlowNamespace(TrainingNamespace, TapNamespace, Protocol):
+class FlowNamespace(TrainingNamespace, RunTimeNamespace, TapNamespace, Protocol):
     """All that the base asks of a framework: grids, taps, float formats and the activations that edits put in."""
 
     def highest(self, x: Array, axes: tuple[int, ...] | None, /) -> Array:
@@ -107,6 +107,13 @@ class NumpyLike:
     def float32(self, x: Array, /) -> Array:
         """In single."""
         return self.xp.asarray(x).astype("float32")
+
+    # -- `RunTimeNamespace`
+
+    def spans(self, x: Array, per_token: bool, /) -> tuple[Array, Array]:
+        """Minimum and maximum of rows, or of all values."""
+        axis = -1 if per_token else None
+        return self.xp.min(x, axis=axis, keepdims=per_token), self.xp.max(x, axis=axis, keepdims=per_token)
 
     # -- `TrainingNamespace`
 

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.dataflow._namespace import FlowNamespace
-from bitwright.grids import FLOAT_FORMATS, Encoding, FloatFormat, Granularity, Groups, rounded
+from bitwright.grids import (
+    FLOAT_FORMATS,
+    Encoding,
+    FloatFormat,
+    Granularity,
+    Groups,
+    RunTimeGrid,
+    rounded,
+    run_time_rounded,
+)
 
 Array = Any
 """An array of the framework."""
@@ -23,21 +32,24 @@ class Form(NamedTuple):
         granularity: which elements share a scale.
         float_format: of a float encoding.
         wide: more steps than float32 has whole numbers.
+        run_time: the codes of a range at run time.
     """
 
     granularity: Granularity
     float_format: FloatFormat | None
     wide: bool
+    run_time: RunTimeGrid | None = None
 
     @classmethod
     def of(cls, encoding: Encoding) -> Form:
         """That of an encoding."""
         wide = encoding.float_format is None and encoding.grid.steps >= WIDE
-        return cls(encoding.granularity, encoding.float_format, wide)
+        return cls(encoding.granularity, encoding.float_format, wide, encoding.run_time)
 
 
 Numbers = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Scale, and the ends of the grid as seen from its zero, float32, in the scale's shape."""
+"""Scale, and the ends of the grid as seen from its zero, float32, in the scale's shape; empty for a range at run time.
+"""
 
 
 def numbers_of(encoding: Encoding) -> Numbers:
@@ -56,6 +68,8 @@ def fake_quantized(ns: FlowNamespace, x: Array, numbers: tuple[Array, Array, Arr
         numbers: of the framework, see `numbers_of`.
         form: the kind of grid.
     """
+    if form.run_time is not None:
+        return x if 0 in (ns.shape(x) or ()) else run_time_rounded(ns, x, form.run_time)
     groups = Groups.of(ns.shape(x), form.granularity)  # type: ignore[arg-type]
     scale, low, high = (groups.broadcast(ns, n) for n in numbers)
     cut = groups.cut(ns, x)

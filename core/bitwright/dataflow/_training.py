@@ -25,6 +25,7 @@ from bitwright.grids import (
     EncodingTable,
     GridPolicy,
     Groups,
+    PerTensor,
     cast_vjp,
     fake_quantize,
     fake_quantize_vjp,
@@ -35,6 +36,7 @@ from bitwright.grids import (
     min_max_numbers,
     present,
     ratio_to,
+    run_time_rounded,
     two_level_scales,
 )
 from bitwright.placement import Derived, Plan, SiteId
@@ -79,7 +81,7 @@ class _Site:
     def __init__(self, ns: FlowNamespace, site: SiteId, form: Encoding, shape: tuple[int, ...], policy: GridPolicy,
                  value: NDArray[Any] | None, factor: float) -> None:  # fmt: skip
         self.ns, self.site, self.form, self.policy, self.factor = ns, site, form, policy, factor
-        self.groups = Groups.of(shape, form.granularity)
+        self.groups = Groups.of(shape, PerTensor() if form.run_time is not None else form.granularity)
         self.ratio = np.ones(form.scale.shape)
         if policy.follows and value is not None:
             base, _ = min_max_numbers(NUMPY, self.groups.cut(NUMPY, value), form, self.groups)
@@ -102,6 +104,8 @@ class _Site:
     def rounded(self, x: Array, scale: Array, zero: Array, trainer: Trainer) -> Array:
         """A value on its grid, with the core's gradients."""
         ns, form, grid = self.ns, self.form, self.form.grid
+        if form.run_time is not None:
+            return run_time_rounded(ns, x, form.run_time, trained=True)
         groups = Groups.of(ns.shape(x), form.granularity)  # type: ignore[arg-type]
         learned, factor = self.policy.learns, self.factor
         largest = 0.0 if form.float_format is None else FLOAT_FORMATS[form.float_format][2]
@@ -178,7 +182,7 @@ class FlowTraining(FlowSimulation[M], Generic[M]):
         free = () if tensor is None else tensor.shape or ()
         shape = value.shape if value is not None else tuple(n or 1 for n in free)
         factor = 1.0
-        if self._training.gradient_scale and form.float_format is None:
+        if self._training.gradient_scale and form.is_fixed:
             factor = lsq_factor(Groups.of(shape, form.granularity).elements, form.grid)
         return _Site(self._trainer.namespace, self.plan.root(site), form, shape, policy, value, factor)
 

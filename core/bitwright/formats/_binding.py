@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bitwright.errors import EncodingError
 from bitwright.formats._entries import CAST_FORMATS, Entry, ScaleLayout
 from bitwright.formats._header import cast_entry, laid_out
-from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel, PerTensor, QuantSpec, fixed_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def unbind(encoding: Encoding, shape: Sequence[int] | None = None) -> Entry:
         EncodingError: blocks without a shape, scales that don't fit it, or LPBQ scales that aren't integer
             multiples of one scale a channel.
     """
-    layout = encoding.granularity
+    layout = fixed_layout(encoding.granularity)
     if encoding.float_format in CAST_FORMATS:
         return cast_entry(encoding.float_format)
     geometry = None if shape is None else TensorGeometry(tuple(shape))
@@ -272,7 +272,7 @@ def permute(encoding: Encoding, layout: Sequence[int] | None) -> Encoding:
     Raises:
         EncodingError: the layout has too few axes.
     """
-    granularity = encoding.granularity
+    granularity = fixed_layout(encoding.granularity)
     if layout is None or isinstance(granularity, PerTensor):
         return encoding
 

@@ -25,6 +25,7 @@ class ExpectedEntry:
         scale_shape: () , (channels,) or (channels, blocks); None: any number of scales.
         float_format: for float encodings.
         optional: the entry may be missing (int32 biases in 0.6.1 and 1.0.0).
+        run_time: the type, where the range is found at run time.
     """
 
     kind: Kind
@@ -35,6 +36,7 @@ class ExpectedEntry:
     strict: bool | None = None
     float_format: FloatFormat | None = None
     optional: bool = False
+    run_time: str | None = None
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class ExpectedEntry:
             strict=None if either or spec.float_format else spec.strict,
             float_format=spec.float_format,
             optional=optional,
+            run_time=None if spec.run_time is None else str(spec.run_time),
         )
 
 
@@ -80,12 +83,17 @@ def check(file: EncodingsFile, expected: Mapping[str, ExpectedEntry], tensors: C
     for name, wanted in expected.items():
         if name not in known:
             problems.append(Problem(name, "is to be quantized, but the artefact has no tensor of that name"))
-        entry = file.entries.get(name)
-        if entry is not None:
+        entry, at_run_time = file.entries.get(name), file.run_time.get(name)
+        if at_run_time != wanted.run_time:
+            told = f"has a range at run time ({at_run_time})" if at_run_time else "has no range at run time"
+            problems.append(Problem(name, f"{told}, {wanted.run_time or 'numbers'} expected"))
+        elif at_run_time is not None:
+            continue
+        elif entry is not None:
             problems.extend(Problem(name, message) for message in _mismatches(file, name, entry, wanted))
         elif not wanted.optional and not (file.version[0] == "2" and wanted.float_format in CAST_FORMATS):
             problems.append(Problem(name, "has no entry"))
-    for name in file.entries:
+    for name in (*file.entries, *file.run_time):
         if name not in known:
             problems.append(Problem(name, "has an entry, but the artefact has no tensor of that name"))
         elif name not in expected:

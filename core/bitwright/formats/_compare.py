@@ -75,6 +75,8 @@ def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Dif
             found.append(Difference(name, "kind", *kinds))
         found.extend(_entry_diff(name, first, b.entries[name], tolerance))
     found.extend(Difference(n, "missing", None, e) for n, e in b.entries.items() if n not in a.entries)
+    types = {n: (a.run_time.get(n), b.run_time.get(n)) for n in (*a.run_time, *b.run_time)}
+    found.extend(Difference(n, "range at run time", x, y) for n, (x, y) in types.items() if x != y)
     return found
 
 

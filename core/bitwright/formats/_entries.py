@@ -161,6 +161,8 @@ class EncodingsFile:
         excluded_layers: layers that the user kept out of quantization.
         provenance: bitwright's steps. They are stored inside `producer`, the one free-form object that every
             schema has and no loader interprets; entries with fields of our own would be refused by AIMET.
+        run_time: types of tensors whose range is found at run time ("int8:per_token"): no schema has entries without
+            numbers, so they are stored where `provenance` is.
     """
 
     activations: Mapping[str, Entry] = field(default_factory=dict)
@@ -171,9 +173,10 @@ class EncodingsFile:
     quantizer_args: Mapping[str, Any] = field(default_factory=dict)
     excluded_layers: tuple[str, ...] = ()
     provenance: tuple[Provenance, ...] = ()
+    run_time: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [*self.activations, *self.parameters, *self.unsplit]
+        names = [*self.activations, *self.parameters, *self.unsplit, *self.run_time]
         if len(names) != len(set(names)):
             twice = sorted({n for n in names if names.count(n) > 1})
             raise EncodingError(f"tensor {twice[0]!r} has two entries; keep one")

@@ -8,13 +8,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.errors import EncodingError
+from bitwright.errors import BitwrightError, EncodingError
 from bitwright.formats._block_order import unpack
 from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
-from bitwright.grids import FloatFormat, Provenance
+from bitwright.grids import FloatFormat, Provenance, dynamic_encoding
 
-OWN_FIELDS = ("provenance", "parameters", "casts", "quantizer_args", "excluded_layers", "tensors")
+OWN_FIELDS = ("provenance", "parameters", "casts", "quantizer_args", "excluded_layers", "tensors", "run_time")
 OWN = "bitwright"
 """The key inside `producer` that holds what the schema can't say. Only bitwright reads it."""
 
@@ -43,6 +43,8 @@ def described(file: EncodingsFile, version: Version) -> dict[str, Any]:
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in file.provenance
         ]
+    if file.run_time:
+        own["run_time"] = dict(file.run_time)
     if version.startswith("2"):
         casts = {n: e.float_format for n, e in file.entries.items() if e.float_format in CAST_FORMATS}
         # Without entries there is nothing to split; a file with unsplit entries doesn't know.
@@ -128,6 +130,7 @@ def with_own(file: EncodingsFile, source: str) -> EncodingsFile:
         quantizer_args=file.quantizer_args or header["quantizer_args"],
         excluded_layers=file.excluded_layers or header["excluded_layers"],
         provenance=tuple(_provenance(where, own.get("provenance", []))),
+        run_time={n: _run_time(where, n, t) for n, t in _mapping(own, "run_time").items() if n not in file.entries},
     )
     return rebuilt if parameters is None else rebuilt.split(set(parameters))
 
@@ -189,6 +192,15 @@ def _cast(where: Where, tensor: str, format: object) -> Entry:
     if not isinstance(format, str) or format not in CAST_FORMATS:
         raise Where(where.source, tensor).error(f"{describe(format)} is none of float16, bfloat16", "casts")
     return cast_entry(cast(FloatFormat, format))
+
+
+def _run_time(where: Where, tensor: str, type: object) -> str:
+    try:
+        return str(dynamic_encoding(str(type)).run_time)
+    except BitwrightError:
+        raise Where(where.source, tensor).error(
+            f"{describe(type)} is no type with a range at run time, such as int8:per_token", "run_time"
+        ) from None
 
 
 def cast_entry(format: FloatFormat) -> Entry:

@@ -13,21 +13,26 @@ from numpy.typing import NDArray
 from bitwright.errors import EncodingError
 from bitwright.grids._grid import (
     Blockwise,
+    Dynamic,
     FloatFormat,
     Granularity,
     Grid,
     PerChannel,
     PerTensor,
     QuantSpec,
+    RunTimeGrid,
     cast_float,
     dequantize,
     fake_quantize,
+    parse_type,
     quantize,
+    run_time_grid,
     spread,
     to_groups,
 )
 from bitwright.grids._pair_sums import fitted_scale
 from bitwright.grids._range_numbers import NUMPY, GridKind, range_numbers, two_level_factors
+from bitwright.grids._run_time import run_time_numbers, run_time_rounded
 from bitwright.tables import Table, Tabular, Value
 
 
@@ -37,7 +42,8 @@ class Encoding:
 
     Attributes:
         bits, signed, symmetric, strict: as in `QuantSpec`; together they give `grid`.
-        scale: float32, () per tensor, (channels,) per channel, (channels, blocks) blockwise; always > 0.
+        scale: float32, () per tensor, (channels,) per channel, (channels, blocks) blockwise; always > 0. Empty, (0,),
+            of a range at run time (`Dynamic`), which has no numbers before.
         zero_point: int32 of the same shape, ONNX convention (the code of 0.0); within the grid.
         granularity: which elements share a scale, in the canonical layout of the tensor.
         float_format: set for float encodings; scale is then 1 but for scaled fp8.
@@ -71,13 +77,15 @@ class Encoding:
         zero = np.array(self.zero_point, np.int32)
         if zero.shape != scale.shape:
             raise EncodingError(f"zero point of shape {zero.shape} beside a scale of shape {scale.shape}")
-        rank = {PerTensor: 0, PerChannel: 1, Blockwise: 2}[type(self.granularity)]
-        if scale.ndim != rank:
+        rank = {PerTensor: 0, PerChannel: 1, Blockwise: 2, Dynamic: 1}[type(self.granularity)]
+        if scale.ndim != rank or (isinstance(self.granularity, Dynamic) and scale.size):
             raise EncodingError(
                 f"{type(self.granularity).__name__} encodings need a scale of rank {rank}, got shape {scale.shape}"
             )
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise EncodingError("a scale must be finite and greater than 0")
+        if isinstance(self.granularity, Dynamic):
+            run_time_grid(self.granularity, self.bits, (self.signed, self.symmetric, self.strict), self.float_format)
         if self.float_format is None and ((zero < self.grid.qmin).any() or (zero > self.grid.qmax).any()):
             raise EncodingError(f"a zero point lies outside the codes {self.grid.qmin}..{self.grid.qmax}")
         scale.setflags(write=False)
@@ -89,6 +97,17 @@ class Encoding:
     def grid(self) -> Grid:
         """The integer code range."""
         return Grid.of(self.bits, signed=self.signed, strict=self.strict)
+
+    @cached_property
+    def run_time(self) -> RunTimeGrid | None:
+        """The codes of a range at run time; None where the numbers are known before."""
+        layout = self.granularity
+        return RunTimeGrid(self.grid, layout.per_token) if isinstance(layout, Dynamic) else None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is an integer grid whose numbers are known: no float format, no range at run time."""
+        return self.float_format is None and self.run_time is None
 
     @property
     def minimum(self) -> NDArray[np.float32]:
@@ -112,6 +131,9 @@ class Encoding:
         """
         if self.float_format is not None:
             raise EncodingError(f"a {self.float_format} encoding has no integer codes")
+        if self.run_time is not None:
+            scale, zero = self._at_run_time(x, self.run_time)
+            return quantize(x, scale, zero.astype(np.int32), self.grid)
         return quantize(x, *self.spread(x.shape), self.grid)
 
     def dequantize(self, q: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -124,6 +146,10 @@ class Encoding:
         Raises:
             EncodingError: the encoding is a float format.
         """
+        if self.run_time is not None:
+            # Of values that are on a grid of their own; those of `a` tell it.
+            scale, _ = self._at_run_time(a, self.run_time)
+            return np.asarray(np.rint(np.abs(a.astype(np.float64) - b) / scale), np.int64).reshape(-1)
         if self.scale.ndim == 0:  # equal values have equal codes
             moved = a != b
             a, b = a[moved], b[moved]
@@ -133,7 +159,16 @@ class Encoding:
         """Round a tensor to the grid (or float format) and back."""
         if self.float_format is not None:
             return cast_float(x, self.float_format, spread(self.scale, x.shape, self.granularity))  # type: ignore[arg-type]
+        if self.run_time is not None:
+            values = np.asarray(x, np.float32)
+            return np.asarray(run_time_rounded(NUMPY, values, self.run_time)) if values.size else values
         return fake_quantize(x, *self.spread(x.shape), self.grid)
+
+    @staticmethod
+    def _at_run_time(x: NDArray[np.floating], grid: RunTimeGrid) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if not np.size(x):
+            return np.ones((), np.float32), np.zeros((), np.float32)
+        return run_time_numbers(NUMPY, np.asarray(x, np.float32), grid)
 
     def with_(self, **changes: Any) -> Encoding:
         """A copy with some fields changed."""
@@ -192,6 +227,28 @@ def encoding_from_range(
     return Encoding(
         spec.bits, signed, symmetric, scale, zero.astype(np.int32), spec.granularity, strict, spec.float_format,
         source=source, pair_limit=limit,
+    )  # fmt: skip
+
+
+def dynamic_encoding(of: QuantSpec | str) -> Encoding:
+    """The encoding of a site whose range is found at run time: all of it is in the specification, or in the type.
+
+    Raises:
+        EncodingError: the range is to be known before.
+        InputError: no type.
+    """
+    if isinstance(of, str):
+        bits, signed, float_format, layout = parse_type(of)
+        of = QuantSpec(
+            bits, bool(signed), bool(signed), bool(signed), granularity=layout or PerTensor(), float_format=float_format
+        )
+    spec = of
+    if not isinstance(spec.granularity, Dynamic):
+        raise EncodingError("only a range at run time needs neither data nor values")
+    none = np.zeros(0)
+    return Encoding(
+        spec.bits, spec.signed, spec.symmetric, none.astype(np.float32), none.astype(np.int32), spec.granularity,
+        spec.strict, source="run time",
     )  # fmt: skip
 
 
@@ -293,12 +350,15 @@ class EncodingTable(Tabular, Mapping[str, Encoding]):
 def _row(site: str, e: Encoding) -> tuple[Value, ...]:
     """What `EncodingTable.as_table` says of one encoding."""
     kind = e.float_format or f"{'int' if e.signed else 'uint'}{e.bits}"
+    held = "frozen" if e.frozen else "kept" if e.kept else ""
+    who = f"{held} ({e.held_by})" if held and e.held_by else held
+    if isinstance(e.granularity, Dynamic):
+        scales = "of each token" if e.granularity.per_token else "at run time"
+        return (site, kind, scales, None, None, None, None, None, e.source, who)
     low = high = None
     if e.float_format is None:
         low, high = float(e.minimum.min()), float(e.maximum.max())
     points = sorted({int(z) for z in np.ravel(e.zero_point)})
     zero = points[0] if len(points) == 1 else f"{points[0]} to {points[-1]}"
-    held = "frozen" if e.frozen else "kept" if e.kept else ""
-    who = f"{held} ({e.held_by})" if held and e.held_by else held
-    scales = (float(e.scale.min()), float(e.scale.max()))
-    return (site, kind, e.scale.size, low, high, *scales, zero, e.source, who)
+    ends = (float(e.scale.min()), float(e.scale.max()))
+    return (site, kind, e.scale.size, low, high, *ends, zero, e.source, who)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.grids._encoding import Encoding
-from bitwright.grids._grid import Blockwise, PerChannel, PerTensor
+from bitwright.grids._grid import Blockwise, Dynamic, Granularity, PerChannel, PerTensor
 
 
 def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
@@ -45,7 +45,11 @@ def encoding_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Encoding:
     """The encoding that `encoding_arrays` took apart."""
     meta = json.loads(str(arrays["encoding"]))
     fields = meta.pop("granularity")
-    layout = Blockwise(**fields) if "block_size" in fields else PerChannel(**fields) if fields else PerTensor()
+    layout: Granularity = PerChannel(**fields) if "axis" in fields else PerTensor()
+    if "block_size" in fields:
+        layout = Blockwise(**fields)
+    elif "per_token" in fields:
+        layout = Dynamic(**fields)
     return Encoding(
         scale=arrays["scale"],
         zero_point=arrays["zero_point"],

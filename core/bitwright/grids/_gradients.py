@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.grids._grid import Blockwise, Granularity, Grid, PerChannel, PerTensor, axis_of, block_count
+from bitwright.grids._grid import Granularity, Grid, PerChannel, PerTensor, axis_of, block_count, fixed_layout
 
 Array = Any
 """An array of whichever framework the namespace belongs to."""
@@ -95,14 +95,13 @@ class Groups:
         Raises:
             InputError: an axis is out of range, or the block size doesn't divide its axis.
         """
-        rank = len(shape)
+        rank, granularity = len(shape), fixed_layout(granularity)
         if isinstance(granularity, PerTensor):
             return cls(shape, shape, (), (), tuple(range(rank)))
         axis = axis_of(granularity.axis, shape)
         if isinstance(granularity, PerChannel):
             spread = tuple(n if i == axis else 1 for i, n in enumerate(shape))
             return cls(shape, shape, (shape[axis],), spread, tuple(i for i in range(rank) if i != axis))
-        assert isinstance(granularity, Blockwise)
         along = axis_of(granularity.block_axis, shape)
         blocks = block_count(shape, granularity)
         split = (*shape[:along], blocks, granularity.block_size, *shape[along + 1 :])

@@ -62,7 +62,17 @@ class Blockwise:
     decompressed_bits: int | None = None
 
 
-Granularity = PerTensor | PerChannel | Blockwise
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """The range is that of the values themselves, at run time: of the whole tensor, or of each token.
+
+    `per_token`: one scale for each row, which is the last axis; what else a tensor has are tokens.
+    """
+
+    per_token: bool = False
+
+
+Granularity = PerTensor | PerChannel | Blockwise | Dynamic
 
 
 @dataclass(frozen=True)
@@ -103,11 +113,19 @@ class QuantSpec:
             raise InputError(f"unknown float format {self.float_format!r}; known: {', '.join(FLOAT_FORMATS)}")
         if self.strict and not self.symmetric:
             raise InputError("strict=True drops the most negative code of a symmetric grid; set symmetric=True too")
+        if isinstance(self.granularity, Dynamic):
+            run_time_grid(self.granularity, self.bits, (self.signed, self.symmetric, self.strict), self.float_format)
 
     @cached_property
     def grid(self) -> Grid:
         """The integer code range; meaningless for a float format."""
         return Grid.of(self.bits, signed=self.signed, strict=self.strict)
+
+    @cached_property
+    def run_time(self) -> RunTimeGrid | None:
+        """The codes of a range at run time; None where the range is known before."""
+        layout = self.granularity
+        return RunTimeGrid(self.grid, layout.per_token) if isinstance(layout, Dynamic) else None
 
     def with_(self, **changes: object) -> QuantSpec:
         """A copy with some fields changed."""
@@ -133,8 +151,53 @@ class Grid:
         return self.qmax - self.qmin
 
 
+@dataclass(frozen=True, slots=True)
+class RunTimeGrid:
+    """A grid without numbers: these are found in the values, at run time.
+
+    Attributes:
+        codes: −qmax … qmax of a symmetric grid, 0 … qmax of one that follows both ends of the range.
+        per_token: as in `Dynamic`.
+    """
+
+    codes: Grid
+    per_token: bool
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero is the middle code."""
+        return self.codes.qmin < 0
+
+    def __str__(self) -> str:
+        bits = self.codes.qmax.bit_length() + int(self.symmetric)
+        return f"{'int' if self.symmetric else 'uint'}{bits}:{'per_token' if self.per_token else 'dynamic'}"
+
+
+def run_time_grid(
+    layout: Dynamic, bits: int, kind: tuple[bool, bool, bool], float_format: FloatFormat | None
+) -> RunTimeGrid:
+    """The grid of a range at run time.
+
+    Args:
+        layout: of what the range is.
+        bits: of a code.
+        kind: signed, symmetric, strict; all or none of them.
+        float_format: None.
+
+    Raises:
+        InputError: there is no such grid.
+    """
+    if float_format is not None or len(set(kind)) != 1 or bits > 16:
+        raise InputError(
+            "a range at run time goes with integers of up to 16 bits: signed ones on a symmetric grid without the "
+            "lowest code, or unsigned ones on a grid that follows both ends of the range"
+        )
+    return RunTimeGrid(Grid.of(bits, signed=kind[0], strict=kind[2]), layout.per_token)
+
+
 _TYPE = re.compile(
-    r"(?P<base>u?int(?P<bits>\d+)|float16|bfloat16|float8e4m3fn|float8e5m2)(:(?P<layout>block|lpbq)(?P<size>\d+))?"
+    r"(?P<base>u?int(?P<bits>\d+)|float16|bfloat16|float8e4m3fn|float8e5m2)"
+    r"(:((?P<layout>block|lpbq)(?P<size>\d+)|(?P<dynamic>per_token|dynamic)))?"
 )
 _TYPE_ALIASES = {
     "fp16": "float16",
@@ -145,39 +208,49 @@ _TYPE_ALIASES = {
     "fp8_e5m2": "float8e5m2",
 }
 """Every other name that a type goes by."""
+_DYNAMIC_ALIASES = {"token": "per_token", "dynamic_per_token": "per_token", "per_tensor": "dynamic"}
 
 
-def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwise | None]:
-    """Read a type as users write it: ``int8``, ``uint16``, ``float16``, ``fp8``, ``int4:block32``, ``int4:lpbq64``.
+def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwise | Dynamic | None]:
+    """Read a type as users write it: ``int8``, ``uint16``, ``float16``, ``fp8``, ``int4:block32``, ``int4:lpbq64``,
+    ``int8:per_token``, ``uint8:dynamic``.
 
     Returns:
-        (bits, signed, float format, blockwise layout); signed is None for float formats.
+        (bits, signed, float format, layout: blocks, a range at run time, or neither); signed is None for float formats.
 
     Raises:
         InputError: the text is none of these.
     """
-    name, colon, layout_text = text.strip().lower().partition(":")
+    plain = text.strip().lower()
+    name, colon, layout_text = (plain if ":" in plain else plain.replace("-", ":", 1)).partition(":")
+    layout_text = layout_text.replace("-", "_")
+    layout_text = _DYNAMIC_ALIASES.get(layout_text, layout_text)
     match = _TYPE.fullmatch(_TYPE_ALIASES.get(name, name) + colon + layout_text)
     if match is None:
         raise InputError(
             f"unknown type {text!r}: use int2…int16, uint2…uint16, float16, bfloat16, fp8 (float8e4m3fn), float8e5m2, "
-            "or with blocks, int4:block32 and int4:lpbq64"
+            "with blocks int4:block32 and int4:lpbq64, with a range at run time int8:per_token and uint8:dynamic"
         )
-    layout = None
+    layout: Blockwise | Dynamic | None = None
     if match["layout"]:
         size = int(match["size"])
         if size < 1:
             raise InputError(f"{text!r}: a block has at least one element")
         layout = Blockwise(block_size=size, decompressed_bits=8 if match["layout"] == "lpbq" else None)
+    elif match["dynamic"]:
+        layout = Dynamic(match["dynamic"] == "per_token")
     if match["bits"]:
         bits = int(match["bits"])
         if not 2 <= bits <= 16:
             raise InputError(f"{text!r}: integer types have 2 to 16 bits")
-        if layout is not None and layout.decompressed_bits is not None and bits >= layout.decompressed_bits:
-            raise InputError(f"{text!r}: LPBQ decompresses to {layout.decompressed_bits} bits, so its codes need fewer")
+        wide = layout.decompressed_bits if isinstance(layout, Blockwise) else None
+        if wide is not None and bits >= wide:
+            raise InputError(f"{text!r}: LPBQ decompresses to {wide} bits, so its codes need fewer")
         return bits, not name.startswith("u"), None, layout
     if layout is not None:
-        raise InputError(f"{text!r}: blocks go with integer types, for example int4:block32")
+        raise InputError(
+            f"{text!r}: blocks and ranges at run time go with integer types, such as int4:block32 and int8:per_token"
+        )
     name = match["base"]
     return (16 if name.endswith("float16") else 8), None, name, None  # type: ignore[return-value]
 
@@ -191,6 +264,7 @@ def spread(values: NDArray[np.generic], shape: tuple[int, ...], granularity: Gra
     Raises:
         InputError: the numbers don't fit the tensor (axis out of range, block size that doesn't divide).
     """
+    granularity = fixed_layout(granularity)
     if isinstance(granularity, PerTensor):
         return values.reshape(())
     axis = axis_of(granularity.axis, shape)
@@ -228,15 +302,18 @@ def block_count(shape: tuple[int, ...], granularity: Blockwise) -> int:
 
 
 def scale_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
-    """Shape of the scale array for a tensor of `shape`."""
+    """Shape of the scale array for a tensor of `shape`: (0,) where there is none before run time."""
     if isinstance(granularity, PerTensor):
         return ()
+    if isinstance(granularity, Dynamic):
+        return (0,)
     channels = shape[axis_of(granularity.axis, shape)]
     return (channels,) if isinstance(granularity, PerChannel) else (channels, block_count(shape, granularity))
 
 
 def to_groups(values: NDArray[np.generic], granularity: Granularity) -> NDArray[np.generic]:
     """Rearrange a tensor to (*scale_shape, elements): the elements that share a scale lie on the last axis."""
+    granularity = fixed_layout(granularity)
     if isinstance(granularity, PerTensor):
         return values.reshape(-1)
     axis = axis_of(granularity.axis, values.shape)
@@ -246,6 +323,17 @@ def to_groups(values: NDArray[np.generic], granularity: Granularity) -> NDArray[
     blocks = block_count(values.shape, granularity)
     moved = np.moveaxis(values, (axis, block_axis), (0, 1))
     return moved.reshape(moved.shape[0], blocks, -1)
+
+
+def fixed_layout(granularity: Granularity) -> PerTensor | PerChannel | Blockwise:
+    """A layout whose scales are known before run time.
+
+    Raises:
+        InputError: they are found at run time.
+    """
+    if isinstance(granularity, Dynamic):
+        raise InputError("a range that is found at run time has no scales to lay out: they follow from the values")
+    return granularity
 
 
 def axis_of(axis: int, shape: tuple[int, ...]) -> int:

@@ -68,6 +68,19 @@ class NumpyRanges(NumpyNamespace):
         """x as float32."""
         return np.asarray(x, np.float32)
 
+    # -- of `run_time.RunTimeNamespace`
+
+    @staticmethod
+    def spans(x: Array, per_token: bool, /) -> tuple[Array, Array]:
+        """Minimum and maximum of rows, or of all values."""
+        axis = -1 if per_token else None
+        return np.min(x, axis=axis, keepdims=per_token), np.max(x, axis=axis, keepdims=per_token)
+
+    @staticmethod
+    def stop(x: Array, /) -> Array:
+        """x: numpy has no gradients."""
+        return x
+
 
 NUMPY = NumpyRanges()
 

@@ -8,13 +8,14 @@ tensor that it reads, and two ops that contradict each other in `op_type` are an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitwright.errors import InputError, TargetError
 from bitwright.graph import (
     COMPOSITES,
     INTEGER_TYPES,
+    LINEAR_KINDS,
     BatchNormFold,
     Chain,
     Composite,
@@ -32,6 +33,7 @@ from bitwright.graph import (
     preserves_grid,
     where,
 )
+from bitwright.grids import Dynamic
 from bitwright.placement._indices import find_indices
 from bitwright.placement._overrides import Overrides
 from bitwright.placement._types import Precision
@@ -66,6 +68,7 @@ class DraftDecision:
 MASKED = "a mask, or masked by one: no grid holds its huge numbers and the others' steps"
 
 WEIGHTS_ONLY = "activations stay in float, as was asked"
+NOT_READ = "only what ops with weights read has a range at run time, as was asked; the rest stays in float"
 
 _foldable = where(
     lambda graph, op: (fold := batch_norm_fold(graph, op)) is not None and fold.direction == "backward", "foldable"
@@ -78,16 +81,18 @@ class ActivationPlacement:
     Args:
         graph, target: what is placed, and for what.
         overrides: the user's exceptions.
-        floating: activations stay in float, but for the exceptions: only weights are quantized.
+        precision: of activations. None: they stay in float, but for the exceptions; only weights are quantized. With a
+            range at run time, only what ops with weights read is quantized.
 
     Raises:
         TargetError: two ops contradict each other in `op_type`.
         InputError: an override asks to quantize integers.
     """
 
-    def __init__(self, graph: Graph, target: Target, overrides: Overrides, *, floating: bool = False) -> None:
+    def __init__(self, graph: Graph, target: Target, overrides: Overrides, precision: Precision | None) -> None:
         self.graph, self.target, self.overrides = graph, target, overrides
-        self.floating = floating
+        self.floating = precision is None or precision.dynamic is not None
+        """Whether activations stay in float, but for those that are asked for one by one or read by weights."""
         self.config = target.config
         self.notes: list[str] = []
         """What the user should know of what was left in float."""
@@ -112,8 +117,10 @@ class ActivationPlacement:
         self._supergroups()
         self._model_inputs()
         self._model_outputs()
-        if floating:
-            self._weights_only()
+        if self.floating:
+            self._weights_only(WEIGHTS_ONLY if precision is None else NOT_READ)
+        if precision is not None and precision.dynamic is not None:
+            self._read_by_weights(precision)
         self._indices()
         self._overrides()
         self._integers()
@@ -251,10 +258,23 @@ class ActivationPlacement:
             else:
                 self.drafts[t].off("the target leaves model outputs in float", final=True)
 
-    def _weights_only(self) -> None:
+    def _weights_only(self, reason: str) -> None:
         for draft in self.drafts.values():
             if draft.on:
-                draft.off(WEIGHTS_ONLY)
+                draft.off(reason)
+
+    def _read_by_weights(self, precision: Precision) -> None:
+        """A range at run time for what ops with weights read.
+
+        Tokens are rows of what a matrix multiplies. What a convolution reads has none: one range serves it all.
+        """
+        for op in self.graph.linear_ops:
+            if op.weight is None or self.floats(op) is not None:
+                continue
+            site = op.data_inputs[0]
+            kinds = {user.kind for user in self.graph.consumers(site)} & LINEAR_KINDS
+            rows = precision if kinds == {OpKind.LINEAR} else replace(precision, dynamic=Dynamic(per_token=False))
+            self.drafts[site].on, self.drafts[site].precision = True, rows
 
     def _indices(self) -> None:
         found = find_indices(self.graph)

@@ -48,6 +48,9 @@ def build_plan(
             "float" leaves parameters in float.
         activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's. "float" quantizes
             weights only: of linear, recurrent and embedding ops, while norms and constants stay in float too.
+            "int8:per_token", "uint8:dynamic" and the like have their ranges at run time: beside the weights they
+            quantize what convolutions and linear ops with weights read, and nothing else. Per token, one scale for
+            each row of the last axis; what convolutions read has one for the whole tensor then.
         scheme: calibration scheme of activations.
         weight_scheme: calibration scheme of parameters.
         overrides: exceptions by op or site, see `_overrides.parse_overrides`.
@@ -58,11 +61,13 @@ def build_plan(
     """
     target = load_target(target)
     weight_type = Precision.or_float(weights, target.weights)
+    if weight_type is not None:
+        weight_type = weight_type.for_weights(weights)
     activation_type = Precision.or_float(activations, target.activations)
     if activation_type is not None:
         activation_type = activation_type.for_activations(activations)
     exceptions = parse_overrides(graph, overrides or {})
-    placement = ActivationPlacement(graph, target, exceptions, floating=activation_type is None)
+    placement = ActivationPlacement(graph, target, exceptions, activation_type)
     shared = ties.resolve(placement.drafts, ties.propagate(placement))
     decisions: dict[SiteId, Decision] = {}
     ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None
@@ -78,7 +83,7 @@ def build_plan(
             precision = draft.precision or activation_type
             assert precision is not None  # where activations stay in float, only an exception's is on
             spec = activation_spec(target, precision, symmetric=symmetric, limits=limits)
-            if ranges is not None:
+            if ranges is not None and precision.dynamic is None:
                 spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
             decisions[t] = spec
 

@@ -223,7 +223,9 @@ def _of_op(
 def _precision(where: str, text: str, *, blocks: bool) -> Precision | None:
     try:
         precision = Precision.or_float(text, text)
-        return precision if precision is None or blocks else precision.for_activations(text)
+        if precision is None:
+            return None
+        return precision.for_weights(text) if blocks else precision.for_activations(text)
     except InputError as error:
         raise InputError(f"overrides: {where}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from bitwright.graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpId, OpKind, ParamId, TensorId
-from bitwright.grids import PerChannel, QuantSpec, pair_limit
+from bitwright.grids import Dynamic, PerChannel, QuantSpec, pair_limit
 from bitwright.placement._plan import Decision, SiteId
 
 
@@ -37,8 +37,8 @@ def limited_pairs(
             continue
         if spec.bits != 8 or not (spec.signed and spec.symmetric):
             continue
-        if inputs is None or inputs.float_format is not None or inputs.bits > 8:
-            continue
+        if inputs is None or inputs.float_format is not None or inputs.bits > 8 or inputs.granularity == Dynamic(True):
+            continue  # the runtime multiplies in float
         found[weight] = spec.with_(pair_limit=pair_limit(8))
     return found
 

@@ -8,7 +8,7 @@ from math import prod
 
 from bitwright.errors import TargetError
 from bitwright.graph import CONSTANT_KINDS, LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
-from bitwright.grids import Blockwise, Granularity, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, Dynamic, Granularity, PerChannel, PerTensor, QuantSpec
 from bitwright.placement._activations import MASKED, WEIGHTS_ONLY, ActivationPlacement
 from bitwright.placement._plan import Decision, Derived, Float, OwnForms, SharedWith, SiteId
 from bitwright.placement._types import Precision, activation_spec, param_spec
@@ -109,6 +109,8 @@ class ParameterPlacement:
                 return f"the {what} {site!r} stays in float"
             if spec.float_format is not None:
                 return f"the {what} {site!r} is {spec.float_format}"
+            if isinstance(spec.granularity, Dynamic):
+                return f"the range of the {what} {site!r} is found at run time"
             if isinstance(spec.granularity, Blockwise) and spec.granularity.decompressed_bits is None:
                 return "blockwise weights have no one scale for each output"
         return None

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from bitwright.errors import EncodingError
 from bitwright.graph import OpId, ParamRole
-from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import Blockwise, Dynamic, PerChannel, PerTensor, QuantSpec
 from bitwright.tables import Table, Tabular
 
 E = TypeVar("E")
@@ -283,3 +283,5 @@ def _layout_name(spec: QuantSpec) -> str:
             return "per channel"
         case Blockwise(block_size=size, decompressed_bits=wide):
             return f"blocks of {size}" + (f", {wide}-bit LPBQ" if wide else "")
+        case Dynamic(per_token=rows):
+            return "per token at run time" if rows else "per tensor at run time"

@@ -41,12 +41,19 @@ def propagate(placement: ActivationPlacement) -> list[Edge]:
     """Decide every tensor that depends on its neighbours, in topological order, and list the ties.
 
     A tensor behind an op that preserves the grid takes its input's; where the input is float, it gets a grid of its
-    own if a quantized op reads it. Tensors that were given different precisions aren't tied.
+    own if a quantized op reads it. Tensors that were given different precisions aren't tied, nor is any whose range is
+    found at run time: that is its own values'.
     """
     graph, drafts = placement.graph, placement.drafts
     edges: list[Edge] = []
 
+    def dynamic(tensor: TensorId) -> bool:
+        precision = drafts[tensor].precision
+        return drafts[tensor].on and precision is not None and precision.dynamic is not None
+
     def alike(a: TensorId, b: TensorId) -> bool:
+        if dynamic(a) or dynamic(b):
+            return False
         return drafts[a].on and drafts[b].on and drafts[a].precision == drafts[b].precision
 
     for op in graph:
@@ -57,9 +64,9 @@ def propagate(placement: ActivationPlacement) -> list[Edge]:
                 own = draft.precision is not None and not (
                     drafts[source].on and draft.precision == drafts[source].precision
                 )
-                if draft.final or own:
+                if draft.final or own or dynamic(t):
                     continue
-                if drafts[source].on:
+                if drafts[source].on and not dynamic(source):
                     draft.on = True
                     edges.append((source, t))
                 elif t not in placement.needed or not (_is_real(graph.tensors[source]) or op.type == "Cast"):

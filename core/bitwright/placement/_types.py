@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.errors import InputError
-from bitwright.grids import FLOAT, Blockwise, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
+from bitwright.grids import FLOAT, Blockwise, Dynamic, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
 from bitwright.targets import Constraints, Target
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A parsed type: integer codes of `bits`, or a float format; `explicit` if the user asked for it."""
+    """A parsed type: integer codes of `bits`, or a float format; `explicit` if the user asked for it.
+
+    `dynamic`: the range is found at run time.
+    """
 
     bits: int
     signed: bool
     float_format: FloatFormat | None = None
     blocks: Blockwise | None = None
     explicit: bool = False
+    dynamic: Dynamic | None = None
 
     @classmethod
     def of(cls, asked: str | None, fallback: str) -> Precision:
@@ -30,8 +34,10 @@ class Precision:
         """
         bare = asked is not None and asked.strip().isdecimal()
         text = fallback if asked is None else sized(asked, fallback) if bare else asked
-        bits, signed, float_format, blocks = parse_type(text)
-        return cls(bits, bool(signed), float_format, blocks, asked is not None and not bare)
+        bits, signed, float_format, layout = parse_type(text)
+        blocks = layout if isinstance(layout, Blockwise) else None
+        dynamic = layout if isinstance(layout, Dynamic) else None
+        return cls(bits, bool(signed), float_format, blocks, asked is not None and not bare, dynamic)
 
     @classmethod
     def or_float(cls, asked: str | None, fallback: str) -> Precision | None:
@@ -50,6 +56,16 @@ class Precision:
         """
         if self.blocks is not None:
             raise InputError(f"{asked!r}: blocks are for weights; activations have one scale, for example uint8")
+        return self
+
+    def for_weights(self, asked: str | None) -> Precision:
+        """Itself.
+
+        Raises:
+            InputError: its range is found at run time, while values of parameters are known before.
+        """
+        if self.dynamic is not None:
+            raise InputError(f"{asked!r}: a range at run time is for activations; weights take int8 or int4:block32")
         return self
 
 
@@ -78,7 +94,11 @@ def activation_spec(
     target: Target, precision: Precision, *, symmetric: bool, limits: Constraints | None = None
 ) -> QuantSpec:
     """Specification of an activation, or of a constant that is treated like one. Symmetric means signed codes,
-    unless the user asked for an unsigned type."""
+    unless the user asked for an unsigned type. Ranges at run time are symmetric where the type is signed, whatever the
+    target's grids are."""
+    if precision.dynamic is not None:
+        signed = precision.signed
+        return QuantSpec(precision.bits, signed, signed, strict=signed, granularity=precision.dynamic)
     signed = precision.signed or (symmetric and not precision.explicit)
     spec = _spec(target, precision, symmetric=symmetric, signed=signed, granularity=PerTensor())
     if limits is None or spec.float_format is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from bitwright.errors import InputError
 from bitwright.files import write_text
 from bitwright.graph import Graph, OpKind, Tensor
-from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, to_groups
+from bitwright.grids import Blockwise, Dynamic, Encoding, PerChannel, PerTensor, QuantSpec, fixed_layout, to_groups
 from bitwright.placement import Derived, Float, OwnForms, SharedWith, Site, SiteKind
 from bitwright.plugins import registry
 from bitwright.report._model import (
@@ -241,10 +241,10 @@ def _site(site: Site, graph: Graph, encoding: Encoding | None, name: str) -> Sit
     single = encoding.scale.ndim == 0
     return row.model_copy(
         update={
-            "low": float(encoding.minimum.min()) if encoding.float_format is None else None,
-            "high": float(encoding.maximum.max()) if encoding.float_format is None else None,
-            "scale_smallest": float(encoding.scale.min()),
-            "scale_largest": float(encoding.scale.max()),
+            "low": float(encoding.minimum.min()) if encoding.is_fixed else None,
+            "high": float(encoding.maximum.max()) if encoding.is_fixed else None,
+            "scale_smallest": float(encoding.scale.min()) if encoding.scale.size else None,
+            "scale_largest": float(encoding.scale.max()) if encoding.scale.size else None,
             "zero_point": int(encoding.zero_point) if single else None,
             "source": encoding.source + (", frozen" if encoding.frozen else ", kept" if encoding.kept else ""),
             "digest": digest(encoding),
@@ -279,6 +279,8 @@ def describe(grid: QuantSpec | Encoding) -> str:
             return f"{text}, per channel"
         case Blockwise(block_size=size, decompressed_bits=wide):
             return f"{text}, blocks of {size}" + (f" in int{wide}" if wide else "")
+        case Dynamic(per_token=rows):
+            return f"{text}, {'per token' if rows else 'per tensor'} at run time"
 
 
 def _layers(state: SimState) -> list[LayerRow]:
@@ -291,7 +293,8 @@ def _layers(state: SimState) -> list[LayerRow]:
         if encoding is None:
             continue
         values = state.params[weight]
-        axis = encoding.granularity.axis if not isinstance(encoding.granularity, PerTensor) else 0
+        layout = fixed_layout(encoding.granularity)
+        axis = layout.axis if not isinstance(layout, PerTensor) else 0
         ranges = np.abs(to_groups(values, PerChannel(axis))).max(axis=-1)
         rows.append(
             LayerRow(

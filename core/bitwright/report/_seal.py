@@ -32,6 +32,8 @@ def digest(encoding: Encoding) -> str:
     ends = np.stack([grid.qmin - zero, grid.qmax - zero])
     if encoding.float_format in ("float16", "bfloat16"):
         return of_arrays([(encoding.float_format, np.zeros(0))])[:16]  # a cast, whatever scale stands beside it
+    if encoding.run_time is not None:
+        return of_arrays([(str(encoding.run_time), np.zeros(0))])[:16]
     numbers: list[tuple[str, Array]] = [("scale", encoding.scale.reshape(-1))]
     if encoding.float_format is None:
         numbers.append(("ends", ends))

@@ -17,6 +17,7 @@ from bitwright.calibration import (
     activation_grids,
     activation_requests,
     collect,
+    dynamic_encodings,
     guarded,
     to_calibrate,
     weight_encodings,
@@ -56,7 +57,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     begin = time.perf_counter()
     # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
     base = EncodingTable(state.encodings.held, state.encodings.provenance)
-    table = base.merged(weight_encodings(state.plan, state.params, base))
+    table = _without_data(state, base)
     store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset)
     statistics: Mapping[str, Statistic] = {}
     walk: LayerWalk | None = None
@@ -86,20 +87,30 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     return now if bank is None else bank.followed(now, outcome)
 
 
-def calibrated(state: SimState, data: DataLike) -> SimState:
+def calibrated(state: SimState, data: DataLike | None) -> SimState:
     """The state with the range of every site that isn't frozen or kept, see `QuantSim.calibrate`."""
+    if data is None:
+        table = _without_data(state, EncodingTable(state.encodings.held, state.encodings.provenance))
+        if missing := to_calibrate(state.plan, table):
+            raise InputError(f"calibrate: {len(missing)} activations take their range of data, {missing[0]!r} first")
+        return replace(state, encodings=guarded(state.plan, table, state.params))
     opened = state.open(data)
     if isinstance(opened, Bank):
         return _calibrated_on_bank(state, opened)
     watched = Watching(opened)
     dataset = Remembering(watched, state.inputs)
     params = state.params
-    table = EncodingTable(state.encodings.held, state.encodings.provenance)
-    table = table.merged(weight_encodings(state.plan, params, table))
+    table = _without_data(state, EncodingTable(state.encodings.held, state.encodings.provenance))
     table = table.merged(calibrated_activations(state, table, dataset))
     for doubt in doubts_of_calibration(watched.seen, _unscaled(state.graph)):
         warnings.warn(f"calibrate: {doubt}", ImplausibleDataWarning, stacklevel=3)
     return replace(state, encodings=guarded(state.plan, table, params), reference=dataset.taken())
+
+
+def _without_data(state: SimState, held: EncodingTable) -> EncodingTable:
+    """What is held, and encodings that need no data: of weights, and of activations with a range at run time."""
+    weights = weight_encodings(state.plan, state.params, held)
+    return held.merged(weights).merged(dynamic_encodings(state.plan, held))
 
 
 def _unscaled(graph: Graph) -> list[TensorId]:
@@ -111,8 +122,7 @@ def _calibrated_on_bank(state: SimState, bank: Bank) -> SimState:
     """Ranges by the plan's schemes on a bank's histograms, which are those of the float network."""
     params, view = state.params, BankView(bank, state)
     view.require()
-    table = EncodingTable(state.encodings.held, state.encodings.provenance)
-    table = table.merged(weight_encodings(state.plan, params, table))
+    table = _without_data(state, EncodingTable(state.encodings.held, state.encodings.provenance))
     sites = to_calibrate(state.plan, table)
     requests = activation_requests(state.graph, state.plan, sites)
     table = table.merged(activation_grids(state.plan, sites, view.statistics(requests, "calibration")))

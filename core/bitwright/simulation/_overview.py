@@ -126,6 +126,6 @@ def _shown(state: SimState, site: SiteId) -> tuple[str, str, str]:
 def _range(encoding: Encoding | None) -> str:
     if encoding is None:
         return "not yet"
-    if encoding.float_format is not None:
+    if not encoding.is_fixed:
         return ""
     return f"{float(encoding.minimum.min()):.4g} … {float(encoding.maximum.max()):.4g}"

@@ -53,7 +53,8 @@ class QuantSim(StateView):
         target: a preset's name (`bitwright targets`), a configuration file, or a `Target`.
         weights, activations: types such as "int8", "int4:block32", "uint16", "float16"; a width alone, such as 8, is
             the integer type with the target's sign; None takes the target's.
-            `activations="float"` quantizes weights only.
+            `activations="float"` quantizes weights only; "int8:per_token" and "uint8:dynamic" have their ranges at run
+            time.
         scheme: calibration scheme of activations; "percentile:99.9" carries a setting, "tf_enhanced" is "sqnr".
         weight_scheme: calibration scheme of weights.
         overrides: exceptions by op or site, see `placement.build_plan`.
@@ -247,16 +248,17 @@ class QuantSim(StateView):
 
     # -- encodings
 
-    def calibrate(self, data: DataLike) -> Self:
+    def calibrate(self, data: DataLike | None = None) -> Self:
         """Set the ranges of every site that isn't frozen or kept: weights by their values, activations on `data`.
 
         Nothing changes if it fails (empty data, NaN).
 
         Args:
-            data: as for `open`: arrays, a path, batches; or a forward pass of your own, a function of the model.
+            data: as for `open`: arrays, a path, batches; or a forward pass of your own, a function of the model. None
+                will do where nothing is calibrated on data: of weights only, and with ranges at run time.
 
         Raises:
-            InputError: the data are empty, don't fit the model, or hold NaN.
+            InputError: the data are empty, don't fit the model, or hold NaN; or there are none and a site needs some.
         """
         self._require_taken("calibrate()")
         return self._become(_apply.calibrated(self._state, data))
@@ -465,9 +467,7 @@ class QuantSim(StateView):
         """The ends of the grids of the model's inputs, those that have integer grids."""
         held = {t: self.encodings.get(self.plan.root(t)) for t in self.graph.inputs if t in self.plan}
         return {
-            t: (float(e.minimum.min()), float(e.maximum.max()))
-            for t, e in held.items()
-            if e is not None and e.float_format is None
+            t: (float(e.minimum.min()), float(e.maximum.max())) for t, e in held.items() if e is not None and e.is_fixed
         }
 
     def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:

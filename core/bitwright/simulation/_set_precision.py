@@ -9,7 +9,7 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
-from bitwright.grids import FLOAT, EncodingTable, parse_type
+from bitwright.grids import FLOAT, Blockwise, Dynamic, EncodingTable, parse_type
 from bitwright.placement import ARROW, Float, Plan, Site, SiteId, SiteKind, ops_between, sized
 from bitwright.simulation._fork import fork
 from bitwright.state import SimState
@@ -74,8 +74,11 @@ def set_precision(
     if all(v is None for v in asked.values()):
         raise InputError("set_precision: give weights=, activations= or inputs=, such as weights='int4'")
     for role, text in asked.items():
-        if text is not None and text != FLOAT and parse_type(text)[3] is not None and role != "weights":
+        layout = None if text is None or text == FLOAT else parse_type(text)[3]
+        if isinstance(layout, Blockwise) and role != "weights":
             raise InputError(f"{role}={text!r}: blocks are for weights; activations have one scale, for example uint8")
+        if isinstance(layout, Dynamic) and role == "weights":
+            raise InputError(f"{role}={text!r}: a range at run time is for activations; weights take int8 or int4")
     request = _Request(state)
     for item in [what] if isinstance(what, str) else what:
         request.add(item, **asked)

@@ -117,7 +117,7 @@ class SiteHandle:
         row = self._state().plan.row(self.id)
         found = self.encoding
         told = f"{row.bits} {row.granularity}".strip() if row.decision != "float" else "float"
-        if found is not None and found.float_format is None:
+        if found is not None and found.is_fixed:
             told += f", {float(found.minimum.min()):.4g} to {float(found.maximum.max()):.4g}"
         state = "frozen" if self.frozen else "calibrated" if found is not None else why_none(self._state(), self.id)
         return f"<{self.id}: {told}, {state}>"

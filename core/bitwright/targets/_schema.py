@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from bitwright.errors import InputError, TargetError
-from bitwright.grids import FLOAT, parse_type
+from bitwright.grids import FLOAT, Blockwise, Dynamic, parse_type
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -202,8 +202,15 @@ class Extension(_Section):
     @field_validator("activations")
     @classmethod
     def _no_blocks(cls, value: str) -> str:
-        if ":" in value:
+        if value != FLOAT and isinstance(parse_type(value)[3], Blockwise):
             raise ValueError("blocks are for weights; activations have one scale")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != FLOAT and isinstance(parse_type(value)[3], Dynamic):
+            raise ValueError("a range at run time is for activations")
         return value
 
 

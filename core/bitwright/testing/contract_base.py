@@ -26,7 +26,7 @@ from bitwright.graph import (
     output_channels,
     to_matrix,
 )
-from bitwright.grids import Encoding, EncodingTable, encoding_from_range
+from bitwright.grids import Encoding, EncodingTable, dynamic_encoding, encoding_from_range
 from bitwright.placement import Plan, SiteId
 from bitwright.testing.harness import simple_plan
 from bitwright.testing.replay import Fallback, tappable
@@ -142,6 +142,9 @@ def min_max_table(backend: Backend[Any], case: Case, plan: Plan) -> EncodingTabl
     for site in plan.activations:
         spec = plan.spec(site)
         assert spec is not None
+        if spec.run_time is not None:
+            found[site] = dynamic_encoding(spec)
+            continue
         seen = [values[t].astype(np.float64) for t in plan.observed(site) if t in values]
         seen = [v[np.isfinite(v)] for v in seen]
         low = min((float(v.min()) for v in seen if v.size), default=0.0)

@@ -21,6 +21,7 @@ from bitwright.grids import (
     EncodingTable,
     PerChannel,
     QuantSpec,
+    dynamic_encoding,
     encoding_from_range,
     encoding_of_weights,
 )
@@ -53,6 +54,8 @@ ACTIVATION_SPECS = (
     *(QuantSpec(16 if "16" in name else 8, float_format=name) for name in FLOAT_FORMATS),  # type: ignore[arg-type]
 )
 """Of tensors with one scale."""
+RUN_TIME_TYPES = ("uint8:dynamic", "int8:per_token", "uint4:per_token")
+"""Grids that the values themselves span."""
 
 
 class GridContract(Contract):
@@ -75,6 +78,41 @@ class GridContract(Contract):
                     off = found != expected
                     told = f"{batch[t][off][:4]} → {found[off][:4]}, not {expected[off][:4]}"
                     assert not off.any(), f"{t}, {spec}: {told}"
+
+    def test_ranges_at_run_time(self, case: Case) -> None:
+        """Bit-equal to `Encoding.fake_quantize`: of tensors and of tokens, of zeros and of numbers too small to divide
+        by, before a fixed grid; ops compute with what was rounded."""
+        backend, model = self.backend(), case.model
+        graph = backend.graph(model)
+        plan = simple_plan(graph)
+        simulation = bare(backend, case, plan)
+        for t in [t for t in graph.inputs if graph.tensors[t].is_float][:1]:
+            session = simulation.session([Tap(t)])
+            values = spread_rows(case.batch[t])
+            for type in RUN_TIME_TYPES:
+                encoding = dynamic_encoding(type)
+                simulation.set({t: encoding})
+                assert simulation.get()[t].equals(encoding)
+                for batch in (values, np.zeros_like(values), np.full_like(values, -3.3)):
+                    found = run(session, {**case.batch, t: batch})[t]
+                    expected = encoding.fake_quantize(batch)
+                    off = found != expected
+                    assert not off.any(), f"{t}, {type}: {batch[off][:4]} → {found[off][:4]}, not {expected[off][:4]}"
+            fixed = encoding_from_range(QuantSpec(8), -1.3, 2.1)
+            simulation.set({t: fixed})
+            found = run(session, {**case.batch, t: values})[t]
+            assert np.array_equal(found, fixed.fake_quantize(values)), f"{t}, on a fixed grid again"
+            simulation.set({t: None})
+        for op in [op for op in graph.linear_ops if op.data_inputs[0] in plan.activations][-1:]:
+            site, encoding = op.data_inputs[0], dynamic_encoding("int8:per_token")
+            session = simulation.session([Tap(site), *_ends([op])])
+            plain = run(session, case.batch)[site]
+            simulation.set({site: encoding})
+            quantized = run(session, case.batch)
+            assert agrees(quantized[site], plain, encoding, max(case.tolerance, 1e-5)), (
+                f"{site}: {departure(quantized[site], plain, encoding)}"
+            )
+            self._check_linear(graph, [op], quantized, backend.read(model, own(op)), {}, case)
 
     def test_activations_of_every_format(self, case: Case) -> None:
         """Each tensor, on a grid of each format in turn, is the float tensor on that grid."""
@@ -238,6 +276,13 @@ def float_points(encoding: Encoding, shape: Sequence[int]) -> Array:
         points = np.array([0.0, *near, *low, 3.14159, 0.1, 77.7]) * np.float64(encoding.scale)
     points = np.clip(np.concatenate([points, -points]), -3e38, 3e38).astype(np.float32)
     return np.resize(points, int(np.prod(shape))).reshape(shape)
+
+
+def spread_rows(values: Array) -> Array:
+    """Values whose rows have ranges of very different sizes, one of zeros and one of subnormal numbers among them."""
+    rows = np.array(values, np.float32).reshape(-1, values.shape[-1])
+    rows *= np.resize(np.array([1, 100, 1e-3, 0, 1e-40, 7], np.float32), len(rows))[:, None]
+    return rows.reshape(values.shape)
 
 
 def weight_encodings(op: Op, weight: Array) -> Iterator[Encoding]:

@@ -20,6 +20,7 @@ from bitwright.grids import (
     EncodingTable,
     PerChannel,
     QuantSpec,
+    dynamic_encoding,
     encoding_arrays,
     encoding_from_range,
     encoding_of_arrays,
@@ -74,7 +75,9 @@ def min_max_encodings(
     ranges = [session.run(batch) for batch in data] if taps else []
     for site, tap in zip(sites, taps, strict=True):
         spec = plan.spec(site)
-        if spec is not None and ranges:
+        if spec is not None and spec.run_time is not None:
+            table[site] = dynamic_encoding(spec)
+        elif spec is not None and ranges:
             low = min(float(np.asarray(r[tap])[0]) for r in ranges)
             high = max(float(np.asarray(r[tap])[1]) for r in ranges)
             table[site] = encoding_from_range(spec, low, high, source="minmax")

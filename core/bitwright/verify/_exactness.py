@@ -115,7 +115,7 @@ class Examination:
         for t in simulation.written:
             if t in floats and t in tensors:
                 encoding = simulation.table.get(t)
-                self._grids[t] = None if encoding is None or encoding.float_format is not None else encoding
+                self._grids[t] = encoding if encoding is not None and encoding.is_fixed else None
         self._given = frozenset(t for t, e in self._grids.items() if e is not None)
         self._own = foreign is None
         self.uncovered = (

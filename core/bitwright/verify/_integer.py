@@ -239,11 +239,11 @@ class IntegerSimulation:
         encoding = self._table.get(tensor)
         if encoding is None:
             return values
-        return encoding.fake_quantize(values) if encoding.float_format else encoding.quantize(values)
+        return encoding.quantize(values) if encoding.is_fixed else encoding.fake_quantize(values)
 
     def _real(self, tensor: TensorId, values: NDArray[Any]) -> NDArray[Any]:
         encoding = self._table.get(tensor)
-        return values if encoding is None or encoding.float_format else encoding.dequantize(values)
+        return values if encoding is None or not encoding.is_fixed else encoding.dequantize(values)
 
     def _float(self, op: Op, held: Mapping[TensorId, NDArray[Any]]) -> dict[TensorId, NDArray[Any]]:
         if op.id not in self._segments:

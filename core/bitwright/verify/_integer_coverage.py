@@ -85,11 +85,11 @@ def _function(graph: Graph, op: Op, table: Mapping[str, Encoding]) -> str | None
 
 def _on_grid(tensor: TensorId, table: Mapping[str, Encoding]) -> bool:
     encoding = table.get(tensor)
-    return encoding is not None and encoding.float_format is None
+    return encoding is not None and encoding.is_fixed
 
 
 def _is_byte(encoding: Encoding | None) -> bool:
-    return encoding is not None and encoding.float_format is None and 5 <= encoding.bits <= 8
+    return encoding is not None and encoding.is_fixed and 5 <= encoding.bits <= 8
 
 
 def _bits(encoding: Encoding | None) -> str:

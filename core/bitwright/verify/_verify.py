@@ -385,7 +385,7 @@ def _examined(
 
 def _rounding(encoding: Encoding | None, values: NDArray[Any]) -> float:
     """What two floats may differ by and still be the same number: nothing on a grid, else a few of float32's ulps."""
-    if encoding is not None and encoding.float_format is None:
+    if encoding is not None and encoding.is_fixed:
         return 0.0
     return 1e-6 * float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
