@@ -55,8 +55,8 @@ def read_candidates(given: Sequence[tuple[str, str] | str | Candidate]) -> tuple
             raise InputError(f"candidate {item!r}: give a pair of types, such as ('int4', 'uint8')")
         if parse_type(pair[1])[3] is not None:
             raise InputError(
-                f"candidate {item!r}: blocks are for weights, and ranges at run time aren't searched; activations have one "
-                "scale"
+                f"candidate {item!r}: blocks are for weights, and ranges at run time aren't searched; activations have "
+                "one scale"
             )
         parse_type(pair[0])
         found.append(Candidate(*pair))

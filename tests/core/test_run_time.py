@@ -178,5 +178,5 @@ def test_encodings_files_say_what_they_are():
     ]
     broken = json.loads(dumps(file, "1.0.0"))
     broken["producer"]["bitwright"]["run_time"]["a"] = "int8"
-    with pytest.raises(EncodingError, match="'a'.*run_time.*int8:per_token"):
+    with pytest.raises(EncodingError, match=r"'a'.*run_time.*int8:per_token"):
         loads(json.dumps(broken))

@@ -300,5 +300,5 @@ def test_ranges_at_run_time(port, data, tmp_path):
     ops = [node.op_type for node in onnx.load(bundle.files["qdq"]).graph.node]
     assert "QuantizeLinear" not in ops
     assert ops.count("DynamicQuantizeLinear") == 1
-    with pytest.raises(InputError, match="calibrate: .* activations take their range of data"):
+    with pytest.raises(InputError, match=r"calibrate: .* activations take their range of data"):
         port.sim(MODEL).calibrate()
