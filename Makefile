@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help check test jax suite fuzz faults floor coverage mutants lint format types hooks changelog docs demo dist clean
+.PHONY: help check test jax suite fuzz faults floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -22,8 +22,15 @@ help: ## show this list
 	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv/.docs: .venv/.installed
-	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[docs]'
+# The reference is written from the sources: no framework is needed here.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "bitwright needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv/.notebooks: .venv/.installed
+	$(BIN)/python $(PIP) install --constraint constraints.txt --editable '.[notebooks]'
 	touch $@
 
 # As third parties ship a backend: bitwright with the extra that it needs, and the distribution itself.
@@ -95,8 +102,11 @@ changelog: .venv/.installed ## move the fragments of changes/ into CHANGELOG.md 
 	@test -n "$(VERSION)" || { echo "say which version: make changelog VERSION=0.2.0" >&2; exit 2; }
 	$(BIN)/towncrier build --yes --version $(VERSION)
 
-docs: .venv/.docs ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: .venv-docs/.installed ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+notebooks: .venv/.notebooks ## write examples/notebooks from the quickstart pages, and run them
+	$(BIN)/python examples/notebooks/from_pages.py
 
 demo: .venv-demo/.installed ## quantize a pretrained model and compare float, simulated and integer accuracy
 	$(DEMO_BIN)/python examples/text_orientation.py $(DEMO_OUT)
@@ -105,5 +115,5 @@ dist: .venv/.installed ## build wheel and sdist into dist/
 	$(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist .
 
 clean: ## remove environments and everything generated
-	rm -rf .venv .venv-demo .venv-jax $(DEMO_OUT) dist site build
+	rm -rf .venv .venv-demo .venv-docs .venv-jax $(DEMO_OUT) dist site build
 	find . -name __pycache__ -prune -exec rm -rf {} +

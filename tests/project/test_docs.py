@@ -7,11 +7,13 @@ import importlib
 import re
 from pathlib import Path
 
+import public_api
 import pytest
+import technique_pages
 
 from bitwright import hookspecs
 from bitwright.backend import Capability
-from bitwright.plugins import Registry
+from bitwright.plugins import Registry, registry
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -54,11 +56,31 @@ def test_no_documented_option_is_gone():
         assert {option for option in used if "_" not in option} - {"--quantization"} <= known, page
 
 
-def test_every_technique_and_its_aliases_are_documented():
+def test_every_technique_has_a_page_with_all_that_one_says():
     for info in Registry(entry_points=False).techniques().values():
-        assert f"## {info.name}\n" in PAGES["techniques.md"]
+        page = PAGES[f"techniques/{info.name}.md"]
+        assert re.findall(r"^\*\*(.*?)\.\*\*", page, re.M)[:5] == ["Formula", "Source", "Cost", "When", "When not"]
         for alias in info.aliases:
-            assert f"`{alias}`" in PAGES["techniques.md"]
+            assert f"`{alias}`" in page
+
+
+def test_what_pages_of_techniques_have_from_the_code_is_of_today():
+    for path, text in technique_pages.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python tests/project/technique_pages.py"
+
+
+def test_every_public_module_and_tool_is_in_the_reference():
+    """`make docs` writes their names, arguments and docstrings there."""
+    text = "".join(PAGES[name] for name in PAGES if name.startswith("api/"))
+    listed = re.findall(r"^::: (\S+)$", text, re.M)
+    modules = set(public_api.facades()) - {"bitwright", "bitwright.cli"}
+    tools = Registry(entry_points=False).tools()
+    assert {name for name in listed if name.rpartition(".")[2] not in tools} == modules
+    assert {name.rpartition(".")[2] for name in listed} >= set(tools)
+    for name in listed:
+        module, _, last = name.rpartition(".")
+        thing = getattr(importlib.import_module(module), last) if last in tools else None
+        assert thing is None or registry.tool(last) is thing, name
 
 
 def test_recipe_example_is_valid(tmp_path):

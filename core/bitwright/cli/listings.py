@@ -14,7 +14,7 @@ import typer
 from bitwright.cli import console
 
 if TYPE_CHECKING:
-    from bitwright.plugins.registry import PluginStatus
+    from bitwright.plugins.registry import PluginStatus, Registry
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -64,9 +64,7 @@ def techniques(
     registry = default_registry()
     if name is not None:
         info = registry.technique_info(name)
-        model = registry.settings(name)
-        schema = model.model_json_schema()
-        notes = setting_notes(model)
+        schema = registry.settings(name).model_json_schema()
         if as_json:
             _json({"name": info.name, "summary": info.summary, "aliases": info.aliases, "settings": schema})
             return
@@ -75,14 +73,8 @@ def techniques(
             console.say(f"Also called {', '.join(info.aliases)}.")
         if requires := registry.technique(name).requires:
             console.say(f"Needs a backend with {', '.join(sorted(requires))}.")
-        if fields := schema.get("properties"):
-            console.table(
-                ("setting", "type", "default", "what it does"),
-                (
-                    (k, _type(f, schema), _default(f), f.get("description") or notes.get(k, ""))
-                    for k, f in fields.items()
-                ),
-            )
+        if rows := setting_rows(registry, name):
+            console.table(("setting", "type", "default", "what it does"), rows)
         else:
             console.say("It has no settings.")
         return
@@ -91,6 +83,16 @@ def techniques(
         _json([{"name": t.name, "summary": t.summary, "aliases": t.aliases} for t in found])
         return
     console.table(("technique", "aliases", "summary"), ((t.name, ", ".join(t.aliases), t.summary) for t in found))
+
+
+def setting_rows(registry: Registry, technique: str) -> list[tuple[str, str, str, str]]:
+    """A technique's settings: name, type, default, and what its documentation says of it."""
+    model = registry.settings(technique)
+    schema, notes = model.model_json_schema(), setting_notes(model)
+    return [
+        (k, _type(f, schema), _default(f), f.get("description") or notes.get(k, ""))
+        for k, f in schema.get("properties", {}).items()
+    ]
 
 
 def plugins(as_json: Json = False) -> None:
