@@ -1,0 +1,152 @@
+"""Installs bitwright as users do, in an environment for each cell, and runs `smoke.py` there (`make matrix`).
+
+    python tests/matrix/matrix.py                      # every cell on every Python that is here (an hour, gigabytes)
+    python tests/matrix/matrix.py --cells core,onnx    # some
+    python tests/matrix/matrix.py --write              # and the table of docs/versions.md
+
+A cell is an extra alone (or core: none), with the newest versions that pip finds or with the oldest that
+`pyproject.toml` allows. The wheel is built once, from a clean environment, and nothing else of the repository is on the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "versions.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ("3.11", "3.12", "3.13")
+CELLS = {
+    "core": (), "onnx": ("onnx",), "torch": ("torch",), "keras with TensorFlow": ("keras", "tensorflow"),
+    "tensorflow": ("tensorflow",), "report": ("report",), "search": ("search",), "images": ("images",),
+    "text": ("text",), "distributed": ("distributed",),
+}  # fmt: skip
+SHOWN = ("numpy", "pydantic", "onnx", "onnxruntime", "torch", "keras", "tensorflow", "bokeh", "scipy", "pillow",
+         "tokenizers", "distributed")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell: what was installed, and what came of it ("" if all is well)."""
+
+    cell: str
+    python: str
+    edge: str
+    versions: str
+    ran: str
+    problem: str
+
+
+def requirements(extras: tuple[str, ...]) -> list[str]:
+    """What the core and these extras ask for, extras of extras included."""
+    found = list(PROJECT["dependencies"])
+    for extra in extras:
+        for entry in PROJECT["optional-dependencies"][extra]:
+            own = re.fullmatch(r"bitwright\[(.+)\]", entry)
+            found += requirements(tuple(own[1].split(","))) if own else [entry]
+    return list(dict.fromkeys(found))
+
+
+def oldest(extras: tuple[str, ...]) -> list[str]:
+    """The lower bounds as pins: ``numpy>=1.26`` is ``numpy==1.26.*``."""
+    pins = []
+    for entry in requirements(extras):
+        name, bound = re.fullmatch(r"([\w.-]+)(?:\[[^]]*\])?>=([\d.]+).*", entry).groups()  # type: ignore[union-attr]
+        pins.append(f"{name}=={bound if '.' in bound else f'{bound}.0'}.*")
+    return pins
+
+
+def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    """A process whose output is kept."""
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def wheel(folder: Path) -> Path:
+    """Built by pip, in an environment that it makes itself."""
+    built = run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT])
+    if built.returncode:
+        raise SystemExit(built.stderr)
+    return next(folder.glob("bitwright-*.whl"))
+
+
+def cell(name: str, interpreter: str, edge: str, built: Path, folder: Path) -> Result:
+    """Install one and run the smoke test in it."""
+    extras = CELLS[name]
+    version = run([interpreter, "-c", "import sys; print('.'.join(map(str, sys.version_info[:2])))"]).stdout.strip()
+    place = folder / "env"
+    shutil.rmtree(place, ignore_errors=True)
+    python = place / "bin" / "python"
+    run([interpreter, "-m", "venv", place])
+    target = f"bitwright[{','.join(extras)}] @ {built.as_uri()}" if extras else str(built)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = run([*pip, target, *(oldest(extras) if edge == "oldest" else [])])
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        return Result(name, version, edge, "", "", f"not installed: {' '.join(reason)[:200]}")
+    listed = {p["name"].lower(): p["version"] for p in json.loads(run([*pip[:3], "list", "--format=json"]).stdout)}
+    shown = ", ".join(f"{n} {listed[n]}" for n in SHOWN if n in listed)
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    smoke = run([python, ROOT / "tests/matrix/smoke.py"], cwd=work, env=clean)
+    problem = "" if smoke.returncode == 0 else smoke.stderr.strip().splitlines()[-1][:300]
+    return Result(name, version, edge, shown, smoke.stdout.strip().splitlines()[-1] if not problem else "", problem)
+
+
+def main() -> None:
+    """All cells, printed as they come; exits with 1 if one that could be installed failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default=",".join(CELLS), help="names, a,b,c")
+    parser.add_argument("--edges", default="newest,oldest")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    args = parser.parse_args()
+    here = {v: found for v in PYTHONS if (found := shutil.which(f"python{v}"))}
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        built = wheel(folder)
+        for version, interpreter in here.items():
+            for name in args.cells.split(","):
+                for edge in args.edges.split(","):
+                    begin = time.perf_counter()
+                    results.append(found := cell(name, interpreter, edge, built, folder))
+                    told = found.problem or f"ok: {found.ran} ({found.versions})"
+                    print(f"{name}, Python {version}, {edge}: {told} [{time.perf_counter() - begin:.0f} s]", flush=True)
+    absent = [v for v in PYTHONS if v not in here]
+    if absent:
+        print(f"not here: Python {', '.join(absent)}")
+    if args.write:
+        PAGE.write_text(page(results, absent), encoding="utf-8")
+    sys.exit(any(r.problem and not r.problem.startswith("not installed") for r in results))
+
+
+def page(results: list[Result], absent: list[str]) -> str:
+    """The table as a page."""
+    lines = ["| installed | Python | versions | with | went through |", "|---|---|---|---|---|"]
+    lines += [f"| {r.cell} | {r.python} | {r.edge} | {r.versions} | {r.problem or r.ran} |" for r in results]
+    missing = f"Not tried, because they weren't on the machine: Python {', '.join(absent)}.\n" if absent else ""
+    return f"""# Versions that were tried
+
+Written by `make matrix`: the wheel, built from a clean environment, is installed by pip with each extra alone, with the
+newest versions that pip finds and with the oldest that `pyproject.toml` allows, and a small model of each framework
+that is then there is calibrated, exported and verified.
+
+{chr(10).join(lines)}
+
+{missing}"""
+
+
+if __name__ == "__main__":
+    main()
