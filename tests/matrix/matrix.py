@@ -5,7 +5,8 @@
     python tests/matrix/matrix.py --write              # and the table of docs/versions.md
 
 A cell is an extra alone (or core: none), with the newest versions that pip finds or with the oldest that
-`pyproject.toml` allows. The wheel is built once, from a clean environment, and nothing else of the repository is on the path.
+`pyproject.toml` allows. The wheel is built once, from a clean environment; nothing else of the repository is on the
+path.
 """
 
 from __future__ import annotations
