@@ -81,7 +81,8 @@ faults: .venv/.installed ## kill commands at each call that changes a file, and 
 matrix: .venv/.installed ## install the wheel with each extra alone, oldest and newest versions, and try it (an hour, gigabytes); writes docs/versions.md
 	$(BIN)/python tests/matrix/matrix.py --write $(ARGS)
 
-suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md
+suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md; and what the tests take a share of
+	BITWRIGHT_WHOLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/techniques tests/keras tests/tensorflow
 	$(BIN)/python tests/suite/suite.py
 
 lint: .venv/.installed ## style, types, import rules and changelog fragments

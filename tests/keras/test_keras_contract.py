@@ -10,6 +10,7 @@ tf = pytest.importorskip("tensorflow")
 
 import keras_nets as nets  # noqa: E402
 import numpy as np  # noqa: E402
+from shares import EVERY  # noqa: E402
 
 from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
@@ -78,6 +79,7 @@ def gradients(loss, variables):
 
 
 class TestKerasContract(BackendContract):
+    every = EVERY
     suffix = ".keras"
     demanding = frozenset({"tflite"})  # test_tflite.py has plans that fit
     declines: ClassVar = {"recurrent": "Keras's recurrent layers are opaque, and run in float"}

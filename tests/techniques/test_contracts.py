@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from backends import BACKENDS, FRAMEWORKS
+from shares import WHOLE
 
 from bitwright import registry
 from bitwright.graph import OpKind, SetBias
@@ -37,7 +38,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 # A technique never sees a framework. The whole kit is run on each for one technique of each kind: edits that change the
 # graph, a walk that moves biases, one that stores its layers, channel statistics, statistics of norms. The others must
-# give the same numbers there (`test_same_numbers_on_every_backend`).
+# give the same numbers there (`test_same_numbers_on_every_backend`); `make suite` puts them to the kit too.
 ON_FRAMEWORKS = {"fold_batch_norm", "bias_correction", "adaround", "smooth_quant", "batch_norm_reestimation"}
 # On the reference backend they have classes of their own (test_adaround.py, …).
 OWN_CLASSES = {"adaround", "seq_mse", "batch_norm_reestimation", "fold_batch_norm_to_scale"}
@@ -82,7 +83,7 @@ def _classes() -> dict[str, type]:
     found = {}
     for name, attributes in TECHNIQUES.items():
         for backend in BACKENDS:
-            if name in OWN_CLASSES if backend == "reference" else name not in ON_FRAMEWORKS:
+            if name in OWN_CLASSES if backend == "reference" else not (WHOLE or name in ON_FRAMEWORKS):
                 continue
             title = "Test" + "".join(w.title() for w in (*name.split("_"), "on", backend))
             skipped = {} if backend == "reference" else {test: None for test in vars(TechniqueContract) if test in ONCE}

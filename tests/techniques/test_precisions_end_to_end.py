@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from backends import FRAMEWORKS
+from shares import spread
 
 from bitwright.backend import Tap
 from bitwright.errors import InputError
@@ -17,16 +18,10 @@ from bitwright.grids import Blockwise, Encoding
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 
+PORTS = tuple(FRAMEWORKS.values())
+BLOCKS = ["int4:block16", "int4:lpbq16"]
+FLOATS = ["float16", "bfloat16", "fp8"]
 everywhere = pytest.mark.parametrize("port", FRAMEWORKS.values(), ids=FRAMEWORKS)
-
-
-def spread(names, *cases, elsewhere):
-    """All cases on the first framework; on the others `elsewhere`, as the backend kit has every grid on each."""
-    first, *others = FRAMEWORKS.values()
-    chosen = [(first, c) for c in cases] + [(port, c) for port in others for c in elsewhere]
-    told = [f"{port}-{'-'.join(c) if isinstance(c, tuple) else c}" for port, c in chosen]
-    values = [(port, *(c if isinstance(c, tuple) else (c,))) for port, c in chosen]
-    return pytest.mark.parametrize(("port", *names.split(",")), values, ids=told)
 
 
 def network(seed=0):
@@ -58,7 +53,7 @@ def error(sim, data):
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
-@spread("kind", "int4:block16", "int4:lpbq16", elsewhere=["int4:lpbq16"])
+@spread("kind", BLOCKS, PORTS, elsewhere=["int4:lpbq16"])
 def test_blockwise_weights_end_to_end(port, data, kind, tmp_path):
     sim = port.sim(MODEL, weights=kind).calibrate(data)
     found = {op: sim.encodings[w] for op, w in weights(sim).items()}
@@ -96,7 +91,8 @@ def test_blockwise_weights_end_to_end(port, data, kind, tmp_path):
 
 @spread(
     "technique,kind",
-    *itertools.product(["gptq", "adaround", "seq_mse", "weight_clipping"], ["int4:block16", "int4:lpbq16"]),
+    list(itertools.product(["gptq", "adaround", "seq_mse", "weight_clipping"], BLOCKS)),
+    PORTS,
     elsewhere=[("gptq", "int4:block16"), ("adaround", "int4:lpbq16")],
 )
 def test_techniques_on_blockwise_weights(port, data, kind, technique):
@@ -124,7 +120,7 @@ def error_against_float(sim, port, data):
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
-@spread("kind", "float16", "bfloat16", "fp8", elsewhere=["fp8"])
+@spread("kind", FLOATS, PORTS, elsewhere=["fp8"])
 def test_float_formats_mixed_in(port, data, kind):
     """One layer in a float format among integer ones: its sites have it, its values are cast, the others stay."""
     name = {"fp8": "float8e4m3fn"}.get(kind, kind)
@@ -143,7 +139,7 @@ def test_float_formats_mixed_in(port, data, kind):
     assert np.isfinite(error(sim.calibrate(data), data))
 
 
-@spread("kind", "float16", "bfloat16", "fp8", elsewhere=["fp8"])
+@spread("kind", FLOATS, PORTS, elsewhere=["fp8"])
 def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     sim = port.sim(MODEL, weights=kind, activations=kind).calibrate(data)
     for op, w in weights(sim).items():
@@ -153,7 +149,7 @@ def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     assert 0 < error(sim, data) < bound
 
 
-@spread("kind", "int8", "fp8", "int4:block16", elsewhere=["int4:block16"])
+@spread("kind", ["int8", "fp8", "int4:block16"], PORTS, elsewhere=["int4:block16"])
 def test_weights_only(port, data, kind, tmp_path):
     """Weights on their grids and nothing else: the float network with rounded weights, in the exported file too."""
     sim = port.sim(MODEL, weights=kind, activations="float").calibrate(data)

@@ -9,6 +9,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import tfnets  # noqa: E402
+from shares import EVERY  # noqa: E402
 
 from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
@@ -85,6 +86,7 @@ CASES = {
 
 
 class TestTensorFlowContract(BackendContract):
+    every = EVERY
     suffix = ".pb"
     declines: ClassVar = {"recurrent": "in TensorFlow's graphs recurrent layers are loops of ops, and shown as such"}
 

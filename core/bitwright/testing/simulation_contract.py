@@ -109,23 +109,28 @@ class SimulationContract(Contract):
         """`ParamUpdates.set_params` gives bit for bit what simulating the edited model gives; the model stays."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
-        plan = simple_plan(graph)
-        table = min_max_table(backend, case, plan)
-        simulation = backend.simulate(model, plan, table)
+        plan, table, simulation = plain(backend, case)
         if not isinstance(simulation, ParamUpdates):
             pytest.skip("no ParamUpdates")
         before = self.outputs(model, case)
         taps = [Tap(t) for t in graph.outputs]
-        run(simulation.session(taps), case.batch)
+        session = simulation.session(taps)
+        simulated = run(session, case.batch)
         known = backend.read(model, list(graph.params))
-        for factor in (0.5, 0.75):
-            values = {p: v * np.float32(factor) for p, v in known.items()}
-            simulation.set_params(values)
-            found = run(simulation.session(taps), case.batch)
+        try:
+            for factor in (0.5, 0.75):
+                values = {p: v * np.float32(factor) for p, v in known.items()}
+                simulation.set_params(values)
+                found = run(session, case.batch)
+            with pytest.raises(ModelError):
+                simulation.set_params({"no such parameter": np.zeros(3, np.float32)})
             edited = backend.simulate(backend.edit(model, [SetParams(values)]), plan, table)
-            for t, v in run(edited.session(taps), case.batch).items():
-                assert np.array_equal(found[t], v), t
-        with pytest.raises(ModelError):
-            simulation.set_params({"no such parameter": np.zeros(3, np.float32)})
+            for opened in (edited, simulation):
+                for t, v in run(opened.session(taps), case.batch).items():
+                    assert np.array_equal(found[t], v), t
+        finally:
+            simulation.set_params(known)
+        for t, v in run(session, case.batch).items():
+            assert np.array_equal(v, simulated[t]), f"{t}, with the old parameters again"
         for t, v in self.outputs(model, case).items():
             assert np.array_equal(v, before[t])
