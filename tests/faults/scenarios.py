@@ -145,6 +145,7 @@ SCENARIOS = {
             "analyze", _command("analyze", "net.onnx"), _onnx,
             imports=(*_ONNX, "bitwright_analysis.plugin", "bokeh.plotting"),
         ),
+        Scenario("collect", _command("collect", "net.onnx", "--techniques", "fold_batch_norm"), _onnx, imports=_ONNX),
         Scenario(
             "quantize, Keras", _command("quantize", "net.keras", "--recipe", "fold_batch_norm"), _keras,
             imports=("keras", "tensorflow", "bitwright_keras.backend", *_ONNX), warm=False,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PLAN = Path(__file__).with_name("plan.py")
-SAMPLED = {"quantize": 40, "quantize, over an older export": 23, "auto": 60, "analyze": 90}
+SAMPLED = {"quantize": 40, "quantize, over an older export": 23, "auto": 60, "analyze": 90, "collect": 23}
 
 
 @pytest.mark.skipif(

@@ -380,8 +380,26 @@ def test_nothing_is_half_written(sim, bank, tmp_path):
     with pytest.raises(InputError, match="NaN"):
         collect(sim, [bad], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@onnx_only
+def test_a_bank_that_is_there_already_is_kept(sim, bank, copied, tmp_path):
+    """The same collection again, as after a kill in its last moment, gives it; another one leaves it alone."""
+    before = {p.name: p.stat().st_mtime_ns for p in bank.path.iterdir()}
+    assert collect(sim, samples(sim), bank.path).record == bank.record
+    other, some = samples(sim, seed=9), [sim.graph.linear_ops[0].id]
+    for wrong in ({"data": other}, {"number": "float32"}, {"layers": some}, {"budget_gib": 0.0}):
+        with pytest.raises(InputError, match="is there already"):
+            collect(sim, **{"data": samples(sim), **wrong}, out=bank.path)
+    assert {p.name: p.stat().st_mtime_ns for p in bank.path.iterdir()} == before
+    (copied / "means.npy").write_bytes(bytes((copied / "means.npy").stat().st_size))
+    with pytest.raises(InputError, match="isn't what was collected"):
+        collect(sim, samples(sim), copied)
+    second = collect(sim, samples(sim, 8, seed=5), tmp_path / "second")
+    both = merge([bank, second], tmp_path / "both")
+    assert merge([second, bank], tmp_path / "both").record == both.record
     with pytest.raises(InputError, match="is there already"):
-        collect(sim, samples(sim), bank.path)
+        merge([bank, collect(sim, samples(sim, 8, seed=6), tmp_path / "third")], tmp_path / "both")
 
 
 KILLED = """

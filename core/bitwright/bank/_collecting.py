@@ -13,7 +13,7 @@ import numpy as np
 
 from bitwright.backend import Batch, Session, Tap
 from bitwright.bank._bank import Bank
-from bitwright.bank._record import PRECISION, Number, StepEntry
+from bitwright.bank._record import INDEX, PRECISION, Number, StepEntry
 from bitwright.bank._view import network_of
 from bitwright.bank._writing import Writer
 from bitwright.calibration import collect as collect_statistics
@@ -61,7 +61,8 @@ def collect(
     Args:
         sim: the simulation, in the state that the bank will be valid for.
         data: as `QuantSim.open` takes them.
-        out: the bank's folder; not there yet, or empty. It is whole or not there at all.
+        out: the bank's folder; not there yet, or empty. It is whole or not there at all. The bank that would be
+            written, there already from the same data in the same batches, is given back as it is.
         layers: names or glob patterns of the linear ops whose second moments are kept; none for all.
         budget_gib: size of all second moments on disk at most. The largest are left out first, and named in
             `Record.left_out`.
@@ -80,6 +81,9 @@ def collect(
         raise InputError("a bank is collected from data, and this is a bank; banks are joined by `merge`")
     wanted, left_out = _chosen(state.graph, layers, number, budget_gib, moments_gib)
     tensors = _tensors(state, every_tensor=every_tensor)
+    entries = tuple(StepEntry(technique=s.technique, settings=dict(s.settings)) for s in steps)
+    if (there := _whole(Path(out), dataset, network_of(state), number, entries, wanted, left_out, tensors)) is not None:
+        return there
     with Writer(Path(out), number) as writer:
         seen = Seen(dataset)
         shared: dict[object, list[Op]] = {}
@@ -106,11 +110,39 @@ def collect(
         info = registry.backends().get(state.backend.name)
         writer.finish(
             network=network_of(state),
-            steps=[StepEntry(technique=s.technique, settings=dict(s.settings)) for s in steps],
+            steps=entries,
             samples=seen.count, data=[seen.fingerprint()],
             versions=versions(info.modules if info is not None else ()), layers=places, left_out=left_out,
         )  # fmt: skip
     return Bank.open(out)
+
+
+def _whole(
+    out: Path,
+    data: Dataset,
+    network: str,
+    number: Number,
+    steps: tuple[StepEntry, ...],
+    wanted: Sequence[Op],
+    left_out: Mapping[str, str],
+    tensors: Iterable[TensorId],
+) -> Bank | None:
+    """What an earlier run of the same collection has finished, such as one that was killed in its last moment."""
+    if not (out / INDEX).is_file():
+        return None
+    bank = Bank.open(out)
+    record, ids = bank.record, {op.id for op in wanted}
+    same = (record.network, record.number, record.steps) == (network, number, steps)
+    held = record.layers.keys() <= ids and left_out.items() <= record.left_out.items()
+    if not (same and held and record.tensors.keys() <= set(tensors)):
+        return None
+    seen = Seen(data)
+    for _ in seen:
+        pass
+    if record.data != (seen.fingerprint(),):
+        return None
+    bank.verify()
+    return bank
 
 
 class Seen:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.bank._bank import Bank
+from bitwright.bank._record import INDEX
 from bitwright.bank._writing import Writer
 from bitwright.errors import InputError
 from bitwright.statistics import LayerMoments
@@ -23,7 +24,7 @@ def merge(banks: Sequence[Bank | str | Path], out: str | Path) -> Bank:
 
     Args:
         banks: two or more, or their folders.
-        out: the new bank's folder; not there yet, or empty.
+        out: the new bank's folder; not there yet, or empty, or the same merge's result.
 
     Raises:
         InputError: they are of different networks or formats, two hold the same data, or the folder is there already.
@@ -39,6 +40,8 @@ def merge(banks: Sequence[Bank | str | Path], out: str | Path) -> Bank:
     if twice := next((p for p in prints if prints.count(p) > 1), None):
         named = " and ".join(repr(str(b.path)) for b in parts if twice in b.record.data)
         raise InputError(f"{named} were collected on the same data, which would count twice")
+    if (there := _whole(Path(out), first, prints)) is not None:
+        return there
     with Writer(Path(out), first.record.number) as writer:
         tensors = [t for t in first.record.tensors if all(t in b.record.tensors for b in others)]
         for tensor in tensors:
@@ -67,6 +70,18 @@ def merge(banks: Sequence[Bank | str | Path], out: str | Path) -> Bank:
             data=prints, versions=first.record.versions, layers=layers, left_out=left_out,
         )  # fmt: skip
     return Bank.open(out)
+
+
+def _whole(out: Path, like: Bank, prints: Sequence[str]) -> Bank | None:
+    """What an earlier run of the same merge has finished."""
+    if not (out / INDEX).is_file():
+        return None
+    bank = Bank.open(out)
+    of = bank.record.network, bank.record.number, bank.record.steps, bank.record.data
+    if of != (like.record.network, like.record.number, like.record.steps, tuple(prints)):
+        return None
+    bank.verify()
+    return bank
 
 
 def _sum(banks: Sequence[Bank], held: Sequence[int]) -> LayerMoments:

@@ -58,9 +58,17 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def sweep_beside(path: Path) -> None:
-    """Remove unfinished folders of `path`, written beside it as ``.NAME.PROCESS.partial``, whose processes are gone."""
+    """Remove what processes that are gone have left beside `path`.
+
+    That is unfinished folders, written as ``.NAME.PROCESS.partial``, and the empty files with which `make_directory`
+    tries whether it can write.
+    """
     if sys.platform == "win32":
         return
+    for probe in path.parent.glob(".*.probe"):
+        process = _process(probe.name)
+        if process is not None and not _lives(process) and probe.is_file() and not probe.stat().st_size:
+            discard(probe)
     for folder in path.parent.glob(f".{escape(path.name)}.*.partial"):
         process = _process(folder.name)
         if process is not None and not _lives(process):
