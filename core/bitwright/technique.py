@@ -33,9 +33,10 @@ class LayerwiseSettings(Settings):
     """Settings of techniques that solve one layer after another on the second moments of its input.
 
     Attributes:
-        moments_gib: memory that the moments of one layer may take, in GiB; a layer beyond it is named and stays rounded
-            to nearest. K input features (channels times kernel positions) take 8 K² bytes where inputs are those of
-            the float network, 24 K² where quantized ones are compared with them.
+        moments_gib: memory that the moments of one layer may take, in GiB; a layer beyond it is named, and solved in
+            blocks of its input channels that don't make up for one another's errors; in none, or by a technique that
+            takes none, it stays rounded to nearest. K input features (channels times kernel positions) take 8 K² bytes
+            where inputs are those of the float network, 24 K² where quantized ones are compared with them.
     """
 
     moments_gib: float = Field(2.0, gt=0)
@@ -124,6 +125,7 @@ class LayerWalk(Protocol):
         products: bool = True,
         residuals: bool = False,
         moments_gib: float | None = None,
+        column_blocks: bool = False,
     ) -> Mapping[OpId, LayerResult]:
         """Run `solve` on each op, resuming finished ones from the store.
 
@@ -138,6 +140,8 @@ class LayerWalk(Protocol):
                 that tensor's error too (`LayerMoments.residual`), so that the layer can make up for it.
             products: collect second moments; without them `layer.moments` has means only, at a fraction of the cost.
             moments_gib: memory that one layer's moments may take, see `LayerwiseSettings`; None for the default.
+            column_blocks: `solve` takes moments in blocks (`LayerMoments.blocks`), which those that are too large are
+                collected in then; such layers are named in a warning, and have the figure `blocks`.
         """
 
 

@@ -131,6 +131,7 @@ def round_layers(
         quantized_activations=s.quantized_activations,
         residuals=s.residuals,
         moments_gib=s.moments_gib,
+        column_blocks=True,
     )
     return outcome_of(ctx, results, rounding_report(results, skipped, extra=extra), weights=True)
 
@@ -153,7 +154,7 @@ def solve_layer(
         damping=settings.damping,
         inputs="float" if settings.inputs == "float" else "asymmetric",
     )
-    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks)
     searched = settings.scales == "search" and not layer.encoding.frozen
     if searched:
         grid = search_scales(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import Op, to_matrix
+from bitwright.graph import Op, split_columns, to_matrix
 from bitwright.statistics import LayerMoments
 
 Array = NDArray[np.float64]
@@ -29,7 +29,8 @@ class Reconstruction:
     ``(Ŵ − T)(Ĥ + damping·I)(Ŵ − T)ᵀ`` up to a constant; it is well posed for dead inputs, few samples, singular Ĥ.
 
     Attributes:
-        weight: W, (groups, rows, K).
+        weight: W, (groups, rows, K); where moments are in blocks, a group for each block, of whose outputs a row's
+            output is the sum.
         gram: Ĥ + damping·I, (groups, K, K).
         damping: (groups,).
         target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
@@ -106,7 +107,7 @@ def reconstruction(
     Raises:
         FloatingPointError: the moments aren't finite.
     """
-    matrix = np.asarray(to_matrix(op, weight), np.float64)
+    matrix = np.asarray(split_columns(to_matrix(op, weight), moments.blocks), np.float64)
     if free_bias:
         xx, qq, xq = moments.centred()
     else:
@@ -151,8 +152,9 @@ def corrected_bias(
 
     r is the error of a tensor that is added to the output, where the moments know it.
     """
-    before = np.einsum("grk,gk->gr", to_matrix(op, weight).astype(np.float64), moments.mean)
-    after = np.einsum("grk,gk->gr", to_matrix(op, replaced).astype(np.float64), moments.mean_quantized)
+    mean, quantized = (m.reshape(len(m) // moments.blocks, -1) for m in (moments.mean, moments.mean_quantized))
+    before = np.einsum("grk,gk->gr", to_matrix(op, weight).astype(np.float64), mean)
+    after = np.einsum("grk,gk->gr", to_matrix(op, replaced).astype(np.float64), quantized)
     shift = (before - after).reshape(-1)
     if moments.has_residual:
         shift = shift + moments.residual[2]

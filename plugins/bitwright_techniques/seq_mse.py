@@ -77,6 +77,7 @@ class SeqMse:
             quantized_inputs=s.inputs != "float",
             quantized_activations=s.quantized_activations,
             moments_gib=s.moments_gib,
+            column_blocks=True,
         )
         report = search_report(results, skipped, "weight scale", note=frozen_note(ctx))
         return outcome_of(ctx, results, report, weights=False)
@@ -93,7 +94,7 @@ def scale_layer(layer: Layer, settings: SeqMseSettings) -> LayerResult:
     problem = reconstruction(
         layer.op, layer.weight, layer.moments, free_bias=settings.bias_correction, damping=0.0, inputs=settings.inputs
     )
-    given = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    given = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks)
     grid = search_scales(
         problem,
         full_range(given, layer.weight),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
-from bitwright.graph import Op, from_matrix, to_matrix
+from bitwright.graph import Op, from_matrix, join_columns, split_columns, to_matrix
 from bitwright.grids import Encoding, spread
 
 Matrix = NDArray[np.float32]
@@ -30,6 +30,7 @@ class WeightGrid:
         scale: float32, the encoding's scale array, flattened.
         multiples: LPBQ's integer block scales, flattened; None otherwise.
         floor: scales that may not be undercut (`Encoding.pair_limit`), flattened; None where there is no limit.
+        blocks: parts that columns are in (`split_columns`), each a group of its own; rows of one channel are tied.
     """
 
     op: Op
@@ -39,10 +40,11 @@ class WeightGrid:
     scale: NDArray[np.float32]
     multiples: NDArray[np.int32] | None = None
     floor: NDArray[np.float32] | None = None
+    blocks: int = 1
 
     @classmethod
-    def of(cls, op: Op, shape: tuple[int, ...], encoding: Encoding) -> WeightGrid:
-        """The grid of a weight of `shape` under an integer encoding.
+    def of(cls, op: Op, shape: tuple[int, ...], encoding: Encoding, blocks: int = 1) -> WeightGrid:
+        """The grid of a weight of `shape` under an integer encoding, whose columns are in `blocks`.
 
         Raises:
             EncodingError: the encoding is a float format.
@@ -51,12 +53,13 @@ class WeightGrid:
             raise EncodingError(f"{op.id!r}: a {encoding.float_format} weight has no rounding to choose")
         index = np.arange(encoding.scale.size).reshape(encoding.scale.shape)
         cells = to_matrix(op, np.broadcast_to(spread(index, shape, encoding.granularity), shape))
+        cells = split_columns(cells, blocks)
         if (cells == cells[..., :1]).all():
             cells = cells[..., :1]
         multiples = None if encoding.block_scale is None else encoding.block_scale.reshape(-1)
         scale = encoding.scale.reshape(-1)
         floor = None if encoding.pair_limit is None else scale
-        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), scale, multiples, floor)
+        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), scale, multiples, floor, blocks)
 
     @property
     def whole_rows(self) -> bool:
@@ -69,6 +72,10 @@ class WeightGrid:
         groups, rows, _ = self.cells.shape
         if self.whole_rows:
             return np.unique(self.cells[..., 0], return_inverse=True)[1].reshape(groups, rows)
+        if self.blocks > 1 and self.multiples is not None:
+            # Blocks of a channel have one float scale in common, whichever part of the columns they lie in.
+            channels = np.arange(groups // self.blocks * rows).reshape(-1, 1, rows)
+            return np.repeat(channels, self.blocks, axis=1).reshape(groups, rows)
         own = [np.unique(row) for row in self.cells.reshape(groups * rows, -1)]
         if sum(map(len, own)) == len(np.unique(self.cells)):
             return np.arange(groups * rows).reshape(groups, rows)
@@ -149,7 +156,8 @@ class WeightGrid:
 
     def weight(self, codes: Matrix) -> NDArray[np.float32]:
         """Real values of codes as a weight in canonical layout, bit-equal to `Encoding.dequantize` of the codes."""
-        return np.asarray(from_matrix(self.op, self.values(codes), self.shape), np.float32)
+        matrix = join_columns(self.values(codes), self.blocks)
+        return np.asarray(from_matrix(self.op, matrix, self.shape), np.float32)
 
     def frozen(self, source: str) -> Encoding:
         """The encoding with this grid's scales, which later calibrations keep."""

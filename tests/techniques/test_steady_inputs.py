@@ -87,7 +87,7 @@ def test_layers_beyond_the_budget_are_named_and_keep_their_float_weight():
     with pytest.warns(
         UserWarning, match=rf"adaround: 1 of 2 layers stay rounded to nearest: '{wide.id}': .*moments_gib"
     ):
-        sim.apply("adaround", data, moments_gib=1e-4)
+        sim.apply("adaround", data, moments_gib=1e-5)
     _, report = sim.reports[-1]
     assert report.figures["layers"] == 1 and wide.id in report.summary
     assert any(row[0] == wide.id and "moments_gib" in row[1] for row in report.rows)

@@ -133,23 +133,37 @@ class Bank:
             raise InputError(f"bank {str(self.path)!r}: the range of {tensor!r} is none")
         return low, high
 
-    def layer(self, op: Op, *, products: bool = True) -> LayerMoments:
-        """The moments of a linear op's input columns; without `products` only the means.
+    def blocks(self, op: Op) -> int:
+        """In how many blocks the moments of a linear op are kept (`LayerMoments.blocks`)."""
+        return self.record.moments[self.record.layers[op.id]].blocks
+
+    def layer(self, op: Op, *, products: bool = True, blocks: int | None = None) -> LayerMoments:
+        """The moments of a linear op's input columns; without `products` only the means, of the whole column.
+
+        Args:
+            op: the op.
+            products: whether second moments are wanted.
+            blocks: parts of the columns to take them in, a multiple of those they are kept in; None for these.
 
         Raises:
             InputError: they aren't this op's, or damaged.
         """
-        return self._moments(self.record.moments[self.record.layers[op.id]], op, products)
+        entry = self.record.moments[self.record.layers[op.id]]
+        return self._moments(entry, op, products, (blocks or entry.blocks) if products else 1)
 
     def moments(self, place: int) -> LayerMoments:
         """Moments by their number in the index: to be added to others, whatever op they are of."""
         entry = self.record.moments[place]
-        attrs = ConvAttrs((), (), (), (), entry.groups)
-        return self._moments(entry, Op(f"moments {place}", OpKind.CONV, "Conv", (), (), attrs=attrs), True)
+        attrs = ConvAttrs((), (), (), (), entry.groups // entry.blocks)
+        op = Op(f"moments {place}", OpKind.CONV, "Conv", (), (), attrs=attrs)
+        return self._moments(entry, op, True, entry.blocks)
 
-    def _moments(self, entry: MomentsEntry, op: Op, products: bool) -> LayerMoments:
-        found = LayerMoments(op, entry.features, paired=False, products=products)
-        shape = entry.groups, entry.features
+    def _moments(self, entry: MomentsEntry, op: Op, products: bool, blocks: int) -> LayerMoments:
+        features = entry.features * entry.blocks
+        if features % blocks or blocks % (entry.blocks if products else 1):
+            raise InputError(f"bank {str(self.path)!r}: {op.id!r} is kept in {entry.blocks} blocks, not {blocks}")
+        found = LayerMoments(op, features, paired=False, products=products, blocks=blocks)
+        shape = entry.groups * blocks // entry.blocks, features // blocks
         means = self._part("means.npy", "<f8", entry.means, rows=2)
         if means.shape[1] != entry.groups * entry.features or found.state()["sum_x"].shape != shape:
             raise InputError(f"bank {str(self.path)!r}: {op.id!r} has other columns than those it was collected on")
@@ -159,7 +173,7 @@ class Bank:
         if products:
             size = entry.features * (entry.features + 1) // 2
             triangle = self._array(entry.file, np.dtype(self.record.number).newbyteorder("<"), (entry.groups, size))
-            state["xx"] = squares(triangle, entry.features)
+            state["xx"] = squares(triangle, entry.features, blocks // entry.blocks)
         if not all(np.isfinite(v).all() for v in state.values()):
             raise InputError(f"bank {str(self.path)!r}: the moments of {op.id!r} aren't finite")
         found.restore(state)

@@ -29,6 +29,7 @@ from bitwright.graph import (
     groups_of,
     input_channels,
 )
+from bitwright.layerwise import blocks_within
 from bitwright.placement import build_plan
 from bitwright.plugins import registry
 from bitwright.runs import versions
@@ -66,7 +67,8 @@ def collect(
         layers: names or glob patterns of the linear ops whose second moments are kept; none for all.
         budget_gib: size of all second moments on disk at most. The largest are left out first, and named in
             `Record.left_out`.
-        moments_gib: memory of one layer's moments at most, as in `LayerwiseSettings`; a layer beyond it is left out.
+        moments_gib: memory of one layer's moments at most, as in `LayerwiseSettings`; a layer beyond it is kept in
+            blocks of its input channels.
         number: type that second moments are kept in: "float64" as they are solved on; "float32" takes half the
             space, and of codes that lie between two numbers a few may fall to the other one.
         every_tensor: hold histograms of all tensors, for targets that aren't known yet.
@@ -89,7 +91,7 @@ def collect(
         shared: dict[object, list[Op]] = {}
         for op in wanted:
             shared.setdefault(_columns_key(op, state.graph), []).append(op)
-        requests = [*_tensor_requests(state.graph, tensors), *_moment_requests(state.graph, shared)]
+        requests = [*_tensor_requests(state.graph, tensors), *_moment_requests(state.graph, shared, moments_gib)]
         found = collect_statistics(requests, _float_only(state), seen, progress=state.progress)
         for tensor in tensors:
             histogram, extent = found[f"histogram/{tensor}"], found[f"range/{tensor}"]
@@ -245,15 +247,15 @@ def _chosen(
     left: dict[str, str] = {}
     sizes: dict[object, int] = {}
     for op in ops:
-        held = LayerMoments.bytes_for(op, features_of(op, graph), paired=False)
+        blocks, reason = blocks_of(op, graph, memory)
         if patterns and not any(fnmatch.fnmatchcase(op.id, p) for p in patterns):
             left[op.id] = "no pattern of --layers matches it"
-        elif held > memory * GIB:
-            left[op.id] = f"its moments take {held / GIB:.3g} GiB of memory, more than moments_gib"
+        elif reason:
+            left[op.id] = reason
         else:
-            features = features_of(op, graph)
+            features = features_of(op, graph) // blocks
             each = {"float32": 4, "float64": 8}[number]
-            sizes[_columns_key(op, graph)] = each * groups_of(op) * features * (features + 1) // 2
+            sizes[_columns_key(op, graph)] = each * groups_of(op) * blocks * features * (features + 1) // 2
     if budget is not None:
         total = sum(sizes.values())
         for key in sorted(sizes, key=lambda k: sizes[k], reverse=True):
@@ -265,10 +267,15 @@ def _chosen(
     return [op for op in ops if op.id not in left], left
 
 
-def _moment_requests(graph: Graph, shared: Mapping[object, Sequence[Op]]) -> Iterator[Request]:
+def blocks_of(op: Op, graph: Graph, memory: float) -> tuple[int, str]:
+    """In how many blocks an op's moments take so many GiB; or 0, and why in none."""
+    return blocks_within(memory, op, graph.params[op.weight or ""].shape, features_of(op, graph))
+
+
+def _moment_requests(graph: Graph, shared: Mapping[object, Sequence[Op]], gib: float) -> Iterator[Request]:
     for op, *_ in shared.values():
-        features = features_of(op, graph)
+        features, (blocks, _) = features_of(op, graph), blocks_of(op, graph, gib)
         axis = graph.tensors[op.data_inputs[0]].channel_axis
-        make = partial(LayerMoments, op, features, axis, paired=False)
-        memory = LayerMoments.bytes_for(op, features, paired=False)
+        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks)
+        memory = LayerMoments.bytes_for(op, features, paired=False, blocks=blocks)
         yield Request(f"moments/{op.id}", (op.data_inputs[0],), make, memory=memory)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from bitwright.bank._bank import Bank
 from bitwright.errors import InputError
-from bitwright.graph import Op, to_matrix
+from bitwright.graph import Op, split_columns, to_matrix
 from bitwright.grids import Encoding
 
 _WITHIN = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -18,7 +18,8 @@ def weight_noise(bank: Bank, op: Op, weight: NDArray[np.floating], encoding: Enc
     """Power of the output's error from rounding a weight to its grid, relative to the output's: δᵀHδ / wᵀHw.
 
     Args:
-        bank: with the layer's moments; H has its means taken out, as a bias absorbs them.
+        bank: with the layer's moments; H has its means taken out, as a bias absorbs them. Kept in blocks, H is as if
+            they had nothing to do with one another.
         op: the layer.
         weight: in canonical layout.
         encoding: its grid.
@@ -31,8 +32,9 @@ def weight_noise(bank: Bank, op: Op, weight: NDArray[np.floating], encoding: Enc
         raise InputError(f"bank {str(bank.path)!r} has no moments of {op.id!r} ({reason})")
     moments, _, _ = bank.layer(op).centred()
     given = np.asarray(weight, np.float32)
-    exact = to_matrix(op, given).astype(np.float64)
-    error = to_matrix(op, encoding.fake_quantize(given)).astype(np.float64) - exact
+    rounded = encoding.fake_quantize(given)
+    exact, there = (split_columns(to_matrix(op, m), bank.blocks(op)).astype(np.float64) for m in (given, rounded))
+    error = there - exact
     noise, signal = (float(np.einsum("grk,grk->", m @ moments, m)) for m in (error, exact))
     return _ratio(noise, signal)
 

@@ -75,6 +75,7 @@ class MomentsEntry(Entry):
     Attributes:
         file: of the second moments.
         groups, features: a group's columns have so many features.
+        blocks: parts of an op's columns, whose moments with one another weren't kept; each counts as a group.
         count: columns seen.
         means: in `means`.
     """
@@ -84,6 +85,7 @@ class MomentsEntry(Entry):
     features: int = Field(ge=1)
     count: int = Field(ge=1)
     means: Span
+    blocks: int = Field(1, ge=1)
 
 
 class Record(Entry):

@@ -115,7 +115,9 @@ class BankView:
         wanted = request.make()
         if isinstance(wanted, LayerMoments):
             held = wanted.op.id in self.bank.record.layers and not wanted.paired and not wanted.has_residual
-            return self.bank.layer(wanted.op, products=wanted.has_products) if held else None
+            if not held or (wanted.has_products and self.bank.blocks(wanted.op) != wanted.blocks):
+                return None
+            return self.bank.layer(wanted.op, products=wanted.has_products)
         if (entry := self.bank.record.tensors.get(tensor)) is None:
             return None
         if isinstance(wanted, HistogramStatistic):

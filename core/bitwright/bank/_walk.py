@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from bitwright.bank._bank import Bank
 from bitwright.graph import Op
 from bitwright.grids import EncodingTable
-from bitwright.layerwise import Solving, dump, layer_of, left_at_nearest, load, name_left
+from bitwright.layerwise import Solving, blocks_within, dump, layer_of, left_at_nearest, load, name_blocks, name_left
 from bitwright.progress import Store
 from bitwright.state import SimState
-from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
-
-GIB = 2**30
 
 
 class BankWalk:
@@ -44,6 +41,7 @@ class BankWalk:
         products: bool = True,
         residuals: bool = False,
         moments_gib: float | None = None,
+        column_blocks: bool = False,
     ) -> Mapping[str, LayerResult]:
         """See `LayerWalk`.
 
@@ -73,13 +71,17 @@ class BankWalk:
                 shared = settled.get(op.weight or "")
                 if (stored := load(self._store.get(f"layer/{op.id}"))) is not None:
                     finish(op, stored, fresh=False)
-                elif shared is not None:
+                    continue
+                if shared is not None:
                     # A weight that several ops share was settled by the first of them.
                     finish(op, LayerResult(shared.weight, shared.encoding, None, {"shared": 1.0}, shared.left))
-                elif left := self._missing(op.id, products, budget):
+                    continue
+                blocks, left = self._blocks(op, products, budget, column_blocks)
+                if left:
                     finish(op, left_at_nearest(state.params, op, self._table, left))
                 else:
-                    layer = layer_of(state.params, op, bank.layer(op, products=products), self._table)
+                    moments = bank.layer(op, products=products, blocks=blocks)
+                    layer = layer_of(state.params, op, moments, self._table)
                     for done in solving.solve(layer):
                         finish(*done)
             for done in solving.rest():
@@ -89,19 +91,20 @@ class BankWalk:
             state.progress.finish()
         results = {op.id: results[op.id] for op in order}
         name_left(self._name, results)
+        name_blocks(self._name, results)
         return results
 
-    def _missing(self, op: str, products: bool, budget: float) -> str:
-        """Why a layer can't be solved; "" if it can."""
+    def _blocks(self, op: Op, products: bool, budget: float, allowed: bool) -> tuple[int, str]:
+        """In how many blocks a layer is solved; or 0, and why it can't be."""
         record = self._bank.record
-        if op not in record.layers:
-            return f"the bank has no moments of it ({record.left_out.get(op, 'it was not collected')})"
-        entry = record.moments[record.layers[op]]
-        shape = self._state.graph.op(op)
-        needed = LayerMoments.bytes_for(shape, entry.features, paired=False, products=products) / GIB
-        if needed <= budget:
-            return ""
-        return (
-            f"the moments of its {entry.features} input features take {needed:.3g} GiB, more than the {budget:.3g} GiB "
-            "of moments_gib; raise it where memory allows"
-        )
+        if op.id not in record.layers:
+            return 0, f"the bank has no moments of it ({record.left_out.get(op.id, 'it was not collected')})"
+        entry = record.moments[record.layers[op.id]]
+        kept = entry.blocks if products else 1
+        if kept > 1 and not allowed:
+            return 0, f"the bank has its moments in {kept} blocks, which this technique doesn't take"
+        shape = self._state.graph.params[op.weight or ""].shape
+        return blocks_within(
+            budget, op, shape, entry.features * entry.blocks, self._table.get(op.weight or ""), products=products,
+            most=None if allowed else 1, multiple_of=kept,
+        )  # fmt: skip

@@ -46,7 +46,10 @@ class Writer:
     def __enter__(self) -> Self:
         make_directory(self.out.parent)
         sweep_beside(self.out)
-        make_directory(self._folder)
+        try:
+            self._folder.mkdir()
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
         return self
 
     def __exit__(
@@ -80,7 +83,14 @@ class Writer:
         means = np.stack([state["sum_x"].reshape(-1), state["shift_x"].reshape(-1)]).astype("<f8")
         span = _appended(self._means, means)
         self.moments.append(
-            MomentsEntry(file=name, groups=groups, features=features, count=int(state["count"]), means=span)
+            MomentsEntry(
+                file=name,
+                groups=groups,
+                features=features,
+                count=int(state["count"]),
+                means=span,
+                blocks=moments.blocks,
+            )
         )
         return len(self.moments) - 1
 
@@ -144,12 +154,15 @@ def _triangle(products: NDArray[np.float64]) -> NDArray[np.float64]:
     return flat
 
 
-def squares(triangle: NDArray[Any], features: int) -> NDArray[np.float64]:
-    """(groups, K (K + 1) / 2) → symmetric (groups, K, K)."""
-    products = np.empty((len(triangle), features, features))
+def squares(triangle: NDArray[Any], features: int, blocks: int = 1) -> NDArray[np.float64]:
+    """(groups, K (K + 1) / 2) → symmetric (groups · blocks, K / blocks, K / blocks): those along the diagonal."""
+    size = features // blocks
+    products = np.empty((len(triangle), blocks, size, size))
     end = 0
     for row in range(features):
         start, end = end, end + features - row
-        products[:, row, row:] = triangle[:, start:end]
-        products[:, row:, row] = triangle[:, start:end]
-    return products
+        block, at = divmod(row, size)
+        values = triangle[:, start : start + size - at]
+        products[:, block, at, at:] = values
+        products[:, block, at:, at] = values
+    return products.reshape(-1, size, size)

@@ -44,6 +44,10 @@ def collect(
         float | None,
         typer.Option(min=0, help="Size of all moments at most; the largest are left out first.", show_default=False),
     ] = None,
+    moments_gib: Annotated[
+        float,
+        typer.Option(min=0, help="Memory of one layer's moments at most; one beyond it is kept in blocks of channels."),
+    ] = 2.0,
     float32: Annotated[
         bool, typer.Option("--float32", help="Keep moments in half the space; a few codes may change.")
     ] = False,
@@ -76,6 +80,7 @@ def collect(
             sim.apply(step.technique, **step.settings)
         bank = collected(
             sim, dataset, out, layers=layers.split(",") if layers else (), budget_gib=budget_gib,
+            moments_gib=moments_gib,
             number="float32" if float32 else "float64", every_tensor=every_tensor, steps=steps.steps,
         )  # fmt: skip
     return _tell(bank)

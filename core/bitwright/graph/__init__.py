@@ -35,8 +35,10 @@ from bitwright.graph._linear_form import (
     from_matrix,
     groups_of,
     input_channels,
+    join_columns,
     output_channels,
     output_spatial,
+    split_columns,
     to_matrix,
 )
 from bitwright.graph._needs import NEEDS, Needs, as_called, lacking, operands
@@ -126,6 +128,7 @@ __all__ = [
     "from_matrix",
     "groups_of",
     "input_channels",
+    "join_columns",
     "kind",
     "lacking",
     "moved_from",
@@ -135,6 +138,7 @@ __all__ = [
     "output_channels",
     "output_spatial",
     "preserves_grid",
+    "split_columns",
     "successor",
     "to_matrix",
     "upstream",

@@ -48,6 +48,20 @@ def from_matrix(op: Op, matrix: NDArray[np.floating], shape: tuple[int, ...]) ->
     return np.ascontiguousarray(np.flip(flipped, tuple(range(2, len(shape)))))
 
 
+def split_columns(matrix: NDArray[np.floating], blocks: int) -> NDArray[np.floating]:
+    """(groups, rows, K) → (groups · blocks, rows, K / blocks): each row's features in as many equal parts."""
+    groups, rows, features = matrix.shape
+    parts = matrix.reshape(groups, rows, blocks, features // blocks)
+    return np.swapaxes(parts, 1, 2).reshape(groups * blocks, rows, -1)
+
+
+def join_columns(matrix: NDArray[np.floating], blocks: int) -> NDArray[np.floating]:
+    """The inverse of `split_columns`."""
+    parts, rows, features = matrix.shape
+    whole = matrix.reshape(parts // blocks, blocks, rows, features)
+    return np.swapaxes(whole, 1, 2).reshape(parts // blocks, rows, -1)
+
+
 def input_channels(op: Op, weight_shape: tuple[int, ...]) -> int:
     """Channels (or features) of the op's input."""
     if op.kind is OpKind.CONV_TRANSPOSE:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from bitwright.layerwise._cuts import CutCache
 from bitwright.layerwise._side_by_side import Solving
-from bitwright.layerwise._solving import dump, layer_of, left_at_nearest, load, name_left, solution
+from bitwright.layerwise._solving import (
+    blocks_within,
+    dump,
+    layer_of,
+    left_at_nearest,
+    load,
+    name_blocks,
+    name_left,
+    solution,
+)
 from bitwright.layerwise._walk import LayerwiseWalk
 
 __all__ = [
     "CutCache",
     "LayerwiseWalk",
     "Solving",
+    "blocks_within",
     "dump",
     "layer_of",
     "left_at_nearest",
     "load",
+    "name_blocks",
     "name_left",
     "solution",
 ]

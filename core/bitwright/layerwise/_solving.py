@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Params
 from bitwright.errors import InputError, ModelError
-from bitwright.graph import Op, OpId, ParamRole, to_matrix
-from bitwright.grids import Encoding, encoding_arrays, encoding_of_arrays
+from bitwright.graph import Op, OpId, ParamRole, groups_of, input_channels, split_columns, to_matrix
+from bitwright.grids import Blockwise, Encoding, encoding_arrays, encoding_of_arrays
 from bitwright.placement import SiteId
 from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer, LayerResult, Solve
 
+GIB = 2**30
+NARROWEST = 16
+"""Input channels of a block: there is little to make up for between fewer."""
 NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
 """What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
 
@@ -81,6 +84,8 @@ def solution(solve: Solve, layer: Layer) -> LayerResult:
     if not all(np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None):
         return _left(layer.weight, layer.encoding, "its solution isn't finite")
     figures = {**result.figures, "seconds": time.perf_counter() - begin}
+    if layer.moments.blocks > 1:
+        figures["blocks"] = float(layer.moments.blocks)
     if layer.moments.has_products:
         figures.setdefault("loss", reconstruction_loss(layer.op, layer.weight, result.weight, layer.moments))
     return replace(result, figures=figures)
@@ -90,7 +95,7 @@ def reconstruction_loss(
     op: Op, weight: NDArray[np.float32], candidate: NDArray[np.float32], moments: LayerMoments
 ) -> float:
     """Mean squared output error of a layer relative to its output's power, the bias absorbing the mean difference."""
-    w, v = to_matrix(op, weight).astype(np.float64), to_matrix(op, candidate).astype(np.float64)
+    w, v = (split_columns(to_matrix(op, m), moments.blocks).astype(np.float64) for m in (weight, candidate))
     h, hq, c = moments.centred()
     power = float(np.einsum("gok,gkl,gol->", w, h, w, optimize=True))
     error = (
@@ -111,6 +116,62 @@ def name_left(name: str, results: Mapping[OpId, LayerResult]) -> None:
         count = sum(map(len, reasons.values()))
         told = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
         warnings.warn(f"{name}: {count} of {len(results)} layers stay rounded to nearest: {told}", stacklevel=4)
+
+
+def name_blocks(name: str, results: Mapping[OpId, LayerResult]) -> None:
+    """Warn of the layers that were solved in blocks; `name` is what the warning begins with."""
+    told = [f"{op!r} (in {blocks:.0f})" for op, result in results.items() if (blocks := result.figures.get("blocks"))]
+    if told:
+        warnings.warn(
+            f"{name}: the moments of {', '.join(told)} are larger than moments_gib: they are solved in blocks of input "
+            "channels that don't make up for one another's errors; raise it, or that of the bank, where memory allows",
+            stacklevel=4,
+        )
+
+
+def blocks_within(
+    budget: float,
+    op: Op,
+    shape: tuple[int, ...],
+    features: int,
+    encoding: Encoding | None = None,
+    *,
+    paired: bool = False,
+    products: bool = True,
+    most: int | None = None,
+    multiple_of: int = 1,
+) -> tuple[int, str]:
+    """The fewest equal blocks of input channels in which a layer's moments fit.
+
+    Args:
+        budget: GiB.
+        op, shape: the layer and its weight's canonical shape.
+        features: K of a column.
+        encoding: of the weight, whose runs of one scale aren't cut; None where it isn't known yet.
+        paired, products: see `LayerMoments`.
+        most: so many at most; None for no limit.
+        multiple_of: blocks in which they are kept already.
+
+    Returns:
+        How many, and ""; or 0 and the reason.
+    """
+    channels, unit = input_channels(op, shape) // groups_of(op), 1
+    if encoding is not None and isinstance(encoding.granularity, Blockwise):
+        unit = encoding.granularity.block_size
+    for blocks in range(multiple_of, min(channels, most or channels) + 1, multiple_of):
+        size = channels / blocks
+        cut = blocks == 1 or (size >= NARROWEST and size % unit == 0)
+        if cut and _gib(op, features, paired=paired, products=products, blocks=blocks) <= budget:
+            return blocks, ""
+    needed = _gib(op, features, paired=paired, products=products)
+    return 0, (
+        f"the moments of its {features} input features take {needed:.3g} GiB, more than the {budget:.3g} GiB of "
+        "moments_gib; raise it where memory allows"
+    )
+
+
+def _gib(op: Op, features: int, *, paired: bool, products: bool, blocks: int = 1) -> float:
+    return LayerMoments.bytes_for(op, features, paired=paired, products=products, blocks=blocks) / GIB
 
 
 def dump(result: LayerResult) -> dict[str, NDArray[Any]]:

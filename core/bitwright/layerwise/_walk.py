@@ -37,14 +37,20 @@ from bitwright.graph import (
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
 from bitwright.layerwise._side_by_side import Solving
-from bitwright.layerwise._solving import dump, layer_of, left_at_nearest, load, name_left
+from bitwright.layerwise._solving import (
+    blocks_within,
+    dump,
+    layer_of,
+    left_at_nearest,
+    load,
+    name_blocks,
+    name_left,
+)
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 from bitwright.workers import Workers
-
-GIB = 2**30
 
 
 @dataclass
@@ -85,6 +91,7 @@ class LayerwiseWalk:
         products: bool = True,
         residuals: bool = False,
         moments_gib: float | None = None,
+        column_blocks: bool = False,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
         budget = self.moments_gib if moments_gib is None else moments_gib
@@ -119,10 +126,15 @@ class LayerwiseWalk:
                 shared = replaced.get(op.weight or "")
                 moments, addend, left = None, None, ""
                 if result is None and shared is None:
-                    addend = self._addend(visit) if residuals and products and quantized_inputs else None
-                    left = self._too_large(op, quantized_inputs, products, budget)
-                    if not left:
-                        moments = self._moments(visit, quantized_inputs, products, residual=addend is not None)
+                    blocks, left = blocks_within(
+                        budget, op, self.graph.params[op.weight or ""].shape, self._features(op),
+                        encodings.get(op.weight or ""), paired=quantized_inputs, products=products,
+                        most=None if column_blocks else 1,
+                    )  # fmt: skip
+                    if residuals and products and quantized_inputs and blocks == 1:
+                        addend = self._addend(visit)
+                    if blocks:
+                        moments = self._moments(visit, quantized_inputs, products, addend is not None, blocks)
                 # Behind the last unfinished layer nothing has to run any more.
                 if unfinished and index <= unfinished[-1] and (moments is not None or visit.moves):
                     if quantized_inputs:
@@ -148,6 +160,7 @@ class LayerwiseWalk:
             self.progress.finish()
         results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
+        name_blocks(self.name, results)
         return results
 
     @cached_property
@@ -172,22 +185,13 @@ class LayerwiseWalk:
         kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
         return input_channels(op, shape) // groups_of(op) * kernel
 
-    def _too_large(self, op: Op, paired: bool, products: bool, budget: float) -> str:
-        """Why a layer's moments can't be collected; "" if they can."""
-        features = self._features(op)
-        needed = LayerMoments.bytes_for(op, features, paired=paired, products=products) / GIB
-        if needed <= budget:
-            return ""
-        return (
-            f"the moments of its {features} input features take {needed:.3g} GiB, more than the {budget:.3g} GiB of "
-            "moments_gib; raise it where memory allows"
-        )
-
-    def _moments(self, visit: Visit, paired: bool, products: bool, *, residual: bool) -> LayerMoments:
+    def _moments(self, visit: Visit, paired: bool, products: bool, residual: bool, blocks: int) -> LayerMoments:
         op = visit.op
         axis = self.graph.tensors[op.data_inputs[0]].channel_axis
         outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
-        return LayerMoments(op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs)
+        return LayerMoments(
+            op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs, blocks=blocks
+        )
 
 
 class _Networks:

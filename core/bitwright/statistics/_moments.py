@@ -43,6 +43,8 @@ class LayerMoments:
         residual_outputs: output channels of an op whose output is one operand of a sum: updates then also bring the
             error r of the other operand (float minus quantized, shaped like the output), which the layer can make up
             for. 0 for none. Needs an op without groups.
+        blocks: equal parts of the features whose second moments with one another are left out, which takes as many
+            times less memory: everything has (groups · blocks, K / blocks) in place of (groups, K).
     """
 
     reduction: Reduction = "none"
@@ -57,9 +59,12 @@ class LayerMoments:
         paired: bool = True,
         products: bool = True,
         residual_outputs: int = 0,
+        blocks: int = 1,
     ) -> None:
-        groups = groups_of(op)
-        self.op, self.channel_axis, self.paired = op, channel_axis, paired
+        if features % blocks or (blocks > 1 and residual_outputs):
+            raise InputError(f"{op.id!r}: {features} features with a residual operand, or in {blocks} unequal blocks")
+        groups, features = groups_of(op) * blocks, features // blocks
+        self.op, self.channel_axis, self.paired, self.blocks = op, channel_axis, paired, blocks
         self.count = 0
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""
@@ -72,9 +77,10 @@ class LayerMoments:
         self._residual: list[Moments] = [np.zeros(shape) for shape in shapes]
 
     @staticmethod
-    def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True) -> int:
+    def bytes_for(op: Op, features: int, *, paired: bool = True, products: bool = True, blocks: int = 1) -> int:
         """Memory that the finished statistic holds."""
-        return 8 * groups_of(op) * features * ((3 if paired else 1) * products * features + 2 * (1 + paired))
+        each = (3 if paired else 1) * products * (features // blocks) + 2 * (1 + paired)
+        return 8 * groups_of(op) * features * each
 
     def update(self, *values: NDArray[Any]) -> None:
         """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
@@ -107,6 +113,7 @@ class LayerMoments:
 
     def _add_by_columns(self, values: Sequence[NDArray[Any]], error: NDArray[np.float32] | None) -> None:
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
+            chunks = tuple(c.reshape(*self._sum[0].shape, c.shape[2]) for c in chunks)
             if any(shift.any() for shift in self._shift):
                 chunks = tuple(c - s[..., None].astype(np.float32) for c, s in zip(chunks, self._shift, strict=True))
             x, q = chunks[0], chunks[-1]
@@ -164,7 +171,8 @@ class LayerMoments:
         attrs = self.op.attrs
         if self.op.kind is not OpKind.CONV or not isinstance(attrs, ConvAttrs) or len(attrs.kernel) > 2:
             return False
-        return self._taps > 1 and self._sum[0].shape[1] <= THIN * self._taps and not self._residual
+        plain = self.blocks == 1 and not self._residual
+        return plain and self._taps > 1 and self._sum[0].shape[1] <= THIN * self._taps
 
     def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
         """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
@@ -186,11 +194,13 @@ class LayerMoments:
         """Of the sum of samples, the sum of its columns and how many a sample has: columns are linear in the input."""
         attrs = self.op.attrs
         if self.op.kind is OpKind.CONV and isinstance(attrs, ConvAttrs) and samples.ndim == len(attrs.kernel) + 2:
-            return column_sums(attrs, self._channels_first(samples)[0])
-        total, rows = np.zeros_like(self._sum[0]), 0
+            total, rows = column_sums(attrs, self._channels_first(samples)[0])
+            return total.reshape(self._sum[0].shape), rows
+        total, rows = np.zeros(self._sum[0].shape), 0
         high = samples.astype(np.float32)  # columns are of single precision: two of them hold all digits
         for part, rest in zip(*(columns(self.op, v, self.channel_axis) for v in (high, samples - high)), strict=True):
-            total += part.sum(axis=2, dtype=np.float64) + rest.sum(axis=2, dtype=np.float64)
+            both = part.sum(axis=2, dtype=np.float64) + rest.sum(axis=2, dtype=np.float64)
+            total += both.reshape(total.shape)
             rows += part.shape[2]
         return total, rows
 
