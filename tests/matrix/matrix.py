@@ -88,14 +88,15 @@ def cell(name: str, interpreter: str, edge: str, built: Path, folder: Path) -> R
     place = folder / "env"
     shutil.rmtree(place, ignore_errors=True)
     python = place / "bin" / "python"
-    run([interpreter, "-m", "venv", place])
+    run([interpreter, "-m", "venv", "--without-pip", place])
     target = f"bitwright[{','.join(extras)}] @ {built.as_uri()}" if extras else str(built)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = run([*pip, target, *(oldest(extras) if edge == "oldest" else [])])
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    pins = oldest(extras) if edge == "oldest" else []
+    done = run([*pip, "install", "--quiet", "--no-compile", target, *pins])
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         return Result(name, version, edge, "", "", f"not installed: {' '.join(reason)[:200]}")
-    listed = {p["name"].lower(): p["version"] for p in json.loads(run([*pip[:3], "list", "--format=json"]).stdout)}
+    listed = {p["name"].lower(): p["version"] for p in json.loads(run([*pip, "list", "--format=json"]).stdout)}
     shown = ", ".join(f"{n} {listed[n]}" for n in SHOWN if n in listed)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
