@@ -207,6 +207,33 @@ class SchemaInfo:
     api: int = 1
 
 
+@dataclass(frozen=True)
+class FormatInfo:
+    """One file format of other runtimes that exports write on request, from the network and its encodings.
+
+    Attributes:
+        name: what `export(formats=…)` and ``--format`` call it.
+        summary: one line.
+        factory: makes the `bitwright.backend.FormatWriter`.
+        suffix: ending of the name of its file, or of its folder, with the dot.
+        needs: formats of the backend that it is made from, such as "qdq"; they are written too.
+        modules: top-level modules that must be installed.
+        extra: the extra of its distribution that installs them; empty where there is none.
+        aliases: other names.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    suffix: str
+    needs: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+    aliases: tuple[str, ...] = ()
+    api: int = 1
+
+
 @hookspec
 def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
     """Return the backends that this distribution provides. Must not import a framework."""
@@ -235,3 +262,8 @@ def register_runtimes() -> Iterable[RuntimeInfo]:  # type: ignore[empty-body]
 @hookspec
 def register_schemas() -> Iterable[SchemaInfo]:  # type: ignore[empty-body]
     """Return the schemas of encodings files that this distribution provides."""
+
+
+@hookspec
+def register_formats() -> Iterable[FormatInfo]:  # type: ignore[empty-body]
+    """Return the export formats that this distribution provides. Must not import a framework."""

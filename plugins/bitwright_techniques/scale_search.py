@@ -22,7 +22,10 @@ _SWEEPS = 2
 def full_range(grid: WeightGrid, weight: NDArray[np.floating]) -> WeightGrid:
     """The grid at its largest candidate: scales and zero points that cover the whole range of `weight`."""
     e = grid.encoding
-    spec = QuantSpec(e.bits, e.signed, e.symmetric, e.strict, granularity=e.granularity, pair_limit=e.pair_limit)
+    spec = QuantSpec(
+        e.bits, e.signed, e.symmetric, e.strict, granularity=e.granularity, pair_limit=e.pair_limit,
+        scale_type=e.scale_type,
+    )  # fmt: skip
     return WeightGrid.of(grid.op, grid.shape, encoding_of_weights(weight, spec), grid.blocks)
 
 

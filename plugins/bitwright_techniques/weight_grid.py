@@ -107,6 +107,8 @@ class WeightGrid:
             shape = self.encoding.scale.shape
             unit = (scale / kept).reshape(shape)[:, :1].astype(np.float32)
             scale = (kept.reshape(shape) * unit).astype(np.float32).reshape(-1)
+        else:
+            scale = self.encoding.typed(scale)
         return replace(self, scale=scale, multiples=kept)
 
     def chosen(self, take: NDArray[np.bool_], other: WeightGrid) -> WeightGrid:

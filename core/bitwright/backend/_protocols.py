@@ -6,7 +6,7 @@ placement, encodings, the order of steps and every search live in the core.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from bitwright.backend._taps import Tap
 from bitwright.errors import CapabilityError
@@ -262,6 +263,7 @@ class ToCompile:
         graph, params: the float model; values in canonical layout.
         plan, encodings: what is quantized; one encoding for each quantized site, shared and derived ones included.
         bundle: what the export has written so far: "model", and "qdq" where there is a quantized ONNX model.
+        source: the file or folder that the model was opened from.
     """
 
     graph: Graph
@@ -269,6 +271,48 @@ class ToCompile:
     plan: Plan
     encodings: EncodingTable
     bundle: Bundle
+    source: Path | None = None
+
+
+@runtime_checkable
+class FormatWriter(Protocol):
+    """Writing a file format of other runtimes, and reading it back, for the proof; see `FormatInfo`.
+
+    Attributes:
+        Settings: what users may choose, with defaults.
+    """
+
+    Settings: type[BaseModel]
+
+    def check(self, model: ToCompile, settings: Any) -> None:
+        """Refuse, before anything is written, what the format can't hold; the bundle is empty yet.
+
+        Args:
+            model: to be written.
+            settings: an instance of `Settings`.
+
+        Raises:
+            EncodingError: a grid that the format has no place for; names the weight, the reason and the way out.
+            ModelError: a network that it has no place for.
+        """
+
+    def write(self, model: ToCompile, path: Path, settings: Any) -> Path:
+        """Write a file, or a folder, at `path`, which ends in `FormatInfo.suffix`.
+
+        Raises:
+            EncodingError, ModelError: as `check`.
+        """
+
+    def read(self, model: ToCompile, path: Path) -> Iterable[tuple[ParamId, Array]]:
+        """The weights that what was written holds, dequantized to float32 as its readers do, in canonical layout.
+
+        Args:
+            model: whose names and axes they are given in; its values and encodings aren't looked at.
+            path: as written.
+
+        Raises:
+            InputError: it can't be read.
+        """
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from bitwright.bundle._artefact import (
 from bitwright.bundle._checks import against_record, against_simulation, recorded_inputs
 from bitwright.bundle._crushed import OutputQuality, risky
 from bitwright.bundle._export_gate import Quantized, gate, run_simulated
+from bitwright.bundle._formats import chosen_formats
 from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, parts_in
@@ -54,6 +55,7 @@ __all__ = [
     "bound_entries",
     "check_bundle",
     "check_pairs",
+    "chosen_formats",
     "classes_of",
     "encodings_file",
     "export",

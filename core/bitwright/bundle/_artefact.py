@@ -23,6 +23,7 @@ from bitwright.backend import (
     Simulation,
     ToCompile,
 )
+from bitwright.bundle._formats import Formats, check_formats, chosen_formats, write_formats
 from bitwright.bundle._parts import of_part, parts_in
 from bitwright.bundle._placing import move_in
 from bitwright.bundle._plain import keep_exact
@@ -52,6 +53,7 @@ def export(
     include_bias: bool | None,
     plain_session: bool | None,
     reference_samples: int,
+    formats_asked: Formats | None = None,
 ) -> Bundle:
     """See `QuantSim.export`. Files are written in a folder beside and moved in when all are whole and proven.
 
@@ -59,6 +61,7 @@ def export(
         state: of a calibrated simulation.
         simulate: hands out its open simulation, once the arguments have been checked.
         directory, name, version, include_bias, plain_session, reference_samples: as `QuantSim.export` takes them.
+        formats_asked: as `formats` there.
     """
     from bitwright.bundle import _export_gate as export_gate
     from bitwright.bundle import _recording as recording
@@ -70,6 +73,10 @@ def export(
     table, backend = state.table, state.backend
     if not backend.formats():
         raise CapabilityError(f"the {backend.name} backend writes no files: it has no export formats")
+    chosen = None if formats_asked is None else chosen_formats(formats_asked, backend)
+    whole = ToCompile(state.graph, state.params, state.plan, table, Bundle({}), state.source)
+    if chosen is not None:
+        check_formats(chosen, whole)
     plain = state.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
     refuse_planned(state, directory, name)
@@ -86,13 +93,20 @@ def export(
             conversions.enter_context(backend.converting_once())
         missing: dict[str, str] = {}
         try:
-            bundle = backend.export(state.native, state.plan, table, staging / f"{name}.{artefact}", artefact)
+            if chosen is None or artefact in chosen.own:
+                bundle = backend.export(state.native, state.plan, table, staging / f"{name}.{artefact}", artefact)
+            else:
+                bundle, missing[artefact] = Bundle({}), "it wasn't asked for (formats)"
         except ModelError as error:
             missing[artefact] = str(error)
             bundle = _in_own_form(state, staging, name, artefact, error)
         files |= bundle.files
         others = dict(_others(backend, state.native))
+        if chosen is not None:
+            others = {f: others.get(f, f".{f}") for f in chosen.own if f != artefact}
         runtime = registry.runtimes().get(state.target.config.bitwright.runtime or "")
+        if chosen is not None and runtime is not None and runtime.artefact not in chosen.own:
+            runtime = None
         if runtime is not None and runtime.artefact in backend.formats():
             others.setdefault(runtime.artefact, runtime.suffix)
         quantized: list[export_gate.Quantized] = []
@@ -118,6 +132,8 @@ def export(
             except (MissingExtraError, ModelError) as error:
                 missing[runtime.artefact] = str(error)
                 warnings.warn(f"{name}{runtime.suffix} isn't written: {error}", stacklevel=3)
+        if chosen is not None:
+            files |= write_formats(chosen, replace(whole, bundle=replace(bundle, files=files)), staging / name)
         compared, unreached = (0, {}) if isinstance(run, str) else export_gate.gate(state, run, quantized)
         bias = formats.writes_biases(version) if include_bias is None else include_bias
         entries = encodings_file(state.graph, state.plan, table, version, bundle, include_bias=bias)
@@ -165,7 +181,7 @@ def planned_files(state: SimState, directory: Path, name: str) -> list[Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         others = _others(state.backend, state.native).values()
-        endings = [f".{artefact}", *others, *own_artefacts().values(), ENCODINGS_SUFFIX]
+        endings = [f".{artefact}", *others, *own_artefacts().values(), *_foreign_endings(), ENCODINGS_SUFFIX]
     found = [directory / f"{name}{ending}" for ending in endings]
     return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
 
@@ -189,6 +205,11 @@ def _others(backend: Backend[Any], model: object) -> Mapping[str, str]:
 def own_artefacts() -> dict[str, str]:
     """What integer runtimes execute that isn't the quantized ONNX model, by purpose → the ending of its name."""
     return {info.artefact: info.suffix for info in registry.runtimes().values() if info.artefact != QDQ}
+
+
+def _foreign_endings() -> list[str]:
+    """Endings of the files of other runtimes' formats."""
+    return [info.suffix for info in registry.formats().values()]
 
 
 def compiled(state: SimState, info: RuntimeInfo, bundle: Bundle, stem: Path) -> Path:

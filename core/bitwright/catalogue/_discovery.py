@@ -31,6 +31,7 @@ DEFAULT_PLUGINS = (
     "bitwright_search.plugin",
     "bitwright_analysis.plugin",
     "bitwright_deploy.plugin",
+    "bitwright_formats.plugin",
 )
 """The built-in plugins; they take the same hooks as everyone's."""
 

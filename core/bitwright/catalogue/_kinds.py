@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from bitwright import _version
-from bitwright.hookspecs import API_VERSIONS, BackendInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
+from bitwright.hookspecs import (
+    API_VERSIONS,
+    BackendInfo,
+    FormatInfo,
+    RuntimeInfo,
+    SchemaInfo,
+    TargetInfo,
+    TechniqueInfo,
+    ToolInfo,
+)
 
-Info = BackendInfo | TechniqueInfo | ToolInfo | TargetInfo | RuntimeInfo | SchemaInfo
+Info = BackendInfo | TechniqueInfo | ToolInfo | TargetInfo | RuntimeInfo | SchemaInfo | FormatInfo
 QDQ = "qdq"
 """What the quantized ONNX model is called in a bundle."""
 I_co = TypeVar("I_co", bound=Info, covariant=True)
@@ -44,6 +53,7 @@ KINDS: tuple[Kind[Any], ...] = (
     Kind(TargetInfo, "target", "register_targets", plain),
     Kind(RuntimeInfo, "runtime", "register_runtimes"),
     Kind(SchemaInfo, "encodings schema", "register_schemas"),
+    Kind(FormatInfo, "export format", "register_formats"),
 )
 COMMAND: Kind[Any] = Kind(ToolInfo, "command", "register_tools")
 """Commands have names of their own, beside those of the tools that bring them."""
@@ -58,7 +68,7 @@ def invalid(info: Any) -> str:
     """What is wrong with a descriptor's fields; empty if nothing."""
     if not isinstance(info.name, str) or not info.name.strip():
         return f"name: {info.name!r} is no name"
-    for field in ("aliases", "modules", "suffixes"):
+    for field in ("aliases", "modules", "suffixes", "needs"):
         values = getattr(info, field, ())
         if isinstance(values, str) or not all(isinstance(v, str) and v for v in _listed(values)):
             return f"{field}: {values!r} isn't a tuple of names"
@@ -73,6 +83,8 @@ def invalid(info: Any) -> str:
         return f"file: {info.file!r} isn't of the form 'package:file.json'"
     if isinstance(info, RuntimeInfo) and info.artefact != QDQ and not info.suffix.startswith("."):
         return f"suffix: {info.suffix!r} is no ending of a file's name, which its own artefact {info.artefact!r} needs"
+    if isinstance(info, FormatInfo) and not info.suffix.startswith("."):
+        return f"suffix: {info.suffix!r} is no ending of a file's name"
     if isinstance(info.api, bool) or not isinstance(info.api, int):
         return f"api: {info.api!r} isn't a number"
     return ""

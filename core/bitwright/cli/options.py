@@ -105,6 +105,15 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 OutputFolder = Annotated[Path, typer.Option(help="Folder to write to; made if it isn't there.", show_default=False)]
 Stem = Annotated[str | None, typer.Option(help="Stem of the files written (default: the model's).", show_default=False)]
 EncodingsVersion = Annotated[str, typer.Option(help="Schema of the encodings file: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="NAME[:KEY=VALUE]",
+        help="Write this format only, such as gguf, compressed_tensors or qdq (default: the backend's). Repeatable.",
+        show_default=False,
+    ),
+]
 PlainSession = Annotated[
     bool | None,
     typer.Option(
@@ -168,6 +177,27 @@ def read_load_options(given: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             options[key] = value.split(",") if "," in value else value
     return options
+
+
+def read_formats(given: Sequence[str] | None) -> dict[str, dict[str, Any]] | None:
+    """``NAME`` and ``NAME:KEY=VALUE,…`` options as `QuantSim.export` takes them; None where there are none.
+
+    Raises:
+        InputError: a setting has no "=", there is no such setting, or what a format needs isn't installed.
+    """
+    from bitwright.bundle import chosen_formats
+
+    if not given:
+        return None
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, _, settings = text.partition(":")
+        pairs = [part.partition("=") for part in settings.split(",") if part]
+        if bad := next((key for key, equals, _ in pairs if not equals), None):
+            raise InputError(f"--format {text!r}: {bad!r} isn't of the form KEY=VALUE")
+        found[name] = {key: value for key, _, value in pairs}
+    chosen_formats(found)
+    return found
 
 
 def text_options(model: Path, tokenizer: Path | None, length: int) -> TextOptions:

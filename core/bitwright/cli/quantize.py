@@ -61,6 +61,7 @@ def quantize(
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
     reference_samples: options.ReferenceSamples = SAMPLES,
+    format: options.Formats = None,
     workers: options.Workers = 1,
     cluster: options.Cluster = None,
     quiet: options.Quiet = False,
@@ -81,7 +82,10 @@ def quantize(
     stem = name if name is not None else model.name if model.is_dir() else model.stem
     source = options.open_bank(data, bank)
     batches = batch_size if source is None else 0
-    job = Job(model, data or bank or Path(), out, stem, encodings_version, batches, plain_session, reference_samples)
+    job = Job(
+        model, data or bank or Path(), out, stem, encodings_version, batches, plain_session, reference_samples,
+        options.read_formats(format),
+    )  # fmt: skip
     job.check()
     before, steps = options.steps_before(source, read_recipe(recipe))
     chosen = load_target(target)
@@ -132,6 +136,7 @@ class Job:
     batch_size: int
     plain_session: bool | None = None
     reference_samples: int = SAMPLES
+    formats: dict[str, dict[str, Any]] | None = None
 
     def check(self) -> None:
         """Refuse names that can't work, before anything is opened.
@@ -282,7 +287,7 @@ def _export(
     with clock("export"):
         bundle = sim.export(
             job.out, name=job.name, encodings_version=job.encodings_version, plain_session=job.plain_session,
-            reference_samples=job.reference_samples,
+            reference_samples=job.reference_samples, formats=job.formats,
         )  # fmt: skip
     if bundle.stored_anew:
         console.say(

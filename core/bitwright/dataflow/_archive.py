@@ -20,7 +20,7 @@ from bitwright.grids import Encoding, Granularity
 
 Array = NDArray[Any]
 _TYPES: dict[str, Any] = {t.__name__: t for t in (*get_args(Attrs), *get_args(Granularity), Formula)}
-_LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit")
+_LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit", "scale_type")
 _VERSION = 1
 
 

@@ -48,6 +48,7 @@ from bitwright.grids._min_max import min_max_numbers, one_sided, two_level_scale
 from bitwright.grids._pair_sums import HIGHEST, LOWEST, in_order, pair_limit, pair_sums, row_chunks
 from bitwright.grids._range_numbers import EPSILON, NUMPY
 from bitwright.grids._run_time import TINY, RunTimeNamespace, run_time_rounded
+from bitwright.grids._scale_types import ScaleType, typed_scale
 from bitwright.grids._scheme_names import parse_scheme
 from bitwright.grids._training_rules import (
     UNSET,
@@ -86,6 +87,7 @@ __all__ = [
     "QuantSpec",
     "RunTimeGrid",
     "RunTimeNamespace",
+    "ScaleType",
     "TrainingNamespace",
     "cast_float",
     "cast_vjp",
@@ -123,4 +125,5 @@ __all__ = [
     "to_groups",
     "two_level",
     "two_level_scales",
+    "typed_scale",
 ]

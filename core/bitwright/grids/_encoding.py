@@ -33,6 +33,7 @@ from bitwright.grids._grid import (
 from bitwright.grids._pair_sums import fitted_scale
 from bitwright.grids._range_numbers import NUMPY, GridKind, range_numbers, two_level_factors
 from bitwright.grids._run_time import run_time_numbers, run_time_rounded
+from bitwright.grids._scale_types import ScaleType, typed_scale
 from bitwright.tables import Table, Tabular, Value
 
 
@@ -49,6 +50,7 @@ class Encoding:
         float_format: set for float encodings; scale is then 1 but for scaled fp8.
         block_scale: LPBQ only, int32 (channels, blocks): scale = channel_scale[:, None] · block_scale.
         pair_limit: as in `QuantSpec`, for those who choose codes; not kept in files.
+        scale_type: as in `QuantSpec`; scales are rounded to it, whoever gives them. Two-level scales aren't.
         frozen: later calibrations keep it, and later techniques don't change what it goes with (AdaRound, SeqMSE,
             loaded encodings).
         kept: later calibrations keep it as long as the parameter has the values that it was found for; techniques may
@@ -71,9 +73,10 @@ class Encoding:
     pair_limit: int | None = None
     kept: bool = False
     held_by: str = ""
+    scale_type: ScaleType | None = None
 
     def __post_init__(self) -> None:
-        scale = np.array(self.scale, np.float32)
+        scale = self.typed(np.array(self.scale, np.float32))
         zero = np.array(self.zero_point, np.int32)
         if zero.shape != scale.shape:
             raise EncodingError(f"zero point of shape {zero.shape} beside a scale of shape {scale.shape}")
@@ -92,6 +95,12 @@ class Encoding:
         zero.setflags(write=False)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero)
+
+    def typed(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scales as this encoding would have them: rounded to its `scale_type`."""
+        if self.scale_type is None or self.block_scale is not None or self.float_format is not None:
+            return scale
+        return typed_scale(scale, self.scale_type, self.bits)
 
     @cached_property
     def grid(self) -> Grid:
@@ -226,7 +235,7 @@ def encoding_from_range(
     limit = spec.pair_limit if signed and symmetric and not as_float else None
     return Encoding(
         spec.bits, signed, symmetric, scale, zero.astype(np.int32), spec.granularity, strict, spec.float_format,
-        source=source, pair_limit=limit,
+        source=source, pair_limit=limit, scale_type=spec.scale_type,
     )  # fmt: skip
 
 

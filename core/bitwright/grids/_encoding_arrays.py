@@ -31,6 +31,8 @@ def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
     }
     if encoding.kept:  # only then, so that what was stored before is found again
         meta["kept"] = True
+    if encoding.scale_type is not None:
+        meta["scale_type"] = encoding.scale_type
     arrays: dict[str, NDArray[Any]] = {
         "encoding": np.array(json.dumps(meta)),
         "scale": encoding.scale,

@@ -12,7 +12,7 @@ Composed so, numpy, PyTorch, TensorFlow and ONNX Runtime give identical integers
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
+from bitwright.grids._scale_types import ScaleType
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -91,6 +92,7 @@ class QuantSpec:
         scheme: the calibration scheme's name; None takes the one that the user chose for the run.
         pair_limit: of weights whose kernel adds products in twos in int16: the largest sum of two neighbouring codes
             of one sign (`bitwright.grids._pair_sums`); scales are raised to keep it.
+        scale_type: the number type of the scales, where they aren't any float32.
     """
 
     bits: int = 8
@@ -104,6 +106,12 @@ class QuantSpec:
     maximum: float | None = None
     scheme: str | None = None
     pair_limit: int | None = None
+    scale_type: ScaleType | None = None
+
+    def __repr__(self) -> str:
+        # What most don't have isn't shown, so that results stored under what this gives are found again.
+        shown = [f for f in fields(self) if f.name != "scale_type" or self.scale_type is not None]
+        return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         if self.float_format is None:

@@ -158,7 +158,7 @@ class ParameterPlacement:
         if not (isinstance(a, QuantSpec) and isinstance(b, QuantSpec)):
             return None
         wider = a if a.bits >= b.bits else b
-        if a.with_(bits=b.bits, granularity=b.granularity) != b:
+        if a.float_format != b.float_format or (a.bits == b.bits and a.with_(granularity=b.granularity) != b):
             return None
         rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
         rest = [v for v in (first, other) if v not in rows]
@@ -222,6 +222,13 @@ class ParameterPlacement:
                 self.notes.append(
                     f"{param}: {policies[0].op.id!r} ({policies[0].op.type}) and {other.op.id!r} ({other.op.type}) "
                     f"share it, {_describe(a)} and {_describe(b)}; {_describe(common)} for both"
+                )
+            elif first.policy and other.policy and (isinstance(a, Float) or isinstance(b, Float)):
+                # One array is stored once: what one of its readers takes in float is float.
+                first = first if isinstance(a, Float) else other
+                self.notes.append(
+                    f"{param}: {policies[0].op.id!r} ({policies[0].op.type}) and {other.op.id!r} ({other.op.type}) "
+                    f"share it, {_describe(a)} and {_describe(b)}; float for both"
                 )
             elif first.policy:
                 raise TargetError(

@@ -254,6 +254,7 @@ class Plan(Tabular, Mapping[SiteId, Site]):
                 return Row(site.id, op, kind, layout, "shared", f"the grid of {other}")
         limits = [f"{n} {v:g}" for n, v in (("min", decision.minimum), ("max", decision.maximum)) if v is not None]
         limits += [] if decision.pair_limit is None else [f"neighbours' codes sum to at most {decision.pair_limit}"]
+        limits += [] if decision.scale_type is None else [f"scales in {decision.scale_type}"]
         symmetry = "symmetric" if decision.symmetric else "asymmetric"
         reason = ", ".join([*([] if decision.float_format else [symmetry]), *limits])
         return Row(site.id, op, _type_name(decision), _layout_name(decision), "quantized", reason)

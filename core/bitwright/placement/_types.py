@@ -108,7 +108,13 @@ def activation_spec(
 
 def param_spec(target: Target, precision: Precision, *, symmetric: bool, granularity: Granularity) -> QuantSpec:
     """Specification of a parameter."""
-    return _spec(target, precision, symmetric=symmetric, signed=precision.signed, granularity=granularity)
+    spec = _spec(target, precision, symmetric=symmetric, signed=precision.signed, granularity=granularity)
+    kind = target.config.bitwright.weight_scales
+    two_level = isinstance(granularity, Blockwise) and granularity.decompressed_bits is not None
+    if kind is None or two_level or spec.float_format is not None:
+        return spec
+    # A symmetric grid's zero is in its middle: a power of two, whose product with the scale is exact anyway.
+    return spec.with_(scale_type=kind.partition("+")[0] if symmetric else kind)
 
 
 def _spec(

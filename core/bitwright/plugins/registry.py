@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitwright.backend import Backend, IntegerRuntime
+from bitwright.backend import Backend, FormatWriter, IntegerRuntime
 from bitwright.catalogue import (
     Catalogue,
     Descriptor,
@@ -39,7 +39,7 @@ from bitwright.catalogue import (
 )
 from bitwright.errors import BitwrightError, InputError, MissingExtraError, PluginError
 from bitwright.formats import schema
-from bitwright.hookspecs import BackendInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
+from bitwright.hookspecs import BackendInfo, FormatInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
 from bitwright.targets import load_target
 from bitwright.technique import Settings, Technique
 
@@ -53,6 +53,9 @@ __all__ = [
     "backend_for_path",
     "backends",
     "default_registry",
+    "format_info",
+    "format_writer",
+    "formats",
     "model_file",
     "plugins",
     "runtime",
@@ -113,6 +116,10 @@ class Registry:
         """Every usable integer runtime's descriptor, by name, whether what it needs is installed or not."""
         return {d.info.name: d.info for d in self._catalogue.of(RuntimeInfo)}
 
+    def formats(self) -> Mapping[str, FormatInfo]:
+        """Every usable export format's descriptor, by name, whether what it needs is installed or not."""
+        return {d.info.name: d.info for d in self._catalogue.of(FormatInfo)}
+
     def plugins(self, *, examined: bool = False) -> tuple[PluginStatus, ...]:
         """The state of every plugin, see `PluginStatus`, with the reasons.
 
@@ -147,6 +154,8 @@ class Registry:
                     load_target(info.name)
                 case SchemaInfo():
                     schema(info.name)
+                case FormatInfo():
+                    self.format_writer(info.name)
         except MissingExtraError:
             raise
         except BitwrightError as error:
@@ -158,7 +167,7 @@ class Registry:
         mine = [d for d in self._catalogue.descriptors if d.owner is owner]
         faults = tuple(map(str, owner.faults))
         broken = {f.item for f in owner.faults}
-        needing = (d for d in mine if isinstance(d.info, BackendInfo | RuntimeInfo))
+        needing = (d for d in mine if isinstance(d.info, BackendInfo | RuntimeInfo | FormatInfo))
         missing = list(dict.fromkeys(hint for d in needing if (hint := self._missing(d))))
         state: State = "ok"
         if owner.blocked:
@@ -167,14 +176,15 @@ class Registry:
             state = "failed" if all(item_of(d.info) in broken for d in mine) else "partial"
         elif missing:
             state = "missing framework"
+        kinds = (BackendInfo, TechniqueInfo, ToolInfo, TargetInfo, RuntimeInfo, SchemaInfo, FormatInfo)
         names = {k: tuple(d.info.name for d in mine if isinstance(d.info, k) and item_of(d.info) not in broken)
-                 for k in (BackendInfo, TechniqueInfo, ToolInfo, TargetInfo, RuntimeInfo, SchemaInfo)}  # fmt: skip
+                 for k in kinds}  # fmt: skip
         return PluginStatus(
             owner.name, owner.distribution, owner.version, state,
             owner.blocked or "; ".join([*faults, *missing]),
             names[BackendInfo], names[TechniqueInfo], names[ToolInfo],
             next((f.traceback for f in owner.faults if f.traceback), ""), faults,
-            names[TargetInfo], names[RuntimeInfo], names[SchemaInfo],
+            names[TargetInfo], names[RuntimeInfo], names[SchemaInfo], names[FormatInfo],
         )  # fmt: skip
 
     def culprits(self, error: BaseException) -> tuple[str, ...]:
@@ -282,6 +292,29 @@ class Registry:
         made = self._make(descriptor)
         if not isinstance(made, IntegerRuntime):
             raise _unfit(descriptor, f"isn't an IntegerRuntime: it lacks {_lacking(made, IntegerRuntime)}")
+        return made
+
+    def format_info(self, name: str) -> FormatInfo:
+        """The descriptor of an export format, by name or alias.
+
+        Raises:
+            PluginError: unknown, or registered twice.
+        """
+        return self._catalogue.find(FormatInfo, name).info
+
+    def format_writer(self, name: str) -> FormatWriter:
+        """What writes the export format of that name or alias.
+
+        Raises:
+            PluginError: unknown, two plugins bring it, or its module doesn't provide it.
+            MissingExtraError: what it needs isn't installed; the message holds the `pip install` line.
+        """
+        descriptor = self._catalogue.find(FormatInfo, name)
+        if hint := self._missing(descriptor):
+            raise MissingExtraError(hint)
+        made = self._make(descriptor)
+        if not isinstance(made, FormatWriter):
+            raise _unfit(descriptor, f"isn't a FormatWriter: it lacks {_lacking(made, FormatWriter)}")
         return made
 
     def _backend(self, descriptor: Descriptor[BackendInfo]) -> Backend[Any]:
@@ -525,6 +558,21 @@ def runtimes() -> Mapping[str, RuntimeInfo]:
 def runtime(name: str) -> IntegerRuntime:
     """`Registry.runtime` of the default registry."""
     return default_registry().runtime(name)
+
+
+def formats() -> Mapping[str, FormatInfo]:
+    """`Registry.formats` of the default registry."""
+    return default_registry().formats()
+
+
+def format_info(name: str) -> FormatInfo:
+    """`Registry.format_info` of the default registry."""
+    return default_registry().format_info(name)
+
+
+def format_writer(name: str) -> FormatWriter:
+    """`Registry.format_writer` of the default registry."""
+    return default_registry().format_writer(name)
 
 
 def tools() -> Mapping[str, ToolInfo]:

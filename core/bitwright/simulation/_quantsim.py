@@ -487,6 +487,7 @@ class QuantSim(StateView):
         include_bias: bool | None = None,
         plain_session: bool | None = None,
         reference_samples: int = SAMPLES,
+        formats: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Bundle:
         """Write the float model with updated weights, its encodings, the quantized artefact and `report.json`.
 
@@ -503,10 +504,14 @@ class QuantSim(StateView):
                 `Bundle.stored_anew` names them. Default: for targets with `pair_sum_bits`, such as onnxruntime-cpu.
             reference_samples: how many of the first calibration samples go into `NAME.record.npz`, with what the
                 simulation makes of them; 0 for none, at most the first batch's.
+            formats: which files are written beside the encodings and the report: of the backend ("onnx", "qdq", …) and
+                of plugins ("gguf", "compressed_tensors", …), by name, or as a mapping of names to settings. Default:
+                all that the backend's bundles have. What a plugin's format holds is read back and is equal to the
+                simulation's weights, bit for bit.
 
         Raises:
-            EncodingError: the simulation isn't calibrated yet.
-            InputError: a file that the model was opened from would be overwritten, or can't be written.
+            EncodingError: the simulation isn't calibrated yet, or a format has no place for a grid.
+            InputError: a file that the model was opened from would be overwritten, or can't be written; no such format.
             ModelError: the quantized model that was written departs from the simulation; the message names the tensor.
         """
         from bitwright.bundle import export
@@ -514,7 +519,7 @@ class QuantSim(StateView):
         self._require_taken("export()")
         return export(
             self._state, lambda: self.simulation, Path(directory), name, encodings_version, include_bias, plain_session,
-            reference_samples,
+            reference_samples, formats,
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> Path:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from bitwright.errors import InputError, TargetError
-from bitwright.grids import FLOAT, Blockwise, Dynamic, parse_type
+from bitwright.grids import FLOAT, Blockwise, Dynamic, ScaleType, parse_type
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -181,6 +181,8 @@ class Extension(_Section):
         pair_sum_bits: 16 where kernels add the products of two neighbours in saturating int16 first, as ONNX Runtime's
             do on x64 without VNNI: scales of 8-bit weights are raised so that no such sum can saturate, and what
             still can is exported as uint8 (see `bitwright.bundle._saturation`).
+        weight_scales: number type that the scales of weights are kept in, where it isn't float32: "float16",
+            "bfloat16", or "float16+minimum" (`bitwright.grids.ScaleType`).
         runtime: the integer runtime that executes the exported model, for `verify`: "onnxruntime", "tflite", or one
             that a plugin registers.
         extra_op_types: custom op types that this file may name.
@@ -196,6 +198,7 @@ class Extension(_Section):
     ties: tuple[str, ...] = ("Concat", "AveragePool", "Resize", "Upsample", "CropAndResize")
     accumulator_bits: Literal[16, 32, 64] = 32
     pair_sum_bits: Literal[16] | None = None
+    weight_scales: ScaleType | None = None
     runtime: str | None = None
     extra_op_types: tuple[str, ...] = ()
 
@@ -212,6 +215,12 @@ class Extension(_Section):
         if value != FLOAT and isinstance(parse_type(value)[3], Dynamic):
             raise ValueError("a range at run time is for activations")
         return value
+
+    @model_validator(mode="after")
+    def _raised_or_rounded(self) -> Extension:
+        if self.pair_sum_bits is not None and self.weight_scales is not None:
+            raise ValueError("`pair_sum_bits` raises scales and `weight_scales` rounds them; leave one of them out")
+        return self
 
 
 class QuantSimConfig(_Section):
