@@ -47,11 +47,13 @@ def encoding_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Encoding:
     """The encoding that `encoding_arrays` took apart."""
     meta = json.loads(str(arrays["encoding"]))
     fields = meta.pop("granularity")
-    layout: Granularity = PerChannel(**fields) if "axis" in fields else PerTensor()
+    layout: Granularity = PerTensor()
     if "block_size" in fields:
         layout = Blockwise(**fields)
     elif "per_token" in fields:
         layout = Dynamic(**fields)
+    elif fields:
+        layout = PerChannel(**fields)
     return Encoding(
         scale=arrays["scale"],
         zero_point=arrays["zero_point"],
