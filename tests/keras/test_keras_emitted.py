@@ -12,6 +12,7 @@ import pytest
 from keras import layers as L
 from keras import ops
 from keras_layers import CASES, NOT_EXPORTED, NOT_OPENED, model_of
+from shares import one_of_each_rank
 
 pytest.importorskip("onnx_ir")
 
@@ -25,7 +26,7 @@ from bitwright_onnx.backend import OnnxBackend
 BACKEND, ONNX = KerasBackend(), OnnxBackend()
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(NOT_OPENED)))
+@pytest.mark.parametrize("name", one_of_each_rank(set(CASES) - set(NOT_OPENED)))
 def test_which_layers_are_written(name: str) -> None:
     """`as_onnx` compares every tensor with Keras's own."""
     model = BACKEND.adopt(model_of(name)[0])

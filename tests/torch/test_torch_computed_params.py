@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 import onnx  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from shares import WHOLE  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
@@ -127,8 +128,13 @@ def run(path, data, optimized=False):
     return session.run(None, {session.get_inputs()[0].name: data.numpy()})[0]
 
 
-@pytest.mark.parametrize("target", ["default", "onnxruntime-cpu"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *((name, "default") for name in NETS),
+        *((name, "onnxruntime-cpu") for name in NETS if WHOLE or name in ("tied", "made convolution", "weight_norm")),
+    ],
+)
 def test_the_file_computes_what_was_simulated(name, target, tmp_path: Path):
     net, data, sim = calibrated(name, target=target)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -71,6 +71,8 @@ class Contract:
         suffix: of the backend's model files; None if it writes none.
         declines: what the framework can't build → why, in words: kinds ("recurrent") and `replay_contract.FEATURES`
             that no case needs to have. The tests for them are skipped, and say so.
+        every: where all of them take too long, each case takes one of so many targets, types and export formats, and
+            the next case the next ones; by default all.
     """
 
     kinds: ClassVar[frozenset[OpKind]] = frozenset(
@@ -79,6 +81,7 @@ class Contract:
     )  # fmt: skip
     suffix: ClassVar[str | None] = ".model"
     declines: ClassVar[Mapping[str, str]] = {}
+    every: ClassVar[int] = 1
 
     def backend(self) -> Backend[Any]:
         """The backend under test."""
@@ -99,6 +102,11 @@ class Contract:
         if type(self) not in _MADE:
             _MADE[type(self)] = dict(self.cases())
         return _MADE[type(self)]
+
+    def _taken(self, names: Iterable[str], case: Case) -> list[str]:
+        """Those that a case takes."""
+        place = next((i for i, other in enumerate(self._cases().values()) if other is case), 0)
+        return [name for i, name in enumerate(names) if (i + place) % self.every == 0]
 
     def outputs(self, model: Any, case: Case) -> dict[TensorId, Array]:
         """The float model's outputs, in order."""

@@ -81,7 +81,11 @@ class FileContract(Contract):
         samples = Samples({t: np.asarray(v) for t, v in case.batch.items()})
         simulated = run_simulated(state, bias_forms.simulate(backend, model, plan, table), samples)
         before = self.outputs(model, case)
-        for index, name in enumerate(backend.formats()):
+        every = list(backend.formats())
+        taken = {*every[:1], *(f for f in every if f.startswith(QDQ)), *self._taken(every, case)}
+        for index, name in enumerate(every):
+            if name not in taken:
+                continue
             held = set(tmp_path.iterdir())
             try:
                 bundle = backend.export(model, plan, table, tmp_path / f"{index}{self.suffix or ''}", name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,12 +35,9 @@ class PlanContract(Contract):
 
     Attributes:
         targets: names of targets, or files; by default all that are shipped.
-        every: each case takes one of so many targets and types, and the next case the next ones, where all of them take
-            too long; by default all.
     """
 
     targets: ClassVar[Sequence[str]] = target_names()
-    every: ClassVar[int] = 1
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each case, or for each type that a case takes."""
@@ -49,11 +46,6 @@ class PlanContract(Contract):
             return
         pairs = {f"{c}-{name}": (case, name) for c, case in self._cases().items() for name in self._taken(TYPES, case)}
         metafunc.parametrize(("case", "name"), list(pairs.values()), ids=list(pairs))
-
-    def _taken(self, names: Iterable[str], case: Case) -> list[str]:
-        """Those that a case takes."""
-        place = next((i for i, other in enumerate(self._cases().values()) if other is case), 0)
-        return [name for i, name in enumerate(names) if (i + place) % self.every == 0]
 
     def test_every_target_is_simulated(self, case: Case) -> None:
         """The plan that QuantSim makes, and its encodings: each op makes of its inputs what the reference makes."""
