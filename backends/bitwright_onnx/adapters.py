@@ -24,7 +24,7 @@ from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.emit.emitter import emit, values_equal
 from bitwright_onnx.emit.sheet import NotEmittable
 from bitwright_onnx.export.known_parameters import with_parameters

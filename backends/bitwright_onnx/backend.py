@@ -19,12 +19,14 @@ from bitwright.files import Array
 from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
-from bitwright_onnx.capture.model import adopt_model, load_model, save_model
+from bitwright_onnx.capture.model import adopt_model, load_model
+from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.graph.attributes import static_dims
 from bitwright_onnx.graph.canonical import canonical_graph
 from bitwright_onnx.graph.edits import edit_model
 from bitwright_onnx.graph.operands import dtype_name
 from bitwright_onnx.graph.params import read_params
+from bitwright_onnx.graph.tensors import DATA_FILES
 from bitwright_onnx.simulate.session import OrtSession
 from bitwright_onnx.simulate.session import segment as segment_session
 
@@ -214,8 +216,7 @@ class OnnxBackend:
 
     def source_files(self, model: ir.Model) -> Collection[Path]:
         """See `bitwright.backend.SourceFiles`: where weights outside of the model file lie."""
-        tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
-        return {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor) and Path(t.path).is_file()}
+        return {path for path in model.graph.meta.get(DATA_FILES, ()) if path.is_file()}
 
     def op_seconds(
         self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1

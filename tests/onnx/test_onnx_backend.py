@@ -4,7 +4,7 @@ import builders as b
 import numpy as np
 import pytest
 
-import bitwright_onnx.capture.model
+import bitwright_onnx.capture.writing
 from bitwright import registry
 from bitwright.backend import Backend, Capability, IntegerRuntime, PartialExecution, require
 from bitwright.errors import CapabilityError, InputError
@@ -43,7 +43,7 @@ def test_what_it_does_not_do(tmp_path):
 
 
 def test_big_models_get_a_data_file_by_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(bitwright_onnx.capture.model, "EXTERNAL_ABOVE", 300)
+    monkeypatch.setattr(bitwright_onnx.capture.writing, "EXTERNAL_ABOVE", 300)
     model = BACKEND.adopt(b.mlp())
     BACKEND.save(model, tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

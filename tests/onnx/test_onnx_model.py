@@ -1,5 +1,7 @@
 """Opening, normalizing and writing models."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -13,12 +15,15 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
+from bitwright.files import HeldFile
 from bitwright.graph import ParamRole
 from bitwright.placement import Float
 from bitwright.simulation import QuantSim
 from bitwright.verify import sqnr
 from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.capture import reading, writing
 from bitwright_onnx.graph.opset import opset_of, raise_opset
+from bitwright_onnx.graph.stored import StoredTensor, stored_tensor
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.simulate.session import OrtSession, compile_session
 
@@ -209,10 +214,16 @@ def external(tmp_path) -> Path:
     return path
 
 
-def test_external_data_are_mapped_and_written_inline(external, tmp_path):
+def test_external_data_are_read_when_needed_and_written_inline(external, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitwright_onnx.graph.stored.READ_BYTES", 0)
     x = b.image(2, 3, 8, 8)
     model = BACKEND.load(external)
-    assert isinstance(model.graph.initializers["dw.weight"].const_value, ir.ExternalTensor)
+    tensor = model.graph.initializers["dw.weight"].const_value
+    assert isinstance(tensor, StoredTensor)
+    held = tensor.numpy()
+    assert tensor.numpy() is held and not held.flags.writeable
+    del held
+    assert tensor._held() is None  # in memory only while somebody has it
     want = b.run(b.small_cnn(), {"x": x})[0]
     np.testing.assert_allclose(outputs(model, {"x": x})[0], want, atol=1e-6)
     path = BACKEND.save(model, tmp_path / "out.onnx")
@@ -263,6 +274,120 @@ def test_saving_where_there_is_no_folder(tmp_path):
         BACKEND.save(BACKEND.adopt(b.mlp()), tmp_path / "no" / "m.onnx")
     with pytest.raises(InputError, match="it is a folder"):
         BACKEND.save(BACKEND.adopt(b.mlp()), tmp_path)
+
+
+def test_external_data_that_change_while_they_are_used_are_an_error_and_no_signal(external, monkeypatch):
+    monkeypatch.setattr("bitwright_onnx.graph.stored.READ_BYTES", 0)
+    model, weights = BACKEND.load(external), external.with_name("weights.bin")
+    whole = weights.read_bytes()
+    os.truncate(weights, 8)
+    with pytest.raises(ModelError, match=r"'dw\.weight' can't be read: .*weights\.bin was changed while it was in use"):
+        BACKEND.read(model, ["dw.weight"])
+    with pytest.raises(ModelError, match="was changed while it was in use"):
+        outputs(model, {"x": b.image(2, 3, 8, 8)})
+    weights.write_bytes(whole[::-1])  # in place, of the same length
+    with pytest.raises(ModelError, match="was changed while it was in use"):
+        BACKEND.read(model, ["dw.weight"])
+
+
+@pytest.mark.parametrize("entries", [{"offset": "-8"}, {"length": "4"}, {"offset": str(2**62)}, {"length": "-1"}])
+def test_external_data_of_impossible_places_are_refused(external, entries):
+    proto = onnx.load(external, load_external_data=False)
+    tensor = next(t for t in proto.graph.initializer if t.name == "dw.weight")
+    for entry in tensor.external_data:
+        entry.value = entries.get(entry.key, entry.value)
+    onnx.save(proto, external)
+    with pytest.raises(ModelError, match=r"m\.onnx"):
+        BACKEND.load(external)
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "INT4", "BFLOAT16", "FLOAT8E4M3FN"])
+def test_external_data_of_every_width(tmp_path, kind):
+    dtype = ir.DataType[kind]
+    values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32).astype(dtype.numpy())
+    weight = ir.Value(name="w", const_value=ir.Tensor(values, dtype=dtype, name="w"), shape=ir.Shape([3, 5]))
+    weight.type = ir.TensorType(dtype)
+    node = ir.node("Identity", [weight])
+    node.outputs[0].name, node.outputs[0].type = "y", weight.type
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 21}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    found = stored_tensor(
+        ir.load(tmp_path / "m.onnx").graph.initializers["w"].const_value, HeldFile(tmp_path / "m.data")
+    )
+    np.testing.assert_array_equal(found.numpy().astype(np.float32), values.astype(np.float32))
+    assert found.tobytes() == ir.Tensor(values, dtype=dtype).tobytes()
+
+
+def test_weights_put_into_the_written_message_are_where_protobuf_has_them(monkeypatch):
+    monkeypatch.setattr(writing, "STREAMED", 64)
+    for proto in (b.small_cnn(), b.mlp()):
+        proto.doc_string, proto.graph.doc_string = "of the model", "of the graph"
+        proto.metadata_props.add(key="k", value="v")
+        model = BACKEND.adopt(proto)
+        first = next(v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes >= 64)
+        first.doc_string = "of a weight"
+        whole = ir.to_proto(model).SerializeToString()
+        file = io.BytesIO()
+        writing.write_inline(model.clone(), file)
+        assert file.getvalue() == whole
+
+
+@pytest.fixture
+def weights_stay_in_files(monkeypatch):
+    monkeypatch.setattr("bitwright_onnx.graph.stored.READ_BYTES", 0)
+    monkeypatch.setattr(reading, "LAZY_ABOVE", 0)
+    monkeypatch.setattr(reading, "STREAMED", 64)
+
+
+@pytest.mark.usefixtures("weights_stay_in_files")
+def test_weights_are_left_in_a_large_file(tmp_path):
+    path, x = tmp_path / "m.onnx", {"x": b.image(2, 3, 8, 8)}
+    proto = b.small_cnn()
+    onnx.save(proto, path)
+    model = BACKEND.load(path)
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    assert sum(isinstance(t, StoredTensor) for t in tensors) >= 2
+    np.testing.assert_array_equal(outputs(model, x)[0], outputs(BACKEND.adopt(proto), x)[0])
+    assert BACKEND.source_files(model) == set()  # the model's own file is known by its path
+    with path.open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(ModelError, match=r"m\.onnx was changed while it was in use"):
+        outputs(model, x)
+    link = tmp_path / "elsewhere"
+    link.mkdir()
+    onnx.save(proto, path)
+    (link / "m.onnx").symlink_to(path)  # the model's own path may lead anywhere
+    assert outputs(BACKEND.load(link / "m.onnx"), x)
+
+
+@pytest.mark.usefixtures("weights_stay_in_files")
+def test_large_files_that_are_cut_off_or_damaged_are_refused_in_words(tmp_path):
+    path = tmp_path / "m.onnx"
+    whole = b.mlp().SerializeToString()
+    rng = np.random.default_rng(0)
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises((InputError, ModelError)):
+            BACKEND.load(path)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError, ModelError):
+            BACKEND.load(path)
+
+
+def test_a_model_cannot_name_its_own_file_as_data_by_hand(tmp_path):
+    proto = b.small_cnn()
+    tensor = next(t for t in proto.graph.initializer if t.name == "dw.weight")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", reading.INSIDE), ("offset", "0"), ("length", "288")):
+        tensor.external_data.add(key=key, value=value)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="NUL"):
+        BACKEND.load(tmp_path / "m.onnx")
 
 
 def test_missing_and_short_external_data(external):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,18 @@ def rewritten(folder, change):
     del content["sha256"]
     change(content)
     path.write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+
+@onnx_only
+def test_files_that_are_cut_off_while_a_bank_is_used_are_an_error_and_no_signal(sim, copied):
+    opened = Bank.open(copied)
+    sim.fork().calibrate(opened)
+    for name in ("counts.npy", "moments-0.npy"):
+        os.truncate(copied / name, 200)
+    with pytest.raises(InputError, match=r"counts\.npy was changed while it was in use"):
+        sim.fork().calibrate(opened)
+    with pytest.raises(InputError, match=r"'moments-0.npy' isn't what was collected"):
+        sim.fork().apply("gptq", opened)
 
 
 @onnx_only

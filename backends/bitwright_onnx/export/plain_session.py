@@ -28,7 +28,8 @@ from bitwright.backend import Batch, Tap
 from bitwright.bundle import PairRisk, PlainRisks, bound
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
-from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.capture.data_files import read_model
+from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.session import inputs_of, session_options
@@ -256,6 +257,6 @@ def host_notes() -> tuple[str, ...]:
 
 def _load(path: str | Path) -> ir.Model:
     try:
-        return ir.load(path)
+        return read_model(Path(path))
     except Exception as error:
         raise ModelError(f"can't read {str(path)!r}: {error}") from error

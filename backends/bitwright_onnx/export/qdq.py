@@ -29,7 +29,7 @@ from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import Graph, Param, ParamId, preserves_grid
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, fixed_layout
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
-from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.export.byte_blocks import turn_byte_blocks
 from bitwright_onnx.export.float_biases import split_large_biases
 from bitwright_onnx.export.storage import opset_for, storage_type, stored

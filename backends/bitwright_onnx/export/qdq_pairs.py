@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Pair
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId, TensorId
+from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.export.qdq import FORMS, NAMES
 from bitwright_onnx.graph.optable import FLOAT_TYPES
 from bitwright_onnx.graph.params import canonical_form, to_canonical
@@ -48,7 +49,7 @@ def contents_of(path: Path) -> QdqContents:
         ModelError: the file can't be read, or a scale or zero point isn't constant.
     """
     try:
-        model = ir.load(path)
+        model = read_model(path)
     except Exception as error:
         raise ModelError(f"can't read {str(path)!r}: {error}") from error
     graph = model.graph

@@ -12,6 +12,7 @@ from bitwright.backend import Batch, Tap, given
 from bitwright.errors import CapabilityError, InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import TensorId
+from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, compile_session, inputs_of
@@ -32,7 +33,7 @@ class QuantizedFile:
         if not self._path.is_file():
             raise InputError(f"there is no model file {str(path)!r}")
         try:
-            self._model = ir.load(self._path)
+            self._model = read_model(self._path)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {reason}") from error

@@ -31,6 +31,7 @@ from bitwright.backend import Batch, Bundle, Tap, given
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import TensorId
+from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.simulate.session import compile_session, inputs_of, session_options
@@ -243,7 +244,7 @@ def _load(path: Path) -> ir.Model:
     if not path.is_file():
         raise InputError(f"there is no model file {str(path)!r}")
     try:
-        return ir.load(path)
+        return read_model(path)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {reason}") from error

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from bitwright.errors import ModelError
 from bitwright_onnx.graph.old_opsets import NUMPY_BROADCASTING, broadcast_as_numpy
 from bitwright_onnx.graph.subgraph import values_of
-from bitwright_onnx.graph.tensors import INLINE_BYTES, byte_size, tensor_array
+from bitwright_onnx.graph.tensors import INLINE_BYTES, byte_size
 
 MINIMUM_OPSET = 13
 """Per-channel QuantizeLinear needs it; every model is raised at least so far when it is opened."""
@@ -81,13 +81,11 @@ def _detach(model: ir.Model) -> dict[str, ir.TensorProtocol]:
             raise ModelError(f"initializer {name!r} has no data")
         if byte_size(tensor) > INLINE_BYTES:
             weights[name] = tensor
-            value.shape, value.dtype = ir.Shape(tensor_array(tensor).shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
             graph.initializers.pop(name)
             value.const_value = None
             if value not in graph.inputs:
                 graph.inputs.append(value)
-        elif isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.Tensor(tensor_array(tensor), dtype=tensor.dtype, name=name)
     return weights
 
 

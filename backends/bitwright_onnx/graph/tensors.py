@@ -16,6 +16,8 @@ INLINE_BYTES = 1024
 
 LIBRARIES = "bitwright.custom_op_libraries"
 """Key of `graph.meta` under which a model remembers the custom-op libraries that the user gave."""
+DATA_FILES = "bitwright.data_files"
+"""The same for the files that its weights were opened from."""
 
 
 def byte_size(tensor: ir.TensorProtocol) -> int:
@@ -24,16 +26,15 @@ def byte_size(tensor: ir.TensorProtocol) -> int:
 
 
 def tensor_array(tensor: ir.TensorProtocol) -> Array:
-    """Values of a tensor, memory-mapped where they lie in an external file.
+    """Values of a tensor, read where they lie in a file beside the model.
 
     Raises:
-        ModelError: the external file is missing or too short.
+        ModelError: the file has changed since the model was opened.
     """
     try:
         return np.asarray(tensor.numpy())
     except Exception as error:
-        where = f" in {tensor.path}" if isinstance(tensor, ir.ExternalTensor) else ""
-        raise ModelError(f"the data of tensor {tensor.name!r} can't be read{where}: {reason(error)}") from error
+        raise ModelError(f"the data of tensor {tensor.name!r} can't be read: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -127,8 +127,6 @@ def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
                 value.const_value = ir.ExternalTensor(
                     "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
                 )
-            elif isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
     return shared
 
 

@@ -152,12 +152,7 @@ class OnnxSimulation:
     def to_model(self) -> onnx.ModelProto:
         """The simulated model as it is now, encodings and quantized parameters baked in as constants."""
         outputs = [str(v.name) for v in self._float.graph.outputs]
-        model = self.lower(outputs, None, fixed=True).part
-        for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                array = tensor_array(value.const_value)
-                value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
-        return ir.to_proto(model)
+        return ir.to_proto(self.lower(outputs, None, fixed=True).part)
 
     def _rank(self, site: SiteId) -> int | None:
         shape = self.values[site].shape

@@ -14,7 +14,7 @@ from bitwright.backend import Batch
 from bitwright.bank._record import PRECISION, MomentsEntry, Record, Span, read_record
 from bitwright.bank._writing import squares
 from bitwright.errors import InputError
-from bitwright.files import read_npy
+from bitwright.files import StoredArray, open_npy
 from bitwright.graph import ConvAttrs, Op, OpKind
 from bitwright.runs import of_file, of_json
 from bitwright.statistics import HistogramStatistic, LayerMoments
@@ -38,7 +38,7 @@ class Bank:
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
-        """Open a bank's folder; its arrays are mapped when they are asked for.
+        """Open a bank's folder; its arrays are read when they are asked for.
 
         Raises:
             InputError: it is no bank, of another format, or a file is missing or has another size.
@@ -173,7 +173,7 @@ class Bank:
         if products:
             size = entry.features * (entry.features + 1) // 2
             triangle = self._array(entry.file, np.dtype(self.record.number).newbyteorder("<"), (entry.groups, size))
-            state["xx"] = squares(triangle, entry.features, blocks // entry.blocks)
+            state["xx"] = squares(np.asarray(triangle), entry.features, blocks // entry.blocks)
         if not all(np.isfinite(v).all() for v in state.values()):
             raise InputError(f"bank {str(self.path)!r}: the moments of {op.id!r} aren't finite")
         found.restore(state)
@@ -186,23 +186,25 @@ class Bank:
         start, end = span
         if not 0 <= start <= end <= whole.shape[-1]:
             raise InputError(f"bank {str(self.path)!r}: {name!r} is shorter than its index says")
-        return np.array(whole[..., start:end])
+        if rows is None:
+            return np.asarray(whole[start:end])
+        return np.stack([np.asarray(whole[row][start:end]) for row in range(rows)])
 
-    def _shared(self, name: str, kind: str, rows: int | None) -> NDArray[Any]:
+    def _shared(self, name: str, kind: str, rows: int | None) -> StoredArray:
         if name not in self._arrays:
             self._arrays[name] = self._array(name, np.dtype(kind), (-1,) if rows is None else (rows, -1))
         return self._arrays[name]
 
     @cached_property
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, StoredArray]:
         return {}
 
-    def _array(self, name: str, kind: np.dtype[Any], shape: Sequence[int]) -> NDArray[Any]:
-        """A file's array, mapped; −1 in the shape stands for any length."""
+    def _array(self, name: str, kind: np.dtype[Any], shape: Sequence[int]) -> StoredArray:
+        """A file's array, read in parts; −1 in the shape stands for any length."""
         self._verified(name)
-        values = read_npy(self.path / name)
+        values = open_npy(self.path / name)
         fits = len(values.shape) == len(shape) and all(n in (-1, m) for n, m in zip(shape, values.shape, strict=True))
-        if values.dtype != kind or not fits:
+        if values.dtype != kind or not fits or not isinstance(values, StoredArray):
             raise InputError(
                 f"bank {str(self.path)!r}: {name!r} holds {values.dtype} {values.shape}, expected {kind} {tuple(shape)}"
             )

@@ -12,12 +12,14 @@ from bitwright.files._durable import (
     sync_directory,
     write_text,
 )
+from bitwright.files._held import HeldFile
 from bitwright.files._leftovers import staging, sweep, sweep_beside
 from bitwright.files._pieces import StoredArray
 
 __all__ = [
     "DAMAGED",
     "Array",
+    "HeldFile",
     "StoredArray",
     "atomic_write",
     "cannot_write",

@@ -1,4 +1,4 @@
-"""Arrays from .npy and .npz files: memory-mapped where the file allows it, never unpickled."""
+"""Arrays from .npy and .npz files: read by calls, at once or piece by piece, and never unpickled or memory-mapped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import lzma
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from bitwright.errors import InputError
 from bitwright.files._pieces import StoredArray, stored
 
-Held = TypeVar("Held")
 Array = NDArray[Any]
 """A numpy array of any type."""
 DAMAGED = (
@@ -29,12 +27,21 @@ _LOCAL_HEADER = 30
 
 
 def read_npy(path: Path) -> Array:
-    """A memory-mapped .npy file.
+    """The array of a .npy file.
 
     Raises:
         InputError: it is no .npy file, is truncated, or holds objects.
     """
-    return _npy(path, _mapped)
+    return np.asarray(open_npy(path))
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of a .npz file.
+
+    Raises:
+        InputError: it is no .npz file, is truncated, or holds objects.
+    """
+    return {name: np.asarray(values) for name, values in open_npz(path).items()}
 
 
 def open_npy(path: Path) -> Array | StoredArray:
@@ -43,16 +50,11 @@ def open_npy(path: Path) -> Array | StoredArray:
     Raises:
         InputError: as `read_npy`; and when it is read, if the file has changed.
     """
-    return _npy(path, _piecewise)
-
-
-def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of a .npz file; memory-mapped, but for compressed ones, which are read whole.
-
-    Raises:
-        InputError: it is no .npz file, is truncated, or holds objects.
-    """
-    return _npz(path, _mapped)
+    try:
+        with path.open("rb") as file:
+            return _piecewise(path, file, 0, path.stat().st_size)
+    except DAMAGED as error:
+        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
 
 
 def open_npz(path: Path) -> dict[str, Array | StoredArray]:
@@ -61,25 +63,13 @@ def open_npz(path: Path) -> dict[str, Array | StoredArray]:
     Raises:
         InputError: as `read_npz`; and when they are read, if the file has changed.
     """
-    return _npz(path, _piecewise)
-
-
-def _npy(path: Path, take: Callable[[Path, BinaryIO, int, int], Held]) -> Held:
-    try:
-        with path.open("rb") as file:
-            return take(path, file, 0, path.stat().st_size)
-    except DAMAGED as error:
-        raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
-
-
-def _npz(path: Path, take: Callable[[Path, BinaryIO, int, int], Held]) -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Array | StoredArray] = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if entry.compress_type == zipfile.ZIP_STORED:
-                    arrays[name] = take(path, file, _start(file, entry), entry.file_size)
+                    arrays[name] = _piecewise(path, file, _start(file, entry), entry.file_size)
                 else:
                     with archive.open(entry) as member:
                         arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
@@ -98,16 +88,8 @@ def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + _LOCAL_HEADER + lengths
 
 
-def _mapped(path: Path, file: BinaryIO, start: int, size: int) -> Array:
-    """The array of a .npy stream of `size` bytes that begins at `start`, memory-mapped."""
-    shape, fortran, dtype, offset = _header(file, start, size)
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
-
-
 def _piecewise(path: Path, file: BinaryIO, start: int, size: int) -> Array | StoredArray:
-    """As `_mapped`, to be read piece by piece."""
+    """The array of a .npy stream of `size` bytes that begins at `start`, to be read piece by piece."""
     shape, fortran, dtype, offset = _header(file, start, size)
     if not fortran:
         return stored(path, file.fileno(), offset, shape, dtype)

@@ -7,7 +7,6 @@ which the file has been cut off; calibration data are rewritten in place while r
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
+from bitwright.files._held import fill, stamp
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,10 @@ class StoredArray:
             InputError: the file can't be read, or isn't the one any more that was opened.
         """
         values = np.empty(self.size, self.dtype)
-        left = values.view(np.uint8).data if values.nbytes else memoryview(b"")
+        into = values.view(np.uint8).data if values.nbytes else memoryview(b"")
         try:
             with self.path.open("rb", buffering=0) as file:
-                if _stamp(file.fileno()) != self.stamp:
-                    raise InputError(f"{self.path} was changed while it was in use; begin again when it is whole")
-                file.seek(self.offset)
-                while left:
-                    read = file.readinto(left)
-                    if not read:
-                        raise InputError(f"{self.path} was cut short while it was in use; begin again when it is whole")
-                    left = left[read:]
+                fill(self.path, file.fileno(), self.stamp, self.offset, into)
         except OSError as error:
             raise InputError(f"can't read {str(self.path)!r}: {error.strerror or error}") from error
         shaped = values.reshape(self.shape)
@@ -85,9 +78,4 @@ class StoredArray:
 
 def stored(path: Path, handle: int, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
     """An array of a file that is open under a handle."""
-    return StoredArray(path, _stamp(handle), offset, shape, dtype)
-
-
-def _stamp(handle: int) -> tuple[int, int]:
-    status = os.fstat(handle)
-    return status.st_size, status.st_mtime_ns
+    return StoredArray(path, stamp(handle), offset, shape, dtype)

@@ -1,0 +1,148 @@
+"""Writing ONNX models, one weight in memory at a time.
+
+A protobuf message is made and serialized as a whole, which takes a model's size twice. Here the message is made without
+the large weights, and their bytes are put in where it is written; the file is the same, byte by byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from bitwright.errors import InputError
+from bitwright.files import cannot_write
+from bitwright_onnx.graph.opset import minimal_ir_version, opset_of
+from bitwright_onnx.graph.tensors import byte_size
+
+EXTERNAL_ABOVE = 1_800_000_000
+"""Weights beyond this many bytes go to a file of their own: a protobuf message holds less than 2 GiB."""
+STREAMED = 2**16
+"""Bytes of a weight that is kept out of the message."""
+
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
+"""Numbers of the fields in ModelProto, GraphProto and TensorProto that lead to a weight's bytes."""
+
+
+def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
+    """Write a model atomically: files are written beside, synced and renamed.
+
+    Args:
+        path: the file; its folder must exist.
+        external_data: whether weights go to `<path>.data`; None: only where the file would pass 2 GB.
+
+    Raises:
+        InputError: the file can't be written, or `<path>.data` belongs to something else.
+    """
+    path = Path(path)
+    data = path.with_name(path.name + ".data")
+    tensors = [v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
+    external = external_data if external_data is not None else sum(map(byte_size, tensors)) > EXTERNAL_ABOVE
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"can't write {str(path)!r}: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    if external and data.exists() and not path.exists():
+        raise InputError(
+            f"can't write {str(path)!r} with external data: {str(data)!r} exists and belongs to no model of that name; "
+            "remove it or choose another name"
+        )
+    copy = model.clone()
+    copy.ir_version = max(model.ir_version, minimal_ir_version(opset_of(model) or 1))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".bitwright-{os.getpid()}-", dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            if external:
+                ir.save(copy, written, external_data=data.name)
+            else:
+                with written.open("wb") as file:
+                    write_inline(copy, file)
+            files = [p for p in (Path(folder) / data.name, written) if p.exists()]
+            for file in files:
+                _sync(file)
+            # The data first: a model file never points at weights that aren't there yet.
+            for file in files:
+                file.replace(path.parent / file.name)
+            _sync(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
+def write_inline(model: ir.Model, file: BinaryIO) -> None:
+    """Write a model that the caller owns as one message with its weights."""
+    weights: list[ir.TensorProtocol | None] = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        streamed = tensor is not None and byte_size(tensor) >= STREAMED
+        weights.append(tensor if streamed else None)
+        if tensor is not None and streamed:
+            value.const_value = ir.ExternalTensor(
+                "follows", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "",
+                doc_string=tensor.doc_string, metadata_props=dict(tensor.metadata_props),
+            )  # fmt: skip
+    proto = ir.to_proto(model)
+    heads: list[tuple[bytes, ir.TensorProtocol | None, bytes]] = []
+    for initializer, weight in zip(proto.graph.initializer, weights, strict=True):
+        if weight is not None:
+            for field in ("external_data", "data_location"):
+                initializer.ClearField(field)
+        before, after = _around(initializer, RAW_DATA)
+        heads.append((before, weight, after))
+    del proto.graph.initializer[:]
+    graph_before, graph_after = _around(proto.graph, INITIALIZER)
+    proto.ClearField("graph")
+    model_before, model_after = _around(proto, GRAPH)
+    lengths = [_length(before, weight, after) for before, weight, after in heads]
+    inside = sum(len(prefix(INITIALIZER, n)) + n for n in lengths)
+    file.write(model_before + prefix(GRAPH, len(graph_before) + inside + len(graph_after)) + graph_before)
+    for (before, weight, after), length in zip(heads, lengths, strict=True):
+        file.write(prefix(INITIALIZER, length) + before)
+        if weight is not None:
+            file.write(prefix(RAW_DATA, weight.nbytes))
+            file.write(weight.tobytes())
+        file.write(after)
+    file.write(graph_after + model_after)
+
+
+def _length(before: bytes, weight: ir.TensorProtocol | None, after: bytes) -> int:
+    data = 0 if weight is None else len(prefix(RAW_DATA, weight.nbytes)) + weight.nbytes
+    return len(before) + data + len(after)
+
+
+def _around(message: onnx.ModelProto | onnx.GraphProto | onnx.TensorProto, number: int) -> tuple[bytes, bytes]:
+    """A message in two pieces: its fields below a number, and the others."""
+    pieces = []
+    for below in (True, False):
+        piece = type(message)()
+        piece.CopyFrom(message)
+        for field, _ in message.ListFields():
+            if (field.number < number) is not below:
+                piece.ClearField(field.name)
+        pieces.append(piece.SerializeToString())
+    return pieces[0], pieces[1]
+
+
+def prefix(number: int, length: int) -> bytes:
+    """What stands before the bytes of a field of that number: its key and how many they are."""
+    return bytes([*_varint(number << 3 | 2), *_varint(length)])
+
+
+def _varint(value: int) -> Iterator[int]:
+    while value > 0x7F:
+        yield value & 0x7F | 0x80
+        value >>= 7
+    yield value
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
