@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Simulation, Tap
-from bitwright.data import Dataset
+from bitwright.data import CutCache, Dataset
 from bitwright.errors import InputError
 from bitwright.graph import Graph
-from bitwright.layerwise import CutCache
 
 CACHE_BYTES = 256 * 2**20
 """Memory for the float model's outputs; what exceeds it goes to disk."""

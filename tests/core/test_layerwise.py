@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from bitwright.backend import Tap
+from bitwright.data import CutCache
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import output_channels
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
-from bitwright.layerwise import CutCache, LayerwiseWalk
+from bitwright.layerwise import LayerwiseWalk
 from bitwright.layerwise._cuts import cut_before, schedule
 from bitwright.layerwise._solving import reconstruction_loss
 from bitwright.statistics import LayerMoments

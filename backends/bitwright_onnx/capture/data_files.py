@@ -30,7 +30,7 @@ def own_tensors(model: ir.Model, files: DataFiles) -> None:
                 raise ModelError(f"initializer {name!r} has no data")
             own = _own_tensor(tensor, name, files)
             value.const_value = own
-            value.shape, value.dtype = ir.Shape(own.shape), own.dtype
+            value.shape, value.dtype = ir.Shape(own.shape.numpy()), own.dtype
         for node in graph:
             for key, attr in list(node.attributes.items()):
                 if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():

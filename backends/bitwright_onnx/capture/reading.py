@@ -98,7 +98,7 @@ def _tensor(file: HeldFile, tensor: _Field) -> bytes:
     place = {"location": INSIDE, "offset": raw[0].content, "length": raw[0].end - raw[0].content}
     for key, value in place.items():
         proto.external_data.add(key=key, value=str(value))
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 def _fields(file: HeldFile, start: int, end: int) -> Iterator[_Field]:

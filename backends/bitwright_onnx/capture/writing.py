@@ -59,8 +59,8 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
             if external:
                 ir.save(copy, written, external_data=data.name)
             else:
-                with written.open("wb") as file:
-                    write_inline(copy, file)
+                with written.open("wb") as stream:
+                    write_inline(copy, stream)
             files = [p for p in (Path(folder) / data.name, written) if p.exists()]
             for file in files:
                 _sync(file)
@@ -82,7 +82,7 @@ def write_inline(model: ir.Model, file: BinaryIO) -> None:
         weights.append(tensor if streamed else None)
         if tensor is not None and streamed:
             value.const_value = ir.ExternalTensor(
-                "follows", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "",
+                "follows", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "",
                 doc_string=tensor.doc_string, metadata_props=dict(tensor.metadata_props),
             )  # fmt: skip
     proto = ir.to_proto(model)

@@ -81,7 +81,7 @@ def _detach(model: ir.Model) -> dict[str, ir.TensorProtocol]:
             raise ModelError(f"initializer {name!r} has no data")
         if byte_size(tensor) > INLINE_BYTES:
             weights[name] = tensor
-            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             graph.initializers.pop(name)
             value.const_value = None
             if value not in graph.inputs:

@@ -61,7 +61,7 @@ def stored_tensor(tensor: ir.ExternalTensor, file: HeldFile) -> ir.TensorProtoco
         InputError: the file can't be read.
     """
     name, offset = tensor.name or "", tensor.offset or 0
-    if tensor.dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING) or any(int(d) < 0 for d in tensor.shape):
+    if tensor.dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING) or any(d < 0 for d in tensor.shape.numpy()):
         raise ModelError(f"tensor {name!r} is {tensor.dtype.name} of shape {tensor.shape}, which no file can hold")
     whole = StoredTensor(file, offset, tensor.dtype, ir.Shape(tensor.shape), name)
     if offset < 0 or (tensor.length is not None and tensor.length < whole.nbytes):

@@ -18,6 +18,7 @@ from bitwright.backend._editing import Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
+from bitwright.backend._parts import Divisible, Part, parts_of, session_in_parts
 from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
@@ -68,6 +69,7 @@ __all__ = [
     "Bundle",
     "BundledFormats",
     "Capability",
+    "Divisible",
     "Editor",
     "FormatWriter",
     "IntegerRuntime",
@@ -78,6 +80,7 @@ __all__ = [
     "ParamReader",
     "ParamUpdates",
     "Params",
+    "Part",
     "PartialExecution",
     "QuantizedArtefact",
     "QuantizedNetwork",
@@ -115,11 +118,13 @@ __all__ = [
     "not_computable",
     "observed",
     "on_grid",
+    "parts_of",
     "precision_of",
     "reduced",
     "require",
     "require_params",
     "require_tensors",
+    "session_in_parts",
     "silenced",
     "thinned_places",
     "warn_where_it_began",

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bitwright.backend import Batch, Session, Tap
+from bitwright.backend import Batch, Part, PartialExecution, Session, Tap
 from bitwright.bank._bank import Bank
 from bitwright.bank._record import INDEX, PRECISION, Number, StepEntry
 from bitwright.bank._view import network_of
 from bitwright.bank._writing import Writer
+from bitwright.calibration import InParts, in_parts, sampled
 from bitwright.calibration import collect as collect_statistics
-from bitwright.calibration import sampled
 from bitwright.data import DataLike, Dataset, samples_in
 from bitwright.errors import InputError, TargetError
 from bitwright.graph import (
@@ -92,7 +92,7 @@ def collect(
         for op in wanted:
             shared.setdefault(_columns_key(op, state.graph), []).append(op)
         requests = [*_tensor_requests(state.graph, tensors), *_moment_requests(state.graph, shared, moments_gib)]
-        found = collect_statistics(requests, _float_only(state), seen, progress=state.progress)
+        found = collect_statistics(requests, _float_only(state), seen, progress=state.progress, divided=_divided(state))
         for tensor in tensors:
             histogram, extent = found[f"histogram/{tensor}"], found[f"range/{tensor}"]
             assert isinstance(histogram, HistogramStatistic)
@@ -176,6 +176,18 @@ class Seen:
 
 def _float_only(state: SimState) -> Callable[[Source, Sequence[Tap]], Session]:
     return lambda source, taps: state.backend.session(state.native, taps)
+
+
+def _divided(state: SimState) -> InParts | None:
+    """The parts of the float network, where it is large."""
+
+    def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
+        if feeds is None:
+            return state.backend.session(state.native, taps)
+        assert isinstance(state.backend, PartialExecution)
+        return state.backend.segment(state.native, feeds, taps)
+
+    return in_parts(state.backend, state.graph, open_part)
 
 
 # -- which tensors

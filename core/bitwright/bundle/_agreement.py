@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Session, Tap
+from bitwright.backend import Divisible, Session, Tap, session_in_parts
 from bitwright.errors import BitwrightError, CapabilityError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import FLOAT_FORMATS, Encoding
@@ -81,21 +81,11 @@ class Agreement:
         return next(iter(self.departures), None)
 
 
-class Network(Protocol):
-    """A network that can be run whole, or from tensors inside."""
-
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Compile it for its own inputs."""
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Compile what lies between; a fed tensor is taken as it is given."""
-
-
 def agreement(
     graph: Graph,
     expected: Values,
     inputs: Values,
-    network: Network,
+    network: Divisible,
     grids: Mapping[TensorId, Encoding],
     *,
     known: Collection[TensorId] | None = None,
@@ -119,7 +109,7 @@ def agreement(
     taps = [t for t in wanted if t not in lost]
     refused, reason = "", "it can't be computed from the tensors before it"
     try:
-        whole = _run(network.session([Tap(t) for t in taps]), inputs)
+        whole = _run(session_in_parts(graph, network, [Tap(t) for t in taps]), inputs)
         found = {t: departure(t, expected[t], whole[t], grids.get(t)) for t in taps if t in whole}
         if not any(found.values()):
             return Agreement(tuple(taps), (), lost)
@@ -153,7 +143,7 @@ def _judge(
     tensors: Sequence[TensorId],
     given: Values,
     inputs: Values,
-    network: Network,
+    network: Divisible,
     grids: Mapping[TensorId, Encoding],
 ) -> dict[TensorId, Departure | str | None]:
     """Each tensor computed from the given ones before it: a departure, none, or why it can't be computed."""
@@ -197,7 +187,7 @@ def _attempts(
             yield from _attempts([tensor], compiled)
 
 
-def _forced(taps: Sequence[TensorId], given: Values, inputs: Values, network: Network) -> Run:
+def _forced(taps: Sequence[TensorId], given: Values, inputs: Values, network: Divisible) -> Run:
     feeds = {**{n: v for n, v in inputs.items() if n not in given}, **{t: v for t, v in given.items() if t not in taps}}
     session = network.segment(list(feeds), [Tap(t) for t in taps])
 

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import QuantizedNetwork, QuantizedReader, Session, Simulation, Tap, warn_where_it_began
+from bitwright.backend import (
+    PartialExecution,
+    QuantizedNetwork,
+    QuantizedReader,
+    Session,
+    Simulation,
+    Tap,
+    session_in_parts,
+    warn_where_it_began,
+)
 from bitwright.bundle._agreement import Agreement, agreement
 from bitwright.bundle._synthetic import synthetic
 from bitwright.data import Samples
@@ -73,7 +82,9 @@ def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: i
 def run_simulated(state: SimState, simulation: Simulation[Any], samples: Samples) -> Simulated:
     """The tensors that are compared, of the native simulation."""
     taps = [Tap(t) for t in compared_tensors(state.graph, state.plan)]
-    run = simulation.session(taps).run(samples.inputs)
+    divisible = isinstance(state.backend, PartialExecution)
+    session = session_in_parts(state.graph, simulation, taps) if divisible else simulation.session(taps)
+    run = session.run(samples.inputs)
     values = {tap.tensor: np.array(v) for tap, v in run.items()}
 
     def floating(taps: Sequence[Tap]) -> Session:
@@ -178,11 +189,11 @@ class Renamed:
     names: Mapping[TensorId, str]
 
     def session(self, taps: Sequence[Tap]) -> Session:
-        """See `agreement.Network`."""
+        """See `Divisible`."""
         return _RenamedSession(self.network.session([Tap(self._of(t.tensor)) for t in taps]), taps, self.names, ())
 
     def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """See `agreement.Network`; feeds that the artefact hasn't got, or that are tapped, are left out."""
+        """See `Divisible`; feeds that the artefact hasn't got, or that are tapped, are left out."""
         wanted = {self._of(t.tensor) for t in taps}
         fed = [t for t in feeds if self._of(t) in self.network.tensors and self._of(t) not in wanted]
         own = list(dict.fromkeys(map(self._of, fed)))

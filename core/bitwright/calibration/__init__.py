@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bitwright.calibration._base import Scheme
 from bitwright.calibration._collect import collect
+from bitwright.calibration._part_by_part import InParts, in_parts
 from bitwright.calibration._ranges import (
     activation_encodings,
     activation_grids,
@@ -21,6 +22,7 @@ from bitwright.calibration._ranges import (
 from bitwright.calibration._schemes import scheme
 
 __all__ = [
+    "InParts",
     "Scheme",
     "activation_encodings",
     "activation_grids",
@@ -31,6 +33,7 @@ __all__ = [
     "fits_accumulator",
     "full_table",
     "guarded",
+    "in_parts",
     "quantized_weights",
     "sampled",
     "scheme",

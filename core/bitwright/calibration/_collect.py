@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-import numpy as np
-
-from bitwright.backend import Session, Tap
+from bitwright.calibration._collected import Collected, taps_of, update_all
+from bitwright.calibration._part_by_part import InParts, OpenSession, stream_in_parts
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import InputError
-from bitwright.files import Array
 from bitwright.progress import Progress
-from bitwright.statistics import Request, Source, Statistic
-
-OpenSession = Callable[[Source, Sequence[Tap]], Session]
+from bitwright.statistics import Request, Statistic
 
 BUDGET = 2 * 2**30
 """Default memory of the statistics that are collected together, in bytes."""
-
-
-@dataclass(frozen=True)
-class _Collected:
-    request: Request
-    statistic: Statistic
-
-    @property
-    def taps(self) -> tuple[tuple[Source, Tap], ...]:
-        s = self.statistic
-        pairs = zip(self.request.sources, self.request.tensors, strict=True)
-        step = getattr(s, "step", 1)
-        axis = s.axis if step == 1 else getattr(s, "layout", None)
-        taps = [(source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs]
-        if getattr(s, "extremes", False):
-            taps += [(source, Tap(tap.tensor, "minmax", s.axis)) for source, tap in taps]
-        return tuple(taps)
 
 
 def collect(
@@ -46,6 +24,7 @@ def collect(
     *,
     budget_bytes: int = BUDGET,
     progress: Progress | None = None,
+    divided: InParts | None = None,
 ) -> dict[str, Statistic]:
     """Run the networks over the data and return the finished statistics by key.
 
@@ -60,6 +39,8 @@ def collect(
         data: the calibration data.
         budget_bytes: memory of the statistics of one pass.
         progress: where progress is shown, in samples.
+        divided: the parts of a large network: all data run through one before the next is compiled, and what crosses
+            between them is kept, in memory or on disk.
 
     Raises:
         InputError: the data are empty; a tensor holds NaN or infinity (named, with the batch); a key is used twice.
@@ -71,12 +52,16 @@ def collect(
     passes = _pack(requests, budget_bytes)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for number, members in enumerate(passes):
-            collected = [_Collected(r, r.make()) for r in members]
+            collected = [Collected(r, r.make()) for r in members]
             note = f" ({number + 1} of {len(passes)})" if len(passes) > 1 else ""
             if progress is not None:
-                progress.start(f"Collecting statistics{note}", data.samples)
+                steps = data.samples if divided is None else len(divided.parts)
+                progress.start(f"Collecting statistics{note}", steps)
             try:
-                _stream(collected, open_session, data, pool, progress)
+                if divided is None:
+                    _stream(collected, open_session, data, pool, progress)
+                else:
+                    stream_in_parts(collected, divided, data, pool, progress)
             finally:
                 if progress is not None:
                     progress.finish()
@@ -99,36 +84,19 @@ def _pack(requests: Sequence[Request], budget: int) -> list[list[Request]]:
 
 
 def _stream(
-    collected: Sequence[_Collected],
+    collected: Sequence[Collected],
     open_session: OpenSession,
     data: Dataset,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> None:
-    wanted: dict[Source, dict[Tap, None]] = {}
-    for c in collected:
-        for source, tap in c.taps:
-            wanted.setdefault(source, {})[tap] = None
-    sessions = {source: open_session(source, tuple(taps)) for source, taps in wanted.items()}
+    sessions = {source: open_session(source, tuple(taps)) for source, taps in taps_of(collected).items()}
     batches = 0
     for batch in data:
         values = {source: session.run(batch) for source, session in sessions.items()}
-        # Every task is waited for, so that none still runs, and which error is raised doesn't depend on timing.
-        tasks = [pool.submit(_update, c, values, batches) for c in collected]
-        errors = [task.exception() for task in tasks]
-        if error := next((e for e in errors if e is not None), None):
-            raise error
+        update_all(pool, collected, values, batches)
         batches += 1
         if progress is not None:
             progress.advance(samples_in(batch))
     if batches == 0:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
-
-
-def _update(collected: _Collected, values: Mapping[Source, Mapping[Tap, Array]], batch: int) -> None:
-    try:
-        collected.statistic.update(*(np.asarray(values[source][tap]) for source, tap in collected.taps))
-    except InputError as error:
-        names = ", ".join(f"{t!r}" for t in dict.fromkeys(collected.request.tensors))
-        networks = " and ".join(dict.fromkeys(collected.request.sources))
-        raise InputError(f"tensor {names} ({networks} network, batch {batch}): {error}") from error

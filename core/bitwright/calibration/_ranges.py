@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Params, Session, Tap
+from bitwright.backend import Backend, Params, Part, PartialExecution, Session, Tap
 from bitwright.calibration._collect import collect
+from bitwright.calibration._part_by_part import in_parts
 from bitwright.calibration._schemes import calibrate_array, scheme
 from bitwright.data import Dataset
 from bitwright.errors import EncodingError
-from bitwright.graph import Graph, SetParams, Tensor
+from bitwright.graph import Graph, SetParams, Tensor, TensorId
 from bitwright.grids import (
     Dynamic,
     Encoding,
@@ -81,12 +82,19 @@ def activation_encodings(
     if not wanted:
         return {}
     requests = activation_requests(graph, plan, wanted)
-    quantized = quantized_weights(backend, model, encodings)
 
     def open_session(source: Source, taps: Sequence[Tap]) -> Session:
-        return backend.session(quantized, taps)
+        return backend.session(quantized_weights(backend, model, encodings), taps)
 
-    return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress))
+    def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
+        rounded = quantized_weights(backend, model, {s: e for s, e in encodings.items() if s in part.params})
+        if feeds is None:
+            return backend.session(rounded, taps)
+        assert isinstance(backend, PartialExecution)
+        return backend.segment(rounded, feeds, taps)
+
+    divided = in_parts(backend, graph, open_part)
+    return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress, divided=divided))
 
 
 def to_calibrate(plan: Plan, encodings: EncodingTable) -> list[SiteId]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
+from bitwright.data._cut_cache import CACHE_BYTES, CutCache
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._first import first_arrays
 from bitwright.data._forward import is_forward_pass, recorded
@@ -18,7 +19,9 @@ from bitwright.data._samples import FirstSamples, labels_of, whole_batches
 from bitwright.data._text import TextOptions
 
 __all__ = [
+    "CACHE_BYTES",
     "SAMPLES",
+    "CutCache",
     "DataLike",
     "Dataset",
     "FirstSamples",

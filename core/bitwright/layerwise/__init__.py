@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bitwright.layerwise._cuts import CutCache
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import (
     blocks_within,
@@ -17,7 +16,6 @@ from bitwright.layerwise._solving import (
 from bitwright.layerwise._walk import LayerwiseWalk
 
 __all__ = [
-    "CutCache",
     "LayerwiseWalk",
     "Solving",
     "blocks_within",

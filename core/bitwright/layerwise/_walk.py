@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, ParamReader, ParamUpdates, PartialExecution, Session, Simulation, Tap
-from bitwright.data import Dataset
+from bitwright.data import CACHE_BYTES, CutCache, Dataset
 from bitwright.graph import (
     Edit,
     Graph,
@@ -35,7 +35,7 @@ from bitwright.graph import (
     output_channels,
 )
 from bitwright.grids import Encoding, EncodingTable
-from bitwright.layerwise._cuts import CACHE_BYTES, CutCache, Visit, schedule
+from bitwright.layerwise._cuts import Visit, schedule
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import (
     blocks_within,

@@ -6,11 +6,12 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Session, Tap, require
+from bitwright.backend import Part, PartialExecution, Session, Simulation, Tap, require
 from bitwright.bank import Bank, BankView
 from bitwright.calibration import (
     activation_encodings,
@@ -19,6 +20,7 @@ from bitwright.calibration import (
     collect,
     dynamic_encodings,
     guarded,
+    in_parts,
     to_calibrate,
     weight_encodings,
 )
@@ -142,13 +144,24 @@ def _calibrated_on_bank(state: SimState, bank: Bank) -> SimState:
 def _statistics(
     state: SimState, requests: Sequence[Request], table: EncodingTable, dataset: Dataset
 ) -> Mapping[str, Statistic]:
-    def open_session(source: Source, taps: Sequence[Tap]) -> Session:
-        if source == "float":
-            return state.backend.session(state.native, taps)
+    @cache
+    def simulation() -> Simulation[Any]:
         full = table.merged(calibrated_activations(state, table, dataset))
-        return state.backend.simulate(state.native, state.plan, full).session(taps)
+        return state.backend.simulate(state.native, state.plan, full)
 
-    return collect(requests, open_session, dataset, progress=state.progress)
+    def open_session(source: Source, taps: Sequence[Tap]) -> Session:
+        return state.backend.session(state.native, taps) if source == "float" else simulation().session(taps)
+
+    def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
+        if feeds is None:
+            return open_session(source, taps)
+        if source != "float":
+            return simulation().segment(feeds, taps)
+        assert isinstance(state.backend, PartialExecution)
+        return state.backend.segment(state.native, feeds, taps)
+
+    divided = in_parts(state.backend, state.graph, open_part)
+    return collect(requests, open_session, dataset, progress=state.progress, divided=divided)
 
 
 def _walk(state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:

@@ -1,0 +1,64 @@
+"""What crosses from one part of a network to the next, for every batch: in memory or on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.backend import Batch
+from bitwright.graph import TensorId
+
+CACHE_BYTES = 128 * 2**20
+"""Memory for the tensors of one cut, both networks together; what exceeds it goes to disk."""
+
+
+class CutCache:
+    """The tensors of one cut for every batch, in memory up to `budget` bytes and in a temporary folder beyond."""
+
+    def __init__(self, budget: int = CACHE_BYTES) -> None:
+        self._budget = budget
+        self._held = 0
+        self._batches: list[dict[TensorId, NDArray[Any] | Path]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def append(self, batch: Mapping[TensorId, NDArray[Any]]) -> None:
+        """Keep one more batch."""
+        kept: dict[TensorId, NDArray[Any] | Path] = {}
+        for name, values in batch.items():
+            if self._held + values.nbytes > self._budget:
+                kept[name] = self._spill(values, len(self._batches), len(kept))
+            else:
+                self._held += values.nbytes
+                kept[name] = values
+        self._batches.append(kept)
+
+    def _spill(self, values: NDArray[Any], batch: int, index: int) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="bitwright-")
+        path = Path(self._folder.name) / f"{batch}-{index}.npy"
+        np.save(path, values, allow_pickle=False)
+        return path
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            # Read when its turn comes: a map of the file would stay in the process's memory.
+            yield {t: np.load(v, allow_pickle=False) if isinstance(v, Path) else v for t, v in batch.items()}
+
+    def close(self) -> None:
+        """Free memory and disk."""
+        self._batches = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,97 @@
+"""Large networks run part by part, in every framework: the parts make up the network, and find what all of it finds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from backends import FRAMEWORKS
+
+from bitwright.backend import Tap, parts_of, session_in_parts
+from bitwright.backend import _parts as parts_module
+from bitwright.bank import collect
+from bitwright.testing import models
+from bitwright_techniques.batch_norm_reestimation import BatchNormReestimation
+
+NETWORKS = {"residual": models.residual, "joined": models.concat_branches}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts_module, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(parts_module, "PART_BYTES", 64)
+
+
+def batches(model, port, count=3):
+    return [port.batch(models.batch(model, 4, seed)) for seed in range(count)]
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_parts_make_up_the_network(make):
+    graph = FRAMEWORKS["onnx"].sim(make()).graph
+    parts = parts_of(graph)
+    assert len(parts) > 2 and [o for p in parts for o in p.ops] == [op.id for op in graph.ops]
+    assert set().union(*(p.params for p in parts)) == set(graph.params)
+    known: set[str] = set()
+    for part in parts:
+        assert set(part.crossing) <= known
+        read = {t for o in part.ops for t in graph.op(o).data_inputs} - set(graph.inputs if part is parts[0] else ())
+        assert read <= set(part.crossing) | part.computed
+        known |= part.computed
+    weights = {p: 4 * int(np.prod(graph.params[p].shape)) for p in graph.params}
+    for part in parts:
+        # No part is larger than allowed, unless it is a single op with parameters.
+        owners = [o for o in part.ops if graph.op(o).params]
+        assert sum(weights[p] for p in part.params) <= 64 or len(owners) == 1
+
+
+def test_small_networks_are_one_part():
+    graph = FRAMEWORKS["onnx"].sim(models.residual()).graph
+    assert len(parts_of(graph)) == 1
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_calibration_bank_and_export_in_parts_are_those_of_the_whole(name, make, tmp_path, request, monkeypatch):
+    port, model = FRAMEWORKS[name], make()
+    sim = port.sim(model, weights="int4")
+    data = batches(model, port)
+    whole = sim.fork().calibrate(data)
+    expected = whole.predict(data)[0]
+    bank = collect(sim, data, tmp_path / "whole")
+    request.getfixturevalue("small_parts")
+    opened = []
+    segment = type(sim.backend).segment
+    monkeypatch.setattr(type(sim.backend), "segment", lambda *a: opened.append(1) or segment(*a))
+    parted = sim.fork().calibrate(data)
+    assert opened
+    for site, encoding in whole.encodings.items():
+        other = parted.encodings[site]
+        np.testing.assert_allclose(other.scale, encoding.scale, rtol=1e-6, err_msg=site)
+        np.testing.assert_array_equal(other.zero_point, encoding.zero_point, err_msg=site)
+    again = collect(sim, data, tmp_path / "parts")
+    for op in sim.graph.linear_ops:
+        one, other = (b.layer(op).state() for b in (bank, again))
+        for key in one:
+            np.testing.assert_allclose(other[key], one[key], rtol=1e-5, atol=1e-6, err_msg=f"{op.id} {key}")
+    # Inputs are quantized at their sites in the first part, and behind it they are fed as it left them.
+    session = session_in_parts(parted.graph, parted.simulation, [Tap(t) for t in parted.graph.outputs])
+    found = np.concatenate([np.asarray(session.run(b)[Tap(parted.graph.outputs[0])]) for b in data])
+    step = float(np.ptp(expected)) / 255
+    np.testing.assert_allclose(found, expected, atol=1.01 * step)
+    assert (np.abs(found - expected) > 0.01 * step).mean() < 0.01
+    assert parted.export(tmp_path / "out").files["encodings"].is_file()
+
+
+def test_statistics_of_the_simulated_network_in_parts(request):
+    model = models.conv_bn_relu()
+    sim = FRAMEWORKS["onnx"].sim(model, weights="int4")
+    data = batches(model, FRAMEWORKS["onnx"])
+    name = BatchNormReestimation.name
+    whole = sim.fork().apply(name, data)
+    request.getfixturevalue("small_parts")
+    parted = sim.fork().apply(name, data)
+    changed = [p for p in sim.graph.params if not np.array_equal(whole.params[p], sim.params[p])]
+    assert changed
+    for param in sim.graph.params:
+        np.testing.assert_allclose(parted.params[param], whole.params[param], atol=1e-3, err_msg=param)
