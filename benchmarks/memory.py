@@ -73,19 +73,21 @@ def write_onnx(path: Path, width: int, blocks: int, *, tokens: int = 16, heads: 
             nodes.append(h.make_node(kind, inputs, [output], output, **attributes))
             return output
 
-        split, joined = constant("split", np.array([0, tokens, heads, width // heads])), constant(
-            "joined", np.array([0, tokens, width])
+        split, joined = (
+            constant("split", np.array([0, tokens, heads, width // heads])),
+            constant("joined", np.array([0, tokens, width])),
         )
         ones, zeros = constant("ones", np.ones(width, np.float32)), constant("zeros", np.zeros(width, np.float32))
+
+        def heads_of(n: str, name: str, matrix: str) -> str:
+            parts = op("Reshape", [op("MatMul", [n, matrix], name), split], f"{name}.heads")
+            return op("Transpose", [parts], f"{name}.turned", perm=[0, 2, 3, 1] if name[-1] == "k" else [0, 2, 1, 3])
+
         root = constant("root", np.float32((width // heads) ** -0.5))
         x = op("Gather", [weight("embedding", VOCABULARY, width, scale=1.0), "ids"], "embedded")
         for b in range(blocks):
             n = op("LayerNormalization", [x, ones, zeros], f"{b}.norm1", axis=-1)
-            q, k, v = (
-                op("Transpose", [op("Reshape", [op("MatMul", [n, weight(f"{b}.w{p}", width, width)], f"{b}.{p}"), split],
-                   f"{b}.{p}.heads")], f"{b}.{p}.turned", perm=[0, 2, 3, 1] if p == "k" else [0, 2, 1, 3])
-                for p in "qkv"
-            )  # fmt: skip
+            q, k, v = (heads_of(n, f"{b}.{p}", weight(f"{b}.w{p}", width, width)) for p in "qkv")
             scores = op("Mul", [op("MatMul", [q, k], f"{b}.products"), root], f"{b}.scores")
             mixed = op("MatMul", [op("Softmax", [scores], f"{b}.probabilities", axis=-1), v], f"{b}.mixed")
             flat = op("Reshape", [op("Transpose", [mixed], f"{b}.back", perm=[0, 2, 1, 3]), joined], f"{b}.flat")
@@ -215,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     work: dict[str, Callable[[], Any]] = {
         "open": opened,
         "collect": collected,
-        "gptq": lambda: sim.apply("gptq", data, inputs=args.inputs),
+        "gptq": lambda: sim.apply("gptq", data, inputs=args.inputs, scales=args.scales),
         "calibrate": lambda: sim.calibrate(data),
         "export": lambda: sim.export(folder / "out"),
     }
@@ -245,6 +247,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, help="MiB of private memory above the framework's own")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--inputs", default="float", help="of gptq: float or quantized")
+    parser.add_argument("--scales", default="keep", help="of gptq: keep or search, which takes much longer")
     parser.add_argument("--target", default="default")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--bank-mib", type=float, default=64, help="size of the second moments that the bank keeps")
@@ -265,7 +268,7 @@ def main() -> int:
             else:
                 sizes[name] = write_torch(place / "model.safetensors", width, blocks)
             options[name] = {
-                **vars(args), "folder": str(place), "width": width, "blocks": blocks, "limit": 0, "batches": args.batches,
+                **vars(args), "folder": str(place), "width": width, "blocks": blocks, "limit": 0,
             }  # fmt: skip
         own, error = child(options["small"])
         if error:
