@@ -123,6 +123,8 @@ def test_nan_names_tensor_network_and_batch(make):
     with pytest.raises(InputError, match=r"tensor 'y' \(float network, batch 1\): NaN or infinite"):
         collect([Request("a", ("y",), make)], Network(poison=2).open, DATA, progress=progress)
     assert progress.log[-1] == "finish"
+    with pytest.raises(InputError, match="batch 7"):
+        collect([Request("a", ("y",), make)], Network(poison=2).open, DATA, first_batch=6)
 
 
 def test_empty_data_and_repeated_keys():

@@ -259,6 +259,49 @@ def test_what_doesnt_belong_together_isnt_merged(sim, bank, tmp_path):
     assert half.bytes < bank.bytes
 
 
+# -- shares
+
+
+@onnx_only
+def test_shares_are_the_same_wherever_they_are_collected(sim, bank, tmp_path):
+    """Here and on workers: the same files, in whatever order shares are done; histograms are those of one run."""
+    data = sim.open(samples(sim), batch_size=4)
+    here = collect(sim, data, tmp_path / "here", share=2)
+    with open_workers(ThreadPoolExecutor(3)) as workers:
+        crew = sim.fork().attach(executor=workers)
+        there = collect(crew, data, tmp_path / "there", share=2)
+        assert (
+            collect(crew, data, tmp_path / "all").record.files
+            == collect(sim, data, tmp_path / "8", part=8).record.files
+        )
+    assert there.record.files == here.record.files
+    assert there.record.data == here.record.data
+    assert sorted(p.name for p in there.path.iterdir()) == sorted([*here.record.files, "bank.json"])
+    for file in ("codes.npy", "counts.npy", "ranges.npy"):
+        assert here.record.files[file] == bank.record.files[file], file
+    for op in sim.graph.linear_ops:
+        ours, one = here.layer(op), bank.layer(op)
+        assert ours.count == one.count
+        np.testing.assert_allclose(ours.mean, one.mean, rtol=1e-6)
+        np.testing.assert_allclose(ours.xx, one.xx, rtol=1e-6, atol=1e-6 * np.abs(one.xx).max())
+    with pytest.raises(InputError, match="empty"):
+        collect(sim, sim.open(samples(sim, 0), batch_size=4), tmp_path / "empty", share=2)
+
+
+@onnx_only
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
+def test_a_worker_that_dies_costs_its_share(sim, tmp_path, monkeypatch):
+    import deadly_worker
+
+    from bitwright.bank import _shares
+
+    monkeypatch.setattr(_shares, "share_of", deadly_worker.share_of)
+    data = sim.open(samples(sim), batch_size=8)
+    there = collect(sim.fork().attach(executor=2), data, tmp_path / "there", share=1)
+    assert (tmp_path / "killed").exists()
+    assert there.record.files == collect(sim, data, tmp_path / "here", share=1).record.files
+
+
 # -- files
 
 

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from bitwright.backend import Batch, Part, PartialExecution, Session, Tap
+from bitwright.backend import Batch
 from bitwright.bank._bank import Bank
-from bitwright.bank._record import INDEX, PRECISION, Number, StepEntry
+from bitwright.bank._record import INDEX, Number, StepEntry
+from bitwright.bank._requests import (
+    all_requests,
+    blocks_of,
+    columns_key,
+    divided,
+    features_of,
+    float_only,
+    linear_ops,
+)
+from bitwright.bank._shares import SHARE, Wanted, in_shares
 from bitwright.bank._view import network_of
 from bitwright.bank._writing import Writer
-from bitwright.calibration import InParts, in_parts, sampled
 from bitwright.calibration import collect as collect_statistics
 from bitwright.data import DataLike, Dataset, samples_in
 from bitwright.errors import InputError, TargetError
+from bitwright.files import sweep_beside
 from bitwright.graph import (
     FLOAT_DTYPES,
     Graph,
     Op,
-    OpKind,
     TensorId,
     groups_of,
-    input_channels,
 )
-from bitwright.layerwise import blocks_within
 from bitwright.placement import build_plan
 from bitwright.plugins import registry
 from bitwright.runs import versions
 from bitwright.state import SimState, StateView
-from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Request, Source
+from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic
 from bitwright.targets import target_names
 from bitwright.technique import LayerwiseSettings, Step
 
@@ -52,6 +58,7 @@ def collect(
     number: Number = "float64",
     every_tensor: bool = False,
     steps: Sequence[Step] = (),
+    share: int | None = None,
 ) -> Bank:
     """Run the float network once over the data, and keep the statistics that solving takes.
 
@@ -73,6 +80,9 @@ def collect(
             space, and of codes that lie between two numbers a few may fall to the other one.
         every_tensor: hold histograms of all tensors, for targets that aren't known yet.
         steps: what was applied to the model before, without data, for the record.
+        share: batches that are collected together; shares are added in the order of the data, here or as the
+            simulation's workers bring them (`attach`): the bank is the same to the bit. None for all of them together,
+            or with workers 8.
 
     Raises:
         InputError: the data are empty, don't fit, or hold NaN; a pattern matches no layer; the folder is there already.
@@ -84,15 +94,22 @@ def collect(
     wanted, left_out = _chosen(state.graph, layers, number, budget_gib, moments_gib)
     tensors = _tensors(state, every_tensor=every_tensor)
     entries = tuple(StepEntry(technique=s.technique, settings=dict(s.settings)) for s in steps)
+    sweep_beside(Path(out))
     if (there := _whole(Path(out), dataset, network_of(state), number, entries, wanted, left_out, tensors)) is not None:
         return there
     with Writer(Path(out), number) as writer:
         seen = Seen(dataset)
         shared: dict[object, list[Op]] = {}
         for op in wanted:
-            shared.setdefault(_columns_key(op, state.graph), []).append(op)
-        requests = [*_tensor_requests(state.graph, tensors), *_moment_requests(state.graph, shared, moments_gib)]
-        found = collect_statistics(requests, _float_only(state), seen, progress=state.progress, divided=_divided(state))
+            shared.setdefault(columns_key(op, state.graph), []).append(op)
+        requests = all_requests(state.graph, tensors, shared, moments_gib)
+        size = SHARE if share is None and state.workers is not None else share
+        if size is None:
+            opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
+            found = collect_statistics(requests, opened, seen, progress=state.progress, divided=whole)
+        else:
+            asked = Wanted(tuple(tensors), tuple(ops[0].id for ops in shared.values()), moments_gib)
+            found = in_shares(state, requests, seen, size, asked, writer.folder)
         for tensor in tensors:
             histogram, extent = found[f"histogram/{tensor}"], found[f"range/{tensor}"]
             assert isinstance(histogram, HistogramStatistic)
@@ -174,22 +191,6 @@ class Seen:
         return self._digest.hexdigest()[:32]
 
 
-def _float_only(state: SimState) -> Callable[[Source, Sequence[Tap]], Session]:
-    return lambda source, taps: state.backend.session(state.native, taps)
-
-
-def _divided(state: SimState) -> InParts | None:
-    """The parts of the float network, where it is large."""
-
-    def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
-        if feeds is None:
-            return state.backend.session(state.native, taps)
-        assert isinstance(state.backend, PartialExecution)
-        return state.backend.segment(state.native, feeds, taps)
-
-    return in_parts(state.backend, state.graph, open_part)
-
-
 # -- which tensors
 
 
@@ -205,53 +206,18 @@ def _tensors(state: SimState, *, every_tensor: bool) -> list[TensorId]:
         with suppress(TargetError):  # one that contradicts itself on this graph, or is broken, quantizes nothing
             plans.append(build_plan(graph, name))
     needed = {t for plan in plans for site in plan.activations for t in plan.observed(site)}
-    needed |= {op.data_inputs[0] for op in _linear(graph)}
+    needed |= {op.data_inputs[0] for op in linear_ops(graph)}
     return [t for t in floats if t in needed]
 
 
-def _tensor_requests(graph: Graph, tensors: Iterable[TensorId]) -> Iterator[Request]:
-    for t in tensors:
-        axis = _channels_of(graph, t)
-        yield Request(
-            f"histogram/{t}", (t,), sampled(lambda: HistogramStatistic(precision=PRECISION), graph.tensors[t])
-        )
-        yield Request(f"range/{t}", (t,), partial(RangeStatistic, axis))
-
-
-def _channels_of(graph: Graph, tensor: TensorId) -> int | None:
-    """The channel axis of a tensor whose channels techniques look at: one that linear ops read."""
-    readers = [op for op in _linear(graph) if op.data_inputs[0] == tensor]
-    if not readers:
-        return None
-    known = graph.tensors[tensor].channel_axis
-    if known is not None:
-        return known
-    return -1 if readers[0].kind is OpKind.LINEAR else 1
-
-
 # -- which layers
-
-
-def _linear(graph: Graph) -> list[Op]:
-    return [op for op in graph.linear_ops if op.weight is not None]
-
-
-def features_of(op: Op, graph: Graph) -> int:
-    """K of the op's columns."""
-    shape = graph.params[op.weight or ""].shape
-    return input_channels(op, shape) // groups_of(op) * int(np.prod(shape[2:], dtype=np.int64))
-
-
-def _columns_key(op: Op, graph: Graph) -> tuple[object, ...]:
-    """Equal for ops that read the same columns of the same tensor."""
-    return op.data_inputs[0], op.kind, repr(op.attrs), features_of(op, graph)
 
 
 def _chosen(
     graph: Graph, patterns: Sequence[str], number: Number, budget: float | None, memory: float
 ) -> tuple[list[Op], dict[str, str]]:
     """The linear ops whose moments are collected, and why the others are left out."""
-    ops = _linear(graph)
+    ops = linear_ops(graph)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(op.id, pattern) for op in ops):
             some = ", ".join(op.id for op in ops[:5]) or "none"
@@ -267,7 +233,7 @@ def _chosen(
         else:
             features = features_of(op, graph) // blocks
             each = {"float32": 4, "float64": 8}[number]
-            sizes[_columns_key(op, graph)] = each * groups_of(op) * blocks * features * (features + 1) // 2
+            sizes[columns_key(op, graph)] = each * groups_of(op) * blocks * features * (features + 1) // 2
     if budget is not None:
         total = sum(sizes.values())
         for key in sorted(sizes, key=lambda k: sizes[k], reverse=True):
@@ -275,19 +241,5 @@ def _chosen(
                 break
             total -= sizes[key]
             reason = f"its moments take {sizes.pop(key) / GIB:.3g} GiB, and the budget is {budget:.3g} GiB for all"
-            left.update({op.id: reason for op in ops if op.id not in left and _columns_key(op, graph) == key})
+            left.update({op.id: reason for op in ops if op.id not in left and columns_key(op, graph) == key})
     return [op for op in ops if op.id not in left], left
-
-
-def blocks_of(op: Op, graph: Graph, memory: float) -> tuple[int, str]:
-    """In how many blocks an op's moments take so many GiB; or 0, and why in none."""
-    return blocks_within(memory, op, graph.params[op.weight or ""].shape, features_of(op, graph))
-
-
-def _moment_requests(graph: Graph, shared: Mapping[object, Sequence[Op]], gib: float) -> Iterator[Request]:
-    for op, *_ in shared.values():
-        features, (blocks, _) = features_of(op, graph), blocks_of(op, graph, gib)
-        axis = graph.tensors[op.data_inputs[0]].channel_axis
-        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks)
-        memory = LayerMoments.bytes_for(op, features, paired=False, blocks=blocks)
-        yield Request(f"moments/{op.id}", (op.data_inputs[0],), make, memory=memory)

@@ -16,6 +16,7 @@ from bitwright.bank._bank import Bank
 from bitwright.bank._record import INDEX
 from bitwright.bank._writing import Writer
 from bitwright.errors import InputError
+from bitwright.files import sweep_beside
 from bitwright.statistics import LayerMoments
 
 
@@ -40,6 +41,7 @@ def merge(banks: Sequence[Bank | str | Path], out: str | Path) -> Bank:
     if twice := next((p for p in prints if prints.count(p) > 1), None):
         named = " and ".join(repr(str(b.path)) for b in parts if twice in b.record.data)
         raise InputError(f"{named} were collected on the same data, which would count twice")
+    sweep_beside(Path(out))
     if (there := _whole(Path(out), first, prints)) is not None:
         return there
     with Writer(Path(out), first.record.number) as writer:

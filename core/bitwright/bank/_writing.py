@@ -26,6 +26,9 @@ class Writer:
         out: the folder; it isn't there yet, or is empty.
         number: type of the second moments.
 
+    Attributes:
+        folder: that is written to, until `finish`.
+
     Raises:
         InputError: something is there, or the folder can't be written.
     """
@@ -34,7 +37,7 @@ class Writer:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{str(out)!r} is there already; give another folder for the bank, or remove it")
         self.out, self.number = out, number
-        self._folder = out.with_name(f".{out.name}.{getpid()}.partial")
+        self.folder = out.with_name(f".{out.name}.{getpid()}.partial")
         self._codes: list[NDArray[Any]] = []
         self._counts: list[NDArray[Any]] = []
         self._ranges: list[NDArray[Any]] = []
@@ -47,15 +50,15 @@ class Writer:
         make_directory(self.out.parent)
         sweep_beside(self.out)
         try:
-            self._folder.mkdir()
+            self.folder.mkdir()
         except OSError as error:
-            raise cannot_write(self._folder, error) from error
+            raise cannot_write(self.folder, error) from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def add_tensor(
         self, tensor: str, histogram: HistogramStatistic, axis: int | None, low: NDArray[Any], high: NDArray[Any]
@@ -122,16 +125,16 @@ class Writer:
             number=self.number, tensors=self.tensors, moments=tuple(self.moments), layers=dict(layers),
             left_out=dict(left_out), files=self._files,
         )  # fmt: skip
-        write_text(self._folder / INDEX, record.text())
+        write_text(self.folder / INDEX, record.text())
         try:
-            self._folder.rename(self.out)
+            self.folder.rename(self.out)
         except OSError as error:
             raise cannot_write(self.out, error) from error
         sync_directory(self.out.parent)
         return record
 
     def _write(self, name: str, values: NDArray[Any]) -> None:
-        path = self._folder / name
+        path = self.folder / name
         with atomic_write(path) as file:
             np.lib.format.write_array(file, np.ascontiguousarray(values), allow_pickle=False)
         self._files[name] = FileEntry(sha256=of_file(path), bytes=path.stat().st_size)

@@ -25,6 +25,7 @@ def collect(
     budget_bytes: int = BUDGET,
     progress: Progress | None = None,
     divided: InParts | None = None,
+    first_batch: int = 0,
 ) -> dict[str, Statistic]:
     """Run the networks over the data and return the finished statistics by key.
 
@@ -41,6 +42,7 @@ def collect(
         progress: where progress is shown, in samples.
         divided: the parts of a large network: all data run through one before the next is compiled, and what crosses
             between them is kept, in memory or on disk.
+        first_batch: what messages number batches from.
 
     Raises:
         InputError: the data are empty; a tensor holds NaN or infinity (named, with the batch); a key is used twice.
@@ -59,9 +61,9 @@ def collect(
                 progress.start(f"Collecting statistics{note}", steps)
             try:
                 if divided is None:
-                    _stream(collected, open_session, data, pool, progress)
+                    _stream(collected, open_session, data, pool, progress, first_batch)
                 else:
-                    stream_in_parts(collected, divided, data, pool, progress)
+                    stream_in_parts(collected, divided, data, pool, progress, first_batch)
             finally:
                 if progress is not None:
                     progress.finish()
@@ -89,12 +91,13 @@ def _stream(
     data: Dataset,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
+    first: int,
 ) -> None:
     sessions = {source: open_session(source, tuple(taps)) for source, taps in taps_of(collected).items()}
     batches = 0
     for batch in data:
         values = {source: session.run(batch) for source, session in sessions.items()}
-        update_all(pool, collected, values, batches)
+        update_all(pool, collected, values, first + batches)
         batches += 1
         if progress is not None:
             progress.advance(samples_in(batch))

@@ -48,8 +48,9 @@ def stream_in_parts(
     data: Dataset,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
+    first: int = 0,
 ) -> None:
-    """Update statistics with all batches, each where the last of its tensors is computed.
+    """Update statistics with all batches, each where the last of its tensors is computed; `first` numbers them.
 
     Raises:
         InputError: the data are empty, or a tensor holds NaN or infinity.
@@ -63,7 +64,7 @@ def stream_in_parts(
             later = [c for c, home in zip(collected, homes, strict=True) if home > index]
             kept = _kept(later, divided, place, index)
             fresh = {source: caches.enter_context(CutCache(CACHE_BYTES // len(kept))) for source in kept}
-            _run_part(divided, index, here, held, kept, fresh, data, pool)
+            _run_part(divided, index, here, held, kept, fresh, data, pool, first)
             for cache in held.values():
                 cache.close()
             held = fresh
@@ -91,6 +92,7 @@ def _run_part(
     fresh: dict[Source, CutCache],
     data: Dataset,
     pool: ThreadPoolExecutor,
+    first: int,
 ) -> None:
     part = divided.parts[index]
     wanted = taps_of(here)
@@ -114,7 +116,7 @@ def _run_part(
             values[source] = {tap: found[tap] if tap in found else reduced(own[tap.tensor], tap) for tap in taps}
         for source, tensors in kept.items():
             fresh[source].append({t: values[source][Tap(t)] for t in tensors})
-        update_all(pool, here, values, batches)
+        update_all(pool, here, values, first + batches)
         batches += 1
     if batches == 0:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")

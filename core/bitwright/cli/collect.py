@@ -51,8 +51,14 @@ def collect(
     float32: Annotated[
         bool, typer.Option("--float32", help="Keep moments in half the space; a few codes may change.")
     ] = False,
+    share: Annotated[
+        int | None,
+        typer.Option(min=1, help="Batches collected together, by a worker: all, or 8 of them.", show_default=False),
+    ] = None,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    workers: options.Workers = 1,
+    cluster: options.Cluster = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Collect what calibration and layer-wise techniques need of data, once, for --bank.
@@ -81,7 +87,7 @@ def collect(
         bank = collected(
             sim, dataset, out, layers=layers.split(",") if layers else (), budget_gib=budget_gib,
             moments_gib=moments_gib,
-            number="float32" if float32 else "float64", every_tensor=every_tensor, steps=steps.steps,
+            number="float32" if float32 else "float64", every_tensor=every_tensor, steps=steps.steps, share=share,
         )  # fmt: skip
     return _tell(bank)
 

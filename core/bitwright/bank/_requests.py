@@ -1,0 +1,97 @@
+"""What a bank asks of the data: a histogram and a range of every tensor, moments of every column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bitwright.backend import Backend, Part, PartialExecution, Session, Tap
+from bitwright.bank._record import PRECISION
+from bitwright.calibration import InParts, in_parts, sampled
+from bitwright.graph import Graph, Op, OpKind, TensorId, groups_of, input_channels
+from bitwright.layerwise import blocks_within
+from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Request, Source
+
+
+def float_only(backend: Backend[Any], model: object) -> Callable[[Source, Sequence[Tap]], Session]:
+    """Opens sessions of a float model; those of the same taps are one."""
+    known: dict[tuple[Tap, ...], Session] = {}
+
+    def opened(source: Source, taps: Sequence[Tap]) -> Session:
+        found = known.get(tuple(taps))
+        if found is None:
+            found = known[tuple(taps)] = backend.session(model, taps)
+        return found
+
+    return opened
+
+
+def divided(backend: Backend[Any], model: object, graph: Graph) -> InParts | None:
+    """The parts of a float network, where it is large."""
+
+    def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
+        if feeds is None:
+            return backend.session(model, taps)
+        assert isinstance(backend, PartialExecution)
+        return backend.segment(model, feeds, taps)
+
+    return in_parts(backend, graph, open_part)
+
+
+def all_requests(
+    graph: Graph, tensors: Iterable[TensorId], shared: Mapping[object, Sequence[Op]], moments_gib: float
+) -> list[Request]:
+    """Everything, under `histogram/TENSOR`, `range/TENSOR` and `moments/OP`, of ops that share columns the first."""
+    return [*_tensor_requests(graph, tensors), *_moment_requests(graph, shared, moments_gib)]
+
+
+def _tensor_requests(graph: Graph, tensors: Iterable[TensorId]) -> Iterator[Request]:
+    for t in tensors:
+        axis = _channels_of(graph, t)
+        yield Request(
+            f"histogram/{t}", (t,), sampled(lambda: HistogramStatistic(precision=PRECISION), graph.tensors[t])
+        )
+        yield Request(f"range/{t}", (t,), partial(RangeStatistic, axis))
+
+
+def _channels_of(graph: Graph, tensor: TensorId) -> int | None:
+    """The channel axis of a tensor whose channels techniques look at: one that linear ops read."""
+    readers = [op for op in linear_ops(graph) if op.data_inputs[0] == tensor]
+    if not readers:
+        return None
+    known = graph.tensors[tensor].channel_axis
+    if known is not None:
+        return known
+    return -1 if readers[0].kind is OpKind.LINEAR else 1
+
+
+def linear_ops(graph: Graph) -> list[Op]:
+    return [op for op in graph.linear_ops if op.weight is not None]
+
+
+def features_of(op: Op, graph: Graph) -> int:
+    """K of the op's columns."""
+    shape = graph.params[op.weight or ""].shape
+    return input_channels(op, shape) // groups_of(op) * int(np.prod(shape[2:], dtype=np.int64))
+
+
+def columns_key(op: Op, graph: Graph) -> tuple[object, ...]:
+    """Equal for ops that read the same columns of the same tensor."""
+    return op.data_inputs[0], op.kind, repr(op.attrs), features_of(op, graph)
+
+
+def blocks_of(op: Op, graph: Graph, memory: float) -> tuple[int, str]:
+    """In how many blocks an op's moments take so many GiB; or 0, and why in none."""
+    return blocks_within(memory, op, graph.params[op.weight or ""].shape, features_of(op, graph))
+
+
+def _moment_requests(graph: Graph, shared: Mapping[object, Sequence[Op]], gib: float) -> Iterator[Request]:
+    for op, *_ in shared.values():
+        features, (blocks, _) = features_of(op, graph), blocks_of(op, graph, gib)
+        axis = graph.tensors[op.data_inputs[0]].channel_axis
+        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks)
+        memory = LayerMoments.bytes_for(op, features, paired=False, blocks=blocks)
+        yield Request(f"moments/{op.id}", (op.data_inputs[0],), make, memory=memory)
