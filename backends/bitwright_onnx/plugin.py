@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.hookspecs import BackendInfo, RuntimeInfo, hookimpl
+from bitwright.hookspecs import BackendInfo, FormatInfo, RuntimeInfo, hookimpl
 
 # Field numbers of onnx.ModelProto (onnx.proto3): ir_version 1, producer_name 2, producer_version 3, domain 4,
 # model_version 5, doc_string 6, graph 7, opset_import 8, metadata_props 14, training_info 20, functions 25.
@@ -35,6 +35,22 @@ def register_backends() -> list[BackendInfo]:
             extra="onnx",
             port="bitwright_onnx.testing:model_port",
             sniff=looks_like_onnx,
+        )
+    ]
+
+
+@hookimpl
+def register_formats() -> list[FormatInfo]:
+    """Matrices of 4 or 8 bits as ONNX Runtime's own operator has them."""
+    return [
+        FormatInfo(
+            "matmul_nbits",
+            "ONNX with MatMulNBits, at the accuracy level that you choose: ONNX Runtime.",
+            factory="bitwright_onnx.export.matmul_nbits:MatMulNBits",
+            suffix=".nbits.onnx",
+            needs=("qdq",),
+            modules=("onnx", "onnx_ir"),
+            extra="onnx",
         )
     ]
 

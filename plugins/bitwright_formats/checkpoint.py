@@ -101,11 +101,13 @@ def check_names(model: ToCompile, checkpoint: Checkpoint | None, format: str) ->
     """
     if checkpoint is None:
         return
-    params = quantized_params(model) + [p for p in float_params(model) if not _is_constant(model, p)]
-    if added := [p for p in params if p not in checkpoint.tensors]:
+    params = [*quantized_params(model), *float_params(model)]
+    if added := [p for p in params if p not in checkpoint.tensors and not _is_constant(model, p)]:
+        bias = added[0].endswith(".bias")  # the usual case: rounding corrects the mean output of layers without one
+        way = "Round weights with bias_correction=False" if bias else "Leave out the technique that added it"
         raise ModelError(
             f"{format}: {checkpoint.folder} has no tensor {added[0]!r}; its readers build the network of config.json, "
-            "which has no place for it. Leave out the technique that added it, or export another format"
+            f"which has no place for it. {way}, or export another format"
         )
     gone = [n for n in checkpoint.tensors if n not in params and not n.endswith(_COMPUTED)]
     if gone := [n for n in gone if not _is_copy(checkpoint, n, params)]:
