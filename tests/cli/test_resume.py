@@ -24,17 +24,16 @@ def layers(run):
     return {f: f.stat().st_mtime_ns for f in (run / "steps" / names[-1]).glob("*.npz")} if names else {}
 
 
-def test_kill_and_go_on(net, tmp_path):
+def test_kill_and_go_on(net, tmp_path, run):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- bn_fold\n- adaround: {solver: gradient, iterations: 3000}\n")
 
-    def start(out):
-        words = ["quantize", net.model, "--data", net.npz, "--weights", "int4", "--recipe", recipe, "--out", out, "-q"]
-        return subprocess.Popen([sys.executable, "-m", "bitwright", *map(str, words)])
+    def words(out):
+        return ["quantize", net.model, "--data", net.npz, "--weights", "int4", "--recipe", recipe, "--out", out, "-q"]
 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start(straight).wait() == 0
-    process = start(killed)
+    assert run(*words(straight)).status == 0
+    process = subprocess.Popen([sys.executable, "-m", "bitwright", *map(str, words(killed))])
     try:
         while not layers(killed / ".run"):
             assert process.poll() is None, "it ended before it could be killed; give the recipe more iterations"
@@ -46,7 +45,7 @@ def test_kill_and_go_on(net, tmp_path):
     finished = layers(killed / ".run")
     assert 0 < len(finished) < 3
     assert [f.name for f in killed.iterdir()] == [".run"]
-    assert start(killed).wait() == 0
+    assert run(*words(killed)).status == 0
     now = layers(killed / ".run")
     assert len(now) == 3
     assert {f: now[f] for f in finished} == finished, "finished layers must not be redone"
@@ -71,7 +70,7 @@ runpy.run_module("bitwright", run_name="__main__")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_while_files_are_moved(net, tmp_path, number, status):
+def test_a_signal_while_files_are_moved(net, tmp_path, run, number, status):
     script, out = tmp_path / "watched.py", tmp_path / "out"
     script.write_text(WATCHED.replace("EVENT", repr("net.qdq.onnx")).replace("NUMBER", number))
     words = list(map(str, ["quantize", net.model, "--data", net.npz, "--out", out, "-q"]))
@@ -80,21 +79,19 @@ def test_a_signal_while_files_are_moved(net, tmp_path, number, status):
     assert stopped.stderr.count("\n") == 1 and "stopped" in stopped.stderr
     hidden = [p.name for p in out.rglob(".*") if p.name != ".run"] if out.exists() else []
     assert hidden == []
-    assert subprocess.run([sys.executable, "-m", "bitwright", *words], check=False).returncode == 0
+    assert run(*words).status == 0
     assert (out / "net.qdq.onnx").exists()
 
 
-def test_names_that_are_no_file_names_or_look_like_patterns(net, tmp_path):
-    def run(*words):
-        ran = subprocess.run(
-            [sys.executable, "-m", "bitwright", *map(str, words)], capture_output=True, text=True, check=False
-        )
-        assert "This is a bug" not in ran.stderr, ran.stderr
-        return ran.returncode
+def test_names_that_are_no_file_names_or_look_like_patterns(net, tmp_path, run):
+    def status(*words):
+        ran = run(*words)
+        assert "This is a bug" not in ran.err, ran.err
+        return ran.status
 
     quantize = ("quantize", net.model, "--data", net.npz, "--out", tmp_path, "-q", "--name")
-    assert run(*quantize, "..") == 2 and run(*quantize, "a/b") == 2
+    assert status(*quantize, "..") == 2 and status(*quantize, "a/b") == 2
     assert list(tmp_path.iterdir()) == []
-    assert run(*quantize, "[a]*") == 0
-    assert run("verify", tmp_path, "--data", net.npz, "--name", "[a]*") == 0
-    assert run("verify", tmp_path, "--data", net.npz, "--name", "a") == 2
+    assert status(*quantize, "[a]*") == 0
+    assert status("verify", tmp_path, "--data", net.npz, "--name", "[a]*") == 0
+    assert status("verify", tmp_path, "--data", net.npz, "--name", "a") == 2

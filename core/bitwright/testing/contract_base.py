@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ class Case:
         return {}
 
 
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def of_any_case(test: Test) -> Test:
+    """Marks a test of what doesn't depend on a case's ops, see `Contract.every`."""
+    test.__dict__["of_any_case"] = True
+    return test
+
+
 class Contract:
     """Base of the contract's parts.
 
@@ -72,7 +82,8 @@ class Contract:
         declines: what the framework can't build → why, in words: kinds ("recurrent") and `replay_contract.FEATURES`
             that no case needs to have. The tests for them are skipped, and say so.
         every: where all of them take too long, each case takes one of so many targets, types and export formats, and
-            the next case the next ones; by default all.
+            the next case the next ones; and tests of what doesn't depend on a case's ops (`of_any_case`) take one of so
+            many cases. By default all.
     """
 
     kinds: ClassVar[frozenset[OpKind]] = frozenset(
@@ -95,6 +106,9 @@ class Contract:
         """One test for each case."""
         if "case" in metafunc.fixturenames:
             found = self._cases()
+            if metafunc.function.__dict__.get("of_any_case"):
+                first = zlib.crc32(metafunc.function.__name__.encode())
+                found = {name: c for i, (name, c) in enumerate(found.items()) if (first + i) % self.every == 0} or found
             metafunc.parametrize("case", list(found.values()), ids=list(found))
 
     def _cases(self) -> Mapping[str, Case]:
@@ -105,6 +119,8 @@ class Contract:
 
     def _taken(self, names: Iterable[str], case: Case) -> list[str]:
         """Those that a case takes."""
+        if self.every == 1:
+            return list(names)
         place = next((i for i, other in enumerate(self._cases().values()) if other is case), 0)
         return [name for i, name in enumerate(names) if (i + place) % self.every == 0]
 

@@ -38,6 +38,7 @@ from bitwright.testing.contract_base import (
     Case,
     Contract,
     assert_close,
+    of_any_case,
     own,
     rows,
     run,
@@ -50,6 +51,7 @@ from bitwright.testing.replay import replay, tappable
 class EditContract(Contract):
     """Each edit does what it says, on a copy."""
 
+    @of_any_case
     def test_wrong_edits_are_refused(self, case: Case) -> None:
         """Unknown ids and wrong shapes raise ModelError."""
         backend, model = self.backend(), case.model
@@ -199,6 +201,7 @@ class EditContract(Contract):
             values = run(backend.session(changed, [Tap(op.data_inputs[0]), Tap(op.output)]), case.batch)
             assert np.array_equal(values[op.output], np.maximum(values[op.data_inputs[0]], 0))
 
+    @of_any_case
     def test_every_activation_type(self, case: Case) -> None:
         """ReplaceActivation makes all of `ACTIVATION_TYPES`, with the numbers of the kernels; id and tensors stay."""
         backend, model = self.backend(), case.model
@@ -227,6 +230,7 @@ class EditContract(Contract):
                 assert_close(found[t], expected[t], max(case.tolerance, 2e-6), f"{type}: {t}")
         assert _activation(backend.graph(model)) == op, "editing changed the original"
 
+    @of_any_case
     def test_edits_follow_one_another(self, case: Case) -> None:
         """Each edit of a sequence sees the model that the ones before it have made."""
         backend, model = self.backend(), case.model
@@ -247,6 +251,7 @@ class EditContract(Contract):
             bias = backend.graph(changed).op(linear.id).params[ParamRole.BIAS]
             assert np.array_equal(backend.read(changed, [bias])[bias], -ramp)
 
+    @of_any_case
     def test_edits_that_can_t_be_made_are_refused(self, case: Case) -> None:
         """Each mistake has one error, that names what is wrong; nothing of the model changes."""
         backend, model = self.backend(), case.model

@@ -14,6 +14,7 @@ from bitwright.testing.contract_base import (
     check_weight,
     floats,
     linear_output,
+    of_any_case,
     own,
     rows,
     run,
@@ -71,6 +72,7 @@ class GraphContract(Contract):
             assert all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
             assert value.dtype == np.dtype(dtype)
 
+    @of_any_case
     def test_taps_don_t_change_what_is_computed(self, case: Case) -> None:
         """Outputs are the same whatever else is tapped; taps have the shapes that the graph states."""
         backend, model = self.backend(), case.model
@@ -84,6 +86,7 @@ class GraphContract(Contract):
             assert shape is None or value.ndim == len(shape), t
             assert shape is None or all(n is None or n == m for n, m in zip(shape, value.shape, strict=True)), t
 
+    @of_any_case
     def test_reduced_taps(self, case: Case) -> None:
         """Extremes, of the tensor and by channel, are those of the whole tensor."""
         backend, model = self.backend(), case.model
@@ -110,6 +113,7 @@ class GraphContract(Contract):
                 expected = ordered.reshape(len(whole), -1)[:, :: tap.step]
                 assert_close(np.asarray(found[tap]), expected, case.tolerance, str(tap))
 
+    @of_any_case
     def test_samples_are_independent(self, case: Case) -> None:
         """A session takes any number of samples, where the model does, and each gives what it gives alone."""
         backend, model = self.backend(), case.model

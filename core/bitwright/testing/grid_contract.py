@@ -35,6 +35,7 @@ from bitwright.testing.contract_base import (
     grid_points,
     linear_output,
     min_max_table,
+    of_any_case,
     own,
     plain_bare,
     rows,
@@ -61,6 +62,7 @@ RUN_TIME_TYPES = ("uint8:dynamic", "int8:per_token", "uint4:per_token")
 class GridContract(Contract):
     """Encodings of every format, where they may be."""
 
+    @of_any_case
     def test_fake_quantization_is_the_core_s_grid(self, case: Case) -> None:
         """Bit-equal to `Encoding.fake_quantize`: codes, midpoints, beyond the ends, subnormal floats, overflow."""
         backend, model = self.backend(), case.model
@@ -114,6 +116,7 @@ class GridContract(Contract):
             )
             self._check_linear(graph, [op], quantized, backend.read(model, own(op)), {}, case)
 
+    @of_any_case
     def test_activations_of_every_format(self, case: Case) -> None:
         """Each tensor, on a grid of each format in turn, is the float tensor on that grid."""
         plan, simulation = plain_bare(self.backend(), case)
@@ -185,6 +188,7 @@ class GridContract(Contract):
         simulation.set(dict.fromkeys(biases))
         self._check_linear(graph, ops, run(session, case.batch), params, {}, case)
 
+    @of_any_case
     def test_tied_sites_have_one_grid(self, case: Case) -> None:
         """Any two tensors may be tied: whichever is set, both are on the grid, in sessions that are open already."""
         backend, model = self.backend(), case.model
@@ -211,6 +215,7 @@ class GridContract(Contract):
         for t, v in run(session, case.batch).items():
             assert_close(v, plain[t], case.tolerance, f"{t}, bypassed again")
 
+    @of_any_case
     def test_tied_weights_have_one_grid(self, case: Case) -> None:
         """Two parameters of one shape may share an encoding."""
         backend, model = self.backend(), case.model
@@ -232,6 +237,7 @@ class GridContract(Contract):
             self._check_linear(graph, (first, second), run(session, case.batch), params, chosen, case)
             assert simulation.get()[tied].equals(encoding)
 
+    @of_any_case
     def test_the_simulated_model_follows_too(self, case: Case) -> None:
         """What a session is opened with after `set` is what one opened before computes."""
         backend, model = self.backend(), case.model

@@ -17,7 +17,7 @@ from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import Graph, SetBias, SetParams, TensorId, output_channels
 from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel
 from bitwright.placement import Plan, SiteId
-from bitwright.testing.contract_base import Array, Case, Contract, everything, plain, plain_bare, run
+from bitwright.testing.contract_base import Array, Case, Contract, everything, of_any_case, plain, plain_bare, run
 from bitwright.testing.plan_contract import check_network
 from bitwright.testing.replay import Quantization
 
@@ -25,6 +25,7 @@ from bitwright.testing.replay import Quantization
 class RefusalContract(Contract):
     """What can't be right raises bitwright's own error, names the thing, and changes nothing."""
 
+    @of_any_case
     def test_encodings_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Too few, too many or misplaced scales: when the simulation is built and when they are set; all or nothing."""
         backend, model = self.backend(), case.model
@@ -62,6 +63,7 @@ class RefusalContract(Contract):
         assert all(simulation.get()[s].equals(e) for s, e in chosen.items())
         check_network(backend, case, simulation, Quantization(plan, chosen), "a scale for each channel")
 
+    @of_any_case
     def test_parameter_values_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Wrong shapes, NaN, infinity and unknown names: nothing is set, of values in the same edit neither."""
         backend, model = self.backend(), case.model
@@ -90,6 +92,7 @@ class RefusalContract(Contract):
         for p, v in backend.read(model, list(known)).items():
             assert np.array_equal(v, known[p]), p
 
+    @of_any_case
     def test_biases_that_don_t_fit_are_refused(self, case: Case) -> None:
         """A bias has one finite value for each output; ops that are no linear ones take none."""
         backend, model = self.backend(), case.model
@@ -103,6 +106,7 @@ class RefusalContract(Contract):
         for op in (o for o in graph if o.id not in linear):
             refused(ModelError, repr(op.id), op.id, backend.edit, model, [SetBias(op.id, np.ones(1, np.float32))])
 
+    @of_any_case
     def test_sessions_take_numbers_of_any_type(self, case: Case) -> None:
         """What is converted without loss is: whole numbers of any type to floats and integers, 0 and 1 to booleans."""
         backend, model = self.backend(), case.model
@@ -122,6 +126,7 @@ class RefusalContract(Contract):
         for t, v in run(session, {n: np.asarray(v).tolist() for n, v in taken.items()}).items():
             assert v.dtype == expected[t].dtype, t
 
+    @of_any_case
     def test_feeds_that_don_t_fit_are_refused(self, case: Case) -> None:
         """Missing, misshapen, misread or lossy arrays are InputErrors with the input's name; others are ignored."""
         backend, model = self.backend(), case.model
@@ -148,6 +153,7 @@ class RefusalContract(Contract):
             for t, v in run(session, {**case.batch, "no input of the model": np.zeros(3)}).items():
                 assert np.array_equal(v, before[t]), t
 
+    @of_any_case
     def test_unknown_tensors_are_refused(self, case: Case) -> None:
         """Taps and feeds that the model doesn't have are ModelErrors, when the session is made."""
         backend, model = self.backend(), case.model
@@ -162,6 +168,7 @@ class RefusalContract(Contract):
             for feeds, tap in ((["no such tensor"], graph.outputs[0]), ([graph.inputs[0]], "no such tensor")):
                 refused(ModelError, "'no such tensor'", "segment", segment, feeds, [Tap(tap)])
 
+    @of_any_case
     def test_segments_need_no_more_than_their_taps_do(self, case: Case) -> None:
         """Feeds that no tap depends on need no value; a tap that is a feed is handed out as it is fed, reduced too."""
         backend, model = self.backend(), case.model

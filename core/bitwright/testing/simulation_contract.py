@@ -19,6 +19,7 @@ from bitwright.testing.contract_base import (
     bare,
     floats,
     min_max_table,
+    of_any_case,
     plain,
     run,
 )
@@ -52,6 +53,7 @@ class SimulationContract(Contract):
             simulation.set({tied: None})
             assert root not in simulation.get()
 
+    @of_any_case
     def test_unknown_sites_are_refused(self, case: Case) -> None:
         """And nothing is changed by the attempt."""
         _, table, simulation = plain(self.backend(), case)
@@ -59,6 +61,7 @@ class SimulationContract(Contract):
             simulation.set({"no such site": next(iter(table.values()))})
         assert all(simulation.get()[s].equals(e) for s, e in table.items())
 
+    @of_any_case
     def test_simulating_leaves_the_model_alone(self, case: Case) -> None:
         """The float model computes what it did before."""
         backend, model = self.backend(), case.model
@@ -95,6 +98,7 @@ class SimulationContract(Contract):
                 else:
                     assert_close(part, values[op.output], case.tolerance, op.id)
 
+    @of_any_case
     def test_segments_that_can_t_be_computed_are_refused(self, case: Case) -> None:
         """A tap before the feed is a ModelError when the segment is compiled."""
         backend, model = self.backend(), case.model
@@ -105,6 +109,7 @@ class SimulationContract(Contract):
         with pytest.raises(ModelError):
             backend.segment(model, [graph.outputs[0]], [Tap(before)])
 
+    @of_any_case
     def test_new_parameters_are_those_of_an_edited_model(self, case: Case) -> None:
         """`ParamUpdates.set_params` gives bit for bit what simulating the edited model gives; the model stays."""
         backend, model = self.backend(), case.model
