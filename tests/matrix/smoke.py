@@ -34,7 +34,7 @@ def data() -> np.ndarray:
 
 def core() -> None:
     """Without a framework: commands, and a technique on the reference backend."""
-    for words in (["--version"], ["targets"], ["techniques", "adaround"], ["plugins"]):
+    for words in (["--version"], ["quantize", "--help"], ["targets"], ["techniques", "adaround"], ["plugins"]):
         bitwright(*words)
     from bitwright.testing.harness import run_technique
     from bitwright.testing.models import conv_bn_relu
