@@ -77,8 +77,8 @@ class SimState:
     Attributes:
         backend, native: the float model in its present form, and what runs it.
         graph: of `native`.
-        target, weights, activations, scheme, weight_scheme, overrides: how it is to be quantized, as `QuantSim` takes
-            them; overrides for what a technique has removed are gone.
+        target, weights, activations, kv_cache, scheme, weight_scheme, overrides: how it is to be quantized, as
+            `QuantSim` takes them; overrides for what a technique has removed are gone.
         plan: what follows from these for `graph`.
         encodings: set so far, by site; not those that are shared or derived.
         folded: what batch-norm folding left behind.
@@ -103,6 +103,7 @@ class SimState:
     scheme: str = "sqnr"
     weight_scheme: str = "minmax"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: str | None = None
     encodings: EncodingTable = field(default_factory=EncodingTable)
     folded: Folded = field(default_factory=dict)
     reports: tuple[tuple[str, Report], ...] = ()
@@ -134,6 +135,7 @@ class SimState:
             "weight_scheme": self.weight_scheme,
             "overrides": dict(self.overrides),
             "seed": self.seed,
+            **({} if self.kv_cache is None else {"kv_cache": self.kv_cache}),
         }
 
     @property
@@ -221,6 +223,11 @@ class StateView:
     def activations(self) -> str | None:
         """The type of activations that was asked for; None is the target's."""
         return self._state.activations
+
+    @property
+    def kv_cache(self) -> str | None:
+        """The type of keys and values that was asked for; None is that of activations."""
+        return self._state.kv_cache
 
     @property
     def scheme(self) -> str:

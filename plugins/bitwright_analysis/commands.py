@@ -32,6 +32,7 @@ def analyze(
     target: options.Target = "default",
     weights: options.WeightType = None,
     activations: options.ActivationType = None,
+    kv_cache: options.KvCache = None,
     scheme: options.Scheme = "sqnr",
     weight_scheme: options.WeightScheme = "minmax",
     recipe: Annotated[
@@ -84,6 +85,7 @@ def analyze(
             scheme=scheme,
             weight_scheme=weight_scheme,
             overrides=options.read_overrides(override),
+            kv_cache=kv_cache,
             seed=seed,
             progress=progress,
         )

@@ -23,6 +23,7 @@ from bitwright.graph import (
     FLOAT_DTYPES,
     ActivationAttrs,
     Attrs,
+    Call,
     Graph,
     Op,
     OpKind,
@@ -154,13 +155,15 @@ class _Builder:
             kind, attrs, params = OpKind.OPAQUE, None, {}
         if kind is OpKind.IDENTITY and not any(n in self._visible for n in value_operands(node)):
             kind = OpKind.OPAQUE  # a result that has an input's dtype alone
+        call = None
         if kind is OpKind.TRANSPOSE and (order := attributes.permutation(node, name)) is not None:
-            self._orders[about.op] = order
+            self._orders[about.op], call = order, Call({"perm": order})
         native = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
         inputs = tuple(info(n).tensor for n in self._activations(node))
         return Op(
-            about.op, kind, type, inputs, tuple(info(o).tensor for o in outputs), params, attrs, native, about.source
-        )
+            about.op, kind, type, inputs, tuple(info(o).tensor for o in outputs), params, attrs, native, about.source,
+            call,
+        )  # fmt: skip
 
     def _activations(self, node: fx.Node) -> list[fx.Node]:
         """Data operands in order, repeated ones repeated."""

@@ -90,6 +90,13 @@ ActivationType = Annotated[
         show_default=False,
     ),
 ]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Type of attention's keys and values: int8, int8:per_head, int4:per_token (default: as all activations).",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

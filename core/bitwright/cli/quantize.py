@@ -37,6 +37,7 @@ def quantize(
     target: options.Target = "default",
     weights: options.WeightType = None,
     activations: options.ActivationType = None,
+    kv_cache: options.KvCache = None,
     scheme: options.Scheme = "sqnr",
     weight_scheme: options.WeightScheme = "minmax",
     recipe: Annotated[
@@ -95,7 +96,7 @@ def quantize(
             sim = QuantSim(
                 opened(model, load, data), options.sample_of(model, data), target=chosen, weights=weights,
                 activations=activations, scheme=scheme, weight_scheme=weight_scheme,
-                overrides=options.read_overrides(override), seed=seed, progress=progress,
+                overrides=options.read_overrides(override), kv_cache=kv_cache, seed=seed, progress=progress,
             )  # fmt: skip
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)

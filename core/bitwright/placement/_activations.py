@@ -35,8 +35,9 @@ from bitwright.graph import (
 )
 from bitwright.grids import Dynamic
 from bitwright.placement._indices import find_indices
+from bitwright.placement._key_values import key_values
 from bitwright.placement._overrides import Overrides
-from bitwright.placement._types import Precision
+from bitwright.placement._types import KeyValueType, Precision
 from bitwright.targets import Constraints, Target
 
 
@@ -83,13 +84,21 @@ class ActivationPlacement:
         overrides: the user's exceptions.
         precision: of activations. None: they stay in float, but for the exceptions; only weights are quantized. With a
             range at run time, only what ops with weights read is quantized.
+        key_values: of the keys and values of attention, see `KeyValueType`; None treats them as all activations.
 
     Raises:
         TargetError: two ops contradict each other in `op_type`.
         InputError: an override asks to quantize integers.
     """
 
-    def __init__(self, graph: Graph, target: Target, overrides: Overrides, precision: Precision | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        overrides: Overrides,
+        precision: Precision | None,
+        key_values: KeyValueType | None = None,
+    ) -> None:
         self.graph, self.target, self.overrides = graph, target, overrides
         self.floating = precision is None or precision.dynamic is not None
         """Whether activations stay in float, but for those that are asked for one by one or read by weights."""
@@ -121,6 +130,8 @@ class ActivationPlacement:
             self._weights_only(WEIGHTS_ONLY if precision is None else NOT_READ)
         if precision is not None and precision.dynamic is not None:
             self._read_by_weights(precision)
+        if key_values is not None:
+            self._key_values(key_values)
         self._indices()
         self._overrides()
         self._integers()
@@ -275,6 +286,20 @@ class ActivationPlacement:
             kinds = {user.kind for user in self.graph.consumers(site)} & LINEAR_KINDS
             rows = precision if kinds == {OpKind.LINEAR} else replace(precision, dynamic=Dynamic(per_token=False))
             self.drafts[site].on, self.drafts[site].precision = True, rows
+
+    def _key_values(self, type: KeyValueType) -> None:
+        found = key_values(self.graph)
+        if not found:
+            raise InputError(
+                f"kv_cache={type.text!r}: the model has no attention, which is a softmax between two products of "
+                "activations; leave the setting out, or name the tensors in overrides"
+            )
+        for kept in found:
+            precision, told = type.on(kept)
+            if told is not None:
+                self.notes.append(f"{kept.site}: {told}")
+            for t in (kept.site, *(kept.joined if not precision.is_own else ())):
+                self.drafts[t].on, self.drafts[t].precision = True, precision
 
     def _indices(self) -> None:
         found = find_indices(self.graph)

@@ -21,7 +21,7 @@ from bitwright.placement._overrides import parse_overrides
 from bitwright.placement._pairs import limited_pairs
 from bitwright.placement._parameters import ParameterPlacement, SpecOf, linear_biases
 from bitwright.placement._plan import Decision, Float, Plan, SharedWith, Site, SiteId, SiteKind
-from bitwright.placement._types import Precision, activation_spec
+from bitwright.placement._types import KeyValueType, Precision, activation_spec
 from bitwright.targets import NumberType, Target, load_target
 
 Override = str | Mapping[str, str]
@@ -36,6 +36,7 @@ def build_plan(
     scheme: str = "sqnr",
     weight_scheme: str = "minmax",
     overrides: Mapping[str, Override] | None = None,
+    kv_cache: str | None = None,
 ) -> Plan:
     """Decide every quantizable site of a graph.
 
@@ -54,10 +55,12 @@ def build_plan(
         scheme: calibration scheme of activations.
         weight_scheme: calibration scheme of parameters.
         overrides: exceptions by op or site, see `_overrides.parse_overrides`.
+        kv_cache: type of the keys and values of attention, whatever `activations` says: "int8" (one scale for each
+            tensor), "int8:per_head", "int4:per_token" (one for each head of each token, at run time), "float16", ….
 
     Raises:
         TargetError: the target is invalid, or contradicts itself on this graph (both ops are named).
-        InputError: a type or an override isn't understood.
+        InputError: a type or an override isn't understood, or there is no attention for `kv_cache`.
     """
     target = load_target(target)
     weight_type = Precision.or_float(weights, target.weights)
@@ -67,7 +70,8 @@ def build_plan(
     if activation_type is not None:
         activation_type = activation_type.for_activations(activations)
     exceptions = parse_overrides(graph, overrides or {})
-    placement = ActivationPlacement(graph, target, exceptions, activation_type)
+    kept = None if kv_cache is None else KeyValueType.of(kv_cache, target.activations)
+    placement = ActivationPlacement(graph, target, exceptions, activation_type, kept)
     shared = ties.resolve(placement.drafts, ties.propagate(placement))
     decisions: dict[SiteId, Decision] = {}
     ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None

@@ -41,18 +41,18 @@ def propagate(placement: ActivationPlacement) -> list[Edge]:
     """Decide every tensor that depends on its neighbours, in topological order, and list the ties.
 
     A tensor behind an op that preserves the grid takes its input's; where the input is float, it gets a grid of its
-    own if a quantized op reads it. Tensors that were given different precisions aren't tied, nor is any whose range is
-    found at run time: that is its own values'.
+    own if a quantized op reads it. Tensors that were given different precisions aren't tied, nor is any whose grid
+    suits it alone (`Precision.is_own`).
     """
     graph, drafts = placement.graph, placement.drafts
     edges: list[Edge] = []
 
-    def dynamic(tensor: TensorId) -> bool:
+    def alone(tensor: TensorId) -> bool:
         precision = drafts[tensor].precision
-        return drafts[tensor].on and precision is not None and precision.dynamic is not None
+        return drafts[tensor].on and precision is not None and precision.is_own
 
     def alike(a: TensorId, b: TensorId) -> bool:
-        if dynamic(a) or dynamic(b):
+        if alone(a) or alone(b):
             return False
         return drafts[a].on and drafts[b].on and drafts[a].precision == drafts[b].precision
 
@@ -64,13 +64,13 @@ def propagate(placement: ActivationPlacement) -> list[Edge]:
                 own = draft.precision is not None and not (
                     drafts[source].on and draft.precision == drafts[source].precision
                 )
-                if draft.final or own or dynamic(t):
+                if draft.final or own or alone(t):
                     continue
-                if drafts[source].on and not dynamic(source):
+                if drafts[source].on and not alone(source):
                     draft.on = True
                     edges.append((source, t))
                 elif t not in placement.needed or not (_is_real(graph.tensors[source]) or op.type == "Cast"):
-                    draft.off(f"its input {source!r} stays in float")
+                    draft.off(f"its input {source!r} {'has been rounded' if drafts[source].on else 'stays in float'}")
         elif op.kind is OpKind.RECURRENT:
             states, last = _hidden_states(op)
             if states is not None and last is not None and alike(states, last):

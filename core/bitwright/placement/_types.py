@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.errors import InputError
-from bitwright.grids import FLOAT, Blockwise, Dynamic, FloatFormat, Granularity, PerTensor, QuantSpec, parse_type
+from bitwright.grids import (
+    FLOAT,
+    Blockwise,
+    Dynamic,
+    FloatFormat,
+    Granularity,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    parse_type,
+)
+from bitwright.placement._key_values import Kept
 from bitwright.targets import Constraints, Target
 
 
@@ -15,7 +26,7 @@ from bitwright.targets import Constraints, Target
 class Precision:
     """A parsed type: integer codes of `bits`, or a float format; `explicit` if the user asked for it.
 
-    `dynamic`: the range is found at run time.
+    `dynamic`: the range is found at run time. `axis`: of an activation, one scale for each of its indices.
     """
 
     bits: int
@@ -24,6 +35,12 @@ class Precision:
     blocks: Blockwise | None = None
     explicit: bool = False
     dynamic: Dynamic | None = None
+    axis: int | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the grid suits one tensor alone, as its numbers belong to that one's values or layout."""
+        return self.dynamic is not None or self.axis is not None
 
     @classmethod
     def of(cls, asked: str | None, fallback: str) -> Precision:
@@ -69,6 +86,52 @@ class Precision:
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class KeyValueType:
+    """A type of the keys and values of attention: any of activations, and with one scale for each head.
+
+    Attributes:
+        text: as it was asked for.
+        precision: without heads.
+        per_head: one scale for each.
+    """
+
+    text: str
+    precision: Precision
+    per_head: bool
+
+    @classmethod
+    def of(cls, text: str, fallback: str) -> KeyValueType:
+        """Read it: ``int8``, ``int8:per_head``, ``int4:per_token``, ``float16``.
+
+        Raises:
+            InputError: not such a type.
+        """
+        plain, _, layout = text.strip().partition(":")
+        heads = layout.replace("-", "_") in ("per_head", "head")
+        try:
+            precision = Precision.of(plain if heads else text, fallback).for_activations(text)
+        except InputError as error:
+            raise InputError(f"kv_cache: {error}; keys and values take int8:per_head too") from None
+        if heads and precision.float_format in ("float16", "bfloat16"):
+            raise InputError(f"kv_cache={text!r}: {precision.float_format} has no scale; leave ':{layout}' out")
+        return cls(text, precision, heads)
+
+    def on(self, kept: Kept) -> tuple[Precision, str | None]:
+        """The precision of one tensor, and in words what it falls back to where its layout isn't such."""
+        precision = self.precision
+        if self.per_head and kept.heads is None:
+            return precision, f"heads have no axis of their own there, so that {self.text} is one scale for the tensor"
+        if self.per_head:
+            return replace(precision, axis=kept.heads), None
+        if precision.dynamic is not None and precision.dynamic.per_token and not kept.rows:
+            return (
+                replace(precision, dynamic=Dynamic(per_token=False)),
+                f"tokens are no rows there, so that {self.text} is one range for the tensor",
+            )
+        return precision, None
+
+
 def sized(asked: str | int, default: str) -> str:
     """A type as text; of a width alone (8, "8"), the integer type with the sign that the default has."""
     text = str(asked)
@@ -100,7 +163,8 @@ def activation_spec(
         signed = precision.signed
         return QuantSpec(precision.bits, signed, signed, strict=signed, granularity=precision.dynamic)
     signed = precision.signed or (symmetric and not precision.explicit)
-    spec = _spec(target, precision, symmetric=symmetric, signed=signed, granularity=PerTensor())
+    layout = PerTensor() if precision.axis is None else PerChannel(precision.axis)
+    spec = _spec(target, precision, symmetric=symmetric, signed=signed, granularity=layout)
     if limits is None or spec.float_format is not None:
         return spec
     return spec.with_(minimum=limits.min, maximum=limits.max)

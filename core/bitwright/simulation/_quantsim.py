@@ -58,6 +58,8 @@ class QuantSim(StateView):
         scheme: calibration scheme of activations; "percentile:99.9" carries a setting, "tf_enhanced" is "sqnr".
         weight_scheme: calibration scheme of weights.
         overrides: exceptions by op or site, see `placement.build_plan`.
+        kv_cache: type of the keys and values of attention, found in the graph: "int8", "int8:per_head",
+            "int4:per_token", "float16"; None treats them as all activations.
         backend: a backend's name, if several could open the model.
         seed: of everything random.
         run: where long steps keep finished work, for resuming; None keeps it in memory.
@@ -81,6 +83,7 @@ class QuantSim(StateView):
         scheme: str = "sqnr",
         weight_scheme: str = "minmax",
         overrides: Mapping[str, Any] | None = None,
+        kv_cache: str | None = None,
         backend: str | None = None,
         seed: int = 0,
         run: RunDirectory | None = None,
@@ -95,6 +98,7 @@ class QuantSim(StateView):
             scheme=scheme,
             weight_scheme=weight_scheme,
             overrides=overrides,
+            kv_cache=kv_cache,
             backend=backend,
             seed=seed,
             run=run,

@@ -30,6 +30,7 @@ def open_state(
     scheme: str = "sqnr",
     weight_scheme: str = "minmax",
     overrides: Mapping[str, Any] | None = None,
+    kv_cache: str | None = None,
     backend: str | None = None,
     seed: int = 0,
     run: RunDirectory | None = None,
@@ -51,6 +52,7 @@ def open_state(
             scheme=scheme,
             weight_scheme=weight_scheme,
             overrides=dict(overrides or {}),
+            kv_cache=kv_cache,
             seed=seed,
             source=Path(model) if isinstance(model, (str, Path)) else None,
             run=run,
@@ -112,6 +114,7 @@ def _planned(state: SimState) -> SimState:
         scheme=state.scheme,
         weight_scheme=state.weight_scheme,
         overrides=state.overrides,
+        kv_cache=state.kv_cache,
     )
     return replace(state, plan=plan, encodings=state.encodings.restricted(set(plan)))
 
