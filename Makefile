@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help check test jax suite fuzz faults matrix floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
+.PHONY: help check test jax suite emission fuzz faults matrix floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -84,6 +84,9 @@ matrix: .venv/.installed ## install the wheel with each extra alone, oldest and 
 suite: .venv/.installed ## run every foreign model and write the table of docs/limits.md; and what the tests take a share of
 	BITWRIGHT_WHOLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/techniques tests/keras tests/tensorflow
 	$(BIN)/python tests/suite/suite.py
+
+emission: .venv/.installed ## write every foreign model by the one writer of ONNX files; table of docs/limits.md
+	$(BIN)/python tests/suite/emission.py
 
 lint: .venv/.installed ## style, types, import rules and changelog fragments
 	$(BIN)/ruff check $(SOURCES)

@@ -458,6 +458,60 @@ def test_graphs_of_onnx_models_are_complete(name):
     assert set(backend.graph(made.model).params) >= set(backend.graph(model).params)
 
 
+def _f(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+NODES = {
+    "a norm's factors are tensors": ("LayerNormalization", [_f(2, 3, 4), _f(4), _f(4)], {}, 20),
+    "a batch norm's statistics are tensors": ("BatchNormalization", [_f(2, 3, 4), *[np.abs(_f(3))] * 4], {}, 20),
+    "a norm that ONNX has from a later opset on": ("RMSNormalization", [_f(2, 3, 4), _f(4)], {"axis": -1}, 23),
+    "attention, a later operator": ("Attention", [_f(1, 2, 3, 4)] * 3, {"is_causal": 1}, 23),
+    "types of a later version": ("BitShift", [np.int32([1, 2]), np.int32([1, 1])], {"direction": "LEFT"}, 28),
+    "a sum over all axes": ("ReduceSum", [_f(2, 3)], {"keepdims": 0}, 20),
+    "no axes, which means none": ("ReduceSum", [_f(2, 3), np.int64([])], {"noop_with_empty_axes": 1}, 20),
+    "factors are tensors": ("Resize", [_f(1, 2, 3, 3), None, np.float32([1, 1, 2, 2])], {"mode": "nearest"}, 20),
+    "a part of a shape": ("Shape", [_f(2, 3, 4)], {"start": 1, "end": 2}, 20),
+    "slopes are a tensor": ("PRelu", [_f(2, 3), _f(3)], {}, 20),
+    "bounds are tensors": ("Clip", [_f(2, 3), np.float32(-1), np.float32(1)], {}, 20),
+    "the largest values of images": ("GlobalMaxPool", [_f(1, 2, 3, 3)], {}, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_an_operator_is_written_with_whatever_operands_onnx_has(name):
+    """Inputs of the model stand where parameters and literals are usual; the opset is that of what is used."""
+    type, inputs, attributes, opset = NODES[name]
+    names = ["" if x is None else f"x{i}" for i, x in enumerate(inputs)]
+    given = {n: x for n, x in zip(names, inputs, strict=True) if x is not None}
+    feeds = {n: x for n, x in given.items() if x.size}
+    constants = [onnx.numpy_helper.from_array(x, n) for n, x in given.items() if not x.size]
+    infos = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+        for n, x in feeds.items()
+    ]
+    node = onnx.helper.make_node(type, names, ["y"], "node", **attributes)
+    graph = onnx.helper.make_graph([node], "g", infos, [onnx.ValueInfoProto(name="y")], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+    backend = OnnxBackend()
+    made = written(backend, backend.adopt(onnx.shape_inference.infer_shapes(model)), sample=feeds)
+    assert made.model.opset_imports[""] == opset
+
+
+def test_outputs_that_are_left_out_in_between_are_said_to_be_unknown():
+    names = ["q", "k", "v"]
+    infos = [onnx.helper.make_tensor_value_info(n, 1, (1, 2, 3, 4)) for n in names]
+    node = onnx.helper.make_node("Attention", names, ["y", "", "", "scores"], "node")
+    outputs = [onnx.helper.make_tensor_value_info(n, 1, None) for n in ("y", "scores")]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", infos, outputs), opset_imports=[onnx.helper.make_opsetid("", 23)],
+        ir_version=10,
+    )  # fmt: skip
+    backend = OnnxBackend()
+    with pytest.raises(NotEmittable, match=r"doesn't say what it computes \(Attention\)"):
+        written(backend, backend.adopt(model), sample={n: _f(1, 2, 3, 4) for n in names})
+
+
 # -- the kit's port
 
 

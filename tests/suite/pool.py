@@ -29,6 +29,7 @@ def run(
     seconds: float = SECONDS,
     gigabytes: float = GIGABYTES,
     tell: Callable[[Outcome], None] = lambda _: None,
+    examine: Callable[[Any], Outcome] = examine,
 ) -> list[Outcome]:
     """Outcomes of the models, in the order of their names.
 
@@ -39,11 +40,12 @@ def run(
         seconds: for each model; a worker that takes longer is killed.
         gigabytes: of address space for each worker.
         tell: is called with each outcome as it comes.
+        examine: what is done with a model, in a worker; doesn't raise.
     """
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     left = deque(zip(names, groups, strict=True))
     done: dict[str, Outcome] = {}
-    crew = [_Worker(context, load, gigabytes) for _ in range(min(workers, len(left)))]
+    crew = [_Worker(context, load, gigabytes, examine) for _ in range(min(workers, len(left)))]
     try:
         while len(done) < len(names):
             for worker in crew:
@@ -63,15 +65,17 @@ def run(
 
 
 class _Worker:
-    def __init__(self, context: Any, load: Load, gigabytes: float) -> None:
-        self.context, self.load, self.gigabytes = context, load, gigabytes
+    def __init__(self, context: Any, load: Load, gigabytes: float, examine: Callable[[Any], Outcome]) -> None:
+        self.context, self.load, self.gigabytes, self.examine = context, load, gigabytes, examine
         self.task: tuple[str, str] | None = None
         self.since = 0.0
         self._start()
 
     def _start(self) -> None:
         self.pipe, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=_serve, args=(theirs, self.load, self.gigabytes), daemon=True)
+        self.process = self.context.Process(
+            target=_serve, args=(theirs, self.load, self.gigabytes, self.examine), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -110,7 +114,7 @@ class _Worker:
         self.pipe.close()
 
 
-def _serve(pipe: Connection, load: Load, gigabytes: float) -> None:
+def _serve(pipe: Connection, load: Load, gigabytes: float, examine: Callable[[Any], Outcome]) -> None:
     _limit(gigabytes)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)  # runtimes write warnings past Python

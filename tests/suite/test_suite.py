@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emission
 import pytest
 from foreign import Outcome
 from suite import HERE, PAGE, RESULTS, SOURCES, Known, judge, parsed, sample, with_table
+from test_harness import _gemm
+
+from bitwright.graph import OpKind
+from bitwright_onnx.emit import emitter
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -41,6 +46,33 @@ def test_the_list_gives_reasons_and_names_no_model_twice(source):
 def test_the_table_in_the_documentation_is_that_of_the_results():
     page = PAGE.read_text()
     assert with_table(page, json.loads(RESULTS.read_text())) == page
+
+
+def test_the_table_of_what_is_written_is_that_of_the_results():
+    page = PAGE.read_text()
+    assert emission.with_table(page, json.loads(emission.RESULTS.read_text())) == page
+
+
+def test_reasons_are_counted_by_model_and_name_the_types():
+    notes = ["its bounds aren't known\tClip", "its bounds aren't known\tRelu6"]
+    refused = [Outcome(n, "g", "refused", "write", "", notes[:k]) for n, k in (("a", 1), ("b", 2))]
+    checked = Outcome("c", "g", "refused", "write", "running the model on x failed: Non-zero status")
+    found = emission.record([*refused, checked, Outcome("d", "g"), Outcome("e", "g", "not run")], 9)
+    assert (found["models"], found["opened"], found["covered"], found["refused"], found["seen"]) == (5, 4, 1, 3, 1)
+    assert found["reasons"] == {
+        "its bounds aren't known (Clip, Relu6)": 2, "ONNX Runtime doesn't run what is written: Non-zero status": 1,
+    }  # fmt: skip
+
+
+def test_a_writer_that_writes_something_else_covers_nothing(monkeypatch):
+    assert emission.examine(_gemm()).kind == "ok"
+
+    def other(sheet, op):
+        return sheet.node(op, "Relu", sheet.values[op.data_inputs[0]])
+
+    monkeypatch.setitem(emitter._BY_KIND, OpKind.LINEAR, other)
+    found = emission.examine(_gemm())
+    assert (found.kind, found.step, found.notes) == ("refused", "write", [])
 
 
 def test_a_sample_has_every_group():

@@ -11,15 +11,21 @@ from bitwright.graph import LEAK, ActivationAttrs, AxisAttrs, Op, OpKind, ParamR
 from bitwright_onnx.emit.layouts import attributes_of, layout_of
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"HardSigmoid": {"alpha": 1 / 6}}
-"""Attributes whose canonical default (`bitwright.graph.ACTIVATION_TYPES`) isn't ONNX's."""
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "HardSigmoid": {"alpha": 1 / 6},
+    "MeanVarianceNormalization": {"axes": (0, 2, 3)},
+}
+"""Attributes whose canonical default (`bitwright.graph.ACTIVATION_TYPES`) isn't ONNX's, or that onnx.checker misses."""
 
 COUNTING = frozenset({"ArgMax", "ArgMin", "NonZero", "Size", "TopK"})
 """Operators whose outputs, or some of them, are places or sizes."""
 
-CHANNELS_FIRST = frozenset({"Conv", "ConvTranspose", "LRN", "LpPool", "GlobalLpPool", "GridSample", "MaxRoiPool",
-                            "RoiAlign", "MaxUnpool", "Col2Im", "DeformConv", "MeanVarianceNormalization"})  # fmt: skip
-"""Operators that have no writer of their own and take channels on axis 1."""
+CHANNELS_FIRST = frozenset({
+    "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "GroupNormalization", "MaxPool",
+    "GlobalMaxPool", "LRN", "LpPool", "GlobalLpPool", "GridSample", "MaxRoiPool", "RoiAlign", "MaxUnpool", "Col2Im",
+    "DeformConv", "MeanVarianceNormalization",
+})  # fmt: skip
+"""Operators that take channels on axis 1."""
 
 
 def plain(sheet: Sheet, op: Op) -> list[ir.Value]:
@@ -46,9 +52,8 @@ def plain(sheet: Sheet, op: Op) -> list[ir.Value]:
 
 def cast(sheet: Sheet, op: Op) -> ir.Value:
     """A cast to the type of the output."""
-    return sheet.node(
-        op, "Cast", sheet.values[op.data_inputs[0]], to=int(onnx_type(sheet.graph.tensors[op.output].dtype))
-    )
+    to = int(onnx_type(sheet.graph.tensors[op.output].dtype))
+    return sheet.node(op, "Cast", sheet.values[op.data_inputs[0]], to=to, saturate=attributes_of(op).get("saturate"))
 
 
 def clip(sheet: Sheet, op: Op) -> ir.Value:

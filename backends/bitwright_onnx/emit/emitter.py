@@ -6,25 +6,30 @@ on (Identity, Dropout) is no node of the model: such a tensor goes by the name o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
-from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, as_called, lacking
+from bitwright.graph import ONNX_TYPES, Graph, Op, OpKind, ParamId, TensorId, as_called, lacking, on_tensors
 from bitwright_onnx.capture.folding import KEPT
 from bitwright_onnx.emit import elementwise, norms, products, recurrent, shapes
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
 from bitwright_onnx.emit.spelled import SPELLED, square
 
 OPSET = 20
-_LATER = frozenset({"RMSNormalization", "Swish", "Attention", "RotaryEmbedding", "TensorScatter", "BitCast", "SwiGLU",
-                    "LinearAttention", "CausalConvWithState"})  # fmt: skip
-"""Operators that ONNX has from later opsets on, and runtimes not yet."""
+"""What runtimes of some years know."""
+_CPP = {"float32": "float", "float64": "double"}
+"""What ONNX's schemas call types."""
+_PER_CHANNEL = {"GroupNormalization": 21}
+"""Opsets from which operators take what the canonical ops have."""
 
 Writer = Callable[[Sheet, Op], ir.Value | list[ir.Value]]
 
@@ -103,9 +108,7 @@ def _refusal(op: Op, graph: Graph) -> str | None:
     op = as_called(op)
     if op.kind in _BY_KIND or op.type in _BY_TYPE:
         return None
-    if op.type not in ONNX_TYPES:
-        return f"ONNX has no operator {op.type}"
-    return "ONNX has the operator in later opsets only" if op.type in _LATER else None
+    return None if op.type in ONNX_TYPES else f"ONNX has no operator {op.type}"
 
 
 def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[ParamId, NDArray[Any]]) -> Emitted:
@@ -128,6 +131,8 @@ def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[Param
     inputs = [_input(sheet, tensor) for tensor in graph.inputs]
     for op in map(as_called, graph):
         writer = _BY_KIND.get(op.kind) or _BY_TYPE.get(op.type) or elementwise.plain
+        if writer in _OF_ONE and op.call is not None and (on_tensors(op) or len(op.outputs) > 1):
+            writer = elementwise.plain
         if writer in _OF_ONE and len(op.data_inputs) != 1:
             raise NotEmittable(op.id, op.type, "it reads other tensors than one")
         written = writer(sheet, op)
@@ -141,16 +146,50 @@ def emit(graph: Graph, params: Callable[[ParamId], NDArray[Any]] | Mapping[Param
         about = graph.tensors[tensor]
         value.type = ir.TensorType(onnx_type(about.dtype))
         value.shape = None if about.shape is None else ir.Shape(list(about.shape))
+    opset = _opset(sheet)
     made = ir.Graph(
         inputs,
         outputs,
         nodes=sheet.nodes,
         initializers=list(sheet.initializers.values()),
-        opset_imports={"": OPSET},
+        opset_imports={"": opset},
         name="bitwright",
     )
     made.meta[KEPT] = frozenset(graph.params)
-    return Emitted(ir.Model(made, ir_version=9, producer_name="bitwright"), names)
+    version = max(9, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)], ignore_unknown=True))
+    return Emitted(ir.Model(made, ir_version=version, producer_name="bitwright"), names)
+
+
+def _opset(sheet: Sheet) -> int:
+    """The opset of a model: that of runtimes of some years, or the first that has its operators as they are used."""
+    return max([OPSET, *(_since(node, sheet) for node in sheet.nodes)])
+
+
+def _since(node: ir.Node, sheet: Sheet) -> int:
+    if onnx.defs.has(node.op_type, OPSET, "") and _fits(node, onnx.defs.get_schema(node.op_type, OPSET), sheet):
+        return _PER_CHANNEL.get(node.op_type, OPSET)
+    later = [s.since_version for s in _history()[node.op_type] if s.since_version > OPSET and _fits(node, s, sheet)]
+    return min(later, default=OPSET)  # the checker says what no version has
+
+
+def _fits(node: ir.Node, schema: onnx.defs.OpSchema, sheet: Sheet) -> bool:
+    """Whether a version of an operator has a node's attributes, as many operands, and these types of tensors."""
+    if not set(node.attributes) <= set(schema.attributes) or len(node.inputs) > schema.max_input:
+        return False
+    for value, formal in zip(node.inputs, schema.inputs, strict=False):
+        about = None if value is None else sheet.graph.tensors.get(str(value.name))
+        if about is not None and f"tensor({_CPP.get(about.dtype, about.dtype)})" not in formal.types:
+            return False
+    return True
+
+
+@cache
+def _history() -> Mapping[str, Sequence[onnx.defs.OpSchema]]:
+    found: dict[str, list[onnx.defs.OpSchema]] = defaultdict(list)
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            found[schema.name].append(schema)
+    return found
 
 
 def _input(sheet: Sheet, tensor: TensorId) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import Constant, Op, PoolAttrs, operands
+from bitwright_onnx.emit.elementwise import plain
 from bitwright_onnx.emit.layouts import Layout, attributes_of, layout_of
 from bitwright_onnx.emit.products import window
 from bitwright_onnx.emit.sheet import NotEmittable, Sheet, onnx_type
@@ -20,6 +21,8 @@ def pool(sheet: Sheet, op: Op) -> ir.Value:
     attrs, largest = op.attrs, op.type in ("MaxPool", "GlobalMaxPool")
     if op.type == "GlobalMaxPool" and len(operands(op)) > 1:
         return reduction(sheet, replace(op, type="ReduceMax"))
+    if op.type == "GlobalMaxPool" and not isinstance(attrs, PoolAttrs):
+        return plain(sheet, op)[0]
     if "kernel_shape" not in attributes_of(op):
         if not isinstance(attrs, PoolAttrs) or (attrs.window is None and not attrs.axes):
             raise NotEmittable(op.id, op.type, "its windows aren't known")
@@ -37,11 +40,11 @@ def reduction(sheet: Sheet, op: Op) -> ir.Value:
     """A reduction over constant axes; the mean or maximum over all but samples and channels is a global pool."""
     if isinstance(op.attrs, PoolAttrs) and op.attrs.axes:
         return _reduced(sheet, op, op.type, op.attrs.axes, op.attrs.keepdims)
-    held = operands(op)[1]
+    held = (*operands(op), None)[1]
     axes = held.array.reshape(-1).tolist() if isinstance(held, Constant) else None
     keep = bool(attributes_of(op)["keepdims"])
-    if axes is None:
-        return sheet.node(op, op.type, *sheet.operands(op), keepdims=int(keep))
+    if not axes:  # computed, or all: without axes
+        return plain(sheet, op)[0]
     return _reduced(sheet, op, op.type, axes, keep)
 
 
@@ -102,10 +105,13 @@ def resize(sheet: Sheet, op: Op) -> ir.Value:
     axes = named.pop("axes", tuple(range(place.rank)))
     factors, sizes = (h.array.reshape(-1).tolist() if isinstance(h, Constant) else None for h in held[2:])
     factors = factors or None  # no factors stand for absent ones, as in ONNX
-    if (isinstance(held[1], Constant) and held[1].array.size) or isinstance(held[1], str) or isinstance(held[2], str):
-        raise NotEmittable(op.id, op.type, "its factors or regions are computed")
-    if sizes is not None and named.pop("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise NotEmittable(op.id, op.type, "it keeps the aspect ratio")
+    odd = held[3] is not None and named.pop("keep_aspect_ratio_policy", "stretch") != "stretch"
+    regions = (isinstance(held[1], Constant) and held[1].array.size) or isinstance(held[1], str)
+    if odd or regions or isinstance(held[2], str):
+        if place.native:
+            return plain(sheet, op)[0]
+        raise NotEmittable(op.id, op.type, "its channels aren't on axis 1, and its factors or regions are computed, or "
+                           "it keeps the aspect ratio")  # fmt: skip
     source = sheet.shape(op.data_inputs[0]) or ()
     x = sheet.values[op.data_inputs[0]]
     taken, made = (onnx_type(sheet.graph.tensors[t].dtype) for t in (op.data_inputs[0], op.output))

@@ -107,7 +107,7 @@ def alike(sheet: Sheet, op: Op) -> ir.Value:
 
 def sizes(sheet: Sheet, op: Op) -> list[ir.Value]:
     """The shape of each tensor."""
-    made = [sheet.node(op, "Shape", sheet.values[t]) for t in op.data_inputs]
+    made = [sheet.node(op, "Shape", sheet.values[t], **attributes_of(op)) for t in op.data_inputs]
     return [
         sheet.node(op, "Cast", value, to=int(onnx_type(sheet.graph.tensors[t].dtype)))
         for value, t in zip(made, op.outputs, strict=True)

@@ -39,6 +39,9 @@ def call_of(node: ir.Node, roles: Mapping[ParamRole, ParamId], unseen: Collectio
         return None
     if any(v in unseen for v in node.inputs if v is not None):
         return None
+    given = [bool(o.name) for o in node.outputs]
+    if given != sorted(given, reverse=True) and node.op_type not in ("LSTM", "GRU", "RNN"):
+        return None  # outputs have no places there
     attributes: dict[str, Any] = dict(_DEFAULTS.get(node.op_type, {}))
     for name, held in node.attributes.items():
         attributes[name] = tuple(held.value) if held.type in _LISTS else held.value
@@ -54,6 +57,8 @@ def call_of(node: ir.Node, roles: Mapping[ParamRole, ParamId], unseen: Collectio
         attributes.setdefault("keepdims", 1)
         if axes is not None:
             operands[1] = Constant(axes)
+    if node.op_type == "DFT" and "axis" in attributes:  # an operand from opset 20 on
+        operands[2] = Constant(attributes.pop("axis"))
     if node.op_type == "Transpose" and "perm" not in attributes and node.inputs[0] is not None:
         shape = node.inputs[0].shape
         if shape is None:

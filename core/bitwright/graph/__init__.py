@@ -41,7 +41,7 @@ from bitwright.graph._linear_form import (
     split_columns,
     to_matrix,
 )
-from bitwright.graph._needs import NEEDS, Needs, as_called, lacking, operands
+from bitwright.graph._needs import NEEDS, Needs, as_called, lacking, on_tensors, operands
 from bitwright.graph._op_types import (
     INTEGER_TYPES,
     KINDS,
@@ -133,6 +133,7 @@ __all__ = [
     "lacking",
     "moved_from",
     "never_negative",
+    "on_tensors",
     "op_type",
     "operands",
     "output_channels",

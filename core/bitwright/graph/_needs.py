@@ -104,11 +104,11 @@ NEEDS: Mapping[str, Needs] = {
     "AveragePool": Needs(PoolAttrs, otherwise=_WINDOW),
     "MaxPool": Needs(PoolAttrs, otherwise=_WINDOW),
     "GlobalAveragePool": Needs(PoolAttrs),
-    "GlobalMaxPool": Needs(PoolAttrs, otherwise="operand 1: axes"),
+    "GlobalMaxPool": Needs(PoolAttrs, otherwise="a `call`, where axes are those behind axis 1; operand 1: axes"),
     **dict.fromkeys(
         ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
          "ReduceLogSumExp", "ReduceSumSquare"),
-        Needs(attributes=("keepdims",), operands={1: "axes"}, otherwise=f"{_AXES} and `PoolAttrs.keepdims`"),
+        Needs(attributes=("keepdims",), otherwise=f"{_AXES} and `PoolAttrs.keepdims`"),
     ),
     "Transpose": Needs(attributes=("perm",)),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), Needs(operands={1: "shape"}, otherwise=_SHAPE)),
@@ -131,6 +131,24 @@ NEEDS: Mapping[str, Needs] = {
 """By type; the types that aren't here need nothing but their operands."""
 
 
+_GIVEN: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization", "Clip"), (1, 2)),
+    **dict.fromkeys(("RMSNormalization", "PRelu"), (1,)),
+    "BatchNormalization": (1, 2, 3, 4),
+    "Resize": (1, 2, 3),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2, 3)),
+}
+"""Where ops have parameters or literals as a rule."""
+
+
+def on_tensors(op: Op) -> bool:
+    """Whether a tensor stands where ops of the type have a parameter or a literal: then it is ONNX's operator with
+    these operands, and its call says the rest."""
+    held = operands(op)
+    places = _GIVEN.get(op.type, ()) if op.call is not None else ()
+    return any(i < len(held) and held[i] is not None and not isinstance(held[i], ParamRole | Constant) for i in places)
+
+
 def as_called(op: Op) -> Op:
     """The op with the type that its call gives it."""
     return op if op.call is None or not op.call.type else replace(op, type=op.call.type)
@@ -151,7 +169,7 @@ def lacking(op: Op, graph: Graph) -> str | None:
     needs = NEEDS.get(op.type)
     if op.type == "MatMul" and op.kind is OpKind.LINEAR:
         needs = NEEDS["Gemm"]
-    if needs is None or _otherwise(op, graph):
+    if needs is None or on_tensors(op) or _otherwise(op, graph):
         return None
     attributes = op.call.attributes if op.call is not None else {}
     missing = [f"parameter {role.value}" for role in needs.roles if role not in op.params]
@@ -191,7 +209,7 @@ def _otherwise(op: Op, graph: Graph) -> bool:
     if op.type in ("AveragePool", "MaxPool"):
         return "kernel_shape" in attributes or _pooled(op)
     if op.type == "GlobalMaxPool":
-        return _pooled(op) or operands(op)[1:] not in ((), (None,))
+        return _pooled(op) or op.call is not None or operands(op)[1:] not in ((), (None,))
     if op.type.startswith("Reduce"):
         return isinstance(op.attrs, PoolAttrs) and bool(op.attrs.axes)
     if op.type == "Resize":
