@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,27 @@ def test_training_starts_where_the_simulation_is(range_learning: bool) -> None:
     assert not plain.model.trainable_weights
     for site, encoding in made.get().items():
         assert encoding.equals(plain.get()[site]), site
+
+
+def test_training_goes_on_in_another_process(tmp_path: Path) -> None:
+    """From the simulation as it was before and the model's weights, optimizer included; nothing is calibrated."""
+    sim = simulated(weights="int4", activations="uint4")
+    sim.save(tmp_path / "before")
+    model = compiled(sim.trainable(range_learning=True))
+    options = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    model.fit(X, LABELS, **options)
+    model.save_weights(tmp_path / "step.weights.h5")
+    model.fit(X, LABELS, **options)
+
+    other = QuantSim.load(tmp_path / "before")
+    resumed = compiled(other.trainable(range_learning=True))
+    resumed.optimizer.build(resumed.trainable_variables)
+    assert not np.array_equal(outputs(resumed), outputs(model))
+    resumed.load_weights(tmp_path / "step.weights.h5")
+    resumed.fit(X, LABELS, **options)
+    assert np.array_equal(outputs(resumed), outputs(model))
+    other.take()
+    assert np.array_equal(other.predict(X)[0], outputs(model))
 
 
 @pytest.mark.parametrize("range_learning", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,9 @@ tf = pytest.importorskip("tensorflow")
 import tfsims  # noqa: E402
 from tfsims import SPECS, setup  # noqa: E402
 
+from bitwright import QuantSim  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
-from bitwright.errors import EncodingError, InputError  # noqa: E402
+from bitwright.errors import CapabilityError, EncodingError, InputError  # noqa: E402
 from bitwright.grids import (  # noqa: E402
     FLOAT_FORMATS,
     Groups,
@@ -227,6 +229,40 @@ def test_quantsim_takes_what_was_trained():
     assert all(e.frozen for e in net.sim.encodings.values())
     again = net.sim.backend.simulate(net.sim.native, net.sim.plan, net.sim.encodings)
     assert np.array_equal(again.model(net.sample), found)
+
+
+def test_training_goes_on_in_another_process(tmp_path):
+    """From the simulation as it was before and a Saver's checkpoint, optimizer included; nothing is calibrated."""
+    net = setup("session", weights="int4", activations="uint4")
+    net.sim.save(tmp_path / "before")
+    x, y = batch()
+
+    def opened(model):
+        with model.graph.as_default():
+            labels = v1.placeholder(tf.int64, (None,))
+            logits = model.graph.get_tensor_by_name(model.outputs[0])
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+            step = v1.train.AdamOptimizer(0.02, name="qat").minimize(loss)
+            saver = v1.train.Saver()
+        model.initialize()
+        return saver, lambda: model.session.run(step, {model.inputs[0]: x, labels: y})
+
+    model = net.sim.trainable(range_learning=True)
+    saver, step = opened(model)
+    step()
+    saver.save(model.session, str(tmp_path / "step"))
+    step()
+    sim = QuantSim.load(tmp_path / "before")
+    other = sim.trainable(range_learning=True)
+    saver, step = opened(other)
+    assert not np.array_equal(other(net.sample), model(net.sample))
+    saver.restore(other.session, str(tmp_path / "step"))
+    step()
+    assert np.array_equal(other(net.sample), model(net.sample))
+    sim.take()
+    assert np.array_equal(sim.predict(net.sample)[0], model(net.sample))
+    with pytest.raises(CapabilityError, match=r"can't be pickled.*QuantSim\.load.*Saver"):
+        pickle.dumps(model)
 
 
 def test_frozen_grids_stay():

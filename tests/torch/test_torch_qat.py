@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,6 @@ def test_training_goes_on_elsewhere_without_calibrating(tmp_path: Path) -> None:
     assert not torch.equal(other(sample), model(sample))
     other.load_state_dict(torch.load(tmp_path / "step.pt"))
     assert torch.equal(other(sample), model(sample))
+    for write in (pickle.dumps, lambda m: torch.save(m, tmp_path / "whole.pt")):
+        with pytest.raises(CapabilityError, match=r"can't be pickled.*QuantSim\.load.*state_dict"):
+            write(model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import tensorflow as tf
 
+from bitwright.errors import CapabilityError
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.graph_function import GraphFunction, feed_of, import_meta, named_arguments
 from bitwright_tensorflow.graph.model import VARIABLES, Array, MetaGraphDef, Signature
@@ -106,6 +107,13 @@ class SimulatedModel:
         tables = self.graph.get_collection(v1.GraphKeys.TABLE_INITIALIZERS)
         if tables:
             self.session.run(tables)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CapabilityError(
+            "a simulated graph can't be pickled: keep its simulation (sim.save(folder), before trainable()) and what a "
+            "tf.compat.v1.train.Saver writes of its session; where they are needed, QuantSim.load(folder).trainable() "
+            "has the graph again, and a Saver restores"
+        )
 
     # -- evaluation
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from types import FunctionType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import fx, nn
 
-from bitwright.errors import ModelError
+from bitwright.errors import CapabilityError, ModelError
 from bitwright_torch.graph.calling import CallingConvention
 
 NAMES = "bitwright"
@@ -84,6 +84,12 @@ class Program:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CapabilityError(
+            "a captured model can't be pickled: keep its simulation (sim.save(folder), before trainable()) and its "
+            "state_dict(), and open them where they are needed: QuantSim.load(folder).trainable().load_state_dict(…)"
+        )
 
 
 def compile_graph(graph: fx.Graph) -> FunctionType:
