@@ -99,8 +99,8 @@ def mixed(
             cost = "latency"
         result = mixed_precision(
             model, calibration, evaluation, sample=options.sample_of(model, data), candidates=pairs,
-            allowed_drop=allowed_drop, budget=budget, lite=lite, cost=cost, latency=table,
-            solver=solver, techniques=recipe,  # type: ignore[arg-type]
+            allowed_drop=allowed_drop, budget=budget, lite=lite, latency=table, techniques=recipe,
+            cost=cost, solver=solver,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, plain_session=plain_session, executor=crew,
