@@ -24,7 +24,8 @@ from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright.verify import verify  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
-from bitwright_torch.export.export import export  # noqa: E402
+from bitwright_torch.backend import TorchBackend  # noqa: E402
+from bitwright_torch.export.export import export, save_weights  # noqa: E402
 
 
 class Sequence(nn.Module):
@@ -115,6 +116,26 @@ def test_weights(conv: Setup, tmp_path: Path) -> None:
     state = conv.module.state_dict()
     assert set(found) == set(state)
     assert all(torch.equal(found[k], v) for k, v in state.items())
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, load_model
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(12, 4), nn.Linear(4, 12, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(ids))
+
+    net, other = Tied(), Tied()
+    model = TorchBackend().adopt(net, {"ids": torch.zeros(2, 3, dtype=torch.int64)})
+    path = save_weights(model, tmp_path / "net.safetensors")
+    assert list(load_file(path)) == ["table.weight"]
+    load_model(other, path)
+    assert torch.equal(other.head.weight, net.table.weight)
 
 
 def test_the_simulation_as_a_program(conv: Setup, tmp_path: Path) -> None:

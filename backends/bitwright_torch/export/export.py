@@ -76,7 +76,10 @@ def export(model: CapturedModel, plan: Plan, encodings: EncodingTable, path: Pat
 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
-    """Write a model's state dict as safetensors, atomically; tied tensors under each of their names.
+    """Write a model's state dict as safetensors, atomically.
+
+    Tied tensors are stored once, under the first of their names; the file's metadata have the others, and
+    `safetensors.torch.load_model` gives each its tensor back.
 
     Raises:
         MissingExtraError: safetensors isn't installed.
@@ -86,9 +89,20 @@ def save_weights(model: nn.Module, path: Path) -> Path:
         from safetensors.torch import save
     except ModuleNotFoundError as error:
         raise MissingExtraError('safetensors files need: pip install "bitwright[torch]"') from error
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        known = first.setdefault(place, name) if tensor.numel() else name
+        if known != name:
+            tied[name] = known
+            continue
+        held = tensor.detach().cpu().contiguous()
+        whole = held.untyped_storage().nbytes() == held.nbytes
+        tensors[name] = held if whole else held.clone()  # the format has no place for parts of a larger array
     with atomic_write(path) as file:
-        file.write(save(tensors))
+        file.write(save(tensors, {"format": "pt", **tied}))
     return path
 
 
