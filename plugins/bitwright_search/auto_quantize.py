@@ -26,6 +26,7 @@ from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
 from bitwright_search.exporting import refuse_own_folder, write
 from bitwright_search.participants import split_steps
+from bitwright_search.spending import spend
 from bitwright_search.stages import SearchStore, open_sim, run_of
 
 if TYPE_CHECKING:
@@ -111,9 +112,11 @@ def auto_quantize(
             preparations,
             steps,
             workers,
-            wider,
         )
-        best = search.run()
+        search.run()
+        if wider:
+            spend(search)
+        best = search.best
         result = _result(search, validation, data)
         best.built.sim.attach(run=run if isinstance(run, RunDirectory) else None, executor=None)
         if out is not None:

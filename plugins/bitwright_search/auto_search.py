@@ -17,7 +17,6 @@ from bitwright.technique import Step
 from bitwright.workers import Workers
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
-from bitwright_search.spending import NAME, Spending, fewest
 from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 SCHEMES = (
@@ -85,7 +84,6 @@ class AutoSearch:
         schemes: calibration schemes of activations and weights.
         preparations, techniques: steps of each kind, in order.
         workers: where independent networks are evaluated; None evaluates here, one after the other.
-        spend: whether more bits may be spent in the end.
     """
 
     sim: QuantSim
@@ -97,7 +95,6 @@ class AutoSearch:
     preparations: Sequence[Step]
     techniques: Sequence[Step]
     workers: Workers | None = None
-    spend: bool = True
     trials: list[Trial] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     evaluations: int = 0
@@ -138,8 +135,6 @@ class AutoSearch:
                 break
             if (current := self._technique(step, start, kept[-1])) is not kept[-1]:
                 kept.append(current)
-        if self.spend and not self.met and self.left(NAME, "types", self.best.steps):
-            Spending(self).run()
         return self.best
 
     @property
@@ -149,7 +144,7 @@ class AutoSearch:
         Of equal calibrations the first; a technique that scores the same takes over, since it lowers errors that a
         small evaluation can't show."""
         good = [c for c in self.candidates if self.good(c.score)]
-        pool = fewest(good) if good else self.candidates
+        pool = [c for c in good if len(c.wider) == min(len(c.wider) for c in good)] or self.candidates
         best = pool[0]
         for candidate in pool[1:]:
             if candidate.score > best.score or (candidate.score == best.score and candidate.refined):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from bitwright.bank import Bank
 from bitwright.calibration import guarded
@@ -12,16 +11,20 @@ from bitwright.placement import SiteId
 from bitwright.runs import fingerprint
 from bitwright.simulation import QuantSim
 from bitwright_search.auto_result import Status, Trial
+from bitwright_search.auto_search import AutoSearch
 from bitwright_search.evaluation import Mode
 from bitwright_search.sensitivity import NETWORK
 from bitwright_search.stages import Built
 from bitwright_search.widening import ACTIVATION_BITS, WEIGHT_BITS, Wider, measured, predicted, probes, widenings
 
-if TYPE_CHECKING:
-    from bitwright_search.auto_search import AutoSearch, Candidate
-
 NAME = "wider types"
 """What trials call the stage."""
+
+
+def spend(search: AutoSearch) -> None:
+    """Try more bits, if nothing has been good enough so far and the budget allows it."""
+    if not search.met and search.left(NAME, "types", search.best.steps):
+        Spending(search).run()
 
 
 class Spending:
@@ -169,9 +172,3 @@ class Spending:
             return sim.calibrate(search.data)
 
         return search.stages.build("auto: wider types", depends, make, search.opened)
-
-
-def fewest(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those with the fewest wider sites."""
-    least = min(len(c.wider) for c in candidates)
-    return [c for c in candidates if len(c.wider) == least]

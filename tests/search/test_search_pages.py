@@ -41,7 +41,8 @@ window.addEventListener("load", () => {
 def pages(net, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     auto_quantize(net.model, net.images, net.fidelity, allowed_drop=0.0, target="per_tensor", weights="int4",
-                  schemes=["sqnr", "minmax"], techniques="bn_fold,cle,bias_correction", out=folder)  # fmt: skip
+                  schemes=["sqnr", "minmax"], techniques="bn_fold,cle,bias_correction",
+                  wider=False, out=folder)  # fmt: skip
     mixed_precision(net.model, net.images, net.fidelity, candidates=[("int8", "uint8"), ("int4", "uint8")],
                     allowed_drop=0.2, solver="greedy", out=folder)  # fmt: skip
     return {name: folder / f"{name}.html" for name in ("diagnosis", "mixed_precision")}
