@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from bitwright.graph import Graph, OpKind, batch_norm_fold
 from bitwright_analysis.accumulators import overflowing
+from bitwright_analysis.family_types import told
 from bitwright_analysis.records import (
     Accumulator,
     Advice,
     Distribution,
+    FamilyTypes,
     Imbalance,
     LayerError,
     Overall,
@@ -49,6 +51,7 @@ class Evidence:
     applied: Collection[str]
     known: Collection[str]
     crushed: Collection[str] = ()
+    family: FamilyTypes | None = None
 
     def sites(self, *kinds: str) -> list[Sensitivity]:
         """Sensitivities of sites, worst first."""
@@ -228,6 +231,13 @@ def widen_a_few(e: Evidence) -> Iterator[Advice]:
         )
 
 
+def widen_by_family(e: Evidence) -> Iterator[Advice]:
+    """Sites of a transformer that 8 bits don't do for."""
+    if e.family is not None and e.family.overrides:
+        where = tuple(s.site for s in e.family.sites if s.proposed != s.present)
+        yield Advice(text=told(e.family), where=where)
+
+
 def _wider(row: Sensitivity) -> str:
     signed = row.bits.startswith("int")
     digits = "".join(c for c in row.bits if c.isdigit())
@@ -268,6 +278,7 @@ RULES: tuple[Callable[[Evidence], Iterator[Advice]], ...] = (
     fold,
     equalize,
     round_weights,
+    widen_by_family,
     narrow_ranges,
     widen_a_few,
     correct_biases,

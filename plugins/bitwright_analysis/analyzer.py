@@ -24,6 +24,7 @@ from bitwright.simulation import QuantSim, open_store
 from bitwright_analysis.accumulators import accumulators, overflowing
 from bitwright_analysis.advice import Evidence, advice, sentence
 from bitwright_analysis.distributions import activation_distributions, parameter_distributions
+from bitwright_analysis.family_types import family_types
 from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
 from bitwright_analysis.layer_errors import layer_errors
@@ -130,6 +131,8 @@ def quant_analyzer(
             activations = activation_distributions(
                 sim.backend, sim.native, sim.graph, sim.plan, encodings, dataset, sim.progress
             )
+        with _clock(seconds, "family"):
+            family = family_types(sim, first)
         imbalance = imbalances(sim.graph, table, sim.params)
         sums = accumulators(sim.graph, table, sim.params)
         overall = tuple(Overall(setting=k, score=s, sqnr_db=decibels(n or 0.0)) for k, (n, s) in figures.items())
@@ -146,6 +149,7 @@ def quant_analyzer(
             applied,
             registry.techniques(),
             crushed,
+            family,
         )
         analysis = Analysis(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -167,6 +171,7 @@ def quant_analyzer(
             widths=plan_widths(sim.plan),
             crushed=crushed,
             verdict=sentence(evidence),
+            family=family,
             seconds={k: round(v, 3) for k, v in seconds.items()},
         )
         if out is not None:

@@ -222,27 +222,44 @@ def validate(
             show_default=False,
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Some samples: which types a transformer's tensors need.", show_default=False),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say in advance what quantizing a model will meet, and what in its architecture stands in the way.
 
-    Exits with 1 if the model can't be quantized at all.
+    With --data, what a transformer's residual stream needs, as overrides, with what they gain. Exits with 1 if the
+    model can't be quantized at all.
     """
     import json
     from dataclasses import asdict
 
     from bitwright.cli import console
     from bitwright.errors import CheckFailed
+    from bitwright.simulation import QuantSim
     from bitwright.verify import validate as run
+    from bitwright_analysis.family_types import family_types, told
     from bitwright_analysis.hints import architecture_hints
 
     found = run(model, target=target, weights=weights, activations=activations)
     hints = architecture_hints(model, target, multiple=multiple) if found.opened else ()
+    family = None
+    if found.opened and data is not None:
+        sim = QuantSim(model, options.sample_of(model, data), target=target, weights=weights, activations=activations)
+        sim.apply("fold_batch_norm")
+        samples = sim.open(data)
+        family = family_types(sim.calibrate(samples), samples)
     if as_json:
         record = {**asdict(found), "hints": [h.model_dump() for h in hints]}
+        if data is not None:
+            record["family"] = None if family is None else family.model_dump()
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
     else:
         console.say(str(found))
+        if family is not None:
+            console.say(told(family))
         if hints:
             console.say("")
             console.table(("op", "level", "what", "way out"), ((h.where, h.level, h.what, h.remedy) for h in hints))

@@ -191,6 +191,48 @@ class Hint(Record):
     source: str | None = None
 
 
+class SiteTypes(Record):
+    """A tensor of a transformer's residual stream, and the type that it needs.
+
+    Attributes:
+        place: what it is, such as "residual sum".
+        present, proposed: types; equal where the present one does.
+        token_db: mean over tokens of the error's power relative to the token's own, in decibels; null without error.
+        largest_to_typical: the largest magnitude, over the root mean square of a typical token.
+        kurtosis: E[x⁴] / E[x²]² of all values; 3 for normal ones.
+    """
+
+    site: str
+    place: str
+    present: str
+    proposed: str
+    token_db: float | None
+    largest_to_typical: float
+    kurtosis: float
+
+
+class FamilyTypes(Record):
+    """What the family of a network says of its types.
+
+    Attributes:
+        kind: "decoder", "encoder", "post-norm encoder" or "vision transformer".
+        attentions: how many it has.
+        sites: those of the residual stream that have fewer than 16 bits, the worst first.
+        overrides: what to give `QuantSim` as `overrides`; names of repeated blocks are patterns.
+        before_db, after_db: signal to noise of the outputs on the samples, as it is and with the overrides; null where
+            nothing is proposed, or without noise.
+        notes: what stands against the overrides, such as kernels that the target doesn't have.
+    """
+
+    kind: str
+    attentions: int
+    sites: tuple[SiteTypes, ...] = ()
+    overrides: dict[str, str] = Field(default_factory=dict)
+    before_db: float | None = None
+    after_db: float | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Analysis(Record):
     """Everything that `quant_analyzer` found.
 
@@ -205,6 +247,7 @@ class Analysis(Record):
         widths: what weights and activations are quantized to, in words.
         crushed: outputs, and parts of concatenated ones, that nothing is left of, in words.
         verdict: the whole in a sentence.
+        family: what a transformer's structure says of its types; null for other networks.
     """
 
     schema_version: int = 1
@@ -229,6 +272,7 @@ class Analysis(Record):
     widths: str = ""
     crushed: tuple[str, ...] = ()
     verdict: str = ""
+    family: FamilyTypes | None = None
 
     def ranking(self, kind: str | None = None) -> tuple[Sensitivity, ...]:
         """The sites, worst first; of one kind ("layer", "weight", "parameter", "activation") if asked."""

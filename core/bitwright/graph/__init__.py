@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, clipping, erf, formula
 from bitwright.graph._channel_axes import around, channel_axes
 from bitwright.graph._composites import COMPOSITES, NORMS, Composite
+from bitwright.graph._families import Place, Transformer, TransformerKind, transformer
 from bitwright.graph._graph import (
     CONSTANT_KINDS,
     FLOAT_DTYPES,
@@ -105,6 +106,7 @@ __all__ = [
     "Param",
     "ParamId",
     "ParamRole",
+    "Place",
     "PoolAttrs",
     "ProductAttrs",
     "RecurrentAttrs",
@@ -115,6 +117,8 @@ __all__ = [
     "SplitSharedParam",
     "Tensor",
     "TensorId",
+    "Transformer",
+    "TransformerKind",
     "around",
     "as_called",
     "batch_norm_fold",
@@ -142,6 +146,7 @@ __all__ = [
     "split_columns",
     "successor",
     "to_matrix",
+    "transformer",
     "upstream",
     "where",
 ]
