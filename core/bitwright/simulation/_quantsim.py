@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,31 +12,28 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, Training, warn_where_it_began
+from bitwright.backend import Batch, Bundle, Simulation, Training
 from bitwright.data import (
     SAMPLES,
     DataLike,
     Dataset,
-    ImplausibleDataWarning,
     Remembering,
     Samples,
     TextOptions,
-    Watching,
-    doubts_of_scale,
-    joined,
 )
 from bitwright.errors import InputError
 from bitwright.graph import OpKind
 from bitwright.grids import Encoding
 from bitwright.metrics import Figure
-from bitwright.placement import Derived, SiteId, SiteKind
+from bitwright.placement import SiteId, SiteKind
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import _apply, _fork, _set_precision, _training
 from bitwright.simulation._measure import measured
 from bitwright.simulation._overview import overview, title
+from bitwright.simulation._predict import predicted, warn_of_infinities
 from bitwright.simulation._site import SiteHandle, site_named
-from bitwright.simulation._state import open_simulation, open_state, rebuilt, with_encodings
+from bitwright.simulation._state import open_simulation, open_state, with_encodings
 from bitwright.state import SimState, StateView
 from bitwright.targets import Target
 from bitwright.technique import Technique
@@ -320,15 +316,8 @@ class QuantSim(StateView):
 
         state = self._state
         loaded = read_encodings(Path(path), state.graph, state.plan, strict=strict)
-        if not partial:
-            missing = {
-                s: "float"
-                for s in state.plan.quantized
-                if state.plan.root(s) not in loaded and not isinstance(state.plan[s].decision, Derived)
-            }
-            overrides = _set_precision.retyped(state, missing).overrides
-            state = rebuilt(state, overrides=overrides)
-        return self._become(with_encodings(state, loaded, freeze=freeze))
+        taken = state if partial else _set_precision.bypassed_but(state, loaded)
+        return self._become(with_encodings(taken, loaded, freeze=freeze))
 
     # -- techniques
 
@@ -423,21 +412,7 @@ class QuantSim(StateView):
             scalar itself where there is one batch.
         """
         self._require_taken("predict()")
-        taps = [Tap(t) for t in self.graph.outputs]
-        session = self.simulation.session(taps) if simulated else self.backend.session(self.native, taps)
-        batches, warned = [], not simulated
-        watched = Watching(self.open(data))
-        for batch in watched if simulated else watched.data:
-            # An output that is an input is handed out as it came: no op of the target touches it.
-            passed = {tap: np.asarray(batch[tap.tensor]) for tap in taps if tap.tensor in self.graph.inputs}
-            found = {**session.run(batch), **passed}
-            batches.append(found)
-            warned = warned or self.warn_of_infinities(batch, [found[tap] for tap in taps])
-        if not batches:
-            raise InputError("there are no data to predict on")
-        for doubt in doubts_of_scale(watched.seen, self._input_ranges()):
-            warnings.warn(f"predict: {doubt}", ImplausibleDataWarning, stacklevel=2)
-        return [joined([b[tap] for b in batches]) for tap in taps]
+        return predicted(self._state, self.simulation if simulated else None, data)
 
     def measure(
         self,
@@ -467,20 +442,9 @@ class QuantSim(StateView):
         origin = None if reference is None else reference._state
         return measured(self._state, self.simulation, data, metrics, reference=origin, labels=labels, output=output)
 
-    def _input_ranges(self) -> dict[str, tuple[float, float]]:
-        """The ends of the grids of the model's inputs, those that have integer grids."""
-        held = {t: self.encodings.get(self.plan.root(t)) for t in self.graph.inputs if t in self.plan}
-        return {
-            t: (float(e.minimum.min()), float(e.maximum.max())) for t, e in held.items() if e is not None and e.is_fixed
-        }
-
     def warn_of_infinities(self, batch: Batch, outputs: Sequence[NDArray[Any]]) -> bool:
         """Warn where the simulation's outputs for one batch aren't finite and the float model's are (see `predict`)."""
-
-        def floating(taps: Sequence[Tap]) -> Session:
-            return self.backend.session(self.native, taps)
-
-        return warn_where_it_began(self.graph, outputs, batch, self.simulation.session, floating)
+        return warn_of_infinities(self._state, self.simulation, batch, outputs)
 
     def export(
         self,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.graph import Graph, Op, OpKind, ParamRole, TensorId
 from bitwright.grids import FLOAT, Blockwise, Dynamic, EncodingTable, parse_type
-from bitwright.placement import ARROW, Float, Plan, Site, SiteId, SiteKind, ops_between, sized
+from bitwright.placement import ARROW, Derived, Float, Plan, Site, SiteId, SiteKind, ops_between, sized
 from bitwright.simulation._fork import fork
+from bitwright.simulation._state import rebuilt
 from bitwright.state import SimState
 
 
@@ -127,6 +128,16 @@ def retyped(state: SimState, types: Mapping[SiteId, str]) -> SimState:
     twin = fork(state, overrides=found)
     kept = {s: e for s, e in state.encodings.items() if s in twin.plan and twin.plan.spec(s) == state.plan.spec(s)}
     return replace(twin, encodings=EncodingTable(kept, state.encodings.provenance))
+
+
+def bypassed_but(state: SimState, kept: Collection[SiteId]) -> SimState:
+    """The state with every site left in float that isn't named, nor on the grid of one that is."""
+    left = {
+        s: "float"
+        for s in state.plan.quantized
+        if state.plan.root(s) not in kept and not isinstance(state.plan[s].decision, Derived)
+    }
+    return rebuilt(state, overrides=retyped(state, left).overrides)
 
 
 class _Request:
