@@ -11,6 +11,7 @@ from bitwright.backend import Tap
 from bitwright.data import CutCache
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError, ModelError
+from bitwright.files import Spill, is_spilled
 from bitwright.graph import output_channels
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.layerwise import LayerwiseWalk
@@ -276,3 +277,22 @@ def test_a_layer_before_a_sum_learns_the_skip_connections_error():
     copy.restore(state)
     for ours, theirs in zip(copy.residual, seen["conv2"].residual, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_arrays_beyond_a_budget_lie_on_disk_and_are_arrays_all_the_same(monkeypatch):
+    spill = Spill(budget=20_000)
+    first, second, tiny = np.arange(2000.0), np.arange(6000, dtype=np.float32).reshape(2, 3000).T, np.ones(3)
+    assert spill.kept(first) is first and not is_spilled(first)
+    found = spill.kept(second)
+    assert is_spilled(found) and is_spilled(found[1:].T) and is_spilled(np.asarray(found))
+    np.testing.assert_array_equal(found, second)
+    with pytest.raises(ValueError, match="read-only"):
+        found[0, 0] = 1
+    assert spill.kept(found) is found and not is_spilled(spill.kept(tiny))
+    np.testing.assert_array_equal(Spill(budget=0).kept(first), first)  # its map outlives it
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert Spill(budget=0).kept(first) is first

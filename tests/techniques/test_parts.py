@@ -95,3 +95,24 @@ def test_statistics_of_the_simulated_network_in_parts(request):
     assert changed
     for param in sim.graph.params:
         np.testing.assert_allclose(parted.params[param], whole.params[param], atol=1e-3, err_msg=param)
+
+
+def test_solved_weights_lie_on_disk_and_codes_are_computed_when_they_are_written(tmp_path, monkeypatch):
+    """ONNX: neither a walk's results nor the model that they are put into hold them in memory; the files are equal."""
+    ir, qdq = pytest.importorskip("onnx_ir"), pytest.importorskip("bitwright_onnx.export.qdq")
+    model, port = models.residual(), FRAMEWORKS["onnx"]
+    data = batches(model, port)
+
+    def exported(place):
+        sim = port.sim(model, weights="int4").apply("gptq", data, scales="keep").calibrate(data)
+        bundle = sim.export(tmp_path / place, name="m")
+        return sim, {kind: bundle.files[kind].read_bytes() for kind in ("model", "qdq", "encodings")}
+
+    _, expected = exported("held")
+    monkeypatch.setattr("bitwright.files._spill.HELD_BYTES", 0)
+    monkeypatch.setattr("mmap.PAGESIZE", 0)
+    monkeypatch.setattr(qdq, "LAZY_BYTES", 0)
+    sim, found = exported("spilled")
+    solved = [sim.native.graph.initializers[op.weight].const_value for op in sim.graph.linear_ops]
+    assert solved and all(isinstance(tensor, ir.LazyTensor) for tensor in solved)
+    assert found == expected

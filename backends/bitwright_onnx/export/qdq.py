@@ -14,7 +14,7 @@ multiplies in integers, and otherwise the grid's formula in standard ops.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ NAMES = "bitwright.names"
 """Metadata key of a QDQ file: JSON of site → dequantized tensor, where they differ."""
 FORMS = "bitwright.forms"
 """The same, of dequantized tensor → site, for further forms of a bias that ops of several scales share."""
+LAZY_BYTES = 2**20
+"""Codes of larger float parameters are computed when they are written."""
 RUNTIME_DOMAIN = "com.microsoft"
 """ONNX Runtime's own QuantizeLinear and DequantizeLinear, which don't depend on the model's opset."""
 
@@ -217,10 +219,26 @@ def _carried(graph: Graph, tensors: Sequence[str], table: Mapping[SiteId, Encodi
     return table[tensors[0]] if tensors else None
 
 
+@dataclass(frozen=True)
+class _Codes:
+    """A parameter's codes, computed from the float values that its tensor had when the pair was made."""
+
+    tensor: ir.TensorProtocol
+    param: Param
+    codes: Callable[[NDArray[np.float32]], NDArray[Any]]
+
+    def __call__(self) -> NDArray[Any]:
+        return self.codes(_canonical_values(self.tensor, self.param))
+
+
 def _canonical(value: ir.Value, param: Param) -> NDArray[np.float32]:
     if value.const_value is None:
         raise ModelError(f"parameter {param.id!r} is not an initializer of the main graph")
-    native = tensor_array(value.const_value)
+    return _canonical_values(value.const_value, param)
+
+
+def _canonical_values(tensor: ir.TensorProtocol, param: Param) -> NDArray[np.float32]:
+    native = tensor_array(tensor)
     layout = param.layout or tuple(range(native.ndim))
     return np.asarray(native.transpose(layout), np.float32).reshape(param.shape)
 
@@ -419,10 +437,16 @@ class _Writer:
         native = tensor_array(value.const_value).shape
         dtype = value.const_value.dtype
         layout = param.layout or tuple(range(len(native)))
-        codes = stored(canonical, encoding, kind)
         back = np.argsort(layout)
         canonical_native = tuple(native[i] for i in layout)
-        q = self.initializer(f"{name}_quantized", codes.reshape(canonical_native).transpose(back), kind)
+
+        def codes_of(values: NDArray[np.float32]) -> NDArray[Any]:
+            return stored(values, encoding, kind).reshape(canonical_native).transpose(back)
+
+        if canonical.nbytes < LAZY_BYTES:
+            q = self.initializer(f"{name}_quantized", codes_of(canonical), kind)
+        else:
+            q = self.computed(f"{name}_quantized", native, kind, _Codes(value.const_value, param, codes_of))
         chain = NodeList(self.fresh(f"{name}_dq"))
         if encoding.float_format in ("float16", "bfloat16"):
             y = chain.cast(q, dtype)
@@ -448,6 +472,20 @@ class _Writer:
         fresh = self.fresh(name)
         tensor = ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=fresh)
         made = ir.Value(name=fresh, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.model.graph.register_initializer(made)
+        return made
+
+    def computed(
+        self, name: str, shape: tuple[int, ...], kind: ir.DataType, make: Callable[[], NDArray[Any]]
+    ) -> ir.Value:
+        """An initializer whose values are computed whenever they are asked for, and so not held until then."""
+        fresh = self.fresh(name)
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.Tensor(np.asarray(make(), order="C").astype(kind.numpy(), copy=False), dtype=kind, name=fresh)
+
+        lazy = ir.LazyTensor(tensor, kind, ir.Shape(shape), name=fresh)
+        made = ir.Value(name=fresh, type=ir.TensorType(kind), shape=ir.Shape(shape), const_value=lazy)
         self.model.graph.register_initializer(made)
         return made
 

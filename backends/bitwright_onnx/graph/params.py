@@ -9,6 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.backend import checked_param, no_param
+from bitwright.files import is_spilled
 from bitwright.graph import ParamId
 from bitwright_onnx.graph.operands import canonical_shape, layout_of, parameters
 from bitwright_onnx.graph.optable import FLOAT_TYPES, constant_shape, turns_weight
@@ -56,9 +57,15 @@ def _native_tensor(value: ir.Value, given: np.ndarray) -> ir.TensorProtocol:
     layout, shape = canonical_form(value)
     array = checked_param(str(value.name), given, shape)
     native = constant_shape(value)
-    permuted = array.reshape(tuple(native[i] for i in layout))
-    back = np.asarray(permuted.transpose(np.argsort(layout)), order="C")
-    return ir.Tensor(back.astype(value.const_value.dtype.numpy()), dtype=value.const_value.dtype, name=value.name)
+    dtype, name = value.const_value.dtype, value.name
+
+    def made() -> ir.TensorProtocol:
+        permuted = array.reshape(tuple(native[i] for i in layout))
+        back = np.asarray(permuted.transpose(np.argsort(layout)), order="C")
+        return ir.Tensor(back.astype(dtype.numpy()), dtype=dtype, name=name)
+
+    # What lies on disk is read from there whenever it is needed.
+    return ir.LazyTensor(made, dtype, ir.Shape(native), name=name) if is_spilled(given) else made()
 
 
 def _parameter(model: ir.Model, id: ParamId) -> ir.Value:

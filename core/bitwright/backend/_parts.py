@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -153,4 +154,6 @@ class _InParts:
             run = session.run({**batch, **held})
             found.update((tap, run[tap]) for tap in own)
             held = {t: held[t] if t in held else np.asarray(run[Tap(t)]) for t in after}
+            del session
+            gc.collect()  # models are full of circles, and this part's has its weights
         return {tap: found[tap] for tap in self.taps}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -68,6 +69,7 @@ def stream_in_parts(
             for cache in held.values():
                 cache.close()
             held = fresh
+            gc.collect()  # models are full of circles, and this part's has its rounded weights
             if progress is not None:
                 progress.advance(1)
 

@@ -15,16 +15,19 @@ from bitwright.files._durable import (
 from bitwright.files._held import HeldFile
 from bitwright.files._leftovers import staging, sweep, sweep_beside
 from bitwright.files._pieces import StoredArray
+from bitwright.files._spill import Spill, is_spilled
 
 __all__ = [
     "DAMAGED",
     "Array",
     "HeldFile",
+    "Spill",
     "StoredArray",
     "atomic_write",
     "cannot_write",
     "discard",
     "is_file",
+    "is_spilled",
     "make_directory",
     "open_npy",
     "open_npz",

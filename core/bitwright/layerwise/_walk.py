@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, ParamReader, ParamUpdates, PartialExecution, Session, Simulation, Tap
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
+from bitwright.files import Spill
 from bitwright.graph import (
     Edit,
     Graph,
@@ -96,7 +97,12 @@ class LayerwiseWalk:
         """See `LayerWalk`."""
         budget = self.moments_gib if moments_gib is None else moments_gib
         results: dict[OpId, LayerResult] = {}
-        stored = {o: r for o in ops if (r := load(self.store.get(f"layer/{o}"))) is not None}
+        spill = Spill()
+
+        def kept(result: LayerResult) -> LayerResult:
+            return replace(result, weight=spill.kept(result.weight))
+
+        stored = {o: kept(r) for o in ops if (r := load(self.store.get(f"layer/{o}"))) is not None}
         visits = schedule(self.graph, ops, partial=self._partial)
         self.current = self.model
         encodings = self.encodings
@@ -112,6 +118,7 @@ class LayerwiseWalk:
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
             if fresh:
+                result = kept(result)
                 self.store.put(f"layer/{op.id}", dump(result))
             results[op.id] = result
             replaced[op.weight or ""] = result
