@@ -254,5 +254,5 @@ def test_channels_of_a_depthwise_layer_that_barely_vary(axis):
     expected = rest @ np.swapaxes(rest, 1, 2) / m.count
     assert np.allclose(m.centred()[0][[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-6)
     assert np.allclose(m.centred()[0][1][inside][:, inside], expected[1][inside][:, inside], rtol=1e-4, atol=1e-4)
-    assert np.allclose(m.centred()[0][1], expected[1], rtol=1e-6, atol=1e-3)
-    assert np.allclose(m.xx, full @ np.swapaxes(full, 1, 2) / m.count, rtol=1e-8, atol=1e-5)
+    assert np.allclose(m.centred()[0][1], expected[1], rtol=1e-6, atol=5)  # beside variances of 2e7
+    assert np.allclose(m.xx, full @ np.swapaxes(full, 1, 2) / m.count, rtol=1e-6, atol=5)

@@ -227,15 +227,17 @@ def test_merged_is_one_run(sim, bank, tmp_path):
             ours, one = getattr(joined.layer(op), field), getattr(bank.layer(op), field)
             # Products of a batch are sums in float32, and the batches here are others.
             np.testing.assert_allclose(ours, one, rtol=1e-6, atol=1e-6 * np.abs(one).max(), err_msg=f"{op.id} {field}")
-    same_batches = [collect(sim, {k: v[p] for k, v in whole.items()}, tmp_path / n)
+    same_batches = [collect(sim, {k: v[p] for k, v in whole.items()}, tmp_path / n, number="float64")
                     for n, p in (("first", slice(0, 8)), ("second", slice(8, 24)))]  # fmt: skip
     exact, seen = merge(same_batches, tmp_path / "exact"), False
+    full = collect(sim, whole, tmp_path / "full", number="float64")
     for op in sim.graph.linear_ops:
-        ours, one = exact.layer(op), bank.layer(op)
+        ours, one = exact.layer(op), full.layer(op)
         # Steady features are summed about the first batch's mean, which is another for the second bank.
         moving = ~ours.state()["shift_x"].any(axis=0)
         seen |= bool(moving.any())
-        np.testing.assert_allclose(ours.xx[..., moving][:, moving], one.xx[..., moving][:, moving], rtol=1e-13)
+        sums, once = (m.state()["xx"][..., moving][:, moving] for m in (ours, one))
+        np.testing.assert_allclose(sums, once, rtol=1e-13)
         np.testing.assert_allclose(ours.xx, one.xx, rtol=1e-6, atol=1e-6 * np.abs(one.xx).max())
     assert seen, "no feature varies"
     same_weights(sim.fork().apply("gptq", exact), sim.fork().apply("gptq", bank))
@@ -246,9 +248,9 @@ def test_what_doesnt_belong_together_isnt_merged(sim, bank, tmp_path):
     copy = shutil.copytree(bank.path, tmp_path / "copy")
     with pytest.raises(InputError, match="on the same data, which would count twice"):
         merge([bank, copy], tmp_path / "out")
-    half = collect(sim, samples(sim, 8, seed=3), tmp_path / "half", number="float32")
+    double = collect(sim, samples(sim, 8, seed=3), tmp_path / "double", number="float64")
     with pytest.raises(InputError, match="hold moments of different types"):
-        merge([bank, half], tmp_path / "out")
+        merge([bank, double], tmp_path / "out")
     other = PORT.sim(models.conv_bn_relu())
     foreign = collect(other, samples(other, 8, seed=3), tmp_path / "foreign")
     with pytest.raises(InputError, match="different networks"):
@@ -256,7 +258,9 @@ def test_what_doesnt_belong_together_isnt_merged(sim, bank, tmp_path):
     with pytest.raises(InputError, match="two or more"):
         merge([bank], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert half.bytes < bank.bytes
+    alone = collect(sim, samples(sim, 8, seed=3), tmp_path / "alone")
+    assert alone.bytes < double.bytes
+    same_weights(sim.fork().apply("gptq", double), sim.fork().apply("gptq", alone))
 
 
 # -- shares
@@ -368,8 +372,8 @@ def forged_file(folder, name, values):
     ("name", "make", "told"),
     [
         ("moments-0.npy", lambda v: np.full(v.shape, {}, object), "Python objects"),
-        ("moments-0.npy", lambda v: v[:, :-1], "expected float64"),
-        ("moments-0.npy", lambda v: v.astype(np.float32), "expected float64"),
+        ("moments-0.npy", lambda v: v[:, :-1], "expected float32"),
+        ("moments-0.npy", lambda v: v.astype(np.float64), "expected float32"),
         ("moments-0.npy", lambda v: np.full_like(v, np.inf), "aren't finite"),
         ("means.npy", lambda v: v[:, :3], "shorter than its index says"),
         ("counts.npy", lambda v: -v, "bins that there can't be"),
@@ -407,7 +411,7 @@ def test_forged_indexes_are_refused(change, told, copied):
 @onnx_only
 def test_moments_of_another_width_are_refused(sim, copied):
     rewritten(copied, lambda c: c["moments"][0].update(features=2, means=[0, 2 * c["moments"][0]["groups"]]))
-    with pytest.raises(InputError, match="expected float64"):
+    with pytest.raises(InputError, match="expected float32"):
         sim.fork().apply("gptq", Bank.open(copied))
 
 
@@ -440,7 +444,7 @@ def test_a_bank_that_is_there_already_is_kept(sim, bank, copied, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in bank.path.iterdir()}
     assert collect(sim, samples(sim), bank.path).record == bank.record
     other, some = samples(sim, seed=9), [sim.graph.linear_ops[0].id]
-    for wrong in ({"data": other}, {"number": "float32"}, {"layers": some}, {"budget_gib": 0.0}):
+    for wrong in ({"data": other}, {"number": "float64"}, {"layers": some}, {"budget_gib": 0.0}):
         with pytest.raises(InputError, match="is there already"):
             collect(sim, **{"data": samples(sim), **wrong}, out=bank.path)
     assert {p.name: p.stat().st_mtime_ns for p in bank.path.iterdir()} == before

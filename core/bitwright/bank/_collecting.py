@@ -55,7 +55,7 @@ def collect(
     layers: Sequence[str] = (),
     budget_gib: float | None = None,
     moments_gib: float = LayerwiseSettings().moments_gib,
-    number: Number = "float64",
+    number: Number = "float32",
     every_tensor: bool = False,
     steps: Sequence[Step] = (),
     share: int | None = None,
@@ -76,8 +76,8 @@ def collect(
             `Record.left_out`.
         moments_gib: memory of one layer's moments at most, as in `LayerwiseSettings`; a layer beyond it is kept in
             blocks of its input channels.
-        number: type that second moments are kept in: "float64" as they are solved on; "float32" takes half the
-            space, and of codes that lie between two numbers a few may fall to the other one.
+        number: type that second moments are kept in. Techniques take them as "float32" has them in any case; "float64"
+            takes twice the space, and adds up without loss where many banks are merged.
         every_tensor: hold histograms of all tensors, for targets that aren't known yet.
         steps: what was applied to the model before, without data, for the record.
         share: batches that are collected together; shares are added in the order of the data, here or as the

@@ -48,8 +48,8 @@ def collect(
         float,
         typer.Option(min=0, help="Memory of one layer's moments at most; one beyond it is kept in blocks of channels."),
     ] = 2.0,
-    float32: Annotated[
-        bool, typer.Option("--float32", help="Keep moments in half the space; a few codes may change.")
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Keep moments in twice the space, to merge many banks without loss.")
     ] = False,
     share: Annotated[
         int | None,
@@ -87,7 +87,7 @@ def collect(
         bank = collected(
             sim, dataset, out, layers=layers.split(",") if layers else (), budget_gib=budget_gib,
             moments_gib=moments_gib,
-            number="float32" if float32 else "float64", every_tensor=every_tensor, steps=steps.steps, share=share,
+            number="float64" if float64 else "float32", every_tensor=every_tensor, steps=steps.steps, share=share,
         )  # fmt: skip
     return _tell(bank)
 

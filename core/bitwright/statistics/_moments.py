@@ -32,7 +32,8 @@ class LayerMoments:
     few channels a group, as depthwise ones, by displacement (`_displacement`), without writing columns.
 
     Features that barely vary around a large mean are summed about a shift near it (chosen on the first batch), so that
-    their variance isn't the difference of two large numbers; every property gives the moments of x itself.
+    their variance isn't the difference of two large numbers; every property gives the moments of x itself. Where x̂ = x,
+    second moments are given as single precision has their sums (`_rounded`), which is how banks keep them.
 
     Args:
         op: the op, for its geometry.
@@ -299,18 +300,34 @@ class LayerMoments:
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
         a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
-        return self._scaled(self._products[index]) - _outer(a, b)
+        return self._scaled(self._rounded(index)) - _outer(a, b)
 
     def _product(self, index: int) -> Moments:
         """About zero: what the shift has taken out put in again."""
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
-        total = self._scaled(self._products[index])
+        total = self._scaled(self._rounded(index))
         (a, b), shifts = self._pairs[index], self._shift
         if not (shifts[a].any() or shifts[b].any()):
             return total
         m, n = self._scaled(self._sum[a]), self._scaled(self._sum[b])
         return total + _outer(shifts[a], n) + _outer(m, shifts[b]) + _outer(shifts[a], shifts[b])
+
+    def _rounded(self, index: int) -> Moments:
+        """Second moments in single precision where x̂ = x, so that in files of half the size they are the same.
+
+        Products were summed in it over a batch: the digits behind it are none of the data's. What overflows it stays.
+        """
+        total = self._products[index]
+        if self.paired:
+            return total
+        with np.errstate(over="ignore"):
+            single = total.astype(np.float32)
+        if not np.isfinite(single).all():
+            return total
+        # A file has the upper triangle.
+        upper = np.triu(single)
+        return upper + np.triu(single, 1).swapaxes(1, 2).astype(np.float64)
 
     def _scaled(self, total: Moments) -> Moments:
         if self.count == 0:

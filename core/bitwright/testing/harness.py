@@ -156,6 +156,7 @@ class SimpleWalk:
         products: bool = True,
         residuals: bool = False,
         moments_gib: float | None = None,
+        column_blocks: bool = False,
     ) -> dict[OpId, LayerResult]:
         """See `LayerWalk`; every layer's moments are collected, however large."""
         graph = self.backend.graph(self.model)
