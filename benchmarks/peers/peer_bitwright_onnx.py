@@ -1,0 +1,35 @@
+"""bitwright in ONNX: target `onnxruntime-cpu` (int8 per channel, uint8 activations); W4A8 by two techniques."""
+
+from __future__ import annotations
+
+import numpy as np
+from common import BATCH, bench
+
+from bitwright.simulation import QuantSim
+
+run = bench()
+few = {"image": run.calibration[: run.rounding]}
+data = {"image": run.calibration}
+sim = run.seconds("calibrate", lambda: QuantSim(run.onnx, target="onnxruntime-cpu").calibrate(data))
+
+
+def simulated(images: np.ndarray, sim: QuantSim = sim) -> np.ndarray:
+    return sim.predict({"image": images})[0]
+
+
+def in_float(images: np.ndarray) -> np.ndarray:
+    return sim.predict({"image": images}, simulated=False)[0]
+
+
+run.accuracy("float", in_float)
+run.accuracy("W8A8", simulated)
+run.seconds("export", lambda: sim.export(run.work / "bitwright_onnx"))
+run.artefact(next((run.work / "bitwright_onnx").glob("*.qdq.onnx")))
+first = run.calibration[:BATCH]
+run.turns({"float pass": lambda: in_float(first), "simulated pass": lambda: simulated(first)})
+for technique in ("adaround", "gptq") if run.rounding else ():
+    low = QuantSim(run.onnx, weights="int4")
+    run.seconds(technique, lambda low=low, technique=technique: low.apply(technique, few))
+    low.calibrate(data)
+    run.accuracy(f"W4A8 {technique}", lambda images, low=low: simulated(images, low))
+run.end("bitwright", "onnxruntime")
