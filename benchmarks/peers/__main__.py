@@ -1,6 +1,6 @@
 """bitwright beside its peers: EfficientNet-Lite0 with ImageNet weights, the same photos, types and machine.
 
-    python benchmarks/peers --images imagenet.tar [--only bitwright_torch,aimet_torch] [--environments .peers]
+    python benchmarks/peers --images imagenet.tar [--only bitwright_torch,aimet_torch] [--environments FOLDER]
                             [--calibrate 250] [--evaluate 250] [--rounding 64] [--repeats 5]
                             [--markdown docs/benchmarks.md]
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="a .tar or folder of *_LABEL.jpg; default: foolbox's 20 photos")
     parser.add_argument("--only", default=",".join(PEERS))
-    parser.add_argument("--environments", type=Path, default=REPOSITORY / ".peers")
+    parser.add_argument("--environments", type=Path, default=REPOSITORY / ".venv-peers")
     parser.add_argument("--calibrate", type=int, default=250)
     parser.add_argument("--evaluate", type=int, default=250)
     parser.add_argument(
