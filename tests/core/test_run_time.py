@@ -55,6 +55,8 @@ def test_each_token_has_its_own_scale():
     assert np.array_equal(found[1, 1], np.float32([50 * wide, 127 * wide, -64 * wide]))  # −63.5, half to even
     four = dynamic_encoding("uint4:per_token").fake_quantize(np.float32([[-1, 0, 2], [0, 3, 30]]))
     assert np.array_equal(four, np.float32([[-1, 0, 2], [0, 4, 30]]))  # steps of 0.2 and 2: 1.5 steps are 2
+    small = np.float32([[127e-25, 1e-25, -64e-25]])  # small, but not too small for a step
+    assert np.allclose(dynamic_encoding("int8:per_token").fake_quantize(small), small, rtol=1e-6, atol=0)
     assert dynamic_encoding("int8:dynamic").fake_quantize(np.zeros((0, 4), np.float32)).shape == (0, 4)
 
 
@@ -134,6 +136,11 @@ def test_exceptions_both_ways():
     static = build_plan(graph, "default", overrides={"mid": {"activations": "int8:per_token"}})
     assert str(static.spec(mid).run_time) == "int8:per_token"
     assert static.spec(graph.op("sum").output).granularity == PerTensor()
+    # What is only moved has a grid of its own behind it: no two tensors need span the same range.
+    pool, flat = graph.op("pool").output, graph.op("flatten").output
+    assert build_plan(graph, "default").root(flat) == pool
+    apart = build_plan(graph, "default", overrides={pool: "int8:per_token"})
+    assert (str(apart.spec(pool).run_time), apart.spec(flat).run_time) == ("int8:per_token", None)
 
 
 @pytest.mark.parametrize("text", ["int8:per_token", "uint8:dynamic"])
