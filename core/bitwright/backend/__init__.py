@@ -18,7 +18,7 @@ from bitwright.backend._editing import Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
-from bitwright.backend._parts import Divisible, Part, parts_of, session_in_parts
+from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts
 from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
@@ -114,6 +114,7 @@ __all__ = [
     "given",
     "handed_out",
     "known_param",
+    "let_go",
     "no_param",
     "not_computable",
     "observed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,23 @@ def _cuts(sizes: Sequence[int], crossing: Sequence[int]) -> list[int]:
     return cuts
 
 
+def let_go() -> None:
+    """Give memory back of parts that aren't needed any more.
+
+    Models are full of circles, which keep their weights until the collector comes; and the C library keeps freed arrays
+    of some megabytes for itself, unless it is asked for them (glibc).
+    """
+    gc.collect()
+    if _trim is not None:
+        _trim(0)
+
+
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (AttributeError, OSError, TypeError):
+    _trim = None
+
+
 class Divisible(Protocol):
     """A network that can be run from tensors inside of it."""
 
@@ -155,5 +173,5 @@ class _InParts:
             found.update((tap, run[tap]) for tap in own)
             held = {t: held[t] if t in held else np.asarray(run[Tap(t)]) for t in after}
             del session
-            gc.collect()  # models are full of circles, and this part's has its weights
+            let_go()
         return {tap: found[tap] for tap in self.taps}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bitwright.backend import Backend, Part, PartialExecution, Session, Tap, parts_of, reduced
+from bitwright.backend import Backend, Part, PartialExecution, Session, Tap, let_go, parts_of, reduced
 from bitwright.calibration._collected import Collected, taps_of, update_all
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
 from bitwright.errors import InputError
@@ -69,7 +68,7 @@ def stream_in_parts(
             for cache in held.values():
                 cache.close()
             held = fresh
-            gc.collect()  # models are full of circles, and this part's has its rounded weights
+            let_go()
             if progress is not None:
                 progress.advance(1)
 
