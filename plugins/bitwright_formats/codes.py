@@ -34,7 +34,7 @@ class Codes:
     @property
     def run(self) -> int:
         """Columns that share a scale."""
-        return self.codes.shape[1] // self.scale.shape[1]
+        return int(self.codes.shape[1] // self.scale.shape[1])
 
     def values(self) -> NDArray[np.float32]:
         """The weight."""

@@ -120,9 +120,11 @@ def _quantized(model: ToCompile, param: ParamId, family: Family | None) -> GgufT
     kind, shape = block_type(model.encodings[param], param), model.graph.params[param].shape
 
     def make() -> NDArray[np.uint8]:
-        parts = codes_of(model, param), *scales_of(model, param, BLOCK)
+        codes, (scale, zero) = codes_of(model, param), scales_of(model, param, BLOCK)
         order = None if family is None else family.rows(param, shape[0])
-        return to_blocks(kind, *(parts if order is None else (part[order] for part in parts)))  # type: ignore[arg-type]
+        if order is not None:
+            codes, scale, zero = codes[order], scale[order], zero[order]
+        return to_blocks(kind, codes, scale, zero)
 
     return GgufTensor(_name(param, family), kind, shape, make)
 

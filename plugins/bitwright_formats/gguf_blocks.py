@@ -53,13 +53,13 @@ def to_blocks(
     """Codes (rows, columns) with scales and zero points (rows, blocks), as bytes (rows, bytes of a row)."""
     rows = len(codes)
     split = codes.reshape(rows, -1, BLOCK)
-    parts = [_half(scale)]
+    parts: list[NDArray[np.uint8]] = [_half(scale)]
     if kind == "Q8_0":
         parts.append((split.astype(np.int16) - 128).astype(np.int8).view(np.uint8))
     else:
         if kind == "Q4_1":
             parts.append(_half(-zero.astype(np.float32) * scale))
-        parts.append(split[..., : BLOCK // 2] | (split[..., BLOCK // 2 :] << 4))
+        parts.append((split[..., : BLOCK // 2] | (split[..., BLOCK // 2 :] << 4)).astype(np.uint8))
     return np.concatenate(parts, axis=2).reshape(rows, -1)
 
 

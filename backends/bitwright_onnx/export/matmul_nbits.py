@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitwright.backend import Pair, ToCompile
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
-from bitwright_onnx.capture.model import save_model
+from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.export.qdq_pairs import contents_of
 from bitwright_onnx.graph.tensors import tensor_array
 
@@ -95,16 +95,19 @@ def _replaced(graph: ir.Graph, node: ir.Node, accuracy: int) -> bool:
     blocks = len(scale)
     bits = _WIDTHS[reader.inputs[0].const_value.dtype]  # type: ignore[union-attr]
     name = str(reader.outputs[0].name)
-    packed = np.ascontiguousarray(codes.T.reshape(rows, blocks, -1).astype(np.uint8))
+    packed = codes.T.reshape(rows, blocks, -1)
     if bits == 4:
         packed = packed[..., ::2] | (packed[..., 1::2] << 4)
-    operands = [(CODES, packed), ("_nbits_scales", scale.T.reshape(-1).astype(np.float32))]
+    operands: list[tuple[str, NDArray[Any]]] = [
+        (CODES, np.ascontiguousarray(packed, np.uint8)),
+        ("_nbits_scales", scale.T.reshape(-1).astype(np.float32)),
+    ]
     if (zero != 2 ** (bits - 1)).any():
-        points = zero.T.astype(np.uint8)
+        points = zero.T
         if bits == 4:
             points = np.pad(points, ((0, 0), (0, blocks % 2)))
             points = points[:, ::2] | (points[:, 1::2] << 4)
-        operands.append(("_nbits_zero_points", points))
+        operands.append(("_nbits_zero_points", np.ascontiguousarray(points, np.uint8)))
     values = [node.inputs[0], *(_constant(graph, f"{name}{ending}", array) for ending, array in operands)]
     attributes = {
         "K": columns, "N": rows, "bits": bits, "block_size": columns // blocks, "accuracy_level": accuracy,
@@ -133,9 +136,9 @@ def _matrix(node: ir.Node) -> _Matrix | None:
     turned = False
     if node.op_type == "Gemm":
         plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-        if not plain or node.attributes.get_int("transA", 0):
+        if not plain or node.attributes.get_int("transA"):
             return None
-        turned = bool(node.attributes.get_int("transB", 0))
+        turned = node.attributes.get_int("transB") == 1
     value = node.inputs[1]
     reader = None if value is None else value.producer()
     if reader is None or value is None or reader.op_type != "DequantizeLinear":
@@ -147,9 +150,9 @@ def _matrix(node: ir.Node) -> _Matrix | None:
         return None
     codes = np.asarray(tensor_array(held[0])).astype(np.int64)  # type: ignore[arg-type]
     scale = np.asarray(tensor_array(held[1]), np.float32)  # type: ignore[arg-type]
-    zero = (
-        np.zeros(scale.shape, np.int64) if len(held) < 3 or held[2] is None else tensor_array(held[2]).astype(np.int64)
-    )
+    zero = np.zeros(scale.shape, np.int64)
+    if len(held) > 2 and held[2] is not None:
+        zero = np.asarray(tensor_array(held[2])).astype(np.int64)
     axis = int(reader.attributes.get_int("axis", 1) or 0) % 2
     size = int(reader.attributes.get_int("block_size", 0) or 0)
     if turned:
@@ -163,7 +166,8 @@ def _matrix(node: ir.Node) -> _Matrix | None:
         size = next((b for b in _BLOCKS if columns % b == 0), 0)
         if not size or (scale.ndim == 1 and axis != 1):
             return None
-        scale, zero = (np.broadcast_to(a.reshape(1, -1), (columns // size, rows)) for a in (scale, zero))
+        shape = (columns // size, rows)
+        scale, zero = np.broadcast_to(scale.reshape(1, -1), shape), np.broadcast_to(zero.reshape(1, -1), shape)
     low = 0 if held[0].dtype in (ir.DataType.UINT4, ir.DataType.UINT8) else -(2 ** (_WIDTHS[held[0].dtype] - 1))  # type: ignore[union-attr]
     return reader, codes - low, scale, zero - low
 
