@@ -20,7 +20,7 @@ from bitwright.calibration import InParts, collect
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import BitwrightError, InputError
 from bitwright.files import cannot_write
-from bitwright.graph import OpId, TensorId
+from bitwright.graph import Op, OpId, TensorId
 from bitwright.plugins import registry
 from bitwright.state import SimState
 from bitwright.statistics import Request, Statistic
@@ -171,7 +171,7 @@ def _open(backend: str, network: str, wanted: Wanted) -> tuple[Any, InParts | No
     adapter = registry.backend(backend)
     model = adapter.load(Path(network))
     graph = adapter.graph(model)
-    shared = {op: [graph.op(op)] for op in wanted.ops}
+    shared: dict[object, list[Op]] = {op: [graph.op(op)] for op in wanted.ops}
     return (
         float_only(adapter, model),
         divided(adapter, model, graph),

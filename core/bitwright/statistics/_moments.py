@@ -157,7 +157,8 @@ class LayerMoments:
                 for t in (sums, squares)
             )
         variance = square - np.square(mean)
-        return np.where(np.square(mean) > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)
+        steady: Moments = np.where(np.square(mean) > STEADY * variance, mean, 0.0)
+        return steady.astype(np.float32).astype(np.float64)
 
     def _channels_first(self, values: NDArray[Any]) -> NDArray[Any]:
         return np.moveaxis(values, 1 if self.channel_axis is None else self.channel_axis, 1)
@@ -326,8 +327,8 @@ class LayerMoments:
         if not np.isfinite(single).all():
             return total
         # A file has the upper triangle.
-        upper = np.triu(single)
-        return upper + np.triu(single, 1).swapaxes(1, 2).astype(np.float64)
+        upper = np.triu(single.astype(np.float64))
+        return upper + np.swapaxes(np.triu(upper, 1), 1, 2)
 
     def _scaled(self, total: Moments) -> Moments:
         if self.count == 0:
