@@ -187,7 +187,7 @@ class LayerMoments:
         Raises:
             InputError: a value isn't finite.
         """
-        total = (values[None] if values.ndim == 1 else values).sum(axis=0, keepdims=True, dtype=np.float64)
+        total: Moments = (values[None] if values.ndim == 1 else values).sum(axis=0, keepdims=True, dtype=np.float64)
         if not finite([total]):  # a value that isn't shows in the sum
             raise InputError(f"{self.op.id!r}: NaN or infinite values reach this layer; check the calibration data")
         return total
