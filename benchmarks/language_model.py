@@ -33,8 +33,9 @@ from bitwright_search.evaluation import ByMetric
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TARGET = "default_per_channel"
-W4 = {"weights": "int4", "activations": "float", "target": TARGET, "overrides": {"*embed_tokens.weight": "int8"}}
-"""Weights only, layers in 4 bits; a head that is tied to the embedding has 8 with it."""
+EIGHT = {"*embed_tokens": {"weights": "int8"}, "*lm_head": {"weights": "int8"}}
+W4 = {"weights": "int4", "activations": "float", "target": TARGET, "overrides": EIGHT}
+"""Weights only, layers in 4 bits; embedding and head have 8, tied or, once rotated, apart."""
 BLOCKS = {**W4, "weights": "int4:block32"}
 ROWS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "w8a16": ({"target": TARGET, "activations": "uint16"}, []),
