@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -113,10 +114,9 @@ def let_go() -> None:
         _trim(0)
 
 
-try:
+_trim: Any = None
+with suppress(AttributeError, OSError, TypeError):
     _trim = ctypes.CDLL(None).malloc_trim
-except (AttributeError, OSError, TypeError):
-    _trim = None
 
 
 class Divisible(Protocol):
