@@ -84,9 +84,17 @@ class _Stage:
     def seconds(self) -> float:
         return time.monotonic() - self.begun
 
+    @property
+    def left(self) -> str:
+        """The time that is left at the speed so far, in words; "" where it isn't known."""
+        if self.total is None or not 0 < self.done <= self.total:
+            return ""
+        seconds = round(self.seconds * (self.total - self.done) / self.done)
+        return f", about {seconds} s left" if seconds < 120 else f", about {round(seconds / 60)} min left"
+
 
 class Lines(Silent):
-    """A line when a stage ends, and one every ten seconds meanwhile: for logs and pipes."""
+    """A line when a stage ends, and one every ten seconds meanwhile, with the time left: for logs and pipes."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -104,7 +112,7 @@ class Lines(Silent):
         stage.done += steps
         if time.monotonic() - stage.told >= LINE_SECONDS:
             stage.told = time.monotonic()
-            self._write_line(f"{stage.description}: {stage.count}" + (f" {note}" if note else ""))
+            self._write_line(f"{stage.description}: {stage.count}{stage.left}" + (f" {note}" if note else ""))
 
     def finish(self) -> None:
         """Report the stage and its duration."""
@@ -170,6 +178,7 @@ class Bars(Silent):
                 TimeRemainingColumn(compact=True),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self._console,
+                speed_estimate_period=3600,  # a step may take minutes
             )
             self._bars.start()
         return self._bars

@@ -68,7 +68,11 @@ def test_training_starts_where_the_simulation_is(range_learning: bool) -> None:
 
 def test_training_goes_on_in_another_process(tmp_path: Path) -> None:
     """From the simulation as it was before and the model's weights, optimizer included; nothing is calibrated."""
-    sim = simulated(weights="int4", activations="uint4")
+    keras.utils.set_random_seed(0)
+    images = keras.Input(X.shape[1:])  # without dropout, whose random numbers no file of weights holds
+    hidden = keras.layers.ReLU()(keras.layers.Conv2D(4, 3)(images))
+    net = keras.Model(images, keras.layers.Dense(5)(keras.layers.GlobalAveragePooling2D()(hidden)))
+    sim = QuantSim(net, weights="int4", activations="uint4").calibrate(X)
     sim.save(tmp_path / "before")
     model = compiled(sim.trainable(range_learning=True))
     options = {"batch_size": 32, "shuffle": False, "verbose": 0}

@@ -33,7 +33,25 @@ def test_lines_tell_each_stage(monkeypatch):
     assert [line.split(" done")[0] for line in lines] == ["  Batches: 5"] * 3 + ["Layers: 3/3"]
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     work(Lines(stream))
-    assert "Layers: 2/3 conv2" in stream.getvalue()
+    assert "Layers: 2/3, about 0 s left conv2" in stream.getvalue()
+
+
+def test_lines_tell_the_time_that_is_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    shown = Lines(stream)
+    shown.start("Layers", 8)
+    for now[0] in (20.0, 100.0):
+        shown.advance()
+    shown.start("Batches", None)
+    now[0] = 200.0
+    shown.advance(3)
+    assert [line.strip() for line in stream.getvalue().splitlines()] == [
+        "Layers: 1/8, about 2 min left",  # 20 s for one, 140 for seven
+        "Layers: 2/8, about 5 min left",
+        "Batches: 3",
+    ]
 
 
 def test_bars_draw_and_leave_the_terminal_clean():

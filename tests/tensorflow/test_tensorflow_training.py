@@ -250,13 +250,15 @@ def test_training_goes_on_in_another_process(tmp_path):
     model = net.sim.trainable(range_learning=True)
     saver, step = opened(model)
     step()
-    saver.save(model.session, str(tmp_path / "step"))
+    with model.graph.as_default():
+        saver.save(model.session, str(tmp_path / "step"))
     step()
     sim = QuantSim.load(tmp_path / "before")
     other = sim.trainable(range_learning=True)
     saver, step = opened(other)
     assert not np.array_equal(other(net.sample), model(net.sample))
-    saver.restore(other.session, str(tmp_path / "step"))
+    with other.graph.as_default():
+        saver.restore(other.session, str(tmp_path / "step"))
     step()
     assert np.array_equal(other(net.sample), model(net.sample))
     sim.take()

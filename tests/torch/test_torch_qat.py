@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from simulated import ConvNet, Setup, conv_setup  # noqa: E402
 
+import bitwright_torch  # noqa: E402
 from bitwright.backend import Training  # noqa: E402
 from bitwright.calibration import full_table  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
@@ -208,6 +210,23 @@ def test_backends_that_can_t_train_say_so() -> None:
     sim = QuantSim(model, scheme="minmax").calibrate([np.float32([[1, -1]])])
     with pytest.raises(CapabilityError, match="PyTorch"):
         sim.trainable()
+
+
+def test_the_guide_s_distillation_brings_the_student_to_its_teacher() -> None:
+    """The page's own lines, on a network of 4-bit weights."""
+    text = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text()
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "kl_div" in b]
+    torch.manual_seed(0)
+    model, data = ConvNet().eval(), [x for x, _ in batches(12)]
+    sim = QuantSim(model, data[0], weights="int4").calibrate(data[0])
+
+    def apart() -> float:
+        x = torch.cat(data)
+        return float((torch.from_numpy(sim.predict(x)[0]) - model(x).detach()).square().mean())
+
+    before = apart()
+    exec(code, {"torch": torch, "bitwright_torch": bitwright_torch, "model": model, "sim": sim, "batches": data})
+    assert apart() < 0.8 * before
 
 
 def test_training_goes_on_elsewhere_without_calibrating(tmp_path: Path) -> None:
