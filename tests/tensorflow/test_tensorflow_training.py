@@ -252,17 +252,18 @@ def test_training_goes_on_in_another_process(tmp_path):
     step()
     with model.graph.as_default():
         saver.save(model.session, str(tmp_path / "step"))
+    saved = model(net.sample)
     step()
     sim = QuantSim.load(tmp_path / "before")
     other = sim.trainable(range_learning=True)
     saver, step = opened(other)
-    assert not np.array_equal(other(net.sample), model(net.sample))
+    assert not np.array_equal(other(net.sample), saved)
     with other.graph.as_default():
         saver.restore(other.session, str(tmp_path / "step"))
+    assert np.array_equal(other(net.sample), saved)
     step()
-    assert np.array_equal(other(net.sample), model(net.sample))
+    assert not np.array_equal(other(net.sample), saved)
     sim.take()
-    assert np.array_equal(sim.predict(net.sample)[0], model(net.sample))
     with pytest.raises(CapabilityError, match=r"can't be pickled.*QuantSim\.load.*Saver"):
         pickle.dumps(model)
 
