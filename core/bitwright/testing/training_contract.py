@@ -26,7 +26,17 @@ from bitwright.grids import (
     fake_quantize_vjp,
 )
 from bitwright.placement import Float, Plan
-from bitwright.testing.contract_base import Array, Case, Contract, assert_close, min_max_table, own, rows, run
+from bitwright.testing.contract_base import (
+    Array,
+    Case,
+    Contract,
+    assert_close,
+    min_max_table,
+    of_any_case,
+    own,
+    rows,
+    run,
+)
 from bitwright.testing.harness import simple_plan
 
 
@@ -48,6 +58,7 @@ class TrainingContract(Contract):
         """
         raise NotImplementedError
 
+    @of_any_case
     def test_training_starts_from_the_simulation(self, case: Case) -> None:
         """Before the first step a trainable simulation computes what the other does, and taken back it is the model."""
         backend, model = self._trainable(), case.model
