@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--edges", default="newest,oldest")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     args = parser.parse_args()
-    here = {v: found for v in PYTHONS if (found := shutil.which(f"python{v}"))}
+    # A name on the path may be a shim for an interpreter that isn't installed.
+    here = {v: f for v in PYTHONS if (f := shutil.which(f"python{v}")) and not run([f, "--version"]).returncode}
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
