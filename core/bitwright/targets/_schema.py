@@ -45,7 +45,11 @@ def _only_true(value: object) -> bool:
     return True
 
 
-_as_text = PlainSerializer(str, return_type=str)
+def _text(value: bool) -> str:
+    return str(value)
+
+
+_as_text = PlainSerializer(_text, return_type=str)  # pydantic 2.7 asks for a signature, which `str` has not
 Flag = Annotated[bool, BeforeValidator(_flag), _as_text]
 OnlyTrue = Annotated[bool, BeforeValidator(_only_true), _as_text]
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
