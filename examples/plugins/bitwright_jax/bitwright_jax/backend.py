@@ -58,8 +58,10 @@ class JaxNamespace(NumpyLike):
     """jax.numpy, where its compiler needs to be held to the letter."""
 
     def divided(self, x: Any, by: float, /) -> Any:
-        """A constant divisor would become a product with its reciprocal."""
-        return x / lax.optimization_barrier(jnp.asarray(by, x.dtype))
+        """A constant divisor becomes a product with its reciprocal, barrier or not: in double that is right in single."""
+        with jax.enable_x64(True):
+            wide = lax.convert_element_type(x, jnp.float64)
+            return lax.convert_element_type(lax.div(wide, lax.full_like(wide, by)), x.dtype)
 
     def stop(self, x: Any, /) -> Any:
         """x, without a gradient."""
