@@ -58,7 +58,7 @@ class JaxNamespace(NumpyLike):
     """jax.numpy, where its compiler needs to be held to the letter."""
 
     def divided(self, x: Any, by: float, /) -> Any:
-        """A constant divisor becomes a product with its reciprocal, barrier or not: in double that is right in single."""
+        """A constant divisor becomes a product with its reciprocal, barrier or not; in double, right for single."""
         with jax.enable_x64(True):
             wide = lax.convert_element_type(x, jnp.float64)
             return lax.convert_element_type(lax.div(wide, lax.full_like(wide, by)), x.dtype)
