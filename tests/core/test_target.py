@@ -239,9 +239,14 @@ def test_presets_load_and_summarize(name):
     assert isinstance(target, Target) and load_target(target) is target
     summary = target_summary(name)
     assert summary.name == name == target.name and summary.description
-    assert target.config.params["bias"].is_quantized is False
-    assert target.param("Conv", ParamRole.WEIGHT) == (True, True)
-    assert target.config.model_input.is_input_quantized
+    quantized, _ = target.param("Conv", ParamRole.BIAS)
+    assert not quantized
+    if target.config.bitwright.activations == "float":  # weights alone, those of linear ops
+        assert target.param("MatMul", ParamRole.WEIGHT)[0] and not target.param("Conv", ParamRole.WEIGHT)[0]
+        assert not target.config.model_input.is_input_quantized
+    else:
+        assert target.param("Conv", ParamRole.WEIGHT) == (True, True)
+        assert target.config.model_input.is_input_quantized
 
 
 def test_preset_names():
