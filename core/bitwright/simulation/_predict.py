@@ -47,10 +47,10 @@ def _floating(state: SimState, taps: Sequence[Tap]) -> Session:
 
 
 def _input_ranges(state: SimState) -> dict[str, tuple[float, float]]:
-    """The ends of the grids of the model's inputs, those that have integer grids."""
+    """The ends of the grids of the model's inputs, those that have integer grids before run time."""
     held = {t: state.encodings.get(state.plan.root(t)) for t in state.graph.inputs if t in state.plan}
     return {
         t: (float(e.minimum.min()), float(e.maximum.max()))
         for t, e in held.items()
-        if e is not None and e.float_format is None
+        if e is not None and e.float_format is None and e.is_fixed
     }
