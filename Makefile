@@ -126,5 +126,5 @@ dist: .venv/.installed ## build wheel and sdist into dist/
 	$(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist .
 
 clean: ## remove environments and everything generated
-	rm -rf .venv .venv-demo .venv-docs .venv-jax $(DEMO_OUT) dist site build
+	rm -rf .venv .venv-demo .venv-docs .venv-jax .venv-peers $(DEMO_OUT) dist site build
 	find . -name __pycache__ -prune -exec rm -rf {} +

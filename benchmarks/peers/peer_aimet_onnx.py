@@ -14,9 +14,7 @@ from common import BATCH, bench, log
 
 run = bench()
 model = onnx.load(run.onnx)
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-plain = onnxruntime.InferenceSession(run.onnx, options, providers=["CPUExecutionProvider"])
+plain = onnxruntime.InferenceSession(run.onnx, providers=["CPUExecutionProvider"])
 feeds = [{"image": batch} for batch in run.batches(run.calibration)]
 few = [{"image": batch} for batch in run.batches(run.calibration[: run.rounding])]
 

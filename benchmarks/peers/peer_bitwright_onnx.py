@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime
 from common import BATCH, bench
 
+from bitwright.backend import Tap
 from bitwright.simulation import QuantSim
 
 run = bench()
@@ -25,8 +27,11 @@ run.accuracy("float", in_float)
 run.accuracy("W8A8", simulated)
 run.seconds("export", lambda: sim.export(run.work / "bitwright_onnx"))
 run.artefact(next((run.work / "bitwright_onnx").glob("*.qdq.onnx")))
-first = run.calibration[:BATCH]
-run.turns({"float pass": lambda: in_float(first), "simulated pass": lambda: simulated(first)})
+# As the peers': a plain session of the float file, and the simulation's own session, each opened once.
+plain = onnxruntime.InferenceSession(run.onnx, providers=["CPUExecutionProvider"])
+session = sim.simulation.session([Tap(t) for t in sim.graph.outputs])
+first = {"image": run.calibration[:BATCH]}
+run.turns({"float pass": lambda: plain.run(None, first), "simulated pass": lambda: session.run(first)})
 for technique in ("adaround", "gptq") if run.rounding else ():
     low = QuantSim(run.onnx, weights="int4")
     run.seconds(technique, lambda low=low, technique=technique: low.apply(technique, few))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from bitwright.data import Dataset, FirstSamples, labels, open_data
 from bitwright.data._dataset import ArrayDataset, ImageOptions
 from bitwright.errors import InputError
-from bitwright.files import StoredArray, open_npy
+from bitwright.files import HeldFile, StoredArray, open_npy
 
 ONE = {"x": ((None, 3, 4), "float32")}
 TWO = {"ids": ((None, 5), "int64"), "mask": ((None, 5), "float32")}
@@ -81,6 +83,29 @@ def test_files_are_read_piece_by_piece_where_they_can_be(tmp_path):
         if name.endswith(("npy", "npz")):
             array = open_data(source, ONE).arrays["x"]
             assert isinstance(array, StoredArray) == (name not in ("compressed npz", "fortran npz")), name
+
+
+def test_where_no_call_reads_from_a_place_threads_read_in_turn(tmp_path, monkeypatch):
+    """Windows has no `preadv`."""
+    values = np.arange(8000, dtype=np.float32)
+    (tmp_path / "x").write_bytes(values.tobytes())
+    monkeypatch.delattr(os, "preadv")
+    seek = os.lseek
+    # Long enough for another thread to move the position meanwhile.
+    monkeypatch.setattr(os, "lseek", lambda *place: (seek(*place), time.sleep(1e-4)))
+    file = HeldFile(tmp_path / "x")
+
+    def read(index):
+        row = np.empty(80, np.float32)
+        file.fill(index * row.nbytes, row.view(np.uint8).data)
+        return row
+
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(read, [*range(100)] * 5))
+    np.testing.assert_array_equal(np.concatenate(rows), np.tile(values, 5))
+    os.truncate(tmp_path / "x", 100)
+    with pytest.raises(InputError, match="was changed while it was in use"):
+        read(0)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])

@@ -59,7 +59,7 @@ def without_native_logs(package: str) -> Iterator[None]:
         return
     try:
         stream = os.dup(2)
-        if not sys.executable:
+        if not sys.executable or getattr(sys, "frozen", False):  # of a frozen program it is the program itself
             raise OSError("there is no interpreter to run")
         filtering = subprocess.Popen([sys.executable, "-I", "-S", "-c", _FILTER], stdin=subprocess.PIPE)
     except OSError:  # no error stream, or no processes

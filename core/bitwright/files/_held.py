@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class HeldFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDONLY)
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._handle)
         self._stamp = stamp(self._handle)
         self.size = self._stamp[0]
@@ -42,6 +43,21 @@ class HeldFile:
         fill(self.path, self._handle, self._stamp, offset, into)
 
 
+_POSITION = threading.Lock()
+"""Held while a file is read where the system has no call that reads from a place: Windows."""
+
+
+def _read_at(handle: int, offset: int, into: memoryview) -> int:
+    """Read bytes from a place, whatever other threads read of the same file; how many there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [into], offset)
+    with _POSITION:
+        os.lseek(handle, offset, os.SEEK_SET)
+        found = os.read(handle, len(into))
+    into[: len(found)] = found
+    return len(found)
+
+
 def stamp(handle: int) -> tuple[int, int]:
     """Size and time of change of an open file, which tell that it was written to."""
     status = os.fstat(handle)
@@ -54,7 +70,7 @@ def fill(path: Path, handle: int, expected: tuple[int, int], offset: int, into: 
         if stamp(handle) != expected:
             raise InputError(f"{path} was changed while it was in use; begin again when it is whole")
         while into:
-            read = os.preadv(handle, [into[: 2**30]], offset)
+            read = _read_at(handle, offset, into[: 2**30])
             if not read:
                 raise InputError(f"{path} was cut short while it was in use; begin again when it is whole")
             into, offset = into[read:], offset + read
