@@ -289,6 +289,19 @@ def test_shares_are_the_same_wherever_they_are_collected(sim, bank, tmp_path):
 
 
 @onnx_only
+def test_workers_that_stay_open_the_network_anew(sim, tmp_path):
+    """The next collection into the same folder may be of other weights: a pool keeps what it has opened by its path."""
+    data = sim.open(samples(sim), batch_size=4)
+    other = sim.fork().apply("cross_layer_equalization")
+    expected = collect(other, data, tmp_path / "expected", share=2)
+    with open_workers(ThreadPoolExecutor(3)) as workers:
+        collect(sim.fork().attach(executor=workers), data, tmp_path / "bank", share=2)
+        shutil.rmtree(tmp_path / "bank")
+        found = collect(other.attach(executor=workers), data, tmp_path / "bank", share=2)
+    assert found.record.files == expected.record.files
+
+
+@onnx_only
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
 def test_a_worker_that_dies_costs_its_share(sim, tmp_path, monkeypatch):
     import deadly_worker

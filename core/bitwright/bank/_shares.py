@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,7 +84,7 @@ def in_shares(
     state.progress.start("Collecting statistics", data.samples)
     shares = 0
     try:
-        for samples, found in _collected(state, requests, data, size, wanted, folder / "network"):
+        for samples, found in _collected(state, requests, data, size, wanted, folder):
             for key, statistic in total.items():
                 statistic.merge(found[key])
             shares += 1
@@ -96,11 +97,11 @@ def in_shares(
 
 
 def _collected(
-    state: SimState, requests: Sequence[Request], data: Dataset, size: int, wanted: Wanted, network: Path
+    state: SimState, requests: Sequence[Request], data: Dataset, size: int, wanted: Wanted, folder: Path
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(samples, statistics) of the shares, in order."""
     opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
-    if state.workers is None or (file := _laid_out(state, network)) is None:
+    if state.workers is None or (file := _laid_out(state, folder)) is None:
         for share in _shares(data, size):
             yield share.samples, collect(requests, opened, share, divided=whole, first_batch=share.first)
         return
@@ -124,9 +125,9 @@ def _collected(
                 yield sizes[taken], _restored(requests, ready.pop(taken))
                 taken += 1
     finally:
-        shutil.rmtree(network, ignore_errors=True)
-    if network.exists():
-        raise cannot_write(network, OSError(f"{network} can't be removed"))
+        shutil.rmtree(file.parent, ignore_errors=True)
+    if file.parent.exists():
+        raise cannot_write(file.parent, OSError(f"{file.parent} can't be removed"))
 
 
 def _shares(data: Dataset, size: int) -> Iterator[_Share]:
@@ -137,12 +138,16 @@ def _shares(data: Dataset, size: int) -> Iterator[_Share]:
 
 
 def _laid_out(state: SimState, folder: Path) -> Path | None:
-    """Put the float network where workers find it; None if it can't be saved."""
+    """Put the float network where workers find it, under a path that never was before: they know what they have
+    opened by it. None if it can't be saved."""
     try:
-        folder.mkdir()
-        return state.backend.save(state.native, folder / f"model{registry.backends()[state.backend.name].suffix}")
+        place = Path(tempfile.mkdtemp(prefix="network-", dir=folder))
+    except OSError:
+        return None
+    try:
+        return state.backend.save(state.native, place / f"model{registry.backends()[state.backend.name].suffix}")
     except (OSError, BitwrightError):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         return None
 
 
