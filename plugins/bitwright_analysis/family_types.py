@@ -163,12 +163,13 @@ def _tokens(sim: QuantSim, roots: Sequence[SiteId], data: Dataset) -> dict[SiteI
 
 def _row(sim: QuantSim, root: SiteId, place: Place, spec: QuantSpec, tokens: _Tokens, *, wider: bool) -> SiteTypes:
     sign = "int" if spec.signed else "uint"
+    present = f"{sign}{spec.bits}" if spec.run_time is None else str(spec.run_time)
     reach = max(abs(tokens.low), abs(tokens.high))
     return SiteTypes(
         site=root,
         place=place.value,
-        present=f"{sign}{spec.bits}",
-        proposed=f"{sign}{WIDE_BITS if wider else spec.bits}",
+        present=present,
+        proposed=f"{sign}{WIDE_BITS}" if wider else present,
         token_db=decibels(tokens.noise),
         largest_to_typical=reach / tokens.typical,
         kurtosis=tokens.kurtosis,
