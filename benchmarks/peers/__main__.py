@@ -28,7 +28,7 @@ VISION = (*TORCH, "torchvision")
 PEERS: dict[str, tuple[str, ...]] = {
     "bitwright_torch": (f"{REPOSITORY}[torch,onnx]", *TORCH),
     "aimet_torch": ("aimet-torch", *VISION),
-    "nncf_torch": ("nncf", *TORCH),
+    "nncf_torch": ("nncf", "torchao", *TORCH),
     "torchao": ("torchao", *TORCH),
     "mct": ("model-compression-toolkit", *VISION),
     "bitwright_onnx": (f"{REPOSITORY}[onnx]",),
