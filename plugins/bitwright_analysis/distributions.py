@@ -23,8 +23,6 @@ from bitwright_analysis.sweeps import layer_of
 
 BINS = 128
 TYPICAL = 0.999
-DRAWN_CODES = 256
-"""Grids of up to so many codes are drawn code by code."""
 COUNTED = 2**16
 """Values of each sample that a histogram counts at least, where a tensor has so many; ranges are of all values."""
 

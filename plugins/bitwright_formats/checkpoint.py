@@ -29,7 +29,6 @@ TAKEN_ALONG = (
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias", "attn.bias")
 """Endings of what older checkpoints have though the class computes it."""
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)

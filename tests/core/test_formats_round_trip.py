@@ -21,7 +21,6 @@ from bitwright.formats import (
     inverse,
     loads,
     permute,
-    renumber,
     unbind,
 )
 from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, scale_shape, two_level
@@ -189,18 +188,6 @@ def test_gemm_weight_stored_in_out_gets_axis_1():
     assert permute(encoding, None) is encoding
     with pytest.raises(EncodingError, match="axis 0 of an encoding, but the layout"):
         permute(encoding, ())
-
-
-@given(case=tensors())
-@SETTINGS
-def test_renumbering_keeps_values(case):
-    encoding, _ = case
-    if encoding.bits == 32:
-        return
-    other = renumber(encoding, signed=not encoding.signed)
-    assert np.array_equal(other.minimum, encoding.minimum)
-    assert np.array_equal(other.maximum, encoding.maximum)
-    assert renumber(other, signed=encoding.signed).equals(encoding)
 
 
 def test_blocks_need_the_shape_and_lpbq_its_factors():

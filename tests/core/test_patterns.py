@@ -103,17 +103,6 @@ def test_chains_end_where_the_flow_branches(how):
     assert downstream(g, g.op("c")) is None
 
 
-def test_disjoint_matches():
-    b = Builder()
-    x = b.input("x", 3, 8, 8)
-    for i in range(4):
-        x = b.conv(f"c{i}", x, 3, pad=1)
-    g = b.build(x).graph
-    pairs = chain(linear.named("a"), linear.named("b"))
-    assert len(list(pairs.find(g))) == 3
-    assert [(m["a"].id, m["b"].id) for m in pairs.disjoint(g)] == [("c0", "c1"), ("c2", "c3")]
-
-
 def test_a_chain_needs_a_first_element():
     for elements in ((), (optional(act), linear)):
         with pytest.raises(ValueError, match="chain"):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from kernels_run import runtime_ops
 from onnx import helper, numpy_helper
 from small_nets import proto
 
@@ -21,7 +22,6 @@ from bitwright.verify import _integer_kernels as integer_kernels
 from bitwright.verify import sqnr, verify
 from bitwright_onnx.export import plain_session
 from bitwright_onnx.export.plain_session import PlainSession, keep_exact, risks_of, saturates_here
-from bitwright_onnx.export.runtime import runtime_ops
 from bitwright_onnx.simulate.session import session_options
 
 N = helper.make_node

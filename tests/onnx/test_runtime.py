@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kernels_run import runtime_ops
 from onnx import helper, numpy_helper
 from small_nets import ACTIVATION, conv_net, encoding, encodings_of, identity_net, opened, plan_of, proto
 
@@ -11,7 +12,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright.grids import EncodingTable, PerChannel, QuantSpec, encoding_of_weights
 from bitwright.simulation import QuantSim
 from bitwright_onnx.export.qdq import export_qdq, write_qdq
-from bitwright_onnx.export.runtime import IntegerSession, compile_bundle, runtime_ops
+from bitwright_onnx.export.runtime import IntegerSession, compile_bundle
 from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 
@@ -122,7 +123,7 @@ def test_bad_bundles_and_batches(tmp_path):
         IntegerSession(tmp_path / "missing.onnx")
     (tmp_path / "broken.onnx").write_bytes(bundle.files["qdq"].read_bytes()[:1000])
     with pytest.raises(InputError, match=r"broken\.onnx"):
-        runtime_ops(tmp_path / "broken.onnx")
+        IntegerSession(tmp_path / "broken.onnx")
     with pytest.raises(ModelError, match="'nothing'"):
         compile_bundle(bundle, ["nothing"])
     session = compile_bundle(bundle)

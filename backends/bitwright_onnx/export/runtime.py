@@ -15,17 +15,12 @@ Signed activations are moved to uint8 first, without a change of value: ONNX Run
 from __future__ import annotations
 
 import json
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
 from bitwright.backend import Batch, Bundle, Tap, given
 from bitwright.errors import InputError, ModelError
@@ -34,19 +29,12 @@ from bitwright.graph import TensorId
 from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.export.qdq import NAMES
 from bitwright_onnx.graph.subgraph import values_of
-from bitwright_onnx.simulate.session import compile_session, inputs_of, session_options
+from bitwright_onnx.simulate.session import compile_session, inputs_of
 
 INTEGER_CONFIG: Mapping[str, str] = {
     "session.x64quantprecision": "1",
     "session.qdq_matmulnbits_accuracy_level": "1",
 }
-
-_INTEGER_OPS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "QMoE", "DynamicQuantize",
-                "QOrdered")  # fmt: skip
-_PLUMBING = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Shape", "Squeeze", "Unsqueeze", "Gather", "Slice",
-     "Concat", "Split", "Flatten", "Identity", "Range", "Cast", "Constant", "Expand", "Pad", "MaxPool"}
-)  # fmt: skip
 
 
 class IntegerSession:
@@ -196,48 +184,6 @@ def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = (), *, reference: 
     if path is None:
         raise InputError(f"the bundle holds no quantized model ('qdq'), only {', '.join(bundle.files) or 'nothing'}")
     return IntegerSession(path, taps, reference=reference)
-
-
-@dataclass(frozen=True)
-class RuntimeOps:
-    """What ONNX Runtime makes of a model.
-
-    Attributes:
-        counts: operators that it runs, all optimizations done.
-        floating: those that still compute in float (moving and converting data isn't counted).
-    """
-
-    counts: Mapping[str, int]
-    floating: Mapping[str, int]
-
-
-def runtime_ops(path: str | Path) -> RuntimeOps:
-    """Which kernels ONNX Runtime runs for a model, to see what stays in float.
-
-    Raises:
-        InputError: there is no such file, or it isn't an ONNX model.
-        ModelError: ONNX Runtime refuses the model.
-    """
-    _load(Path(path))
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        options = session_options(INTEGER_CONFIG)
-        options.optimized_model_filepath = str(optimized)
-        try:
-            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {str(error).splitlines()[0]}") from error
-        graph = ir.from_proto(onnx.load(optimized, load_external_data=False)).graph
-    nodes = list(graph)
-    floating = [n.op_type for n in nodes if n.op_type not in _PLUMBING and _computes_in_float(n)]
-    return RuntimeOps(Counter(n.op_type for n in nodes), Counter(floating))
-
-
-def _computes_in_float(node: ir.Node) -> bool:
-    if node.op_type.startswith(_INTEGER_OPS):
-        return False
-    types = [v.dtype for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None]
-    return not types or any(t.is_floating_point() for t in types)
 
 
 def _load(path: Path) -> ir.Model:

@@ -66,7 +66,6 @@ _DROPOUTS: dict[Any, Callable[[Tensor, float, bool], Tensor]] = {
     aten.feature_dropout.default: feature_dropout,
     aten.alpha_dropout.default: alpha_dropout,
 }
-DROPOUTS = frozenset(_DROPOUTS.values())
 
 
 def bind_modes(graph: fx.Graph, holder: nn.Module, owner: Callable[[fx.Node], str]) -> None:

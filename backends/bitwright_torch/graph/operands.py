@@ -142,10 +142,6 @@ def _name(node: fx.Node, taken: Collection[str]) -> str:
     return tensor if wanted in taken else wanted
 
 
-def _has_views(operand: Operand) -> bool:
-    return operand.evaluator is None and not operand.transposed
-
-
 def _swaps(node: fx.Node) -> bool:
     """Whether a transposing op on a matrix swaps its axes."""
     numbers: list[Any] = [a for a in node.args[1:] if not isinstance(a, fx.Node)]

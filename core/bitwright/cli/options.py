@@ -37,12 +37,6 @@ VerifiedData = Annotated[
         show_default=False,
     ),
 ]
-CalibrationData = Annotated[
-    Path,
-    typer.Option(
-        help="Calibration samples: .npz (input name → array), .npy, .txt, or a folder of images.", show_default=False
-    ),
-]
 CalibrationSource = Annotated[
     Path | None,
     typer.Option(

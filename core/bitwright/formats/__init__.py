@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from bitwright.formats._binding import TensorGeometry, bind, inverse, permute, renumber, resolve, unbind
+from bitwright.formats._binding import TensorGeometry, bind, inverse, permute, resolve, unbind
 from bitwright.formats._check import ExpectedEntry, Problem, check
 from bitwright.formats._compare import Difference, diff
 from bitwright.formats._convert import Conversion, convert
@@ -34,7 +34,6 @@ __all__ = [
     "loads",
     "permute",
     "read",
-    "renumber",
     "resolve",
     "schema",
     "unbind",

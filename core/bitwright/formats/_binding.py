@@ -296,14 +296,3 @@ def permute(encoding: Encoding, layout: Sequence[int] | None) -> Encoding:
 def inverse(layout: Sequence[int] | None) -> tuple[int, ...] | None:
     """The layout that undoes another: `permute(permute(e, layout), inverse(layout))` is e."""
     return None if layout is None else tuple(int(i) for i in np.argsort(np.asarray(layout)))
-
-
-def renumber(encoding: Encoding, *, signed: bool) -> Encoding:
-    """The same grid with its codes stored signed or unsigned; every real value stays as it is."""
-    if encoding.signed == signed or encoding.float_format is not None:
-        return encoding
-    shift = 1 << (encoding.bits - 1)
-    zero = encoding.zero_point.astype(np.int64) + (-shift if signed else shift)
-    if zero.max() > np.iinfo(np.int32).max:
-        raise EncodingError("an unsigned 32-bit grid has its zero beyond int32")
-    return encoding.with_(signed=signed, zero_point=zero.astype(np.int32))

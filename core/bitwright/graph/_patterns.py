@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bitwright.graph._graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpId, OpKind, ParamRole, TensorId
+from bitwright.graph._graph import LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, ParamRole, TensorId
 
 Predicate = Callable[[Graph, Op], bool]
 
@@ -144,14 +144,6 @@ class Chain:
     def find(self, graph: Graph) -> Iterator[Match]:
         """Every match, by first op in topological order; matches may overlap."""
         return (m for op in graph if (m := self.at(graph, op)) is not None)
-
-    def disjoint(self, graph: Graph) -> Iterator[Match]:
-        """Matches that share no op: earlier ones win."""
-        used: set[OpId] = set()
-        for match in self.find(graph):
-            if used.isdisjoint(op.id for op in match.ops):
-                used.update(op.id for op in match.ops)
-                yield match
 
 
 def chain(*elements: OpMatcher, through: OpMatcher = identity) -> Chain:

@@ -230,26 +230,6 @@ def lsq_factor(elements: int, grid: Grid) -> float:
     return 1.0 / math.sqrt(max(elements, 1) * grid.qmax)
 
 
-def range_vjp(
-    d_scale: Array, d_zero_point: Array, low: Array, high: Array, grid: Grid, *, symmetric: bool
-) -> tuple[Array, Array]:
-    """Gradients to a range's ends, for grids that are held as [low, high].
-
-    s = (high − low)/n, z = round(−low/s) + qmin, rounding passed through; a symmetric grid's z is constant, so that
-    its ends get opposite gradients (AIMET's parametrization).
-
-    Returns:
-        (∂low, ∂high)
-    """
-    steps = grid.steps
-    d_high = d_scale / steps
-    if symmetric:
-        return -d_high, d_high
-    scale = (high - low) / steps
-    slope = low / (scale * scale) / steps  # of −low/s to high; to low: −1/s − slope
-    return -d_high - d_zero_point * (1.0 / scale + slope), d_high + d_zero_point * slope
-
-
 def _numbers(ns: Namespace, scale: Array, zero_point: Array, grid: Grid, groups: Groups) -> tuple[Array, Array, Array]:
     zero = groups.broadcast(ns, zero_point)
     return groups.broadcast(ns, scale), grid.qmin - zero, grid.qmax - zero

@@ -56,11 +56,6 @@ class MemoryStore:
         self._results[key] = dict(arrays)
 
 
-def memory_store() -> MemoryStore:
-    """A store that lives as long as the process."""
-    return MemoryStore()
-
-
 class FileStore:
     """A `technique.Store` in a folder, one .npz a key; created on the first `put`."""
 
