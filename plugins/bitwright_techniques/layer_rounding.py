@@ -34,8 +34,9 @@ class RoundingSettings(LayerwiseSettings):
         scales: "search" chooses the weight scales by the layer's output error; "keep" leaves the encodings' ranges.
             Frozen encodings are kept in any case.
         candidates: scales tried for each channel or block: fractions i/N of its full range.
-        bias_correction: set the bias that keeps the mean output (closed form). "auto": unless it would take back the
-            error of quantized inputs in a network that normalizes tokens.
+        bias_correction: set the bias that keeps the mean output (closed form). "auto": of layers that have one, unless
+            it would take back the error of quantized inputs in a network that normalizes tokens; `true` gives one to
+            layers without, which formats of checkpoints have no place for.
         damping: share of the mean input power that is added to the input moments' diagonal, against overfitting.
         include, exclude: names or glob patterns of layers; nothing included means all.
     """
@@ -90,13 +91,13 @@ class Rounded:
 
 
 def decided(graph: Graph, settings: AnySettings) -> AnySettings:
-    """The settings with what is "auto" decided by the network."""
+    """The settings with what the network decides of "auto"; where biases are corrected, it is left to the layer."""
     normalized = normalizes_tokens(graph)
     inputs, corrects = settings.inputs, settings.bias_correction
     if inputs == "auto":
         inputs = "float" if normalized else "quantized"
-    if corrects == "auto":
-        corrects = inputs == "float" or not normalized
+    if corrects == "auto" and inputs == "quantized" and normalized:
+        corrects = False
     return settings.model_copy(update={"inputs": inputs, "bias_correction": corrects})
 
 
@@ -111,7 +112,7 @@ def round_layers(
     Args:
         ctx: the technique's context.
         technique: its name.
-        solve: solves a layer with the settings, of which nothing is left to decide; workers can do so too if it is no
+        solve: solves a layer with the settings that are `decided`; workers can do so too if it is no
             closure.
         extra: figures that the report has beside `before`, `nearest`, `after` and `seconds`.
 
@@ -146,11 +147,12 @@ def solve_layer(
         came in), `after`, those of the rule, `seconds`.
     """
     began = time.perf_counter()
+    corrects = layer.bias is not None if settings.bias_correction == "auto" else settings.bias_correction
     problem = reconstruction(
         layer.op,
         layer.weight,
         layer.moments,
-        free_bias=bool(settings.bias_correction),
+        free_bias=corrects,
         damping=settings.damping,
         inputs="float" if settings.inputs == "float" else "asymmetric",
     )
@@ -169,7 +171,7 @@ def solve_layer(
         **found.figures,
     }
     bias = None
-    if settings.bias_correction:
+    if corrects:
         bias = corrected_bias(layer.op, layer.weight, weight, layer.bias, layer.moments)
     figures["seconds"] = time.perf_counter() - began
     return LayerResult(weight, found.grid.frozen(technique), bias, figures)

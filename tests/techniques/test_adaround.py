@@ -98,7 +98,7 @@ def test_bias_keeps_the_mean_output():
     after = v @ layer.moments.mean_quantized[0] + result.bias
     assert np.allclose(before, after, atol=1e-5)
     assert solve(layer, bias_correction=False).bias is None
-    assert solve(make_layer("conv", bias=False)).bias.shape == (5,)
+    assert solve(make_layer("conv", bias=False), bias_correction=True).bias.shape == (5,)
 
 
 @pytest.mark.parametrize("solver", ["coordinate_descent", "gradient"])
