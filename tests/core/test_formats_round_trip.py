@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,18 @@ from bitwright.formats import (
     permute,
     unbind,
 )
-from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, scale_shape, two_level
+from bitwright.grids import (
+    Blockwise,
+    Encoding,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    block_scales,
+    encoding_of_weights,
+    parse_type,
+    scale_shape,
+    two_level,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # ranges of the largest scales
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
@@ -152,6 +164,55 @@ def test_fp8_in_2_x_and_nowhere_else(format, granularity):
     for version in ("0.6.1", "1.0.0"):
         with pytest.raises(EncodingError, match=f"'w': schema {version} has no {format}"):
             dumps(file, version)
+
+
+def float_blocks(name, weight):
+    """The encoding of a matrix in a type of float blocks."""
+    bits, _, format, layout = parse_type(name)
+    layout = replace(layout, block_size=4)
+    return encoding_of_weights(
+        weight, QuantSpec(bits, granularity=layout, float_format=format, scale_type=block_scales(name))
+    )
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8_e5m2", "nvfp4", "nf4"])
+def test_blocks_of_floats_in_2_x_and_nowhere_else(name):
+    weight = np.random.default_rng(3).standard_normal((3, 8)).astype(np.float32)
+    encoding = float_blocks(name, weight)
+    file = EncodingsFile(parameters={"w": unbind(encoding, (3, 8))})
+    for version in ("2.0.0", "2.1.0"):
+        text = dumps(file, version)
+        again = bind(loads(text).entries["w"])
+        assert again.equals(encoding)
+        assert (again.scale_type, again.tensor_scale) == (encoding.scale_type, encoding.tensor_scale)
+        assert np.array_equal(again.fake_quantize(weight), encoding.fake_quantize(weight))
+        assert dumps(loads(text)) == text
+        document = json.loads(text)
+        document["producer"].pop("bitwright", None)
+        plain = bind(loads(json.dumps(document)).entries["w"], TensorGeometry((3, 8), 0, 1))
+        assert np.array_equal(plain.fake_quantize(weight), encoding.fake_quantize(weight))
+    for version in ("0.6.1", "1.0.0"):
+        with pytest.raises(EncodingError, match=f"'w': schema {version} has no {encoding.float_format}"):
+            dumps(file, version)
+
+
+def test_nvfp4_is_as_the_schema_has_it():
+    weight = np.random.default_rng(4).standard_normal((2, 8)).astype(np.float32)
+    encoding = float_blocks("nvfp4", weight)
+    (entry,) = json.loads(dumps(EncodingsFile(parameters={"w": unbind(encoding, (2, 8))}), "2.1.0"))["encodings"]
+    assert (entry["output_dtype"], entry["axis"], entry["block_size"]) == ("float4e2m1", 1, 4)
+    x, whole = np.array(entry["y_scale"]["x"], np.float32), np.float32(entry["y_scale"]["x_scale"])
+    assert x.max() == 448 and entry["y_scale"]["input_dtype"] == "float8e4m3fn"
+    assert np.array_equal(x * whole, encoding.scale)
+
+
+def test_a_scale_that_is_no_number_of_its_type_is_refused():
+    weight = np.random.default_rng(5).standard_normal((2, 8)).astype(np.float32)
+    text = dumps(EncodingsFile(parameters={"w": unbind(float_blocks("mxfp4", weight), (2, 8))}), "2.1.0")
+    document = json.loads(text)
+    document["encodings"][0]["y_scale"][1][0] *= 1.25
+    with pytest.raises(EncodingError, match="should be float8e8m0 numbers"):
+        bind(loads(json.dumps(document)).entries["w"])
 
 
 def test_bfloat16_is_left_out_of_2_x_and_refused_before():

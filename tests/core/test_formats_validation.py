@@ -30,6 +30,8 @@ LPBQ_20 = {"name": "w", "output_dtype": "int4", "axis": 1, "block_size": 2, "per
            "per_channel_float_scale": [[0.1], [0.2]]}  # fmt: skip
 LPBQ_21 = {"name": "w", "output_dtype": "int4", "axis": 1, "block_size": 2,
            "y_scale": {"x": [[1, 16], [3, 4]], "x_scale": [0.1, 0.2], "axis": 0}}  # fmt: skip
+NVFP4 = {"name": "w", "output_dtype": "float4e2m1", "axis": 1, "block_size": 2,
+         "y_scale": {"x": [[1, 448], [3, 4]], "x_scale": 0.1, "input_dtype": "float8e4m3fn"}}  # fmt: skip
 
 
 def document(version, entry):
@@ -110,7 +112,7 @@ CASES = [
     ("1.0.0", HALF_10, "scale", [1.0], "scale", "no such field"),
     *(("2.0.0", CHANNEL_20, f, GONE, f, "required") for f in ("name", "output_dtype", "y_scale")),
     ("2.0.0", CHANNEL_20, "output_dtype", "int24", "output_dtype", "none of int2"),
-    ("2.0.0", CHANNEL_20, "output_dtype", "float4e2m1", "output_dtype", "none of int2"),
+    ("2.0.0", CHANNEL_20, "output_dtype", "float6e3m2", "output_dtype", "none of int2"),
     ("2.0.0", CHANNEL_20, "y_scale", [0.1, float("1e-50")], "y_scale", "greater than 0"),
     ("2.0.0", CHANNEL_20, "y_scale", 0.1, "y_zero_point", "but y_scale has ()"),
     ("2.0.0", CHANNEL_20, "y_zero_point", [3, 256], "y_zero_point", "256 is outside 0..255"),
@@ -136,7 +138,11 @@ CASES = [
     ("2.1.0", LPBQ_21, "per_block_int_scale", [[1]], "per_block_int_scale", "unknown field"),
     ("2.1.0", LPBQ_21, "y_scale/x", GONE, "x", "required"),
     ("2.1.0", LPBQ_21, "y_scale/x_scale", [0.1, 0], "x_scale", "greater than 0"),
-    ("2.1.0", LPBQ_21, "y_scale/input_dtype", "float8e4m3fn", "input_dtype", "only integer block scales"),
+    ("2.1.0", LPBQ_21, "y_scale/input_dtype", "float8e5m2", "input_dtype", "integers (LPBQ) or float8e4m3fn"),
+    ("2.1.0", LPBQ_21, "y_scale/input_dtype", "float8e4m3fn", "output_dtype", "scales of integers"),
+    ("2.1.0", NVFP4, "y_scale/x", [[1, 448], [3, 4.1]], "x", "isn't one of float8e4m3fn"),
+    ("2.1.0", NVFP4, "y_scale/x", [[1, 0], [3, 4]], "x", "greater than 0"),
+    ("2.1.0", NVFP4, "y_scale/x_scale", [0.1, 0.2], "x_scale", "one for the tensor"),
     ("2.1.0", LPBQ_21, "y_scale/x_zero_point", [1], "x_zero_point", "aren't supported"),
     ("2.1.0", LPBQ_21, "y_scale/block_size", 4, "block_size", "aren't supported"),
     ("2.1.0", LPBQ_21, "y_scale/axis", 1, "axis", "channel axis 1 beside block axis 1"),

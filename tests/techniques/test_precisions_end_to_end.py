@@ -11,7 +11,7 @@ from backends import FRAMEWORKS
 from shares import spread
 
 from bitwright.backend import Tap
-from bitwright.errors import InputError
+from bitwright.errors import EncodingError, InputError
 from bitwright.formats import read
 from bitwright.graph import SetParams
 from bitwright.grids import Blockwise, Encoding
@@ -149,7 +149,7 @@ def test_everything_in_a_float_format_is_the_cast_network(port, data, kind):
     assert 0 < error(sim, data) < bound
 
 
-@spread("kind", ["int8", "fp8", "int4:block16"], PORTS, elsewhere=["int4:block16"])
+@spread("kind", ["int8", "fp8", "int4:block16", "mxfp4", "mxfp8", "nvfp4"], PORTS, elsewhere=["int4:block16", "nvfp4"])
 def test_weights_only(port, data, kind, tmp_path):
     """Weights on their grids and nothing else: the float network with rounded weights, in the exported file too."""
     sim = port.sim(MODEL, weights=kind, activations="float").calibrate(data)
@@ -174,6 +174,19 @@ def test_weights_only(port, data, kind, tmp_path):
     assert (held["DequantizeLinear"], "QuantizeLinear" in held) == (len(weights(sim)), False)
     again = port.sim(MODEL, weights=kind, activations="float").load_encodings(bundle.files["encodings"])
     assert again.simulation.session(taps).run(batch)[taps[0]].tobytes() == found.tobytes()
+
+
+@spread("kind", ["nf4:block16"], PORTS, elsewhere=[])
+def test_a_table_that_onnx_has_no_type_for(port, data, kind, tmp_path):
+    """The network and its encodings are exported all the same, and equal to the bit when they are opened again."""
+    sim = port.sim(MODEL, weights=kind, activations="float").calibrate(data)
+    with pytest.warns(UserWarning, match="ONNX has no type for weights in nf4"):
+        bundle = sim.export(tmp_path, name="net", encodings_version="2.1.0")
+    assert "qdq" not in bundle.files
+    again = port.sim(MODEL, weights=kind, activations="float").load_encodings(bundle.files["encodings"])
+    assert all(again.encodings[w].equals(e) for w, e in sim.encodings.items())
+    with pytest.raises(EncodingError, match="has no nf4"), pytest.warns(UserWarning, match="no type for weights"):
+        sim.export(tmp_path / "old", encodings_version="1.0.0")
 
 
 @everywhere

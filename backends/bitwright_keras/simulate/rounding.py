@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops
 
-from bitwright.grids import FLOAT_FORMATS, FloatFormat, Groups, cast_vjp, learned_vjp, rounded_vjp
+from bitwright.grids import CODE_TABLES, FloatFormat, Groups, cast_vjp, largest_of, learned_vjp, rounded_vjp
 from bitwright_keras.graph.engine import clip, opaque, with_gradient
 
 CASTS = {
@@ -132,12 +132,15 @@ def round_wide(x: Any, scale: Any, low: Any, high: Any) -> Any:
 
 def round_to_float(x: Any, scale: Any, form: FloatFormat, *, learned: bool = False, factor: float = 1.0) -> Any:
     """x in a float format and back, saturating at its largest value; bit-equal to `grid.cast_float`."""
-    largest = FLOAT_FORMATS[form][2]
+    largest = largest_of(form)
 
     @with_gradient
     def rounded(x: Any, scale: Any) -> Any:
-        r = ops.clip(ops.divide(x, scale), -largest, largest)
-        y = ops.cast(ops.cast(r, CASTS[form]), "float32") * scale
+        r = ops.divide(x, scale)
+        if form in CODE_TABLES:
+            y = CODE_TABLES[form].rounded(NAMESPACE, r) * scale
+        else:
+            y = ops.cast(ops.cast(ops.clip(r, -largest, largest), CASTS[form]), "float32") * scale
 
         def gradient(*upstream: Any, **named: Any) -> Any:
             g = _upstream(upstream, named)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.grids import (
+    CODE_TABLES,
     FLOAT_FORMATS,
     Blockwise,
     Encoding,
@@ -31,6 +32,7 @@ from bitwright.grids import (
     QuantSpec,
     RunTimeGrid,
     fixed_layout,
+    largest_of,
     run_time_rounded,
     spread,
 )
@@ -159,6 +161,7 @@ OPERANDS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "float8e4m3fn": {"scale": np.float32},
     "float8e5m2": {"scale": np.float32},
+    **{name: {"scale": np.float32} for name in CODE_TABLES},
 }
 """The variables that the ops of each kind read, with their types."""
 
@@ -234,6 +237,8 @@ def rounded(kind: str, x: Node, operands: Mapping[str, Node], run_time: RunTimeG
 
 def cast_to(kind: str, x: Node) -> Node:
     """float32 values rounded to a float format, saturating, as float32."""
+    if kind in CODE_TABLES:
+        return CODE_TABLES[kind].rounded(NAMESPACE, x)
     largest = FLOAT_FORMATS[kind][2]
     # Casts to float16 and bfloat16 overflow to infinity; the reference saturates.
     saturated = tf.minimum(tf.maximum(x, np.float32(-largest)), np.float32(largest))
@@ -296,8 +301,8 @@ def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | flo
     scale, zero = groups.broadcast(ns, ends.scale), groups.broadcast(ns, ends.zero)
     s, nil = stop(scale), tf.zeros_like(value)
     r = stop(value / s)
-    if ends.kind in FLOAT_FORMATS:
-        largest = np.float32(FLOAT_FORMATS[ends.kind][2])
+    if ends.kind in FLOAT_FORMATS or ends.kind in CODE_TABLES:
+        largest = np.float32(largest_of(ends.kind))  # type: ignore[arg-type]
         held = cast_to(ends.kind, r)
         inside = tf.logical_and(r >= -largest, r <= largest)
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitwright.grids import (
-    FLOAT_FORMATS,
+    CODE_TABLES,
     FloatFormat,
     Granularity,
     Grid,
@@ -17,6 +17,7 @@ from bitwright.grids import (
     cast_vjp,
     fake_quantize,
     fake_quantize_vjp,
+    largest_of,
     run_time_rounded,
 )
 from bitwright_torch.simulate.kernels import NAMESPACE, kernels
@@ -102,7 +103,7 @@ class _RoundToFloat(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = cotangents
         x, y, scale = ctx.saved_tensors
-        groups, largest = Groups.of(tuple(x.shape), ctx.granularity), FLOAT_FORMATS[ctx.form][2]
+        groups, largest = Groups.of(tuple(x.shape), ctx.granularity), largest_of(ctx.form)
         learned = ctx.needs_input_grad[1]
         dx, ds, _ = cast_vjp(NAMESPACE, g.float(), x.float(), y.float(), scale, largest, groups, learned=learned)
         return dx.to(x.dtype), None if ds is None else ds * ctx.factor, None, None, None
@@ -165,9 +166,13 @@ def _backward(
 
 def _cast(x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity) -> Tensor:
     groups = Groups.of(tuple(x.shape), granularity)
-    s, largest = groups.broadcast(NAMESPACE, scale), FLOAT_FORMATS[form][2]
-    value = torch.div(groups.cut(NAMESPACE, x).float(), s).clamp(-largest, largest)
-    result: Tensor = groups.joined(NAMESPACE, value.to(_CASTS[form]).float() * s)
+    s, largest = groups.broadcast(NAMESPACE, scale), largest_of(form)
+    value = torch.div(groups.cut(NAMESPACE, x).float(), s)
+    if form in CODE_TABLES:
+        value = CODE_TABLES[form].rounded(NAMESPACE, value)
+    else:
+        value = value.clamp(-largest, largest).to(_CASTS[form]).float()
+    result: Tensor = groups.joined(NAMESPACE, value * s)
     return result.to(x.dtype)
 
 

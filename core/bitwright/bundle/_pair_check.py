@@ -18,7 +18,7 @@ from bitwright.bundle._artefact import QDQ
 from bitwright.calibration import bias_encoding
 from bitwright.formats import CAST_FORMATS, Problem
 from bitwright.graph import Graph, ParamId, TensorId, preserves_grid
-from bitwright.grids import Blockwise, Encoding, EncodingTable, Granularity, PerChannel, cast_float, spread
+from bitwright.grids import KEPT_AS, Blockwise, Encoding, EncodingTable, Granularity, PerChannel, cast_float, spread
 from bitwright.placement import Derived, Float, Plan, SiteId
 
 
@@ -189,7 +189,7 @@ def _unit_axes_as(pair: Pair, shape: tuple[int, ...]) -> Pair:
 
 def _grid_departure(pair: Pair, encoding: Encoding, shape: tuple[int, ...] | None) -> str | None:
     """How a pair's grid isn't the encoding's, in words; None if it is. `shape` is a parameter's."""
-    if pair.float_format != encoding.float_format:
+    if pair.float_format not in (encoding.float_format, KEPT_AS.get(encoding.float_format or "", "")):
         return f"is {pair.float_format or 'integer'} in the Q/DQ pair, {encoding.float_format or 'integer'} in the file"
     if encoding.bits > pair.bits:
         return f"has {pair.bits}-bit codes in the Q/DQ pair, {encoding.bits} bits in the encodings file"

@@ -20,7 +20,8 @@ from bitwright.grids import Encoding, Granularity
 
 Array = NDArray[Any]
 _TYPES: dict[str, Any] = {t.__name__: t for t in (*get_args(Attrs), *get_args(Granularity), Formula)}
-_LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit", "scale_type")
+_LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit", "scale_type",
+           "tensor_scale")  # fmt: skip
 _VERSION = 1
 
 

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from bitwright.dataflow._namespace import FlowNamespace
 from bitwright.grids import (
-    FLOAT_FORMATS,
+    CODE_TABLES,
     Encoding,
     FloatFormat,
     Granularity,
     Groups,
     RunTimeGrid,
+    largest_of,
     rounded,
     run_time_rounded,
 )
@@ -74,11 +75,18 @@ def fake_quantized(ns: FlowNamespace, x: Array, numbers: tuple[Array, Array, Arr
     scale, low, high = (groups.broadcast(ns, n) for n in numbers)
     cut = groups.cut(ns, x)
     if form.float_format is not None:
-        largest = FLOAT_FORMATS[form.float_format][2]
-        y = ns.cast(ns.minimum(ns.maximum(cut / scale, -largest), largest), form.float_format) * scale
+        y = cast(ns, cut / scale, form.float_format) * scale
     elif form.wide:
         q = ns.round(ns.float64(cut) / ns.float64(scale))
         y = ns.float32(ns.clip(q, ns.float64(low), ns.float64(high))) * scale
     else:
         y = rounded(ns, cut, scale, low, high)
     return groups.joined(ns, y)
+
+
+def cast(ns: FlowNamespace, x: Array, format: FloatFormat) -> Array:
+    """Divided float32 values in a float format, or table of values, and back."""
+    if format in CODE_TABLES:
+        return CODE_TABLES[format].rounded(ns, x)
+    largest = largest_of(format)
+    return ns.cast(ns.minimum(ns.maximum(x, -largest), largest), format)

@@ -14,12 +14,11 @@ from bitwright.backend import Tap, Training
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
 from bitwright.dataflow._namespace import FlowNamespace
-from bitwright.dataflow._rounding import WIDE
+from bitwright.dataflow._rounding import WIDE, cast
 from bitwright.dataflow._session import FlowSession, Runner
 from bitwright.dataflow._simulation import FlowSimulation
 from bitwright.graph import ParamId, ParamRole, TensorId
 from bitwright.grids import (
-    FLOAT_FORMATS,
     NUMPY,
     Encoding,
     EncodingTable,
@@ -30,6 +29,7 @@ from bitwright.grids import (
     fake_quantize,
     fake_quantize_vjp,
     followed,
+    largest_of,
     learned_scale,
     learned_zero,
     lsq_factor,
@@ -108,20 +108,19 @@ class _Site:
             return run_time_rounded(ns, x, form.run_time, trained=True)
         groups = Groups.of(ns.shape(x), form.granularity)  # type: ignore[arg-type]
         learned, factor = self.policy.learns, self.factor
-        largest = 0.0 if form.float_format is None else FLOAT_FORMATS[form.float_format][2]
+        largest = 0.0 if form.float_format is None else largest_of(form.float_format)
 
-        def cast(x: Array, scale: Array, zero: Array) -> Array:
+        def as_float(x: Array, scale: Array, zero: Array) -> Array:
             s, cut = groups.broadcast(ns, scale), groups.cut(ns, x)
             assert form.float_format is not None
-            y = ns.cast(ns.minimum(ns.maximum(cut / s, -largest), largest), form.float_format) * s
-            return groups.joined(ns, y)
+            return groups.joined(ns, cast(ns, cut / s, form.float_format) * s)
 
         def forward(x: Array, scale: Array, zero: Array) -> Array:
-            return fake_quantize(ns, x, scale, zero, grid, groups) if not largest else cast(x, scale, zero)
+            return fake_quantize(ns, x, scale, zero, grid, groups) if not largest else as_float(x, scale, zero)
 
         def vjp(g: Array, x: Array, scale: Array, zero: Array) -> tuple[Array, Array, Array]:
             if largest:
-                y = groups.cut(ns, cast(x, scale, zero))
+                y = groups.cut(ns, as_float(x, scale, zero))
                 found = cast_vjp(ns, g, x, groups.joined(ns, y), scale, largest, groups, learned=learned)
             else:
                 found = fake_quantize_vjp(ns, g, x, scale, zero, grid, groups, learned=learned)

@@ -144,10 +144,17 @@ def bind(
     granularity = _granularity(entry)
     if entry.float_format is not None:
         scale = entry.scale.astype(np.float32)
-        return Encoding(
+        floats = Encoding(
             entry.bits, True, True, scale, np.zeros(scale.shape, np.int32), granularity,
-            float_format=entry.float_format, source="loaded",
+            float_format=entry.float_format, source="loaded", scale_type=entry.scale_type,
+            tensor_scale=entry.tensor_scale,
         )  # fmt: skip
+        if (wrong := floats.scale != scale).any():
+            raise EncodingError(
+                f"tensor {name!r}: its scales should be {entry.scale_type} numbers, and {scale[wrong][0]!r} isn't "
+                f"({int(wrong.sum())} of {scale.size})"
+            )
+        return floats
     scales = entry.scales
     code = np.broadcast_to(
         entry.zero_point[:, None] if entry.block_scale is not None else entry.zero_point, scales.shape
@@ -212,6 +219,8 @@ def unbind(encoding: Encoding, shape: Sequence[int] | None = None) -> Entry:
         "symmetric": encoding.symmetric,
         "strict": encoding.strict,
     }
+    if encoding.float_format is not None:
+        said |= {"scale_type": encoding.scale_type, "tensor_scale": encoding.tensor_scale}
     scale, zero = encoding.scale.astype(np.float64), encoding.zero_point.astype(np.int64) + middle
     if isinstance(layout, PerTensor):
         return Entry(encoding.bits, scale, zero, ScaleLayout.TENSOR, **said)

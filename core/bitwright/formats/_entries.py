@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
-from bitwright.grids import FloatFormat, Provenance
+from bitwright.grids import FloatFormat, Provenance, ScaleType
 
 Version = str
 """The name of a schema, as its files have it under "version"."""
@@ -56,6 +56,8 @@ class Entry:
         block_scale: LPBQ's integer factors, (channels, blocks), or flat where `packed` is set.
         decompressed_bits: LPBQ only; 2.x doesn't record it and takes twice `bits`.
         packed: the schema in whose flat order the numbers of blocks still are.
+        scale_type: of floats alone: the number type of the scales; only 2.1.0 records one of them (float8e4m3fn).
+        tensor_scale: of scales in float8e4m3fn: what such numbers are multiplied with, in float32; recorded by 2.1.0.
         minimum, maximum: ends of the range where the file gave them (0.6.1), to write them back unchanged.
     """
 
@@ -74,6 +76,8 @@ class Entry:
     block_scale: NDArray[np.int64] | None = None
     decompressed_bits: int | None = None
     packed: Version | None = None
+    scale_type: ScaleType | None = None
+    tensor_scale: float | None = None
     minimum: NDArray[np.float64] | None = None
     maximum: NDArray[np.float64] | None = None
 

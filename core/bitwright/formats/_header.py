@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from bitwright.errors import BitwrightError, EncodingError
 from bitwright.formats._block_order import unpack
 from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
-from bitwright.grids import FloatFormat, Provenance, dynamic_encoding
+from bitwright.grids import FloatFormat, Provenance, ScaleType, dynamic_encoding
 
 OWN_FIELDS = ("provenance", "parameters", "casts", "quantizer_args", "excluded_layers", "tensors", "run_time")
 OWN = "bitwright"
@@ -76,6 +76,10 @@ def _unsaid(entry: Entry, version: Version) -> dict[str, Any]:
             said["strict"] = True
         if blocks and entry.axis is not None and _channels(entry) == 1 and entry.rank != 2:
             said["axis"] = entry.axis
+        if entry.scale_type is not None and (entry.tensor_scale is None or version == "2.0.0"):
+            said["scale_type"] = entry.scale_type
+            if entry.tensor_scale is not None:
+                said["tensor_scale"] = entry.tensor_scale
         return said
     if entry.is_signed != entry.with_(signed=None).is_signed:
         said["signed"] = entry.is_signed
@@ -138,7 +142,8 @@ def with_own(file: EncodingsFile, source: str) -> EncodingsFile:
 def _filled(entry: Entry, note: object, where: Where, tensor: str) -> Entry:
     at = Where(where.source, tensor)
     known = (
-        "signed", "symmetric", "strict", "axis", "layout", "block_axis", "block_size", "rank", "channels",
+        "signed", "symmetric", "strict", "axis", "layout", "block_axis", "block_size", "rank", "channels", "scale_type",
+        "tensor_scale",
     )  # fmt: skip
     fields = Fields(at, note, known)
     changes: dict[str, Any] = {}
@@ -152,6 +157,10 @@ def _filled(entry: Entry, note: object, where: Where, tensor: str) -> Entry:
             )
     if "layout" in fields and entry.layout is None:
         changes["layout"] = ScaleLayout(fields.text("layout", tuple(ScaleLayout)))
+    if "scale_type" in fields and entry.float_format is not None and entry.scale_type is None:
+        changes["scale_type"] = fields.text("scale_type", get_args(ScaleType))
+        if "tensor_scale" in fields:
+            changes["tensor_scale"] = float(fields.scales("tensor_scale").max())
     filled = entry.with_(**changes)
     if entry.packed is None or filled.layout not in (ScaleLayout.BLOCK, ScaleLayout.LPBQ):
         return filled.with_(packed=None) if filled.layout in (ScaleLayout.TENSOR, ScaleLayout.CHANNEL) else filled

@@ -23,7 +23,8 @@ from bitwright.formats._header import collect, described, parse_header
 HEADER = ("version", "producer", "excluded_layers", "quantizer_args", "encodings")
 COMMON = ("name", "output_dtype", "y_scale", "y_zero_point", "axis", "block_size")
 _INTEGERS = {f"{sign}int{bits}": (sign == "", bits) for bits in (*range(2, 17), 32) for sign in ("", "u")}
-_FLOATS = ("float8e4m3fn", "float8e5m2")
+_FLOATS = {"float8e4m3fn": 8, "float8e5m2": 8, "float4e2m1": 4, "nf4": 4}
+"""Bits by name. NF4 isn't in the schema, which has no tables of values: other readers refuse its name."""
 _KNOWN_TYPES = ("int2…int16", "int32", "uint2…uint16", "uint32", *_FLOATS)
 
 
@@ -124,7 +125,7 @@ def output_type(fields: Fields) -> tuple[Any, bool, int]:
     """(float format or None, signed, bits) of `output_dtype`."""
     text = fields.text("output_dtype")
     if text in _FLOATS:
-        return text, True, 8
+        return text, True, _FLOATS[text]
     if text not in _INTEGERS:
         raise fields.where.error(f"{text!r} is none of {', '.join(_KNOWN_TYPES)}", "output_dtype")
     signed, bits = _INTEGERS[text]
@@ -203,6 +204,8 @@ def render_entry(
         if not entry.is_signed:
             said["y_zero_point"] = nested(entry, np.full(entry.scales.shape, entry.middle)).tolist()
         return said
+    if entry.tensor_scale is not None and version == "2.1.0":
+        return {"name": name, "output_dtype": entry.float_format, **two_level(entry)}
     if entry.float_format is not None:
         said = {"name": name, "output_dtype": entry.float_format}
         zero = np.zeros(entry.scale.shape, np.int64)

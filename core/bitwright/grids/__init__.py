@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.grids._code_tables import CODE_TABLES, KEPT_AS, CodeTable
 from bitwright.grids._encoding import (
     Encoding,
     EncodingTable,
@@ -36,9 +37,11 @@ from bitwright.grids._grid import (
     PerTensor,
     QuantSpec,
     RunTimeGrid,
+    block_scales,
     cast_float,
     dequantize,
     fixed_layout,
+    largest_of,
     parse_type,
     scale_shape,
     spread,
@@ -63,15 +66,18 @@ from bitwright.grids._training_rules import (
 )
 
 __all__ = [
+    "CODE_TABLES",
     "EPSILON",
     "FLOAT",
     "FLOAT_FORMATS",
     "HIGHEST",
+    "KEPT_AS",
     "LOWEST",
     "NUMPY",
     "TINY",
     "UNSET",
     "Blockwise",
+    "CodeTable",
     "Dynamic",
     "Encoding",
     "EncodingTable",
@@ -89,6 +95,7 @@ __all__ = [
     "RunTimeNamespace",
     "ScaleType",
     "TrainingNamespace",
+    "block_scales",
     "cast_float",
     "cast_vjp",
     "dequantize",
@@ -103,6 +110,7 @@ __all__ = [
     "fixed_layout",
     "followed",
     "in_order",
+    "largest_of",
     "learned_scale",
     "learned_vjp",
     "learned_zero",

@@ -24,6 +24,7 @@ from bitwright.grids._grid import (
     cast_float,
     dequantize,
     fake_quantize,
+    largest_of,
     parse_type,
     quantize,
     run_time_grid,
@@ -33,7 +34,7 @@ from bitwright.grids._grid import (
 from bitwright.grids._pair_sums import fitted_scale
 from bitwright.grids._range_numbers import NUMPY, GridKind, range_numbers, two_level_factors
 from bitwright.grids._run_time import run_time_numbers, run_time_rounded
-from bitwright.grids._scale_types import ScaleType, typed_scale
+from bitwright.grids._scale_types import ScaleType, shared_exponent_scale, tensor_scale_of, typed_scale
 from bitwright.tables import Table, Tabular, Value
 
 
@@ -47,10 +48,12 @@ class Encoding:
             of a range at run time (`Dynamic`), which has no numbers before.
         zero_point: int32 of the same shape, ONNX convention (the code of 0.0); within the grid.
         granularity: which elements share a scale, in the canonical layout of the tensor.
-        float_format: set for float encodings; scale is then 1 but for scaled fp8.
+        float_format: set for float encodings; scale is then 1 but below 16 bits.
         block_scale: LPBQ only, int32 (channels, blocks): scale = channel_scale[:, None] · block_scale.
         pair_limit: as in `QuantSpec`, for those who choose codes; not kept in files.
         scale_type: as in `QuantSpec`; scales are rounded to it, whoever gives them. Two-level scales aren't.
+        tensor_scale: float32, of scales in float8e4m3fn, which are such numbers times this; None takes the one of which
+            the largest scale is the largest multiple.
         frozen: later calibrations keep it, and later techniques don't change what it goes with (AdaRound, SeqMSE,
             loaded encodings).
         kept: later calibrations keep it as long as the parameter has the values that it was found for; techniques may
@@ -74,9 +77,13 @@ class Encoding:
     kept: bool = False
     held_by: str = ""
     scale_type: ScaleType | None = None
+    tensor_scale: float | None = None
 
     def __post_init__(self) -> None:
-        scale = self.typed(np.array(self.scale, np.float32))
+        raw = np.array(self.scale, np.float32)
+        if self.scale_type == "float8e4m3fn" and self.tensor_scale is None and raw.size:
+            object.__setattr__(self, "tensor_scale", tensor_scale_of(raw))
+        scale = self.typed(raw)
         zero = np.array(self.zero_point, np.int32)
         if zero.shape != scale.shape:
             raise EncodingError(f"zero point of shape {zero.shape} beside a scale of shape {scale.shape}")
@@ -98,9 +105,9 @@ class Encoding:
 
     def typed(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scales as this encoding would have them: rounded to its `scale_type`."""
-        if self.scale_type is None or self.block_scale is not None or self.float_format is not None:
+        if self.scale_type is None or self.block_scale is not None:
             return scale
-        return typed_scale(scale, self.scale_type, self.bits)
+        return typed_scale(scale, self.scale_type, self.bits, self.tensor_scale)
 
     @cached_property
     def grid(self) -> Grid:
@@ -232,6 +239,8 @@ def encoding_from_range(
     symmetric = spec.symmetric or as_float
     kind = GridKind(spec.bits, signed, symmetric, strict, spec.float_format, one_sided)
     scale, zero = range_numbers(NUMPY, lo, hi, kind)
+    if spec.float_format is not None and spec.scale_type == "float8e8m0":
+        scale = shared_exponent_scale(np.maximum(-lo, hi), largest_of(spec.float_format))
     limit = spec.pair_limit if signed and symmetric and not as_float else None
     return Encoding(
         spec.bits, signed, symmetric, scale, zero.astype(np.int32), spec.granularity, strict, spec.float_format,

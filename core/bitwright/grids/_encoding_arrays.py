@@ -33,6 +33,8 @@ def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
         meta["kept"] = True
     if encoding.scale_type is not None:
         meta["scale_type"] = encoding.scale_type
+    if encoding.tensor_scale is not None:
+        meta["tensor_scale"] = encoding.tensor_scale
     arrays: dict[str, NDArray[Any]] = {
         "encoding": np.array(json.dumps(meta)),
         "scale": encoding.scale,

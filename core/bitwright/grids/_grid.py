@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError
+from bitwright.grids._code_tables import CODE_TABLES
 from bitwright.grids._scale_types import ScaleType
 
 FloatArray = NDArray[np.float32]
@@ -34,7 +35,8 @@ FLOAT_FORMATS: dict[str, tuple[int, int, float]] = {
 }
 FLOAT = "float"
 """The type of what isn't quantized at all: `activations="float"` is weights only. No grid has it."""
-FloatFormat = Literal["float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
+FloatFormat = Literal["float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1", "nf4"]
+"""What `FLOAT_FORMATS` has, and for weights what `CODE_TABLES` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class QuantSpec:
         strict: drop the most negative code of a symmetric grid (−127..127 for 8 bits).
         unsigned_symmetric: a symmetric site whose data are never negative uses the codes 0..2**bits − 1.
         granularity: which elements share a scale.
-        float_format: a float format in place of integers; `bits` is then its width.
+        float_format: a float format, or a table of values, in place of integers; `bits` is then its width.
         minimum, maximum: the target's encoding constraints. Both together pin the range; one clamps that end of it.
         scheme: the calibration scheme's name; None takes the one that the user chose for the run.
         pair_limit: of weights whose kernel adds products in twos in int16: the largest sum of two neighbouring codes
@@ -117,8 +119,9 @@ class QuantSpec:
         if self.float_format is None:
             if not (2 <= self.bits <= 16 or self.bits == 32):
                 raise InputError(f"bits={self.bits}: integer grids have 2 to 16 bits, or 32")
-        elif self.float_format not in FLOAT_FORMATS:
-            raise InputError(f"unknown float format {self.float_format!r}; known: {', '.join(FLOAT_FORMATS)}")
+        elif self.float_format not in (*FLOAT_FORMATS, *CODE_TABLES):
+            known = ", ".join((*FLOAT_FORMATS, *CODE_TABLES))
+            raise InputError(f"unknown float format {self.float_format!r}; known: {known}")
         if self.strict and not self.symmetric:
             raise InputError("strict=True drops the most negative code of a symmetric grid; set symmetric=True too")
         if isinstance(self.granularity, Dynamic):
@@ -214,14 +217,26 @@ _TYPE_ALIASES = {
     "fp8": "float8e4m3fn",
     "fp8_e4m3": "float8e4m3fn",
     "fp8_e5m2": "float8e5m2",
+    "mxfp8_e4m3": "mxfp8",
 }
 """Every other name that a type goes by."""
+_BLOCK_TYPES: dict[str, tuple[int, FloatFormat, int, ScaleType | None]] = {
+    "mxfp4": (4, "float4e2m1", 32, "float8e8m0"),
+    "mxfp8": (8, "float8e4m3fn", 32, "float8e8m0"),
+    "mxfp8_e5m2": (8, "float8e5m2", 32, "float8e8m0"),
+    "nvfp4": (4, "float4e2m1", 16, "float8e4m3fn"),
+    "nf4": (4, "nf4", 64, None),
+}
+"""Types in which blocks of floats share a scale: bits, format, elements of a block, type of the scales.
+
+OCP Microscaling Formats v1.0, table 1 (mxfp…), NVIDIA's NVFP4, and QLoRA's NF4, whose blocks may have another size.
+"""
 _DYNAMIC_ALIASES = {"token": "per_token", "dynamic_per_token": "per_token", "per_tensor": "dynamic"}
 
 
 def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwise | Dynamic | None]:
     """Read a type as users write it: ``int8``, ``uint16``, ``float16``, ``fp8``, ``int4:block32``, ``int4:lpbq64``,
-    ``int8:per_token``, ``uint8:dynamic``.
+    ``mxfp4``, ``mxfp8``, ``nvfp4``, ``nf4``, ``int8:per_token``, ``uint8:dynamic``. `block_scales` has the rest of it.
 
     Returns:
         (bits, signed, float format, layout: blocks, a range at run time, or neither); signed is None for float formats.
@@ -233,11 +248,15 @@ def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwi
     name, colon, layout_text = (plain if ":" in plain else plain.replace("-", ":", 1)).partition(":")
     layout_text = layout_text.replace("-", "_")
     layout_text = _DYNAMIC_ALIASES.get(layout_text, layout_text)
-    match = _TYPE.fullmatch(_TYPE_ALIASES.get(name, name) + colon + layout_text)
+    name = _TYPE_ALIASES.get(name, name)
+    if name in _BLOCK_TYPES:
+        return _parse_blocks(text, name, layout_text)
+    match = _TYPE.fullmatch(name + colon + layout_text)
     if match is None:
         raise InputError(
             f"unknown type {text!r}: use int2…int16, uint2…uint16, float16, bfloat16, fp8 (float8e4m3fn), float8e5m2, "
-            "with blocks int4:block32 and int4:lpbq64, with a range at run time int8:per_token and uint8:dynamic"
+            "with blocks int4:block32, int4:lpbq64, mxfp4, mxfp8 (mxfp8_e5m2), nvfp4 and nf4, with a range at run time "
+            "int8:per_token and uint8:dynamic"
         )
     layout: Blockwise | Dynamic | None = None
     if match["layout"]:
@@ -261,6 +280,24 @@ def parse_type(text: str) -> tuple[int, bool | None, FloatFormat | None, Blockwi
         )
     name = match["base"]
     return (16 if name.endswith("float16") else 8), None, name, None  # type: ignore[return-value]
+
+
+def _parse_blocks(text: str, name: str, layout: str) -> tuple[int, None, FloatFormat, Blockwise]:
+    bits, format, size, _ = _BLOCK_TYPES[name]
+    if layout:
+        given = re.fullmatch(r"block([1-9]\d*)", layout)
+        if given is None or (name != "nf4" and int(given[1]) != size):
+            own = "blocks of any size, such as nf4:block32" if name == "nf4" else f"blocks of {size}"
+            raise InputError(f"{text!r}: {name} has {own}")
+        size = int(given[1])
+    return bits, None, format, Blockwise(block_size=size)
+
+
+def block_scales(text: str) -> ScaleType | None:
+    """The number type of the scales that a type's name stands for: float8e8m0 of ``mxfp4``; None where it's float32."""
+    name = text.strip().lower().partition(":")[0]
+    name = _TYPE_ALIASES.get(name, name)
+    return _BLOCK_TYPES[name][3] if name in _BLOCK_TYPES else None
 
 
 def spread(values: NDArray[np.generic], shape: tuple[int, ...], granularity: Granularity) -> NDArray[np.generic]:
@@ -395,16 +432,27 @@ def fake_quantize(
     return np.asarray(q * scale, np.float32)
 
 
+def largest_of(format: FloatFormat) -> float:
+    """The largest magnitude of a float format or table of values, before the scale."""
+    return CODE_TABLES[format].largest if format in CODE_TABLES else FLOAT_FORMATS[format][2]
+
+
 def cast_float(x: NDArray[np.floating], format: FloatFormat, scale: NDArray[np.float32] | float = 1.0) -> FloatArray:
     """Round to a float format and back, saturating at its largest finite value.
 
     fp8 values are scaled first: x' = cast(x / scale) · scale, the division in float32 as in QuantizeLinear.
     Formulas: OCP 8-bit Floating Point Specification (E4M3, E5M2), IEEE 754 binary16, bfloat16; all round half
-    to even, subnormals kept.
+    to even, subnormals kept. Tables of values (`CODE_TABLES`) are scaled too.
     """
-    exponent_bits, mantissa_bits, largest = FLOAT_FORMATS[format]
     with np.errstate(over="ignore"):  # what overflows float32 saturates below, as it does in QuantizeLinear
-        v = np.divide(x, scale, dtype=np.float32).astype(np.float64)
+        single = np.divide(x, scale, dtype=np.float32)
+    if format in CODE_TABLES:
+        table = CODE_TABLES[format]
+        values = np.array((*table.values, np.nan), np.float32)
+        places = np.searchsorted(np.array(table.above, np.float32), single)
+        return np.asarray(values[np.where(np.isnan(single), -1, places)] * scale, np.float32)
+    exponent_bits, mantissa_bits, largest = FLOAT_FORMATS[format]
+    v = single.astype(np.float64)
     bias = 2 ** (exponent_bits - 1) - 1
     _, exponent = np.frexp(np.abs(v))  # |v| in [0.5, 1) · 2**exponent
     step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - bias) - mantissa_bits)

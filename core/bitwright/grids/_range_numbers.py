@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bitwright.grids._gradients import Array, Namespace, NumpyNamespace
-from bitwright.grids._grid import FLOAT_FORMATS, FloatFormat, Grid
+from bitwright.grids._grid import FloatFormat, Grid, largest_of
 
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -106,8 +106,8 @@ def range_numbers(ns: RangeNamespace, low: Array, high: Array, kind: GridKind) -
 
     Formulas (n = number of steps): asymmetric δ = (high − low)/n, z = round(−low/δ) + qmin;
     symmetric δ = max(high/qmax, −low/−qmin), so that a tensor whose extreme is negative gets the extra code;
-    a symmetric grid stored unsigned has z = 2**(bits−1), a one-sided one δ = high/n and z = 0. fp8 formats are scaled
-    so that the larger end is their largest value. Ranges that are empty give δ = 2**-23 (float32 epsilon).
+    a symmetric grid stored unsigned has z = 2**(bits−1), a one-sided one δ = high/n and z = 0. Floats below 16 bits are
+    scaled so that the larger end is their largest value. Ranges that are empty give δ = 2**-23 (float32 epsilon).
 
     Args:
         ns: the framework's functions.
@@ -116,9 +116,9 @@ def range_numbers(ns: RangeNamespace, low: Array, high: Array, kind: GridKind) -
     """
     if kind.float_format is not None:
         scale = ns.filled(high, 1.0)
-        if kind.float_format.startswith("float8"):
+        if not kind.float_format.endswith("float16"):
             extreme = ns.maximum(-low, high)
-            scale = ns.maximum(ns.divided(extreme, FLOAT_FORMATS[kind.float_format][2]), EPSILON)
+            scale = ns.maximum(ns.divided(extreme, largest_of(kind.float_format)), EPSILON)
         return ns.float32(scale), ns.filled(high, 0.0)
     grid, half = Grid.of(kind.bits, signed=kind.signed, strict=kind.strict), 2 ** (kind.bits - 1)
     zero = ns.filled(high, 0.0)

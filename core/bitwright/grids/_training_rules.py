@@ -6,8 +6,8 @@ min-max one. In range learning, scale = `scale` · exp(`log_scale`) and zero poi
 steps. Both start at 0, so that the start is bit-equal and one learning rate suits grids of all sizes. Zero points at
 an end of the codes (behind a ReLU) and those of symmetric grids stay.
 
-Frozen grids, float formats without a scale, ranges at run time and derived grids (of biases: they follow from others)
-neither follow nor learn.
+Frozen grids, float formats without a scale, blocks of floats whose scales have a number type of their own, ranges at
+run time and derived grids (of biases: they follow from others) neither follow nor learn.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class GridPolicy:
         """
         fixed = encoding is None or encoding.frozen or encoding.float_format in UNSCALED or derived
         fixed = fixed or (encoding is not None and encoding.run_time is not None)
+        fixed = fixed or (encoding is not None and None not in (encoding.float_format, encoding.scale_type))
         learns = range_learning and not fixed
         moves = False
         if learns and encoding is not None:

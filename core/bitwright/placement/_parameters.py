@@ -158,8 +158,10 @@ class ParameterPlacement:
         if not (isinstance(a, QuantSpec) and isinstance(b, QuantSpec)):
             return None
         wider = a if a.bits >= b.bits else b
-        if a.float_format != b.float_format or (a.bits == b.bits and a.with_(granularity=b.granularity) != b):
+        if a.bits == b.bits and a.with_(granularity=b.granularity, scale_type=b.scale_type) != b:
             return None
+        if a.granularity != b.granularity and a.scale_type != b.scale_type:
+            wider = wider.with_(scale_type=None)  # that of blocks, which it won't have
         rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
         rest = [v for v in (first, other) if v not in rows]
         if len(rest) == 1 and rest[0].op.kind is OpKind.LINEAR and self.target.per_channel(rest[0].op.type):
@@ -252,7 +254,9 @@ def weight_axes(op: Op) -> tuple[int, int]:
 
 
 def _vector(precision: Precision) -> Precision:
-    """Of parameters that aren't matrices: below 8 bits they would save nothing and cost much."""
+    """Of parameters that aren't matrices: below 8 bits they would save nothing and cost much, and they are integers."""
+    if precision.float_format is not None and precision.bits < 8:
+        return Precision(8, True, explicit=precision.explicit)
     return replace(precision, bits=max(8, precision.bits), blocks=None)
 
 

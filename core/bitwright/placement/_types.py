@@ -16,6 +16,8 @@ from bitwright.grids import (
     PerChannel,
     PerTensor,
     QuantSpec,
+    ScaleType,
+    block_scales,
     parse_type,
 )
 from bitwright.placement._key_values import Kept
@@ -27,6 +29,7 @@ class Precision:
     """A parsed type: integer codes of `bits`, or a float format; `explicit` if the user asked for it.
 
     `dynamic`: the range is found at run time. `axis`: of an activation, one scale for each of its indices.
+    `block_scales`: the number type of the blocks' scales, where the type says it.
     """
 
     bits: int
@@ -36,6 +39,7 @@ class Precision:
     explicit: bool = False
     dynamic: Dynamic | None = None
     axis: int | None = None
+    block_scales: ScaleType | None = None
 
     @property
     def is_own(self) -> bool:
@@ -54,7 +58,8 @@ class Precision:
         bits, signed, float_format, layout = parse_type(text)
         blocks = layout if isinstance(layout, Blockwise) else None
         dynamic = layout if isinstance(layout, Dynamic) else None
-        return cls(bits, bool(signed), float_format, blocks, asked is not None and not bare, dynamic)
+        return cls(bits, bool(signed), float_format, blocks, asked is not None and not bare, dynamic,
+                   block_scales=block_scales(text))  # fmt: skip
 
     @classmethod
     def or_float(cls, asked: str | None, fallback: str) -> Precision | None:
@@ -173,6 +178,8 @@ def activation_spec(
 def param_spec(target: Target, precision: Precision, *, symmetric: bool, granularity: Granularity) -> QuantSpec:
     """Specification of a parameter."""
     spec = _spec(target, precision, symmetric=symmetric, signed=precision.signed, granularity=granularity)
+    if precision.block_scales is not None and isinstance(granularity, Blockwise):
+        return spec.with_(scale_type=precision.block_scales)
     kind = target.config.bitwright.weight_scales
     two_level = isinstance(granularity, Blockwise) and granularity.decompressed_bits is not None
     if kind is None or two_level or spec.float_format is not None:

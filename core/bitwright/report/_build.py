@@ -268,8 +268,11 @@ def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str, tuple[st
 
 def describe(grid: QuantSpec | Encoding) -> str:
     """A grid in words: ``"int4 symmetric, blocks of 32"``, ``"uint8 asymmetric"``."""
-    if grid.float_format is not None:
+    if grid.float_format is not None and not isinstance(grid.granularity, Blockwise):
         return grid.float_format
+    if isinstance(grid.granularity, Blockwise) and grid.float_format is not None:
+        scales = "" if grid.scale_type is None else f", {grid.scale_type} scales"
+        return f"{grid.float_format}, blocks of {grid.granularity.block_size}{scales}"
     text = f"{'' if grid.signed else 'u'}int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
     text += ", strict" if grid.strict else ""
     match grid.granularity:

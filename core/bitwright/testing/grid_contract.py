@@ -310,6 +310,11 @@ def weight_encodings(op: Op, weight: Array) -> Iterator[Encoding]:
     specs.append(QuantSpec(4, granularity=Blockwise(axis, across, size, decompressed_bits=8)))
     specs += [QuantSpec(16 if "16" in name else 8, float_format=name) for name in FLOAT_FORMATS]  # type: ignore[arg-type]
     specs.append(QuantSpec(8, float_format="float8e4m3fn", granularity=PerChannel(axis)))
+    blocks = Blockwise(axis, across, size)
+    specs += [QuantSpec(4, float_format="float4e2m1", granularity=blocks, scale_type="float8e8m0"),
+              QuantSpec(8, float_format="float8e4m3fn", granularity=blocks, scale_type="float8e8m0"),
+              QuantSpec(4, float_format="float4e2m1", granularity=blocks, scale_type="float8e4m3fn"),
+              QuantSpec(4, float_format="nf4", granularity=blocks)]  # fmt: skip
     for spec in specs:
         made = encoding_of_weights(weight, spec)
         layout = made.granularity
