@@ -2,7 +2,8 @@
 
 Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", on the second
 moments of each layer's input. Here the target is W C (Ĥ + λI)⁻¹ and not W itself, so that a layer also makes up for
-the error of its quantized inputs; convolutions, grouped and transposed ones too, are rounded as matrices.
+the error of its quantized inputs; convolutions, grouped and transposed ones too, are rounded as matrices. Blocks of
+floats (MXFP4, MXFP8, NVFP4, NF4) are rounded to the nearest value of their format at the scales that they have.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Gptq:
         Raises:
             InputError: no calibration data, or a pattern that matches no layer.
         """
-        return round_layers(ctx, self.name, round_layer)
+        return round_layers(ctx, self.name, round_layer, floats=True)
 
 
 def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
@@ -93,14 +94,14 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
         options.append((grid, rounded(problem, grid, settings)))
         return Rounded(*_best(problem, options), {"nearest": nearest})
 
-    return solve_layer(layer, settings, Gptq.name, choose)
+    return solve_layer(layer, settings, Gptq.name, choose, floats=True)
 
 
 def rounded(problem: Reconstruction, grid: WeightGrid, settings: GptqSettings) -> Matrix:
     """Codes by successive rounding at fixed scales, (groups, rows, K)."""
     groups, _, features = problem.weight.shape
     order = act_order(problem.gram) if settings.act_order else np.tile(np.arange(features), (groups, 1))
-    posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high)
+    posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
     codes = successive_rounding(posed, *factor(problem.unit_gram, order), block=settings.block_size)
     return turn(codes)
 

@@ -106,6 +106,8 @@ def round_layers(
     technique: str,
     solve: Rule[AnySettings],
     extra: Sequence[str] = (),
+    *,
+    floats: bool = False,
 ) -> Outcome:
     """Walk over the layers that the context's `RoundingSettings` select.
 
@@ -115,6 +117,7 @@ def round_layers(
         solve: solves a layer with the settings that are `decided`; workers can do so too if it is no
             closure.
         extra: figures that the report has beside `before`, `nearest`, `after` and `seconds`.
+        floats: weights in blocks of floats are solved too.
 
     Returns:
         Weights on their grid, frozen encodings, edits that set biases.
@@ -124,7 +127,7 @@ def round_layers(
     """
     s: AnySettings = decided(ctx.graph, ctx.settings)
     walk = walk_of(ctx, technique)
-    ops, skipped = select_layers(ctx, s.include, s.exclude)
+    ops, skipped = select_layers(ctx, s.include, s.exclude, floats=floats)
     results = walk(
         ops,
         partial(solve, settings=s),
@@ -138,9 +141,14 @@ def round_layers(
 
 
 def solve_layer(
-    layer: Layer, settings: RoundingSettings, technique: str, choose: Callable[[RoundingTask], Rounded]
+    layer: Layer,
+    settings: RoundingSettings,
+    technique: str,
+    choose: Callable[[RoundingTask], Rounded],
+    *,
+    floats: bool = False,
 ) -> LayerResult:
-    """Round one layer by a rule.
+    """Round one layer by a rule; with `floats` one in blocks of floats too, whose scales are kept.
 
     Returns:
         Weight on its grid, frozen encoding, bias, and figures: `before` (relative output error at the encoding that
@@ -156,8 +164,8 @@ def solve_layer(
         damping=settings.damping,
         inputs="float" if settings.inputs == "float" else "asymmetric",
     )
-    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks)
-    searched = settings.scales == "search" and not layer.encoding.frozen
+    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks, floats=floats)
+    searched = settings.scales == "search" and not layer.encoding.frozen and layer.encoding.float_format is None
     if searched:
         grid = search_scales(
             problem, full_range(given, layer.weight), candidates=settings.candidates, refinements=_REFINEMENTS

@@ -10,13 +10,19 @@ from bitwright.errors import InputError
 from bitwright.graph import Op, OpId
 from bitwright.technique import Context, LayerResult, Outcome, Report
 from bitwright_techniques.bias_edits import bias_changes
+from bitwright_techniques.weight_grid import is_block_of_floats
 
 _WIDEST = 16
 """A 32-bit grid is finer than float32 weights: nothing is left to choose."""
 
 
 def select_layers(
-    ctx: Context[Any], include: Sequence[str], exclude: Sequence[str], *, skip_frozen: bool = False
+    ctx: Context[Any],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    skip_frozen: bool = False,
+    floats: bool = False,
 ) -> tuple[list[OpId], dict[OpId, str]]:
     """Linear ops whose weight has an integer grid of its own, in topological order.
 
@@ -24,6 +30,7 @@ def select_layers(
         ctx: the technique's context.
         include, exclude: names or glob patterns of ops; nothing included means all.
         skip_frozen: leave out weights whose encoding is frozen.
+        floats: take weights in blocks of floats.
 
     Returns:
         Names of the ops, and of the linear ops left out with the reason in words.
@@ -49,7 +56,7 @@ def select_layers(
             reason = "excluded"
         elif encoding is None:
             reason = "weight stays in float"
-        elif encoding.float_format is not None:
+        elif encoding.float_format is not None and not (floats and is_block_of_floats(encoding)):
             reason = f"weight has the float format {encoding.float_format}"
         elif encoding.bits > _WIDEST:
             reason = f"{encoding.bits}-bit grid"

@@ -7,7 +7,8 @@ All solve, for every row of a weight matrix at once, ``minimise (c·s − T) Ĥ 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class RoundingProblem:
         target: T, (groups, K, rows), float32.
         step: s, (groups, 1 or K, rows).
         low, high: bounds of the codes, (groups, 1 or K, rows).
+        snap: the nearest codes where nothing bounds them. Only `successive_rounding` takes others than whole numbers.
     """
 
     gram: Array
@@ -37,11 +39,14 @@ class RoundingProblem:
     step: Array
     low: Array
     high: Array
+    snap: Callable[[Array], Array] = np.rint
 
     @classmethod
-    def of(cls, gram: Array, target: Array, step: Array, low: Array, high: Array) -> RoundingProblem:
+    def of(
+        cls, gram: Array, target: Array, step: Array, low: Array, high: Array, snap: Callable[[Array], Array] = np.rint
+    ) -> RoundingProblem:
         """From matrices in `linear_form`'s order, (groups, rows, K)."""
-        return cls(gram, turn(target), turn(step), turn(low), turn(high))
+        return cls(gram, turn(target), turn(step), turn(low), turn(high), snap)
 
     def loss(self, codes: Array) -> Array:
         """Objective of each row, (groups, rows)."""
@@ -56,8 +61,8 @@ class RoundingProblem:
     def select(self, chosen: Selection) -> RoundingProblem:
         """The problem of some groups, or of some rows where there is one group."""
         gram = self.gram[chosen] if self.grouped else self.gram
-        parts = (self.cut(a, chosen) for a in (self.target, self.step, self.low, self.high))
-        return RoundingProblem(gram, *parts)
+        target, step, low, high = (self.cut(a, chosen) for a in (self.target, self.step, self.low, self.high))
+        return replace(self, gram=gram, target=target, step=step, low=low, high=high)
 
     def cut(self, array: Array, chosen: Selection) -> Array:
         """The part of a (groups, features, rows) array that belongs to a selection."""
@@ -201,7 +206,7 @@ def successive_rounding(
         spill = np.empty_like(free[:, begin:end])
         for k in range(begin, end):
             s = problem.at(step, k)
-            code = np.rint(free[:, k] / s)
+            code = problem.snap(free[:, k] / s)
             np.clip(code, problem.at(low, k), problem.at(high, k), out=code)
             codes[:, k] = code
             spill[:, k - begin] = (free[:, k] - code * s) / pivot[:, k, None]

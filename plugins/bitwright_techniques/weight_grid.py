@@ -1,16 +1,17 @@
-"""A weight's integer grid in matrix form, so that solvers needn't know layouts and granularities."""
+"""A weight's grid in matrix form, so that solvers needn't know layouts and granularities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.graph import Op, from_matrix, join_columns, split_columns, to_matrix
-from bitwright.grids import Encoding, spread
+from bitwright.grids import CODE_TABLES, Blockwise, Encoding, cast_float, largest_of, spread
 
 Matrix = NDArray[np.float32]
 """(groups, rows, K), as `linear_form.to_matrix` gives it; rows = output channels of a group."""
@@ -20,7 +21,8 @@ Matrix = NDArray[np.float32]
 class WeightGrid:
     """The grid points a weight matrix may take: ``ŵ = c · scale`` with integer c, ``qmin − z ≤ c ≤ qmax − z``.
 
-    Codes here are counted from the zero point (c = q − z), which makes symmetric and asymmetric grids alike.
+    Codes here are counted from the zero point (c = q − z), which makes symmetric and asymmetric grids alike. Those of
+    blocks of floats are the format's own values (`of` with `floats`), which have no neighbours at ±1.
     A *tie* is a set of rows that must be scaled together: one row per channel or blockwise, all rows per tensor.
 
     Attributes:
@@ -43,13 +45,19 @@ class WeightGrid:
     blocks: int = 1
 
     @classmethod
-    def of(cls, op: Op, shape: tuple[int, ...], encoding: Encoding, blocks: int = 1) -> WeightGrid:
+    def of(
+        cls, op: Op, shape: tuple[int, ...], encoding: Encoding, blocks: int = 1, *, floats: bool = False
+    ) -> WeightGrid:
         """The grid of a weight of `shape` under an integer encoding, whose columns are in `blocks`.
+
+        Args:
+            op, shape, encoding, blocks: of the weight.
+            floats: values of a scaled float format, or of a table, are taken too; for those who round by `snap`.
 
         Raises:
             EncodingError: the encoding is a float format.
         """
-        if encoding.float_format is not None:
+        if encoding.float_format is not None and not (floats and is_block_of_floats(encoding)):
             raise EncodingError(f"{op.id!r}: a {encoding.float_format} weight has no rounding to choose")
         index = np.arange(encoding.scale.size).reshape(encoding.scale.shape)
         cells = to_matrix(op, np.broadcast_to(spread(index, shape, encoding.granularity), shape))
@@ -127,12 +135,24 @@ class WeightGrid:
     @cached_property
     def low(self) -> Matrix:
         """Lowest code of each element, (groups, rows, 1 or K)."""
-        return (self.encoding.grid.qmin - self._zero).astype(np.float32)[self.cells]
+        return (self._ends[0] - self._zero).astype(np.float32)[self.cells]
 
     @cached_property
     def high(self) -> Matrix:
         """Highest code of each element, (groups, rows, 1 or K)."""
-        return (self.encoding.grid.qmax - self._zero).astype(np.float32)[self.cells]
+        return (self._ends[1] - self._zero).astype(np.float32)[self.cells]
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        if self.encoding.float_format is None:
+            return self.encoding.grid.qmin, self.encoding.grid.qmax
+        return -largest_of(self.encoding.float_format), largest_of(self.encoding.float_format)
+
+    @property
+    def snap(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """The nearest codes of a matrix divided by its scales, where nothing bounds them."""
+        format = self.encoding.float_format
+        return np.rint if format is None else partial(cast_float, format=format)
 
     @property
     def _zero(self) -> NDArray[np.int64]:
@@ -141,7 +161,7 @@ class WeightGrid:
     def nearest(self, matrix: NDArray[np.floating]) -> Matrix:
         """Codes of the grid points nearest to a real matrix."""
         codes = np.divide(matrix, self.step, dtype=np.float32)
-        return np.asarray(np.clip(np.rint(codes, out=codes), self.low, self.high, out=codes))
+        return np.asarray(np.clip(self.snap(codes), self.low, self.high, out=codes))
 
     def neighbours(self, matrix: NDArray[np.floating]) -> tuple[Matrix, Matrix]:
         """Codes just below and just above a real matrix, clipped to the grid; equal where it lies on the grid."""
@@ -166,3 +186,10 @@ class WeightGrid:
         shape = self.encoding.scale.shape
         blocks = None if self.multiples is None else self.multiples.reshape(shape)
         return self.encoding.with_(scale=self.scale.reshape(shape), block_scale=blocks, frozen=True, source=source)
+
+
+def is_block_of_floats(encoding: Encoding) -> bool:
+    """Whether values are floats, or of a table, that blocks or channels scale: MXFP4, MXFP8, NVFP4, NF4."""
+    return encoding.float_format is not None and (
+        encoding.float_format in CODE_TABLES or isinstance(encoding.granularity, Blockwise)
+    )

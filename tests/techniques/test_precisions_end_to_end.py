@@ -189,6 +189,21 @@ def test_a_table_that_onnx_has_no_type_for(port, data, kind, tmp_path):
         sim.export(tmp_path / "old", encodings_version="1.0.0")
 
 
+@spread("kind", ["mxfp4", "mxfp8", "nvfp4", "nf4:block16"], PORTS, elsewhere=[])
+def test_gptq_on_blocks_of_floats(port, data, kind):
+    """At the scales that they have, on values of the format; what knows whole numbers alone leaves them and says so."""
+    before = port.sim(MODEL, weights=kind, activations="float").calibrate(data)
+    sim = port.sim(MODEL, weights=kind, activations="float").apply("gptq", data, include=["fc"])
+    encoding = sim.encodings["fc.weight"]
+    assert encoding.equals(before.encodings["fc.weight"])
+    assert (encoding.frozen, encoding.source) == (True, "gptq")
+    assert np.array_equal(encoding.fake_quantize(sim.params["fc.weight"]), sim.params["fc.weight"])
+    figures = dict(zip(sim.reports[-1][1].columns, sim.reports[-1][1].rows[0], strict=True))
+    assert figures["after"] < 0.9 * figures["nearest"]
+    sim.apply("adaround", data, include=["conv2"])
+    assert any(encoding.float_format in str(row[1]) for row in sim.reports[-1][1].rows)
+
+
 @everywhere
 def test_weights_only_but_for_exceptions(port, data):
     """What an override names is quantized all the same."""
