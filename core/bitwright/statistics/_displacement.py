@@ -2,17 +2,17 @@
 
 What taps (i, j) and (k, l) read lies (k − i, l − j) apart, wherever it lies. So the product of two taps, summed over a
 convolution's positions, is the image's correlation with itself at that displacement, over the part of it that both taps
-sweep: for each displacement along a row, the products of all rows near one another are one matrix product, and those of
-two taps are runs of its diagonals. Along the rows all values are taken, and those that a tap misses at the border are
-taken away again. A stride parts rows into interleaved ones; taps meet values of one of them each.
+sweep. Of images that lie row behind row with zeros between them, it is the dot product of one long vector with itself,
+moved; what a tap misses at the border, whole rows and columns of the image, is taken away again. A stride parts an axis
+into interleaved lines; taps meet values of one of them each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from bitwright.graph import ConvAttrs, output_spatial
 
 Products = NDArray[np.float64]
-CHUNK_BYTES = 16 * 2**20
-"""Of the samples that are correlated at a time."""
-ROWS = 16
-"""That are multiplied with those near them at a time."""
+BLOCK = 2**19
+"""Values that are correlated at a time: they stay in the second-level cache (2 MiB) for all displacements."""
+DOT = 2**12
+"""Values that are summed in float32, about."""
 
 
 class Sweep(NamedTuple):
@@ -42,6 +42,11 @@ class Sweep(NamedTuple):
     shift: int
     start: int
     stop: int
+
+    @property
+    def turned(self) -> bool:
+        """Whether of this one and of that of the taps the other way round it comes second."""
+        return (self.lines, self.shift) > (self.lines[::-1], -self.shift)
 
 
 @dataclass(frozen=True)
@@ -84,44 +89,50 @@ class Axis:
             found[(np.arange(sweep.start, sweep.stop) * self.stride + sweep.lines[0], *sweep.taps)] = 1
         return found
 
-    def blocks(self) -> Iterator[_Block]:
-        """The axis in pieces of about `ROWS`."""
-        count = max(1, round(self.size / ROWS))
-        edges = [self.size * n // count for n in range(count + 1)]
-        for low, high in pairwise(edges):
-            yield _Block.of(self, low, high)
+    def meetings(self, *, half: bool = False) -> list[_Meeting]:
+        """The sweeps, by the two lines that are read; with `half` one of each two that are the same turned round."""
+        by_lines: dict[tuple[int, int], list[Sweep]] = {}
+        for sweep in self.sweeps:
+            if not (half and sweep.turned):
+                by_lines.setdefault(sweep.lines, []).append(sweep)
+        return [_Meeting.of(self, sweeps) for sweeps in by_lines.values()]
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Some rows, those near them (`far`), and where in the products of both the diagonals of pairs of taps lie."""
+class _Meeting:
+    """Pairs of taps that read the same two lines of an axis, and what their sums are made of.
 
-    near: slice
-    far: slice
-    places: NDArray[np.intp]
+    Attributes:
+        lines: the two.
+        shifts: at which the whole lines are multiplied.
+        missed: single places (shift, place of the first line) that some pair doesn't sweep.
+        pick: (pairs, shifts + missed): a pair's sum is that of the lines, less the places it misses.
+        taps: of the pairs.
+    """
+
+    lines: tuple[int, int]
+    shifts: range
+    missed: list[tuple[int, int]]
     pick: NDArray[np.float64]
-    """(places, pairs of taps): 1 where a place belongs to a pair."""
     taps: tuple[NDArray[np.intp], NDArray[np.intp]]
 
     @classmethod
-    def of(cls, axis: Axis, low: int, high: int) -> _Block:
-        near, far = slice(low, high), slice(max(0, low - axis.reach), min(axis.size, high + axis.reach))
-        pairs = []
-        for sweep in axis.sweeps:
-            rows = np.arange(sweep.start, sweep.stop) * axis.stride + sweep.lines[0]
-            rows = rows[(rows >= low) & (rows < high)]
-            others = rows + (sweep.taps[1] - sweep.taps[0]) * axis.dilation
-            pairs.append((rows - low) * (far.stop - far.start) + others - far.start)
-        places, where = np.unique(np.concatenate([*pairs, np.zeros(0, np.intp)]), return_inverse=True)
-        pick = np.zeros((len(places), len(pairs)))
-        pick[where, np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])] = 1
-        first, second = np.array([s.taps for s in axis.sweeps], np.intp).reshape(-1, 2).T
-        return cls(near, far, places, pick, (first, second))
-
-    def sums(self, products: NDArray[np.float32]) -> Products:
-        """Products (…, near, far) → what each pair of taps has of them, (…, pairs)."""
-        flat = products.reshape(*products.shape[:-2], products.shape[-2] * products.shape[-1])
-        return flat.take(self.places, axis=-1).astype(np.float64) @ self.pick
+    def of(cls, axis: Axis, sweeps: Sequence[Sweep]) -> _Meeting:
+        lines = sweeps[0].lines
+        low, high = min(s.shift for s in sweeps), max(s.shift for s in sweeps)
+        shifts = range(low, high + 1, int(np.gcd.reduce([s.shift - low for s in sweeps])) or 1)
+        missed: dict[tuple[int, int], int] = {}
+        entries = []
+        for pair, s in enumerate(sweeps):
+            begin, end = max(0, -s.shift), min(axis.length(lines[0]), axis.length(lines[1]) - s.shift)
+            entries.append((pair, shifts.index(s.shift), 1))
+            border = ((s.shift, place) for place in (*range(begin, s.start), *range(s.stop, end)))
+            entries += [(pair, len(shifts) + missed.setdefault(at, len(missed)), -1) for at in border]
+        pick = np.zeros((len(sweeps), len(shifts) + len(missed)))
+        for pair, part, sign in entries:
+            pick[pair, part] = sign
+        first, second = np.array([s.taps for s in sweeps], np.intp).T
+        return cls(lines, shifts, list(missed), pick, (first, second))
 
 
 @dataclass(frozen=True)
@@ -191,13 +202,15 @@ def _swept(x: NDArray[np.float64], axes: Sequence[Axis], *, pairs: bool) -> tupl
     """Sums of (channels, *spatial) over what each tap sweeps, (channels, taps); and, if `pairs`, over the part of it at
     which another tap is inside too, (channels, taps, taps)."""
     alone = both = x
-    for axis in axes:  # the next spatial axis comes first, taps are put last
-        alone = np.tensordot(alone, np.einsum("yii->yi", axis.swept), (1, 0))
-        both = np.tensordot(both, axis.swept, (1, 0)) if pairs else both
+    for axis in reversed(axes):  # the last axis goes, and taps come first
+        alone = np.moveaxis(alone @ np.einsum("yii->yi", axis.swept), -1, 0)
+        if pairs:
+            both = np.moveaxis(both @ axis.swept.reshape(axis.size, -1), -1, 0)
     rank, taps = len(axes), int(np.prod([axis.kernel for axis in axes]))
     if pairs:
-        both = both.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2)).reshape(-1, taps, taps)
-    return both, alone.reshape(-1, taps)
+        both = both.reshape(*(k for axis in axes for k in (axis.kernel, axis.kernel)), -1)
+        both = both.transpose(-1, *range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).reshape(-1, taps, taps)
+    return both, np.ascontiguousarray(alone.reshape(taps, -1).T)
 
 
 def by_displacement(attrs: ConvAttrs, a: Centred, b: Centred) -> Products:
@@ -206,84 +219,148 @@ def by_displacement(attrs: ConvAttrs, a: Centred, b: Centred) -> Products:
     if len(axes) == 1:
         axes.insert(0, Axis(1, 1, 1, 1, 0, 1))
     rows, cols = axes
-    groups, width, kernel = attrs.groups, a.values.shape[1] // attrs.groups, (rows.kernel, cols.kernel)
-    total = np.zeros((*kernel, *kernel, groups, width, width))
-    blocks = list(rows.blocks())
-    step = max(1, CHUNK_BYTES // max(1, a.values[:1].nbytes))
-    for start in range(0, len(a.values), step):
-        first = _Images(a, slice(start, start + step), groups, cols)
-        second = first if a is b else _Images(b, slice(start, start + step), groups, cols)
-        _correlate(total, first, second, blocks, cols)
-    features = width * kernel[0] * kernel[1]
-    return np.ascontiguousarray(total.transpose(4, 5, 0, 1, 6, 2, 3)).reshape(groups, features, features)
+    groups, width = attrs.groups, a.values.shape[1] // attrs.groups
+    meetings = list(product(rows.meetings(), cols.meetings(half=a is b)))
+    sums = [np.zeros((groups, width, width, r.pick.shape[1], c.pick.shape[1])) for r, c in meetings]
+    if not meetings:
+        features = width * rows.kernel * cols.kernel
+        return np.zeros((groups, features, features))
+    # A few channels at a time are read: channels that lie last are moved once, and not each time.
+    same, a = a is b, replace(a, values=np.ascontiguousarray(a.values))
+    b = a if same else replace(b, values=np.ascontiguousarray(b.values))
+    image = width * (rows.size + 2 * rows.reach) * (cols.size + cols.reach)  # with zeros around it, at most
+    samples = max(1, min(len(a.values), 4 * BLOCK // image))
+    step = max(1, BLOCK // (samples * image))
+    for start, group in product(range(0, len(a.values), samples), range(0, groups, step)):
+        some = slice(start, start + samples), slice(group, group + step)
+        first = _Images(a, *some, width, rows, cols)
+        second = first if same else _Images(b, *some, width, rows, cols)
+        for total, (along_rows, along_cols) in zip(sums, meetings, strict=True):
+            _correlate(total[some[1]], first, second, along_rows, along_cols)
+    return _by_taps(sums, meetings, rows, cols, half=same)
 
 
-def _correlate(total: Products, a: _Images, b: _Images, blocks: list[_Block], cols: Axis) -> None:
-    """Add all products to (rows, columns of the first tap, those of the second, groups, channels, channels)."""
-    meetings: dict[tuple[tuple[int, int], int], list[Sweep]] = {}
-    for sweep in cols.sweeps:
-        meetings.setdefault((sweep.lines, sweep.shift), []).append(sweep)
-    for (lines, shift), sweeps in meetings.items():
-        here, back = (*lines, shift), (*lines[::-1], -shift)
-        if a is b and here > back:
-            continue  # the other way round it is the same
-        ends = max(0, -shift), min(cols.length(lines[0]), cols.length(lines[1]) - shift)
-        missed = [[*range(ends[0], s.start), *range(s.stop, ends[1])] for s in sweeps]
-        border = sorted({at for ats in missed for at in ats})
-        whole: Products | float = 0.0
-        single = np.zeros((len(border), 1, 1, 1, 1))
-        for block in blocks:
-            whole = whole + block.sums(_products(a.rows(lines[0], block.near), b.rows(lines[1], block.far, shift)))
-            if border:
-                theirs = b.columns(lines[1], [at + shift for at in border], block.far)
-                single = single + block.sums(_products(a.columns(lines[0], border, block.near), theirs))
-        i, k = blocks[0].taps
-        for sweep, ats in zip(sweeps, missed, strict=True):
-            part = np.moveaxis(whole - single[[border.index(at) for at in ats]].sum(axis=0), -1, 0)
-            j, other = sweep.taps
-            total[i, j, k, other] += part
-            if a is b and here < back:
-                total[k, other, i, j] += _turned(part)
+def _by_taps(
+    sums: Sequence[Products], meetings: Sequence[tuple[_Meeting, _Meeting]], rows: Axis, cols: Axis, *, half: bool
+) -> Products:
+    """Sums by the parts of meetings, (groups, channels, channels, parts, parts) → by features, (groups, K, K)."""
+    groups, width = sums[0].shape[:2]
+    taps = rows.kernel, rows.kernel, cols.kernel, cols.kernel
+    place, begin = np.zeros(taps, np.intp), 1  # what never meets has 0
+    pairs = [np.zeros((groups, width, width, 1))]
+    for total, (along_rows, along_cols) in zip(sums, meetings, strict=True):
+        found = (along_rows.pick @ (total @ along_cols.pick.T)).reshape(groups, width, width, -1)
+        first, second = (tap[:, None] for tap in along_rows.taps)
+        place[first, second, *along_cols.taps] = begin + np.arange(found.shape[-1]).reshape(len(first), -1)
+        pairs.append(found)
+        begin += found.shape[-1]
+    turned = np.zeros(taps, bool)
+    for sweep in cols.sweeps if half else ():
+        if sweep.turned:
+            there, back = (..., *sweep.taps), (..., *sweep.taps[::-1])
+            place[there], turned[there] = place[back].T, True
+    features, values = width * rows.kernel * cols.kernel, np.concatenate(pairs, axis=-1)
+    order = np.transpose(place, (0, 2, 1, 3)).reshape(-1)
+    result = values.take(order, axis=-1)
+    if width > 1 and half:
+        result = np.where(turned.transpose(0, 2, 1, 3).reshape(-1), values.swapaxes(1, 2).take(order, axis=-1), result)
+    result = result.reshape(groups, width, width, rows.kernel * cols.kernel, -1)
+    return np.ascontiguousarray(result.transpose(0, 1, 3, 2, 4)).reshape(groups, features, features)
 
 
-def _products(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(…, channels, near, n) and (…, channels, far, n) → (…, channels, channels, near, far)."""
-    return a[..., :, None, :, :] @ _turned(b)[..., None, :, :, :]
+def _correlate(total: Products, a: _Images, b: _Images, rows: _Meeting, cols: _Meeting) -> None:
+    """Add to (groups, channels, channels, parts of the meeting along rows, parts of that along columns)."""
+    one, other = a.lines[rows.lines[0], cols.lines[0]], b.lines[rows.lines[1], cols.lines[1]]
+    whole = len(cols.shifts)
+    _add_rows(total[..., :whole], one, other, rows, cols.shifts)
+    if cols.missed:
+        theirs = [place + shift for shift, place in cols.missed]
+        border = one.columns([place for _, place in cols.missed]), other.columns(theirs)
+        _add_rows(np.moveaxis(total[..., whole:], -1, 0)[..., None], *border, rows, range(1))
+
+
+def _add_rows(total: Products, a: _Rows, b: _Rows, meeting: _Meeting, along: range) -> None:
+    """Add to (…, groups, channels, channels, parts of the meeting, places along the rows)."""
+    whole = len(meeting.shifts)
+    total[..., :whole, :] += _dots(a, b, 0, a.each, a.pieces, meeting.shifts, along)
+    for n, (shift, row) in enumerate(meeting.missed, whole):
+        total[..., n : n + 1, :] += _dots(a, b, row, 1, 1, range(shift, shift + 1), along)
+
+
+def _dots(a: _Rows, b: _Rows, row: int, each: int, pieces: int, down: range, along: range) -> Products:
+    """Products of `pieces` times `each` rows with those so many rows down and places along, summed: (…, groups,
+    channels, channels, down, along). A piece is summed in float32."""
+    n, place = each * a.pitch, a.values.itemsize
+    (*lead, width, _), (*far, apart, _) = a.values.shape, a.values.strides
+    ours, theirs = a.origin + row * a.pitch, b.origin + (row + down[0]) * b.pitch + along[0]
+    one = np.ndarray(
+        (*lead, width, 1, pieces, 1, 1, 1, n), np.float32, a.values, ours * place,
+        (*far, apart, 0, n * place, 0, 0, 0, place),
+    )  # fmt: skip
+    other = np.ndarray(
+        (*lead, 1, width, pieces, len(down), len(along), n, 1), np.float32, b.values, theirs * place,
+        (*far, 0, apart, n * place, down.step * b.pitch * place, along.step * place, place, 0),
+    )  # fmt: skip
+    # numpy hands a vector's product with a vector to BLAS, and copies neither.
+    found: Products = (one @ other)[..., 0, 0].sum(axis=-3, dtype=np.float64)
+    return found
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of images as one vector for each channel, with rows of zeros before and behind, and more at both ends.
+
+    Attributes:
+        values: (…, groups, channels, values).
+        origin: where the first row begins, whole rows from the start.
+        pitch: length of a row, of all samples.
+        samples: of these.
+        each, pieces: rows that are multiplied at a time, and how often.
+    """
+
+    values: NDArray[np.float32]
+    origin: int
+    pitch: int
+    samples: int
+    each: int
+    pieces: int
+
+    def columns(self, at: list[int]) -> _Rows:
+        """Some columns as images of their own, (columns, groups, channels, values)."""
+        room = self.pitch // self.samples
+        picked = np.stack([self.values[..., place::room] for place in at])
+        return _Rows(picked, self.origin // room, self.samples, self.samples, self.each * self.pieces, 1)
+
+
+class _Images:
+    """Images of a batch and of some groups, parted into interleaved lines.
+
+    Attributes:
+        groups: how many.
+        lines: by the lines of rows and of columns; a row is one of all samples, each with zeros behind it, as many as a
+            displacement can reach.
+    """
+
+    def __init__(self, batch: Centred, samples: slice, groups: slice, width: int, rows: Axis, cols: Axis) -> None:
+        channels = slice(groups.start * width, groups.stop * width)
+        x, centre = batch.values[samples, channels], batch.centre[channels].astype(np.float32)[:, None, None, None]
+        x = (x if x.ndim == 4 else x[:, :, None]).transpose(1, 2, 0, 3)
+        self.groups = len(x) // width
+        above, beside = (max((abs(s.shift) for s in axis.sweeps), default=0) for axis in (rows, cols))
+        count, height, room = x.shape[2], rows.length(0), cols.length(0) + beside
+        pitch = count * room
+        each = -(-height // max(1, round(height * pitch / DOT)))
+        pieces = -(-height // each)
+        tall, slack = 2 * above + each * pieces, -(-beside // pitch) * pitch
+        self.lines: dict[tuple[int, int], _Rows] = {}
+        for down, along in product(*({line for s in axis.sweeps for line in s.lines} for axis in (rows, cols))):
+            part = x[:, down :: rows.stride, :, along :: cols.stride]
+            flat = np.zeros((len(x), 2 * slack + tall * pitch), np.float32)
+            image = flat[:, slack : slack + tall * pitch].reshape(len(x), tall, count, room)
+            np.subtract(part, centre, out=image[:, above : above + part.shape[1], :, : part.shape[3]])
+            values = flat.reshape(self.groups, width, -1)
+            self.lines[down, along] = _Rows(values, slack + above * pitch, pitch, count, each, pieces)
 
 
 def _turned(values: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.swapaxes(values, -1, -2)
-
-
-class _Images:
-    """The images of a batch, parted along their rows; a row of all samples is one vector.
-
-    Behind each row are zeros, as many as a displacement can reach beyond it.
-    """
-
-    def __init__(self, batch: Centred, some: slice, groups: int, cols: Axis) -> None:
-        x, centre = batch.values[some], batch.centre.astype(np.float32)[:, None, None, None]
-        x = x if x.ndim == 4 else x[:, :, None]
-        self._margin = max((abs(s.shift) for s in cols.sweeps), default=0)
-        samples, channels, height = x.shape[:3]
-        self._shape = groups, channels // groups, height, samples * (cols.length(0) + self._margin)
-        self._flat: dict[int, NDArray[np.float32]] = {}
-        self._wide: dict[int, NDArray[np.float32]] = {}
-        for line in {line for s in cols.sweeps for line in s.lines}:
-            part = x[..., line :: cols.stride].transpose(1, 2, 0, 3)
-            flat = np.zeros((channels, height * self._shape[-1] + 2 * self._margin), np.float32)
-            wide = flat[:, self._margin : self._margin + height * self._shape[-1]]
-            self._wide[line] = wide.reshape(channels, height, samples, -1)
-            np.subtract(part, centre, out=self._wide[line][..., : part.shape[-1]])
-            self._flat[line] = flat
-
-    def rows(self, line: int, rows: slice, shift: int = 0) -> NDArray[np.float32]:
-        """Rows of all samples, moved along themselves: (groups, channels, rows, values)."""
-        begin = self._margin + shift
-        flat = self._flat[line]
-        return flat[:, begin : begin + self._shape[2] * self._shape[3]].reshape(self._shape)[:, :, rows]
-
-    def columns(self, line: int, at: list[int], rows: slice) -> NDArray[np.float32]:
-        """Some of their columns: (columns, groups, channels, rows, samples)."""
-        picked = self._wide[line][:, rows][..., at]
-        return np.ascontiguousarray(np.moveaxis(picked, -1, 0)).reshape(len(at), *self._shape[:2], *picked.shape[1:3])
