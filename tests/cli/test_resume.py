@@ -95,3 +95,6 @@ def test_names_that_are_no_file_names_or_look_like_patterns(net, tmp_path, run):
     assert status(*quantize, "[a]*") == 0
     assert status("verify", tmp_path, "--data", net.npz, "--name", "[a]*") == 0
     assert status("verify", tmp_path, "--data", net.npz, "--name", "a") == 2
+    long = tmp_path / ("a" * 300)
+    assert status("quantize", net.model, "--data", net.npz, "--out", long) == 2
+    assert status("quantize", net.model, "--data", long, "--out", tmp_path) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from bitwright import formats
 from bitwright.data import labels
 from bitwright.errors import BitwrightError, EncodingError, InputError, TargetError
-from bitwright.files import read_npy, read_npz, write_text
+from bitwright.files import open_npz, read_npy, read_npz, write_text
 from bitwright.runs._directory import FileStore
 from bitwright.simulation import read_recipe
 from bitwright.targets import load_target
@@ -94,12 +95,40 @@ def test_target_files(tmp_path, text):
     ("name", "text"),
     [("r.json", "[" * DEEP), ("r.json", f"[{LONG}]"), ("r.yaml", f"[{LONG}]"),
      ("r.yaml", "[{adaround: {a: 2026-99-99}}]"),
-     ("r.yaml", "[" * 3_000)],
+     ("r.yaml", "[" * 3_000), ("r.yaml", f"- adaround: {{iterations: 0x{'f' * 20_000}}}"),
+     ("r.yaml", f"- adaround: {{iterations: {'59:' * 5_000}1}}"), ("r.yaml", "- " + "a" * 2_000_000),
+     ("r.yaml", "".join(["m0: &m0 {a: 1}\n", *(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n"
+                                                for i in range(1, 25))])),
+     ("r.yaml", "- adaround: &a {include: *a}"), ("r.yaml", f"[{','.join('1' * 20_000)}]")],
 )  # fmt: skip
 def test_recipe_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError):
+    started = time.process_time()
+    with pytest.raises(InputError) as refused:
         read_recipe(tmp_path / name)
+    assert time.process_time() - started < 2
+    assert len(str(refused.value)) < 1_000
+
+
+def test_aliases_of_a_few_entries_are_as_good_as_any(tmp_path):
+    text = "- cle: &s {}\n- activation_ranges: {<<: *s, include: &n ['a'], exclude: *n}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    steps = read_recipe(tmp_path / "r.yaml").steps
+    assert steps[1].settings == {"include": ["a"], "exclude": ["a"]}
+
+
+def test_a_compressed_npz_that_unpacks_to_far_more_is_refused(tmp_path):
+    path = tmp_path / "d.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("x.npy", "z.npy"):
+            with archive.open(name, "w") as member:
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "<f4", "fortran_order": False, "shape": (20 * 2**20,)}
+                )
+                for _ in range(80):
+                    member.write(b"\0" * 2**20)
+    with pytest.raises(InputError, match=r"unpack to 160 MiB; write it by numpy\.savez"):
+        open_npz(path)
 
 
 def _encodings(**changes):

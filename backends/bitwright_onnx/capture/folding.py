@@ -16,15 +16,23 @@ from bitwright_onnx.simulate.session import compile_session
 
 FOLD_BYTES = 2**20
 """A folded constant may be this big, or as big as the constants that it was computed from."""
-_STEP_BYTES = 2**28
-"""What is computed on the way to one may be this big; nothing is computed whose size isn't known before."""
-_BUDGET = 2**30
-"""All that one pass folds, beyond what it is computed from."""
+_COMPUTED_BYTES = 2**27
+"""All that one pass computes, on the way to folded constants too, or `_TIMES` the initializers where that is more;
+nothing is computed whose size isn't known before."""
+_TIMES = 8
+_MULTIPLICATIONS = 2**31
+"""Those of all products of one pass, or `_RANK` for each value of the initializers where that is more."""
+_RANK = 64
 _NOT_FOLDED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormalLike",
                          "RandomUniformLike", "Bernoulli", "Multinomial"})  # fmt: skip
 _BOUNDED = frozenset({"Cast", "Compress", "Flatten", "Identity", "NonZero", "Reshape", "Shape", "Size", "Slice",
                       "Squeeze", "Transpose", "Unique", "Unsqueeze"})  # fmt: skip
 """Ops that give no more values than they read, but for the axes of `NonZero` and `Unique`."""
+_PRODUCTS = frozenset({"Attention", "AveragePool", "Conv", "ConvInteger", "ConvTranspose", "DFT", "DeformConv", "Det",
+                       "Einsum", "GRU", "Gemm", "GridSample", "LRN", "LSTM", "LpPool", "MatMul", "MatMulInteger",
+                       "MaxPool", "MaxRoiAlign", "NonMaxSuppression", "QLinearConv", "QLinearMatMul", "RNN", "RoiAlign",
+                       "STFT"})  # fmt: skip
+"""Ops that take more than a few steps for each value."""
 KEPT = "bitwright.kept_parameters"
 """Metadata key of a graph: names of initializers that stay readable under their names, whatever reads them."""
 _RESHAPING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"})
@@ -76,6 +84,8 @@ def fold_static_shapes(graph: ir.Graph) -> bool:
 def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """Nodes of initializers alone, as far as the size of what they give is known, and no bomb."""
     known = {v: _size(v) for v in graph.initializers.values()}
+    stored = sum(size or 0 for size in known.values())
+    room, multiplications = max(_COMPUTED_BYTES, _TIMES * stored), max(_MULTIPLICATIONS, _RANK * stored // 4)
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]
         plain = node.domain == "" and node.op_type not in _NOT_FOLDED and not any(bodies(node)) and not _embeds(node)
@@ -85,12 +95,28 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
             continue
         if turns_weight(node) and inputs[0].is_initializer() and shares_weight(inputs[0]):
             continue  # one parameter with two uses, and no second copy
-        read = sum(known[v] or 0 for v in inputs)
+        read = sum(known[v] or 0 for v in set(inputs))
         rank = 8 if node.op_type in ("NonZero", "Unique") else 1
-        sizes = [read * rank * 2 if node.op_type in _BOUNDED else _size(v) for v in node.outputs]
-        if all(size is not None and size <= max(_STEP_BYTES, read) for size in sizes):
+        most = read * rank * 2 if node.op_type in _BOUNDED else None
+        sizes = [most if (size := _size(v)) is None else size for v in node.outputs]
+        given = sum(math.inf if size is None else size for size in sizes)
+        if given <= room and (steps := _multiplications(node, given, read)) <= multiplications:
+            room, multiplications = room - given, multiplications - steps
             known.update(zip(node.outputs, sizes, strict=True))
             yield node
+
+
+def _multiplications(node: ir.Node, given: float, read: int) -> float:
+    """Those that a node takes at most, from the bytes that it gives and reads."""
+    if node.op_type not in _PRODUCTS:
+        return 0
+    if node.op_type in ("MatMul", "Gemm"):
+        first = node.inputs[0]
+        shape = None if first is None else first.shape
+        inner = None if shape is None or not len(shape) else shape[0 if node.attributes.get_int("transA", 0) else -1]
+        if isinstance(inner, int):
+            return given * inner // 4
+    return given * read // 16
 
 
 def _reads_kept(node: ir.Node, inputs: list[ir.Value]) -> bool:
@@ -136,7 +162,7 @@ def fold_constants(model: ir.Model) -> bool:
         for o in node.outputs
         if not o.is_graph_output() and any(u not in inside for u in o.consumers())
     ]
-    wanted = _within_budget(wanted)
+    wanted = [v for v in wanted if (_size(v) or 0) <= max(FOLD_BYTES, _read(v))]
     if not wanted:
         return False
     try:
@@ -149,8 +175,7 @@ def fold_constants(model: ir.Model) -> bool:
     for value, array in zip(wanted, results, strict=True):
         node = value.producer()
         assert node is not None
-        sources = sum(_size(v) or 0 for v in node.inputs if v is not None and v.const_value is not None)
-        if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes <= max(FOLD_BYTES, sources):
+        if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes <= max(FOLD_BYTES, _read(value)):
             if len(node.outputs) == 1:
                 _replace_by_constant(graph, node, array)
             else:
@@ -160,18 +185,11 @@ def fold_constants(model: ir.Model) -> bool:
     return changed
 
 
-def _within_budget(values: list[ir.Value]) -> list[ir.Value]:
-    """Those of known constants that are worth keeping, and together no bomb."""
-    kept: list[ir.Value] = []
-    total = 0
-    for value in values:
-        node, size = value.producer(), _size(value)
-        assert node is not None
-        sources = sum(_size(v) or 0 for v in node.inputs if v is not None and v.const_value is not None)
-        size = 0 if size is None else size
-        if size <= max(FOLD_BYTES, sources) and (total := total + max(0, size - sources)) <= _BUDGET:
-            kept.append(value)
-    return kept
+def _read(value: ir.Value) -> int:
+    """Bytes of the initializers that the node of a value reads."""
+    node = value.producer()
+    assert node is not None
+    return sum(_size(v) or 0 for v in set(node.inputs) if v is not None and v.const_value is not None)
 
 
 def _replace_output(graph: ir.Graph, output: ir.Value, array: np.ndarray) -> None:

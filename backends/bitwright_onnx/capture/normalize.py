@@ -16,13 +16,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bitwright.errors import ModelError
-from bitwright_onnx.capture.bombs import check_inlined_size, propagates_far
+from bitwright_onnx.capture.bombs import check_inlined_size, forget_computed_shapes, propagates_far
 from bitwright_onnx.capture.folding import (
     bypass_constant_identities,
     cast_to_known_types,
     fold_constants,
     fold_static_shapes,
 )
+from bitwright_onnx.capture.inlining import Inlining
 from bitwright_onnx.capture.unsharing import unshare_roles
 from bitwright_onnx.capture.wellformed import refuse_malformed
 from bitwright_onnx.graph.opset import MINIMUM_OPSET, raise_opset
@@ -52,7 +53,7 @@ def normalize(model: ir.Model) -> ir.Model:
     if model.functions:
         check_inlined_size(model)
         try:
-            passes.InlinePass()(model)
+            Inlining()(model)
         except Exception as error:
             raise ModelError(f"its functions can't be written out: {reason(error)}") from error
     _refuse_double_producers(model.graph)
@@ -67,6 +68,7 @@ def normalize(model: ir.Model) -> ir.Model:
     _name_nodes(model)
     passes.TopologicalSortPass()(model)
     passes.RemoveUnusedNodesPass()(model)
+    forget_computed_shapes(model.graph)
     for _ in range(_ROUNDS):
         infer_shapes(model)
         bypass_constant_identities(model.graph)

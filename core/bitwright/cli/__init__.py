@@ -3,6 +3,7 @@ Ctrl-C, 143 by SIGTERM."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -99,6 +100,9 @@ def _run(words: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            complain(f"bitwright: no file or folder can be called {str(error.filename)[:80]!r}…: {error.strerror}")
+            return BAD_INPUT
         complain(f"bitwright: unexpected {type(error).__name__}: {error}. {_blame(error)}")
         return BAD_INPUT
 

@@ -22,6 +22,9 @@ DAMAGED = (
     tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
 """What reading damaged array files raises: numpy evaluates headers as Python literals, zip entries name any method."""
+_UNPACKED_BYTES = 2**27
+_UNPACKED_TIMES = 100
+"""The compressed arrays of a file may take this many bytes, or this many times those of the file."""
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name; the last four are the lengths of name and extra field."""
 
@@ -61,11 +64,19 @@ def open_npz(path: Path) -> dict[str, Array | StoredArray]:
     """The arrays of a .npz file, read piece by piece; compressed ones, and those in Fortran order, at once.
 
     Raises:
-        InputError: as `read_npz`; and when they are read, if the file has changed.
+        InputError: as `read_npz`; compressed arrays take far more than the file; and when they are read, if the file
+            has changed.
     """
     arrays: dict[str, Array | StoredArray] = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            unpacked, size = sum(entry.file_size for entry in packed), path.stat().st_size
+            if unpacked > max(_UNPACKED_BYTES, _UNPACKED_TIMES * size):
+                raise InputError(
+                    f"can't read {str(path)!r}: its {size / 2**20:,.1f} MiB unpack to {unpacked / 2**20:,.0f} MiB; "
+                    "write it by numpy.savez, uncompressed, and it is read piece by piece"
+                )
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if entry.compress_type == zipfile.ZIP_STORED:

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from bitwright.plugins import Registry
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_BYTES = 2**20
 _ENTRIES = 10_000
 """A recipe's names and values; a few lines of nested YAML aliases stand for billions."""
+_BITS = 64
+"""Of a whole number; hexadecimal ones may have more digits than Python writes out."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
@@ -97,8 +100,10 @@ def _registry(registry: Registry | None) -> Registry:
 
 def _parse_file(path: Path) -> Any:
     try:
+        if (size := path.stat().st_size) > _BYTES:
+            raise InputError(f"recipe {str(path)!r} has {size:,} bytes; a recipe has at most {_BYTES:,}")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         raise InputError(f"can't read recipe {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix.lower() == ".json":
         try:
@@ -107,8 +112,10 @@ def _parse_file(path: Path) -> Any:
             raise InputError(f"recipe {str(path)!r} isn't JSON: {error}") from error
     import yaml
 
+    from bitwright.simulation._bounded_yaml import load
+
     try:
-        return yaml.safe_load(text)
+        return load(text, str(path), _ENTRIES)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"recipe {str(path)!r} isn't YAML: {' '.join(str(error).split())[:300]}") from error
 
@@ -120,6 +127,8 @@ def _check_size(content: object, where: str) -> None:
         count += 1
         if count > _ENTRIES:
             raise InputError(f"{where}: a recipe has at most {_ENTRIES:,} entries, YAML aliases written out")
+        if isinstance(value, int) and value.bit_length() > _BITS:
+            raise InputError(f"{where}: a number has {value.bit_length():,} bits; {_BITS} are possible")
         if isinstance(value, Mapping):
             stack += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):

@@ -1,0 +1,55 @@
+"""YAML whose aliases and merged mappings are counted before anything is written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from bitwright.errors import InputError
+
+
+def load(text: str, where: str, entries: int) -> Any:
+    """What a document holds, of plain types only.
+
+    Args:
+        where: what the error begins with.
+        entries: names and values that it may have, with those that aliases stand for.
+
+    Raises:
+        InputError: it has more.
+        yaml.YAMLError, ValueError, RecursionError: it isn't YAML.
+    """
+
+    class Loader(yaml.SafeLoader):
+        nodes = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            self.nodes += 1
+            if self.nodes > entries:
+                raise too_many(where, entries)
+            return super().compose_node(parent, index)
+
+        def construct_document(self, node: yaml.Node) -> Any:
+            if _written_out(node, {}, entries) > entries:
+                raise too_many(where, entries)
+            return super().construct_document(node)
+
+    return yaml.load(text, Loader)
+
+
+def too_many(where: str, entries: int) -> InputError:
+    """The error for a recipe that is too long."""
+    return InputError(f"{where}: a recipe has at most {entries:,} entries, YAML aliases written out")
+
+
+def _written_out(node: yaml.Node, known: dict[int, int], entries: int) -> int:
+    """Nodes below and with a node; more than `entries` where it holds itself."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = entries + 1
+    below = node.value if isinstance(node, yaml.SequenceNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        below = [part for pair in node.value for part in pair]
+    known[id(node)] = 1 + sum(_written_out(part, known, entries) for part in below)
+    return known[id(node)]
