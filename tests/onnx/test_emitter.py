@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from builders import ModelBuilder
 from exactness_nets import NETS
 
 from bitwright import QuantSim
@@ -33,6 +34,7 @@ from bitwright.plugins import registry
 from bitwright.testing.builder import Builder
 from bitwright.testing.models import BACKEND_MODELS, MODELS, batch
 from bitwright.testing.reference import ReferenceBackend
+from bitwright.testing.replay import replay
 from bitwright.verify import verify
 from bitwright_onnx.adapters import NotEmittable, QdqExport, write_graph, written
 from bitwright_onnx.backend import OnnxBackend
@@ -496,6 +498,27 @@ def test_an_operator_is_written_with_whatever_operands_onnx_has(name):
     backend = OnnxBackend()
     made = written(backend, backend.adopt(onnx.shape_inference.infer_shapes(model)), sample=feeds)
     assert made.model.opset_imports[""] == opset
+
+
+@pytest.mark.parametrize("slope", [(4,), (4, 1), (4, 1, 1), (1, 4, 1), (4, 4), (1,), ()], ids=str)
+@pytest.mark.parametrize("before", ["", "Conv", "MatMul"])
+def test_slopes_lie_where_onnx_broadcasts_them(slope, before):
+    """Each axis is of length 4: what stands on another one has other values."""
+    m = ModelBuilder(20)
+    x = m.input("x", ["N", 4, 4, 4])
+    if before:
+        x = m.node(before, [x, m.weight("w", *((4, 4, 1, 1) if before == "Conv" else (4, 4)))], "pre")
+    m.output(m.node("PRelu", [x, m.const("slope", np.linspace(0.1, 0.9, np.prod(slope, dtype=int)).reshape(slope)
+                                         .astype(np.float32))], "y"))  # fmt: skip
+    backend, feeds = OnnxBackend(), {"x": _f(2, 4, 4, 4)}
+    model = backend.adopt(m.build())
+    graph = backend.graph(model)
+    values = backend.session(model, [Tap(t) for t in graph.tensors]).run(feeds)
+    params = backend.read(model, list(graph.params))
+    taken = {tap.tensor: value for tap, value in values.items()}
+    faults, compared = replay(graph, taken, params, None, 1e-5, lambda op, params: None)
+    assert not faults and "y_op" in compared
+    written(backend, model, sample=feeds)  # compares every tensor
 
 
 def test_outputs_that_are_left_out_in_between_are_said_to_be_unknown():

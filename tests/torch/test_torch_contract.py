@@ -50,18 +50,19 @@ class Prenormed(torch.nn.Module):
 
 
 class Sequence(torch.nn.Module):
-    """Scores with a mask, an LSTM and a GRU."""
+    """Scores with a mask, an LSTM and a GRU; slopes by token, though features lie last."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("triangle", torch.full((5, 5), -1e9).triu(1))
         self.lstm = torch.nn.LSTM(6, 4, batch_first=True)
         self.gru = torch.nn.GRU(4, 3, batch_first=True)
-        self.fc = torch.nn.Linear(3, 4)
+        self.fc, self.prelu = torch.nn.Linear(3, 4), torch.nn.PReLU(5)
+        torch.nn.init.uniform_(self.prelu.weight, 0.1, 0.9)
 
     def forward(self, x, scale):
         x = torch.softmax(x @ x.transpose(1, 2) + self.triangle, -1) @ x * scale
-        return self.fc(self.gru(self.lstm(x)[0])[0])
+        return self.prelu(self.fc(self.gru(self.lstm(x)[0])[0]))
 
 
 class TestTorchContract(BackendContract):

@@ -75,7 +75,7 @@ def leaky_relu(sheet: Sheet, op: Op) -> ir.Value:
 
 
 def prelu(sheet: Sheet, op: Op) -> ir.Value:
-    """Slopes by channel stand on the channels' axis."""
+    """Slopes by channel stand on the channels' axis; those of several axes are broadcast as they are."""
     x = op.data_inputs[0]
     slope = sheet.graph.params[op.params[ParamRole.SLOPE]].shape
     form = None

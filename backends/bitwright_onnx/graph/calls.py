@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bitwright.graph import AttributeValue, Call, Constant, ParamId, ParamRole
+from bitwright_onnx.graph.operands import slope_axis
 from bitwright_onnx.graph.optable import is_default_domain
 from bitwright_onnx.graph.tensors import tensor_array
 
@@ -64,4 +65,6 @@ def call_of(node: ir.Node, roles: Mapping[ParamRole, ParamId], unseen: Collectio
         if shape is None:
             return None
         attributes["perm"] = tuple(reversed(range(len(shape))))
+    if node.op_type == "PRelu" and ParamRole.SLOPE in roles and (axis := slope_axis(node)) is not None:
+        attributes["channel_axis"] = axis  # its canonical form is one number a channel, wherever it is broadcast along
     return Call(attributes, operands)

@@ -78,6 +78,13 @@ def canonical_shape(node: ir.Node, role: ParamRole, native: tuple[int, ...]) -> 
     return shape
 
 
+def slope_axis(node: ir.Node) -> int | None:
+    """The axis of x, from the back, that a slope with one axis longer than 1 is broadcast along; None for others."""
+    lengths = constant_shape(node.inputs[1])
+    wide = [i - len(lengths) for i, d in enumerate(lengths) if d != 1]
+    return wide[0] if len(wide) == 1 else None
+
+
 def describe(node: ir.Node, role: ParamRole, value: ir.Value) -> Param:
     """The parameter that `value` is to an op."""
     assert value.const_value is not None and value.name is not None

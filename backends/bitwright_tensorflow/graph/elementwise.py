@@ -192,7 +192,8 @@ def prelu(net: Network, node: NodeDef) -> Recognized | None:
                 continue
             names = {relu.name, minus.name, below.name, mul.name, node.name}
             return Recognized(node.name, OpKind.PRELU, "PRelu", (x,), (f"{node.name}:0",), {ParamRole.SLOPE: slope},
-                         ActivationAttrs(), _in_order(net, names), "parametric ReLU")  # fmt: skip
+                         ActivationAttrs(), _in_order(net, names), "parametric ReLU",
+                         call=Call({"channel_axis": -1}))  # fmt: skip
     return None
 
 

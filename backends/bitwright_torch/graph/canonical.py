@@ -158,6 +158,8 @@ class _Builder:
         call = None
         if kind is OpKind.TRANSPOSE and (order := attributes.permutation(node, name)) is not None:
             self._orders[about.op], call = order, Call({"perm": order})
+        if kind is OpKind.PRELU and R.SLOPE in params:
+            call = Call({"channel_axis": 1})  # wherever the ops around it have their channels
         native = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
         inputs = tuple(info(n).tensor for n in self._activations(node))
         return Op(

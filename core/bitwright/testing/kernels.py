@@ -195,7 +195,8 @@ def _prelu(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> A
     if ParamRole.SLOPE in params:
         slope = params[ParamRole.SLOPE]
         if slope.ndim == 1 and slope.size > 1:
-            axis = _channel_axis(graph, op.data_inputs[0], 1) % x.ndim
+            told = op.call.attributes.get("channel_axis") if op.call is not None else None
+            axis = (told if isinstance(told, int) else _channel_axis(graph, op.data_inputs[0], 1)) % x.ndim
             slope = slope.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     else:
         alpha = op.attrs.alpha if isinstance(op.attrs, ActivationAttrs) else None
