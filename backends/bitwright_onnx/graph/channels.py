@@ -24,7 +24,9 @@ def told_axes(op: Op, node: ir.Node, ranks: Mapping[TensorId, int | None]) -> di
         return None
     if node.op_type == "PRelu" and is_float_constant(node.inputs[1]) and (axis := slope_axis(node)) is not None:
         lengths = {t: ranks.get(t) for t in around(op)}
-        return {t: 1 if rank is None else rank + axis for t, rank in lengths.items() if rank is None or rank + axis >= 0}
+        return {
+            t: 1 if rank is None else rank + axis for t, rank in lengths.items() if rank is None or rank + axis >= 0
+        }
     if node.op_type in _SECOND:
         return {t: 1 for t in around(op) if ranks.get(t) in (None, 2, 3, 4, 5)}
     if node.op_type in _LAST or linear_weight(node) is not None:
