@@ -44,6 +44,7 @@ FORMS = {
     "subtracted": (lambda s, mask: softmax(L.Subtract()([s, (1.0 - mask) * 1e4 + ops.zeros_like(s)])), "float32"),
     "scaled behind": (lambda s, mask: softmax(ops.where(mask, s, -1e9) / 4.0), "bool"),
     "softmax layer": (lambda s, mask: L.Softmax()(s, mask=ops.logical_and(mask, ops.ones_like(s, "bool"))), "bool"),
+    "logarithm": (lambda s, mask: softmax(s + ops.log(mask)), "float32"),
     "a float input": (lambda s, mask: softmax(s + mask), "float32"),
 }
 

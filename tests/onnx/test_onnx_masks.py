@@ -130,6 +130,12 @@ def logarithm(net, s):
     return net.added(s, net.node("Log", ["mf"], "lm"))
 
 
+def logarithm_of_a_float(net, s):
+    """log(m), m given as a float: −∞ is known only when data come."""
+    net.flags(b.FLOAT)
+    return net.added(s, net.node("Log", ["mask"], "lm"))
+
+
 def filled_triangle(net, s):
     """triu(full(−∞), 1), computed from the size of the scores."""
     net.node("Shape", ["q"], "shape", start=1, end=2)
@@ -181,6 +187,7 @@ FORMS = {
     "scaled behind": before_scaling,
     "bounded": bounded,
     "logarithm": logarithm,
+    "logarithm of a float": logarithm_of_a_float,
     "computed triangle": filled_triangle,
 }
 

@@ -203,7 +203,7 @@ class _Search:
     def _condition(self, step: NodeView, known: Sequence[_Fact]) -> tuple[bool, frozenset[str]]:
         sources = frozenset[str]().union(*(f.sources for f in known))
         arithmetic = step.kind in _CARRYING_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE}
-        arithmetic |= step.type in _CARRYING_TYPES | _BOUNDS | _FILLS or (step.type == "Log" and not sources)
+        arithmetic |= step.type in _CARRYING_TYPES | _BOUNDS | _FILLS | {"Log"}
         arithmetic |= step.kind is OpKind.MATMUL and not sources
         condition = arithmetic and all(f.condition for f in known)
         return condition, sources if condition else frozenset()
@@ -219,7 +219,8 @@ class _Search:
         """The model's float inputs that an op takes for a signal."""
         found: set[str] = set()
         for step in self._steps:
-            if step.kind in _SIGNAL_KINDS or (step.kind is OpKind.ACTIVATION and step.type not in _BOUNDS):
+            # The logarithm of a mask is one; what reads features behind a logarithm takes them for a signal itself.
+            if step.kind in _SIGNAL_KINDS or (step.kind is OpKind.ACTIVATION and step.type not in _BOUNDS | {"Log"}):
                 for t in step.inputs:
                     found |= self._facts[t].sources if t in self._facts else set()
         return frozenset(found)
