@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from exactness_nets import CONV, NETS, after_conv, conv, image, node, normal, rows
+from exactness_nets import CONV, NETS, after_conv, conv, image, made, node, normal, rows
 from onnx import numpy_helper
 
 from bitwright import QuantSim
@@ -86,6 +86,24 @@ def test_ops_in_float_read_the_rounded_parameters(kind, tmp_path):
 def test_a_bias_has_an_int32_form_for_each_op_that_shares_it(tmp_path):
     result = verified(NETS["shared_bias"](), tmp_path, target="onnxruntime-cpu")
     assert result.exact["output_differs"] == 0 and result.exact["integer_ops"] == 2
+
+
+@pytest.mark.parametrize("moved", [0, 400])
+def test_float16_sums_that_cancel_are_rounding(moved, tmp_path):
+    """Their terms are rounded at sizes that near zero nothing of the result shows; another scale is not."""
+    half, (a, w, g) = np.float16, (normal(32, 6, 32), normal(32, 24, scale=0.2), 1 + 0.2 * normal(32))
+    types = dict.fromkeys("xy", onnx.TensorProto.FLOAT16)
+    x = (a / np.sqrt(np.square(a).mean(-1, keepdims=True))).astype(half)
+    model = made([node("Mul", ["x", "g"], ["m"]), node("MatMul", ["m", "w"], ["y"])], {"x": ["n", 6, 32]}, types=types,
+                 w=w.astype(half), g=g.astype(half))  # fmt: skip
+    folder = tmp_path / "m"
+    path = QuantSim(model, **OPTIONS["16 bits"]).calibrate({"x": x}).export(folder, name="m").files["qdq"]
+    net = onnx.load(path)
+    scale = next(t for t in net.graph.initializer if t.name == "w_scale")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1 + moved / 1e4), "w_scale"))
+    onnx.save(net, path)
+    problems = [p for p in verify(folder, {"x": x}).problems if p.startswith("y:")]
+    assert bool(problems) == bool(moved)
 
 
 def test_a_wrong_kernel_is_a_problem_that_names_the_first_tensor(tmp_path, monkeypatch):

@@ -170,10 +170,14 @@ class Examination:
             elif ours.shape != theirs.shape:
                 self._departures[t].add(np.full(ours.shape, np.iinfo(np.int32).max))
             else:
-                last = self._last_places.get(t, 0.0)
-                rounding = last * np.abs(given[t].astype(np.float64)) / grid.spread(theirs.shape)[0] if last else 0.0
+                finite = np.isfinite(given[t].astype(np.float64))
+                last, rounding = self._last_places.get(t, 0.0), np.zeros(())
+                if last:
+                    # Of the largest value, not of each: what is rounded are terms, whose sum may be near zero.
+                    largest = np.abs(given[t].astype(np.float64)).max(initial=0.0, where=finite)
+                    rounding = last * largest / grid.spread(theirs.shape)[0]
                 # No integer stands for NaN: what codes it gets is nobody's promise. Outputs that hold some are told.
-                defined = (ours >= grid.grid.qmin) & (ours <= grid.grid.qmax) & np.isfinite(given[t].astype(np.float64))
+                defined = (ours >= grid.grid.qmin) & (ours <= grid.grid.qmax) & finite
                 steps = np.where(defined, np.abs(ours - theirs), 0)
                 self._departures[t].add(steps, rounding)
 
