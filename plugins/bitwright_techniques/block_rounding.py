@@ -2,12 +2,14 @@
 
 Frantar et al. 2023, §4: "always using the most current updated weights". With the features before a block settled and
 those behind it free, the error that the block's codes cause is ``‖(v − ŵ) U_bb⁻¹‖²`` of its present values v, U being
-the factor of `rounding_descent.factor`: the sum of the squared errors that successive rounding spreads. Every candidate
-scale is rounded so, and the least sum wins.
+the factor of `rounding_descent.factor`: the sum of the squared errors that successive rounding spreads. The scale is
+the one at which the block, rounded to nearest, spreads least; then it is rounded successively. (To round so at every
+scale takes five times as long, and lowers the error of SmolLM2's layers by 0.4 to 3 %: a sweep takes most of it too.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +19,6 @@ from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import Array, act_order, factor, turn
 from bitwright_techniques.scale_search import largest_multiple, segments
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
-
-_AT_ONCE = 2**24
-"""Values of candidates that are held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,20 +35,41 @@ class _Block:
     high: Array
 
     def rounded(self, values: Array, scale: Array) -> tuple[Array, Array]:
-        """Codes and spread errors of the block's present values, all (groups, n, rows, candidates).
+        """Codes and spread errors of the block's present values, both (groups, n, rows).
 
         Args:
-            values: (groups, n, rows, 1 or candidates).
-            scale: (groups, rows, candidates).
+            values: (groups, n, rows).
+            scale: (groups, rows).
         """
-        free = np.repeat(values, scale.shape[2] // values.shape[3], axis=3)
+        free = values.copy()
         codes, spread = np.empty_like(free), np.empty_like(free)
-        low, high = self.low[..., None], self.high[..., None]
         for k in range(free.shape[1]):
-            codes[:, k] = np.clip(np.rint(free[:, k] / scale), low, high)
-            spread[:, k] = (free[:, k] - codes[:, k] * scale) / self.upper[:, k, k, None, None]
-            free[:, k + 1 :] -= self.upper[:, k, k + 1 :, None, None] * spread[:, None, k]
+            code = np.rint(free[:, k] / scale)
+            np.clip(code, self.low, self.high, out=code)
+            codes[:, k] = code
+            spread[:, k] = (free[:, k] - code * scale) / self.upper[:, k, k, None]
+            free[:, k + 1 :] -= self.upper[:, k, k + 1 :, None] * spread[:, None, k]
         return codes, spread
+
+    def nearest(self, values: Array, scales: Iterable[Array]) -> list[Array]:
+        """The spread error of each row where it is rounded to nearest, (groups, rows), by scale.
+
+        Args:
+            values: (groups, n, rows).
+            scales: (groups, rows) each.
+        """
+        spreads = np.swapaxes(np.linalg.inv(self.upper.astype(np.float64)), 1, 2).astype(np.float32)
+        low, high = self.low[:, None], self.high[:, None]
+        costs = []
+        for scale in scales:
+            step = scale[:, None]
+            error = np.divide(values, step)
+            np.clip(np.rint(error, out=error), low, high, out=error)
+            error *= step
+            error -= values
+            spread = spreads @ error
+            costs.append(np.einsum("gkr,gkr->gr", spread, spread))
+        return costs
 
 
 def block_rounding(
@@ -61,8 +81,8 @@ def block_rounding(
         problem: the layer.
         grid: of a blockwise weight; gives zero points, bounds, and LPBQ's channel scales.
         in_act_order: blocks of large mean second moment first, and within each its large features.
-        candidates: N scales a block: fractions i/N of the one that covers its present values; LPBQ's integer
-            multiples in their place.
+        candidates: N scales a block: fractions i/N of the one that covers its present values; LPBQ's integer multiples
+            in their place. Half of them are tried, and the neighbours of the best.
 
     Returns:
         The grid with the scales chosen, and codes (groups, rows, K).
@@ -93,15 +113,14 @@ def block_rounding(
             tried = _covering(values, block)[..., None] * (np.arange(candidates, 0, -1) / candidates)
         else:
             tried = unit[cells][..., None] * np.arange(largest_multiple(grid), 0, -1)
-        choice = _choose(block, values, tried.astype(np.float32), cells, scale.size)
-        taken = np.take_along_axis(tried, choice[cells][..., None], axis=2)[..., 0]
+        choice = _choose(block, values, tried.astype(np.float32), cells)
+        taken = np.take_along_axis(tried, choice[..., None], axis=2)[..., 0]
         scale[cells] = taken.astype(np.float32)
         if multiples is not None:
-            multiples[cells] = largest_multiple(grid) - choice[cells]
+            multiples[cells] = largest_multiple(grid) - choice
         step = scale[cells]
-        settled, spread = block.rounded(values[..., None], step[..., None])
-        codes[:, begin:end] = settled[..., 0]
-        free[:, end:] -= np.swapaxes(upper[:, begin:end, end:], 1, 2) @ spread[..., 0]
+        codes[:, begin:end], spread = block.rounded(values, step)
+        free[:, end:] -= np.swapaxes(upper[:, begin:end, end:], 1, 2) @ spread
         begin = end
     result = np.empty_like(codes)
     result[lead, order] = codes
@@ -124,12 +143,17 @@ def _covering(values: Array, block: _Block) -> NDArray[np.float64]:
     return np.maximum(np.maximum(above, below), np.finfo(np.float32).tiny).astype(np.float64)
 
 
-def _choose(block: _Block, values: Array, tried: Array, cells: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    """The best candidate of each scale, (scales,); the first on ties. Cells that aren't the block's have none."""
-    width = max(1, _AT_ONCE // max(values.size, 1))
-    costs = []
-    for start in range(0, tried.shape[2], width):
-        spread = block.rounded(values[..., None], tried[..., start : start + width])[1]
-        rows = np.square(spread).sum(axis=1, dtype=np.float64)
-        costs += [np.bincount(cells.reshape(-1), rows[..., c].reshape(-1), count) for c in range(rows.shape[2])]
-    return np.asarray(np.argmin(np.stack(costs), axis=0))
+def _choose(block: _Block, values: Array, tried: Array, cells: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The best candidate of each row, (groups, rows), one for all rows of a scale; the first on ties."""
+    owners, own = np.unique(cells, return_inverse=True)
+    own = own.reshape(cells.shape)
+
+    def costs(scales: Iterable[Array]) -> NDArray[np.float64]:
+        """(candidates, scales)."""
+        rows = block.nearest(values, scales)
+        return np.stack([np.bincount(own.reshape(-1), r.reshape(-1), len(owners)) for r in rows])
+
+    best = 2 * np.argmin(costs(np.moveaxis(tried[..., ::2], 2, 0)), axis=0)
+    near = np.clip(np.stack([best - 1, best, best + 1]), 0, tried.shape[2] - 1)
+    cost = costs(np.take_along_axis(tried, n[own][..., None], axis=2)[..., 0] for n in near)
+    return np.asarray(np.take_along_axis(near, np.argmin(cost, axis=0)[None], axis=0)[0][own])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from bitwright.graph import Graph
@@ -63,21 +65,35 @@ class Rule(Protocol[Settings_contra]):
         """The layer's new numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoundingTask:
     """One layer to round.
 
     Attributes:
+        weight: float, canonical layout.
         problem: its output error as a function of its weight.
         given: the grid of the encoding that came in.
-        grid: the grid to start from: `given`, or with scales chosen by nearest rounding's output error.
         searched: whether scales may be chosen.
+        candidates: scales that are tried then.
     """
 
+    weight: NDArray[np.float32]
     problem: Reconstruction
     given: WeightGrid
-    grid: WeightGrid
     searched: bool
+    candidates: int
+
+    @cached_property
+    def widest(self) -> WeightGrid:
+        """The grid that covers the weight's whole range."""
+        return full_range(self.given, self.weight)
+
+    @cached_property
+    def grid(self) -> WeightGrid:
+        """The grid to start from: `given`, or with scales chosen by nearest rounding's output error."""
+        if not self.searched:
+            return self.given
+        return search_scales(self.problem, self.widest, candidates=self.candidates, refinements=_REFINEMENTS)
 
 
 @dataclass(frozen=True)
@@ -164,13 +180,9 @@ def solve_layer(
         damping=settings.damping,
         inputs="float" if settings.inputs == "float" else "asymmetric",
     )
-    given = grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks, floats=floats)
+    given = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks, floats=floats)
     searched = settings.scales == "search" and not layer.encoding.frozen and layer.encoding.float_format is None
-    if searched:
-        grid = search_scales(
-            problem, full_range(given, layer.weight), candidates=settings.candidates, refinements=_REFINEMENTS
-        )
-    found = choose(RoundingTask(problem, given, grid, searched))
+    found = choose(RoundingTask(layer.weight, problem, given, searched, settings.candidates))
     codes = found.grid.allowed(found.codes, problem.weight)
     weight = found.grid.weight(codes)
     figures = {

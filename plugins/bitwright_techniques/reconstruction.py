@@ -34,7 +34,7 @@ class Reconstruction:
         gram: Ĥ + damping·I, (groups, K, K).
         damping: (groups,).
         target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
-        cross: W C, (groups, rows, K).
+        cross: W C, (groups, rows, K); None where x̂ = x, so that the error is that of Ŵ − W alone.
         energy: power of the output that is to be reproduced, (groups, rows): W H Wᵀ, or E(W x + r)² where the layer
             makes up for the error r of a skip connection.
     """
@@ -43,18 +43,26 @@ class Reconstruction:
     gram: Array
     damping: Array
     target: Array
-    cross: Array
+    cross: Array | None
     energy: Array
 
     def loss(self, values: NDArray[np.floating]) -> Array:
         """Mean squared output error of each row, without damping, (groups, rows)."""
+        if self.cross is None:
+            error = np.asarray(values - self.goal, np.float32)
+            squares = np.einsum("grk,grk->gr", error, error, dtype=np.float64) * self.damping[:, None]
+            return np.asarray(np.maximum(self._powers(error) - squares, 0.0))
         values = values.astype(np.float64)
         product = values @ self.gram - self.damping[:, None, None] * values - 2 * self.cross
         return np.asarray(np.maximum(np.einsum("grk,grk->gr", values, product) + self.energy, 0.0))
 
     def relative_loss(self, values: NDArray[np.floating]) -> float:
         """Output error of all rows over the power of the output."""
-        return float(self.loss(values).sum()) / max(float(self.energy.sum()), float(np.finfo(np.float64).tiny))
+        return self.relative(self.loss(values))
+
+    def relative(self, loss: Array) -> float:
+        """`loss` of all rows over the power of the output."""
+        return float(loss.sum()) / max(float(self.energy.sum()), float(np.finfo(np.float64).tiny))
 
     def objective(self, values: NDArray[np.floating]) -> Array:
         """Damped error of each row, less its minimum over real matrices, (groups, rows), in float64."""
@@ -78,9 +86,12 @@ class Reconstruction:
 
     def quick_objective(self, values: NDArray[np.float32]) -> Array:
         """`objective` with products in float32: for comparing many candidates."""
-        error = values - self.goal
-        loss = np.einsum("grk,grk->gr", error @ self.unit_gram, error)
-        return np.asarray(loss.astype(np.float64) * self.unit[:, None])
+        return self._powers(values - self.goal)
+
+    def _powers(self, error: NDArray[np.float32]) -> Array:
+        """Damped output power of rows, (groups, rows), with products in float32."""
+        power = np.einsum("grk,grk->gr", error @ self.unit_gram, error)
+        return np.asarray(power.astype(np.float64) * self.unit[:, None])
 
 
 def reconstruction(
@@ -108,36 +119,40 @@ def reconstruction(
         FloatingPointError: the moments aren't finite.
     """
     matrix = np.asarray(split_columns(to_matrix(op, weight), moments.blocks), np.float64)
+    same = not moments.paired or inputs != "asymmetric"
     if free_bias:
         xx, qq, xq = moments.centred()
-    else:
+    elif moments.paired:
         xx, qq, xq = moments.xx, moments.qq, moments.xq
-    if inputs != "asymmetric":
-        xx = qq = xq = qq if inputs == "quantized" else xx
+    else:
+        xx = qq = xq = moments.xx
+    if same:
+        xx = qq = qq if inputs == "quantized" else xx
     features = qq.shape[1]
     # The largest eigenvalue is at most the trace: the noise of a wide layer is larger beside its mean diagonal. Inputs
     # are float32 numbers themselves, so that none is known better than by that share of its size.
     trace = np.einsum("gkk->g", qq)
     if not np.isfinite(trace).all():
         raise FloatingPointError("the squares of its inputs overflow float32")
-    own = np.square(_ROUNDOFF) * np.einsum("gkk->g", moments.qq)
+    means = np.square(moments.mean_quantized if inputs != "float" else moments.mean).sum(axis=1) if free_bias else 0.0
+    own = np.square(_ROUNDOFF) * (trace + means)
     ridge = np.maximum(damping * trace / features, np.maximum(_ROUNDOFF * trace, own))
     # An input that never changes makes any weight as good as another: stay near W.
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
     gram = qq + ridge[:, None, None] * np.eye(features)
-    cross = matrix @ xq
     energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
-    if moments.has_residual and inputs == "asymmetric":
+    if same:
+        return Reconstruction(matrix, gram, ridge, matrix, None, energy)
+    cross = matrix @ xq
+    if moments.has_residual:
         if free_bias:
             rx, rq, square = moments.centred_residual()
         else:
             rx, rq, _, square = moments.residual
         cross = cross + rq[None]
         energy = energy + (2 * np.einsum("rk,rk->r", matrix[0], rx) + square)[None]
-    target = matrix
-    if moments.paired and inputs == "asymmetric":
-        right = cross + ridge[:, None, None] * matrix
-        target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
+    right = cross + ridge[:, None, None] * matrix
+    target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
     return Reconstruction(matrix, gram, ridge, target, cross, energy)
 
 

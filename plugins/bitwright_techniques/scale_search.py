@@ -60,6 +60,11 @@ def search_scales(
     return grid
 
 
+def search_channel_scales(problem: Reconstruction, grid: WeightGrid, *, candidates: int = 20) -> WeightGrid:
+    """Scale each channel or tensor so, the multiples of LPBQ's blocks held."""
+    return _search_ties(problem, grid, np.arange(candidates, 0, -1) / candidates, _offsets(0))
+
+
 def _offsets(refinements: int) -> Fractions:
     inside = np.arange(refinements, 0, -1) / (refinements + 1)
     return np.concatenate([inside, -inside[::-1]])

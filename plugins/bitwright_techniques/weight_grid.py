@@ -84,8 +84,8 @@ class WeightGrid:
             # Blocks of a channel have one float scale in common, whichever part of the columns they lie in.
             channels = np.arange(groups // self.blocks * rows).reshape(-1, 1, rows)
             return np.repeat(channels, self.blocks, axis=1).reshape(groups, rows)
-        own = [np.unique(row) for row in self.cells.reshape(groups * rows, -1)]
-        if sum(map(len, own)) == len(np.unique(self.cells)):
+        own = np.sort(self.cells.reshape(groups * rows, -1), axis=1)
+        if len(own) + np.count_nonzero(np.diff(own, axis=1)) == len(np.unique(own)):
             return np.arange(groups * rows).reshape(groups, rows)
         return np.zeros((groups, rows), np.intp)
 

@@ -1,5 +1,7 @@
 """GPTQ: equal to the textbook loop, better than nearest rounding, block scales, guarantees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
 from bitwright_techniques.reconstruction import reconstruction
 from bitwright_techniques.rounding_descent import act_order
-from bitwright_techniques.scale_search import search_scales
+from bitwright_techniques.scale_refit import refit_scales
 from bitwright_techniques.weight_grid import WeightGrid
 
 BLOCKS = {"blockwise": Blockwise(0, 1, 2), "lpbq": Blockwise(0, 1, 2, 8)}
@@ -93,18 +95,70 @@ def test_scales_chosen_on_the_way_beat_those_chosen_before(name, kind):
     assert better >= 3
 
 
-def test_block_rounding_takes_the_candidate_of_least_spread_error():
-    """One block: its greedy error is the whole objective, so no candidate scale may do better."""
+def test_block_rounding_takes_the_candidate_whose_nearest_rounding_costs_least():
+    """One block: the error that it spreads is the whole objective."""
     layer = make_layer("linear", spec=QuantSpec(4, granularity=Blockwise(0, 1, 12)))
     problem = reconstruction(layer.op, layer.weight, layer.moments)
-    grid = search_scales(problem, WeightGrid.of(layer.op, layer.weight.shape, layer.encoding))
+    grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
     chosen, codes = block_rounding(problem, grid, candidates=10)
-    reached = problem.objective(chosen.values(codes))
     full = np.maximum(problem.target.max(axis=2) / 7, -problem.target.min(axis=2) / 8).reshape(-1)
-    for i in range(1, 11):
-        trial = grid.with_scale(full * i / 10)
-        other = rounded(problem, trial, GptqSettings())
-        assert (reached <= problem.objective(trial.values(other)) * 1.001 + 1e-6).all()
+    trials = [grid.with_scale(full * i / 10) for i in range(1, 11)]
+    costs = np.stack([problem.objective(t.values(t.nearest(problem.target)))[0] for t in trials])
+    taken = np.rint(chosen.scale / full * 10).astype(int) - 1
+    assert np.array_equal(chosen.scale, np.choose(taken, [t.scale for t in trials]))
+    assert np.allclose(costs[taken, np.arange(6)], costs.min(axis=0), rtol=1e-4)
+    assert np.array_equal(codes, rounded(problem, chosen, GptqSettings()))
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(0), PerTensor(), Blockwise(0, 1, 4)])
+@pytest.mark.parametrize("scale_type", [None, "float16"])
+def test_scales_are_fitted_to_codes(granularity, scale_type):
+    """Of codes and scales that T is made of, the scales are found again; of others, no scale nearby does better."""
+    layer = make_layer("linear", spec=QuantSpec(4, granularity=granularity, scale_type=scale_type))
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    codes = grid.nearest(problem.weight)
+    known = replace(problem, target=grid.values(codes).astype(np.float64))
+    found = refit_scales(known, grid.with_scale(grid.scale * np.float32(1.3)), codes)
+    assert np.allclose(found.scale, grid.scale, rtol=1e-4 if scale_type is None else 1e-3)
+    found = refit_scales(problem, grid, codes)
+    before, after = (problem.objective(g.values(codes)) for g in (grid, found))
+    assert after.sum() < 0.999 * before.sum()
+    for i in range(grid.scale.size):
+        for factor in (0.98, 1.02):
+            other = found.scale.copy()
+            other[i] *= factor
+            assert problem.objective(grid.with_scale(other).values(codes)).sum() > after.sum()
+
+
+def test_scales_that_no_better_ones_exist_for_stay():
+    """Zeros scale nothing; what would turn a sign isn't a scale; LPBQ's are integers."""
+    layer = make_layer("linear", spec=QuantSpec(4, granularity=Blockwise(0, 1, 4)))
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    codes = grid.nearest(problem.weight)
+    codes[0, 0, :4] = 0
+    codes[0, 1] *= -1
+    found = refit_scales(problem, grid, codes)
+    assert found.scale[0] == grid.scale[0]
+    assert (found.scale > 0).all()
+    assert (problem.objective(found.values(codes)) <= problem.objective(grid.values(codes)) * (1 + 1e-6)).all()
+    lpbq = WeightGrid.of(
+        layer.op, layer.weight.shape, make_layer("linear", spec=QuantSpec(4, granularity=BLOCKS["lpbq"])).encoding
+    )
+    assert refit_scales(problem, lpbq, lpbq.nearest(problem.weight)) is lpbq
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(0), Blockwise(0, 1, 4)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sweeps_lower_the_error(kind, granularity):
+    layer = make_layer(kind, spec=QuantSpec(3, granularity=granularity), noise=0.1)
+    once, swept, longer = (round_layer(layer, GptqSettings(sweeps=n)).figures["after"] for n in (0, 1, 4))
+    assert longer <= swept * (1 + 1e-6)
+    assert swept < once
+    kept = [round_layer(layer, GptqSettings(sweeps=n, scales="keep")) for n in (0, 1)]
+    assert kept[1].figures["after"] <= kept[0].figures["after"] * (1 + 1e-9)
+    assert np.array_equal(kept[1].encoding.scale, layer.encoding.scale)
 
 
 def test_lpbq_scales_stay_integer_multiples():

@@ -362,7 +362,9 @@ class LayerMoments:
 
     def centred(self) -> tuple[Moments, Moments, Moments]:
         """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""
-        return self._centred(0), self._centred(1 if self.paired else 0), self._centred(2 if self.paired else 0)
+        if not self.paired:
+            return (self._centred(0),) * 3
+        return self._centred(0), self._centred(1), self._centred(2)
 
 
 def _outer(a: Moments, b: Moments) -> Moments:
