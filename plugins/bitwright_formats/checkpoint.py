@@ -16,7 +16,7 @@ from bitwright.backend import ToCompile
 from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import LINEAR_KINDS, OpKind, Param, ParamId, ParamRole
-from bitwright_formats.codes import float_params, quantized_params
+from bitwright_formats.codes import float_params, integer_params, quantized_params
 from bitwright_formats.tensors import Stored, TensorFile, as_stored, exact_in, write_tensors
 
 WEIGHTS = "model.safetensors"
@@ -78,9 +78,14 @@ def module_of(param: ParamId) -> str:
     return param.removesuffix(".weight")
 
 
-def float_linears(model: ToCompile) -> dict[str, bool]:
-    """Names of the linear layers whose weights stay in float → whether their result is an output of the network."""
-    packed = {p for p in quantized_params(model) if model.encodings[p].float_format is None}
+def float_linears(model: ToCompile, packed: Collection[ParamId] | None = None) -> dict[str, bool]:
+    """Names of the linear layers whose weights stay in float → whether their result is an output of the network.
+
+    Args:
+        model: to be written.
+        packed: the weights that don't; None: those that are quantized to integers.
+    """
+    packed = set(integer_params(model) if packed is None else packed)
     found: dict[str, bool] = {}
     for op in model.graph:
         weight = op.params.get(ParamRole.WEIGHT)
@@ -137,11 +142,13 @@ def float_value(model: ToCompile, param: ParamId) -> NDArray[np.float32]:
     return value if encoding is None or encoding.float_format is None else encoding.fake_quantize(value)
 
 
-def plain_tensors(model: ToCompile, checkpoint: Checkpoint | None) -> list[Stored]:
+def plain_tensors(
+    model: ToCompile, checkpoint: Checkpoint | None, packed: Collection[ParamId] | None = None
+) -> list[Stored]:
     """The parameters that stay in float, under their names and in their own axes: in the type that the checkpoint has
     them in, where that holds them exactly."""
     found = []
-    for param in float_params(model):
+    for param in float_params(model, packed):
         if checkpoint is not None and param not in checkpoint.tensors:
             continue  # a constant of the code
         value = float_value(model, param)
@@ -170,9 +177,11 @@ def to_canonical(value: NDArray[np.float32], param: Param) -> NDArray[np.float32
     return value if param.layout is None else value.transpose(param.layout)
 
 
-def plain_values(model: ToCompile, file: TensorFile) -> Iterator[tuple[ParamId, NDArray[np.float32]]]:
+def plain_values(
+    model: ToCompile, file: TensorFile, packed: Collection[ParamId] | None = None
+) -> Iterator[tuple[ParamId, NDArray[np.float32]]]:
     """The float parameters that a file holds."""
-    for param in float_params(model):
+    for param in float_params(model, packed):
         if param in file.entries:
             yield param, to_canonical(file.floats(param), model.graph.params[param])
 

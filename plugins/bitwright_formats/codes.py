@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,13 @@ def require_weights_only(model: ToCompile, format: str) -> None:
 
 
 def checked_weight(
-    model: ToCompile, param: ParamId, format: str, bits: tuple[int, ...], *, embeddings: bool = False
+    model: ToCompile,
+    param: ParamId,
+    format: str,
+    bits: tuple[int, ...],
+    *,
+    embeddings: bool = False,
+    floats: bool = False,
 ) -> Encoding:
     """The encoding of a weight whose codes fit a format's matrices.
 
@@ -113,6 +119,7 @@ def checked_weight(
         format: for messages.
         bits: widths that the format has.
         embeddings: it has room for tables too.
+        floats: codes may stand for floats.
 
     Raises:
         EncodingError: another width, a two-level scale that isn't told, or an axis that scales can't run along.
@@ -127,7 +134,7 @@ def checked_weight(
     if len(about.shape) != 2 or about.layout not in (None, (0, 1)):
         held = "is held transposed" if len(about.shape) == 2 else f"has shape {about.shape}"
         raise ModelError(f"{format} holds matrices (outputs, inputs) of linear layers; {param!r} {held}: {out}")
-    if encoding.float_format is not None:
+    if encoding.float_format is not None and not floats:
         raise EncodingError(f"{format}: {param!r} is {encoding.float_format}, not on an integer grid; {out}")
     if encoding.bits not in bits:
         widths = " or ".join(map(str, bits))
@@ -160,7 +167,12 @@ def require_float16_scales(encoding: Encoding, param: ParamId, format: str, targ
         )
 
 
-def float_params(model: ToCompile) -> Iterator[ParamId]:
-    """Parameters that aren't quantized to integers, in the order of the network."""
-    quantized = {p for p in quantized_params(model) if model.encodings[p].float_format is None}
-    yield from (p for p in dict.fromkeys(p for op in model.graph for p in op.params.values()) if p not in quantized)
+def integer_params(model: ToCompile) -> list[ParamId]:
+    """Parameters that are quantized to integers, in the order of the network."""
+    return [p for p in quantized_params(model) if model.encodings[p].float_format is None]
+
+
+def float_params(model: ToCompile, packed: Collection[ParamId] | None = None) -> Iterator[ParamId]:
+    """Parameters that aren't packed, in the order of the network; None: those that aren't quantized to integers."""
+    packed = set(integer_params(model) if packed is None else packed)
+    yield from (p for p in dict.fromkeys(p for op in model.graph for p in op.params.values()) if p not in packed)

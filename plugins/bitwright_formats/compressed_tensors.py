@@ -1,4 +1,4 @@
-"""compressed-tensors: a folder with pack-quantized weights (https://github.com/vllm-project/compressed-tensors)."""
+"""compressed-tensors: a folder with packed weights (https://github.com/vllm-project/compressed-tensors)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from bitwright.backend import ToCompile
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
+from bitwright.grids import CODE_TABLES, Encoding, cast_float
 from bitwright_formats import checkpoint as folders
 from bitwright_formats.checkpoint import Checkpoint, module_of
 from bitwright_formats.codes import (
@@ -31,13 +32,20 @@ from bitwright_formats.tensors import Stored, TensorFile, as_stored, of_array
 NAME = "compressed_tensors"
 Scheme = tuple[int, bool, int]
 """Width, whether zero points are stored, columns that share a scale (0: all of a row)."""
+PACKED, MXFP4 = "pack-quantized", "mxfp4-pack-quantized"
+MX_SCHEME: Scheme = (4, False, -32)
+"""Of MXFP4, whose codes stand for floats."""
+_MAGNITUDES = np.array([v for v in CODE_TABLES["float4e2m1"].values if v >= 0], np.float32)
 
 
 class CompressedTensors:
-    """Linear weights in 4 or 8 bits, symmetric or not, a scale for each row or group; one scheme a layer.
+    """Linear weights in 4 or 8 bits, symmetric or not, a scale for each row or group, or in MXFP4; one scheme a layer.
 
     A weight of M rows and K columns is ``weight_packed`` int32 (M, K·bits/32), codes counted from the lowest, the first
     in the lowest bits; ``weight_scale`` (M, groups); ``weight_zero_point``, packed along the rows; ``weight_shape``.
+    In MXFP4: ``weight_packed`` uint8 (M, K/2), a sign above three bits that number the magnitudes, the first in the
+    lower half; ``weight_scale`` uint8 (M, K/32), the exponent plus 127. Readers compute in bfloat16, which holds such
+    products, but not those of NVFP4: what its readers make of it aren't the simulation's weights.
     """
 
     class Settings(BaseModel):
@@ -49,7 +57,7 @@ class CompressedTensors:
         """See `FormatWriter.check`."""
         require_weights_only(model, NAME)
         for param in _weights(model):
-            checked_weight(model, param, NAME, (4, 8))
+            checked_weight(model, param, NAME, (4, 8), floats=_is_mx(model.encodings[param]))
             columns = model.graph.params[param].shape[1]
             if columns % (32 // model.encodings[param].bits):
                 raise ModelError(f"{NAME}: {columns} columns of {param!r} don't fill whole words; leave it in float")
@@ -60,16 +68,19 @@ class CompressedTensors:
         checkpoint = Checkpoint.of(model.source)
         weights = _weights(model)
         schemes = {p: _scheme(model, p) for p in weights}
-        dtype = folders.scale_dtype([model.encodings[p].scale for p in weights], checkpoint)
-        tensors = folders.plain_tensors(model, checkpoint)
+        dtype = folders.scale_dtype([e.scale for p in weights if not _is_mx(e := model.encodings[p])], checkpoint)
+        tensors = folders.plain_tensors(model, checkpoint, weights)
         for param in weights:
-            tensors += _stored(model, param, schemes[param], dtype)
+            if schemes[param] == MX_SCHEME:
+                tensors += _mx_stored(model, param)
+            else:
+                tensors += _stored(model, param, schemes[param], dtype)
         return folders.write_folder(path, tensors, _config(model, schemes), checkpoint)
 
     def read(self, model: ToCompile, path: Path) -> Iterable[tuple[ParamId, NDArray[np.float32]]]:
         """See `FormatWriter.read`."""
         file = TensorFile.open(path / folders.WEIGHTS)
-        yield from folders.plain_values(model, file)
+        yield from folders.plain_values(model, file, _weights(model))
         for param in model.graph.params:
             module = module_of(param)
             if f"{module}.weight_packed" in file.entries:
@@ -77,11 +88,17 @@ class CompressedTensors:
 
 
 def _weights(model: ToCompile) -> list[ParamId]:
-    return [p for p in quantized_params(model) if model.encodings[p].float_format is None]
+    return [p for p in quantized_params(model) if (e := model.encodings[p]).float_format is None or _is_mx(e)]
+
+
+def _is_mx(encoding: Encoding) -> bool:
+    return (encoding.float_format, encoding.scale_type) == ("float4e2m1", "float8e8m0")
 
 
 def _scheme(model: ToCompile, param: ParamId) -> Scheme:
     encoding, columns = model.encodings[param], model.graph.params[param].shape[1]
+    if _is_mx(encoding):
+        return MX_SCHEME
     middle = encoding.zero_point - lowest_code(encoding) == 2 ** (encoding.bits - 1)
     run = run_of(encoding, columns)
     return encoding.bits, not bool(middle.all()), 0 if run == columns else run
@@ -103,7 +120,30 @@ def _stored(model: ToCompile, param: ParamId, scheme: Scheme, dtype: str) -> Ite
         yield of_array(f"{module}.weight_zero_point", "I32", packed(padded.T, bits).T)
 
 
+def _mx_stored(model: ToCompile, param: ParamId) -> Iterator[Stored]:
+    module, (rows, columns), encoding = module_of(param), model.graph.params[param].shape, model.encodings[param]
+
+    def packed_codes() -> NDArray[np.uint8]:
+        value = model.params[param]
+        floats = cast_float(np.divide(value, encoding.spread(value.shape)[0], dtype=np.float32), "float4e2m1")
+        codes = np.searchsorted(_MAGNITUDES, np.abs(floats)) | np.where(floats < 0, 8, 0)
+        return np.asarray(codes[:, ::2] | codes[:, 1::2] << 4, np.uint8)
+
+    yield Stored(f"{module}.weight_packed", "U8", (rows, columns // 2), packed_codes)
+    exponents = np.frexp(encoding.scale)[1] + 126
+    yield of_array(f"{module}.weight_scale", "U8", exponents.astype(np.uint8))
+
+
+def _mx_values(words: NDArray[np.uint8], scale: NDArray[np.uint8]) -> NDArray[np.float32]:
+    codes = np.stack([words & 15, words >> 4], axis=-1).reshape(len(words), -1)
+    floats = _MAGNITUDES[codes & 7] * np.where(codes & 8, np.float32(-1), np.float32(1))
+    scales = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
+    return np.asarray(floats * np.repeat(scales, codes.shape[1] // scale.shape[1], axis=1), np.float32)
+
+
 def _values(file: TensorFile, module: str) -> NDArray[np.float32]:
+    if f"{module}.weight_shape" not in file.entries:
+        return _mx_values(file.read(f"{module}.weight_packed"), file.read(f"{module}.weight_scale"))
     rows, columns = (int(n) for n in file.read(f"{module}.weight_shape"))
     words, scale = file.read(f"{module}.weight_packed"), file.floats(f"{module}.weight_scale")
     bits = words.shape[1] * 32 // columns
@@ -119,20 +159,23 @@ def _config(model: ToCompile, schemes: dict[ParamId, Scheme]) -> dict[str, Any]:
     for index, scheme in enumerate(different):
         bits, zeros, run = scheme
         mine = [module_of(p) for p, s in schemes.items() if s == scheme]
+        mx = scheme == MX_SCHEME
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(different) == 1 else mine,
             "weights": {
-                "num_bits": bits, "type": "int", "symmetric": not zeros, "strategy": "group" if run else "channel",
-                "group_size": run or None, "dynamic": False,
+                "num_bits": bits, "type": "float" if mx else "int", "symmetric": not zeros,
+                "strategy": "group" if run else "channel", "group_size": abs(run) or None, "dynamic": False,
+                **({"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if mx else {}),
             },
             "input_activations": None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": MXFP4 if mx else PACKED,
         }  # fmt: skip
+    formats = {g["format"] for g in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(folders.float_linears(model)),
+        "ignore": list(folders.float_linears(model, schemes)),
     }

@@ -20,7 +20,7 @@ from bitwright_formats.codes import (
     checked_weight,
     codes_of,
     float_params,
-    quantized_params,
+    integer_params,
     require_weights_only,
     run_of,
     scales_of,
@@ -104,7 +104,7 @@ class Gguf:
 
 
 def _on_grids(model: ToCompile) -> list[ParamId]:
-    return [p for p in quantized_params(model) if model.encodings[p].float_format is None]
+    return integer_params(model)
 
 
 def _floats(model: ToCompile, checkpoint: Checkpoint | None) -> list[ParamId]:

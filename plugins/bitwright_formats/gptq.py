@@ -19,8 +19,8 @@ from bitwright_formats.codes import (
     Codes,
     checked_weight,
     codes_of,
+    integer_params,
     lowest_code,
-    quantized_params,
     require_float16_scales,
     require_weights_only,
     run_of,
@@ -103,7 +103,7 @@ def packed_weights(model: ToCompile, format: str) -> list[ParamId]:
     Raises:
         ModelError: there are none.
     """
-    found = [p for p in quantized_params(model) if model.encodings[p].float_format is None]
+    found = integer_params(model)
     if not found:
         raise ModelError(f"{format}: no weight is on an integer grid")
     return found

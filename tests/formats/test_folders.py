@@ -13,8 +13,8 @@ SYMMETRIC, ZEROS = "w4a16", "w4a16_asymmetric"
 LINEAR = ("up", "down", "head")
 
 
-def exported(sim, folder, format):
-    path = sim.export(folder, formats=[format]).files[format]
+def exported(sim, folder, format, **options):
+    path = sim.export(folder, formats=[format], **options).files[format]
     return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())["quantization_config"]
 
 
@@ -96,6 +96,29 @@ def test_compressed_tensors_by_its_own_package(tmp_path, target, weights):
         assert np.array_equal(made["weight"].numpy(), wanted[f"{layer}.weight"])
     equal_plain_parameters(tensors, wanted)
     assert np.array_equal(tensors["down.weight"], wanted["down.weight"])
+
+
+def test_mxfp4_by_the_package_of_compressed_tensors(tmp_path):
+    """One layer in MXFP4 beside integers: a format of its own, whose readers compute in bfloat16, exactly."""
+    sim = simulated(SYMMETRIC, "mxfp4", overrides={"up": {"weights": "int4:block32"}, "head": {"weights": "nvfp4"}})
+    tensors, config = exported(sim, tmp_path, "compressed_tensors", encodings_version="2.1.0")
+    assert (config["format"], config["ignore"]) == ("mixed-precision", ["head"])
+    wanted = expected(sim)
+    assert np.array_equal(tensors["head.weight"], wanted["head.weight"])  # no reader gives NVFP4 back to the bit
+    assert tensors["down.weight_packed"].dtype == tensors["down.weight_scale"].dtype == np.uint8
+    codes = np.stack([tensors["down.weight_packed"] & 15, tensors["down.weight_packed"] >> 4], axis=-1).reshape(64, 128)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    scales = 2.0 ** (tensors["down.weight_scale"].astype(int) - 127)
+    assert np.array_equal(values * np.repeat(scales, 32, axis=1), wanted["down.weight"])
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    (own,) = [g for g in QuantizationConfig.model_validate(config).config_groups.values() if "down" in g.targets]
+    state = {n.removeprefix("down."): torch.from_numpy(v) for n, v in tensors.items() if n.startswith("down.weight_")}
+    made = BaseCompressor.get_value_from_registry(own.format).decompress(state, own)
+    assert np.array_equal(made["weight"].float().numpy(), wanted["down.weight"])
 
 
 def test_layers_of_several_widths(tmp_path):
