@@ -249,3 +249,28 @@ def test_what_is_held_is_told_in_bytes():
 def test_what_is_asked_for_is_needed_unless_it_says_otherwise():
     request = Request("key", ("a", "b"), RangeStatistic, ("simulated",))
     assert (request.optional, request.memory, request.sources) == (False, 0, ("simulated", "simulated"))
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_counters_widen_before_they_overflow(axis):
+    """Those of a bin begin with 16 bits; merging, and going on from a saved state, widen them too."""
+    shape = (20_000, 2) if axis == 1 else (40_000,)
+    whole, part = HistogramStatistic(axis), HistogramStatistic(axis)
+    for number in (1, 2, 3, 4):
+        whole.update(np.full(shape, 1.5, np.float32))
+        assert np.array_equal(whole.bins().count.ravel(), whole.total)
+        assert (whole.total == number * shape[0]).all()
+    part.restore(whole.state())
+    part.update(np.full(shape, -2.5e20, np.float32))
+    part.merge(whole)
+    assert part.bins().count.tolist() == [[shape[0], 8.0 * shape[0]]] * (1 if axis is None else 2)
+    assert part.state()["counts"].dtype == np.int64
+
+
+def test_a_histogram_takes_memory_for_the_octaves_that_occur():
+    rng, histogram = np.random.default_rng(0), HistogramStatistic()
+    assert histogram._table.nbytes == 0
+    histogram.update(np.float32([3.0, -0.0]))
+    assert histogram._table.nbytes == 2 * 512 * 2  # 0 and −0 differ in sign
+    histogram.update(rng.normal(size=2**16).astype(np.float32))
+    assert 30 * 512 * 2 < histogram._table.nbytes < HistogramStatistic.bytes_for()

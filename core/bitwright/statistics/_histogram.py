@@ -28,6 +28,10 @@ MANTISSA = 23
 EXPONENTS = 8
 CHUNK = 2**16
 """Values counted at a time: scratch (8 bytes each) stays in the second-level cache."""
+_COUNTERS = (np.uint16, np.uint32, np.int64)
+"""Types of counters, the smallest that does: histograms of all tensors of a network are in memory at a time."""
+_ABSENT = -(1 << 60)
+"""In place of the shift of an octave that has no bins."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,21 @@ class HistogramStatistic:
         self.axis, self.precision, self.step, self.layout, self.extremes = axis, precision, step, layout, extremes
         self.low = np.full(1, np.inf)
         self.high = np.full(1, -np.inf)
-        # Zeroed memory is mapped page by page as counts arrive: an octave is a page or less, few octaves occur.
-        self._table: NDArray[np.int64] = np.zeros((1 if axis is None else 0, self._codes), np.int64)
+        self._clear(1 if axis is None else 0)
 
-    @property
-    def _codes(self) -> int:
-        return 1 << (1 + EXPONENTS + self.precision)
+    def _clear(self, channels: int) -> None:
+        """No counts, and room for none: few octaves occur, and only those get bins."""
+        self._octaves: list[int] = []
+        """Sign and exponent of the bins held, in the order in which values of theirs came."""
+        self._shift = np.full(1 << (1 + EXPONENTS), _ABSENT, np.intp)
+        """For each octave, from a code to its column."""
+        self._table: NDArray[Any] = np.zeros((channels, 0), _COUNTERS[0])
+        self._most = 0
+        """No count is larger."""
 
     @staticmethod
     def bytes_for(channels: int = 1, precision: int = 9) -> int:
-        """Memory that it typically holds: 24 octaves of either sign."""
+        """Memory that it holds at most where values span 24 octaves of either sign."""
         return channels * 2 * 24 * 8 << precision
 
     def update(self, *values: NDArray[Any]) -> None:
@@ -108,28 +117,64 @@ class HistogramStatistic:
             low, high = np.minimum(low, pair[0]), np.maximum(high, pair[1])
         require_finite(low, high)
         self._open(len(rows))
-        for row, counts in zip(rows, self._table, strict=True):
-            self._add(row, counts)
+        self._expect(rows.shape[1])
+        for channel, row in enumerate(rows):
+            self._add(row, channel)
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
 
-    def _add(self, row: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
+    def _add(self, row: NDArray[np.float32], channel: int) -> None:
         patterns = row.view(np.uint32)
         size = min(CHUNK, len(row))
         codes, index = np.empty(size, np.uint32), np.empty(size, np.intp)
+        one = self._table.dtype.type(1)
         for start in range(0, len(row), size):
             part = patterns[start : start + size]
             n = len(part)
+            np.right_shift(part, MANTISSA, out=codes[:n])
+            self._shift.take(codes[:n], out=index[:n], mode="clip")  # the default mode copies
+            if index[:n].min() <= _ABSENT:
+                self._hold(np.unique(codes[:n]))
+                self._shift.take(codes[:n], out=index[:n], mode="clip")
             np.right_shift(part, MANTISSA - self.precision, out=codes[:n])
-            index[:n] = codes[:n]
+            index[:n] += codes[:n]
             # As fast as bincount, and the cost of a small tensor doesn't grow with the number of bins.
-            np.add.at(counts, index[:n], 1)
+            np.add.at(self._table[channel], index[:n], one)
 
     def _open(self, channels: int) -> None:
         if self._table.shape[0] == 0:
-            self._table = np.zeros((channels, self._codes), np.int64)
+            self._clear(channels)
             self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
         elif len(self._table) != channels:
             raise InputError(f"{channels} channels after batches with {len(self._table)}")
+
+    def _hold(self, octaves: NDArray[Any]) -> None:
+        """Make bins for octaves."""
+        fresh = [int(o) for o in octaves if self._shift[o] <= _ABSENT]
+        if not fresh:
+            return
+        for octave in fresh:
+            self._shift[octave] = (len(self._octaves) - octave) << self.precision
+            self._octaves.append(octave)
+        room = np.zeros((len(self._table), len(fresh) << self.precision), self._table.dtype)
+        self._table = np.concatenate([self._table, room], axis=1)
+
+    def _expect(self, values: int) -> None:
+        """Widen the counters if so many more values of a channel could overflow one."""
+        self._most += values
+        dtype = next(d for d in _COUNTERS if self._most <= np.iinfo(d).max)
+        if np.iinfo(dtype).max > np.iinfo(self._table.dtype).max:
+            self._table = self._table.astype(dtype)
+
+    def _occupied(self, precision: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Codes in ascending order, at fewer bits of mantissa, of bins that hold a value; counts (channels, codes)."""
+        octaves = np.array(self._octaves, np.int64)
+        order = np.argsort(octaves)
+        channels, bins = len(self._table), len(order) << precision
+        table = self._table.reshape(channels, len(order), 1 << self.precision)[:, order]
+        table = table.reshape(channels, bins, 1 << (self.precision - precision))
+        codes = (octaves[order][:, None] << precision | np.arange(1 << precision)).ravel()
+        busy = np.flatnonzero(table.any(axis=(0, 2)))
+        return codes[busy], table[:, busy].sum(axis=2, dtype=np.int64)
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen.
@@ -142,32 +187,39 @@ class HistogramStatistic:
         if len(other._table) == 0:
             return
         self._open(len(other._table))
-        used = other._table.any(axis=0)
-        self._table[:, used] += other._table[:, used]
+        self._expect(other._most)
+        self._count(*other._occupied(other.precision))
         self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+
+    def _count(self, codes: NDArray[Any], counts: NDArray[Any]) -> None:
+        octaves = codes >> self.precision
+        self._hold(np.unique(octaves))
+        self._table[:, self._shift[octaves] + codes] += counts.astype(self._table.dtype)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Plain arrays: only the occupied bins."""
-        used = np.flatnonzero(self._table.any(axis=0)) if len(self._table) else np.zeros(0, np.intp)
+        codes, counts = self._occupied(self.precision)
         return {
             "precision": np.array(self.precision),
             "low": self.low,
             "high": self.high,
-            "codes": used,
-            "counts": self._table[:, used],
+            "codes": codes,
+            "counts": counts,
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take a saved state."""
         self.precision = int(state["precision"])
         self.low, self.high = np.array(state["low"], np.float64), np.array(state["high"], np.float64)
-        self._table = np.zeros((len(state["counts"]), self._codes), np.int64)
-        self._table[:, state["codes"]] = state["counts"]
+        counts = np.asarray(state["counts"], np.int64)
+        self._clear(len(counts))
+        self._expect(int(counts.sum(axis=1).max(initial=0)))
+        self._count(np.asarray(state["codes"], np.int64), counts)
 
     @property
     def total(self) -> NDArray[np.int64]:
         """Values counted, (channels,) or (1,)."""
-        return np.asarray(self._table.sum(axis=1), np.int64)
+        return np.asarray(self._table.sum(axis=1, dtype=np.int64))
 
     @property
     def seen(self) -> bool:
@@ -177,14 +229,7 @@ class HistogramStatistic:
     def bins(self, precision: int | None = None) -> Bins:
         """The occupied bins, joined to fewer mantissa bits if asked."""
         kept = min(self.precision, precision or self.precision)
-        table = self._table
-        if kept < self.precision:
-            joined = table.reshape(len(table), -1, 1 << (self.precision - kept))
-            busy = np.flatnonzero(joined.any(axis=(0, 2)))
-            counts = joined[:, busy].sum(axis=2)
-        else:
-            busy = np.flatnonzero(table.any(axis=0))
-            counts = table[:, busy]
+        busy, counts = self._occupied(kept)
         sign = 1 << (EXPONENTS + kept)
         # Ascending values: negative codes fall, positive ones rise.
         order = np.argsort(np.where(busy >= sign, -(busy - sign) - 1, busy), kind="stable")
