@@ -7,6 +7,8 @@ import pytest
 from backends import FRAMEWORKS
 
 from bitwright.backend import Tap
+from bitwright.bank import collect
+from bitwright.errors import InputError
 from bitwright.graph import OpKind, ParamRole
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
@@ -172,3 +174,24 @@ def test_frozen_weights_are_left_with_the_reason():
     sim.apply("rotate")
     assert "is frozen" in sim.reports[-1][1].rows[0][-1]
     assert np.array_equal(sim.params[head], before)
+
+
+@pytest.mark.skipif("onnx" not in FRAMEWORKS, reason="needs ONNX")
+def test_a_bank_is_collected_behind_a_rotation(tmp_path):
+    """It solves and calibrates as data do there; one from before it is refused."""
+    port, model = FRAMEWORKS["onnx"], decoder()
+    sim = port.sim(model, weights="int4")
+    data = port.batch(models.batch(model, 24))
+    before = collect(sim, data, tmp_path / "before")
+    rotated = sim.fork().apply("rotate")
+    with pytest.raises(InputError, match="rotate changed the network since: collect behind"):
+        rotated.fork().apply("gptq", before)
+    behind = collect(rotated, data, tmp_path / "behind")
+    on_data = rotated.fork().apply("gptq", data, inputs="float")
+    on_bank = sim.fork().apply("rotate").apply("gptq", behind)
+    for op in sim.graph.linear_ops:
+        one, other = (s.encodings[op.weight].quantize(s.params[op.weight]) for s in (on_bank, on_data))
+        np.testing.assert_array_equal(one, other, err_msg=op.id)
+        assert (on_bank.params[op.weight] != rotated.params[op.weight]).any(), "nothing was rounded"
+    on_bank.calibrate(behind)
+    assert all(site in on_bank.encodings for site in on_bank.plan.activations)
