@@ -18,6 +18,8 @@ Moments = NDArray[np.float64]
 RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
 STEADY = 4.0
 """Mean squared over variance from which a feature is summed about its mean: float32 products lose too much there."""
+CHUNK = 2**14
+"""Positions of a sample that are squared at a time."""
 SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
 THIN = 4
 """Channels of a group up to which a convolution is summed by displacement; columns of wider ones are as fast."""
@@ -146,7 +148,7 @@ class LayerMoments:
 
         By displacement, they are those of channels: what padding takes part in varies otherwise, and is told apart.
         """
-        squares = self._over_samples(np.square(values, dtype=np.float64))
+        squares = _squares(values[None] if values.ndim == 1 else values)
         if not self._thin:
             mean, square = (self._over_positions(total)[0] / count for total in (sums, squares))
         else:
@@ -369,3 +371,13 @@ class LayerMoments:
 
 def _outer(a: Moments, b: Moments) -> Moments:
     return a[:, :, None] * b[:, None, :]
+
+
+def _squares(values: NDArray[Any]) -> Moments:
+    """The sum of samples' squares, as a batch of one; some at a time, since all in float64 are twice the batch."""
+    flat = values.reshape(len(values), -1)
+    total = np.empty((1, flat.shape[1]))
+    for start in range(0, flat.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        total[0, part] = np.square(flat[:, part], dtype=np.float64).sum(axis=0)
+    return total.reshape(1, *values.shape[1:])
