@@ -20,6 +20,7 @@ from bitwright.layerwise._solving import reconstruction_loss
 from bitwright.statistics import LayerMoments
 from bitwright.technique import Layer, LayerResult
 from bitwright.testing import models
+from bitwright.testing.builder import Builder
 from bitwright.testing.harness import Interrupted, MemoryStore, Quiet, min_max_encodings, simple_plan
 from bitwright.testing.reference import ReferenceBackend
 
@@ -76,6 +77,24 @@ def test_moments_are_those_of_the_two_whole_networks(name, quantized):
         for field in ("mean", "mean_quantized", "xx", "qq", "xq"):
             np.testing.assert_allclose(getattr(ours, field), getattr(whole, field), rtol=1e-4, atol=1e-5, err_msg=field)
     assert set(results) == set(ops)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_what_several_layers_read_is_observed_once(quantized):
+    b = Builder(0)
+    x = b.linear("first", b.input("x", 8), 8)
+    for name, out in (("q", 8), ("k", 4), ("v", 4)):
+        b.linear(name, x, out)
+    walk, graph, _, _ = walk_of(b.build("q", "k", "v"))
+    seen = {}
+
+    def solve(layer):
+        seen[layer.op.id] = layer.moments
+        return nearest(layer)
+
+    walk([op.id for op in graph.linear_ops], solve, quantized_inputs=quantized)
+    assert seen["q"] is seen["k"] is seen["v"] is not seen["first"]
+    assert seen["v"].count == seen["first"].count == 10
 
 
 def test_a_layer_sees_the_layers_replaced_before_it():

@@ -114,6 +114,7 @@ class LayerwiseWalk:
         # A weight that several ops share is settled by the first of them.
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
+        known: tuple[object, LayerMoments] | None = None
         params = ParamReader(self.backend, self.model, self.graph)
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
@@ -131,7 +132,7 @@ class LayerwiseWalk:
                 for done in solving.of_weight(op.weight):
                     finish(*done)
                 shared = replaced.get(op.weight or "")
-                moments, addend, left = None, None, ""
+                moments, addend, left, reused = None, None, "", False
                 if result is None and shared is None:
                     blocks, left = blocks_within(
                         budget, op, self.graph.params[op.weight or ""].shape, self._features(op),
@@ -140,15 +141,25 @@ class LayerwiseWalk:
                     )  # fmt: skip
                     if residuals and products and quantized_inputs and blocks == 1:
                         addend = self._addend(visit)
-                    if blocks:
+                    # What several layers read (queries, keys and values) is observed once: nothing that is replaced
+                    # between them lies before it.
+                    same = (op.data_inputs[0], op.kind, op.attrs, self._features(op), blocks)
+                    reused = known is not None and known[0] == same and addend is None
+                    if reused:
+                        assert known is not None
+                        moments = known[1]
+                    elif blocks:
+                        known = None
                         moments = self._moments(visit, quantized_inputs, products, addend is not None, blocks)
+                        known = (same, moments) if addend is None else None
                 # Behind the last unfinished layer nothing has to run any more.
-                if unfinished and index <= unfinished[-1] and (moments is not None or visit.moves):
+                observed = None if reused else moments
+                if unfinished and index <= unfinished[-1] and (observed is not None or visit.moves):
                     if quantized_inputs:
                         wanted = visit.cut if visit.moves else (op.data_inputs[0], *([addend] if addend else []))
                         for done in solving.before(wanted):
                             finish(*done)
-                    pair.run(visit, moments, addend if moments is not None else None)
+                    pair.run(visit, observed, addend if observed is not None else None)
                 if result is not None:
                     finish(op, result, fresh=False)
                 elif shared is not None:
