@@ -107,9 +107,7 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
             found = block_rounding(problem, grid, in_act_order=settings.act_order, candidates=settings.candidates)
         else:
             found = grid, rounded(problem, grid, settings)
-        if given.encoding.float_format is None:  # values of float formats have no neighbours at ±1
-            found = improved(problem, *found, settings, refit=task.searched)
-        options.append(found)
+        options.append(improved(problem, *found, settings, refit=task.searched))
         return _best(problem, options)
 
     return solve_layer(layer, settings, Gptq.name, choose, floats=True)
@@ -122,7 +120,7 @@ def improved(
     for _ in range(settings.sweeps):
         if refit:
             grid = refit_scales(problem, grid, codes)
-        posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high)
+        posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
         codes = turn(coordinate_descent(posed, turn(codes), max_sweeps=1))
     return grid, codes
 

@@ -31,7 +31,7 @@ class RoundingProblem:
         target: T, (groups, K, rows), float32.
         step: s, (groups, 1 or K, rows).
         low, high: bounds of the codes, (groups, 1 or K, rows).
-        snap: the nearest codes where nothing bounds them. Only `successive_rounding` takes others than whole numbers.
+        snap: the nearest codes where nothing bounds them. `kick` alone takes no others than whole numbers.
     """
 
     gram: Array
@@ -81,8 +81,8 @@ def turn(matrix: NDArray[np.floating]) -> Array:
 def coordinate_descent(problem: RoundingProblem, codes: Array, *, max_sweeps: int = 20) -> Array:
     """Move each code in turn to its optimum, the others held, until a sweep changes nothing.
 
-    The error is a parabola in one code, so its optimum over the allowed integers is the unconstrained one, rounded
-    and clipped; no move raises the error. Rows that a sweep left alone are done and drop out of the next.
+    The error is a parabola in one code, so its optimum over the allowed ones is the nearest to the unconstrained one,
+    clipped; no move raises the error. Rows that a sweep left alone are done and drop out of the next.
 
     Args:
         problem: what to minimise.
@@ -120,7 +120,7 @@ def _sweep(problem: RoundingProblem, codes: Array) -> Array:
         for k in range(begin, end):
             best = local[:, k - begin] * per_code[:, k]
             np.subtract(codes[:, k], best, out=best)
-            np.rint(best, out=best)
+            best = problem.snap(best)
             np.clip(best, problem.at(problem.low, k), problem.at(problem.high, k), out=best)
             moved = best - codes[:, k]
             if moved.any():
