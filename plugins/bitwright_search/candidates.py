@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bitwright.errors import InputError
 from bitwright.graph import OpId, OpKind, ParamRole
-from bitwright.grids import QuantSpec, parse_type
+from bitwright.grids import QuantSpec, block_scales, parse_type
 from bitwright.placement import SiteId
 from bitwright.simulation import QuantSim
 from bitwright.targets import Kernel
@@ -154,7 +154,7 @@ def _has(spec: QuantSpec | None, text: str | None) -> bool:
         return False
     bits, signed, float_format, _ = parse_type(text)
     if float_format is not None or spec.float_format is not None:
-        return spec.float_format == float_format
+        return (spec.float_format, spec.scale_type) == (float_format, block_scales(text))
     return (spec.bits, spec.signed) == (bits, signed)
 
 

@@ -46,7 +46,7 @@ def test_ops_give_the_core_s_bits(spec):
             assert np.array_equal(session.run(y, {**feed, on: False}), x)
 
 
-@pytest.mark.parametrize("kind", ["float16", "float8e5m2", "float8e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float16", "float8e5m2", "float8e4m3fn", "bfloat16", "nf4"])
 def test_float_formats_saturate_and_keep_subnormals(kind):
     encoding = encoding_of_weights(np.ones((1,), np.float32), QuantSpec(16, float_format=kind))
     encoding = encoding.with_(scale=np.float32(1))

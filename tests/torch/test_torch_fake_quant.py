@@ -33,7 +33,7 @@ INTEGERS = {
     "int16": QuantSpec(16),
     "int32": QuantSpec(32),
 }
-FLOATS = ["float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
+FLOATS = ["float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1", "nf4"]
 WEIGHTS = {
     "tensor": QuantSpec(4),
     "asymmetric": QuantSpec(4, signed=False, symmetric=False, granularity=PerChannel(0)),
@@ -45,6 +45,7 @@ WEIGHTS = {
     "blocks across": QuantSpec(4, granularity=Blockwise(1, 0, 2)),
     "lpbq": QuantSpec(4, granularity=Blockwise(0, 1, 4, 8)),
     "fp8": QuantSpec(8, float_format="float8e4m3fn", granularity=PerChannel(0)),
+    "nf4": QuantSpec(4, float_format="nf4", granularity=Blockwise(0, 1, 4)),
 }
 
 

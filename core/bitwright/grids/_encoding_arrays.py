@@ -19,7 +19,7 @@ def encoding_arrays(encoding: Encoding) -> dict[str, NDArray[Any]]:
     Who holds it (`Encoding.held_by`) isn't among them: it is no number, and equal grids have equal fingerprints.
     """
     layout = encoding.granularity
-    meta = {
+    meta: dict[str, Any] = {
         "bits": encoding.bits,
         "signed": encoding.signed,
         "symmetric": encoding.symmetric,

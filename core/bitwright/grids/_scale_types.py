@@ -62,7 +62,7 @@ def shared_exponent_scale(extreme: NDArray[np.float64], largest: float) -> NDArr
         largest: magnitude of an element.
     """
     _, exponents = np.frexp(extreme)  # extreme in [0.5, 1) · 2**exponent
-    return np.ldexp(1.0, np.clip(exponents - int(np.frexp(largest)[1]), -126, 127))
+    return np.asarray(np.ldexp(1.0, np.clip(exponents - int(np.frexp(largest)[1]), -126, 127)), np.float64)
 
 
 def tensor_scale_of(scale: NDArray[np.floating]) -> float:
