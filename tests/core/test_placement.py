@@ -629,6 +629,19 @@ def test_a_tied_head_and_embedding_take_the_best_that_both_can(weights):
     assert build_plan(tied(), "per_tensor", weights=weights).spec("w").granularity == PerTensor()
 
 
+@pytest.mark.parametrize(("type", "format"), [("mxfp4", None), ("nf4:block2", None), ("mxfp8", "float8e4m3fn")])
+def test_a_tied_table_has_no_blocks_of_floats(type, format):
+    """It has a scale for each row, which is any float32; the 4-bit types leave it to integers."""
+    ops = [
+        Op("layer", OpKind.LINEAR, "Gemm", ("x",), ("y",), {ParamRole.WEIGHT: "w"}),
+        Op("emb", OpKind.EMBEDDING, "Gather", ("ids",), ("e",), {ParamRole.WEIGHT: "w"}),
+    ]
+    tensors = {"ids": Tensor("ids", (None, 4), "int64"), **{t: Tensor(t, (None, 4, 32)) for t in "xye"}}
+    graph = Graph(ops, tensors, {"w": Param("w", (40, 32))}, ["ids", "x"], ["y", "e"])
+    spec = build_plan(graph, "default", weights=type).spec("w")
+    assert (spec.bits, spec.float_format, spec.granularity, spec.scale_type) == (8, format, PerChannel(0), None)
+
+
 @pytest.mark.parametrize("type", ["float16", "fp8"])
 def test_a_table_that_a_linear_op_shares_may_be_float(type):
     from bitwright.testing import models

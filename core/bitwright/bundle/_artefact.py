@@ -444,6 +444,7 @@ def spec_of(encoding: Encoding) -> QuantSpec:
         strict=encoding.strict,
         granularity=encoding.granularity,
         float_format=encoding.float_format,
+        scale_type=None if encoding.float_format is None else encoding.scale_type,
     )
 
 

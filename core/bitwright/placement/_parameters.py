@@ -193,6 +193,8 @@ class ParameterPlacement:
         precision = self.overrides.sites.get(param.id) or self.constants
         if precision is None:
             return Float(WEIGHTS_ONLY)
+        if precision.float_format is not None:
+            precision = _vector(precision)
         if self.graph.tensors[op.output].mask:
             return Float(MASKED)
         if op.kind not in CONSTANT_KINDS or op.type in ("Pow", "Where"):
