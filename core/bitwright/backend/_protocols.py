@@ -50,7 +50,10 @@ class Session(Protocol):
     """A model compiled once for fixed taps, to be run many times."""
 
     def run(self, batch: Batch) -> Mapping[Tap, Array]:
-        """Feed model inputs (or a segment's feeds) and get the taps, keyed by the `Tap` asked for."""
+        """Feed model inputs (or a segment's feeds) and get the taps, keyed by the `Tap` asked for.
+
+        What is handed out is the caller's: no later run writes into it.
+        """
 
 
 @runtime_checkable
@@ -65,7 +68,7 @@ class Simulation(Protocol[M_co]):
         """Install encodings; None bypasses a site. Sites that share an encoding follow their root."""
 
     def get(self) -> EncodingTable:
-        """The encodings in force."""
+        """The encodings in force; a later `set` doesn't change what was handed out."""
 
     def session(self, taps: Sequence[Tap]) -> Session:
         """Run the simulated network and hand out tensors (after their own fake quantization)."""

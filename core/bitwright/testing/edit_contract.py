@@ -128,6 +128,8 @@ class EditContract(Contract):
                 SetBias(into.id, (bias * scale + shift).astype(np.float32)),
                 SetParams({into.weight: weight.astype(np.float32)}),
             ]
+            for p, v in backend.read(backend.edit(model, edits[:1]), own(into)).items():
+                assert np.array_equal(v, values[p]), f"FoldBatchNorm rewires; it has changed {p}"
             folded = backend.edit(model, edits)
             after = backend.graph(folded)
             assert norm.id not in after

@@ -88,7 +88,7 @@ class GraphContract(Contract):
 
     @of_any_case
     def test_reduced_taps(self, case: Case) -> None:
-        """Extremes, of the tensor and by channel, are those of the whole tensor."""
+        """Extremes, of the tensor and by channel, are those of the whole tensor; of fewer samples than before too."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
         tensors = [t for t in floats(graph) if graph.tensors[t].channel_axis is not None]
@@ -96,9 +96,11 @@ class GraphContract(Contract):
         taps += [Tap(t, "minmax") for t in tensors]
         taps += [Tap(t, "minmax", graph.tensors[t].channel_axis) for t in tensors]
         taps += [Tap(t, axis=axis, step=3) for t in tensors for axis in {None, graph.tensors[t].channel_axis}]
-        found = backend.session(model, taps).run(case.batch)
-        assert set(found) == set(taps)
-        for tap in taps:
+        session, batches = backend.session(model, taps), [case.batch]
+        if all(shape[0] is None for shape, _ in backend.input_specs(model).values()):
+            batches.append({k: v[:2] for k, v in case.batch.items()})
+        for tap, found in ((tap, found) for found in map(session.run, batches) for tap in taps):
+            assert set(found) == set(taps)
             if tap.reduce == "minmax":
                 whole = np.asarray(found[Tap(tap.tensor)])
                 over = None if tap.axis is None else tuple(i for i in range(whole.ndim) if i != tap.axis)
@@ -115,15 +117,20 @@ class GraphContract(Contract):
 
     @of_any_case
     def test_samples_are_independent(self, case: Case) -> None:
-        """A session takes any number of samples, where the model does, and each gives what it gives alone."""
+        """A session takes any number of samples, where the model does, and each gives what it gives alone; what one run
+        has handed out is the caller's, and no later one writes into it."""
         backend, model = self.backend(), case.model
         if any(shape[0] is not None for shape, _ in backend.input_specs(model).values()):
             pytest.skip("the model has a fixed batch size")
         session = backend.session(model, [Tap(t) for t in backend.graph(model).outputs])
         whole = run(session, case.batch)
+        kept = {t: v.copy() for t, v in whole.items()}
         part = run(session, {k: v[1:3] for k, v in case.batch.items()})
+        turned = run(session, {k: np.roll(v, 1, axis=0) for k, v in case.batch.items()})
         for t in whole:
+            assert np.array_equal(whole[t], kept[t]), f"{t}: a later run has changed what was handed out"
             assert_close(part[t], whole[t][1:3], case.tolerance, t)
+            assert_close(turned[t], np.roll(whole[t], 1, axis=0), case.tolerance, t)
 
     def test_canonical_layouts(self, case: Case) -> None:
         """`read` weights, applied as `linear_form` says, give what the session gives."""

@@ -5,14 +5,14 @@ Each test opens one simulation and one session and installs one encoding after a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitwright.backend import Tap
+from bitwright.backend import Backend, PartialExecution, Session, Simulation, Tap
 from bitwright.graph import Graph, Op, OpKind, ParamRole
 from bitwright.grids import (
     FLOAT_FORMATS,
@@ -32,6 +32,7 @@ from bitwright.testing.contract_base import (
     Contract,
     assert_close,
     bare,
+    everything,
     grid_points,
     linear_output,
     min_max_table,
@@ -239,7 +240,8 @@ class GridContract(Contract):
 
     @of_any_case
     def test_the_simulated_model_follows_too(self, case: Case) -> None:
-        """What a session is opened with after `set` is what one opened before computes."""
+        """What a session is opened with after `set` is what one opened before computes, a segment's too; another
+        simulation of the model, and what `get` has handed out, stay as they are."""
         backend, model = self.backend(), case.model
         graph = backend.graph(model)
         plan = simple_plan(graph, weights=QuantSpec(4))
@@ -247,17 +249,26 @@ class GridContract(Contract):
         simulation = backend.simulate(model, plan, table)
         taps = [Tap(t) for t in graph.outputs]
         before = simulation.session(taps)
-        first = run(before, case.batch)
+        first, held = run(before, case.batch), simulation.get()
+        segment, fed = _segment(backend, case, simulation, graph)
         coarse = {s: e.with_(scale=e.scale * np.float32(1.7)) for s, e in table.items()}
         simulation.set(coarse)
+        assert all(held[s].equals(e) for s, e in table.items()), "what `get` handed out has changed"
         followed, anew = run(before, case.batch), run(simulation.session(taps), case.batch)
-        other = run(backend.simulate(model, plan, table.merged(coarse)).session(taps), case.batch)
+        beside = backend.simulate(model, plan, table.merged(coarse)).session(taps)
+        other = run(beside, case.batch)
         for t in graph.outputs:
             assert np.array_equal(followed[t], anew[t]), t
             assert np.array_equal(followed[t], other[t]), t
+        if segment is not None:
+            again, _ = _segment(backend, case, simulation, graph)
+            for t, v in run(segment, fed).items():
+                assert np.array_equal(v, run(again, fed)[t]), f"{t}, of a segment that was open"
         simulation.set(table)
         for t, v in run(before, case.batch).items():
             assert np.array_equal(v, first[t]), t
+        for t, v in run(beside, case.batch).items():
+            assert np.array_equal(v, other[t]), f"{t}, by another simulation of the model"
 
     def _check_linear(
         self, graph: Graph, ops: Sequence[Op], values: Any, params: Any, chosen: dict[str, Encoding], case: Case
@@ -267,6 +278,17 @@ class GridContract(Contract):
             expected = linear_output(graph, op, values[op.data_inputs[0]], held)
             told = ", ".join(f"{p}: {_told(chosen[p])}" for p in own(op) if p in chosen)
             assert_close(rows(graph, op, values[op.output]), expected, max(case.tolerance, 1e-5), f"{op.id} ({told})")
+
+
+def _segment(
+    backend: Backend[Any], case: Case, simulation: Simulation[Any], graph: Graph
+) -> tuple[Session | None, Mapping[str, Array]]:
+    """The last linear op of a simulated network alone, and what it is fed; None where segments aren't there."""
+    op = next((op for op in reversed(graph.linear_ops) if graph.tensors[op.data_inputs[0]].is_float), None)
+    if op is None or not isinstance(backend, PartialExecution):
+        return None, {}
+    site = op.data_inputs[0]
+    return simulation.segment([site], [Tap(op.output)]), {site: everything(backend, case)[site]}
 
 
 def float_points(encoding: Encoding, shape: Sequence[int]) -> Array:

@@ -142,3 +142,15 @@ class KeepsForgotten(Wrong):
         ops = tuple(op.id for op in model.graph)
         first = self.first.setdefault((ops, tuple(model.graph.params)), model)
         return self.inner.session(first, taps)
+
+
+@mutant("folding a batch norm takes the bias away", "cnn", "test_batch_norms_fold")
+class FoldsBiasesAway(Wrong):
+    def edit(self, model, edits):
+        for edit in edits:
+            if isinstance(edit, FoldBatchNorm) and edit.into in model.graph:
+                bias = model.graph.op(edit.into).params.get(ParamRole.BIAS)
+                if bias is not None:
+                    model = self.inner.edit(model, [SetParams({bias: np.zeros_like(model.params[bias])})])
+            model = self.inner.edit(model, [edit])
+        return model

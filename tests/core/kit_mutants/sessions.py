@@ -100,3 +100,40 @@ class ChecksNoEncodings(Wrong):
                     super().set(changes)
 
         return Lax(self.inner.simulate(model, plan, encodings), plan, encodings)
+
+
+class Wrapped(Wrong):
+    """Sessions of the whole model, made something of by `wrap`."""
+
+    def session(self, model, taps):
+        return self.wrap(self.inner.session(model, taps))
+
+
+@mutant("arrays that were handed out are written into again", "cnn", "test_samples_are_independent")
+class OneBuffer(Wrapped):
+    def wrap(self, made):
+        held = {}
+
+        class Run:
+            def run(self, batch):
+                for tap, value in made.run(batch).items():
+                    held.setdefault((tap, value.shape), np.empty_like(value))[...] = value
+                return {tap: held[tap, v.shape] for tap, v in made.run(batch).items()}
+
+        return Run()
+
+
+@mutant("fewer samples are filled up with zeros", "cnn", "test_reduced_taps")
+class FillsBatchesUp(Wrapped):
+    def wrap(self, made):
+        class Run:
+            most = 0
+
+            def run(self, batch):
+                count = len(next(iter(batch.values())))
+                self.most = max(self.most, count)
+                rest = [(0, self.most - count)]
+                full = {t: np.pad(v, rest + [(0, 0)] * (v.ndim - 1)) for t, v in batch.items()}
+                return {t: v[:count] if t.reduce == "none" else v for t, v in made.run(full).items()}
+
+        return Run()

@@ -121,3 +121,55 @@ class FloatInputs(Wrong):
         made.change = lambda s, e: e.with_(scale=e.scale * np.float32(1e-3)) if s.id in inputs else e
         made.inner.set(made.changed(encodings))
         return made
+
+
+@mutant("simulations of one model have one table", "cnn", FOLLOWS)
+class OneTableForAll(Wrong):
+    def simulate(self, model, plan, encodings):
+        backend, latest = self.inner, self.__dict__.setdefault("latest", {})
+
+        class Sharing(Simulated):
+            def set(self, changes):
+                super().set(changes)
+                latest.update(dict.fromkeys(plan.activations) | dict(self.get()))
+
+            def session(self, taps):
+                made = self.inner.session(taps)
+
+                class Run:
+                    def run(run, batch):
+                        self.inner.set({s: e for s, e in latest.items() if plan.root(s) == s})
+                        return made.run(batch)
+
+                return Run()
+
+        made = Sharing(backend.simulate(model, plan, encodings), plan, encodings)
+        latest.update(made.get())
+        return made
+
+
+@mutant("segments that are open keep their encodings", "cnn", FOLLOWS)
+class StaleSegments(Wrong):
+    def simulate(self, model, plan, encodings):
+        backend = self.inner
+
+        class Stale(Simulated):
+            def segment(self, feeds, taps):
+                return backend.simulate(model, plan, self.get()).segment(feeds, taps)
+
+        return Stale(backend.simulate(model, plan, encodings), plan, encodings)
+
+
+@mutant("`get` hands out what it goes on writing into", "cnn", FOLLOWS)
+class GetsTheLivingTable(Wrong):
+    def simulate(self, model, plan, encodings):
+        class Living(EncodingTable):
+            def __getitem__(self, site):
+                return plan.by_site(made.roots)[site]
+
+        class Lent(Simulated):
+            def get(self):
+                return Living(super().get())
+
+        made = Lent(self.inner.simulate(model, plan, encodings), plan, encodings)
+        return made
