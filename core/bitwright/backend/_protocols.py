@@ -164,7 +164,12 @@ class Backend(Protocol[M]):
         """Write the native format, atomically."""
 
     def adopt(self, model: object, sample: Batch | None = None) -> M:
-        """Turn what the user holds (a ModelProto, an nn.Module, …) into the backend's own model form."""
+        """Turn what the user holds (a ModelProto, an nn.Module, …) into the backend's own model form.
+
+        Args:
+            model: an object that the backend owns.
+            sample: one batch by input name, as the user gave it, for frameworks that have to run a model to see it.
+        """
 
     def graph(self, model: M) -> Graph:
         """The canonical graph."""

@@ -200,7 +200,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A parameter in canonical layout. `layout[i]` is the native axis that canonical axis i comes from."""
+    """A parameter in canonical layout. `layout[i]` is the native axis that canonical axis i comes from; None where that
+    is the canonical order, or no order of axes says it."""
 
     id: ParamId
     shape: tuple[int, ...]
