@@ -19,9 +19,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Session, Sites, Tap, Training
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.backend import Session, SimulationBase, Tap, Training
+from bitwright.graph import ParamId, TensorId
+from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
 from bitwright_keras.graph.canonical import ParamPlace, canonical
 from bitwright_keras.graph.constants import with_constant, with_operand
@@ -50,7 +50,7 @@ class _Parameter:
     quantizer: FakeQuantize | None = None
 
 
-class KerasSimulation:
+class KerasSimulation(SimulationBase):
     """`bitwright.backend.TrainableSimulation` of a model in normal form.
 
     Args:
@@ -71,9 +71,8 @@ class KerasSimulation:
         *,
         trainable: bool | Training = False,
     ) -> None:
-        self._float, self._plan = model, plan
-        self._graph: Graph = canonical(model).graph
-        self._sites = Sites(self._graph, plan, encodings)
+        super().__init__(canonical(model).graph, plan, encodings)
+        self._float = model
         self._training = Training() if trainable is True else trainable or None
         self._generation = 0
         self._replaced: dict[ParamId, NDArray[Any]] = {}
@@ -217,23 +216,15 @@ class KerasSimulation:
                 self._native.trainable = False
         return self._native
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings; None bypasses a site. All are checked before the first is installed.
-
-        A site that shares an encoding passes its own on to the root, unless the mapping names the root too. Where the
-        kind of grid changes, `model` is another object afterwards.
-
-        Raises:
-            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
-        """
-        changes = self._sites.changes(encodings)
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`; where the kind of grid changes, `model` is another object afterwards."""
         if all(self._takes(root, encoding) for root, encoding in changes.items()):
             for root, encoding in changes.items():
                 self._table[root] = encoding
                 self._install(root, encoding)
             return
         if self._training is not None:
-            self._table = dict(self._by_root())
+            self._table = dict(self.in_force())
             self._float, self._replaced = self.float_model(), {}
         self._table.update(changes)
         self._build()
@@ -241,8 +232,7 @@ class KerasSimulation:
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `bitwright.backend.ParamUpdates`: layers that are written become the simulation's own, grids stay."""
         natives = native_values(self._float, values)
-        roots = {self._plan.root(p) for p in values if p in self._plan}
-        kept = {root: encoding for root, encoding in self._by_root().items() if root in roots}
+        kept = self.grids_of(values)
         for param, native in natives.items():
             self._write(param, native)
         for root, encoding in kept.items():
@@ -289,11 +279,8 @@ class KerasSimulation:
                 native = held.place.layout.to_native(encoding.fake_quantize(whole))
             held.variable.assign(native)
 
-    def get(self) -> EncodingTable:
-        """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
-        return self._sites.table(self._by_root())
-
-    def _by_root(self) -> dict[SiteId, Encoding | None]:
+    def in_force(self) -> dict[SiteId, Encoding | None]:
+        """See `SimulationBase`."""
         found = dict(self._table)
         if self._training is None:
             return found
@@ -305,16 +292,8 @@ class KerasSimulation:
                 found[site] = held.quantizer.get(value_of(held.variable))
         return found
 
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Run the simulated network; taps are handed out after their own fake quantization."""
-        return SimulationSession(self, taps, None)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> Session:
+        """See `SimulationBase`."""
         return SimulationSession(self, taps, feeds)
 
     def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:

@@ -27,11 +27,11 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Sites, Tap, require_tensors
+from bitwright.backend import Batch, SimulationBase, Tap, require_tensors
 from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph, Param, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright_onnx.graph.opset import raise_opset
 from bitwright_onnx.graph.params import native_tensors
@@ -70,7 +70,7 @@ class Lowered:
     content: Content
 
 
-class OnnxSimulation:
+class OnnxSimulation(SimulationBase):
     """`bitwright.backend.Simulation` of an ONNX model.
 
     Args:
@@ -84,10 +84,8 @@ class OnnxSimulation:
     """
 
     def __init__(self, model: ir.Model, graph: Graph, plan: Plan, encodings: Mapping[SiteId, Encoding | None]) -> None:
+        super().__init__(graph, plan, encodings)
         self._float = model
-        self._graph = graph
-        self._plan = plan
-        self._sites = Sites(graph, plan, encodings)
         self.values = values_of(model.graph)
         self._table: dict[SiteId, Encoding] = {}
         self._rounded = tuple(s for s in self._sites.rounded if s in self.values)
@@ -107,15 +105,9 @@ class OnnxSimulation:
         """The simulated model, to be called with batches."""
         return SimulatedModel(self)
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings; None bypasses a site. All are checked before the first is installed.
-
-        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
-
-        Raises:
-            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
-        """
-        for root, encoding in self._sites.changes(encodings).items():
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`."""
+        for root, encoding in changes.items():
             if encoding is None:
                 self._table.pop(root, None)
             else:
@@ -133,21 +125,13 @@ class OnnxSimulation:
             self._replaced[id] = self.revision, tensor
             self._quantized.pop(id, None)
 
-    def get(self) -> EncodingTable:
-        """The encodings in force, at roots and at the sites that share with them."""
-        return self._sites.table(self._table)
+    def in_force(self) -> Mapping[SiteId, Encoding]:
+        """See `SimulationBase`."""
+        return self._table
 
-    def session(self, taps: Sequence[Tap]) -> SimulatedSession:
-        """Run the simulated network; taps are handed out after their own fake quantization."""
-        return SimulatedSession(self, None, taps)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> SimulatedSession:
-        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
-        return SimulatedSession(self, tuple(feeds), taps)
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> SimulatedSession:
+        """See `SimulationBase`."""
+        return SimulatedSession(self, feeds, taps)
 
     def to_model(self) -> onnx.ModelProto:
         """The simulated model as it is now, encodings and quantized parameters baked in as constants."""

@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, Sites, Tap
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.backend import Batch, Session, SimulationBase, Tap
+from bitwright.graph import ParamId, TensorId
+from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.model import Array, TfModel, array_of
@@ -32,7 +32,7 @@ from bitwright_tensorflow.simulate.session import TfSession, known_tensor
 from bitwright_tensorflow.simulate.simulated import Assigner, SimulatedModel
 
 
-class TfSimulation:
+class TfSimulation(SimulationBase):
     """`bitwright.backend.Simulation` of a TensorFlow model.
 
     Args:
@@ -45,10 +45,9 @@ class TfSimulation:
     """
 
     def __init__(self, model: TfModel, plan: Plan, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        self._float, self._plan = model, plan
         self._found: Canonical = recognize(model)
-        self._graph: Graph = self._found.graph
-        self._sites = Sites(self._graph, plan, encodings)
+        super().__init__(self._found.graph, plan, encodings)
+        self._float = model
         self._roots = tuple(dict.fromkeys(plan.root(s) for s in self._sites.rounded))
         self._table: dict[SiteId, Encoding] = {}
         self._natives: dict[str, Array] = {}
@@ -149,15 +148,8 @@ class TfSimulation:
             )
         return self._user
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings; None bypasses a site. All are checked before the first is installed.
-
-        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
-
-        Raises:
-            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
-        """
-        changes = self._sites.changes(encodings)
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`."""
         self._table = {**self._table, **{r: e for r, e in changes.items() if e is not None}}
         for root in (r for r, e in changes.items() if e is None):
             self._table.pop(root, None)
@@ -195,21 +187,13 @@ class TfSimulation:
                 written = True
         return written
 
-    def get(self) -> EncodingTable:
-        """The encodings in force, at roots and at the sites that share with them."""
-        return self._sites.table(self._table)
+    def in_force(self) -> Mapping[SiteId, Encoding]:
+        """See `SimulationBase`."""
+        return self._table
 
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Run the simulated network; taps are handed out after their own fake quantization."""
-        return SimulatedSession(self, taps, None)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
-        return SimulatedSession(self, taps, tuple(feeds))
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> Session:
+        """See `SimulationBase`."""
+        return SimulatedSession(self, taps, feeds)
 
     def refresh(self) -> None:
         """Bring `values` up to date, before a session runs."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Training
 from bitwright.errors import EncodingError
 from bitwright.graph import ParamId
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright_tensorflow.graph.model import Array, TfModel
 from bitwright_tensorflow.simulate.building import Builder, SimulatedNetwork
@@ -53,14 +53,13 @@ class TrainableTfSimulation(TfSimulation):
             self.model.assign({n: v for n, v in self.values.items() if n.endswith("/ratio")})
         return network
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings, as `TfSimulation.set`; learned numbers start again from them.
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`; learned numbers start again from the encodings.
 
         Raises:
-            EncodingError: also where the graph, to which an optimizer may belong already, can't hold an encoding: for a
-                site that had none, or another kind of grid than it had.
+            EncodingError: the graph, to which an optimizer may belong already, can't hold an encoding: for a site that
+                had none, or another kind of grid than it had.
         """
-        changes = self._sites.changes(encodings)
         sites = self._network.sites
         changes = {r: e for r, e in changes.items() if r in sites or e is not None}
         for root, encoding in changes.items():
@@ -83,13 +82,12 @@ class TrainableTfSimulation(TfSimulation):
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """As `TfSimulation.set_params`; grids stay, to be trained on from the new values."""
-        roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._network.sites)
-        kept = {root: encoding for root, encoding in self.get().items() if root in roots}
+        kept = self.grids_of(values)
         super().set_params(values)
-        self.set(kept)
+        self.install(kept)
 
-    def get(self) -> EncodingTable:
-        """The encodings in force; learned ones, and those that follow weights, as they are now."""
+    def in_force(self) -> Mapping[SiteId, Encoding]:
+        """See `SimulationBase`; grids that follow weights as they are now, too."""
         sites = self._network.sites
         on = self.model.read([f"{s.prefix}/on" for s in sites.values()])
         numbers = iter(self.model.fetch([t for s in sites.values() for t in s.now]))
@@ -98,7 +96,7 @@ class TrainableTfSimulation(TfSimulation):
             encoding = site.present(bool(on[f"{site.prefix}/on"]), next(numbers), next(numbers))
             if encoding is not None:
                 by_root[root] = encoding
-        return self._sites.table(by_root)
+        return by_root
 
     def refresh(self) -> None:
         """Take over what training has made of the variables."""

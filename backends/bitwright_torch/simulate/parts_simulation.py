@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from bitwright.backend import Session, Sites, Tap, Training
+from bitwright.backend import Session, SimulationBase, Tap, Training
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Plan, SiteId
@@ -17,7 +17,7 @@ from bitwright_torch.simulate.parts_session import Opener, PartitionedSession, s
 from bitwright_torch.simulate.simulation import TorchSimulation
 
 
-class PartitionedSimulation:
+class PartitionedSimulation(SimulationBase):
     """`bitwright.backend.Simulation` of a `PartitionedModel`.
 
     Args:
@@ -38,8 +38,8 @@ class PartitionedSimulation:
         *,
         trainable: bool | Training = False,
     ) -> None:
-        self._float, self._plan, self._graph = model, plan, parts_graph(model)
-        self._sites = Sites(self._graph, plan, encodings)
+        super().__init__(parts_graph(model), plan, encodings)
+        self._float = model
         self._sites.changes(encodings)
         self._simulations: dict[str, TorchSimulation] = {}
         for name, part in model.parts.items():
@@ -56,32 +56,20 @@ class PartitionedSimulation:
             self._model = _own(self._float).with_parts({n: s.model for n, s in self._simulations.items()})
         return self._model
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings; None bypasses a site.
-
-        Raises:
-            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
-        """
-        self._sites.changes(encodings)  # all are checked before a part takes its own
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`."""
         for name, simulation in self._simulations.items():
             sites = sites_of(self._float.parts[name])
-            simulation.set({s: e for s, e in encodings.items() if s in sites})
+            simulation.install({s: e for s, e in changes.items() if s in sites})
 
-    def get(self) -> EncodingTable:
-        """The encodings in force."""
-        by_part = (simulation.get() for simulation in self._simulations.values())
-        return self._sites.table({s: e for table in by_part for s, e in table.items()})
+    def in_force(self) -> Mapping[SiteId, Encoding | None]:
+        """See `SimulationBase`."""
+        return {s: e for simulation in self._simulations.values() for s, e in simulation.in_force().items()}
 
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Run the simulated network."""
-        return PartitionedSession(self.model, self._graph, taps, self._opener())
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """As `parts.segment_of`, in the simulated network.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> Session:
+        """See `SimulationBase`; a segment as `parts.segment_of`."""
+        if feeds is None:
+            return PartitionedSession(self.model, self._graph, taps, self._opener())
         return segment_of(self.model, self._graph, feeds, taps, self._opener())
 
     def float_model(self) -> PartitionedModel:

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from bitwright.backend import Session, Sites, Tap, Training
-from bitwright.graph import Graph, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.backend import Session, SimulationBase, Tap, Training
+from bitwright.graph import ParamId, TensorId
+from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.constants import constant_nodes
@@ -45,7 +45,7 @@ class SimulatedModel(CapturedModel):
         return f"{super().extra_repr()}, {count} quantizers"
 
 
-class TorchSimulation:
+class TorchSimulation(SimulationBase):
     """`bitwright.backend.Simulation` of a captured model.
 
     Args:
@@ -66,9 +66,8 @@ class TorchSimulation:
         *,
         trainable: bool | Training = False,
     ) -> None:
-        self._float, self._plan = model, plan
-        self._graph: Graph = canonical(model).graph
-        self._sites = Sites(self._graph, plan, encodings)
+        super().__init__(canonical(model).graph, plan, encodings)
+        self._float = model
         self._owned = False
         self._replaced: set[str] = set()
         self._quantizers: dict[SiteId, FakeQuantize] = {}
@@ -168,15 +167,9 @@ class TorchSimulation:
         self._own()
         return self._module
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install encodings; None bypasses a site. All are checked before the first is installed.
-
-        A site that shares an encoding passes its own on to the root, unless the mapping names the root too.
-
-        Raises:
-            EncodingError: unknown site, a site that the plan keeps in float, or an encoding that doesn't fit.
-        """
-        for root, encoding in self._sites.changes(encodings).items():
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`."""
+        for root, encoding in changes.items():
             if root in self._quantizers:
                 known = self._sites.is_parameter(root) and root in self._parameters
                 with torch.no_grad():
@@ -185,37 +178,26 @@ class TorchSimulation:
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `bitwright.backend.ParamUpdates`: tensors that are written become the simulation's own, grids stay."""
         roots = {self._plan.root(p) for p in values if p in self._plan} & set(self._quantizers)
-        kept = {root: self._quantizers[root].get() for root in roots}
+        kept = {root: self._quantizers[root].get() for root in roots}  # of these alone: each is read off the device
         params = canonical(self._float).params
         computed = native_values(params, {p: v for p, v in values.items() if p in self._computed})
         write_params(self._module, params, {p: v for p, v in values.items() if p not in self._computed}, self._replaced)
         for id, value in computed.items():
             place = self._parameters[id].view(self._module)
             self._computed[id].value = torch.from_numpy(value).to(place.device, place.dtype)
-        self.set(kept)
+        self.install(kept)
 
-    def get(self) -> EncodingTable:
-        """The encodings in force, at roots and at the sites that share with them; learned ones as they are now."""
+    def in_force(self) -> Mapping[SiteId, Encoding | None]:
+        """See `SimulationBase`."""
         by_root = {}
         for root, quantizer in self._quantizers.items():
             if quantizer.follows:
                 quantizer.follow(self._value(root))
             by_root[root] = quantizer.get()
-        return self._sites.table(by_root)
+        return by_root
 
-    def session(self, taps: Sequence[Tap]) -> Session:
-        """Run the simulated network; taps are handed out after their own fake quantization."""
-        return self._session(taps, None)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Only what lies between `feeds` and `taps`; fed tensors are taken as they are given.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
-        return self._session(taps, feeds)
-
-    def _session(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> Session:
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> Session:
+        """See `SimulationBase`."""
         program = program_of(self._module)
         convention = program.convention
         constants = {program.prefix + convention.names[i]: v for i, v in convention.constants.items()}

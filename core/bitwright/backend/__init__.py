@@ -59,6 +59,7 @@ from bitwright.backend._sessions import (
     not_computable,
     require_tensors,
 )
+from bitwright.backend._simulated import SimulationBase
 from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
 
@@ -90,6 +91,7 @@ __all__ = [
     "Session",
     "SharedConversion",
     "Simulation",
+    "SimulationBase",
     "Sites",
     "SourceFiles",
     "Tap",

@@ -9,7 +9,7 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Sites, Tap, checked_params
+from bitwright.backend import SimulationBase, Tap, checked_params
 from bitwright.dataflow._model import M
 from bitwright.dataflow._session import FlowSession, Runner
 from bitwright.graph import ParamId, TensorId
@@ -17,7 +17,7 @@ from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Plan, SiteId
 
 
-class FlowSimulation(Generic[M]):
+class FlowSimulation(SimulationBase, Generic[M]):
     """`Simulation` and `ParamUpdates`.
 
     Parameters are rounded in numpy, by `Encoding.fake_quantize`, whatever their grid; activations in the program.
@@ -27,7 +27,8 @@ class FlowSimulation(Generic[M]):
     """
 
     def __init__(self, backend: Runner, model: M, plan: Plan, encodings: EncodingTable) -> None:
-        self.backend, self.plan, self._sites = backend, plan, Sites(model.graph, plan, encodings)
+        super().__init__(model.graph, plan, encodings)
+        self.backend, self.plan = backend, plan
         self._rounded = {*self._sites.rounded, *self._sites.parameters}
         self._roots: dict[SiteId, Encoding] = {}
         self._in_force: dict[SiteId, Encoding] = {}  # where an op is needed
@@ -35,13 +36,9 @@ class FlowSimulation(Generic[M]):
         self.model: M = replace(model, params=self._params, encodings=self._in_force)
         self.set({s: e for s, e in encodings.items() if s in plan})
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
-        """Install or bypass; a site that shares its encoding stands for all that share it.
-
-        Raises:
-            EncodingError: a site isn't in the plan or stays in float, or an encoding doesn't fit its tensor.
-        """
-        for root, encoding in self._sites.changes(encodings).items():
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
+        """See `SimulationBase`."""
+        for root, encoding in changes.items():
             ties = [s for s in self.plan.tied(root) if s in self._rounded]
             if encoding is None:
                 self._roots.pop(root, None)
@@ -51,19 +48,15 @@ class FlowSimulation(Generic[M]):
                 self._roots[root] = encoding
                 self._in_force.update(dict.fromkeys(ties, encoding))
 
-    def get(self) -> EncodingTable:
-        """The encodings in force, at roots and at the sites that share with them."""
-        return self._sites.table(self._roots)
+    def in_force(self) -> Mapping[SiteId, Encoding]:
+        """See `SimulationBase`."""
+        return self._roots
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `ParamUpdates`."""
         shapes = {p: param.shape for p, param in self.model.graph.params.items()}
         self._params.update({p: np.array(v, np.float32) for p, v in checked_params(shapes, values).items()})
 
-    def session(self, taps: Sequence[Tap]) -> FlowSession:
-        """Run the simulated network."""
-        return FlowSession(self.backend, self.model, taps)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> FlowSession:
-        """Run a part of it."""
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> FlowSession:
+        """See `SimulationBase`."""
         return FlowSession(self.backend, self.model, taps, feeds)

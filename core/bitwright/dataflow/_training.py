@@ -217,35 +217,30 @@ class FlowTraining(FlowSimulation[M], Generic[M]):
                 scale, zero = site.numbers(value, trained, self._trainer.array)
             changed[root] = present(site.form, numpy(scale), numpy(zero), site.policy.learns)
         if changed:
-            super().set(changed)
+            super().install(changed)
 
     def float_model(self) -> M:
         """A float model with the weights as they are now."""
         self._synced()
         return replace(self._float, params=dict(self._params))
 
-    def get(self) -> EncodingTable:
+    def in_force(self) -> Mapping[SiteId, Encoding]:
         """The encodings as they are now."""
         if hasattr(self, "_trained"):
             self._synced()
-        return super().get()
+        return super().in_force()
 
-    def set(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
+    def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
         """Install encodings; training goes on from these, and from the weights as they are."""
         if not hasattr(self, "_trained"):
-            super().set(encodings)
+            super().install(changes)
             return
         self._synced()
-        super().set(encodings)
+        super().install(changes)
         self._open()
 
-    def session(self, taps: Sequence[Tap]) -> FlowSession:
+    def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> FlowSession:
         """Run the network as it has been trained by now."""
-        self._synced()
-        return FlowSession(self._trainer, self._simulated, taps)
-
-    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> FlowSession:
-        """Run a part of it."""
         self._synced()
         return FlowSession(self._trainer, self._simulated, taps, feeds)
 
