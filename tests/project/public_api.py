@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 BACKENDS = ("bitwright_onnx", "bitwright_torch", "bitwright_keras", "bitwright_tensorflow")
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A source file; most are looked at for many names."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def facades() -> dict[str, Path]:
@@ -29,7 +36,7 @@ def described() -> str:
     """All of it, a line for each name, class members indented."""
     lines: list[str] = []
     for name, path in facades().items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         lines += [f"# {name}", *_offered(tree, path), ""]
     return "\n".join(lines)
 
@@ -60,7 +67,7 @@ def _definition(tree: ast.Module, name: str, path: Path) -> ast.stmt | None:
             if source is None or source == path:
                 return None
             origin = next(a.name for a in node.names if (a.asname or a.name) == name)
-            return _definition(ast.parse(source.read_text(encoding="utf-8")), origin, source)
+            return _definition(parsed(source), origin, source)
     for statement in tree.body:
         if name in _names(statement):
             return statement

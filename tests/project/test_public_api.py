@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from public_api import ROOT, SNAPSHOT, described, facades
+from public_api import ROOT, SNAPSHOT, described, facades, parsed
 
 import bitwright
 
@@ -35,7 +35,7 @@ def test_a_misspelt_name_gets_a_hint() -> None:
 def _private_imports(path: Path) -> Iterator[str]:
     """Imports of a core package's private modules, or of anybody's private names, from outside of that package."""
     inside = path.relative_to(ROOT).parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
         elif isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def test_nobody_imports_what_is_private() -> None:
 
 def test_every_facade_says_what_it_is() -> None:
     for name, path in facades().items():
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+        assert ast.get_docstring(parsed(path)), name
 
 
 FRAMEWORKS_OWN = {
@@ -80,8 +80,9 @@ def _owned(tree: ast.AST) -> set[str]:
 
 
 def test_no_class_reaches_into_the_private_parts_of_another() -> None:
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-    ours = set().union(*(_owned(tree) for tree in trees.values())) - FRAMEWORKS_OWN
+    trees = {path: parsed(path) for path in SOURCES}
+    owned_by = {path: _owned(tree) for path, tree in trees.items()}
+    ours = set().union(*owned_by.values()) - FRAMEWORKS_OWN
     found = []
     for path, tree in trees.items():
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
@@ -92,7 +93,7 @@ def test_no_class_reaches_into_the_private_parts_of_another() -> None:
             if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
                 continue
             # Another object of the same class is not a stranger, and accessors stand beside their class.
-            if node.attr in inside.get(id(node), set()) or (id(node) not in inside and node.attr in _owned(tree)):
+            if node.attr in inside.get(id(node), set()) or (id(node) not in inside and node.attr in owned_by[path]):
                 continue
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert found == []
