@@ -78,43 +78,27 @@ class KerasBackend:
         return normalize(model, sample)
 
     def graph(self, model: KerasModel) -> Graph:
-        """The canonical graph."""
+        """See `Backend`."""
         return canonical(model).graph
 
     def read(self, model: KerasModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
-        """Parameter values in canonical layout.
-
-        Raises:
-            ModelError: an id names no float parameter.
-        """
+        """See `Backend`."""
         return read_params(model, ids)
 
     def edit(self, model: KerasModel, edits: Sequence[Edit]) -> KerasModel:
-        """A new model with the edits applied in order; layers that stay as they are are shared.
-
-        Raises:
-            ModelError: an edit can't be carried out; the model given is as it was.
-        """
+        """See `Backend`."""
         return edit_model(model, edits)
 
     def session(self, model: KerasModel, taps: Sequence[Tap]) -> Session:
-        """Compile the float model to hand out these tensors.
-
-        Raises:
-            ModelError: a tap is unknown.
-        """
+        """See `Backend`."""
         return KerasSession(model, self.graph(model), taps)
 
     def segment(self, model: KerasModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Compile only what lies between `feeds` and `taps`.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+        """See `PartialExecution`."""
         return KerasSession(model, self.graph(model), taps, feeds)
 
     def simulate(self, model: KerasModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
-        """Put fake quantization at the plan's sites; the simulation's model is a `keras.Model`."""
+        """See `Backend`; the simulation's model is a `keras.Model`."""
         from bitwright_keras.simulate.simulation import KerasSimulation
 
         return KerasSimulation(model, plan, encodings)
@@ -122,23 +106,19 @@ class KerasBackend:
     def simulate_trainable(
         self, model: KerasModel, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
-        """See `bitwright.backend.Trainable`."""
+        """See `Trainable`."""
         from bitwright_keras.simulate.simulation import KerasSimulation
 
         return KerasSimulation(model, plan, encodings, trainable=training)
 
     def export(self, model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path`.
-
-        Raises:
-            InputError: unknown format, or the file can't be written.
-        """
+        """See `Backend`."""
         from bitwright_keras.export.export import export
 
         return export(model, plan, encodings, path, format)
 
     def formats(self) -> Mapping[str, str]:
-        """Export formats: name → description."""
+        """See `Backend`."""
         from bitwright_keras.export.export import formats
 
         return formats()
@@ -170,21 +150,13 @@ class KerasBackend:
         return compile_bundle(bundle, taps)
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-        """
+        """See `QuantizedArtefact`."""
         from bitwright_keras.export.integer_runtime import pairs_of
 
         return pairs_of(bundle)
 
     def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-        """
+        """See `QuantizedArtefact`."""
         from bitwright_keras.export.integer_runtime import floats_of
 
         return floats_of(bundle)
@@ -202,5 +174,5 @@ class KerasBackend:
         return departures(model, plan, encodings, bundle)
 
     def input_specs(self, model: KerasModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
-        """Shape (None: free) and dtype of each input."""
+        """See `Backend`."""
         return {t: (model.specs[t].shape, model.specs[t].dtype) for t in model.inputs}

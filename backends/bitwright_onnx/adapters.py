@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from bitwright.backend import Backend, Batch, Bundle, Pair, Session, Tap
-from bitwright.errors import ModelError
+from bitwright.errors import ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
@@ -74,8 +74,7 @@ def _check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"the graph makes no valid ONNX model: {reason}") from error
+        raise ModelError(f"the graph makes no valid ONNX model: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -228,10 +227,9 @@ class QdqExport:
         Raises:
             InputError: the bundle holds no quantized model.
         """
-        from bitwright_onnx.export.runtime import IntegerSession
+        from bitwright_onnx.export.runtime import compile_known
 
-        known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
-        return OnnxBackend().compile(bundle, [t for t in taps if t in known])
+        return compile_known(bundle, taps)
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
         """See `bitwright.backend.QuantizedArtefact`."""

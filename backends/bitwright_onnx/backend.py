@@ -85,57 +85,33 @@ class OnnxBackend:
         return adopt_model(model, custom_ops=_custom_ops(options))
 
     def graph(self, model: ir.Model) -> Graph:
-        """The canonical graph.
-
-        Raises:
-            ModelError: the model is quantized already.
-        """
+        """See `Backend`."""
         return canonical_graph(model)
 
     def read(self, model: ir.Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
-        """Parameter values in canonical layout.
-
-        Raises:
-            ModelError: an id names no float parameter.
-        """
+        """See `Backend`."""
         return read_params(model, ids)
 
     def edit(self, model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
-        """A new model with the edits applied in order; unchanged weights are shared.
-
-        Raises:
-            ModelError: an edit can't be carried out; the model given is as it was.
-        """
+        """See `Backend`."""
         return edit_model(model, edits)
 
     def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
-        """Compile the float model to hand out these tensors.
-
-        Raises:
-            ModelError: a tap is unknown, or ONNX Runtime refuses the model.
-        """
+        """See `Backend`."""
         return OrtSession(model, taps)
 
     def segment(self, model: ir.Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Compile only what lies between `feeds` and `taps`.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+        """See `PartialExecution`."""
         return segment_session(model, feeds, taps)
 
     def simulate(self, model: ir.Model, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
-        """Put fake quantization at the plan's sites."""
+        """See `Backend`."""
         from bitwright_onnx.simulate.simulation import OnnxSimulation
 
         return OnnxSimulation(model, self.graph(model), plan, encodings)
 
     def export(self, model: ir.Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path`.
-
-        Raises:
-            InputError: unknown format, or the file can't be written.
-        """
+        """See `Backend`."""
         if format == "onnx":
             return Bundle({"model": self.save(model, path)})
         if format == "qdq":
@@ -152,7 +128,7 @@ class OnnxBackend:
         return ObservedSession(model, seen)
 
     def formats(self) -> Mapping[str, str]:
-        """Export formats: name → description."""
+        """See `Backend`."""
         return dict(_FORMATS)
 
     def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
@@ -228,37 +204,24 @@ class OnnxBackend:
         """
         from bitwright_onnx.export.op_times import op_times
 
-        if "qdq" not in bundle.files:
-            raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
-        return op_times(bundle.files["qdq"], tuple(ops), batches, repeats=repeats, threads=threads)
+        return op_times(_qdq(bundle), tuple(ops), batches, repeats=repeats, threads=threads)
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-            ModelError: it can't be read.
-        """
+        """See `QuantizedArtefact`."""
         return self._contents(bundle).pairs
 
     def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError, ModelError: as `pairs`.
-        """
+        """See `QuantizedArtefact`."""
         return self._contents(bundle).floats
 
     @staticmethod
     def _contents(bundle: Bundle) -> QdqContents:
         from bitwright_onnx.export.qdq_pairs import contents_of
 
-        if "qdq" not in bundle.files:
-            raise InputError("the bundle holds no quantized model (NAME.qdq.onnx)")
-        return contents_of(bundle.files["qdq"])
+        return contents_of(_qdq(bundle))
 
     def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
-        """Shape (None: free) and dtype of each model input; an input of unknown rank has shape ()."""
+        """See `Backend`; an input of unknown rank has shape ()."""
         return {str(v.name): (static_dims(v) or (), dtype_name(v.dtype)) for v in model.graph.inputs}
 
 

@@ -103,43 +103,27 @@ class TensorFlowBackend:
         return sources.adopt(model, sample)
 
     def graph(self, model: TfModel) -> Graph:
-        """The canonical graph."""
+        """See `Backend`."""
         return recognize(model).graph
 
     def read(self, model: TfModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
-        """Parameter values in canonical layout.
-
-        Raises:
-            ModelError: an id names no float parameter.
-        """
+        """See `Backend`."""
         return read_params(model, ids)
 
     def edit(self, model: TfModel, edits: Sequence[Edit]) -> TfModel:
-        """A new model with the edits applied in order; unchanged values are shared.
-
-        Raises:
-            ModelError: an edit can't be carried out; the model given is as it was.
-        """
+        """See `Backend`."""
         return edit_model(model, edits)
 
     def session(self, model: TfModel, taps: Sequence[Tap]) -> Session:
-        """Prepare the float model to hand out these tensors.
-
-        Raises:
-            ModelError: a tap is unknown.
-        """
+        """See `Backend`."""
         return open_taps(model, taps)
 
     def segment(self, model: TfModel, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Prepare only what lies between `feeds` and `taps`.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+        """See `PartialExecution`."""
         return open_taps(model, taps, feeds)
 
     def simulate(self, model: TfModel, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
-        """Put fake quantization at the plan's sites."""
+        """See `Backend`."""
         from bitwright_tensorflow.simulate.simulation import TfSimulation
 
         return TfSimulation(model, plan, encodings)
@@ -147,23 +131,19 @@ class TensorFlowBackend:
     def simulate_trainable(
         self, model: TfModel, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
-        """See `bitwright.backend.Trainable`."""
+        """See `Trainable`."""
         from bitwright_tensorflow.simulate.training import TrainableTfSimulation
 
         return TrainableTfSimulation(model, plan, encodings, training)
 
     def export(self, model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path`.
-
-        Raises:
-            InputError: unknown format, or the file can't be written.
-        """
+        """See `Backend`."""
         from bitwright_tensorflow.export.export import export
 
         return export(model, plan, encodings, path, format)
 
     def formats(self) -> Mapping[str, str]:
-        """Export formats: name → description."""
+        """See `Backend`."""
         from bitwright_tensorflow.export.export import FORMATS
 
         return dict(FORMATS)
@@ -192,26 +172,18 @@ class TensorFlowBackend:
         return compile_qdq(bundle, taps)
 
     def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-        """
+        """See `QuantizedArtefact`."""
         from bitwright_tensorflow.export.export import onnx_backend
 
         return onnx_backend().pairs(bundle)
 
     def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `QuantizedArtefact`.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-        """
+        """See `QuantizedArtefact`."""
         from bitwright_tensorflow.export.export import onnx_backend
 
         return onnx_backend().floats(bundle)
 
     def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
-        """Shape (None: free) and dtype of each input."""
+        """See `Backend`."""
         graph = self.graph(model)
         return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}

@@ -116,59 +116,39 @@ class TorchBackend:
         return capture_model(model, sample, dynamic_shapes=dynamic_shapes, modules=modules)
 
     def graph(self, model: Model) -> Graph:
-        """The canonical graph."""
+        """See `Backend`."""
         return parts_graph(model) if isinstance(model, PartitionedModel) else canonical(model).graph
 
     def read(self, model: Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
-        """Parameter values in canonical layout.
-
-        Raises:
-            ModelError: an id names no float parameter.
-        """
+        """See `Backend`."""
         return read_parts(model, ids) if isinstance(model, PartitionedModel) else read_params(model, ids)
 
     def edit(self, model: Model, edits: Sequence[Edit]) -> Model:
-        """A new model with the edits applied in order; unchanged tensors share memory.
-
-        Raises:
-            ModelError: an edit can't be carried out; the model given is as it was.
-        """
+        """See `Backend`."""
         return edit_parts(model, edits) if isinstance(model, PartitionedModel) else edit_model(model, edits)
 
     def session(self, model: Model, taps: Sequence[Tap]) -> Session:
-        """Prepare the float model to hand out these tensors.
-
-        Raises:
-            ModelError: a tap is unknown.
-        """
+        """See `Backend`."""
         return parts_session(model, taps) if isinstance(model, PartitionedModel) else open_session(model, taps)
 
     def segment(self, model: Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
-        """Prepare only what lies between `feeds` and `taps`.
-
-        Raises:
-            ModelError: a tap can't be computed from the feeds alone.
-        """
+        """See `PartialExecution`."""
         if isinstance(model, PartitionedModel):
             return parts_segment(model, feeds, taps)
         return open_session(model, taps, feeds)
 
     def simulate(self, model: Model, plan: Plan, encodings: EncodingTable) -> Simulation[Any]:
-        """Put fake quantization at the plan's sites."""
+        """See `Backend`."""
         return _simulation(model, plan, encodings)
 
     def simulate_trainable(
         self, model: Model, plan: Plan, encodings: EncodingTable, training: Training
     ) -> TrainableSimulation:
-        """See `bitwright.backend.Trainable`."""
+        """See `Trainable`."""
         return _simulation(model, plan, encodings, training)
 
     def export(self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path`; of a model in parts, a file for each (see `parts_export`).
-
-        Raises:
-            InputError: unknown format, or the file can't be written.
-        """
+        """See `Backend`; of a model in parts, a file for each (see `parts_export`)."""
         if isinstance(model, PartitionedModel):
             from bitwright_torch.export.parts_export import export_parts
 
@@ -190,13 +170,13 @@ class TorchBackend:
         return converting_once()
 
     def formats(self) -> Mapping[str, str]:
-        """Export formats: name → description."""
+        """See `Backend`."""
         from bitwright_torch.export.export import FORMATS
 
         return dict(FORMATS)
 
     def input_specs(self, model: Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
-        """Shape (None: free) and dtype of each tensor input."""
+        """See `Backend`."""
         if isinstance(model, PartitionedModel):
             return dict(model.specs)
         graph = self.graph(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class BitwrightError(Exception):
@@ -56,3 +57,25 @@ def unknown_name(name: str, known: Iterable[str], *, listed: bool = True) -> str
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return hint + (f" (known: {', '.join(names)})" if listed else "")
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What another library's error says, in one line of at most `most` characters; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:most]
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Imports inside that fail say what to install: 'QDQ files need onnx: pip install "bitwright[onnx]"'.
+
+    Args:
+        what: needs them, with the verb.
+        extra: of bitwright, that brings them.
+
+    Raises:
+        MissingExtraError: a module isn't installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'{what} {error.name}: pip install "bitwright[{extra}]"') from error

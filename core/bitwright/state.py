@@ -160,12 +160,7 @@ class SimState:
     def open(
         self, data: DataLike, *, batch_size: int = 8, limit: int | None = None, text: TextOptions | None = None
     ) -> Dataset:
-        """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
-
-        Text is read with the tokenizer of the folder that the model was opened from, unless `text` names another.
-        A function of one argument is a forward pass: it is called once with the float model, in the form in which its
-        framework runs one, and what it feeds to it are the data.
-        """
+        """See `QuantSim.open`."""
         if isinstance(data, Dataset):
             return data
         if is_forward_pass(data):

@@ -13,18 +13,14 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-from bitwright.backend import alike, precision_of
+from bitwright.backend import alike, precision_of, trial_batches
 from bitwright.errors import InputError, ModelError
 from bitwright_keras.capture.tracing import Recording
 from bitwright_keras.capture.training_mode import takes_training
 from bitwright_keras.graph.engine import as_numpy, value_of
 from bitwright_keras.graph.model import KerasModel, execute, refs, substitute
 from bitwright_keras.graph.native import first_line
-
-SAMPLES = 4
-"""How many of a sample's rows are compared."""
 
 
 class CaptureNotice(UserWarning):
@@ -125,35 +121,15 @@ def _alike(expected: Sequence[Any], found: Sequence[Any], precision: float) -> b
 
 
 def _batches(normal: KerasModel, sample: Any) -> Iterator[dict[str, Any]]:
-    """The sample, or batches that are made up: normal ones, then zeros and ones, over several lengths."""
+    """The sample, or batches that are made up, as tensors by name."""
+    given = None
     if sample is not None:
         flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else keras.tree.flatten(sample)
-        arrays = [np.asarray(x) for x in flat]
-        free = all(x.ndim and normal.specs[t].shape[0] is None for t, x in zip(normal.inputs, arrays, strict=True))
-        if free and len({len(x) for x in arrays}) == 1:
-            arrays = [x[:SAMPLES] for x in arrays]
-        yield {
-            t: keras.ops.convert_to_tensor(x, dtype=normal.specs[t].dtype)
-            for t, x in zip(normal.inputs, arrays, strict=True)
-        }
-        return
-    for length in (8, 64):
-        for whole in (False, True):
-            yield _made_up(normal, length, whole)
-
-
-def _made_up(normal: KerasModel, length: int, whole: bool) -> dict[str, Any]:
-    """Zeros and ones for integers, and for floats where these may be indices ("whole")."""
-    rng = np.random.default_rng(0)
-    batch = {}
-    for t in normal.inputs:
-        spec = normal.specs[t]
-        shape = [2 if i == 0 and n is None else length if n is None else n for i, n in enumerate(spec.shape)]
-        drawn: NDArray[Any] = rng.normal(size=shape)
-        if whole or not spec.dtype.startswith(("float", "bfloat")):
-            drawn = (drawn > -0.7).astype(np.float32)
-        batch[t] = keras.ops.convert_to_tensor(drawn, dtype=spec.dtype)
-    return batch
+        given = [np.asarray(x) for x in flat]
+    specs = [(normal.specs[t].shape, normal.specs[t].dtype) for t in normal.inputs]
+    for batch in trial_batches(specs, given):
+        tensors = (keras.ops.convert_to_tensor(x, dtype=dtype) for x, (_, dtype) in zip(batch, specs, strict=True))
+        yield dict(zip(normal.inputs, tensors, strict=True))
 
 
 def _culprit(

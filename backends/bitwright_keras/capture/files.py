@@ -24,7 +24,7 @@ from bitwright.files import cannot_write, staging, sync_directory
 from bitwright_keras.capture.normalize import normalize
 from bitwright_keras.capture.plain_layers import with_layers
 from bitwright_keras.graph.model import KerasModel, Ref, substitute
-from bitwright_keras.graph.native import keras_model
+from bitwright_keras.graph.native import first_line, keras_model
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 _MEMBER = "bitwright.json"
@@ -55,7 +55,7 @@ def load_native(path: Path, *, custom_objects: Any = None, safe_mode: bool = Tru
     except BitwrightError:
         raise
     except Exception as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = first_line(error)
         remedy = ""
         if "Lambda" in str(error) and safe_mode:
             remedy = "; if you trust the file, load it with safe_mode=False"

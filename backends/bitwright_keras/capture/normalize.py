@@ -20,7 +20,7 @@ from typing import Any
 import keras
 
 from bitwright.errors import ModelError
-from bitwright.graph import ParamId
+from bitwright.graph import ParamId, free_name
 from bitwright_keras.capture.comparing import CaptureNotice, as_it_was, compare
 from bitwright_keras.capture.expand import EXPANSIONS
 from bitwright_keras.capture.opening import recording_of
@@ -302,20 +302,13 @@ class Normalizer:
 
     def unique(self, name: str) -> str:
         """A free op id: this one, or with a number."""
-        found, number = name, 0
-        while found in self._taken or found in self.specs:
-            number += 1
-            found = f"{name}_{number}"
+        found = free_name(name, self._taken | self.specs.keys())
         self._taken.add(found)
         return found
 
     def file_name(self, name: str) -> str:
         """A free name for a layer or operation in files; Keras allows no "/" there."""
-        plain = name.replace("/", "_")
-        found, number = plain, 0
-        while found in self._files:
-            number += 1
-            found = f"{plain}_{number}"
+        found = free_name(name.replace("/", "_"), self._files)
         self._files.add(found)
         return found
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from bitwright.errors import ModelError
-from bitwright.graph import Graph, Op, OpKind, ParamId, TensorId, lacking
+from bitwright.graph import Graph, Op, OpKind, ParamId, TensorId, free_name, lacking
 from bitwright_keras.capture.comparing import CaptureNotice
 from bitwright_keras.capture.normalize import Normalizer
 from bitwright_keras.capture.tracing import trace
@@ -108,9 +108,6 @@ class _Made:
         self.ops += passed
 
     def _fresh(self, name: str) -> str:
-        chosen, count = name, 1
-        while chosen in self._taken:
-            count += 1
-            chosen = f"{name}_{count}"
+        chosen = free_name(name, self._taken, 2)
         self._taken.add(chosen)
         return chosen

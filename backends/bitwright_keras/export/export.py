@@ -16,7 +16,7 @@ import numpy as np
 
 from bitwright.backend import Bundle
 from bitwright.calibration import full_table
-from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError
+from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError, needs_extra
 from bitwright.files import atomic_write, cannot_write, staging, sync_directory
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole
 from bitwright.grids import EncodingTable
@@ -139,10 +139,8 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
 
 
 def _qdq(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    try:
+    with needs_extra("QDQ files need", "onnx"):
         from bitwright_onnx.adapters import export_written
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ files need {error.name}: pip install "bitwright[onnx]"') from error
     return export_written(as_onnx(model), canonical(model).graph, plan, encodings, path)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import keras
 
-from bitwright.errors import CapabilityError, MissingExtraError, ModelError
-from bitwright.graph import ParamId, TensorId
+from bitwright.errors import CapabilityError, ModelError, needs_extra
+from bitwright.graph import ParamId, TensorId, free_name
 from bitwright_keras.graph.canonical import canonical
 from bitwright_keras.graph.constants import constant_of, with_operand
 from bitwright_keras.graph.model import KerasModel, Node, execute, variables_of
@@ -66,10 +66,8 @@ def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
     """
     key = f"frozen/{batch_size}"
     if key not in model.memo:
-        try:
+        with needs_extra("frozen graphs need", "tensorflow"):
             import tensorflow  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise MissingExtraError('frozen graphs need TensorFlow: pip install "bitwright[tensorflow]"') from error
         here = keras.backend.backend() == "tensorflow"
         model.memo[key] = _traced(model, batch_size) if here else _elsewhere(model, batch_size)
     found = model.memo[key]
@@ -194,7 +192,7 @@ def _renamed(
         if old in fresh or name in given or old not in nodes or _PLAIN.fullmatch(name) is None:
             continue
         if name in taken and name != old:
-            spare = _free(f"{name}/inner", taken)
+            spare = free_name(f"{name}/inner", taken)
             fresh.setdefault(name, spare)
             taken.add(spare)
         fresh[old] = name
@@ -234,13 +232,6 @@ def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str]) -> list[An
         found.add(name)
         stack += [i.partition(":")[0] for i in nodes[name].input if not i.startswith("^")]
     return [n for n in graph_def.node if n.name in found]
-
-
-def _free(name: str, taken: set[str]) -> str:
-    found, number = name, 1
-    while found in taken:
-        found, number = f"{name}_{number}", number + 1
-    return found
 
 
 def _moved(reference: str, fresh: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bitwright.backend import Bundle, Pair, QuantizedArtefact, Session
-from bitwright.errors import InputError, MissingExtraError
+from bitwright.errors import InputError, needs_extra
 from bitwright.files import Array
 from bitwright.graph import ParamId, TensorId
 from bitwright_keras.export import litert
@@ -24,13 +24,9 @@ def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
         return litert.compile_bundle(bundle, taps)
     if QDQ not in bundle.files:
         raise InputError(f"the bundle holds no quantized model (.tflite or .qdq.onnx), only {', '.join(bundle.files)}")
-    try:
-        from bitwright_onnx.export.runtime import IntegerSession
-        from bitwright_onnx.export.runtime import compile_bundle as compile_qdq
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ models need {error.name}: pip install "bitwright[onnx]"') from error
-    known = IntegerSession.tensors(bundle.files[QDQ])
-    return compile_qdq(bundle, [t for t in taps if t in known])
+    with needs_extra("QDQ models need", "onnx"):
+        from bitwright_onnx.export.runtime import compile_known
+    return compile_known(bundle, taps)
 
 
 def pairs_of(bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
@@ -53,8 +49,6 @@ def floats_of(bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
 
 
 def _onnx() -> QuantizedArtefact:
-    try:
+    with needs_extra("QDQ models need", "onnx"):
         from bitwright_onnx.backend import OnnxBackend
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ models need {error.name}: pip install "bitwright[onnx]"') from error
     return OnnxBackend()

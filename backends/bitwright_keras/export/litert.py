@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Batch, Bundle, Tap
-from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.errors import InputError, MissingExtraError, ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import TensorId
 
@@ -51,7 +51,7 @@ class LiteRtSession:
                 )
             self._interpreter.allocate_tensors()
         except Exception as error:
-            raise InputError(f"{str(path)!r} can't be run: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{str(path)!r} can't be run: {first_line(error)}") from error
         self._inputs = {d["name"]: d for d in self._interpreter.get_input_details()}
         outputs = [d["name"] for d in self._interpreter.get_output_details()]
         details = {d["name"]: d for d in self._interpreter.get_tensor_details() if d["name"]}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import silenced
-from bitwright.errors import ModelError
+from bitwright.errors import ModelError, first_line
 from bitwright.grids import Encoding
 from bitwright_keras.export.tflite_file import TfliteFile
 from bitwright_keras.export.tflite_grids import Parameter, Placed, activation_grid, place, weight_grid
@@ -147,8 +147,7 @@ def _converted(graph_def: Any, inputs: Mapping[str, str], outputs: Mapping[str, 
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
             return bytes(converter.convert())
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ModelError(f"TensorFlow's converter can't turn the model into TFLite: {reason}") from error
+            raise ModelError(f"TensorFlow's converter can't turn the model into TFLite: {first_line(error)}") from error
 
 
 def _name(file: TfliteFile, placed: Placed, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.errors import InputError, MissingExtraError
+from bitwright.errors import InputError, needs_extra
 from bitwright.files import atomic_write
 
 IDENTIFIER = b"TFL3"
@@ -190,8 +190,6 @@ class TfliteFile:
 
 
 def _schema() -> Any:
-    try:
+    with needs_extra("TFLite files need", "tensorflow"):
         from tensorflow.lite.python import schema_py_generated
-    except ModuleNotFoundError as error:
-        raise MissingExtraError('TFLite files need TensorFlow: pip install "bitwright[tensorflow]"') from error
     return schema_py_generated

@@ -16,6 +16,7 @@ from bitwright.graph import (
     PoolAttrs,
     ProductAttrs,
     clipping,
+    same_pads,
 )
 from bitwright_keras.graph.model import Node, Spec
 
@@ -45,24 +46,12 @@ def spatial(node: Node, spec: Spec) -> Shape:
 def window_pads(
     mode: str, sizes: Shape, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...] | None:
-    """Explicit padding of a window; None where "same" depends on a size that isn't fixed.
-
-    "same" makes ⌈n/s⌉ outputs: total = (⌈n/s⌉ − 1)·s + d·(k − 1) + 1 − n, the odd element at the end
-    (tf.nn.convolution). "causal" pads d·(k − 1) before.
-    """
-    pads = []
-    for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True):
-        reach = d * (k - 1) + 1
-        if mode == "valid":
-            total = 0
-        elif mode == "causal" or s == 1:
-            total = reach - 1
-        elif n is None:
-            return None
-        else:
-            total = max(0, (-(-n // s) - 1) * s + reach - n)
-        pads.append((total, 0) if mode == "causal" else (total // 2, total - total // 2))
-    return tuple(pads)
+    """Explicit padding of a window; None where "same" depends on a size that isn't fixed. "causal" pads before."""
+    if mode == "valid":
+        return ((0, 0),) * len(kernel)
+    if mode == "causal":
+        return tuple((d * (k - 1), 0) for k, d in zip(kernel, dilations, strict=True))
+    return same_pads(sizes, kernel, strides, dilations)
 
 
 def convolution(node: Node, source: Spec, kernel: tuple[int, ...], channels: int) -> ConvAttrs | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import LEAK, Edit, Formula, Op, ParamId, ParamRole, TensorId
+from bitwright.graph import LEAK, Edit, Formula, Op, ParamId, ParamRole, TensorId, free_name
 from bitwright_keras.graph.attributes import data_axis
 from bitwright_keras.graph.canonical import canonical, readers_of
 from bitwright_keras.graph.constants import constant_params
@@ -52,12 +52,7 @@ class KerasEditor(Editor):
         self.model = self.model.with_(nodes=tuple(nodes))
 
     def _file_name(self, wanted: str) -> str:
-        taken = {n.operation.name for n in self.model.nodes} | set(self.model.inputs)
-        found, number = wanted, 0
-        while found in taken:
-            number += 1
-            found = f"{wanted}_{number}"
-        return found
+        return free_name(wanted, {n.operation.name for n in self.model.nodes} | set(self.model.inputs))
 
     # -- values
 
@@ -125,13 +120,7 @@ class KerasEditor(Editor):
         assert node.layer is not None
         layer = copy_layer(node.layer, name=self._file_name(node.op.replace("/", "_")))
         known = set(canonical(self.model).graph.params)
-        params = {}
-        for key in node.params:
-            found, number = f"{node.op}/{key}", 0
-            while found in known:
-                number += 1
-                found = f"{node.op}/{key}_{number}"
-            params[key] = found
+        params = {key: free_name(f"{node.op}/{key}", known) for key in node.params}
         self._replace(node, replace(node, operation=layer, params=params))
         graph = canonical(self.model).graph
         self.see(graph)

@@ -13,6 +13,7 @@ from keras import ops
 from bitwright.grids import (
     NUMPY,
     UNSET,
+    WIDE,
     Encoding,
     Grid,
     GridPolicy,
@@ -36,9 +37,6 @@ from bitwright.grids import (
 from bitwright_keras.graph.engine import switched, value_of
 from bitwright_keras.graph.layouts import Layout
 from bitwright_keras.simulate.rounding import NAMESPACE, round_to_float, round_to_grid, round_wide
-
-WIDE = 2**24
-"""Grid steps from which codes don't fit float32's significand."""
 
 
 @keras.saving.register_keras_serializable(package="bitwright")

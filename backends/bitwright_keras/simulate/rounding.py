@@ -10,12 +10,8 @@ from typing import Any
 
 from keras import ops
 
-from bitwright.grids import CODE_TABLES, FloatFormat, Groups, cast_vjp, largest_of, learned_vjp, rounded_vjp
+from bitwright.grids import CODE_TABLES, DTYPES, FloatFormat, Groups, cast_vjp, largest_of, learned_vjp, rounded_vjp
 from bitwright_keras.graph.engine import clip, opaque, with_gradient
-
-CASTS = {
-    "float16": "float16", "bfloat16": "bfloat16", "float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2",
-}  # fmt: skip
 
 
 class KerasNamespace:
@@ -140,7 +136,7 @@ def round_to_float(x: Any, scale: Any, form: FloatFormat, *, learned: bool = Fal
         if form in CODE_TABLES:
             y = CODE_TABLES[form].rounded(NAMESPACE, r) * scale
         else:
-            y = ops.cast(ops.cast(ops.clip(r, -largest, largest), CASTS[form]), "float32") * scale
+            y = ops.cast(ops.cast(ops.clip(r, -largest, largest), DTYPES[form]), "float32") * scale
 
         def gradient(*upstream: Any, **named: Any) -> Any:
             g = _upstream(upstream, named)

@@ -13,6 +13,7 @@ from bitwright.files import Array
 from bitwright.graph import ActivationAttrs, Graph, TensorId, never_negative
 from bitwright_keras.graph.engine import Function, as_numpy, compiled, traces_once
 from bitwright_keras.graph.model import KerasModel
+from bitwright_keras.graph.native import first_line
 
 Switches = tuple[bool, ...]
 
@@ -87,8 +88,7 @@ class KerasSession:
             results = self._function(*tensors)
         except Exception as error:
             given = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(self.needs, tensors, strict=True))
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ModelError(f"running the model on {given} failed: {said[:300]}") from error
+            raise ModelError(f"running the model on {given} failed: {first_line(error)}") from error
         return {tap: as_numpy(value) for tap, value in zip(self.taps, results, strict=True)}
 
     def _tensor(self, name: str, batch: Batch) -> Any:

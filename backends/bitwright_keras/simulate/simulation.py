@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Session, SimulationBase, Tap, Training
-from bitwright.graph import ParamId, TensorId
+from bitwright.graph import ParamId, TensorId, free_name
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
 from bitwright_keras.graph.canonical import ParamPlace, canonical
@@ -55,8 +55,7 @@ class KerasSimulation(SimulationBase):
 
     Args:
         model: the float model; never changed.
-        plan: the sites.
-        encodings: encodings to start with; sites without one run in float.
+        plan, encodings: see `SimulationBase`.
         trainable: how grids are trained. By default those of weights follow the weights where these change.
 
     Raises:
@@ -197,11 +196,7 @@ class KerasSimulation(SimulationBase):
         return self._activations[root]
 
     def _file_name(self, wanted: str) -> str:
-        plain = wanted.replace("/", "_").replace(":", "_")
-        found, number = plain, 0
-        while found in self._names:
-            number += 1
-            found = f"{plain}_{number}"
+        found = free_name(wanted.replace("/", "_").replace(":", "_"), self._names)
         self._names.add(found)
         return found
 

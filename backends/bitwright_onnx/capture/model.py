@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, first_line
 from bitwright_onnx.capture.data_files import DataFiles, own_tensors
 from bitwright_onnx.capture.normalize import normalize
 from bitwright_onnx.capture.reading import read_proto
@@ -41,7 +41,7 @@ def load_model(path: str | os.PathLike[str], *, custom_ops: Sequence[str | os.Pa
     except Exception as error:
         if isinstance(error, OSError):
             raise InputError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
-        raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {_first_line(error)}") from error
+        raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {first_line(error)}") from error
     # What a cache of links has beside the model lies, as the model itself does, where the links lead.
     blobs = path.resolve().parent if path.is_symlink() else None
     return _from_proto(proto, repr(str(path)), path.parent, custom_ops, DataFiles(blobs, inside))
@@ -67,7 +67,7 @@ def adopt_model(model: object, *, custom_ops: Sequence[str | os.PathLike[str]] =
         try:
             proto.ParseFromString(bytes(model))
         except Exception as error:
-            raise InputError(f"the bytes are not an ONNX model: {_first_line(error)}") from error
+            raise InputError(f"the bytes are not an ONNX model: {first_line(error)}") from error
         return _from_proto(proto, "the model in memory", Path(), custom_ops)
     if isinstance(model, str | os.PathLike):
         return load_model(model, custom_ops=custom_ops)
@@ -85,7 +85,7 @@ def _from_proto(
     try:
         model = ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(f"{name} is damaged or uses what onnx-ir can't read: {_first_line(_root(error))}") from error
+        raise ModelError(f"{name} is damaged or uses what onnx-ir can't read: {first_line(_root(error))}") from error
     ir.external_data.set_base_dir(model.graph, folder)
     return _finished(model, name, custom_ops, files)
 
@@ -103,7 +103,7 @@ def _finished(model: ir.Model, name: str, custom_ops: Sequence[Any], files: Data
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
     except (ir.passes.InvariantError, ir.passes.PassError) as error:
-        raise ModelError(f"{name} is damaged, or is beyond onnx-ir: {_first_line(_root(error))}") from error
+        raise ModelError(f"{name} is damaged, or is beyond onnx-ir: {first_line(_root(error))}") from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -115,7 +115,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _root(error: BaseException) -> BaseException:
     return list(_causes(error))[-1]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

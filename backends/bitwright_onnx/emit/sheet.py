@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
-from bitwright.graph import Constant, Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId, operands
+from bitwright.graph import Constant, Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId, free_name, operands
 
 _TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
 
@@ -199,10 +199,7 @@ class Sheet:
 
     def fresh(self, name: str) -> str:
         """A name that nothing has yet."""
-        chosen, count = name, 1
-        while chosen in self._taken:
-            count += 1
-            chosen = f"{name}_{count}"
+        chosen = free_name(name, self._taken, 2)
         self._taken.add(chosen)
         return chosen
 

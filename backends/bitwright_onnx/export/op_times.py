@@ -12,7 +12,7 @@ from statistics import median
 import onnxruntime as ort
 
 from bitwright.backend import Batch
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, first_line
 from bitwright.graph import OpId
 from bitwright_onnx.export.runtime import INTEGER_CONFIG
 from bitwright_onnx.simulate.session import inputs_of, session_options
@@ -46,7 +46,7 @@ def op_times(
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {first_line(error)}") from error
         inputs = inputs_of(session)
         sizes = [len(next(iter(b.values()))) for b in batches]
         try:
@@ -56,7 +56,7 @@ def op_times(
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the integer runtime refuses the batch: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the integer runtime refuses the batch: {first_line(error)}") from error
         finally:
             profile = Path(session.end_profiling())
         events = json.loads(profile.read_text(encoding="utf-8"))

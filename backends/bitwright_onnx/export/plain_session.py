@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitwright.backend import Batch, Tap
 from bitwright.bundle import PairRisk, PlainRisks, bound
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, first_line
 from bitwright.files import Array
 from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.capture.writing import save_model
@@ -213,7 +213,7 @@ class PlainSession:
         try:
             self._session = ort.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"ONNX Runtime can't run {str(path)!r}: {first_line(error)}") from error
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = inputs_of(self._session)
 
@@ -227,7 +227,7 @@ class PlainSession:
         try:
             values: Sequence[Any] = self._session.run(self._outputs, feeds)
         except Exception as error:
-            raise InputError(f"ONNX Runtime refuses the batch: {str(error).splitlines()[0]}") from error
+            raise InputError(f"ONNX Runtime refuses the batch: {first_line(error)}") from error
         return {Tap(name): value for name, value in zip(self._outputs, values, strict=True)}
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bitwright.backend import Bundle
 from bitwright.calibration import bias_encoding, guarded
 from bitwright.errors import EncodingError, ModelError
-from bitwright.graph import Graph, Param, ParamId, preserves_grid
+from bitwright.graph import Graph, Param, ParamId, free_name, preserves_grid
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, fixed_layout
 from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.writing import save_model
@@ -491,10 +491,7 @@ class _Writer:
 
     def fresh(self, name: str) -> str:
         """A name that nothing in the model has."""
-        chosen, count = name, 1
-        while chosen in self._taken:
-            count += 1
-            chosen = f"{name}_{count}"
+        chosen = free_name(name, self._taken, 2)
         self._taken.add(chosen)
         return chosen
 

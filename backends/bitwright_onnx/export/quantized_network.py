@@ -9,11 +9,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from bitwright.backend import Batch, Tap, given
-from bitwright.errors import CapabilityError, InputError, ModelError
+from bitwright.errors import CapabilityError, ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import TensorId
-from bitwright_onnx.capture.data_files import read_model
 from bitwright_onnx.export.qdq import NAMES
+from bitwright_onnx.export.runtime import load_quantized
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.simulate.session import SIMULATION_CONFIG, compile_session, inputs_of
 
@@ -30,13 +30,7 @@ class QuantizedFile:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        if not self._path.is_file():
-            raise InputError(f"there is no model file {str(path)!r}")
-        try:
-            self._model = read_model(self._path)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {reason}") from error
+        self._model = load_quantized(self._path)
         self._names: dict[str, str] = json.loads(self._model.metadata_props.get(NAMES, "{}"))
         self._known = frozenset(values_of(self._model.graph))
         own = {f.domain for f in self._model.functions.values()}
@@ -103,6 +97,6 @@ class _Run:
             try:
                 fetched = self._session.run(self._computed, feeds)
             except Exception as error:
-                raise ModelError(f"the quantized model can't be run: {str(error).splitlines()[0]}") from error
+                raise ModelError(f"the quantized model can't be run: {first_line(error)}") from error
             found |= dict(zip(self._computed, fetched, strict=True))
         return {tap: found[name] for tap, name in self._taps.items()}

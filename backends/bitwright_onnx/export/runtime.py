@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.backend import Batch, Bundle, Tap, given
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import TensorId
 from bitwright_onnx.capture.data_files import read_model
@@ -52,7 +52,7 @@ class IntegerSession:
     """
 
     def __init__(self, path: str | Path, taps: Sequence[TensorId] = (), *, reference: bool = False) -> None:
-        model = _load(Path(path))
+        model = load_quantized(Path(path))
         names: dict[str, str] = json.loads(model.metadata_props.get(NAMES, "{}"))
         known = values_of(model.graph)
         outputs = [str(v.name) for v in model.graph.outputs]
@@ -77,7 +77,7 @@ class IntegerSession:
         Raises:
             InputError: there is no such file, or it isn't an ONNX model.
         """
-        model = _load(Path(path))
+        model = load_quantized(Path(path))
         names: dict[str, str] = json.loads(model.metadata_props.get(NAMES, "{}"))
         return frozenset(values_of(model.graph)) | frozenset(names)
 
@@ -92,7 +92,7 @@ class IntegerSession:
         try:
             fetched = self._session.run(self._outputs, feeds)
         except Exception as error:
-            raise InputError(f"the integer runtime refuses the batch: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the integer runtime refuses the batch: {first_line(error)}") from error
         # Asked for nothing, ONNX Runtime hands out all: a model whose outputs are its inputs computes none.
         values: dict[str, Any] = dict(zip(self._outputs, fetched, strict=True)) if self._outputs else {}
         return {tap: passed[tap] if tap in passed else values[name] for tap, name in self._fetch.items()}
@@ -186,11 +186,25 @@ def compile_bundle(bundle: Bundle, taps: Sequence[TensorId] = (), *, reference: 
     return IntegerSession(path, taps, reference=reference)
 
 
-def _load(path: Path) -> ir.Model:
+def compile_known(bundle: Bundle, taps: Sequence[TensorId]) -> IntegerSession:
+    """`compile_bundle` for another backend's bundle; taps that ONNX spells otherwise are left out.
+
+    Raises:
+        InputError: as `compile_bundle`.
+    """
+    known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
+    return compile_bundle(bundle, [t for t in taps if t in known])
+
+
+def load_quantized(path: Path) -> ir.Model:
+    """Read a QDQ file.
+
+    Raises:
+        InputError: there is no such file, or it isn't an ONNX model.
+    """
     if not path.is_file():
         raise InputError(f"there is no model file {str(path)!r}")
     try:
         return read_model(path)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {reason}") from error
+        raise InputError(f"{str(path)!r} is not an ONNX model, or it is damaged: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Editor
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, ParamId, TensorId
+from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, ParamId, TensorId, free_name
 from bitwright_onnx.graph.canonical import canonical_graph
 from bitwright_onnx.graph.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.graph.operands import parameters
@@ -119,7 +119,7 @@ class OnnxEditor(Editor):
         """Put an Add behind a MatMul; the sum takes over the product's name, so that every reader sees it."""
         product = node.outputs[0]
         name = str(product.name)
-        add = ir.node("Add", [product, bias], name=self._free_node_name(f"{node.name}/bias"))
+        add = ir.node("Add", [product, bias], name=free_name(f"{node.name}/bias", self._nodes))
         total = add.outputs[0]
         product.replace_all_uses_with(total, replace_graph_outputs=True)
         add.replace_input_with(0, product)
@@ -128,12 +128,6 @@ class OnnxEditor(Editor):
         total.name = name
         self._graph.insert_after(node, add)
         self._nodes[str(add.name)] = add
-
-    def _free_node_name(self, wanted: str) -> str:
-        name, number = wanted, 1
-        while name in self._nodes:
-            name, number = f"{wanted}_{number}", number + 1
-        return name
 
     # -- structure
 
@@ -179,7 +173,7 @@ class OnnxEditor(Editor):
         kind = "Clip" if clips else what.type
         inner = f"{name}/{kind}"
         operands = [self._computed(o, source, inner, before) for o in (*what.operands, *((0.0, 6.0) if clips else ()))]
-        made = ir.node(kind, operands, _ATTRIBUTES.get(kind), name=self._free_node_name(inner))
+        made = ir.node(kind, operands, _ATTRIBUTES.get(kind), name=free_name(inner, self._nodes))
         result = made.outputs[0]
         result.name, result.type, result.shape = unique_name(self._graph, inner), source.type, source.shape
         self._graph.insert_before(before, made)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bitwright.graph import free_name
+
 
 def unique_name(graph: ir.Graph, wanted: str) -> str:
     """`wanted`, or it with a number, such that no tensor of the graph or of its subgraphs has it."""
-    taken = ir.convenience.create_value_mapping(graph)
-    name, number = wanted, 1
-    while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
-    return name
+    return free_name(wanted, ir.convenience.create_value_mapping(graph))
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:

@@ -6,7 +6,7 @@ import onnx
 import onnx.version_converter
 import onnx_ir as ir
 
-from bitwright.errors import ModelError
+from bitwright.errors import ModelError, first_line
 from bitwright_onnx.graph.old_opsets import NUMPY_BROADCASTING, broadcast_as_numpy
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, byte_size
@@ -41,9 +41,8 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(bare), version))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"the model can't be converted from opset {present} to {version}: {reason}. "
+            f"the model can't be converted from opset {present} to {version}: {first_line(error)}. "
             f"Export it with opset {version} or newer"
         ) from error
     _attach(converted, weights)

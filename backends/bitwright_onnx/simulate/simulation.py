@@ -76,8 +76,7 @@ class OnnxSimulation(SimulationBase):
     Args:
         model: the float model; never changed.
         graph: its canonical graph.
-        plan: the sites.
-        encodings: encodings to start with; sites without one run in float.
+        plan, encodings: see `SimulationBase`.
 
     Raises:
         EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.

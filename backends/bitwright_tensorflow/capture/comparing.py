@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bitwright.backend import alike, precision_of
+from bitwright.backend import alike, precision_of, trial_batches
 from bitwright.errors import ModelError
 from bitwright_tensorflow.capture.trust import closure
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.model import VARIABLES, Array, NodeDef, TfModel, open_session
 
-SAMPLES = 4
-"""How many of a sample's rows are compared."""
 _HARMLESS = VARIABLES | {
     "Assert", "Case", "If", "LookupTableFindV2", "PartitionedCall", "ReadVariableOp", "ResourceGather",
     "ResourceGatherNd", "StatefulPartitionedCall", "While",
@@ -131,28 +129,19 @@ def only_computes(nodes: Iterable[NodeDef]) -> bool:
 
 
 def _batches(model: TfModel, sample: Sequence[Any] | None) -> Iterator[list[Array]]:
-    """The sample's first rows, or batches that are made up: normal numbers, then zeros and ones, over two lengths."""
+    """The sample's first rows, or batches that are made up; none for inputs that aren't plain numbers."""
     graph = recognize(model).graph
-    specs = [(graph.tensors[t].shape, graph.tensors[t].dtype) for t in model.inputs]
+    specs = [(graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in model.inputs]
     if sample is not None:
-        arrays = [np.asarray(x) for x in sample]
-        if len(arrays) != len(specs):
-            return
-        free = all(a.ndim and shape and shape[0] is None for a, (shape, _) in zip(arrays, specs, strict=True))
-        yield [a[:SAMPLES] for a in arrays] if free and len({len(a) for a in arrays}) == 1 else arrays
+        if len(sample) == len(specs):
+            yield from trial_batches(specs, [np.asarray(x) for x in sample])
         return
-    for length in (8, 64):
-        for whole in (False, True):
-            rng = np.random.default_rng(0)
-            made = []
-            for shape, dtype in specs:
-                try:
-                    kind = np.dtype(dtype)
-                except TypeError:
-                    return
-                if shape is None or kind.kind not in "biuf":
-                    return
-                lengths = [2 if i == 0 and n is None else length if n is None else n for i, n in enumerate(shape)]
-                drawn = rng.normal(size=lengths)
-                made.append((drawn > -0.7 if whole or kind.kind != "f" else drawn).astype(kind))
-            yield made
+    if any(graph.tensors[t].shape is None for t in model.inputs):
+        return
+    try:
+        kinds = [np.dtype(dtype) for _, dtype in specs]
+    except TypeError:
+        return
+    if all(kind.kind in "biuf" for kind in kinds):
+        for batch in trial_batches(specs, None):
+            yield [x.astype(kind) for x, kind in zip(batch, kinds, strict=True)]

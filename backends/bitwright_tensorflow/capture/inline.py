@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from bitwright.errors import ModelError
-from bitwright.graph import TensorId
-from bitwright_tensorflow.graph.graphs import Wiring, free_name
+from bitwright.graph import TensorId, free_name
+from bitwright_tensorflow.graph.graphs import Wiring
 from bitwright_tensorflow.graph.model import Array, GraphDef, MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
 from bitwright_tensorflow.graph.rewriter import constant
 

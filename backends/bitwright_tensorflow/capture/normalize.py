@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bitwright.graph import TensorId
-from bitwright_tensorflow.graph.graphs import Wiring, free_name
+from bitwright.graph import TensorId, free_name
+from bitwright_tensorflow.graph.graphs import Wiring
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef
 from bitwright_tensorflow.graph.rewriter import constant
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.backend import Bundle, Session
-from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.errors import InputError, ModelError, needs_extra
 from bitwright.graph import TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
@@ -87,10 +87,8 @@ def onnx_backend() -> OnnxBackend:
     Raises:
         MissingExtraError: its packages aren't installed.
     """
-    try:
+    with needs_extra("QDQ ONNX needs", "tensorflow"):
         from bitwright_onnx.backend import OnnxBackend
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'QDQ ONNX needs {error.name}: pip install "bitwright[tensorflow]"') from error
     return OnnxBackend()
 
 
@@ -101,11 +99,10 @@ def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
         InputError: the bundle has none: its ops have no counterpart in ONNX.
         MissingExtraError: as `onnx_backend`.
     """
-    backend = onnx_backend()
-    from bitwright_onnx.export.runtime import IntegerSession
+    onnx_backend()
+    from bitwright_onnx.export.runtime import compile_known
 
-    known = IntegerSession.tensors(bundle.files["qdq"]) if "qdq" in bundle.files else taps
-    return backend.compile(bundle, [t for t in taps if t in known])
+    return compile_known(bundle, taps)
 
 
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:

@@ -15,7 +15,8 @@ import tensorflow as tf
 
 from bitwright.errors import ModelError
 from bitwright.files import atomic_write, cannot_write, sync_directory
-from bitwright_tensorflow.graph.graphs import extract, free_name
+from bitwright.graph import free_name
+from bitwright_tensorflow.graph.graphs import extract
 from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
 from bitwright_tensorflow.graph.rewriter import constant
 from bitwright_tensorflow.graph.shapes import inference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitwright.graph import ConvAttrs
+from bitwright.graph import ConvAttrs, same_pads
 
 Dims = Sequence[int | None]
 Pads = tuple[tuple[int, int], ...]
@@ -31,9 +31,6 @@ def window_pads(
 ) -> Pads | None:
     """Explicit (begin, end) padding of each spatial axis.
 
-    SAME makes ⌈n/s⌉ outputs: total = max((⌈n/s⌉ − 1)·s + d·(k − 1) + 1 − n, 0), the odd element at the end
-    (TensorFlow, `tf.nn`, "Notes on padding").
-
     Args:
         padding: SAME, VALID or EXPLICIT.
         explicit: (begin, end) of every axis of the activation, flat.
@@ -48,17 +45,7 @@ def window_pads(
         return ((0, 0),) * len(axes)
     if padding == "EXPLICIT":
         return tuple((int(explicit[2 * a]), int(explicit[2 * a + 1])) for a in axes)
-    pads = []
-    for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True):
-        reach = d * (k - 1) + 1
-        if s == 1:
-            total = reach - 1  # whatever the size
-        elif n is None:
-            return None
-        else:
-            total = max((-(-n // s) - 1) * s + reach - n, 0)
-        pads.append((total // 2, total - total // 2))
-    return tuple(pads)
+    return same_pads(sizes, kernel, strides, dilations)
 
 
 def transposed(

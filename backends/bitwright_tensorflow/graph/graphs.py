@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from bitwright.backend import not_computable
 from bitwright.errors import ModelError
-from bitwright.graph import TensorId
+from bitwright.graph import TensorId, free_name
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef, node_of, operand_of, tensor_id
 
 Spec = tuple[tf.DType, tf.TensorShape]
@@ -122,7 +122,7 @@ def extract(
             kept.op = "Placeholder"
             places[tensor] = tensor
             continue
-        free = name if tensor == f"{name}:0" and name not in needed else _free(f"{name}/fed", nodes)
+        free = name if tensor == f"{name}:0" and name not in needed else free_name(f"{name}/fed", nodes)
         dtype, shape = spec(tensor)
         part.node.append(placeholder(free, dtype, shape))
         places[tensor] = f"{free}:0"
@@ -149,13 +149,3 @@ def placeholder(name: str, dtype: tf.DType, shape: tf.TensorShape) -> NodeDef:
     node.attr["dtype"].type = dtype.as_datatype_enum
     node.attr["shape"].shape.CopyFrom(shape.as_proto())
     return node
-
-
-def _free(wanted: str, taken: Collection[str]) -> str:
-    name, number = wanted, 1
-    while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
-    return name
-
-
-free_name = _free

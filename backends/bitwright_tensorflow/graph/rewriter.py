@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import tensorflow as tf
 
-from bitwright_tensorflow.graph.graphs import free_name
+from bitwright.graph import free_name
 from bitwright_tensorflow.graph.model import Array, MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
 
 

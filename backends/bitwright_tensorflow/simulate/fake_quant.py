@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from bitwright.errors import EncodingError
 from bitwright.grids import (
     CODE_TABLES,
+    DTYPES,
     FLOAT_FORMATS,
+    WIDE,
     Blockwise,
     Encoding,
     Groups,
@@ -40,15 +42,6 @@ from bitwright.grids import (
 Node = Any
 """A symbolic tensor of a graph under construction."""
 Numbers = Mapping[str, NDArray[Any]]
-
-WIDE = 2**24
-"""Grid steps from which codes don't fit float32's significand."""
-_CASTS: dict[str, Any] = {
-    "float16": tf.float16,
-    "bfloat16": tf.bfloat16,
-    "float8e4m3fn": tf.dtypes.experimental.float8_e4m3fn,
-    "float8e5m2": tf.dtypes.experimental.float8_e5m2,
-}
 
 
 class TfNamespace:
@@ -242,7 +235,7 @@ def cast_to(kind: str, x: Node) -> Node:
     largest = FLOAT_FORMATS[kind][2]
     # Casts to float16 and bfloat16 overflow to infinity; the reference saturates.
     saturated = tf.minimum(tf.maximum(x, np.float32(-largest)), np.float32(largest))
-    return tf.cast(tf.cast(saturated, _CASTS[kind]), tf.float32)
+    return tf.cast(tf.cast(saturated, DTYPES[kind]), tf.float32)
 
 
 def switched(

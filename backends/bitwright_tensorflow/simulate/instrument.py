@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.framework.variable_pb2 import VariableDef
 
-from bitwright.graph import TensorId
-from bitwright_tensorflow.graph.graphs import PLACEHOLDERS, free_name
+from bitwright.graph import TensorId, free_name
+from bitwright_tensorflow.graph.graphs import PLACEHOLDERS
 from bitwright_tensorflow.graph.model import MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
 from bitwright_tensorflow.simulate.fake_quant import Node
 

@@ -37,8 +37,7 @@ class TfSimulation(SimulationBase):
 
     Args:
         model: the float model; never changed.
-        plan: the sites.
-        encodings: encodings to start with; sites without one run in float.
+        plan, encodings: see `SimulationBase`.
 
     Raises:
         EncodingError: an encoding is for an unknown or float site, or doesn't fit its tensor.

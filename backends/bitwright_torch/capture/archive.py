@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from bitwright.errors import InputError
+from bitwright.errors import InputError, first_line
 from bitwright_torch.capture.size_expressions import check_expression
 
 _IN_MEMORY = 2**28
@@ -65,8 +65,7 @@ def trusted_copy(path: Path, record: str) -> tuple[IO[bytes], str]:
         raise InputError(f"{path} isn't opened: {error}") from None
     except (zipfile.BadZipFile, OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError,
             NotImplementedError, RecursionError, MemoryError, RuntimeError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} isn't a torch.export program: {reason}") from error
+        raise InputError(f"{path} isn't a torch.export program: {first_line(error, 200)}") from error
 
 
 def _copied(source: zipfile.ZipFile, size: int, record: str) -> tuple[IO[bytes], str]:

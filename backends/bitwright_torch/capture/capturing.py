@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import ModelError
+from bitwright.errors import ModelError, first_line
 from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, with_batch
 from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
@@ -121,7 +121,7 @@ def export_program(
         except Exception as error:
             if dynamic_shapes is not None:
                 raise capture_error(holder, error) from error
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error, 200)
         else:
             if dynamic_shapes is not None or not (fixed := _fixed(exported)):
                 return exported
@@ -172,7 +172,7 @@ def capture_error(holder: nn.Module, error: Exception) -> ModelError:
     """What to tell the user about a failed export."""
     trace = "".join(traceback.format_tb(error.__traceback__))
     line = last_user_line(str(error)) or _user_frame(trace)
-    reason = next((t.strip() for t in str(error).splitlines() if t.strip()), type(error).__name__)[:300]
+    reason = first_line(error)
     name = type(holder).__name__
     return ModelError(
         f"{name} can't be captured: {reason}" + (f" (at {line})" if line else "") + f"; {_remedy(str(error))}"

@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from bitwright.backend import silenced
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, first_line
 from bitwright.files import atomic_write
 from bitwright_torch.capture.archive import check_name, trusted_copy
 from bitwright_torch.capture.capturing import from_exported
@@ -43,8 +43,7 @@ def save_program(program: ExportedProgram, file: Any, extra: dict[str, str] | No
         try:
             torch.export.save(program, file, extra_files=extra)
         except (NotImplementedError, SerializeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ModelError(f"a .pt2 file can't hold the model: {reason}") from error
+            raise ModelError(f"a .pt2 file can't hold the model: {first_line(error)}") from error
 
 
 def save_pt2(model: CapturedModel, path: Path) -> Path:
@@ -107,7 +106,7 @@ def reexport(model: CapturedModel) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(copied, bound.args, bound.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ModelError(f"the model can't be exported: {str(error).splitlines()[0][:300]}") from error
+        raise ModelError(f"the model can't be exported: {first_line(error)}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -142,8 +141,7 @@ def load_pt2(path: Path) -> CapturedModel:
         with archive, silenced("torch"):
             exported = torch.export.load(archive)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} isn't a torch.export program: {reason}") from error
+        raise InputError(f"{path} isn't a torch.export program: {first_line(error, 200)}") from error
     return load_exported(exported, _record(path, text))
 
 

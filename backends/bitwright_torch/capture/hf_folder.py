@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bitwright.backend import silenced
-from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.errors import InputError, ModelError, first_line, needs_extra
 
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
 IMAGE = "pixel_values"
@@ -45,10 +45,8 @@ def open_folder(
         raise InputError(f"dtype={dtype!r}: float32, float16 or bfloat16")
     config = checked_config(path)
     name = class_name(path, config)
-    try:
+    with needs_extra(f"{path} is a folder of transformers, which needs", "transformers"):
         import transformers
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'{path} is a folder of transformers: pip install "bitwright[transformers]"') from error
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise InputError(
@@ -133,8 +131,7 @@ def _loaded(path: Path, found: Any, dtype: str) -> Any:
                 path, dtype=getattr(torch, dtype), output_loading_info=True, **settings
             )
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ModelError(f"transformers can't open {path} as {found.__name__}: {reason}") from error
+            raise ModelError(f"transformers can't open {path} as {found.__name__}: {first_line(error)}") from error
     if missing := sorted(told.get("missing_keys", ())):
         raise ModelError(
             f"{path} holds no values for {len(missing)} parameters of {found.__name__}, {missing[0]!r} first; they "

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.export import Dim
 
 from bitwright.backend import Bundle, silenced
-from bitwright.errors import InputError, MissingExtraError, ModelError
+from bitwright.errors import InputError, ModelError, first_line, needs_extra
 from bitwright.files import atomic_write
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan, SiteKind
@@ -85,10 +85,8 @@ def save_weights(model: nn.Module, path: Path) -> Path:
         MissingExtraError: safetensors isn't installed.
         InputError: the file can't be written.
     """
-    try:
+    with needs_extra("safetensors files need", "torch"):
         from safetensors.torch import save
-    except ModuleNotFoundError as error:
-        raise MissingExtraError('safetensors files need: pip install "bitwright[torch]"') from error
     tensors: dict[str, torch.Tensor] = {}
     first: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
@@ -142,12 +140,10 @@ def converting_once() -> Iterator[None]:
 
 def _onnx_model(model: CapturedModel, plan: Plan) -> tuple[Any, Any, dict[str, str]]:
     """The ONNX backend, the model in its form (which isn't to be changed), and site → value name where they differ."""
-    try:
+    with needs_extra("ONNX export needs", "torch,onnx"):
         import onnxscript  # noqa: F401
 
         from bitwright_onnx.backend import OnnxBackend
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'ONNX export needs {error.name}: pip install "bitwright[torch,onnx]"') from error
     found = canonical(model)
     watched = _watched(found, plan)
     backend, shared = OnnxBackend(), _conversions.get()
@@ -399,4 +395,4 @@ def _drop_zero_biases(graph: Any, found: Canonical) -> None:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(error)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.errors import first_line
 from bitwright.grids import learned_vjp, rounded, rounded_vjp
 
 PAYS_AFTER = 2**30
@@ -187,7 +188,7 @@ class Kernels:
             with torch.no_grad():
                 return kernel(*(t.detach() for t in operands))
         except Exception as error:  # a recompilation for another layout may fail where the first one didn't
-            logger.warning("compiled fake quantization gave up (%s); composed from now on", _first_line(error))
+            logger.warning("compiled fake quantization gave up (%s); composed from now on", first_line(error))
             self._compiled[key] = None
             return composed(*operands)
 
@@ -223,7 +224,7 @@ def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
                     logger.warning("compiled fake quantization isn't bit-equal on %s; it stays composed", device)
                     return None
     except Exception as error:
-        logger.info("fake quantization stays composed: compiling failed (%s)", _first_line(error))
+        logger.info("fake quantization stays composed: compiling failed (%s)", first_line(error))
         return None
     return compiled
 
@@ -263,7 +264,3 @@ def _equal(found: Any, expected: Any) -> bool:
         return torch.equal(found, expected)
     sums = zip(found[1:], expected[1:], strict=True)
     return torch.equal(found[0], expected[0]) and all(torch.allclose(a, b, rtol=1e-3, atol=1e-2) for a, b in sums)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

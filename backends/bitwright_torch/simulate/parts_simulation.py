@@ -22,8 +22,7 @@ class PartitionedSimulation(SimulationBase):
 
     Args:
         model: the float model; never changed.
-        plan: the sites of all parts.
-        encodings: encodings to start with.
+        plan, encodings: of all parts.
         trainable: as `TorchSimulation`.
 
     Raises:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bitwright.grids import (
     CODE_TABLES,
+    DTYPES,
+    WIDE,
     FloatFormat,
     Granularity,
     Grid,
@@ -21,15 +23,6 @@ from bitwright.grids import (
     run_time_rounded,
 )
 from bitwright_torch.simulate.kernels import NAMESPACE, kernels
-
-_CASTS: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8e4m3fn": torch.float8_e4m3fn,
-    "float8e5m2": torch.float8_e5m2,
-}
-WIDE = 2**24
-"""Grid steps from which codes don't fit float32's significand."""
 
 
 def round_to_grid(
@@ -171,7 +164,7 @@ def _cast(x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity)
     if form in CODE_TABLES:
         value = CODE_TABLES[form].rounded(NAMESPACE, value)
     else:
-        value = value.clamp(-largest, largest).to(_CASTS[form]).float()
+        value = value.clamp(-largest, largest).to(getattr(torch, DTYPES[form])).float()
     result: Tensor = groups.joined(NAMESPACE, value * s)
     return result.to(x.dtype)
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bitwright.backend import Batch, Reduction, Tap, check_shape, fed, given, not_computable, require_tensors
 from bitwright.backend import handed_out as handed_out_of
-from bitwright.errors import ModelError
+from bitwright.errors import ModelError, first_line
 from bitwright.files import Array
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.model import NAMES, CapturedModel, compile_graph, device_of, info, program_of
@@ -79,7 +79,7 @@ class TorchSession:
                 return {tap: value.cpu().numpy() for tap, value in zip(self.taps, values, strict=True)}
         except Exception as error:
             given = ", ".join(f"{n} {np.shape(v)}" for n, v in zip(self._needed, leaves, strict=True))
-            raise ModelError(f"running the model on {given} failed: {str(error).splitlines()[0][:300]}") from error
+            raise ModelError(f"running the model on {given} failed: {first_line(error)}") from error
 
     def _leaf(self, name: str, batch: Batch, device: torch.device) -> torch.Tensor:
         value: Any = given(batch, name)

@@ -50,8 +50,7 @@ class TorchSimulation(SimulationBase):
 
     Args:
         model: the float model; never changed.
-        plan: the sites.
-        encodings: encodings to start with; sites without one run in float.
+        plan, encodings: see `SimulationBase`.
         trainable: how grids are trained. By default those of weights follow the weights where these change.
 
     Raises:

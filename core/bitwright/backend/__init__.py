@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.backend._alike import alike, precision_of
+from bitwright.backend._alike import alike, precision_of, trial_batches
 from bitwright.backend._checks import (
     check_encodings,
     checked_bias,
@@ -130,6 +130,7 @@ __all__ = [
     "session_in_parts",
     "silenced",
     "thinned_places",
+    "trial_batches",
     "warn_where_it_began",
     "without_native_logs",
 ]

@@ -161,7 +161,11 @@ class Backend(Protocol[M]):
         """Open a model file; among the options may always be `sample`, one batch, for models that are traced."""
 
     def save(self, model: M, path: Path) -> Path:
-        """Write the native format, atomically."""
+        """Write the native format, atomically.
+
+        Raises:
+            InputError: the file can't be written.
+        """
 
     def adopt(self, model: object, sample: Batch | None = None) -> M:
         """Turn what the user holds (a ModelProto, an nn.Module, …) into the backend's own model form.
@@ -172,22 +176,43 @@ class Backend(Protocol[M]):
         """
 
     def graph(self, model: M) -> Graph:
-        """The canonical graph."""
+        """The canonical graph.
+
+        Raises:
+            ModelError: the model is quantized already.
+        """
 
     def read(self, model: M, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
-        """Parameter values in canonical layout."""
+        """Parameter values in canonical layout.
+
+        Raises:
+            ModelError: an id names no float parameter.
+        """
 
     def edit(self, model: M, edits: Sequence[Edit]) -> M:
-        """A new model with the edits applied, in order."""
+        """A new model with the edits applied, in order; what doesn't change is shared.
+
+        Raises:
+            ModelError: an edit can't be carried out; the model given is as it was.
+        """
 
     def session(self, model: M, taps: Sequence[Tap]) -> Session:
-        """Compile the float model to hand out these tensors."""
+        """Compile the float model to hand out these tensors.
+
+        Raises:
+            ModelError: a tap is unknown, or the framework can't run the model.
+        """
 
     def simulate(self, model: M, plan: Plan, encodings: EncodingTable) -> Simulation[M]:
         """Put fake quantization at the plan's sites."""
 
     def export(self, model: M, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
-        """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed."""
+        """Write one of `formats()` at `path` (a file; parents exist). Written beside and renamed.
+
+        Raises:
+            InputError: the format is unknown, or the file can't be written.
+            ModelError: the format can't express the model.
+        """
 
     def formats(self) -> Mapping[str, str]:
         """Export formats: name → description; none writes no files. The first is the float artefact of encodings."""

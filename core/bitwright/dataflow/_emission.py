@@ -33,6 +33,7 @@ from bitwright.graph import (
     TensorId,
     channel_axes,
     clipping,
+    free_name,
 )
 from bitwright.placement import Extent, NodeView, masks
 
@@ -200,7 +201,7 @@ class Emission:
         held = self._natives.get(name)
         if held is not None and held != (native, given):
             # The same array in another layout, or another one of this name, is a parameter of its own.
-            name = _unique(f"{name}@{self._base(made)}", self._natives)
+            name = free_name(f"{name}@{self._base(made)}", self._natives, 2)
         array = self.nodes.values[native].array
         assert array is not None
         self._natives[name] = (native, given)
@@ -219,7 +220,7 @@ class Emission:
             leaves = [p for value in made.held.values() for p in sorted(self._leaves(value))]
             found = re.sub(r"[./]?[^./]+$", "", leaves[0]) if leaves else ""
         plain = made.kind in (K.ACTIVATION, K.ELEMENTWISE, K.NORM, K.OPAQUE)
-        name = _unique(found or (made.type.lower() if plain else made.kind.value), self._given)
+        name = free_name(found or (made.type.lower() if plain else made.kind.value), self._given, 2)
         self._given.add(name)
         return name
 
@@ -308,7 +309,7 @@ class Emission:
             outputs = made.members[-1].outputs
             for i, value in enumerate(outputs):
                 base = f"{made.name}.output" + (f".{i}" if len(outputs) > 1 else "")
-                names[value] = _unique(wanted.get(value, base), {*names.values(), *self._values})
+                names[value] = free_name(wanted.get(value, base), {*names.values(), *self._values}, 2)
         return names
 
     def _function(self, made: _Made, last: Node) -> Captured:
@@ -362,11 +363,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_plain(v) for v in value)
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _unique(name: str, taken: Collection[str]) -> str:
-    found, count = name, 1
-    while found in taken:
-        count += 1
-        found = f"{name}_{count}"
-    return found

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright.dataflow._namespace import FlowNamespace
 from bitwright.grids import (
     CODE_TABLES,
+    WIDE,
     Encoding,
     FloatFormat,
     Granularity,
@@ -22,8 +23,6 @@ from bitwright.grids import (
 
 Array = Any
 """An array of the framework."""
-WIDE = 2**24
-"""Grids of as many steps don't fit float32; they are computed in float64."""
 
 
 class Form(NamedTuple):

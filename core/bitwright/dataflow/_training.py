@@ -14,12 +14,13 @@ from bitwright.backend import Tap, Training
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import M
 from bitwright.dataflow._namespace import FlowNamespace
-from bitwright.dataflow._rounding import WIDE, cast
+from bitwright.dataflow._rounding import cast
 from bitwright.dataflow._session import FlowSession, Runner
 from bitwright.dataflow._simulation import FlowSimulation
 from bitwright.graph import ParamId, ParamRole, TensorId
 from bitwright.grids import (
     NUMPY,
+    WIDE,
     Encoding,
     EncodingTable,
     GridPolicy,

@@ -42,6 +42,7 @@ from bitwright.graph._linear_form import (
     split_columns,
     to_matrix,
 )
+from bitwright.graph._names import free_name
 from bitwright.graph._needs import NEEDS, Needs, as_called, lacking, on_tensors, operands
 from bitwright.graph._op_types import (
     INTEGER_TYPES,
@@ -66,6 +67,7 @@ from bitwright.graph._patterns import (
     upstream,
     where,
 )
+from bitwright.graph._windows import same_pads
 from bitwright.graph.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
 
 __all__ = [
@@ -129,6 +131,7 @@ __all__ = [
     "downstream",
     "erf",
     "formula",
+    "free_name",
     "from_matrix",
     "groups_of",
     "input_channels",
@@ -143,6 +146,7 @@ __all__ = [
     "output_channels",
     "output_spatial",
     "preserves_grid",
+    "same_pads",
     "split_columns",
     "successor",
     "to_matrix",

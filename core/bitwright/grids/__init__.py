@@ -26,8 +26,10 @@ from bitwright.grids._gradients import (
     rounded_vjp,
 )
 from bitwright.grids._grid import (
+    DTYPES,
     FLOAT,
     FLOAT_FORMATS,
+    WIDE,
     Blockwise,
     Dynamic,
     FloatFormat,
@@ -67,6 +69,7 @@ from bitwright.grids._training_rules import (
 
 __all__ = [
     "CODE_TABLES",
+    "DTYPES",
     "EPSILON",
     "FLOAT",
     "FLOAT_FORMATS",
@@ -76,6 +79,7 @@ __all__ = [
     "NUMPY",
     "TINY",
     "UNSET",
+    "WIDE",
     "Blockwise",
     "CodeTable",
     "Dynamic",

@@ -33,6 +33,11 @@ FLOAT_FORMATS: dict[str, tuple[int, int, float]] = {
     "float8e4m3fn": (4, 3, 448.0),
     "float8e5m2": (5, 2, 57344.0),
 }
+DTYPES: dict[str, str] = {**{name: name for name in FLOAT_FORMATS}, "float8e4m3fn": "float8_e4m3fn",
+                         "float8e5m2": "float8_e5m2"}  # fmt: skip
+"""Float format → what frameworks call its data type."""
+WIDE = 2**24
+"""Grid steps from which codes don't fit float32's significand: they are computed in double."""
 FLOAT = "float"
 """The type of what isn't quantized at all: `activations="float"` is weights only. No grid has it."""
 FloatFormat = Literal["float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1", "nf4"]

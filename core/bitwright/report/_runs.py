@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from bitwright.errors import InputError
+from bitwright.errors import InputError, first_line
 from bitwright.report import charts
 from bitwright.report._model import Cell, RunReport, SiteRow
 from bitwright.report._page import run_widths, verdict
@@ -35,7 +35,7 @@ def read_run(path: Path) -> RunReport:
     try:
         return RunReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no report of a run ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path} is no report of a run ({first_line(error)})") from None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.errors import first_line
 from bitwright.grids import Encoding
 from bitwright.report._model import RunReport
 from bitwright.runs import of_arrays
@@ -87,8 +88,7 @@ def read_report(folder: Path, stem: str) -> ReadReport:
         content = json.loads(path.read_text())
         report = RunReport.model_validate(content)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return ReadReport(path, None, f"{path.name}: it can't be read ({reason})")
+        return ReadReport(path, None, f"{path.name}: it can't be read ({first_line(error)})")
     if report.name != stem:
         return ReadReport(path, None)
     if report.seal and report.seal != seal(content):
