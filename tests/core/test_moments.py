@@ -213,11 +213,15 @@ def geometries(count):
             yield attrs, (int(rng.integers(1, 4)), groups * int(rng.integers(1, 3)), *spatial)
 
 
-def test_products_by_displacement_are_those_of_columns():
+@pytest.mark.parametrize("parts", [False, True])
+def test_products_by_displacement_are_those_of_columns(parts, monkeypatch):
     """Of one input and of two, about zero and about a number for each channel: small integers, so to the bit."""
+    if parts:  # of samples, groups and rows
+        monkeypatch.setattr("bitwright.statistics._displacement.BLOCK", 40)
+        monkeypatch.setattr("bitwright.statistics._displacement.DOT", 20)
     rng = np.random.default_rng(7)
-    wide = ConvAttrs((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2), (2, 2, 70, 5)  # several blocks of rows
-    for attrs, shape in [*geometries(60), wide]:
+    large = ConvAttrs((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2), (2, 2, 70, 5)
+    for attrs, shape in [*geometries(60), large]:
         op, centred = conv_op(OpKind.CONV, attrs), []
         for part in (0, 1):
             x = rng.integers(-4, 5, shape).astype(np.float32)
