@@ -53,6 +53,11 @@ class Evidence:
     crushed: Collection[str] = ()
     family: FamilyTypes | None = None
 
+    def named(self, op: str) -> str:
+        """What the model's author calls an op, with its name here behind it where that is another."""
+        own = self.graph.layer_name(op)
+        return op if own == op else f"{own} ({op})"
+
     def sites(self, *kinds: str) -> list[Sensitivity]:
         """Sensitivities of sites, worst first."""
         return [s for s in self.sensitivities if s.kind in kinds]
@@ -141,8 +146,8 @@ def equalize(e: Evidence) -> Iterator[Advice]:
             gain = f" (there it would use {worst.equalized:.0%} of the range instead of {worst.precision:.0%})"
         yield Advice(
             text=f"{_counted(uneven, 'layer')} with one scale for channels whose ranges differ by more "
-            f"than {UNEVEN:.0f} ×, "
-            f"{worst.op} most: apply cross_layer_equalization{gain}, or choose a target with per-channel weights.",
+            f"than {UNEVEN:.0f} ×, {e.named(worst.op)} most: apply cross_layer_equalization{gain}, or choose a target "
+            "with per-channel weights.",
             technique="cross_layer_equalization",
             where=tuple(i.op for i in uneven),
         )
@@ -203,7 +208,7 @@ def correct_biases(e: Evidence) -> Iterator[Advice]:
     if shifted and not fine and "bias_correction" not in e.applied:
         yield Advice(
             text=f"In {_counted(shifted, 'layer')} a constant offset is {SHIFTED:.0%} or more of the error "
-            f"({shifted[0].op}: {shifted[0].shift:.0%}): apply bias_correction.",
+            f"({e.named(shifted[0].op)}: {shifted[0].shift:.0%}): apply bias_correction.",
             technique="bias_correction",
             where=tuple(x.op for x in shifted),
         )
@@ -254,20 +259,24 @@ def overflow(e: Evidence) -> Iterator[Advice]:
         worst = over[0]
         yield Advice(
             text=f"{_counted(over, 'layer')} can overflow a {e.accumulator_bits}-bit accumulator, "
-            f"{worst.op} most (it needs "
+            f"{e.named(worst.op)} most (it needs "
             f"{worst.bits} bits for {worst.inputs} products): give its weights or input fewer bits, or split it.",
             where=tuple(r.op for r in over),
         )
 
 
 def where_it_breaks(e: Evidence) -> Iterator[Advice]:
-    """The op at which the signal to noise ratio falls most."""
+    """The op at which the signal to noise ratio falls most, where it does harm."""
+    full = e.overall.get("quantized")
+    if full is None or full.sqnr_db is None or full.sqnr_db >= FINE_DB:
+        return
     falls = [x for x in e.layers if x.lost_db is not None and x.sqnr_db is not None and x.sqnr_db < FINE_DB]
     worst = max(falls, key=lambda x: x.lost_db or 0.0, default=None)
     if worst is not None and (worst.lost_db or 0.0) >= 10 * math.log10(4):
         yield Advice(
-            text=f"The signal to noise ratio falls most at {worst.op} ({worst.type}): from {worst.input_db:.1f} to "
-            f"{worst.sqnr_db:.1f} dB.",
+            text=f"The signal to noise ratio falls most at {e.named(worst.op)} ({worst.type}): from "
+            f"{worst.input_db:.1f} to {worst.sqnr_db:.1f} dB. Give it more bits, or leave it in float (--override "
+            f"{worst.op}=float).",
             where=(worst.op,),
         )
 

@@ -13,10 +13,7 @@ from bitwright_analysis.records import Analysis, Distribution, Sensitivity
 from bitwright_analysis.site_browser import browser, shown
 
 NOISE = "SQNR"
-STYLE = (
-    "<style>.wrap td{white-space:normal;min-width:9em}.wrap td:nth-child(n+4){min-width:18em}"
-    ".advice{padding-left:1.3em;margin:0}.advice li{margin:0 0 8px;overflow-wrap:anywhere}</style>"
-)
+STYLE = "<style>.wrap td{white-space:normal;min-width:9em}.wrap td:nth-child(n+4){min-width:18em}</style>"
 
 
 def render(analysis: Analysis) -> str:
@@ -34,7 +31,7 @@ def render(analysis: Analysis) -> str:
         _accumulators(analysis, drawn),
         _hints(analysis),
         _ranges(analysis),
-        parts.section("About", parts.facts(_about(analysis))),
+        _about(analysis),
     ]
     title = f"{analysis.name} on {analysis.target}: where quantization hurts"
     created = analysis.created.replace("T", " ").replace("+00:00", " UTC")
@@ -61,12 +58,12 @@ def _models(analysis: Analysis) -> dict[str, Any]:
             [e.sqnr_db for e in analysis.layers],
             label="SQNR, dB",
             value="SQNR, dB",
-            details=[f"{e.op} ({e.type})" for e in analysis.layers],
+            details=[f"{analysis.layer_name(e.op)} ({e.type})" for e in analysis.layers],
         )
     pairs = [i for i in analysis.imbalance if i.precision is not None]
     if pairs:
         models["imbalance"] = plots.two_columns(
-            [f"{i.op} → {i.follower}" for i in pairs],
+            [f"{analysis.layer_name(i.op)} → {analysis.layer_name(i.follower)}" for i in pairs],
             [i.precision for i in pairs],
             [i.equalized for i in pairs],
             labels=("now", "equalized"),
@@ -75,7 +72,10 @@ def _models(analysis: Analysis) -> dict[str, Any]:
     if analysis.accumulators:
         rows = analysis.accumulators
         models["accumulators"] = plots.bits_needed(
-            [r.op for r in rows], [r.bits for r in rows], [r.any_weights for r in rows], [r.inputs for r in rows]
+            [analysis.layer_name(r.op) for r in rows],
+            [r.bits for r in rows],
+            [r.any_weights for r in rows],
+            [r.inputs for r in rows],
         )
     for name, found in (("parameters", analysis.parameters), ("activations", analysis.activations)):
         if found:
@@ -94,7 +94,7 @@ def _in_order(analysis: Analysis) -> list[Sensitivity]:
 
 
 def _detail(s: Sensitivity, analysis: Analysis) -> str:
-    text = f"{s.kind}, {s.bits}" + (f", {s.op} ({s.type})" if s.op else ", model input")
+    text = f"{s.kind}, {s.bits}" + (f", {analysis.layer_name(s.op)} ({s.type})" if s.op else ", model input")
     unit = " dB" if analysis.measure == NOISE else ""
     return text + (f"; alone {s.alone:.4g}{unit}" if s.alone is not None else "")
 
@@ -142,15 +142,14 @@ def _overview(analysis: Analysis) -> str:
         else:
             value, below = ("equal" if o.sqnr_db is None else f"{o.sqnr_db:.1f} dB"), "output SQNR"
         tiles.append(parts.tile(o.setting[0].upper() + o.setting[1:], value, below))
-    told = f"<p>{escape(analysis.verdict)}</p>" if analysis.verdict else ""
+    told = f"<p class=verdict>{escape(analysis.verdict)}</p>" if analysis.verdict else ""
     return f'<section>{told}<div class="tiles">{"".join(tiles)}</div></section>'
 
 
 def _advice(analysis: Analysis) -> str:
     if not analysis.advice:
         return ""
-    items = "".join(f"<li>{escape(a.text)}</li>" for a in analysis.advice)
-    return parts.section("What to do", f"<ol class=advice>{items}</ol>")
+    return parts.section("What to do", parts.numbered(a.text for a in analysis.advice))
 
 
 def _sensitivities(analysis: Analysis, drawn: dict[str, str]) -> str:
@@ -168,9 +167,9 @@ def _sensitivities(analysis: Analysis, drawn: dict[str, str]) -> str:
     columns = ("Site or layer", "Kind", "Op", "Grid", "Alone", "All but it", "Harm", "Share of harm")
     rows = [
         (
-            s.unit,
+            analysis.layer_name(s.unit) if s.kind == "layer" else s.unit,
             s.kind,
-            f"{s.op} ({s.type})" if s.op else "model input",
+            f"{analysis.layer_name(s.op)} ({s.type})" if s.op else "model input",
             s.bits,
             s.alone,
             s.without,
@@ -187,7 +186,8 @@ def _layers(analysis: Analysis, drawn: dict[str, str]) -> str:
         return ""
     columns = ("Tensor", "Op", "Type", "SQNR dB", "Inputs dB", "Lost dB", "MSE", "Largest error", "Constant offset")
     rows = [
-        (e.tensor, e.op, e.type, e.sqnr_db, e.input_db, e.lost_db, e.mse, e.max_error, e.shift) for e in analysis.layers
+        (e.tensor, analysis.layer_name(e.op), e.type, e.sqnr_db, e.input_db, e.lost_db, e.mse, e.max_error, e.shift)
+        for e in analysis.layers
     ]
     caption = "Each op's output in the quantized network against the float one. A gap: no error."
     return parts.section(
@@ -227,7 +227,16 @@ def _imbalance(analysis: Analysis, drawn: dict[str, str]) -> str:
         "Scale a channel",
     )
     rows = [
-        (i.op, i.ratio, i.follower, i.precision, i.equalized, i.depthwise, i.per_channel) for i in analysis.imbalance
+        (
+            analysis.layer_name(i.op),
+            i.ratio,
+            analysis.layer_name(i.follower),
+            i.precision,
+            i.equalized,
+            i.depthwise,
+            i.per_channel,
+        )
+        for i in analysis.imbalance
     ]
     return parts.section(
         "Imbalance between channels", content + parts.fold(f"{len(rows)} layers", parts.table(columns, rows))
@@ -238,7 +247,10 @@ def _accumulators(analysis: Analysis, drawn: dict[str, str]) -> str:
     if not analysis.accumulators:
         return ""
     columns = ("Layer", "Type", "Products", "Lowest sum", "Highest sum", "Bits", "Bits for any weights", "Of int32")
-    rows = [(r.op, r.type, r.inputs, r.low, r.high, r.bits, r.any_weights, r.int32) for r in analysis.accumulators]
+    rows = [
+        (analysis.layer_name(r.op), r.type, r.inputs, r.low, r.high, r.bits, r.any_weights, r.int32)
+        for r in analysis.accumulators
+    ]
     caption = "Signed bits that the worst input would need in each layer's accumulator."
     content = parts.figure(drawn["accumulators"], caption)
     return parts.section("Accumulators", content + parts.fold(f"{len(rows)} layers", parts.table(columns, rows)))
@@ -248,24 +260,36 @@ def _hints(analysis: Analysis) -> str:
     if not analysis.hints:
         return ""
     columns = ("Op", "Rule", "Level", "What", "Way out")
-    rows = [(h.where, h.rule, h.level, h.what, h.remedy) for h in analysis.hints]
+    rows = [(analysis.layer_name(h.where), h.rule, h.level, h.what, h.remedy) for h in analysis.hints]
     return parts.section("Architecture", f'<div class="wrap">{parts.table(columns, rows)}</div>')
 
 
 def _ranges(analysis: Analysis) -> str:
     columns = ("Site", "Kind", "Op", "Grid", "Low", "High", "99.9 %", "Grid low", "Grid high", "Step", "Clipped")
     rows: Iterable[tuple[Cell, ...]] = [
-        (d.site, d.kind, d.op, d.grid, d.low, d.high, d.typical, d.grid_low, d.grid_high, d.step_largest, d.clipped)
+        (
+            d.site,
+            d.kind,
+            analysis.layer_name(d.op),
+            d.grid,
+            d.low,
+            d.high,
+            d.typical,
+            d.grid_low,
+            d.grid_high,
+            d.step_largest,
+            d.clipped,
+        )
         for d in (*analysis.activations, *analysis.parameters)
     ]
     return parts.section("Ranges", parts.table(columns, rows))
 
 
-def _about(analysis: Analysis) -> dict[str, str]:
+def _about(analysis: Analysis) -> str:
     known = {
         "Target": analysis.target,
         "Samples": "unknown" if analysis.samples is None else str(analysis.samples),
         "Samples for sensitivities": "unknown" if analysis.sweep_samples is None else str(analysis.sweep_samples),
         "Sensitivities by": analysis.measure,
-    }
-    return known | {f"Time: {stage}": f"{value:.1f} s" for stage, value in analysis.seconds.items()}
+    } | {f"Time: {stage}": f"{value:.1f} s" for stage, value in analysis.seconds.items()}
+    return parts.section("About", parts.fold(f"{len(known)} settings and times", parts.facts(known)))

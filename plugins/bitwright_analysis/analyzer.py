@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.bundle import OutputQuality
-from bitwright.data import DataLike, FirstSamples, labels_of
+from bitwright.data import DataLike, FirstSamples, doubt_of_accuracy, labels_of
 from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
+from bitwright.graph import Graph
 from bitwright.plugins import registry
 from bitwright.progress import Progress, Store
 from bitwright.report import plan_widths
@@ -28,7 +30,7 @@ from bitwright_analysis.family_types import family_types
 from bitwright_analysis.hints import hints_of
 from bitwright_analysis.imbalance import imbalances
 from bitwright_analysis.layer_errors import layer_errors
-from bitwright_analysis.records import Analysis, Overall, Sensitivity
+from bitwright_analysis.records import Advice, Analysis, Overall, Sensitivity
 from bitwright_analysis.scoring import Evaluation, Judge, OutputNoise, Top1, decibels
 from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 
@@ -151,6 +153,7 @@ def quant_analyzer(
             crushed,
             family,
         )
+        doubted = () if labels is None else _doubts(sim.graph, overall, len(labels))
         analysis = Analysis(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             name=name or _name(sim, model),
@@ -167,16 +170,26 @@ def quant_analyzer(
             imbalance=tuple(imbalance),
             accumulators=tuple(sums),
             hints=hints_of(sim.graph, sim.target, sim.params, table),
-            advice=advice(evidence),
+            advice=(*doubted, *advice(evidence)),
             widths=plan_widths(sim.plan),
             crushed=crushed,
             verdict=sentence(evidence),
             family=family,
+            layer_names={op.id: own for op in sim.graph if (own := sim.graph.layer_name(op.id)) != op.id},
             seconds={k: round(v, 3) for k, v in seconds.items()},
         )
         if out is not None:
             analysis = write(analysis, out)
     return analysis
+
+
+def _doubts(graph: Graph, overall: Sequence[Overall], samples: int) -> tuple[Advice, ...]:
+    """That a top-1 is one of guessing, if it is."""
+    found = next((o.score for o in overall if o.setting == "float"), None)
+    shape = graph.tensors[graph.outputs[0]].shape
+    classes = 0 if shape is None or None in shape[1:] else math.prod(d or 0 for d in shape[1:])
+    doubt = "" if found is None else doubt_of_accuracy(found, classes, samples)
+    return (Advice(text=f"{doubt[0].upper()}{doubt[1:]}."),) if doubt else ()
 
 
 def write(analysis: Analysis, out: str | Path) -> Analysis:

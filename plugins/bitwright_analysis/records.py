@@ -248,6 +248,7 @@ class Analysis(Record):
         crushed: outputs, and parts of concatenated ones, that nothing is left of, in words.
         verdict: the whole in a sentence.
         family: what a transformer's structure says of its types; null for other networks.
+        layer_names: op → what the model's author calls it, where that is another name (`Graph.layer_name`).
     """
 
     schema_version: int = 1
@@ -273,6 +274,11 @@ class Analysis(Record):
     crushed: tuple[str, ...] = ()
     verdict: str = ""
     family: FamilyTypes | None = None
+    layer_names: dict[str, str] = Field(default_factory=dict)
+
+    def layer_name(self, op: str) -> str:
+        """What the model's author calls an op."""
+        return self.layer_names.get(op, op)
 
     def ranking(self, kind: str | None = None) -> tuple[Sensitivity, ...]:
         """The sites, worst first; of one kind ("layer", "weight", "parameter", "activation") if asked."""
@@ -297,7 +303,7 @@ class Analysis(Record):
             lines.append(f"  {o.setting:<18}{score}{sqnr}")
         worst = self.ranking("layer")[:5]
         if worst:
-            lines.append("most sensitive layers: " + ", ".join(s.unit for s in worst))
+            lines.append("most sensitive layers: " + ", ".join(self.layer_name(s.unit) for s in worst))
         return "\n".join([*lines, *(f"- {a.text}" for a in self.advice)])
 
     @property

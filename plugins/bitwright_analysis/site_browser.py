@@ -121,7 +121,14 @@ def browser(sites: Mapping[str, Sequence[Shown]], series: Sequence[str] = ("valu
         legend_above(histogram)
         legend_above(channels)
     note = Div(text="", sizing_mode="stretch_width", styles={"color": INK, "overflow-wrap": "anywhere"})
-    select = Select(title=title, value=names[0], options=list[Any](names), sizing_mode="stretch_width", name="site")
+    select = Select(
+        title=title,
+        value=names[0],
+        options=list[Any](names),
+        sizing_mode="stretch_width",
+        name="site",
+        stylesheets=[_SELECTOR],
+    )
     update = CustomJS(
         args={
             "sites": {n: [dict(s) for s in parts] for n, parts in sites.items()},
@@ -153,6 +160,9 @@ def _escaped(text: str) -> str:
 
     return escape(text)
 
+
+_SELECTOR = ".bk-input,.bk-input option{background-color:var(--card);color:var(--ink);border-color:var(--line)}"
+"""Bokeh's own ground stays white on a dark page, whose text is light."""
 
 _SWITCH = """
 const parts = sites[cb_obj.value];

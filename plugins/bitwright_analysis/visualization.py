@@ -160,7 +160,8 @@ def visualize(
     if page.suffix != ".html":
         raise InputError(f"out={str(out)!r}: the page is an .html file")
     make_directory(page.parent)
-    write_text(page, _render(result, sites, activations, names))
+    models = tuple(sim.source.name if sim.source is not None else type(sim.native).__name__ for sim in sims)
+    write_text(page, _render(result, sites, activations, names, models))
     return result.model_copy(update={"file": str(page)})
 
 
@@ -275,26 +276,32 @@ def _render(
     sites: dict[str, list[dict[str, Any]]],
     activations: dict[str, list[dict[str, Any]]],
     names: tuple[str, str],
+    models: tuple[str, ...],
 ) -> str:
     from bitwright_analysis import plots
     from bitwright_analysis.site_browser import browser
 
-    models = {}
+    plotted = {}
     for key, drawn, title in (("parameters", sites, "Parameter"), ("activations", activations, "Tensor")):
         if drawn:
-            models[key] = browser(drawn, names, title=title)
+            plotted[key] = browser(drawn, names, title=title)
     weights = [c for c in found.changes if c.kind == "weight" and c.uneven_before and c.uneven_after]
     if weights:
-        models["uneven"] = plots.two_columns(
+        plotted["uneven"] = plots.two_columns(
             [c.name for c in weights],
             [c.uneven_before for c in weights],
             [c.uneven_after for c in weights],
             labels=names,
             axis="widest over median channel",
         )
-    head, script, elements = plots.embedded(models)
+    head, script, elements = plots.embedded(plotted)
     caption = "Histogram of all values; for each channel its range (line) and mean ± deviation (box)."
-    sections = []
+    changed = [c for c in found.changes if c.sqnr_db is not None]
+    told = f"{len(changed)} of {sum(c.kind != 'activation' for c in found.changes)} parameters changed"
+    if changed:
+        most = min(changed, key=lambda c: c.sqnr_db or 0.0)
+        told += f", {most.name} most: {most.sqnr_db:.1f} dB of signal to difference"
+    sections = [f"<section><p class=verdict>{escape(told)}.</p></section>"]
     if "uneven" in elements:
         sections.append(
             parts.section(
@@ -336,4 +343,5 @@ def _render(
         if listed:
             sections.append(parts.section(title, f"<p>{escape(', '.join(listed))}</p>"))
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return parts.page(f"{names[0]} and {names[1]}", created, [*sections, script], head=head)
+    subtitle = " · ".join((*(f"{name}: {model}" for name, model in zip(names, models, strict=True)), created))
+    return parts.page(f"{names[0]} and {names[1]}", subtitle, [*sections, script], head=head)

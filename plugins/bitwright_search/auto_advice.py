@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bitwright_search.auto_result import Status, Trial
+from bitwright_search.scores import Scale
 
 FEW_SAMPLES = 64
 """Fewer calibration samples than this are worth a remark; techniques with moments gain up to some hundreds."""
@@ -25,6 +26,7 @@ def advise(
     activation_bits: int,
     in_float: int,
     widened: bool = False,
+    scale: Scale,
 ) -> tuple[str, ...]:
     """Sentences in the order of their weight.
 
@@ -36,6 +38,7 @@ def advise(
         activation_bits: width of most activations.
         in_float: ops that run in float because nobody knows their type.
         widened: networks with more bits were evaluated.
+        scale: how scores read.
     """
     said = []
     if met:
@@ -51,7 +54,7 @@ def advise(
             "look for what overflows or is clipped with `bitwright analyze`, or leave the sensitive ops in float."
         )
     elif not met:
-        said += _causes(float_score, allowed_drop, weights_only, activations_only, per_channel, activation_bits)
+        said += _causes(float_score, allowed_drop, weights_only, activations_only, per_channel, activation_bits, scale)
     failed = [t for t in trials if t.status is Status.FAILED]
     said += [f"{t.name} failed and was left out: {t.reason}" for t in failed]
     if samples is not None and samples < FEW_SAMPLES:
@@ -76,6 +79,7 @@ def _causes(
     activations: float | None,
     per_channel: bool,
     activation_bits: int,
+    scale: Scale,
 ) -> list[str]:
     if weights is None or activations is None:
         return ["Run it with a larger budget, to see whether weights or activations cost the accuracy."]
@@ -88,8 +92,9 @@ def _causes(
             else "leave the sensitive ones in float"
         )
         said.append(
-            f"Quantized activations alone cost {by_activations:.4g}, more than the allowed {allowed:.4g}, so changes "
-            f"to weights will hardly be enough: {remedy}, or set sites with outliers to float by an override."
+            f"Quantized activations alone cost {scale.drop(by_activations)}, more than the allowed "
+            f"{scale.drop(allowed)}, so changes to weights will hardly be enough: {remedy}, or set sites with outliers "
+            "to float by an override."
         )
     if by_weights > allowed:
         remedy = (
@@ -98,13 +103,14 @@ def _causes(
             else "more weight bits, or"
         )
         said.append(
-            f"Quantized weights alone cost {by_weights:.4g}: use {remedy} more bits for the sensitive layers "
+            f"Quantized weights alone cost {scale.drop(by_weights)}: use {remedy} more bits for the sensitive layers "
             "(`mixed_precision` finds them)."
         )
     if not said:
         larger = "weights" if by_weights >= by_activations else "activations"
         said.append(
-            f"Weights alone cost {by_weights:.4g}, activations alone {by_activations:.4g}; only together they exceed "
-            f"the allowed {allowed:.4g}. Start with the {larger}: `mixed_precision` finds the sites to widen."
+            f"Weights alone cost {scale.drop(by_weights)}, activations alone {scale.drop(by_activations)}; only "
+            f"together they exceed the allowed {scale.drop(allowed)}. Start with the {larger}: `mixed_precision` finds "
+            "the sites to widen."
         )
     return said

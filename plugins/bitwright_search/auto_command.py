@@ -85,12 +85,16 @@ def auto(
 
 
 def _tell(result: AutoQuantResult) -> None:
+    from bitwright_search.scores import Scale
+
+    scale = Scale(result.metric)
     rows = [
-        (t.name, t.status.value, "" if t.score is None else f"{t.score:.4f}",
-         "" if t.score is None else f"{t.score - result.float_score:+.4f}", f"{t.seconds:.1f}")
+        (t.name, t.status.value, "" if t.score is None else scale.text(t.score),
+         "" if t.score is None else scale.drop(result.float_score - t.score), f"{t.seconds:.1f}")
         for t in result.trials
     ]  # fmt: skip
-    console.table(("trial", "outcome", "score", "change", "seconds"), rows, numbers=("score", "change", "seconds"))
+    columns = ("trial", "outcome", result.metric, "drop", "seconds")
+    console.table(columns, rows, numbers=columns[2:])
     console.say(str(result))
     if result.wider:
         console.say(
@@ -102,6 +106,6 @@ def _tell(result: AutoQuantResult) -> None:
         console.say(str(path))
     if not result.met:
         raise CheckFailed(
-            f"no network is within a drop of {result.allowed_drop:g}; the best, {result.best}, loses {result.drop:.4g} "
-            "and was exported"
+            f"no network is within a drop of {scale.drop(result.allowed_drop)}; the best, {result.best}, loses "
+            f"{scale.drop(result.drop)} and was exported"
         )

@@ -26,6 +26,7 @@ from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
 from bitwright_search.exporting import refuse_own_folder, write
 from bitwright_search.participants import split_steps
+from bitwright_search.scores import Scale, metric_of
 from bitwright_search.spending import spend
 from bitwright_search.stages import SearchStore, open_sim, run_of
 
@@ -183,6 +184,7 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         activation_bits=_activation_bits(sim),
         widened=any(t.kind == "types" and t.score is not None for t in search.trials),
         in_float=0 if validation is None else len(validation.unknown),
+        scale=Scale(metric_of(search.evaluate)),
     )
     if search.stages.unsaved:
         advice += (f"Networks couldn't be saved, so a crash repeats them: {search.stages.unsaved}",)
@@ -194,6 +196,7 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         allowed_drop=search.limits.allowed_drop,
         best=best.name,
         steps=best.steps,
+        metric=metric_of(search.evaluate),
         wider=dict(best.wider),
         trials=tuple(search.trials),
         weights_only=scores[Mode.WEIGHTS],

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitwright.backend import Bundle
 from bitwright.simulation import QuantSim
+from bitwright_search.scores import Scale
 
 
 class Status(StrEnum):
@@ -67,6 +68,7 @@ class AutoQuantResult:
         advice: what to do next, in words.
         seconds, evaluations: what it took, earlier processes included.
         target: the target's name.
+        metric: what scores are: "top-1", a metric's name, or "score" for a function of the user.
         wider: types of the sites that got more bits than was asked for, as `overrides` take them.
         bundle: what was exported; None without `out`.
         files: every file written, by purpose.
@@ -87,6 +89,7 @@ class AutoQuantResult:
     seconds: float
     evaluations: int
     target: str
+    metric: str = "score"
     wider: Mapping[str, str] = field(default_factory=dict)
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
@@ -111,8 +114,8 @@ class AutoQuantResult:
         return json.dumps({"schema_version": 1, **found}, indent=1, default=str) + "\n"
 
     def __str__(self) -> str:
-        verdict = "within" if self.met else "beyond"
+        verdict, scale = "within" if self.met else "beyond", Scale(self.metric)
         return (
-            f"{self.best}: {self.score:.4g}, float {self.float_score:.4g}; a drop of {self.drop:.4g} is {verdict} "
-            f"the allowed {self.allowed_drop:.4g}"
+            f"{self.best}: {scale.text(self.score)}, float {scale.text(self.float_score)}; a drop of "
+            f"{scale.drop(self.drop)} is {verdict} the allowed {scale.drop(self.allowed_drop)}"
         )

@@ -35,8 +35,8 @@ class Rule:
     solid: bool = False
 
 
-def dots(rows: Sequence[Dot], rules: Sequence[Rule]) -> str:
-    """A row for each value on one common axis."""
+def dots(rows: Sequence[Dot], rules: Sequence[Rule], *, label: str) -> str:
+    """A row for each value on one common axis, whose label says what they are."""
     values = [r.value for r in rows] + [r.value for r in rules]
     axis = linear_axis(min(values), max(values))
     lines = "".join(
@@ -50,16 +50,11 @@ def dots(rows: Sequence[Dot], rules: Sequence[Rule]) -> str:
         f"<span class=value>{escape(r.shown)}</span>"
         for r in rows
     ]
-    return f'<div class="dots" role="img">{"".join(cells)}<span></span>{_ticks(axis, "axis")}<span></span></div>'
-
-
-def steps_to_do(lines: Sequence[str]) -> str:
-    """A numbered list of sentences; what stands between backticks is code."""
-    items = []
-    for line in lines:
-        pieces = [escape(piece) for piece in line.split("`")]
-        items.append("".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(pieces)))
-    return f'<ol class="next">{"".join(f"<li>{item}</li>" for item in items)}</ol>'
+    return (
+        f'<div class="dots" role="img" aria-label="{escape(label)} of {len(rows)} stages, told in the table below">'
+        f"{''.join(cells)}<span></span>{_ticks(axis, 'scale')}<span></span>"
+        f"<span></span><span class=axis>{escape(label)}</span><span></span></div>"
+    )
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
@@ -80,8 +75,21 @@ class Spot:
     kind: str = "second"
 
 
-def front(spots: Sequence[Spot], *, levels: Sequence[float] = (), trace: Sequence[tuple[float, float]] = ()) -> str:
-    """Points over two linear axes, with horizontal lines at `levels` and a line through `trace`."""
+def front(
+    spots: Sequence[Spot],
+    *,
+    labels: tuple[str, str],
+    levels: Sequence[float] = (),
+    trace: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Points over two linear axes, with horizontal lines at `levels` and a line through `trace`.
+
+    Args:
+        spots: the points.
+        labels: what lies across and what upwards, with units.
+        levels: heights.
+        trace: points of a line, from left to right.
+    """
     xs = [s.x for s in spots] + [x for x, _ in trace]
     ys = [s.y for s in spots] + [y for _, y in trace] + list(levels)
     across, up = linear_axis(min(xs), max(xs)), linear_axis(min(ys), max(ys))
@@ -101,9 +109,12 @@ def front(spots: Sequence[Spot], *, levels: Sequence[float] = (), trace: Sequenc
     ]
     texts = "".join(f'<span style="bottom:{up.place(v):.2f}%">{escape(t)}</span>' for v, t in up.ticks)
     return (
+        f"<p class=axis>{escape(labels[1])}</p>"
         f'<div class="front"><div class="plot"><div class="ticks" aria-hidden="true">{texts}</div>'
-        f'<svg viewBox="0 0 100 {HEIGHT:g}" preserveAspectRatio="none" role="img"><g class="grid">{grid}</g>'
+        f'<svg viewBox="0 0 100 {HEIGHT:g}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(labels[1])} over {escape(labels[0])}"><g class="grid">{grid}</g>'
         f"{''.join(parts)}</svg></div>{_ticks(across, 'below')}</div>"
+        f'<p class="axis across">{escape(labels[0])}</p>'
     )
 
 

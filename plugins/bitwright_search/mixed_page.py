@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 
 from bitwright.report import Cell, charts, parts
-from bitwright_search.auto_page import duration, number
+from bitwright_search.auto_page import duration
 from bitwright_search.figures import STYLE, Spot, front, legend
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult
+from bitwright_search.scores import Scale
 
 
 def render(result: MixedPrecisionResult, title: str) -> str:
@@ -23,23 +24,39 @@ def _unit(result: MixedPrecisionResult) -> str:
     return result.cost_kind.replace("_", " ")
 
 
+def verdict(result: MixedPrecisionResult) -> str:
+    """The whole search in a sentence or two."""
+    told = f"The chosen network takes {result.relative_cost:.1%} of the most precise one's {_unit(result)}"
+    if result.score is None or result.float_score is None:
+        return f"{told}; its accuracy wasn't measured."
+    scale, drop = Scale(result.metric), result.float_score - result.score
+    change = f"loses {scale.drop(drop)} of" if drop > 0 else "keeps"
+    told += f" and {change} float's {result.metric}, {scale.text(result.float_score)}"
+    if result.met:
+        return f"{told}."
+    allowed = "" if result.allowed_drop is None else f", {scale.drop(result.allowed_drop)} allowed"
+    return f"{told}{allowed}: the goal isn't met."
+
+
 def _overview(result: MixedPrecisionResult) -> str:
+    scale = Scale(result.metric)
     tiles = [
         parts.tile("Cost", f"{result.relative_cost:.1%}", "of the most precise candidate everywhere"),
         parts.tile(_unit(result).capitalize(), _amount(result.cost), f"from {_amount(result.reference_cost)}"),
     ]
     if result.score is not None and result.float_score is not None:
         drop = result.float_score - result.score
-        goal = "" if result.allowed_drop is None else f", allowed {number(result.allowed_drop)}"
+        goal = "" if result.allowed_drop is None else f", allowed {scale.drop(result.allowed_drop)}"
         tiles += [
-            parts.tile("Float", number(result.float_score), "score of the model given"),
-            parts.tile("Mixed", number(result.score), f"drop {number(drop)}{goal}"),
+            parts.tile("Float", scale.text(result.float_score), f"{result.metric} of the model given"),
+            parts.tile("Mixed", scale.text(result.score), f"drop {scale.drop(drop)}{goal}"),
         ]
     tiles += [
         parts.tile(name, str(count), "group" if count == 1 else "groups") for name, count in _counts(result).items()
     ]
     tiles.append(parts.tile("Time", duration(result.seconds), "earlier processes included"))
-    return f'<section><div class="tiles">{"".join(tiles)}</div></section>'
+    told = f"<p class=verdict>{escape(verdict(result))}</p>"
+    return f'<section>{told}<div class="tiles">{"".join(tiles)}</div></section>'
 
 
 def _amount(value: float) -> str:
@@ -59,22 +76,30 @@ def _measured(result: MixedPrecisionResult) -> str:
     shown = [p for p in _evaluated(result) if p.score is not None]
     if not shown:
         return ""
-    spots = [
-        Spot(100 * p.relative_cost, p.score or 0.0, f"{p.relative_cost:.1%}: {number(p.score or 0.0)}",
-             "mark" if p.assignment == result.assignment else "first")
-        for p in shown
-    ]  # fmt: skip
-    levels = [result.float_score] if result.float_score is not None else []
-    key = [("mark", "chosen"), ("first", "evaluated"), ("second", "best score for the cost")]
+    scale = Scale(result.metric)
+
+    def spot(p: FrontPoint, score: float) -> Spot:
+        kind = "mark" if p.assignment == result.assignment else "first"
+        return Spot(100 * p.relative_cost, scale.place(score), f"{p.relative_cost:.1%}: {scale.text(score)}", kind)
+
+    levels = [] if result.float_score is None else [result.float_score]
+    key = [("mark", "chosen"), ("first", "evaluated"), ("second", f"best {result.metric} for the cost")]
     if result.float_score is not None:
-        key.append(("line", f"float {number(result.float_score)}"))
+        key.append(("line", f"float {scale.text(result.float_score)}"))
         if result.allowed_drop is not None:
             levels.append(result.float_score - result.allowed_drop)
-            key.append(("line", f"allowed {number(result.float_score - result.allowed_drop)}"))
-    trace = [(100 * p.relative_cost, p.score or 0.0) for p in result.measured]
-    plot = front(spots, levels=levels, trace=trace)
-    caption = f"Score over cost in % of the reference's {escape(_unit(result))}. {legend(key)}"
-    return parts.section("Cost and score", parts.figure(plot, caption))
+            key.append(("line", f"allowed {scale.text(levels[-1])}"))
+    plot = front(
+        [spot(p, p.score) for p in shown if p.score is not None],
+        labels=(_cost(result), scale.label),
+        levels=[scale.place(v) for v in levels],
+        trace=[(100 * p.relative_cost, scale.place(p.score)) for p in result.measured if p.score is not None],
+    )
+    return parts.section(f"Cost and {result.metric}", parts.figure(plot, legend(key)))
+
+
+def _cost(result: MixedPrecisionResult) -> str:
+    return f"{_unit(result)}, % of the most precise candidate everywhere"
 
 
 def _evaluated(result: MixedPrecisionResult) -> list[FrontPoint]:
@@ -91,11 +116,13 @@ def _predicted(result: MixedPrecisionResult) -> str:
              "mark" if p.assignment == result.assignment else "first")
         for p, sqnr in shown
     ]  # fmt: skip
-    plot = front(spots, trace=[(100 * p.relative_cost, sqnr) for p, sqnr in shown])
-    caption = f"Predicted SQNR at the outputs (dB) over cost in %. {legend([('mark', 'chosen'), ('first', 'solved')])}"
-    columns = ("Cost", "Share %", "Predicted SQNR dB", "Score", "Groups")
+    scale = Scale(result.metric)
+    trace = [(100 * p.relative_cost, sqnr) for p, sqnr in shown]
+    plot = front(spots, labels=(_cost(result), "predicted SQNR at the outputs, dB"), trace=trace)
+    caption = legend([("mark", "chosen"), ("first", "solved")])
+    columns = ("Cost", "Share %", "Predicted SQNR dB", scale.label, "Groups")
     rows = [
-        (p.cost, 100 * p.relative_cost, p.predicted_sqnr_db, p.score,
+        (p.cost, 100 * p.relative_cost, p.predicted_sqnr_db, None if p.score is None else scale.place(p.score),
          ", ".join(f"{n} at {c}" for c, n in p.counts.items()))
         for p in result.front
     ]  # fmt: skip
@@ -111,9 +138,10 @@ def _sensitivity(result: MixedPrecisionResult) -> str:
         known = [v for v in values if v is not None]
         if not known:
             continue
-        axis = charts.linear_axis(min(0.0, *known), max(known), " dB")
-        plot = charts.bars([s.group for s in found], values, axis, " dB")
-        pieces.append(parts.figure(plot, f"{escape(candidate)}, group by group in the order of the network"))
+        axis = charts.linear_axis(min(0.0, *known), max(known), " dB", label="SQNR at the outputs, dB")
+        names = [result.sim.graph.layer_name(s.group) for s in found]
+        plot = charts.bars(names, values, axis, " dB", across="groups, from input to output")
+        pieces.append(parts.figure(plot, f"Each group alone at {escape(candidate)}."))
     note = "<p class=note>SQNR at the network's outputs with one group quantized alone: low bars are sensitive.</p>"
     return parts.section("Sensitivity", note + "".join(pieces)) if pieces else ""
 
@@ -125,5 +153,5 @@ def _assignment(result: MixedPrecisionResult) -> str:
     rows: list[tuple[Cell, ...]] = []
     for group, candidate in result.assignment.items():
         sqnr, cost = by_group.get(group, {}).get(candidate, (None, 0.0))
-        rows.append((group, candidate, sqnr, cost))
-    return parts.section("The assignment", parts.table(("Group", "Types", "SQNR alone dB", "Cost"), rows))
+        rows.append((result.sim.graph.layer_name(group), group, candidate, sqnr, cost))
+    return parts.section("The assignment", parts.table(("Layer", "Group", "Types", "SQNR alone dB", "Cost"), rows))

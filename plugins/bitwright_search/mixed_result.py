@@ -9,6 +9,7 @@ from typing import Any
 
 from bitwright.backend import Bundle
 from bitwright.simulation import QuantSim
+from bitwright_search.scores import Scale
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class MixedPrecisionResult:
         front: assignments by rising cost and rising predicted SQNR.
         measured: those of them that were evaluated, without the ones that cost more and score no better than another.
         sensitivities: what phase 1 measured.
+        metric: what scores are: "top-1", a metric's name, or "score" for a function of the user.
         notes: what was left alone and why, and where the search ended.
         seconds: of work, earlier processes included.
         files: every file written, by purpose.
@@ -86,6 +88,7 @@ class MixedPrecisionResult:
     notes: tuple[str, ...]
     seconds: float
     target: str
+    metric: str = "score"
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -112,5 +115,6 @@ class MixedPrecisionResult:
     def __str__(self) -> str:
         text = f"{self.relative_cost:.1%} of the reference's {self.cost_kind.replace('_', ' ')}"
         if self.score is not None and self.float_score is not None:
-            text += f"; score {self.score:.4g}, float {self.float_score:.4g}"
+            scale = Scale(self.metric)
+            text += f"; {self.metric} {scale.text(self.score)}, float {scale.text(self.float_score)}"
         return text

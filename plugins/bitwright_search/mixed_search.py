@@ -17,6 +17,7 @@ from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.evaluation import Evaluate, Mode, measure
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
+from bitwright_search.scores import metric_of
 from bitwright_search.sensitivity import decibels
 from bitwright_search.solvers import (
     Choice,
@@ -121,6 +122,7 @@ class MixedSearch:
             notes=(*notes, *self.notes),
             seconds=self.stages.clock.total,
             target=self.sim.target.name,
+            metric=metric_of(self.evaluate),
         )
 
     # -- choosing

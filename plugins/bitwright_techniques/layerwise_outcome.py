@@ -97,8 +97,9 @@ def rounding_report(
         extra: names of further figures.
     """
     results, skipped, told = _split(results, skipped)
-    columns = ("layer", "before", "nearest", "after", *extra, "seconds")
-    rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
+    shown = ("before", "nearest", "after", *extra, "seconds")
+    columns = ("layer", "error before", "error nearest", "error after", *extra, "seconds")
+    rows = [(op, *(r.figures.get(c, float("nan")) for c in shown)) for op, r in results.items()]
     rows += [(op, *[reason] + [""] * (len(columns) - 2)) for op, reason in skipped.items()]
     if not results:
         return Report(f"no layer to round{told}", {}, columns, tuple(rows))
@@ -129,8 +130,8 @@ def search_report(
         note: what the summary ends with, such as which weights are frozen, and by whom.
     """
     results, skipped, told = _split(results, skipped)
-    columns = ("layer", "before", "after", "seconds")
-    rows = [(op, *(r.figures.get(c, float("nan")) for c in columns[1:])) for op, r in results.items()]
+    shown, columns = ("before", "after", "seconds"), ("layer", "error before", "error after", "seconds")
+    rows = [(op, *(r.figures.get(c, float("nan")) for c in shown)) for op, r in results.items()]
     rows += [(op, reason, "", "") for op, reason in skipped.items()]
     figures = {"layers": float(len(results)), "seconds": sum(r.figures.get("seconds", 0.0) for r in results.values())}
     summary = f"{len(results)} {what}s searched" + (f" by {by}" if by else "") if results else f"no {what} to search"

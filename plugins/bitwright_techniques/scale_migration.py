@@ -83,7 +83,7 @@ def migrate(
         least_gain: share of the error that factors must remove to be taken.
     """
     paths, missed = find_paths(ctx.graph, lambda op: _obstacle(ctx, op), lambda t: not _frozen(ctx, t))
-    columns = ("source", "readers", "alpha", "largest factor", "before", "after")
+    columns = ("source", "readers", "alpha", "largest factor", "error before", "error after")
     scaled = _Scaled(ctx)
     rows: list[tuple[object, ...]] = []
     gains: list[float] = []

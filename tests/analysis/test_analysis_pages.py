@@ -64,7 +64,16 @@ def test_the_analysis_opens_offline_and_fits(analysis, width, dark, tmp_path):
         assert HOSTILE in page.value("document.querySelector('h1').textContent")
         text = page.value("document.body.innerText")
         for a in found.advice:
-            assert a.text in text
+            assert a.text.replace("`", "") in text
+        assert page.value("document.querySelector('.verdict').textContent") == found.verdict
+        text_and_ground = page.value(
+            "(() => { const inputs = []; const walk = (n) => { if (n.shadowRoot) walk(n.shadowRoot);"
+            " if (n.matches && n.matches('.bk-input')) inputs.push(n); [...n.children].forEach(walk); };"
+            " walk(document.body); return inputs.map((e) => [getComputedStyle(e).color,"
+            " getComputedStyle(e).backgroundColor]); })()"
+        )
+        assert len(text_and_ground) == 2 and all(ink != ground for ink, ground in text_and_ground)
+        assert text_and_ground[0][1] == page.value("getComputedStyle(document.querySelector('figure')).backgroundColor")
         page.screenshot(tmp_path / f"analysis_{width}.png")
 
 
@@ -92,11 +101,12 @@ def test_a_table_sorts_and_a_site_is_chosen(analysis):
 
 def test_before_and_after(images, tmp_path):
     before = QuantSim(conv_model(spread=0.01), target="per_tensor").apply("fold_batch_norm")
-    after = QuantSim(before.native, target="per_tensor", backend="onnx").apply("cross_layer_equalization")
+    after = QuantSim(before.native, target="per_tensor", backend="onnx").apply("bias_correction", images)
     found = bitwright.visualize(before, after, images, out=tmp_path / "change.html")
     for width in (1280, 390):
         with opened(tmp_path / "change.html", width) as page:
             assert page.errors == [] and page.value("document.documentElement.scrollWidth") <= width
             assert page.value(PLOTS) == 3
             page.screenshot(tmp_path / f"change_{width}.png")
+            assert "3 of 6 parameters changed, " in page.value("document.querySelector('.verdict').textContent")
     assert found.file == str(tmp_path / "change.html")

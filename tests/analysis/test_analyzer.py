@@ -10,7 +10,8 @@ import bitwright
 from bitwright import QuantSim, RunDirectory
 from bitwright.errors import InputError
 from bitwright_analysis import analyzer, scoring
-from bitwright_analysis.records import Analysis
+from bitwright_analysis.advice import Evidence, advice
+from bitwright_analysis.records import Analysis, LayerError, Overall
 
 
 def analyze(model, data, *args, **options):
@@ -263,3 +264,24 @@ def test_models_that_fix_the_batch_size_are_fed_whole_batches(trained, tmp_path)
     assert bitwright.layer_outputs(model, x, tmp_path / "dump", limit=4).index.samples == 12
     limited = analyze(trained.model, x, labels=labels, limit=30)
     assert limited.overall[0].score == analyze(trained.model, x[:30], labels=labels[:30]).overall[0].score
+
+
+@pytest.mark.parametrize(("sqnr", "told"), [(31.0, False), (20.0, True)])
+def test_where_it_breaks_is_told_only_where_it_does_harm(sqnr, told):
+    """Or the advice would be to export what it says is broken."""
+    error = LayerError(
+        tensor="y", op="fc", type="Gemm", mse=1, sqnr_db=17, max_error=1, shift=0, input_db=47, lost_db=30
+    )
+    overall = {"quantized": Overall(setting="quantized", sqnr_db=sqnr)}
+    graph = QuantSim(conv_model()).graph
+    evidence = Evidence(graph, overall, [], [error], [], [], [], [], 32, [], [])
+    texts = " ".join(a.text for a in advice(evidence))
+    assert ("falls most at fc" in texts and "--override fc=float" in texts) is told
+    assert ("Export it" in texts) is not told
+
+
+def test_a_top_1_of_guessing_is_remarked_on(images):
+    data = np.concatenate([images, images[::-1]])
+    found = analyze(conv_model(), data, labels=np.arange(len(data)) % 5)
+    assert found.setting("float").score < 0.3
+    assert "what guessing among 5 classes gives" in found.advice[0].text

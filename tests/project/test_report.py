@@ -177,6 +177,31 @@ def test_page_is_self_contained_and_escaped(report):
         assert shown in page.text
 
 
+def test_layers_go_by_the_names_that_their_author_gave():
+    def linear(op, weight):
+        return Op(op, OpKind.LINEAR, "Gemm", ("x",), (f"{op}.out",), {ParamRole.WEIGHT: weight})
+
+    weights = {"node_Conv_810": "features.0.0.weight", "node_linear_3": "head/kernel", "own": "weight", "n4": "val_15"}
+    weights |= {"first": "tied.weight", "second": "tied.weight"}
+    ops = [linear(op, weight) for op, weight in weights.items()]
+    tensors = {t: Tensor(t, (None, 4)) for t in ("x", *(op.output for op in ops))}
+    params = {w: Param(w, (4, 4)) for w in weights.values()}
+    graph = Graph(ops, tensors, params, ["x"], [op.output for op in ops])
+    own = {op: graph.layer_name(op) for op in weights}
+    assert own == {op: op for op in weights} | {"node_Conv_810": "features.0.0", "node_linear_3": "head"}
+    assert graph.layer_name("x") == "x"
+
+
+def test_charts_say_what_they_show_and_of_which_layer(report):
+    named = tuple(row.model_copy(update={"layer": "stem.0"}) for row in report.layers)
+    page = render(report.model_copy(update={"layers": named}))
+    for axis in ("loss before, loss after; logarithmic", "signal to rounding noise, dB", "layers, from input to output",
+                 "ends of the grid, logarithmic away from 0"):  # fmt: skip
+        assert f">{axis}</p>" in page, axis
+    assert page.count("<title>stem.0: ") == 3, "error before and after, rounding noise, ranges"
+    assert "<td>stem.0</td>" in page
+
+
 def test_smallest_report_renders(sim):
     sim.reports, sim.plan, sim.table = [], Plan({}, "default"), EncodingTable()
     page = Page(render(build_report(sim, name="n", source="s")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,9 @@ from html.parser import HTMLParser
 import pytest
 
 from bitwright import auto_quantize, mixed_precision
+from bitwright_search import auto_page, mixed_page
+from bitwright_search.evaluation import ByMetric, Labelled
+from bitwright_search.scores import metric_of
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
                  if (found := shutil.which(name))), None)  # fmt: skip
@@ -38,14 +42,19 @@ window.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def pages(net, tmp_path_factory):
+def results(net, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    auto_quantize(net.model, net.images, net.fidelity, allowed_drop=0.0, target="per_tensor", weights="int4",
+    auto = auto_quantize(net.model, net.images, net.fidelity, allowed_drop=0.0, target="per_tensor", weights="int4",
                   schemes=["sqnr", "minmax"], techniques="bn_fold,cle,bias_correction",
                   wider=False, out=folder)  # fmt: skip
-    mixed_precision(net.model, net.images, net.fidelity, candidates=[("int8", "uint8"), ("int4", "uint8")],
+    mixed = mixed_precision(net.model, net.images, net.fidelity, candidates=[("int8", "uint8"), ("int4", "uint8")],
                     allowed_drop=0.2, solver="greedy", out=folder)  # fmt: skip
-    return {name: folder / f"{name}.html" for name in ("diagnosis", "mixed_precision")}
+    return {"diagnosis": auto, "mixed_precision": mixed}
+
+
+@pytest.fixture(scope="module")
+def pages(results):
+    return {name: result.files[f"{name.replace('_', ' ')} page"] for name, result in results.items()}
 
 
 class Balance(HTMLParser):
@@ -78,6 +87,32 @@ def test_pages_are_whole_and_self_contained(pages, name):
     assert checker.open == []
     assert checker.outside == []
     assert "http" not in re.sub(r"<title>.*?</title>", "", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "accuracy", "verdict"),
+    [("diagnosis", "a loss of 12.50 points, more than the 1.00 points allowed", auto_page.verdict),
+     ("mixed_precision", "loses 12.50 points of float's top-1, 90.00%, 1.00 points allowed: the goal isn't met",
+      mixed_page.verdict)],
+)  # fmt: skip
+def test_accuracies_are_in_percent_and_their_differences_in_points(results, name, accuracy, verdict):
+    page = {"diagnosis": auto_page.render, "mixed_precision": mixed_page.render}[name]
+    given = {"float_score": 0.9, "score": 0.775, "allowed_drop": 0.01, "met": False}
+    as_accuracy = dataclasses.replace(results[name], metric="top-1", **given)
+    assert accuracy in verdict(as_accuracy)
+    text = page(as_accuracy, "t")
+    assert "<strong>90.00%</strong>" in text and "<strong>77.50%</strong>" in text
+    assert ">top-1, %<" in text and "0.775<" not in text
+    as_score = dataclasses.replace(results[name], metric="score", **given)
+    text = page(as_score, "t")
+    assert "<strong>0.9</strong>" in text and ">score<" in text and "0.125" in verdict(as_score)
+
+
+def test_what_is_measured_is_named(results):
+    labelled, by_metric = Labelled(None, None), ByMetric(None, "agreement")
+    assert [metric_of(e) for e in (labelled, by_metric, print, None)] == ["top-1", "agreement", "score", "score"]
+    assert all(result.metric == "score" for result in results.values())
+    assert "score" in str(results["diagnosis"].to_json())
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

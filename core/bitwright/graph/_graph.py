@@ -388,6 +388,17 @@ class Graph:
             op for op in self.ops if op.kind is OpKind.OPAQUE and any(self.tensors[t].is_float for t in op.outputs)
         )
 
+    def layer_name(self, op: OpId) -> str:
+        """What the model's author calls an op, for people to read: the module of its weight, where it alone has one.
+
+        Exporters number ops ("node_Conv_810") and leave weights their names ("features.0.0.weight").
+        """
+        weight = self.op(op).weight if op in self else None
+        if weight is None or len(self.users(weight)) > 1:
+            return op
+        module, _, last = weight.replace("/", ".").rpartition(".")
+        return weight[: len(module)] if module and last in ("weight", "kernel") else op
+
     def is_depthwise(self, op: Op) -> bool:
         """A grouped convolution with one input channel a group."""
         weight = op.weight

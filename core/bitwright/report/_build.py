@@ -310,6 +310,7 @@ def _layers(state: SimState) -> list[LayerRow]:
                 range_median=float(np.median(ranges)),
                 range_largest=float(ranges.max()),
                 sqnr_db=_sqnr(values, encoding.fake_quantize(values)),
+                layer=state.graph.layer_name(op.id),
             )
         )
     return rows

@@ -69,6 +69,7 @@ class LayerRow(Record):
     """One quantized weight.
 
     Attributes:
+        layer: what the model's author calls it (`Graph.layer_name`); empty in reports of earlier versions.
         range_smallest, range_median, range_largest: over output channels, of the largest magnitude in a channel.
         sqnr_db: of rounding the exported weight to its grid; null where it lies on its grid already.
     """
@@ -82,6 +83,7 @@ class LayerRow(Record):
     range_median: float
     range_largest: float
     sqnr_db: float | None
+    layer: str = ""
 
 
 class SiteRow(Record):

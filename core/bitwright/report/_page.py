@@ -10,12 +10,15 @@ from bitwright.report._model import Cell, LayerRow, RunReport, SiteRow, StepReco
 from bitwright.report._widths import widths
 from bitwright.report.parts import facts, figure, fold, page, section, size, table, text, tile
 
+LAYERS = "layers, from input to output"
+"""What stands below a chart of layers."""
+
 
 def render(report: RunReport) -> str:
     """The whole page."""
     sections = [
         _overview(report),
-        *(_step(number, step) for number, step in enumerate(report.steps, 1)),
+        *(_step(number, _in_own_names(step, report)) for number, step in enumerate(report.steps, 1)),
         _weights(report.layers),
         _activations(report.sites),
         _sites(report.sites),
@@ -86,6 +89,14 @@ def verdict(report: RunReport) -> str:
     return " ".join(told)
 
 
+def _in_own_names(step: StepRecord, report: RunReport) -> StepRecord:
+    """A table of layers with the names that the model's author gave them."""
+    if step.columns[:1] != ("layer",):
+        return step
+    own = {row.op: row.layer or row.op for row in report.layers}
+    return step.model_copy(update={"rows": tuple((own.get(str(op), op), *rest) for op, *rest in step.rows)})
+
+
 def _step(number: int, step: StepRecord) -> str:
     parts = [f"<p>{escape(step.summary)}</p>"]
     # Counters that stayed at zero say nothing; report.json has them.
@@ -109,12 +120,14 @@ def _step_chart(step: StepRecord) -> str:
     if before is not None and after is not None:
         old, new = _numbers(step.rows, before), _numbers(step.rows, after)
         if old and new and min(*old, *new) >= 0:
-            plot = charts.pairs(label, old, new, charts.log_axis([*old, *new]))
-            key = f"{escape(step.columns[before])} (grey) and {escape(step.columns[after])} (blue), logarithmic"
+            axis = charts.log_axis([*old, *new], label=f"{step.columns[before]}, {step.columns[after]}; logarithmic")
+            plot = charts.pairs(label, old, new, axis, across=step.columns[0])
+            key = f"{escape(step.columns[before])} (grey) and {escape(step.columns[after])} (blue)."
             return figure(plot, key)
     elif loss is not None and (values := _numbers(step.rows, loss)) and min(values) >= 0:
-        plot = charts.bars(label, [*values], charts.log_axis(values))
-        return figure(plot, f"{escape(step.columns[loss])} of each row, logarithmic")
+        axis = charts.log_axis(values, label=f"{step.columns[loss]}, logarithmic")
+        plot = charts.bars(label, [*values], axis, across=step.columns[0])
+        return figure(plot, f"{escape(step.columns[loss])} of each row.")
     return ""
 
 
@@ -129,30 +142,23 @@ def _numbers(rows: Sequence[Sequence[Cell]], column: int) -> list[float]:
 def _weights(layers: Sequence[LayerRow]) -> str:
     if not layers:
         return ""
-    labels = [row.op for row in layers]
+    labels = [row.layer or row.op for row in layers]
     parts = []
     if any(row.sqnr_db is not None for row in layers):
         values = [row.sqnr_db for row in layers]
         shown = [v for v in values if v is not None]
-        axis = charts.linear_axis(min(0.0, *shown), max(shown), " dB")
-        caption = (
-            "Signal to rounding noise of each weight in dB, higher is better; layers from left to right as in the "
-            "network. A gap: the weights lie on their grid already."
-        )
-        parts.append(
-            figure(charts.bars(labels, [max(v, 0.0) if v is not None else None for v in values], axis, " dB"), caption)
-        )
+        axis = charts.linear_axis(min(0.0, *shown), max(shown), " dB", label="signal to rounding noise, dB")
+        caption = "Rounding of each weight, higher is better. A gap: the weights lie on their grid already."
+        heights = [max(v, 0.0) if v is not None else None for v in values]
+        parts.append(figure(charts.bars(labels, heights, axis, " dB", across=LAYERS), caption))
     low, high = [row.range_smallest for row in layers], [row.range_largest for row in layers]
-    plot = charts.ranges(labels, low, high, charts.log_axis([*low, *high]), [row.range_median for row in layers])
-    caption = (
-        "Largest magnitude of a weight in a channel: from the smallest channel to the largest, and the median. Layers "
-        "from left to right as in the network, values upwards, logarithmic."
-    )
-    parts.append(figure(plot, caption))
-    columns = ("Layer", "Type", "Shape", "Quantizer", "Smallest", "Median", "Largest channel", "SQNR dB")
+    axis = charts.log_axis([*low, *high], label="largest magnitude in a channel, logarithmic")
+    plot = charts.ranges(labels, low, high, axis, [row.range_median for row in layers], across=LAYERS)
+    parts.append(figure(plot, "Ranges of each weight's channels: from the smallest to the largest, and the median."))
+    columns = ("Layer", "Op", "Type", "Shape", "Quantizer", "Smallest", "Median", "Largest channel", "SQNR dB")
     rows = [
-        (r.op, r.type, " × ".join(map(str, r.shape)), r.quantizer, r.range_smallest, r.range_median, r.range_largest,
-         "exact" if r.sqnr_db is None else r.sqnr_db)
+        (r.layer or r.op, r.op, r.type, " × ".join(map(str, r.shape)), r.quantizer, r.range_smallest, r.range_median,
+         r.range_largest, "exact" if r.sqnr_db is None else r.sqnr_db)
         for r in layers
     ]  # fmt: skip
     parts.append(fold(f"{len(layers)} layers", table(columns, rows)))
@@ -164,11 +170,9 @@ def _activations(sites: Sequence[SiteRow]) -> str:
     if not shown:
         return ""
     lows, highs = [float(s.low or 0) for s in shown], [float(s.high or 0) for s in shown]
-    plot = charts.ranges([s.site for s in shown], lows, highs, charts.symlog_axis([*lows, *highs]))
-    caption = (
-        "Range of each activation's grid, from left to right in the order of the network; logarithmic away from 0."
-    )
-    return section("Activations", figure(plot, caption))
+    axis = charts.symlog_axis([*lows, *highs], label="ends of the grid, logarithmic away from 0")
+    plot = charts.ranges([s.site for s in shown], lows, highs, axis, across="activations, from input to output")
+    return section("Activations", figure(plot, "Range of each activation's grid."))
 
 
 def _sites(sites: Sequence[SiteRow]) -> str:
@@ -202,4 +206,4 @@ def _about(report: RunReport) -> str:
     known |= {f"Time: {stage}": f"{value:.1f} s" for stage, value in report.seconds.items()}
     known |= {f"File: {purpose}": file for purpose, file in report.files.items()}
     known |= report.versions
-    return section("About this run", facts(known))
+    return section("About this run", fold(f"{len(known)} settings, times and files", facts(known)))

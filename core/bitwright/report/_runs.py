@@ -12,7 +12,7 @@ from urllib.parse import quote
 from bitwright.errors import InputError, first_line
 from bitwright.report import charts
 from bitwright.report._model import Cell, RunReport, SiteRow
-from bitwright.report._page import run_widths, verdict
+from bitwright.report._page import LAYERS, run_widths, verdict
 from bitwright.report._seal import REPORT
 from bitwright.report.parts import Link, figure, fold, page, section, size, table, text, tile
 
@@ -46,7 +46,7 @@ class Difference:
         verdict: in a sentence or two.
         settings: what was asked for: name, in the first, in the second.
         sites: site, what differs, in the first, in the second; sites that only one has included.
-        layers: op, signal to rounding noise of its weight in dB in both (None: on its grid), only where both have it.
+        layers: each that both have, with its weight's signal to rounding noise in dB in both (None: on its grid).
     """
 
     verdict: str
@@ -68,7 +68,7 @@ def difference(a: RunReport, b: RunReport) -> Difference:
         row for site in dict.fromkeys((*first, *second)) for row in _site(site, first.get(site), second.get(site))
     )
     both = {row.weight: row for row in b.layers}
-    layers = tuple((r.op, r.sqnr_db, both[r.weight].sqnr_db) for r in a.layers if r.weight in both)
+    layers = tuple((r.layer or r.op, r.sqnr_db, both[r.weight].sqnr_db) for r in a.layers if r.weight in both)
     return Difference(_verdict(a, b, len(settings), len({s for s, *_ in sites})), settings, sites, layers)
 
 
@@ -153,11 +153,9 @@ def render_difference(a: RunReport, b: RunReport, names: tuple[str, str]) -> str
     if compared and any(x != y for _, x, y in compared):
         labels = [op for op, *_ in compared]
         before, after = [max(x, 0.0) for _, x, _ in compared], [max(y, 0.0) for *_, y in compared]
-        axis = charts.linear_axis(0.0, max(*before, *after, 1.0), " dB")
-        plot = charts.pairs(labels, before, after, axis, ("A", "B"))
-        caption = (
-            "Signal to rounding noise of each weight in dB, higher is better: A (grey) and B (blue), layer by layer."
-        )
+        axis = charts.linear_axis(0.0, max(*before, *after, 1.0), " dB", label="signal to rounding noise, dB")
+        plot = charts.pairs(labels, before, after, axis, ("A", "B"), across=LAYERS)
+        caption = "Rounding of each weight, higher is better: A (grey) and B (blue)."
         rows = [(op, x, y, y - x) for op, x, y in compared]
         whole = fold(f"{len(rows)} layers", table(("Layer", "A dB", "B dB", "B − A"), rows))
         sections.append(section("Weights", figure(plot, caption) + whole))
@@ -199,8 +197,8 @@ class Listed:
     def row(self) -> tuple[Cell, ...]:
         """What the index says of it; accuracies in percent."""
         r, found = self.report, self.report.accuracy
-        simulated = None if found is None else 100 * found.simulated
-        points = None if found is None else 100 * (found.simulated - found.float_model)
+        simulated = None if found is None else round(100 * found.simulated, 2)
+        points = None if found is None else round(100 * (found.simulated - found.float_model), 2)
         steps = ", ".join(s.technique for s in r.steps)
         when = r.created.replace("T", " ").replace("+00:00", "")
         weight = size(r.model.quantized_bytes)
@@ -256,6 +254,7 @@ def render_index(folder: Path, runs: list[Listed]) -> str:
     if len(scored) > 1:
         labels = [run.report.name for run in scored]
         values = [100 * run.report.accuracy.simulated for run in scored if run.report.accuracy is not None]
-        plot = charts.bars(labels, values, charts.linear_axis(0.0, 100.0, " %"), " %")
-        parts.append(figure(plot, "Simulated top-1 of each run in percent, in the order of the table."))
+        axis = charts.linear_axis(0.0, 100.0, " %", label="simulated top-1, %")
+        plot = charts.bars(labels, values, axis, " %", across="runs, in the order of the table")
+        parts.append(figure(plot, "Top-1 of each run with labels."))
     return page(f"Runs in {folder.resolve().name}", "bitwright report", parts)

@@ -53,6 +53,15 @@ def fold(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
+def numbered(lines: Iterable[str]) -> str:
+    """A numbered list of sentences; what stands between backticks is code."""
+    items = []
+    for line in lines:
+        pieces = [escape(piece) for piece in line.split("`")]
+        items.append("".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(pieces)))
+    return f'<ol class="next">{"".join(f"<li>{item}</li>" for item in items)}</ol>'
+
+
 def facts(named: Mapping[str, str]) -> str:
     """Names and values in columns."""
     return f"<dl>{''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in named.items())}</dl>"
