@@ -372,7 +372,7 @@ def test_the_command(net, capsys, tmp_path):
 
     status, out, _ = run("--labels", net.folder / "labels.npy", "--allowed-drop", "0.05", "--workers", "2")
     assert status == 0
-    assert "within the allowed 0.05" in out
+    assert "within the allowed 5.00 points" in out
     assert "diagnosis.html" in out
     status, out, err = run("--evaluate", f"{score}:top1", "--allowed-drop", "0", "--weights", "int3", "--schemes",
                            "minmax", "--recipe", "cle", "--no-wider")  # fmt: skip
