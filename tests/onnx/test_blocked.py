@@ -1,0 +1,144 @@
+"""Sites in the layout of ONNX Runtime's convolutions: the same bits, from a graph that doesn't reorder around them."""
+
+import builders as b
+import numpy as np
+import onnx
+import pytest
+
+from bitwright import QuantSim
+from bitwright.backend import Tap
+from bitwright.grids import Encoding, PerChannel
+from bitwright_onnx.simulate import blocked, session, simulation
+
+
+def residual_net(channels: int = 24) -> onnx.ModelProto:
+    """Convolutions, plain and depthwise, of channels that don't fill a block, a sum, and a gate that broadcasts."""
+    m = b.ModelBuilder()
+    m.input("x", ["n", 3, 12, 12])
+    m.output("y", ["n", 5])
+
+    def conv(x, y, cin, cout, kernel=3, group=1):
+        m.node("Conv", [x, m.weight(f"{y}.w", cout, cin // group, kernel, kernel), m.weight(f"{y}.b", cout)], y,
+               pads=[kernel // 2] * 4, group=group)  # fmt: skip
+        return y
+
+    conv("x", "c1", 3, channels)
+    m.node("Relu", ["c1"], "r1")
+    conv("r1", "c2", channels, channels, group=channels)
+    m.node("HardSigmoid", ["c2"], "h2")
+    conv("h2", "c3", channels, channels, 1)
+    m.node("Add", ["r1", "c3"], "sum")
+    conv("sum", "c4", channels, channels, 1)
+    m.node("GlobalAveragePool", ["c4"], "pool")
+    conv("pool", "gate", channels, channels, 1)
+    m.node("Mul", ["c4", "gate"], "gated")
+    conv("gated", "c5", channels, 16)
+    m.node("GlobalAveragePool", ["c5"], "mean")
+    m.node("Flatten", ["mean"], "flat")
+    m.node("Gemm", ["flat", m.weight("fc.w", 16, 5), m.weight("fc.b", 5)], "y")
+    return m.build()
+
+
+NET = residual_net()
+X = b.image(3, 3, 12, 12)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """For each session made anew, how many reorderings its graph had and has; None where no site was kept blocked."""
+    found, kept_last, keep, make = [], [], blocked.keep_blocked, session.blocked_session
+
+    def reordered(model):
+        return sum(node.op_type.startswith("Reorder") for node in model.graph.node)
+
+    def kept(model):
+        before = reordered(model)
+        done = keep(model)
+        kept_last[:] = [(before, reordered(model)) if done else None]
+        return done
+
+    def made(*given):
+        done = make(*given)
+        found.extend(kept_last)
+        return done
+
+    monkeypatch.setattr(blocked, "keep_blocked", kept)
+    monkeypatch.setattr(session, "blocked_session", made)
+    return found
+
+
+@pytest.mark.parametrize(
+    "types", [{}, {"activations": "uint16"}, {"activations": "int4", "weights": "int4"}, {"activations": "float16"},
+              {"activations": "uint8:dynamic"}, {"target": "per_tensor"}]
+)  # fmt: skip
+def test_results_are_the_same_bits(types, written, monkeypatch):
+    monkeypatch.setattr(simulation, "RUNS_BEFORE_BLOCKED", 2)
+    sim = QuantSim(NET, **types).calibrate({"x": X})
+    taps = [Tap(t) for t in ("r1", "c2", "sum", "gated", "y")]
+    for run in (sim.simulation.session(taps), sim.simulation.session([Tap("y")])):
+        results = [run.run({"x": X}) for _ in range(4)]
+        for tap, value in results[0].items():
+            for other in results[1:]:
+                np.testing.assert_array_equal(other[tap], value)
+    assert len(written) == 2, "each session once"
+    if types.get("activations") != "uint8:dynamic":
+        # Out of the blocks goes what HardSigmoid, the gate and the end read, and what is tapped.
+        assert written[1][1] <= 7 < 11 <= written[1][0]
+
+
+def test_it_follows_later_encodings(written, monkeypatch):
+    monkeypatch.setattr(simulation, "RUNS_BEFORE_BLOCKED", 1)
+    sim = QuantSim(NET).calibrate({"x": X})
+    simulated = sim.backend.simulate(sim.native, sim.plan, sim.table)
+    model = simulated.model
+    before = [model.run({"x": X})["y"] for _ in range(2)][1]
+    assert len(written) == 1
+    grid = sim.encodings["r1"]
+    simulated.set({"r1": grid.with_(scale=grid.scale * 8)})
+    coarse = model.run({"x": X})["y"]
+    assert not np.array_equal(coarse, before) and len(written) == 1, "activations' numbers are fed"
+    np.testing.assert_array_equal(coarse, simulated.session([Tap("y")]).run({"x": X})[Tap("y")])
+    simulated.set({"r1": None})
+    assert not np.array_equal(model.run({"x": X})["y"], coarse), "a site is bypassed"
+    weight = sim.encodings["c3.w"]
+    simulated.set({"r1": grid, "c3.w": weight.with_(scale=weight.scale * 4)})
+    assert not np.array_equal(model.run({"x": X})["y"], before), "parameters are constants: it was made anew"
+
+
+def test_what_stands_against_it_leaves_the_session_that_runs(monkeypatch):
+    def refused(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(simulation, "RUNS_BEFORE_BLOCKED", 1)
+    monkeypatch.setattr(blocked.tempfile, "TemporaryDirectory", refused)
+    model = QuantSim(NET).calibrate({"x": X}).model
+    first = model.run({"x": X})["y"]
+    for _ in range(3):
+        np.testing.assert_array_equal(model.run({"x": X})["y"], first)
+
+
+def test_models_without_convolutions_and_large_ones_are_left_alone(written, monkeypatch):
+    monkeypatch.setattr(simulation, "RUNS_BEFORE_BLOCKED", 1)
+    mlp = b.mlp()
+    name = mlp.graph.input[0].name
+    x = np.random.default_rng(0).standard_normal((8, 4, 6)).astype(np.float32)
+    model = QuantSim(mlp).calibrate({name: x}).model
+    [model.run({name: x}) for _ in range(3)]
+    monkeypatch.setattr(session, "BLOCKED_BYTES", 1000)
+    model = QuantSim(NET).calibrate({"x": X}).model
+    [model.run({"x": X}) for _ in range(3)]
+    assert written == []
+
+
+def test_a_scale_for_each_channel_is_not_blocked(written, monkeypatch):
+    """In blocks, channels lie elsewhere than the scales say."""
+    monkeypatch.setattr(simulation, "RUNS_BEFORE_BLOCKED", 1)
+    sim = QuantSim(NET).calibrate({"x": X})
+    scales = np.linspace(0.01, 0.05, 24, dtype=np.float32)
+    channels = Encoding(8, True, True, scales, np.zeros(24, np.int32), PerChannel(1))
+    simulated = sim.backend.simulate(sim.native, sim.plan, sim.table)
+    simulated.set({"r1": channels})
+    model = simulated.model
+    first, second = (model.run({"x": X})["y"] for _ in range(2))
+    np.testing.assert_array_equal(second, first)
+    assert len(written) == 1 and written[0] is not None
