@@ -303,7 +303,9 @@ class LayerMoments:
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
         a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
-        return self._scaled(self._rounded(index)) - _outer(a, b)
+        total = self._scaled(self._rounded(index))
+        total -= _outer(a, b)
+        return total
 
     def _product(self, index: int) -> Moments:
         """About zero: what the shift has taken out put in again."""
@@ -314,9 +316,11 @@ class LayerMoments:
         if not (shifts[a].any() or shifts[b].any()):
             return total
         m, n = self._scaled(self._sum[a]), self._scaled(self._sum[b])
-        return total + _outer(shifts[a], n) + _outer(m, shifts[b]) + _outer(shifts[a], shifts[b])
+        for outer in ((shifts[a], n), (m, shifts[b]), (shifts[a], shifts[b])):
+            total += _outer(*outer)
+        return total
 
-    def _rounded(self, index: int) -> Moments:
+    def _rounded(self, index: int) -> NDArray[np.floating[Any]]:
         """Second moments in single precision where x̂ = x, so that in files of half the size they are the same.
 
         Products were summed in it over a batch: the digits behind it are none of the data's. What overflows it stays.
@@ -328,14 +332,16 @@ class LayerMoments:
             single = total.astype(np.float32)
         if not np.isfinite(single).all():
             return total
-        # A file has the upper triangle.
-        upper = np.triu(single.astype(np.float64))
-        return upper + np.swapaxes(np.triu(upper, 1), 1, 2)
+        # A file has the upper triangle. In place: of a wide layer each copy takes as much as a part of the network.
+        for row in range(single.shape[1]):
+            single[:, row + 1 :, row] = single[:, row, row + 1 :]
+        single += 0  # no −0
+        return single
 
-    def _scaled(self, total: Moments) -> Moments:
+    def _scaled(self, total: NDArray[np.floating[Any]]) -> Moments:
         if self.count == 0:
             raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
-        return total / self.count
+        return np.divide(total, self.count, dtype=np.float64)
 
     @property
     def mean(self) -> Moments:
