@@ -77,7 +77,8 @@ class Reconstruction:
     @cached_property
     def unit_gram(self) -> NDArray[np.float32]:
         """Damped Ĥ of mean diagonal 1, safe in float32 whatever the input's magnitude."""
-        return (self.gram / self.unit[:, None, None]).astype(np.float32)
+        single = np.empty(self.gram.shape, np.float32)
+        return np.divide(self.gram, self.unit[:, None, None], out=single, casting="same_kind")
 
     @cached_property
     def goal(self) -> NDArray[np.float32]:
@@ -139,8 +140,9 @@ def reconstruction(
     ridge = np.maximum(damping * trace / features, np.maximum(_ROUNDOFF * trace, own))
     # An input that never changes makes any weight as good as another: stay near W.
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
-    gram = qq + ridge[:, None, None] * np.eye(features)
     energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
+    gram = qq  # this function's own; a wide layer's takes as much as a part of the network
+    np.einsum("gkk->gk", gram)[...] += ridge[:, None]
     if same:
         return Reconstruction(matrix, gram, ridge, matrix, None, energy)
     cross = matrix @ xq

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,3 +123,57 @@ def test_solved_weights_lie_on_disk_and_codes_are_computed_when_they_are_written
     solved = [sim.native.graph.initializers[op.weight].const_value for op in sim.graph.linear_ops]
     assert solved and all(isinstance(tensor, ir.LazyTensor) for tensor in solved)
     assert found == expected
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from bitwright import QuantSim
+from bitwright.backend import _parts
+from bitwright_onnx.backend import OnnxBackend
+import onnxruntime
+
+def data():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
+
+folder, whole, limit = Path(sys.argv[1]), sys.argv[2] == "whole", int(sys.argv[3])
+_parts.WHOLE_BYTES, _parts.PART_BYTES = 2**40 if whole else 2**24, 2**23
+samples = np.random.default_rng(0).normal(size=(8, 1024)).astype(np.float32)
+QuantSim(folder / "small.onnx").calibrate(samples).export(folder / "small")  # the framework's own
+private = data() + limit * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (private, private))
+QuantSim(folder / "model.onnx").calibrate(samples).export(folder / f"out-{sys.argv[2]}")
+print("done")
+"""
+
+
+def _chain(path, layers, width):
+    import onnx
+
+    rng, node = np.random.default_rng(0), onnx.helper.make_node
+    nodes, weights, x = [], [], "x"
+    for i in range(layers):
+        weights.append(onnx.numpy_helper.from_array(rng.normal(size=(width, width)).astype(np.float32) / 32, f"w{i}"))
+        nodes += [node("MatMul", [x, f"w{i}"], [f"m{i}"], f"m{i}"), node("Tanh", [f"m{i}"], [f"t{i}"], f"t{i}")]
+        x = f"t{i}"
+    shape = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(nodes, "chain", [shape("x", 1, ["n", width])], [shape(x, 1, ["n", width])], weights)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by RLIMIT_DATA")
+def test_parts_are_calibrated_and_exported_where_the_whole_finds_no_memory(tmp_path):
+    """64 MiB of weights: in parts of 8 MiB it passes with 150 MiB of private memory; as a whole 220 don't do."""
+    _chain(tmp_path / "model.onnx", 16, 1024)
+    _chain(tmp_path / "small.onnx", 1, 1024)
+    (tmp_path / "run.py").write_text(LIMITED)
+    ended = {}
+    for how in ("parts", "whole"):
+        words = [sys.executable, tmp_path / "run.py", tmp_path, how, "184"]
+        ended[how] = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended["parts"].stdout == "done\n", ended["parts"].stderr
+    assert (tmp_path / "out-parts/model.qdq.onnx").exists()
+    assert ended["whole"].returncode != 0 and not (tmp_path / "out-whole/model.qdq.onnx").exists()
