@@ -252,3 +252,21 @@ def test_the_simulated_model_hands_it_out_as_predict_and_the_exported_file_do(tm
     for name, value in found.items():
         np.testing.assert_allclose(seen[name], value, atol=1e-5)
         np.testing.assert_allclose(written[name], value, atol=1e-5)
+
+
+def test_encodings_of_a_part_say_how_to_leave_the_rest_in_float(tmp_path):
+    """As a file does that another framework's plan was written by."""
+    model, x = b.small_cnn(), b.image(4, 3, 8, 8)
+    sim = QuantSim(model).calibrate({"x": x})
+    sim.export(tmp_path, name="net")
+    file = tmp_path / "net.encodings"
+    found = json.loads(file.read_text())
+    found["activation_encodings"] = found["activation_encodings"][:2]
+    file.write_text(json.dumps(found))
+    opened = QuantSim(model).load_encodings(file)
+    with pytest.raises(EncodingError, match=r"no encoding yet.*load_encodings\(file, partial=False\)"):
+        opened.predict({"x": x})
+    opened.load_encodings(file, partial=False).predict({"x": x})
+    with pytest.raises(EncodingError) as error:
+        QuantSim(model).predict({"x": x})
+    assert "partial" not in str(error.value)

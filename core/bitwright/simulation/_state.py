@@ -127,7 +127,10 @@ def require_calibrated(state: SimState) -> None:
     """
     missing = [s for s in (*state.plan.activations, *state.plan.parameters) if s not in state.encodings]
     if missing:
-        raise EncodingError(f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)")
+        told = f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
+        if any(encoding.source == "loaded" for encoding in state.encodings.values()):
+            told += ", or load_encodings(file, partial=False), which leaves what the file doesn't name in float"
+        raise EncodingError(told)
 
 
 def open_simulation(state: SimState) -> Simulation[Any]:
