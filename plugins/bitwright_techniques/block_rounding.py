@@ -27,12 +27,19 @@ class _Block:
 
     Attributes:
         upper: U_bb, (groups, n, n).
-        low, high: bounds of the codes, (groups, rows).
+        low, high: bounds of the codes, (groups, rows), or (1, 1) where all are the same.
     """
 
     upper: Array
     low: Array
     high: Array
+
+    @classmethod
+    def of(cls, upper: Array, low: Array, high: Array) -> _Block:
+        """With bounds (groups, rows); one number of each where zero points are one, which is faster to clip to."""
+        if (low == low[0, 0]).all() and (high == high[0, 0]).all():
+            low, high = low[:1, :1], high[:1, :1]
+        return cls(upper, low, high)
 
     def rounded(self, values: Array, scale: Array) -> tuple[Array, Array]:
         """Codes and spread errors of the block's present values, both (groups, n, rows).
@@ -59,7 +66,7 @@ class _Block:
             scales: (groups, rows) each.
         """
         spreads = np.swapaxes(np.linalg.inv(self.upper.astype(np.float64)), 1, 2).astype(np.float32)
-        low, high = self.low[:, None], self.high[:, None]
+        low, high = (b.item() if b.size == 1 else b[:, None] for b in (self.low, self.high))
         costs = []
         for scale in scales:
             step = scale[:, None]
@@ -107,7 +114,7 @@ def block_rounding(
         end = begin + len(members)
         at = 0 if grid.whole_rows else members[0]
         cells = grid.cells[..., at]
-        block = _Block(upper[:, begin:end, begin:end], grid.low[..., at], grid.high[..., at])
+        block = _Block.of(upper[:, begin:end, begin:end], grid.low[..., at], grid.high[..., at])
         values = free[:, begin:end]
         if unit is None:
             tried = _covering(values, block)[..., None] * (np.arange(candidates, 0, -1) / candidates)

@@ -88,6 +88,8 @@ def test_names_aliases_and_settings():
         ("percentile:49", "between 50 and 100"),
         ("percentile:101", "between 50 and 100"),
         ("percentile:high", "write a number"),
+        ("minmax:0.9", "between 1 and 16"),
+        ("minmax:wide", "write a number"),
     ]:
         with pytest.raises(InputError, match=message):
             scheme(wrong)
@@ -119,6 +121,17 @@ def test_min_max():
         calibrate_array(x, QuantSpec(8, **ASYMMETRIC)),
     ):
         assert (float(e.scale), int(e.zero_point), e.source) == (pytest.approx(0.0117647061, rel=1e-6), 85, "minmax")
+
+
+def test_min_max_with_room_is_a_multiple_of_the_range():
+    x = np.array([-1, -0.5, 0, 0.3, 2], np.float32)
+    spec = QuantSpec(16, **ASYMMETRIC)
+    once, twice = (calibrate(name, spec, x) for name in ("minmax:1", "minmax:2"))
+    assert once.scale == calibrate("minmax", spec, x).scale
+    assert (twice.scale, twice.zero_point) == (pytest.approx(2 * once.scale), once.zero_point)
+    assert calibrate_array(x, spec, "minmax:2").scale == twice.scale
+    pinned = calibrate("minmax:2", spec.with_(minimum=0.0, maximum=1.0), x)
+    assert (pinned.minimum, pinned.maximum) == (0, pytest.approx(1))
 
 
 @pytest.mark.parametrize(("p", "high"), [(100, 1000), (99, 990), (50, 500)])

@@ -111,7 +111,8 @@ class Scheme(ABC):
         return enough or pinned or spec.float_format is not None
 
     def _encode(self, data: Density, spec: QuantSpec, shape: tuple[int, ...]) -> Encoding:
-        low, high = (data.minimum, data.maximum) if self._extremes(spec) else self.range(data, spec)
+        left = self._extremes(spec) and not self.extremes_only  # nothing is left to choose
+        low, high = (data.minimum, data.maximum) if left else self.range(data, spec)
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         if low.shape != data.minimum.shape or high.shape != data.minimum.shape:
             raise EncodingError(f"{self.name}: {low.shape} and {high.shape} for {data.minimum.shape} groups")
