@@ -73,10 +73,16 @@ def test_every_damaged_byte_of_a_stored_step_counts_as_absent(tmp_path):
 
 def test_labels_that_are_no_numbers(tmp_path):
     for name, values in {"text": np.array(["a", "b"]), "records": np.zeros(2, [("a", "f4")]),
-                         "dates": np.array(["2026-01-01"], "M8[D]")}.items():  # fmt: skip
+                         "dates": np.array(["2026-01-01"], "M8[D]"), "unsigned": np.array([2**63], np.uint64),
+                         "large": np.array([1e30]), "infinite": np.array([np.inf])}.items():  # fmt: skip
         np.save(tmp_path / f"{name}.npy", values)
         with pytest.raises(InputError, match="class indices"):
             labels(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "halves.npy", np.float16([3, 1000]))
+    assert labels(tmp_path / "halves.npy").tolist() == [3, 1000]
+    (tmp_path / "l.txt").write_text("9" * 30)
+    with pytest.raises(InputError, match="integer a line"):
+        labels(tmp_path / "l.txt")
 
 
 @pytest.mark.parametrize(
