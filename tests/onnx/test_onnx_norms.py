@@ -129,6 +129,46 @@ def test_a_norm_that_is_written_out_is_one_op(norm, target):
     assert not inner & set(sim.plan.quantized)
 
 
+def magnitude(net, x):
+    """Of a spectrum: √(re² + im²)."""
+    im = net.node("Mul", [x, "gamma"], "im")
+    power = net.node("Add", [net.square(x), net.node("Mul", [im, im], "sq_im")], "v")
+    return net.node("Sqrt", [power], "out")
+
+
+def distance(net, x):
+    """√max(Σ(x − β)², ε)."""
+    square = net.square(net.node("Sub", [x, "beta"], "between"))
+    s = net.node("Max", [net.node("ReduceSum", [square, "last"], "s"), "eps"], "bounded")
+    return net.node("Add", [net.node("Sqrt", [s], "far"), "beta"], "out")
+
+
+def deviation(net, x):
+    """√(mean(x²) − mean(x)²), as statistics are pooled."""
+    squared_mean = net.square(net.mean(x, "mu"), "mu2")
+    v = net.node("Sub", [net.mean(net.square(x), "ms"), squared_mean], "v")
+    return net.node("Add", [net.node("Pow", [v, "half"], "far"), "beta"], "out")
+
+
+@pytest.mark.parametrize("target", ["default", "htp_v73", "onnxruntime-cpu"])
+@pytest.mark.parametrize("length", [magnitude, distance, deviation], ids=lambda f: f.__name__)
+def test_squares_below_a_root_have_no_grid(length, target):
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    x[:, 0] *= 1000
+    sim = QuantSim(Net(length).build(), target=target, activations="uint16", scheme="minmax").calibrate({"x": x})
+    expected, found = (sim.predict({"x": x}, simulated=s)[0][:, 1:] for s in (False, True))
+    assert sqnr(expected, found) >= 20
+    assert not {"sq", "sq_im", "s", "bounded", "v", "ms", "mu2"} & set(sim.plan.quantized)
+    assert "h" in sim.plan.quantized
+
+
+def test_sums_below_a_root_that_are_no_squares_keep_their_grids():
+    def mixed(net, x):
+        return net.node("Sqrt", [net.node("Add", [net.square(x), net.node("Abs", [x], "abs")], "v")], "out")
+
+    assert {"sq", "abs", "v"} <= set(QuantSim(Net(mixed).build()).plan.quantized)
+
+
 def test_parts_of_a_norm_that_others_read_keep_their_grids():
     def leaking(net, x):
         v = net.mean(net.square(x), "v")

@@ -41,6 +41,11 @@ def unit(m, x):
     return nn.functional.normalize(x, dim=-1)
 
 
+def magnitude(m, x):
+    """Of a spectrum; no norm, but squares of twice its range."""
+    return torch.sqrt(x**2 + (m.weight * x).square())
+
+
 class Net(nn.Module):
     def __init__(self, norm):
         super().__init__()
@@ -54,14 +59,14 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["default", "per_tensor", "htp_v66", "htp_v73"])
-@pytest.mark.parametrize("norm", [llama, divided, layer, deviation, unit], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("norm", [llama, divided, layer, deviation, unit, magnitude], ids=lambda f: f.__name__)
 def test_a_norm_that_is_written_out_is_one_op(norm, target):
     x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
     x[:, 0] *= 1000
     sim = QuantSim(Net(norm).eval(), torch.from_numpy(x[:2]), target=target, activations="uint16", scheme="minmax")
     sim.calibrate(x)
     expected, found = (sim.predict(x, simulated=s)[0][:, 1:] for s in (False, True))
-    assert sqnr(expected, found) >= 25
+    assert sqnr(expected, found) >= (20 if norm is magnitude else 25)
 
 
 def test_half_precision_norms_as_hugging_face_writes_them():

@@ -69,8 +69,43 @@ def rms_normalizations(graph: Graph) -> Iterator[Composite]:
 
 
 def lp_normalizations(graph: Graph) -> Iterator[Composite]:
-    """x / ‖x‖, with a bound or an ε below, by ReduceL2 or √Σx²."""
+    """x / ‖x‖, with a bound or an ε below, by ReduceL2 or √Σx²; and lengths that nothing is divided by, `lengths`."""
     yield from _uncentred(graph, "LpNormalization", "ReduceL2", "ReduceSum")
+    yield from lengths(graph)
+
+
+def lengths(graph: Graph) -> Iterator[Composite]:
+    """√Σx², √(mean(x²) + ε), √variance, √(a² + b²): distances, deviations, magnitudes of spectra.
+
+    Squares have twice the range of what is squared: on a grid for the loudest, all that is quieter by the root of the
+    number of its steps (24 dB of 8 bits, 48 of 16) is zero.
+    """
+    norms = (layer_normalizations, rms_normalizations)
+    known = {op.id for found in norms for c in found(graph) for op in c.ops}
+    known |= {op.id for c in _uncentred(graph, "LpNormalization", "ReduceL2", "ReduceSum") for op in c.ops}
+    for end in graph:
+        if end.id in known or not (_is_root(end) and _constant_operand(end)):
+            continue
+        found = _statistic(graph, end.output)
+        ops = _sum_of_squares(graph, end.data_inputs[0]) if found is None else found[2][1:]
+        if ops and (found is None or found[1] not in ("ReduceL2", "std")):
+            closed = _closed(graph, "ReduceL2", [end, *ops], end, end.data_inputs[0] if found is None else found[0])
+            if closed is not None:
+                yield closed
+
+
+def _sum_of_squares(graph: Graph, tensor: TensorId) -> list[Op]:
+    """The ops of a² + b² + …, with bounds, factors and an ε; none if a tensor is something else."""
+    op, casts = _producer(graph, tensor)
+    if op is None:
+        return []
+    if _squared(op) is not None or op.type == "ReduceSumSquare":
+        return [*casts, op]
+    summed = op.kind is OpKind.ADD and len(op.data_inputs) > 1
+    if not summed and not (_constant_operand(op) and (op.type in _PASSED or op.type == "ReduceSum")):
+        return []
+    parts = [_sum_of_squares(graph, t) for t in op.data_inputs]
+    return [*casts, op, *(o for part in parts for o in part)] if all(parts) else []
 
 
 def _uncentred(graph: Graph, type: str, *statistics: str) -> Iterator[Composite]:
@@ -287,8 +322,21 @@ def _finish(graph: Graph, type: str, ops: list[Op], end: Op, source: TensorId) -
     gamma, after = _affine(graph, end, OpKind.MUL)
     beta, before_beta = _affine(graph, gamma or end, OpKind.ADD)
     casts = (*(after if gamma else ()), *(before_beta if beta else ()))
-    members: dict[OpId, Op] = {op.id: op for op in (*ops, *casts, *(o for o in (gamma, beta) if o is not None))}
-    last = beta or gamma or end
+    members = [*ops, *casts, *(o for o in (gamma, beta) if o is not None)]
+    return _closed(graph, type, members, beta or gamma or end, source, gamma, beta)
+
+
+def _closed(
+    graph: Graph,
+    type: str,
+    ops: list[Op],
+    last: Op,
+    source: TensorId,
+    gamma: Op | None = None,
+    beta: Op | None = None,
+) -> Composite | None:
+    """The composite of these ops, if nothing outside reads what is inside."""
+    members: dict[OpId, Op] = {op.id: op for op in ops}
     for op in members.values():
         for tensor in op.outputs:
             outside = any(user.id not in members for user in graph.consumers(tensor))
