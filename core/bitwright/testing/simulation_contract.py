@@ -128,6 +128,8 @@ class SimulationContract(Contract):
             with pytest.raises(ModelError):
                 simulation.set_params({"no such parameter": np.zeros(3, np.float32)})
             found = run(simulation.session(taps), case.batch)
+            for t, v in self.outputs(model, case).items():
+                assert np.array_equal(v, before[t]), f"{t} of the float model has changed"
             edited = backend.simulate(backend.edit(model, [SetParams(values)]), plan, table)
             for t, v in run(edited.session(taps), case.batch).items():
                 assert np.array_equal(found[t], v), t
@@ -135,5 +137,3 @@ class SimulationContract(Contract):
             simulation.set_params(known)
         for t, v in run(simulation.session(taps), case.batch).items():
             assert np.array_equal(v, simulated[t]), f"{t}, with the old parameters again"
-        for t, v in self.outputs(model, case).items():
-            assert np.array_equal(v, before[t])

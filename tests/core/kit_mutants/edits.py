@@ -154,3 +154,26 @@ class FoldsBiasesAway(Wrong):
                     model = self.inner.edit(model, [SetParams({bias: np.zeros_like(model.params[bias])})])
             model = self.inner.edit(model, [edit])
         return model
+
+
+@mutant("values are set last, whatever comes behind them", "cnn", "test_every_linear_op_takes_a_bias")
+class SetsValuesLast(Wrong):
+    def edit(self, model, edits):
+        return self.inner.edit(model, sorted(edits, key=lambda edit: isinstance(edit, SetParams)))
+
+
+@mutant(
+    "a simulation's new parameters are the float model's", "cnn", "test_new_parameters_are_those_of_an_edited_model"
+)
+class WritesToTheFloatModel(Wrong):
+    def simulate(self, model, plan, encodings):
+        made = self.inner.simulate(model, plan, encodings)
+        set_params = made.set_params
+
+        def both(values):
+            set_params(values)
+            for p, v in values.items():
+                model.params[p][...] = v
+
+        made.set_params = both
+        return made
