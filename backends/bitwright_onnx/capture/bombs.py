@@ -48,7 +48,8 @@ def check_inlined_size(model: ir.Model) -> None:
         return total
 
     total = size(model.graph, 0)
-    written = sum(1 for graph in (model.graph, *model.functions.values()) for _ in graph.all_nodes())
+    written = sum(len(list(ir.traversal.RecursiveGraphIterator(f))) for f in model.functions.values())
+    written += len(list(ir.traversal.RecursiveGraphIterator(model.graph)))
     if total > (most := min(_NODES, max(_FEW, _TIMES * written))):
         raise ModelError(
             f"with its functions written out the model has {total:,} nodes; {most:,} are possible for the {written:,} "

@@ -85,6 +85,8 @@ def _constant_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """Nodes of initializers alone, as far as the size of what they give is known, and no bomb."""
     known = {v: _size(v) for v in graph.initializers.values()}
     stored = sum(size or 0 for size in known.values())
+    room: float
+    multiplications: float
     room, multiplications = max(_COMPUTED_BYTES, _TIMES * stored), max(_MULTIPLICATIONS, _RANK * stored // 4)
     for node in graph:
         inputs = [v for v in node.inputs if v is not None]

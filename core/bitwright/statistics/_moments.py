@@ -341,7 +341,7 @@ class LayerMoments:
     def _scaled(self, total: NDArray[np.floating[Any]]) -> Moments:
         if self.count == 0:
             raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
-        return np.divide(total, self.count, dtype=np.float64)
+        return np.asarray(np.divide(total, self.count, dtype=np.float64))
 
     @property
     def mean(self) -> Moments:
