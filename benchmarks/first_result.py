@@ -24,10 +24,11 @@ STATIONS = ("## Calibrate", "## Compare", "## End")
 def main() -> None:
     """A line a framework."""
     print(f"| | lines of your own | {' | '.join(MARKS)} |\n|---|---|---|---|---|")
+    before = 0.0
     for framework in ("pytorch", "keras", "tensorflow", "onnx"):
         page = (DOCS / f"quickstart-{framework}.md").read_text(encoding="utf-8") + "\n## End\n"
         _, _, rest = page.partition("## Calibrate")
-        seconds, before = [], 0.0
+        seconds = []
         for station in STATIONS:
             text = page[: page.index(station)]
             code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
