@@ -165,7 +165,7 @@ def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of upper triangular matrices, (groups, K, K), by halves: K³/3 operations, nearly all in matrix products."""
     half = upper.shape[1] // 2
     if half < _BLOCK:
-        return np.linalg.inv(upper)
+        return np.asarray(np.linalg.inv(upper), np.float64)
     result = np.zeros_like(upper)
     result[:, :half, :half] = first = _inverse(upper[:, :half, :half])
     result[:, half:, half:] = last = _inverse(upper[:, half:, half:])

@@ -77,12 +77,12 @@ def _normal_equations(
     """A (rows, blocks, blocks) and b (rows, blocks) of codes and Ĥ Tᵀ, both (K, rows), in equal runs of features."""
     own = codes.reshape(blocks, -1, codes.shape[1])
     size = own.shape[1]
-    a = np.empty((blocks, blocks, codes.shape[1]), np.float32)
+    products = np.empty((blocks, blocks, codes.shape[1]), np.float32)
     for j in range(blocks):
         product = gram[:, j * size : (j + 1) * size] @ own[j]
-        a[j] = np.einsum("ikr,ikr->ir", own, product.reshape(own.shape))
+        products[j] = np.einsum("ikr,ikr->ir", own, product.reshape(own.shape))
     b = np.einsum("ikr,ikr->ri", own, pull.reshape(own.shape)).astype(np.float64)
-    a = np.moveaxis(a, 2, 0).astype(np.float64)
+    a = np.moveaxis(products, 2, 0).astype(np.float64)
     diagonal = np.einsum("rii->ri", a)
     # A block of zeros has no say: its scale is left by the equation s = 0, which isn't positive.
     diagonal += np.where(diagonal > 0, _RIDGE * diagonal, 1.0)

@@ -80,7 +80,10 @@ def canonical_shape(node: ir.Node, role: ParamRole, native: tuple[int, ...]) -> 
 
 def slope_axis(node: ir.Node) -> int | None:
     """The axis of x, from the back, that a slope with one axis longer than 1 is broadcast along; None for others."""
-    lengths = constant_shape(node.inputs[1])
+    slope = node.inputs[1]
+    if slope is None:
+        return None
+    lengths = constant_shape(slope)
     wide = [i - len(lengths) for i, d in enumerate(lengths) if d != 1]
     return wide[0] if len(wide) == 1 else None
 

@@ -262,6 +262,7 @@ class GridContract(Contract):
             assert np.array_equal(followed[t], other[t]), t
         if segment is not None:
             again, _ = _segment(backend, case, simulation, graph)
+            assert again is not None, "a segment that was cut can't be cut again"
             for t, v in run(segment, fed).items():
                 assert np.array_equal(v, run(again, fed)[t]), f"{t}, of a segment that was open"
         simulation.set(table)
