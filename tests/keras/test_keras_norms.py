@@ -33,6 +33,11 @@ def unit(x):
     return x / ops.maximum(ops.sqrt(ops.sum(ops.square(x), -1, keepdims=True)), 1e-6)
 
 
+def distance(x):
+    """No norm, but squares of twice its range."""
+    return ops.sqrt(ops.maximum(ops.sum(ops.square(x - GAMMA), -1, keepdims=True), 1e-6)) + GAMMA
+
+
 def net(norm):
     keras.utils.set_random_seed(0)
     x = L.Input((8, D), name="x")
@@ -46,20 +51,20 @@ def data():
     return x
 
 
-@pytest.mark.parametrize("norm", [rms, layer, unit], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("norm", [rms, layer, unit, distance], ids=lambda f: f.__name__)
 def test_a_norm_that_is_written_out_is_one_op(norm, data):
     sim = QuantSim(net(norm), activations="uint16", scheme="minmax").calibrate(data)
     expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
-    assert sqnr(expected, found) >= 25
+    assert sqnr(expected, found) >= (20 if norm is distance else 25)
 
 
-@pytest.mark.parametrize("norm", [rms, layer, unit], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("norm", [rms, layer, unit, distance], ids=lambda f: f.__name__)
 def test_a_norm_in_a_tensorflow_graph_is_one_op(norm, data):
     model = net(norm)
     function = tf.function(model, input_signature=[tf.TensorSpec([None, 8, D], name="x")])
     sim = QuantSim(function.get_concrete_function(), activations="uint16", scheme="minmax").calibrate(data)
     expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
-    assert sqnr(expected, found) >= 25
+    assert sqnr(expected, found) >= (20 if norm is distance else 25)
 
 
 def test_moments_in_a_tensorflow_graph_are_one_op(data):
