@@ -3,7 +3,8 @@
 On x64 without VNNI, u8·s8 kernels saturate (`bitwright.bundle`). Here every product of such a model is looked at: a
 convolution, Gemm or MatMul of 8-bit activations with an int8 constant. What can saturate is kept as uint8 with all
 codes and the zero point 128 higher instead: the values are the same, the u8·u8 kernels add in int32, and they are
-slower (EfficientNet-Lite0 on AVX2: a quarter; with VNNI more).
+slower (EfficientNet-Lite0 on AVX2: a quarter; with VNNI more). int8 activations never meet these kernels on the right:
+on x64 ONNX Runtime makes their pairs uint8 before it fuses them (QDQS8ToU8Transformer).
 
 Integer weights of matrix products that have no 8-bit activation beside them (16 bits, float, blocks) become
 MatMulNBits, which by default rounds its inputs to 8 bits in blocks; with the session option
