@@ -235,6 +235,10 @@ def test_products_by_displacement_are_those_of_columns(parts, monkeypatch):
             )
             expected = one.astype(np.float64) @ np.swapaxes(other, 1, 2)
             assert np.array_equal(centred_products(attrs, centred[a], centred[b]), expected), (attrs, shape, a, b)
+        x = rng.normal(size=shape).astype(np.float32)
+        rough = Centred(x, x.sum(axis=0, dtype=np.float64), np.zeros(shape[1]))
+        found = centred_products(attrs, rough, rough)
+        assert np.array_equal(found, np.swapaxes(found, 1, 2)), "what is rounded isn't symmetric"
 
 
 @pytest.mark.parametrize("axis", [1, 3])

@@ -61,7 +61,7 @@ def test_loss_in_moments_is_the_mean_squared_output_error(kind):
     # The damped objective differs from the damped error by a constant only.
     damped = reconstruction(op, layer.weight, moments, free_bias=False, damping=0.1)
     other = v + 0.1 * rng.normal(size=v.shape)
-    penalty = [damped.damping[:, None] * ((a - w) ** 2).sum(axis=2) for a in (v, other)]
+    penalty = [damped.damping[:, None] * ((a - w.astype(float)) ** 2).sum(axis=2) for a in (v, other)]
     change = damped.loss(other) + penalty[1] - damped.loss(v) - penalty[0]
     assert np.allclose(damped.objective(other) - damped.objective(v), change, rtol=1e-6, atol=1e-9)
 

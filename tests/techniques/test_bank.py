@@ -240,7 +240,8 @@ def test_merged_is_one_run(sim, bank, tmp_path):
         np.testing.assert_allclose(sums, once, rtol=1e-13)
         np.testing.assert_allclose(ours.xx, one.xx, rtol=1e-6, atol=1e-6 * np.abs(one.xx).max())
     assert seen, "no feature varies"
-    same_weights(sim.fork().apply("gptq", exact), sim.fork().apply("gptq", bank))
+    # Scales that are fitted to codes would have the moments' last digits.
+    same_weights(*(sim.fork().apply("gptq", b, scales="keep") for b in (exact, bank)))
 
 
 @onnx_only

@@ -199,7 +199,7 @@ def test_gptq_on_blocks_of_floats(port, data, kind):
     assert (encoding.frozen, encoding.source) == (True, "gptq")
     assert np.array_equal(encoding.fake_quantize(sim.params["fc.weight"]), sim.params["fc.weight"])
     figures = dict(zip(sim.reports[-1][1].columns, sim.reports[-1][1].rows[0], strict=True))
-    assert figures["after"] < 0.9 * figures["nearest"]
+    assert figures["error after"] < 0.9 * figures["error nearest"]
     sim.apply("adaround", data, include=["conv2"])
     assert any(encoding.float_format in str(row[1]) for row in sim.reports[-1][1].rows)
 

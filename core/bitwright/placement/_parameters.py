@@ -160,7 +160,7 @@ class ParameterPlacement:
         wider = a if a.bits >= b.bits else b
         if a.bits == b.bits and a.with_(granularity=b.granularity, scale_type=b.scale_type) != b:
             return None
-        if a.granularity != b.granularity and a.scale_type != b.scale_type:
+        if a.granularity != b.granularity and wider.float_format is not None:
             wider = wider.with_(scale_type=None)  # that of blocks, which it won't have
         rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
         rest = [v for v in (first, other) if v not in rows]

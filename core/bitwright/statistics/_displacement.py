@@ -265,7 +265,11 @@ def _by_taps(
     if width > 1 and half:
         result = np.where(turned.transpose(0, 2, 1, 3).reshape(-1), values.swapaxes(1, 2).take(order, axis=-1), result)
     result = result.reshape(groups, width, width, rows.kernel * cols.kernel, -1)
-    return np.ascontiguousarray(result.transpose(0, 1, 3, 2, 4)).reshape(groups, features, features)
+    result = np.ascontiguousarray(result.transpose(0, 1, 3, 2, 4)).reshape(groups, features, features)
+    for row in range(features if half else 0):
+        # Taps that lie apart along rows were summed both ways round, which rounds otherwise.
+        result[:, row + 1 :, row] = result[:, row, row + 1 :]
+    return result
 
 
 def _correlate(total: Products, a: _Images, b: _Images, rows: _Meeting, cols: _Meeting) -> None:
