@@ -121,6 +121,14 @@ def test_functions_that_are_called_often_are_written_out_soon_and_named_as_ever(
     assert named[0] == named[1]
 
 
+def test_an_onnx_ir_that_keeps_names_elsewhere_inlines_by_itself(monkeypatch):
+    """As 0.1.14 and 0.1.15 do, which pyproject.toml allows."""
+    ours, theirs = Inlining(), ([], [])
+    monkeypatch.setattr(InlinePass, "_instantiate_call", lambda self, call, where: theirs)
+    del ours._used_node_names
+    assert ours._instantiate_call(node("f0", ["x"], ["y"], domain="f"), None) is theirs
+
+
 def test_functions_are_not_written_out_without_end():
     backend = OnnxBackend()
     call = [node("f3", ["x"], ["y"], domain="f")]

@@ -23,7 +23,9 @@ class Inlining(passes.InlinePass):
         self._last: dict[tuple[int, str], int] = {}
 
     def _instantiate_call(self, node: ir.Node, call_site_id: Any) -> Any:
-        names, values = self._used_node_names, self._used_value_names
+        names, values = (getattr(self, known, None) for known in ("_used_node_names", "_used_value_names"))
+        if names is None or values is None:  # onnx-ir before 0.1.16 keeps them elsewhere: its pass as it is
+            return super()._instantiate_call(node, call_site_id)
         self._used_node_names, self._used_value_names = _Untaken(), _Untaken()
         try:
             nodes, results = super()._instantiate_call(node, call_site_id)
