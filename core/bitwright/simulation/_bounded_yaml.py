@@ -1,4 +1,4 @@
-"""YAML whose aliases and merged mappings are counted before anything is written out."""
+"""YAML whose depth, aliases and merged mappings are counted before anything is written out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import yaml
 
 from bitwright.errors import InputError
+
+# The scanner looks at every open bracket before each token: its time grows with the square of the depth.
+_DEPTH = 100
 
 
 def load(text: str, where: str, entries: int) -> Any:
@@ -17,12 +20,17 @@ def load(text: str, where: str, entries: int) -> Any:
         entries: names and values that it may have, with those that aliases stand for.
 
     Raises:
-        InputError: it has more.
+        InputError: it has more, or its brackets open deeper than 100.
         yaml.YAMLError, ValueError, RecursionError: it isn't YAML.
     """
 
     class Loader(yaml.SafeLoader):
         nodes = 0
+
+        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+            if self.flow_level >= _DEPTH:
+                raise InputError(f"{where}: brackets in a recipe open at most {_DEPTH} deep")
+            super().fetch_flow_collection_start(TokenClass)
 
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
             self.nodes += 1
