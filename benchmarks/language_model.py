@@ -46,6 +46,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "nearest": (W4, []),
     "gptq": (W4, ["gptq"]),
     "rotate-gptq": (W4, ["rotate", "gptq"]),
+    "rotate-heads-gptq": (W4, [["rotate", {"heads": True}], "gptq"]),
 }
 """Options of `QuantSim`, and techniques."""
 AUTO = "auto"

@@ -4,11 +4,14 @@ R1 of QuaRot (Ashkboos et al. 2024, *QuaRot: Outlier-Free 4-Bit Inference in Rot
 2024): a norm's γ and β move into the weights that read it, then with x' = x Q what writes to the stream becomes
 W' = Qᵀ W, b' = b Q (rows of embeddings e' = e Q), and what reads it W' = W Q. RMS normalization commutes with every
 rotation. Layer normalization does with those that keep the mean, Q·1 = 1, which are taken where one reads the stream.
+
+R2 (`heads`): values of attention in another basis, head by head. Attention mixes them over tokens alone, so that with
+v' = v Q what makes a head's values becomes W' = Qᵀ W, b' = b Q, and what reads it behind the attention W' = W Q.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,6 +26,7 @@ from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.bias_edits import bias_changes
 from bitwright_techniques.orthogonal import Matrix, rotation
 from bitwright_techniques.residual_streams import Stream, residual_streams
+from bitwright_techniques.value_heads import ValueHeads, value_heads
 
 Values = NDArray[np.float64]
 
@@ -33,9 +37,11 @@ class RotateSettings(BaseSettings):
     Attributes:
         kind: "hadamard" with random signs, where there is a Hadamard matrix of that order and no layer normalization
             reads the stream, "random" rotations otherwise and always.
+        heads: the values of attention are rotated too, within each head (R2).
     """
 
     kind: Literal["hadamard", "random"] = "hadamard"
+    heads: bool = False
 
 
 class Rotate:
@@ -65,10 +71,15 @@ class Rotate:
         summary = f"rotated {done} of {len(rows)} residual streams"
         if not rows:
             summary = "found no residual stream: no norm reads a sum"
-        elif done < len(rows):
-            summary += f"; {next(f'{r[0]}: {r[4]}' for r in rows if r[4] != 'rotated')}"
-        columns = ("stream", "width", "writers", "readers", "outcome")
         figures = {"rotated": float(done), "streams": float(len(rows))}
+        if ctx.settings.heads:
+            values = list(work.rotate_heads())
+            figures |= {"values": float(len(values)), "values_rotated": float(sum(v[4] == "rotated" for v in values))}
+            summary += f" and the values of {figures['values_rotated']:.0f} of {len(values)} attentions"
+            rows += values
+        if left := [f"{r[0]}: {r[4]}" for r in rows if r[4] != "rotated"]:
+            summary += f"; {left[0]}"
+        columns = ("stream", "width", "writers", "readers", "outcome")
         return work.outcome(Report(summary, figures, columns, tuple(rows)))
 
 
@@ -96,6 +107,9 @@ class _Rotated:
                 uses.append(affine)
                 if len(self.graph.users(affine[0].params[affine[1]])) > 1:
                     return f"{affine[0].params[affine[1]]!r} is shared by several norms"
+        return self._held(uses)
+
+    def _held(self, uses: Iterable[tuple[Op, ParamRole]]) -> str:
         for op, role in uses:
             param = op.params[role]
             encoding = self.ctx.encodings.get(self.ctx.plan.root(param) if param in self.ctx.plan else param)
@@ -131,6 +145,44 @@ class _Rotated:
         read = {op.id: op for norm in stream.norms.values() for op in norm.readers} | stream.readers
         for op in read.values():
             self.values[op.id, ParamRole.WEIGHT] = self._now(op, ParamRole.WEIGHT) @ q
+
+    def rotate_heads(self) -> Iterator[tuple[object, ...]]:
+        """Rotate the values of each attention, where they can be; a row of the report for each."""
+        for name, found in value_heads(self.graph):
+            if isinstance(found, str):
+                yield f"values of {name}", 0, 0, 0, found
+                continue
+            uses = [(op, ParamRole.WEIGHT) for op in (found.writer, found.reader)]
+            uses += [(found.writer, ParamRole.BIAS)] * (ParamRole.BIAS in found.writer.params)
+            uses += [(op, ParamRole.CONSTANT) for op in found.constants]
+            reason = self._held(uses)
+            if not reason:
+                self._rotate_values(found)
+            heads, width = found.channels.shape
+            yield f"values of {name}", width, heads, len(found.features), reason or "rotated"
+
+    def _rotate_values(self, values: ValueHeads) -> None:
+        writer, reader, channels = values.writer, values.reader, values.channels
+        rng, random = self.ctx.rng(f"rotate/values/{writer.id}"), self.ctx.settings.kind == "random"
+        turns = [rotation(channels.shape[1], rng, random=random, keeps_mean=False) for _ in channels]
+        weight, bias = self._now(writer, ParamRole.WEIGHT).copy(), None
+        if ParamRole.BIAS in writer.params or writer.id in self.biases:
+            bias = self._bias(writer).copy()
+        constants = {op.id: (op, self._now(op, ParamRole.CONSTANT).copy()) for op in values.constants}
+        for own, q in zip(channels, turns, strict=True):
+            weight[own] = q.T @ weight[own]
+            if bias is not None:
+                bias[own] = bias[own] @ q
+            for _, constant in constants.values():
+                constant[..., own] = constant[..., own] @ q
+        self.values[writer.id, ParamRole.WEIGHT] = weight
+        if bias is not None:
+            self.biases[writer.id] = bias
+        self.values |= {(op.id, ParamRole.CONSTANT): constant for op, constant in constants.values()}
+        read = self._now(reader, ParamRole.WEIGHT).copy()
+        for own, head in zip(values.features, values.head_of, strict=True):
+            read[:, own] = read[:, own] @ turns[head]
+        self.values[reader.id, ParamRole.WEIGHT] = read
 
     def _now(self, op: Op, role: ParamRole) -> Values:
         known = self.values.get((op.id, role))

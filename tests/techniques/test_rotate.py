@@ -17,6 +17,7 @@ from bitwright.testing.reference import ReferenceBackend
 from bitwright_techniques.orthogonal import hadamard, rotation
 from bitwright_techniques.residual_streams import residual_streams
 from bitwright_techniques.rotate import Rotate
+from bitwright_techniques.value_heads import value_heads
 
 WIDTH = 12
 
@@ -195,3 +196,137 @@ def test_a_bank_is_collected_behind_a_rotation(tmp_path):
         assert (on_bank.params[op.weight] != rotated.params[op.weight]).any(), "nothing was rounded"
     on_bank.calibrate(behind)
     assert all(site in on_bank.encodings for site in on_bank.plan.activations)
+
+
+def attention(*, normed=False, apart=True, seen=False):
+    """Three heads of four channels on six tokens, with biases; values leave a stream and come back to it."""
+    b = Builder(5)
+    x = b.linear("embed", b.input("x", 6, WIDTH, channel_axis=2), WIDTH)
+    y = b.layer_norm("norm", x) if normed else x
+
+    def heads(name):
+        z = b.linear(name, y, WIDTH)
+        if not apart and name == "v":
+            return b.reshape(f"{name}.heads", z, 3, 6, 4)  # tokens and channels in a muddle
+        return b.transpose(f"{name}.turn", b.reshape(f"{name}.heads", z, 6, 3, 4), 0, 2, 1, 3)
+
+    q, k, v = (heads(n) for n in "qkv")
+    scores = b.softmax("softmax", b.matmul("scores", q, b.transpose("kt", k, 0, 1, 3, 2)))
+    z = b.transpose("mix.turn", b.matmul("mix", scores, v), 0, 2, 1, 3)
+    z = b.linear("o", b.reshape("mix.joined", z, 6, WIDTH), WIDTH)
+    z = b.binary("sum", "Add", x, z)
+    return b.build(b.linear("head", b.layer_norm("last", z) if normed else z, 9), *([v] if seen else []))
+
+
+@pytest.mark.skipif("onnx" not in FRAMEWORKS, reason="needs ONNX")
+@pytest.mark.parametrize("normed", [False, True])
+def test_values_are_rotated_within_their_heads(normed):
+    port, model = FRAMEWORKS["onnx"], attention(normed=normed)
+    sim = port.sim(model)
+    batch = port.batch(models.batch(model, 4))
+    weights = [op.weight for op in sim.graph.linear_ops]
+    before, plain = outputs(port, sim, batch)[0], sim.fork().apply("rotate")
+    sim.apply("rotate", heads=True)
+    after, report = outputs(port, sim, batch)[0], sim.reports[-1][1]
+    assert report.figures["rotated"] == normed
+    assert report.rows[-1][1:] == (4, 3, 3, "rotated")
+    assert np.abs(after - before).max() < 2e-5 * np.abs(before).max()
+    # Beside what R1 does, R2 turns each head's rows of the values, and the columns that read them.
+    old, new = ([np.asarray(s.params[w]) for w in weights] for s in (plain, sim))
+    changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not np.array_equal(a, b)]
+    assert len(changed) == 2
+    for first, turned in ((0, lambda w: w), (1, np.transpose)):
+        one, two = (turned(w[changed[first]]).reshape(3, 4, WIDTH) for w in (old, new))
+        assert (np.abs(one - two).max(axis=(1, 2)) > 0.1).all()
+        np.testing.assert_allclose(np.swapaxes(one, 1, 2) @ one, np.swapaxes(two, 1, 2) @ two, atol=1e-3)
+
+
+def test_heads_that_queries_share_and_values_in_one_matrix_with_the_rest():
+    """Grouped queries by expansion, two value heads for six; queries, keys and values are pieces of one product."""
+    torch = pytest.importorskip("torch")
+    from bitwright import QuantSim
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.o = torch.nn.Linear(12, 24 + 8 + 8), torch.nn.Linear(24, 12)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).split((24, 8, 8), -1)
+            q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+            k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2) for t in (k, v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.o(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    sim = QuantSim(Net().eval(), torch.randn(2, 5, 12))
+    batch = {sim.graph.inputs[0]: np.random.default_rng(0).normal(size=(3, 5, 12)).astype(np.float32)}
+    before = outputs(None, sim, batch)[0]
+    sim.apply("rotate", heads=True)
+    after, row = outputs(None, sim, batch)[0], sim.reports[-1][1].rows[-1]
+    assert row[1:] == (4, 2, 6, "rotated")
+    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+@pytest.mark.skipif("keras" not in FRAMEWORKS, reason="needs Keras")
+def test_values_of_a_keras_attention_layer():
+    import keras
+
+    from bitwright import QuantSim
+
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 12))
+    sim = QuantSim(keras.Model(x, keras.layers.MultiHeadAttention(3, 4, value_dim=8)(x, x)))
+    batch = {sim.graph.inputs[0]: np.random.default_rng(0).normal(size=(2, 6, 12)).astype(np.float32)}
+    before = outputs(None, sim, batch)[0]
+    sim.apply("rotate", heads=True)
+    after, row = outputs(None, sim, batch)[0], sim.reports[-1][1].rows[-1]
+    assert row[1:] == (8, 3, 3, "rotated")
+    assert 0 < np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+def test_shapes_that_an_onnx_file_leaves_open():
+    onnx = pytest.importorskip("onnx")
+    from bitwright import QuantSim
+
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[n, t, 6] x) => (float[n, t, 5] y)
+        <int64[4] apart = {0, 0, 2, 4}, int64[4] two = {0, 0, 2, 2}, int64[3] joined = {0, 0, 8}>
+        {
+            vm = MatMul(x, wv)
+            v = Add(bv, vm)
+            vr = Reshape(v, apart)
+            vt = Transpose<perm = [0, 2, 1, 3]>(vr)
+            q = MatMul(x, wq)
+            qr = Reshape(q, two)
+            qt = Transpose<perm = [0, 2, 1, 3]>(qr)
+            kt = Transpose<perm = [0, 2, 3, 1]>(qr)
+            s = MatMul(qt, kt)
+            a = Softmax<axis = -1>(s)
+            m = MatMul(a, vt)
+            mt = Transpose<perm = [0, 2, 1, 3]>(m)
+            mj = Reshape(mt, joined)
+            y = MatMul(mj, wo)
+        }
+    """)
+    rng = np.random.default_rng(0)
+    for name, shape in (("wv", (6, 8)), ("bv", (8,)), ("wq", (6, 4)), ("wo", (8, 5))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    sim = QuantSim(model)
+    batch = {"x": rng.normal(size=(3, 7, 6)).astype(np.float32)}
+    before = outputs(None, sim, batch)[0]
+    sim.apply("rotate", heads=True)
+    after, row = outputs(None, sim, batch)[0], sim.reports[-1][1].rows[-1]
+    assert row[1:] == (4, 2, 2, "rotated")
+    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+def test_heads_that_are_no_heads_stay():
+    ((name, found),) = value_heads(attention().graph)
+    assert name == "v"
+    assert found.channels.tolist() == np.arange(12).reshape(3, 4).tolist()
+    for how, why in (({"apart": False}, "depends on the token"), ({"seen": True}, "is an output of the model")):
+        ((_, found),) = value_heads(attention(**how).graph)
+        assert isinstance(found, str)
+        assert why in found
