@@ -60,6 +60,7 @@ def auto(
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
+    format: options.Formats = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a model so that it loses no more than an allowed drop.
@@ -71,6 +72,7 @@ def auto(
     from bitwright_search.auto_quantize import auto_quantize
 
     options.check_encodings_version(encodings_version)
+    formats = options.read_formats(format)
     evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric)
     calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
@@ -79,7 +81,8 @@ def auto(
             target=target, weights=weights, activations=activations, overrides=options.read_overrides(override),
             seed=seed, schemes=schemes.split(",") if schemes else None, techniques=recipe, wider=wider,
             batch_size=batch_size, out=out, name=name, encodings_version=encodings_version, plain_session=plain_session,
-            budget_seconds=budget_seconds, budget_evaluations=budget_evaluations, executor=crew, progress=progress,
+            formats=formats, budget_seconds=budget_seconds, budget_evaluations=budget_evaluations, executor=crew,
+            progress=progress,
         )  # fmt: skip
     _tell(result)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright.bundle import Formats
 from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import InputError, ModelError
 from bitwright.grids import PerTensor
@@ -24,7 +25,7 @@ from bitwright_search.auto_advice import advise
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
 from bitwright_search.evaluation import Mode, read_evaluate
-from bitwright_search.exporting import refuse_own_folder, write
+from bitwright_search.exporting import refuse_unwritable, write
 from bitwright_search.participants import split_steps
 from bitwright_search.scores import Scale, metric_of
 from bitwright_search.spending import spend
@@ -55,6 +56,7 @@ def auto_quantize(
     name: str | None = None,
     encodings_version: str = "1.0.0",
     plain_session: bool | None = None,
+    formats: Formats | None = None,
     run: RunDirectory | str | Path | None = None,
     budget_seconds: float | None = None,
     budget_evaluations: int | None = None,
@@ -79,7 +81,7 @@ def auto_quantize(
         out: where the best network is exported to, with a report and a diagnosis; None exports nothing.
         name: stem of the exported files; default: the model file's, or "model".
         encodings_version: schema of the encodings file.
-        plain_session: as `QuantSim.export` takes it.
+        plain_session, formats: as `QuantSim.export` takes them.
         run: where finished stages are kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
         budget_seconds: no stage begins after so much work, earlier processes included.
         budget_evaluations: no more calls of `evaluate` than this, at least 2.
@@ -101,7 +103,7 @@ def auto_quantize(
     validation = None if isinstance(model, QuantSim) else _validated(model, sample, options)
     with run_of(run, out) as directory, lent(executor) as workers:
         sim = open_sim(model, sample, options, directory, progress, workers)
-        refuse_own_folder(sim, out, model, name)
+        refuse_unwritable(sim, out, model, name, formats)
         data = sim.open(calibration, batch_size=batch_size)
         search = AutoSearch(
             sim,
@@ -124,7 +126,7 @@ def auto_quantize(
             from bitwright_search.auto_page import render
 
             write(result, render, Path(out), name, model, data, encodings_version, plain_session,
-                  tool="auto_quantize", document="diagnosis")  # fmt: skip
+                  formats, tool="auto_quantize", document="diagnosis")  # fmt: skip
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from bitwright.backend import Bundle
 from bitwright.bank import Bank
-from bitwright.bundle import ARRAYS_SUFFIX, refuse_planned
+from bitwright.bundle import ARRAYS_SUFFIX, Formats, chosen_formats, refuse_planned
 from bitwright.data import Dataset
 from bitwright.files import make_directory, write_text
 from bitwright.report import Calibration, complete_report
@@ -40,6 +40,7 @@ def write(
     data: Dataset,
     version: str,
     plain_session: bool | None = None,
+    formats: Formats | None = None,
     *,
     tool: str,
     document: str,
@@ -54,7 +55,7 @@ def write(
         model: as it was given.
         data: that it was calibrated on.
         version: of the encodings file.
-        plain_session: see `QuantSim.export`.
+        plain_session, formats: see `QuantSim.export`.
         tool: its name in the report's seconds.
         document: the stem of the JSON file and the page.
 
@@ -63,8 +64,9 @@ def write(
     """
     make_directory(out)
     stem, result.bundle, files = export_network(
-        result.sim, out, name, model, data, version, {tool: result.seconds}, plain_session=plain_session
-    )
+        result.sim, out, name, model, data, version, {tool: result.seconds}, plain_session=plain_session,
+        formats=formats,
+    )  # fmt: skip
     json_file, page = (out / f"{document}{suffix}" for suffix in (".json", ".html"))
     write_text(json_file, result.to_json())
     write_text(page, render(result, f"{stem} on {result.target}"))
@@ -82,6 +84,7 @@ def export_network(
     seconds: Mapping[str, float],
     *,
     plain_session: bool | None = None,
+    formats: Formats | None = None,
 ) -> tuple[str, Bundle, dict[str, Path]]:
     """The bundle and ``report.json``, which `bitwright verify` reads.
 
@@ -92,7 +95,7 @@ def export_network(
     named = isinstance(model, str | Path)
     if sim.reference is None and not isinstance(data, Bank):
         sim.attach(reference=sim.remembering(data).taken())
-    bundle = sim.export(out, name=stem, encodings_version=version, plain_session=plain_session)
+    bundle = sim.export(out, name=stem, encodings_version=version, plain_session=plain_session, formats=formats)
     json_file, page = complete_report(
         out,
         stem,
@@ -116,11 +119,15 @@ def named_model(model: Any, name: str | None) -> tuple[Any, str]:
     return model, name or (Path(str(model).rpartition(":")[0] or str(model)).stem if named else "model")
 
 
-def refuse_own_folder(sim: QuantSim, out: str | Path | None, model: Any, name: str | None) -> None:
-    """Refuse to search for a network that would be written over its own source.
+def refuse_unwritable(
+    sim: QuantSim, out: str | Path | None, model: Any, name: str | None, formats: Formats | None
+) -> None:
+    """Refuse to search for a network that would be written over its own source, or in a form that there isn't.
 
     Raises:
-        InputError: it would be.
+        InputError: it would be, or no such format.
     """
+    if formats is not None:
+        chosen_formats(formats, sim.backend)
     if out is not None:
         refuse_planned(sim.state, Path(out), named_model(model, name)[1])

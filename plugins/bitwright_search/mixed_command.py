@@ -66,6 +66,7 @@ def mixed(
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
     plain_session: options.PlainSession = None,
+    format: options.Formats = None,
     workers: options.Workers = 1,
     cluster: options.Cluster = None,
     quiet: options.Quiet = False,
@@ -78,6 +79,7 @@ def mixed(
     from bitwright_search.mixed_precision import mixed_precision
 
     options.check_encodings_version(encodings_version)
+    formats = options.read_formats(format)
     if measure and latency is not None:
         raise InputError("give either --latency or --measure")
     overrides = options.read_overrides(override)
@@ -103,8 +105,8 @@ def mixed(
             cost=cost, solver=solver,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
-            encodings_version=encodings_version, plain_session=plain_session, executor=crew,
-            progress=progress,
+            encodings_version=encodings_version, plain_session=plain_session, formats=formats,
+            executor=crew, progress=progress,
         )  # fmt: skip
     _tell(result)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitwright.bank import Bank
+from bitwright.bundle import Formats
 from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory
@@ -20,7 +21,7 @@ from bitwright.workers import lent
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.evaluation import read_evaluate
-from bitwright_search.exporting import refuse_own_folder, write
+from bitwright_search.exporting import refuse_unwritable, write
 from bitwright_search.latency import read_latency
 from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
@@ -59,6 +60,7 @@ def mixed_precision(
     name: str | None = None,
     encodings_version: str = "1.0.0",
     plain_session: bool | None = None,
+    formats: Formats | None = None,
     run: RunDirectory | str | Path | None = None,
     executor: object = None,
     progress: Progress | None = None,
@@ -89,7 +91,7 @@ def mixed_precision(
         out: where the chosen network, its report, the front (JSON) and a page are written.
         name: stem of the exported files.
         encodings_version: schema of the encodings file.
-        plain_session: as `QuantSim.export` takes it.
+        plain_session, formats: as `QuantSim.export` takes them.
         run: where finished work is kept, to go on after a crash; default ``out/.run``, or nowhere without `out`.
         executor: where sensitivities are measured and independent layers solved, as `workers.open_workers` takes it: a
             number of processes, "local:N" or the address of a Dask scheduler, a Dask client, an executor. Networks
@@ -115,7 +117,7 @@ def mixed_precision(
         options |= {"weight_scheme": weight_scheme or "mse", "activations": shared_activations(choices)}
     with run_of(run, out) as directory, lent(executor) as workers:
         sim = open_sim(model, sample, options, directory, progress, workers)
-        refuse_own_folder(sim, out, model, name)
+        refuse_unwritable(sim, out, model, name, formats)
         data = sim.open(calibration, batch_size=batch_size)
         if not is_sim:
             # The target runs folded batch norms, so noise is measured with them folded. A simulation is as it is.
@@ -155,7 +157,7 @@ def mixed_precision(
             from bitwright_search.mixed_page import render
 
             write(result, render, Path(out), name, model, data, encodings_version, plain_session,
-                  tool="mixed_precision", document="mixed_precision")  # fmt: skip
+                  formats, tool="mixed_precision", document="mixed_precision")  # fmt: skip
     return result
 
 

@@ -1,12 +1,12 @@
 """Installs bitwright as users do, in an environment for each cell, and runs `smoke.py` there (`make matrix`).
 
     python tests/matrix/matrix.py                      # every cell on every Python that is here (an hour, gigabytes)
-    python tests/matrix/matrix.py --cells core,onnx    # some
-    python tests/matrix/matrix.py --write              # and the table of docs/versions.md
+    python tests/matrix/matrix.py --cells core,onnx --pythons 3.12    # some
+    python tests/matrix/matrix.py --write              # and the table of docs/versions.md; rows not run now stay
 
 A cell is an extra alone (or core: none), with the newest versions that pip finds or with the oldest that
 `pyproject.toml` allows. The wheel is built once, from a clean environment; nothing else of the repository is on the
-path.
+path. Nothing is compiled: versions without wheels for a Python are reported as such.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ CELLS = {
 }  # fmt: skip
 SHOWN = ("numpy", "pydantic", "onnx", "onnxruntime", "torch", "keras", "tensorflow", "bokeh", "scipy", "pillow",
          "tokenizers", "distributed")  # fmt: skip
+
+
+NOT_INSTALLED = "not installed: "
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,25 @@ def wheel(folder: Path) -> Path:
     return next(folder.glob("bitwright-*.whl"))
 
 
+def refusal(stderr: str) -> str:
+    """Why pip didn't install: the first requirement without a file, or the first of its errors."""
+    if found := re.search(r"No matching distribution found for (\S+)", stderr):
+        return f"no wheel of {found[1]} for this Python"
+    return next((line for line in stderr.splitlines() if line.startswith("ERROR")), "pip failed")[:200]
+
+
+def interpreters(wanted: list[str]) -> dict[str, str]:
+    """Version → its interpreter: on the path, or among pyenv's (whose names on the path are shims of one version)."""
+    own = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = {}
+    for version in wanted:
+        name = f"python{version}"
+        places = [shutil.which(name), *sorted(map(str, own.glob(f"{version}.*/bin/{name}")), reverse=True)]
+        if works := [p for p in places if p and not run([p, "--version"]).returncode]:
+            found[version] = works[0]
+    return found
+
+
 def cell(name: str, interpreter: str, edge: str, built: Path, folder: Path) -> Result:
     """Install one and run the smoke test in it."""
     extras = CELLS[name]
@@ -92,10 +114,9 @@ def cell(name: str, interpreter: str, edge: str, built: Path, folder: Path) -> R
     target = f"bitwright[{','.join(extras)}] @ {built.as_uri()}" if extras else str(built)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     pins = oldest(extras) if edge == "oldest" else []
-    done = run([*pip, "install", "--quiet", "--no-compile", target, *pins])
+    done = run([*pip, "install", "--quiet", "--no-compile", "--no-cache-dir", "--only-binary=:all:", target, *pins])
     if done.returncode:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        return Result(name, version, edge, "", "", f"not installed: {' '.join(reason)[:200]}")
+        return Result(name, version, edge, "", "", f"{NOT_INSTALLED}{refusal(done.stderr)}")
     listed = {p["name"].lower(): p["version"] for p in json.loads(run([*pip, "list", "--format=json"]).stdout)}
     shown = ", ".join(f"{n} {listed[n]}" for n in SHOWN if n in listed)
     work = folder / "work"
@@ -112,10 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default=",".join(CELLS), help="names, a,b,c")
     parser.add_argument("--edges", default="newest,oldest")
+    parser.add_argument("--pythons", default=",".join(PYTHONS))
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     args = parser.parse_args()
-    # A name on the path may be a shim for an interpreter that isn't installed.
-    here = {v: f for v in PYTHONS if (f := shutil.which(f"python{v}")) and not run([f, "--version"]).returncode}
+    wanted = args.pythons.split(",")
+    here = interpreters(wanted)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -127,28 +149,39 @@ def main() -> None:
                     results.append(found := cell(name, interpreter, edge, built, folder))
                     told = found.problem or f"ok: {found.ran} ({found.versions})"
                     print(f"{name}, Python {version}, {edge}: {told} [{time.perf_counter() - begin:.0f} s]", flush=True)
-    absent = [v for v in PYTHONS if v not in here]
-    if absent:
+                    if args.write:  # at once: what comes later may be killed
+                        before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+                        PAGE.write_text(page(found, before), encoding="utf-8")
+    if absent := [v for v in wanted if v not in here]:
         print(f"not here: Python {', '.join(absent)}")
-    if args.write:
-        PAGE.write_text(page(results, absent), encoding="utf-8")
-    sys.exit(any(r.problem and not r.problem.startswith("not installed") for r in results))
+    sys.exit(any(r.problem and not r.problem.startswith(NOT_INSTALLED) for r in results))
 
 
-def page(results: list[Result], absent: list[str]) -> str:
-    """The table as a page."""
+def page(found: Result, before: str) -> str:
+    """The page with this row, and all rows that it had before of other cells."""
+    rows = {}
+    for line in before.splitlines():
+        if match := re.fullmatch(r"\| ([^|]+) \| (3\.\d+) \| (newest|oldest) \| .* \|", line):
+            rows[match.groups()] = line
+    row = (found.cell, found.python, found.edge)
+    rows[row] = f"| {' | '.join(row)} | {found.versions} | {(found.problem or found.ran).replace('|', '/')} |"
+    places = [(c, v, e) for c in CELLS for e in ("newest", "oldest") for v in PYTHONS]
+    missing = [
+        f"Python {v}, {e}: {', '.join(left)}"
+        for v in PYTHONS
+        for e in ("newest", "oldest")
+        if (left := [c for c in CELLS if (c, v, e) not in rows])
+    ]
     lines = ["| installed | Python | versions | with | went through |", "|---|---|---|---|---|"]
-    lines += [f"| {r.cell} | {r.python} | {r.edge} | {r.versions} | {r.problem or r.ran} |" for r in results]
-    missing = f"Not tried, because they weren't on the machine: Python {', '.join(absent)}.\n" if absent else ""
+    lines += [rows[place] for place in places if place in rows]
     return f"""# Versions that were tried
 
-Written by `make matrix`: the wheel, built from a clean environment, is installed by pip with each extra alone, with the
-newest versions that pip finds and with the oldest that `pyproject.toml` allows, and a small model of each framework
-that is then there is calibrated, exported and verified.
+Written by `make matrix`: the wheel, built from a clean environment, is installed by pip with each extra alone, with the newest versions that pip finds and with the oldest that `pyproject.toml` allows, where they have wheels for the Python; a small model of each framework that is then there is calibrated, exported and verified. The tests themselves run with the versions of `constraints.txt`.
 
 {chr(10).join(lines)}
 
-{missing}"""
+{f"Not run so far: {'; '.join(missing)}." if missing else "All cells were run."}
+"""  # noqa: E501
 
 
 if __name__ == "__main__":

@@ -308,6 +308,32 @@ def test_what_it_writes(net, tmp_path):
     assert seen.accuracy["simulated"] == pytest.approx(result.score)
 
 
+@pytest.mark.parametrize("words", [
+    ["auto", "--allowed-drop", "1", "--schemes", "minmax", "--labels"],
+    ["mixed-precision", "--budget", "0.9", "--candidates", "int8/uint8,int4/uint8", "--labels"],
+])  # fmt: skip
+def test_the_commands_write_the_formats_asked_for(net, tmp_path, words, capsys):
+    from bitwright.cli import main
+
+    def run(*formats):
+        out = tmp_path / "-".join(formats)
+        begin = [words[0], net.model, "--data", net.folder / "images.npy", "--out", out, "--quiet"]
+        asked = [f"--format={f}" for f in formats]
+        return main([str(w) for w in (*begin, *words[1:], net.folder / "labels.npy", *asked)]), out
+
+    done, out = run("onnx")
+    assert done == 0
+    written = {p.suffix for p in out.iterdir() if p.stem == "net" or p.stem.startswith("net.")}
+    assert written == {".onnx", ".encodings", ".npz"}
+    assert not (out / "net.qdq.onnx").exists()
+    assert (out / "report.json").exists()
+    assert list(out.glob(".run/steps/*"))
+    done, out = run("onnx", "savedmodel")
+    assert done == 2
+    assert "savedmodel" in capsys.readouterr().err
+    assert not list(out.glob(".run/steps/*")), "refused before the search"
+
+
 def test_a_simulation_of_ones_own(net):
     sim = QuantSim(net.model, target="per_tensor", overrides={"res": "float"})
     before = sim.plan.table()

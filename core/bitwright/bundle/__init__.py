@@ -26,7 +26,7 @@ from bitwright.bundle._artefact import (
 from bitwright.bundle._checks import against_record, against_simulation, recorded_inputs
 from bitwright.bundle._crushed import OutputQuality, risky
 from bitwright.bundle._export_gate import Quantized, gate, run_simulated
-from bitwright.bundle._formats import chosen_formats
+from bitwright.bundle._formats import Formats, chosen_formats
 from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, parts_in
@@ -39,6 +39,7 @@ __all__ = [
     "ARRAYS_SUFFIX",
     "ENCODINGS_SUFFIX",
     "QDQ",
+    "Formats",
     "HostNotes",
     "OutputFigures",
     "OutputQuality",
