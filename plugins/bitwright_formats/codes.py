@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from bitwright.backend import ToCompile
 from bitwright.errors import EncodingError, ModelError
 from bitwright.graph import LINEAR_KINDS, OpKind, ParamId, ParamRole
-from bitwright.grids import Blockwise, Encoding, PerChannel, PerTensor, QuantSpec
+from bitwright.grids import CODE_TABLES, Blockwise, Encoding, PerChannel, PerTensor, QuantSpec, cast_float
 from bitwright.placement import SharedWith, SiteKind
+
+MAGNITUDES = np.array([v for v in CODE_TABLES["float4e2m1"].values if v >= 0], np.float32)
+"""Of E2M1, by the lower three bits of a code; the fourth is the sign."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,30 @@ def codes_of(model: ToCompile, param: ParamId) -> NDArray[np.uint8]:
     """The codes of a weight that `checked_weight` has let pass, (rows, columns), counted from the grid's lowest."""
     encoding = model.encodings[param]
     return (encoding.quantize(model.params[param]) - lowest_code(encoding)).astype(np.uint8)
+
+
+def is_mxfp4(encoding: Encoding) -> bool:
+    """Whether codes stand for E2M1 floats, with powers of two as scales."""
+    return (encoding.float_format, encoding.scale_type) == ("float4e2m1", "float8e8m0")
+
+
+def mxfp4_codes(model: ToCompile, param: ParamId) -> NDArray[np.uint8]:
+    """The codes of a weight in MXFP4, (rows, columns): a sign above three bits that number the magnitudes."""
+    value, encoding = model.params[param], model.encodings[param]
+    floats = cast_float(np.divide(value, encoding.spread(value.shape)[0], dtype=np.float32), "float4e2m1")
+    return np.asarray(np.searchsorted(MAGNITUDES, np.abs(floats)) | np.where(floats < 0, 8, 0), np.uint8)
+
+
+def mxfp4_exponents(scale: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Scales that are powers of two as E8M0 has them: the exponent plus 127."""
+    return np.asarray(np.frexp(scale)[1] + 126, np.uint8)
+
+
+def mxfp4_values(codes: NDArray[np.uint8], exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What codes (rows, columns) and exponents (rows, runs) stand for."""
+    floats = MAGNITUDES[codes & 7] * np.where(codes & 8, np.float32(-1), np.float32(1))
+    scales = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    return np.asarray(floats * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1), np.float32)
 
 
 def lowest_code(encoding: Encoding) -> int:
@@ -170,6 +197,11 @@ def require_float16_scales(encoding: Encoding, param: ParamId, format: str, targ
 def integer_params(model: ToCompile) -> list[ParamId]:
     """Parameters that are quantized to integers, in the order of the network."""
     return [p for p in quantized_params(model) if model.encodings[p].float_format is None]
+
+
+def integer_or_mxfp4_params(model: ToCompile) -> list[ParamId]:
+    """Those, and what is in MXFP4."""
+    return [p for p in quantized_params(model) if (e := model.encodings[p]).float_format is None or is_mxfp4(e)]
 
 
 def float_params(model: ToCompile, packed: Collection[ParamId] | None = None) -> Iterator[ParamId]:

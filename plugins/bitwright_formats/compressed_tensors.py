@@ -13,15 +13,18 @@ from pydantic import BaseModel, ConfigDict
 from bitwright.backend import ToCompile
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId
-from bitwright.grids import CODE_TABLES, Encoding, cast_float
 from bitwright_formats import checkpoint as folders
 from bitwright_formats.checkpoint import Checkpoint, module_of
 from bitwright_formats.codes import (
     Codes,
     checked_weight,
     codes_of,
+    integer_or_mxfp4_params,
+    is_mxfp4,
     lowest_code,
-    quantized_params,
+    mxfp4_codes,
+    mxfp4_exponents,
+    mxfp4_values,
     require_weights_only,
     run_of,
     scales_of,
@@ -35,7 +38,6 @@ Scheme = tuple[int, bool, int]
 PACKED, MXFP4 = "pack-quantized", "mxfp4-pack-quantized"
 MX_SCHEME: Scheme = (4, False, -32)
 """Of MXFP4, whose codes stand for floats."""
-_MAGNITUDES = np.array([v for v in CODE_TABLES["float4e2m1"].values if v >= 0], np.float32)
 
 
 class CompressedTensors:
@@ -56,8 +58,8 @@ class CompressedTensors:
     def check(self, model: ToCompile, settings: Any) -> None:
         """See `FormatWriter.check`."""
         require_weights_only(model, NAME)
-        for param in _weights(model):
-            checked_weight(model, param, NAME, (4, 8), floats=_is_mx(model.encodings[param]))
+        for param in integer_or_mxfp4_params(model):
+            checked_weight(model, param, NAME, (4, 8), floats=is_mxfp4(model.encodings[param]))
             columns = model.graph.params[param].shape[1]
             if columns % (32 // model.encodings[param].bits):
                 raise ModelError(f"{NAME}: {columns} columns of {param!r} don't fill whole words; leave it in float")
@@ -66,9 +68,9 @@ class CompressedTensors:
     def write(self, model: ToCompile, path: Path, settings: Any) -> Path:
         """See `FormatWriter.write`."""
         checkpoint = Checkpoint.of(model.source)
-        weights = _weights(model)
+        weights = integer_or_mxfp4_params(model)
         schemes = {p: _scheme(model, p) for p in weights}
-        dtype = folders.scale_dtype([e.scale for p in weights if not _is_mx(e := model.encodings[p])], checkpoint)
+        dtype = folders.scale_dtype([e.scale for p in weights if not is_mxfp4(e := model.encodings[p])], checkpoint)
         tensors = folders.plain_tensors(model, checkpoint, weights)
         for param in weights:
             if schemes[param] == MX_SCHEME:
@@ -80,24 +82,16 @@ class CompressedTensors:
     def read(self, model: ToCompile, path: Path) -> Iterable[tuple[ParamId, NDArray[np.float32]]]:
         """See `FormatWriter.read`."""
         file = TensorFile.open(path / folders.WEIGHTS)
-        yield from folders.plain_values(model, file, _weights(model))
+        yield from folders.plain_values(model, file, integer_or_mxfp4_params(model))
         for param in model.graph.params:
             module = module_of(param)
             if f"{module}.weight_packed" in file.entries:
                 yield param, _values(file, module)
 
 
-def _weights(model: ToCompile) -> list[ParamId]:
-    return [p for p in quantized_params(model) if (e := model.encodings[p]).float_format is None or _is_mx(e)]
-
-
-def _is_mx(encoding: Encoding) -> bool:
-    return (encoding.float_format, encoding.scale_type) == ("float4e2m1", "float8e8m0")
-
-
 def _scheme(model: ToCompile, param: ParamId) -> Scheme:
     encoding, columns = model.encodings[param], model.graph.params[param].shape[1]
-    if _is_mx(encoding):
+    if is_mxfp4(encoding):
         return MX_SCHEME
     middle = encoding.zero_point - lowest_code(encoding) == 2 ** (encoding.bits - 1)
     run = run_of(encoding, columns)
@@ -121,24 +115,18 @@ def _stored(model: ToCompile, param: ParamId, scheme: Scheme, dtype: str) -> Ite
 
 
 def _mx_stored(model: ToCompile, param: ParamId) -> Iterator[Stored]:
-    module, (rows, columns), encoding = module_of(param), model.graph.params[param].shape, model.encodings[param]
+    module, (rows, columns) = module_of(param), model.graph.params[param].shape
 
     def packed_codes() -> NDArray[np.uint8]:
-        value = model.params[param]
-        floats = cast_float(np.divide(value, encoding.spread(value.shape)[0], dtype=np.float32), "float4e2m1")
-        codes = np.searchsorted(_MAGNITUDES, np.abs(floats)) | np.where(floats < 0, 8, 0)
+        codes = mxfp4_codes(model, param)
         return np.asarray(codes[:, ::2] | codes[:, 1::2] << 4, np.uint8)
 
     yield Stored(f"{module}.weight_packed", "U8", (rows, columns // 2), packed_codes)
-    exponents = np.frexp(encoding.scale)[1] + 126
-    yield of_array(f"{module}.weight_scale", "U8", exponents.astype(np.uint8))
+    yield of_array(f"{module}.weight_scale", "U8", mxfp4_exponents(model.encodings[param].scale))
 
 
-def _mx_values(words: NDArray[np.uint8], scale: NDArray[np.uint8]) -> NDArray[np.float32]:
-    codes = np.stack([words & 15, words >> 4], axis=-1).reshape(len(words), -1)
-    floats = _MAGNITUDES[codes & 7] * np.where(codes & 8, np.float32(-1), np.float32(1))
-    scales = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
-    return np.asarray(floats * np.repeat(scales, codes.shape[1] // scale.shape[1], axis=1), np.float32)
+def _mx_values(words: NDArray[np.uint8], exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return mxfp4_values(np.stack([words & 15, words >> 4], axis=-1).reshape(len(words), -1), exponents)
 
 
 def _values(file: TensorFile, module: str) -> NDArray[np.float32]:

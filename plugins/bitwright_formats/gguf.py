@@ -20,7 +20,9 @@ from bitwright_formats.codes import (
     checked_weight,
     codes_of,
     float_params,
-    integer_params,
+    integer_or_mxfp4_params,
+    is_mxfp4,
+    mxfp4_codes,
     require_weights_only,
     run_of,
     scales_of,
@@ -34,7 +36,7 @@ NAME = "gguf"
 
 
 class Gguf:
-    """Weights and tables in Q4_0, Q4_1 or Q8_0, whichever holds a weight's grid exactly; all else in float.
+    """Weights and tables in Q4_0, Q4_1, Q8_0 or MXFP4, whichever holds a weight's grid exactly; all else in float.
 
     Of a folder of Llama's, Mistral's or Qwen2's kind the file is llama.cpp's: its names, its order of the rows of
     queries and keys, hyperparameters and tokenizer. Of any other model it holds the parameters under their own names,
@@ -49,8 +51,10 @@ class Gguf:
     def check(self, model: ToCompile, settings: Any) -> None:
         """See `FormatWriter.check`."""
         require_weights_only(model, NAME)
-        for param in _on_grids(model):
-            encoding = checked_weight(model, param, NAME, (4, 8), embeddings=True)
+        for param in integer_or_mxfp4_params(model):
+            encoding = checked_weight(
+                model, param, NAME, (4, 8), embeddings=True, floats=is_mxfp4(model.encodings[param])
+            )
             columns = model.graph.params[param].shape[1]
             run = run_of(encoding, columns)
             if run % BLOCK:
@@ -69,7 +73,7 @@ class Gguf:
         """See `FormatWriter.write`."""
         checkpoint = Checkpoint.of(model.source)
         family = family_of(checkpoint)
-        tensors = [_quantized(model, p, family) for p in _on_grids(model)]
+        tensors = [_quantized(model, p, family) for p in integer_or_mxfp4_params(model)]
         tensors += [_plain(model, p, family, checkpoint) for p in _floats(model, checkpoint)]
         if family is None or checkpoint is None:
             keys: dict[str, Any] = {"general.architecture": "plain"}
@@ -103,13 +107,11 @@ class Gguf:
             yield param, folders.to_canonical(value, model.graph.params[param])
 
 
-def _on_grids(model: ToCompile) -> list[ParamId]:
-    return integer_params(model)
-
-
 def _floats(model: ToCompile, checkpoint: Checkpoint | None) -> list[ParamId]:
     """Parameters in float that are written: those of the checkpoint, where there is one."""
-    return [p for p in float_params(model) if checkpoint is None or p in checkpoint.tensors]
+    return [
+        p for p in float_params(model, integer_or_mxfp4_params(model)) if checkpoint is None or p in checkpoint.tensors
+    ]
 
 
 def _name(param: ParamId, family: Family | None) -> str:
@@ -120,7 +122,8 @@ def _quantized(model: ToCompile, param: ParamId, family: Family | None) -> GgufT
     kind, shape = block_type(model.encodings[param], param), model.graph.params[param].shape
 
     def make() -> NDArray[np.uint8]:
-        codes, (scale, zero) = codes_of(model, param), scales_of(model, param, BLOCK)
+        codes = mxfp4_codes(model, param) if kind == "MXFP4" else codes_of(model, param)
+        scale, zero = scales_of(model, param, BLOCK)
         order = None if family is None else family.rows(param, shape[0])
         if order is not None:
             codes, scale, zero = codes[order], scale[order], zero[order]

@@ -1,4 +1,4 @@
-"""ggml's blocks of 32 columns: codes of 4 or 8 bits with a float16 scale, and a float16 minimum."""
+"""ggml's blocks of 32 columns: codes of 4 or 8 bits with a float16 scale, and a float16 minimum; MXFP4's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.grids import Encoding
-from bitwright_formats.codes import inexact_scales, lowest_code
-from bitwright_formats.gguf_file import BLOCK
+from bitwright_formats.codes import inexact_scales, is_mxfp4, lowest_code, mxfp4_exponents, mxfp4_values
+from bitwright_formats.gguf_file import BLOCK, TYPES
 
 HALF = np.dtype("<f2")
 
@@ -17,10 +17,13 @@ def block_type(encoding: Encoding, param: str) -> str:
     """The type whose blocks hold a weight's grid exactly.
 
     Q4_0: ``(code - 8) · d``. Q4_1: ``code · d + m``, with ``m = -zero · d``. Q8_0: ``code · d``, codes from -127 on.
+    MXFP4: as OCP has it, an E8M0 scale and E2M1 floats.
 
     Raises:
         EncodingError: none does.
     """
+    if is_mxfp4(encoding):
+        return "MXFP4"
     middle, zero = 2 ** (encoding.bits - 1), encoding.zero_point - lowest_code(encoding)
     symmetric = bool((zero == middle).all())
     if encoding.bits == 8 and not symmetric:
@@ -53,7 +56,7 @@ def to_blocks(
     """Codes (rows, columns) with scales and zero points (rows, blocks), as bytes (rows, bytes of a row)."""
     rows = len(codes)
     split = codes.reshape(rows, -1, BLOCK)
-    parts: list[NDArray[np.uint8]] = [_half(scale)]
+    parts: list[NDArray[np.uint8]] = [mxfp4_exponents(scale)[..., None] if kind == "MXFP4" else _half(scale)]
     if kind == "Q8_0":
         parts.append((split.astype(np.int16) - 128).astype(np.int8).view(np.uint8))
     else:
@@ -66,7 +69,11 @@ def to_blocks(
 def from_blocks(kind: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The values of bytes, as ggml dequantizes them."""
     rows = len(data)
-    blocks = data.reshape(rows, -1, {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[kind])
+    blocks = data.reshape(rows, -1, TYPES[kind][2])
+    if kind == "MXFP4":
+        packed = blocks[..., 1:]
+        codes = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(rows, -1)
+        return mxfp4_values(codes, blocks[..., 0])
     scale = _number(blocks[..., :2])
     if kind == "Q8_0":
         return (blocks[..., 2:].copy().view(np.int8).astype(np.float32) * scale).reshape(rows, -1)

@@ -26,6 +26,7 @@ TYPES: Mapping[str, tuple[int, int, int]] = {
     "Q4_1": (3, BLOCK, 20),
     "Q8_0": (8, BLOCK, 34),
     "BF16": (30, 1, 2),
+    "MXFP4": (39, BLOCK, 17),
 }
 _KEYS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
 _STRING, _ARRAY, _INT32 = 8, 9, 5

@@ -63,6 +63,25 @@ def test_by_the_package(tmp_path, target):
     assert {t.name for t in reader.tensors} == set(wanted)
 
 
+def test_mxfp4(tmp_path):
+    """ggml-common.h's block_mxfp4, ggml-quants.c's dequantize_row_mxfp4; the other block floats are written as F32."""
+    sim = simulated("w4a16", "mxfp4", overrides={"up": {"weights": "nvfp4"}, "head": {"weights": "nf4"}})
+    path = sim.export(tmp_path, formats=["gguf"], encodings_version="2.1.0").files["gguf"]
+    file, wanted = GgufFile.open(path), expected(sim)
+    kinds = {name: kind for name, (kind, _, _) in file.tensors.items()}
+    assert kinds == {**dict.fromkeys(wanted, "F32"), "down.weight": "MXFP4"}
+    blocks = file.rows("down.weight").reshape(64, 4, 17)
+    codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=2)
+    doubled = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])[codes]
+    halves = 2.0 ** (blocks[..., :1].astype(int) - 128)
+    assert np.array_equal((doubled * halves).reshape(64, 128), wanted["down.weight"])
+    for name in ("up.weight", "head.weight"):
+        assert np.array_equal(file.rows(name).view("<f4"), wanted[name])
+    gguf = pytest.importorskip("gguf")
+    for tensor in gguf.GGUFReader(path).tensors:
+        assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), wanted[tensor.name])
+
+
 def test_grids_that_blocks_cant_hold(tmp_path):
     for options, message in (
         ({"target": "w4a16", "weights": "int4:block16"}, "gguf has blocks of 32 columns, and 16 share a scale"),
