@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitwright.backend import Batch, Tap, feed, given, reduced, require_tensors, thinned_places
+from bitwright.backend import Batch, Tap, feed, given, reduced, require_tensors
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
-from bitwright.graph import never_negative
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
 from bitwright_onnx.simulate.blocked import blocked_session
+from bitwright_onnx.simulate.taps import TapOps
 
 SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
 """Keeps ONNX Runtime from fusing Q/DQ pairs into integer kernels: a simulation must compute in float."""
@@ -204,9 +204,10 @@ class OrtSession:
             part = extract(model, list(dict.fromkeys(t.tensor for t in computed)), feeds)
             values = values_of(part.graph)
             part.graph.outputs.clear()
+            ops = TapOps(part)
             for tap in computed:
                 whole = tap.tensor in results and tap.reduce != "none"
-                outputs = [values[tap.tensor]] if whole else _reduced(part, values[tap.tensor], tap)
+                outputs = [values[tap.tensor]] if whole else ops.made(values[tap.tensor], tap)
                 self._fetch[tap] = tuple(str(v.name) for v in outputs)
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
@@ -312,94 +313,6 @@ def _dtype(kind: str) -> np.dtype[Any] | None:
         return np.dtype({"float": "float32", "double": "float64", "string": "object"}.get(name, name))
     except TypeError:
         return None
-
-
-def _reduced(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
-    """Values to fetch for a tap: the tensor itself, or its minimum and maximum computed in the graph."""
-    if tap.reduce == "none" and tap.step > 1:
-        return _thinned(part, value, tap)
-    if tap.reduce == "none" or (tap.axis is not None and value.shape is None):
-        return [value]
-    if _never_negative(value) and value.shape is not None and len(value.shape) == 4 and tap.axis in (None, 1):
-        # Unlike ReduceMax, this op reads the blocked layout that ONNX Runtime's convolutions write.
-        return [_append(part, ir.node("GlobalMaxPool", [value]), f"{value.name}/GlobalMaxPool")]
-    nodes: list[ir.Node] = []
-    source = value
-    if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        # ONNX Runtime reduces these types on some builds only.
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-        nodes.append(cast)
-        source = cast.outputs[0]
-    axes: list[int] | None = None
-    if tap.axis is not None:
-        assert value.shape is not None
-        axes = [i for i in range(len(value.shape)) if i != tap.axis % len(value.shape)]
-    for op in ("ReduceMin", "ReduceMax"):
-        operands: list[ir.Value | None] = [source]
-        attributes: dict[str, Any] = {"keepdims": 0}
-        if axes is not None and part.graph.opset_imports.get("", 13) >= 18:
-            constant = ir.tensor(axes, dtype=ir.DataType.INT64)
-            axis_node = ir.node("Constant", [], {"value": constant})
-            nodes.append(axis_node)
-            operands.append(axis_node.outputs[0])
-        elif axes is not None:
-            attributes["axes"] = axes
-        nodes.append(ir.node(op, operands, attributes))
-    suffix = "" if tap.axis is None else f".{tap.axis}"
-    taken = set(values_of(part.graph))
-    for node in nodes:
-        name = f"{value.name}/{node.op_type}{suffix}"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        node.name = node.outputs[0].name = name
-    part.graph.extend(nodes)
-    return [n.outputs[0] for n in nodes if n.op_type.startswith("Reduce")]
-
-
-def _never_negative(value: ir.Value) -> bool:
-    """Whether the op that makes a value can't make it negative."""
-    node = value.producer()
-    if node is None or value.dtype not in (None, ir.DataType.FLOAT):
-        return False
-    if node.op_type == "Clip" and len(node.inputs) > 1 and node.inputs[1] is not None:
-        low = node.inputs[1].const_value
-        return low is not None and never_negative("Clip", float(low.numpy().reshape(-1)[0]))
-    return never_negative(node.op_type)
-
-
-def _thinned(part: ir.Model, value: ir.Value, tap: Tap) -> list[ir.Value]:
-    """As the core's `thinned`, in the graph so that the rest never leaves it; the tensor itself where it can't be."""
-    sizes = [] if value.shape is None else [d for d in list(value.shape)[1:] if isinstance(d, int)]
-    places = None
-    if tap.axis not in (None, 0, 1):
-        if value.shape is None or len(sizes) + 1 < len(value.shape):
-            return [value]
-        places = thinned_places(tuple(sizes), tap.step, tap.axis)
-    constants = {"shape": [0, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [tap.step]}
-    if places is not None:
-        constants = {"shape": [0, -1], "places": places.tolist()}
-    made = {
-        name: _append(
-            part, ir.node("Constant", [], {"value": ir.tensor(v, dtype=ir.DataType.INT64)}), f"{value.name}/{name}"
-        )
-        for name, v in constants.items()
-    }
-    flat = _append(part, ir.node("Reshape", [value, made["shape"]]), f"{value.name}/Flat")
-    if places is not None:
-        return [_append(part, ir.node("Gather", [flat, made["places"]], {"axis": 1}), f"{value.name}/Thinned")]
-    ends = [made[name] for name in ("start", "end", "axis", "step")]
-    return [_append(part, ir.node("Slice", [flat, *ends]), f"{value.name}/Thinned")]
-
-
-def _append(part: ir.Model, node: ir.Node, name: str) -> ir.Value:
-    """Add a node at the end; its name and its output's are free variants of `name`."""
-    taken = set(values_of(part.graph))
-    while name in taken:
-        name += "_"
-    node.name = node.outputs[0].name = name
-    part.graph.append(node)
-    return node.outputs[0]
 
 
 def segment(model: ir.Model, feeds: Sequence[str], taps: Sequence[Tap]) -> OrtSession:
