@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluation_given
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
@@ -270,6 +271,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "coming-from-others.md": torch_net,
     "concepts.md": concepts,
     "encodings.md": encodings,
+    "evaluation.md": lambda: evaluation_given.given(images(96)),
     "index.md": lambda: onnx_files("model.onnx"),
     "keras-export.md": keras_files,
     "keras.md": keras_files,

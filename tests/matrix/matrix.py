@@ -166,21 +166,13 @@ def page(found: Result, before: str) -> str:
     row = (found.cell, found.python, found.edge)
     rows[row] = f"| {' | '.join(row)} | {found.versions} | {(found.problem or found.ran).replace('|', '/')} |"
     places = [(c, v, e) for c in CELLS for e in ("newest", "oldest") for v in PYTHONS]
-    missing = [
-        f"Python {v}, {e}: {', '.join(left)}"
-        for v in PYTHONS
-        for e in ("newest", "oldest")
-        if (left := [c for c in CELLS if (c, v, e) not in rows])
-    ]
     lines = ["| installed | Python | versions | with | went through |", "|---|---|---|---|---|"]
     lines += [rows[place] for place in places if place in rows]
     return f"""# Versions that were tried
 
-Written by `make matrix`: the wheel, built from a clean environment, is installed by pip with each extra alone, with the newest versions that pip finds and with the oldest that `pyproject.toml` allows, where they have wheels for the Python; a small model of each framework that is then there is calibrated, exported and verified. The tests themselves run with the versions of `constraints.txt`.
+Written by `make matrix`: the wheel, built from a clean environment, is installed by pip with each extra alone, with the newest versions that pip finds and with the oldest that `pyproject.toml` allows, where they have wheels for the Python (what has no row wasn't run); a small model of each framework that is then there is calibrated, exported and verified. The tests themselves run with the versions of `constraints.txt`.
 
 {chr(10).join(lines)}
-
-{f"Not run so far: {'; '.join(missing)}." if missing else "All cells were run."}
 """  # noqa: E501
 
 
