@@ -13,6 +13,7 @@ from exactness_nets import NETS
 
 from bitwright import QuantSim
 from bitwright.backend import Capability, Tap, capabilities
+from bitwright.errors import ModelError
 from bitwright.graph import (
     ActivationAttrs,
     AxisAttrs,
@@ -38,6 +39,7 @@ from bitwright.testing.replay import replay
 from bitwright.verify import verify
 from bitwright_onnx.adapters import NotEmittable, QdqExport, write_graph, written
 from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.emit.emitter import values_equal
 from bitwright_onnx.testing import model_port
 
 R = ParamRole
@@ -430,6 +432,30 @@ def test_an_op_that_computes_something_else_is_seen(emitting):
     emitting.graph = lambda m: other
     with pytest.raises(Exception, match=r"tensor 'conv1.output', the output of 'conv1' \(Conv\), has other values"):
         written(emitting, model)
+
+
+def cancelling():
+    """Differences of sums ten million times as large, which two runtimes round differently."""
+    b, rng = Builder(), np.random.default_rng(0)
+    row = rng.normal(size=2048)
+    weights = np.float32([1e3 * (1 + row), 1e3 * (1 + row) + 1e-4 * rng.normal(size=2048)])
+    sums = b.linear("sums", b.input("x", 2048), 2, weight=weights, bias=False)
+    differences = b.linear("differences", sums, 1, weight=np.float32([[1, -1]]), bias=False)
+    return b.build(b.prelu("act", differences)), {"x": (1 + rng.uniform(size=(16, 2048))).astype(np.float32)}
+
+
+def test_ops_are_judged_on_equal_inputs_where_rounding_has_grown(emitting):
+    model, feeds = cancelling()
+    made = written(emitting, model, sample=feeds)
+    (end,) = model.graph.outputs
+    tap, twin = Tap(end), Tap(made.names.get(end, end))
+    ours = emitting.session(model, [tap]).run(feeds)[tap]
+    assert not values_equal(ours, OnnxBackend().session(made.model, [twin]).run(feeds)[twin]), "else nothing is judged"
+    wrong = [replace(op, attrs=ActivationAttrs(alpha=0.3)) if op.id == "act" else op for op in model.graph]
+    other = Graph(wrong, model.graph.tensors, model.graph.params, model.graph.inputs, model.graph.outputs)
+    emitting.graph = lambda m: other
+    with pytest.raises(ModelError, match=r"the output of 'act'"):
+        written(emitting, model, sample=feeds)
 
 
 def test_a_model_that_cannot_be_written_is_exported_without(emitting, tmp_path):
