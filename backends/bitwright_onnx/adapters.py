@@ -8,6 +8,7 @@ A backend whose graphs are complete (`bitwright.graph.NEEDS`) needs no converter
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from bitwright.backend import Backend, Batch, Bundle, Pair, Session, Tap
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.files import Array
-from bitwright.graph import Graph, Op, OpId, ParamId, TensorId
+from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.backend import OnnxBackend
@@ -154,11 +155,14 @@ def _compare(
     found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
     halves = any(about.dtype in ("float16", "bfloat16") for about in graph.tensors.values())
-    for tensor in sorted(twins, key=lambda t: order.get(t, -1)):
-        if values_equal(expected[tensor], np.asarray(found[Tap(twins[tensor])]), halves=halves):
-            continue
-        alone = _alone(graph.producer(tensor), made, twins, expected, sample, tensor)
-        if alone is None or not values_equal(expected[tensor], alone, halves=halves):
+    other = [
+        t
+        for t in sorted(twins, key=lambda t: order.get(t, -1))
+        if not values_equal(expected[t], np.asarray(found[Tap(twins[t])]), halves=halves)
+    ]
+    alone = _of_equal_inputs(graph, other, made, twins, expected, sample) if other else {}
+    for tensor in other:
+        if tensor not in alone or not values_equal(expected[tensor], alone[tensor], halves=halves):
             op = graph.producer(tensor)
             made_by = "a model input" if op is None else f"the output of {op.id!r} ({op.native or op.type})"
             raise ModelError(
@@ -167,26 +171,43 @@ def _compare(
             )
 
 
-def _alone(
-    op: Op | None,
+def _of_equal_inputs(
+    graph: Graph,
+    tensors: Sequence[TensorId],
     made: ir.Model,
     twins: Mapping[TensorId, str],
     expected: Mapping[TensorId, Array],
     sample: Batch,
-    tensor: TensorId,
-) -> Array | None:
-    """A tensor as its op computes it in ONNX from the backend's own values; None: there isn't one for each input.
+) -> dict[TensorId, Array]:
+    """Tensors as their ops compute them in ONNX from the backend's own values; without those for which there are none.
 
     Deep networks amplify the rounding of their first ops until two right computations have different outputs; an op
-    that is right gives the right values of equal inputs.
+    that is right gives the right values of equal inputs. A session takes many ops: those of which none reads another.
+
+    Args:
+        tensors: in the graph's order.
     """
-    if op is None:
-        return None
-    feeds = {twins[t]: expected[t] for t in op.inputs if t in twins} or dict(sample)
-    try:
-        return np.asarray(OnnxBackend().segment(made, list(feeds), [Tap(twins[tensor])]).run(feeds)[Tap(twins[tensor])])
-    except BitwrightError:  # it needs what has no name in both
-        return None
+    part: dict[TensorId, int] = {}
+    for tensor in tensors:
+        if graph.producer(tensor) is not None:
+            taken = {part.get(t) for t in _inputs(graph, tensor)}
+            part[tensor] = next(n for n in itertools.count() if n not in taken)
+    computed: dict[TensorId, Array] = {}
+    for number in sorted(set(part.values())):
+        together = [t for t, n in part.items() if n == number]
+        read = dict.fromkeys(t for tensor in together for t in _inputs(graph, tensor) if t in twins)
+        feeds = {**sample, **{twins[t]: expected[t] for t in read}}
+        try:
+            found = OnnxBackend().segment(made, list(feeds), [Tap(twins[t]) for t in together]).run(feeds)
+        except BitwrightError:  # one reads what has no name in both
+            continue
+        computed |= {t: np.asarray(found[Tap(twins[t])]) for t in together}
+    return computed
+
+
+def _inputs(graph: Graph, tensor: TensorId) -> tuple[TensorId, ...]:
+    op = graph.producer(tensor)
+    return () if op is None else tuple(t for t in op.inputs if t is not None)
 
 
 def export_qdq(
