@@ -1,4 +1,4 @@
-"""Norms written out in keras.ops are one op, in Keras models and in TensorFlow graphs made of them."""
+"""Norms, softmax and activations written out in keras.ops are one op, in Keras models and in TensorFlow graphs."""
 
 from __future__ import annotations
 
@@ -65,6 +65,38 @@ def test_a_norm_in_a_tensorflow_graph_is_one_op(norm, data):
     sim = QuantSim(function.get_concrete_function(), activations="uint16", scheme="minmax").calibrate(data)
     expected, found = (sim.predict(data, simulated=s)[0][:, 1:] for s in (False, True))
     assert sqnr(expected, found) >= (20 if norm is distance else 25)
+
+
+def softmax(x):
+    e = ops.exp(x)
+    return e / ops.sum(e, -1, keepdims=True)
+
+
+def log_softmax(x):
+    shifted = x - ops.max(x, -1, keepdims=True)
+    return ops.log(ops.softmax(x, -1) + 1e-6) + shifted - ops.log(ops.sum(ops.exp(shifted), -1, keepdims=True))
+
+
+def softplus(x):
+    return ops.log(1 + ops.exp(x)) * (1 / (1 + ops.exp(-x)))
+
+
+def elu(x):
+    return ops.where(x > 0, x, ops.exp(x) - 1)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["keras", "tensorflow"])
+@pytest.mark.parametrize("made", [softmax, log_softmax, softplus, elu], ids=lambda f: f.__name__)
+def test_exponentials_below_a_sum_have_no_grid(made, graph):
+    """Those of arguments to 20 lie nine powers of ten apart."""
+    model = net(made)
+    model.layers[1].set_weights([np.random.default_rng(2).standard_normal((D, D)).astype(np.float32)])
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    if graph:
+        model = tf.function(model, input_signature=[tf.TensorSpec([None, 8, D], name="x")]).get_concrete_function()
+    sim = QuantSim(model, activations="uint16", weights="int16", scheme="minmax").calibrate(x)
+    expected, found = (sim.predict(x, simulated=s)[0] for s in (False, True))
+    assert sqnr(expected, found) >= 55
 
 
 def test_moments_in_a_tensorflow_graph_are_one_op(data):

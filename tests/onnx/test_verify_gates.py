@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,24 @@ def test_an_export_without_a_record_still_verifies_and_says_that_it_has_none(bas
 
     folder = shutil.copytree(bases["plain"], tmp_path / "o")
     (folder / "report.json").unlink()
+    assert problems(folder) == ["report.json: the export wrote this file, but it is gone"]
+    (folder / "net.record.npz").unlink()
     with np.load(folder / "data.npz") as archive:
         found = verify(folder, dict(archive))
     assert found.problems == [] and not found.recorded
     assert any("no record" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("field", ["name", "versions"])
+def test_a_report_is_sealed_whole(bases, tmp_path, field):
+    """Its name too, by which it is found: with another one it isn't of this export, and doesn't fit its seal either."""
+    import shutil
+
+    folder = shutil.copytree(bases["plain"], tmp_path / "o")
+    report = json.loads((folder / "report.json").read_text())
+    report[field] = {"python": "2"} if field == "versions" else "other"
+    (folder / "report.json").write_text(json.dumps(report))
+    assert any("it was changed after the export" in problem for problem in problems(folder))
 
 
 def test_each_problem_is_a_line_and_the_status_is_1(script, bases, tmp_path, capsys):

@@ -20,13 +20,13 @@ from bitwright.bundle._artefact import (
 )
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, of_part, parts_in
-from bitwright.bundle._record import hashes
+from bitwright.bundle._record import ARRAYS_SUFFIX, hashes
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph
 from bitwright.grids import EncodingTable
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.plugins import registry
-from bitwright.report import RunReport, SiteRow, digest, read_report
+from bitwright.report import REPORT, RunReport, SiteRow, digest, read_report
 from bitwright.runs import of_arrays
 
 SHOWN = 5
@@ -86,12 +86,14 @@ def reopen(folder: Path, name: str | None = None) -> Reopened:
     graph = backend.graph(model)
     found = read_report(folder, stem)
     problems = [found.damage] if found.damage else []
+    if found.report is None and not problems and (folder / f"{stem}{ARRAYS_SUFFIX}").is_file():
+        problems = [f"{REPORT}: the export wrote this file, but it is gone"]
     record = None if found.report is None else found.report.record
     if found.report is None or record is None:
         table = read_encodings(bundle.files["encodings"], graph)
-        notes = [] if found.damage else [
-            "the export has no record of what was simulated (made by an older version, or its report is gone): it is "
-            "compared with itself only; export it again"
+        notes = [] if problems else [
+            "the export has no record of what was simulated (made by an older version, or it is gone): it is compared "
+            "with itself only; export it again"
         ]  # fmt: skip
         return Reopened(folder, stem, bundle, backend, model, graph, plan_of(graph, table), table, found.report,
                         problems=problems, notes=notes)  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, clipping, erf, formula
 from bitwright.graph._channel_axes import around, channel_axes
-from bitwright.graph._composites import COMPOSITES, NORMS, Composite
+from bitwright.graph._composite import Composite
+from bitwright.graph._composites import COMPOSITES, GRIDLESS
+from bitwright.graph._exponentials import Softmax, softmaxes
 from bitwright.graph._families import Place, Transformer, TransformerKind, transformer
 from bitwright.graph._graph import (
     CONSTANT_KINDS,
@@ -76,12 +78,12 @@ __all__ = [
     "COMPOSITES",
     "CONSTANT_KINDS",
     "FLOAT_DTYPES",
+    "GRIDLESS",
     "INTEGER_TYPES",
     "KINDS",
     "LEAK",
     "LINEAR_KINDS",
     "NEEDS",
-    "NORMS",
     "ONNX_TYPES",
     "OTHER_NAMES",
     "VENDOR_TYPES",
@@ -116,6 +118,7 @@ __all__ = [
     "ReplaceActivation",
     "SetBias",
     "SetParams",
+    "Softmax",
     "SplitSharedParam",
     "Tensor",
     "TensorId",
@@ -147,6 +150,7 @@ __all__ = [
     "output_spatial",
     "preserves_grid",
     "same_pads",
+    "softmaxes",
     "split_columns",
     "successor",
     "to_matrix",

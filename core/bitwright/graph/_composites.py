@@ -1,39 +1,13 @@
-"""Composite patterns: normalizations and biased products that a model spells out in elementary ONNX ops."""
+"""Normalizations and biased products that a model spells out in elementary ONNX ops; every composite by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from bitwright.graph._graph import Graph, Op, OpId, OpKind, ParamRole, TensorId
-
-
-@dataclass(frozen=True)
-class Composite:
-    """A pattern that the target computes as one op.
-
-    Attributes:
-        type: the ONNX type that it amounts to.
-        ops: every op of it, topologically sorted.
-        source: the tensor that it reads.
-        gamma, beta: the ops that apply scale and shift, if any.
-    """
-
-    type: str
-    ops: tuple[Op, ...]
-    source: TensorId
-    gamma: Op | None = None
-    beta: Op | None = None
-
-    @property
-    def output(self) -> Op:
-        """The op that computes the result."""
-        return self.ops[-1]
-
-    @property
-    def inner(self) -> tuple[TensorId, ...]:
-        """Tensors that exist only inside."""
-        return tuple(t for op in self.ops[:-1] for t in op.outputs)
+from bitwright.graph._composite import Composite, behind, closed, constant_operand, is_mean, producer, transparent
+from bitwright.graph._exponentials import exponentials
+from bitwright.graph._graph import Graph, Op, OpKind, ParamRole, TensorId
 
 
 def layer_normalizations(graph: Graph) -> Iterator[Composite]:
@@ -84,25 +58,25 @@ def lengths(graph: Graph) -> Iterator[Composite]:
     known = {op.id for found in norms for c in found(graph) for op in c.ops}
     known |= {op.id for c in _uncentred(graph, "LpNormalization", "ReduceL2", "ReduceSum") for op in c.ops}
     for end in graph:
-        if end.id in known or not (_is_root(end) and _constant_operand(end)):
+        if end.id in known or not (_is_root(end) and constant_operand(end)):
             continue
         found = _statistic(graph, end.output)
         ops = _sum_of_squares(graph, end.data_inputs[0]) if found is None else found[2][1:]
         if ops and (found is None or found[1] not in ("ReduceL2", "std")):
-            closed = _closed(graph, "ReduceL2", [end, *ops], end, end.data_inputs[0] if found is None else found[0])
-            if closed is not None:
-                yield closed
+            length = closed(graph, "ReduceL2", [end, *ops], end, end.data_inputs[0] if found is None else found[0])
+            if length is not None:
+                yield length
 
 
 def _sum_of_squares(graph: Graph, tensor: TensorId) -> list[Op]:
     """The ops of a² + b² + …, with bounds, factors and an ε; none if a tensor is something else."""
-    op, casts = _producer(graph, tensor)
+    op, casts = producer(graph, tensor)
     if op is None:
         return []
     if _squared(op) is not None or op.type == "ReduceSumSquare":
         return [*casts, op]
     summed = op.kind is OpKind.ADD and len(op.data_inputs) > 1
-    if not summed and not (_constant_operand(op) and (op.type in _PASSED or op.type == "ReduceSum")):
+    if not summed and not (constant_operand(op) and (op.type in _PASSED or op.type == "ReduceSum")):
         return []
     parts = [_sum_of_squares(graph, t) for t in op.data_inputs]
     return [*casts, op, *(o for part in parts for o in part)] if all(parts) else []
@@ -111,10 +85,10 @@ def _sum_of_squares(graph: Graph, tensor: TensorId) -> list[Op]:
 def _uncentred(graph: Graph, type: str, *statistics: str) -> Iterator[Composite]:
     for end in graph:
         for reading in _normalized(graph, end):
-            producer = graph.producer(reading.numerator)
+            centre = graph.producer(reading.numerator)
             if reading.base != reading.numerator or reading.statistic not in statistics:
                 continue
-            if producer is not None and _centred(graph, producer) is not None:
+            if centre is not None and _centred(graph, centre) is not None:
                 continue
             found = _finish(graph, type, list(reading.ops), end, reading.numerator)
             if found is not None:
@@ -129,7 +103,7 @@ def matmul_adds(graph: Graph) -> Iterator[Composite]:
             continue
         add = graph.sole_consumer(op.output)
         masked = add is not None and graph.tensors[add.output].mask
-        if add is not None and not masked and add.kind is OpKind.ADD and _constant_operand(add):
+        if add is not None and not masked and add.kind is OpKind.ADD and constant_operand(add):
             yield Composite("MatmulAdd", (op, add), op.data_inputs[0], beta=add)
 
 
@@ -137,12 +111,13 @@ COMPOSITES: Mapping[str, Callable[[Graph], Iterator[Composite]]] = {
     "LayerNormalization": layer_normalizations,
     "RMSNormalization": rms_normalizations,
     "LpNormalization": lp_normalizations,
+    "Exponentials": exponentials,
     "MatmulAdd": matmul_adds,
 }
 """Recognizers by the name that `supergroup_pass_list` gives them."""
-NORMS = ("LayerNormalization", "RMSNormalization", "LpNormalization")
-"""Passes of a target that says nothing of passes: what is inside a norm (squares of outliers, reciprocals of small
-numbers) has no useful grid anywhere."""
+GRIDLESS = ("LayerNormalization", "RMSNormalization", "LpNormalization", "Exponentials")
+"""Passes of a target that says nothing of passes: what is inside of them (squares of outliers, reciprocals of small
+numbers, exponentials) has no useful grid anywhere."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +138,11 @@ def _normalized(graph: Graph, end: Op) -> Iterator[_Reading]:
         return
     orders = (end.data_inputs, end.data_inputs[::-1]) if end.type == "Mul" else (end.data_inputs,)
     for a, b in orders:
-        numerator, casts = _behind(graph, a)
+        numerator, casts = behind(graph, a)
         found = _statistic(graph, b)
         if found is not None:
             base, statistic, ops = found
-            root, more = _behind(graph, base)
+            root, more = behind(graph, base)
             if end.type == "Mul" and not any(_inverts(op) for op in ops):
                 continue
             yield _Reading(numerator, root, statistic, (end, *ops), (*casts, *more))
@@ -182,22 +157,22 @@ def _statistic(graph: Graph, tensor: TensorId) -> tuple[TensorId, str, list[Op]]
         ops.append(op)
         if op.type in ("ReduceL2", "std"):
             return op.data_inputs[0], op.type, ops
-        if _is_mean(op) or op.type in ("ReduceSum", "var"):
+        if is_mean(op) or op.type in ("ReduceSum", "var"):
             if op.type == "var":
                 return (op.data_inputs[0], op.type, ops) if rooted else None
-            square, casts = _producer(graph, op.data_inputs[0])
+            square, casts = producer(graph, op.data_inputs[0])
             if square is not None and square.type == "SquaredDifference" and len(square.data_inputs) == 2 and rooted:
-                mean, behind = _producer(graph, square.data_inputs[1])
-                root = _behind(graph, square.data_inputs[0])[0]
-                ops += [*casts, square, *behind, *([mean] if mean is not None else [])]
+                mean, more = producer(graph, square.data_inputs[1])
+                root = behind(graph, square.data_inputs[0])[0]
+                ops += [*casts, square, *more, *([mean] if mean is not None else [])]
                 return None if _mean_of(graph, mean) != root else (root, "var", ops)
             base = None if square is None else _squared(square)
             if square is None or base is None or not rooted:
                 return None
-            return base, "ReduceMean" if _is_mean(op) else op.type, [*ops, *casts, square]
+            return base, "ReduceMean" if is_mean(op) else op.type, [*ops, *casts, square]
         if op.type == "Sub" and len(op.data_inputs) == 2 and rooted:
             return _difference_of_squares(graph, op, ops)
-        if not (_transparent(graph, op) or (_constant_operand(op) and (_is_root(op) or op.type in _PASSED))):
+        if not (transparent(graph, op) or (constant_operand(op) and (_is_root(op) or op.type in _PASSED))):
             return None
         rooted |= _is_root(op)
         tensor = op.data_inputs[0]
@@ -206,18 +181,18 @@ def _statistic(graph: Graph, tensor: TensorId) -> tuple[TensorId, str, list[Op]]
 
 def _difference_of_squares(graph: Graph, op: Op, ops: list[Op]) -> tuple[TensorId, str, list[Op]] | None:
     """mean(x²) − mean(x)²."""
-    (first, casts), (second, more) = (_producer(graph, t) for t in op.data_inputs)
-    if first is None or second is None or not _is_mean(first):
+    (first, casts), (second, more) = (producer(graph, t) for t in op.data_inputs)
+    if first is None or second is None or not is_mean(first):
         return None
     mean_tensor = _squared(second)
-    square, between = _producer(graph, first.data_inputs[0])
-    mean, behind = (None, ()) if mean_tensor is None else _producer(graph, mean_tensor)
-    if square is None or mean is None or not _is_mean(mean) or (base := _squared(square)) is None:
+    square, between = producer(graph, first.data_inputs[0])
+    mean, moves = (None, ()) if mean_tensor is None else producer(graph, mean_tensor)
+    if square is None or mean is None or not is_mean(mean) or (base := _squared(square)) is None:
         return None
-    root = _behind(graph, base)[0]
-    if _behind(graph, mean.data_inputs[0])[0] != root:
+    root = behind(graph, base)[0]
+    if behind(graph, mean.data_inputs[0])[0] != root:
         return None
-    return root, "ReduceMean", [*ops, *casts, first, *between, square, *more, second, *behind, mean]
+    return root, "ReduceMean", [*ops, *casts, first, *between, square, *more, second, *moves, mean]
 
 
 _PASSED = frozenset({"Add", "Mul", "Div", "Max", "Clip", "Relu", "Reciprocal"})
@@ -232,16 +207,16 @@ def _shifted(graph: Graph, end: Op) -> Iterator[tuple[TensorId, list[Op]]]:
         mul, minus = graph.producer(product), graph.producer(shift)
         if mul is None or minus is None or mul.type != "Mul" or len(mul.data_inputs) != 2:
             continue
-        moved = graph.producer(minus.data_inputs[0]) if minus.type == "Sub" and _constant_operand(minus) else None
+        moved = graph.producer(minus.data_inputs[0]) if minus.type == "Sub" and constant_operand(minus) else None
         if moved is None or moved.type != "Mul" or len(moved.data_inputs) != 2:
             continue
         for x, scale in (mul.data_inputs, mul.data_inputs[::-1]):
             found = _statistic(graph, scale)
             if found is None or scale not in moved.data_inputs or not any(_inverts(op) for op in found[2]):
                 continue
-            mean, casts = _producer(graph, next(t for t in moved.data_inputs if t != scale))
-            source = _behind(graph, x)[0]
-            base, more = _behind(graph, found[0])
+            mean, casts = producer(graph, next(t for t in moved.data_inputs if t != scale))
+            source = behind(graph, x)[0]
+            base, more = behind(graph, found[0])
             centred = graph.producer(base)
             inner = [] if centred is None or _centred(graph, centred) != source else [centred, *more]
             if _mean_of(graph, mean) == source and (base == source or inner):
@@ -251,70 +226,35 @@ def _shifted(graph: Graph, end: Op) -> Iterator[tuple[TensorId, list[Op]]]:
 
 def _mean_of(graph: Graph, op: Op | None) -> TensorId | None:
     """The root of what an op is the mean of."""
-    return _behind(graph, op.data_inputs[0])[0] if op is not None and _is_mean(op) else None
-
-
-def _is_mean(op: Op) -> bool:
-    """Averaging over whole axes: ReduceMean, or global pooling, which is the same."""
-    return op.type in ("ReduceMean", "GlobalAveragePool")
+    return behind(graph, op.data_inputs[0])[0] if op is not None and is_mean(op) else None
 
 
 def _inverts(op: Op) -> bool:
-    return op.type in ("Reciprocal", "Div") or (op.type == "Pow" and _constant_operand(op))
+    return op.type in ("Reciprocal", "Div") or (op.type == "Pow" and constant_operand(op))
 
 
 def _is_root(op: Op) -> bool:
-    return op.type == "Sqrt" or (op.type == "Pow" and _constant_operand(op))
+    return op.type == "Sqrt" or (op.type == "Pow" and constant_operand(op))
 
 
 def _squared(op: Op) -> TensorId | None:
     if op.type == "Mul" and len(op.data_inputs) == 2 and op.data_inputs[0] == op.data_inputs[1]:
         return op.data_inputs[0]
-    return op.data_inputs[0] if op.type == "Pow" and _constant_operand(op) else None
+    return op.data_inputs[0] if op.type == "Pow" and constant_operand(op) else None
 
 
 def _centred(graph: Graph, op: Op) -> TensorId | None:
     """The root of x, if the op computes x − mean(x)."""
     if op.type != "Sub" or len(op.data_inputs) != 2:
         return None
-    source = _behind(graph, op.data_inputs[0])[0]
-    return source if _mean_of(graph, _producer(graph, op.data_inputs[1])[0]) == source else None
+    source = behind(graph, op.data_inputs[0])[0]
+    return source if _mean_of(graph, producer(graph, op.data_inputs[1])[0]) == source else None
 
 
 def _mean_ops(graph: Graph, difference: Op) -> list[Op]:
     """The mean that a difference subtracts, and the casts behind it."""
-    mean, casts = _producer(graph, difference.data_inputs[1])
+    mean, casts = producer(graph, difference.data_inputs[1])
     return [*casts, *([mean] if mean is not None else [])]
-
-
-def _transparent(graph: Graph, op: Op) -> bool:
-    """Whether an op changes a tensor's type or form alone."""
-    if op.type == "Cast":
-        return len(op.data_inputs) == 1 and all(graph.tensors[t].is_float for t in (*op.data_inputs, op.output))
-    return op.kind in (OpKind.IDENTITY, OpKind.RESHAPE) and len(op.data_inputs) >= 1
-
-
-def _behind(graph: Graph, tensor: TensorId) -> tuple[TensorId, tuple[Op, ...]]:
-    """The tensor behind casts and identities, and these, last one first."""
-    passed: list[Op] = []
-    while (op := graph.producer(tensor)) is not None and _transparent(graph, op) and op.kind is not OpKind.RESHAPE:
-        passed.append(op)
-        tensor = op.data_inputs[0]
-    return tensor, tuple(passed)
-
-
-def _producer(graph: Graph, tensor: TensorId) -> tuple[Op | None, tuple[Op, ...]]:
-    """The op that computes a tensor, past casts and changes of form, and these."""
-    passed: list[Op] = []
-    while (op := graph.producer(tensor)) is not None and _transparent(graph, op):
-        passed.append(op)
-        tensor = op.data_inputs[0]
-    return op, tuple(passed)
-
-
-def _constant_operand(op: Op) -> bool:
-    """Whether an elementwise op has one activation and, so, constants for the rest."""
-    return len(op.data_inputs) == 1
 
 
 def _finish(graph: Graph, type: str, ops: list[Op], end: Op, source: TensorId) -> Composite | None:
@@ -323,36 +263,16 @@ def _finish(graph: Graph, type: str, ops: list[Op], end: Op, source: TensorId) -
     beta, before_beta = _affine(graph, gamma or end, OpKind.ADD)
     casts = (*(after if gamma else ()), *(before_beta if beta else ()))
     members = [*ops, *casts, *(o for o in (gamma, beta) if o is not None)]
-    return _closed(graph, type, members, beta or gamma or end, source, gamma, beta)
-
-
-def _closed(
-    graph: Graph,
-    type: str,
-    ops: list[Op],
-    last: Op,
-    source: TensorId,
-    gamma: Op | None = None,
-    beta: Op | None = None,
-) -> Composite | None:
-    """The composite of these ops, if nothing outside reads what is inside."""
-    members: dict[OpId, Op] = {op.id: op for op in ops}
-    for op in members.values():
-        for tensor in op.outputs:
-            outside = any(user.id not in members for user in graph.consumers(tensor))
-            if op is not last and (outside or tensor in graph.outputs):
-                return None
-    inside = tuple(op for op in graph if op.id in members and op is not last)
-    return Composite(type, (*inside, last), source, gamma, beta)
+    return closed(graph, type, members, beta or gamma or end, source, gamma, beta)
 
 
 def _affine(graph: Graph, op: Op, kind: OpKind) -> tuple[Op | None, tuple[Op, ...]]:
     """The multiplication or addition of a constant that alone reads an op, and the casts between."""
     casts: list[Op] = []
     user = graph.sole_consumer(op.output)
-    while user is not None and _transparent(graph, user) and user.kind is not OpKind.RESHAPE:
+    while user is not None and transparent(graph, user) and user.kind is not OpKind.RESHAPE:
         casts.append(user)
         user = graph.sole_consumer(user.output)
-    if user is not None and user.kind is kind and _constant_operand(user) and ParamRole.CONSTANT in user.params:
+    if user is not None and user.kind is kind and constant_operand(user) and ParamRole.CONSTANT in user.params:
         return user, tuple(casts)
     return None, ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from bitwright.graph._composites import COMPOSITES
+from bitwright.graph._exponentials import softmaxes
 from bitwright.graph._graph import LINEAR_KINDS, Graph, Op, OpId, OpKind, TensorId
 from bitwright.graph._op_types import preserves_grid
 
@@ -49,7 +50,8 @@ class Transformer:
 
 def transformer(graph: Graph) -> Transformer | None:
     """What transformer a network is: attentions, and norms that read sums of two branches; None if it is none."""
-    attentions = sum(_attends(graph, op) for op in graph)
+    attentions = sum(op.type == "Attention" for op in graph)
+    attentions += sum(_mixes(graph, s.result) for s in softmaxes(graph))
     norms = dict(_norms(graph))
     if not attentions or not norms:
         return None
@@ -141,15 +143,11 @@ def _norms(graph: Graph) -> Iterator[tuple[TensorId, TensorId]]:
             yield op.output, op.data_inputs[0]
 
 
-def _attends(graph: Graph, op: Op) -> bool:
-    """Whether an op is the softmax of an attention, or a whole one."""
-    if op.type == "Attention":
-        return True
-    if op.kind is not OpKind.SOFTMAX:
-        return False
+def _mixes(graph: Graph, weights: TensorId) -> bool:
+    """Whether what a softmax gives is multiplied with another activation, as attention does."""
     return any(
         user.kind is OpKind.MATMUL and len(user.data_inputs) == 2
-        for t in _ahead(graph, op.output)
+        for t in _ahead(graph, weights)
         for user in graph.consumers(t)
     )
 

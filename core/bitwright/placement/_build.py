@@ -16,7 +16,7 @@ from bitwright.grids import QuantSpec, parse_scheme
 from bitwright.placement import _ties as ties
 from bitwright.placement._activations import ActivationPlacement
 from bitwright.placement._hardware import apply_exceptions
-from bitwright.placement._known_ranges import known_ranges, scheme_for
+from bitwright.placement._known_ranges import compared, known_ranges, scheme_for
 from bitwright.placement._overrides import parse_overrides
 from bitwright.placement._pairs import limited_pairs
 from bitwright.placement._parameters import ParameterPlacement, SpecOf, linear_biases
@@ -75,6 +75,7 @@ def build_plan(
     shared = ties.resolve(placement.drafts, ties.propagate(placement))
     decisions: dict[SiteId, Decision] = {}
     ranges = known_ranges(graph) if parse_scheme(scheme)[0] == "sqnr" else None
+    scores = frozenset() if ranges is None else compared(graph)
     for t, draft in placement.drafts.items():
         if not draft.on:
             decisions[t] = Float(draft.reason)
@@ -88,7 +89,8 @@ def build_plan(
             assert precision is not None  # where activations stay in float, only an exception's is on
             spec = activation_spec(target, precision, symmetric=symmetric, limits=limits)
             if ranges is not None and precision.dynamic is None:
-                spec = spec.with_(scheme=scheme_for(graph, ranges, members, shared.observed.get(t, (t,))))
+                seen = shared.observed.get(t, (t,))
+                spec = spec.with_(scheme=scheme_for(graph, ranges, scores, members, seen))
             decisions[t] = spec
 
     def root_of(site: SiteId) -> SiteId:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from bitwright.graph import Graph, Op, OpKind, ProductAttrs, TensorId, moved_from
+from bitwright.graph import Graph, Op, OpKind, ProductAttrs, Softmax, TensorId, moved_from, softmaxes
 
 _BETWEEN = frozenset(
     {
@@ -42,7 +42,7 @@ class Kept:
 def key_values(graph: Graph) -> tuple[Kept, ...]:
     """The keys and values of every attention, in the order of the graph; each tensor once."""
     found: dict[TensorId, Kept] = {}
-    for softmax in (op for op in graph if op.kind is OpKind.SOFTMAX and op.type == "Softmax"):
+    for softmax in (s for s in softmaxes(graph) if s.type == "Softmax"):
         scores, mixed = _scores(graph, softmax), _mixed(graph, softmax)
         if scores is None or mixed is None:
             continue
@@ -52,10 +52,10 @@ def key_values(graph: Graph) -> tuple[Kept, ...]:
     return tuple(found.values())
 
 
-def _scores(graph: Graph, softmax: Op) -> tuple[Op, int] | None:
+def _scores(graph: Graph, softmax: Softmax) -> tuple[Op, int] | None:
     """The product of queries and keys, and which operand the keys are: softmax is along their tokens."""
-    queue: list[tuple[TensorId, bool]] = [(softmax.data_inputs[0], False)]
-    seen = {softmax.data_inputs[0]}
+    queue: list[tuple[TensorId, bool]] = [(softmax.scores, False)]
+    seen = {softmax.scores}
     for tensor, turned in queue:
         op = graph.producer(tensor)
         if op is None:
@@ -70,9 +70,9 @@ def _scores(graph: Graph, softmax: Op) -> tuple[Op, int] | None:
     return None
 
 
-def _mixed(graph: Graph, softmax: Op) -> tuple[Op, int] | None:
+def _mixed(graph: Graph, softmax: Softmax) -> tuple[Op, int] | None:
     """The product of attention's weights and values, and which operand the values are."""
-    queue = [softmax.output]
+    queue = [softmax.result]
     for tensor in queue:
         for op in graph.consumers(tensor):
             if _is_product(op):

@@ -7,8 +7,9 @@ beforehand. Of scores that are compared with each other, the largest are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
-from bitwright.graph import LINEAR_KINDS, ActivationAttrs, Graph, Op, OpKind, TensorId, preserves_grid
+from bitwright.graph import LINEAR_KINDS, ActivationAttrs, Graph, Op, OpKind, TensorId, preserves_grid, softmaxes
 
 Range = tuple[float, float]
 
@@ -23,24 +24,23 @@ _ORDER = frozenset({"ArgMax", "ArgMin", "TopK", "NonMaxSuppression"})
 
 def known_ranges(graph: Graph) -> dict[TensorId, Range]:
     """Bounds of the tensors that have some by the ops before them, whatever the data: of softmax, sigmoid, tanh and the
-    like, of what moves, averages or multiplies such values, and of x / Σx of exponentials."""
+    like, of what moves, averages or multiplies such values, and of a softmax that is written out."""
     found: dict[TensorId, Range] = {}
+    probabilities = {s.result for s in softmaxes(graph) if s.type == "Softmax"}
     for op in graph:
-        bounds = _bounds(graph, op, found)
+        bounds = (0.0, 1.0) if not probabilities.isdisjoint(op.outputs) else _bounds(op, found)
         if bounds is not None:
             found.update(dict.fromkeys(op.outputs if preserves_grid(op) else op.outputs[:1], bounds))
     return found
 
 
-def _bounds(graph: Graph, op: Op, found: Mapping[TensorId, Range]) -> Range | None:
+def _bounds(op: Op, found: Mapping[TensorId, Range]) -> Range | None:
     if op.kind is OpKind.OPAQUE:
         return None
     if op.type in _RANGES:
         return _RANGES[op.type]
     if isinstance(op.attrs, ActivationAttrs) and op.attrs.minimum is not None and op.attrs.maximum is not None:
         return op.attrs.minimum, op.attrs.maximum
-    if _normalized(graph, op):
-        return 0.0, 1.0
     if not op.data_inputs or op.params or any(t not in found for t in op.data_inputs):
         return found.get(op.data_inputs[0]) if preserves_grid(op) else None
     ranges = [found[t] for t in op.data_inputs]
@@ -54,18 +54,20 @@ def _bounds(graph: Graph, op: Op, found: Mapping[TensorId, Range]) -> Range | No
     return None
 
 
-def _normalized(graph: Graph, op: Op) -> bool:
-    """Whether an op divides exponentials by their sum: a softmax that is written out."""
-    if op.type != "Div" or len(op.data_inputs) != 2:
-        return False
-    part, whole = op.data_inputs
-    sums, exponential = graph.producer(whole), graph.producer(part)
-    summed = sums is not None and sums.type == "ReduceSum" and sums.data_inputs[:1] == (part,)
-    return summed and exponential is not None and exponential.type == "Exp"
+def compared(graph: Graph) -> frozenset[TensorId]:
+    """Scores that are compared with each other: what a softmax reads, or a sigmoid whose values are read so."""
+    gates = (op for op in graph if op.type in ("Sigmoid", "HardSigmoid"))
+    return frozenset(
+        (*(s.scores for s in softmaxes(graph)), *(op.data_inputs[0] for op in gates if _handed_out(graph, op.output)))
+    )
 
 
 def scheme_for(
-    graph: Graph, known: Mapping[TensorId, Range], members: Sequence[TensorId], seen: Sequence[TensorId]
+    graph: Graph,
+    known: Mapping[TensorId, Range],
+    scores: AbstractSet[TensorId],
+    members: Sequence[TensorId],
+    seen: Sequence[TensorId],
 ) -> str | None:
     """The scheme of tensors with one grid where the run's is `sqnr`, whose cost gives rare large values up; or None.
 
@@ -78,6 +80,7 @@ def scheme_for(
     Args:
         graph: the model.
         known: its `known_ranges`.
+        scores: its tensors that are `compared`.
         members: all tensors that share the grid.
         seen: those that it is calibrated on.
     """
@@ -86,11 +89,8 @@ def scheme_for(
     ordered = any(op.type in _ORDER for op in readers)
     if all(t in known and known[t][0] >= -1 and known[t][1] <= 1 for t in seen):
         return "minmax" if output or ordered else "mse"
-    compared = any(
-        op.kind is OpKind.SOFTMAX or (op.type in ("Sigmoid", "HardSigmoid") and _handed_out(graph, op.output))
-        for op in readers
-    )
-    return "scores" if compared or ordered or (output and any(_linear(graph, t) for t in seen)) else None
+    read = ordered or not scores.isdisjoint(members)
+    return "scores" if read or (output and any(_linear(graph, t) for t in seen)) else None
 
 
 def _linear(graph: Graph, tensor: TensorId) -> bool:

@@ -70,7 +70,7 @@ class ReadReport:
 
     Attributes:
         path: the file.
-        report: its content; None where there is no file or it is damaged.
+        report: its content; None where there is no file, it can't be read, or it says that it is another export's.
         damage: what is wrong with it; empty if nothing is.
     """
 
@@ -89,10 +89,12 @@ def read_report(folder: Path, stem: str) -> ReadReport:
         report = RunReport.model_validate(content)
     except (OSError, ValueError) as error:
         return ReadReport(path, None, f"{path.name}: it can't be read ({first_line(error)})")
-    if report.name != stem:
-        return ReadReport(path, None)
-    if report.seal and report.seal != seal(content):
-        return ReadReport(path, report, f"{path.name}: it was changed after the export (its seal doesn't fit)")
+    changed = bool(report.seal) and report.seal != seal(content)
+    damage = f"{path.name}: it was changed after the export (its seal doesn't fit)" if changed else ""
+    if report.name != stem:  # of another export, or its name is what was changed
+        return ReadReport(path, None, damage)
+    if damage:
+        return ReadReport(path, report, damage)
     if report.record is not None and not report.seal:
         return ReadReport(path, report, f"{path.name}: its seal is missing")
     return ReadReport(path, report)

@@ -230,8 +230,9 @@ class Extension(_Section):
 class QuantSimConfig(_Section):
     """A whole configuration file. The first six sections are mandatory.
 
-    `supergroup_pass_list` names the composite patterns that run as one op. A file without it gets those of norms
-    (see `composites.NORMS`); one that has it gets what it lists, () for none, as AIMET does.
+    `supergroup_pass_list` names the composite patterns that run as one op. A file without it gets those whose
+    inside has no useful grid (`bitwright.graph.GRIDLESS`); one that has it gets what it lists, () for none, as AIMET
+    does.
     """
 
     defaults: Defaults

@@ -14,7 +14,7 @@ from typing import Any
 from bitwright.catalogue import Descriptor, blamed, current, item_of, kind_of
 from bitwright.errors import PluginError, TargetError, unknown_name
 from bitwright.files import is_file
-from bitwright.graph import COMPOSITES, NORMS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
+from bitwright.graph import COMPOSITES, GRIDLESS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
 from bitwright.hookspecs import RuntimeInfo, TargetInfo
 from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config
 
@@ -113,7 +113,7 @@ class Target:
     def passes(self) -> tuple[str, ...]:
         """Composite patterns that the target runs as one op: those that it lists, or those of norms."""
         listed = self.config.supergroup_pass_list
-        return NORMS if listed is None else listed
+        return GRIDLESS if listed is None else listed
 
     @cached_property
     def hw_version(self) -> int | None:
