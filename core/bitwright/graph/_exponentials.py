@@ -18,7 +18,7 @@ from bitwright.graph._graph import Graph, Op, OpKind, TensorId
 
 _EXPONENTIALS = frozenset({"Exp", "Exp2", "Expm1"})
 _LOGARITHMS = frozenset({"Log", "Log1p", "Log2", "Log10"})
-_LINEAR = frozenset({"Mul", "Div", "Max", "Clip", "Relu", "ReduceSum"})
+_LINEAR = frozenset({"Div", "Max", "Clip", "Relu"})
 """What, with constants, makes a sum of exponentials of one."""
 _BOUNDED = frozenset({"Add", "Max", "Clip"})
 """What, with constants, keeps a probability from zero before its logarithm is taken."""
@@ -97,9 +97,9 @@ class _Sums:
             return len(parts) == len(op.data_inputs)
         if op.type in ("Mul", "Where"):  # a mask, or a weight for each
             return True
-        if op.data_inputs[0] == parts[0] and transparent(self.graph, op):
-            return True
-        return constant_operand(op) and (op.type in _LINEAR or is_mean(op))
+        if op.type == "ReduceSum" or is_mean(op) or transparent(self.graph, op):  # axes or a shape beside it perhaps
+            return op.data_inputs[0] == parts[0]
+        return constant_operand(op) and op.type in _LINEAR
 
     def below(self, tensor: TensorId, shifted: bool) -> list[Op]:
         """The ops of such a tensor, from the exponentials on; `shifted`: from what is subtracted before."""
