@@ -21,6 +21,7 @@ from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
 from bitwright.grids import EncodingTable, PerChannel  # noqa: E402
+from bitwright.placement import Plan  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright.verify import verify  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
@@ -118,17 +119,20 @@ def test_weights(conv: Setup, tmp_path: Path) -> None:
     assert all(torch.equal(found[k], v) for k, v in state.items())
 
 
+class Tied(nn.Module):
+    """A table that the head multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 4), nn.Linear(4, 12, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))
+
+
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     from safetensors.torch import load_file, load_model
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Embedding(12, 4), nn.Linear(4, 12, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.head(self.table(ids))
 
     net, other = Tied(), Tied()
     model = TorchBackend().adopt(net, {"ids": torch.zeros(2, 3, dtype=torch.int64)})
@@ -136,6 +140,24 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert list(load_file(path)) == ["table.weight"]
     load_model(other, path)
     assert torch.equal(other.head.weight, net.table.weight)
+
+
+def test_tied_weights_are_stored_once_in_an_export(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids = {"ids": torch.randint(0, 12, (3, 4))}
+    files = QuantSim(Tied(), ids, weights="int8", activations="float").calibrate([ids]).export(tmp_path).files
+    for file, dtype in (("model", np.float32), ("qdq", np.int8)):
+        held = [onnx.numpy_helper.to_array(t) for t in onnx.load(files[file]).graph.initializer]
+        assert [a.dtype for a in held if a.size >= 48] == [dtype]
+
+
+def test_large_weights_lie_once_in_memory_too() -> None:
+    """What the ONNX model holds are the module's own arrays, turned where the exporter multiplies by a transpose."""
+    model = TorchBackend().adopt(Sequence().eval(), torch.zeros(3, 4, dtype=torch.int64))
+    found = export_module._onnx_model(model, Plan({}, "default"))[1].graph.initializers
+    for name, parameter in model.named_parameters():
+        assert np.shares_memory(found[name].const_value.numpy(), parameter.detach().numpy()), name
+    assert found["up.weight"].const_value.numpy().shape == (8, 16)
 
 
 def test_the_simulation_as_a_program(conv: Setup, tmp_path: Path) -> None:

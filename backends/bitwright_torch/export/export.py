@@ -7,6 +7,7 @@ outputs go again.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.export import Dim
@@ -86,7 +86,8 @@ def save_weights(model: nn.Module, path: Path) -> Path:
         InputError: the file can't be written.
     """
     with needs_extra("safetensors files need", "torch"):
-        from safetensors.torch import save
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
     tensors: dict[str, torch.Tensor] = {}
     first: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
@@ -100,7 +101,10 @@ def save_weights(model: nn.Module, path: Path) -> Path:
         whole = held.untyped_storage().nbytes() == held.nbytes
         tensors[name] = held if whole else held.clone()  # the format has no place for parts of a larger array
     with atomic_write(path) as file:
-        file.write(save(tensors, {"format": "pt", **tied}))
+        try:
+            save_file(tensors, file.name, {"format": "pt", **tied})  # from where they lie, none copied
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
     return path
 
 
@@ -324,8 +328,8 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
         users = [user for user, _ in value.uses()]
         if name not in params or not users or any(u.op_type != "Transpose" or len(value.shape) != 2 for u in users):
             continue
-        # The exporter multiplies by Transpose(weight): keep the name, turn the values.
-        turned = np.ascontiguousarray(value.const_value.numpy().T)
+        # The exporter multiplies by Transpose(weight): keep the name, turn the values (a view: it is written as such).
+        turned = value.const_value.numpy().T
         value.const_value, value.shape = ir.tensor(turned, name=name), ir.Shape(turned.shape)
         for user in users:
             user.outputs[0].replace_all_uses_with(value)

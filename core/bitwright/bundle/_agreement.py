@@ -9,7 +9,7 @@ that answers to those as much (a sum of exact halves, a difference of large numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ FLOAT_TENSOR = 1e-4
 """Root mean square error, relative to the signal's, that a tensor without a grid may have."""
 NUDGE = 2.0**-21
 """Relative change of the inputs that shows how an op answers to float32 rounding."""
+PART = 2**18
+"""Values of a tensor that are compared in float64 at once."""
 TRIALS = 3
 PATIENCE = 4.0
 """How much more than its answer to a nudge a tensor may depart."""
@@ -295,8 +297,11 @@ def _measured(a: Array, b: Array, encoding: Encoding | None) -> tuple[float, flo
     """Share of codes that differ, largest difference in steps, and steps that float noise makes; both arrays finite
     in the same places. Without a grid: relative root mean square error, None, 0."""
     if encoding is None:
-        x, y = (np.where(np.isfinite(v), v, 0).astype(np.float64) for v in (a, b))
-        signal, error = float(np.square(x).sum()), float(np.square(y - x).sum())
+        signal = error = 0.0
+        # In parts: a language model's logits in float64 are as large as the model.
+        for parts in zip(_parts(a), _parts(b), strict=True):
+            x, y = (np.where(np.isfinite(v), v, 0).astype(np.float64) for v in parts)
+            signal, error = signal + float(np.square(x).sum()), error + float(np.square(y - x).sum())
         return (0.0 if error == 0 else float("inf") if signal == 0 else float(np.sqrt(error / signal))), None, 0.0
     noise = _noise(a)
     finite = np.isfinite(a)
@@ -315,6 +320,11 @@ def _measured(a: Array, b: Array, encoding: Encoding | None) -> tuple[float, flo
     steps = encoding.steps_between(p, q)
     scale = float(encoding.scale.min())
     return float((steps > 0).sum() / a.size), float(steps.max(initial=0)), noise * reach / scale
+
+
+def _parts(values: Array) -> Iterator[Array]:
+    flat = values.reshape(-1)
+    return (flat[start : start + PART] for start in range(0, flat.size, PART))
 
 
 def _finite(values: Array, finite: NDArray[np.bool_]) -> Array:

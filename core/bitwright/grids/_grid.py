@@ -431,10 +431,11 @@ def fake_quantize(
         return dequantize(quantize(x, scale, zero_point, grid), scale, zero_point)
     with np.errstate(over="ignore"):  # what overflows float32 is clipped to the end of the grid
         q = np.divide(x, scale, dtype=np.float32)
-    q = np.rint(q, out=q) if isinstance(q, np.ndarray) else np.rint(q)
+    q = np.asarray(q)
+    np.rint(q, out=q)
     zero = np.asarray(zero_point, np.float32)
-    q = np.clip(q, grid.qmin - zero, grid.qmax - zero)
-    return np.asarray(q * scale, np.float32)
+    np.clip(q, grid.qmin - zero, grid.qmax - zero, out=q)
+    return np.multiply(q, scale, out=q)
 
 
 def largest_of(format: FloatFormat) -> float:

@@ -15,11 +15,12 @@ Backends translate their nodes to `NodeView`s, hidden ones and constants include
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bitwright.graph import LINEAR_KINDS, OpKind
 
@@ -29,6 +30,8 @@ HUGE = 1e3
 """Magnitudes that mask where nothing but their size tells: exp(−1000) is zero in float32 and in float64's reach."""
 LOST = 30.0
 """Magnitudes that mask where the form tells that they do: a softmax loses e⁻³⁰ = 10⁻¹³ beside 1."""
+_PART = 2**18
+"""Values of a constant that are looked at at once."""
 
 _READERS = frozenset({"Softmax", "LogSoftmax", "Hardmax", "ReduceLogSumExp", "ArgMax", "TopK", "Exp"})
 _MAXIMA = frozenset({"ReduceMax", "ReduceMin", "MaxPool", "GlobalMaxPool", "Sigmoid"})
@@ -62,12 +65,13 @@ class Extent:
     @classmethod
     def of(cls, values: ArrayLike) -> Extent:
         """Of an array or number; NaN counts as nothing."""
-        flat = np.abs(np.nan_to_num(np.asarray(values, np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)).reshape(-1)
+        flat = np.asarray(values).ravel(order="K")
         if flat.size == 0:
             return cls(0.0, 0.0, False, False)
-        largest = float(flat.max())
-        binary = flat.size > 1 and bool(((flat == 0) | (flat == largest)).all())
-        return cls(largest, float(flat.min()), flat.size == 1, binary)
+        bounds = [(float(part.min()), float(part.max())) for part in _magnitudes(flat)]
+        largest = max(high for _, high in bounds)
+        binary = flat.size > 1 and all(bool(((p == 0) | (p == largest)).all()) for p in _magnitudes(flat))
+        return cls(largest, min(low for low, _ in bounds), flat.size == 1, binary)
 
     @property
     def offset(self) -> int:
@@ -81,6 +85,13 @@ class Extent:
     def factor(self, least: float) -> int:
         """How surely a condition times this is an offset, or a tensor with this filled in masked."""
         return _SURE if self.largest >= BOUNDLESS else _LIKELY if self.largest >= least else _NONE
+
+
+def _magnitudes(flat: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+    """Of an array's parts: it may be a network's largest weight."""
+    for start in range(0, flat.size, _PART):
+        part = np.asarray(flat[start : start + _PART], np.float64)
+        yield np.abs(np.nan_to_num(part, nan=0.0, posinf=np.inf, neginf=-np.inf))
 
 
 def is_mask(values: ArrayLike) -> bool:

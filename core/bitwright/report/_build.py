@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -35,6 +35,8 @@ from bitwright.technique import Report
 
 ON_GRID_DB = 120.0
 """A rounding error this far below the weights is float32 noise: the weights lie on their grid already."""
+_PART = 2**18
+"""Values of a weight whose rounding error is summed at once."""
 
 
 def build_report(
@@ -298,7 +300,8 @@ def _layers(state: SimState) -> list[LayerRow]:
         values = state.params[weight]
         layout = fixed_layout(encoding.granularity)
         axis = layout.axis if not isinstance(layout, PerTensor) else 0
-        ranges = np.abs(to_groups(values, PerChannel(axis))).max(axis=-1)
+        groups = to_groups(values, PerChannel(axis))
+        ranges = np.maximum(np.abs(groups.max(axis=-1)), np.abs(groups.min(axis=-1)))
         rows.append(
             LayerRow(
                 op=op.id,
@@ -316,10 +319,19 @@ def _layers(state: SimState) -> list[LayerRow]:
     return rows
 
 
+def _parts(values: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    flat = values.reshape(-1)
+    return (flat[start : start + _PART] for start in range(0, flat.size, _PART))
+
+
 def _sqnr(signal: np.ndarray[Any, Any], noisy: np.ndarray[Any, Any]) -> float | None:
     """10·log10(Σ signal² / Σ noise²); None where the noise is nothing but float32 rounding, or there is no signal."""
-    reference = signal.astype(np.float64)
-    power, noise = float(np.square(reference).sum()), float(np.square(noisy - reference).sum())
+    power = noise = 0.0
+    # A network's largest weight is summed in parts: in float64 it is twice as large.
+    for x, y in zip(_parts(signal), _parts(noisy), strict=True):
+        reference = x.astype(np.float64)
+        power += float(np.square(reference).sum())
+        noise += float(np.square(np.subtract(y, reference, out=reference), out=reference).sum())
     if noise == 0 or power == 0 or (decibels := 10 * math.log10(power / noise)) > ON_GRID_DB:
         return None
     return decibels
