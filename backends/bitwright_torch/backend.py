@@ -12,8 +12,17 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 
-from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, TrainableSimulation, Training
-from bitwright.errors import InputError, ModelError
+from bitwright.backend import (
+    Batch,
+    Bundle,
+    DifferentiableSimulation,
+    Session,
+    Simulation,
+    Tap,
+    TrainableSimulation,
+    Training,
+)
+from bitwright.errors import CapabilityError, InputError, ModelError
 from bitwright.graph import Edit, Graph, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
@@ -146,6 +155,17 @@ class TorchBackend:
     ) -> TrainableSimulation:
         """See `Trainable`."""
         return _simulation(model, plan, encodings, training)
+
+    def simulate_differentiable(self, model: Model, plan: Plan, encodings: EncodingTable) -> DifferentiableSimulation:
+        """See `Differentiable`."""
+        if isinstance(model, PartitionedModel):
+            raise CapabilityError(
+                "a model that was captured in parts isn't differentiated block by block: use gptq or adaround, or give "
+                "a model that can be captured whole"
+            )
+        from bitwright_torch.simulate.simulation import TorchSimulation
+
+        return TorchSimulation(model, plan, encodings)
 
     def export(self, model: Model, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """See `Backend`; of a model in parts, a file for each (see `parts_export`)."""

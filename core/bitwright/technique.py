@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.backend import Capability, Params
+from bitwright.backend import Batch, Capability, Params, Pullback
 from bitwright.errors import InputError
-from bitwright.graph import Edit, Graph, Op, OpId
+from bitwright.graph import Edit, Graph, Op, OpId, ParamId, TensorId
 from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright.progress import Progress, Store
@@ -145,6 +145,72 @@ class LayerWalk(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Span:
+    """A part of the network between two cuts.
+
+    Attributes:
+        name: for people.
+        ops: linear ops whose weights are to be learned, in topological order.
+        feeds: the activations, and model inputs, that it is computed from.
+        taps: what it hands on.
+    """
+
+    name: str
+    ops: tuple[OpId, ...]
+    feeds: tuple[TensorId, ...]
+    taps: tuple[TensorId, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One span of a block-by-block walk, with all calibration data.
+
+    Attributes:
+        span: which.
+        weights: float weights of its ops, canonical layout, by parameter.
+        encodings: their current ones, by parameter.
+        count: batches.
+        inputs: the i-th batch of feeds, as the network makes them that has been quantized so far.
+        targets: the i-th batch of what the float network hands on.
+        network: the simulated span as a function of its weights.
+    """
+
+    span: Span
+    weights: Mapping[ParamId, NDArray[np.float32]]
+    encodings: Mapping[ParamId, Encoding]
+    count: int
+    inputs: Callable[[int], Batch]
+    targets: Callable[[int], Mapping[TensorId, NDArray[Any]]]
+    network: Pullback
+
+
+class BlockWalk(Protocol):
+    """Visits spans of the network in order; each sees its inputs as the replaced weights before it make them."""
+
+    def __call__(
+        self,
+        spans: Sequence[Span],
+        solve: Callable[[Block], Mapping[OpId, LayerResult]],
+        *,
+        quantized_inputs: bool = True,
+        quantized_activations: bool = True,
+    ) -> Mapping[OpId, LayerResult]:
+        """Run `solve` on each span, resuming finished ones from the store.
+
+        Args:
+            spans: one behind another.
+            solve: the new weight and encoding of each op of the span.
+            quantized_inputs: the feeds come from the network with the weights so far replaced; otherwise they are
+                those of the float network.
+            quantized_activations: activation encodings are active, in the span and before it.
+
+        Raises:
+            CapabilityError: the backend isn't `Differentiable`.
+            InputError: the calibration data are empty.
+        """
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -158,6 +224,7 @@ class Context(Generic[S]):
         statistics: the requested ones, by key.
         settings: the technique's own, validated.
         walk: the layer-by-layer service (needs calibration data).
+        blocks: the block-by-block service (needs calibration data themselves, and a `Differentiable` backend).
         store, progress: durability and display.
         seed: of the run.
         folded: what batch-norm folding left behind, by op: (γ, β) of the batch norm it absorbed, after later scaling.
@@ -174,6 +241,7 @@ class Context(Generic[S]):
     progress: Progress
     seed: int = 0
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
+    blocks: BlockWalk | None = None
 
     def rng(self, key: str) -> np.random.Generator:
         """A Philox generator keyed by (seed, key): independent of order, resume and batch size."""
@@ -256,6 +324,19 @@ def walk_of(ctx: Context[Any], technique: str) -> LayerWalk:
     if ctx.walk is None:
         raise InputError(_no_data(technique))
     return ctx.walk
+
+
+def blocks_of(ctx: Context[Any], technique: str) -> BlockWalk:
+    """The block-by-block service.
+
+    Raises:
+        InputError: there are no calibration data, or a bank's statistics in their place.
+    """
+    if ctx.blocks is None and ctx.walk is not None:
+        raise InputError(f"{technique} runs parts of the network on calibration data: a bank has none; pass the data")
+    if ctx.blocks is None:
+        raise InputError(_no_data(technique))
+    return ctx.blocks
 
 
 def _no_data(technique: str) -> str:

@@ -47,6 +47,12 @@ def register_techniques() -> list[TechniqueInfo]:
             factory="bitwright_techniques.gptq:Gptq",
         ),
         TechniqueInfo(
+            "block_reconstruction",
+            "Learn roundings and scales of weights by the output error of a block of the network at a time.",
+            factory="bitwright_techniques.block_reconstruction:BlockReconstruction",
+            aliases=("brecq",),
+        ),
+        TechniqueInfo(
             "rotate",
             "Rotate the residual streams of transformers, so that no channel stands out; merged into weights.",
             factory="bitwright_techniques.rotate:Rotate",

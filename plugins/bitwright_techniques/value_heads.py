@@ -141,22 +141,22 @@ def _followed(graph: Graph, writer: Op, behind: Sequence[tuple[Op, TensorId]], p
         raise _Blocked(f"the shape of {product.output!r} isn't known") from None
     # What arrives is told apart by the vector of a head that it belongs to, and by the place in it.
     arrived, tensor = np.arange(prod(mixed)).reshape(mixed), product.output
-    while (op := graph.sole_consumer(tensor)) is not None and op.kind is not OpKind.LINEAR:
-        if op.kind not in (OpKind.IDENTITY, OpKind.RESHAPE, OpKind.TRANSPOSE):
-            raise _Blocked(f"{op.id!r} ({op.type}) reads what attention mixes")
-        arrived, tensor = _moved(graph, op, op.output, arrived), op.output
-    shape = None if op is None or op.weight is None else graph.params[op.weight].shape
-    if op is None or shape is None or len(shape) != 2 or arrived.shape[-1] != shape[1]:
+    while (reader := graph.sole_consumer(tensor)) is not None and reader.kind is not OpKind.LINEAR:
+        if reader.kind not in (OpKind.IDENTITY, OpKind.RESHAPE, OpKind.TRANSPOSE):
+            raise _Blocked(f"{reader.id!r} ({reader.type}) reads what attention mixes")
+        arrived, tensor = _moved(graph, reader, reader.output, arrived), reader.output
+    shape = None if reader is None or reader.weight is None else graph.params[reader.weight].shape
+    if reader is None or shape is None or len(shape) != 2 or arrived.shape[-1] != shape[1]:
         raise _Blocked(f"no linear op alone reads {tensor!r}")
     if shape[1] % width:
-        raise _Blocked(f"{op.id!r} reads parts of heads")
+        raise _Blocked(f"{reader.id!r} reads parts of heads")
     flat = arrived.reshape(-1, shape[1])
     features = np.argsort(flat[0]).reshape(-1, width)
     vectors, places = np.divmod(flat[:, features], width)
     owners = heads.reshape(-1)[vectors]
     if (vectors != vectors[..., :1]).any() or (places != np.arange(width)).any() or (owners != owners[:1]).any():
-        raise _Blocked(f"{op.id!r} reads parts of heads, or which one depends on the token")
-    return ValueHeads(writer, tuple(constants), op, channels, features, owners[0, :, 0])
+        raise _Blocked(f"{reader.id!r} reads parts of heads, or which one depends on the token")
+    return ValueHeads(writer, tuple(constants), reader, channels, features, owners[0, :, 0])
 
 
 def _sizes(graph: Graph, tensor: TensorId, last: int) -> tuple[int, ...]:
@@ -175,7 +175,7 @@ def _moved(graph: Graph, op: Op, output: TensorId, values: Index) -> Index:
         if op.kind is OpKind.TRANSPOSE:
             perm = op.call.attributes.get("perm") if op.call is not None else None
             if isinstance(perm, tuple):
-                return values.transpose([int(n) for n in perm])  # type: ignore[arg-type]
+                return values.transpose([int(n) for n in perm])
         elif op.kind is OpKind.SPLIT:
             if isinstance(op.attrs, AxisAttrs) and op.type == "Split":
                 return _piece(graph, op, output, values, op.attrs.axis)
@@ -199,7 +199,7 @@ def _piece(graph: Graph, op: Op, output: TensorId, values: Index, axis: int) -> 
     """
     index, shapes = op.outputs.index(output), [graph.tensors[t].shape or () for t in op.outputs]
     if len(shapes[index]) == values.ndim - 1 and len(shapes) == values.shape[axis]:
-        return np.take(values, index, axis)
+        return np.asarray(np.take(values, index, axis))
     sizes = [shape[axis] or 0 for shape in shapes]
     if sum(sizes) != values.shape[axis]:
         raise ValueError

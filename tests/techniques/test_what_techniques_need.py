@@ -21,7 +21,7 @@ OFFERED = {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
         "observable",
     },
-    "torch": {"partial_execution", "trainable", "shared_conversion", "observable"},
+    "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable"},
     "keras": {
         "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "reproduced_artefact",
         "bundled_formats", "observable",
@@ -94,6 +94,10 @@ def test_techniques_without_data_are_refused_before_any_work_or_work(name, sim, 
         monkeypatch.setattr(applying, "weight_encodings", work)
         with pytest.raises(InputError, match=f"^{name} needs calibration data; pass some, for example 250 samples"):
             sim.apply(name, **NEEDS_DATA[name])
+    elif lacking := registry.technique(name).requires - capabilities(ReferenceBackend()):
+        monkeypatch.setattr(applying, "weight_encodings", work)
+        with pytest.raises(CapabilityError, match=f"^{name} needs {sorted(lacking)[0]}"):
+            sim.apply(name)
     else:
         sim.apply("fold_batch_norm")
         sim.apply(name)

@@ -71,7 +71,8 @@ class TorchSession:
         """
         device = device_of(self._root)
         leaves = [
-            self._constants[n] if n in self._constants else self._leaf(n, batch, device) for n in self._needed
+            self._constants[n] if n in self._constants else leaf(batch, n, *self._shapes[n], device)
+            for n in self._needed
         ]  # fmt: skip
         try:
             with torch.inference_mode():
@@ -81,16 +82,23 @@ class TorchSession:
             given = ", ".join(f"{n} {np.shape(v)}" for n, v in zip(self._needed, leaves, strict=True))
             raise ModelError(f"running the model on {given} failed: {first_line(error)}") from error
 
-    def _leaf(self, name: str, batch: Batch, device: torch.device) -> torch.Tensor:
-        value: Any = given(batch, name)
-        shape, wanted = self._shapes[name]
-        dtype = getattr(torch, wanted)
-        known = isinstance(value, torch.Tensor) and (
-            value.dtype == dtype or value.is_floating_point() == dtype.is_floating_point
-        )
-        tensor = as_tensor(value if known else fed(value, wanted, name)).to(dtype)
-        check_shape(name, tensor.shape, shape)
-        return tensor.to(device)
+
+def leaf(
+    batch: Batch, name: str, shape: Sequence[int | None] | None, wanted: str, device: torch.device
+) -> torch.Tensor:
+    """What a batch holds for a tensor that is fed, of the type and on the device that it is wanted in.
+
+    Raises:
+        InputError: it is missing, or has the wrong dtype or shape.
+    """
+    value: Any = given(batch, name)
+    dtype = getattr(torch, wanted)
+    known = isinstance(value, torch.Tensor) and (
+        value.dtype == dtype or value.is_floating_point() == dtype.is_floating_point
+    )
+    tensor = as_tensor(value if known else fed(value, wanted, name)).to(dtype)
+    check_shape(name, tensor.shape, shape)
+    return tensor.to(device)
 
 
 def as_tensor(given: Any) -> torch.Tensor:

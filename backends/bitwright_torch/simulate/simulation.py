@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from bitwright.backend import Session, SimulationBase, Tap, Training
+from bitwright.errors import ModelError
 from bitwright.graph import ParamId, TensorId
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
@@ -29,6 +30,7 @@ from bitwright_torch.graph.model import NAMES, CapturedModel, device_of, info, p
 from bitwright_torch.graph.operands import Operand, operands
 from bitwright_torch.graph.params import native_values, write_params
 from bitwright_torch.simulate.fake_quant import FakeQuantize
+from bitwright_torch.simulate.pullback import TorchPullback
 from bitwright_torch.simulate.session import TorchSession
 
 
@@ -72,6 +74,8 @@ class TorchSimulation(SimulationBase):
         self._quantizers: dict[SiteId, FakeQuantize] = {}
         self._parameters: dict[SiteId, Operand] = {}
         self._computed: dict[ParamId, _Computed] = {}
+        self._rounded_in: dict[ParamId, fx.Node] = {}
+        """The calls that round parameters."""
         self._module = self._build()
         self.set(encodings)
         if trainable:
@@ -123,7 +127,9 @@ class TorchSimulation(SimulationBase):
                 module = _Tied(self._quantizers[root])
             key = _key(quantizers, root if isinstance(module, FakeQuantize) else f"{site}/tied", module)
             quantizers._modules.setdefault(key, module)
-            _insert(graph, node, f"{name}.{key}", site, floats.get(node, ()))
+            call = _insert(graph, node, f"{name}.{key}", site, floats.get(node, ()))
+            if is_parameter:
+                self._rounded_in[site] = call
         holder.add_module(name, quantizers.to(device_of(self._float)))
         graph.lint()
         quantizers.train(holder.training)
@@ -201,6 +207,13 @@ class TorchSimulation(SimulationBase):
         convention = program.convention
         constants = {program.prefix + convention.names[i]: v for i, v in convention.constants.items()}
         return TorchSession(self._module, program.graph, self._tensors, taps, feeds, constants)
+
+    def pullback(self, params: Sequence[ParamId], feeds: Sequence[TensorId], taps: Sequence[TensorId]) -> TorchPullback:
+        """See `bitwright.backend.DifferentiableSimulation`."""
+        if missing := [p for p in params if p not in self._rounded_in]:
+            raise ModelError(f"{missing[0]!r} is no parameter that the plan quantizes")
+        places = {p: (self._rounded_in[p], self._graph.params[p]) for p in params}
+        return TorchPullback(self._module, program_of(self._module), self._tensors, places, feeds, taps)
 
     # -- after training
 

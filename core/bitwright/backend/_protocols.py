@@ -240,6 +240,60 @@ class Trainable(Protocol[M_contra]):
 
 
 @runtime_checkable
+class Pullback(Protocol):
+    """A part of a simulated network as a function of some of its parameters, at values that the caller gives."""
+
+    def run(self, batch: Batch, values: Mapping[ParamId, NDArray[np.floating]]) -> Mapping[TensorId, Array]:
+        """The outputs.
+
+        Args:
+            batch: the feeds; fed tensors are taken as they are given.
+            values: of the parameters, in canonical layout; what is simulated of them is these very values.
+        """
+
+    def gradients(
+        self,
+        batch: Batch,
+        values: Mapping[ParamId, NDArray[np.floating]],
+        cotangents: Callable[[Mapping[TensorId, Array]], Mapping[TensorId, Array]],
+    ) -> Mapping[ParamId, Array]:
+        """The gradient to each parameter of Σ cotangent · output, float32 in canonical layout.
+
+        Rounding of activations passes it straight through where it doesn't clip (`grids.fake_quantize_vjp`). Batch
+        norms and dropout are as in inference.
+
+        Args:
+            batch, values: as for `run`.
+            cotangents: makes them of the outputs, by name; of outputs that aren't there they are zero.
+        """
+
+
+class DifferentiableSimulation(Simulation[Any], ParamUpdates, Protocol):
+    """What `Differentiable.simulate_differentiable` returns."""
+
+    def pullback(self, params: Sequence[ParamId], feeds: Sequence[TensorId], taps: Sequence[TensorId]) -> Pullback:
+        """What lies between `feeds` and `taps`, as a function of quantized parameters that it reads.
+
+        Raises:
+            ModelError: a tap can't be computed from the feeds alone; a parameter isn't one that the plan quantizes.
+        """
+
+
+@runtime_checkable
+class Differentiable(Protocol[M_contra]):
+    """Gradients of parts of a simulated network, for techniques that learn block by block (`technique.BlockWalk`)."""
+
+    def simulate_differentiable(
+        self, model: M_contra, plan: Plan, encodings: EncodingTable
+    ) -> DifferentiableSimulation:
+        """As `Backend.simulate`.
+
+        Raises:
+            CapabilityError: models of this form aren't differentiated.
+        """
+
+
+@runtime_checkable
 class Observable(Protocol[M_contra]):
     """Handing a model out as the framework's users run one, for data by their own forward pass (`observed`)."""
 
@@ -446,6 +500,7 @@ class Capability(StrEnum):
 
     PARTIAL_EXECUTION = "partial_execution"
     TRAINABLE = "trainable"
+    DIFFERENTIABLE = "differentiable"
     INTEGER_RUNTIME = "integer_runtime"
     OP_TIMER = "op_timer"
     QUANTIZED_ARTEFACT = "quantized_artefact"
@@ -465,6 +520,7 @@ class Capability(StrEnum):
 _PROTOCOLS: Mapping[Capability, type] = {
     Capability.PARTIAL_EXECUTION: PartialExecution,
     Capability.TRAINABLE: Trainable,
+    Capability.DIFFERENTIABLE: Differentiable,
     Capability.INTEGER_RUNTIME: IntegerRuntime,
     Capability.OP_TIMER: OpTimer,
     Capability.QUANTIZED_ARTEFACT: QuantizedArtefact,
@@ -478,6 +534,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
 _INSTEAD: Mapping[Capability, str] = {
     Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "
     "training",
+    Capability.DIFFERENTIABLE: "open the model in PyTorch, or use gptq or adaround, which need no gradients",
     Capability.INTEGER_RUNTIME: "verify the exported file with the backend that opens it",
     Capability.OP_TIMER: "measure an exported .onnx file, or write the table by hand",
     Capability.QUANTIZED_ARTEFACT: "read the exported .qdq.onnx file with the ONNX backend",

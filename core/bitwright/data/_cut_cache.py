@@ -45,10 +45,17 @@ class CutCache:
         np.save(path, values, allow_pickle=False)
         return path
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One batch."""
+        # Read when its turn comes: a map of the file would stay in the process's memory.
+        held = self._batches[index].items()
+        return {t: np.load(v, allow_pickle=False) if isinstance(v, Path) else v for t, v in held}
+
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            # Read when its turn comes: a map of the file would stay in the process's memory.
-            yield {t: np.load(v, allow_pickle=False) if isinstance(v, Path) else v for t, v in batch.items()}
+        return (self[i] for i in range(len(self)))
 
     def close(self) -> None:
         """Free memory and disk."""

@@ -1,7 +1,8 @@
-"""The layer-by-layer walk: each linear op sees the input that the already replaced layers before it produce."""
+"""Layer-by-layer and block-by-block walks: each sees the input that what was replaced before it produces."""
 
 from __future__ import annotations
 
+from bitwright.layerwise._block_walk import BlockwiseWalk
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import (
     blocks_within,
@@ -16,6 +17,7 @@ from bitwright.layerwise._solving import (
 from bitwright.layerwise._walk import LayerwiseWalk
 
 __all__ = [
+    "BlockwiseWalk",
     "LayerwiseWalk",
     "Solving",
     "blocks_within",

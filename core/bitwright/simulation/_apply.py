@@ -28,7 +28,7 @@ from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, Rememberin
 from bitwright.errors import InputError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
-from bitwright.layerwise import LayerwiseWalk
+from bitwright.layerwise import BlockwiseWalk, LayerwiseWalk
 from bitwright.placement import SiteId
 from bitwright.plugins import registry
 from bitwright.progress import Store
@@ -38,7 +38,7 @@ from bitwright.simulation._outcomes import taken
 from bitwright.simulation._stages import Staged
 from bitwright.state import SimState
 from bitwright.statistics import Request, Source, Statistic
-from bitwright.technique import Context, LayerWalk, Report, Technique, require_data
+from bitwright.technique import BlockWalk, Context, LayerWalk, Report, Technique, require_data
 
 
 def apply(state: SimState, technique: str | Technique, data: DataLike | None, settings: Mapping[str, Any]) -> SimState:
@@ -63,11 +63,13 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset)
     statistics: Mapping[str, Statistic] = {}
     walk: LayerWalk | None = None
+    blocks: BlockWalk | None = None
     if bank is not None:
         statistics, walk = bank.statistics(requests, body.name), bank.walk(table, store, body.name)
     elif dataset is not None:
         statistics = _statistics(state, requests, table, dataset) if requests else {}
         walk = _walk(state, body.name, table, dataset, store)
+        blocks = _blocks(state, body.name, table, dataset, store)
     context = Context(
         graph=state.graph,
         plan=state.plan,
@@ -80,6 +82,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         progress=state.progress,
         seed=state.seed,
         folded=dict(state.folded),
+        blocks=blocks,
     )
     outcome = body.apply(context)
     if bank is not None:
@@ -176,6 +179,21 @@ def _walk(state: SimState, name: str, table: EncodingTable, dataset: Dataset, st
         state.progress,
         activations=lambda: table.merged(calibrated_activations(state, table, dataset)),
         workers=state.workers,
+        name=name,
+    )
+
+
+def _blocks(state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> BlockwiseWalk:
+    return BlockwiseWalk(
+        state.backend,
+        state.native,
+        state.graph,
+        state.plan,
+        table,
+        dataset,
+        store,
+        state.progress,
+        activations=lambda: table.merged(calibrated_activations(state, table, dataset)),
         name=name,
     )
 

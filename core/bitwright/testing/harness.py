@@ -26,6 +26,7 @@ from bitwright.grids import (
     encoding_of_arrays,
     to_groups,
 )
+from bitwright.layerwise import BlockwiseWalk
 from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
 from bitwright.statistics import LayerMoments, Request, Statistic
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Technique, require_data
@@ -276,7 +277,12 @@ def run_technique(
         requests = []
     simulation = backend.simulate(model, plan, table) if requests else None
     statistics = {r.key: _collect(r, backend, model, simulation, data) for r in requests}
-    context = Context(graph, plan, params, table, statistics, chosen, walk, store, Quiet(), seed, dict(folded or {}))
+    given: Any = data
+    blocks = BlockwiseWalk(backend, model, graph, plan, table, given, store, Quiet(), name=technique.name)
+    context = Context(
+        graph, plan, params, table, statistics, chosen, walk, store, Quiet(), seed, dict(folded or {}),
+        blocks if data else None,
+    )  # fmt: skip
     outcome = technique.apply(context)
     changes = [*outcome.edits, *([SetParams(outcome.params)] if outcome.params else [])]
     changed = backend.edit(model, changes) if changes else model

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitwright.backend import Backend, Batch, Tap, Trainable, TrainableSimulation, Training
-from bitwright.graph import Op, OpKind, ParamRole, TensorId, columns, from_matrix
+from bitwright.backend import Backend, Batch, Differentiable, Tap, Trainable, TrainableSimulation, Training
+from bitwright.errors import ModelError
+from bitwright.graph import Op, OpKind, ParamRole, SetParams, TensorId, columns, from_matrix
 from bitwright.grids import (
     Encoding,
     EncodingTable,
@@ -112,6 +113,55 @@ class TrainingContract(Contract):
             assert_close(-ratio / rate, found.log_scale, 5e-3, f"gradient of the scale of {op.weight}")
         for p, v in backend.read(model, own(op)).items():
             assert np.array_equal(v, params[p]), f"training changed the {p} of the model that was given"
+
+    @of_any_case
+    def test_pullbacks_compute_a_part_and_its_gradients(self, case: Case) -> None:
+        """At values that are given, from the inputs or from inside; gradients agree with differences of values."""
+        backend, model = self.backend(), case.model
+        if not isinstance(backend, Differentiable):
+            pytest.skip("the backend isn't Differentiable")
+        graph = backend.graph(model)
+        plan = simple_plan(graph, activations=None)
+        ops = [op for op in graph.linear_ops if _alone(backend, model, op)]
+        if not ops:
+            pytest.skip("no linear op of this case has parameters of its own")
+        before = backend.read(model, [op.weight or "" for op in ops])
+        values = {p: (0.9 * v).astype(np.float32) for p, v in before.items()}
+        taps = [t for t in graph.outputs if graph.tensors[t].is_float]
+        inside = ops[-1]
+        simulation = backend.simulate_differentiable(model, plan, min_max_table(backend, case, plan))
+        whole = simulation.pullback(list(values), graph.inputs, taps)
+        found = whole.run(case.batch, values)
+        changed = backend.edit(model, [SetParams(values)])
+        wanted = [Tap(t) for t in (*taps, inside.data_inputs[0], inside.output)]
+        expected = run(backend.session(changed, wanted), case.batch)
+        for t in taps:
+            assert_close(found[t], expected[t], 1e-4, t)
+        weight = inside.weight or ""
+        part = simulation.pullback([weight], (inside.data_inputs[0], *graph.inputs), [inside.output])
+        fed = {**case.batch, inside.data_inputs[0]: expected[inside.data_inputs[0]]}
+        made = part.run(fed, {weight: values[weight]})
+        assert_close(made[inside.output], expected[inside.output], 1e-4, inside.output)
+        rng = np.random.default_rng(0)
+        cotangents = {t: rng.normal(size=found[t].shape).astype(np.float32) for t in taps}
+        gradients = whole.gradients(case.batch, values, lambda outputs: {t: cotangents[t] for t in outputs})
+
+        def loss(moved: Mapping[str, Array]) -> float:
+            outputs = whole.run(case.batch, {**values, **moved})
+            return sum(float((outputs[t].astype(np.float64) * cotangents[t]).sum()) for t in taps)
+
+        for p, gradient in gradients.items():
+            assert gradient.shape == values[p].shape, p
+            size = float(np.linalg.norm(gradient))
+            if size:  # so small a step that few rectifiers turn, along which the loss changes most
+                step = (gradient * (1e-3 * np.linalg.norm(values[p]) / size)).astype(np.float32)
+                slope = (loss({p: values[p] + step}) - loss({p: values[p] - step})) / 2
+                assert slope == pytest.approx(float((gradient * step).sum()), rel=0.05), f"gradient of {p}"
+        assert any(g.any() for g in gradients.values())
+        for p, v in backend.read(model, list(values)).items():
+            assert np.array_equal(v, before[p]), f"{p} of the model that was given changed"
+        with pytest.raises(ModelError, match="plan quantizes"):
+            simulation.pullback(["no such parameter"], graph.inputs, taps)
 
     def _trainable(self) -> Any:
         backend = self.backend()
