@@ -8,35 +8,30 @@ run executes the same segments as the first, so that its numbers are bit-equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, ParamReader, ParamUpdates, PartialExecution, Session, Simulation, Tap
-from bitwright.data import CACHE_BYTES, CutCache, Dataset
+from bitwright.backend import Backend, ParamReader, PartialExecution
+from bitwright.data import CACHE_BYTES, Dataset
 from bitwright.files import Spill
 from bitwright.graph import (
-    Edit,
     Graph,
     Op,
     OpId,
     OpKind,
     ParamId,
-    ParamRole,
-    SetBias,
-    SetParams,
-    SplitSharedParam,
     TensorId,
     groups_of,
     input_channels,
     output_channels,
 )
-from bitwright.grids import Encoding, EncodingTable
+from bitwright.grids import EncodingTable
 from bitwright.layerwise._cuts import Visit, schedule
+from bitwright.layerwise._networks import Networks
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import (
     blocks_within,
@@ -47,7 +42,7 @@ from bitwright.layerwise._solving import (
     name_blocks,
     name_left,
 )
-from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.placement import Plan
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
@@ -80,7 +75,6 @@ class LayerwiseWalk:
     moments_gib: float = LayerwiseSettings().moments_gib
     workers: Workers | None = None
     name: str = "layer by layer"
-    current: Any = field(init=False)
 
     def __call__(
         self,
@@ -95,7 +89,6 @@ class LayerwiseWalk:
         column_blocks: bool = False,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
-        budget = self.moments_gib if moments_gib is None else moments_gib
         results: dict[OpId, LayerResult] = {}
         spill = Spill()
 
@@ -104,17 +97,22 @@ class LayerwiseWalk:
 
         stored = {o: kept(r) for o in ops if (r := load(self.store.get(f"layer/{o}"))) is not None}
         visits = schedule(self.graph, ops, partial=self._partial)
-        self.current = self.model
         encodings = self.encodings
         if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
             encodings = self.activations()
         self.progress.start("Layers", len(visits))
-        pair = _Networks(self, [s.op for s in visits], quantized_inputs, quantized_activations, encodings)
-        unfinished = [i for i, s in enumerate(visits) if s.op.id not in stored]
+        pair = Networks(
+            self.backend, self.model, self.graph, self.plan, self.data, encodings, [s.op for s in visits],
+            quantized=quantized_inputs, activations=quantized_activations, cache_bytes=self.cache_bytes,
+        )  # fmt: skip
+        observing = _Observing(
+            self.graph, encodings, self.moments_gib if moments_gib is None else moments_gib, paired=quantized_inputs,
+            products=products, residuals=residuals, most=None if column_blocks else 1,
+        )  # fmt: skip
+        last = max((i for i, s in enumerate(visits) if s.op.id not in stored), default=-1)
         # A weight that several ops share is settled by the first of them.
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
-        known: tuple[object, LayerMoments] | None = None
         params = ParamReader(self.backend, self.model, self.graph)
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
@@ -132,43 +130,26 @@ class LayerwiseWalk:
                 for done in solving.of_weight(op.weight):
                     finish(*done)
                 shared = replaced.get(op.weight or "")
-                moments, addend, left, reused = None, None, "", False
+                seen, observed = _Observed(), None  # the last layer's moments go before this one's are made
                 if result is None and shared is None:
-                    blocks, left = blocks_within(
-                        budget, op, self.graph.params[op.weight or ""].shape, self._features(op),
-                        encodings.get(op.weight or ""), paired=quantized_inputs, products=products,
-                        most=None if column_blocks else 1,
-                    )  # fmt: skip
-                    if residuals and products and quantized_inputs and blocks == 1:
-                        addend = self._addend(visit)
-                    # What several layers read (queries, keys and values) is observed once: nothing that is replaced
-                    # between them lies before it.
-                    same = (op.data_inputs[0], op.kind, op.attrs, self._features(op), blocks)
-                    reused = known is not None and known[0] == same and addend is None
-                    if reused:
-                        assert known is not None
-                        moments = known[1]
-                    elif blocks:
-                        known = None
-                        moments = self._moments(visit, quantized_inputs, products, addend is not None, blocks)
-                        known = (same, moments) if addend is None else None
+                    seen = observing.of(visit)
+                observed = seen.moments if seen.fresh else None
                 # Behind the last unfinished layer nothing has to run any more.
-                observed = None if reused else moments
-                if unfinished and index <= unfinished[-1] and (observed is not None or visit.moves):
+                if index <= last and (observed is not None or visit.moves):
                     if quantized_inputs:
-                        wanted = visit.cut if visit.moves else (op.data_inputs[0], *([addend] if addend else []))
+                        # What is being solved before them goes into the quantized network first.
+                        wanted = visit.cut if visit.moves else filter(None, (op.data_inputs[0], seen.addend))
                         for done in solving.before(wanted):
                             finish(*done)
-                    pair.run(visit, observed, addend if observed is not None else None)
+                    pair.run(visit, observed, seen.addend)
                 if result is not None:
                     finish(op, result, fresh=False)
                 elif shared is not None:
                     finish(op, replace(shared, bias=None, figures={"shared": 1.0}))
+                elif seen.moments is None:
+                    finish(op, left_at_nearest(params, op, encodings, seen.left))
                 else:
-                    if moments is None:
-                        finish(op, left_at_nearest(params, op, encodings, left))
-                        continue
-                    for done in solving.solve(layer_of(params, op, moments, encodings)):
+                    for done in solving.solve(layer_of(params, op, seen.moments, encodings)):
                         finish(*done)
             for done in solving.rest():
                 finish(*done)
@@ -185,9 +166,84 @@ class LayerwiseWalk:
     def _partial(self) -> bool:
         return isinstance(self.backend, PartialExecution)
 
+
+@dataclass(frozen=True)
+class _Observed:
+    """What is known of a layer's input.
+
+    Attributes:
+        moments: of it; None if it isn't observed.
+        addend: the tensor that is added to the layer's output, where that counts too.
+        fresh: the batches have yet to be run through the moments.
+        left: why the layer isn't to be solved.
+    """
+
+    moments: LayerMoments | None = None
+    addend: TensorId | None = None
+    fresh: bool = False
+    left: str = ""
+
+
+class _Observing:
+    """Says what is observed of each layer that is to be solved.
+
+    Args:
+        graph: of the walk.
+        encodings: in force.
+        budget: largest moments of a layer, in GiB.
+        paired: the quantized network's inputs are observed beside the float one's.
+        products, residuals: see `LayerWalk`.
+        most: blocks of columns that moments may be cut into.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        encodings: EncodingTable,
+        budget: float,
+        *,
+        paired: bool,
+        products: bool,
+        residuals: bool,
+        most: int | None,
+    ) -> None:
+        self._graph, self._encodings, self._budget = graph, encodings, budget
+        self._paired, self._products, self._residuals, self._most = paired, products, residuals, most
+        self._known: tuple[object, LayerMoments] | None = None
+
+    def of(self, visit: Visit) -> _Observed:
+        """Empty moments for a layer's input, those of the layer before where it reads the same, or why there are none.
+
+        What several layers read (queries, keys and values) is observed once: nothing that is replaced between them lies
+        before it.
+        """
+        op, weight = visit.op, visit.op.weight or ""
+        shape, features = self._graph.params[weight].shape, self._features(op)
+        blocks, left = blocks_within(
+            self._budget, op, shape, features, self._encodings.get(weight), paired=self._paired,
+            products=self._products, most=self._most,
+        )  # fmt: skip
+        if not blocks:
+            return _Observed(left=left)
+        addend = None
+        if self._residuals and self._products and self._paired and blocks == 1:
+            addend = self._addend(visit)
+        same = (op.data_inputs[0], op.kind, op.attrs, features, blocks)
+        if addend is None and self._known is not None and self._known[0] == same:
+            return _Observed(self._known[1])
+        self._known = None
+        moments = LayerMoments(
+            op, features, self._graph.tensors[op.data_inputs[0]].channel_axis, paired=self._paired,
+            products=self._products, residual_outputs=output_channels(op, shape) if addend is not None else 0,
+            blocks=blocks,
+        )  # fmt: skip
+        if addend is None:
+            self._known = same, moments
+        return _Observed(moments, addend, fresh=True)
+
     def _addend(self, visit: Visit) -> TensorId | None:
         """The tensor that is added to the layer's output and known before it; None if there is no such sum."""
-        op, graph = visit.op, self.graph
+        op, graph = visit.op, self._graph
         total = graph.sole_consumer(op.output)
         if groups_of(op) > 1 or total is None or total.kind is not OpKind.ADD or len(total.data_inputs) != 2:
             return None
@@ -199,153 +255,6 @@ class LayerwiseWalk:
 
     def _features(self, op: Op) -> int:
         """K of the op's columns."""
-        shape = self.graph.params[op.weight or ""].shape
+        shape = self._graph.params[op.weight or ""].shape
         kernel = int(np.prod(shape[2:], dtype=np.int64)) if len(shape) > 2 else 1
         return input_channels(op, shape) // groups_of(op) * kernel
-
-    def _moments(self, visit: Visit, paired: bool, products: bool, residual: bool, blocks: int) -> LayerMoments:
-        op = visit.op
-        axis = self.graph.tensors[op.data_inputs[0]].channel_axis
-        outputs = output_channels(op, self.graph.params[op.weight or ""].shape) if residual else 0
-        return LayerMoments(
-            op, self._features(op), axis, paired=paired, products=products, residual_outputs=outputs, blocks=blocks
-        )
-
-
-class _Networks:
-    """The float and the quantized network, advancing from cut to cut."""
-
-    def __init__(
-        self, walk: LayerwiseWalk, ops: Sequence[Op], quantized: bool, activations: bool, encodings: EncodingTable
-    ) -> None:
-        self.walk, self.ops, self.quantized, self.active = walk, ops, quantized, activations
-        self.encodings = encodings
-        self.simulation: Simulation[Any] | None = None
-        own = {
-            p for p in walk.graph.params if len(walk.graph.users(p)) == 1
-        }  # a shared one is split off when it changes
-        self.biases = {op.id: b if (b := op.params.get(ParamRole.BIAS)) in own else None for op in ops}
-        self.changed: dict[ParamId, NDArray[np.float32]] = {}
-        """What `walk.current` doesn't have yet."""
-        self.added: dict[OpId, NDArray[np.float32]] = {}
-        self.users = {p: len(walk.graph.users(p)) for p in walk.graph.params}
-        self.params: dict[ParamId, NDArray[np.float32]] = {}
-        """What the simulation doesn't have yet."""
-        self.installed: dict[SiteId, Encoding] = {}
-        self.caches: list[CutCache | None] = [None, None]
-        self.start: tuple[TensorId, ...] = walk.graph.inputs
-
-    def replace(self, op: Op, result: LayerResult) -> None:
-        assert op.weight is not None
-        self.encodings = self.encodings.merged({op.weight: result.encoding})
-        self.installed[op.weight] = result.encoding
-        self.params[op.weight] = result.weight
-        bias = self.biases[op.id]
-        if result.bias is not None and bias is None:
-            self.added[op.id] = result.bias
-        elif result.bias is not None and bias is not None:
-            self.params[bias] = result.bias
-
-    def run(self, visit: Visit, moments: LayerMoments | None, addend: TensorId | None = None) -> None:
-        """Stream the layer's inputs into `moments`, and move the cut if the visit says so."""
-        walk = self.walk
-        needed = [t for t in (visit.op.data_inputs[0], addend) if t is not None]
-        wanted = visit.cut if visit.moves else tuple(dict.fromkeys(needed))
-        sessions = [self._float_session(visit.start, wanted)]
-        if self.quantized:
-            sessions.append(self._quantized_session(visit.start, wanted))
-        fresh = [CutCache(walk.cache_bytes // 2) for _ in sessions]
-        try:
-            for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
-                seen: list[dict[TensorId, NDArray[Any]]] = []
-                for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
-                    values = _through(session, batch, wanted)
-                    if visit.moves:
-                        fresh[index].append(values)
-                    seen.append(values)
-                if moments is not None:
-                    moments.update(*(v[needed[0]] for v in seen), *(seen[0][t] - seen[1][t] for t in needed[1:]))
-        except BaseException:
-            for cache in fresh:
-                cache.close()
-            raise
-        if visit.moves:
-            self.close()
-            self.caches = [*fresh, None][:2]
-            self.start = visit.cut
-
-    def _batches(self, index: int) -> Iterator[Batch]:
-        cache = self.caches[index]
-        if cache is None:
-            return iter(self.walk.data)
-        # Shapes are often computed from the model's inputs, which therefore stay at hand behind every cut.
-        return ({**inputs, **held} for inputs, held in zip(self.walk.data, cache, strict=True))
-
-    def _float_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
-        taps = [Tap(t) for t in wanted if t not in feeds]
-        if not taps:
-            return None
-        if feeds != self.walk.graph.inputs and isinstance(self.walk.backend, PartialExecution):
-            return self.walk.backend.segment(self.walk.model, self._with_inputs(feeds), taps)
-        return self.walk.backend.session(self.walk.model, taps)
-
-    def _quantized_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
-        # A model input is quantized at its own site, so that it passes through the session even when it is wanted.
-        from_inputs = feeds == self.walk.graph.inputs
-        taps = [Tap(t) for t in wanted if from_inputs or t not in feeds]
-        if not taps:
-            return None
-        simulation = self._simulation()
-        return simulation.session(taps) if from_inputs else simulation.segment(self._with_inputs(feeds), taps)
-
-    def _with_inputs(self, feeds: tuple[TensorId, ...]) -> tuple[TensorId, ...]:
-        return tuple(dict.fromkeys((*feeds, *self.walk.graph.inputs)))
-
-    def _simulation(self) -> Simulation[Any]:
-        """The quantized network with all that was replaced; lowered only once where its parameters can be changed."""
-        self.changed.update(self.params)
-        known = self.simulation
-        if not isinstance(known, ParamUpdates) or self.added:
-            known = self.simulation = self._lowered(known)
-        else:
-            known.set_params(self.params)
-            known.set(self.installed)
-        self.params, self.installed = {}, {}
-        return known
-
-    def _lowered(self, known: Simulation[Any] | None) -> Simulation[Any]:
-        walk = self.walk
-        if isinstance(known, ParamUpdates):
-            # One layer gets a bias that it didn't have, so others will: with zeros for now, so that this is done once.
-            for op in self.ops:
-                shape = walk.graph.params[op.weight or ""].shape
-                if ParamRole.BIAS not in op.params and self.biases[op.id] is None and op.id not in self.added:
-                    self.added[op.id] = np.zeros(output_channels(op, shape), np.float32)
-        edits: list[Edit] = [SetParams(self.changed)] if self.changed else []
-        for id, bias in self.added.items():
-            shared = walk.graph.op(id).params.get(ParamRole.BIAS)
-            if shared is not None and self.users[shared] > 1:
-                edits.append(SplitSharedParam(id, shared))
-                self.users[shared] -= 1
-            edits.append(SetBias(id, bias))
-        if edits:
-            walk.current = walk.backend.edit(walk.current, edits)
-        if self.added:
-            graph = walk.backend.graph(walk.current)
-            self.biases.update((o, graph.op(o).params.get(ParamRole.BIAS)) for o in self.added if o in graph)
-        self.changed, self.added = {}, {}
-        simulation = walk.backend.simulate(walk.current, walk.plan, self.encodings)
-        if not self.active:
-            simulation.set({s: None for s, site in walk.plan.items() if site.kind is SiteKind.ACTIVATION})
-        return simulation
-
-    def close(self) -> None:
-        for cache in self.caches:
-            if cache is not None:
-                cache.close()
-        self.caches = [None, None]
-
-
-def _through(session: Session | None, batch: Batch, wanted: tuple[TensorId, ...]) -> dict[TensorId, NDArray[Any]]:
-    outputs = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
-    return {t: outputs[t] if t in outputs else batch[t] for t in wanted}
