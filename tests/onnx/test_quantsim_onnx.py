@@ -270,3 +270,31 @@ def test_encodings_of_a_part_say_how_to_leave_the_rest_in_float(tmp_path):
     with pytest.raises(EncodingError) as error:
         QuantSim(model).predict({"x": x})
     assert "partial" not in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.1.0"])
+def test_files_that_name_the_same_values_elsewhere_load_whole(version, tmp_path):
+    """Another framework has its site behind the reshape, and the factor in its op."""
+    net = b.ModelBuilder()
+    scaled = net.node("Mul", [net.input("x", ["n", 3, 8]), net.const("half", np.float32(0.125))], "scaled")
+    flat = net.node("Reshape", [scaled, net.const("shape", [0, 24])], "flat")
+    net.output(net.node("MatMul", [flat, net.weight("w", 24, 4)], "y"), ["n", 4])
+    model = net.build()
+    data = {"x": np.random.default_rng(1).normal(size=(16, 3, 8)).astype(np.float32)}
+    sim = QuantSim(model).calibrate(data)
+    assert sim.plan.root("flat") == "scaled" and {"half", "scaled"} <= set(sim.encodings)
+    sim.export(tmp_path, name="net", encodings_version=version)
+    file = tmp_path / "net.encodings"
+    found = json.loads(file.read_text())
+    gone = {"half", "scaled"}
+    if version == "2.1.0":
+        found["encodings"] = [e for e in found["encodings"] if e["name"] not in gone]
+    for part in ("activation_encodings", "param_encodings") if version != "2.1.0" else ():
+        held = found[part]
+        found[part] = ([e for e in held if e["name"] not in gone] if isinstance(held, list)
+                       else {k: v for k, v in held.items() if k not in gone})  # fmt: skip
+    file.write_text(json.dumps(found))
+    opened = QuantSim(model).load_encodings(file)
+    assert opened.encodings["scaled"].equals(sim.encodings["scaled"])
+    assert opened.encodings["half"].equals(sim.encodings["half"]) and not opened.encodings["half"].frozen
+    np.testing.assert_array_equal(opened.predict(data)[0], sim.predict(data)[0])

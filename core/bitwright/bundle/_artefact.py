@@ -31,10 +31,10 @@ from bitwright.bundle._source_guard import refuse_overwriting
 from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError, WriteError
 from bitwright.files import make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
-from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole
+from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole, moved_from
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerTensor, QuantSpec, dynamic_encoding
 from bitwright.hookspecs import RuntimeInfo
-from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, Site, SiteId, SiteKind
+from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.plugins import registry
 from bitwright.report import REPORT, RunReport, read_report
 from bitwright.state import SimState
@@ -317,6 +317,8 @@ def geometry(graph: Graph, param: ParamId) -> TensorGeometry:
 def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict: bool = True) -> EncodingTable:
     """A file's encodings, bound to a graph's sites in canonical layout.
 
+    A tensor that holds what another computes has that one's grid, whichever of the two the file names.
+
     Args:
         path: an encodings file of any schema.
         graph: of the model that it goes with.
@@ -328,13 +330,16 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
     """
     file = _in_names_of(graph, formats.read(path)).split(graph.params)
     found: dict[SiteId, Encoding] = {}
+    followers: dict[SiteId, list[tuple[SiteId, Entry | str]]] = {}
     for name, entry in _listed(file):
         if name not in graph.params and name not in graph.tensors:
             if strict:
                 raise EncodingError(f"{path.name}: the model has no tensor {name!r}; pass strict=False to ignore it")
             continue
         if plan is not None and not isinstance(_decision(plan, name), QuantSpec):
-            # Shared and derived sites follow others; their entries carry nothing new.
+            # Shared and derived sites follow others; where these have entries, theirs carry nothing new.
+            if isinstance(_decision(plan, name), SharedWith) and _moved(graph, plan.root(name), name):
+                followers.setdefault(plan.root(name), []).append((name, entry))
             if strict and isinstance(decision := _decision(plan, name), Float):
                 raise EncodingError(
                     f"{path.name}: {name!r} isn't quantized by this target ({decision.reason}); pass strict=False"
@@ -342,7 +347,25 @@ def read_encodings(path: Path, graph: Graph, plan: Plan | None = None, *, strict
             continue
         spec = plan.spec(name) if plan is not None else None
         found[name] = _bound(graph, name, entry, spec, f"{path.name}: {name}")
+    for root, listed in followers.items():
+        if plan is None or root in found or not isinstance(spec := plan.spec(root), QuantSpec):
+            continue
+        first, *others = (_bound(graph, name, entry, spec, f"{path.name}: {name}") for name, entry in listed)
+        # An axis may lie elsewhere behind a transpose; and of two grids neither is the root's.
+        if isinstance(first.granularity, PerTensor) and all(first.equals(other) for other in others):
+            found[root] = first
     return EncodingTable(found, file.provenance)
+
+
+def _moved(graph: Graph, root: SiteId, tensor: SiteId) -> bool:
+    """Whether a tensor holds values of `root` alone, through ops that only move them."""
+    while tensor != root:
+        op = graph.producer(tensor) if tensor in graph.tensors else None
+        sources = () if op is None else moved_from(op)
+        if len(sources) != 1:
+            return False
+        tensor = sources[0]
+    return root in graph.tensors
 
 
 def _listed(file: EncodingsFile) -> Iterator[tuple[str, Entry | str]]:

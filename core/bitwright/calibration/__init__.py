@@ -17,6 +17,7 @@ from bitwright.calibration._ranges import (
     quantized_weights,
     sampled,
     to_calibrate,
+    weight_encoding,
     weight_encodings,
 )
 from bitwright.calibration._schemes import scheme
@@ -38,5 +39,6 @@ __all__ = [
     "sampled",
     "scheme",
     "to_calibrate",
+    "weight_encoding",
     "weight_encodings",
 ]

@@ -44,17 +44,21 @@ which wrap around otherwise (8-bit operands: 2**30 holds the sums of 32 768 of t
 
 def weight_encodings(plan: Plan, params: Params, kept: EncodingTable) -> dict[SiteId, Encoding]:
     """Encodings of every parameter site with a specification that `kept` doesn't have already."""
-    found: dict[SiteId, Encoding] = {}
-    for site in plan.parameters:
-        if site in kept:
-            continue
-        spec = plan.spec(site)
-        assert spec is not None
-        try:
-            found[site] = two_level(calibrate_array(params[site], spec, plan.weight_scheme_of(site)))
-        except EncodingError as error:
-            raise EncodingError(f"parameter {site!r}: {error}") from None
-    return found
+    return {site: weight_encoding(plan, site, params) for site in plan.parameters if site not in kept}
+
+
+def weight_encoding(plan: Plan, site: SiteId, params: Params) -> Encoding:
+    """The encoding that a parameter's values give it.
+
+    Raises:
+        EncodingError: they give it none.
+    """
+    spec = plan.spec(site)
+    assert spec is not None
+    try:
+        return two_level(calibrate_array(params[site], spec, plan.weight_scheme_of(site)))
+    except EncodingError as error:
+        raise EncodingError(f"parameter {site!r}: {error}") from None
 
 
 def dynamic_encodings(plan: Plan, kept: EncodingTable) -> dict[SiteId, Encoding]:

@@ -33,7 +33,7 @@ from bitwright.simulation._measure import measured
 from bitwright.simulation._overview import overview, title
 from bitwright.simulation._predict import predicted, warn_of_infinities
 from bitwright.simulation._site import SiteHandle, site_named
-from bitwright.simulation._state import open_simulation, open_state, with_encodings
+from bitwright.simulation._state import open_simulation, open_state, with_encodings, with_own_numbers
 from bitwright.state import SimState, StateView
 from bitwright.targets import Target
 from bitwright.technique import Technique
@@ -306,7 +306,8 @@ class QuantSim(StateView):
         Args:
             path: the file.
             strict: an entry for a tensor that this plan doesn't quantize is an error; otherwise it is ignored.
-            partial: sites without an entry keep what they have; otherwise they are bypassed (left in float).
+            partial: sites without an entry keep what they have (constants of one number get their grid); otherwise they
+                are bypassed (left in float).
             freeze: later calibrations keep the loaded ones.
 
         Raises:
@@ -317,7 +318,7 @@ class QuantSim(StateView):
         state = self._state
         loaded = read_encodings(Path(path), state.graph, state.plan, strict=strict)
         taken = state if partial else _set_precision.bypassed_but(state, loaded)
-        return self._become(with_encodings(taken, loaded, freeze=freeze))
+        return self._become(with_own_numbers(with_encodings(taken, loaded, freeze=freeze)))
 
     # -- techniques
 

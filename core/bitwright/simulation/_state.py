@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from bitwright.backend import Batch, Simulation, check_encodings
 from bitwright.calibration import scheme as calibration_scheme
+from bitwright.calibration import weight_encoding
 from bitwright.errors import EncodingError
+from bitwright.graph import ParamRole
 from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId, build_plan, is_lost, sized_overrides, without_subgraphs
 from bitwright.progress import Progress, Silent
@@ -92,6 +95,22 @@ def with_encodings(state: SimState, encodings: Mapping[SiteId, Encoding], *, fre
     check_encodings(state.graph, state.plan, encodings)
     given = {s: _held(e.with_(frozen=e.frozen or freeze)) for s, e in encodings.items()}
     return replace(state, encodings=state.encodings.merged(given))
+
+
+def with_own_numbers(state: SimState) -> SimState:
+    """A state in which constants of one number have encodings.
+
+    Files of other frameworks don't name them where these hold the number in the op: x · 0.125 without a parameter. One
+    number lies on the end of its grid, so that there is nothing to choose.
+    """
+    found = {
+        site: weight_encoding(state.plan, site, state.params)
+        for site in state.plan.parameters
+        if site not in state.encodings
+        and state.plan[site].role is ParamRole.CONSTANT
+        and math.prod(state.graph.params[site].shape) == 1
+    }
+    return replace(state, encodings=state.encodings.merged(found))
 
 
 def _held(encoding: Encoding) -> Encoding:
