@@ -240,9 +240,7 @@ def export_written(found: Written, graph: Graph, plan: Plan, encodings: Encoding
     from bitwright_onnx.export.qdq import write_qdq
 
     shown = with_parameters(OnnxBackend().graph(found.model), found.model, plan, graph.params)
-    report = write_qdq(found.model, shown, plan, encodings, path)
-    passed = {t: report.names.get(name, name) for t, name in found.names.items()}
-    return Bundle({"qdq": report.path}, {**report.names, **passed})
+    return write_qdq(found.model, shown, plan, encodings, path).bundle(found.names)
 
 
 class QdqExport:

@@ -117,8 +117,7 @@ class OnnxBackend:
         if format == "qdq":
             from bitwright_onnx.export.qdq import write_qdq
 
-            report = write_qdq(model, self.graph(model), plan, encodings, path)
-            return Bundle({"qdq": report.path}, report.names)
+            return write_qdq(model, self.graph(model), plan, encodings, path).bundle()
         raise InputError(f"the ONNX backend has no format {format!r}; there are {', '.join(_FORMATS)}")
 
     def observed(self, model: ir.Model, seen: Callable[[Batch], None]) -> Any:

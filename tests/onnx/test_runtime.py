@@ -11,7 +11,7 @@ from bitwright.calibration import full_table
 from bitwright.errors import InputError, ModelError
 from bitwright.grids import EncodingTable, PerChannel, QuantSpec, encoding_of_weights
 from bitwright.simulation import QuantSim
-from bitwright_onnx.export.qdq import export_qdq, write_qdq
+from bitwright_onnx.export.qdq import write_qdq
 from bitwright_onnx.export.runtime import IntegerSession, compile_bundle
 from bitwright_onnx.simulate.simulation import OnnxSimulation
 
@@ -21,7 +21,7 @@ def exported(folder, seed=0, **specs):
     plan = plan_of(graph, **specs)
     batch = {"x": np.random.default_rng(seed).normal(0, 1, (16, 3, 8, 8)).astype(np.float32)}
     encodings = encodings_of(native, graph, plan, batch)
-    bundle = export_qdq(native, graph, plan, encodings, folder / "m.qdq.onnx")
+    bundle = write_qdq(native, graph, plan, encodings, folder / "m.qdq.onnx").bundle()
     table = full_table(plan, EncodingTable(encodings))
     return OnnxSimulation(native, graph, plan, table), plan, encodings, bundle, batch
 
@@ -91,7 +91,7 @@ def test_a_large_bias_leaves_the_accumulator_room_for_products(tmp_path):
         "y": encoding(QuantSpec(8, signed=False, symmetric=False), 0.5, 255),
         "w": encoding_of_weights(weight, QuantSpec(granularity=PerChannel(0))),
     }
-    bundle = export_qdq(native, graph, plan, encodings, tmp_path / "m.onnx")
+    bundle = write_qdq(native, graph, plan, encodings, tmp_path / "m.onnx").bundle()
     got = compile_bundle(bundle).run({"x": np.full((2, 32, 4, 4), 2.5, np.float32)})[Tap("y")]
     assert runtime_ops(bundle.files["qdq"]).counts["QLinearConv"] == 1
     np.testing.assert_array_equal(got, np.full((2, 1, 4, 4), -100, np.float32))
@@ -109,7 +109,7 @@ def test_taps_do_not_change_the_outputs(tmp_path):
 def test_the_input_tap_is_quantized(tmp_path):
     native, graph = identity_net()
     grid = encoding(ACTIVATION, 0.1, 50)
-    bundle = export_qdq(native, graph, plan_of(graph), {"x": grid, "y": grid}, tmp_path / "m.onnx")
+    bundle = write_qdq(native, graph, plan_of(graph), {"x": grid, "y": grid}, tmp_path / "m.onnx").bundle()
     x = np.linspace(-9, 30, 8, dtype=np.float32).reshape(2, 4)
     got = compile_bundle(bundle, ["x"]).run({"x": x})
     np.testing.assert_array_equal(got[Tap("x")], grid.fake_quantize(x))

@@ -106,7 +106,7 @@ def test_statistics_of_the_simulated_network_in_parts(request):
 
 def test_solved_weights_lie_on_disk_and_codes_are_computed_when_they_are_written(tmp_path, monkeypatch):
     """ONNX: neither a walk's results nor the model that they are put into hold them in memory; the files are equal."""
-    ir, qdq = pytest.importorskip("onnx_ir"), pytest.importorskip("bitwright_onnx.export.qdq")
+    ir, qdq = pytest.importorskip("onnx_ir"), pytest.importorskip("bitwright_onnx.export.qdq_writer")
     model, port = models.residual(), FRAMEWORKS["onnx"]
     data = batches(model, port)
 

@@ -65,9 +65,7 @@ def export(model: CapturedModel, plan: Plan, encodings: EncodingTable, path: Pat
         from bitwright_onnx.export.qdq import write_qdq
 
         backend, made, names = _onnx_model(model, plan)
-        report = write_qdq(made, backend.graph(made), plan, encodings, path)
-        known = {site: report.names.get(name, name) for site, name in names.items()}
-        return Bundle({"qdq": report.path}, {**report.names, **known})
+        return write_qdq(made, backend.graph(made), plan, encodings, path).bundle(names)
     if format == "safetensors":
         return Bundle({"weights": save_weights(model, path)})
     if format == "pt2":
