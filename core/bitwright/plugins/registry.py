@@ -208,9 +208,7 @@ class Registry:
             PluginError: unknown, registered twice, or its module doesn't provide it.
         """
         descriptor = self._catalogue.find(TechniqueInfo, name)
-        made = self._make(descriptor)
-        if not isinstance(made, Technique):
-            raise _unfit(descriptor, f"isn't a Technique: it lacks {_lacking(made, Technique)}")
+        made: Technique = _fitting(descriptor, self._make(descriptor), Technique)
         return made
 
     def settings(self, name: str) -> type[Settings]:
@@ -286,12 +284,7 @@ class Registry:
             PluginError: unknown, two plugins bring it, or its module doesn't provide it.
             MissingExtraError: what it needs isn't installed; the message holds the `pip install` line.
         """
-        descriptor = self._catalogue.find(RuntimeInfo, name)
-        if hint := self._missing(descriptor):
-            raise MissingExtraError(hint)
-        made = self._make(descriptor)
-        if not isinstance(made, IntegerRuntime):
-            raise _unfit(descriptor, f"isn't an IntegerRuntime: it lacks {_lacking(made, IntegerRuntime)}")
+        made: IntegerRuntime = self._installed(self._catalogue.find(RuntimeInfo, name), IntegerRuntime)
         return made
 
     def format_info(self, name: str) -> FormatInfo:
@@ -309,12 +302,7 @@ class Registry:
             PluginError: unknown, two plugins bring it, or its module doesn't provide it.
             MissingExtraError: what it needs isn't installed; the message holds the `pip install` line.
         """
-        descriptor = self._catalogue.find(FormatInfo, name)
-        if hint := self._missing(descriptor):
-            raise MissingExtraError(hint)
-        made = self._make(descriptor)
-        if not isinstance(made, FormatWriter):
-            raise _unfit(descriptor, f"isn't a FormatWriter: it lacks {_lacking(made, FormatWriter)}")
+        made: FormatWriter = self._installed(self._catalogue.find(FormatInfo, name), FormatWriter)
         return made
 
     def _backend(self, descriptor: Descriptor[BackendInfo]) -> Backend[Any]:
@@ -329,9 +317,8 @@ class Registry:
             if not isinstance(cause, ModuleNotFoundError) or name.partition(".")[0] not in descriptor.info.modules:
                 raise
             raise MissingExtraError(_hint(descriptor, [name])) from error
-        if not isinstance(made, Backend):
-            raise _unfit(descriptor, f"isn't a Backend: it lacks {_lacking(made, Backend)}")
-        return made
+        found: Backend[Any] = _fitting(descriptor, made, Backend)
+        return found
 
     def missing(self, name: str) -> str:
         """What must be installed for a backend, with the `pip install` line; empty where all is there.
@@ -359,6 +346,12 @@ class Registry:
         """What to install for a backend or a runtime; empty where all is there. Imports nothing."""
         absent = [m for m in descriptor.info.modules if m not in sys.modules and importlib.util.find_spec(m) is None]
         return _hint(descriptor, absent) if absent else ""
+
+    def _installed(self, descriptor: Descriptor[Any], protocol: type) -> Any:
+        """What a descriptor makes, where all that it needs is installed."""
+        if hint := self._missing(descriptor):
+            raise MissingExtraError(hint)
+        return _fitting(descriptor, self._make(descriptor), protocol)
 
     def _make(self, descriptor: Descriptor[Any]) -> Any:
         key = (type(descriptor.info).__name__, descriptor.info.name)
@@ -475,6 +468,15 @@ def _describe(cls: object) -> BackendInfo | TechniqueInfo:
         f"{item.__name__} is neither a technique (name, Settings, requires, statistics, apply) "
         "nor a backend (see bitwright.backend.Backend)"
     )
+
+
+def _fitting(descriptor: Descriptor[Any], made: object, protocol: type) -> Any:
+    """An object as it is, if it has what the protocol asks for."""
+    if not isinstance(made, protocol):
+        name = protocol.__name__
+        article = "an" if name[0] in "AEIOU" else "a"
+        raise _unfit(descriptor, f"isn't {article} {name}: it lacks {_lacking(made, protocol)}")
+    return made
 
 
 def _lacking(made: object, protocol: type) -> str:
