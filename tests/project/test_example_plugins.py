@@ -37,29 +37,38 @@ def on_path(*folders: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "BITWRIGHT_PLUGINS": ""}
 
 
-@pytest.mark.parametrize("name", MINE)
-def test_an_example_passes_its_tests_from_an_install(name, tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """From the name of an example to the folder that it is installed in."""
     pytest.importorskip("hatchling")
     pytest.importorskip("onnxruntime")
-    install(EXAMPLES / name, tmp_path / "site")
-    assert list((tmp_path / "site").glob(f"{name}-*.dist-info/entry_points.txt"))
+    made = {}
+
+    def site(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            install(EXAMPLES / name, made[name])
+        return made[name]
+
+    return site
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_an_example_passes_its_tests_from_an_install(name, site, tmp_path):
+    assert list(site(name).glob(f"{name}-*.dist-info/entry_points.txt"))
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
          "--import-mode=importlib", str(EXAMPLES / name / "tests")],
-        check=False, capture_output=True, text=True, env=on_path(tmp_path / "site"), cwd=tmp_path,
+        check=False, capture_output=True, text=True, env=on_path(site(name)), cwd=tmp_path,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
 
 
-def test_the_command_line_verifies_on_the_examples_runtime(tmp_path):
+def test_the_command_line_verifies_on_the_examples_runtime(site, tmp_path):
     """From the model to the row of `bitwright verify`, with both distributions installed."""
-    pytest.importorskip("hatchling")
-    pytest.importorskip("onnxruntime")
     import numpy as np
 
-    for name in MINE:
-        install(EXAMPLES / name, tmp_path / "site")
-    env = on_path(tmp_path / "site")
+    env = on_path(*map(site, MINE))
     file = EXAMPLES / "bitwright_acme_npu" / "tests" / "test_acme_npu.py"
     script = f"import runpy; found = runpy.run_path({str(file)!r}); found['onnx'].save(found['network'](), 'm.onnx')"
     subprocess.run([sys.executable, "-c", script], check=True, env=env, cwd=tmp_path, capture_output=True)

@@ -57,6 +57,11 @@ ONCE = (
 )
 
 
+# One object each, so that every framework brings it into its own form once.
+_normed = cache(lambda: models.conv_bn_relu(depth=2))
+_plain = cache(models.depthwise_triple)
+
+
 class _Everywhere(TechniqueContract):
     name: ClassVar[str]
     port_name: ClassVar[str]
@@ -69,9 +74,7 @@ class _Everywhere(TechniqueContract):
         return BACKENDS[self.port_name]
 
     def models(self):
-        return (
-            models.MODELS if self.port_name == "reference" else {"conv_bn_relu": lambda: models.conv_bn_relu(depth=2)}
-        )
+        return models.MODELS if self.port_name == "reference" else {"conv_bn_relu": _normed}
 
     def interruptions(self, entries):
         return (
@@ -119,7 +122,7 @@ def _result(backend, native, name, data):
 @cache
 def _expected(name):
     """A model and its data, with the result on the reference backend."""
-    model = models.conv_bn_relu(depth=2) if name in ON_NORMS else models.depthwise_triple()
+    model = _normed() if name in ON_NORMS else _plain()
     data = [models.batch(model, 6, s) for s in range(3)]
     return model, data, _result(BACKENDS["reference"].backend(), model, name, data)
 

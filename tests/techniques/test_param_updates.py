@@ -9,6 +9,7 @@ from backends import FRAMEWORKS
 from bitwright.backend import Tap, Training
 from bitwright.graph import SetParams
 from bitwright.testing import models
+from bitwright.testing.contract_base import holds
 from bitwright.testing.harness import min_max_encodings, simple_plan
 
 MODEL = models.conv_bn_relu(depth=2)
@@ -33,7 +34,7 @@ def test_a_simulation_for_training_takes_new_parameters(name):
     simulation = backend.simulate_trainable(model, plan, table, Training())
     values = halved(backend, model, graph)
     simulation.set_params(values)
-    assert all(simulation.get()[s].equals(e) for s, e in table.items())
+    assert holds(simulation, table)
     edited = backend.edit(model, [SetParams(values)])
     expected = outputs(backend, graph, backend.simulate(edited, plan, table), batch)
     for x, y in zip(outputs(backend, graph, simulation, batch), expected, strict=True):

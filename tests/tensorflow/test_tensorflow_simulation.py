@@ -14,6 +14,7 @@ from tfsims import SPECS, setup  # noqa: E402
 from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel, QuantSpec, encoding_from_range, encoding_of_weights  # noqa: E402  # noqa: E402
+from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright_tensorflow.graph.canonical import recognize  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
 from bitwright_tensorflow.simulate.fake_quant import kind_of, numbers, switched  # noqa: E402
@@ -76,7 +77,7 @@ def test_setting_builds_nothing(net):
         if s in net.sim.plan.activations
     }
     simulation.set(narrow)
-    assert all(simulation.get()[s].equals(e) for s, e in narrow.items())
+    assert holds(simulation, narrow)
     simulation.set(dict.fromkeys(table))
     float_outputs = net.sim.backend.session(net.model, [Tap(t) for t in net.sim.graph.outputs])
     expected = float_outputs.run({"x:0": net.sample})[Tap(net.sim.graph.outputs[0])]
@@ -222,7 +223,7 @@ def test_encodings_that_don_t_fit_are_refused(net):
     for bad in ({weight: many}, {"act1:0": many.with_(granularity=PerChannel(3))}, {"nothing": many}):
         with pytest.raises(EncodingError):
             simulation.set({"x:0": None, **bad})
-        assert all(simulation.get()[s].equals(e) for s, e in table.items())
+        assert holds(simulation, table)
 
 
 def test_segments_take_what_they_are_fed(net):

@@ -29,6 +29,7 @@ from bitwright.grids import (  # noqa: E402
 from bitwright.grids import _gradients as gradients  # noqa: E402
 from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
 from bitwright.placement import Derived  # noqa: E402
+from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
 from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, kind_of, trained  # noqa: E402
 
@@ -132,7 +133,7 @@ def test_a_session_s_loop_trains(kind, mode):
     simulation = net.simulation(mode)
     model = simulation.model
     assert np.array_equal(model(net.sample), net.simulated())
-    assert all(simulation.get()[s].equals(e) for s, e in net.table.items())
+    assert holds(simulation, net.table)
     losses = train(model)
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
     table, after = simulation.get(), simulation.float_model()
@@ -279,7 +280,7 @@ def test_frozen_grids_stay():
     for mode in (Training(), Training(True)):
         simulation = net.sim.backend.simulate_trainable(net.model, net.sim.plan, frozen, mode)
         train(simulation.model, steps=3)
-        assert all(simulation.get()[s].equals(e) for s, e in frozen.items())
+        assert holds(simulation, frozen)
 
 
 def test_a_grid_that_isn_t_min_max_keeps_its_ratio():
@@ -299,9 +300,9 @@ def test_set_while_training():
     net = setup("session")
     simulation = net.simulation(Training(True))
     train(simulation.model, steps=3)
-    assert not all(simulation.get()[s].equals(e) for s, e in net.table.items())
+    assert not holds(simulation, net.table)
     simulation.set(net.table)
-    assert all(simulation.get()[s].equals(e) for s, e in net.table.items())
+    assert holds(simulation, net.table)
     weight = net.sim.graph.linear_ops[0].weight
     blocks = encoding_of_weights(read_params(net.model, [weight])[weight], SPECS["bfloat16"])
     with pytest.raises(EncodingError, match="new trainable simulation"):

@@ -4,7 +4,9 @@ import collections
 import io
 import json
 import pickle
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -45,14 +47,21 @@ class Marker:
         return (open, (str(self.path), "w"))
 
 
-@pytest.fixture
-def good(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     torch.manual_seed(0)
-    net = Net().eval()
+    net, path = Net().eval(), tmp_path_factory.mktemp("saved") / "good.pt2"
     inputs = (torch.randn(3, 4), torch.randn(5, 6))
     program = torch.export.export(net, inputs, dynamic_shapes=({0: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}))
-    torch.export.save(program, tmp_path / "good.pt2")
-    return tmp_path / "good.pt2", net
+    torch.export.save(program, path)
+    return path, net
+
+
+@pytest.fixture
+def good(saved, tmp_path):
+    """A copy that the test may change, and what it holds."""
+    path, net = saved
+    return Path(shutil.copy(path, tmp_path)), net
 
 
 def rewritten(path, change):

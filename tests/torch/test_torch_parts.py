@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -45,9 +46,13 @@ def detector():
     return nets.settled(Detector())
 
 
+def images():
+    return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture
 def x():
-    return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return images()
 
 
 def captured(detector, x, **options):
@@ -187,11 +192,20 @@ def test_parts_are_exported_one_by_one(detector, x, tmp_path):
     assert {"backbone.0.weight", "head.weight"} <= read.parameters.keys()
 
 
-@pytest.fixture
-def exported(detector, x, tmp_path):
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
     pytest.importorskip("onnxscript")
-    bitwright.QuantSim(captured(detector, x)).calibrate([x]).export(tmp_path, name="net")
-    return tmp_path
+    torch.manual_seed(0)
+    detector, x = nets.settled(Detector()), images()
+    folder = tmp_path_factory.mktemp("exported")
+    bitwright.QuantSim(captured(detector, x)).calibrate([x]).export(folder, name="net")
+    return folder
+
+
+@pytest.fixture
+def exported(bundle, tmp_path):
+    """A copy that the test may change."""
+    return shutil.copytree(bundle, tmp_path / "exported")
 
 
 def test_verify_compares_an_export_part_by_part(exported, x):

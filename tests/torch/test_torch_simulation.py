@@ -18,6 +18,7 @@ from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright.verify import sqnr  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
@@ -116,7 +117,7 @@ def test_bad_encodings_change_nothing(net: Setup) -> None:
     ):
         with pytest.raises(EncodingError):
             simulation.set({"x": None, **bad})
-    assert all(simulation.get()[s].equals(e) for s, e in net.table.items())
+    assert holds(simulation, net.table)
 
 
 def test_the_float_model_is_left_alone(net: Setup) -> None:

@@ -177,6 +177,12 @@ def min_max_table(backend: Backend[Any], case: Case, plan: Plan) -> EncodingTabl
     return weights.merged(found)
 
 
+def holds(simulation: Simulation[Any], encodings: Mapping[SiteId, Encoding]) -> bool:
+    """Whether these encodings are in force; they are read once, as a trainable simulation has to run for each `get`."""
+    found = simulation.get()
+    return all(site in found and found[site].equals(e) for site, e in encodings.items())
+
+
 def bare(backend: Backend[Any], case: Case, plan: Plan) -> Simulation[Any]:
     """A simulation with every site bypassed."""
     simulation = backend.simulate(case.model, plan, min_max_table(backend, case, plan))

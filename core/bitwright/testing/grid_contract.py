@@ -34,6 +34,7 @@ from bitwright.testing.contract_base import (
     bare,
     everything,
     grid_points,
+    holds,
     linear_output,
     min_max_table,
     of_any_case,
@@ -159,7 +160,7 @@ class GridContract(Contract):
             simulation.set(chosen)
             values = run(session, case.batch)
             self._check_linear(graph, ops, values, params, chosen, case)
-        assert all(simulation.get()[w].equals(e) for w, e in chosen.items())
+        assert holds(simulation, chosen)
         simulation.set(dict.fromkeys(chosen))
         self._check_linear(graph, ops, run(session, case.batch), params, {}, case)
 
@@ -185,7 +186,7 @@ class GridContract(Contract):
         for chosen in grids:
             simulation.set(chosen)
             self._check_linear(graph, ops, run(session, case.batch), params, chosen, case)
-            assert all(simulation.get()[b].equals(e) for b, e in chosen.items())
+            assert holds(simulation, chosen)
         simulation.set(dict.fromkeys(biases))
         self._check_linear(graph, ops, run(session, case.batch), params, {}, case)
 
@@ -206,8 +207,7 @@ class GridContract(Contract):
         for name, factor in ((root, 9), (tied, 17), (root, 5)):
             coarse = table[root].with_(scale=table[root].scale * np.float32(factor))
             simulation.set({name: coarse})
-            assert simulation.get()[root].equals(coarse)
-            assert simulation.get()[tied].equals(coarse)
+            assert holds(simulation, {root: coarse, tied: coarse})
             for t, v in run(session, case.batch).items():
                 assert np.array_equal(coarse.fake_quantize(v), v), f"{t} isn't on the grid that was set at {name}"
         simulation.set({tied: None})

@@ -65,10 +65,10 @@ class Port:
         return _ported(self, model)
 
     def sim(self, model: ReferenceModel, **options: Any) -> Any:
-        """A `QuantSim` of it."""
+        """A `QuantSim` of it, on the one `port` that all have in common."""
         import bitwright
 
-        return bitwright.QuantSim(self.native(model), self.sample(model), **options)
+        return bitwright.QuantSim(self.port(model), backend=self.name, **options)
 
 
 @cache

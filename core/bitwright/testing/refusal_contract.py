@@ -17,7 +17,17 @@ from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.graph import Graph, SetBias, SetParams, TensorId, output_channels
 from bitwright.grids import Blockwise, Encoding, Granularity, PerChannel
 from bitwright.placement import Plan, SiteId
-from bitwright.testing.contract_base import Array, Case, Contract, everything, of_any_case, plain, plain_bare, run
+from bitwright.testing.contract_base import (
+    Array,
+    Case,
+    Contract,
+    everything,
+    holds,
+    of_any_case,
+    plain,
+    plain_bare,
+    run,
+)
 from bitwright.testing.plan_contract import check_network
 from bitwright.testing.replay import Quantization
 
@@ -45,7 +55,7 @@ class RefusalContract(Contract):
         for site, encoding in some:
             changed = table.merged({site: encoding})
             refused(EncodingError, repr(site), repr(site), backend.simulate, model, plan, changed)
-        assert all(simulation.get()[s].equals(e) for s, e in table.items())
+        assert holds(simulation, table)
         for t, v in run(simulation.session(taps), case.batch).items():
             assert np.array_equal(v, before[t]), t
 
@@ -60,7 +70,7 @@ class RefusalContract(Contract):
             scale = (np.maximum(reach, 0.1) / 100 * np.linspace(0.5, 1.5, channels)).astype(np.float32)
             chosen[site] = Encoding(8, True, True, scale, np.zeros(channels, np.int32), PerChannel(axis))
         simulation.set(chosen)
-        assert all(simulation.get()[s].equals(e) for s, e in chosen.items())
+        assert holds(simulation, chosen)
         check_network(backend, case, simulation, Quantization(plan, chosen), "a scale for each channel")
 
     @of_any_case

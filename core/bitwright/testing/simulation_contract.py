@@ -18,6 +18,7 @@ from bitwright.testing.contract_base import (
     assert_close,
     bare,
     floats,
+    holds,
     min_max_table,
     of_any_case,
     plain,
@@ -45,8 +46,7 @@ class SimulationContract(Contract):
             for name, factor in ((root, 20), (tied, 30)):
                 coarse = table[root].with_(scale=table[root].scale * np.float32(factor))
                 simulation.set({name: coarse})
-                assert simulation.get()[root].equals(coarse)
-                assert simulation.get()[tied].equals(coarse)
+                assert holds(simulation, {root: coarse, tied: coarse})
                 found = run(session, case.batch)
                 assert np.array_equal(found[tied], coarse.fake_quantize(found[tied])), tied
                 assert set(np.unique(found[tied])) <= {*np.unique(found[source]), 0.0}, tied
@@ -59,7 +59,7 @@ class SimulationContract(Contract):
         _, table, simulation = plain(self.backend(), case)
         with pytest.raises(EncodingError):
             simulation.set({"no such site": next(iter(table.values()))})
-        assert all(simulation.get()[s].equals(e) for s, e in table.items())
+        assert holds(simulation, table)
 
     @of_any_case
     def test_simulating_leaves_the_model_alone(self, case: Case) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from bitwright.backend import Backend, Batch, Capability, Tap
 from bitwright.errors import BitwrightError
-from bitwright.graph import ParamRole, SetBias, to_matrix
+from bitwright.graph import Op, ParamId, ParamRole, SetBias, to_matrix
 from bitwright.grids import PerChannel, QuantSpec
 from bitwright.placement import Plan
 from bitwright.statistics import Request
@@ -34,6 +35,28 @@ from bitwright.testing.ports import REFERENCE, Port
 from bitwright.testing.reference import ReferenceModel
 
 FRAMEWORKS = ("torch", "tensorflow", "keras", "onnx", "onnx_ir", "onnxruntime", "jax")
+
+_MODELS: dict[type, Mapping[str, ReferenceModel]] = {}
+"""Models by contract class: each is brought onto a backend once for all tests."""
+_RUNS: dict[tuple[type, ReferenceModel], _Run] = {}
+"""By contract class and model."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that several tests look at.
+
+    Attributes:
+        done: what it did.
+        store: what it stored.
+        ops: of the model that it was given, before.
+        before: the parameters of that, before.
+    """
+
+    done: Applied
+    store: MemoryStore
+    ops: Sequence[Op]
+    before: Mapping[ParamId, NDArray[np.float32]]
 
 
 class TechniqueContract:
@@ -66,8 +89,10 @@ class TechniqueContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each model."""
         if "model" in metafunc.fixturenames:
-            found = self.models()
-            metafunc.parametrize("model", [make() for make in found.values()], ids=list(found))
+            if type(self) not in _MODELS:
+                _MODELS[type(self)] = {name: make() for name, make in self.models().items()}
+            found = _MODELS[type(self)]
+            metafunc.parametrize("model", list(found.values()), ids=list(found))
 
     def backend(self) -> Backend[Any]:
         """The backend that it runs on."""
@@ -107,6 +132,16 @@ class TechniqueContract:
             **self.settings,
         )
 
+    def _run(self, model: ReferenceModel) -> _Run:
+        """`apply`, once for all tests that look at what it does."""
+        key = type(self), model
+        if key not in _RUNS:
+            backend, native = self.backend(), self.port(model)
+            graph, store = backend.graph(native), MemoryStore()
+            before = {p: np.array(v) for p, v in backend.read(native, list(graph.params)).items()}
+            _RUNS[key] = _Run(self.apply(model, store), store, graph.ops, before)
+        return _RUNS[key]
+
     # -- the contract
 
     def test_describes_itself(self) -> None:
@@ -142,7 +177,7 @@ class TechniqueContract:
 
     def test_outcome_fits_the_model(self, model: ReferenceModel) -> None:
         """New values name what exists, have its shapes, and are finite; the changed model runs."""
-        done = self.apply(model)
+        done = self._run(model).done
         backend, outcome = self.backend(), done.outcome
         graph = backend.graph(done.model)
         params = graph.params
@@ -158,7 +193,7 @@ class TechniqueContract:
 
     def test_report_says_what_was_done(self, model: ReferenceModel) -> None:
         """A summary, finite figures, and rows as wide as their header."""
-        report = self.apply(model).outcome.report
+        report = self._run(model).done.outcome.report
         assert report.summary
         assert "\n" not in report.summary
         assert all(np.isfinite(v) for v in report.figures.values())
@@ -166,33 +201,29 @@ class TechniqueContract:
 
     def test_is_deterministic(self, model: ReferenceModel) -> None:
         """Equal inputs and seed give bit-equal results."""
-        assert same(self.apply(model, seed=1).outcome, self.apply(model, seed=1).outcome)
+        assert same(self._run(model).done.outcome, self.apply(model).outcome)
 
     def test_leaves_its_inputs_alone(self, model: ReferenceModel) -> None:
         """Neither the model nor the context change."""
-        backend, native = self.backend(), self.port(model)
-        graph = backend.graph(native)
-        before = {p: np.array(v) for p, v in backend.read(native, list(graph.params)).items()}
-        done = self.apply(model)
-        assert backend.graph(native).ops == graph.ops
-        after = backend.read(native, list(graph.params))
-        assert all(np.array_equal(after[p], v) for p, v in before.items())
-        assert all(np.array_equal(done.context.params[p], v) for p, v in before.items())
+        run, backend, native = self._run(model), self.backend(), self.port(model)
+        assert backend.graph(native).ops == run.ops
+        after = backend.read(native, list(run.before))
+        assert all(np.array_equal(after[p], v) for p, v in run.before.items())
+        assert all(np.array_equal(run.done.context.params[p], v) for p, v in run.before.items())
         again = self.apply(model).context.encodings
-        assert all(done.context.encodings[s].equals(e) for s, e in again.items())
+        assert all(run.done.context.encodings[s].equals(e) for s, e in again.items())
 
     def test_resumes_after_a_crash(self, model: ReferenceModel) -> None:
         """What was finished isn't done again, and the result is bit-equal to that of one run."""
-        whole = MemoryStore()
-        expected = self.apply(model, whole).outcome
-        for kept in self.interruptions(len(whole.entries)):
+        whole = self._run(model)
+        for kept in self.interruptions(len(whole.store.entries)):
             store = MemoryStore(fail_after=kept)
             with pytest.raises(Interrupted):
                 self.apply(model, store)
             finished = set(store.entries)
             store.fail_after = None
             done = self.apply(model, store)
-            assert same(done.outcome, expected)
+            assert same(done.outcome, whole.done.outcome)
             assert done.walk is not None
             assert not {f"layer/{op}" for op in done.walk.visited} & finished
 
@@ -216,7 +247,7 @@ class TechniqueContract:
         """On the data that each layer saw, its mean squared output error isn't above that of nearest rounding."""
         if not self.reconstructs:
             pytest.skip("the technique doesn't reconstruct layers")
-        done = self.apply(model)
+        done = self._run(model).done
         assert done.walk is not None
         assert done.walk.layers, "the technique visited no layer"
         for id, layer in done.walk.layers.items():
