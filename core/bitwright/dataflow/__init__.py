@@ -14,12 +14,14 @@ from bitwright.dataflow._geometry import general_convolution, pool_window
 from bitwright.dataflow._layouts import Layout
 from bitwright.dataflow._model import FlowModel, Function, rebuild
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike
+from bitwright.dataflow._pullback import DifferentiableFlow
 from bitwright.dataflow._session import FlowSession, Program
 from bitwright.dataflow._simulation import FlowSimulation
 from bitwright.dataflow._training import TrainableFlow, TrainedModel
 
 __all__ = [
     "Captured",
+    "DifferentiableFlow",
     "FlowBackend",
     "FlowEditor",
     "FlowModel",

@@ -138,6 +138,17 @@ class _Site:
         return trainer.with_vjp(forward, vjp)(x, scale, zero)
 
 
+def grid_in_training(trainer: Trainer, site: SiteId, form: Encoding, shape: tuple[int, ...]) -> _Site:
+    """How an activation is rounded to a grid that stays, with the core's gradients.
+
+    Args:
+        trainer: the backend.
+        site, form: which, and its grid.
+        shape: of the tensor, 1 where a length isn't known.
+    """
+    return _Site(trainer.namespace, site, form, shape, GridPolicy(False, False, False), None, 1.0)
+
+
 class FlowTraining(FlowSimulation[M], Generic[M]):
     """`TrainableSimulation`: its model is a `TrainedModel`.
 

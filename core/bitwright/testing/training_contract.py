@@ -132,6 +132,7 @@ class TrainingContract(Contract):
         taps = [t for t in graph.outputs if graph.tensors[t].is_float]
         inside = ops[-1]
         simulation = backend.simulate_differentiable(model, plan, min_max_table(backend, case, plan))
+        simulation.set({s: None for s in plan.quantized if s not in values})  # matrices that several ops share
         whole = simulation.pullback(list(values), graph.inputs, taps)
         found = whole.run(case.batch, values)
         changed = backend.edit(model, [SetParams(values)])

@@ -15,7 +15,7 @@ import numpy as np
 from jax import export, lax
 
 from bitwright.backend import Batch, Tap
-from bitwright.dataflow import Captured, FlowBackend, FlowModel, GraphBuilder, NumpyLike, Program, TrainableFlow
+from bitwright.dataflow import Captured, DifferentiableFlow, FlowBackend, FlowModel, GraphBuilder, NumpyLike, Program
 from bitwright.errors import ModelError
 from bitwright.graph import Op, ParamRole
 from bitwright.grids import FloatFormat
@@ -96,7 +96,7 @@ class Stored:
         return found
 
 
-class JaxBackend(QdqExport, TrainableFlow, FlowBackend[JaxModel]):
+class JaxBackend(QdqExport, DifferentiableFlow, FlowBackend[JaxModel]):
     """Functions with a pytree of parameters (`JaxFunction`), and `flax.nnx` modules."""
 
     name = "jax"
@@ -145,6 +145,10 @@ class JaxBackend(QdqExport, TrainableFlow, FlowBackend[JaxModel]):
         found = jax.custom_vjp(forward)
         found.defvjp(lambda *given: (forward(*given), given), lambda given, g: vjp(g, *given))
         return found
+
+    def gradient(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Reverse mode."""
+        return jax.grad(function)  # type: ignore[no-any-return]
 
     def array(self, x: Any) -> Any:
         """On the default device."""

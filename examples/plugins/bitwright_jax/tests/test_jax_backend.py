@@ -51,6 +51,18 @@ def test_captured_models_compute_what_theirs_do():
             assert np.allclose(found, right, atol=2e-6), name
 
 
+def test_weights_are_learned_block_by_block():
+    make, batch = MODELS["cnn"]
+    sim = QuantSim(make(), batch, weights="int4").apply("fold_batch_norm")
+    sim.apply("block_reconstruction", batch, iterations=60, layers=2)
+    rows = [row for row in sim.reports[-1][1].rows if isinstance(row[1], int)]
+    assert rows
+    assert all(row[3] < 0.9 * row[2] for row in rows), rows
+    for op in sim.graph.linear_ops:
+        if (encoding := sim.encodings[op.weight]).frozen:
+            np.testing.assert_array_equal(encoding.fake_quantize(sim.params[op.weight]), sim.params[op.weight])
+
+
 def test_what_is_spelled_out_is_one_op():
     kinds = {name: {op.kind for op in BACKEND.adopt(make(), batch).graph} for name, (make, batch) in MODELS.items()}
     assert OpKind.OPAQUE not in kinds["cnn"] | kinds["decoder"] | kinds["block"]
