@@ -102,6 +102,7 @@ class JaxBackend(QdqExport, DifferentiableFlow, FlowBackend[JaxModel]):
     name = "jax"
     model_type = JaxModel
     namespace = JaxNamespace(jnp, jax.scipy.special.erf)
+    gradient = staticmethod(jax.grad)
     file_format = ("jaxq", "the float function in StableHLO, one for each op, and its parameters")
 
     def owns(self, model: object) -> bool:
@@ -145,10 +146,6 @@ class JaxBackend(QdqExport, DifferentiableFlow, FlowBackend[JaxModel]):
         found = jax.custom_vjp(forward)
         found.defvjp(lambda *given: (forward(*given), given), lambda given, g: vjp(g, *given))
         return found
-
-    def gradient(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Reverse mode."""
-        return jax.grad(function)  # type: ignore[no-any-return]
 
     def array(self, x: Any) -> Any:
         """On the default device."""
