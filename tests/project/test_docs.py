@@ -229,3 +229,10 @@ def test_configuration_example_loads(tmp_path):
         file = tmp_path / f"example{index}.json"
         file.write_text(text)
         load_target(file)
+
+
+def test_fragments_of_the_changelog_are_named_as_towncrier_reads_them():
+    """Without "+" a name is an issue, and stands in the changelog as one."""
+    written = {path.name for path in (ROOT / "changes").iterdir()} - {"README.md", "template.md.jinja"}
+    kinds = "added|changed|deprecated|removed|fixed|security"
+    assert not {name for name in written if not re.fullmatch(rf"(\d+|\+[a-z0-9-]+)\.({kinds})\.md", name)}

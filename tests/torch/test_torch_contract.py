@@ -1,4 +1,6 @@
-"""The PyTorch backend holds the backend contract."""
+"""The PyTorch backend holds the backend contract, on the CPU or on the device that BITWRIGHT_TORCH_DEVICE names."""
+
+import os
 
 import pytest
 
@@ -14,12 +16,19 @@ from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 from bitwright_torch.graph.canonical import canonical  # noqa: E402
 
+DEVICE = os.environ.get("BITWRIGHT_TORCH_DEVICE", "cpu")
+torch.backends.cudnn.allow_tf32 = False  # it rounds the float products that everything is compared with
+
+
+def there(values):
+    return torch.from_numpy(values).to(DEVICE)
+
 
 def case(build, tolerance=1e-5, **inputs):
     def captured():
         torch.manual_seed(0)
-        sample = {k: torch.from_numpy(v) for k, v in inputs.items()}
-        return TorchBackend().adopt(nets.settled(build()), sample)
+        sample = {k: there(v) for k, v in inputs.items()}
+        return TorchBackend().adopt(nets.settled(build()).to(DEVICE), sample)
 
     return Case(captured, inputs, tolerance)
 
@@ -79,15 +88,15 @@ class TestTorchContract(BackendContract):
     def native_value(self, model, param):
         state = model.state_dict()
         held = state[param] if param in state else canonical(model).params[param][0].view(model)
-        return held.detach().numpy()
+        return held.detach().cpu().numpy()
 
     def descend(self, simulation, batch, cotangents, rate):
         model = simulation.model.eval()
-        outputs = model(*(torch.from_numpy(v) for v in batch.values()))
+        outputs = model(*(there(v) for v in batch.values()))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         names = TorchBackend().graph(simulation.float_model()).outputs
         pairs = zip(names, outputs, strict=True)
-        loss = sum((y * torch.from_numpy(cotangents[t])).sum() for t, y in pairs if t in cotangents)
+        loss = sum((y * there(cotangents[t])).sum() for t, y in pairs if t in cotangents)
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():

@@ -1,39 +1,47 @@
 """PyTorch on an accelerator: the same grids, codes and files as on the CPU, and what quantization costs there.
 
-    pip install "bitwright[torch]"
-    python benchmarks/gpu_torch.py [--device cuda] [--size 224] [--batch 32] [--repeats 5]
+    pip install "bitwright[torch]" pytest
+    python benchmarks/gpu.py [--device cuda] [--size 224] [--batch 32] [--repeats 5] [--out gpu.json]
 
-Opens MobileNetV2 (random weights) and a small transformer on the device, and the same on the CPU, and prints a line
-for each comparison, with "FAIL" where the two don't agree: grids after calibration, codes of weights (bit by bit),
-simulated outputs in decibels, fake quantization of 4 million values and midpoints (bit by bit), a rounding technique,
-training with learned ranges, the exported files. Then seconds and ratios as `cost_torch.py` does. Exit code 1 if a
-comparison fails. TF32 is off: it rounds float products to 10 bits, which no CPU does.
+A few minutes. Prints a line for each comparison with the CPU, with "FAIL" where the two don't agree: fake quantization
+of 4 million values and midpoints (bit by bit), and of MobileNetV2 (random weights) and a small transformer the grids
+after calibration, codes of weights (bit by bit), simulated outputs in decibels, a rounding technique, training with
+learned ranges, the exported files; then the backend contract of the tests with all models on the device. Then seconds
+and ratios: simulated pass, calibration and training steps to the float ones on the device, GPTQ to the CPU's. `--out`
+keeps all of it. Exit code 1 if a comparison fails. TF32 is off: it rounds float products to 10 bits, which no CPU does.
+
+Try it first without one: `--device cpu --size 64 --batch 8` runs every line, and `--device meta`, which computes shapes
+alone but refuses to mix devices as a GPU does, runs the simulated and the trainable models there.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import cost
 import numpy as np
 import torch
-from cost_torch import mobilenet_v2
+from cost_torch import mobilenet_v2, train_step
 from torch import nn
 
 from bitwright.grids import Encoding, PerTensor
 from bitwright.simulation import QuantSim
 
-failed = []
+ROOT = Path(__file__).parents[1]
+checks = {}
 
 
 def check(what, ok, figure):
     print(f"{'ok  ' if ok else 'FAIL'}  {what:58} {figure}", flush=True)
-    if not ok:
-        failed.append(what)
+    checks[what] = {"ok": bool(ok), "figure": figure}
 
 
 def decibels(signal, noisy):
@@ -117,25 +125,79 @@ def trained(sim, batch, labels):
     return losses[0], losses[-1]
 
 
+def contract(device):
+    """The tests of the backend contract, models and data on the device."""
+    clean = {**os.environ, "BITWRIGHT_TORCH_DEVICE": device}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/torch/test_torch_contract.py"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.M):
+        print(f"      {line[:200]}")
+    closing = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing"])[-1]
+    check("backend contract", done.returncode == 0, closing.strip("= "))
+
+
+def on_meta(label, module, batch, **options):
+    """Whether what was captured and simulated on the CPU keeps to the device that it is moved to."""
+    sim = QuantSim(module, batch, **options).calibrate([batch])
+    for kind, model in (("simulated", sim.model), ("range learning", sim.trainable(range_learning=True))):
+        try:
+            found = str(copy.deepcopy(model).to("meta")(batch.to("meta")).device)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        check(f"{label}, {kind}, moved to meta", found == "meta", found)
+
+
 def main():
     parser = cost.parser(__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cuda, cpu, meta or another that PyTorch has")
+    parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    device = options.device
-    midpoints(device)
+    begin, device = time.perf_counter(), options.device
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    print(f"{name}, torch {torch.__version__}")
     net = mobilenet_v2().train()
-    images = torch.randn(options.batch, 3, options.size, options.size)
+    images, ids = torch.randn(options.batch, 3, options.size, options.size), torch.randint(0, 500, (8, 32))
     with torch.no_grad():
         net(images)
     net.eval()
+    if device == "meta":
+        on_meta("MobileNetV2", net, images)
+        on_meta("transformer", Encoder().eval(), ids, activations="uint16")
+        seconds = {}
+    else:
+        midpoints(device)
+        seconds = compared(net, images, ids, device)
+        contract(device)
+        seconds |= costs(net.to(device), images.to(device), options)
+    failures = [what for what, found in checks.items() if not found["ok"]]
+    print("all agree" if not failures else f"{len(failures)} of the comparisons FAILED")
+    if options.out:
+        kept = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch,
+                "wall_seconds": time.perf_counter() - begin, "checks": checks, "seconds": seconds}  # fmt: skip
+        options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    sys.exit(bool(failures))
+
+
+def compared(net, images, ids, device):
+    """The comparisons of both networks; seconds of GPTQ on the transformer, on the CPU and on the device."""
     _, gpu = agree("MobileNetV2", net, images, device)
-    ids = torch.randint(0, 500, (8, 32))
     text_cpu, text_gpu = agree("transformer", Encoder().eval(), ids, device, activations="uint16")
-    for sims in ((text_cpu, ids), (text_gpu, ids.to(device))):
-        sims[0].apply("gptq", [sims[1]]).calibrate([sims[1]])
+    seconds = {}
+    for label, sim, batch in (("CPU", text_cpu, ids), ("device", text_gpu, ids.to(device))):
+        begin = time.perf_counter()
+        sim.apply("gptq", [batch])
+        seconds[f"gptq, {label}"] = time.perf_counter() - begin
+        sim.calibrate([batch])
     figures = [decibels(s.predict([ids], simulated=False)[0], s.predict([ids])[0]) for s in (text_cpu, text_gpu)]
     check("gptq on the transformer: dB on CPU and device", abs(figures[0] - figures[1]) < 0.5,
           f"{figures[0]:.1f}, {figures[1]:.1f}")  # fmt: skip
@@ -148,9 +210,7 @@ def main():
         again = QuantSim.load(Path(folder) / "state")
         figure = decibels(gpu.predict([images])[0], again.predict([images])[0])
         check("saved on the device, loaded on the CPU", figure > 25, f"{figure:.1f} dB")
-    costs(net.to(device), images.to(device), options)
-    print("all agree" if not failed else f"{len(failed)} of the comparisons FAILED")
-    sys.exit(bool(failed))
+    return seconds
 
 
 def costs(net, x, options):
@@ -165,6 +225,14 @@ def costs(net, x, options):
 
         return task
 
+    def waited(run):
+        def task():
+            run()
+            wait()
+
+        return task
+
+    y = torch.randint(0, 1000, (len(x),), device=x.device)
     sim = QuantSim(net, x, scheme="minmax").apply("fold_batch_norm").calibrate([x])
     tasks = {
         "float pass": timed(net),
@@ -172,7 +240,24 @@ def costs(net, x, options):
         "calibration, minmax, a batch": cost.calibration(sim, [x]),
         "calibration, sqnr, a batch": cost.calibration(QuantSim(net, x).apply("fold_batch_norm").calibrate([x]), [x]),
     }
-    cost.show(cost.interleaved(tasks, options.repeats, options.clock), lambda _: "float pass")
+    found = cost.interleaved(tasks, options.repeats, options.clock)
+    qat = QuantSim(net, x, scheme="minmax").calibrate([x])
+    steps = {
+        "float step": waited(train_step(copy.deepcopy(net), x, y)),
+        "QAT step, regular": waited(train_step(qat.fork().trainable(), x, y)),
+        "QAT step, range learning": waited(train_step(qat.fork().trainable(range_learning=True), x, y)),
+    }
+    found |= cost.interleaved(steps, max(options.repeats // 2, 2), options.clock)
+    begin = time.perf_counter()
+    sim.fork().apply("gptq", [x])
+    found["gptq, MobileNetV2, device"] = time.perf_counter() - begin
+    here = QuantSim(net.to("cpu"), x.cpu()).apply("fold_batch_norm")
+    begin = time.perf_counter()
+    here.apply("gptq", [x.cpu()])
+    found["gptq, MobileNetV2, CPU"] = time.perf_counter() - begin
+    bases = {"step": "float step", "gptq": "gptq, MobileNetV2, CPU"}
+    cost.show(found, lambda name: next((b for part, b in bases.items() if part in name), "float pass"))
+    return found
 
 
 if __name__ == "__main__":
