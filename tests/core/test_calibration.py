@@ -187,6 +187,12 @@ def test_percentile_drops_outliers():
         assert 89 < e.maximum < 91
 
 
+def test_percentile_of_what_is_often_zero_and_never_below_drops_outliers():
+    x = np.float32([0] * 50 + [1] * 49 + [1000])
+    assert calibrate_array(x, QuantSpec(8, **ASYMMETRIC), "percentile:90").maximum == pytest.approx(1, rel=1e-2)
+    assert calibrate("percentile:90", QuantSpec(8, **ASYMMETRIC), x).maximum == pytest.approx(1, rel=1e-2)
+
+
 def test_percentile_of_nearly_all_zeros_keeps_the_rest():
     x = np.zeros(10_000, np.float32)
     x[:2] = 3
@@ -487,16 +493,20 @@ class Halved(Scheme):
 class Broken(Scheme):
     name = "broken"
 
+    def __init__(self, below: int, above: int) -> None:
+        self.ends = -np.ones(below), np.ones(above)
+
     def range(self, data: Density, spec: QuantSpec):
-        return np.zeros(7), np.ones(7)
+        return self.ends
 
 
 def test_a_scheme_of_ones_own_is_a_formula():
     x = np.array([-4, 4], np.float32)
     assert calibrate(Halved(), QuantSpec(8, **ASYMMETRIC), x).maximum == pytest.approx(2, rel=1e-2)
     assert calibrate_array(x, QuantSpec(8, **ASYMMETRIC), Halved()).source == "halved"
-    with pytest.raises(EncodingError, match="broken: "):
-        calibrate_array(x, QuantSpec(8), Broken())
+    for ends in ((7, 7), (1, 7), (7, 1)):
+        with pytest.raises(EncodingError, match=r"broken: .* for \(1,\) groups"):
+            calibrate_array(x, QuantSpec(8), Broken(*ends))
 
 
 def test_what_goes_in_is_checked():
@@ -511,9 +521,10 @@ def test_what_goes_in_is_checked():
         h = HistogramStatistic()
         h.update(np.ones(3))
         scheme("mse").encoding(h, spec.with_(granularity=PerChannel(0)))
-    for bad in (np.nan, np.inf):
-        with pytest.raises(EncodingError, match="NaN or infinity"):
-            calibrate_array(np.array([1, bad]), spec, "sqnr")
+    for bad in (np.nan, np.inf, -np.inf):
+        for rows in ([[1, bad]], [[1, 2], [bad, 1]]):
+            with pytest.raises(EncodingError, match="NaN or infinity"):
+                calibrate_array(np.array(rows), spec.with_(granularity=PerChannel(0)), "sqnr")
     with pytest.raises(EncodingError, match="nothing to calibrate"):
         calibrate_array(np.zeros((0, 3)), spec)
     with pytest.raises(InputError, match="axis 4 is out of range"):
@@ -542,6 +553,15 @@ def test_joined_intervals_reach_from_the_first_to_the_last():
     assert joined.low.tolist() == [[0, 1]]
     assert joined.high.tolist() == [[1, 2]]
     assert joined.mass.tolist() == [[6, 4]]
+
+
+def test_each_side_of_zero_is_joined_by_itself_where_a_channel_has_one_side_alone():
+    low = np.array([[-1, -0.2, 0.1, 0.5], [0.1, 0.1, 0.1, 0.5]])
+    high = np.array([[-0.5, -0.1, 0.2, 1], [0.1, 0.1, 0.2, 1]])
+    density = Density(low[:, 0], high[:, -1], low, high, np.ones((2, 4)))
+    joined = density.condensed(0.3)
+    assert joined.low.tolist() == low.tolist()
+    assert joined.high.tolist() == high.tolist()
 
 
 def test_what_lies_far_below_the_body_is_searched_as_one(monkeypatch):
