@@ -8,6 +8,7 @@ import pytest
 from bitwright import QuantSim
 from bitwright.backend import Tap
 from bitwright.grids import Encoding, PerChannel
+from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.simulate import blocked, session, simulation
 
 
@@ -84,6 +85,29 @@ def test_results_are_the_same_bits(types, written, monkeypatch):
     if types.get("activations") != "uint8:dynamic":
         # Out of the blocks goes what HardSigmoid, the gate and the end read, and what is tapped.
         assert written[1][1] <= 7 < 11 <= written[1][0]
+
+
+@pytest.mark.parametrize("channels", [24, 32])
+def test_taps_of_the_float_network_are_the_same_bits(channels, written):
+    """Extremes of channels that fill blocks, and of others, in which lie zeros that aren't values; and some values."""
+    net = residual_net(channels)
+    for bias in net.graph.initializer:
+        if bias.name == "c3.b":
+            bias.CopyFrom(onnx.numpy_helper.from_array(np.full(channels, 1000, np.float32), "c3.b"))
+    model = OnnxBackend().adopt(net)
+    names = ("x", "r1", "c2", "h2", "c3", "sum", "gated", "c5")
+    taps = [Tap(t, "minmax") for t in (*names, "y")] + [Tap(t, axis=1, step=7) for t in names]
+    taps += [Tap("c2", "minmax", 1), Tap("sum", axis=1, step=11), Tap("sum")]
+    run = session.OrtSession(model, taps, blocked_after=2)
+    results = [run.run({"x": X}) for _ in range(4)]
+    assert len(written) == 1 and written[0][1] < written[0][0]
+    for tap, value in results[0].items():
+        for other in results[1:]:
+            np.testing.assert_array_equal(other[tap], value)
+    lowest, highest = results[-1][Tap("c3", "minmax")]
+    whole = session.OrtSession(model, [Tap("c3")]).run({"x": X})[Tap("c3")]
+    np.testing.assert_allclose([lowest, highest], [whole.min(), whole.max()], rtol=1e-5)
+    assert lowest > 900, "no zero of a block that isn't full"
 
 
 def test_it_follows_later_encodings(written, monkeypatch):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
 
 BLOCKED_BYTES = 2**28
 """Weights of a model whose sites may be blocked; beyond it, reading it back takes more time than it saves."""
+RUNS_BEFORE_BLOCKED = 8
+"""Batches after which a session is made anew with blocked sites and taps, which takes about as long as it saves in so
+many."""
 _SHARED_TYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
                            "uint32", "uint64", "bool"})  # fmt: skip
 
@@ -80,12 +84,13 @@ def _compile(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # What ONNX Runtime optimized is read back with its weights inside: where sites may stay blocked, none are shared.
-    shared = {} if blocked else _detach_weights(part)
+    shared = {} if blocked else _big_weights(part)
     if shared:
         # The options hold no reference to the arrays, so the session below must.
         options.add_external_initializers(list(shared), list(shared.values()))
     try:
-        proto = ir.to_proto(part).SerializeToString()
+        with _detached(part, shared):
+            proto = ir.to_proto(part).SerializeToString()
     except Exception as error:
         raise ModelError(
             f"the model can't be serialized ({reason(error)}); more than 2 GB in subgraphs or in packed types "
@@ -131,21 +136,39 @@ def has_quantize_linear(opset: int) -> bool:
     return True
 
 
-def _detach_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
-    """Turn the big initializers of a private model into placeholders; returns their values by name."""
+def _big_weights(part: ir.Model) -> dict[str, ort.OrtValue]:
+    """The values of big initializers, by name.
+
+    Raises:
+        ModelError: an initializer has no data.
+    """
     shared: dict[str, ort.OrtValue] = {}
     for graph in part.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is None:
                 raise ModelError(f"initializer {name!r} has no data")
-            array = tensor_array(tensor)
-            if graph is part.graph and byte_size(tensor) > INLINE_BYTES and array.dtype.name in _SHARED_TYPES:
-                shared[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-                value.const_value = ir.ExternalTensor(
-                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
-                )
+            if graph is part.graph and byte_size(tensor) > INLINE_BYTES:
+                array = tensor_array(tensor)
+                if array.dtype.name in _SHARED_TYPES:
+                    shared[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
     return shared
+
+
+@contextlib.contextmanager
+def _detached(part: ir.Model, names: Container[str]) -> Iterator[None]:
+    """Placeholders in the place of initializers of a part, for as long as it is written."""
+    held = {value: value.const_value for name, value in part.graph.initializers.items() if name in names}
+    try:
+        for value, tensor in held.items():
+            assert tensor is not None
+            value.const_value = ir.ExternalTensor(
+                "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
+            )
+        yield
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
 
 
 def _hint(error: BaseException) -> str:
@@ -171,8 +194,9 @@ class OrtSession:
         bound: further model inputs whose values don't come with the batch; read anew at each run, so that
             changing the mapping changes the next run.
         config: ONNX Runtime session configuration.
-        blocked: let sites take tensors in the layout of ONNX Runtime's convolutions (`blocked_session`): the same
-            results sooner, from a session that takes twice as long to make.
+        blocked_after: runs after which the session is made anew with sites and taps that take tensors in the layout of
+            ONNX Runtime's convolutions (`blocked_session`): the same results sooner, from a session that takes three
+            times as long to make. 0 for never.
 
     Raises:
         ModelError: a tap is unknown or can't be computed from the feeds, or ONNX Runtime refuses the model.
@@ -186,7 +210,7 @@ class OrtSession:
         feeds: Sequence[str] | None = None,
         bound: Mapping[str, Array] | None = None,
         config: Mapping[str, str] | None = None,
-        blocked: bool = False,
+        blocked_after: int = 0,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
         self._bound = bound if bound is not None else {}
@@ -198,6 +222,8 @@ class OrtSession:
         computed = [t for t in self.taps if t not in self._passed]
         self._fetch: dict[Tap, tuple[str, ...]] = {}
         self._session: ort.InferenceSession | None = None
+        self._blocked: Callable[[], ort.InferenceSession] | None = None
+        self._left = blocked_after
         self._inputs: dict[str, Input] = {}
         if computed:
             # A feed that no tap depends on is dropped, so that run() needs only what is used.
@@ -212,8 +238,10 @@ class OrtSession:
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
                 part.graph.inputs.remove(value)
-            self._session = _compile(part, config=config, blocked=blocked and _may_be_blocked(part))
+            self._session = _compile(part, config=config)
             self._inputs = inputs_of(self._session)
+            if blocked_after and _may_be_blocked(part) and (bound or any(map(_in_graph, computed))):
+                self._blocked = partial(_compile, part, config=config, blocked=True)
         self._fed = tuple(self._inputs)
         for name in self._passed.values():
             dtype = known[name].dtype
@@ -232,6 +260,8 @@ class OrtSession:
             InputError: a needed array is missing, or has the wrong dtype, rank or shape.
             ModelError: an op failed while running.
         """
+        if self._blocked is not None:
+            self._count()
         bound = self._bound
         feeds = {n: np.asarray(bound[n]) if n in bound else i.of(batch) for n, i in self._inputs.items()}
         fetched: dict[str, Array] = {}
@@ -263,6 +293,22 @@ class OrtSession:
                 low, high = (fetched[n] for n in names[:2])
                 results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
         return results
+
+    def _count(self) -> None:
+        """Make the session anew when it has run often enough."""
+        if self._left:
+            self._left -= 1
+            return
+        assert self._blocked is not None
+        # It only saves time: whatever stands against it, such as no space for a file, leaves the session that runs.
+        with contextlib.suppress(ModelError):
+            self._session = self._blocked()
+        self._blocked = None
+
+
+def _in_graph(tap: Tap) -> bool:
+    """Whether ops are made of a tap that read blocks as well."""
+    return tap.step > 1 or (tap.reduce == "minmax" and tap.axis is None)
 
 
 def _may_be_blocked(part: ir.Model) -> bool:

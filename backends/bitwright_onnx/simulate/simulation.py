@@ -21,7 +21,6 @@ on shallow nets, without it a coarse weight grid (4 bits) moves some by a step.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,11 +40,9 @@ from bitwright_onnx.graph.params import native_tensors
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
-from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
+from bitwright_onnx.simulate.session import RUNS_BEFORE_BLOCKED, SIMULATION_CONFIG, OrtSession
 from bitwright_onnx.simulate.site_ops import SiteForm, constants, form_of, numbers
 
-RUNS_BEFORE_BLOCKED = 8
-"""Batches after which a session is made anew with blocked sites: that takes about as long as it saves in so many."""
 ROUNDED_BYTES = 2**28
 """Rounded parameters that are kept for the next session; beyond it they are rounded again."""
 
@@ -254,7 +251,6 @@ class SimulatedSession:
         self._revision = -1
         self._aliases: dict[Tap, Tap] = {}
         self._session: OrtSession | None = None
-        self._runs = 0
         require_tensors((*(t.tensor for t in self._taps), *(feeds or ())), simulation.values)
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
@@ -263,26 +259,20 @@ class SimulatedSession:
         Raises:
             InputError: a needed array is missing or doesn't fit.
         """
-        session = self._compiled()
-        self._runs += 1
-        results = session.run(batch)
+        results = self._compiled().run(batch)
         return {tap: results[self._aliases[tap]] for tap in self._taps}
 
     def _compiled(self) -> OrtSession:
         """The session for the simulation's present graph; built again only where it holds what has changed."""
         simulation = self._simulation
-        if self._session is not None and self._revision == simulation.revision and self._runs != RUNS_BEFORE_BLOCKED:
+        if self._session is not None and self._revision == simulation.revision:
             return self._session
         if self._session is None or self._content is None or self._held != simulation.held_by(self._content):
-            self._session, self._runs = self._made(), 0
-        elif self._runs == RUNS_BEFORE_BLOCKED:
-            # It only saves time: whatever stands against it, such as no space for a file, leaves the session that runs.
-            with contextlib.suppress(ModelError):
-                self._session = self._made(blocked=True)
+            self._session = self._made()
         self._revision = simulation.revision
         return self._session
 
-    def _made(self, *, blocked: bool = False) -> OrtSession:
+    def _made(self) -> OrtSession:
         simulation = self._simulation
         lowered = simulation.lower([t.tensor for t in self._taps], self._feeds)
         self._aliases = {t: replace(t, tensor=lowered.aliases.get(t.tensor, t.tensor)) for t in self._taps}
@@ -293,7 +283,7 @@ class SimulatedSession:
             feeds=None if self._feeds is None else [*self._feeds, *lowered.live],
             bound=simulation.bound,
             config=SIMULATION_CONFIG,
-            blocked=blocked,
+            blocked_after=RUNS_BEFORE_BLOCKED,
         )
 
 
