@@ -19,11 +19,11 @@ class _Piece:
 
     Attributes:
         ops: in topological order.
-        additions: sums of two tensors of the flow.
+        joins: it ends with a sum of two tensors of the flow, as a residual block does.
     """
 
     ops: list[Op] = field(default_factory=list)
-    additions: int = 0
+    joins: bool = False
 
 
 def network_blocks(graph: Graph, chosen: Collection[OpId], *, additions: int, layers: int) -> list[Span]:
@@ -39,20 +39,21 @@ def network_blocks(graph: Graph, chosen: Collection[OpId], *, additions: int, la
         Blocks in order, those without chosen ops left out. Where nothing is narrow, one block has more layers.
     """
     spans: list[Span] = []
-    taken = _Piece()
+    ops: list[Op] = []
+    joins = 0
     pieces = _pieces(graph)
     for i, piece in enumerate(pieces):
-        taken.ops += piece.ops
-        taken.additions += piece.additions
-        count = sum(op.id in chosen for op in taken.ops)
+        ops += piece.ops
+        joins += piece.joins
+        count = sum(op.id in chosen for op in ops)
         # A piece without layers belongs to what is before it; nothing is learned behind the last one.
         ahead = pieces[i + 1] if i + 1 < len(pieces) else None
-        full = taken.additions >= additions or count >= layers
+        full = joins >= additions or count >= layers
         if ahead is not None and (not full or not any(op.kind in LINEAR_KINDS for op in ahead.ops)):
             continue
         if count:
-            spans.append(_span(graph, taken.ops, chosen))
-        taken = _Piece()
+            spans.append(_span(graph, ops, chosen))
+        ops, joins = [], 0
     return spans
 
 
@@ -64,13 +65,14 @@ def _pieces(graph: Graph) -> list[_Piece]:
     for op in graph.ops:
         pieces[-1].ops.append(op)
         main = [t for t in dict.fromkeys(op.data_inputs) if t in flow]
-        pieces[-1].additions += op.kind is OpKind.ADD and len(main) == 2
         for t in main:
             left[t] -= 1
             if not left[t]:
                 live.discard(t)
         live |= {t for t in op.outputs if t in flow and left[t]}
         if len(live) == 1:
+            # Sums inside of a block, such as those of rotary embeddings, aren't narrow.
+            pieces[-1].joins |= op.kind is OpKind.ADD and len(main) == 2
             pieces.append(_Piece())
     return [p for p in pieces if p.ops]
 

@@ -70,6 +70,19 @@ def test_blocks_lie_between_places_where_one_tensor_passes():
     assert [s.ops for s in short] == [("fc1", "fc2"), ("fc3",)]
 
 
+def test_sums_inside_of_a_block_are_none_of_its_additions():
+    """Two heads, each a sum of two products, as rotary embeddings have."""
+    b = Builder(0)
+    x = b.linear("embed", b.input("x", 8), 8)
+    for i in range(4):
+        q, k = (b.linear(f"{n}{i}", x, 8) for n in "qk")
+        turned = [b.binary(f"r{n}{i}", "Add", y, b.relu(f"a{n}{i}", y)) for n, y in (("q", q), ("k", k))]
+        x = b.binary(f"sum{i}", "Add", x, b.binary(f"mix{i}", "Mul", *turned))
+    graph = b.build(x).graph
+    spans = network_blocks(graph, {op.id for op in graph.linear_ops}, additions=2, layers=9)
+    assert [s.taps for s in spans] == [("sum1.output",), ("sum3.output",)]
+
+
 def test_what_depends_on_no_layer_passes_beside_a_block():
     b = Builder(0)
     mask = b.activation("mask", b.input("m", 4), "Abs")
