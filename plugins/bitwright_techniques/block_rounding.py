@@ -97,9 +97,9 @@ def block_rounding(
     Raises:
         EncodingError: blocks straddle the groups of a grouped op.
     """
-    features = problem.gram.shape[1]
+    features = problem.diagonal.shape[1]
     parts = [np.arange(features)] if grid.whole_rows else segments(grid)
-    order = _order(problem.gram, parts, in_act_order)
+    order = _order(problem.diagonal, parts, in_act_order)
     _, upper = factor(problem.unit_gram, order)
     lead = np.arange(len(order))[:, None]
     free = turn(problem.goal)[lead, order]
@@ -114,7 +114,8 @@ def block_rounding(
         end = begin + len(members)
         at = 0 if grid.whole_rows else members[0]
         cells = grid.cells[..., at]
-        block = _Block.of(upper[:, begin:end, begin:end], grid.low[..., at], grid.high[..., at])
+        low, high = (b[..., at if b.shape[2] > 1 else 0] for b in (grid.low, grid.high))
+        block = _Block.of(upper[:, begin:end, begin:end], low, high)
         values = free[:, begin:end]
         if unit is None:
             tried = _covering(values, block)[..., None] * (np.arange(candidates, 0, -1) / candidates)
@@ -134,12 +135,11 @@ def block_rounding(
     return grid.with_scale(scale, multiples), turn(result)
 
 
-def _order(gram: NDArray[np.float64], parts: list[NDArray[np.intp]], in_act_order: bool) -> NDArray[np.intp]:
+def _order(power: NDArray[np.float64], parts: list[NDArray[np.intp]], in_act_order: bool) -> NDArray[np.intp]:
     if not in_act_order:
-        return np.tile(np.concatenate(parts), (len(gram), 1))
-    power = np.einsum("gkk->gk", gram)
+        return np.tile(np.concatenate(parts), (len(power), 1))
     parts = sorted(parts, key=lambda p: -float(power[:, p].mean()))
-    return np.concatenate([p[act_order(gram[:, p[:, None], p])] for p in parts], axis=1)
+    return np.concatenate([p[act_order(power[:, p])] for p in parts], axis=1)
 
 
 def _covering(values: Array, block: _Block) -> NDArray[np.float64]:

@@ -128,7 +128,7 @@ def improved(
 def rounded(problem: Reconstruction, grid: WeightGrid, settings: GptqSettings) -> Matrix:
     """Codes by successive rounding at fixed scales, (groups, rows, K)."""
     groups, _, features = problem.weight.shape
-    order = act_order(problem.gram) if settings.act_order else np.tile(np.arange(features), (groups, 1))
+    order = act_order(problem.diagonal) if settings.act_order else np.tile(np.arange(features), (groups, 1))
     posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
     codes = successive_rounding(posed, *factor(problem.unit_gram, order), block=settings.block_size)
     return turn(codes)

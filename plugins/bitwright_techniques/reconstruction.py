@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ class Reconstruction:
     Attributes:
         weight: W, (groups, rows, K); where moments are in blocks, a group for each block, of whose outputs a row's
             output is the sum.
-        gram: Ĥ + damping·I, (groups, K, K).
+        undamped: makes Ĥ, (groups, K, K). It isn't held: a wide layer's takes as much as a part of the network.
         damping: (groups,).
         target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
         cross: W C, (groups, rows, K); None where x̂ = x, so that the error is that of Ŵ − W alone.
@@ -40,7 +41,7 @@ class Reconstruction:
     """
 
     weight: Array
-    gram: Array
+    undamped: Callable[[], Array]
     damping: Array
     target: Array
     cross: Array | None
@@ -69,16 +70,35 @@ class Reconstruction:
         error = values - self.target
         return np.asarray(np.einsum("grk,grk->gr", error @ self.gram, error))
 
-    @cached_property
+    @property
+    def gram(self) -> Array:
+        """Ĥ + damping·I, (groups, K, K), made anew each time."""
+        gram = self.undamped()
+        np.einsum("gkk->gk", gram)[...] += self.damping[:, None]
+        return gram
+
+    @property
+    def diagonal(self) -> Array:
+        """Of the damped Ĥ, (groups, K)."""
+        return self._scaled[0]
+
+    @property
     def unit(self) -> Array:
         """Mean diagonal of the damped Ĥ, (groups,): what `unit_gram` is divided by."""
-        return np.asarray(np.einsum("gkk->g", self.gram) / self.gram.shape[1])
+        return self._scaled[1]
 
-    @cached_property
+    @property
     def unit_gram(self) -> NDArray[np.float32]:
         """Damped Ĥ of mean diagonal 1, safe in float32 whatever the input's magnitude."""
-        single = np.empty(self.gram.shape, np.float32)
-        return np.divide(self.gram, self.unit[:, None, None], out=single, casting="same_kind")
+        return self._scaled[2]
+
+    @cached_property
+    def _scaled(self) -> tuple[Array, Array, NDArray[np.float32]]:
+        gram = self.gram
+        unit = np.asarray(np.einsum("gkk->g", gram) / gram.shape[1])
+        single = np.empty(gram.shape, np.float32)
+        np.divide(gram, unit[:, None, None], out=single, casting="same_kind")
+        return np.einsum("gkk->gk", gram).copy(), unit, single
 
     @cached_property
     def goal(self) -> NDArray[np.float32]:
@@ -121,18 +141,13 @@ def reconstruction(
     """
     matrix = np.asarray(split_columns(to_matrix(op, weight), moments.blocks), np.float64)
     same = not moments.paired or inputs != "asymmetric"
-    if free_bias:
-        xx, qq, xq = moments.centred()
-    elif moments.paired:
-        xx, qq, xq = moments.xx, moments.qq, moments.xq
-    else:
-        xx = qq = xq = moments.xx
-    if same:
-        xx = qq = qq if inputs == "quantized" else xx
-    features = qq.shape[1]
+    second = partial(moments.second, centred=free_bias)
+    undamped = partial(second, "xx" if inputs == "float" else "qq")
+    gram = undamped()
+    features = gram.shape[1]
     # The largest eigenvalue is at most the trace: the noise of a wide layer is larger beside its mean diagonal. Inputs
     # are float32 numbers themselves, so that none is known better than by that share of its size.
-    trace = np.einsum("gkk->g", qq)
+    trace = np.einsum("gkk->g", gram)
     if not np.isfinite(trace).all():
         raise FloatingPointError("the squares of its inputs overflow float32")
     means = np.square(moments.mean_quantized if inputs != "float" else moments.mean).sum(axis=1) if free_bias else 0.0
@@ -140,12 +155,11 @@ def reconstruction(
     ridge = np.maximum(damping * trace / features, np.maximum(_ROUNDOFF * trace, own))
     # An input that never changes makes any weight as good as another: stay near W.
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
-    energy = np.einsum("grk,grk->gr", matrix @ xx, matrix)
-    gram = qq  # this function's own; a wide layer's takes as much as a part of the network
-    np.einsum("gkk->gk", gram)[...] += ridge[:, None]
     if same:
-        return Reconstruction(matrix, gram, ridge, matrix, None, energy)
-    cross = matrix @ xq
+        energy = np.einsum("grk,grk->gr", matrix @ gram, matrix)
+        return Reconstruction(matrix, undamped, ridge, matrix, None, energy)
+    energy = np.einsum("grk,grk->gr", matrix @ second("xx"), matrix)
+    cross = matrix @ second("xq")
     if moments.has_residual:
         if free_bias:
             rx, rq, square = moments.centred_residual()
@@ -154,8 +168,9 @@ def reconstruction(
         cross = cross + rq[None]
         energy = energy + (2 * np.einsum("rk,rk->r", matrix[0], rx) + square)[None]
     right = cross + ridge[:, None, None] * matrix
+    np.einsum("gkk->gk", gram)[...] += ridge[:, None]
     target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
-    return Reconstruction(matrix, gram, ridge, target, cross, energy)
+    return Reconstruction(matrix, undamped, ridge, target, cross, energy)
 
 
 def corrected_bias(

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright_techniques.wide_factor import LIFTS, WIDE, factor_in_place
+
 Array = NDArray[np.float32]
 
 Selection = slice | NDArray[np.intp]
 
 _BLOCK = 32
-_LIFTS = (2.0**-23, 2.0**-20, 2.0**-17)
-"""Parts of the trace that are added to a diagonal whose matrix, in float32, isn't positive definite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +134,14 @@ def _sweep(problem: RoundingProblem, codes: Array) -> Array:
     return codes
 
 
-def act_order(gram: NDArray[np.floating]) -> NDArray[np.intp]:
+def act_order(diagonal: NDArray[np.floating]) -> NDArray[np.intp]:
     """Features by falling second moment, (groups, K): large ones first, while later ones can still make up for them
-    (GPTQ's act-order)."""
-    return np.argsort(-np.einsum("gkk->gk", gram), axis=1, kind="stable")
+    (GPTQ's act-order).
+
+    Args:
+        diagonal: of Ĥ, (groups, K).
+    """
+    return np.argsort(-diagonal, axis=1, kind="stable")
 
 
 def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) -> tuple[NDArray[np.intp], Array]:
@@ -151,9 +155,14 @@ def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) ->
 
     Returns:
         order (groups, K) and U (groups, K, K).
+
+    Raises:
+        LinAlgError: a matrix isn't finite, or far from positive definite.
     """
     if order is None:
-        order = act_order(gram)
+        order = act_order(np.einsum("gkk->gk", gram))
+    if order.shape[1] > WIDE:
+        return order, np.stack([factor_in_place(g, o) for g, o in zip(gram, order, strict=True)])
     lead = np.arange(len(gram))[:, None, None]
     sorted_gram = gram[lead, order[:, :, None], order[:, None, :]].astype(np.float64)
     # With Ĥ = R Rᵀ, R upper (a Cholesky factor from the last feature up), U = R⁻¹: no inverse is squared.
@@ -180,11 +189,11 @@ def _cholesky(gram: NDArray[np.float64]) -> NDArray[np.float64]:
         LinAlgError: a matrix isn't finite, or far from positive definite.
     """
     trace = np.einsum("gkk->g", gram)[:, None, None]
-    for lift in (0.0, *_LIFTS):
+    for lift in (0.0, *LIFTS):
         try:
             return np.linalg.cholesky(gram + lift * trace * np.eye(gram.shape[1]) if lift else gram)
         except np.linalg.LinAlgError:
-            if lift == _LIFTS[-1] or not np.isfinite(trace).all():
+            if lift == LIFTS[-1] or not np.isfinite(trace).all():
                 raise
     raise AssertionError("unreachable")
 
@@ -207,7 +216,7 @@ def successive_rounding(
     def sort(array: Array) -> Array:
         return array if array.shape[1] == 1 else array[lead, order]
 
-    free, step = sort(problem.target).copy(), sort(problem.step)
+    free, step = sort(problem.target), sort(problem.step)
     low, high = sort(problem.low), sort(problem.high)
     codes, features = np.empty_like(free), free.shape[1]
     # Row k of U over its diagonal is minus what the features after k take over of a unit of k's error: the minimum of

@@ -110,7 +110,7 @@ class _Block:
         self.gram = problem.unit_gram[:, features[:, None], features]
         self.weight = problem.weight[..., features].astype(np.float32)
         self.target = problem.goal[..., features]
-        self.low, self.high = grid.low[..., features], grid.high[..., features]
+        self.low, self.high = (b[..., features] if b.shape[2] > 1 else b for b in (grid.low, grid.high))
 
     def error(self, scale: NDArray[np.floating]) -> Matrix:
         """ŵ − T of the block under these scales (of the whole weight), (groups, rows, features)."""

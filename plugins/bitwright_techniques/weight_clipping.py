@@ -9,6 +9,7 @@ Layers are independent; `seq_mse` walks layer by layer and sees quantized inputs
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -110,8 +111,8 @@ def weight_problem(op: Op, weight: NDArray[np.floating]) -> Reconstruction:
     """The error of the weights themselves as a problem: Ĥ is the identity."""
     matrix = np.asarray(to_matrix(op, weight), np.float64)
     groups, _, features = matrix.shape
-    gram = np.tile(np.eye(features), (groups, 1, 1))
-    return Reconstruction(matrix, gram, np.zeros(groups), matrix, matrix, np.square(matrix).sum(axis=2))
+    identity = partial(np.tile, np.eye(features), (groups, 1, 1))
+    return Reconstruction(matrix, identity, np.zeros(groups), matrix, matrix, np.square(matrix).sum(axis=2))
 
 
 def clip_layer(

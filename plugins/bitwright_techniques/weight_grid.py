@@ -84,8 +84,11 @@ class WeightGrid:
             # Blocks of a channel have one float scale in common, whichever part of the columns they lie in.
             channels = np.arange(groups // self.blocks * rows).reshape(-1, 1, rows)
             return np.repeat(channels, self.blocks, axis=1).reshape(groups, rows)
-        own = np.sort(self.cells.reshape(groups * rows, -1), axis=1)
-        if len(own) + np.count_nonzero(np.diff(own, axis=1)) == len(np.unique(own)):
+        used, seen = np.zeros(self.scale.size, bool), 0
+        for row in self.cells.reshape(groups * rows, -1):
+            used[row] = True
+            seen += 1 + np.count_nonzero(np.diff(np.sort(row)))
+        if seen == np.count_nonzero(used):
             return np.arange(groups * rows).reshape(groups, rows)
         return np.zeros((groups, rows), np.intp)
 
@@ -134,13 +137,17 @@ class WeightGrid:
 
     @cached_property
     def low(self) -> Matrix:
-        """Lowest code of each element, (groups, rows, 1 or K)."""
-        return (self._ends[0] - self._zero).astype(np.float32)[self.cells]
+        """Lowest code of each element, (groups, rows, 1 or K); 1 where all are the same."""
+        return self._end(self._ends[0])
 
     @cached_property
     def high(self) -> Matrix:
-        """Highest code of each element, (groups, rows, 1 or K)."""
-        return (self._ends[1] - self._zero).astype(np.float32)[self.cells]
+        """Highest code of each element, (groups, rows, 1 or K); 1 where all are the same."""
+        return self._end(self._ends[1])
+
+    def _end(self, code: float) -> Matrix:
+        ends = (code - self._zero).astype(np.float32)
+        return ends[self.cells if (ends != ends[0]).any() else self.cells[..., :1]]
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -183,9 +190,12 @@ class WeightGrid:
 
     def frozen(self, source: str) -> Encoding:
         """The encoding with this grid's scales, which later calibrations keep."""
-        shape = self.encoding.scale.shape
-        blocks = None if self.multiples is None else self.multiples.reshape(shape)
-        return self.encoding.with_(scale=self.scale.reshape(shape), block_scale=blocks, frozen=True, source=source)
+        before = self.encoding.scale
+        scale = self.scale.reshape(before.shape)
+        if np.array_equal(scale, before):
+            scale = before  # not a copy: of small blocks they are a share of the model
+        blocks = None if self.multiples is None else self.multiples.reshape(before.shape)
+        return self.encoding.with_(scale=scale, block_scale=blocks, frozen=True, source=source)
 
 
 def is_block_of_floats(encoding: Encoding) -> bool:

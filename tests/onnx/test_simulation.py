@@ -19,12 +19,12 @@ from small_nets import (
 )
 
 from bitwright.backend import Tap
+from bitwright.backend import _parts as parts_module
 from bitwright.errors import EncodingError, InputError, ModelError
 from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, QuantSpec, encoding_of_weights
 from bitwright.placement import Float, SharedWith
 from bitwright_onnx.graph.params import read_params
 from bitwright_onnx.simulate import session as sessions
-from bitwright_onnx.simulate import simulation as simulations
 from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 SPECS = {
@@ -240,8 +240,8 @@ def test_only_sessions_that_hold_a_changed_parameter_are_built_again(built):
     assert len(built) == count + 1
 
 
-def test_rounded_parameters_are_kept_up_to_a_limit(monkeypatch):
-    """What was let go is rounded again: the same bits in a new session."""
+def test_rounded_parameters_of_a_network_in_parts_are_not_kept(monkeypatch):
+    """They are rounded again: the same bits in a new session."""
     native, graph = conv_net()
     plan = plan_of(graph)
     x = {"x": np.random.default_rng(3).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)}
@@ -250,11 +250,12 @@ def test_rounded_parameters_are_kept_up_to_a_limit(monkeypatch):
     kept = OnnxSimulation(native, graph, plan, table)
     expected = kept.session(taps).run(x)
     assert len(kept._quantized) > 1
-    monkeypatch.setattr(simulations, "ROUNDED_BYTES", 1)
+    monkeypatch.setattr(parts_module, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(parts_module, "PART_BYTES", 64)
     simulation = OnnxSimulation(native, graph, plan, table)
     for _ in range(2):
         np.testing.assert_array_equal(simulation.session(taps).run(x)[taps[0]], expected[taps[0]])
-        assert len(simulation._quantized) == 1
+        assert not simulation._quantized
 
 
 def test_taps_and_segments_agree_with_the_whole():

@@ -47,7 +47,7 @@ def test_equals_the_textbook_loop(kind, in_act_order, block):
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
     found = rounded(problem, grid, GptqSettings(act_order=in_act_order, block_size=block))
     features = problem.weight.shape[2]
-    order = act_order(problem.gram) if in_act_order else np.tile(np.arange(features), (len(problem.gram), 1))
+    order = act_order(problem.diagonal) if in_act_order else np.tile(np.arange(features), (len(problem.gram), 1))
     assert np.array_equal(found, textbook(problem, grid, order))
 
 

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, SimulationBase, Tap, require_tensors
+from bitwright.backend import Batch, SimulationBase, Tap, parts_of, require_tensors
 from bitwright.errors import ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph, Param, ParamId, TensorId
@@ -42,9 +43,6 @@ from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
 from bitwright_onnx.simulate.session import RUNS_BEFORE_BLOCKED, SIMULATION_CONFIG, OrtSession
 from bitwright_onnx.simulate.site_ops import SiteForm, constants, form_of, numbers
-
-ROUNDED_BYTES = 2**28
-"""Rounded parameters that are kept for the next session; beyond it they are rounded again."""
 
 
 @dataclass(frozen=True)
@@ -227,16 +225,14 @@ class OnnxSimulation(SimulationBase):
                 raise ModelError(f"parameter {param.id!r} is not an initializer of the main graph")
             array = fake_quantized(tensor_array(value.const_value), param, encoding)
             known = (encoding, ir.Tensor(array, dtype=value.const_value.dtype, name=value.name))
-            self._quantized.pop(param.id, None)
-            self._quantized[param.id] = known
-            self._forget()
+            if self._whole:
+                self._quantized[param.id] = known
         value.const_value = known[1]
 
-    def _forget(self) -> None:
-        """Let go of the rounded parameters that were made first: those that a session holds stay with it."""
-        held = sum(tensor.nbytes for _, tensor in self._quantized.values())
-        while held > ROUNDED_BYTES and len(self._quantized) > 1:
-            held -= self._quantized.pop(next(iter(self._quantized)))[1].nbytes
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether rounded parameters are kept for the next session: not those of a network that is run in parts."""
+        return len(parts_of(self._graph)) == 1
 
 
 class SimulatedSession:

@@ -149,7 +149,9 @@ class Bank:
             InputError: they aren't this op's, or damaged.
         """
         entry = self.record.moments[self.record.layers[op.id]]
-        return self._moments(entry, op, products, (blocks or entry.blocks) if products else 1)
+        found = self._moments(entry, op, products, (blocks or entry.blocks) if products else 1)
+        found.settle()
+        return found
 
     def moments(self, place: int) -> LayerMoments:
         """Moments by their number in the index: to be added to others, whatever op they are of."""

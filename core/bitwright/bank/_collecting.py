@@ -40,7 +40,7 @@ from bitwright.placement import build_plan
 from bitwright.plugins import registry
 from bitwright.runs import versions
 from bitwright.state import SimState, StateView
-from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic
+from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Statistic
 from bitwright.targets import target_names
 from bitwright.technique import LayerwiseSettings, Step
 
@@ -104,34 +104,43 @@ def collect(
             shared.setdefault(columns_key(op, state.graph), []).append(op)
         requests = all_requests(state.graph, tensors, shared, moments_gib)
         size = SHARE if share is None and state.workers is not None else share
+        pending: dict[str, Statistic] = {}
+        places: dict[str, int] = {}
+        readers = {f"moments/{ops[0].id}": ops for ops in shared.values()}
+
+        def finished(key: str, statistic: Statistic) -> None:
+            """Take it at once: the moments of all layers together may be many times the model."""
+            if not isinstance(statistic, LayerMoments):
+                tensor = key.partition("/")[2]
+                if (other := pending.pop(tensor, None)) is None:
+                    pending[tensor] = statistic
+                    return
+                histogram, extent = sorted((other, statistic), key=lambda s: isinstance(s, RangeStatistic))
+                assert isinstance(histogram, HistogramStatistic)
+                assert isinstance(extent, RangeStatistic)
+                if histogram.seen and extent.seen:
+                    writer.add_tensor(tensor, histogram, extent.axis, extent.low, extent.high)
+            elif statistic.count == 0:
+                left_out.update({op.id: "no value of the data reached it" for op in readers[key]})
+            elif (place := writer.add_moments(statistic)) is not None:
+                places.update({op.id: place for op in readers[key]})
+            else:
+                left_out.update({op.id: f"its moments overflow {number}" for op in readers[key]})
+
         if size is None:
             opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
-            found = collect_statistics(requests, opened, seen, progress=state.progress, divided=whole)
+            collect_statistics(requests, opened, seen, progress=state.progress, divided=whole, finished=finished)
         else:
             asked = Wanted(tuple(tensors), tuple(ops[0].id for ops in shared.values()), moments_gib)
-            found = in_shares(state, requests, seen, size, asked, writer.folder)
-        for tensor in tensors:
-            histogram, extent = found[f"histogram/{tensor}"], found[f"range/{tensor}"]
-            assert isinstance(histogram, HistogramStatistic)
-            assert isinstance(extent, RangeStatistic)
-            if histogram.seen and extent.seen:
-                writer.add_tensor(tensor, histogram, extent.axis, extent.low, extent.high)
-        places: dict[str, int] = {}
-        for ops in shared.values():
-            moments = found[f"moments/{ops[0].id}"]
-            assert isinstance(moments, LayerMoments)
-            if moments.count == 0:
-                left_out.update({op.id: "no value of the data reached it" for op in ops})
-            elif (place := writer.add_moments(moments)) is not None:
-                places.update({op.id: place for op in ops})
-            else:
-                left_out.update({op.id: f"its moments overflow {number}" for op in ops})
+            for key, statistic in in_shares(state, requests, seen, size, asked, writer.folder).items():
+                finished(key, statistic)
         info = registry.backends().get(state.backend.name)
         writer.finish(
             network=network_of(state),
             steps=entries,
             samples=seen.count, data=[seen.fingerprint()],
-            versions=versions(info.modules if info is not None else ()), layers=places, left_out=left_out,
+            versions=versions(info.modules if info is not None else ()), left_out=left_out,
+            layers={op.id: places[op.id] for op in wanted if op.id in places},
         )  # fmt: skip
     return Bank.open(out)
 

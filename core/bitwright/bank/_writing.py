@@ -16,7 +16,7 @@ from bitwright.bank._record import INDEX, FileEntry, MomentsEntry, Number, Recor
 from bitwright.errors import InputError
 from bitwright.files import atomic_write, cannot_write, make_directory, sweep_beside, sync_directory, write_text
 from bitwright.runs import of_file
-from bitwright.statistics import HistogramStatistic, LayerMoments
+from bitwright.statistics import HistogramStatistic, LayerMoments, finite
 
 
 class Writer:
@@ -76,9 +76,8 @@ class Writer:
     def add_moments(self, moments: LayerMoments) -> int | None:
         """Moments of a layer's columns; their number, or None where they don't fit the type."""
         state = moments.state()
-        with np.errstate(over="ignore"):
-            triangle = _triangle(state["xx"]).astype(np.dtype(self.number).newbyteorder("<"))
-        if not np.isfinite(triangle).all():
+        triangle = _triangle(state["xx"], np.dtype(self.number).newbyteorder("<"))
+        if not finite([triangle]):
             return None
         groups, features = state["sum_x"].shape
         name = f"moments-{len(self.moments)}.npy"
@@ -146,14 +145,15 @@ def _appended(parts: list[NDArray[Any]], values: NDArray[Any]) -> Span:
     return start, start + values.shape[-1]
 
 
-def _triangle(products: NDArray[np.float64]) -> NDArray[np.float64]:
+def _triangle(products: NDArray[np.floating[Any]], number: np.dtype[Any]) -> NDArray[np.floating[Any]]:
     """(groups, K, K) → (groups, K (K + 1) / 2)."""
     groups, features = products.shape[:2]
-    flat = np.empty((groups, features * (features + 1) // 2))
+    flat = np.empty((groups, features * (features + 1) // 2), number)
     end = 0
-    for row in range(features):
-        start, end = end, end + features - row
-        flat[:, start:end] = products[:, row, row:]
+    with np.errstate(over="ignore"):
+        for row in range(features):
+            start, end = end, end + features - row
+            flat[:, start:end] = products[:, row, row:]
     return flat
 
 

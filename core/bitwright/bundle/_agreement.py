@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Divisible, Session, Tap, session_in_parts
+from bitwright.backend import Divisible, Session, Tap, let_go, parts_of, session_in_parts
 from bitwright.errors import BitwrightError, CapabilityError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import FLOAT_FORMATS, Encoding
@@ -150,7 +150,7 @@ def _judge(
 ) -> dict[TensorId, Departure | str | None]:
     """Each tensor computed from the given ones before it: a departure, none, or why it can't be computed."""
     answers: dict[TensorId, Departure | str | None] = {}
-    for group in independent(graph, tensors, given):
+    for group in _by_part(graph, independent(graph, tensors, given)):
         for part in _attempts(group, lambda taps: _forced(taps, given, inputs, network)):
             if isinstance(part, str):
                 continue
@@ -168,6 +168,20 @@ def _judge(
             for tensor, found in suspects.items():
                 answers[tensor] = _excused(found, values[tensor], [n[tensor] for n in nudged], grids.get(tensor))
     return answers
+
+
+def _by_part(graph: Graph, groups: Iterable[Sequence[TensorId]]) -> Iterator[Sequence[TensorId]]:
+    """The groups, of a large network in those of its parts: their parameters are in memory, and no others."""
+    parts = parts_of(graph)
+    if len(parts) == 1:
+        yield from groups
+        return
+    place = {t: i for i, part in enumerate(parts) for t in part.computed}
+    for group in groups:
+        for index in range(len(parts)):
+            if some := [t for t in group if place.get(t, 0) == index]:
+                yield some
+                let_go()
 
 
 Run = Callable[[int], dict[TensorId, Array]]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bitwright.calibration._collected import Collected, taps_of, update_all
+from bitwright.calibration._collected import Collected, pack, taps_of, update_all
 from bitwright.calibration._part_by_part import InParts, OpenSession, stream_in_parts
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import InputError
@@ -26,6 +26,7 @@ def collect(
     progress: Progress | None = None,
     divided: InParts | None = None,
     first_batch: int = 0,
+    finished: Callable[[str, Statistic], None] | None = None,
 ) -> dict[str, Statistic]:
     """Run the networks over the data and return the finished statistics by key.
 
@@ -38,11 +39,13 @@ def collect(
         requests: what to collect; keys are unique.
         open_session: compiles the float or the simulated network for a set of taps.
         data: the calibration data.
-        budget_bytes: memory of the statistics of one pass.
+        budget_bytes: memory of the statistics of one pass; of a part of a large network never more than `PART_BUDGET`.
         progress: where progress is shown, in samples.
         divided: the parts of a large network: all data run through one before the next is compiled, and what crosses
             between them is kept, in memory or on disk.
         first_batch: what messages number batches from.
+        finished: takes each statistic with its key as soon as it has seen all: of a large network, behind its part.
+            None is held then, and none returned.
 
     Raises:
         InputError: the data are empty; a tensor holds NaN or infinity (named, with the batch); a key is used twice.
@@ -51,38 +54,26 @@ def collect(
     if twice := {k for k in keys if keys.count(k) > 1}:
         raise InputError(f"two statistics are requested under the key {min(twice)!r}")
     found: dict[str, Statistic] = {}
-    passes = _pack(requests, budget_bytes)
+    take = found.__setitem__ if finished is None else finished
+    collected = [Collected(r) for r in requests]
+    passes = [collected] if divided is not None and collected else pack(collected, budget_bytes)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for number, members in enumerate(passes):
-            collected = [Collected(r, r.make()) for r in members]
             note = f" ({number + 1} of {len(passes)})" if len(passes) > 1 else ""
             if progress is not None:
                 steps = data.samples if divided is None else len(divided.parts)
                 progress.start(f"Collecting statistics{note}", steps)
             try:
                 if divided is None:
-                    _stream(collected, open_session, data, pool, progress, first_batch)
+                    _stream(members, open_session, data, pool, progress, first_batch)
+                    for c in members:
+                        take(c.request.key, c.handed_over())
                 else:
-                    stream_in_parts(collected, divided, data, pool, progress, first_batch)
+                    stream_in_parts(members, divided, data, pool, progress, first_batch, budget_bytes, take)
             finally:
                 if progress is not None:
                     progress.finish()
-            found.update((c.request.key, c.statistic) for c in collected)
-    return {key: found[key] for key in keys}
-
-
-def _pack(requests: Sequence[Request], budget: int) -> list[list[Request]]:
-    """First fit in the order given: few passes, and always the same ones."""
-    passes: list[tuple[int, list[Request]]] = []
-    for request in requests:
-        for i, (used, members) in enumerate(passes):
-            if used + request.memory <= budget:
-                members.append(request)
-                passes[i] = (used + request.memory, members)
-                break
-        else:
-            passes.append((request.memory, [request]))
-    return [members for _, members in passes]
+    return {key: found[key] for key in keys if key in found}
 
 
 def _stream(

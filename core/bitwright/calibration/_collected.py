@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,24 +13,55 @@ from bitwright.files import Array
 from bitwright.statistics import Request, Source, Statistic
 
 
-@dataclass(frozen=True)
 class Collected:
-    """A statistic that is being collected."""
+    """A statistic that is being collected: it takes memory from its first batch until it is handed over.
 
-    request: Request
-    statistic: Statistic
+    Attributes:
+        request: for it.
+        taps: what it is updated with, and the network that it is of.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.taps = _taps(request, request.make())
+        self._statistic: Statistic | None = None
 
     @property
-    def taps(self) -> tuple[tuple[Source, Tap], ...]:
-        """What it is updated with, and the network that it is of."""
-        s = self.statistic
-        pairs = zip(self.request.sources, self.request.tensors, strict=True)
-        step = getattr(s, "step", 1)
-        axis = s.axis if step == 1 else getattr(s, "layout", None)
-        taps = [(source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs]
-        if getattr(s, "extremes", False):
-            taps += [(source, Tap(tap.tensor, "minmax", s.axis)) for source, tap in taps]
-        return tuple(taps)
+    def statistic(self) -> Statistic:
+        """What it has seen so far."""
+        if self._statistic is None:
+            self._statistic = self.request.make()
+        return self._statistic
+
+    def handed_over(self) -> Statistic:
+        """The finished statistic, which isn't held here any more."""
+        found, self._statistic = self.statistic, None
+        return found
+
+
+def _taps(request: Request, s: Statistic) -> tuple[tuple[Source, Tap], ...]:
+    pairs = zip(request.sources, request.tensors, strict=True)
+    step = getattr(s, "step", 1)
+    axis = s.axis if step == 1 else getattr(s, "layout", None)
+    taps = [(source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs]
+    if getattr(s, "extremes", False):
+        taps += [(source, Tap(tap.tensor, "minmax", s.axis)) for source, tap in taps]
+    return tuple(taps)
+
+
+def pack(collected: Sequence[Collected], budget: int) -> list[list[Collected]]:
+    """Passes whose statistics take no more than the budget together, or are one; first fit in the order given."""
+    passes: list[tuple[int, list[Collected]]] = []
+    for one in collected:
+        memory = one.request.memory
+        for i, (used, members) in enumerate(passes):
+            if used + memory <= budget:
+                members.append(one)
+                passes[i] = (used + memory, members)
+                break
+        else:
+            passes.append((memory, [one]))
+    return [members for _, members in passes]
 
 
 def taps_of(collected: Iterable[Collected]) -> dict[Source, dict[Tap, None]]:

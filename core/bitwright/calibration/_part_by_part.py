@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.backend import Backend, Part, PartialExecution, Session, Tap, let_go, parts_of, reduced
-from bitwright.calibration._collected import Collected, taps_of, update_all
+from bitwright.calibration._collected import Collected, pack, taps_of, update_all
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
 from bitwright.errors import InputError
 from bitwright.graph import Graph, TensorId
 from bitwright.progress import Progress
-from bitwright.statistics import Source
+from bitwright.statistics import Source, Statistic
 
 OpenSession = Callable[[Source, Sequence[Tap]], Session]
 OpenPart = Callable[[Source, Part, Sequence[TensorId] | None, Sequence[Tap]], Session]
 """Compiles a part of the float or the simulated network for taps and what it is fed (None: the network's inputs)."""
+PART_BUDGET = 2**28
+"""Bytes of the statistics that are collected together of one part, where no single one has more."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ def stream_in_parts(
     data: Dataset,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
-    first: int = 0,
+    first: int,
+    budget: int,
+    finished: Callable[[str, Statistic], None],
 ) -> None:
     """Update statistics with all batches, each where the last of its tensors is computed; `first` numbers them.
+
+    A part runs once more for each `budget` (or `PART_BUDGET`) of statistics, which `finished` takes when it has run.
 
     Raises:
         InputError: the data are empty, or a tensor holds NaN or infinity.
@@ -64,11 +70,15 @@ def stream_in_parts(
             later = [c for c, home in zip(collected, homes, strict=True) if home > index]
             kept = _kept(later, divided, place, index)
             fresh = {source: caches.enter_context(CutCache(CACHE_BYTES // len(kept))) for source in kept}
-            _run_part(divided, index, here, held, kept, fresh, data, pool, first)
+            for number, members in enumerate(pack(here, min(budget, PART_BUDGET)) or [[]]):
+                keeps = (kept, fresh) if number == 0 else ({}, {})
+                _run_part(divided, index, members, held, *keeps, data, pool, first)
+                for c in members:
+                    finished(c.request.key, c.handed_over())
+                let_go()
             for cache in held.values():
                 cache.close()
             held = fresh
-            let_go()
             if progress is not None:
                 progress.advance(1)
 

@@ -98,7 +98,21 @@ def activation_encodings(
         return backend.segment(rounded, feeds, taps)
 
     divided = in_parts(backend, graph, open_part)
-    return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress, divided=divided))
+    if divided is None:
+        return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress))
+    found: dict[SiteId, Encoding] = {}
+    known: dict[str, Statistic] = {}
+
+    def finished(key: str, statistic: Statistic) -> None:
+        """Choose a site's grid when all of its tensors have been seen, so that no more histograms are held."""
+        known[key] = statistic
+        site = key.split("\0", maxsplit=1)[0]
+        keys = [f"{site}\0{t}" for t in plan.observed(site)]
+        if all(k in known for k in keys):
+            found.update(activation_grids(plan, [site], {k: known.pop(k) for k in keys}))
+
+    collect(requests, open_session, data, progress=progress, divided=divided, finished=finished)
+    return {site: found[site] for site in wanted}
 
 
 def to_calibrate(plan: Plan, encodings: EncodingTable) -> list[SiteId]:

@@ -57,6 +57,9 @@ def collect(
     ] = None,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    seed: Annotated[
+        int, typer.Option(help="Of techniques that draw at random; what takes the bank has to have the same.")
+    ] = 0,
     workers: options.Workers = 1,
     cluster: options.Cluster = None,
     quiet: options.Quiet = False,
@@ -80,7 +83,7 @@ def collect(
 
     steps = read_recipe(techniques)
     with options.shown_progress(quiet=quiet) as progress:
-        sim = QuantSim(model[0], options.sample_of(model[0], data), target=target, progress=progress)
+        sim = QuantSim(model[0], options.sample_of(model[0], data), target=target, seed=seed, progress=progress)
         dataset = sim.open(data, batch_size=batch_size, limit=calibration_samples)
         for step in steps:
             sim.apply(step.technique, **step.settings)

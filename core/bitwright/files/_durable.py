@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -36,23 +36,24 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically.
+def write_text(path: str | Path, text: str | Iterable[str]) -> Path:
+    """Write UTF-8 text atomically; text in pieces is written as they come.
 
     Raises:
         WriteError: as `atomic_write`.
         InputError: the text holds lone surrogates.
     """
-    try:
-        content = text.encode()
-    except UnicodeEncodeError as error:
-        odd = text[error.start : error.end]
-        raise InputError(
-            f"can't write {str(path)!r}: {odd!r} is half of a character (a lone surrogate), which no file can hold; "
-            "rename the tensor or op that is called so"
-        ) from None
     with atomic_write(path) as file:
-        file.write(content)
+        for piece in [text] if isinstance(text, str) else text:
+            try:
+                content = piece.encode()
+            except UnicodeEncodeError as error:
+                odd = piece[error.start : error.end]
+                raise InputError(
+                    f"can't write {str(path)!r}: {odd!r} is half of a character (a lone surrogate), which no file can "
+                    "hold; rename the tensor or op that is called so"
+                ) from None
+            file.write(content)
     return Path(path)
 
 

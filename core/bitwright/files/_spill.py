@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-HELD_BYTES = 2**27
+HELD_BYTES = 2**26
 """Bytes that stay in memory before the first array goes to disk."""
 
 

@@ -6,7 +6,7 @@ activations and parameters). `None` in an `Entry` means "the file doesn't say"; 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
@@ -144,6 +144,27 @@ class Entry:
     def equals(self, other: Entry) -> bool:
         """All fields equal, numbers bit by bit."""
         return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+
+class RenderedLater(Mapping[str, Any]):
+    """A section of a file as a schema writes it, of which each tensor is rendered when it is asked for.
+
+    Args:
+        entries: of the section.
+        render: a tensor's name and entry → its part of the file.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], render: Callable[[str, Entry], Any]) -> None:
+        self._entries, self._render = entries, render
+
+    def __getitem__(self, name: str) -> Any:
+        return self._render(name, self._entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _equal(a: object, b: object) -> bool:

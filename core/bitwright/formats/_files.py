@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, ValuesView
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +28,7 @@ class Schema(Protocol):
         """A file's JSON object → entries."""
 
     def render(self, file: EncodingsFile) -> dict[str, Any]:
-        """Entries → a file's JSON object."""
+        """Entries → a file's JSON object; sections of tensors may be `RenderedLater`, or its values."""
 
     def render_entry(self, name: str, entry: Entry) -> Any:
         """One tensor's part of it."""
@@ -189,6 +189,11 @@ def dumps(file: EncodingsFile, version: str | None = None) -> str:
     Raises:
         EncodingError: unknown version, or an entry that the schema can't express.
     """
+    return "".join(_pieces(file, version))
+
+
+def _pieces(file: EncodingsFile, version: str | None) -> Iterator[str]:
+    """The text, a tensor at a time: the numbers of all blocks of a large model as Python objects are many times it."""
     version = version or file.version
     writer, found = schema(version), _descriptor(version)
     try:
@@ -196,17 +201,22 @@ def dumps(file: EncodingsFile, version: str | None = None) -> str:
             document = writer.render(file)
     except PluginError as error:
         raise EncodingError(str(error)) from error
-    blocks = [f"  {json.dumps(key)}: {_block(value, key)}" for key, value in document.items()]
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+    for index, (key, value) in enumerate(document.items()):
+        yield ("{\n" if index == 0 else ",\n") + f"  {json.dumps(key)}: "
+        yield from _block(value, key)
+    yield "\n}\n"
 
 
-def _block(value: Any, key: str) -> str:
-    if key in (*_SECTIONS, "encodings") and value:
-        if isinstance(value, dict):
-            lines = [f"    {_compact(name)}: {_compact(item)}" for name, item in value.items()]
-            return "{\n" + ",\n".join(lines) + "\n  }"
-        return "[\n" + ",\n".join(f"    {_compact(item)}" for item in value) + "\n  ]"
-    return _compact(value)
+def _block(value: Any, key: str) -> Iterator[str]:
+    if key not in (*_SECTIONS, "encodings") or not value:
+        yield _compact([] if isinstance(value, ValuesView) else dict(value) if isinstance(value, Mapping) else value)
+        return
+    named = isinstance(value, Mapping)
+    yield "{" if named else "["
+    for index, item in enumerate(value.items() if named else value):
+        text = f"{_compact(item[0])}: {_compact(item[1])}" if named else _compact(item)
+        yield (",\n    " if index else "\n    ") + text
+    yield "\n  }" if named else "\n  ]"
 
 
 def _compact(value: object) -> str:
@@ -223,8 +233,7 @@ def write(file: EncodingsFile, path: str | Path, version: str | None = None) -> 
         EncodingError: an entry that the schema can't express.
         InputError: the path can't be written.
     """
-    text = dumps(file, version)
-    return write_text(path, text)
+    return write_text(path, _pieces(file, version))
 
 
 def as_version(version: str) -> str:

@@ -9,6 +9,7 @@ a zero point on the middle code counts as symmetric. A strict grid is written as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import nest, unnest
-from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, ScaleLayout, Version
+from bitwright.formats._entries import CAST_FORMATS, EncodingsFile, Entry, RenderedLater, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.formats._header import collect, described, parse_header
 
@@ -166,11 +167,10 @@ def render_document(
     return {
         "version": version,
         "producer": described(file, version),
-        "encodings": [
-            render_entry(name, entry, version, two_level)
-            for name, entry in file.entries.items()
-            if entry.float_format not in CAST_FORMATS
-        ],
+        "encodings": RenderedLater(
+            {n: e for n, e in file.entries.items() if e.float_format not in CAST_FORMATS},
+            partial(render_entry, version=version, two_level=two_level),
+        ).values(),
     }
 
 

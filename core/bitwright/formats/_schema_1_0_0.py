@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import EncodingError
 from bitwright.formats._block_order import pack
-from bitwright.formats._entries import EncodingsFile, Entry, ScaleLayout, Version
+from bitwright.formats._entries import EncodingsFile, Entry, RenderedLater, ScaleLayout, Version
 from bitwright.formats._fields import Fields, Where, describe
 from bitwright.formats._header import cast_entry, collect, described, parse_header, refuse_unsplit
 from bitwright.formats._legacy_offset import offset_of, zero_point_of
@@ -125,8 +125,8 @@ def render(file: EncodingsFile) -> dict[str, Any]:
     return {
         "version": VERSION,
         "producer": described(file, VERSION),
-        "activation_encodings": [render_entry(n, e) for n, e in file.activations.items()],
-        "param_encodings": [render_entry(n, e) for n, e in file.parameters.items()],
+        "activation_encodings": RenderedLater(file.activations, render_entry).values(),
+        "param_encodings": RenderedLater(file.parameters, render_entry).values(),
         "excluded_layers": list(file.excluded_layers),
         "quantizer_args": dict(file.quantizer_args),
     }

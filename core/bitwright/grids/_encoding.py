@@ -80,11 +80,11 @@ class Encoding:
     tensor_scale: float | None = None
 
     def __post_init__(self) -> None:
-        raw = np.array(self.scale, np.float32)
+        raw = _own(self.scale, np.float32)
         if self.scale_type == "float8e4m3fn" and self.tensor_scale is None and raw.size:
             object.__setattr__(self, "tensor_scale", tensor_scale_of(raw))
         scale = self.typed(raw)
-        zero = np.array(self.zero_point, np.int32)
+        zero = _own(self.zero_point, np.int32)
         if zero.shape != scale.shape:
             raise EncodingError(f"zero point of shape {zero.shape} beside a scale of shape {scale.shape}")
         rank = {PerTensor: 0, PerChannel: 1, Blockwise: 2, Dynamic: 1}[type(self.granularity)]
@@ -198,6 +198,14 @@ class Encoding:
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
         )
+
+
+def _own(values: Any, kind: type[np.generic]) -> NDArray[Any]:
+    """The values in an array that nobody else writes to: a copy, unless it is one already, such as an encoding's."""
+    array = np.asarray(values)
+    if array.dtype == kind and array.base is None and not array.flags.writeable:
+        return array
+    return np.array(values, kind)
 
 
 def encoding_from_range(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Backend, ParamReader, PartialExecution
+from bitwright.backend import Backend, ParamReader, PartialExecution, let_go, parts_of
 from bitwright.data import CACHE_BYTES, Dataset
 from bitwright.files import Spill
 from bitwright.graph import (
@@ -114,6 +114,7 @@ class LayerwiseWalk:
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
         params = ParamReader(self.backend, self.model, self.graph)
+        large = len(parts_of(self.graph)) > 1
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
             if fresh:
@@ -142,6 +143,10 @@ class LayerwiseWalk:
                         for done in solving.before(wanted):
                             finish(*done)
                     pair.run(visit, observed, seen.addend)
+                    if observed is not None:
+                        observed.settle()
+                    if large:
+                        let_go()  # before the layer is solved, which takes memory itself
                 if result is not None:
                     finish(op, result, fresh=False)
                 elif shared is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,9 +72,10 @@ class LayerMoments:
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""
         self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
-        self._products: list[Moments] = [
+        self._products: list[NDArray[np.floating[Any]]] = [
             np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
         ]
+        self._settled = False
 
         shapes = [(residual_outputs, features)] * 2 + [(residual_outputs,)] * 2 if residual_outputs else []
         self._residual: list[Moments] = [np.zeros(shape) for shape in shapes]
@@ -91,6 +92,7 @@ class LayerMoments:
         Raises:
             InputError: the inputs differ in shape, hold NaN or infinity, or don't fit the op; nothing is taken then.
         """
+        assert not self._settled
         expected = 1 + self.paired + self.has_residual
         if len(values) != expected:
             raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
@@ -210,6 +212,7 @@ class LayerMoments:
 
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
+        assert not self._settled
         if self.count == 0:
             self._shift = [shift.copy() for shift in other._shift]
         moved = other._about(self._shift)
@@ -241,6 +244,11 @@ class LayerMoments:
         """Which of x and x̂ each product is of."""
         last = len(self._sum) - 1
         return ((0, 0), (last, last), (0, last))[: len(self._products)]
+
+    def settle(self) -> None:
+        """Nothing more is added: second moments that are given in single precision anyway are held in it."""
+        self._products = [self._rounded(i) for i in range(len(self._products))]
+        self._settled = True
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Plain arrays."""
@@ -304,7 +312,9 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
         a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
         total = self._scaled(self._rounded(index))
-        total -= _outer(a, b)
+        for group, rows in enumerate(total):
+            for row, factor in zip(rows, a[group], strict=True):
+                row -= factor * b[group]
         return total
 
     def _product(self, index: int) -> Moments:
@@ -316,8 +326,8 @@ class LayerMoments:
         if not (shifts[a].any() or shifts[b].any()):
             return total
         m, n = self._scaled(self._sum[a]), self._scaled(self._sum[b])
-        for outer in ((shifts[a], n), (m, shifts[b]), (shifts[a], shifts[b])):
-            total += _outer(*outer)
+        for left, right in ((shifts[a], n), (m, shifts[b]), (shifts[a], shifts[b])):
+            total += _outer(left, right)
         return total
 
     def _rounded(self, index: int) -> NDArray[np.floating[Any]]:
@@ -326,7 +336,7 @@ class LayerMoments:
         Products were summed in it over a batch: the digits behind it are none of the data's. What overflows it stays.
         """
         total = self._products[index]
-        if self.paired:
+        if self.paired or self._settled:
             return total
         with np.errstate(over="ignore"):
             single = total.astype(np.float32)
@@ -343,6 +353,11 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
         return np.asarray(np.divide(total, self.count, dtype=np.float64))
 
+    def second(self, which: Literal["xx", "qq", "xq"], *, centred: bool) -> Moments:
+        """H, Ĥ or C (groups, K, K), a new array at each call; `centred` with the means taken out."""
+        index = ("xx", "qq", "xq").index(which) if self.paired else 0
+        return self._centred(index) if centred else self._product(index)
+
     @property
     def mean(self) -> Moments:
         """E[x], (groups, K)."""
@@ -356,17 +371,17 @@ class LayerMoments:
     @property
     def xx(self) -> Moments:
         """H = E[x xᵀ], (groups, K, K)."""
-        return self._product(0)
+        return self.second("xx", centred=False)
 
     @property
     def qq(self) -> Moments:
         """Ĥ = E[x̂ x̂ᵀ], (groups, K, K)."""
-        return self._product(1 if self.paired else 0)
+        return self.second("qq", centred=False)
 
     @property
     def xq(self) -> Moments:
         """C = E[x x̂ᵀ], (groups, K, K)."""
-        return self._product(2 if self.paired else 0)
+        return self.second("xq", centred=False)
 
     def centred(self) -> tuple[Moments, Moments, Moments]:
         """(H, Ĥ, C) with the means taken out: the error that is left once the bias absorbs the mean difference."""
