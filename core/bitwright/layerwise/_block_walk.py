@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from bitwright.backend import (
 )
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
 from bitwright.errors import InputError, ModelError
+from bitwright.files import Spill
 from bitwright.graph import Graph, OpId, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.layerwise._solving import dump, load
@@ -64,27 +65,31 @@ class BlockwiseWalk:
     ) -> Mapping[OpId, LayerResult]:
         """See `BlockWalk`."""
         require(self.backend, {Capability.DIFFERENTIABLE, Capability.PARTIAL_EXECUTION}, self.name)
-        stored = {o: r for s in spans for o in s.ops if (r := load(self.store.get(f"block/{o}"))) is not None}
+        spill = Spill()
+
+        def kept(result: LayerResult) -> LayerResult:
+            return replace(result, weight=spill.kept(result.weight))
+
+        stored = {o: kept(r) for s in spans for o in s.ops if (r := load(self.store.get(f"block/{o}"))) is not None}
         unfinished = [i for i, span in enumerate(spans) if any(o not in stored for o in span.ops)]
         results: dict[OpId, LayerResult] = {}
+        # Behind the last unfinished span nothing has to run any more.
+        pair = _Pair(self, quantized_inputs, quantized_activations) if unfinished else None
         self.progress.start("Blocks", len(spans))
-        pair: _Pair | None = None
         try:
-            if unfinished:
-                pair = _Pair(self, quantized_inputs, quantized_activations)
             for index, span in enumerate(spans):
-                if pair is not None and index <= unfinished[-1]:
-                    pair.advance(span.feeds)
-                if all(o in stored for o in span.ops):
-                    found: Mapping[OpId, LayerResult] = {o: stored[o] for o in span.ops}
+                active = pair if unfinished and index <= unfinished[-1] else None
+                if active is not None:
+                    active.advance(span.feeds)
+                if active is None or all(o in stored for o in span.ops):
+                    found = {o: stored[o] for o in span.ops}
                 else:
-                    assert pair is not None
-                    found = pair.solved(span, solve)
+                    found = {o: kept(r) for o, r in active.solved(span, solve).items()}
                     for op, result in found.items():
                         self.store.put(f"block/{op}", dump(result))
                 results |= found
-                if pair is not None:
-                    pair.replace(found)
+                if active is not None:
+                    active.replace(found)
                 self.progress.advance(1, span.name)
         finally:
             if pair is not None:
