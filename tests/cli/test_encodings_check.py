@@ -181,6 +181,21 @@ def test_a_bias_that_two_ops_share(run, tmp_path):
     assert done.status == 1 and "b: " in done.out
 
 
+@pytest.mark.parametrize("asked", [[], ["--target", "default"]])
+def test_a_bias_that_twins_with_equal_grids_share(asked, run, tmp_path):
+    """Siamese branches that are calibrated on the same data: each has its own form, and the two are equal."""
+    branches = [node("Abs", ["x"], [f"a{i}"]) for i in "pq"]
+    branches += [node("Gemm", [f"a{i}", "w", "b"], [i]) for i in "pq"]
+    twins = rows(*branches, node("Mul", ["p", "q"], ["y"]), shape=(8,), w=normal(8, 8), b=normal(8))
+    folder = exported(twins, tmp_path / "o", "2.0.0")
+    done = run("encodings", "check", folder, *asked)
+    assert done.status == 0, done.out
+    name = next(t.name for t in onnx.load(folder / "m.qdq.onnx").graph.initializer if t.name == "b_quantized")
+    change_array(folder, "m.qdq.onnx", name, nudged(3, 1))
+    done = run("encodings", "check", folder, *asked)
+    assert done.status == 1 and "b: " in done.out
+
+
 def test_a_parameter_in_float_is_compared_too(run, tmp_path):
     folder = exported(NETS["batch_norm"](), tmp_path / "o", target="onnxruntime-cpu")
     change_array(folder, "m.qdq.onnx", "me", nudged(3, 0.25))

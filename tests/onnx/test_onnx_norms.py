@@ -143,6 +143,13 @@ def distance(net, x):
     return net.node("Add", [net.node("Sqrt", [s], "far"), "beta"], "out")
 
 
+def energy(net, x):
+    """log(re² + im² + 1)."""
+    im = net.node("Mul", [x, "gamma"], "im")
+    power = net.node("Add", [net.square(x), net.node("Mul", [im, im], "sq_im")], "v")
+    return net.node("Log", [net.node("Add", [power, "one"], "bounded")], "out")
+
+
 def deviation(net, x):
     """√(mean(x²) − mean(x)²), as statistics are pooled."""
     squared_mean = net.square(net.mean(x, "mu"), "mu2")
@@ -151,7 +158,7 @@ def deviation(net, x):
 
 
 @pytest.mark.parametrize("target", ["default", "htp_v73", "onnxruntime-cpu"])
-@pytest.mark.parametrize("length", [magnitude, distance, deviation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("length", [magnitude, distance, deviation, energy], ids=lambda f: f.__name__)
 def test_squares_below_a_root_have_no_grid(length, target):
     x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
     x[:, 0] *= 1000

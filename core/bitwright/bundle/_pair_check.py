@@ -19,7 +19,7 @@ from bitwright.calibration import bias_encoding
 from bitwright.formats import CAST_FORMATS, Problem
 from bitwright.graph import Graph, ParamId, TensorId, preserves_grid
 from bitwright.grids import KEPT_AS, Blockwise, Encoding, EncodingTable, Granularity, PerChannel, cast_float, spread
-from bitwright.placement import Derived, Float, Plan, SiteId
+from bitwright.placement import Derived, Float, OwnForms, Plan, SiteId
 
 
 def check_pairs(
@@ -87,7 +87,8 @@ class _Check:
         """A site without a grid of its own: only a bias that ops of several scales share may have pairs."""
         if not pairs:
             return []
-        if len(self._accumulators(site)) < 2:
+        several = isinstance(self.plan[self.plan.root(site)].decision, OwnForms) or len(self._accumulators(site)) > 1
+        if not several:  # those of `OwnForms` may be equal: twins that were calibrated on the same data
             return [Problem(site, "passes through a Q/DQ pair, but isn't to be quantized")]
         return self._bias(site, pairs)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bitwright.graph._composite import Composite, behind, closed, constant_operand, is_mean, producer, transparent
-from bitwright.graph._exponentials import exponentials
+from bitwright.graph._exponentials import LOGARITHMS, exponentials
 from bitwright.graph._graph import Graph, Op, OpKind, ParamRole, TensorId
 
 
@@ -49,7 +49,8 @@ def lp_normalizations(graph: Graph) -> Iterator[Composite]:
 
 
 def lengths(graph: Graph) -> Iterator[Composite]:
-    """√Σx², √(mean(x²) + ε), √variance, √(a² + b²): distances, deviations, magnitudes of spectra.
+    """√Σx², √(mean(x²) + ε), √variance, √(a² + b²): distances, deviations, magnitudes of spectra; and the logarithms of
+    these squares, which energies are told in.
 
     Squares have twice the range of what is squared: on a grid for the loudest, all that is quieter by the root of the
     number of its steps (24 dB of 8 bits, 48 of 16) is zero.
@@ -58,9 +59,9 @@ def lengths(graph: Graph) -> Iterator[Composite]:
     known = {op.id for found in norms for c in found(graph) for op in c.ops}
     known |= {op.id for c in _uncentred(graph, "LpNormalization", "ReduceL2", "ReduceSum") for op in c.ops}
     for end in graph:
-        if end.id in known or not (_is_root(end) and constant_operand(end)):
+        if end.id in known or not ((_is_root(end) or end.type in LOGARITHMS) and constant_operand(end)):
             continue
-        found = _statistic(graph, end.output)
+        found = _statistic(graph, end.output) if _is_root(end) else None
         ops = _sum_of_squares(graph, end.data_inputs[0]) if found is None else found[2][1:]
         if ops and (found is None or found[1] not in ("ReduceL2", "std")):
             length = closed(graph, "ReduceL2", [end, *ops], end, end.data_inputs[0] if found is None else found[0])
@@ -76,7 +77,7 @@ def _sum_of_squares(graph: Graph, tensor: TensorId) -> list[Op]:
     if _squared(op) is not None or op.type == "ReduceSumSquare":
         return [*casts, op]
     summed = op.kind is OpKind.ADD and len(op.data_inputs) > 1
-    if not summed and not (constant_operand(op) and (op.type in _PASSED or op.type == "ReduceSum")):
+    if not summed and not (constant_operand(op) and (op.type in _PASSED or op.type == "ReduceSum" or is_mean(op))):
         return []
     parts = [_sum_of_squares(graph, t) for t in op.data_inputs]
     return [*casts, op, *(o for part in parts for o in part)] if all(parts) else []

@@ -17,7 +17,7 @@ from bitwright.graph._composite import Composite, behind, closed, constant_opera
 from bitwright.graph._graph import Graph, Op, OpKind, TensorId
 
 _EXPONENTIALS = frozenset({"Exp", "Exp2", "Expm1"})
-_LOGARITHMS = frozenset({"Log", "Log1p", "Log2", "Log10"})
+LOGARITHMS = frozenset({"Log", "Log1p", "Log2", "Log10"})
 _LINEAR = frozenset({"Div", "Max", "Clip", "Relu"})
 """What, with constants, makes a sum of exponentials of one."""
 _BOUNDED = frozenset({"Add", "Max", "Clip"})
@@ -162,7 +162,7 @@ def _core(graph: Graph, sums: _Sums, op: Op, shifted: bool) -> _Region | None:
     if op.type == "Where":
         return _elu(graph, sums, op)
     type, part, whole, between = "Exponentials", "", "", list[Op]()
-    if op.type in _LOGARITHMS:
+    if op.type in LOGARITHMS:
         type, whole = "ReduceLogSumExp", inputs[0]
     elif _inverse(op):
         whole = inputs[0]
@@ -216,7 +216,7 @@ def _further(graph: Graph, region: _Region) -> _Region | None:
     ops, source = (*region.ops, *passed, op), region.source
     if probability:
         logarithm = "LogSoftmax" if region.type == "Softmax" else "Exponentials"
-        return _Region(logarithm, ops, op, source) if op.type in _LOGARITHMS else None
+        return _Region(logarithm, ops, op, source) if op.type in LOGARITHMS else None
     if region.type == "LogSoftmax":
         return _Region("Softmax", ops, op, source) if op.type == "Exp" else None
     if op.type not in ("Add", "Sub") or len(op.data_inputs) != 2:
