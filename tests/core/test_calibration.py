@@ -556,9 +556,9 @@ def test_joined_intervals_reach_from_the_first_to_the_last():
 
 
 def test_each_side_of_zero_is_joined_by_itself_where_a_channel_has_one_side_alone():
-    low = np.array([[-1, -0.2, 0.1, 0.5], [0.1, 0.1, 0.1, 0.5]])
-    high = np.array([[-0.5, -0.1, 0.2, 1], [0.1, 0.1, 0.2, 1]])
-    density = Density(low[:, 0], high[:, -1], low, high, np.ones((2, 4)))
+    low = np.array([[-1, -0.2, 0.1, 0.5], [0.1, 0.1, 0.1, 0.5], [-1, -0.2, 0, 0]])
+    high = np.array([[-0.5, -0.1, 0.2, 1], [0.1, 0.1, 0.2, 1], [-0.5, -0.1, 0, 0]])
+    density = Density(low[:, 0], high[:, -1], low, high, np.ones((3, 4)))
     joined = density.condensed(0.3)
     assert joined.low.tolist() == low.tolist()
     assert joined.high.tolist() == high.tolist()
