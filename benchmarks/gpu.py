@@ -251,7 +251,7 @@ def costs(net, x, options):
     begin = time.perf_counter()
     sim.fork().apply("gptq", [x])
     found["gptq, MobileNetV2, device"] = time.perf_counter() - begin
-    here = QuantSim(net.to("cpu"), x.cpu()).apply("fold_batch_norm")
+    here = QuantSim(net.to("cpu"), x.cpu(), scheme="minmax").apply("fold_batch_norm").calibrate([x.cpu()])
     begin = time.perf_counter()
     here.apply("gptq", [x.cpu()])
     found["gptq, MobileNetV2, CPU"] = time.perf_counter() - begin
