@@ -10,7 +10,17 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
+from bitwright.backend import (
+    Batch,
+    Bundle,
+    DifferentiableSimulation,
+    Pair,
+    Session,
+    Simulation,
+    Tap,
+    TrainableSimulation,
+    Training,
+)
 from bitwright.errors import InputError
 from bitwright.files import Array
 from bitwright.graph import Edit, Graph, ParamId, TensorId
@@ -110,6 +120,14 @@ class KerasBackend:
         from bitwright_keras.simulate.simulation import KerasSimulation
 
         return KerasSimulation(model, plan, encodings, trainable=training)
+
+    def simulate_differentiable(
+        self, model: KerasModel, plan: Plan, encodings: EncodingTable
+    ) -> DifferentiableSimulation:
+        """See `Differentiable`."""
+        from bitwright_keras.simulate.simulation import KerasSimulation
+
+        return KerasSimulation(model, plan, encodings)
 
     def export(self, model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:
         """See `Backend`."""

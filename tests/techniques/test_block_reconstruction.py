@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
-from bitwright.backend import Tap
+from bitwright.backend import Differentiable, Tap
 from bitwright.bank import collect
 from bitwright.errors import CapabilityError, InputError
 from bitwright.graph import OpKind, ParamRole
@@ -147,9 +147,9 @@ def _ends(held):
     return (e.grid.qmin - zero) * scale, (e.grid.qmax - zero) * scale
 
 
-@torch_only
-def test_a_block_s_error_falls_and_weights_lie_on_their_grid():
-    port, model = FRAMEWORKS["torch"], residual(2)
+@pytest.mark.parametrize("name", [n for n, p in FRAMEWORKS.items() if isinstance(p.backend(), Differentiable)])
+def test_a_block_s_error_falls_and_weights_lie_on_their_grid(name):
+    port, model = FRAMEWORKS[name], residual(2)
     data = [port.batch(models.batch(model, 8, s)) for s in range(4)]
     native = port.port(model)
     plan = simple_plan(port.backend().graph(native), weights=QuantSpec(3, granularity=PerChannel(0)))

@@ -23,7 +23,8 @@ OFFERED = {
     },
     "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable"},
     "keras": {
-        "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "reproduced_artefact",
+        "partial_execution", "trainable", "differentiable", "integer_runtime", "quantized_artefact",
+        "reproduced_artefact",
         "bundled_formats", "observable",
     },
     "tensorflow": {

@@ -141,6 +141,62 @@ def compiled(
     return function
 
 
+def with_values(function: Function, variables: Sequence[keras.Variable]) -> Function:
+    """A function of tensors that sees other values in the place of some variables': of these values, and of tensors."""
+    called = _in_place(function, variables)
+    if keras.backend.backend() != "tensorflow":
+        return called
+    import tensorflow as tf
+
+    traced: Function = tf.function(called, autograph=False, reduce_retracing=True)
+    return traced
+
+
+def _in_place(function: Function, variables: Sequence[keras.Variable]) -> Function:
+    def called(values: Sequence[Any], tensors: Sequence[Any]) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return function(*tensors)
+
+    return called
+
+
+def pulled_back(function: Function, variables: Sequence[keras.Variable]) -> Function:
+    """The gradients of Σ cotangent · output to the values of some variables: of values, tensors and cotangents.
+
+    Args:
+        function: takes tensors, returns a list of tensors.
+        variables: in whose place the values are.
+    """
+    called, name = _in_place(function, variables), keras.backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        def by_tape(values: Sequence[Any], tensors: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(values)
+                outputs = called(values, tensors)
+            return tape.gradient(outputs, values, cotangents, tf.UnconnectedGradients.ZERO)
+
+        traced: Function = tf.function(by_tape, autograph=False, reduce_retracing=True)
+        return traced
+    if name == "jax":
+        import jax
+
+        def by_vjp(values: Sequence[Any], tensors: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            return jax.vjp(lambda v: called(v, tensors), list(values))[1](list(cotangents))[0]
+
+        return by_vjp
+    import torch
+
+    def by_autograd(values: Sequence[Any], tensors: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        leaves = [v.detach().clone().requires_grad_() for v in values]
+        kept = [(y, g) for y, g in zip(called(leaves, tensors), cotangents, strict=True) if y.requires_grad]
+        found = torch.autograd.grad([y for y, _ in kept], leaves, [g for _, g in kept], allow_unused=True)
+        return [torch.zeros_like(v) if g is None else g.detach() for v, g in zip(leaves, found, strict=True)]
+
+    return by_autograd
+
+
 def as_numpy(tensor: Any) -> NDArray[Any]:
     """A tensor's values; bfloat16 as float32."""
     value = np.asarray(keras.ops.convert_to_numpy(tensor))

@@ -66,7 +66,7 @@ class KerasSession:
     def _compiled(self) -> Function:
         variables = {id(v): v for node in self._nodes if node.layer is not None for v in node.layer.variables}
         inputs = [self._specs[n] for n in self._feeds.values()]
-        return compiled(self._compute, inputs, list(variables.values()), as_switched=self._switched is not None)
+        return compiled(self.compute, inputs, list(variables.values()), as_switched=self._switched is not None)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class KerasSession:
             InputError: a needed array is missing, or has the wrong dtype or shape.
             ModelError: an op failed while running.
         """
-        tensors = [self._tensor(name, batch) for name in self._feeds.values()]
+        tensors = self.tensors(batch)
         if self._switches is not None and self._switched is not None and self._switches() != self._switched:
             self._switched = None  # who turns one will turn more: from here on each is looked at in every run
             self._function = self._compiled()
@@ -91,6 +91,14 @@ class KerasSession:
             raise ModelError(f"running the model on {given} failed: {first_line(error)}") from error
         return {tap: as_numpy(value) for tap, value in zip(self.taps, results, strict=True)}
 
+    def tensors(self, batch: Batch) -> list[Any]:
+        """What a batch holds for each tensor of `needs`.
+
+        Raises:
+            InputError: an array is missing, or has the wrong dtype or shape.
+        """
+        return [self._tensor(name, batch) for name in self.needs]
+
     def _tensor(self, name: str, batch: Batch) -> Any:
         array, spec = given(batch, name), self._specs[name]
         if not keras.ops.is_tensor(array):
@@ -98,7 +106,8 @@ class KerasSession:
         check_shape(name, array.shape, spec.shape)
         return keras.ops.convert_to_tensor(array, dtype=spec.dtype)
 
-    def _compute(self, *tensors: Any) -> list[Any]:
+    def compute(self, *tensors: Any) -> list[Any]:
+        """What each tap hands out, for these tensors."""
         values: dict[TensorId, Any] = dict(zip(self._feeds, tensors, strict=True))
         wanted: dict[TensorId, list[Tap]] = {}
         for tap, id in self._ids.items():

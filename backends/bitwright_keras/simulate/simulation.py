@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Session, SimulationBase, Tap, Training
+from bitwright.errors import ModelError
 from bitwright.graph import ParamId, TensorId, free_name
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
@@ -30,6 +31,7 @@ from bitwright_keras.graph.model import KerasModel, Node, Ref, variables_of
 from bitwright_keras.graph.native import copy_layer, copy_of, keras_model
 from bitwright_keras.graph.params import array_of, native_value, native_values, with_values
 from bitwright_keras.simulate.fake_quant import FakeQuantize
+from bitwright_keras.simulate.pullback import KerasPullback
 from bitwright_keras.simulate.session import KerasSession
 from bitwright_keras.simulate.simulated_session import SimulationSession
 from bitwright_keras.simulate.weights import QuantizedLayer, constant
@@ -294,6 +296,13 @@ class KerasSimulation(SimulationBase):
     def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:
         """A session of the network as it is now, with the number of its building."""
         return self._generation, KerasSession(self._model, self._graph, taps, feeds, self._aliases, self._switches)
+
+    def pullback(self, params: Sequence[ParamId], feeds: Sequence[TensorId], taps: Sequence[TensorId]) -> KerasPullback:
+        """See `bitwright.backend.DifferentiableSimulation`; it holds as long as no grid becomes one of another kind."""
+        if missing := [p for p in params if p not in self._parameters]:
+            raise ModelError(f"{missing[0]!r} is no parameter that the plan quantizes")
+        session = KerasSession(self._model, self._graph, [Tap(t) for t in taps], feeds, self._aliases)
+        return KerasPullback(session, {p: (self._parameters[p].variable, self._parameters[p].place) for p in params})
 
     def _switches(self) -> tuple[bool, ...]:
         held = (p.quantizer for p in self._parameters.values() if p.quantizer is not None)

@@ -534,7 +534,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
 _INSTEAD: Mapping[Capability, str] = {
     Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "
     "training",
-    Capability.DIFFERENTIABLE: "open the model in PyTorch, or use gptq or adaround, which need no gradients",
+    Capability.DIFFERENTIABLE: "open the model in PyTorch or Keras, or use gptq or adaround, which need no gradients",
     Capability.INTEGER_RUNTIME: "verify the exported file with the backend that opens it",
     Capability.OP_TIMER: "measure an exported .onnx file, or write the table by hand",
     Capability.QUANTIZED_ARTEFACT: "read the exported .qdq.onnx file with the ONNX backend",

@@ -161,6 +161,16 @@ class TrainingContract(Contract):
                 slope = (loss({p: values[p] + step}) - loss({p: values[p] - step})) / 2
                 assert slope == pytest.approx(float((gradient * step).sum()), rel=0.05), f"gradient of {p}"
         assert any(g.any() for g in gradients.values())
+        # Rounded activations let the gradient through: it is nearly the same.
+        plan = simple_plan(graph)
+        simulation = backend.simulate_differentiable(model, plan, min_max_table(backend, case, plan))
+        simulation.set({s: None for s in plan.quantized if s in graph.params and s not in values})
+        rounded = simulation.pullback(list(values), graph.inputs, taps).gradients(
+            case.batch, values, lambda outputs: {t: cotangents[t] for t in outputs}
+        )
+        flat, other = (np.concatenate([g[p].ravel() for p in values]) for g in (gradients, rounded))
+        alike = float(flat @ other) / float(np.linalg.norm(flat) * np.linalg.norm(other))
+        assert 0.8 < alike < 1, f"gradients through rounded activations: {alike:.3f} of the same direction"
         for p, v in backend.read(model, list(values)).items():
             assert np.array_equal(v, before[p]), f"{p} of the model that was given changed"
         with pytest.raises(ModelError, match="plan quantizes"):
