@@ -16,6 +16,7 @@ import pytest
 
 import bitwright_onnx.export.qdq as qdq_writer
 from bitwright import QuantSim
+from bitwright.bundle import _recording as recording
 from bitwright.bundle._agreement import agreement
 from bitwright.bundle._export_gate import open_quantized
 from bitwright.bundle._record import read_reference, spread
@@ -209,6 +210,21 @@ def test_command_line_and_python_write_the_same_record(tmp_path):
     assert command.sites == python.sites
     assert command.calibration is not None and command.seconds
     assert (tmp_path / "cli/report.html").exists()
+
+
+def test_a_record_of_fewer_samples_is_of_the_same_session(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "BUDGET", 1)
+    sim, opened = calibrated(), []
+    network = type(sim.simulation)
+    session = network.session
+    monkeypatch.setattr(network, "session", lambda self, taps: opened.append(taps) or session(self, taps))
+    sim.export(tmp_path)
+    assert len(opened) == 1
+    record = read_report(tmp_path, "model").report.record
+    assert record is not None and record.reference is not None
+    recorded = read_reference(tmp_path, record.reference)
+    assert len(recorded.inputs["x"]) == 1 < len(sim.reference.inputs["x"])
+    np.testing.assert_array_equal(recorded.inputs["x"][0], sim.reference.inputs["x"][0])
 
 
 def test_notes_of_the_plan_travel_with_the_report(tmp_path):

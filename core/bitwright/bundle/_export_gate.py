@@ -45,11 +45,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Simulated:
-    """One run of the native simulation on reference samples."""
+    """One run of the native simulation on reference samples, and the session that it ran in."""
 
     samples: Samples
     values: Mapping[TensorId, Array]
     simulation: Simulation[Any]
+    session: Session
 
 
 def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: int) -> Simulated | str:
@@ -79,11 +80,14 @@ def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: i
         raise  # what is wrong with a few samples is easier to see
 
 
-def run_simulated(state: SimState, simulation: Simulation[Any], samples: Samples) -> Simulated:
-    """The tensors that are compared, of the native simulation."""
+def run_simulated(
+    state: SimState, simulation: Simulation[Any], samples: Samples, session: Session | None = None
+) -> Simulated:
+    """The tensors that are compared, of the native simulation; `session`: of an earlier run of it."""
     taps = [Tap(t) for t in compared_tensors(state.graph, state.plan)]
-    divisible = isinstance(state.backend, PartialExecution)
-    session = session_in_parts(state.graph, simulation, taps) if divisible else simulation.session(taps)
+    if session is None:
+        divisible = isinstance(state.backend, PartialExecution)
+        session = session_in_parts(state.graph, simulation, taps) if divisible else simulation.session(taps)
     run = session.run(samples.inputs)
     values = {tap.tensor: np.array(v) for tap, v in run.items()}
 
@@ -92,7 +96,7 @@ def run_simulated(state: SimState, simulation: Simulation[Any], samples: Samples
 
     outputs = [values[t] for t in state.graph.outputs]
     warn_where_it_began(state.graph, outputs, samples.inputs, simulation.session, floating)
-    return Simulated(samples, values, simulation)
+    return Simulated(samples, values, simulation, session)
 
 
 def compared_tensors(graph: Graph, plan: Plan) -> list[TensorId]:

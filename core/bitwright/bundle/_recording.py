@@ -76,7 +76,7 @@ def _write_reference(state: SimState, path: Path, run: Simulated, handed: Sequen
     fewer = run.samples.first(1)
     if _count(fewer) < _count(run.samples) and _exceeds(run.values, table):
         with suppress(BitwrightError):  # one sample may not run apart from the others
-            run = run_simulated(state, run.simulation, fewer)
+            run = run_simulated(state, run.simulation, fewer, run.session)
     fed: dict[TensorId, Array] = {}
     if handed:
         session = run.simulation.session([Tap(t) for t in handed])
