@@ -146,7 +146,9 @@ def require_calibrated(state: SimState) -> None:
     """
     missing = [s for s in (*state.plan.activations, *state.plan.parameters) if s not in state.encodings]
     if missing:
-        told = f"{len(missing)} sites have no encoding yet, {missing[0]!r} first: call calibrate(data)"
+        op = state.graph.producer(missing[0]) if missing[0] in state.graph.tensors else None
+        first = repr(missing[0]) if op is None else f"{missing[0]!r} ({op.type})"
+        told = f"{len(missing)} sites have no encoding yet, {first} first: call calibrate(data)"
         if any(encoding.source == "loaded" for encoding in state.encodings.values()):
             told += ", or load_encodings(file, partial=False), which leaves what the file doesn't name in float"
         raise EncodingError(told)
