@@ -69,6 +69,35 @@ def test_a_norm_that_is_written_out_is_one_op(norm, target):
     assert sqnr(expected, found) >= (20 if norm is magnitude else 25)
 
 
+def softmax(m, x):
+    e = torch.exp(x - x.max(-1, keepdim=True).values.detach())
+    return e / (e.sum(-1, keepdim=True) + 1e-9)
+
+
+def log_softmax(m, x):
+    return torch.log(torch.softmax(x, -1) + 1e-6) + x - torch.logsumexp(x, -1, keepdim=True)
+
+
+def gates(m, x):
+    return torch.log1p(torch.exp(x)) * (1 / (1 + torch.exp(-x)))
+
+
+def elu(m, x):
+    return torch.where(x > 0, x, torch.expm1(x))
+
+
+@pytest.mark.parametrize("made", [softmax, log_softmax, gates, elu], ids=lambda f: f.__name__)
+def test_exponentials_below_a_sum_have_no_grid(made):
+    """Those of arguments to 20 lie nine powers of ten apart."""
+    net = Net(made).eval()
+    with torch.no_grad():
+        net.up.weight *= 10
+    x = np.random.default_rng(0).standard_normal((16, 8, D)).astype(np.float32)
+    sim = QuantSim(net, torch.from_numpy(x[:2]), weights="int16", activations="uint16", scheme="minmax").calibrate(x)
+    expected, found = (sim.predict(x, simulated=s)[0] for s in (False, True))
+    assert sqnr(expected, found) >= 55
+
+
 def test_half_precision_norms_as_hugging_face_writes_them():
     """The casts are real there: the norm runs in float32, γ behind the cast back."""
     net = Net(llama).eval().to(torch.bfloat16)
