@@ -70,9 +70,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32, help="features of one scale; 0: one scale a row")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--pairs", type=int, default=5, help="times that both are run in turn")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    sums = [0.0, 0.0]
+    totals = np.zeros((options.pairs, 2))
     print(f"{'layer':>10}   textbook, s   ours, s   error of the textbook's   of ours")
     for shape in options.shapes:
         rows, features = map(int, shape.split("x"))
@@ -83,17 +84,19 @@ def main() -> None:
         some = rng.standard_normal((2 * options.tokens, features // 4), np.float32) @ mixing.astype(np.float32)
         some += rng.standard_normal(some.shape, np.float32) * np.float32(0.5 * some.std())
         seen, others = np.split(some, 2)
-        found = []
-        for i, solve in enumerate((textbook, ours)):
-            begin = time.process_time()
-            rounded = solve(weight, seen, options.group, options.bits)
-            spent = time.process_time() - begin
-            sums[i] += spent
-            error = np.square(others @ (rounded - weight).T).sum() / np.square(others @ weight.T).sum()
-            found.append((spent, error))
-        (a, e), (b, f) = found
+        spent, errors = np.empty_like(totals), [0.0, 0.0]
+        for pair in range(options.pairs):
+            for i, solve in enumerate((textbook, ours)):
+                begin = time.process_time()
+                rounded = solve(weight, seen, options.group, options.bits)
+                spent[pair, i] = time.process_time() - begin
+                errors[i] = float(np.square(others @ (rounded - weight).T).sum() / np.square(others @ weight.T).sum())
+        totals += spent
+        (a, b), (e, f) = np.median(spent, axis=0), errors
         print(f"{shape:>10}   {a:11.2f}   {b:7.2f}   {e:23.5f}   {f:7.5f}", flush=True)
-    print(f"CPU seconds: textbook {sums[0]:.2f}, ours {sums[1]:.2f}, ratio {sums[1] / sums[0]:.2f}")
+    a, b = np.median(totals, axis=0)
+    ratio = np.median(totals[:, 1] / totals[:, 0])
+    print(f"CPU seconds: textbook {a:.2f}, ours {b:.2f}, ratio {ratio:.2f} (medians of {options.pairs} pairs)")
 
 
 if __name__ == "__main__":

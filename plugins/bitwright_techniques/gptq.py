@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from bitwright.backend import Capability
@@ -22,16 +23,21 @@ from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.layer_rounding import Rounded, RoundingSettings, RoundingTask, round_layers, solve_layer
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import (
+    Array,
     RoundingProblem,
     act_order,
-    coordinate_descent,
+    clipped,
     factor,
+    least_of,
     successive_rounding,
     turn,
 )
-from bitwright_techniques.scale_refit import refit_scales
+from bitwright_techniques.scale_refit import sweep, sweep_with_scales
 from bitwright_techniques.scale_search import search_channel_scales
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
+
+Factored = tuple[NDArray[np.intp], Array]
+"""Order of rounding and R, of `factor`."""
 
 
 class GptqSettings(RoundingSettings):
@@ -47,7 +53,7 @@ class GptqSettings(RoundingSettings):
             may have no Cholesky factor.
         block_size: features between two updates of all that follow; it changes the time, not the result.
         sweeps: after it, passes over all codes, each moved to its optimum with the others held; with `scales: search`
-            the scales are fitted to the codes before each. The paper has none.
+            each scale is fitted to its codes before they are moved. The paper has none.
     """
 
     groups: Literal["dynamic", "static"] = "dynamic"
@@ -91,24 +97,34 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
     layer is worse than it was.
 
     Returns:
-        As `solve_layer`, with the figure `nearest` (nearest rounding at the scales searched).
+        As `solve_layer`, with the figure `nearest` (nearest rounding, at the scales searched where they are searched
+        beforehand).
     """
 
     def choose(task: RoundingTask) -> Rounded:
         problem, given = task.problem, task.given
-        on_the_way = task.searched and settings.groups == "dynamic" and not given.whole_rows
-        grid = task.widest if on_the_way else task.grid
-        options = [(grid, grid.nearest(problem.weight))]
-        if task.searched and np.array_equal(given.encoding.zero_point, grid.encoding.zero_point):
-            options = [(given, given.nearest(problem.weight)), *([] if on_the_way else options)]
-        if on_the_way:
-            if grid.multiples is not None:
-                grid = search_channel_scales(problem, grid, candidates=settings.candidates)
-            found = block_rounding(problem, grid, in_act_order=settings.act_order, candidates=settings.candidates)
+        start = task.widest if task.searched else given
+        options = []
+        if np.array_equal(given.encoding.zero_point, start.encoding.zero_point):
+            options.append((given, task.given_codes, task.given_loss))
+        if not task.searched:
+            found = given, rounded(problem, given, settings)
+        elif settings.groups == "dynamic" and not given.whole_rows:
+            if not options:
+                options.append(_nearest(problem, start))
+            if start.multiples is not None:
+                start = search_channel_scales(problem, start, candidates=settings.candidates)
+            found = block_rounding(problem, start, in_act_order=settings.act_order, candidates=settings.candidates)
         else:
-            found = grid, rounded(problem, grid, settings)
-        options.append(improved(problem, *found, settings, refit=task.searched))
-        return _best(problem, options)
+            factored = factor(problem.unit_gram, _order(problem, settings))
+            if given.whole_rows:
+                grid = search_row_scales(problem, start, factored, candidates=settings.candidates)
+            else:
+                grid = task.grid
+            options.append(_nearest(problem, grid))
+            found = grid, rounded(problem, grid, settings, factored)
+        grid, codes = improved(problem, *found, settings, refit=task.searched)
+        return _best(problem, [*options, (grid, codes, problem.loss(grid.values(codes)))])
 
     return solve_layer(layer, settings, Gptq.name, choose, floats=True)
 
@@ -116,35 +132,73 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
 def improved(
     problem: Reconstruction, grid: WeightGrid, codes: Matrix, settings: GptqSettings, *, refit: bool
 ) -> tuple[WeightGrid, Matrix]:
-    """Codes after `sweeps` of coordinate descent, before each of which, with `refit`, scales are fitted to them."""
+    """Codes after `sweeps` of coordinate descent; with `refit` scales are fitted to them on the way."""
     for _ in range(settings.sweeps):
         if refit:
-            grid = refit_scales(problem, grid, codes)
-        posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
-        codes = turn(coordinate_descent(posed, turn(codes), max_sweeps=1))
+            grid, codes = sweep_with_scales(problem, grid, codes)
+        else:
+            codes = sweep(problem, grid, codes)
     return grid, codes
 
 
-def rounded(problem: Reconstruction, grid: WeightGrid, settings: GptqSettings) -> Matrix:
+def rounded(
+    problem: Reconstruction, grid: WeightGrid, settings: GptqSettings, factored: Factored | None = None
+) -> Matrix:
     """Codes by successive rounding at fixed scales, (groups, rows, K)."""
-    groups, _, features = problem.weight.shape
-    order = act_order(problem.diagonal) if settings.act_order else np.tile(np.arange(features), (groups, 1))
     posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
-    codes = successive_rounding(posed, *factor(problem.unit_gram, order), block=settings.block_size)
-    return turn(codes)
+    order, upper = factor(problem.unit_gram, _order(problem, settings)) if factored is None else factored
+    return turn(successive_rounding(posed, order, upper, block=settings.block_size))
 
 
-def _best(problem: Reconstruction, options: list[tuple[WeightGrid, Matrix]]) -> Rounded:
+def _order(problem: Reconstruction, settings: GptqSettings) -> NDArray[np.intp]:
+    groups, _, features = problem.weight.shape
+    return act_order(problem.diagonal) if settings.act_order else np.tile(np.arange(features), (groups, 1))
+
+
+def search_row_scales(problem: Reconstruction, grid: WeightGrid, factored: Factored, *, candidates: int) -> WeightGrid:
+    """Scale each channel or tensor so that successive rounding is to leave the least error.
+
+    With R the factor of Ĥ, feature k leaves R_kk² times the square of its own rounding error. That of its value in T
+    stands for it, which other features' errors will have moved.
+    """
+    order, upper = factored
+    pivot = np.empty(order.shape, np.float32)
+    np.put_along_axis(pivot, order, np.einsum("gkk->gk", upper), 1)
+    fractions = np.arange(candidates, 0, -1) / candidates
+
+    def cost(at: NDArray[np.intp], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        rows = np.flatnonzero(wanted[grid.ties].any(axis=0))
+        values = problem.goal[:, rows] if len(rows) < grid.ties.shape[1] else problem.goal
+        step = grid.scaled(fractions[at]).step[:, rows]
+        error = values / step
+        clipped(np.rint(error, out=error), grid.low[:, rows], grid.high[:, rows])
+        error *= step
+        error -= values
+        error *= pivot[:, None]
+        power = np.einsum("grk,grk->gr", error, error)
+        return np.bincount(grid.ties[:, rows].reshape(-1), power.reshape(-1), len(at))
+
+    return grid.scaled(fractions[least_of(candidates, int(grid.ties.max()) + 1, cost)])
+
+
+Option = tuple[WeightGrid, Matrix, NDArray[np.float64]]
+"""Codes on a grid, and the output error of each row."""
+
+
+def _nearest(problem: Reconstruction, grid: WeightGrid) -> Option:
+    codes = grid.nearest(problem.weight)
+    return grid, codes, problem.loss(grid.values(codes))
+
+
+def _best(problem: Reconstruction, options: list[Option]) -> Rounded:
     """For each set of rows that share scales, the option of least output error; later ones win ties.
 
     The first are nearest rounding at the encoding that came in, and at other scales; the last is another rounding.
     """
-    losses = [problem.loss(grid.values(codes)) for grid, codes in options]
-    grid, codes = options[0]
-    least = grid.per_tie(losses[0])
-    for (other, theirs), rows in zip(options[1:], losses[1:], strict=True):
-        loss = grid.per_tie(rows)
-        take = loss <= least
-        codes = np.where(take[grid.ties][..., None], theirs, codes)
-        grid, least = grid.chosen(take, other), np.where(take, loss, least)
-    return Rounded(grid, codes, {"nearest": problem.relative(losses[-2])})
+    grid, codes, least = options[0]
+    for other, theirs, loss in options[1:]:
+        take = grid.per_tie(loss) <= grid.per_tie(least)
+        rows = take[grid.ties]
+        codes, least = np.where(rows[..., None], theirs, codes), np.where(rows, loss, least)
+        grid = grid.chosen(take, other)
+    return Rounded(grid, codes, {"nearest": problem.relative(options[-2][2])}, least)

@@ -84,6 +84,16 @@ class RoundingTask:
     candidates: int
 
     @cached_property
+    def given_codes(self) -> Matrix:
+        """Nearest rounding at the encoding that came in."""
+        return self.given.nearest(self.problem.weight)
+
+    @cached_property
+    def given_loss(self) -> NDArray[np.float64]:
+        """Output error of each row under it, (groups, rows)."""
+        return self.problem.loss(self.given.values(self.given_codes))
+
+    @cached_property
     def widest(self) -> WeightGrid:
         """The grid that covers the weight's whole range."""
         return full_range(self.given, self.weight)
@@ -99,11 +109,16 @@ class RoundingTask:
 @dataclass(frozen=True)
 class Rounded:
     """Codes (groups, rows, K) on a grid, and what is to be reported: `nearest`, the relative output error of nearest
-    rounding, and what else the rule tells."""
+    rounding, and what else the rule tells.
+
+    Attributes:
+        loss: output error of each row, (groups, rows), where the rule knows it.
+    """
 
     grid: WeightGrid
     codes: Matrix
     figures: Mapping[str, float]
+    loss: NDArray[np.float64] | None = None
 
 
 def decided(graph: Graph, settings: AnySettings) -> AnySettings:
@@ -182,12 +197,14 @@ def solve_layer(
     )
     given = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding, layer.moments.blocks, floats=floats)
     searched = settings.scales == "search" and not layer.encoding.frozen and layer.encoding.float_format is None
-    found = choose(RoundingTask(layer.weight, problem, given, searched, settings.candidates))
+    task = RoundingTask(layer.weight, problem, given, searched, settings.candidates)
+    found = choose(task)
     codes = found.grid.allowed(found.codes, problem.weight)
     weight = found.grid.weight(codes)
+    known = found.loss if codes is found.codes else None
     figures = {
-        "before": problem.relative_loss(given.values(given.nearest(problem.weight))),
-        "after": problem.relative_loss(found.grid.values(codes)),
+        "before": problem.relative(task.given_loss),
+        "after": problem.relative(problem.loss(found.grid.values(codes)) if known is None else known),
         **found.figures,
     }
     bias = None

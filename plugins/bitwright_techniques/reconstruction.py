@@ -18,6 +18,7 @@ Inputs = Literal["asymmetric", "quantized", "float"]
 
 _ROUNDOFF = 2.0**-22
 """Moments are sums of float32 products: an eigenvalue below this share of the largest is rounding noise."""
+_PANEL = 192
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Reconstruction:
         if self.cross is None:
             error = np.asarray(values - self.goal, np.float32)
             squares = np.einsum("grk,grk->gr", error, error, dtype=np.float64) * self.damping[:, None]
-            return np.asarray(np.maximum(self._powers(error) - squares, 0.0))
+            return np.asarray(np.maximum(self._power(error) - squares, 0.0))
         values = values.astype(np.float64)
         product = values @ self.gram - self.damping[:, None, None] * values - 2 * self.cross
         return np.asarray(np.maximum(np.einsum("grk,grk->gr", values, product) + self.energy, 0.0))
@@ -107,12 +108,23 @@ class Reconstruction:
 
     def quick_objective(self, values: NDArray[np.float32]) -> Array:
         """`objective` with products in float32: for comparing many candidates."""
-        return self._powers(values - self.goal)
+        return self._power(values - self.goal)
 
-    def _powers(self, error: NDArray[np.float32]) -> Array:
+    def _power(self, error: NDArray[np.float32]) -> Array:
         """Damped output power of rows, (groups, rows), with products in float32."""
-        power = np.einsum("grk,grk->gr", error @ self.unit_gram, error)
-        return np.asarray(power.astype(np.float64) * self.unit[:, None])
+        return _powers(error, self.unit_gram).astype(np.float64) * self.unit[:, None]
+
+
+def _powers(matrix: NDArray[np.float32], gram: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Diagonal of ``M Ĥ Mᵀ``, (groups, rows): half of Ĥ, which is symmetric, is enough."""
+    power = np.zeros(matrix.shape[:2], np.float32)
+    for begin in range(0, matrix.shape[2], _PANEL):
+        panel = slice(begin, begin + _PANEL)
+        own = matrix[..., panel]
+        power += np.einsum("grk,grk->gr", own @ gram[:, panel, panel], own)
+        if begin:
+            power += 2 * np.einsum("grk,grk->gr", matrix[..., :begin] @ gram[:, :begin, panel], own)
+    return power
 
 
 def reconstruction(
@@ -156,7 +168,10 @@ def reconstruction(
     # An input that never changes makes any weight as good as another: stay near W.
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
     if same:
-        energy = np.einsum("grk,grk->gr", matrix @ gram, matrix)
+        unit = np.maximum(trace / features, np.finfo(np.float32).tiny)
+        single = np.empty(gram.shape, np.float32)
+        np.divide(gram, unit[:, None, None], out=single, casting="same_kind")
+        energy = _powers(matrix.astype(np.float32), single) * unit[:, None]
         return Reconstruction(matrix, undamped, ridge, matrix, None, energy)
     energy = np.einsum("grk,grk->gr", matrix @ second("xx"), matrix)
     cross = matrix @ second("xq")

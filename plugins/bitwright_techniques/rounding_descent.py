@@ -17,6 +17,7 @@ from bitwright_techniques.wide_factor import LIFTS, WIDE, factor_in_place
 
 Array = NDArray[np.float32]
 
+Index = NDArray[np.intp]
 Selection = slice | NDArray[np.intp]
 
 _BLOCK = 32
@@ -68,9 +69,42 @@ class RoundingProblem:
         """The part of a (groups, features, rows) array that belongs to a selection."""
         return array[chosen] if self.grouped else array[:, :, chosen]
 
+    def run(self, features: slice) -> RoundingProblem:
+        """The problem of a run of features, as far as it is its own."""
+        target, step, low, high = (
+            a[:, features] if a.shape[1] > 1 else a for a in (self.target, self.step, self.low, self.high)
+        )
+        return replace(self, gram=self.gram[:, features, features], target=target, step=step, low=low, high=high)
+
     def at(self, array: Array, feature: int) -> Array:
         """Row `feature` of a step or bound that may be shared by all features, (groups, rows)."""
         return array[:, feature if array.shape[1] > 1 else 0]
+
+
+def least_of(count: int, owners: int, cost: Callable[[Index, NDArray[np.bool_]], NDArray[np.float64]]) -> Index:
+    """For each owner the candidate of least cost, (owners,), its cost taken for one valley; the first on ties.
+
+    Every other one is tried from the first on, until the cost doesn't fall, and then the one between the best and the
+    better of its neighbours.
+
+    Args:
+        count: candidates of each.
+        owners: how many.
+        cost: what candidates cost, (owners,), one for each owner; asked about some owners, the others' don't matter.
+    """
+    best, falling = np.zeros(owners, np.intp), np.ones(owners, bool)
+    least, before, after = np.full(owners, np.inf), np.full(owners, np.inf), np.full(owners, -np.inf)
+    for candidate in range(0, count, 2):
+        found = cost(np.full(owners, candidate), falling)
+        lower = falling & (found < least)
+        after[falling & ~lower] = found[falling & ~lower]
+        before[lower], least[lower], best[lower] = least[lower], found[lower], candidate
+        falling = lower
+        if not falling.any():
+            break
+    near = np.maximum(best + np.where((after < before) & (best < count - 1), 1, -1), 0)
+    found = cost(near, np.ones(owners, bool))
+    return np.where((found < least) | ((found == least) & (near < best)), near, best)
 
 
 def turn(matrix: NDArray[np.floating]) -> Array:
@@ -108,30 +142,61 @@ def coordinate_descent(problem: RoundingProblem, codes: Array, *, max_sweeps: in
 def _sweep(problem: RoundingProblem, codes: Array) -> Array:
     """One pass over all features."""
     codes = codes.copy()
-    gram, step, features = problem.gram, problem.step, codes.shape[1]
-    per_code = 1.0 / (np.einsum("gkk->gk", gram)[:, :, None] * step)
-    # Of a feature's slope only the value at its own turn counts, so that a move updates the features after it and no
-    # other: those of its block at once, the rest by one matrix product when the block is through.
-    slope = gram @ (codes * step - problem.target)
-    for begin in range(0, features, _BLOCK):
-        end = min(begin + _BLOCK, features)
-        before = codes[:, begin:end].copy()
-        local = slope[:, begin:end].copy()
-        for k in range(begin, end):
-            best = local[:, k - begin] * per_code[:, k]
-            np.subtract(codes[:, k], best, out=best)
-            best = problem.snap(best)
-            np.clip(best, problem.at(problem.low, k), problem.at(problem.high, k), out=best)
-            moved = best - codes[:, k]
-            if moved.any():
-                codes[:, k] = best
-                moved *= problem.at(step, k)
-                local[:, k - begin + 1 :] += gram[:, k, k + 1 : end, None] * moved[:, None]
-        change = codes[:, begin:end] - before
-        if end < features and change.any():
-            change *= step[:, begin:end] if step.shape[1] > 1 else step
-            slope[:, end:] += gram[:, end:, begin:end] @ change
+    moved = codes * problem.step
+    moved -= problem.target
+    slope = problem.gram @ moved
+    for run in runs(codes.shape[1], _BLOCK):
+        before = slice(run.start)
+        now = slope[:, run]
+        if run.start:
+            now += problem.gram[:, run, before] @ moved[:, before]
+        moved[:, run] = descend(problem.run(run), codes[:, run], now)
     return codes
+
+
+def runs(features: int, width: int) -> list[slice]:
+    """Features in runs of a width; the last may be shorter."""
+    return [slice(begin, min(begin + width, features)) for begin in range(0, features, width)]
+
+
+def descend(problem: RoundingProblem, codes: Array, slope: Array) -> Array:
+    """Move the codes of a run of features to their optima, in place, one after another.
+
+    Of a feature's slope only the value at its own turn counts: a move reaches those after it in the run when theirs
+    comes, and the features after the run through what is returned.
+
+    Args:
+        problem: of the run.
+        codes: (groups, n, rows); written.
+        slope: Ĥ (c·s − T) of the run's features, (groups, n, rows).
+
+    Returns:
+        What the values have moved by, (groups, n, rows).
+    """
+    gram, step = problem.gram, problem.step
+    per_code = 1.0 / (np.einsum("gkk->gk", gram)[:, :, None] * step)
+    moved = np.empty_like(slope)
+    for k in range(slope.shape[1]):
+        now = slope[:, k]
+        if k:
+            now = now + _product(gram[:, k, :k], moved[:, :k])
+        code = now * per_code[:, k]
+        np.subtract(codes[:, k], code, out=code)
+        code = clipped(problem.snap(code), problem.at(problem.low, k), problem.at(problem.high, k))
+        np.subtract(code, codes[:, k], out=moved[:, k])
+        moved[:, k] *= problem.at(step, k)
+        codes[:, k] = code
+    return moved
+
+
+def clipped(codes: Array, low: Array, high: Array) -> Array:
+    """Codes between bounds, in place (np.clip takes twice as long on a row)."""
+    return np.minimum(np.maximum(codes, low, out=codes), high, out=codes)
+
+
+def _product(row: Array, matrix: Array) -> Array:
+    """(groups, n) · (groups, n, rows) → (groups, rows)."""
+    return np.matmul(row[:, None], matrix)[:, 0]
 
 
 def act_order(diagonal: NDArray[np.floating]) -> NDArray[np.intp]:
@@ -145,16 +210,17 @@ def act_order(diagonal: NDArray[np.floating]) -> NDArray[np.intp]:
 
 
 def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) -> tuple[NDArray[np.intp], Array]:
-    """Upper factor U of the inverse Ĥ in an order of its features, for `successive_rounding`.
+    """Triangular factor of Ĥ in an order of its features, for `successive_rounding`.
 
-    Ĥ[order][:, order]⁻¹ = Uᵀ U.
+    Ĥ[order][:, order] = R Rᵀ. GPTQ is written with the factor of Ĥ⁻¹, which is the inverse of R: with R itself nothing
+    has to be inverted.
 
     Args:
         gram: Ĥ, (groups, K, K).
         order: (groups, K); None for `act_order`.
 
     Returns:
-        order (groups, K) and U (groups, K, K).
+        order (groups, K) and R, upper, (groups, K, K).
 
     Raises:
         LinAlgError: a matrix isn't finite, or far from positive definite.
@@ -163,23 +229,9 @@ def factor(gram: NDArray[np.floating], order: NDArray[np.intp] | None = None) ->
         order = act_order(np.einsum("gkk->gk", gram))
     if order.shape[1] > WIDE:
         return order, np.stack([factor_in_place(g, o) for g, o in zip(gram, order, strict=True)])
-    lead = np.arange(len(gram))[:, None, None]
-    sorted_gram = gram[lead, order[:, :, None], order[:, None, :]].astype(np.float64)
-    # With Ĥ = R Rᵀ, R upper (a Cholesky factor from the last feature up), U = R⁻¹: no inverse is squared.
-    reverse = _cholesky(sorted_gram[:, ::-1, ::-1])[:, ::-1, ::-1]
-    return order, _inverse(reverse).astype(np.float32)
-
-
-def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of upper triangular matrices, (groups, K, K), by halves: K³/3 operations, nearly all in matrix products."""
-    half = upper.shape[1] // 2
-    if half < _BLOCK:
-        return np.asarray(np.linalg.inv(upper), np.float64)
-    result = np.zeros_like(upper)
-    result[:, :half, :half] = first = _inverse(upper[:, :half, :half])
-    result[:, half:, half:] = last = _inverse(upper[:, half:, half:])
-    result[:, :half, half:] = -first @ (upper[:, :half, half:] @ last)
-    return result
+    # A Cholesky factor from the last feature up.
+    backwards = np.stack([g.take(o, 0).take(o, 1) for g, o in zip(gram, order[:, ::-1], strict=True)])
+    return order, np.ascontiguousarray(_cholesky(backwards.astype(np.float64)).astype(np.float32)[:, ::-1, ::-1])
 
 
 def _cholesky(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -216,26 +268,51 @@ def successive_rounding(
     def sort(array: Array) -> Array:
         return array if array.shape[1] == 1 else array[lead, order]
 
-    free, step = sort(problem.target), sort(problem.step)
+    target, step = sort(problem.target), sort(problem.step)
     low, high = sort(problem.low), sort(problem.high)
-    codes, features = np.empty_like(free), free.shape[1]
-    # Row k of U over its diagonal is minus what the features after k take over of a unit of k's error: the minimum of
-    # the loss over all that is still free.
-    pivot = np.einsum("gkk->gk", upper)
-    for begin in range(0, features, block):
-        end = min(begin + block, features)
-        spill = np.empty_like(free[:, begin:end])
-        for k in range(begin, end):
-            s = problem.at(step, k)
-            code = problem.snap(free[:, k] / s)
-            np.clip(code, problem.at(low, k), problem.at(high, k), out=code)
-            codes[:, k] = code
-            spill[:, k - begin] = (free[:, k] - code * s) / pivot[:, k, None]
-            free[:, k + 1 : end] -= upper[:, k, k + 1 : end, None] * spill[:, None, k - begin]
-        free[:, end:] -= np.swapaxes(upper[:, begin:end, end:], 1, 2) @ spill
+    posed = replace(problem, target=target, step=step, low=low, high=high)
+    codes, error = np.empty_like(target), np.empty_like(target)
+    for run in runs(target.shape[1], block):
+        codes[:, run], error[:, run] = settle(posed.run(run), upper[:, run, run], carried(upper, run, error))
     result = np.empty_like(codes)
     result[lead, order] = codes
     return result
+
+
+def carried(upper: Array, run: slice, error: Array) -> Array:
+    """Of a run of features, Rᵀ e as far as the features before it make it, (groups, n, rows)."""
+    before = slice(run.start)
+    return np.asarray(np.swapaxes(upper[:, before, run], 1, 2) @ error[:, before])
+
+
+def settle(problem: RoundingProblem, upper: Array, so_far: Array) -> tuple[Array, Array]:
+    """Round a run of features successively.
+
+    With e = c·s − T the objective is ‖Rᵀ e‖², whose k-th part is decided by feature k once those before it are
+    settled: it is least at T_k − (Σ_{j<k} R_jk e_j) / R_kk.
+
+    Args:
+        problem: of the run, features in the order of rounding.
+        upper: R of the run, (groups, n, n).
+        so_far: what is `carried` into the run, (groups, n, rows).
+
+    Returns:
+        Codes and e, both (groups, n, rows).
+    """
+    codes, error = np.empty_like(so_far), np.empty_like(so_far)
+    lower = np.ascontiguousarray(np.swapaxes(upper, 1, 2))
+    pivot = np.einsum("gkk->gk", upper)
+    for k in range(so_far.shape[1]):
+        part = so_far[:, k]
+        if k:
+            part = part + _product(lower[:, k, :k], error[:, :k])
+        target, step = problem.target[:, k], problem.at(problem.step, k)
+        code = target - part / pivot[:, k, None]
+        code /= step
+        codes[:, k] = clipped(problem.snap(code), problem.at(problem.low, k), problem.at(problem.high, k))
+        np.multiply(codes[:, k], step, out=error[:, k])
+        error[:, k] -= target
+    return codes, error
 
 
 def kick(problem: RoundingProblem, codes: Array, rng: np.random.Generator, *, kicks: int, share: float = 0.02) -> Array:

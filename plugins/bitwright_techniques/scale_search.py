@@ -161,12 +161,14 @@ def largest_multiple(grid: WeightGrid) -> int:
 
 def segments(grid: WeightGrid) -> list[NDArray[np.intp]]:
     """Sets of features that share a scale in every row."""
-    label = np.unique(grid.cells[0, 0], return_inverse=True)[1]
-    segments = [np.flatnonzero(label == i) for i in range(int(label.max()) + 1)]
-    for features in segments:
-        if (grid.cells[..., features] != grid.cells[..., features[:1]]).any():
+    cells = grid.cells[..., grid.starts]
+    label = np.unique(cells[0, 0], return_inverse=True)[1]
+    for i in range(int(label.max()) + 1):
+        own = cells[..., label == i]
+        if (own != own[..., :1]).any():
             raise EncodingError(
                 f"{grid.op.id!r}: {grid.encoding.granularity} straddles the groups of the op; "
                 "choose a block size that divides the channels of a group"
             )
-    return segments
+    label = np.repeat(label, np.diff(np.r_[grid.starts, grid.cells.shape[2]]))
+    return [np.flatnonzero(label == i) for i in range(int(label.max()) + 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -33,6 +33,7 @@ class WeightGrid:
         multiples: LPBQ's integer block scales, flattened; None otherwise.
         floor: scales that may not be undercut (`Encoding.pair_limit`), flattened; None where there is no limit.
         blocks: parts that columns are in (`split_columns`), each a group of its own; rows of one channel are tied.
+        starts: features from which on, up to the next of them, all `cells` are the same.
     """
 
     op: Op
@@ -43,6 +44,7 @@ class WeightGrid:
     multiples: NDArray[np.int32] | None = None
     floor: NDArray[np.float32] | None = None
     blocks: int = 1
+    starts: NDArray[np.intp] = field(default_factory=lambda: np.zeros(1, np.intp))
 
     @classmethod
     def of(
@@ -67,7 +69,8 @@ class WeightGrid:
         multiples = None if encoding.block_scale is None else encoding.block_scale.reshape(-1)
         scale = encoding.scale.reshape(-1)
         floor = None if encoding.pair_limit is None else scale
-        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), scale, multiples, floor, blocks)
+        starts = np.flatnonzero(np.r_[True, (cells[..., 1:] != cells[..., :-1]).any(axis=(0, 1))])
+        return cls(op, shape, encoding, np.ascontiguousarray(cells, np.intp), scale, multiples, floor, blocks, starts)
 
     @property
     def whole_rows(self) -> bool:
@@ -84,13 +87,15 @@ class WeightGrid:
             # Blocks of a channel have one float scale in common, whichever part of the columns they lie in.
             channels = np.arange(groups // self.blocks * rows).reshape(-1, 1, rows)
             return np.repeat(channels, self.blocks, axis=1).reshape(groups, rows)
-        used, seen = np.zeros(self.scale.size, bool), 0
-        for row in self.cells.reshape(groups * rows, -1):
-            used[row] = True
-            seen += 1 + np.count_nonzero(np.diff(np.sort(row)))
-        if seen == np.count_nonzero(used):
-            return np.arange(groups * rows).reshape(groups, rows)
-        return np.zeros((groups, rows), np.intp)
+        rows_alone = np.arange(groups * rows).reshape(groups, rows)
+        cells, owner = self.cells[..., self.starts], np.empty(self.scale.size, np.intp)
+        owner[cells] = rows_alone[..., None]
+        return rows_alone if (owner[cells] == rows_alone[..., None]).all() else np.zeros((groups, rows), np.intp)
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether each scale is of one row, or of one run of features in it."""
+        return int(np.bincount(self.cells[..., self.starts].reshape(-1)).max()) == 1
 
     @cached_property
     def tie_of_cell(self) -> NDArray[np.intp]:
@@ -129,6 +134,11 @@ class WeightGrid:
         if multiples is not None and other.multiples is not None:
             multiples = np.where(which, other.multiples, multiples)
         return replace(self, scale=np.where(which, other.scale, self.scale), multiples=multiples)
+
+    def stored(self, scale: NDArray[np.floating], cells: NDArray[np.intp]) -> NDArray[np.float32]:
+        """What `with_scale` makes of some entries, where no multiples are."""
+        floor = np.finfo(np.float32).tiny if self.floor is None else self.floor[cells]
+        return np.asarray(self.encoding.typed(np.maximum(np.asarray(scale, np.float32), floor)), np.float32)
 
     @cached_property
     def step(self) -> Matrix:

@@ -12,14 +12,12 @@ WIDE = 2048
 LIFTS = (2.0**-23, 2.0**-20, 2.0**-17)
 """Parts of the trace that are added to a diagonal whose matrix, in float32, isn't positive definite."""
 _BLOCK = 256
-_LEAST = 64
-"""Side of a triangle that is inverted at once."""
 
 
 def factor_in_place(gram: NDArray[np.floating], order: NDArray[np.intp]) -> NDArray[np.float32]:
-    """U of `rounding_descent.factor` for one matrix: Ĥ[order][:, order]⁻¹ = Uᵀ U, upper.
+    """R of `rounding_descent.factor` for one matrix: Ĥ[order][:, order] = R Rᵀ, upper.
 
-    Beside its argument it holds one array of float64 of that size, a half of one, and then the result.
+    Beside its argument it holds one array of float64 of that size, and then the result.
 
     Args:
         gram: Ĥ, (K, K).
@@ -45,7 +43,6 @@ def factor_in_place(gram: NDArray[np.floating], order: NDArray[np.intp]) -> NDAr
         except np.linalg.LinAlgError:
             if lift == LIFTS[-1]:
                 raise
-    _invert(work)
     upper = np.zeros((features, features), np.float32)
     for row in range(features):
         upper[row, row:] = work[features - 1 - row, : features - row][::-1]
@@ -66,17 +63,3 @@ def _cholesky(matrix: Wide) -> None:
         for column in range(end, size, _BLOCK):
             stop = min(column + _BLOCK, size)
             matrix[column:, column:stop] -= panel[column - end :] @ panel[column - end : stop - end].T
-
-
-def _invert(lower: Wide) -> None:
-    """Put its inverse in the place of a lower triangle, by halves; what lies above the diagonal isn't read."""
-    half = len(lower) // 2
-    if len(lower) <= _LEAST:
-        lower[...] = np.linalg.inv(np.tril(lower))
-        return
-    first, last = lower[:half, :half], lower[half:, half:]
-    _invert(first)
-    _invert(last)
-    lower[:half, half:] = 0
-    corner = lower[half:, :half] @ first
-    np.negative(np.matmul(last, corner), out=lower[half:, :half])

@@ -14,8 +14,8 @@ from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
 from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
 from bitwright_techniques.reconstruction import reconstruction
-from bitwright_techniques.rounding_descent import act_order
-from bitwright_techniques.scale_refit import refit_scales
+from bitwright_techniques.rounding_descent import act_order, least_of
+from bitwright_techniques.scale_refit import sweep_with_scales
 from bitwright_techniques.weight_grid import WeightGrid
 
 BLOCKS = {"blockwise": Blockwise(0, 1, 2), "lpbq": Blockwise(0, 1, 2, 8)}
@@ -102,33 +102,47 @@ def test_block_rounding_takes_the_candidate_whose_nearest_rounding_costs_least()
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
     chosen, codes = block_rounding(problem, grid, candidates=10)
     full = np.maximum(problem.target.max(axis=2) / 7, -problem.target.min(axis=2) / 8).reshape(-1)
-    trials = [grid.with_scale(full * i / 10) for i in range(1, 11)]
+    trials = [grid.with_scale(full * i / 10) for i in range(10, 0, -1)]
     costs = np.stack([problem.objective(t.values(t.nearest(problem.target)))[0] for t in trials])
-    taken = np.rint(chosen.scale / full * 10).astype(int) - 1
+    taken = 10 - np.rint(chosen.scale / full * 10).astype(int)
     assert np.array_equal(chosen.scale, np.choose(taken, [t.scale for t in trials]))
-    assert np.allclose(costs[taken, np.arange(6)], costs.min(axis=0), rtol=1e-4)
+    assert np.array_equal(taken, least_of(10, 6, lambda at, wanted: costs[at, np.arange(6)]))
+    assert np.allclose(costs[taken, np.arange(6)], costs.min(axis=0), rtol=0.1)
     assert np.array_equal(codes, rounded(problem, chosen, GptqSettings()))
+
+
+def test_the_least_of_a_valley_is_found_in_few_trials():
+    valleys = np.abs(np.arange(20)[:, None] - np.arange(20))  # of each owner at another candidate
+    asked = []
+
+    def cost(at, wanted):
+        asked.append(wanted.sum())
+        return np.where(wanted, valleys[at, np.arange(20)], np.nan)
+
+    assert np.array_equal(least_of(20, 20, cost), np.arange(20))
+    assert sum(asked) < 20 * 10
+    assert np.array_equal(least_of(20, 3, lambda at, wanted: np.zeros(3)), [0, 0, 0])
+    assert np.array_equal(least_of(1, 2, lambda at, wanted: np.ones(2)), [0, 0])
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(0), PerTensor(), Blockwise(0, 1, 4)])
 @pytest.mark.parametrize("scale_type", [None, "float16"])
 def test_scales_are_fitted_to_codes(granularity, scale_type):
-    """Of codes and scales that T is made of, the scales are found again; of others, no scale nearby does better."""
+    """Of the codes that T is made of, a scale is found again where the others are right; of others, none does worse."""
     layer = make_layer("linear", spec=QuantSpec(4, granularity=granularity, scale_type=scale_type))
     problem = reconstruction(layer.op, layer.weight, layer.moments)
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
     codes = grid.nearest(problem.weight)
     known = replace(problem, target=grid.values(codes).astype(np.float64))
-    found = refit_scales(known, grid.with_scale(grid.scale * np.float32(1.3)), codes)
+    wrong = grid.scale.copy()
+    wrong[::3] *= 1.3
+    found, kept = sweep_with_scales(known, grid.with_scale(wrong), codes)
     assert np.allclose(found.scale, grid.scale, rtol=1e-4 if scale_type is None else 1e-3)
-    found = refit_scales(problem, grid, codes)
-    before, after = (problem.objective(g.values(codes)) for g in (grid, found))
-    assert after.sum() < 0.999 * before.sum()
-    for i in range(grid.scale.size):
-        for factor in (0.98, 1.02):
-            other = found.scale.copy()
-            other[i] *= factor
-            assert problem.objective(grid.with_scale(other).values(codes)).sum() > after.sum()
+    assert np.array_equal(kept, codes)
+    found, moved = sweep_with_scales(problem, grid, codes)
+    before, after = problem.objective(grid.values(codes)).sum(), problem.objective(found.values(moved)).sum()
+    assert after < 0.99 * before
+    assert np.array_equal(found.scale, found.encoding.typed(found.scale))
 
 
 def test_scales_that_no_better_ones_exist_for_stay():
@@ -139,14 +153,14 @@ def test_scales_that_no_better_ones_exist_for_stay():
     codes = grid.nearest(problem.weight)
     codes[0, 0, :4] = 0
     codes[0, 1] *= -1
-    found = refit_scales(problem, grid, codes)
+    found, moved = sweep_with_scales(problem, grid, codes)
     assert found.scale[0] == grid.scale[0]
     assert (found.scale > 0).all()
-    assert (problem.objective(found.values(codes)) <= problem.objective(grid.values(codes)) * (1 + 1e-6)).all()
+    assert (problem.objective(found.values(moved)) <= problem.objective(grid.values(codes)) * (1 + 1e-6)).all()
     lpbq = WeightGrid.of(
         layer.op, layer.weight.shape, make_layer("linear", spec=QuantSpec(4, granularity=BLOCKS["lpbq"])).encoding
     )
-    assert refit_scales(problem, lpbq, lpbq.nearest(problem.weight)) is lpbq
+    assert sweep_with_scales(problem, lpbq, lpbq.nearest(problem.weight))[0] is lpbq
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(0), Blockwise(0, 1, 4)])
