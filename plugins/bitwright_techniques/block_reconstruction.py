@@ -36,7 +36,7 @@ class BlockReconstructionSettings(BaseSettings):
 
     Attributes:
         rounding: learn to which of its two neighbours each weight goes; otherwise weights are rounded to nearest.
-        scales: learn the scales, which clip; otherwise they stay as they came.
+        scales: learn the scales, which clip; otherwise, and where they are frozen, they stay as they came.
         iterations: steps of descent for each block.
         learning_rate, scale_rate: of Adam, on relaxed roundings and on the logarithms of scales.
         regularization, beta, warm_start: of the relaxation, as of `adaround`: λ, of the mean over
@@ -98,10 +98,9 @@ class BlockReconstruction:
             InputError: no calibration data, or a pattern that matches no layer.
         """
         s, walk = ctx.settings, blocks_of(ctx, self.name)
-        ops, skipped = select_layers(ctx, s.include, s.exclude, skip_frozen=True)
-        for op in [o for o in ops if ctx.encodings[ctx.graph.op(o).weight or ""].pair_limit is not None]:
-            ops.remove(op)
-            skipped[op] = "sums of neighbouring codes have a limit (Encoding.pair_limit)"
+        ops, skipped = select_layers(ctx, s.include, s.exclude, skip_frozen=not s.rounding)
+        skipped = {**skipped, **{op: reason for op in ops if (reason := _obstacle(ctx, op))}}
+        ops = [op for op in ops if op not in skipped]
         spans = network_blocks(ctx.graph, set(ops), additions=s.additions, layers=s.layers)
         places = {span.ops: i for i, span in enumerate(spans)}  # names of ops differ between frameworks
 
@@ -116,6 +115,16 @@ class BlockReconstruction:
         rows += [(op, reason, "", "", "") for op, reason in skipped.items()]
         columns = ("block", "layers", "error before", "error after", "seconds")
         return outcome_of(ctx, results, _report(rows[: len(spans)], tuple(rows), columns), weights=s.rounding)
+
+
+def _obstacle(ctx: Context[Any], op: OpId) -> str:
+    weight = ctx.graph.op(op).weight or ""
+    encoding = ctx.encodings[weight]
+    if encoding.pair_limit is not None:
+        return "sums of neighbouring codes have a limit (Encoding.pair_limit)"
+    if encoding.frozen and np.array_equal(encoding.fake_quantize(np.asarray(ctx.params[weight])), ctx.params[weight]):
+        return f"its codes are chosen ({encoding.held_by or encoding.source or 'loaded'})"
+    return ""
 
 
 def _report(blocks: list[tuple[Any, ...]], rows: tuple[tuple[Any, ...], ...], columns: tuple[str, ...]) -> Report:

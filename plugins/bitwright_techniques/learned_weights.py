@@ -63,7 +63,7 @@ class LearnedWeight:
     Attributes:
         weight: float values, canonical layout.
         start: the encoding that learning starts from.
-        how: see `Learning`.
+        how: see `Learning`; the scales of a frozen encoding stay.
     """
 
     weight: Array
@@ -142,7 +142,7 @@ class LearnedWeight:
             size = np.maximum(np.abs(side), 0.05) ** (beta - 1)
             slope = slope - np.float32(2 * beta * regularization / h.size) * np.copysign(size, side)
         slope = slope * self._gap * sigma * (1 - sigma) * ((ZETA - GAMMA) * ((h > 0) & (h < 1)))
-        if self.how.scales:
+        if self.how.scales and not self.start.frozen:
             value = (self._low + h * self._gap) * step
             self.logs -= self._of_logs.change(np.asarray(groups.reduce(NUMPY, cotangent * value), np.float32))
         self._v -= self._of_v.change(np.asarray(slope, np.float32))

@@ -11,7 +11,7 @@ from backends import FRAMEWORKS
 from bitwright.backend import Differentiable, Tap
 from bitwright.bank import collect
 from bitwright.errors import CapabilityError, InputError
-from bitwright.graph import OpKind, ParamRole
+from bitwright.graph import OpKind, ParamRole, SetParams
 from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec, encoding_of_weights
 from bitwright.plugins import registry
 from bitwright.testing import models
@@ -173,14 +173,24 @@ def test_a_block_s_error_falls_and_weights_lie_on_their_grid(name):
         for s in (simulation.session([tap]), backend.session(native, [tap]))
     )
     assert np.square(made - wanted).sum() / np.square(wanted).sum() == pytest.approx(rows[-1][3], rel=1e-3)
+    # Scales that were searched stay, and codes that were chosen too.
+    stem, fc = done.context.graph.linear_ops[0].weight, done.context.graph.linear_ops[-1].weight
+    held = {
+        stem: (wide := done.context.encodings[stem].with_(scale=done.context.encodings[stem].scale * 0.9, frozen=True)),
+        fc: done.outcome.encodings[fc],
+    }
+    again = run_technique(technique, backend, backend.edit(native, [SetParams({fc: done.outcome.params[fc]})]), data,
+                          plan=plan, encodings=held, iterations=5)  # fmt: skip
+    assert again.outcome.encodings[stem].equals(wide.with_(source="block_reconstruction"))
+    assert fc not in again.outcome.params
+    assert "its codes are chosen (block_reconstruction)" in again.outcome.report.rows[-1]
     scales = run_technique(technique, port.backend(), native, data, plan=plan, rounding=False, iterations=30,
                            scale_rate=0.01)  # fmt: skip
     assert not scales.outcome.params
     first = scales.outcome.report.rows[0]
     assert first[3] < 0.9 * first[2]
-    stem = scales.outcome.encodings[done.context.graph.linear_ops[0].weight]
-    assert stem.kept
-    assert not stem.frozen
+    assert scales.outcome.encodings[stem].kept
+    assert not scales.outcome.encodings[stem].frozen
 
 
 @pytest.mark.skipif("onnx" not in FRAMEWORKS, reason="needs ONNX")
