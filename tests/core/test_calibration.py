@@ -593,6 +593,53 @@ def test_scales_are_tried_from_the_largest_down_twelve_in_an_octave(monkeypatch)
     assert tried[-1] < 0.5
 
 
+@pytest.mark.parametrize("way", ["values", "histogram"])
+def test_a_search_knows_no_unit(way):
+    """Values and bounds in units a power of two as large give ranges that are as large to the last bit."""
+    x = samples("laplace", 4000)
+    for bounds in ({}, {"maximum": 1.0}, {"minimum": -2.0, "maximum": 1.5}):
+        found = []
+        for unit in (2.0**-30, 1.0, 2.0**20):
+            scaled = (x * unit).astype(np.float32)
+            spec = QuantSpec(4, **ASYMMETRIC, **{k: v * unit for k, v in bounds.items()})
+            if way == "values":
+                density = Density.of_values(scaled[None], 7)
+            else:
+                histogram = HistogramStatistic(precision=7)
+                histogram.update(scaled)
+                density = Density.of_statistic(histogram, 7)
+            found.append([float(end[0]) / unit for end in _search.least_squares_range(density, spec)])
+        assert found[0] == found[1] == found[2]
+
+
+def test_a_searched_range_passes_a_bound_by_half_a_step_at_most():
+    for seed in range(20):
+        x = np.random.default_rng(seed).laplace(size=(1, 500))
+        spec = QuantSpec(2, **ASYMMETRIC, minimum=-1.0, maximum=1.3)
+        low, high = _search.least_squares_range(Density.of_values(x, 7), spec)
+        half = 0.5 * (high - low) / 3
+        assert low >= -1 - 1.0001 * half and high <= 1.3 + 1.0001 * half
+
+
+def test_bins_of_a_channel_far_below_another_are_searched_all_the_same():
+    x = samples("laplace", 20_000)
+    histogram = HistogramStatistic(0, precision=7)
+    histogram.update(np.stack([x, x * np.float32(2.0**-16)]))
+    low, high = _search.least_squares_range(Density.of_statistic(histogram, 7), QuantSpec(4, **ASYMMETRIC))
+    assert low[1] * 2.0**16 == pytest.approx(low[0], rel=1e-9)
+    assert high[1] * 2.0**16 == pytest.approx(high[0], rel=1e-9)
+
+
+def test_a_row_s_scales_are_no_smaller_than_its_own_body_asks_for():
+    x = np.concatenate([samples("normal", 5000), [30]])[None]
+    search = _search._Search(Density.of_values(np.concatenate([x, x]), 7), QuantSpec(4), (-8, 7))
+    search.refinements = ()
+    search.octaves = np.array([0.0, 14.0])
+    _, high = search.run()
+    assert high[0] > 28  # of the largest scale and the next, a twelfth of an octave below
+    assert high[1] < 10
+
+
 def test_a_range_is_cut_at_the_threshold_on_the_side_that_passes_it():
     x = np.concatenate([-np.abs(samples("laplace", 40_000)), np.full(4, 0.25, np.float32)])
     low, high = scheme("entropy").range(Density.of_values(x[None], 10), QuantSpec(4, **ASYMMETRIC))

@@ -24,7 +24,7 @@ def test_convolutions(name):
     assert np.allclose(product(op, x, w), np.moveaxis(y, 1, 0).reshape(y.shape[1], -1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["strided_padded", "depthwise", "transposed_output_padding", "conv3d"])
+@pytest.mark.parametrize("name", ["even", "strided_padded", "depthwise", "transposed_output_padding", "conv3d"])
 def test_channels_last(name):
     op, x, w = tensors(name)
     nhwc = np.moveaxis(x, 1, -1)
