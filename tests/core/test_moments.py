@@ -264,3 +264,22 @@ def test_channels_of_a_depthwise_layer_that_barely_vary(axis):
     assert np.allclose(m.centred()[0][1][inside][:, inside], expected[1][inside][:, inside], rtol=1e-4, atol=1e-4)
     assert np.allclose(m.centred()[0][1], expected[1], rtol=1e-6, atol=5)  # beside variances of 2e7
     assert np.allclose(m.xx, full @ np.swapaxes(full, 1, 2) / m.count, rtol=1e-6, atol=5)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_settled_moments_are_the_same_in_half_the_memory(paired):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 12)) * np.linspace(0.1, 9, 12) + 20 * (rng.random(12) > 0.5)
+    moments = LayerMoments(Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",)), 12, paired=paired)
+    moments.update(*[x.astype(np.float32)] * (1 + paired))
+
+    def given():
+        return [moments.second(name, centred=centred) for name in ("xx", "qq", "xq") for centred in (False, True)]
+
+    def held():
+        return sum(v.nbytes for v in moments.state().values() if v.ndim == 3)
+
+    before, size = given(), held()
+    moments.settle()
+    assert all(map(np.array_equal, before, given()))
+    assert held() == (size if paired else size // 2)

@@ -7,13 +7,14 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import yaml
+from framework_files import damaged_h5, damaged_keras, damaged_pt2, damaged_saved_model, opened
 from hypothesis import strategies as st
 from mutation import damaged_bytes, damaged_documents, damaged_json, damaged_zip
 from onnx import numpy_helper
@@ -42,11 +43,15 @@ class Reader:
         suffix: of the file.
         inputs: damaged files.
         read: reads one; returns (False: it was told apart from a whole one), or raises `BitwrightError`.
+        needs: modules without which it isn't tried.
+        cost: so many times fewer inputs are tried, since reading one takes so much longer.
     """
 
     suffix: str
     inputs: Callable[[], st.SearchStrategy[bytes]]
     read: Callable[[Path], object]
+    needs: tuple[str, ...] = ()
+    cost: int = 1
 
 
 def _encodings(path: Path) -> None:
@@ -223,4 +228,9 @@ READERS: Mapping[str, Reader] = {
     "step": Reader(".npz", lambda: damaged_bytes([c for n, c in _written().items() if n.startswith("steps/")]), _step),
     "dataflow model": Reader(".npz", lambda: damaged_zip([_written()["model.npz"]]), reference.ReferenceBackend().load),
     "onnx": Reader(".onnx", lambda: damaged_bytes([_written()["net.onnx"]]), _onnx),
+    "keras": Reader(".keras", damaged_keras, partial(opened, "keras"), ("keras",), 15),
+    "h5": Reader(".h5", damaged_h5, partial(opened, "keras"), ("keras",), 15),
+    "pt2": Reader(".pt2", damaged_pt2, partial(opened, "torch"), ("torch",), 15),
+    "saved_model.pb": Reader(".pb", *damaged_saved_model("saved_model.pb"), ("tensorflow",), 15),
+    "variables.index": Reader(".index", *damaged_saved_model("variables/variables.index"), ("tensorflow",), 15),
 }

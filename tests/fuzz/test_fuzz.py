@@ -68,13 +68,15 @@ def _kind(error: Exception) -> str:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_read_or_refused(name, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
+    for module in READERS[name].needs:
+        pytest.importorskip(module)
+    folder, examples = tmp_path_factory.mktemp("fuzz"), EXAMPLES // READERS[name].cost
     taken: dict[bool, int] = {True: 0, False: 0}
     found: dict[str, Path] = {}
 
     # Nothing is shrunk: an input is kept as it was, and one that takes long would be tried a hundred times.
     @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=not LONG, phases=(Phase.generate,),
+        max_examples=examples, deadline=None, derandomize=not LONG, phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck), database=None,
     )  # fmt: skip
     @given(READERS[name].inputs())
@@ -89,11 +91,13 @@ def test_damaged_files_are_read_or_refused(name, tmp_path_factory):
 
     damaged()
     assert not found, "\n".join(f"{kind}: {path}" for kind, path in found.items())
-    assert taken[False] > EXAMPLES // 20, "the damage is too small to be noticed"
+    assert taken[False] > examples // 20, "the damage is too small to be noticed"
 
 
 @pytest.mark.parametrize(
     "path", sorted(p for p in CORPUS.rglob("*") if p.is_file()), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_what_was_found_stays_mended(path, tmp_path):
+    for module in READERS[path.parent.name].needs:
+        pytest.importorskip(module)
     attempt(path.parent.name, path.read_bytes(), tmp_path)

@@ -206,6 +206,10 @@ class TestImplausibleData:
         with pytest.warns(ImplausibleDataWarning, match="the data are constant"):
             simulation().calibrate({"x": np.zeros((4, 3, 8, 8), np.float32)})
 
+    def test_data_that_count_as_zero(self):
+        with pytest.warns(ImplausibleDataWarning, match=r"no value of the data is larger than 1e-38"):
+            simulation().calibrate({"x": (1e-40 * DATA["x"]).astype(np.float32)})
+
     def test_pixels_that_the_model_does_not_scale(self):
         pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8))
         with pytest.warns(ImplausibleDataWarning, match="whole numbers from 0 to 255"):

@@ -1,16 +1,18 @@
 """GPTQ: equal to the textbook loop, better than nearest rounding, block scales, guarantees."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import KINDS, W4, make_layer
+from layers import KINDS, W4, inputs, make_layer, make_op
 
 from bitwright.errors import EncodingError
 from bitwright.graph import to_matrix
 from bitwright.grids import Blockwise, PerChannel, PerTensor, QuantSpec
+from bitwright.layerwise import solution
 from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
 from bitwright_techniques.reconstruction import reconstruction
@@ -70,6 +72,13 @@ def test_makes_up_for_rounding_and_quantized_inputs(kind, noise):
 
     shift = mean(layer.weight, layer.moments.mean) - mean(result.weight, layer.moments.mean_quantized)
     assert np.allclose(result.bias - layer.bias, shift, atol=1e-4)
+
+
+def test_a_layer_whose_squares_overflow_is_left_and_numpy_says_nothing():
+    layer = make_layer("linear", x=np.float32(1e25) * inputs(*make_op("linear"), np.random.default_rng(0)))
+    result = solution(partial(round_layer, settings=GptqSettings(inputs="float")), layer)
+    assert "overflow float32" in result.left
+    assert np.array_equal(result.weight, layer.encoding.fake_quantize(layer.weight))
 
 
 def test_the_target_is_w_times_c_and_not_w():

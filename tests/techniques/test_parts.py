@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ from backends import FRAMEWORKS
 from bitwright.backend import Tap, parts_of, session_in_parts
 from bitwright.backend import _parts as parts_module
 from bitwright.bank import collect
+from bitwright.bank._writing import Writer
+from bitwright.statistics import LayerMoments
 from bitwright.testing import models
 from bitwright_techniques.batch_norm_reestimation import BatchNormReestimation
 
@@ -88,6 +91,30 @@ def test_calibration_bank_and_export_in_parts_are_those_of_the_whole(name, make,
     np.testing.assert_allclose(found, expected, atol=1.01 * step)
     assert (np.abs(found - expected) > 0.01 * step).mean() < 0.01
     assert parted.export(tmp_path / "out").files["encodings"].is_file()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_bank_s_moments_are_written_and_let_go_as_the_budget_says(tmp_path, monkeypatch):
+    port, model = FRAMEWORKS["onnx"], models.residual()
+    sim, data = port.sim(model), batches(model, port)
+    expected = collect(sim, data, tmp_path / "one")
+    monkeypatch.setattr("bitwright.calibration._part_by_part.PART_BUDGET", 1)
+    written: list[weakref.ref[LayerMoments]] = []
+    add = Writer.add_moments
+
+    def noted(writer, moments):
+        assert all(ref() is None for ref in written), "moments of another layer are still held"
+        written.append(weakref.ref(moments))
+        return add(writer, moments)
+
+    monkeypatch.setattr(Writer, "add_moments", noted)
+    found = collect(sim, data, tmp_path / "two")
+    assert len(written) == len(expected.record.moments) > 2
+    assert (found.record.layers, found.record.left_out) == (expected.record.layers, expected.record.left_out)
+    assert list(found.record.tensors) == list(expected.record.tensors)
+    for op in found.record.layers:
+        one, two = (b.layer(sim.graph.op(op)) for b in (expected, found))
+        np.testing.assert_allclose(two.xx, one.xx, rtol=1e-5, atol=1e-6, err_msg=op)
 
 
 def test_statistics_of_the_simulated_network_in_parts(request):

@@ -106,6 +106,11 @@ def doubts_of_calibration(seen: Mapping[str, Seen], unscaled: Sequence[str]) -> 
     if known and all(s.low == s.high for s in known.values()) and any(s.count > 1 for s in known.values()):
         told = ", ".join(f"{name!r} is {s.low:g}" for name, s in known.items())
         return [f"the data are constant ({told} throughout), so that ranges set on them mean nothing"]
+    least = float(np.finfo(np.float32).tiny)
+    if known and all(max(-s.low, s.high) < least for s in known.values()):
+        return [
+            f"no value of the data is larger than {least:.1g}, below which all count as zero: are they scaled right?"
+        ]
     return [
         f"input {name!r} holds whole numbers from {s.low:g} to {s.high:g}, as image files do, and the model doesn't "
         "scale them: if it was trained on normalized images, normalize these the same way"

@@ -76,7 +76,8 @@ def solution(solve: Solve, layer: Layer) -> LayerResult:
     """
     begin = time.perf_counter()
     try:
-        result = solve(layer)
+        with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite in the end is noticed
+            result = solve(layer)
     except NUMERICAL as error:
         return _left(layer.weight, layer.encoding, f"it couldn't be solved ({type(error).__name__}: {error})")
     if result.weight.shape != layer.weight.shape:

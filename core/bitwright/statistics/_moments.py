@@ -72,7 +72,7 @@ class LayerMoments:
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""
         self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
-        self._products: list[NDArray[np.floating[Any]]] = [
+        self._products: list[NDArray[Any]] = [
             np.zeros((groups, features, features)) for _ in range((3 if paired else 1) * products)
         ]
         self._settled = False
@@ -89,10 +89,16 @@ class LayerMoments:
     def update(self, *values: NDArray[Any]) -> None:
         """Take the op's input of one batch: (x, x̂), or (x,) when not paired.
 
+        Squares that overflow single precision are infinite moments, on which no layer can be solved.
+
         Raises:
             InputError: the inputs differ in shape, hold NaN or infinity, or don't fit the op; nothing is taken then.
         """
         assert not self._settled
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._take(values)
+
+    def _take(self, values: tuple[NDArray[Any], ...]) -> None:
         expected = 1 + self.paired + self.has_residual
         if len(values) != expected:
             raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
