@@ -190,11 +190,12 @@ class _Rewritten:
         source, step, name = flat.input[0], self._step(node), node.output[0]
         shape = self._shapes[source]
         assert shape is not None
-        places = blocked_places(*(int(d) for d in shape[1:] if d is not None), step)
+        channels, height, width = (int(d) for d in shape[1:] if d is not None)
+        places = blocked_places(channels, height, width, step)
         for suffix, array in (("places", places), ("first", np.zeros(1, np.int64)), ("one", np.ones(1, np.int64))):
             self.constants.append(numpy_helper.from_array(array, f"{name}/{suffix}"))
         self.kept += 1
-        ops = (
+        ops: tuple[tuple[str, tuple[str, ...], str, dict[str, int]], ...] = (
             ("Reshape", (self._blocked[source][0], flat.input[1]), f"{name}/flat", {}),
             ("Shape", (f"{name}/flat",), f"{name}/shape", {}),
             ("Gather", (f"{name}/shape", f"{name}/first"), f"{name}/samples", {}),
@@ -232,7 +233,8 @@ def blocked_places(channels: int, height: int, width: int, step: int) -> NDArray
     channel, position = np.divmod(np.arange(0, channels * height * width, step), height * width)
     block = block_size()
     places = (channel // block * height * width + position) * block + channel % block
-    return places.astype(np.int32 if places.max() <= np.iinfo(np.int32).max else np.int64)
+    found: NDArray[np.int32 | np.int64] = places.astype(np.int32 if places.max() < 2**31 else np.int64)
+    return found
 
 
 @cache
