@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,7 +196,7 @@ class _Rewritten:
         for suffix, array in (("places", places), ("first", np.zeros(1, np.int64)), ("one", np.ones(1, np.int64))):
             self.constants.append(numpy_helper.from_array(array, f"{name}/{suffix}"))
         self.kept += 1
-        ops: tuple[tuple[str, tuple[str, ...], str, dict[str, int]], ...] = (
+        ops: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
             ("Reshape", (self._blocked[source][0], flat.input[1]), f"{name}/flat", {}),
             ("Shape", (f"{name}/flat",), f"{name}/shape", {}),
             ("Gather", (f"{name}/shape", f"{name}/first"), f"{name}/samples", {}),

@@ -163,7 +163,7 @@ def _detached(part: ir.Model, names: Container[str]) -> Iterator[None]:
         for value, tensor in held.items():
             assert tensor is not None
             value.const_value = ir.ExternalTensor(
-                "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
+                "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name)
             )
         yield
     finally:
