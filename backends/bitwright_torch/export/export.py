@@ -24,6 +24,8 @@ from bitwright.errors import InputError, ModelError, first_line, needs_extra
 from bitwright.files import atomic_write
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan, SiteKind
+from bitwright_torch.export.decomposition import piecewise
+from bitwright_torch.export.pattern_matching import first_by_type
 from bitwright_torch.export.recurrent_export import name_recurrent_weights
 from bitwright_torch.export.spelling import refuse_invalid, spell
 from bitwright_torch.graph.canonical import Canonical, canonical
@@ -226,7 +228,7 @@ def _exported(model: CapturedModel, found: Canonical, nodes: Sequence[fx.Node]) 
     try:
         with silenced("torch.onnx"), torch.no_grad():
             made = torch.onnx.export(
-                watched,
+                piecewise(watched, tuple(samples), (tuple(shapes),)) or watched,
                 tuple(samples),
                 dynamo=True,
                 opset_version=OPSET,
@@ -302,7 +304,8 @@ def _tidy(exported: Any, names: Mapping[str, str], params: set[str]) -> None:
         value.const_value = None
     given = [value.name for value in inputs]
     try:
-        optimize_ir(exported)
+        with first_by_type():
+            optimize_ir(exported)
     except Exception as error:
         told = error
         while isinstance(told.__cause__, RuntimeError):
