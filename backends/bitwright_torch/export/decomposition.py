@@ -28,7 +28,8 @@ def piecewise(module: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shape
     """A module as such a program, captured as torch.onnx itself does it first; None where that doesn't do."""
     try:
         # As sizes are told apart there: 0 and 1 aren't taken for good.
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        config: Any = torch.fx.experimental._config
+        with config.patch(backed_size_oblivious=True):
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return None  # torch.onnx has other ways, and tells the reason
@@ -55,7 +56,8 @@ class Piecewise(ExportedProgram):
                 return self._decomposed(dict(decomp_table))
             except Exception:  # whatever it is: what is left undone here, the whole trace does or tells the reason of
                 pass
-        return super().run_decompositions(decomp_table, **options)
+        whole: ExportedProgram = super().run_decompositions(decomp_table, **options)
+        return whole
 
     def _decomposed(self, table: Table) -> ExportedProgram:
         graph = copy.deepcopy(self.graph)

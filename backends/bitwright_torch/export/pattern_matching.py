@@ -20,7 +20,8 @@ def first_by_type() -> Iterator[None]:
     except ImportError:  # other versions lay it out otherwise
         yield
         return
-    search = SimplePatternMatcher.match
+    matcher: Any = SimplePatternMatcher
+    search = matcher.match
 
     def match(self: Any, model: Any, graph_or_function: Any, node: Any, **options: Any) -> Any:
         pattern = self.pattern
@@ -30,8 +31,8 @@ def first_by_type() -> Iterator[None]:
                 return MatchResult().fail("No match found.")
         return search(self, model, graph_or_function, node, **options)
 
-    SimplePatternMatcher.match = match
+    matcher.match = match
     try:
         yield
     finally:
-        SimplePatternMatcher.match = search
+        matcher.match = search

@@ -435,7 +435,7 @@ def fake_quantize(
     np.rint(q, out=q)
     zero = np.asarray(zero_point, np.float32)
     np.clip(q, grid.qmin - zero, grid.qmax - zero, out=q)
-    return np.multiply(q, scale, out=q)
+    return np.asarray(np.multiply(q, scale, out=q), np.float32)
 
 
 def largest_of(format: FloatFormat) -> float:
