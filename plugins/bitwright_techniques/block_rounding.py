@@ -141,6 +141,7 @@ def _choose(block: _Block, tried: Array, cells: NDArray[np.intp] | None) -> NDAr
         rows = np.flatnonzero(wanted[own].any(axis=0))
         mine = own[:, rows]
         scale = np.take_along_axis(tried[:, rows], at[mine][..., None], axis=2)[..., 0]
-        return np.bincount(mine.reshape(-1), block.cost(scale, rows).reshape(-1), owners)
+        sums = np.bincount(mine.reshape(-1), block.cost(scale, rows).reshape(-1), owners)
+        return sums.astype(np.float64)
 
     return least_of(count, owners, cost)[own]

@@ -176,7 +176,8 @@ def search_row_scales(problem: Reconstruction, grid: WeightGrid, factored: Facto
         error -= values
         error *= pivot[:, None]
         power = np.einsum("grk,grk->gr", error, error)
-        return np.bincount(grid.ties[:, rows].reshape(-1), power.reshape(-1), len(at))
+        sums = np.bincount(grid.ties[:, rows].reshape(-1), power.reshape(-1), len(at))
+        return sums.astype(np.float64)
 
     return grid.scaled(fractions[least_of(candidates, int(grid.ties.max()) + 1, cost)])
 

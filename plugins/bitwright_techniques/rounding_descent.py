@@ -196,7 +196,7 @@ def clipped(codes: Array, low: Array, high: Array) -> Array:
 
 def _product(row: Array, matrix: Array) -> Array:
     """(groups, n) · (groups, n, rows) → (groups, rows)."""
-    return np.matmul(row[:, None], matrix)[:, 0]
+    return np.asarray(np.matmul(row[:, None], matrix)[:, 0])
 
 
 def act_order(diagonal: NDArray[np.floating]) -> NDArray[np.intp]:
