@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._export.utils import _check_valid_to_preserve
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,9 +26,10 @@ Table = Mapping[Any, Callable[..., Any]]
 def piecewise(module: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> Piecewise | None:
     """A module as such a program, captured as torch.onnx itself does it first; None where that doesn't do."""
     try:
+        from torch.fx.experimental import _config
+
         # As sizes are told apart there: 0 and 1 aren't taken for good.
-        config: Any = torch.fx.experimental._config
-        with config.patch(backed_size_oblivious=True):
+        with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return None  # torch.onnx has other ways, and tells the reason
@@ -97,6 +97,8 @@ def _changes(node: fx.Node, table: Table) -> bool:
         raise _Unknown(str(target))
     if all(isinstance(v, int | float | bool | torch.SymInt) for v in pytree.tree_leaves(node.meta.get("val"))):
         return False  # a size, or a check of one
+    from torch._export.utils import _check_valid_to_preserve  # here, so that where it is gone the whole is traced
+
     return target in table or (target._can_decompose() and not _check_valid_to_preserve(target))
 
 

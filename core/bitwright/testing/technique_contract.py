@@ -38,8 +38,8 @@ FRAMEWORKS = ("torch", "tensorflow", "keras", "onnx", "onnx_ir", "onnxruntime", 
 
 _MODELS: dict[type, Mapping[str, ReferenceModel]] = {}
 """Models by contract class: each is brought onto a backend once for all tests."""
-_RUNS: dict[tuple[type, ReferenceModel], _Run] = {}
-"""By contract class and model."""
+_RUNS: dict[tuple[type, ReferenceModel, type], _Run] = {}
+"""By contract class, model, and class of the backend, which a contract may take in turn."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,10 @@ class TechniqueContract:
 
     def _run(self, model: ReferenceModel) -> _Run:
         """`apply`, once for all tests that look at what it does."""
-        key = type(self), model
+        backend = self.backend()
+        key = type(self), model, type(backend)
         if key not in _RUNS:
-            backend, native = self.backend(), self.port(model)
+            native = self.port(model)
             graph, store = backend.graph(native), MemoryStore()
             before = {p: np.array(v) for p, v in backend.read(native, list(graph.params)).items()}
             _RUNS[key] = _Run(self.apply(model, store), store, graph.ops, before)
