@@ -166,6 +166,21 @@ def test_parts_about_different_means_merge():
     assert np.allclose(merged.residual[0], rx + np.outer(merged.residual[2], merged.mean[0]), atol=1e-4)
 
 
+def test_residual_sums_of_parts_move_with_their_own_inputs():
+    op, x = Op("fc", OpKind.LINEAR, "MatMul", ("x",), ("y",)), steady()
+    r = (x[:, :2] - x[:, :2].min(0)).astype(np.float32)
+    y = 2 * x + 3
+    merged = LayerMoments(op, 300, residual_outputs=2)
+    for part, far in ((slice(150), 0), (slice(150, None), 8)):
+        one = LayerMoments(op, 300, residual_outputs=2)
+        one.update(x[part] + far, y[part] - far, r[part])
+        merged.merge(one)
+    far = np.where(np.arange(len(x)) < 150, 0, 8)[:, None]
+    for found, inputs in zip(merged.residual, (x + far, y - far), strict=False):
+        expected = r.astype(np.float64).T @ inputs.astype(np.float64) / len(x)
+        assert np.allclose(found, expected, rtol=1e-5)
+
+
 def test_inputs_that_vary_are_summed_as_they_are():
     op, x, w = tensors("plain")
     m = moments_of(op, to_matrix(op, w).shape[2], (x, x))

@@ -71,6 +71,13 @@ def test_types_as_users_write_them():
             parse_type(wrong)
 
 
+def test_steps_between_tensors_whose_grid_is_of_run_time():
+    """The grid is that of the first; what differs by more than half a step is another code."""
+    a = np.array([[-1.27, 0.3, 1.27]], np.float32)
+    for b, apart in (([[-1.27, 0.27, 1.29]], [0, 3, 2]), ([[-1.2649, 0.3, 1.2751]], [1, 0, 1])):
+        assert dynamic_encoding("int8:per_token").steps_between(a, np.float32(b)).tolist() == apart
+
+
 def test_there_are_no_numbers_before_run_time():
     encoding = dynamic_encoding("int8:per_token")
     assert encoding.scale.shape == encoding.zero_point.shape == (0,)

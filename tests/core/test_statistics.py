@@ -199,6 +199,8 @@ def test_histograms_per_channel_are_those_of_the_channels():
 
 
 def test_histogram_settings():
+    with pytest.raises(InputError, match="precision=15"):
+        HistogramStatistic(precision=15)
     with pytest.raises(InputError, match="precision=0"):
         HistogramStatistic(precision=0)
     with pytest.raises(InputError, match="precision 5 into one of 9"):
@@ -274,3 +276,11 @@ def test_a_histogram_takes_memory_for_the_octaves_that_occur():
     assert histogram._table.nbytes == 2 * 512 * 2  # 0 and −0 differ in sign
     histogram.update(rng.normal(size=2**16).astype(np.float32))
     assert 30 * 512 * 2 < histogram._table.nbytes < HistogramStatistic.bytes_for()
+
+
+def test_extremes_of_a_batch_whose_values_are_thinned_come_beside_them():
+    h = HistogramStatistic(step=2, extremes=True)
+    h.update(np.float32([1, 2]), (np.float32([-3]), np.float32([2])), (np.float32([1]), np.float32([5])))
+    assert (h.low, h.high) == (-3, 5)
+    h.update(np.float32([1, 6]), (np.float32([1]), np.float32([7])))
+    assert (h.low, h.high) == (-3, 7)

@@ -184,6 +184,9 @@ def test_accumulators_are_exact_beyond_float32():
     weight[0, ::2] = 126
     total = kernels.accumulate(op, codes, uint8(1, 0), weight, None)
     assert total.item() == 255 * int(weight.sum()) > 2**24
+    weight[0, 2049:] *= -1  # the sum is small, sums on the way aren't
+    total = kernels.accumulate(op, codes, uint8(1, 0), weight, None)
+    assert total.item() == 255 * int(weight.sum()) < 2**16
 
 
 def test_linear_layout_follows_the_channel_axis():
