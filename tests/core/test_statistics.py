@@ -280,7 +280,7 @@ def test_a_histogram_takes_memory_for_the_octaves_that_occur():
 
 def test_extremes_of_a_batch_whose_values_are_thinned_come_beside_them():
     h = HistogramStatistic(step=2, extremes=True)
-    h.update(np.float32([1, 2]), (np.float32([-3]), np.float32([2])), (np.float32([1]), np.float32([5])))
+    h.update(np.float32([1, 2]), (np.float32([-3]), np.float32([5])), (np.float32([1]), np.float32([2])))
     assert (h.low, h.high) == (-3, 5)
     h.update(np.float32([1, 6]), (np.float32([1]), np.float32([7])))
     assert (h.low, h.high) == (-3, 7)

@@ -184,9 +184,11 @@ def test_accumulators_are_exact_beyond_float32():
     weight[0, ::2] = 126
     total = kernels.accumulate(op, codes, uint8(1, 0), weight, None)
     assert total.item() == 255 * int(weight.sum()) > 2**24
-    weight[0, 2049:] *= -1  # the sum is small, sums on the way aren't
-    total = kernels.accumulate(op, codes, uint8(1, 0), weight, None)
-    assert total.item() == 255 * int(weight.sum()) < 2**16
+    # The sum is small; sums on the way, of which a vectorized product has dozens, aren't.
+    codes, weight = np.full((1, 2**19), 255, np.int32), np.where(np.arange(2**19) < 2**18, 127, -127)[None]
+    weight[0, :5] = 101
+    total = kernels.accumulate(op, codes, uint8(1, 0), weight.astype(np.int32), None)
+    assert total.item() == 255 * int(weight.sum()) == -255 * 130
 
 
 def test_linear_layout_follows_the_channel_axis():
