@@ -235,7 +235,7 @@ def child(options: dict[str, Any]) -> tuple[dict[str, dict[str, float]], str]:
         [sys.executable, __file__, "--child", json.dumps(options)], capture_output=True, text=True, check=False
     )
     found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("PEAKS ")]
-    error = "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    error = "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
     return (found[-1] if found else {}), error
 
 

@@ -22,6 +22,10 @@ from bitwright.backend import (
     SharedConversion,
     Simulation,
     ToCompile,
+    let_go,
+)
+from bitwright.backend import (
+    parts_of as network_parts,
 )
 from bitwright.bundle._formats import Formats, check_formats, chosen_formats, write_formats
 from bitwright.bundle._parts import of_part, parts_in
@@ -86,7 +90,12 @@ def export(
     make_directory(staging)
     conversions = ExitStack()
     try:
+        large = len(network_parts(state.graph)) > 1
+        if large:
+            let_go()  # what calibration has left behind
         run = export_gate.simulated(state, simulate, max(reference_samples, 1))
+        if large:
+            let_go()
         files: dict[str, Path] = {}
         artefact, *_ = backend.formats()
         if isinstance(backend, SharedConversion):

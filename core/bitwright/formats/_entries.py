@@ -86,6 +86,9 @@ class Entry:
             value = getattr(self, name)
             if value is not None:
                 value = np.array(value, kind)
+                if name == "zero_point" and value.size > 1 and (value == value.flat[0]).all():
+                    # Of a large model's blocks, one number for each would take more than the scales that they have.
+                    value = np.broadcast_to(value.flat[0], value.shape)
                 value.setflags(write=False)
                 object.__setattr__(self, name, value)
 
