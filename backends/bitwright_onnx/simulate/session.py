@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitwright.backend import Batch, Tap, feed, given, reduced, require_tensors
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import Array
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
@@ -92,6 +92,9 @@ def _compile(
         with _detached(part, shared):
             proto = ir.to_proto(part).SerializeToString()
     except Exception as error:
+        for inner in _chain(error):
+            if isinstance(inner, BitwrightError):  # of a weight that is read as it is written
+                raise ModelError(str(inner)) from error
         raise ModelError(
             f"the model can't be serialized ({reason(error)}); more than 2 GB in subgraphs or in packed types "
             "is not supported"
@@ -104,6 +107,13 @@ def _compile(
         raise ModelError(f"ONNX Runtime can't run the model: {reason(error)}{_hint(error)}") from error
     session.bitwright_weights = shared
     return session
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: onnx-ir's own say only which of its functions was at work."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _options(part: ir.Model, config: Mapping[str, str] | None) -> ort.SessionOptions:

@@ -17,6 +17,7 @@ from bitwright.backend import (
     Session,
     Simulation,
     Tap,
+    parts_of,
     session_in_parts,
     warn_where_it_began,
 )
@@ -30,7 +31,9 @@ from bitwright.plugins import registry
 from bitwright.state import SimState
 
 VALUES_BYTES = 2**29
-"""Bytes of tensors that are compared at once; with more, fewer samples are."""
+"""Bytes of tensors that are compared at once; with more, one sample is."""
+LARGE_VALUES_BYTES = 2**26
+"""The same of a network that is run in parts, whose user may have little memory beside it."""
 
 Array = NDArray[Any]
 
@@ -65,7 +68,8 @@ def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: i
         return "there were no calibration data, and no made-up input runs: calibrate on data before the export"
     samples = samples.first(count)
     taps = compared_tensors(state.graph, state.plan)
-    if _bytes(state.graph, taps, samples) > VALUES_BYTES:
+    budget = VALUES_BYTES if len(parts_of(state.graph)) == 1 else LARGE_VALUES_BYTES
+    if _bytes(state.graph, taps, samples) > budget:
         samples = samples.first(1)
     simulation, entire = simulate(), samples.uncut()
     try:
@@ -88,8 +92,8 @@ def run_simulated(
     if session is None:
         divisible = isinstance(state.backend, PartialExecution)
         session = session_in_parts(state.graph, simulation, taps) if divisible else simulation.session(taps)
-    run = session.run(samples.inputs)
-    values = {tap.tensor: np.array(v) for tap, v in run.items()}
+    run = dict(session.run(samples.inputs))
+    values = {tap.tensor: np.array(run.pop(tap)) for tap in list(run)}
 
     def floating(taps: Sequence[Tap]) -> Session:
         return state.backend.session(state.native, taps)

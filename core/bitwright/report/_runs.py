@@ -34,7 +34,7 @@ def read_run(path: Path) -> RunReport:
         path = found[0]
     try:
         return RunReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no report of a run ({first_line(error)})") from None
 
 

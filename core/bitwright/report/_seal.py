@@ -60,7 +60,7 @@ def named(path: Path) -> str | None:
     """Which export a report is of; None where there is none that can be read."""
     try:
         return str(json.loads(path.read_text())["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -87,9 +87,9 @@ def read_report(folder: Path, stem: str) -> ReadReport:
     try:
         content = json.loads(path.read_text())
         report = RunReport.model_validate(content)
-    except (OSError, ValueError) as error:
+        changed = bool(report.seal) and report.seal != seal(content)
+    except (OSError, ValueError, RecursionError) as error:
         return ReadReport(path, None, f"{path.name}: it can't be read ({first_line(error)})")
-    changed = bool(report.seal) and report.seal != seal(content)
     damage = f"{path.name}: it was changed after the export (its seal doesn't fit)" if changed else ""
     if report.name != stem:  # of another export, or its name is what was changed
         return ReadReport(path, None, damage)
