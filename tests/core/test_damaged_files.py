@@ -15,6 +15,7 @@ from bitwright import formats
 from bitwright.data import labels
 from bitwright.errors import BitwrightError, EncodingError, InputError, TargetError
 from bitwright.files import open_npz, read_npy, read_npz, write_text
+from bitwright.report import read_report, read_run
 from bitwright.runs._directory import FileStore
 from bitwright.simulation import read_recipe
 from bitwright.targets import load_target
@@ -178,3 +179,12 @@ def test_zip_entries_that_claim_to_be_encrypted(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(InputError, match="encrypted"):
         read_npz(path)
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP, f'{{"name": {LONG}}}', '{"name": "m"}'], ids=["deep", "long", "short"])
+def test_reports(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    found = read_report(tmp_path, "m")
+    assert found.report is None and "report.json: it can't be read" in found.damage
+    with pytest.raises(InputError, match="no report of a run"):
+        read_run(tmp_path)
