@@ -83,6 +83,8 @@ def _compile(
     options = _options(part, config)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Such sessions run once or twice, and an arena grows by powers of two for weights dequantized one by one.
+        options.enable_cpu_mem_arena = False
     # What ONNX Runtime optimized is read back with its weights inside: where sites may stay blocked, none are shared.
     shared = {} if blocked else _big_weights(part)
     if shared:
