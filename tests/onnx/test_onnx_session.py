@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
 from bitwright_onnx.backend import OnnxBackend
-from bitwright_onnx.simulate.session import OrtSession
+from bitwright_onnx.simulate.session import OrtSession, compile_session
 
 BACKEND = OnnxBackend()
 CNN = BACKEND.adopt(b.small_cnn())
@@ -172,3 +172,15 @@ def test_the_model_is_not_changed_by_sessions():
     BACKEND.segment(model, ["c1"], [Tap("prob")])
     assert [v.const_value for v in model.graph.initializers.values()] == before
     assert [v.name for v in model.graph.outputs] == ["prob"] and len(list(model.graph)) == 11
+
+
+def test_an_error_that_is_handled_already_is_no_reason_that_a_model_cannot_be_written(monkeypatch):
+    def too_large(part):
+        raise ValueError("more than 2 GB")
+
+    monkeypatch.setattr("bitwright_onnx.simulate.session.ir.to_proto", too_large)
+    try:
+        raise InputError("of something else")
+    except InputError:
+        with pytest.raises(ModelError, match=r"can't be serialized \(more than 2 GB\)"):
+            compile_session(BACKEND.adopt(b.mlp()))

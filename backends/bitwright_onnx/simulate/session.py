@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -90,11 +91,12 @@ def _compile(
     if shared:
         # The options hold no reference to the arrays, so the session below must.
         options.add_external_initializers(list(shared), list(shared.values()))
+    handled = sys.exception()
     try:
         with _detached(part, shared):
             proto = ir.to_proto(part).SerializeToString()
     except Exception as error:
-        for inner in _chain(error):
+        for inner in _chain(error, handled):
             if isinstance(inner, BitwrightError):  # of a weight that is read as it is written
                 raise ModelError(str(inner)) from error
         raise ModelError(
@@ -111,9 +113,13 @@ def _compile(
     return session
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it: onnx-ir's own say only which of its functions was at work."""
-    while error is not None:
+def _chain(error: BaseException | None, handled: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: onnx-ir's own say only which of its functions was at work.
+
+    Args:
+        handled: what was being handled before; it and what is behind it have nothing to do with the error.
+    """
+    while error is not None and error is not handled:
         yield error
         error = error.__cause__ or error.__context__
 
