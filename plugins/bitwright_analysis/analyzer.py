@@ -97,6 +97,7 @@ def quant_analyzer(
         require_bokeh()
     sim = opened(model, sample, options, progress)
     dataset = sim.open(data, batch_size=batch_size, limit=limit)
+    classes = None if labels is None else labels_of(labels, dataset, limit=limit, fixed=sim.fixed_batch)
     seconds: dict[str, float] = {}
     with _run_directory(run, out, sim) as directory:
         sim.attach(run=directory)
@@ -110,8 +111,8 @@ def quant_analyzer(
         simulation = sim.backend.simulate(sim.native, sim.plan, table)
         switches = Switches(simulation, sim.plan, table)
         score: Judge | None = Evaluation(evaluate) if evaluate is not None else None
-        if labels is not None:
-            score = Top1(sim.graph, dataset, labels_of(labels, dataset, limit=limit, fixed=sim.fixed_batch))
+        if classes is not None:
+            score = Top1(sim.graph, dataset, classes)
         store = open_store(sim.state, "quant_analyzer", {**settings, "sweep_samples": sweep_samples}, table, dataset)
         with _clock(seconds, "overall"), OutputNoise(sim.backend, sim.native, sim.graph, dataset) as noise:
             figures = _overall(switches, noise, score, store)

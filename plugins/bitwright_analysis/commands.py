@@ -62,6 +62,7 @@ def analyze(
     Interrupted, the same command goes on from the last finished measurement.
     """
     from bitwright.cli.labels import read_labels
+    from bitwright.data import labels_of
     from bitwright.runs import run_in
     from bitwright.simulation import QuantSim, read_recipe
     from bitwright.technique import Recipe, Step
@@ -98,8 +99,8 @@ def analyze(
             return _on_bank(sim.calibrate(source), source, out, as_json=as_json)
         assert data is not None
         dataset = sim.open(data, batch_size=batch_size, limit=samples)
-        if known is not None and dataset.samples is not None and len(known) < dataset.samples:
-            raise typer.BadParameter(f"there are {len(known)} labels for {dataset.samples} samples")
+        if known is not None:  # before any work
+            labels_of(known, dataset, limit=samples, fixed=sim.fixed_batch)
         with run_in(out) as run:
             sim.attach(run=run)
             for step in steps:

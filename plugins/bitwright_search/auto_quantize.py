@@ -105,10 +105,11 @@ def auto_quantize(
         sim = open_sim(model, sample, options, directory, progress, workers)
         refuse_unwritable(sim, out, model, name, formats)
         data = sim.open(calibration, batch_size=batch_size)
+        scored = read_evaluate(evaluate, sim)
         search = AutoSearch(
             sim,
             data,
-            read_evaluate(evaluate, sim),
+            scored,
             SearchStore(directory),
             Limits(allowed_drop, budget_seconds, budget_evaluations),
             _schemes(schemes, sim),
@@ -125,7 +126,7 @@ def auto_quantize(
         if out is not None:
             from bitwright_search.auto_page import render
 
-            write(result, render, Path(out), name, model, data, encodings_version, plain_session,
+            write(result, render, Path(out), name, model, data, scored, encodings_version, plain_session,
                   formats, tool="auto_quantize", document="diagnosis")  # fmt: skip
     return result
 

@@ -11,14 +11,23 @@ from bitwright.bank import Bank
 from bitwright.bundle import ARRAYS_SUFFIX, Formats, chosen_formats, refuse_planned
 from bitwright.data import Dataset
 from bitwright.files import make_directory, write_text
-from bitwright.report import Calibration, complete_report
+from bitwright.report import Accuracy, Calibration, complete_report
 from bitwright.simulation import QuantSim
+from bitwright_search.evaluation import Evaluate, Labelled
 
 
 class Found(Protocol):
     """What a search hands out."""
 
     sim: QuantSim
+    @property
+    def score(self) -> float | None:
+        """Of the network, where it was evaluated."""
+
+    @property
+    def float_score(self) -> float | None:
+        """Of the float model."""
+
     seconds: float
     target: str
     bundle: Bundle | None
@@ -38,6 +47,7 @@ def write(
     name: str | None,
     model: Any,
     data: Dataset,
+    evaluate: Evaluate | None,
     version: str,
     plain_session: bool | None = None,
     formats: Formats | None = None,
@@ -54,6 +64,7 @@ def write(
         name: of the files; None for the model's own.
         model: as it was given.
         data: that it was calibrated on.
+        evaluate: that gave the scores; top-1 goes into the run's report, where `bitwright report` and `diff` find it.
         version: of the encodings file.
         plain_session, formats: see `QuantSim.export`.
         tool: its name in the report's seconds.
@@ -65,13 +76,19 @@ def write(
     make_directory(out)
     stem, result.bundle, files = export_network(
         result.sim, out, name, model, data, version, {tool: result.seconds}, plain_session=plain_session,
-        formats=formats,
+        formats=formats, accuracy=_accuracy(result, evaluate),
     )  # fmt: skip
     json_file, page = (out / f"{document}{suffix}" for suffix in (".json", ".html"))
     write_text(json_file, result.to_json())
     write_text(page, render(result, f"{stem} on {result.target}"))
     purpose = document.replace("_", " ")
     result.files = {**files, purpose: json_file, f"{purpose} page": page}
+
+
+def _accuracy(result: Found, evaluate: Evaluate | None) -> Accuracy | None:
+    if not isinstance(evaluate, Labelled) or result.score is None or result.float_score is None:
+        return None
+    return Accuracy(samples=len(evaluate.labels), float_model=result.float_score, simulated=result.score)
 
 
 def export_network(
@@ -85,6 +102,7 @@ def export_network(
     *,
     plain_session: bool | None = None,
     formats: Formats | None = None,
+    accuracy: Accuracy | None = None,
 ) -> tuple[str, Bundle, dict[str, Path]]:
     """The bundle and ``report.json``, which `bitwright verify` reads.
 
@@ -104,7 +122,7 @@ def export_network(
             source=type(data).__name__, samples=data.samples, batch_size=getattr(data, "batch_size", 0),
             scheme=sim.scheme, fingerprint=data.fingerprint(),
         ),
-        seconds=seconds,
+        seconds=seconds, accuracy=accuracy,
     )  # fmt: skip
     arrays = out / f"{stem}{ARRAYS_SUFFIX}"
     record = {"record": arrays} if arrays.is_file() else {}

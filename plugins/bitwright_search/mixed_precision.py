@@ -137,10 +137,11 @@ def mixed_precision(
             noises = measure_noise(sim, groups, choices, data, batches, directory)
         else:
             noises, notes = predicted_noise(sim, groups, choices, bank), (*notes, NOTE)
+        scored = None if evaluate is None else read_evaluate(evaluate, sim)
         search = MixedSearch(
             sim=sim,
             data=data,
-            evaluate=None if evaluate is None else read_evaluate(evaluate, sim),
+            evaluate=scored,
             stages=stages,
             groups=groups,
             candidates=choices,
@@ -156,7 +157,7 @@ def mixed_precision(
         if out is not None:
             from bitwright_search.mixed_page import render
 
-            write(result, render, Path(out), name, model, data, encodings_version, plain_session,
+            write(result, render, Path(out), name, model, data, scored, encodings_version, plain_session,
                   formats, tool="mixed_precision", document="mixed_precision")  # fmt: skip
     return result
 

@@ -302,6 +302,9 @@ def test_what_it_writes(net, tmp_path):
     assert told["met"] is True
     assert [t["name"] for t in told["trials"]] == [t.name for t in result.trials]
     assert told["score"] == result.score
+    accuracy = json.loads((tmp_path / "out/report.json").read_text())["accuracy"]  # `bitwright report` lists it
+    assert (accuracy["samples"], accuracy["float_model"]) == (len(net.labels), result.float_score)
+    assert (accuracy["simulated"], accuracy["agreement"]) == (result.score, None)
     from bitwright.verify import verify
 
     seen = verify(tmp_path / "out", {"image": net.images}, net.labels)

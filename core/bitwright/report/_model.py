@@ -176,12 +176,16 @@ class BundleRecord(Record):
 
 
 class Accuracy(Record):
-    """Top-1 of the float model and of the simulation, as fractions, on the data that were given with labels."""
+    """Top-1 of the float model and of the simulation, as fractions, on the data that were given with labels.
+
+    Attributes:
+        agreement: the share of samples that both give the same class; None where only scores were taken (searches).
+    """
 
     samples: int
     float_model: float
     simulated: float
-    agreement: float
+    agreement: float | None = None
 
 
 class MetricRecord(Record):

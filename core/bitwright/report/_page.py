@@ -48,8 +48,9 @@ def _overview(report: RunReport) -> str:
         tiles += [
             tile("Float top-1", f"{report.accuracy.float_model:.2%}", f"{report.accuracy.samples} samples"),
             tile("Simulated top-1", f"{report.accuracy.simulated:.2%}", f"{points:+.2f} points"),
-            tile("Same class", f"{report.accuracy.agreement:.2%}", "simulation and float"),
         ]
+        if report.accuracy.agreement is not None:
+            tiles.append(tile("Same class", f"{report.accuracy.agreement:.2%}", "simulation and float"))
     for metric in report.metrics:
         beside = f"float {metric.float_model:.4g}, " if metric.float_model is not None else "from float, "
         tiles.append(tile(metric.metric, f"{metric.simulated:.4g}", f"{beside}{metric.count} positions"))
