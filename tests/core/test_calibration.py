@@ -453,6 +453,22 @@ def test_entropy_matches_the_definition():
     assert e.maximum < 0.9 * x.max()
 
 
+def test_entropy_joins_magnitudes_to_the_levels_of_one_side():
+    """A grid of 5 bits has as many levels on each side of zero as one of 4 bits has above it."""
+    x = samples("laplace", 40_000)
+    below, above = scheme("entropy").range(Density.of_values(x[None], 10), QuantSpec(5, **ASYMMETRIC))
+    _, size = scheme("entropy").range(Density.of_values(np.abs(x)[None], 10), QuantSpec(4, **ASYMMETRIC))
+    assert size[0] < 0.9 * np.abs(x).max()
+    assert (-below[0], above[0]) == (size[0], size[0])
+
+
+def test_entropy_compares_where_two_bins_are_left_for_a_level():
+    """199 values make 32 bins, full and nearly empty ones in turn: 16 levels join them in pairs, 32 join nothing."""
+    x = np.concatenate([np.repeat(np.arange(0.5, 16.5), [1, 20] * 8), np.full(30, 15.5), [31]])[None]
+    assert scheme("entropy").range(Density.of_values(x, 10), QuantSpec(4, **ASYMMETRIC))[1] == 16
+    assert scheme("entropy").range(Density.of_values(x, 10), QuantSpec(5, **ASYMMETRIC))[1] == 31
+
+
 @pytest.mark.parametrize("name", ["minmax", "percentile:99", "sqnr", "mse", "entropy"])
 def test_what_lies_below_zero_counts_as_what_lies_above(name):
     """Values turned about zero give the grid turned about zero, where a grid has as many steps on either side."""

@@ -7,16 +7,19 @@ import json
 import numpy as np
 import pytest
 
+from bitwright.calibration import to_calibrate
 from bitwright.errors import EncodingError, InputError, TargetError
 from bitwright.formats import EncodingsFile, diff, dumps, loads
 from bitwright.graph import OpKind
 from bitwright.grids import (
     Dynamic,
     Encoding,
+    EncodingTable,
     PerTensor,
     QuantSpec,
     dynamic_encoding,
     encoding_arrays,
+    encoding_from_range,
     encoding_of_arrays,
     parse_type,
 )
@@ -194,3 +197,13 @@ def test_encodings_files_say_what_they_are():
     broken["producer"]["bitwright"]["run_time"]["a"] = "int8"
     with pytest.raises(EncodingError, match=r"'a'.*run_time.*int8:per_token"):
         loads(json.dumps(broken))
+
+
+def test_no_range_is_looked_for_where_it_is_found_at_run_time_or_given():
+    plan = build_plan(models.mlp().graph, "default", overrides={"x": "uint8:per_token"})
+    sites = [s for s in plan.activations if plan.spec(s).run_time is None]
+    assert set(plan.activations) - set(sites) == {"x"}
+    assert to_calibrate(plan, EncodingTable({})) == sites
+    given = {s: encoding_from_range(plan.spec(s), 0, 1) for s in sites[:2]}
+    table = EncodingTable({sites[0]: given[sites[0]].with_(frozen=True), sites[1]: given[sites[1]].with_(kept=True)})
+    assert to_calibrate(plan, table) == sites[2:]
