@@ -20,6 +20,7 @@ class Found(Protocol):
     """What a search hands out."""
 
     sim: QuantSim
+
     @property
     def score(self) -> float | None:
         """Of the network, where it was evaluated."""
