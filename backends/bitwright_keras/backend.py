@@ -23,7 +23,7 @@ from bitwright.backend import (
 )
 from bitwright.errors import InputError
 from bitwright.files import Array
-from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_keras.capture.files import load_model, save_model
@@ -98,6 +98,13 @@ class KerasBackend:
     def edit(self, model: KerasModel, edits: Sequence[Edit]) -> KerasModel:
         """See `Backend`."""
         return edit_model(model, edits)
+
+    def branch_obstacle(self, model: KerasModel, op: OpId) -> str:
+        """See `bitwright.backend.Branching`."""
+        graph = self.graph(model)
+        found = graph.op(op)
+        shape = None if found.weight is None else graph.params[found.weight].shape
+        return branch_obstacle(found, graph.tensors, shape, graph)
 
     def session(self, model: KerasModel, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

@@ -16,7 +16,7 @@ from bitwright.backend import Batch, Bundle, Pair, QuantizedNetwork, Session, Si
 from bitwright.bundle import PlainRisks
 from bitwright.errors import InputError
 from bitwright.files import Array
-from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.capture.model import adopt_model, load_model
@@ -95,6 +95,13 @@ class OnnxBackend:
     def edit(self, model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
         """See `Backend`."""
         return edit_model(model, edits)
+
+    def branch_obstacle(self, model: ir.Model, op: OpId) -> str:
+        """See `bitwright.backend.Branching`."""
+        graph = self.graph(model)
+        found = graph.op(op)
+        shape = None if found.weight is None else graph.params[found.weight].shape
+        return branch_obstacle(found, graph.tensors, shape, graph)
 
     def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

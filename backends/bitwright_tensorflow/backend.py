@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
-from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_tensorflow.capture import sources
@@ -113,6 +113,13 @@ class TensorFlowBackend:
     def edit(self, model: TfModel, edits: Sequence[Edit]) -> TfModel:
         """See `Backend`."""
         return edit_model(model, edits)
+
+    def branch_obstacle(self, model: TfModel, op: OpId) -> str:
+        """See `bitwright.backend.Branching`."""
+        graph = self.graph(model)
+        found = graph.op(op)
+        shape = None if found.weight is None else graph.params[found.weight].shape
+        return branch_obstacle(found, graph.tensors, shape, graph)
 
     def session(self, model: TfModel, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

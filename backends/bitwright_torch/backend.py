@@ -23,7 +23,7 @@ from bitwright.backend import (
     Training,
 )
 from bitwright.errors import CapabilityError, InputError, ModelError
-from bitwright.graph import Edit, Graph, ParamId, TensorId
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_torch.capture.capturing import capture
@@ -135,6 +135,13 @@ class TorchBackend:
     def edit(self, model: Model, edits: Sequence[Edit]) -> Model:
         """See `Backend`."""
         return edit_parts(model, edits) if isinstance(model, PartitionedModel) else edit_model(model, edits)
+
+    def branch_obstacle(self, model: Model, op: OpId) -> str:
+        """See `bitwright.backend.Branching`."""
+        graph = self.graph(model)
+        found = graph.op(op)
+        shape = None if found.weight is None else graph.params[found.weight].shape
+        return branch_obstacle(found, graph.tensors, shape, graph)
 
     def session(self, model: Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

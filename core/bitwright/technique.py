@@ -63,6 +63,8 @@ class Outcome:
         edits: graph edits, applied before `params` are set.
         folded: (γ, β) of the batch norm that each linear op has absorbed, so that its output is about N(β, γ²)
             in each channel; entries replace those that `Context.folded` had.
+        overrides: types of what the edits add, as `QuantSim(overrides=…)` takes them; what the user has said of the
+            same names goes before.
     """
 
     params: Params = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Outcome:
     edits: Sequence[Edit] = ()
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report("nothing to do"))
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,6 +101,7 @@ class LayerResult:
     Attributes:
         left: set by the walk where the layer couldn't be solved: why, in words. Its weight is rounded to nearest then,
             and its encoding the one that came in.
+        extra: what else the technique has found of the layer, by name; stored with it.
     """
 
     weight: NDArray[np.float32]
@@ -105,6 +109,7 @@ class LayerResult:
     bias: NDArray[np.float32] | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     left: str = ""
+    extra: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 Solve = Callable[[Layer], LayerResult]
@@ -214,6 +219,10 @@ class BlockWalk(Protocol):
 S = TypeVar("S", bound=Settings)
 
 
+def _no_branches(op: OpId) -> str:
+    return "the backend puts no ops beside others"
+
+
 @dataclass(frozen=True)
 class Context(Generic[S]):
     """All that a technique may see.
@@ -228,6 +237,7 @@ class Context(Generic[S]):
         store, progress: durability and display.
         seed: of the run.
         folded: what batch-norm folding left behind, by op: (γ, β) of the batch norm it absorbed, after later scaling.
+        branch_obstacle: why an op can't be given a branch (`graph.AddBranch`), in words; "" if it can.
     """
 
     graph: Graph
@@ -242,6 +252,7 @@ class Context(Generic[S]):
     seed: int = 0
     folded: Mapping[OpId, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     blocks: BlockWalk | None = None
+    branch_obstacle: Callable[[OpId], str] = _no_branches
 
     def rng(self, key: str) -> np.random.Generator:
         """A Philox generator keyed by (seed, key): independent of order, resume and batch size."""

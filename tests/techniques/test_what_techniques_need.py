@@ -19,16 +19,17 @@ from bitwright.testing.reference import ReferenceBackend
 OFFERED = {
     "onnx": {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
-        "observable",
+        "observable", "branching",
     },
-    "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable"},
+    "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable", "branching"},
     "keras": {
         "partial_execution", "trainable", "differentiable", "integer_runtime", "quantized_artefact",
         "reproduced_artefact",
-        "bundled_formats", "observable",
+        "bundled_formats", "observable", "branching",
     },
     "tensorflow": {
         "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats", "observable",
+        "branching",
     },
 }  # fmt: skip
 
@@ -58,7 +59,7 @@ def sim(monkeypatch):
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_backend_offers_what_it_implements(name):
     assert capabilities(FRAMEWORKS[name].backend()) == OFFERED[name]
-    assert capabilities(ReferenceBackend()) == {Capability.PARTIAL_EXECUTION}
+    assert capabilities(ReferenceBackend()) == {Capability.PARTIAL_EXECUTION, Capability.BRANCHING}
 
 
 def test_a_technique_is_refused_where_the_backend_lacks_what_it_needs(sim):
@@ -72,7 +73,7 @@ def test_a_technique_is_refused_where_the_backend_lacks_what_it_needs(sim):
 
 
 def test_tools_are_refused_where_the_backend_lacks_what_they_need(sim):
-    for capability in set(Capability) - {Capability.PARTIAL_EXECUTION}:
+    for capability in set(Capability) - capabilities(ReferenceBackend()):
         with pytest.raises(CapabilityError, match=rf"the tool needs {capability} \(`.*doesn't offer; \w+"):
             require(ReferenceBackend(), {capability}, "the tool")
     batch = models.batch(models.conv_bn_relu())

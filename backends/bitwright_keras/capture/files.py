@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,36 @@ def beyond_h5(operations: Iterable[keras.Operation]) -> str:
 
 
 def names_of(model: KerasModel) -> dict[str, Any]:
-    """By the op id that loading the file gives: what is called otherwise here; ops and their tensors and parameters."""
+    """By the op id that loading the file gives: what is called otherwise here; ops and their tensors and parameters.
+
+    Keras orders calls by their distance from the outputs. Where they aren't so here, each has its place too.
+    """
     found: dict[str, Any] = {}
     counts: dict[int, int] = {}
-    for node in model.nodes:
+    depths = _depths(model)
+    placed = any(depths[a.op] < depths[b.op] for a, b in pairwise(model.nodes))
+    for place, node in enumerate(model.nodes):
         number = counts.get(id(node.operation), 0)
         counts[id(node.operation)] = number + 1
         loaded = node.operation.name if not number else f"{node.operation.name}_{number}"
         first = node.operation.name
         plain = (loaded,) if len(node.outputs) == 1 else tuple(f"{loaded}:{i}" for i in range(len(node.outputs)))
         params = {key: f"{first}/{key}" for key in node.params} if node.layer is not None else _constants(node, loaded)
-        if node.op != loaded or node.outputs != plain or dict(node.params) != params:
+        if placed or node.op != loaded or node.outputs != plain or dict(node.params) != params:
             found[loaded] = {"op": node.op, "outputs": list(node.outputs), "params": dict(node.params)}
+            if placed:
+                found[loaded]["place"] = place
+    return found
+
+
+def _depths(model: KerasModel) -> dict[str, int]:
+    """Of each call, how many calls at most lie behind it."""
+    behind: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for node in reversed(model.nodes):
+        found[node.op] = max((behind.get(t, 0) for t in node.outputs), default=0)
+        for t in node.inputs:
+            behind[t] = max(behind.get(t, 0), found[node.op] + 1)
     return found
 
 
@@ -161,6 +180,14 @@ def renamed(model: KerasModel, names: Mapping[str, Any]) -> KerasModel:
             node = replace(node, op=kept["op"], outputs=tuple(kept["outputs"]), params=params)
         nodes.append(node)
     specs = {tensors.get(t, t): s for t, s in model.specs.items()}
+    places = {kept["op"]: kept["place"] for kept in names.values() if "place" in kept}
+    if places:
+        nodes.sort(key=lambda node: places.get(node.op, len(nodes)))
+        known = set(model.inputs)
+        for node in nodes:
+            if not known.issuperset(node.inputs):
+                raise ModelError(_MISFIT)
+            known.update(node.outputs)
     if len({n.op for n in nodes}) != len(nodes) or len(specs) != len(model.specs):
         raise ModelError(_MISFIT)
     outputs = substitute(model.outputs, lambda ref: Ref(tensors.get(ref.id, ref.id)))
@@ -210,4 +237,5 @@ def _is_record(value: Any) -> bool:
         and all(isinstance(t, str) for t in value["outputs"])
         and isinstance(value.get("params"), dict)
         and all(isinstance(p, str) for p in value["params"].values())
+        and isinstance(value.get("place", 0), int)
     )

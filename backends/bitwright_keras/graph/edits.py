@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Editor
+from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
-from bitwright.graph import LEAK, Edit, Formula, Op, ParamId, ParamRole, TensorId, free_name
+from bitwright.graph import LEAK, BranchNames, Edit, Formula, Op, ParamId, ParamRole, TensorId, free_name
 from bitwright_keras.graph.attributes import data_axis
 from bitwright_keras.graph.canonical import canonical, readers_of
 from bitwright_keras.graph.constants import constant_params
@@ -109,6 +109,33 @@ class KerasEditor(Editor):
         self.model = self.model.with_(specs={**self.model.specs, inner: spec})
         self._replace(node, replace(node, outputs=(inner,)), add)
         return f"{name}/constant"
+
+    def add_branch(self, op: Op, names: BranchNames, down: NDArray[Any], up: NDArray[Any]) -> Branch:
+        """See `Editor`; two dense layers without bias, and a sum."""
+        node, last = self.model.node(op.id), canonical(self.model).nodes[op.id][-1]
+        (output,) = last.outputs
+        spec, (source, *_) = self.model.specs[output], node.inputs
+        assert node.layer is not None
+        product = self.free_tensor(f"{op.id}/product")
+        specs, calls, read = {product: spec}, [replace(last, outputs=(product,))], source
+        for name, matrix in ((names.down, down), (names.up, up)):
+            layer = keras.layers.Dense(
+                len(matrix), use_bias=False, name=self._file_name(name.replace("/", "_")), dtype=node.layer.dtype_policy
+            )
+            layer.build({**self.model.specs, **specs}[read].shape)
+            layer.kernel.assign(matrix.T)
+            layer.trainable = node.layer.trainable
+            tensor = self.free_tensor(name)
+            calls.append(Node(name, layer, (Ref(read),), {}, (tensor,), {"kernel": f"{name}/kernel"}))
+            specs[tensor], read = Spec((*spec.shape[:-1], len(matrix)), spec.dtype), tensor
+        symbols = (keras.KerasTensor(spec.shape, dtype=spec.dtype) for _ in range(2))
+        operation = keras.ops.add(*symbols)._keras_history.operation
+        operation.__dict__["_inbound_nodes"] = []
+        operation.name = self._file_name(names.total.replace("/", "_"))
+        calls.append(Node(names.total, operation, (Ref(product), Ref(read)), {}, (output,)))
+        self.model = self.model.with_(specs={**self.model.specs, **specs})
+        self._replace(last, *calls)
+        return Branch(product, (calls[1].outputs[0], read), (f"{names.down}/kernel", f"{names.up}/kernel"))
 
     def is_shared(self, op: Op, param: ParamId) -> bool:
         """See `Editor`; constants of calls are their own."""

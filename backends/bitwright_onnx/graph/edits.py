@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Editor
+from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Graph, Op, ParamId, TensorId, free_name
+from bitwright.graph import ACTIVATION_TYPES, BranchNames, Edit, Formula, Graph, Op, ParamId, TensorId, free_name
 from bitwright_onnx.graph.canonical import canonical_graph
 from bitwright_onnx.graph.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.graph.operands import parameters
@@ -118,16 +118,47 @@ class OnnxEditor(Editor):
     def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
         """Put an Add behind a MatMul; the sum takes over the product's name, so that every reader sees it."""
         product = node.outputs[0]
-        name = str(product.name)
-        add = ir.node("Add", [product, bias], name=free_name(f"{node.name}/bias", self._nodes))
+        wanted = unique_name(self._graph, f"{product.name}/product")
+        self._sum(node, bias, free_name(f"{node.name}/bias", self._nodes), wanted)
+
+    def _sum(self, node: ir.Node, addend: ir.Value, name: str, product_name: str) -> None:
+        """Put an Add behind a node; the sum takes over its output's name."""
+        product = node.outputs[0]
+        taken = product.name
+        add = ir.node("Add", [product, addend], name=name)
         total = add.outputs[0]
         product.replace_all_uses_with(total, replace_graph_outputs=True)
         add.replace_input_with(0, product)
         total.type, total.shape = product.type, product.shape
-        product.name = unique_name(self._graph, f"{name}/product")
-        total.name = name
-        self._graph.insert_after(node, add)
-        self._nodes[str(add.name)] = add
+        product.name, total.name = product_name, taken
+        made = addend.producer()
+        self._graph.insert_after(node if made is None else made, add)
+        self._nodes[name] = add
+
+    def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
+        """See `Editor`."""
+        node = self._nodes[op.id]
+        last, weight, source = bias_add(node) or node, linear_weight(node), node.inputs[0]
+        assert weight is not None and weight.const_value is not None and source is not None
+        if hidden := [n for n in (names.down, names.up, names.total) if n in self._nodes]:
+            raise ModelError(f"{op.id!r} can't be given a branch: there is a node {hidden[0]!r} already")
+        result, dtype = last.outputs[0], weight.const_value.dtype
+        product = unique_name(self._graph, f"{op.id}/product")
+        behind, read = last, source
+        made: list[tuple[str, str]] = []
+        for name, matrix in ((names.down, down), (names.up, up)):
+            held = add_initializer(self._graph, f"{name}.weight", matrix.T.astype(dtype.numpy()), dtype)
+            multiplied = ir.node("MatMul", [read, held], name=name)
+            read = multiplied.outputs[0]
+            read.name, read.type = unique_name(self._graph, name), result.type
+            if result.shape is not None:
+                read.shape = ir.Shape([*result.shape[:-1], len(matrix)])
+            self._graph.insert_after(behind, multiplied)
+            self._nodes[name], behind = multiplied, multiplied
+            made.append((str(read.name), str(held.name)))
+        self._sum(last, read, names.total, product)
+        (inner, first), (outer, second) = made
+        return Branch(product, (inner, outer), (first, second))
 
     # -- structure
 

@@ -12,16 +12,28 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Editor
+from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, LEAK, Edit, Formula, Op, OpId, OpKind, ParamId, ParamRole, TensorId
+from bitwright.graph import (
+    ACTIVATION_TYPES,
+    LEAK,
+    BranchNames,
+    Edit,
+    Formula,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    TensorId,
+)
 from bitwright_tensorflow.graph import rewriter
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
 from bitwright_tensorflow.graph.elementwise import SPELLED
 from bitwright_tensorflow.graph.graphs import data_operands
-from bitwright_tensorflow.graph.layouts import Layout
+from bitwright_tensorflow.graph.layouts import Layout, Transposed
 from bitwright_tensorflow.graph.linear_ops import ADDS
-from bitwright_tensorflow.graph.model import Array, Kind, TfModel, array_of, node_of, operand_of
+from bitwright_tensorflow.graph.model import Array, Kind, TfModel, array_of, node_of, operand_of, tensor_id
 from bitwright_tensorflow.graph.network import ALIAS, OP_NAME, Read
 from bitwright_tensorflow.graph.params import checked_native, numpy_dtype
 from bitwright_tensorflow.graph.recognized import Recognized
@@ -147,6 +159,63 @@ class TfEditor(Editor):
         self._params[source] = read
         self._found[found.id] = replace(found, nodes=inner, reads={**found.reads, ParamRole.BIAS: read})
         return source
+
+    def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
+        """See `Editor`; the sum gets the name of the node whose tensor it now computes."""
+        found = self._found[op.id]
+        weight, rank, end = found.reads[ParamRole.WEIGHT], self._rank(found), found.end
+        (source,) = found.inputs
+        if rank is None:
+            raise ModelError(f"{op.id!r} can't be given a branch: the rank of {op.output!r} isn't known")
+        dtype, read = weight.dtype, source
+        made: list[Recognized] = []
+        for name, matrix in ((names.down, down), (names.up, up)):
+            native = np.ascontiguousarray(matrix.T).astype(numpy_dtype(dtype))
+            held, tensor = self._new_param(f"{name}/kernel", weight.source, native, dtype)
+            node = self._graph.free(name)
+            self._graph.add(rewriter.product(node, read, tensor, dtype, batched=rank > 2))
+            self._keep_id(node, name)
+            form = Read(held, (node, 1), tensor, Layout(native.shape).then(Transposed((1, 0))), dtype)
+            self._params[held] = form
+            channels = dict.fromkeys((read, f"{node}:0"), rank - 1)
+            made.append(Recognized(
+                name, OpKind.LINEAR, op.type, (read,), (f"{node}:0",), {ParamRole.WEIGHT: form}, None, (node,),
+                self._graph.nodes[node].op, channels,
+            ))  # fmt: skip
+            read = f"{node}:0"
+        nodes, product = self._sum_behind(found, read, dtype)
+        self._keep_id(end, names.total)
+        moved = {end: nodes[-1]} if nodes else {}
+        reads = {
+            role: replace(held, edge=(moved.get(held.edge[0], held.edge[0]), held.edge[1]))
+            for role, held in found.reads.items()
+        }
+        self._params.update({held.source: held for held in reads.values()})
+        channels = {product if t == found.outputs[0] else t: a for t, a in found.channels.items()}
+        self._found[op.id] = replace(found, outputs=(product,), nodes=nodes, reads=reads, channels=channels)
+        total = Recognized(names.total, OpKind.ADD, "Add", (product, read), found.outputs, nodes=(end,), native="AddV2")
+        self._found.update({each.id: each for each in (*made, total)})
+        inner, outer = made
+        params = inner.reads[ParamRole.WEIGHT].source, outer.reads[ParamRole.WEIGHT].source
+        return Branch(product, (inner.outputs[0], outer.outputs[0]), params)
+
+    def _sum_behind(self, found: Recognized, addend: TensorId, dtype: str) -> tuple[tuple[str, ...], TensorId]:
+        """Let a sum take over the name of an op's last node; the op's nodes then, and the tensor that it computes."""
+        end = found.end
+        if ALIAS in self._graph.nodes[end].attr:
+            # An Identity that a fold has put there for the name's sake becomes the sum.
+            product = tensor_id(self._graph.nodes[end].input[0])
+            self._graph.put(rewriter.elementwise("AddV2", end, [product, addend], dtype))
+            return found.nodes[:-1], product
+        moved = self._graph.move_aside(end, "product")
+        if found.id == end:
+            self._keep_id(moved, found.id)
+        self._graph.add(rewriter.elementwise("AddV2", end, [f"{moved}:0", addend], dtype))
+        return (*found.nodes[:-1], moved), f"{moved}:0"
+
+    def _keep_id(self, node: str, id: OpId) -> None:
+        if node != id:
+            self._graph.nodes[node].attr[OP_NAME].s = id.encode()
 
     def _data_format(self, found: Recognized) -> str:
         output = found.outputs[0]

@@ -132,6 +132,14 @@ def bias_add(name: str, tensor: str, bias: str, dtype: str, data_format: str) ->
     return node
 
 
+def product(name: str, tensor: str, matrix: str, dtype: str, *, batched: bool) -> NodeDef:
+    """tensor · matrix along the last axis; `batched`: the tensor has more than two axes."""
+    node = elementwise("BatchMatMulV2" if batched else "MatMul", name, [tensor, matrix], dtype)
+    for attribute in ("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b"):
+        node.attr[attribute].b = False
+    return node
+
+
 def constant(name: str, array: Array, dtype: str) -> NodeDef:
     """A Const."""
     node = NodeDef(name=name, op="Const")

@@ -74,7 +74,7 @@ def single_op(net: Network, node: NodeDef, outputs: tuple[TensorId, ...]) -> Rec
         kind, type = (OpKind.IDENTITY, "Identity") if same else (OpKind.ELEMENTWISE, "Cast")
     if kind in CONSTANT_KINDS and not reads:
         reads = _constant(net, node)
-    return Recognized(node.name, kind, type, data, outputs, reads, attrs, (node.name,), node.op, channels, order)
+    return Recognized(net.id(node), kind, type, data, outputs, reads, attrs, (node.name,), node.op, channels, order)
 
 
 def _constant(net: Network, node: NodeDef) -> dict[ParamRole, Read]:

@@ -318,7 +318,7 @@ def part_of(model: PartitionedModel, id: str) -> str:
     Raises:
         ModelError: none.
     """
-    found = [name for name in model.parts if id == name or id.startswith(f"{name}.")]
+    found = [name for name in model.parts if id == name or id.startswith((f"{name}.", f"{name}/"))]
     if not found:
         raise ModelError(f"the model has no op or parameter {id!r} in its captured parts ({', '.join(model.parts)})")
     return max(found, key=len)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from bitwright.backend import Editor
+from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, Edit, Formula, Op, OpId, Param, ParamId, TensorId
+from bitwright.graph import ACTIVATION_TYPES, BranchNames, Edit, Formula, Op, OpId, Param, ParamId, TensorId
 from bitwright_torch.graph import modes
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, info, owner_of, program_of, share, tensor_of
@@ -119,6 +119,49 @@ class TorchEditor(Editor):
             Param(id, shape, dtype, tuple(range(len(shape)))),
         )
         return id
+
+    def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
+        """See `Editor`; the matrices lie beside the layer's own parameters."""
+        node, (operand, _) = self._node(op), self._known[str(op.weight)]
+        source = self._data_argument(node)
+        if not isinstance(source, fx.Node):
+            raise ModelError(f"{op.id!r} ({op.type}) reads {op.data_inputs[0]!r} in a way that can't be edited")
+        about, product = info(node), self.free_tensor(f"{op.id}/product")
+        inner, outer = self.free_tensor(names.down), self.free_tensor(names.up)
+        read: list[fx.Node] = []
+        params: list[ParamId] = []
+        for last, value in (("down", down), ("up", up)):
+            wanted = f"{operand.base.rpartition('.')[0]}.branch_{last}".removeprefix(".")
+            name = self._add_matrix(operand, wanted, value)
+            read.append(self._read(node, name))
+            params.append(self._program.prefix + name)
+        shape, sizes = about.shape or (), about.sizes
+        width = str(len(down))
+        with self._graph.inserting_after(node):
+            first = self._graph.call_function(aten.linear.default, (source, read[0]))
+        first.meta[NAMES] = replace(
+            about, op=names.down, tensor=inner, shape=(*shape[:-1], len(down)), sizes=(*sizes[:-1], width)
+        )
+        with self._graph.inserting_after(first):
+            second = self._graph.call_function(aten.linear.default, (first, read[1]))
+        second.meta[NAMES] = replace(about, op=names.up, tensor=outer)
+        with self._graph.inserting_after(second):
+            total = self._graph.call_function(aten.add.Tensor, (node, second))
+        total.meta[NAMES] = replace(about, op=names.total)
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        node.meta[NAMES] = replace(about, tensor=product)
+        self._nodes.update({names.down: first, names.up: second, names.total: total})
+        self._restructured = True
+        return Branch(product, (inner, outer), (params[0], params[1]))
+
+    def _add_matrix(self, beside: Operand, wanted: str, value: NDArray[np.float32]) -> str:
+        """A new parameter of the type and in the place of another's; returns its name."""
+        like = beside.view(self._tree)
+        matrix = torch.from_numpy(np.ascontiguousarray(value)).to(like.device, like.dtype)
+        name = self._register(wanted, matrix, bool(beside.base) and tensor_of(self._tree, beside.base).requires_grad)
+        dtype, shape, id = str(matrix.dtype).removeprefix("torch."), tuple(matrix.shape), self._program.prefix + name
+        self._known[id] = (Operand(id, name, (), False, shape, dtype), Param(id, shape, dtype, (0, 1)))
+        return name
 
     def _make_parameter(self, id: str) -> None:
         """Put a parameter of its own in the place of one that is computed; what nothing else reads goes."""

@@ -14,7 +14,7 @@ from bitwright.backend._checks import (
     require_params,
 )
 from bitwright.backend._conversion import array_of, check_numeric, converted, fed
-from bitwright.backend._editing import Editor
+from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
@@ -23,6 +23,7 @@ from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
     Batch,
+    Branching,
     Bundle,
     BundledFormats,
     Capability,
@@ -70,6 +71,8 @@ __all__ = [
     "ArtefactWriter",
     "Backend",
     "Batch",
+    "Branch",
+    "Branching",
     "Bundle",
     "BundledFormats",
     "Capability",

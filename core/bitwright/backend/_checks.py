@@ -202,6 +202,31 @@ def checked_bias(op: OpId, value: object, width: int) -> NDArray[Any]:
     return array
 
 
+def checked_branch(
+    op: OpId, down: object, up: object, shape: tuple[int, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The two matrices of a branch beside a linear op.
+
+    Args:
+        op: for messages.
+        down, up: to be put in.
+        shape: of the op's weight, (out, in).
+
+    Raises:
+        ModelError: their shapes aren't (rank, in) and (out, rank), or a value isn't finite.
+    """
+    inner, outer = np.asarray(down), np.asarray(up)
+    rank = len(inner) if inner.ndim else 0
+    if not rank or inner.shape != (rank, shape[1]) or outer.shape != (shape[0], rank):
+        raise ModelError(
+            f"a branch of {op!r} has matrices of shape (rank, {shape[1]}) and ({shape[0]}, rank), the new one "
+            f"{inner.shape} and {outer.shape}"
+        )
+    for array in (inner, outer):
+        _check_finite(f"branch of {op!r}", array)
+    return inner.astype(np.float32), outer.astype(np.float32)
+
+
 def _check_finite(what: str, array: NDArray[Any]) -> None:
     if not np.isfinite(array).all():
         raise ModelError(f"the new {what} holds NaN or infinity; nothing was changed")

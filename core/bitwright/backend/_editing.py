@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
 
-from bitwright.backend._checks import checked_bias, checked_params
+from bitwright.backend._checks import checked_bias, checked_branch, checked_params
 from bitwright.errors import ModelError
 from bitwright.graph import (
     ACTIVATION_KINDS,
     ACTIVATION_TYPES,
     LINEAR_KINDS,
+    AddBranch,
+    BranchNames,
     Edit,
     FoldBatchNorm,
     Formula,
@@ -32,10 +34,29 @@ from bitwright.graph import (
     SetBias,
     SetParams,
     SplitSharedParam,
+    Tensor,
     TensorId,
+    branch_names,
+    branch_obstacle,
     formula,
+    free_name,
     output_channels,
 )
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What `Editor.add_branch` has put in.
+
+    Attributes:
+        product: the tensor that the op computes now.
+        tensors: what the branch's two ops compute, down x and up (down x).
+        params: their matrices.
+    """
+
+    product: TensorId
+    tensors: tuple[TensorId, TensorId]
+    params: tuple[ParamId, ParamId]
 
 
 class Editor(ABC):
@@ -59,6 +80,7 @@ class Editor(ABC):
         self.ops: dict[OpId, Op] = {op.id: op for op in graph}
         self.outputs = frozenset(graph.outputs)
         self._shapes = {p: param.shape for p, param in graph.params.items()}
+        self._tensors = dict(graph.tensors)
 
     # -- primitives
 
@@ -106,6 +128,19 @@ class Editor(ABC):
                 readers of the output come to read the input.
         """
 
+    def add_branch(self, op: Op, names: BranchNames, down: NDArray[Any], up: NDArray[Any]) -> Branch:
+        """Put a branch beside a linear op, whose features lie on the last axis: the sum computes `op.output`.
+
+        A backend that gives it offers `Branching`.
+
+        Args:
+            op: the op.
+            names: of the ops that are put in; no op has them.
+            down: (rank, in).
+            up: (out, rank).
+        """
+        raise ModelError(f"{op.id!r} can't be given a branch: this backend puts no ops beside others")
+
     def is_shared(self, op: Op, param: ParamId) -> bool:
         """Whether anything but the op uses one of its parameters."""
         return any(other.id != op.id and param in other.params.values() for other in self.ops.values())
@@ -135,6 +170,8 @@ class Editor(ABC):
                 self._remove(self.op(op))
             case SplitSharedParam(op, param):
                 self._split(self.op(op), param)
+            case AddBranch(op, down, up):
+                self._add_branch(self.op(op), down, up)
             case _:
                 raise ModelError(f"{edit!r} is not an edit; `bitwright.graph.edits` has them all")
 
@@ -157,6 +194,10 @@ class Editor(ABC):
             return self.ops[id]
         except KeyError:
             raise ModelError(f"the model has no op {id!r}") from None
+
+    def free_tensor(self, wanted: TensorId) -> TensorId:
+        """A name that no tensor has: the one that is wanted, or it with a number."""
+        return free_name(wanted, self._tensors)
 
     def _readers(self, tensor: TensorId) -> list[Op]:
         return [op for op in self.ops.values() if tensor in op.inputs]
@@ -187,6 +228,26 @@ class Editor(ABC):
         self._shapes[own] = self._shapes[param]
         params = {role: own if role in roles else held for role, held in op.params.items()}
         self.ops[op.id] = replace(self.ops[op.id], params=params)
+
+    def _add_branch(self, op: Op, down: object, up: object) -> None:
+        shape = None if op.weight is None else self._shapes[op.weight]
+        if (reason := branch_obstacle(op, self._tensors, shape, self.ops)) or shape is None:
+            raise ModelError(f"{op.id!r} can't be given a branch: {reason}")
+        names, matrices = branch_names(op.id), checked_branch(op.id, down, up, shape)
+        made = self.add_branch(op, names, *matrices)
+        self._shapes.update(zip(made.params, (m.shape for m in matrices), strict=True))
+        known, width = self._tensors[op.output], len(matrices[0])
+        inner = None if known.shape is None else (*known.shape[:-1], width)
+        self._tensors[made.product] = replace(known, id=made.product)
+        for tensor, size in zip(made.tensors, (inner, known.shape), strict=True):
+            self._tensors[tensor] = Tensor(tensor, size, known.dtype)
+        self.ops[op.id] = replace(self.ops[op.id], outputs=(made.product,))
+        source = op.data_inputs[0]
+        for id, read, tensor, param in zip(
+            (names.down, names.up), (source, made.tensors[0]), made.tensors, made.params, strict=True
+        ):
+            self.ops[id] = Op(id, OpKind.LINEAR, op.type, (read,), (tensor,), {ParamRole.WEIGHT: param})
+        self.ops[names.total] = Op(names.total, OpKind.ADD, "Add", (made.product, made.tensors[1]), (op.output,))
 
     def _fold(self, norm: Op, into: Op) -> None:
         what = f"{norm.id!r} ({norm.type}) can't be folded into {into.id!r} ({into.type})"

@@ -294,6 +294,18 @@ class Differentiable(Protocol[M_contra]):
 
 
 @runtime_checkable
+class Branching(Protocol[M_contra]):
+    """Putting branches of low rank beside linear ops (`graph.AddBranch`), which graphs get new ops by."""
+
+    def branch_obstacle(self, model: M_contra, op: OpId) -> str:
+        """Why `edit` would refuse a branch beside an op, in words; "" if it would put one in.
+
+        Raises:
+            ModelError: the model has no such op.
+        """
+
+
+@runtime_checkable
 class Observable(Protocol[M_contra]):
     """Handing a model out as the framework's users run one, for data by their own forward pass (`observed`)."""
 
@@ -507,6 +519,7 @@ class Capability(StrEnum):
     QUANTIZED_READER = "quantized_reader"
     BUNDLED_FORMATS = "bundled_formats"
     SHARED_CONVERSION = "shared_conversion"
+    BRANCHING = "branching"
     OBSERVABLE = "observable"
     SOURCE_FILES = "source_files"
     REPRODUCED_ARTEFACT = "reproduced_artefact"
@@ -527,6 +540,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.QUANTIZED_READER: QuantizedReader,
     Capability.BUNDLED_FORMATS: BundledFormats,
     Capability.SHARED_CONVERSION: SharedConversion,
+    Capability.BRANCHING: Branching,
     Capability.OBSERVABLE: Observable,
     Capability.SOURCE_FILES: SourceFiles,
     Capability.REPRODUCED_ARTEFACT: ReproducedArtefact,
@@ -535,6 +549,7 @@ _INSTEAD: Mapping[Capability, str] = {
     Capability.TRAINABLE: "open the model in PyTorch, Keras or TensorFlow, or use adaround or seq_mse, which need no "
     "training",
     Capability.DIFFERENTIABLE: "open the model in PyTorch or Keras, or use gptq or adaround, which need no gradients",
+    Capability.BRANCHING: "use gptq or adaround, which add nothing to the network, or wider types for these layers",
     Capability.INTEGER_RUNTIME: "verify the exported file with the backend that opens it",
     Capability.OP_TIMER: "measure an exported .onnx file, or write the table by hand",
     Capability.QUANTIZED_ARTEFACT: "read the exported .qdq.onnx file with the ONNX backend",

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.dataflow._layouts import Layout
-from bitwright.dataflow._model import M
+from bitwright.dataflow._model import M, PutIn
 from bitwright.errors import BitwrightError, InputError
 from bitwright.files import DAMAGED, atomic_write, read_npz
 from bitwright.graph import Attrs, Call, Constant, Formula, Graph, Op, OpKind, Param, ParamRole, Tensor
 from bitwright.grids import Encoding, Granularity
 
 Array = NDArray[Any]
-_TYPES: dict[str, Any] = {t.__name__: t for t in (*get_args(Attrs), *get_args(Granularity), Formula)}
+_TYPES: dict[str, Any] = {t.__name__: t for t in (*get_args(Attrs), *get_args(Granularity), Formula, PutIn)}
 _LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "source", "pair_limit", "scale_type",
            "tensor_scale")  # fmt: skip
 _VERSION = 1
@@ -157,12 +157,12 @@ def _call(stored: Any) -> Call | None:
 
 
 def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:
-    """Activations that an edit has put in are the base's own."""
-    return _tagged(native) if isinstance(native, Formula) else pack(op)
+    """What an edit has put in is the base's own."""
+    return _tagged(native) if isinstance(native, Formula | PutIn) else pack(op)
 
 
 def _unpacked(stored: Any, unpack: Callable[[Any], Any]) -> Any:
-    put_in = isinstance(stored, dict) and stored.get("type!") == "Formula"
+    put_in = isinstance(stored, dict) and stored.get("type!") in (Formula.__name__, PutIn.__name__)
     return _untagged(stored) if put_in else unpack(_deeply(stored))
 
 

@@ -15,14 +15,26 @@ from bitwright.backend import Batch, Bundle, Tap, require_params
 from bitwright.dataflow import _archive
 from bitwright.dataflow._editing import FlowEditor
 from bitwright.dataflow._functions import Captured
-from bitwright.dataflow._model import Function, M
+from bitwright.dataflow._model import Function, M, PutIn
 from bitwright.dataflow._namespace import FlowNamespace, NumpyLike, evaluated
 from bitwright.dataflow._packing import packed, unpacked
 from bitwright.dataflow._rounding import Form, fake_quantized
 from bitwright.dataflow._session import FlowSession, Program
 from bitwright.dataflow._simulation import FlowSimulation
 from bitwright.errors import InputError, ModelError
-from bitwright.graph import Edit, Formula, Graph, Op, OpKind, ParamId, ParamRole, TensorId, formula
+from bitwright.graph import (
+    Edit,
+    Formula,
+    Graph,
+    Op,
+    OpId,
+    OpKind,
+    ParamId,
+    ParamRole,
+    TensorId,
+    branch_obstacle,
+    formula,
+)
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 
@@ -138,6 +150,12 @@ class FlowBackend(ABC, Generic[M]):
         editor.apply_all(edits)
         return editor.model
 
+    def branch_obstacle(self, model: M, op: OpId) -> str:
+        """See `bitwright.backend.Branching`."""
+        found, graph = model.graph.op(op), model.graph
+        shape = None if found.weight is None else graph.params[found.weight].shape
+        return branch_obstacle(found, graph.tensors, shape, graph)
+
     def session(self, model: M, taps: Sequence[Tap]) -> FlowSession:
         """The whole model."""
         return FlowSession(self, model, taps)
@@ -172,11 +190,13 @@ class FlowBackend(ABC, Generic[M]):
     # -- running
 
     def function_of(self, model: M, op: Op) -> Function:
-        """What an op computes in a model as it is now: activations that were put in and biases that were added too."""
+        """What an op computes in a model as it is now: with activations, branches and biases that edits have put in."""
         kept = model.native.get(op.id)
         if isinstance(kept, Formula):
             ns, spelled = self.namespace, formula(kept.type, self.namespace.functions)
             return lambda inputs, params: [evaluated(ns, spelled, inputs[0])]
+        if isinstance(kept, PutIn):
+            return self._put_in(kept)
         function = self.function(model, op)
         if ParamRole.BIAS not in op.params or self.adds_bias(model, op):
             return function
@@ -190,3 +210,10 @@ class FlowBackend(ABC, Generic[M]):
             return [y + self.namespace.reshape(params[ParamRole.BIAS], spread), *more]
 
         return biased
+
+    def _put_in(self, kept: PutIn) -> Function:
+        def product(inputs: Sequence[Array], params: Mapping[ParamRole, Array]) -> Sequence[Array]:
+            y = inputs[0] @ self.namespace.transpose(params[ParamRole.WEIGHT], (1, 0))
+            return [y + params[ParamRole.BIAS] if ParamRole.BIAS in params else y]
+
+        return product if kept.what == "product" else lambda inputs, params: [inputs[0] + inputs[1]]

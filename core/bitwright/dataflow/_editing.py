@@ -9,10 +9,21 @@ from typing import Any, Generic
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Editor
-from bitwright.dataflow._model import M, rebuild
+from bitwright.backend import Branch, Editor
+from bitwright.dataflow._model import M, PutIn, rebuild
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, Formula, Op, ParamId, ParamRole, TensorId
+from bitwright.graph import (
+    ACTIVATION_TYPES,
+    BranchNames,
+    Formula,
+    Op,
+    OpKind,
+    ParamId,
+    ParamRole,
+    Tensor,
+    TensorId,
+    free_name,
+)
 
 Array = NDArray[Any]
 
@@ -43,6 +54,39 @@ class FlowEditor(Editor, Generic[M]):
         roles = [role for role, held in op.params.items() if held == param]
         own = f"{param}@{op.id}"
         return self._give(op, own, self.model.params[param], roles, {own: param})
+
+    def add_branch(self, op: Op, names: BranchNames, down: Array, up: Array) -> Branch:
+        """See `Editor`; what its ops compute is kept as `PutIn`."""
+        graph, source = self.model.graph, op.data_inputs[0]
+        product = self.free_tensor(f"{op.id}/product")
+        inner, outer = self.free_tensor(names.down), self.free_tensor(names.up)
+        params = self._free_param(f"{names.down}.weight"), self._free_param(f"{names.up}.weight")
+        known = graph.tensors[op.output]
+        shape = None if known.shape is None else (*known.shape[:-1], len(down))
+        last = None if shape is None else len(shape) - 1
+        tensors = [
+            replace(known, id=product),
+            Tensor(inner, shape, known.dtype, last),
+            Tensor(outer, known.shape, known.dtype, last),
+        ]
+        type = "Gemm" if shape is not None and len(shape) == 2 else "MatMul"
+        made = [
+            Op(id, OpKind.LINEAR, type, (read,), (tensor,), {ParamRole.WEIGHT: param})
+            for id, read, tensor, param in zip(
+                (names.down, names.up), (source, inner), (inner, outer), params, strict=True
+            )
+        ]
+        made.append(Op(names.total, OpKind.ADD, "Add", (product, outer), (op.output,)))
+        current = graph.op(op.id)
+        ops = [*self._swapped(replace(current, outputs=(product,))), *made]
+        values = {**self.model.params, **dict(zip(params, (down, up), strict=True))}
+        self.model = rebuild(self.model, ops, values, tensors=tensors)
+        native = {names.down: PutIn("product"), names.up: PutIn("product"), names.total: PutIn("sum")}
+        self.model = replace(self.model, native={**self.model.native, **native})
+        return Branch(product, (inner, outer), params)
+
+    def _free_param(self, wanted: ParamId) -> ParamId:
+        return free_name(wanted, self.model.params)
 
     def fold_backward(self, norm: Op, into: Op) -> None:
         """See `Editor`."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from bitwright.dataflow._layouts import Layout
-from bitwright.graph import Graph, Op, OpId, Param, ParamId, ParamRole, TensorId
+from bitwright.graph import Graph, Op, OpId, Param, ParamId, ParamRole, Tensor, TensorId
 from bitwright.grids import Encoding
 
 Array = Any
@@ -18,6 +18,14 @@ Function = Callable[[Sequence[Array], Mapping[ParamRole, Array]], Sequence[Array
 """What an op computes: from its inputs that are present, in order, and its parameters by role, in their native
 layout, all its outputs. Pure: the same for the same arguments, and nothing else changes."""
 M = TypeVar("M", bound="FlowModel")
+
+
+@dataclass(frozen=True)
+class PutIn:
+    """What an op computes that an edit has put in, and the base itself runs: "product" (of rows and a matrix, with a
+    bias if there is one) or "sum"."""
+
+    what: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +71,7 @@ def rebuild(
     params: Mapping[ParamId, NDArray[Any]] | None = None,
     outputs: Sequence[TensorId] | None = None,
     copies: Mapping[ParamId, ParamId] | None = None,
+    tensors: Sequence[Tensor] = (),
 ) -> M:
     """The model with other ops; tensors and parameters that nothing uses any more are dropped.
 
@@ -72,6 +81,7 @@ def rebuild(
         params: values; those of the model by default.
         outputs: of the new one; those of the model by default.
         copies: new parameters that lie as old ones do; others are canonical.
+        tensors: that are new.
     """
     values = model.params if params is None else params
     used = {p for op in ops for p in op.params.values()}
@@ -83,9 +93,10 @@ def rebuild(
         known[new] = replace(old.params[source], id=new)
         if source in layouts:
             layouts[new] = layouts[source]
+    shown = {**old.tensors, **{tensor.id: tensor for tensor in tensors}}
     graph = Graph(
         ops,
-        {t: tensor for t, tensor in old.tensors.items() if t in live},
+        {t: tensor for t, tensor in shown.items() if t in live},
         {p: known.get(p) or Param(p, values[p].shape) for p in values if p in used},
         old.inputs,
         outputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitwright.graph._activation_types import ACTIVATION_KINDS, ACTIVATION_TYPES, LEAK, Formula, clipping, erf, formula
+from bitwright.graph._branches import BranchNames, branch_names, branch_obstacle
 from bitwright.graph._channel_axes import around, channel_axes
 from bitwright.graph._composite import Composite
 from bitwright.graph._composites import COMPOSITES, GRIDLESS
@@ -70,7 +71,16 @@ from bitwright.graph._patterns import (
     where,
 )
 from bitwright.graph._windows import same_pads
-from bitwright.graph.edits import Edit, FoldBatchNorm, RemoveOp, ReplaceActivation, SetBias, SetParams, SplitSharedParam
+from bitwright.graph.edits import (
+    AddBranch,
+    Edit,
+    FoldBatchNorm,
+    RemoveOp,
+    ReplaceActivation,
+    SetBias,
+    SetParams,
+    SplitSharedParam,
+)
 
 __all__ = [
     "ACTIVATION_KINDS",
@@ -88,11 +98,13 @@ __all__ = [
     "OTHER_NAMES",
     "VENDOR_TYPES",
     "ActivationAttrs",
+    "AddBranch",
     "AttributeValue",
     "Attrs",
     "AxisAttrs",
     "BatchNormAttrs",
     "BatchNormFold",
+    "BranchNames",
     "Call",
     "Chain",
     "Composite",
@@ -127,6 +139,8 @@ __all__ = [
     "around",
     "as_called",
     "batch_norm_fold",
+    "branch_names",
+    "branch_obstacle",
     "chain",
     "channel_axes",
     "clipping",

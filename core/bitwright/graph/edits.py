@@ -62,4 +62,22 @@ class SplitSharedParam:
     param: ParamId
 
 
-Edit = SetParams | SetBias | FoldBatchNorm | ReplaceActivation | RemoveOp | SplitSharedParam
+@dataclass(frozen=True, eq=False)
+class AddBranch:
+    """Put a branch of low rank beside a linear op: y = W x + b becomes y = W x + b + up (down x).
+
+    The op keeps its name, weight and bias, and comes to compute a tensor of its own; the sum takes over the output's
+    name. The new ops are called as `branch_names` says, and each has its matrix as a parameter.
+
+    Attributes:
+        op: of kind LINEAR, with a constant weight (out, in) and its features on the last axis (`branch_obstacle`).
+        down: (rank, in).
+        up: (out, rank).
+    """
+
+    op: OpId
+    down: NDArray[np.floating]
+    up: NDArray[np.floating]
+
+
+Edit = SetParams | SetBias | FoldBatchNorm | ReplaceActivation | RemoveOp | SplitSharedParam | AddBranch

@@ -23,6 +23,8 @@ from bitwright.technique import Layer, LayerResult, Solve
 GIB = 2**30
 NARROWEST = 16
 """Input channels of a block: there is little to make up for between fewer."""
+_EXTRA = "extra/"
+"""What names of `LayerResult.extra` begin with in a store."""
 NUMERICAL = (np.linalg.LinAlgError, FloatingPointError, OverflowError)
 """What a solver raises where a layer's numbers are beyond it: that layer is left, and the walk goes on."""
 
@@ -82,7 +84,8 @@ def solution(solve: Solve, layer: Layer) -> LayerResult:
         return _left(layer.weight, layer.encoding, f"it couldn't be solved ({type(error).__name__}: {error})")
     if result.weight.shape != layer.weight.shape:
         raise ModelError(f"{layer.op.id!r}: a weight of shape {result.weight.shape} for {layer.weight.shape}")
-    if not all(np.isfinite(v).all() for v in (result.weight, result.encoding.scale, result.bias) if v is not None):
+    found = (result.weight, result.encoding.scale, result.bias, *result.extra.values())
+    if not all(np.isfinite(v).all() for v in found if v is not None):
         return _left(layer.weight, layer.encoding, "its solution isn't finite")
     figures = {**result.figures, "seconds": time.perf_counter() - begin}
     if layer.moments.blocks > 1:
@@ -181,6 +184,7 @@ def dump(result: LayerResult) -> dict[str, NDArray[Any]]:
     if result.bias is not None:
         arrays["bias"] = result.bias
     arrays["figures"] = np.array(json.dumps(dict(result.figures)))
+    arrays |= {f"{_EXTRA}{name}": values for name, values in result.extra.items()}
     if result.left:
         arrays["left"] = np.array(result.left)
     return arrays
@@ -196,4 +200,5 @@ def load(arrays: Mapping[str, NDArray[Any]] | None) -> LayerResult | None:
         arrays.get("bias"),
         json.loads(str(arrays["figures"])),
         str(arrays.get("left", "")),
+        {name.removeprefix(_EXTRA): values for name, values in arrays.items() if name.startswith(_EXTRA)},
     )

@@ -6,12 +6,12 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Part, PartialExecution, Session, Simulation, Tap, require
+from bitwright.backend import Branching, Part, PartialExecution, Session, Simulation, Tap, require
 from bitwright.bank import Bank, BankView
 from bitwright.calibration import (
     activation_encodings,
@@ -83,6 +83,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         seed=state.seed,
         folded=dict(state.folded),
         blocks=blocks,
+        **_branching(state),
     )
     outcome = body.apply(context)
     if bank is not None:
@@ -90,6 +91,13 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     step = getattr(store, "fingerprint", "")
     now = taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
     return now if bank is None else bank.followed(now, outcome)
+
+
+def _branching(state: SimState) -> dict[str, Any]:
+    """What a technique may know of branches, where the backend can put them in."""
+    if not isinstance(state.backend, Branching):
+        return {}
+    return {"branch_obstacle": partial(state.backend.branch_obstacle, state.native)}
 
 
 def calibrated(state: SimState, data: DataLike | None) -> SimState:

@@ -36,10 +36,12 @@ def taken(
         PluginError: the outcome isn't one, or its parameters, edits, folded norms or report are invalid.
         EncodingError: an encoding is for no site of the plan, or doesn't fit it.
         ModelError: an edit can't be made.
+        InputError: an override names nothing of the new network, or no type.
     """
     _check_types(technique, outcome)
     # Read once: what is checked is what is taken.
     params, folded, encodings = dict(outcome.params), dict(outcome.folded), dict(outcome.encodings)
+    overrides = {**outcome.overrides, **state.overrides}
     edits, native, graph, table = list(outcome.edits), state.native, state.graph, state.encodings
     if edits:
         native = _edited(state.backend, native, technique, edits)
@@ -53,7 +55,7 @@ def taken(
         same = _unchanged(state, native, graph)
         table = EncodingTable({s: e for s, e in table.held.items() if e.frozen or s in same}, table.provenance)
     owned = {op: (_owned(gamma), _owned(beta)) for op, (gamma, beta) in folded.items()}
-    now = rebuilt(state, native=native, encodings=table, folded={**state.folded, **owned})
+    now = rebuilt(state, native=native, encodings=table, folded={**state.folded, **owned}, overrides=overrides)
     check_encodings(now.graph, now.plan, encodings)
     report = outcome.report
     figures = {**report.figures, "seconds": seconds}
@@ -111,6 +113,7 @@ def _check_types(technique: str, outcome: object) -> None:
         ("params", Mapping),
         ("encodings", Mapping),
         ("folded", Mapping),
+        ("overrides", Mapping),
         ("edits", Sequence),
         ("report", Report),
     ):

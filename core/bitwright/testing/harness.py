@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Params, Session, Simulation, Tap
+from bitwright.backend import Backend, Batch, Branching, Params, Session, Simulation, Tap
 from bitwright.graph import Edit, Graph, OpId, OpKind, ParamRole, SetBias, SetParams, to_matrix
 from bitwright.grids import (
     Encoding,
@@ -21,12 +22,10 @@ from bitwright.grids import (
     PerChannel,
     QuantSpec,
     dynamic_encoding,
-    encoding_arrays,
     encoding_from_range,
-    encoding_of_arrays,
     to_groups,
 )
-from bitwright.layerwise import BlockwiseWalk
+from bitwright.layerwise import BlockwiseWalk, dump, load
 from bitwright.placement import Float, Plan, Site, SiteId, SiteKind
 from bitwright.statistics import LayerMoments, Request, Statistic
 from bitwright.technique import Context, Layer, LayerResult, Outcome, Technique, require_data
@@ -166,16 +165,13 @@ class SimpleWalk:
         for op in (op for op in graph.linear_ops if op.id in set(ops)):
             assert op.weight is not None
             key = f"layer/{op.id}"
-            stored = self.store.get(key)
-            if stored is None:
+            result = load(self.store.get(key))
+            if result is None:
                 layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations)
                 self.visited.append(op.id)
                 self.layers[op.id] = layer
                 result = solve(layer if products else replace(layer, moments=_means_only(layer.moments)))
-                biases = {} if result.bias is None else {"bias": result.bias}
-                self.store.put(key, {"weight": result.weight, **biases, **encoding_arrays(result.encoding)})
-            else:
-                result = LayerResult(stored["weight"], encoding_of_arrays(stored), stored.get("bias"))
+                self.store.put(key, dump(result))
             changes: list[Edit] = [SetParams({op.weight: result.weight})]
             if result.bias is not None:
                 changes.append(SetBias(op.id, result.bias))
@@ -279,9 +275,12 @@ def run_technique(
     statistics = {r.key: _collect(r, backend, model, simulation, data) for r in requests}
     given: Any = data
     blocks = BlockwiseWalk(backend, model, graph, plan, table, given, store, Quiet(), name=technique.name)
+    branches: dict[str, Any] = {}
+    if isinstance(backend, Branching):
+        branches["branch_obstacle"] = partial(backend.branch_obstacle, model)
     context = Context(
         graph, plan, params, table, statistics, chosen, walk, store, Quiet(), seed, dict(folded or {}),
-        blocks if data else None,
+        blocks if data else None, **branches,
     )  # fmt: skip
     outcome = technique.apply(context)
     changes = [*outcome.edits, *([SetParams(outcome.params)] if outcome.params else [])]

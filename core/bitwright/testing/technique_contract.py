@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from bitwright.backend import Backend, Batch, Capability, Tap
 from bitwright.errors import BitwrightError
-from bitwright.graph import Op, ParamId, ParamRole, SetBias, to_matrix
+from bitwright.graph import AddBranch, Op, ParamId, ParamRole, SetBias, to_matrix
 from bitwright.grids import PerChannel, QuantSpec
 from bitwright.placement import Plan
 from bitwright.statistics import Request
@@ -255,9 +255,18 @@ class TechniqueContract:
             assert layer.op.weight is not None
             weight = done.outcome.params.get(layer.op.weight, layer.weight)
             encoding = done.outcome.encodings.get(layer.op.weight, layer.encoding)
-            reached = output_error(layer, encoding.fake_quantize(weight), new_bias(done.outcome, layer))
+            rounded = encoding.fake_quantize(weight) + branch_matrix(done.outcome, layer)
+            reached = output_error(layer, rounded, new_bias(done.outcome, layer))
             nearest = output_error(layer, layer.encoding.fake_quantize(layer.weight), layer.bias)
             assert reached <= nearest * (1 + 1e-5) + 1e-9, f"{id}: {reached} above {nearest}"
+
+
+def branch_matrix(outcome: Outcome, layer: Layer) -> NDArray[np.float32]:
+    """What the branch that a layer was given adds to its weight, or zeros."""
+    for edit in outcome.edits:
+        if isinstance(edit, AddBranch) and edit.op == layer.op.id:
+            return np.asarray(edit.up @ edit.down, np.float32)
+    return np.zeros_like(layer.weight)
 
 
 def new_bias(outcome: Outcome, layer: Layer) -> NDArray[np.float32] | None:
@@ -287,8 +296,11 @@ def same(a: Outcome, b: Outcome) -> bool:
     if a.params.keys() != b.params.keys() or a.encodings.keys() != b.encodings.keys() or len(a.edits) != len(b.edits):
         return False
     pairs = [(a.params[p], b.params[p]) for p in a.params]
-    pairs += [(x.value, y.value) for x, y in zip(a.edits, b.edits, strict=True)
-              if isinstance(x, SetBias) and isinstance(y, SetBias)]  # fmt: skip
+    for x, y in zip(a.edits, b.edits, strict=True):
+        if isinstance(x, SetBias) and isinstance(y, SetBias):
+            pairs.append((np.asarray(x.value), np.asarray(y.value)))
+        if isinstance(x, AddBranch) and isinstance(y, AddBranch):
+            pairs += [(np.asarray(x.down), np.asarray(y.down)), (np.asarray(x.up), np.asarray(y.up))]
     return (
         all(type(x) is type(y) for x, y in zip(a.edits, b.edits, strict=True))
         and all(np.array_equal(x, y) for x, y in pairs)

@@ -6,6 +6,7 @@ import numpy as np
 
 from bitwright.errors import ModelError
 from bitwright.graph import (
+    AddBranch,
     FoldBatchNorm,
     OpKind,
     ParamRole,
@@ -102,6 +103,67 @@ edited("SetBias adds", "cnn", _adds_biases, "test_every_linear_op_takes_a_bias")
 edited("batch norms don't fold forward", "prenormed", _no_forward_folds, "test_batch_norms_fold_forward")
 edited("Elu is Relu", "cnn", _one_activation, "test_every_activation_type")
 edited("removed ops stay", "cnn", _soft_removal, "test_removed_ops_are_gone")
+
+
+BRANCHES = "test_branches_are_put_beside_linear_ops"
+
+
+class Branching(Wrong):
+    """One that puts in branches, wrongly."""
+
+    def branch_obstacle(self, model, op):
+        return self.inner.branch_obstacle(model, op)
+
+    def change(self, model, edit):
+        return [edit]
+
+    def edit(self, model, edits):
+        for edit in edits:
+            possible = isinstance(edit, AddBranch) and edit.op in model.graph
+            possible = possible and not self.inner.branch_obstacle(model, edit.op)
+            model = self.inner.edit(model, self.change(model, edit) if possible else [edit])
+        return model
+
+
+@mutant("a branch is merged into the weight", "tokens", BRANCHES)
+class MergesBranches(Branching):
+    def change(self, model, edit):
+        weight = model.graph.op(edit.op).weight
+        return [SetParams({weight: model.params[weight] + edit.up @ edit.down})]
+
+
+@mutant("a branch's matrices are another's", "tokens", BRANCHES)
+class HalvesBranches(Branching):
+    def change(self, model, edit):
+        return [AddBranch(edit.op, edit.down * np.float32(0.5), edit.up)]
+
+
+@mutant("a branch takes the op's bias away", "tokens", BRANCHES)
+class BranchesTakeBiases(Branching):
+    def change(self, model, edit):
+        bias = model.graph.op(edit.op).params.get(ParamRole.BIAS)
+        zeros = [] if bias is None else [SetParams({bias: np.zeros_like(model.params[bias])})]
+        return [*zeros, edit]
+
+
+@mutant("what branches make is never rounded", "tokens", BRANCHES)
+class BranchesInFloat(Branching):
+    def simulate(self, model, plan, encodings):
+        made = self.inner.simulate(model, plan, encodings)
+        set_all = made.set
+
+        def kept(changes):
+            set_all({s: None if s.endswith(("/down", "/up")) else e for s, e in changes.items()})
+
+        made.set = kept
+        return made
+
+
+@mutant("branches are possible where they are refused", "cnn", BRANCHES)
+class RefusesBranches(Branching):
+    def branch_obstacle(self, model, op):
+        self.inner.branch_obstacle(model, op)
+        return ""
 
 
 @mutant("a shared bias is set for all", "pooled", "test_every_linear_op_takes_a_bias")
