@@ -34,6 +34,11 @@ def _npy(header: str) -> bytes:
      "{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}", "{'descr': 4, 'fortran_order': 0, 'shape': (2,)}",
      "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999999,)}", "[" * 110,
      "{'descr': '<f4', 'fortran_order': False, 'shape': 2}",
+     "{'descr': '4f2', 'fortran_order': False, 'shape': (2, 4)}",  # of arrays
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296, 4294967296)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1," * 65 + ")}",
      "{'descr': '|O', 'fortran_order': False, 'shape': (2,)}", "{1: 2, 'a': 3}"],
 )  # fmt: skip
 def test_npy_headers(tmp_path, header):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import math
 import tokenize
 import zipfile
 import zlib
@@ -115,11 +116,14 @@ def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], boo
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
-    if any(length < 0 for length in shape):
+    if dtype.subdtype is not None:  # each value is an array of its own, and the shape isn't that of what is read
+        raise ValueError(f"its type is {dtype.str}, of arrays")
+    if any(isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"its shape is {shape}")
     offset = file.tell()
-    if offset - start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > size:
+    if offset - start + math.prod(shape) * dtype.itemsize > size:
         raise ValueError("the file is truncated")
+    np.broadcast_to(np.empty((), dtype), shape)  # an error where numpy has no such array: 65 axes, or (0, 2**63)
     return shape, fortran, dtype, offset
 
 
