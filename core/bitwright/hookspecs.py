@@ -234,6 +234,30 @@ class FormatInfo:
     api: int = 1
 
 
+@dataclass(frozen=True)
+class ToolchainInfo:
+    """The command lines of one target's tools, for `target_commands`.
+
+    Attributes:
+        name: what ``target-commands --tool`` calls it; capitals, and whether it has "-" or "_", make no difference.
+        summary: one line.
+        factory: the function itself, from a `bitwright_deploy.target_job.Job` to its `Command`s in order, or its
+            ``"package.module:name"``.
+        schemas: schemas of encodings files that its tools take, the preferred one first; () where they take none.
+        shapes: its lines name the shapes of the model's inputs, which are asked for where the model leaves them free.
+        aliases: other names.
+        api: version of the plugin interface that it was written for.
+    """
+
+    name: str
+    summary: str
+    factory: str | Callable[..., Any]
+    schemas: tuple[str, ...] = ()
+    shapes: bool = False
+    aliases: tuple[str, ...] = ()
+    api: int = 1
+
+
 @hookspec
 def register_backends() -> Iterable[BackendInfo]:  # type: ignore[empty-body]
     """Return the backends that this distribution provides. Must not import a framework."""
@@ -267,3 +291,8 @@ def register_schemas() -> Iterable[SchemaInfo]:  # type: ignore[empty-body]
 @hookspec
 def register_formats() -> Iterable[FormatInfo]:  # type: ignore[empty-body]
     """Return the export formats that this distribution provides. Must not import a framework."""
+
+
+@hookspec
+def register_toolchains() -> Iterable[ToolchainInfo]:  # type: ignore[empty-body]
+    """Return the command lines of targets' tools that this distribution provides."""

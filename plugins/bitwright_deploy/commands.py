@@ -142,7 +142,10 @@ def _show(found: Departures) -> None:
 def target_commands(
     *,
     directory: options.ExportDirectory,
-    tool: Annotated[str, typer.Option(help="qnn, snpe, qairt, onnxruntime, tflite or tensorrt.", show_default=False)],
+    tool: Annotated[
+        str,
+        typer.Option(help="qnn, snpe, qairt, onnxruntime, tflite, tensorrt, or one of a plugin.", show_default=False),
+    ],
     data: Annotated[str, typer.Option(help="Samples for the comparison, as the lines are to name them.")] = "DATA",
     name: options.ExportName = None,
     input_shape: Annotated[

@@ -16,8 +16,6 @@ from bitwright.errors import InputError
 from bitwright_deploy.layer_outputs import INPUT_LIST
 from bitwright_deploy.target_job import Command, Job, shell_line
 
-SCHEMAS = {"snpe": ("1.0.0", "0.6.1"), "qnn": ("1.0.0", "0.6.1"), "qairt": ("1.0.0", "0.6.1", "2.0.0")}
-"""Schemas of encodings files that a tool's `--quantization_overrides` takes, the preferred one first."""
 V2 = "2.0.0"
 """Needs QAIRT 2.37 and its second quantizer."""
 BIAS_BITS = "32"
@@ -79,7 +77,7 @@ class _Workplace:
 
 def _overrides(job: Job, tool: str) -> tuple[Path, str, list[Command]]:
     """The encodings file that the tool takes, its schema, and the conversion that it needs first."""
-    known = SCHEMAS[tool]
+    known = job.schemas
     if job.file.version in known:
         return job.encodings.resolve(), job.file.version, []
     # Not *.encodings: a bundle has one file of that kind.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitwright import formats
 from bitwright.bundle import find_bundle
-from bitwright.errors import InputError
+from bitwright.errors import InputError, PluginError
 from bitwright.plugins import registry
-from bitwright_deploy import qualcomm_lines, runtime_lines
-from bitwright_deploy.qualcomm_lines import SCHEMAS
 from bitwright_deploy.target_job import Command, Job
 
 
@@ -52,7 +50,8 @@ def target_commands(
 
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
-        tool: "qnn", "snpe", "qairt", "onnxruntime", "tflite" or "tensorrt".
+        tool: "qnn", "snpe", "qairt", "onnxruntime", "tflite", "tensorrt", or one that a plugin registers
+            (`bitwright.hookspecs.ToolchainInfo`).
         name: stem of the files, if the directory holds several exports.
         data: samples for the comparison at the end, as the lines are to name them.
         input_shapes: input → shape, where the model leaves dimensions free; a free first dimension is 1.
@@ -60,23 +59,26 @@ def target_commands(
 
     Raises:
         InputError: no such tool or bundle, the bundle lacks the file that the tool takes, or a shape isn't known.
+        PluginError: the tool is a plugin's, and broken.
     """
-    make = TOOLS.get(tool.lower())
-    if make is None:
-        raise InputError(f"there is no tool {tool!r}; there are {', '.join(TOOLS)}")
+    try:
+        info = registry.toolchain_info(tool)
+    except PluginError as error:
+        raise InputError(str(error)) from None
+    make = registry.toolchain(tool)
     bundle = find_bundle(Path(directory), name)
     file = formats.read(bundle.files["encodings"])
-    shapes, outputs = _interface(
-        bundle.files["model"], dict(input_shapes or {}), needed=tool.lower() in ("qnn", "snpe", "qairt", "tensorrt")
-    )
+    shapes, outputs = _interface(bundle.files["model"], dict(input_shapes or {}), needed=info.shapes)
     stem = bundle.files["encodings"].stem
     job = Job(
-        Path(directory), stem, bundle.files["model"], bundle.files["encodings"], file, shapes, outputs, str(data), soc
-    )
-    commands = make(job)
-    return TargetCommands(
-        tool.lower(), SCHEMAS.get(tool.lower(), ()), file.version, tuple(commands), tuple(job.warnings)
-    )
+        Path(directory), stem, bundle.files["model"], bundle.files["encodings"], file, shapes, outputs, str(data), soc,
+        info.schemas,
+    )  # fmt: skip
+    with registry.default_registry().blaming(info):
+        commands = tuple(make(job))
+    if strange := [c for c in commands if not isinstance(c, Command)]:
+        raise PluginError(f"tool {info.name!r}: it gives {strange[0]!r}, where Commands belong")
+    return TargetCommands(info.name, info.schemas, file.version, commands, tuple(job.warnings))
 
 
 def _interface(
@@ -100,13 +102,3 @@ def _interface(
             raise InputError(f"input {name!r} has shape {shape}: give its free dimensions by --input-shape {name}=1,…")
         found[name] = tuple(d for d in filled if d is not None)
     return found, tuple(backend.graph(native).outputs)
-
-
-TOOLS: Mapping[str, Callable[[Job], list[Command]]] = {
-    "qnn": qualcomm_lines.qnn,
-    "snpe": qualcomm_lines.snpe,
-    "qairt": qualcomm_lines.qairt,
-    "onnxruntime": runtime_lines.onnxruntime,
-    "tflite": runtime_lines.tflite,
-    "tensorrt": runtime_lines.tensorrt,
-}

@@ -35,6 +35,7 @@ class Job:
         outputs: names of the model's outputs.
         data: samples, as lines name them.
         soc: of Qualcomm's tools.
+        schemas: of encodings files that the tools take, the preferred one first (`ToolchainInfo.schemas`).
         warnings: grows as lines are made.
     """
 
@@ -47,6 +48,7 @@ class Job:
     outputs: tuple[str, ...]
     data: str
     soc: str | None
+    schemas: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
     def beside(self, suffix: str) -> Path:

@@ -176,7 +176,7 @@ class AutoSearch:
         """The network in the form that the target runs."""
         current, content = self.sim, content_of(self.sim)
         for step in self.preparations:
-            depends = {"base": content, "data": self._data, "settings": dict(step.settings)}
+            depends = {"base": content, "data": self._data, **_of(step)}
             try:
                 built = self.stages.build(f"auto: {step.technique}", depends, self._applied(step, current), self.opened)
             except Exception as error:
@@ -288,7 +288,7 @@ class AutoSearch:
         if auto is not None and auto.weights_only and (reason := self._needless()):
             self.note(Trial(step.technique, "technique", Status.SKIPPED, steps, reason=reason))
             return current
-        depends = {"base": base.built.content, "data": self._data, "settings": dict(step.settings),
+        depends = {"base": base.built.content, "data": self._data, **_of(step),
                    "schemes": [base.built.sim.scheme, base.built.sim.weight_scheme]}  # fmt: skip
         make = self._applied(step, base.built.sim)
         try:
@@ -448,3 +448,9 @@ def _base(step: Step, kept: Sequence[Candidate]) -> Candidate:
     auto = registry.techniques()[step.technique].auto
     replaced = set() if auto is None else set(auto.replaces)
     return next(c for c in reversed(kept) if not replaced & set(c.steps))
+
+
+def _of(step: Step) -> dict[str, object]:
+    """What a step's result depends on, of the step itself: another release of a third party's may find another."""
+    release = registry.default_registry().release(step.technique)
+    return {"settings": dict(step.settings), **({"release": release} if release else {})}

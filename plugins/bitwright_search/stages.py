@@ -153,9 +153,12 @@ def _plain(value: Any) -> Any:
 def content_of(sim: QuantSim) -> str:
     """Fingerprint of all that a network's outputs and further changes depend on."""
     info = registry.backends().get(sim.backend.name)
+    backend: list[object] = [sim.backend.name, versions(info.modules if info is not None else ())]
+    if adapter := registry.default_registry().release(sim.backend):
+        backend.append(adapter)
     return fingerprint.of_json(
         {
-            "backend": [sim.backend.name, versions(info.modules if info is not None else ())],
+            "backend": backend,
             "graph": fingerprint.of_graph(sim.graph),
             "params": fingerprint.of_params(sim.params),
             "plan": [(s, repr(site.decision)) for s, site in sim.plan.items()],

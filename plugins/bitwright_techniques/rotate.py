@@ -114,7 +114,7 @@ class _Rotated:
             param = op.params[role]
             encoding = self.ctx.encodings.get(self.ctx.plan.root(param) if param in self.ctx.plan else param)
             if encoding is not None and encoding.frozen:
-                return f"the encoding of {param!r} is frozen"
+                return f"the encoding of {param!r} is frozen ({encoding.held_by or encoding.source or 'loaded'})"
             if op.id in self.ctx.folded:
                 return f"{op.id!r} has absorbed a batch norm"
         return ""

@@ -116,9 +116,10 @@ def migrate(
     return scaled.outcome(Report(summary, figures, columns, tuple(rows)))
 
 
-def _frozen(ctx: Context[Any], site: ParamId | TensorId) -> bool:
+def _frozen(ctx: Context[Any], site: ParamId | TensorId) -> str:
+    """Who has frozen the encoding of a site; empty if it may change."""
     encoding = ctx.encodings.get(ctx.plan.root(site) if site in ctx.plan else site)
-    return encoding is not None and encoding.frozen
+    return "" if encoding is None or not encoding.frozen else encoding.held_by or encoding.source or "loaded"
 
 
 def _obstacle(ctx: Context[Any], op: Op) -> str | None:
@@ -129,8 +130,8 @@ def _obstacle(ctx: Context[Any], op: Op) -> str | None:
             continue
         if len(ctx.graph.users(id)) > 1:
             return f"{id!r} is shared by several ops"
-        if _frozen(ctx, id):
-            return f"the encoding of {id!r} is frozen"
+        if who := _frozen(ctx, id):
+            return f"the encoding of {id!r} is frozen ({who})"
     return None
 
 

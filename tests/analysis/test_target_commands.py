@@ -157,7 +157,7 @@ def test_free_dimensions_must_be_given(images, tmp_path):
 
 
 def test_unknown_tools_and_folders(out, tmp_path):
-    with pytest.raises(InputError, match="there are qnn, snpe"):
+    with pytest.raises(InputError, match="there are: qnn, snpe"):
         bitwright.target_commands(out, "abacus")
     with pytest.raises(InputError, match="0 encodings files"):
         bitwright.target_commands(tmp_path, "qnn")

@@ -18,10 +18,11 @@ from bitwright.simulation import QuantSim
 from bitwright.state import SimState
 from bitwright.statistics import RangeStatistic, Request
 from bitwright.targets import load_target
-from bitwright.technique import Outcome, Report
+from bitwright.technique import LayerResult, Outcome, Report
 from bitwright.testing import models
 from bitwright.testing.backend_contract import BackendContract, Case
 from bitwright.testing.contract_base import min_max_table
+from bitwright.testing.harness import MemoryStore, SimpleWalk, min_max_encodings, simple_plan
 from bitwright.testing.reference import ReferenceBackend
 from bitwright.testing.technique_contract import TechniqueContract
 from bitwright_techniques.bias_correction import BiasCorrection
@@ -255,6 +256,13 @@ class Faulty(BiasCorrection):
             weight = ctx.graph.linear_ops[0].weight
             two = Encoding(4, True, True, np.ones(2, np.float32), np.zeros(2, np.int32), PerChannel(0))
             return replace(outcome, encodings={weight: two})
+        if self.fault == "replaces frozen scales":
+            weights = [op.weight for op in ctx.graph.linear_ops]
+            return replace(outcome, encodings={w: ctx.encodings[w].with_(scale=ctx.encodings[w].scale / 2)
+                                               for w in weights})  # fmt: skip
+        if self.fault == "changes frozen weights":
+            return replace(outcome, params={op.weight: ctx.params[op.weight] * np.float32(0.99)
+                                            for op in ctx.graph.linear_ops})  # fmt: skip
         if self.fault == "depends on the clock":
             return replace(outcome, params={p: v + next(TICKS) * 1e-3 for p, v in outcome.params.items()})
         if self.fault == "ragged report":
@@ -307,6 +315,8 @@ class FaultyKit(TechniqueContract):
         ("two lines", "test_report_says_what_was_done"),
         ("infinite figure", "test_report_says_what_was_done"),
         ("forgets the store", "test_resumes_after_a_crash"),
+        ("replaces frozen scales", "test_leaves_frozen_grids_alone"),
+        ("changes frozen weights", "test_leaves_frozen_grids_alone"),
     ],
 )
 def test_faulty_techniques_fail(fault, test):
@@ -332,6 +342,21 @@ def test_loose_settings_fail():
     kit.technique = lambda: technique
     with pytest.raises(pytest.fail.Exception):
         kit.test_refuses_unknown_settings()
+
+
+def test_what_a_layer_was_measured_at_travels_through_the_store_too():
+    model, backend, store = models.mlp(), ReferenceBackend(), MemoryStore()
+    plan, data = simple_plan(model.graph), [models.batch(model)]
+    walk = SimpleWalk(backend, model, plan, min_max_encodings(backend, model, plan, data), data, store)
+    ops = [op.id for op in model.graph.linear_ops]
+
+    def solve(layer):
+        return LayerResult(layer.weight, layer.encoding, figures={"after": len(layer.op.id) / 7})
+
+    first, again = walk(ops, solve), walk(ops, solve)
+    assert walk.visited == ops
+    assert {op: r.figures for op, r in again.items()} == {op: r.figures for op, r in first.items()}
+    assert all(r.figures for r in again.values())
 
 
 def test_layer_results_travel_through_the_store_bit_for_bit():

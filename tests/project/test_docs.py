@@ -93,7 +93,7 @@ def test_recipe_example_is_valid(tmp_path):
 
 def test_every_hook_is_documented():
     hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
-    assert len(hooks) == 7
+    assert len(hooks) == 8
     text = "".join(PAGES[f"write-a-{page}.md"] for page in ("technique", "backend", "target", "runtime"))
     for hook in hooks:
         assert re.search(rf"def {hook}\(\)( -> .*)?:", text), hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,21 @@ def test_every_placeholder_is_filled(kind):
     for path, text in files_of(kind, "my_scales").items():
         assert "@" not in path
         assert not [word for word in ("@NAME@", "@PUBLIC@", "@DASHED@", "@TITLE@", "@SUMMARY@") if word in text], path
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_all_that_is_imported_is_used_and_public(kind):
+    for path, text in files_of(kind, "my_scales").items():
+        if not path.endswith(".py"):
+            continue
+        tree = ast.parse(text)
+        names: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+                names |= {alias.asname or alias.name: str(node.module) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names.keys() - used, (path, names.keys() - used)
+        private = {m for m in names.values() if m.startswith("bitwright.cli") or "._" in m}
+        assert not private, (path, private)

@@ -17,7 +17,7 @@ from bitwright.hookspecs import TechniqueInfo, ToolInfo
 from bitwright.plugins import Registry
 from bitwright.plugins.registry import PluginWarning
 
-HEAD = "from bitwright.hookspecs import BackendInfo, TechniqueInfo, ToolInfo, hookimpl\n"
+HEAD = "from bitwright.hookspecs import AutoStage, BackendInfo, TechniqueInfo, ToolInfo, hookimpl\n"
 WORKS = """
 from bitwright.technique import Outcome, Settings as Base
 class Rounds:
@@ -244,6 +244,10 @@ def test_hooks_fail_one_by_one(acme):
         ("api='1'", "api: '1' isn't a number"),
         ("factory=3", "factory: 3 is neither"),
         ("summary=None", "summary: None isn't text"),
+        ("settings=3", "settings: 3 is neither"),
+        ("auto=35", "auto: 35 is no AutoStage"),
+        ("auto=AutoStage('late')", "auto: its order 'late' isn't a number"),
+        ("auto=AutoStage(50, replaces='cle')", "auto: what it replaces, 'cle', isn't a tuple"),
     ],
 )
 def test_a_descriptor_that_makes_no_sense_is_left_out_alone(acme, field, reason):

@@ -34,7 +34,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "weight_clipping": {"needs_data": False},
     "activation_ranges": {"settings": {"samples": 64}},
     "batch_norm_reestimation": {},
-    "fold_batch_norm_to_scale": {"needs_data": False},
+    "fold_batch_norm_to_scale": {"needs_data": False, "test_leaves_frozen_grids_alone": None},
 }
 # A technique never sees a framework. The whole kit is run on each for one technique of each kind: edits that change the
 # graph, a walk that moves biases, one that stores its layers, channel statistics, statistics of norms. The others must

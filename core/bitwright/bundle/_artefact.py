@@ -32,7 +32,15 @@ from bitwright.bundle._parts import of_part, parts_in
 from bitwright.bundle._placing import move_in
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
-from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError, ModelError, WriteError
+from bitwright.errors import (
+    CapabilityError,
+    EncodingError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    PluginError,
+    WriteError,
+)
 from bitwright.files import make_directory
 from bitwright.formats import EncodingsFile, Entry, ExpectedEntry, Problem, TensorGeometry
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, Param, ParamId, ParamRole, moved_from
@@ -135,10 +143,12 @@ def export(
             files |= made.files
             quantized += [export_gate.Quantized(p, made.names) for k, p in made.files.items() if k.split("/")[0] == QDQ]
         conversions.close()
+        if chosen is None and QDQ not in backend.formats():
+            missing[QDQ] = f"the {backend.name} backend writes none"
         if runtime is not None and runtime.artefact not in (QDQ, *others):
             try:
                 files[runtime.artefact] = compiled(state, runtime, replace(bundle, files=files), staging / name)
-            except (MissingExtraError, ModelError) as error:
+            except (PluginError, ModelError) as error:
                 missing[runtime.artefact] = str(error)
                 warnings.warn(f"{name}{runtime.suffix} isn't written: {error}", stacklevel=3)
         if chosen is not None:
@@ -226,16 +236,19 @@ def compiled(state: SimState, info: RuntimeInfo, bundle: Bundle, stem: Path) -> 
 
     Raises:
         ModelError: it can't execute the model, or neither it nor the backend writes its artefact.
-        MissingExtraError: what the runtime needs isn't installed.
+        PluginError: the runtime is broken, or what it needs isn't installed.
     """
     path = stem.with_name(f"{stem.name}{info.suffix}")
+    if path.exists():
+        raise ModelError(f"runtime {info.name!r} would write over {path.name}, which is there already")
     runtime = registry.runtime(info.name)
     if not isinstance(runtime, ArtefactWriter):
         raise ModelError(
             f"the {state.backend.name} backend has no format {info.artefact!r}, and runtime {info.name!r} doesn't "
             "write it itself"
         )
-    written = runtime.write(ToCompile(state.graph, state.params, state.plan, state.table, bundle), path)
+    with registry.default_registry().blaming(info):
+        written = runtime.write(ToCompile(state.graph, state.params, state.plan, state.table, bundle), path)
     if written != path or not path.exists():
         raise ModelError(f"runtime {info.name!r} has written {written}, where {path.name} was asked for")
     return path

@@ -101,9 +101,11 @@ def check_formats(chosen: Chosen, model: ToCompile) -> None:
 
     Raises:
         EncodingError, ModelError: see `FormatWriter.check`.
+        PluginError: the format's writer is broken.
     """
     for each in chosen.foreign:
-        each.writer.check(model, each.settings)
+        with registry.default_registry().blaming(each.info):
+            each.writer.check(model, each.settings)
 
 
 def write_formats(chosen: Chosen, model: ToCompile, stem: Path) -> dict[str, Path]:
@@ -111,14 +113,19 @@ def write_formats(chosen: Chosen, model: ToCompile, stem: Path) -> dict[str, Pat
 
     Raises:
         EncodingError, ModelError: one can't be written, or doesn't hold what was simulated.
+        PluginError: the format's writer is broken.
     """
     files: dict[str, Path] = {}
     for each in chosen.foreign:
         path = stem.with_name(f"{stem.name}{each.info.suffix}")
-        written = each.writer.write(model, path, each.settings)
+        if path.exists():
+            raise ModelError(f"format {each.info.name!r} would write over {path.name}, which is there already")
+        with registry.default_registry().blaming(each.info):
+            written = each.writer.write(model, path, each.settings)
         if written != path or not path.exists():
             raise ModelError(f"format {each.info.name!r} has written {written}, where {path.name} was asked for")
-        prove(model, each.writer, path)
+        with registry.default_registry().blaming(each.info):
+            prove(model, each.writer, path)
         files[each.info.name] = path
         model = replace(model, bundle=replace(model.bundle, files={**model.bundle.files, each.info.name: path}))
     return files
@@ -138,7 +145,9 @@ def prove(model: ToCompile, writer: FormatWriter, path: Path) -> None:
     fault = "so nothing is exported. This is a fault of the format's writer; report it"
     seen: set[str] = set()
     for param, found in writer.read(model, path):
-        value = model.params[param]
+        if param not in model.graph.params:
+            raise ModelError(f"{path.name} has a weight {param!r}, which the network hasn't, {fault}")
+        value, found = model.params[param], np.asarray(found)
         expected = model.encodings[param].fake_quantize(value) if param in wanted else value
         if found.shape != expected.shape or not np.array_equal(found, expected):
             departing = "another shape" if found.shape != expected.shape else f"{int((found != expected).sum())} values"

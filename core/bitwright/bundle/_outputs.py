@@ -128,7 +128,8 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
         passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
         runs = {view: _whole(graph, outputs, {**run, **passed}) for view, run in runs.items()}
         for view, run in runs.items():
-            parts[view].append(run[outputs[0]])
+            if outputs[0] in run:
+                parts[view].append(run[outputs[0]])
         for tensor in outputs:
             real = runs["float"][tensor]
             if real.dtype.kind == "f" and np.isnan(real).any():
@@ -151,7 +152,7 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
         crushed = of["simulated_float"].decibels if graph.tensors[tensor].is_float else None
         if crushed is not None and crushed < CRUSHED_DB:
             problems[f"output {tensor!r} is crushed: {crushed:.1f} dB of signal to quantization noise"] = None
-    return OutputSums({view: whole_of(p) for view, p in parts.items()}, samples, pairs, list(problems))
+    return OutputSums({view: whole_of(p) for view, p in parts.items() if p}, samples, pairs, list(problems))
 
 
 def _whole(

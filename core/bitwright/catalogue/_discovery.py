@@ -6,7 +6,7 @@ import importlib
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import metadata
 from typing import Any
@@ -15,7 +15,7 @@ from pluggy import PluginManager
 
 from bitwright import _version, hookspecs
 from bitwright.catalogue._catalogue import CORE_COMMANDS, Catalogue, Descriptor, complain, item_of
-from bitwright.catalogue._kinds import COMMAND, KINDS
+from bitwright.catalogue._kinds import COMMAND, KINDS, PURPOSES, QDQ
 from bitwright.catalogue._owners import Fault, Owner, blamed, described
 from bitwright.errors import BitwrightError, PluginError
 from bitwright.hookspecs import PROJECT
@@ -38,8 +38,9 @@ DEFAULT_PLUGINS = (
 RESERVED = {
     COMMAND.word: CORE_COMMANDS,
     "tool": ("QuantSim", "RunDirectory", "registry", "validate"),
+    "export format": (*PURPOSES, QDQ, "safetensors"),
 }
-"""Names that are the core's own: its commands, and what `import bitwright` has beside the tools."""
+"""Names that are the core's own: its commands, what `import bitwright` has beside the tools, what bundles hold."""
 
 
 def import_dotted(dotted: str) -> Any:
@@ -119,8 +120,8 @@ def _installed() -> list[tuple[Owner, metadata.EntryPoint]]:
     found = []
     for point in metadata.entry_points(group=PROJECT):
         name, version = "", ""
-        if point.dist is not None:
-            about = point.dist.metadata
+        with suppress(Exception):  # of a damaged installation it can't be read
+            about: Any = point.dist.metadata if point.dist is not None else {}
             name, version = (str(about[key]) if key in about else "" for key in ("Name", "Version"))
         found.append((Owner(point.name, name, version, point.value.partition(":")[0].partition(".")[0]), point))
     return sorted(found, key=lambda pair: (pair[0].distribution, pair[0].name))

@@ -86,7 +86,7 @@ class PluginStatus:
         backends, techniques, tools: names of what it provides and can be used.
         traceback: of the first failure that was an exception.
         faults: one for each item that can't be used, or for the plugin as a whole.
-        targets, runtimes, schemas, formats: as backends.
+        targets, runtimes, schemas, formats, toolchains: as backends.
     """
 
     name: str
@@ -103,6 +103,7 @@ class PluginStatus:
     runtimes: tuple[str, ...] = ()
     schemas: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    toolchains: tuple[str, ...] = ()
 
 
 @contextmanager

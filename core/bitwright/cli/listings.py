@@ -111,7 +111,7 @@ def plugins(as_json: Json = False) -> None:
 
 def _provided(plugin: PluginStatus) -> str:
     """Names by kind: "techniques: cle, adaround; tools: auto_quantize"."""
-    kinds = ("backends", "techniques", "tools", "targets", "runtimes", "schemas", "formats")
+    kinds = ("backends", "techniques", "tools", "targets", "runtimes", "schemas", "formats", "toolchains")
     return "; ".join(f"{kind}: {', '.join(names)}" for kind in kinds if (names := getattr(plugin, kind)))
 
 

@@ -76,8 +76,6 @@ Change `bitwright_@NAME@/technique.py` into your own. bitwright's page "Write a 
 
 from __future__ import annotations
 
-from bitwright.cli.backend_template import BACKEND
-
 from bitwright.hookspecs import TechniqueInfo, hookimpl
 
 
@@ -97,8 +95,6 @@ def register_techniques() -> list[TechniqueInfo]:
 """Weight scales by the squared error of the weights: fractions of the range are tried, for each scale by itself."""
 
 from __future__ import annotations
-
-from bitwright.cli.backend_template import BACKEND
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -185,8 +181,6 @@ def error(weight: np.ndarray[Any, Any], encoding: Encoding) -> float:
 
 from __future__ import annotations
 
-from bitwright.cli.backend_template import BACKEND
-
 import numpy as np
 from bitwright import registry
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
@@ -233,8 +227,6 @@ Change `bitwright_@NAME@/@NAME@.json` to what your hardware does. bitwright's pa
 
 from __future__ import annotations
 
-from bitwright.cli.backend_template import BACKEND
-
 from bitwright.hookspecs import TargetInfo, hookimpl
 
 
@@ -261,8 +253,6 @@ def register_targets() -> list[TargetInfo]:
 """The target as it is installed, and what it does to a model."""
 
 from __future__ import annotations
-
-from bitwright.cli.backend_template import BACKEND
 
 from bitwright.placement import build_plan
 from bitwright.targets import load_target, target_summary

@@ -13,9 +13,10 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,16 @@ from bitwright.catalogue import (
 )
 from bitwright.errors import BitwrightError, InputError, MissingExtraError, PluginError
 from bitwright.formats import schema
-from bitwright.hookspecs import BackendInfo, FormatInfo, RuntimeInfo, SchemaInfo, TargetInfo, TechniqueInfo, ToolInfo
+from bitwright.hookspecs import (
+    BackendInfo,
+    FormatInfo,
+    RuntimeInfo,
+    SchemaInfo,
+    TargetInfo,
+    TechniqueInfo,
+    ToolchainInfo,
+    ToolInfo,
+)
 from bitwright.targets import load_target
 from bitwright.technique import Settings, Technique
 
@@ -63,6 +73,9 @@ __all__ = [
     "technique",
     "techniques",
     "tool",
+    "toolchain",
+    "toolchain_info",
+    "toolchains",
     "tools",
 ]
 
@@ -120,6 +133,10 @@ class Registry:
         """Every usable export format's descriptor, by name, whether what it needs is installed or not."""
         return {d.info.name: d.info for d in self._catalogue.of(FormatInfo)}
 
+    def toolchains(self) -> Mapping[str, ToolchainInfo]:
+        """The descriptor of every target's tools whose command lines there are, by name."""
+        return {d.info.name: d.info for d in self._catalogue.of(ToolchainInfo)}
+
     def plugins(self, *, examined: bool = False) -> tuple[PluginStatus, ...]:
         """The state of every plugin, see `PluginStatus`, with the reasons.
 
@@ -156,6 +173,8 @@ class Registry:
                     schema(info.name)
                 case FormatInfo():
                     self.format_writer(info.name)
+                case ToolchainInfo():
+                    self.toolchain(info.name)
         except MissingExtraError:
             raise
         except BitwrightError as error:
@@ -176,7 +195,9 @@ class Registry:
             state = "failed" if all(item_of(d.info) in broken for d in mine) else "partial"
         elif missing:
             state = "missing framework"
-        kinds = (BackendInfo, TechniqueInfo, ToolInfo, TargetInfo, RuntimeInfo, SchemaInfo, FormatInfo)
+        kinds = (
+            BackendInfo, TechniqueInfo, ToolInfo, TargetInfo, RuntimeInfo, SchemaInfo, FormatInfo, ToolchainInfo,
+        )  # fmt: skip
         names = {k: tuple(d.info.name for d in mine if isinstance(d.info, k) and item_of(d.info) not in broken)
                  for k in kinds}  # fmt: skip
         return PluginStatus(
@@ -184,12 +205,47 @@ class Registry:
             owner.blocked or "; ".join([*faults, *missing]),
             names[BackendInfo], names[TechniqueInfo], names[ToolInfo],
             next((f.traceback for f in owner.faults if f.traceback), ""), faults,
-            names[TargetInfo], names[RuntimeInfo], names[SchemaInfo], names[FormatInfo],
+            names[TargetInfo], names[RuntimeInfo], names[SchemaInfo], names[FormatInfo], names[ToolchainInfo],
         )  # fmt: skip
 
     def culprits(self, error: BaseException) -> tuple[str, ...]:
         """Plugins of third parties whose code an exception has come through, the innermost first."""
         return tuple(o.title for o in culprits(error.__traceback__, self._catalogue.owners))
+
+    def release(self, item: str | object) -> str:
+        """What third party's distribution a technique, or another object, comes from, with its version.
+
+        Results that are kept for later runs depend on it.
+
+        Args:
+            item: a technique's name or alias, or an object that a plugin has made.
+
+        Returns:
+            Such as "bitwright-acme 1.0"; empty for what ships with bitwright, is added by hand, or is nobody's.
+        """
+        if isinstance(item, str):
+            held = self._catalogue.holder(TechniqueInfo, item)
+            owner = None if held is None else held.owner
+        else:
+            package = type(item).__module__.partition(".")[0]
+            owner = next((o for o in self._catalogue.owners if o.package == package), None)
+        if owner is None or owner.builtin or not owner.distribution:
+            return ""
+        return f"{owner.distribution} {owner.version}".strip()
+
+    @contextmanager
+    def blaming(self, info: Info) -> Iterator[None]:
+        """Run code of what a descriptor has made; what it raises is its plugin's fault, but bitwright's own errors.
+
+        Raises:
+            PluginError: names the item and the plugin. Exceptions of what ships with bitwright pass as they are.
+        """
+        held = self._catalogue.holder(type(info), info.name)
+        if held is None:
+            yield
+            return
+        with blamed(held.owner, item_of(info)):
+            yield
 
     # -- one by name
 
@@ -230,12 +286,23 @@ class Registry:
         Raises:
             PluginError: unknown, registered twice, or its module doesn't provide it.
         """
-        descriptor = self._catalogue.find(ToolInfo, name)
-        made: Any = resolved(descriptor, descriptor.info.factory)
-        if not callable(made):
-            raise _unfit(descriptor, f"can't be called: {descriptor.info.factory}")
-        found: Callable[..., Any] = made
-        return found
+        return _function(self._catalogue.find(ToolInfo, name))
+
+    def toolchain_info(self, name: str) -> ToolchainInfo:
+        """The descriptor of a target's tools, by name or alias.
+
+        Raises:
+            PluginError: unknown, or registered twice.
+        """
+        return self._catalogue.find(ToolchainInfo, name).info
+
+    def toolchain(self, name: str) -> Callable[..., Any]:
+        """What makes the command lines of a target's tools.
+
+        Raises:
+            PluginError: unknown, registered twice, or its module doesn't provide it.
+        """
+        return _function(self._catalogue.find(ToolchainInfo, name))
 
     def commands(self) -> Mapping[str, ToolInfo]:
         """The tools that bring a command, by what the command line calls it."""
@@ -314,7 +381,8 @@ class Registry:
             # Only the framework's own absence is explained; any other failing import is a bug to be seen as it is.
             cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
             name = str(getattr(cause, "name", None) or "")
-            if not isinstance(cause, ModuleNotFoundError) or name.partition(".")[0] not in descriptor.info.modules:
+            packages = {m.partition(".")[0] for m in descriptor.info.modules}
+            if not isinstance(cause, ModuleNotFoundError) or name.partition(".")[0] not in packages:
                 raise
             raise MissingExtraError(_hint(descriptor, [name])) from error
         found: Backend[Any] = _fitting(descriptor, made, Backend)
@@ -344,7 +412,7 @@ class Registry:
 
     def _missing(self, descriptor: Descriptor[Any]) -> str:
         """What to install for a backend or a runtime; empty where all is there. Imports nothing."""
-        absent = [m for m in descriptor.info.modules if m not in sys.modules and importlib.util.find_spec(m) is None]
+        absent = [m for m in descriptor.info.modules if not _is_installed(m)]
         return _hint(descriptor, absent) if absent else ""
 
     def _installed(self, descriptor: Descriptor[Any], protocol: type) -> Any:
@@ -453,6 +521,23 @@ def model_file(path: str | Path) -> Path:
     return Path(file) if colon and file.endswith(".py") and function.isidentifier() else Path(path)
 
 
+def _is_installed(module: str) -> bool:
+    """Whether there is a module, dotted or not; neither it nor what it lies in is imported."""
+    if module in sys.modules:
+        return True
+    package, _, inner = module.partition(".")
+    try:
+        spec = importlib.util.find_spec(package)
+        for depth in range(1, inner.count(".") + 2) if inner else ():
+            if spec is None or spec.submodule_search_locations is None:
+                return False
+            name = ".".join(module.split(".")[: depth + 1])
+            spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    except (ImportError, ValueError):  # no name of a module, or one that is half imported
+        return False
+    return spec is not None
+
+
 def _describe(cls: object) -> BackendInfo | TechniqueInfo:
     """The descriptor of a class given to `add`."""
     if not isinstance(cls, type) or not isinstance(getattr(cls, "name", None), str):
@@ -468,6 +553,15 @@ def _describe(cls: object) -> BackendInfo | TechniqueInfo:
         f"{item.__name__} is neither a technique (name, Settings, requires, statistics, apply) "
         "nor a backend (see bitwright.backend.Backend)"
     )
+
+
+def _function(descriptor: Descriptor[Any]) -> Callable[..., Any]:
+    """The function that a descriptor's factory is."""
+    made: Any = resolved(descriptor, descriptor.info.factory)
+    if not callable(made):
+        raise _unfit(descriptor, f"can't be called: {descriptor.info.factory}")
+    found: Callable[..., Any] = made
+    return found
 
 
 def _fitting(descriptor: Descriptor[Any], made: object, protocol: type) -> Any:
@@ -585,6 +679,21 @@ def tools() -> Mapping[str, ToolInfo]:
 def tool(name: str) -> Callable[..., Any]:
     """`Registry.tool` of the default registry."""
     return default_registry().tool(name)
+
+
+def toolchains() -> Mapping[str, ToolchainInfo]:
+    """`Registry.toolchains` of the default registry."""
+    return default_registry().toolchains()
+
+
+def toolchain_info(name: str) -> ToolchainInfo:
+    """`Registry.toolchain_info` of the default registry."""
+    return default_registry().toolchain_info(name)
+
+
+def toolchain(name: str) -> Callable[..., Any]:
+    """`Registry.toolchain` of the default registry."""
+    return default_registry().toolchain(name)
 
 
 def add(item: T) -> T:

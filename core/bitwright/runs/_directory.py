@@ -243,7 +243,7 @@ def versions(modules: Iterable[str] = ()) -> dict[str, str]:
     """Versions that results may depend on: Python, bitwright, numpy, and those of a backend's modules.
 
     Args:
-        modules: top-level modules, as `BackendInfo.modules` lists them; one that isn't installed is left out.
+        modules: as `BackendInfo.modules` lists them; one that isn't installed is left out.
     """
     found = {
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -252,8 +252,9 @@ def versions(modules: Iterable[str] = ()) -> dict[str, str]:
         "numpy": np.__version__,
     }
     for module in modules:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[module] = metadata.version(module.replace("_", "-"))
+        package = module.partition(".")[0]
+        with contextlib.suppress(metadata.PackageNotFoundError, ValueError):  # a ValueError where there is no name
+            found[package] = metadata.version(package.replace("_", "-"))
     return found
 
 

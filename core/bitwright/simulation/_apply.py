@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -25,7 +25,7 @@ from bitwright.calibration import (
     weight_encodings,
 )
 from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, Remembering, Watching, doubts_of_calibration
-from bitwright.errors import InputError
+from bitwright.errors import InputError, PluginError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.layerwise import BlockwiseWalk, LayerwiseWalk
@@ -52,7 +52,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         return staged.run(
             state, body.name, chosen, stages, lambda now, stage: apply(now, body, dataset, stage.model_dump())
         )
-    requests = list(body.statistics(state.graph, state.plan, chosen))
+    requests = _requests(body, state, chosen)
     if dataset is None:
         require_data(body, requests, chosen)
         requests = []
@@ -60,7 +60,8 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     # A technique that changes weights must not inherit encodings that an earlier calibration derived from them.
     base = EncodingTable(state.encodings.held, state.encodings.provenance)
     table = _without_data(state, base)
-    store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset)
+    by = registry.default_registry().release(technique)
+    store = open_store(state, body.name, chosen.model_dump(mode="json"), table, dataset, by)
     statistics: Mapping[str, Statistic] = {}
     walk: LayerWalk | None = None
     blocks: BlockWalk | None = None
@@ -222,8 +223,15 @@ def calibrated_activations(state: SimState, table: EncodingTable, dataset: Datas
     return done
 
 
-def open_store(state: SimState, step: str, settings: object, table: EncodingTable, dataset: Dataset | None) -> Store:
-    """Where a step keeps finished work: keyed by all that its result depends on."""
+def open_store(
+    state: SimState, step: str, settings: object, table: EncodingTable, dataset: Dataset | None, release: str = ""
+) -> Store:
+    """Where a step keeps finished work: keyed by all that its result depends on.
+
+    Args:
+        state, step, settings, table, dataset: what the step is, and what it works on.
+        release: of the third party that it comes from (`Registry.release`): another one may find something else.
+    """
     if state.run is None:
         return MemoryStore()
     info = registry.backends().get(state.backend.name)
@@ -237,7 +245,23 @@ def open_store(state: SimState, step: str, settings: object, table: EncodingTabl
         "data": None if dataset is None else dataset.fingerprint(),
         "seed": state.seed,
     }
-    return state.run.step(step, depends)
+    adapter = registry.default_registry().release(state.backend)
+    return state.run.step(step, depends | {k: v for k, v in (("release", release), ("adapter", adapter)) if v})
+
+
+def _requests(technique: Technique, state: SimState, settings: object) -> list[Request]:
+    """What a technique asks for.
+
+    Raises:
+        PluginError: it gives something else.
+    """
+    given: object = technique.statistics(state.graph, state.plan, settings)
+    found: list[Request] = []
+    for request in given if isinstance(given, Iterable) else [given]:
+        if not isinstance(request, Request):
+            raise PluginError(f"technique {technique.name!r}: `statistics` gives {request!r} where Requests belong")
+        found.append(request)
+    return found
 
 
 def _settings(technique: Technique, values: Mapping[str, Any]) -> Any:

@@ -171,9 +171,14 @@ def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
     return _build(path.stem, raw, str(path))
 
 
-def target_names() -> tuple[str, ...]:
-    """The names of all targets: the presets and those of plugins, sorted."""
-    return tuple(sorted(current().names(TargetInfo)))
+def target_names(*, shipped: bool = False) -> tuple[str, ...]:
+    """The names of all targets, aliases too, sorted.
+
+    Args:
+        shipped: those that come with bitwright alone; otherwise those of installed plugins too.
+    """
+    found = current().of(TargetInfo)
+    return tuple(sorted(name for d in found if d.owner.builtin or not shipped for name in d.names))
 
 
 def is_preset(target: Target) -> bool:

@@ -34,10 +34,10 @@ class PlanContract(Contract):
     """The whole plan of a target, with the encodings that its model gets: op by op as the numpy reference computes it.
 
     Attributes:
-        targets: names of targets, or files; by default all that are shipped.
+        targets: names of targets, or files; by default all that come with bitwright.
     """
 
-    targets: ClassVar[Sequence[str]] = target_names()
+    targets: ClassVar[Sequence[str]] = target_names(shipped=True)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each case, or for each type that a case takes."""

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ValidationError
 
 from bitwright.backend import Backend, Batch, Capability, Tap
 from bitwright.errors import BitwrightError
-from bitwright.graph import AddBranch, Op, ParamId, ParamRole, SetBias, to_matrix
-from bitwright.grids import PerChannel, QuantSpec
+from bitwright.graph import AddBranch, Op, ParamId, ParamRole, SetBias, SetParams, to_matrix
+from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.placement import Plan
 from bitwright.statistics import Request
 from bitwright.technique import Layer, NeedsData, Outcome, Technique
@@ -243,6 +243,23 @@ class TechniqueContract:
         else:
             assert not isinstance(technique, NeedsData) or not technique.needs_data(technique.Settings(**self.settings))
             run()
+
+    def test_leaves_frozen_grids_alone(self) -> None:
+        """Weights whose encoding is frozen keep it; those whose codes have been chosen stay on it."""
+        model = models.conv_bn_relu()
+        backend, native, plan = self.backend(), self.port(model), self.plan(model)
+        weights = [op.weight for op in backend.graph(native).linear_ops if op.weight is not None]
+        values = backend.read(native, weights)
+        specs = {w: plan.spec(w) for w in weights}
+        frozen = {w: encoding_of_weights(np.asarray(values[w]), spec).with_(frozen=True, held_by="the kit")
+                  for w, spec in specs.items() if spec is not None}  # fmt: skip
+        native = backend.edit(native, [SetParams({w: e.fake_quantize(values[w]) for w, e in frozen.items()})])
+        data = [self.batch(model, 6, s) for s in range(3)]
+        done = run_technique(self.technique(), backend, native, data, plan=plan, encodings=frozen, **self.settings)
+        after = backend.read(done.model, list(frozen))
+        for w, e in frozen.items():
+            assert done.encodings[w].equals(e), f"the frozen encoding of {w!r} has changed"
+            assert np.array_equal(e.fake_quantize(after[w]), after[w]), f"{w!r} is no longer on its frozen grid"
 
     def test_never_above_nearest_rounding(self, model: ReferenceModel) -> None:
         """On the data that each layer saw, its mean squared output error isn't above that of nearest rounding."""

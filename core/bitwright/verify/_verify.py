@@ -48,6 +48,7 @@ from bitwright.simulation import bias_forms
 from bitwright.verify._exactness import Exactness, Examination
 from bitwright.verify._integer import IntegerSimulation
 from bitwright.verify._result import TensorComparison, Verification, of_parts
+from bitwright.verify._runtime_session import RuntimeSession
 
 INSPECTED = 8
 """Samples on which the tensors inside are compared."""
@@ -289,12 +290,12 @@ class _Views:
         self.plain = isinstance(runtime, PlainRuntime)
         outputs = list(dict.fromkeys(graph.outputs))
         try:
-            of_outputs = runtime.compile(bundle, outputs)
+            of_outputs = RuntimeSession(chosen, runtime, bundle, outputs)
         except (InputError, ModelError) as error:
             self.problems.append(f"the integer runtime refuses the export: {error}")
             return
         self.open["integer"] = lambda tensors: (
-            of_outputs if list(dict.fromkeys(tensors)) == outputs else runtime.compile(bundle, tensors)
+            of_outputs if list(dict.fromkeys(tensors)) == outputs else RuntimeSession(chosen, runtime, bundle, tensors)
         )
         try:
             integer = IntegerSimulation(backend, model, graph, table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.hookspecs import RuntimeInfo, TargetInfo, hookimpl
+from bitwright.hookspecs import RuntimeInfo, TargetInfo, ToolchainInfo, hookimpl
 
 
 @hookimpl
@@ -30,3 +30,9 @@ def register_runtimes() -> list[RuntimeInfo]:
             arithmetic="the NPU requantizes by a fixed-point multiplier and rounds halves away from zero",
         )
     ]
+
+
+@hookimpl
+def register_toolchains() -> list[ToolchainInfo]:
+    """The NPU's command line."""
+    return [ToolchainInfo("acme-npu", "The Acme NPU's runner.", factory="bitwright_acme_npu.lines:lines")]

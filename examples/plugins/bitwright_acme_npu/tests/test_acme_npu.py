@@ -11,8 +11,8 @@ from bitwright_acme_npu.compiler import multiplier
 from bitwright_acme_npu.program import Grid
 from bitwright_acme_npu.simulator import quantize, rescaled
 
-from bitwright import QuantSim, registry
-from bitwright.errors import ModelError
+from bitwright import QuantSim, registry, target_commands
+from bitwright.errors import InputError, ModelError
 from bitwright.targets import load_target
 from bitwright.verify import verify
 
@@ -124,6 +124,15 @@ def test_requantization_rounds_halves_away_from_zero(factor):
 
 def test_inputs_round_halves_away_from_zero():
     assert quantize(np.array([0.5, -0.5, 1.5, 300.0]), Grid(1.0, 10)).tolist() == [11, 9, 12, 255]
+
+
+def test_target_commands_has_its_lines(exported, data, tmp_path):
+    found = target_commands(exported, "acme_npu", data="test.npz")
+    assert (found.tool, found.warnings) == ("acme-npu", ())
+    assert f"acme-run {exported / 'net.acme.npz'} --samples test.npz" in str(found)
+    QuantSim(network(), target="generic-int8").calibrate({"x": data}).export(tmp_path)
+    with pytest.raises(InputError, match=r"has no model.acme.npz: export the model for the target acme-npu"):
+        target_commands(tmp_path, "acme-npu")
 
 
 def test_the_runtime_is_registered():

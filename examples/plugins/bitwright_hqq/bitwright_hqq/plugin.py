@@ -7,7 +7,7 @@ from bitwright.hookspecs import AutoStage, TechniqueInfo, hookimpl
 
 @hookimpl
 def register_techniques() -> list[TechniqueInfo]:
-    """The technique."""
+    """The techniques."""
     return [
         TechniqueInfo(
             "hqq",
@@ -16,5 +16,10 @@ def register_techniques() -> list[TechniqueInfo]:
             settings="bitwright_hqq.hqq:HqqSettings",
             aliases=("half_quadratic",),
             auto=AutoStage(order=35, weights_only=True),
-        )
+        ),
+        TechniqueInfo(
+            "one_sweep",
+            "Choose roundings one by one on the moments of each layer's input.",
+            factory="bitwright_hqq.one_sweep:OneSweep",
+        ),
     ]

@@ -1,4 +1,4 @@
-"""The technique by the kit, on every backend that is installed, and what is its own."""
+"""The techniques by the kit, on backends that are installed, and what is their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bitwright_hqq.hqq import Hqq, HqqSettings, error, search, searchable
+from bitwright_hqq.one_sweep import OneSweep
 
 from bitwright import registry
 from bitwright.grids import Blockwise, PerChannel, QuantSpec, encoding_of_weights
@@ -41,6 +42,28 @@ class TestOnFrameworks(TechniqueContract):
 
 class TestAsymmetricWeights(TestOnTheReferenceBackend):
     weights = QuantSpec(4, signed=False, symmetric=False)
+
+
+class TestOneSweep(TechniqueContract):
+    reconstructs = True
+
+    def technique(self) -> OneSweep:
+        return OneSweep()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_sweep_is_better_than_nearest(symmetric: bool):
+    backend, model = ReferenceBackend(), models.mlp()
+    spec = QuantSpec(3, signed=symmetric, symmetric=symmetric, granularity=PerChannel(0))
+    data = [models.batch(model, 64, s) for s in range(2)]
+    done = run_technique(OneSweep(), backend, model, data, plan=simple_plan(model.graph, weights=spec))
+    rows = done.outcome.report.rows
+    assert len(rows) == len(model.graph.linear_ops)
+    assert all(after < before for _, before, after in rows), rows
+    assert sum(after for *_, after in rows) < 0.85 * sum(before for _, before, _ in rows), rows
+    for w, encoding in done.outcome.encodings.items():
+        assert encoding.frozen
+        assert np.array_equal(encoding.fake_quantize(done.outcome.params[w]), done.outcome.params[w])
 
 
 def test_it_is_found_by_both_names():
