@@ -290,4 +290,5 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "warnings.md": lambda: onnx_files("mobilenet.onnx"),
     "workflow.md": lambda: onnx_files("mobilenet.onnx"),
     "write-a-backend.md": write_a_backend,
+    "write-a-runtime.md": lambda: exported("mobilenet.onnx"),
 }
