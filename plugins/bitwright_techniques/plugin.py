@@ -47,6 +47,12 @@ def register_techniques() -> list[TechniqueInfo]:
             factory="bitwright_techniques.gptq:Gptq",
         ),
         TechniqueInfo(
+            "low_rank",
+            "Put a branch of low rank beside each rounded layer, which takes back a part of what rounding costs.",
+            factory="bitwright_techniques.low_rank:LowRank",
+            aliases=("lqer",),
+        ),
+        TechniqueInfo(
             "block_reconstruction",
             "Learn roundings and scales of weights by the output error of a block of the network at a time.",
             factory="bitwright_techniques.block_reconstruction:BlockReconstruction",

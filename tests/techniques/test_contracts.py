@@ -28,6 +28,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "adaround": {"reconstructs": True, "settings": {"candidates": 5, "max_sweeps": 3}},
     "seq_mse": {"reconstructs": True, "settings": {"inputs": "asymmetric", "quantized_activations": True}},
     "gptq": {"reconstructs": True, "settings": {"candidates": 5}},
+    "low_rank": {"settings": {"rank": 2}},
     "rotate": {"needs_data": False},
     "smooth_quant": {"settings": {"alpha": (0.25, 0.5, 0.75), "samples": 64}},
     "awq": {"settings": {"steps": 4, "samples": 64}},

@@ -82,7 +82,7 @@ def test_tools_are_refused_where_the_backend_lacks_what_they_need(sim):
 
 
 NEEDS_DATA = {
-    "adaround": {}, "gptq": {}, "seq_mse": {}, "smooth_quant": {}, "awq": {}, "activation_ranges": {},
+    "adaround": {}, "gptq": {}, "low_rank": {}, "seq_mse": {}, "smooth_quant": {}, "awq": {}, "activation_ranges": {},
     "batch_norm_reestimation": {}, "bias_correction": {"mode": "empirical"}, "weight_clipping": {"metric": "output"},
 }  # fmt: skip
 
