@@ -15,6 +15,7 @@ convolution, a linear op, a clipped ReLU, a residual sum and a concatenation; `k
 
 from __future__ import annotations
 
+from bitwright.testing.branch_contract import BranchContract
 from bitwright.testing.contract_base import Case
 from bitwright.testing.edit_contract import EditContract
 from bitwright.testing.file_contract import FileContract
@@ -33,6 +34,7 @@ class BackendContract(
     GraphContract,
     ReplayContract,
     EditContract,
+    BranchContract,
     GridContract,
     SimulationContract,
     PlanContract,
