@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from bitwright import formats
 from bitwright.data import labels
 from bitwright.errors import BitwrightError, EncodingError, InputError, TargetError
-from bitwright.files import open_npz, read_npy, read_npz, write_text
+from bitwright.files import open_npy, open_npz, read_npy, read_npz, write_text
 from bitwright.report import read_report, read_run
 from bitwright.runs._directory import FileStore
 from bitwright.simulation import read_recipe
@@ -111,7 +112,8 @@ def test_target_files(tmp_path, text):
      ("r.yaml", f"- adaround: {{iterations: {'59:' * 5_000}1}}"), ("r.yaml", "- " + "a" * 2_000_000),
      ("r.yaml", "".join(["m0: &m0 {a: 1}\n", *(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n"
                                                 for i in range(1, 25))])),
-     ("r.yaml", "- adaround: &a {include: *a}"), ("r.yaml", f"[{','.join('1' * 20_000)}]")],
+     ("r.yaml", f"- adaround: {{iterations: {'59:' * 100_000}1}}"),
+     ("r.yaml", f"- adaround: {{damping: {'59:' * 100_000}1.5}}"), ("r.yaml", "- adaround: &a {include: *a}"), ("r.yaml", f"[{','.join('1' * 20_000)}]")],
 )  # fmt: skip
 def test_recipe_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -141,6 +143,74 @@ def test_a_compressed_npz_that_unpacks_to_far_more_is_refused(tmp_path):
                     member.write(b"\0" * 2**20)
     with pytest.raises(InputError, match=r"unpack to 160 MiB; write it by numpy\.savez"):
         open_npz(path)
+
+
+def _archive(path, entries):
+    """A zip file whose directory lists one local entry so many times, under several names."""
+    buffer = io.BytesIO()
+    content = io.BytesIO()
+    np.save(content, np.asfortranarray(np.zeros((1000, 4), np.float32)))
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x0000.npy", content.getvalue())
+    raw = buffer.getvalue()
+    start, end = raw.rindex(b"PK\x01\x02"), raw.rindex(b"PK\x05\x06")
+    listed = b"".join(raw[start:end].replace(b"x0000", f"x{i:04d}".encode()) for i in range(entries))
+    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, entries, entries, len(listed), start, 0)
+    path.write_bytes(raw[:start] + listed + tail)
+
+
+def test_arrays_that_lie_in_one_place_are_refused(tmp_path):
+    """In Fortran order each is read at once: 2,000 of a megabyte that is stored once are two gigabytes."""
+    _archive(tmp_path / "one.npz", 1)
+    assert read_npz(tmp_path / "one.npz")["x0000"].shape == (1000, 4)
+    _archive(tmp_path / "d.npz", 2000)
+    with pytest.raises(InputError, match="overlap"):
+        open_npz(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("shape", ["(4294967296, 4294967296, 4)", "(9223372036854775807, 3)", f"({'1, ' * 100})"])
+def test_shapes_that_no_array_can_have(tmp_path, shape):
+    (tmp_path / "a.npy").write_bytes(_npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"))
+    with pytest.raises(InputError, match="truncated|100 axes"):
+        open_npy(tmp_path / "a.npy")
+
+
+def test_a_packed_step_counts_as_absent(tmp_path):
+    """A store's files are never compressed, and could unpack to gigabytes."""
+    store = FileStore(tmp_path)
+    store.put("key", {"a": np.zeros(2**18)})
+    (path,) = tmp_path.glob("*.npz")
+    assert store.get("key") is not None
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert store.get("key") is None
+
+
+def test_files_that_extend_each_other_without_end(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"{i}.json").write_text(json.dumps({"bitwright": {"extends": f"{i + 1}.json"}}))
+    with pytest.raises(TargetError, match="more than 20 files"):
+        load_target(tmp_path / "0.json")
+
+
+def test_long_values_are_told_in_short(tmp_path):
+    raw = json.loads(load_target("generic-int8").to_json())
+    (tmp_path / "t.json").write_text(json.dumps({**raw, "defaults": "x" * 1_000_000}))
+    with pytest.raises(TargetError) as refused:
+        load_target(tmp_path / "t.json")
+    assert len(str(refused.value)) < 1_000
+
+
+def test_a_key_that_comes_twice_is_found_soon(tmp_path):
+    keys = ",".join(f'"a{i}":0' for i in range(30_000))
+    (tmp_path / "e.encodings").write_text(f'{{{keys},"a29999":0}}')
+    started = time.process_time()
+    with pytest.raises(EncodingError, match="'a29999' comes twice"):
+        formats.read(tmp_path / "e.encodings")
+    assert time.process_time() - started < 2
 
 
 def _encodings(**changes):

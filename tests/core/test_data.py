@@ -582,3 +582,22 @@ def test_names_that_only_begin_alike_are_inputs_of_their_own():
     assert found["input.2"].shape == (1, 3)
     (found,) = open_data([([[0.0, 1.0]], two)], specs)
     assert np.array_equal(found["input.1"], [[0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("white.png", lambda i: i.new("L", (9000, 9000)), "unpack to 9,000 x 9,000 pixels"),
+        ("line.png", lambda i: i.new("L", (60_000, 1)), "too narrow to be cropped"),
+        ("claim.ppm", lambda i: b"P6\n100000 100000\n255\n" + bytes(100), "can't read the image"),
+    ],
+)
+def test_small_pictures_that_stand_for_enormous_ones(tmp_path, name, make, message):
+    image = pytest.importorskip("PIL.Image")
+    made = make(image)
+    if isinstance(made, bytes):
+        (tmp_path / name).write_bytes(made)
+    else:
+        made.save(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        list(open_data(tmp_path, {"x": ((None, 3, 512, 512), "float32")}))

@@ -63,6 +63,13 @@ def _constant_of_two(model):
     _node(model, "add").input[1] = "k"
 
 
+def _constant_of_no_type(model):
+    held = onnx.numpy_helper.from_array(np.float32(1))
+    held.data_type = 77
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], "k", value=held))
+    _node(model, "add").input[1] = "k"
+
+
 def _output_of_nothing(model):
     model.graph.output[0].name = "nowhere"
 
@@ -95,6 +102,7 @@ CASES = {
     "an attribute of its own": (_attribute("relu", "slope", 0.1), "slope.*doesn't have"),
     "a missing attribute": (_attribute("pool", "kernel_shape", None), "kernel_shape.*needs"),
     "a constant with two values": (_constant_of_two, "2 attributes"),
+    "a constant of no type": (_constant_of_no_type, "77"),
     "NUL in a file's name": (_nul, "NUL"),
 }
 

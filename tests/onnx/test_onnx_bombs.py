@@ -24,6 +24,9 @@ BOMBS = {
     "size of an input": ([node("Shape", ["x"], ["sh"]), node("Gather", ["sh", "one"], ["g"]),
                           node("Mul", ["g", "k"], ["n"]), node("Range", ["zero", "n", "one"], ["r"]), CAST, *SUM],
                          {"k": 10**11}),
+    "range of less": ([node("Range", ["zero", "n", "one"], ["r"]), CAST, *SUM], {"n": 3 * 10**8}),
+    "one axis": ([node("Reshape", ["x", "k"], ["c"]), node("Cast", ["c"], ["r"], to=TensorProto.INT64), CAST, *SUM],
+                 {"k": [3 * 10**8]}),
     "constant of shape": ([node("ConstantOfShape", ["k"], ["f"]), *SUM], {"k": [10**6, 10**6]}),
     "expand": ([node("Expand", ["one", "k"], ["r"]), CAST, *SUM], {"k": [10**6, 10**6]}),
     "tile": ([node("Tile", ["v", "k"], ["r"]), CAST, *SUM], {"k": [10**11], "v": [1]}),
@@ -142,3 +145,38 @@ def test_functions_are_not_written_out_without_end():
     )
     with pytest.raises(ModelError, match="itself"):
         backend.adopt(model([node("f0", ["x"], ["y"], domain="f")], {}, [made], "f"))
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["initializer", "node"])
+def test_sizes_in_branches_are_not_written_out(constant):
+    """ONNX's data propagation goes into the branches of an If, whatever the condition."""
+
+    def branch(side):
+        names = [f"{n}{side}" for n in ("zero", "n", "one", "r", "f", "s")]
+        values = {names[0]: 0, names[1]: 10**8, names[2]: 1}
+        nodes = [
+            node("Range", names[:3], [names[3]]), node("Cast", [names[3]], [names[4]], to=TensorProto.FLOAT),
+            node("ReduceSum", [names[4]], [names[5]], keepdims=0),
+        ]  # fmt: skip
+        if constant:
+            nodes = [*(node("Constant", [], [k], value_int=v) for k, v in values.items()), *nodes]
+        arrays = [] if constant else [numpy_helper.from_array(np.array(v), k) for k, v in values.items()]
+        output = helper.make_tensor_value_info(names[5], TensorProto.FLOAT, None)
+        return helper.make_graph(nodes, f"b{side}", [], [output], arrays)
+
+    choice = node("If", ["yes"], ["c"], then_branch=branch(0), else_branch=branch(1))
+    megabytes, seconds = opened(model([choice, node("Add", ["x", "c"], ["y"])], {"yes": np.array(True)}))
+    assert seconds < 2
+    assert megabytes < 200
+
+
+def test_functions_that_nothing_calls_are_not_written_out():
+    many = functions(26, 2)
+    opened = OnnxBackend().adopt(model([node("Relu", ["x"], ["y"])], {}, many, "f"))
+    assert [n.op_type for n in opened.graph] == ["Relu"]
+
+
+def test_a_node_has_so_many_operands_and_no_more():
+    nodes = [node("Sum", ["x"] * 5000, ["y"])]
+    with pytest.raises(ModelError, match="5,000 inputs"):
+        OnnxBackend().adopt(model(nodes, {}))

@@ -22,7 +22,8 @@ import keras
 from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import cannot_write, staging, sync_directory
-from bitwright_keras.capture.normalize import normalize
+from bitwright_keras.capture.bombs import bounded_loading
+from bitwright_keras.capture.normalize import normalize_file
 from bitwright_keras.capture.plain_layers import with_layers
 from bitwright_keras.graph.model import KerasModel, Ref, substitute
 from bitwright_keras.graph.native import first_line, keras_model
@@ -40,19 +41,20 @@ def load_model(path: Path, *, custom_objects: Any = None, safe_mode: bool = True
         ModelError: the model can't be brought into normal form.
     """
     model = load_native(path, custom_objects=custom_objects, safe_mode=safe_mode)
-    return renamed(normalize(model, sample), read_names(path))
+    return renamed(normalize_file(model, sample), read_names(path))
 
 
 def load_native(path: Path, *, custom_objects: Any = None, safe_mode: bool = True) -> keras.Model:
     """Open a model file as Keras does, without its optimizer.
 
     Raises:
-        InputError: no such file, or not a Keras model.
+        InputError: no such file, not a Keras model, or one that is far larger than its file.
     """
     if not path.exists():
         raise InputError(f"there is no file {path}")
     try:
-        return keras.saving.load_model(path, custom_objects=custom_objects, compile=False, safe_mode=safe_mode)
+        with bounded_loading(path):
+            return keras.saving.load_model(path, custom_objects=custom_objects, compile=False, safe_mode=safe_mode)
     except BitwrightError:
         raise
     except Exception as error:

@@ -21,6 +21,7 @@ import keras
 
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId, free_name
+from bitwright_keras.capture.bombs import check_written_out, too_large_to_try
 from bitwright_keras.capture.comparing import CaptureNotice, as_it_was, compare
 from bitwright_keras.capture.expand import EXPANSIONS
 from bitwright_keras.capture.opening import recording_of
@@ -47,14 +48,26 @@ def normalize(model: keras.Model, sample: Any = None) -> KerasModel:
 
     Raises:
         InputError: the sample doesn't fit.
-        ModelError: the model can't be captured, or is quantized already.
+        ModelError: the model can't be captured, is quantized already, or is too large with nested models written out.
     """
     with as_it_was(model):
-        return _normalized(model, sample)
+        return _normalized(model, sample, from_file=False)
 
 
-def _normalized(model: keras.Model, sample: Any) -> KerasModel:
+def normalize_file(model: keras.Model, sample: Any = None) -> KerasModel:
+    """As `normalize`, of a model that may come from anybody: it isn't run on made-up numbers where that would take far
+    more memory than its weights.
+
+    Raises:
+        InputError, ModelError: as `normalize`.
+    """
+    with as_it_was(model):
+        return _normalized(model, sample, from_file=True)
+
+
+def _normalized(model: keras.Model, sample: Any, *, from_file: bool) -> KerasModel:
     recording, original = recording_of(model, sample)
+    check_written_out(recording)
     made = Normalizer()
     names: dict[str, Any] = {}
     for index, tensor in enumerate(recording.inputs):
@@ -81,7 +94,13 @@ def _normalized(model: keras.Model, sample: Any) -> KerasModel:
     used = set(result.inputs).union(*(n.outputs for n in result.nodes))
     result = replace(result, specs={t: s for t, s in result.specs.items() if t in used})
     tensors = {key: t for key, t in made.places.items() if t in used}
-    compare(original, result, sample, recording, tensors, made.traced)
+    if from_file and sample is None and too_large_to_try(result, original.variables):
+        notice = (
+            f"{result.name!r} is too large to be run on made-up numbers: give a sample, to have its capture checked"
+        )
+        warnings.warn(CaptureNotice(notice), stacklevel=3)
+    else:
+        compare(original, result, sample, recording, tensors, made.traced)
     return result
 
 

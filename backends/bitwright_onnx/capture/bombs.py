@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -61,23 +62,58 @@ def propagates_far(graph: ir.Graph) -> bool:
     """Whether ONNX's data propagation would write out tensors of millions of values one by one.
 
     It takes every tensor of one axis for a list of sizes: one that is long already, or one whose length can become
-    so, since lists are joined again and again, or large numbers enter the arithmetic of sizes.
+    so, since lists are joined again and again, or large numbers enter the arithmetic of sizes. Branches and bodies of
+    loops are looked into, as it does.
     """
-    lengths: dict[ir.Value, int] = {}
+    return _states_numbers(graph, _FAR, _ELEMENTS) or _has_long_lists(graph, {})
+
+
+def states_large_numbers(graph: ir.Graph) -> bool:
+    """Whether sizes are computed from numbers so large that what they are of has to be known before `propagates_far`
+    can tell."""
+    return _states_numbers(graph, _ELEMENTS, _ELEMENTS)
+
+
+def _has_long_lists(graph: ir.Graph, lengths: dict[ir.Value, int]) -> bool:
     for node in graph:
         known = [_length(v, lengths) for v in node.inputs if v is not None]
         longest = sum(known) if node.op_type == "Concat" else max(known, default=1)
         lengths.update((v, longest) for v in node.outputs)
         if any(_length(v, lengths) > _ELEMENTS for v in node.outputs):
             return True
-    for value in graph.initializers.values():
-        if value.const_value is None or value.const_value.size > 64 or not _enters_sizes(value):
-            continue
-        numbers = np.abs(np.asarray(tensor_array(value.const_value), np.float64))
-        numbers = numbers[(numbers > 1) & (numbers < _NO_END)]
-        if numbers.size and numbers.max() > _FAR:
+        if any(_has_long_lists(body, lengths) for body in bodies(node)):
             return True
     return False
+
+
+def _states_numbers(graph: ir.Graph, largest: float, inside: float) -> bool:
+    """Whether a number beyond the largest enters the arithmetic of sizes; `inside` is that of branches and bodies."""
+    for node in graph:
+        if node.op_type == "Constant" and any(map(_enters_sizes, node.outputs)) and _beyond(_stated(node), largest):
+            return True
+        if any(_states_numbers(body, inside, inside) for body in bodies(node)):
+            return True
+    for value in graph.initializers.values():
+        held = value.const_value
+        if held is not None and held.size <= _LIST and _enters_sizes(value) and _beyond(tensor_array(held), largest):
+            return True
+    return False
+
+
+def _stated(node: ir.Node) -> Any:
+    """The whole numbers of a Constant, where it holds few."""
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            held = attribute.as_tensor()
+            return tensor_array(held) if held.size <= _LIST else ()
+        if name in ("value_int", "value_ints"):
+            return attribute.value
+    return ()
+
+
+def _beyond(numbers: Any, largest: float) -> bool:
+    found = np.abs(np.asarray(numbers, np.float64).reshape(-1))
+    return bool((found[found < _NO_END] > largest).any())
 
 
 def _length(value: ir.Value, found: Mapping[ir.Value, int]) -> int:
@@ -104,6 +140,6 @@ def forget_computed_shapes(graph: ir.Graph) -> None:
 
 
 def _enters_sizes(value: ir.Value) -> bool:
-    if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    if value.dtype not in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
     return any(user.op_type in _SIZES and user.domain == "" for user, _ in value.uses())

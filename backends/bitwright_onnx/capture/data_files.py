@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bitwright.errors import ModelError
+from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.files import HeldFile
 from bitwright_onnx.capture.reading import INSIDE, read_proto
 from bitwright_onnx.graph.stored import StoredTensor, stored_tensor
@@ -34,7 +34,13 @@ def own_tensors(model: ir.Model, files: DataFiles) -> None:
         for node in graph:
             for key, attr in list(node.attributes.items()):
                 if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
-                    node.attributes[key] = ir.AttrTensor(key, _own_tensor(attr.as_tensor(), None, files))
+                    try:
+                        own = _own_tensor(attr.as_tensor(), None, files)
+                    except BitwrightError:
+                        raise
+                    except (TypeError, ValueError) as error:  # a type that there isn't
+                        raise ModelError(f"attribute {key!r} of node {node.name!r}: {first_line(error)}") from error
+                    node.attributes[key] = ir.AttrTensor(key, own)
     if files.opened:
         model.graph.meta[DATA_FILES] = tuple(files.opened)
 

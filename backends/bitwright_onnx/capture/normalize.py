@@ -16,7 +16,12 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bitwright.errors import ModelError
-from bitwright_onnx.capture.bombs import check_inlined_size, forget_computed_shapes, propagates_far
+from bitwright_onnx.capture.bombs import (
+    check_inlined_size,
+    forget_computed_shapes,
+    propagates_far,
+    states_large_numbers,
+)
 from bitwright_onnx.capture.folding import (
     bypass_constant_identities,
     cast_to_known_types,
@@ -51,6 +56,7 @@ def normalize(model: ir.Model) -> ir.Model:
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if model.functions:
+        passes.RemoveUnusedFunctionsPass()(model)
         check_inlined_size(model)
         try:
             Inlining()(model)
@@ -92,7 +98,11 @@ def infer_shapes(model: ir.Model) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=not propagates_far(model.graph))(model)
+        far = propagates_far(model.graph)
+        if not far and states_large_numbers(model.graph):
+            passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+            far = propagates_far(model.graph)
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=not far)(model)
     finally:
         logger.setLevel(level)
     restore_types(model.graph)

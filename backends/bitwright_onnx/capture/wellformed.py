@@ -15,6 +15,8 @@ from bitwright.errors import ModelError
 from bitwright_onnx.graph.optable import is_default_domain
 from bitwright_onnx.graph.subgraph import bodies
 
+_OPERANDS = 4096
+"""Of one node; what passes over graphs do takes time by the square of them."""
 _WINDOWED = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 
 
@@ -65,6 +67,11 @@ def _check(
                     f"{_describe(node)} reads {value.name!r}, which is neither an input nor a weight "
                     "nor a node's output"
                 )
+        if max(len(node.inputs), len(node.outputs)) > _OPERANDS:
+            raise ModelError(
+                f"{_describe(node)} has {len(node.inputs):,} inputs and {len(node.outputs):,} outputs; {_OPERANDS:,} "
+                "are possible"
+            )
         schema = _schema(node, opsets)
         if schema is not None:
             _operands(node, schema)

@@ -15,7 +15,7 @@ from bitwright.bank._record import PRECISION, MomentsEntry, Record, Span, read_r
 from bitwright.bank._writing import squares
 from bitwright.errors import InputError
 from bitwright.files import StoredArray, open_npy
-from bitwright.graph import ConvAttrs, Op, OpKind
+from bitwright.graph import ConvAttrs, Op, OpKind, groups_of
 from bitwright.runs import of_file, of_json
 from bitwright.statistics import HistogramStatistic, LayerMoments
 from bitwright.technique import Step
@@ -164,17 +164,19 @@ class Bank:
         features = entry.features * entry.blocks
         if features % blocks or blocks % (entry.blocks if products else 1):
             raise InputError(f"bank {str(self.path)!r}: {op.id!r} is kept in {entry.blocks} blocks, not {blocks}")
-        found = LayerMoments(op, features, paired=False, products=products, blocks=blocks)
         shape = entry.groups * blocks // entry.blocks, features // blocks
         means = self._part("means.npy", "<f8", entry.means, rows=2)
-        if means.shape[1] != entry.groups * entry.features or found.state()["sum_x"].shape != shape:
+        size = entry.features * (entry.features + 1) // 2
+        kind = np.dtype(self.record.number).newbyteorder("<")
+        triangle = self._array(entry.file, kind, (entry.groups, size)) if products else None
+        # Nothing is made in a size that the files don't have: an index can state any.
+        if means.shape[1] != entry.groups * entry.features or groups_of(op) * blocks != shape[0]:
             raise InputError(f"bank {str(self.path)!r}: {op.id!r} has other columns than those it was collected on")
+        found = LayerMoments(op, features, paired=False, products=products, blocks=blocks)
         state: dict[str, NDArray[Any]] = {
             "count": np.array(entry.count), "sum_x": means[0].reshape(shape), "shift_x": means[1].reshape(shape)
         }  # fmt: skip
-        if products:
-            size = entry.features * (entry.features + 1) // 2
-            triangle = self._array(entry.file, np.dtype(self.record.number).newbyteorder("<"), (entry.groups, size))
+        if triangle is not None:
             state["xx"] = squares(np.asarray(triangle), entry.features, blocks // entry.blocks)
         if not all(np.isfinite(v).all() for v in state.values()):
             raise InputError(f"bank {str(self.path)!r}: the moments of {op.id!r} aren't finite")

@@ -59,9 +59,14 @@ def _terminated_as_stopped() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+_LONGEST = 2_000
+"""Characters of a line on the error stream; files may hold names of megabytes."""
+
+
 def complain(line: str) -> None:
     """One line on the error stream."""
-    sys.stderr.write(" ".join(line.split()) + "\n")
+    text = " ".join(line.split())
+    sys.stderr.write((text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…") + "\n")
 
 
 def _run(words: list[str], *, debug: bool) -> int:

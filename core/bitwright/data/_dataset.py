@@ -53,6 +53,12 @@ __all__ = [
 ]
 
 
+_NAMED = 8
+"""Arrays that a message names."""
+_CHECKS, _CHECKED_BYTES = 4096, 2**20
+"""Samples are checked batch by batch; of very many, so many bytes at a time."""
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """Batches that can be gone through again and again."""
@@ -287,9 +293,9 @@ def _feeds(arrays: Mapping[str, Any], specs: InputSpecs, limit: int | None, wher
 def _arrays(arrays: Mapping[str, Any], specs: InputSpecs, size: int, limit: int | None, where: str) -> Dataset:
     missing, extra = [n for n in specs if n not in arrays], [n for n in arrays if n not in specs]
     if missing or extra:
-        told = [f"no array for input {n!r}" for n in missing] + [
-            f"array {n!r} is not an input of the model" for n in extra
-        ]
+        told = [f"no array for input {n!r}" for n in missing]
+        told += [f"array {n!r} is not an input of the model" for n in extra[:_NAMED]]
+        told += [f"nor are {len(extra) - _NAMED} more"] if len(extra) > _NAMED else []
         raise InputError(f"{where}: {'; '.join(told)}; the model's inputs are {', '.join(map(repr, specs))}")
     if (feeds := _feeds(arrays, specs, limit, where)) is not None:
         return feeds
@@ -316,8 +322,10 @@ def _arrays(arrays: Mapping[str, Any], specs: InputSpecs, size: int, limit: int 
             stacklevel=4,
         )
     dataset = ArrayDataset({n: arrays[n][:length] for n in specs}, size, specs, drop_last=fixed is not None)
-    for start in range(0, length, size):
-        part = {n: np.asarray(a[start : start + size]) for n, a in dataset.arrays.items()}
+    width = sum(a.size // len(a) * a.dtype.itemsize for a in dataset.arrays.values())
+    step = max(size, min(length // _CHECKS, _CHECKED_BYTES // max(width, 1)))
+    for start in range(0, length, step):
+        part = {n: np.asarray(a[start : start + step]) for n, a in dataset.arrays.items()}
         check_batch(part, specs, where, any_length=True, first_sample=start)
     return dataset
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Batch
 from bitwright.data._batches import InputSpecs, batch_dimension, check_batch, single_input
-from bitwright.errors import InputError, MissingExtraError
+from bitwright.errors import InputError, MissingExtraError, first_line
 
 if TYPE_CHECKING:
     from typing import Self
@@ -28,6 +28,8 @@ SCALINGS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 Fit = Literal["crop", "stretch"]
+_PIXELS, _PIXELS_A_BYTE = 2**24, 50
+"""A picture may have so many pixels, or so many for each byte of its file; photographs have less than ten a byte."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class ImageFolder:
         height, width = self.size
         try:
             with image.open(file) as opened:
+                _refuse_enormous(opened.size, self.size, self.options.fit, file.stat().st_size)
                 picture = opened.convert("L" if self.channels == 1 else "RGB")
                 if self.options.fit == "crop":
                     ratio = max(height / picture.height, width / picture.width)
@@ -135,14 +138,36 @@ class ImageFolder:
                 else:
                     picture = picture.resize((width, height), image.Resampling.BILINEAR)
                 pixels: NDArray[Any] = np.asarray(picture).reshape(height, width, self.channels)
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't read the image {str(file)!r}: {error}") from None
+        except Exception as error:  # Pillow's readers raise what damaged bytes lead them to
+            raise InputError(f"can't read the image {str(file)!r}: {first_line(error)}") from None
         if np.dtype(self.specs[single_input(self.specs)][1]).kind == "f":
             mean, deviation = self.options.moments()
             pixels = (pixels - mean[: self.channels]) / deviation[: self.channels]
         if self.options.bgr:
             pixels = pixels[..., ::-1]
         return pixels if self.channels_last else np.moveaxis(pixels, -1, 0)
+
+
+def _refuse_enormous(given: tuple[int, int], wanted: tuple[int, int], fit: Fit, size: int) -> None:
+    """Refuse small files that stand for enormous pictures, before anything is unpacked.
+
+    Args:
+        given: width and height by the file's own account.
+        wanted: height and width of the model.
+        fit: see `ImageOptions`.
+        size: of the file, in bytes.
+
+    Raises:
+        InputError: it is one, or cropping would scale it to one.
+    """
+    width, height = given
+    if width * height > max(_PIXELS, _PIXELS_A_BYTE * size):
+        raise InputError(f"its {size:,} bytes unpack to {width:,} x {height:,} pixels")
+    ratio = max(wanted[0] / max(height, 1), wanted[1] / max(width, 1))
+    if fit == "crop" and width * height * ratio**2 > max(_PIXELS, width * height, 16 * wanted[0] * wanted[1]):
+        raise InputError(
+            f"it is too narrow to be cropped: {width:,} x {height:,} pixels; stretch it (ImageOptions(fit='stretch'))"
+        )
 
 
 def _layout(shape: tuple[int | None, ...], options: ImageOptions) -> tuple[int, bool, tuple[int, int]]:

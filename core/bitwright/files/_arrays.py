@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.errors import InputError
+from bitwright.errors import InputError, first_line
 from bitwright.files._pieces import StoredArray, stored
 
 Array = NDArray[Any]
@@ -23,9 +23,11 @@ DAMAGED = (
     tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
 """What reading damaged array files raises: numpy evaluates headers as Python literals, zip entries name any method."""
-_UNPACKED_BYTES = 2**27
-_UNPACKED_TIMES = 100
+_UNPACKED_BYTES = 2**26
+_UNPACKED_TIMES = 20
 """The compressed arrays of a file may take this many bytes, or this many times those of the file."""
+_AXES = 32
+_VERSIONS = ((1, 0), (2, 0), (3, 0))
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name; the last four are the lengths of name and extra field."""
 
@@ -78,6 +80,8 @@ def open_npz(path: Path) -> dict[str, Array | StoredArray]:
                     f"can't read {str(path)!r}: its {size / 2**20:,.1f} MiB unpack to {unpacked / 2**20:,.0f} MiB; "
                     "write it by numpy.savez, uncompressed, and it is read piece by piece"
                 )
+            if sum(entry.compress_size for entry in archive.infolist()) > size:
+                raise ValueError("its entries overlap")
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if entry.compress_type == zipfile.ZIP_STORED:
@@ -85,6 +89,8 @@ def open_npz(path: Path) -> dict[str, Array | StoredArray]:
                 else:
                     with archive.open(entry) as member:
                         arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
+    except InputError:
+        raise
     except DAMAGED as error:
         raise InputError(f"can't read {str(path)!r}: {_reason(error)}") from None
     return arrays
@@ -112,6 +118,8 @@ def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], boo
     """Shape, whether in Fortran order, type, and where the values begin, of a .npy stream."""
     file.seek(start)
     version = np.lib.format.read_magic(file)
+    if version not in _VERSIONS:
+        raise ValueError(f"its format has the version {version[0]}.{version[1]}, which isn't known")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
@@ -120,6 +128,8 @@ def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], boo
         raise ValueError(f"its type is {dtype.str}, of arrays")
     if any(isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"its shape is {shape}")
+    if len(shape) > _AXES:
+        raise ValueError(f"it has {len(shape)} axes")
     offset = file.tell()
     if offset - start + math.prod(shape) * dtype.itemsize > size:
         raise ValueError("the file is truncated")
@@ -128,7 +138,7 @@ def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], boo
 
 
 def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
+    text = first_line(error)
     if "objects" in text or "object arrays" in text.lower():
         return "it holds Python objects, which are not loaded; save plain numeric arrays with numpy.savez"
     return f"{text}; expected a file written by numpy.save or numpy.savez"

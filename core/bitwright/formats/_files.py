@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, ValuesView
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -127,8 +128,8 @@ class _Strict:
     def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
             raise EncodingError(f"{self._source}: {twice!r} comes twice in one object; keep one")
         return table
 

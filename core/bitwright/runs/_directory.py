@@ -100,6 +100,10 @@ def _write(file: IO[bytes], key: str, arrays: Arrays) -> None:
 
 def _read(path: Path, key: str) -> Arrays | None:
     with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            return None  # not as `_write` leaves it: a few kilobytes could unpack to gigabytes
         # Read whole, so that the archive's checksums are verified before any number is used.
         index = json.loads(archive.read(_INDEX))
         if index["key"] != key:

@@ -10,6 +10,9 @@ from bitwright.errors import InputError
 
 # The scanner looks at every open bracket before each token: its time grows with the square of the depth.
 _DEPTH = 100
+# Numbers to the base of 60 (1:59:59) take time by the square of their length; no setting has so many digits.
+_DIGITS = 400
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def load(text: str, where: str, entries: int) -> Any:
@@ -36,7 +39,10 @@ def load(text: str, where: str, entries: int) -> Any:
             self.nodes += 1
             if self.nodes > entries:
                 raise too_many(where, entries)
-            return super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
+            if node is not None and node.tag in _NUMBERS and len(node.value) > _DIGITS:
+                raise InputError(f"{where}: a number has {len(node.value):,} characters; {_DIGITS} are possible")
+            return node
 
         def construct_document(self, node: yaml.Node) -> Any:
             if _written_out(node, {}, entries) > entries:

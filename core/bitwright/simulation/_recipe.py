@@ -116,7 +116,7 @@ def _parse_file(path: Path) -> Any:
 
     try:
         return load(text, str(path), _ENTRIES)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"recipe {str(path)!r} isn't YAML: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bitwright.backend import check_encodings
 from bitwright.data import Samples, first_samples, samples_in
 from bitwright.errors import InputError, ModelError
-from bitwright.files import DAMAGED, atomic_write, make_directory, write_text
+from bitwright.files import DAMAGED, atomic_write, make_directory, read_npz, write_text
 from bitwright.graph import OpId
 from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.plugins import registry
@@ -136,8 +136,7 @@ def _read(directory: Path) -> _Saved:
         raise ValueError(f"{ENCODINGS} isn't the file that was saved with it")
     if Path(content["model"]).name != content["model"]:
         raise ValueError("its model is none of the folder's own files")
-    with np.load(directory / ENCODINGS, allow_pickle=False) as archive:
-        arrays = dict(archive)
+    arrays = read_npz(directory / ENCODINGS)
     kept, reference = content.get("reference"), None
     if kept is not None:
         inputs = {str(name): np.asarray(arrays[f"reference/{i}"]) for i, name in enumerate(kept["inputs"])}

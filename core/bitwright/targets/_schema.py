@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -53,6 +54,10 @@ _as_text = PlainSerializer(_text, return_type=str)  # pydantic 2.7 asks for a si
 Flag = Annotated[bool, BeforeValidator(_flag), _as_text]
 OnlyTrue = Annotated[bool, BeforeValidator(_only_true), _as_text]
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 class _Section(BaseModel):
@@ -281,7 +286,7 @@ def _reason(error: ErrorDetails) -> str:
         return f"unknown key; {hint}allowed here: {', '.join(allowed)}"
     if kind == "missing":
         return "this key is mandatory and missing"
-    got = f"got {error['input']!r}"
+    got = f"got {_SHORT.repr(error['input'])}"
     if kind == "literal_error":
         return f"{got}; allowed: {context['expected']}"
     if kind == "value_error":

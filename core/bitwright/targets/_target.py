@@ -208,6 +208,7 @@ def target_summary(target: str | Path | Target) -> TargetSummary:
     )
 
 
+_GENERATIONS = 20
 _PRESET = "preset "
 PRESETS = "bitwright.targets.plugin"
 """The plugin of the presets, whose errors go by the target's name alone."""
@@ -307,6 +308,8 @@ def _extended(raw: dict[str, Any], source: str, folder: Path | Traversable, seen
         raise TargetError(
             f"{source}: bitwright.extends: files extend each other in a circle: {' → '.join((*seen, key))}"
         )
+    if len(seen) > _GENERATIONS:
+        raise TargetError(f"{source}: bitwright.extends: more than {_GENERATIONS} files extend each other")
     if found is not None:
         read = _read_registered(found)
         parent = _extended(read.raw, read.title, read.folder, (*seen, key))

@@ -1,0 +1,147 @@
+"""Small .keras and .h5 files that stand for something enormous are refused at once, and cost no memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+import warnings
+import zipfile
+
+import pytest
+
+keras = pytest.importorskip("keras")
+h5py = pytest.importorskip("h5py")
+
+from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright_keras.backend import KerasBackend  # noqa: E402
+from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
+from bitwright_keras.capture.normalize import normalize  # noqa: E402
+
+BACKEND = KerasBackend()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    x = keras.Input((6, 6, 3), name="x")
+    y = keras.layers.Dense(5, name="head")(keras.layers.Conv2D(4, 3, name="conv")(x))
+    for suffix in (".keras", ".h5"):
+        keras.Model(x, y).save(folder / f"model{suffix}")
+    return folder
+
+
+def _config(source, path, change):
+    """A copy of a file with another description of its network."""
+    if path.suffix == ".h5":
+        shutil.copy(source, path)
+        with h5py.File(path, "r+") as file:
+            config = json.loads(file.attrs["model_config"])
+            change({layer["config"]["name"]: layer["config"] for layer in config["config"]["layers"]})
+            file.attrs["model_config"] = json.dumps(config)
+        return path
+
+    def changed(name, data):
+        if name != "config.json":
+            return data
+        config = json.loads(data)
+        change({layer["config"]["name"]: layer["config"] for layer in config["config"]["layers"]})
+        return json.dumps(config)
+
+    return _packed(source, path, changed)
+
+
+def _packed(source, path, change, extra=(), method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+        for name, data in extra:
+            new.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("layer", ["head", "conv"])
+def test_layers_have_no_more_weights_than_the_file(files, tmp_path, layer, suffix):
+    def change(layers):
+        layers[layer]["units" if layer == "head" else "filters"] = 10**8
+
+    path = _config(files / f"model{suffix}", tmp_path / f"bomb{suffix}", change)
+    started = time.process_time()
+    with pytest.raises(InputError, match="MiB of weights, and the file holds 0"):
+        BACKEND.load(path)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("member", ["config.json", "metadata.json", "model.weights.h5", "bitwright.json", "assets/a"])
+def test_archives_that_unpack_to_far_more(files, tmp_path, member):
+    padded = lambda name, data: data + b" " * 2**26 if name == member else data  # noqa: E731
+    extra = () if member in ("config.json", "metadata.json", "model.weights.h5") else [(member, b"{}" + b" " * 2**26)]
+    path = _packed(files / "model.keras", tmp_path / "bomb.keras", padded, extra, zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="unpack"):
+        BACKEND.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_weights_that_unpack_to_far_more(files, tmp_path, suffix):
+    """Pieces of a data set that nobody has written take no place."""
+
+    def enlarge(file):
+        found: list[str] = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        for name in found[:1]:
+            del file[name]
+            file.create_dataset(name, shape=(10**4, 10**4), dtype="f4", chunks=(100, 100), compression="gzip")
+
+    path = tmp_path / f"bomb{suffix}"
+    if suffix == ".h5":
+        shutil.copy(files / "model.h5", path)
+        with h5py.File(path, "r+") as file:
+            enlarge(file)
+    else:
+
+        def change(name, data):
+            if name != "model.weights.h5":
+                return data
+            buffer = io.BytesIO(data)
+            with h5py.File(buffer, "r+") as file:
+                enlarge(file)
+            return buffer.getvalue()
+
+        _packed(files / "model.keras", path, change)
+    with pytest.raises(InputError, match="unpack to 381 MiB"):
+        BACKEND.load(path)
+
+
+def test_compressed_archives_open_as_others_do(files, tmp_path):
+    path = _packed(files / "model.keras", tmp_path / "packed.keras", lambda _, data: data, (), zipfile.ZIP_DEFLATED)
+    assert BACKEND.graph(BACKEND.load(path)).outputs == BACKEND.graph(BACKEND.load(files / "model.keras")).outputs
+
+
+def test_enormous_inputs_are_not_made_up(files, tmp_path):
+    def change(layers):
+        layers["x"]["batch_shape"] = [None, 10**5, 10**5, 3]
+
+    path = _config(files / "model.keras", tmp_path / "bomb.keras", change)
+    with pytest.warns(CaptureNotice, match="too large to be run on made-up numbers"):
+        BACKEND.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BACKEND.load(files / "model.keras")
+
+
+def test_models_in_models_are_not_written_out_without_end():
+    def nested(depth, calls):
+        x = keras.Input((4,))
+        model = keras.Model(x, keras.layers.ReLU()(x))
+        for _ in range(depth):
+            x = y = keras.Input((4,))
+            for _ in range(calls):
+                y = model(y)
+            model = keras.Model(x, y)
+        return model
+
+    assert len(normalize(nested(3, 3)).nodes) == 27
+    with pytest.raises(ModelError, match="2,850 calls"):
+        normalize(nested(4, 6))
