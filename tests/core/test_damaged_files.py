@@ -113,7 +113,8 @@ def test_target_files(tmp_path, text):
      ("r.yaml", "".join(["m0: &m0 {a: 1}\n", *(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n"
                                                 for i in range(1, 25))])),
      ("r.yaml", f"- adaround: {{iterations: {'59:' * 100_000}1}}"),
-     ("r.yaml", f"- adaround: {{damping: {'59:' * 100_000}1.5}}"), ("r.yaml", "- adaround: &a {include: *a}"), ("r.yaml", f"[{','.join('1' * 20_000)}]")],
+     ("r.yaml", f"- adaround: {{damping: {'59:' * 100_000}1.5}}"), ("r.yaml", "- adaround: &a {include: *a}"),
+     ("r.yaml", f"[{','.join('1' * 20_000)}]")],
 )  # fmt: skip
 def test_recipe_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)

@@ -76,7 +76,7 @@ def test_layers_have_no_more_weights_than_the_file(files, tmp_path, layer, suffi
 
 @pytest.mark.parametrize("member", ["config.json", "metadata.json", "model.weights.h5", "bitwright.json", "assets/a"])
 def test_archives_that_unpack_to_far_more(files, tmp_path, member):
-    padded = lambda name, data: data + b" " * 2**26 if name == member else data  # noqa: E731
+    padded = lambda name, data: data + b" " * 2**26 if name == member else data
     extra = () if member in ("config.json", "metadata.json", "model.weights.h5") else [(member, b"{}" + b" " * 2**26)]
     path = _packed(files / "model.keras", tmp_path / "bomb.keras", padded, extra, zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="unpack"):
