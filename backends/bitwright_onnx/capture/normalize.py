@@ -56,7 +56,7 @@ def normalize(model: ir.Model) -> ir.Model:
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if model.functions:
-        passes.RemoveUnusedFunctionsPass()(model)
+        passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         check_inlined_size(model)
         try:
             Inlining()(model)
