@@ -86,8 +86,8 @@ def damaged_documents(seeds: Sequence[Any]) -> st.SearchStrategy[Any]:
         for kind, where, source, value in edits:
             known = list(places(document))
             path = known[int(where * len(known))]
-            if kind == "other":
-                value = copy.deepcopy(_at(document, known[int(source * len(known))]))
+            # A copy: later edits change it in place, and what is in WEIRD would grow from input to input.
+            value = copy.deepcopy(_at(document, known[int(source * len(known))]) if kind == "other" else value)
             if not path:
                 document = value if kind in ("value", "other") else document
                 continue
@@ -97,7 +97,7 @@ def damaged_documents(seeds: Sequence[Any]) -> st.SearchStrategy[Any]:
             elif kind == "key" and isinstance(holder, dict):
                 holder[str(value)[:40]] = holder[last]
             else:
-                holder[last] = copy.deepcopy(value)
+                holder[last] = value
         return document
 
     return st.builds(changed, st.sampled_from(list(seeds)), st.lists(edit, min_size=1, max_size=3))
