@@ -166,7 +166,9 @@ def test_opening_a_file_runs_nothing_of_it(make, suffix, tmp_path) -> None:
     "names",
     ["[1]", '"x"', "3", "{", '{"conv": 5}', '{"stem": {"op": "stem"}}',
      '{"stem": {"op": 1, "outputs": [], "params": {}}}', '{"stem": {"op": "a", "outputs": [], "params": {}}}',
-     '{"stem": {"op": "a", "outputs": ["a"], "params": {"kernel": 1}}}'],
+     '{"stem": {"op": "a", "outputs": ["a"], "params": {"kernel": 1}}}',
+     '{"stem": {"op": "a", "outputs": ["a"], "params": {}, "place": "first"}}',
+     '{"fc": {"op": "fc", "outputs": ["fc"], "params": {"kernel": "fc/kernel", "bias": "fc/bias"}, "place": 0}}'],
 )  # fmt: skip
 def test_kept_names_of_a_wrong_shape_are_refused(names, tmp_path) -> None:
     import zipfile

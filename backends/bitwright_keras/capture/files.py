@@ -184,7 +184,7 @@ def renamed(model: KerasModel, names: Mapping[str, Any]) -> KerasModel:
     specs = {tensors.get(t, t): s for t, s in model.specs.items()}
     places = {kept["op"]: kept["place"] for kept in names.values() if "place" in kept}
     if places:
-        nodes.sort(key=lambda node: places.get(node.op, len(nodes)))
+        nodes = sorted(nodes, key=lambda node: places.get(node.op, len(places)))
         known = set(model.inputs)
         for node in nodes:
             if not known.issuperset(node.inputs):
