@@ -12,6 +12,7 @@ from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.report import RunReport, read_report
 from bitwright.simulation import QuantSim
+from bitwright.targets import load_target
 
 
 def exported(directory: str | Path, name: str | None = None, *, progress: Progress | None = None) -> QuantSim:
@@ -41,7 +42,8 @@ def _opened(model: Path, report: RunReport | None, progress: Progress | None) ->
     if report is None:
         return QuantSim(model, progress=progress)
     known: dict[str, Any] = {
-        "target": report.target_config, "weights": report.weights, "activations": report.activations,
+        "target": load_target(report.target_config, runtime_needed=False),
+        "weights": report.weights, "activations": report.activations,
         "progress": progress,
     }  # fmt: skip
     try:

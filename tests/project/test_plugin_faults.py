@@ -10,15 +10,18 @@ import pytest
 
 from bitwright import catalogue
 from bitwright.catalogue import _discovery as discovery
-from bitwright.errors import PluginError
+from bitwright.cli import main
+from bitwright.errors import PluginError, TargetError
 from bitwright.plugins import Registry, registry
 from bitwright.plugins.registry import PluginWarning
+from bitwright.report import read_report
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim
 from bitwright.targets import load_target, target_names
 from bitwright.technique import Outcome
 from bitwright.technique import Settings as BaseSettings
 from bitwright.verify import verify
+from bitwright_analysis.exported import exported as exported_sim
 
 HEAD = (
     "from bitwright.hookspecs import BackendInfo, FormatInfo, RuntimeInfo, TargetInfo, TechniqueInfo, ToolchainInfo, "
@@ -200,6 +203,29 @@ def test_outputs_that_a_runtime_leaves_out_are_a_problem(acme, tmp_path):
     exported(acme, tmp_path, impl)
     found = verify(tmp_path, {"x": DATA})
     assert "the integer output 'y' isn't compared: there is no such tensor in it" in found.problems
+
+
+def test_what_was_made_opens_where_the_plugin_is_gone(acme, tmp_path, monkeypatch):
+    acme({"runtimes": RUNTIME}, "class Runtime:\n    def compile(self, bundle, taps=()): pass\n")
+    sim = QuantSim(gemm(), target=load_target(TARGET)).calibrate({"x": DATA})
+    sim.save(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="doesn't write it itself"):
+        sim.export(tmp_path / "out", name="net")
+    monkeypatch.setenv("BITWRIGHT_PLUGINS", "none")
+    discovery.current.cache_clear()
+    registry.default_registry.cache_clear()
+    with pytest.raises(TargetError, match="there is no integer runtime 'acme'"):
+        load_target(TARGET)
+    again = QuantSim.load(tmp_path / "saved")
+    assert again.target.config.bitwright.runtime == "acme"
+    again.export(tmp_path / "again", name="net")
+    assert "acme" in read_report(tmp_path / "again", "net").report.record.missing.popitem()[0]
+    for folder in ("out", "again"):
+        found = verify(tmp_path / folder, {"x": DATA})
+        assert (found.runtime, found.problems) == ("onnxruntime", [])
+        assert "the integer runtime 'acme', which isn't installed here" in "".join(found.notes)
+        assert main(["encodings", "check", str(tmp_path / folder)]) == 0
+        assert exported_sim(tmp_path / folder).target.config.bitwright.runtime == "acme"
 
 
 FORMAT = (

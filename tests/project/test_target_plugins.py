@@ -14,7 +14,7 @@ from bitwright.errors import EncodingError, InputError, PluginError, TargetError
 from bitwright.formats import EncodingsFile, Entry, convert, dumps, loads, read, writes_biases
 from bitwright.hookspecs import RuntimeInfo, SchemaInfo
 from bitwright.plugins import Registry
-from bitwright.plugins.registry import PluginWarning
+from bitwright.plugins.registry import PluginWarning, default_registry
 from bitwright.simulation import QuantSim
 from bitwright.targets import load_target, target_names, target_summary
 
@@ -181,6 +181,7 @@ def test_verify_takes_the_runtime_that_the_target_names(tmp_path):
     from bitwright.verify import verify
 
     discovery.current.cache_clear()
+    default_registry.cache_clear()
     try:
         catalogue.current().admit(RuntimeInfo("other", "", factory="bitwright_onnx.onnx_runtime:OnnxRuntime"))
         x = {"x": np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)}
@@ -192,11 +193,14 @@ def test_verify_takes_the_runtime_that_the_target_names(tmp_path):
             found = verify(tmp_path, x)
             assert (found.runtime, found.notes) == ("other", [])
             assert verify(tmp_path, x, runtime="onnxruntime").runtime == "onnxruntime"
+        discovery.current.cache_clear()  # the process's own, which may be made by now, has it no longer
+        default_registry.cache_clear()
         found = verify(tmp_path, x)
         assert found.runtime == "onnxruntime"
         assert "the integer runtime 'other', which isn't installed here" in found.notes[0]
     finally:
         discovery.current.cache_clear()
+        default_registry.cache_clear()
 
 
 # -- schemas

@@ -121,7 +121,10 @@ def export(
         others = dict(_others(backend, state.native))
         if chosen is not None:
             others = {f: others.get(f, f".{f}") for f in chosen.own if f != artefact}
-        runtime = registry.runtimes().get(state.target.config.bitwright.runtime or "")
+        meant = state.target.config.bitwright.runtime or ""
+        runtime = registry.runtimes().get(meant)
+        if meant and runtime is None:
+            missing[f"file for {meant} alone"] = "the distribution that brings this runtime isn't installed"
         if chosen is not None and runtime is not None and runtime.artefact not in chosen.own:
             runtime = None
         if runtime is not None and runtime.artefact in backend.formats():

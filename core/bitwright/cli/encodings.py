@@ -258,7 +258,8 @@ class Asked:
 def _target(given: str | Path | Mapping[str, Any]) -> Target:
     from bitwright.targets import load_target
 
-    return load_target(given)
+    # A mapping is the configuration that an export was made for: its runtime need not be here.
+    return load_target(given, runtime_needed=isinstance(given, str | Path))
 
 
 def _settings(target: str) -> object:

@@ -113,7 +113,7 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
         source = model
     chosen = {**saved.options, "backend": saved.backend, **options}
     if "target" not in options and isinstance(saved.options.get("target"), Mapping):
-        chosen["target"] = replace(load_target(saved.options["target"]), name=saved.target)
+        chosen["target"] = replace(load_target(saved.options["target"], runtime_needed=False), name=saved.target)
     state = open_state(source, **chosen)
     if fingerprint.of_graph(state.graph) != saved.graph:
         raise ModelError("the model given has another graph than the one that was saved")

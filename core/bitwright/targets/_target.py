@@ -141,8 +141,13 @@ class TargetSummary:
     runtime: str | None
 
 
-def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
+def load_target(target: str | Path | Mapping[str, Any] | Target, *, runtime_needed: bool = True) -> Target:
     """A target by preset name ("htp_v73", "htp-v73"), file, decoded JSON, or itself.
+
+    Args:
+        target: which.
+        runtime_needed: the runtime that it names must be installed; not so where what was made for the target before
+            is opened again.
 
     Raises:
         TargetError: no such preset or file, not JSON, or the schema is broken: the message names file and key.
@@ -150,12 +155,13 @@ def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
     if isinstance(target, Target):
         return target
     if isinstance(target, Mapping):
-        return _build("custom", _extended(dict(target), "custom target", Path(), ()), "custom target")
+        raw = _extended(dict(target), "custom target", Path(), ())
+        return _build("custom", raw, "custom target", runtime_needed)
     if isinstance(target, str) and (found := _registered(target)) is not None:
         try:
             read = _read_registered(found)
             raw = _extended(read.raw, read.title, read.folder, (read.key,))
-            return _build(_alias_or(target, found.info), raw, read.source)
+            return _build(_alias_or(target, found.info), raw, read.source, runtime_needed)
         except TargetError as error:
             if found.owner.name == PRESETS or found.owner.title in str(error):
                 raise
@@ -168,7 +174,7 @@ def load_target(target: str | Path | Mapping[str, Any] | Target) -> Target:
             )
         raise TargetError(f"target file {str(path)!r} doesn't exist")
     raw = _extended(_decode(_read_text(path, str(path)), str(path)), str(path), path.parent, (str(path.resolve()),))
-    return _build(path.stem, raw, str(path))
+    return _build(path.stem, raw, str(path), runtime_needed)
 
 
 def target_names(*, shipped: bool = False) -> tuple[str, ...]:
@@ -380,11 +386,11 @@ def _merge_patch(base: object, patch: object) -> Any:
     return merged
 
 
-def _build(name: str, raw: dict[str, Any], source: str) -> Target:
+def _build(name: str, raw: dict[str, Any], source: str, runtime_needed: bool) -> Target:
     config = parse_config(raw, source)
     _check_names(config, source)
     runtimes = current().names(RuntimeInfo)
-    if (runtime := config.bitwright.runtime) is not None and runtime not in runtimes:
+    if runtime_needed and (runtime := config.bitwright.runtime) is not None and runtime not in runtimes:
         raise TargetError(
             f"{source}: bitwright.runtime: there is no integer runtime {runtime!r}{unknown_name(runtime, runtimes)}; "
             "install the distribution that brings it, or leave the key out"
