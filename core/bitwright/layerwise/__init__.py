@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.layerwise._base import Walk
 from bitwright.layerwise._block_walk import BlockwiseWalk
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import (
@@ -20,6 +21,7 @@ __all__ = [
     "BlockwiseWalk",
     "LayerwiseWalk",
     "Solving",
+    "Walk",
     "blocks_within",
     "dump",
     "layer_of",

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from bitwright.backend import (
-    Backend,
-    Batch,
-    Capability,
-    DifferentiableSimulation,
-    ParamReader,
-    PartialExecution,
-    Session,
-    Tap,
-    require,
-)
-from bitwright.data import CACHE_BYTES, CutCache, Dataset
+from bitwright.backend import Capability, Differentiable, DifferentiableSimulation, ParamReader, require
+from bitwright.data import CutCache
 from bitwright.errors import InputError, ModelError
-from bitwright.files import Spill
-from bitwright.graph import Graph, OpId, ParamId, TensorId
-from bitwright.grids import Encoding, EncodingTable
-from bitwright.layerwise._solving import dump, load
-from bitwright.placement import Plan, SiteKind
-from bitwright.progress import Progress, Store
+from bitwright.graph import OpId, ParamId, TensorId
+from bitwright.grids import Encoding
+from bitwright.layerwise._base import Finished, Walk, through
 from bitwright.technique import Block, LayerResult, Span
 
 Solve = Callable[[Block], Mapping[OpId, LayerResult]]
 
 
 @dataclass
-class BlockwiseWalk:
-    """The `BlockWalk` (see `technique`) over a backend, a model and calibration data.
+class BlockwiseWalk(Walk):
+    """The `BlockWalk` (see `technique`) over a backend, a model and calibration data."""
 
-    Attributes:
-        encodings: current ones; weights that aren't visited stay quantized by these.
-        activations: gives the activation encodings when they are first needed.
-        store: finished ops are kept here under "block/<op id>".
-        name: of the technique, for messages.
-    """
+    unit = "block"
 
-    backend: Backend[Any]
-    model: Any
-    graph: Graph
-    plan: Plan
-    encodings: EncodingTable
-    data: Dataset
-    store: Store
-    progress: Progress
-    activations: Callable[[], EncodingTable] | None = None
-    cache_bytes: int = CACHE_BYTES
     name: str = "block by block"
 
     def __call__(
@@ -65,12 +36,8 @@ class BlockwiseWalk:
     ) -> Mapping[OpId, LayerResult]:
         """See `BlockWalk`."""
         require(self.backend, {Capability.DIFFERENTIABLE, Capability.PARTIAL_EXECUTION}, self.name)
-        spill = Spill()
-
-        def kept(result: LayerResult) -> LayerResult:
-            return replace(result, weight=spill.kept(result.weight))
-
-        stored = {o: kept(r) for s in spans for o in s.ops if (r := load(self.store.get(f"block/{o}"))) is not None}
+        finished = Finished(self)
+        stored = finished.of(o for s in spans for o in s.ops)
         unfinished = [i for i, span in enumerate(spans) if any(o not in stored for o in span.ops)]
         results: dict[OpId, LayerResult] = {}
         # Behind the last unfinished span nothing has to run any more.
@@ -84,9 +51,7 @@ class BlockwiseWalk:
                 if active is None or all(o in stored for o in span.ops):
                     found = {o: stored[o] for o in span.ops}
                 else:
-                    found = {o: kept(r) for o, r in active.solved(span, solve).items()}
-                    for op, result in found.items():
-                        self.store.put(f"block/{op}", dump(result))
+                    found = {o: finished.keep(o, r) for o, r in active.solved(span, solve).items()}
                 results |= found
                 if active is not None:
                     active.replace(found)
@@ -103,14 +68,13 @@ class _Pair:
 
     def __init__(self, walk: BlockwiseWalk, quantized: bool, activations: bool) -> None:
         self.walk, self.quantized = walk, quantized
-        encodings = walk.encodings
-        if activations and walk.activations is not None:
-            encodings = walk.activations()
-        backend: Any = walk.backend
-        self.simulation: DifferentiableSimulation = backend.simulate_differentiable(walk.model, walk.plan, encodings)
+        encodings = walk.with_activations() if activations else walk.encodings
+        assert isinstance(walk.backend, Differentiable)
+        self.simulation: DifferentiableSimulation = walk.backend.simulate_differentiable(
+            walk.model, walk.plan, encodings
+        )
         if not activations:
-            sites = walk.plan.items()
-            self.simulation.set({s: None for s, site in sites if site.kind is SiteKind.ACTIVATION})
+            walk.bypass_activations(self.simulation)
         self.params = ParamReader(walk.backend, walk.model, walk.graph)
         self.at: tuple[TensorId, ...] | None = None
         """The tensors of the cut; None before the first."""
@@ -133,38 +97,19 @@ class _Pair:
 
     def _through(self, index: int, wanted: tuple[TensorId, ...]) -> CutCache:
         """The tensors that one of the two networks makes of those at the cut, for every batch."""
-        session, passed = self._session(index, wanted)
-        cache = CutCache(self.walk.cache_bytes // 3)
+        walk, at = self.walk, self.at
+        if index:
+            session = walk.quantized_session(lambda: self.simulation, at, wanted)
+        else:
+            session = walk.float_session(at, wanted)
+        cache = CutCache(walk.cache_bytes // 3)
         try:
-            for batch in self._batches(index):
-                made = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
-                cache.append({**made, **{t: np.asarray(batch[t]) for t in passed}})
+            for batch in walk.batches(None if at is None else self.caches[index]):
+                cache.append(through(session, batch, wanted))
         except BaseException:
             cache.close()
             raise
         return cache
-
-    def _session(self, index: int, wanted: tuple[TensorId, ...]) -> tuple[Session | None, list[TensorId]]:
-        """What computes them, and those that pass through. A model input is quantized at its own site."""
-        first, backend, inputs = self.at is None, self.walk.backend, self.walk.graph.inputs
-        feeds = tuple(dict.fromkeys((*(self.at or ()), *inputs)))
-        passed = [t for t in wanted if t in feeds and not (first and index)]
-        taps = [Tap(t) for t in wanted if t not in passed]
-        if not taps:
-            return None, passed
-        if first:
-            found = backend.session(self.walk.model, taps) if not index else self.simulation.session(taps)
-            return found, passed
-        assert isinstance(backend, PartialExecution)
-        if index:
-            return self.simulation.segment(feeds, taps), passed
-        return backend.segment(self.walk.model, feeds, taps), passed
-
-    def _batches(self, index: int) -> Iterator[Batch]:
-        if self.at is None:
-            return iter(self.walk.data)
-        # Shapes are often computed from the model's inputs, which therefore stay at hand behind every cut.
-        return ({**inputs, **held} for inputs, held in zip(self.walk.data, self.caches[index], strict=True))
 
     def solved(self, span: Span, solve: Solve) -> Mapping[OpId, LayerResult]:
         """What the technique makes of a span at the present cut.
@@ -209,6 +154,7 @@ class _Pair:
         self.caches = []
 
     def close(self) -> None:
+        """Let what is kept go."""
         self._leave()
         if self.inputs is not None:
             self.inputs.close()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, ParamUpdates, PartialExecution, Session, Simulation, Tap
-from bitwright.data import CutCache, Dataset
+from bitwright.backend import ParamUpdates, Simulation
+from bitwright.data import CutCache
 from bitwright.graph import (
     Edit,
-    Graph,
     Op,
     OpId,
     ParamId,
@@ -24,8 +23,9 @@ from bitwright.graph import (
     output_channels,
 )
 from bitwright.grids import Encoding, EncodingTable
+from bitwright.layerwise._base import Walk, through
 from bitwright.layerwise._cuts import Visit
-from bitwright.placement import Plan, SiteId, SiteKind
+from bitwright.placement import SiteId
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult
 
@@ -34,38 +34,26 @@ class Networks:
     """The float and the quantized network, advancing from cut to cut.
 
     Args:
-        backend, model, graph, plan, data: of the walk.
+        walk: whose networks they are.
         encodings: in force at the start.
         ops: that the walk visits.
         quantized: run the quantized network too.
         activations: and quantize its activations, not just its weights.
-        cache_bytes: of tensors at a cut, kept in memory.
     """
 
     def __init__(
-        self,
-        backend: Backend[Any],
-        model: object,
-        graph: Graph,
-        plan: Plan,
-        data: Dataset,
-        encodings: EncodingTable,
-        ops: Sequence[Op],
-        *,
-        quantized: bool,
-        activations: bool,
-        cache_bytes: int,
+        self, walk: Walk, encodings: EncodingTable, ops: Sequence[Op], *, quantized: bool, activations: bool
     ) -> None:
-        self.backend, self.model, self.graph, self.plan, self.data = backend, model, graph, plan, data
-        self.ops, self.quantized, self.activations, self.cache_bytes = ops, quantized, activations, cache_bytes
+        self.walk, self.graph = walk, walk.graph
+        self.ops, self.quantized, self.activations = ops, quantized, activations
         self.encodings = encodings
         self.simulation: Simulation[Any] | None = None
-        self.users = {p: len(graph.users(p)) for p in graph.params}
+        self.users = {p: len(self.graph.users(p)) for p in self.graph.params}
         # A shared bias is nobody's own: it is split off when one of its ops gets another.
         self.biases = {op.id: b if self.users.get(b := op.params.get(ParamRole.BIAS, "")) == 1 else None for op in ops}
         # What is replaced waits twice: for the edited model, which is made again only where the simulation can't be
         # changed in place, and for that simulation.
-        self.edited: object = model
+        self.edited: object = walk.model
         self.changed: dict[ParamId, NDArray[np.float32]] = {}
         """What `edited` doesn't have yet."""
         self.added: dict[OpId, NDArray[np.float32]] = {}
@@ -74,7 +62,6 @@ class Networks:
         """What the simulation doesn't have yet."""
         self.installed: dict[SiteId, Encoding] = {}
         self.caches: list[CutCache | None] = [None, None]
-        self.start: tuple[TensorId, ...] = graph.inputs
 
     def replace(self, op: Op, result: LayerResult) -> None:
         """Put a finished layer into the quantized network, so that the next ones see its error."""
@@ -92,15 +79,17 @@ class Networks:
         """Stream the layer's inputs into `moments`, and move the cut if the visit says so."""
         needed = [t for t in (visit.op.data_inputs[0], addend) if t is not None]
         wanted = visit.cut if visit.moves else tuple(dict.fromkeys(needed))
-        sessions = [self._float_session(visit.start, wanted)]
+        cut = None if visit.start == self.graph.inputs else visit.start
+        sessions = [self.walk.float_session(cut, wanted)]
         if self.quantized:
-            sessions.append(self._quantized_session(visit.start, wanted))
-        fresh = [CutCache(self.cache_bytes // 2) for _ in sessions]
+            sessions.append(self.walk.quantized_session(self._simulation, cut, wanted))
+        fresh = [CutCache(self.walk.cache_bytes // 2) for _ in sessions]
         try:
-            for batches in zip(*(self._batches(i) for i in range(len(sessions))), strict=True):
+            held = (self.walk.batches(cache) for cache in self.caches[: len(sessions)])
+            for batches in zip(*held, strict=True):
                 seen: list[dict[TensorId, NDArray[Any]]] = []
                 for index, (session, batch) in enumerate(zip(sessions, batches, strict=True)):
-                    values = _through(session, batch, wanted)
+                    values = through(session, batch, wanted)
                     if visit.moves:
                         fresh[index].append(values)
                     seen.append(values)
@@ -113,34 +102,6 @@ class Networks:
         if visit.moves:
             self.close()
             self.caches = [*fresh, None][:2]
-            self.start = visit.cut
-
-    def _batches(self, index: int) -> Iterator[Batch]:
-        cache = self.caches[index]
-        if cache is None:
-            return iter(self.data)
-        # Shapes are often computed from the model's inputs, which therefore stay at hand behind every cut.
-        return ({**inputs, **held} for inputs, held in zip(self.data, cache, strict=True))
-
-    def _float_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
-        taps = [Tap(t) for t in wanted if t not in feeds]
-        if not taps:
-            return None
-        if feeds != self.graph.inputs and isinstance(self.backend, PartialExecution):
-            return self.backend.segment(self.model, self._with_inputs(feeds), taps)
-        return self.backend.session(self.model, taps)
-
-    def _quantized_session(self, feeds: tuple[TensorId, ...], wanted: tuple[TensorId, ...]) -> Session | None:
-        # A model input is quantized at its own site, so that it passes through the session even when it is wanted.
-        from_inputs = feeds == self.graph.inputs
-        taps = [Tap(t) for t in wanted if from_inputs or t not in feeds]
-        if not taps:
-            return None
-        simulation = self._simulation()
-        return simulation.session(taps) if from_inputs else simulation.segment(self._with_inputs(feeds), taps)
-
-    def _with_inputs(self, feeds: tuple[TensorId, ...]) -> tuple[TensorId, ...]:
-        return tuple(dict.fromkeys((*feeds, *self.graph.inputs)))
 
     def _simulation(self) -> Simulation[Any]:
         """The quantized network with all that was replaced; lowered only once where its parameters can be changed."""
@@ -169,14 +130,14 @@ class Networks:
                 self.users[shared] -= 1
             edits.append(SetBias(id, bias))
         if edits:
-            self.edited = self.backend.edit(self.edited, edits)
+            self.edited = self.walk.backend.edit(self.edited, edits)
         if self.added:
-            graph = self.backend.graph(self.edited)
+            graph = self.walk.backend.graph(self.edited)
             self.biases.update((o, graph.op(o).params.get(ParamRole.BIAS)) for o in self.added if o in graph)
         self.changed, self.added = {}, {}
-        simulation = self.backend.simulate(self.edited, self.plan, self.encodings)
+        simulation = self.walk.backend.simulate(self.edited, self.walk.plan, self.encodings)
         if not self.activations:
-            simulation.set({s: None for s, site in self.plan.items() if site.kind is SiteKind.ACTIVATION})
+            self.walk.bypass_activations(simulation)
         return simulation
 
     def close(self) -> None:
@@ -185,8 +146,3 @@ class Networks:
             if cache is not None:
                 cache.close()
         self.caches = [None, None]
-
-
-def _through(session: Session | None, batch: Batch, wanted: tuple[TensorId, ...]) -> dict[TensorId, NDArray[Any]]:
-    outputs = {} if session is None else {tap.tensor: v for tap, v in session.run(batch).items()}
-    return {t: outputs[t] if t in outputs else batch[t] for t in wanted}

@@ -8,16 +8,12 @@ run executes the same segments as the first, so that its numbers are bit-equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Backend, ParamReader, PartialExecution, let_go, parts_of
-from bitwright.data import CACHE_BYTES, Dataset
-from bitwright.files import Spill
+from bitwright.backend import ParamReader, PartialExecution, let_go, parts_of
 from bitwright.graph import (
     Graph,
     Op,
@@ -30,51 +26,30 @@ from bitwright.graph import (
     output_channels,
 )
 from bitwright.grids import EncodingTable
+from bitwright.layerwise._base import Finished, Walk
 from bitwright.layerwise._cuts import Visit, schedule
 from bitwright.layerwise._networks import Networks
 from bitwright.layerwise._side_by_side import Solving
-from bitwright.layerwise._solving import (
-    blocks_within,
-    dump,
-    layer_of,
-    left_at_nearest,
-    load,
-    name_blocks,
-    name_left,
-)
-from bitwright.placement import Plan
-from bitwright.progress import Progress, Store
+from bitwright.layerwise._solving import blocks_within, layer_of, left_at_nearest, name_blocks, name_left
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 from bitwright.workers import Workers
 
 
 @dataclass
-class LayerwiseWalk:
+class LayerwiseWalk(Walk):
     """The real `LayerWalk` (see `technique`) over a backend, a model and calibration data.
 
     Attributes:
-        encodings: current ones; weights of ops not visited stay quantized by these.
-        activations: gives the activation encodings when they are first needed.
-        store: finished layers are kept here under "layer/<op id>".
         moments_gib: largest moments of a layer, unless a call says otherwise.
         workers: where layers are solved; None solves them here.
-        name: what warnings begin with.
     """
 
-    backend: Backend[Any]
-    model: Any
-    graph: Graph
-    plan: Plan
-    encodings: EncodingTable
-    data: Dataset
-    store: Store
-    progress: Progress
-    activations: Callable[[], EncodingTable] | None = None
-    cache_bytes: int = CACHE_BYTES
+    unit = "layer"
+
+    name: str = "layer by layer"
     moments_gib: float = LayerwiseSettings().moments_gib
     workers: Workers | None = None
-    name: str = "layer by layer"
 
     def __call__(
         self,
@@ -90,21 +65,16 @@ class LayerwiseWalk:
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
         results: dict[OpId, LayerResult] = {}
-        spill = Spill()
-
-        def kept(result: LayerResult) -> LayerResult:
-            return replace(result, weight=spill.kept(result.weight))
-
-        stored = {o: kept(r) for o in ops if (r := load(self.store.get(f"layer/{o}"))) is not None}
-        visits = schedule(self.graph, ops, partial=self._partial)
+        finished = Finished(self)
+        stored = finished.of(ops)
+        visits = schedule(self.graph, ops, partial=isinstance(self.backend, PartialExecution))
         encodings = self.encodings
-        if quantized_activations and quantized_inputs and self.activations is not None and len(stored) < len(ops):
-            encodings = self.activations()
+        if quantized_activations and quantized_inputs and len(stored) < len(ops):
+            encodings = self.with_activations()
         self.progress.start("Layers", len(visits))
         pair = Networks(
-            self.backend, self.model, self.graph, self.plan, self.data, encodings, [s.op for s in visits],
-            quantized=quantized_inputs, activations=quantized_activations, cache_bytes=self.cache_bytes,
-        )  # fmt: skip
+            self, encodings, [s.op for s in visits], quantized=quantized_inputs, activations=quantized_activations
+        )
         observing = _Observing(
             self.graph, encodings, self.moments_gib if moments_gib is None else moments_gib, paired=quantized_inputs,
             products=products, residuals=residuals, most=None if column_blocks else 1,
@@ -118,8 +88,7 @@ class LayerwiseWalk:
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
             if fresh:
-                result = kept(result)
-                self.store.put(f"layer/{op.id}", dump(result))
+                result = finished.keep(op.id, result)
             results[op.id] = result
             replaced[op.weight or ""] = result
             pair.replace(op, result)
@@ -166,10 +135,6 @@ class LayerwiseWalk:
         name_left(self.name, results)
         name_blocks(self.name, results)
         return results
-
-    @cached_property
-    def _partial(self) -> bool:
-        return isinstance(self.backend, PartialExecution)
 
 
 @dataclass(frozen=True)

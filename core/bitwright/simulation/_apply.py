@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, Rememberin
 from bitwright.errors import InputError, PluginError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
-from bitwright.layerwise import BlockwiseWalk, LayerwiseWalk
+from bitwright.layerwise import BlockwiseWalk, LayerwiseWalk, Walk
 from bitwright.placement import SiteId
 from bitwright.plugins import registry
 from bitwright.progress import Store
@@ -38,7 +38,9 @@ from bitwright.simulation._outcomes import taken
 from bitwright.simulation._stages import Staged
 from bitwright.state import SimState
 from bitwright.statistics import Request, Source, Statistic
-from bitwright.technique import BlockWalk, Context, LayerWalk, Report, Technique, require_data
+from bitwright.technique import BlockWalk, Context, LayerWalk, Report, Settings, Technique, require_data
+
+W = TypeVar("W", bound=Walk)
 
 
 def apply(state: SimState, technique: str | Technique, data: DataLike | None, settings: Mapping[str, Any]) -> SimState:
@@ -69,8 +71,8 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         statistics, walk = bank.statistics(requests, body.name), bank.walk(table, store, body.name)
     elif dataset is not None:
         statistics = _statistics(state, requests, table, dataset) if requests else {}
-        walk = _walk(state, body.name, table, dataset, store)
-        blocks = _blocks(state, body.name, table, dataset, store)
+        walk = replace(_walk(LayerwiseWalk, state, body.name, table, dataset, store), workers=state.workers)
+        blocks = _walk(BlockwiseWalk, state, body.name, table, dataset, store)
     context = Context(
         graph=state.graph,
         plan=state.plan,
@@ -176,24 +178,8 @@ def _statistics(
     return collect(requests, open_session, dataset, progress=state.progress, divided=divided)
 
 
-def _walk(state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> LayerwiseWalk:
-    return LayerwiseWalk(
-        state.backend,
-        state.native,
-        state.graph,
-        state.plan,
-        table,
-        dataset,
-        store,
-        state.progress,
-        activations=lambda: table.merged(calibrated_activations(state, table, dataset)),
-        workers=state.workers,
-        name=name,
-    )
-
-
-def _blocks(state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> BlockwiseWalk:
-    return BlockwiseWalk(
+def _walk(kind: type[W], state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> W:
+    return kind(
         state.backend,
         state.native,
         state.graph,
@@ -264,7 +250,7 @@ def _requests(technique: Technique, state: SimState, settings: object) -> list[R
     return found
 
 
-def _settings(technique: Technique, values: Mapping[str, Any]) -> Any:
+def _settings(technique: Technique, values: Mapping[str, Any]) -> Settings:
     from pydantic import ValidationError
 
     try:
