@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ import keras
 
 from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
-from bitwright.files import cannot_write, staging, sync_directory
+from bitwright.files import written_beside
 from bitwright_keras.capture.bombs import bounded_loading
 from bitwright_keras.capture.normalize import normalize_file
 from bitwright_keras.capture.plain_layers import with_layers
@@ -87,19 +86,11 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r}: Keras models are saved as .keras or .h5")
     if path.suffix != ".keras" and (why := beyond_h5(model.operations)):
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
-    with staging(path.parent) as folder:
-        beside = folder / path.name
-        try:
-            with silenced("absl"):  # it calls .h5 an old format
-                model.save(beside)
-            if names:
-                write_names(beside, names)
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-            sync_directory(path.parent)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+    with written_beside(path) as folder:
+        with silenced("absl"):  # it calls .h5 an old format
+            model.save(folder / path.name)
+        if names:
+            write_names(folder / path.name, names)
     return path
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from bitwright.backend import Bundle
 from bitwright.calibration import full_table
 from bitwright.errors import CapabilityError, InputError, MissingExtraError, ModelError, needs_extra
-from bitwright.files import atomic_write, cannot_write, staging, sync_directory
+from bitwright.files import atomic_write, written_beside
 from bitwright.graph import LINEAR_KINDS, Graph, Op, OpKind, ParamRole
 from bitwright.grids import EncodingTable
 from bitwright.placement import Derived, Plan, SiteKind
@@ -126,15 +126,8 @@ def save_saved_model(model: KerasModel, path: Path) -> Path:
             f"SavedModels can't be made with Keras on {keras.backend.backend()}: export .keras, open it with "
             "KERAS_BACKEND=tensorflow and export from there"
         )
-    with staging(path.parent) as folder:
-        try:
-            keras_model(model).export(folder / "model", format="tf_saved_model", verbose=False)
-            if path.exists():
-                path.rename(folder / "old")
-            (folder / "model").replace(path)
-            sync_directory(path.parent)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+    with written_beside(path) as folder:
+        keras_model(model).export(folder / path.name, format="tf_saved_model", verbose=False)
     return path
 
 

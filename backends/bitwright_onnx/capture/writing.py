@@ -6,9 +6,7 @@ the large weights, and their bytes are put in where it is written; the file is t
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from bitwright.errors import InputError
-from bitwright.files import cannot_write
+from bitwright.files import written_beside
 from bitwright_onnx.graph.opset import minimal_ir_version, opset_of
 from bitwright_onnx.graph.tensors import byte_size
 
@@ -53,23 +51,12 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external_data: 
         )
     copy = model.clone()
     copy.ir_version = max(model.ir_version, minimal_ir_version(opset_of(model) or 1))
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".bitwright-{os.getpid()}-", dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            if external:
-                ir.save(copy, written, external_data=data.name)
-            else:
-                with written.open("wb") as stream:
-                    write_inline(copy, stream)
-            files = [p for p in (Path(folder) / data.name, written) if p.exists()]
-            for file in files:
-                _sync(file)
-            # The data first: a model file never points at weights that aren't there yet.
-            for file in files:
-                file.replace(path.parent / file.name)
-            _sync(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with written_beside(path) as folder:
+        if external:
+            ir.save(copy, folder / path.name, external_data=data.name)
+        else:
+            with (folder / path.name).open("wb") as stream:
+                write_inline(copy, stream)
     return path
 
 
@@ -137,12 +124,3 @@ def _varint(value: int) -> Iterator[int]:
         yield value & 0x7F | 0x80
         value >>= 7
     yield value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

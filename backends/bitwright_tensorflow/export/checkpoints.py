@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import tensorflow as tf
 
-from bitwright.files import atomic_write, cannot_write, sync_directory
+from bitwright.files import cannot_write, written_beside
 from bitwright_tensorflow.graph.model import TfModel, open_session
 from bitwright_tensorflow.graph.shapes import inference
 
@@ -22,31 +20,21 @@ def save_checkpoint(model: TfModel, path: Path) -> Path:
     Raises:
         InputError: a file can't be written.
     """
-    prefix = path.with_suffix("")
-    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     session = open_session(model)
     try:
-        with session.graph.as_default():
+        with session.graph.as_default(), written_beside(path) as folder:
             variables = tf.compat.v1.global_variables()
             saver = tf.compat.v1.train.Saver(variables, save_relative_paths=True)
-            folder.mkdir()
-            saver.save(session, str(folder / prefix.name), write_meta_graph=False, write_state=False)
+            saver.save(session, str(folder / path.stem), write_meta_graph=False, write_state=False)
             meta = tf.compat.v1.train.export_meta_graph(
                 graph=session.graph, saver_def=saver.as_saver_def(), clear_devices=True
             )
-        meta.signature_def[model.signature.key].CopyFrom(_signature(model))
-        for file in sorted(folder.iterdir()):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.replace(path.parent / file.name)
-        sync_directory(path.parent)
-        with atomic_write(path) as target:
-            target.write(meta.SerializeToString(deterministic=True))
-    except (OSError, tf.errors.OpError) as error:
-        raise cannot_write(path, error if isinstance(error, OSError) else OSError(0, str(error))) from error
+            meta.signature_def[model.signature.key].CopyFrom(_signature(model))
+            (folder / path.name).write_bytes(meta.SerializeToString(deterministic=True))
+    except tf.errors.OpError as error:
+        raise cannot_write(path, OSError(0, str(error))) from error
     finally:
         session.close()
-        shutil.rmtree(folder, ignore_errors=True)
     return path
 
 

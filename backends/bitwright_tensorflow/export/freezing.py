@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.errors import ModelError
-from bitwright.files import atomic_write, cannot_write, sync_directory
+from bitwright.files import atomic_write, cannot_write, written_beside
 from bitwright.graph import free_name
 from bitwright_tensorflow.graph.graphs import extract
 from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
@@ -219,19 +217,9 @@ def save_saved_model(model: TfModel, path: Path) -> Path:
         InputError: it can't be written.
     """
     module = InferenceModule(model)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        tf.saved_model.save(module, str(beside), signatures={model.signature.key: module.concrete})
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        with written_beside(path) as folder:
+            tf.saved_model.save(module, str(folder / path.name), signatures={model.signature.key: module.concrete})
     except tf.errors.OpError as error:
         raise cannot_write(path, OSError(0, str(error))) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return path

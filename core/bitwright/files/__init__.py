@@ -13,7 +13,7 @@ from bitwright.files._durable import (
     write_text,
 )
 from bitwright.files._held import HeldFile
-from bitwright.files._leftovers import staging, sweep, sweep_beside
+from bitwright.files._leftovers import staging, sweep, sweep_beside, written_beside
 from bitwright.files._pieces import StoredArray
 from bitwright.files._spill import Spill, is_spilled
 
@@ -38,4 +38,5 @@ __all__ = [
     "sweep_beside",
     "sync_directory",
     "write_text",
+    "written_beside",
 ]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from bitwright.files._durable import cannot_write, discard
+from bitwright.files._durable import cannot_write, discard, sync_directory
 
 _NAMES = (
     re.compile(r"\.(?:.+\.)?(?P<process>\d+)\.(?:tmp|partial|old|probe)"),
@@ -35,6 +35,43 @@ def staging(folder: Path) -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder to write in: where the block ends, files and folders in it move to their places beside `path`.
+
+    They are flushed to disk first, and `path` itself moves last, so that it points at nothing that isn't there yet.
+    A folder that was at a place is gone then; where moving fails, it is back.
+
+    Raises:
+        WriteError: a file can't be written, by the block neither.
+    """
+    try:
+        with staging(path.parent) as folder:
+            yield folder
+            written = sorted(folder.iterdir(), key=lambda p: (p.name == path.name, p.name))
+            for file in (p for p in written if p.is_file()):
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            for made in written:
+                _put(made, path.parent / made.name, folder)
+            sync_directory(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _put(made: Path, place: Path, aside: Path) -> None:
+    if not (made.is_dir() and place.exists()):
+        made.replace(place)
+        return
+    old = aside / f".{place.name}.old"  # no system replaces one folder by another
+    place.rename(old)
+    try:
+        made.rename(place)
+    except OSError:
+        old.rename(place)
+        raise
 
 
 def sweep(folder: Path) -> list[Path]:
