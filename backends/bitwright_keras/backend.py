@@ -14,7 +14,6 @@ from bitwright.backend import (
     Batch,
     Bundle,
     DifferentiableSimulation,
-    Pair,
     Session,
     Simulation,
     Tap,
@@ -22,7 +21,6 @@ from bitwright.backend import (
     Training,
 )
 from bitwright.errors import InputError
-from bitwright.files import Array
 from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
@@ -33,9 +31,10 @@ from bitwright_keras.graph.edits import edit_model
 from bitwright_keras.graph.model import KerasModel
 from bitwright_keras.graph.params import read_params
 from bitwright_keras.simulate.session import KerasSession
+from bitwright_onnx.qdq_bundles import QdqBundles
 
 
-class KerasBackend:
+class KerasBackend(QdqBundles):
     """`bitwright.backend.Backend` and `PartialExecution` for `KerasModel`s."""
 
     name = "keras"
@@ -170,21 +169,14 @@ class KerasBackend:
             InputError: the bundle holds neither.
             MissingExtraError: the runtime isn't installed.
         """
-        from bitwright_keras.export.integer_runtime import compile_bundle
+        from bitwright_keras.export import litert
 
-        return compile_bundle(bundle, taps)
-
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `QuantizedArtefact`."""
-        from bitwright_keras.export.integer_runtime import pairs_of
-
-        return pairs_of(bundle)
-
-    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `QuantizedArtefact`."""
-        from bitwright_keras.export.integer_runtime import floats_of
-
-        return floats_of(bundle)
+        if litert.TFLITE in bundle.files:
+            return litert.compile_bundle(bundle, taps)
+        if "qdq" not in bundle.files:
+            held = ", ".join(bundle.files)
+            raise InputError(f"the bundle holds no quantized model (.tflite or .qdq.onnx), only {held}")
+        return super().compile(bundle, taps)
 
     def departures(
         self, model: KerasModel, plan: Plan, encodings: EncodingTable, bundle: Bundle

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from bitwright.backend import Backend, Batch, Bundle, Pair, Session, Tap
+from bitwright.backend import Backend, Batch, Bundle, Session, Tap
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import Graph, OpId, ParamId, TensorId
@@ -30,6 +30,7 @@ from bitwright_onnx.emit.emitter import emit, values_equal
 from bitwright_onnx.emit.sheet import NotEmittable
 from bitwright_onnx.export.known_parameters import with_parameters
 from bitwright_onnx.graph.subgraph import values_of
+from bitwright_onnx.qdq_bundles import QdqBundles
 
 __all__ = [
     "QDQ_FORMAT",
@@ -243,7 +244,7 @@ def export_written(found: Written, graph: Graph, plan: Plan, encodings: Encoding
     return write_qdq(found.model, shown, plan, encodings, path).bundle(found.names)
 
 
-class QdqExport:
+class QdqExport(QdqBundles):
     """The first base of a backend that writes QDQ files by `export_qdq`, beside the formats of its other base.
 
     With it the backend has the capabilities `integer_runtime`, `quantized_artefact` and `op_timer`, in ONNX Runtime.
@@ -264,24 +265,6 @@ class QdqExport:
         """Those of the other base, and QDQ."""
         others: Any = super()
         return {**others.formats(), **QDQ_FORMAT}
-
-    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
-        """See `bitwright.backend.IntegerRuntime`; taps that the file doesn't have are left out.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-        """
-        from bitwright_onnx.export.runtime import compile_known
-
-        return compile_known(bundle, taps)
-
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `bitwright.backend.QuantizedArtefact`."""
-        return OnnxBackend().pairs(bundle)
-
-    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `bitwright.backend.QuantizedArtefact`."""
-        return OnnxBackend().floats(bundle)
 
     def op_seconds(
         self, bundle: Bundle, ops: Collection[OpId], batches: Sequence[Batch], *, repeats: int = 5, threads: int = 1

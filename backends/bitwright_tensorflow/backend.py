@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Pair, Session, Simulation, Tap, TrainableSimulation, Training
+from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
 from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
+from bitwright_onnx.qdq_bundles import QdqBundles
 from bitwright_tensorflow.capture import sources
 from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.edits import edit_model
-from bitwright_tensorflow.graph.model import Array, Kind, TfModel
+from bitwright_tensorflow.graph.model import Kind, TfModel
 from bitwright_tensorflow.graph.params import read_params
 from bitwright_tensorflow.simulate.session import open_taps
 
@@ -29,10 +30,11 @@ _OPTIONS = {
 }
 
 
-class TensorFlowBackend:
+class TensorFlowBackend(QdqBundles):
     """`bitwright.backend.Backend` and `PartialExecution` for TensorFlow graphs."""
 
     name = "tensorflow"
+    qdq_extra = "tensorflow"
 
     def owns(self, model: object) -> bool:
         """Whether an object is a session, a function, a loaded SavedModel or a GraphDef (Keras models are Keras's)."""
@@ -166,29 +168,6 @@ class TensorFlowBackend:
         from bitwright_tensorflow.export.export import bundled
 
         return bundled(model)
-
-    def compile(self, bundle: Bundle, taps: Sequence[TensorId] = ()) -> Session:
-        """Load a bundle's QDQ model into ONNX Runtime; tensors are called as in the graph.
-
-        Raises:
-            InputError: the bundle holds no quantized model.
-            MissingExtraError: ONNX Runtime isn't installed.
-        """
-        from bitwright_tensorflow.export.export import compile_qdq
-
-        return compile_qdq(bundle, taps)
-
-    def pairs(self, bundle: Bundle) -> Mapping[TensorId, Sequence[Pair]]:
-        """See `QuantizedArtefact`."""
-        from bitwright_tensorflow.export.export import onnx_backend
-
-        return onnx_backend().pairs(bundle)
-
-    def floats(self, bundle: Bundle) -> Mapping[ParamId, Callable[[], Array]]:
-        """See `QuantizedArtefact`."""
-        from bitwright_tensorflow.export.export import onnx_backend
-
-        return onnx_backend().floats(bundle)
 
     def input_specs(self, model: TfModel) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """See `Backend`."""

@@ -5,16 +5,16 @@ None of these files needs bitwright: plain TensorFlow (or an ONNX runtime) loads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitwright.backend import Bundle, Session
-from bitwright.errors import InputError, ModelError, needs_extra
-from bitwright.graph import TensorId
+from bitwright.backend import Bundle
+from bitwright.errors import InputError, ModelError
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
+from bitwright_onnx.qdq_bundles import onnx_backend
 from bitwright_tensorflow.export.checkpoints import save_checkpoint
 from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
@@ -26,7 +26,6 @@ from bitwright_tensorflow.simulate.session import open_taps
 
 if TYPE_CHECKING:
     from bitwright_onnx.adapters import Written
-    from bitwright_onnx.backend import OnnxBackend
 
 FORMATS: Mapping[str, str] = {
     "pb": "the float model with its updated weights as a frozen graph; encodings files go with it",
@@ -81,32 +80,8 @@ def _write_meta(model: TfModel, path: Path) -> dict[str, Path]:
     return {"meta": path, **{purpose: path.with_suffix(ending) for purpose, ending in parts.items()}}
 
 
-def onnx_backend() -> OnnxBackend:
-    """The backend that writes and runs QDQ ONNX.
-
-    Raises:
-        MissingExtraError: its packages aren't installed.
-    """
-    with needs_extra("QDQ ONNX needs", "tensorflow"):
-        from bitwright_onnx.backend import OnnxBackend
-    return OnnxBackend()
-
-
-def compile_qdq(bundle: Bundle, taps: Sequence[TensorId]) -> Session:
-    """The QDQ model in ONNX Runtime; taps that ONNX spells otherwise are left out.
-
-    Raises:
-        InputError: the bundle has none: its ops have no counterpart in ONNX.
-        MissingExtraError: as `onnx_backend`.
-    """
-    onnx_backend()
-    from bitwright_onnx.export.runtime import compile_known
-
-    return compile_known(bundle, taps)
-
-
 def _write_qdq(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path) -> Bundle:
-    onnx_backend()
+    onnx_backend("tensorflow")
     from bitwright_onnx.adapters import export_written
 
     return export_written(as_onnx(model), recognize(model).graph, plan, encodings, path)
