@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,19 +19,18 @@ from bitwright.grids import (
     Groups,
     PerChannel,
     PerTensor,
-    encoding_arrays,
-    encoding_of_arrays,
+    encoding_kind,
+    encoding_of_kind,
     followed,
     learned_scale,
     learned_zero,
     lsq_factor,
-    min_max_numbers,
+    min_max_grid,
     moving,
     present,
     ratio_to,
     run_time_rounded,
     two_level,
-    two_level_scales,
 )
 from bitwright_keras.graph.engine import switched, value_of
 from bitwright_keras.graph.layouts import Layout
@@ -193,8 +191,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     def _min_max(self, parameter: Any) -> tuple[Any, Any]:
         """Scale and zero point (float64) of the grid that covers the parameter's present values."""
         cut, groups = self._cut(parameter)
-        scale, zero = min_max_numbers(NAMESPACE, cut, self._form, groups)
-        return two_level_scales(NAMESPACE, scale, self._form), zero
+        return min_max_grid(NAMESPACE, cut, self._form, groups)
 
     def _learned(self, variable: keras.Variable) -> Any:
         value = value_of(variable)
@@ -303,9 +300,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
 
 def _config_of(encoding: Encoding) -> dict[str, Any]:
-    arrays = encoding_arrays(encoding)
     return {
-        "kind": json.loads(str(arrays["encoding"])),
+        "kind": encoding_kind(encoding),
         "shape": list(encoding.scale.shape),
         "moves": bool(moving(encoding).any()),
     }
@@ -313,14 +309,9 @@ def _config_of(encoding: Encoding) -> dict[str, Any]:
 
 def _of_config(config: Mapping[str, Any]) -> Encoding:
     shape = tuple(config["shape"])
-    kind = {**config["kind"]}
+    kind = config["kind"]
     grid = Grid.of(kind["bits"], signed=kind["signed"], strict=kind["strict"])
     zero = grid.qmin + 1 if config["moves"] else grid.qmin  # the numbers themselves are loaded as weights
     if kind["symmetric"]:
         zero = 0
-    arrays = {
-        "encoding": np.array(json.dumps(kind)),
-        "scale": np.ones(shape, np.float32),
-        "zero_point": np.full(shape, zero, np.int32),
-    }
-    return two_level(encoding_of_arrays(arrays))
+    return two_level(encoding_of_kind(kind, np.ones(shape, np.float32), np.full(shape, zero, np.int32)))

@@ -19,16 +19,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.errors import EncodingError
 from bitwright.grids import (
     FLOAT_FORMATS,
     TINY,
-    Blockwise,
     Dynamic,
     Encoding,
     PerTensor,
     QuantSpec,
-    fixed_layout,
+    extents,
     spread,
 )
 
@@ -146,25 +144,6 @@ def _spread(values: NDArray[Any], encoding: Encoding, form: SiteForm) -> NDArray
     if form.rank is None or isinstance(layout, PerTensor):
         return values.reshape(())
     return np.asarray(spread(values, extents(encoding, form.rank), layout))
-
-
-def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
-    """The smallest shape of that rank that an encoding's scales fit: 1 along axes that they don't vary over.
-
-    Raises:
-        EncodingError: an axis is out of range.
-    """
-    layout, shape = fixed_layout(encoding.granularity), [1] * rank
-    axes: tuple[int, ...] = () if isinstance(layout, PerTensor) else (layout.axis,)
-    if isinstance(layout, Blockwise):
-        axes = (layout.axis, layout.block_axis)
-    if any(not -rank <= axis < rank for axis in axes):
-        raise EncodingError(f"an encoding over axes {axes} doesn't fit a tensor of rank {rank}")
-    for axis, length in zip(axes, encoding.scale.shape, strict=True):
-        shape[axis] = length
-    if isinstance(layout, Blockwise):
-        shape[layout.block_axis] *= layout.block_size
-    return tuple(shape)
 
 
 RUN_TIME = frozenset({"symmetric", "asymmetric"})

@@ -27,13 +27,12 @@ from bitwright.grids import (
     DTYPES,
     FLOAT_FORMATS,
     WIDE,
-    Blockwise,
     Encoding,
     Groups,
     PerTensor,
     QuantSpec,
     RunTimeGrid,
-    fixed_layout,
+    extents,
     largest_of,
     run_time_rounded,
     spread,
@@ -184,20 +183,11 @@ def numbers(kind: str, encoding: Encoding | None, rank: int | None) -> dict[str,
 
 def _spread(values: NDArray[Any], encoding: Encoding, rank: int | None) -> NDArray[Any]:
     """Values that broadcast against the tensor; its dimensions aren't needed but those that carry scales."""
-    layout = fixed_layout(encoding.granularity)
-    if isinstance(layout, PerTensor):
+    if isinstance(encoding.granularity, PerTensor):
         return values
     if rank is None:
         raise EncodingError("only one scale for the whole tensor can be set on a tensor of unknown rank")
-    shape = [1] * rank
-    axes = (layout.axis, layout.block_axis) if isinstance(layout, Blockwise) else (layout.axis,)
-    if any(not -rank <= axis < rank for axis in axes):
-        raise EncodingError(f"an encoding over axes {axes} doesn't fit a tensor of rank {rank}")
-    for axis, length in zip(axes, values.shape, strict=True):
-        shape[axis] = length
-    if isinstance(layout, Blockwise):
-        shape[layout.block_axis] *= layout.block_size
-    return np.asarray(spread(values, tuple(shape), layout))
+    return np.asarray(spread(values, extents(encoding, rank), encoding.granularity))
 
 
 def rounded(kind: str, x: Node, operands: Mapping[str, Node], run_time: RunTimeGrid | None = None) -> Node:

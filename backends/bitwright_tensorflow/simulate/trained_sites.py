@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,17 @@ from bitwright.grids import (
     Granularity,
     GridPolicy,
     Groups,
-    PerChannel,
     PerTensor,
     fixed_layout,
     followed,
     learned_scale,
     learned_zero,
-    min_max_numbers,
+    min_max_grid,
     one_sided,
     present,
     ratio_to,
     run_time_rounded,
-    two_level_scales,
+    stored_granularity,
 )
 from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Transposed
 from bitwright_tensorflow.graph.model import Array
@@ -63,12 +62,7 @@ class Operand:
         if isinstance(granularity, PerTensor) or layout == tuple(range(len(self.param.shape))):
             return self.symbol, granularity, lambda y: y
         if layout is not None:
-            axis = layout[granularity.axis]
-            if isinstance(granularity, Blockwise):
-                native: Granularity = replace(granularity, axis=axis, block_axis=layout[granularity.block_axis])
-            else:
-                native = PerChannel(axis)
-            return self.symbol, native, lambda y: y
+            return self.symbol, stored_granularity(granularity, layout), lambda y: y
         return stepped(self.symbol, self.form), granularity, lambda y: stepped_back(y, self.form)
 
 
@@ -157,8 +151,8 @@ class TrainedSite:
         values, granularity, _ = self.operand.placed(self._form.granularity)
         values = tf.stop_gradient(tf.cast(values, tf.float32))
         groups = Groups.of(tuple(values.shape.as_list()), granularity)
-        scale, zero = min_max_numbers(NAMESPACE, groups.cut(NAMESPACE, values), self._form, groups)
-        base = tf.identity(two_level_scales(NAMESPACE, scale, self._form), name="min_max_scale")
+        scale, zero = min_max_grid(NAMESPACE, groups.cut(NAMESPACE, values), self._form, groups)
+        base = tf.identity(scale, name="min_max_scale")
         self._base = base.name
         return followed(NAMESPACE, base, tf.cast(zero, stored.dtype), ratio, stored, self._form)
 

@@ -5,33 +5,29 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitwright.grids import (
     UNSET,
-    Blockwise,
-    Dynamic,
     Encoding,
     Granularity,
     GridPolicy,
     Groups,
-    PerChannel,
     PerTensor,
-    encoding_arrays,
-    encoding_of_arrays,
+    encoding_kind,
+    encoding_of_kind,
     followed,
     learned_scale,
     learned_zero,
     lsq_factor,
-    min_max_numbers,
+    min_max_grid,
     present,
     ratio_to,
-    two_level_scales,
+    stored_granularity,
 )
 from bitwright.grids import two_level as two_level_encoding
 from bitwright_torch.simulate.kernels import NAMESPACE
@@ -158,7 +154,7 @@ class FakeQuantize(nn.Module):
     def _adopt(self, encoding: Encoding) -> None:
         self._form = encoding
         self._set_policy()
-        self._granularity = _native(encoding.granularity, self.layout)
+        self._granularity = stored_granularity(encoding.granularity, self.layout)
 
     def _put(self, name: str, value: Tensor) -> None:
         held: Tensor = getattr(self, name)
@@ -219,8 +215,7 @@ class FakeQuantize(nn.Module):
     def _min_max(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (float64) of the grid that covers the parameter's present values."""
         groups = Groups.of(tuple(parameter.shape), self._granularity)
-        scale, zero = min_max_numbers(NAMESPACE, groups.cut(NAMESPACE, parameter.detach().float()), self._form, groups)
-        return two_level_scales(NAMESPACE, scale, self._form), zero
+        return min_max_grid(NAMESPACE, groups.cut(NAMESPACE, parameter.detach().float()), self._form, groups)
 
     def follow(self, parameter: Tensor) -> None:
         """Fit the grid to the parameter's present values, if they have changed."""
@@ -241,8 +236,7 @@ class FakeQuantize(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The kind of grid, as bytes of JSON."""
-        meta = json.loads(str(encoding_arrays(self._form)["encoding"]))
-        text = json.dumps({"enabled": self.enabled, "encoding": meta})
+        text = json.dumps({"enabled": self.enabled, "encoding": encoding_kind(self._form)})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -301,21 +295,10 @@ class FakeQuantize(nn.Module):
         return f"{kind}, {type(form.granularity).__name__}" + (", learned" if self.learns else "")
 
 
-def _native(granularity: Granularity, layout: tuple[int, ...] | None) -> Granularity:
-    """A canonical granularity in the parameter's own layout."""
-    if layout is None or isinstance(granularity, PerTensor | Dynamic):
-        return granularity
-    axis = layout[granularity.axis]
-    if isinstance(granularity, Blockwise):
-        return replace(granularity, axis=axis, block_axis=layout[granularity.block_axis])
-    return PerChannel(axis)
-
-
 def _saved(state: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Encoding, bool]:
     """The encoding of a saved module, and whether it was enabled."""
     found = json.loads(bytes(state.cpu().tolist()).decode())
-    arrays = {"scale": scale.cpu().numpy(), "zero_point": zero_point.cpu().numpy()}
-    form = encoding_of_arrays({"encoding": np.array(json.dumps(found["encoding"])), **arrays})
+    form = encoding_of_kind(found["encoding"], scale.cpu().numpy(), zero_point.cpu().numpy())
     return form, bool(found["enabled"])
 
 

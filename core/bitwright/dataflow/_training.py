@@ -34,11 +34,10 @@ from bitwright.grids import (
     learned_scale,
     learned_zero,
     lsq_factor,
-    min_max_numbers,
+    min_max_grid,
     present,
     ratio_to,
     run_time_rounded,
-    two_level_scales,
 )
 from bitwright.placement import Derived, Plan, SiteId
 
@@ -85,17 +84,16 @@ class _Site:
         self.groups = Groups.of(shape, PerTensor() if form.run_time is not None else form.granularity)
         self.ratio = np.ones(form.scale.shape)
         if policy.follows and value is not None:
-            base, _ = min_max_numbers(NUMPY, self.groups.cut(NUMPY, value), form, self.groups)
-            self.ratio = ratio_to(NUMPY, form.scale, two_level_scales(NUMPY, base, form))
+            base, _ = min_max_grid(NUMPY, self.groups.cut(NUMPY, value), form, self.groups)
+            self.ratio = ratio_to(NUMPY, form.scale, base)
 
     def numbers(self, x: Array, params: Params, array: Callable[[NDArray[Any]], Array]) -> tuple[Array, Array]:
         """Scale and zero point (float32) for the present values."""
         ns, form, grid = self.ns, self.form, self.form.grid
         scale, zero = array(form.scale), array(form.zero_point.astype(np.float32))
         if self.policy.follows:
-            base, low = min_max_numbers(ns, self.groups.cut(ns, ns.stop(x)), form, self.groups)
-            held = two_level_scales(ns, base, form)
-            scale, zero = followed(ns, held, ns.float32(low), ns.float64(array(self.ratio)), zero, form)
+            base, low = min_max_grid(ns, self.groups.cut(ns, ns.stop(x)), form, self.groups)
+            scale, zero = followed(ns, base, ns.float32(low), ns.float64(array(self.ratio)), zero, form)
         elif self.policy.learns:
             scale = learned_scale(ns, scale, params["scales"][self.site], form)
             if self.policy.moves:

@@ -10,10 +10,11 @@ from bitwright.grids._encoding import (
     dynamic_encoding,
     encoding_from_range,
     encoding_of_weights,
+    extents,
     fit_pairs,
     two_level,
 )
-from bitwright.grids._encoding_arrays import encoding_arrays, encoding_of_arrays
+from bitwright.grids._encoding_arrays import encoding_arrays, encoding_kind, encoding_of_arrays, encoding_of_kind
 from bitwright.grids._gradients import (
     Groups,
     NumpyNamespace,
@@ -47,9 +48,10 @@ from bitwright.grids._grid import (
     parse_type,
     scale_shape,
     spread,
+    stored_granularity,
     to_groups,
 )
-from bitwright.grids._min_max import min_max_numbers, one_sided, two_level_scales
+from bitwright.grids._min_max import min_max_grid, min_max_numbers, one_sided, two_level_scales
 from bitwright.grids._pair_sums import HIGHEST, LOWEST, in_order, pair_limit, pair_sums, row_chunks
 from bitwright.grids._range_numbers import EPSILON, NUMPY
 from bitwright.grids._run_time import TINY, RunTimeNamespace, run_time_rounded
@@ -106,8 +108,11 @@ __all__ = [
     "dynamic_encoding",
     "encoding_arrays",
     "encoding_from_range",
+    "encoding_kind",
     "encoding_of_arrays",
+    "encoding_of_kind",
     "encoding_of_weights",
+    "extents",
     "fake_quantize",
     "fake_quantize_vjp",
     "fit_pairs",
@@ -119,6 +124,7 @@ __all__ = [
     "learned_vjp",
     "learned_zero",
     "lsq_factor",
+    "min_max_grid",
     "min_max_numbers",
     "moving",
     "one_sided",
@@ -134,6 +140,7 @@ __all__ = [
     "run_time_rounded",
     "scale_shape",
     "spread",
+    "stored_granularity",
     "to_groups",
     "two_level",
     "two_level_scales",

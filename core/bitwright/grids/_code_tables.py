@@ -6,13 +6,26 @@ One arithmetic for numpy and every framework: comparisons with thresholds, and s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = Any
 """An array of whichever framework the namespace belongs to."""
+
+
+class Choosing(Protocol):
+    """What tables need of a framework; `bitwright.grids._range_numbers.RangeNamespace` has it."""
+
+    def minimum(self, x: Array, y: float, /) -> Array:
+        """The smaller of two."""
+
+    def maximum(self, x: Array, y: float, /) -> Array:
+        """The larger of two."""
+
+    def where(self, mask: Array, x: Array, y: Array, /) -> Array:
+        """x where the mask is true, else y."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +55,11 @@ class CodeTable:
         single = np.where(past, np.nextafter(single, np.float32(-np.inf)), single)
         return cls(tuple(values.tolist()), tuple(single.tolist()))
 
-    def rounded(self, ns: Any, x: Array) -> Array:
+    def rounded(self, ns: Choosing, x: Array) -> Array:
         """The nearest values; NaN stays NaN.
 
         Args:
-            ns: the framework's functions (`bitwright.grids._range_numbers.RangeNamespace`).
+            ns: the framework's functions.
             x: float32, already divided by the scale.
         """
         held = ns.minimum(ns.maximum(x, self.values[0]), self.values[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from bitwright.grids._grid import (
     Dynamic,
     FloatFormat,
     Granularity,
-    Grid,
+    HasCodes,
     PerChannel,
     PerTensor,
     QuantSpec,
@@ -24,6 +23,7 @@ from bitwright.grids._grid import (
     cast_float,
     dequantize,
     fake_quantize,
+    fixed_layout,
     largest_of,
     parse_type,
     quantize,
@@ -39,7 +39,7 @@ from bitwright.tables import Table, Tabular, Value
 
 
 @dataclass(frozen=True, eq=False)
-class Encoding:
+class Encoding(HasCodes):
     """A calibrated grid: scale and zero point for each group of elements that share them.
 
     Attributes:
@@ -108,17 +108,6 @@ class Encoding:
         if self.scale_type is None or self.block_scale is not None:
             return scale
         return typed_scale(scale, self.scale_type, self.bits, self.tensor_scale)
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The integer code range."""
-        return Grid.of(self.bits, signed=self.signed, strict=self.strict)
-
-    @cached_property
-    def run_time(self) -> RunTimeGrid | None:
-        """The codes of a range at run time; None where the numbers are known before."""
-        layout = self.granularity
-        return RunTimeGrid(self.grid, layout.per_token) if isinstance(layout, Dynamic) else None
 
     @property
     def is_fixed(self) -> bool:
@@ -200,12 +189,31 @@ class Encoding:
         )
 
 
-def _own(values: Any, kind: type[np.generic]) -> NDArray[Any]:
+def _own(values: object, kind: type[np.generic]) -> NDArray[Any]:
     """The values in an array that nobody else writes to: a copy, unless it is one already, such as an encoding's."""
     array = np.asarray(values)
     if array.dtype == kind and array.base is None and not array.flags.writeable:
         return array
     return np.array(values, kind)
+
+
+def extents(encoding: Encoding, rank: int) -> tuple[int, ...]:
+    """The smallest shape of that rank that an encoding's scales fit: 1 along axes that they don't vary over.
+
+    Raises:
+        EncodingError: an axis is out of range.
+    """
+    layout, shape = fixed_layout(encoding.granularity), [1] * rank
+    axes: tuple[int, ...] = () if isinstance(layout, PerTensor) else (layout.axis,)
+    if isinstance(layout, Blockwise):
+        axes = (layout.axis, layout.block_axis)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise EncodingError(f"an encoding over axes {axes} doesn't fit a tensor of rank {rank}")
+    for axis, length in zip(axes, encoding.scale.shape, strict=True):
+        shape[axis] = length
+    if isinstance(layout, Blockwise):
+        shape[layout.block_axis] *= layout.block_size
+    return tuple(shape)
 
 
 def encoding_from_range(

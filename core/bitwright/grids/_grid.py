@@ -12,6 +12,7 @@ Composed so, numpy, PyTorch, TensorFlow and ONNX Runtime give identical integers
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -83,8 +84,28 @@ class Dynamic:
 Granularity = PerTensor | PerChannel | Blockwise | Dynamic
 
 
+class HasCodes:
+    """What specifications and encodings say of their codes alike."""
+
+    bits: int
+    signed: bool
+    strict: bool
+    granularity: Granularity
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The integer code range; meaningless for a float format."""
+        return Grid.of(self.bits, signed=self.signed, strict=self.strict)
+
+    @cached_property
+    def run_time(self) -> RunTimeGrid | None:
+        """The codes of a range at run time; None where the numbers are known before."""
+        layout = self.granularity
+        return RunTimeGrid(self.grid, layout.per_token) if isinstance(layout, Dynamic) else None
+
+
 @dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(HasCodes):
     """How one site is to be quantized; what calibration turns into an `Encoding`.
 
     Attributes:
@@ -131,17 +152,6 @@ class QuantSpec:
             raise InputError("strict=True drops the most negative code of a symmetric grid; set symmetric=True too")
         if isinstance(self.granularity, Dynamic):
             run_time_grid(self.granularity, self.bits, (self.signed, self.symmetric, self.strict), self.float_format)
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The integer code range; meaningless for a float format."""
-        return Grid.of(self.bits, signed=self.signed, strict=self.strict)
-
-    @cached_property
-    def run_time(self) -> RunTimeGrid | None:
-        """The codes of a range at run time; None where the range is known before."""
-        layout = self.granularity
-        return RunTimeGrid(self.grid, layout.per_token) if isinstance(layout, Dynamic) else None
 
     def with_(self, **changes: object) -> QuantSpec:
         """A copy with some fields changed."""
@@ -384,6 +394,21 @@ def fixed_layout(granularity: Granularity) -> PerTensor | PerChannel | Blockwise
     if isinstance(granularity, Dynamic):
         raise InputError("a range that is found at run time has no scales to lay out: they follow from the values")
     return granularity
+
+
+def stored_granularity(granularity: Granularity, layout: Sequence[int] | None) -> Granularity:
+    """A canonical granularity along the axes of an array that is stored otherwise.
+
+    Args:
+        granularity: of the parameter.
+        layout: the stored axis of each canonical one; None where they are the same.
+    """
+    if layout is None or isinstance(granularity, PerTensor | Dynamic):
+        return granularity
+    axis = layout[granularity.axis]
+    if isinstance(granularity, Blockwise):
+        return replace(granularity, axis=axis, block_axis=layout[granularity.block_axis])
+    return PerChannel(axis)
 
 
 def axis_of(axis: int, shape: tuple[int, ...]) -> int:

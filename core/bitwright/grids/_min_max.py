@@ -43,3 +43,13 @@ def two_level_scales(ns: RangeNamespace, scale: Array, form: Encoding) -> Array:
     ratio = 2 ** (layout.decompressed_bits - form.bits)
     factors, gamma = two_level_factors(ns, scale, form.scale.shape[0], ratio)
     return factors * gamma
+
+
+def min_max_grid(ns: RangeNamespace, cut: Array, form: Encoding, groups: Groups) -> tuple[Array, Array]:
+    """Scale (float32, after two-level rounding) and zero point (float64) of the grid that covers a weight.
+
+    Args:
+        ns, cut, form, groups: see `min_max_numbers`.
+    """
+    scale, zero = min_max_numbers(ns, cut, form, groups)
+    return two_level_scales(ns, scale, form), zero

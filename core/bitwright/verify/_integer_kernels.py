@@ -18,7 +18,7 @@ from bitwright.grids import Encoding, Grid
 
 Codes = NDArray[np.int32]
 F = np.float32
-EXACT32, EXACT64 = 2**24, 2**53
+EXACT32 = 2**24
 UNSIGNED = 128
 """What the runtime, told to be precise on x64, adds to signed 8-bit codes: float32 rounds there, not around zero."""
 
