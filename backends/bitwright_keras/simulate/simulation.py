@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Session, SimulationBase, Tap, Training
+from bitwright.backend import Batch, Session, SimulationBase, Tap, Training
 from bitwright.errors import ModelError
 from bitwright.graph import ParamId, TensorId, free_name
 from bitwright.grids import Encoding
@@ -33,7 +33,6 @@ from bitwright_keras.graph.params import array_of, native_value, native_values, 
 from bitwright_keras.simulate.fake_quant import FakeQuantize
 from bitwright_keras.simulate.pullback import KerasPullback
 from bitwright_keras.simulate.session import KerasSession
-from bitwright_keras.simulate.simulated_session import SimulationSession
 from bitwright_keras.simulate.weights import QuantizedLayer, constant
 
 
@@ -75,7 +74,8 @@ class KerasSimulation(SimulationBase):
         super().__init__(canonical(model).graph, plan, encodings)
         self._float = model
         self._training = Training() if trainable is True else trainable or None
-        self._generation = 0
+        self.generation = 0
+        """How often the network has been built."""
         self._replaced: dict[ParamId, NDArray[Any]] = {}
         self._table: dict[SiteId, Encoding | None] = self._sites.changes(encodings)
         self._build()
@@ -83,7 +83,7 @@ class KerasSimulation(SimulationBase):
     # -- building
 
     def _build(self) -> None:
-        self._generation += 1
+        self.generation += 1
         self._native: keras.Model | None = None
         self._twins: dict[int, Any] = {}
         self._owned: set[int] = set()
@@ -291,11 +291,11 @@ class KerasSimulation(SimulationBase):
 
     def open(self, taps: Sequence[Tap], feeds: tuple[TensorId, ...] | None) -> Session:
         """See `SimulationBase`."""
-        return SimulationSession(self, taps, feeds)
+        return SimulatedSession(self, taps, feeds)
 
-    def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> tuple[int, KerasSession]:
-        """A session of the network as it is now, with the number of its building."""
-        return self._generation, KerasSession(self._model, self._graph, taps, feeds, self._aliases, self._switches)
+    def opened(self, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> KerasSession:
+        """A session of the network as it is now."""
+        return KerasSession(self._model, self._graph, taps, feeds, self._aliases, self._switches)
 
     def pullback(self, params: Sequence[ParamId], feeds: Sequence[TensorId], taps: Sequence[TensorId]) -> KerasPullback:
         """See `bitwright.backend.DifferentiableSimulation`; it holds as long as no grid becomes one of another kind."""
@@ -307,11 +307,6 @@ class KerasSimulation(SimulationBase):
     def _switches(self) -> tuple[bool, ...]:
         held = (p.quantizer for p in self._parameters.values() if p.quantizer is not None)
         return tuple(q.on for q in (*self._activations.values(), *held))
-
-    @property
-    def generation(self) -> int:
-        """How often the network has been built."""
-        return self._generation
 
     # -- after training
 
@@ -328,3 +323,18 @@ class KerasSimulation(SimulationBase):
         model, places = self._float.with_(nodes=tuple(nodes)), canonical(self._float).places
         constants = {p: v for p, v in self._replaced.items() if places[p].node.layer is None}
         return with_values(model, {p: places[p].layout.canonical(v) for p, v in constants.items()})
+
+
+class SimulatedSession:
+    """A session that is compiled again where the simulation was built again."""
+
+    def __init__(self, simulation: KerasSimulation, taps: Sequence[Tap], feeds: Sequence[TensorId] | None) -> None:
+        self._simulation, self._taps, self._feeds = simulation, taps, feeds
+        self._generation, self._session = simulation.generation, simulation.opened(taps, feeds)
+
+    def run(self, batch: Batch) -> Mapping[Tap, NDArray[Any]]:
+        """As `KerasSession.run`."""
+        if self._generation != self._simulation.generation:
+            self._generation = self._simulation.generation
+            self._session = self._simulation.opened(self._taps, self._feeds)
+        return self._session.run(batch)

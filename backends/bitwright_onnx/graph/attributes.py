@@ -6,7 +6,16 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
-from bitwright.graph import ActivationAttrs, AxisAttrs, BatchNormAttrs, ConvAttrs, OpKind, PoolAttrs, clipping
+from bitwright.graph import (
+    ActivationAttrs,
+    AxisAttrs,
+    BatchNormAttrs,
+    ConvAttrs,
+    OpKind,
+    PoolAttrs,
+    clipping,
+    same_pads,
+)
 from bitwright_onnx.graph.optable import constant_shape, flag
 from bitwright_onnx.graph.tensors import tensor_array
 
@@ -56,8 +65,7 @@ def window_pads(
 ) -> Pads | None:
     """Explicit padding of a convolution or pooling window.
 
-    SAME padding makes ⌈n/stride⌉ outputs: total = (⌈n/s⌉ − 1)·s + d·(k − 1) + 1 − n, the odd element at the end
-    for SAME_UPPER and at the beginning for SAME_LOWER (ONNX operator specification, Conv).
+    The odd element of SAME_UPPER is at the end, of SAME_LOWER at the beginning (ONNX operator specification, Conv).
     """
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     rank = len(kernel)
@@ -66,18 +74,8 @@ def window_pads(
     if mode == "VALID":
         return ((0, 0),) * rank
     dims = static_dims(node.inputs[0])
-    pads = []
-    for i, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
-        reach = d * (k - 1) + 1
-        n = dims[2 + i] if dims is not None else None
-        if s == 1:
-            total = reach - 1  # whatever the size
-        elif n is None:
-            return None
-        else:
-            total = max(0, (-(-n // s) - 1) * s + reach - n)
-        pads.append(_halves(total, mode))
-    return tuple(pads)
+    pads = same_pads([None if dims is None else dims[2 + i] for i in range(rank)], kernel, strides, dilations)
+    return pads if pads is None or mode == "SAME_UPPER" else tuple((end, begin) for begin, end in pads)
 
 
 def _explicit_pads(node: ir.Node, rank: int) -> Pads:

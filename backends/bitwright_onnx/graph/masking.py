@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bitwright.graph import KINDS, LINEAR_KINDS, OpKind
-from bitwright.placement import Extent, NodeView, masks
+from bitwright.graph import KINDS, OpKind
+from bitwright.placement import UNREAD, Extent, NodeView, masks
 from bitwright_onnx.graph.attributes import constant
 from bitwright_onnx.graph.optable import FLOAT_TYPES, is_default_domain, is_float_constant
-
-_UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
-"""Kinds whose constants are weights: large, and no masks."""
 
 
 def mask_names(graph: ir.Graph) -> frozenset[str]:
@@ -22,7 +19,7 @@ def mask_names(graph: ir.Graph) -> frozenset[str]:
     for node in graph:
         kind = KINDS.get(node.op_type, OpKind.OPAQUE) if is_default_domain(node) else OpKind.OPAQUE
         names = [str(v.name) for v in node.inputs if v is not None]
-        if kind not in _UNREAD and not _is_lookup(node):
+        if kind not in UNREAD and not _is_lookup(node):
             for value in node.inputs:
                 if value is not None and is_float_constant(value) and str(value.name) not in constants:
                     array = constant(value)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,18 @@ from bitwright.graph import (
     Call,
     Graph,
     Op,
+    OpId,
     OpKind,
     Param,
     ParamRole,
     RecurrentAttrs,
     Tensor,
+    TensorId,
+    around,
     channel_axes,
 )
 from bitwright_torch.graph import attributes, modes
 from bitwright_torch.graph.attention import lower_attention
-from bitwright_torch.graph.channels import told_axes
 from bitwright_torch.graph.constants import constant_nodes
 from bitwright_torch.graph.masks import mask_nodes
 from bitwright_torch.graph.model import CapturedModel, Program, info, program_of
@@ -45,6 +47,10 @@ from bitwright_torch.graph.optable import CLIPS, kind_of
 from bitwright_torch.graph.visibility import data_nodes, value_operands
 
 R = ParamRole
+_SECOND = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.BATCH_NORM, OpKind.RESIZE})
+_SECOND_TYPES = frozenset({"InstanceNormalization", "GroupNormalization", "MaxPool", "AveragePool",
+                           "GlobalAveragePool", "PRelu", "DepthToSpace", "SpaceToDepth"})  # fmt: skip
+"""Ops that have channels on axis 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +118,7 @@ class _Builder:
         fx.node.map_arg(self._graph.output_node().args, results.append)
         ends = dict.fromkeys(info(n).tensor for n in results if info(n).tensor in tensors)
         ranks = {t: None if (s := info(n).shape) is None else len(s) for t, n in tensors.items()}
-        axes = channel_axes(ops, ranks, told_axes(ops, ranks), self._orders)
+        axes = channel_axes(ops, ranks, _told_axes(ops, ranks), self._orders)
         shown = {
             t: Tensor(t, info(n).shape, info(n).dtype or "float32", axes.get(t), n in self._masks)
             for t, n in tensors.items()
@@ -302,6 +308,14 @@ class _Builder:
             self._where.setdefault(operand.id, (operand, described[role]))
             self._readers.setdefault(operand.id, []).append(node)
         return {role: param.id for role, param in described.items()}
+
+
+def _told_axes(ops: Sequence[Op], ranks: Mapping[TensorId, int | None]) -> dict[OpId, dict[TensorId, int]]:
+    return {
+        op.id: {t: 1 for t in around(op) if ranks.get(t) in (2, 3, 4, 5)}
+        for op in ops
+        if op.kind in _SECOND or op.type in _SECOND_TYPES
+    }
 
 
 def _fed(graph: fx.Graph) -> frozenset[fx.Node]:

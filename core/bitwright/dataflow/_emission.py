@@ -35,7 +35,7 @@ from bitwright.graph import (
     clipping,
     free_name,
 )
-from bitwright.placement import Extent, NodeView, masks
+from bitwright.placement import UNREAD, Extent, NodeView, masks
 
 K, R = OpKind, ParamRole
 _WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1, "Gather": 0}
@@ -64,10 +64,6 @@ _GIVEN: Mapping[str, Sequence[str]] = {
     "CumSum": ("axis",),
 }
 """What ONNX takes as operands, though it is known when a model is captured."""
-
-
-_UNREAD = LINEAR_KINDS | {K.MATMUL, K.BATCH_NORM, K.LAYER_NORM, K.NORM, K.RECURRENT}
-"""Kinds whose constants are weights: large, and no masks."""
 
 
 @dataclass
@@ -290,7 +286,7 @@ class Emission:
             node = made.node
             for value in node.present:
                 array = self.nodes.values[value].array
-                if array is not None and made.kind not in _UNREAD and node.type != "Gather":
+                if array is not None and made.kind not in UNREAD and node.type != "Gather":
                     constants[value] = Extent.of(np.asarray(array, np.float32))
             views.append(NodeView(made.kind, made.type, node.present, made.members[-1].outputs))
 

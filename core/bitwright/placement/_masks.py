@@ -49,6 +49,9 @@ _SIGNAL_KINDS = LINEAR_KINDS | {
 }  # fmt: skip
 """Kinds that take a tensor for a signal, and so no mask."""
 
+UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
+"""Kinds whose constants are weights: large, and no masks, so that nobody has to look at their values."""
+
 _NONE, _POSSIBLE, _LIKELY, _SURE = range(4)
 
 
