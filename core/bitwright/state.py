@@ -50,7 +50,7 @@ class InTraining:
 
     simulation: TrainableSimulation
     settings: Training
-    native: Any
+    native: object
     plan: Plan
     taken: str
 
@@ -64,7 +64,7 @@ class Rounded:
         network: fingerprint of the network that its weights were rounded from, which the bank was collected on.
     """
 
-    native: Any
+    native: object
     network: str
 
 

@@ -49,7 +49,7 @@ class Report:
     summary: str
     figures: Mapping[str, float] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
-    rows: tuple[tuple[Any, ...], ...] = ()
+    rows: tuple[tuple[object, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class NeedsData(Protocol):
         """Whether it is refused without data, before any work, at these settings."""
 
 
-def frozen_note(ctx: Context[Any], sites: Iterable[SiteId] | None = None) -> str:
+def frozen_note(ctx: Context[S], sites: Iterable[SiteId] | None = None) -> str:
     """What a report says of encodings that a technique had to leave alone: "5 weights are frozen (adaround)".
 
     Args:
@@ -326,7 +326,7 @@ def require_data(technique: Technique, requests: Iterable[Request], settings: ob
         raise InputError(_no_data(technique.name))
 
 
-def walk_of(ctx: Context[Any], technique: str) -> LayerWalk:
+def walk_of(ctx: Context[S], technique: str) -> LayerWalk:
     """The layer-by-layer service.
 
     Raises:
@@ -337,7 +337,7 @@ def walk_of(ctx: Context[Any], technique: str) -> LayerWalk:
     return ctx.walk
 
 
-def blocks_of(ctx: Context[Any], technique: str) -> BlockWalk:
+def blocks_of(ctx: Context[S], technique: str) -> BlockWalk:
     """The block-by-block service.
 
     Raises:

@@ -210,3 +210,35 @@ def test_circles_are_seen():
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.c\n"
     assert circles(arrows({"p": "", "p.a": late, "p.b": typed, "p.c": "from p.a import f"})) == [["p.a", "p.b", "p.c"]]
     assert circles(arrows({"p": "from p.a import f", "p.a": "from p import __version__", "p.b": "import p.a"})) == []
+
+
+# -- signatures
+
+UNTYPED = 59
+"""Parameters and results in the core that are Any and nothing else: the frameworks' own models, settings that each
+technique and format narrows, what JSON or a plugin hands over, and keywords that `replace` passes on. Not to grow."""
+
+
+def untyped(text: str) -> list[str]:
+    """Parameters and results that are annotated with a bare Any."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            told = [(a.arg, a.annotation) for a in named if a is not None] + [("return", node.returns)]
+            found += [f"{node.name}({n})" for n, kind in told if isinstance(kind, ast.Name) and kind.id == "Any"]
+    return found
+
+
+def test_signatures_of_the_core_say_what_they_take():
+    found = [f"{p.relative_to(ROOT)}: {what}" for p in files("core/bitwright") for what in untyped(p.read_text())]
+    assert len(found) <= UNTYPED, "\n".join(found)
+
+
+def test_untyped_parameters_are_seen():
+    assert untyped("def f(a: Any, *b: Any, c: list[Any] = (), **d: object) -> Any: ...") == [
+        "f(a)",
+        "f(b)",
+        "f(return)",
+    ]

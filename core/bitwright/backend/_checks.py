@@ -170,7 +170,7 @@ def checked_param(id: ParamId, value: object, shape: tuple[int, ...]) -> NDArray
 
 
 def checked_params(
-    shapes: Mapping[ParamId, tuple[int, ...]], values: Mapping[ParamId, Any]
+    shapes: Mapping[ParamId, tuple[int, ...]], values: Mapping[ParamId, object]
 ) -> dict[ParamId, NDArray[Any]]:
     """New values of parameters, in canonical layout: all are checked before the first is used.
 

@@ -15,7 +15,7 @@ from bitwright.files import Array
 Seen = Callable[[Batch], None]
 
 
-def observed(backend: Backend[Any], model: Any, seen: Seen) -> Any:
+def observed(backend: Backend[Any], model: object, seen: Seen) -> Any:
     """The float model in the form in which its framework runs one (`Observable`), otherwise an `ObservedModel`."""
     return backend.observed(model, seen) if isinstance(backend, Observable) else ObservedModel(backend, model, seen)
 
@@ -29,13 +29,13 @@ class ObservedModel:
         seen: is called with the inputs of each run.
     """
 
-    def __init__(self, backend: Backend[Any], model: Any, seen: Seen) -> None:
+    def __init__(self, backend: Backend[Any], model: object, seen: Seen) -> None:
         self.inputs = tuple(backend.input_specs(model))
         self._taps = [Tap(t) for t in backend.graph(model).outputs]
         self._session = backend.session(model, self._taps)
         self._seen = seen
 
-    def __call__(self, *arrays: Any, **named: Any) -> Any:
+    def __call__(self, *arrays: object, **named: object) -> Array | dict[str, Array]:
         """Run it; one array, or a mapping by output where there are several.
 
         Raises:
@@ -46,7 +46,7 @@ class ObservedModel:
         found: dict[str, Array] = {tap.tensor: np.asarray(v) for tap, v in self._session.run(batch).items()}
         return next(iter(found.values())) if len(found) == 1 else found
 
-    def _batch(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    def _batch(self, arrays: tuple[object, ...], named: Mapping[str, object]) -> dict[str, Any]:
         if len(arrays) == 1 and not named and isinstance(arrays[0], Mapping):
             batch = dict(arrays[0])
         else:

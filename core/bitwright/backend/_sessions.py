@@ -18,6 +18,7 @@ from bitwright.files import Array
 from bitwright.graph import TensorId
 
 N = TypeVar("N")
+V = TypeVar("V")
 Tensor = Any
 """A tensor of whichever framework the namespace belongs to."""
 
@@ -25,7 +26,7 @@ Tensor = Any
 # -- feeds
 
 
-def given(batch: Mapping[str, Any], name: TensorId) -> Any:
+def given(batch: Mapping[str, V], name: TensorId) -> V:
     """What a batch holds for an input.
 
     Raises:

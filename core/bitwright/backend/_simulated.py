@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bitwright.backend._protocols import Session
 from bitwright.backend._sites import Sites
@@ -77,7 +76,7 @@ class SimulationBase(ABC):
         """
         return self.open(taps, tuple(feeds))
 
-    def grids_of(self, params: Mapping[ParamId, Any]) -> dict[SiteId, Encoding | None]:
+    def grids_of(self, params: Mapping[ParamId, object]) -> dict[SiteId, Encoding | None]:
         """Encodings in force at the roots of some parameters: to be installed again once their values have changed."""
         roots = {self._plan.root(p) for p in params if p in self._plan}
         return {root: encoding for root, encoding in self.in_force().items() if root in roots}

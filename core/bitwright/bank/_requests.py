@@ -15,8 +15,11 @@ from bitwright.graph import Graph, Op, OpKind, TensorId, groups_of, input_channe
 from bitwright.layerwise import blocks_within
 from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Request, Source
 
+Opener = Callable[[Source, Sequence[Tap]], Session]
+"""Opens a session of a network for some taps."""
 
-def float_only(backend: Backend[Any], model: object) -> Callable[[Source, Sequence[Tap]], Session]:
+
+def float_only(backend: Backend[Any], model: object) -> Opener:
     """Opens sessions of a float model; those of the same taps are one."""
     known: dict[tuple[Tap, ...], Session] = {}
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch
-from bitwright.bank._requests import all_requests, divided, float_only
+from bitwright.bank._requests import Opener, all_requests, divided, float_only
 from bitwright.calibration import InParts, collect
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import BitwrightError, InputError
@@ -98,7 +98,7 @@ def in_shares(
 
 def _collected(
     state: SimState, requests: Sequence[Request], data: Dataset, size: int, wanted: Wanted, folder: Path
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+) -> Iterator[tuple[int, Mapping[str, Statistic]]]:
     """(samples, statistics) of the shares, in order."""
     opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
     if state.workers is None or (file := _laid_out(state, folder)) is None:
@@ -172,7 +172,7 @@ _ONE_AT_A_TIME = Lock()
 
 
 @lru_cache(maxsize=1)
-def _open(backend: str, network: str, wanted: Wanted) -> tuple[Any, InParts | None, list[Request]]:
+def _open(backend: str, network: str, wanted: Wanted) -> tuple[Opener, InParts | None, list[Request]]:
     adapter = registry.backend(backend)
     model = adapter.load(Path(network))
     graph = adapter.graph(model)

@@ -26,6 +26,7 @@ from bitwright.bundle._synthetic import synthetic
 from bitwright.data import Samples
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph import Graph, TensorId
+from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId, SiteKind
 from bitwright.plugins import registry
 from bitwright.state import SimState
@@ -180,7 +181,7 @@ def compare(
     expected: Mapping[TensorId, Array],
     inputs: Mapping[str, Array],
     network: QuantizedNetwork,
-    table: Mapping[SiteId, Any],
+    table: Mapping[SiteId, Encoding],
     names: Mapping[SiteId, str],
     entries: Collection[TensorId] | None = None,
 ) -> Agreement:
@@ -229,12 +230,12 @@ class _RenamedSession:
         return {tap: found[self.names.get(tap.tensor, tap.tensor)] for tap in self.taps}
 
 
-def simulation_network(simulation: Simulation[Any], tensors: Sequence[TensorId]) -> Any:
+def simulation_network(simulation: Simulation[Any], tensors: Sequence[TensorId]) -> QuantizedNetwork:
     """A simulation in the place of an artefact, with the tensors that its graph has."""
     return _SimulationNetwork(simulation, frozenset(tensors))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _SimulationNetwork:
     simulation: Simulation[Any]
     tensors: frozenset[TensorId]

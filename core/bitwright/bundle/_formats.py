@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bitwright.backend import Backend, FormatWriter, ToCompile
 from bitwright.errors import InputError, ModelError, PluginError
@@ -27,7 +27,7 @@ class Foreign:
 
     info: FormatInfo
     writer: FormatWriter
-    settings: Any
+    settings: BaseModel
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def chosen_formats(formats: Formats, backend: Backend[Any] | None = None) -> Cho
     return Chosen(tuple(own), tuple(foreign))
 
 
-def _settings(name: str, writer: FormatWriter, given: Mapping[str, Any]) -> Any:
+def _settings(name: str, writer: FormatWriter, given: Mapping[str, Any]) -> BaseModel:
     try:
         return writer.Settings.model_validate(dict(given))
     except ValidationError as error:

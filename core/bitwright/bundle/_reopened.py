@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from bitwright import formats
 from bitwright.backend import Backend, Bundle, ParamReader
 from bitwright.bundle._artefact import (
@@ -26,7 +28,7 @@ from bitwright.graph import Graph
 from bitwright.grids import EncodingTable
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.plugins import registry
-from bitwright.report import REPORT, RunReport, SiteRow, digest, read_report
+from bitwright.report import REPORT, BundleRecord, RunReport, SiteRow, digest, read_report
 from bitwright.runs import of_arrays
 
 SHOWN = 5
@@ -53,7 +55,7 @@ class Reopened:
     stem: str
     bundle: Bundle
     backend: Backend[Any]
-    model: Any
+    model: object
     graph: Graph
     plan: Plan
     table: EncodingTable
@@ -65,7 +67,7 @@ class Reopened:
     part: str = ""
 
     @property
-    def record(self) -> Any:
+    def record(self) -> BundleRecord | None:
         """The report's record; None without one."""
         return None if self.report is None else self.report.record
 
@@ -150,7 +152,7 @@ def _of_other_parts(opened: Reopened) -> tuple[str, ...]:
     return tuple(f for part in parts_in(files) if part != opened.part for f in of_part(files, part).values())
 
 
-def _digest(values: Mapping[str, Any], param: str) -> str:
+def _digest(values: Mapping[str, NDArray[Any]], param: str) -> str:
     return of_arrays([("", values[param])])[:16]
 
 

@@ -193,7 +193,7 @@ def sampled(make: Callable[[], Statistic], tensor: Tensor, *, extremes: bool = F
     return sampled
 
 
-def quantized_weights(backend: Backend[Any], model: object, encodings: Mapping[SiteId, Encoding]) -> Any:
+def quantized_weights(backend: Backend[Any], model: object, encodings: Mapping[SiteId, Encoding]) -> object:
     """The model with its weights rounded to their grids.
 
     They are set some at a time, so that beside the model's own copy there are never more than `ROUNDED_BYTES` of them,

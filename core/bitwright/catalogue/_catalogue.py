@@ -40,12 +40,12 @@ class Descriptor(Generic[I_co]):
         return f"{item_of(self.info)} of {self.owner.title}"
 
 
-def aliases_of(info: Any) -> tuple[str, ...]:
+def aliases_of(info: Info) -> tuple[str, ...]:
     """Other names of an item."""
     return tuple(getattr(info, "aliases", ()))
 
 
-def item_of(info: Any) -> str:
+def item_of(info: Info) -> str:
     """What messages call an item: "technique 'acme'"."""
     return f"{kind_of(type(info)).word} {info.name!r}"
 
@@ -144,7 +144,7 @@ class Catalogue:
                     info = replace(info, command=d.info.command)
                 self.descriptors[self.descriptors.index(held[id(d)])] = Descriptor(info, d.owner)
 
-    def _usable(self, info: Any, owner: Owner) -> bool:
+    def _usable(self, info: Info, owner: Owner) -> bool:
         """Whether a descriptor is valid and of an api that is served; if not, that is a fault of its owner's."""
         word = kind_of(type(info)).word
         if reason := invalid(info):

@@ -62,7 +62,7 @@ def import_dotted(dotted: str) -> Any:
     return found
 
 
-def resolved(descriptor: Descriptor[Any], given: Any, item: str = "") -> Any:
+def resolved(descriptor: Descriptor[Any], given: object, item: str = "") -> Any:
     """What a field of a descriptor stands for: the object that its text names, or itself.
 
     Args:

@@ -72,7 +72,7 @@ def kind_of(info: type[Any]) -> Kind[Any]:
     return next(k for k in KINDS if k.info is info)
 
 
-def invalid(info: Any) -> str:
+def invalid(info: Info) -> str:
     """What is wrong with a descriptor's fields; empty if nothing."""
     if not isinstance(info.name, str) or not info.name.strip():
         return f"name: {info.name!r} is no name"
@@ -123,7 +123,7 @@ def _no_ending(suffix: str) -> str:
     return f"{suffix!r} is the ending of another file of an export" if suffix in ENDINGS else ""
 
 
-def _listed(values: Any) -> tuple[Any, ...]:
+def _listed(values: object) -> tuple[object, ...]:
     return tuple(values) if isinstance(values, list | tuple) else (None,)
 
 

@@ -273,5 +273,5 @@ def _open(model: Path) -> tuple[Backend[Any], Any]:
     return backend, backend.load(model)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> int | float | str | None:
     return value if isinstance(value, int | float | str | bool) or value is None else str(value)

@@ -233,7 +233,7 @@ class Asked:
             return tuple(sim.measure(data, *self.metrics, reference=original, labels=labels).values())
 
 
-def opened(path: Path, load: Sequence[str] | None, data: Path | None = None) -> Any:
+def opened(path: Path, load: Sequence[str] | None, data: Path | None = None) -> object:
     """What `QuantSim` is given: the path, or the model opened with the ``KEY=VALUE`` options of its backend.
 
     Raises:

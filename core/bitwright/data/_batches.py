@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
 from bitwright.backend import Batch, array_of, check_numeric, converted
 from bitwright.errors import InputError
 from bitwright.files import Array
+
+V = TypeVar("V")
 
 InputSpecs = Mapping[str, tuple[tuple[int | None, ...], str]]
 """Shape (None: free) and dtype of each model input."""
@@ -33,7 +35,7 @@ def single_input(specs: InputSpecs) -> str:
     return next(iter(specs))
 
 
-def in_names_of(specs: InputSpecs, arrays: Mapping[str, Any]) -> dict[str, Any]:
+def in_names_of(specs: InputSpecs, arrays: Mapping[str, V]) -> dict[str, V]:
     """Arrays under the model's own input names: TensorFlow's "x:0" is the first output of "x", and goes by both."""
 
     def known(name: str) -> str:
@@ -122,9 +124,9 @@ def named_batch(item: object, specs: InputSpecs, where: str) -> Batch:
     return {single_input(specs): array_of(item, where)}
 
 
-def opened_up(item: Mapping[Any, Any], specs: InputSpecs) -> dict[str, Any]:
+def opened_up(item: Mapping[Any, object], specs: InputSpecs) -> dict[str, object]:
     """A mapping in which nested ones, and lists, are named by the way to them: ``{"q": {"ids": x}}`` → "q.ids"."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in item.items():
         name = str(key)
         if name not in specs and any(spec.startswith(f"{name}.") for spec in specs):
@@ -136,11 +138,11 @@ def opened_up(item: Mapping[Any, Any], specs: InputSpecs) -> dict[str, Any]:
     return found
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, tuple | list)
 
 
-def _arguments(item: Sequence[Any], specs: InputSpecs) -> list[Any]:
+def _arguments(item: Sequence[object], specs: InputSpecs) -> list[object]:
     """A batch's elements, one for each input: where an argument is a list or mapping of arrays, as images are to a
     detector, its inputs are "images.0", "images.1", …, and the element for it is taken apart in that order."""
     names: dict[str, list[str]] = {}
@@ -148,7 +150,7 @@ def _arguments(item: Sequence[Any], specs: InputSpecs) -> list[Any]:
         names.setdefault(name.partition(".")[0], []).append(name)
     if len(item) < len(names) or [n for own in names.values() for n in own] != list(specs):
         return list(item)
-    found: list[Any] = []
+    found: list[object] = []
     for value, (argument, own) in zip(item, names.items(), strict=False):
         inside = own != [argument] and (isinstance(value, Mapping) or (_is_list(value) and f"{argument}.0" in own))
         if not inside:
@@ -163,7 +165,7 @@ def _arguments(item: Sequence[Any], specs: InputSpecs) -> list[Any]:
     return found
 
 
-def _in_order(item: Sequence[Any], specs: InputSpecs, where: str) -> list[tuple[str, Any]]:
+def _in_order(item: Sequence[object], specs: InputSpecs, where: str) -> list[tuple[str, object]]:
     item = _arguments(item, specs)
     if len(item) < len(specs):
         raise InputError(f"{where}: {len(item)} elements for {len(specs)} inputs ({', '.join(specs)})")

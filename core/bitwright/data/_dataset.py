@@ -123,7 +123,7 @@ class IterableDataset:
         called: what messages call an item by its index.
     """
 
-    start: Callable[[], Iterator[Any]]
+    start: Callable[[], Iterator[object]]
     specs: InputSpecs
     count: int | None = None
     limit: int | None = None
@@ -158,7 +158,9 @@ class IterableDataset:
         return digest.hexdigest()[:32]
 
 
-DataLike = Dataset | str | Path | NDArray[Any] | Mapping[str, Any] | Iterable[Any] | Callable[[], Iterable[Any]]
+DataLike = (
+    Dataset | str | Path | NDArray[Any] | Mapping[str, object] | Iterable[object] | Callable[[], Iterable[object]]
+)
 """What users give as data, see `open_data`."""
 
 
@@ -266,7 +268,7 @@ class NpzFolder:
     files: tuple[Path, ...]
     specs: InputSpecs
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Mapping[str, Array | StoredArray]]:
         for file in self.files:
             arrays = in_names_of(self.specs, open_npz(file))
             missing = [n for n in self.specs if n not in arrays]
@@ -334,7 +336,7 @@ def _iterable(
     source: object, specs: InputSpecs, limit: int | None, called: Callable[[int], str] = "batch {}".format
 ) -> IterableDataset:
     count: int | None = None
-    start: Callable[[], Iterator[Any]]
+    start: Callable[[], Iterator[object]]
     if hasattr(source, "__next__"):
         raise InputError(
             f"a {type(source).__name__} can be gone through only once, but calibration passes over the data several "
@@ -370,11 +372,11 @@ def _iterable(
     return dataset
 
 
-def _fresh(function: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
-    given: list[Any] = []
+def _fresh(function: Callable[[], Any]) -> Callable[[], Iterator[object]]:
+    given: list[object] = []
 
-    def start() -> Iterator[Any]:
-        iterator: Iterator[Any] = iter(function())
+    def start() -> Iterator[object]:
+        iterator: Iterator[object] = iter(function())
         if any(iterator is g for g in given):
             raise InputError("the data function returned the same iterator twice; it must make a new one on each call")
         # The last one is kept alive, since the identity of a freed object may come again.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bitwright.files import open_npy, open_npz
+from bitwright.files import Array, StoredArray, open_npy, open_npz
 
 COUNT = 2
 """One sample may be taken for a size that is always 1."""
 
 
-def first_arrays(path: Path) -> Any:
+def first_arrays(path: Path) -> Array | dict[str, Array] | None:
     """What a model can be traced with: an array, or arrays by name; of a folder of .npz files the first one whole.
 
     Float64, numpy's own choice, becomes float32. None where the files are no arrays, such as images, whose size the
@@ -33,6 +32,6 @@ def first_arrays(path: Path) -> Any:
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
-def _first(values: Any, count: int | None = COUNT) -> Any:
+def _first(values: Array | StoredArray, count: int | None = COUNT) -> Array:
     array = np.asarray(values[:count] if values.shape else values)
     return array.astype(np.float32) if array.dtype == np.float64 else array

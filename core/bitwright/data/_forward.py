@@ -22,7 +22,7 @@ from bitwright.files import Array, read_npz
 HELD_BYTES = 256 * 2**20
 """Bytes of recorded feeds that stay in memory."""
 
-ForwardPass = Callable[[Any], Any]
+ForwardPass = Callable[[Any], object]
 """Runs the model that it is given on data of its own; what it returns isn't looked at."""
 
 
@@ -31,7 +31,7 @@ def is_forward_pass(source: object) -> TypeGuard[ForwardPass]:
     return callable(source) and not hasattr(source, "__iter__") and needed_arguments(source) == 1
 
 
-def needed_arguments(function: Callable[..., Any]) -> int:
+def needed_arguments(function: Callable[..., object]) -> int:
     """How many arguments a function can't be called without."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -40,7 +40,7 @@ def needed_arguments(function: Callable[..., Any]) -> int:
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
-def recorded(backend: Backend[Any], model: Any, run: ForwardPass) -> Recording:
+def recorded(backend: Backend[Any], model: object, run: ForwardPass) -> Recording:
     """What a function feeds to a model that it is called with once.
 
     Raises:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -187,7 +188,7 @@ def _layout(shape: tuple[int | None, ...], options: ImageOptions) -> tuple[int, 
     return (shape[3] if last else shape[1]) or 3, last, (height, width)
 
 
-def _pillow() -> Any:
+def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError:

@@ -25,7 +25,7 @@ _LAYOUT = ("bits", "signed", "symmetric", "strict", "float_format", "frozen", "s
 _VERSION = 1
 
 
-def write(path: Path, model: M, backend: str, pack: Callable[[Op], Any]) -> Path:
+def write(path: Path, model: M, backend: str, pack: Callable[[Op], object]) -> Path:
     """Write beside, flush to disk, rename.
 
     Args:
@@ -136,7 +136,7 @@ def _op(op: dict[str, Any]) -> Op:
     )
 
 
-def _called(call: Call | None) -> Any:
+def _called(call: Call | None) -> object:
     if call is None:
         return None
     operands = {
@@ -156,12 +156,12 @@ def _call(stored: Any) -> Call | None:
     return Call(_tuples(stored["attributes"]), operands, stored["type"])
 
 
-def _native(native: Any, pack: Callable[[Op], Any], op: Op) -> Any:
+def _native(native: object, pack: Callable[[Op], object], op: Op) -> object:
     """What an edit has put in is the base's own."""
     return _tagged(native) if isinstance(native, Formula | PutIn) else pack(op)
 
 
-def _unpacked(stored: Any, unpack: Callable[[Any], Any]) -> Any:
+def _unpacked(stored: object, unpack: Callable[[Any], Any]) -> Any:
     put_in = isinstance(stored, dict) and stored.get("type!") in (Formula.__name__, PutIn.__name__)
     return _untagged(stored) if put_in else unpack(_deeply(stored))
 
@@ -182,7 +182,7 @@ def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _frozen(v) for k, v in record.items()}
 
 
-def _deeply(value: Any) -> Any:
+def _deeply(value: object) -> object:
     """With tuples for lists, in dictionaries too."""
     if isinstance(value, dict):
         return {k: _deeply(v) for k, v in value.items()}

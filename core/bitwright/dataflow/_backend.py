@@ -103,7 +103,7 @@ class FlowBackend(ABC, Generic[M]):
         """
         return fake_quantized(self.namespace, x, numbers, form)
 
-    def pack(self, model: M, op: Op) -> Any:
+    def pack(self, model: M, op: Op) -> object:
         """What a file keeps of `model.native[op.id]`: JSON, or bytes. Captured functions are kept by `calls`.
 
         Raises:

@@ -55,7 +55,7 @@ class GraphBuilder:
             self._channels[self._inputs[-1]] = channel_axis
         return self._inputs[-1]
 
-    def param(self, name: str, value: Any, layout: Layout = Layout()) -> ValueId:  # noqa: B008 - immutable
+    def param(self, name: str, value: object, layout: Layout = Layout()) -> ValueId:  # noqa: B008 - immutable
         """A parameter. Ask for it once, however many ops use it.
 
         Args:
@@ -68,7 +68,7 @@ class GraphBuilder:
         self._layouts[found] = layout
         return found
 
-    def constant(self, value: Any, dtype: str | None = None) -> ValueId:
+    def constant(self, value: object, dtype: str | None = None) -> ValueId:
         """A literal: a number, indices, a mask. Floats that an op takes as an operand become parameters of it."""
         array = np.asarray(value, dtype)
         if array.dtype == np.float64 and dtype is None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.backend import TapNamespace
 from bitwright.graph import LEAK, Formula, erf
@@ -157,7 +158,7 @@ class NumpyLike:
         """Every `step`-th column."""
         return x[:, ::step]
 
-    def take(self, x: Array, places: Any, /) -> Array:
+    def take(self, x: Array, places: NDArray[np.integer], /) -> Array:
         """These columns."""
         return x[:, places]
 

@@ -16,7 +16,10 @@ from bitwright.files import Array
 from bitwright.graph import Op, TensorId
 from bitwright.grids import Encoding
 
-Program = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], list[Any]]
+Value = Any
+"""An array of the framework."""
+Values = Mapping[str, Value]
+Program = Callable[[Values, Values, Values], list[Value]]
 """From parameters, numbers of grids and feeds, all by name, to what each tap hands out. Pure."""
 
 
@@ -28,16 +31,16 @@ class Runner(Protocol):
     def compile_program(self, program: Program, /) -> Program:
         """Make a program fast."""
 
-    def array(self, x: NDArray[Any], /) -> Any:
+    def array(self, x: NDArray[Any], /) -> Value:
         """A numpy array as one of the framework's."""
 
-    def numpy(self, x: Any, /) -> NDArray[Any]:
+    def numpy(self, x: Value, /) -> NDArray[Any]:
         """The other way."""
 
     def function_of(self, model: Any, op: Op, /) -> Function:
         """What an op computes."""
 
-    def rounded(self, x: Any, numbers: tuple[Any, Any, Any], form: Form, /) -> Any:
+    def rounded(self, x: Value, numbers: tuple[Value, Value, Value], form: Form, /) -> Value:
         """A tensor on its grid."""
 
 
@@ -98,17 +101,15 @@ class FlowSession:
         return held[1]
 
     def _program(self, forms: Mapping[TensorId, Form]) -> Program:
-        def program(params: Mapping[str, Any], numbers: Mapping[str, Any], feeds: Mapping[str, Any]) -> list[Any]:
-            def rounded(site: TensorId, x: Any) -> Any:
+        def program(params: Values, numbers: Values, feeds: Values) -> list[Value]:
+            def rounded(site: TensorId, x: Value) -> Value:
                 return self.backend.rounded(x, numbers[site], forms[site]) if site in forms else x
 
             return self.computed(params, feeds, rounded)
 
         return program
 
-    def computed(
-        self, params: Mapping[str, Any], feeds: Mapping[str, Any], rounded: Callable[[TensorId, Any], Any]
-    ) -> list[Any]:
+    def computed(self, params: Values, feeds: Values, rounded: Callable[[TensorId, Value], Value]) -> list[Value]:
         """What each tap hands out, in arrays of the framework.
 
         Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.errors import InputError
 from bitwright.files._held import fill, stamp
@@ -59,7 +59,7 @@ class StoredArray:
         place = range(len(self))[index]
         return replace(self, offset=self.offset + place * width, shape=inner)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """Read it.
 
         Raises:

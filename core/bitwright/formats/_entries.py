@@ -149,7 +149,7 @@ class Entry:
         return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
 
-class RenderedLater(Mapping[str, Any]):
+class RenderedLater(Mapping[str, object]):
     """A section of a file as a schema writes it, of which each tensor is rendered when it is asked for.
 
     Args:
@@ -157,10 +157,10 @@ class RenderedLater(Mapping[str, Any]):
         render: a tensor's name and entry → its part of the file.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], render: Callable[[str, Entry], Any]) -> None:
+    def __init__(self, entries: Mapping[str, Entry], render: Callable[[str, Entry], object]) -> None:
         self._entries, self._render = entries, render
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         return self._render(name, self._entries[name])
 
     def __iter__(self) -> Iterator[str]:

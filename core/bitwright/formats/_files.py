@@ -31,7 +31,7 @@ class Schema(Protocol):
     def render(self, file: EncodingsFile) -> dict[str, Any]:
         """Entries → a file's JSON object; sections of tensors may be `RenderedLater`, or its values."""
 
-    def render_entry(self, name: str, entry: Entry) -> Any:
+    def render_entry(self, name: str, entry: Entry) -> object:
         """One tensor's part of it."""
 
     def losses(self, entry: Entry) -> list[str]:

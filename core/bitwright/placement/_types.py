@@ -149,7 +149,7 @@ def sized_overrides(overrides: Mapping[str, Any], target: Target) -> dict[str, A
     """Overrides in which widths of an op's weights and activations are types, by the target's signs."""
     default = {"weights": target.weights, "activations": target.activations}
 
-    def one(role: str, value: Any) -> Any:
+    def one(role: str, value: object) -> object:
         return sized(value, default[role]) if role in default and isinstance(value, int | str) else value
 
     return {

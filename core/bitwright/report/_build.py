@@ -155,7 +155,7 @@ def dumped(report: RunReport) -> str:
     return report.model_dump_json(indent=1) + "\n"
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """A setting as JSON can hold it."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -115,11 +115,11 @@ class _Describer:
         except ValueError:
             return "empty"
 
-    def _all(self, values: Iterable[Any]) -> list[Any]:
+    def _all(self, values: Iterable[object]) -> list[object]:
         return [self.of(v) for v in values]
 
 
-def _state(value: object) -> dict[str, Any] | None:
+def _state(value: object) -> dict[str, object] | None:
     """An object's attributes; None where it has no place for them."""
     found = dict(vars(value)) if hasattr(value, "__dict__") else {}
     declared = (c.__dict__.get("__slots__", ()) for c in type(value).__mro__)
@@ -133,15 +133,15 @@ def _plain(value: object) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _array(value: Any) -> NDArray[Any] | None:
+def _array(value: object) -> NDArray[Any] | None:
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, type) or not hasattr(value, "__array__"):
         return None
     try:
         if hasattr(value, "detach"):  # a torch tensor, perhaps on a device or with a gradient
-            value = value.detach().cpu()
-            value = value.float() if "bfloat16" in str(value.dtype) else value
+            tensor: Any = value.detach().cpu()
+            value = tensor.float() if "bfloat16" in str(tensor.dtype) else tensor
         return np.asarray(value)
     except Exception:  # frameworks raise what they like for what has no values, such as a symbolic tensor
         return None

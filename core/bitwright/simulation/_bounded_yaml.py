@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from bitwright.errors import InputError
@@ -15,7 +13,7 @@ _DIGITS = 400
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-def load(text: str, where: str, entries: int) -> Any:
+def load(text: str, where: str, entries: int) -> object:
     """What a document holds, of plain types only.
 
     Args:
@@ -30,7 +28,7 @@ def load(text: str, where: str, entries: int) -> Any:
     class Loader(yaml.SafeLoader):
         nodes = 0
 
-        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
             if self.flow_level >= _DEPTH:
                 raise InputError(f"{where}: brackets in a recipe open at most {_DEPTH} deep")
             super().fetch_flow_collection_start(TokenClass)
@@ -44,7 +42,7 @@ def load(text: str, where: str, entries: int) -> Any:
                 raise InputError(f"{where}: a number has {len(node.value):,} characters; {_DIGITS} are possible")
             return node
 
-        def construct_document(self, node: yaml.Node) -> Any:
+        def construct_document(self, node: yaml.Node) -> object:
             if _written_out(node, {}, entries) > entries:
                 raise too_many(where, entries)
             return super().construct_document(node)

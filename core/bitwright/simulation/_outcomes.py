@@ -91,7 +91,7 @@ def _owned(values: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _edited(backend: Backend[Any], model: object, technique: str, edits: Sequence[Edit]) -> Any:
+def _edited(backend: Backend[Any], model: object, technique: str, edits: Sequence[Edit]) -> object:
     try:
         return backend.edit(model, edits)
     except BitwrightError:

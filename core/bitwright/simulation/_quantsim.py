@@ -214,7 +214,7 @@ class QuantSim(StateView):
     def __contains__(self, site: object) -> bool:
         return site in self._state.plan
 
-    def __call__(self, *inputs: Any, **named: Any) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    def __call__(self, *inputs: object, **named: object) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """The simulation's output for one batch, as numpy: `sim(x)`, `sim(x, mask)`, `sim(ids=x, mask=m)`.
 
         For tensors of the framework, and gradients, call `model` instead.

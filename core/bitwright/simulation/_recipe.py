@@ -98,7 +98,7 @@ def _registry(registry: Registry | None) -> Registry:
     return registry if registry is not None else known.default_registry()
 
 
-def _parse_file(path: Path) -> Any:
+def _parse_file(path: Path) -> object:
     try:
         if (size := path.stat().st_size) > _BYTES:
             raise InputError(f"recipe {str(path)!r} has {size:,} bytes; a recipe has at most {_BYTES:,}")

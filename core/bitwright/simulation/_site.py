@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 from bitwright.errors import EncodingError, InputError, unknown_name
 from bitwright.graph import Graph
@@ -101,7 +102,7 @@ class SiteHandle:
         state = self._state()
         self._become(with_encodings(state, {state.plan.root(self.id): encoding}, freeze=freeze))
 
-    def _over(self, low: Any, high: Any) -> Encoding:
+    def _over(self, low: builtins.float, high: builtins.float) -> Encoding:
         spec = self._state().plan.spec(self.id)
         if spec is None:
             raise EncodingError(f"{self.id!r} takes no range: {why_none(self._state(), self.id)}")

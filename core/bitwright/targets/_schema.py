@@ -11,7 +11,7 @@ import re
 import reprlib
 import types
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -299,7 +299,7 @@ def _keys_at(loc: Sequence[str | int]) -> list[str]:
     here: Any = QuantSimConfig
     for part in loc:
         here = (
-            here.model_fields[part].annotation
+            here.model_fields[str(part)].annotation
             if _is_model(here)
             else get_args(here)[-1 if isinstance(part, str) else 0]
         )
@@ -307,11 +307,11 @@ def _keys_at(loc: Sequence[str | int]) -> list[str]:
     return list(here.model_fields) if _is_model(here) else []
 
 
-def _unwrapped(annotation: object) -> Any:
+def _unwrapped(annotation: object) -> object:
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
 
 
-def _is_model(annotation: object) -> bool:
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

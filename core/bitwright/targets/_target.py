@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bitwright.catalogue import Descriptor, blamed, current, item_of, kind_of
 from bitwright.errors import PluginError, TargetError, unknown_name
@@ -17,6 +17,8 @@ from bitwright.files import is_file
 from bitwright.graph import COMPOSITES, GRIDLESS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
 from bitwright.hookspecs import RuntimeInfo, TargetInfo
 from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config
+
+T = TypeVar("T")
 
 PARAM_NAMES: Mapping[ParamRole, tuple[str, ...]] = {
     ParamRole.WEIGHT: ("weight", "kernel", "W", "weight_x", "weight_ih", "embeddings"),
@@ -341,7 +343,7 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
     own = extension.get("extra_op_types") if isinstance(extension, dict) else None
     kept = set(own) if isinstance(own, list) else set()
 
-    def renamed(name: object) -> Any:
+    def renamed(name: T) -> T | str:
         return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
 
     found = dict(raw)

@@ -91,7 +91,7 @@ class BranchContract(Contract):
         assert backend.graph(model) is graph, "editing changed the original"
 
 
-def _itself(model: Any) -> Any:
+def _itself(model: object) -> object:
     return model
 
 

@@ -53,7 +53,7 @@ def called(graph: Graph, op: Op, inputs: Sequence[Array], params: Mapping[ParamR
         raise AssertionError(f"{op.id} ({op.type}) can't be computed by its call {op.call}: {error}") from error
 
 
-def _ints(value: Any) -> tuple[int, ...]:
+def _ints(value: object) -> tuple[int, ...]:
     return tuple(int(i) for i in np.asarray(value).reshape(-1))
 
 

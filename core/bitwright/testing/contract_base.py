@@ -49,12 +49,12 @@ class Case:
         tolerance: of float outputs, relative to their largest magnitude.
     """
 
-    build: Callable[[], Any]
+    build: Callable[[], object]
     batch: Batch
     tolerance: float = 1e-5
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> object:
         """The model, built once for all tests: no backend changes one that it is given."""
         return self.build()
 
@@ -124,7 +124,7 @@ class Contract:
         place = next((i for i, other in enumerate(self._cases().values()) if other is case), 0)
         return [name for i, name in enumerate(names) if (i + place) % self.every == 0]
 
-    def outputs(self, model: Any, case: Case) -> dict[TensorId, Array]:
+    def outputs(self, model: object, case: Case) -> dict[TensorId, Array]:
         """The float model's outputs, in order."""
         backend = self.backend()
         return run(backend.session(model, [Tap(t) for t in backend.graph(model).outputs]), case.batch)
@@ -260,7 +260,7 @@ def rows(graph: Graph, op: Op, y: Array) -> Array:
     return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1)
 
 
-def scale_shift(backend: Backend[Any], model: Any, norm: Op) -> tuple[Array, Array]:
+def scale_shift(backend: Backend[Any], model: object, norm: Op) -> tuple[Array, Array]:
     """s and t of a batch norm as y = s·x + t, for each channel."""
     assert isinstance(norm.attrs, BatchNormAttrs)
     values = {r: v.astype(np.float64) for r, p in norm.params.items() for v in [backend.read(model, [p])[p]]}

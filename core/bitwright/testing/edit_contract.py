@@ -307,7 +307,7 @@ class EditContract(Contract):
                     assert np.array_equal(backend.read(changed, [bias])[bias], value), op
 
 
-def check_replays(backend: Backend[Any], model: Any, batch: Batch, tolerance: float) -> None:
+def check_replays(backend: Backend[Any], model: object, batch: Batch, tolerance: float) -> None:
     """Assert that an edited model computes what its graph says, op by op."""
     graph = backend.graph(model)
     values = run(backend.session(model, [Tap(t) for t in tappable(graph)]), batch)
@@ -316,7 +316,7 @@ def check_replays(backend: Backend[Any], model: Any, batch: Batch, tolerance: fl
     assert not faults, "\n".join(faults)
 
 
-def run_outputs(backend: Backend[Any], model: Any, batch: Batch) -> dict[TensorId, Array]:
+def run_outputs(backend: Backend[Any], model: object, batch: Batch) -> dict[TensorId, Array]:
     """The float model's outputs."""
     return run(backend.session(model, [Tap(t) for t in backend.graph(model).outputs]), batch)
 

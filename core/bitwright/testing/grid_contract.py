@@ -272,7 +272,13 @@ class GridContract(Contract):
             assert np.array_equal(v, other[t]), f"{t}, by another simulation of the model"
 
     def _check_linear(
-        self, graph: Graph, ops: Sequence[Op], values: Any, params: Any, chosen: dict[str, Encoding], case: Case
+        self,
+        graph: Graph,
+        ops: Sequence[Op],
+        values: Mapping[str, Array],
+        params: Mapping[str, Array],
+        chosen: dict[str, Encoding],
+        case: Case,
     ) -> None:
         for op in ops:
             held = {p: chosen[p].fake_quantize(params[p]) if p in chosen else params[p] for p in own(op)}

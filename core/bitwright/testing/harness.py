@@ -59,7 +59,11 @@ def simple_plan(graph: Graph, *, weights: QuantSpec = INT8, activations: QuantSp
 
 
 def min_max_encodings(
-    backend: Backend[Any], model: Any, plan: Plan, data: Sequence[Batch], kept: Mapping[SiteId, Encoding] | None = None
+    backend: Backend[Any],
+    model: object,
+    plan: Plan,
+    data: Sequence[Batch],
+    kept: Mapping[SiteId, Encoding] | None = None,
 ) -> EncodingTable:
     """Ranges of weights by their values and of activations by the float network; `kept` ones stay."""
     table = dict(kept or {})
@@ -138,7 +142,7 @@ class SimpleWalk:
     """
 
     backend: Backend[Any]
-    model: Any
+    model: object
     plan: Plan
     encodings: EncodingTable
     data: Sequence[Batch]
@@ -180,7 +184,7 @@ class SimpleWalk:
             results[op.id] = result
         return results
 
-    def _layer(self, id: OpId, current: Any, encodings: EncodingTable, quantized: bool, activations: bool) -> Layer:
+    def _layer(self, id: OpId, current: object, encodings: EncodingTable, quantized: bool, activations: bool) -> Layer:
         op = self.backend.graph(self.model).op(id)
         assert op.weight is not None
         bias = op.params.get(ParamRole.BIAS)
@@ -226,7 +230,7 @@ class Applied:
     """
 
     outcome: Outcome
-    model: Any
+    model: object
     context: Context[Any]
     encodings: EncodingTable
     walk: SimpleWalk | None
@@ -235,7 +239,7 @@ class Applied:
 def run_technique(
     technique: Technique,
     backend: Backend[Any],
-    model: Any,
+    model: object,
     data: Sequence[Batch] = (),
     *,
     plan: Plan | None = None,
@@ -300,7 +304,7 @@ def _sealed(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _collect(
-    request: Request, backend: Backend[Any], model: Any, simulation: Simulation[Any] | None, data: Sequence[Batch]
+    request: Request, backend: Backend[Any], model: object, simulation: Simulation[Any] | None, data: Sequence[Batch]
 ) -> Statistic:
     statistic = request.make()
     taps = [Tap(t, statistic.reduction, statistic.axis) for t in request.tensors]

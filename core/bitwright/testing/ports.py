@@ -50,7 +50,7 @@ class Port:
     def __str__(self) -> str:
         return self.name
 
-    def native(self, model: ReferenceModel) -> Any:
+    def native(self, model: ReferenceModel) -> object:
         """As what the user of the framework would hold."""
         return self.models.native(model)
 
@@ -62,7 +62,7 @@ class Port:
         """One batch, where the framework traces with it."""
         return self.models.sample(model)
 
-    def port(self, model: ReferenceModel) -> Any:
+    def port(self, model: ReferenceModel) -> object:
         """In the backend's own form; the same object for the same model."""
         return _ported(self, model)
 
@@ -74,7 +74,7 @@ class Port:
 
 
 @cache
-def _ported(port: Port, model: ReferenceModel) -> Any:
+def _ported(port: Port, model: ReferenceModel) -> object:
     return port.backend().adopt(port.native(model), port.sample(model))
 
 

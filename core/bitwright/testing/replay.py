@@ -172,7 +172,7 @@ class Fallback:
     """
 
     backend: Backend[Any]
-    model: Any
+    model: object
     sessions: dict[OpId, Session | None] = field(default_factory=dict)
 
     def outputs(
@@ -191,7 +191,7 @@ class Fallback:
         found = session.run({t: values[t] for t in op.data_inputs})
         return [np.asarray(found[tap]) for tap in taps]
 
-    def _open(self, op: Op, model: Any, taps: Sequence[Tap]) -> Session | None:
+    def _open(self, op: Op, model: object, taps: Sequence[Tap]) -> Session | None:
         if not isinstance(self.backend, PartialExecution) or not op.data_inputs:
             return None
         try:

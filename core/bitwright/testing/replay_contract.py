@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ class ReplayContract(Contract):
 
     other_types: ClassVar[frozenset[str]] = frozenset()
 
-    def native_value(self, model: Any, param: ParamId) -> Array:
+    def native_value(self, model: object, param: ParamId) -> Array:
         """A parameter's values as the framework keeps them; give it where a layout isn't the canonical one."""
         raise NotImplementedError
 

@@ -98,7 +98,7 @@ class TechniqueContract:
         """The backend that it runs on."""
         return self.on.backend()
 
-    def port(self, model: ReferenceModel) -> Any:
+    def port(self, model: ReferenceModel) -> object:
         """A small model in the backend's form; the same object for the same model."""
         try:
             return self.on.port(model)

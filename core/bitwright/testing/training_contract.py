@@ -190,12 +190,12 @@ class _Gradients:
     log_scale: Array
 
 
-def _alone(backend: Backend[Any], model: Any, op: Op) -> bool:
+def _alone(backend: Backend[Any], model: object, op: Op) -> bool:
     graph = backend.graph(model)
     return all(len(graph.users(p)) == 1 for p in own(op))
 
 
-def _one_layer(backend: Backend[Any], model: Any, op: Op, case: Case) -> tuple[Plan, EncodingTable]:
+def _one_layer(backend: Backend[Any], model: object, op: Op, case: Case) -> tuple[Plan, EncodingTable]:
     """A plan that quantizes one op's weight and input, the weight on a grid that clips its largest values."""
     graph = backend.graph(model)
     assert op.weight is not None
@@ -211,7 +211,13 @@ def _one_layer(backend: Backend[Any], model: Any, op: Op, case: Case) -> tuple[P
 
 
 def _gradients(
-    backend: Backend[Any], model: Any, op: Op, x: Array, cotangent: Array, params: Mapping[str, Array], grid: Encoding
+    backend: Backend[Any],
+    model: object,
+    op: Op,
+    x: Array,
+    cotangent: Array,
+    params: Mapping[str, Array],
+    grid: Encoding,
 ) -> _Gradients:
     """Of Σ cotangent · (Ŵ x + b), Ŵ the weight on its grid (`bitwright.grids.fake_quantize_vjp`)."""
     assert op.weight is not None

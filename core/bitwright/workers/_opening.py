@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from bitwright.errors import InputError, MissingExtraError, WorkerError
 from bitwright.workers._workers import Place, Workers, width_of
 
+T = TypeVar("T")
 LOCAL = "local:"
 ADDRESSES = ("tcp://", "tls://", "ucx://", "ws://", "wss://")
 CONNECT_SECONDS = 10.0
@@ -134,17 +136,18 @@ class _QuietExecutor(Executor):
     def __init__(self, client: Any) -> None:
         self._executor = client.get_executor(pure=False)
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
         """See `Executor.submit`."""
         import warnings
 
         with warnings.catch_warnings():
             # What a task needs travels with it on purpose: scattered data are gone with the worker that holds them.
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
-            return self._executor.submit(fn, *args, **kwargs)
+            made: Future[T] = self._executor.submit(fn, *args, **kwargs)
+        return made
 
 
-def _distributed() -> Any:
+def _distributed() -> ModuleType:
     try:
         import distributed
     except ImportError as error:

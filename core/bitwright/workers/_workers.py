@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from bitwright.errors import WorkerError
 
+T = TypeVar("T")
 MAKE = Callable[[], Executor]
 
 TRIES = 3
@@ -38,7 +39,7 @@ class Place:
     lost: tuple[type[BaseException], ...] = (BrokenExecutor,)
     blamed: tuple[type[BaseException], ...] = ()
 
-    def submit(self, work: Callable[..., Any], arguments: Sequence[Any]) -> Future[Any]:
+    def submit(self, work: Callable[..., T], arguments: Sequence[object]) -> Future[T]:
         """Start a task; an executor that says right away that it is broken gives a future that says so."""
         if self.executor is None:
             assert self.make is not None
@@ -46,7 +47,7 @@ class Place:
         try:
             return self.executor.submit(work, *arguments)
         except self.lost as error:
-            failed: Future[Any] = Future()
+            failed: Future[T] = Future()
             failed.set_exception(error)
             return failed
 
@@ -86,7 +87,7 @@ class Workers:
         """An empty set of tasks that are on their way."""
         return Flight(self)
 
-    def map(self, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], names: Iterable[str]) -> Iterator[Any]:
+    def map(self, work: Callable[..., T], calls: Iterable[tuple[object, ...]], names: Iterable[str]) -> Iterator[T]:
         """`work` of each set of arguments, in order; all are sent at once.
 
         Raises:
@@ -117,7 +118,7 @@ class Workers:
 class _Task:
     name: str
     work: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
     number: int
     deaths: int = 0
     alone: bool = False
@@ -138,7 +139,7 @@ class Flight:
     _running: dict[Future[Any], tuple[_Task, Place, Executor | None]] = field(default_factory=dict)
     _sent: int = 0
 
-    def submit(self, name: str, work: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, name: str, work: Callable[..., object], *arguments: object) -> None:
         """Send a task; it starts as soon as a worker is free.
 
         Args:
@@ -258,7 +259,7 @@ def _failed(message: str, cause: BaseException) -> Future[Any]:
     return future
 
 
-def sendable(work: Callable[..., Any]) -> bool:
+def sendable(work: Callable[..., object]) -> bool:
     """Whether a function can travel to another process: a closure can't."""
     try:
         pickle.dumps(work)
