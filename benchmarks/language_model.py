@@ -10,7 +10,8 @@ is for calibration, the second for what searches evaluate, the third for the fig
 
 Columns: KL, the mean over tokens of the divergence from the float model, in nats; ratio, its perplexity over the float
 model's; seconds of work (techniques and calibration, or the search) on so many threads as `--threads` says. `auto` is
-one command, without a word on which sites are sensitive; what it spends is printed.
+one command, without a word on which sites are sensitive; what it spends is printed. `family` is W8A8 with the types
+that `bitwright validate --data` proposes from the calibration text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from bitwright import QuantSim, auto_quantize
+from bitwright_analysis.family_types import family_types
 from bitwright_search.evaluation import ByMetric
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,7 +54,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "rotate-heads-gptq": (W4, [["rotate", {"heads": True}], "gptq"]),
 }
 """Options of `QuantSim`, and techniques."""
-AUTO = "auto"
+FAMILY, AUTO = "family", "auto"
 
 
 class Logits(nn.Module):
@@ -99,14 +101,16 @@ def spread(rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", nargs="*", default=[*ROWS, AUTO], choices=[*ROWS, AUTO])
+    parser.add_argument("--rows", nargs="*", default=[*ROWS, FAMILY, AUTO], choices=[*ROWS, FAMILY, AUTO])
     parser.add_argument("--row", action="append", default=[], help="another: NAME={options of QuantSim, and steps}")
     parser.add_argument("--text", type=Path, help="default: Python's help topics")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--calibrate", type=int, default=8, help="sequences")
     parser.add_argument("--search", type=int, default=4, help="sequences that `auto` evaluates on")
     parser.add_argument("--test", type=int, default=6, help="sequences")
-    parser.add_argument("--allowed", type=float, default=1.06, help="ratio of perplexities that `auto` may have")
+    parser.add_argument("--metric", default="kl", choices=["kl", "perplexity"], help="what `auto` evaluates")
+    parser.add_argument("--allowed", type=float, default=1.07, help="ratio of perplexities that `auto` may have; of "
+                        "kl, its logarithm")  # fmt: skip
     parser.add_argument("--recipe", help="techniques that `auto` tries; default: all that take part")
     parser.add_argument("--schemes", nargs="*", help="calibration schemes that `auto` tries; default: all five")
     parser.add_argument("--run", type=Path, help="where `auto` keeps finished stages")
@@ -114,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = {name: ROWS[name] for name in options.rows if name != AUTO}
+    rows = {name: ROWS[name] for name in options.rows if name in ROWS}
     for given in options.row:
         name, _, text = given.partition("=")
         found = json.loads(text)
@@ -143,10 +147,19 @@ def main() -> None:
             sim.apply(technique, data, **settings)
         sim.calibrate(data)
         tell(name, sim, before, time.perf_counter() - begin)
+    if FAMILY in options.rows:
+        sim, begin = QuantSim(net, sample, target=TARGET), time.perf_counter()
+        before, data = sim.fork(), sim.open(calibration, batch_size=1)
+        found = family_types(sim.calibrate(data), data)
+        sim = QuantSim(net, sample, target=TARGET, overrides=found.overrides).calibrate(data)
+        tell(FAMILY, sim, before, time.perf_counter() - begin)
+        types = [s.proposed for s in found.sites if s.proposed != s.present]
+        told = ", ".join(f"{types.count(t)} {t}" for t in dict.fromkeys(types))
+        print(f"  of {len(sim.plan.activations)} activations: {told}; {found.before_db} -> {found.after_db} dB")
     if AUTO in options.rows:
         before, begin = QuantSim(net, sample, target=TARGET), time.perf_counter()
         result = auto_quantize(
-            before, calibration, ByMetric(search, "perplexity", batch_size=1), batch_size=1,
+            before, calibration, ByMetric(search, options.metric, batch_size=1), batch_size=1,
             allowed_drop=math.log(options.allowed), techniques=options.recipe, schemes=options.schemes,
             run=options.run,
         )  # fmt: skip

@@ -197,7 +197,8 @@ class SiteTypes(Record):
     Attributes:
         place: what it is, such as "residual sum".
         present, proposed: types; equal where the present one does.
-        token_db: mean over tokens of the error's power relative to the token's own, in decibels; null without error.
+        token_db: mean over tokens of the error's power relative to the token's own, in decibels; null without error. In
+            vision transformers, whose tokens have fixed places, the mean over samples at the worst place.
         largest_to_typical: the largest magnitude, over the root mean square of a typical token.
         kurtosis: E[x⁴] / E[x²]² of all values; 3 for normal ones.
     """
@@ -217,7 +218,9 @@ class FamilyTypes(Record):
     Attributes:
         kind: "decoder", "encoder", "post-norm encoder" or "vision transformer".
         attentions: how many it has.
-        sites: those of the residual stream that have fewer than 16 bits, the worst first.
+        sites: those of the residual stream that are integers, the worst first.
+        asked_db: signal to noise of a token that the stream is to have with all of its sites.
+        stream_db: what it has as it is: the noises of embeddings, sums and logits added up, relative to a token.
         overrides: what to give `QuantSim` as `overrides`; names of repeated blocks are patterns.
         before_db, after_db: signal to noise of the outputs on the samples, as it is and with the overrides; null where
             nothing is proposed, or without noise.
@@ -227,6 +230,8 @@ class FamilyTypes(Record):
     kind: str
     attentions: int
     sites: tuple[SiteTypes, ...] = ()
+    asked_db: float = 25.0
+    stream_db: float | None = None
     overrides: dict[str, str] = Field(default_factory=dict)
     before_db: float | None = None
     after_db: float | None = None

@@ -73,7 +73,7 @@ def auto_quantize(
         allowed_drop: largest loss against the float model, in the unit of `evaluate` (top-1: 0.01 is one point).
         target, weights, activations, overrides, sample, backend, seed: as `QuantSim` takes them.
         schemes: calibration schemes of activations to try, or pairs of (activations, weights); default: those of
-            `auto_search.SCHEMES`, for activations of 16 bits and more the whole range alone.
+            `auto_search.SCHEMES`, for activations of 16 bits and more `sqnr` alone, which keeps their whole range.
         techniques: a recipe to try step by step, in place of the registered techniques that take part.
         wider: whether activations may have 16 bits and weights 8 in the end, where the target runs that and they buy
             most, at as few sites as the allowed drop asks for.
@@ -156,7 +156,7 @@ def _schemes(given: Sequence[str | tuple[str, str]] | None, sim: QuantSim) -> li
         if not pairs:
             raise InputError("schemes is empty; name at least one, such as 'sqnr'")
     elif _activation_bits(sim) >= WIDE:
-        pairs = list(dict.fromkeys(("minmax", w) for _, w in SCHEMES))
+        pairs = list(dict.fromkeys(("sqnr", w) for _, w in SCHEMES))
     else:
         pairs = list(SCHEMES)
     for name in {n for pair in pairs for n in pair}:

@@ -29,7 +29,7 @@ SCHEMES = (
 """Calibration schemes of activations and weights that are tried by default."""
 
 WIDE = 16
-"""From this width on clipping gains nothing, so activations keep their whole range."""
+"""From this width on clipping gains nothing, so that `sqnr` keeps the whole range of activations, and more."""
 
 
 NEGLIGIBLE = 0.1

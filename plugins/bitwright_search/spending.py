@@ -144,14 +144,14 @@ class Spending:
         return Built(sim, content, start.seconds if anew else 0.0, None)
 
     def _everything_wide(self) -> Built:
-        """The base with all its activations wider, over their whole range: of so many codes none is worth clipping."""
+        """The base with all its activations wider, over their whole range and more: clipping gains nothing there."""
         if self._whole is None:
             search, base = self.search, self.base.built
             types = {site: text for w in self.wider if not w.weight for site, text in w.types.items()}
             depends = {"base": base.content, "data": search.data.fingerprint(), "types": sorted(types.items())}
 
             def make() -> QuantSim:
-                return base.sim.fork(scheme="minmax").retyped(types).calibrate(search.data)
+                return base.sim.fork(scheme="sqnr").retyped(types).calibrate(search.data)
 
             self._whole = search.stages.build("auto: wide activations", depends, make, search.opened)
         return self._whole

@@ -40,7 +40,9 @@ def test_the_default_is_as_good_as_min_max(port, build, bits):
     whole = port.sim(model, scheme="minmax", **options).calibrate(data)
     sim = port.sim(model, **options).calibrate(data)
     reference, found = (sim.predict(data, simulated=s)[0] for s in (False, True))
-    assert decibels(reference, found) >= decibels(reference, whole.predict(data)[0]) - 0.5
+    # At 16 bits scores have room for other samples, up to twice the range: 6 dB of these.
+    slack = 0.5 if bits == 8 else 6.1
+    assert decibels(reference, found) >= decibels(reference, whole.predict(data)[0]) - slack
     assert found.max() > 0.9 * reference.max() > 0.5
     if build is classifier:
         assert (found.argmax(-1) == reference.argmax(-1)).mean() > 0.9

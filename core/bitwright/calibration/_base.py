@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.calibration._density import SEARCH_PRECISION, Density, Rows
+from bitwright.calibration._room import ROOM_BITS, multiples
 from bitwright.errors import EncodingError, InputError
 from bitwright.grids import (
     Blockwise,
     Encoding,
     PerChannel,
+    PerTensor,
     QuantSpec,
     encoding_from_range,
     fit_pairs,
@@ -34,7 +36,8 @@ class Scheme(ABC):
     Attributes:
         name: as users write it, and the source that encodings carry.
         extremes_only: smallest and largest value are enough, so that statistics are reduced inside the graph.
-        extremes_from: bits from which they are enough, since nothing that a finer grid could gain is worth clipping.
+        extremes_from: bits from which all that was seen is on the grid, since nothing that a finer one could gain is
+            worth clipping; activations of 15 bits and more have room beside it then, where codes are to spare.
         keeps_top: the largest value of all must be known, also where a histogram counts some values only.
         precision: mantissa bits of the histograms it is calibrated on; None takes the histogram's own default.
         view: mantissa bits of the bins that `range` sees.
@@ -66,7 +69,7 @@ class Scheme(ABC):
             axis = spec.granularity.axis
         elif isinstance(spec.granularity, Blockwise):
             raise InputError("activations are quantized per tensor or per channel, not in blocks")
-        if self._extremes(spec):
+        if self._extremes(spec) and not self.makes_room(spec):
             return partial(RangeStatistic, axis)
         return partial(HistogramStatistic, axis, precision=self.precision)
 
@@ -82,7 +85,14 @@ class Scheme(ABC):
             raise EncodingError(f"a statistic over axis {statistic.axis} for a {type(spec.granularity).__name__} grid")
         if data.low.shape[1] == 0 and not self._extremes(spec):
             raise EncodingError(f"{self.name} calibration needs a histogram, got only a range")
-        return self._encode(data, spec, (len(data.minimum),) if channels else ())
+        return self._encode(data, spec, (len(data.minimum),) if channels else (), room=self.makes_room(spec))
+
+    def makes_room(self, spec: QuantSpec) -> bool:
+        """Whether an activation's grid may be wider than what was seen, for samples to come; then a histogram tells
+        whether it has the codes for that."""
+        one = isinstance(spec.granularity, PerTensor)
+        free = spec.float_format is None and spec.minimum is None and spec.maximum is None
+        return one and free and spec.bits >= max(self.extremes_from, ROOM_BITS)
 
     def of_array(self, values: NDArray[Any], spec: QuantSpec) -> Encoding:
         """The encoding of given values in canonical layout: every scale of a weight at once, exact on the values.
@@ -110,10 +120,13 @@ class Scheme(ABC):
         enough = self.extremes_only or spec.bits >= self.extremes_from
         return enough or pinned or spec.float_format is not None
 
-    def _encode(self, data: Density, spec: QuantSpec, shape: tuple[int, ...]) -> Encoding:
+    def _encode(self, data: Density, spec: QuantSpec, shape: tuple[int, ...], *, room: bool = False) -> Encoding:
         left = self._extremes(spec) and not self.extremes_only  # nothing is left to choose
         low, high = (data.minimum, data.maximum) if left else self.range(data, spec)
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         if low.shape != data.minimum.shape or high.shape != data.minimum.shape:
             raise EncodingError(f"{self.name}: {low.shape} and {high.shape} for {data.minimum.shape} groups")
+        if room and data.low.shape[1]:
+            wider = multiples(data, low, high, spec)
+            low, high = low * wider, high * wider
         return two_level(encoding_from_range(spec, low.reshape(shape), high.reshape(shape), source=self.name))
