@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -135,6 +135,10 @@ class _Meeting:
         return cls(lines, shifts, list(missed), pick, (first, second))
 
 
+Meetings = tuple[_Meeting, _Meeting]
+"""Of rows, and of columns."""
+
+
 @dataclass(frozen=True)
 class Centred:
     """A batch of inputs, to be taken about a number for each channel.
@@ -163,9 +167,11 @@ def centred_products(attrs: ConvAttrs, a: Centred, b: Centred) -> Products:
     samples, groups, width = len(a.values), attrs.groups, a.values.shape[1] // attrs.groups
     axes = _axes(attrs, a.values.shape[2:])
     positions = int(np.prod([axis.positions for axis in axes]))
-    inside, _ = _swept(np.ones((1, *a.values.shape[2:])), axes, pairs=True)
     moved = (a.centre != 0) | (b.centre != 0)
-    if not moved.any() or (inside == positions).all():
+    if not moved.any():
+        return found
+    inside = _inside(attrs, a.values.shape[2:])
+    if (inside == positions).all():
         return found
     some = moved.reshape(groups, width).any(axis=1)
     chosen, taps = np.repeat(some, width), inside.shape[-1]
@@ -192,10 +198,25 @@ def column_sums(attrs: ConvAttrs, x: NDArray[np.float64]) -> tuple[NDArray[np.fl
     return alone.reshape(attrs.groups, -1), int(np.prod([axis.positions for axis in axes]))
 
 
-def _axes(attrs: ConvAttrs, spatial: tuple[int, ...]) -> list[Axis]:
+@lru_cache(maxsize=256)
+def _axes(attrs: ConvAttrs, spatial: tuple[int, ...]) -> tuple[Axis, ...]:
     before = (begin for begin, _ in attrs.pads)
     along = spatial, attrs.kernel, attrs.strides, attrs.dilations, before, output_spatial(spatial, attrs)
-    return [Axis(*values) for values in zip(*along, strict=True)]
+    return tuple(Axis(*values) for values in zip(*along, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _inside(attrs: ConvAttrs, spatial: tuple[int, ...]) -> Products:
+    """At how many positions two taps are both inside of an image, (1, taps, taps)."""
+    return _swept(np.ones((1, *spatial)), _axes(attrs, spatial), pairs=True)[0]
+
+
+@lru_cache(maxsize=256)
+def _meetings(attrs: ConvAttrs, spatial: tuple[int, ...], half: bool) -> tuple[Axis, Axis, list[Meetings]]:
+    """The axes, of which there are two, and where lines of rows and of columns meet."""
+    *before, cols = _axes(attrs, spatial)
+    rows = before[0] if before else Axis(1, 1, 1, 1, 0, 1)
+    return rows, cols, list(product(rows.meetings(), cols.meetings(half=half)))
 
 
 def _swept(x: NDArray[np.float64], axes: Sequence[Axis], *, pairs: bool) -> tuple[Products, NDArray[np.float64]]:
@@ -215,12 +236,8 @@ def _swept(x: NDArray[np.float64], axes: Sequence[Axis], *, pairs: bool) -> tupl
 
 def by_displacement(attrs: ConvAttrs, a: Centred, b: Centred) -> Products:
     """`centred_products` where features outside of the image are 0 (attrs: one or two spatial axes)."""
-    axes = _axes(attrs, a.values.shape[2:])
-    if len(axes) == 1:
-        axes.insert(0, Axis(1, 1, 1, 1, 0, 1))
-    rows, cols = axes
+    rows, cols, meetings = _meetings(attrs, a.values.shape[2:], a is b)
     groups, width = attrs.groups, a.values.shape[1] // attrs.groups
-    meetings = list(product(rows.meetings(), cols.meetings(half=a is b)))
     sums = [np.zeros((groups, width, width, r.pick.shape[1], c.pick.shape[1])) for r, c in meetings]
     if not meetings:
         features = width * rows.kernel * cols.kernel
