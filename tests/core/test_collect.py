@@ -1,5 +1,7 @@
 """One pass serves all requests: shared taps, budgets, several sources, errors that name the tensor."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -133,3 +135,30 @@ def test_empty_data_and_repeated_keys():
         collect([request], Network().open, ArrayDataset({"x": X[:0]}, 4))
     with pytest.raises(InputError, match="under the key 'a'"):
         collect([request, request], Network().open, DATA)
+
+
+def test_a_batch_s_values_are_gone_when_the_next_one_runs():
+    """Those of all tensors of a deep network are far more than their statistics."""
+    handed: list[weakref.ref[np.ndarray]] = []
+
+    class Watched(Network):
+        def open(self, source, taps):
+            session = super().open(source, taps)
+            run = session.run
+
+            def watched(batch):
+                assert all(ref() is None for ref in handed), "values of an earlier batch are still held"
+                found = {tap: np.array(v) for tap, v in run(batch).items()}
+                handed.extend(map(weakref.ref, found.values()))
+                return found
+
+            session.run = watched
+            return session
+
+    requests = [
+        Request("h", ("y",), HistogramStatistic),
+        Request("c", ("x",), ChannelMoments),
+        Request("m", ("x", "y"), lambda: LayerMoments(FC, 3), ("float", "float")),
+    ]
+    found = collect(requests, Watched().open, ArrayDataset({"x": np.ones((8, 3), np.float32)}, 2))
+    assert len(handed) == 12 and found["h"].total == 24

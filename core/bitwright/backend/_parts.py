@@ -110,6 +110,11 @@ def let_go() -> None:
     of some megabytes for itself, unless it is asked for them (glibc).
     """
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give back what the C library keeps of arrays that were freed, without looking for more of them."""
     if _trim is not None:
         _trim(0)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from bitwright.backend import trim
 from bitwright.calibration._collected import Collected, pack, taps_of, update_all
 from bitwright.calibration._part_by_part import InParts, OpenSession, stream_in_parts
 from bitwright.data import Dataset, samples_in
@@ -73,6 +74,7 @@ def collect(
             finally:
                 if progress is not None:
                     progress.finish()
+    trim()
     return {key: found[key] for key in keys if key in found}
 
 
@@ -89,6 +91,7 @@ def _stream(
     for batch in data:
         values = {source: session.run(batch) for source, session in sessions.items()}
         update_all(pool, collected, values, first + batches)
+        del values  # before the next batch runs: of a deep network they are most of what a pass takes
         batches += 1
         if progress is not None:
             progress.advance(samples_in(batch))

@@ -12,6 +12,7 @@ from bitwright.backend import Backend, Part, PartialExecution, Session, Tap, let
 from bitwright.calibration._collected import Collected, pack, taps_of, update_all
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
 from bitwright.errors import InputError
+from bitwright.files import Array
 from bitwright.graph import Graph, TensorId
 from bitwright.progress import Progress
 from bitwright.statistics import Source, Statistic
@@ -120,7 +121,7 @@ def _run_part(
     batches = 0
     for batch in data:
         given = {source: dict(next(rows)) for source, rows in cached.items()}
-        values = {}
+        values: dict[Source, dict[Tap, Array]] = {}
         for source, taps in wanted.items():
             own = given.get(source, {})
             found = dict(sessions[source].run({**batch, **own})) if source in sessions else {}
@@ -128,6 +129,7 @@ def _run_part(
         for source, tensors in kept.items():
             fresh[source].append({t: values[source][Tap(t)] for t in tensors})
         update_all(pool, here, values, first + batches)
+        values, given, found, own = {}, {}, {}, {}  # before the next batch runs
         batches += 1
     if batches == 0:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
