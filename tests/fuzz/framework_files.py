@@ -84,6 +84,48 @@ def saved_model() -> Path:
     return path
 
 
+@cache
+def session_files() -> Mapping[str, bytes]:
+    """One network of a session, frozen ("net.pb") and as a MetaGraph with its checkpoint ("net.meta", …)."""
+    import tensorflow as tf
+
+    v1, found = tf.compat.v1, {}
+    with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
+        x = v1.placeholder(tf.float32, (None, 6, 6, 3), name="x")
+        kernel = v1.get_variable("kernel", initializer=tf.random.stateless_normal((3, 3, 3, 4), (0, 1)))
+        y = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "SAME"), tf.ones(4)))
+        tf.identity(tf.reduce_mean(y, (1, 2)), name="y")
+        session.run(v1.global_variables_initializer())
+        frozen = v1.graph_util.convert_variables_to_constants(session, graph.as_graph_def(), ["y"])
+        with tempfile.TemporaryDirectory() as folder:
+            saver = v1.train.Saver()
+            saver.export_meta_graph(f"{folder}/net.meta", clear_devices=True)
+            saver.save(session, f"{folder}/net", write_meta_graph=False, write_state=False)
+            found = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+    meta = v1.MetaGraphDef.FromString(found["net.meta"])
+    meta.signature_def["serving_default"].inputs["x"].name = "x:0"
+    meta.signature_def["serving_default"].outputs["y"].name = "y:0"
+    return {**found, "net.meta": meta.SerializeToString(), "net.pb": frozen.SerializeToString()}
+
+
+def damaged_frozen() -> st.SearchStrategy[bytes]:
+    """Frozen graphs."""
+    return damaged_bytes([session_files()["net.pb"]])
+
+
+def damaged_checkpoint(name: str) -> tuple[Callable[[], st.SearchStrategy[bytes]], Callable[[Path], None]]:
+    """A file of a MetaGraph and its checkpoint damaged, and opened beside the others."""
+
+    def read(path: Path) -> None:
+        folder = path.parent / "session"
+        folder.mkdir(exist_ok=True)
+        for other, content in session_files().items():
+            (folder / other).write_bytes(path.read_bytes() if other == name else content)
+        opened("tensorflow", folder / "net.meta")
+
+    return lambda: damaged_bytes([session_files()[name]]), read
+
+
 def damaged_keras() -> st.SearchStrategy[bytes]:
     """Archives, and their description of the network."""
     seed = keras_files()[".keras"]

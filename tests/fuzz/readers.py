@@ -14,12 +14,23 @@ from typing import Any
 import numpy as np
 import onnx
 import yaml
-from framework_files import damaged_h5, damaged_keras, damaged_pt2, damaged_saved_model, opened
+from framework_files import (
+    damaged_checkpoint,
+    damaged_frozen,
+    damaged_h5,
+    damaged_keras,
+    damaged_pt2,
+    damaged_saved_model,
+    opened,
+)
 from hypothesis import strategies as st
-from mutation import damaged_bytes, damaged_documents, damaged_json, damaged_zip
+from mutation import as_json, damaged_bytes, damaged_documents, damaged_json, damaged_zip
 from onnx import numpy_helper
+from PIL import Image
 
 from bitwright import QuantSim, formats
+from bitwright.bank import Bank, collect
+from bitwright.bank._record import INDEX, _digest
 from bitwright.bundle._record import read_reference
 from bitwright.data import labels, open_data
 from bitwright.errors import BitwrightError
@@ -156,6 +167,11 @@ def _written() -> Mapping[str, bytes]:
         sim = QuantSim(root / "net.onnx").apply("fold_batch_norm").calibrate(batch)
         sim.export(root / "out", name="net")
         sim.save(root / "saved")
+        _unsealed(root / "saved" / STATE, root / "older" / STATE)
+        for name in ("model.onnx", ENCODINGS):
+            (root / "older" / name).write_bytes((root / "saved" / name).read_bytes())
+        collect(QuantSim(root / "net.onnx"), batch, root / "bank")
+        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(root / "picture.png")
         FileStore(root / "steps").put("key", {"a": np.arange(6.0)})
         reference.ReferenceBackend().save(models.residual(), root / "model.npz")
         return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
@@ -191,11 +207,54 @@ def _record(path: Path) -> None:
     read_reference(folder, whole.record.reference)
 
 
-def _saved_state(name: str) -> Callable[[Path], None]:
+def _unsealed(state: Path, older: Path) -> None:
+    """A saved simulation as older versions wrote it: without hashes, so that damage gets further than to them."""
+    content = json.loads(state.read_text())
+    older.parent.mkdir()
+    older.write_text(json.dumps({k: v for k, v in content.items() if k not in ("seal", "contents")}))
+
+
+def _saved_state(folder: str, name: str) -> Callable[[Path], None]:
     def read(path: Path) -> None:
-        QuantSim.load(_beside(path, "saved", f"saved/{name}"))
+        QuantSim.load(_beside(path, folder, f"{folder}/{name}"))
 
     return read
+
+
+def _indices() -> st.SearchStrategy[bytes]:
+    """Indices of banks, damaged and then sealed again."""
+    seed = json.loads(_written()[f"bank/{INDEX}"])
+    del seed["sha256"]
+    return st.one_of(damaged_documents([seed]).map(_sealed), damaged_bytes([_written()[f"bank/{INDEX}"]]))
+
+
+def _sealed(content: Any) -> bytes:
+    return as_json({**content, "sha256": _digest(content)} if isinstance(content, dict) else content)
+
+
+def _bank(path: Path) -> None:
+    bank = Bank.open(_beside(path, "bank", f"bank/{INDEX}"))
+    bank.verify()
+    for tensor in bank.record.tensors:
+        bank.histogram(tensor)
+        bank.ranges(tensor)
+    for place in range(len(bank.record.moments)):
+        bank.moments(place)
+
+
+def _pictures() -> st.SearchStrategy[bytes]:
+    seeds = []
+    with Image.open(io.BytesIO(_written()["picture.png"])) as picture:
+        for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM"):
+            buffer = io.BytesIO()
+            picture.save(buffer, kind)
+            seeds.append(buffer.getvalue())
+    return damaged_bytes(seeds)
+
+
+def _picture(path: Path) -> None:
+    for batch in open_data(path.parent, {"x": ((None, 3, 8, 8), "float32")}):
+        assert batch["x"].shape == (1, 3, 8, 8)
 
 
 def _step(path: Path) -> bool:
@@ -223,14 +282,21 @@ READERS: Mapping[str, Reader] = {
     "labels.npy": Reader(".npy", _npy, labels),
     "report": Reader(".json", lambda: _json_of("out/report.json"), _report),
     "record": Reader(".npz", lambda: damaged_zip([_written()["out/net.record.npz"]]), _record),
-    "saved state": Reader(".json", lambda: _json_of(f"saved/{STATE}"), _saved_state(STATE)),
-    "saved encodings": Reader(".npz", lambda: damaged_zip([_written()[f"saved/{ENCODINGS}"]]), _saved_state(ENCODINGS)),
+    "saved state": Reader(".json", lambda: _json_of(f"saved/{STATE}"), _saved_state("saved", STATE)),
+    "older state": Reader(".json", lambda: _json_of(f"older/{STATE}"), _saved_state("older", STATE)),
+    "saved encodings": Reader(
+        ".npz", lambda: damaged_zip([_written()[f"older/{ENCODINGS}"]]), _saved_state("older", ENCODINGS)
+    ),
+    "bank": Reader(".json", _indices, _bank),
+    "picture": Reader(".png", _pictures, _picture),
     "step": Reader(".npz", lambda: damaged_bytes([c for n, c in _written().items() if n.startswith("steps/")]), _step),
     "dataflow model": Reader(".npz", lambda: damaged_zip([_written()["model.npz"]]), reference.ReferenceBackend().load),
     "onnx": Reader(".onnx", lambda: damaged_bytes([_written()["net.onnx"]]), _onnx),
     "keras": Reader(".keras", damaged_keras, partial(opened, "keras"), ("keras",), 15),
     "h5": Reader(".h5", damaged_h5, partial(opened, "keras"), ("keras",), 15),
     "pt2": Reader(".pt2", damaged_pt2, partial(opened, "torch"), ("torch",), 15),
+    "frozen.pb": Reader(".pb", damaged_frozen, partial(opened, "tensorflow"), ("tensorflow",), 15),
+    "meta": Reader(".meta", *damaged_checkpoint("net.meta"), ("tensorflow",), 15),
     "saved_model.pb": Reader(".pb", *damaged_saved_model("saved_model.pb"), ("tensorflow",), 15),
     "variables.index": Reader(".index", *damaged_saved_model("variables/variables.index"), ("tensorflow",), 15),
 }

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.graph import TensorId
+from bitwright_tensorflow.capture.bombs import refuse_bombs
 from bitwright_tensorflow.capture.restoring import restored
 from bitwright_tensorflow.capture.sources import SessionModel, default_key, from_concrete, open_graph, signature_of
 from bitwright_tensorflow.capture.trust import refuse_outside
@@ -59,6 +60,7 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
         if not (meta.HasField("object_graph_def") and meta.object_graph_def.nodes):
             return _first_generation(path, meta, key)
         signatures = {k: s for k, s in meta.signature_def.items() if not k.startswith("__")}
+        refuse_bombs(meta.graph_def, str(path))
         name = key or default_key(signatures)
         ends = [t.name for t in signature_of(signatures, name).outputs.values()]
         refuse_outside(meta.graph_def, ends, str(path))

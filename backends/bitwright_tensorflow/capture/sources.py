@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import TensorId
+from bitwright_tensorflow.capture.bombs import refuse_bombs
 from bitwright_tensorflow.capture.comparing import of_function, of_session
 from bitwright_tensorflow.capture.inline import CALLS, flatten, inline_calls
 from bitwright_tensorflow.capture.normalize import normalize
@@ -150,6 +151,8 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
         kind: of the source.
         file: that it came from; what its graph may do is then looked at.
     """
+    if file:
+        refuse_bombs(meta.graph_def, file)
     wiring = Wiring(meta.graph_def)
     _fix_constants(wiring, given.constants)
     outputs = _named(wiring, given.outputs, "outputs")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from bitwright.errors import ModelError
+from bitwright_tensorflow.capture.bombs import called
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef, node_of
 
 _OUTSIDE = (
@@ -78,7 +79,7 @@ def closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
     functions = {f.signature.name: f for f in graph_def.library.function}
     stack = [node_of(e.lstrip("^")) for e in ends]
     seen: set[str] = set()
-    called: set[str] = set()
+    seen_functions: set[str] = set()
     while stack:
         name = stack.pop()
         if name in seen or name not in nodes:
@@ -88,23 +89,13 @@ def closure(graph_def: GraphDef, ends: Iterable[str]) -> Iterable[NodeDef]:
         if node.op not in functions:
             yield node
         stack += [node_of(i.lstrip("^")) for i in node.input]
-        waiting = [f for f in _functions(node) if f in functions and f not in called]
+        waiting = [f for f in called(node) if f in functions and f not in seen_functions]
         while waiting:
             found = waiting.pop()
-            if found in called:
+            if found in seen_functions:
                 continue
-            called.add(found)
+            seen_functions.add(found)
             for inner in functions[found].node_def:
                 if inner.op not in functions:
                     yield inner
-                waiting += [f for f in _functions(inner) if f in functions and f not in called]
-
-
-def _functions(node: NodeDef) -> list[str]:
-    found = [node.op]
-    for value in node.attr.values():
-        if value.WhichOneof("value") == "func":
-            found.append(value.func.name)
-        elif value.WhichOneof("value") == "list":
-            found += [f.name for f in value.list.func]
-    return found
+                waiting += [f for f in called(inner) if f in functions and f not in seen_functions]

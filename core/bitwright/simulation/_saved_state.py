@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import check_encodings
 from bitwright.data import Samples, first_samples, samples_in
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import DAMAGED, atomic_write, make_directory, read_npz, write_text
 from bitwright.graph import OpId
 from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
@@ -101,10 +101,7 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
         if left := set(saved.options) - known:
             raise ValueError(f"its options know no {min(map(repr, left))}")
     except (*DAMAGED, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{path} is damaged ({reason[:200]}); save the simulation again, or open the model and calibrate it"
-        ) from None
+        raise _damaged(path, error) from None
     if model is None:
         source: object = directory / saved.model
         if (stored := saved.contents.get(saved.model)) and stored != fingerprint.of_file(directory / saved.model):
@@ -114,7 +111,14 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
     chosen = {**saved.options, "backend": saved.backend, **options}
     if "target" not in options and isinstance(saved.options.get("target"), Mapping):
         chosen["target"] = replace(load_target(saved.options["target"], runtime_needed=False), name=saved.target)
-    state = open_state(source, **chosen)
+    try:
+        state = open_state(source, **chosen)
+    except BitwrightError:
+        raise
+    except (*DAMAGED, AttributeError) as error:
+        if options:
+            raise
+        raise _damaged(path, error) from error  # options of other types than were saved
     if fingerprint.of_graph(state.graph) != saved.graph:
         raise ModelError("the model given has another graph than the one that was saved")
     check_encodings(state.graph, state.plan, {s: e for s, e in saved.encodings.items() if s in state.plan})
@@ -124,6 +128,13 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
         state, encodings=saved.encodings, folded=saved.folded, reference=saved.reference,
         rounded=Rounded(state.native, saved.rounded_from) if own else None,
     )  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return InputError(
+        f"{path} is damaged ({reason[:200]}); save the simulation again, or open the model and calibrate it"
+    )
 
 
 def _read(directory: Path) -> _Saved:
