@@ -55,7 +55,7 @@ def _constant_bytes(node: NodeDef) -> int:
         width = max(tf.as_dtype(tensor.dtype).size or 16, 1)
     except (TypeError, KeyError):
         return 0
-    return math.prod(d.size for d in tensor.tensor_shape.dim) * width
+    return int(math.prod(d.size for d in tensor.tensor_shape.dim) * width)
 
 
 def _written_out(
