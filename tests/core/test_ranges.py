@@ -14,6 +14,7 @@ from bitwright.calibration._ranges import (
     activation_encodings,
     activation_requests,
     bias_encoding,
+    fits_accumulator,
     full_table,
     guarded,
     quantized_weights,
@@ -127,6 +128,12 @@ def test_weight_scales_leave_room_for_the_bias():
     assert guarded(plan, table, {bias: np.array([5.0, 0.0])}) is table
     one = EncodingTable({"x": inputs, weight: grid(-1e-12, 1e-12)})
     assert float(guarded(plan, one, {bias: values})[weight].scale) == pytest.approx(800 / 2**30, rel=1e-5)
+
+
+def test_a_bias_fits_up_to_the_accumulator_s_largest_code():
+    one = np.array([1.0])
+    assert fits_accumulator(np.array([-(2.0**31 - 1)]), one, one)
+    assert not fits_accumulator(np.array([2.0**31]), one, one)
 
 
 def test_a_table_says_which_site_has_no_encoding():
