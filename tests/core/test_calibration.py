@@ -580,6 +580,17 @@ def test_each_side_of_zero_is_joined_by_itself_where_a_channel_has_one_side_alon
     assert joined.high.tolist() == high.tolist()
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 4])
+def test_points_are_searched_to_half_a_768th_of_an_octave(seed):
+    """As far as the scale of least error among 4,001 in a tenth of an octave is from the one that is found."""
+    x = np.random.default_rng(seed).laplace(size=3000)
+    low, high = _search.least_squares_range(Density.of_values(x[None]), QuantSpec(4))
+    found = max(-low[0] / 8, high[0] / 7)
+    scales = found * 2 ** np.linspace(-0.05, 0.05, 4001)
+    errors = [np.square(x - np.clip(np.rint(x / scale), -8, 7) * scale).sum() for scale in scales]
+    assert abs(np.log2(scales[np.argmin(errors)] / found)) < 0.5 / 768
+
+
 def test_what_lies_far_below_the_body_is_searched_as_one(monkeypatch):
     """A 4,096th part of the body: bins of values down to 2^-40 of it would be tried in vain."""
     seen = []
