@@ -30,8 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
         with _terminated_as_stopped() as terminated:
-            status = _run(words, debug=debug)
-        return TERMINATED if terminated and status == STOPPED else status
+            try:
+                status = _run(words, debug=debug)
+            except KeyboardInterrupt:  # while the command's own modules were imported
+                status = _stopped()
+        if terminated and status == STOPPED:
+            _forget_interrupt()
+            return TERMINATED
+        return status
 
 
 @contextmanager
@@ -89,8 +95,7 @@ def _run(words: list[str], *, debug: bool) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        complain("bitwright: stopped; the same command goes on from the last finished layer")
-        return STOPPED
+        return _stopped()
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; nothing more can be said
         return DONE
@@ -110,6 +115,23 @@ def _run(words: list[str], *, debug: bool) -> int:
             return BAD_INPUT
         complain(f"bitwright: unexpected {type(error).__name__}: {error}. {_blame(error)}")
         return BAD_INPUT
+
+
+def _stopped() -> int:
+    complain("bitwright: stopped; the same command goes on from the last finished layer")
+    return STOPPED
+
+
+def _forget_interrupt() -> None:
+    """Let the process end with the status that it is given.
+
+    Where a KeyboardInterrupt has passed through code that a C extension ran, CPython remembers it as unhandled, and
+    ends by SIGINT whatever status is asked for. Running anything so makes it forget.
+    """
+    import ctypes
+
+    if run := getattr(getattr(ctypes, "pythonapi", None), "PyRun_SimpleString", None):
+        run(b"")
 
 
 def _blame(error: Exception) -> str:
