@@ -21,7 +21,8 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
 )
 from bitwright_torch.simulate import kernels as kernel_module  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
-from bitwright_torch.simulate.rounding import round_to_grid  # noqa: E402
+from bitwright_torch.simulate.passing import passing  # noqa: E402
+from bitwright_torch.simulate.rounding import clipped, round_to_grid  # noqa: E402
 
 INTEGERS = {
     "uint8": QuantSpec(8, signed=False, symmetric=False),
@@ -348,3 +349,66 @@ def test_kernels_that_aren_t_bit_equal_are_refused(monkeypatch: pytest.MonkeyPat
     kernels = kernel_module.Kernels()
     kernels("forward", torch.randn(40_000), torch.tensor(0.1), torch.tensor(-8.0), torch.tensor(7.0))
     assert kernels.state() == {"forward/1/cpu": "composed"}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("mode", ["composed", "compiled"])
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.0, 6.0), (-1.0, 1.0)], ids=["relu", "relu6", "hardtanh"])
+@pytest.mark.parametrize("ends", [(0.0, 6.0), (-0.5, 4.0)])
+def test_an_activation_function_is_computed_on_the_way(
+    learned: bool, mode: str, bounds: tuple[float, float], ends: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", mode)
+    encoding = encoding_from_range(INTEGERS["uint8"], *ends)
+    points = np.concatenate([probe(encoding), np.float32([*bounds, -0.0, np.nan, np.inf, -np.inf])])
+    x = torch.tensor(np.resize(points, 40_001))
+    g = torch.randn(x.shape)
+    module = FakeQuantize()
+    module.set(encoding)
+    if learned:
+        module.learn()
+    found = []
+    for merged in (True, False):
+        leaf = x.clone().requires_grad_()
+        module.zero_grad()
+        y = module(leaf, bounds) if merged else module(clipped(leaf, bounds))
+        y.backward(g)
+        grids = [p.grad.clone() for p in module.parameters()]
+        found.append((y.detach(), leaf.grad, grids))
+    assert torch.equal(torch.nan_to_num(found[0][0], 7.0), torch.nan_to_num(found[1][0], 7.0))
+    assert torch.equal(found[0][1], found[1][1])
+    assert bool(found[0][2]) == learned
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-4, equal_nan=True)
+    with torch.no_grad():
+        module.set(None)
+        assert torch.equal(torch.nan_to_num(module(x, bounds), 7.0), torch.nan_to_num(clipped(x, bounds), 7.0))
+
+
+@pytest.mark.parametrize("name", ["int32", "float16", "float8e4m3fn", "per channel"])
+def test_other_grids_take_an_activation_function_too(name: str) -> None:
+    spec = INTEGERS.get(name) or QuantSpec(8, float_format=None if name == "per channel" else name)
+    encoding = encoding_from_range(spec, -1.0, 6.0)
+    if name == "per channel":
+        scales = np.float32([0.02, 0.03])
+        encoding = encoding.with_(scale=scales, zero_point=np.zeros(2, np.int32), granularity=PerChannel(1))
+    module = FakeQuantize()
+    module.set(encoding)
+    x = torch.linspace(-3, 9, 4000).reshape(1000, 2, 2)
+    np.testing.assert_array_equal(module(x, (0.0, 6.0)).numpy(), encoding.fake_quantize(x.clamp(0, 6).numpy()))
+
+
+def test_limits_of_what_passes_are_the_grid_s() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        scale = np.float32(10.0 ** rng.uniform(-30, 30))
+        low = int(rng.integers(-300, 1))
+        high = low + int(rng.choice([1, 3, 15, 255, 65535]))
+        found = passing(float(scale), float(low), float(high))
+        assert found is not None
+        below, above = (np.float32(v) for v in found)
+        up, down = np.float32(np.inf), np.float32(-np.inf)
+        x = np.array([below, np.nextafter(below, up), np.nextafter(above, down), above], np.float32)
+        q = np.rint(x / scale)
+        assert list((low <= q) & (q <= high)) == [False, True, True, False], (scale, low, high)
+    assert passing(float("nan"), -8.0, 7.0) is None
+    assert passing(0.1, 0.0, 2.0**24) is None

@@ -20,6 +20,7 @@ from bitwright.grids import PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright.verify import sqnr  # noqa: E402
+from bitwright_torch.graph.model import program_of  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 
 
@@ -55,6 +56,13 @@ def test_output_is_fake_quantization_at_the_planned_sites(net: Setup) -> None:
         flips = (found - expected).abs() > 1e-6
         assert flips.float().mean() < 0.05  # summation order may move a value across a midpoint
         assert not torch.allclose(found, net.module(net.sample), atol=1e-5)
+
+
+def test_quantizers_compute_the_activation_functions_that_they_round(net: Setup) -> None:
+    nodes = [n for n in program_of(net.simulation().model).graph.nodes if n.op in ("call_function", "call_module")]
+    assert not [n for n in nodes if n.target in (torch.ops.aten.relu.default, torch.ops.aten.relu6.default)]
+    bounds = [n.args[1] for n in nodes if n.op == "call_module" and len(n.args) > 1]
+    assert sorted(bounds) == [(0.0, 6.0), (0.0, np.inf), (0.0, np.inf)]
 
 
 def test_sessions_hand_out_the_same(net: Setup) -> None:

@@ -31,7 +31,7 @@ from bitwright.grids import (
 )
 from bitwright.grids import two_level as two_level_encoding
 from bitwright_torch.simulate.kernels import NAMESPACE
-from bitwright_torch.simulate.rounding import round_at_run_time, round_to_float, round_to_grid
+from bitwright_torch.simulate.rounding import Bounds, clipped, round_at_run_time, round_to_float, round_to_grid
 
 
 class FakeQuantize(nn.Module):
@@ -174,12 +174,17 @@ class FakeQuantize(nn.Module):
             zero = learned_zero(NAMESPACE, zero, self.zero_shift, self._form.grid.qmin, self._form.grid.qmax)
         return scale, zero
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x on the grid, in x's type."""
+    def forward(self, x: Tensor, bounds: Bounds | None = None) -> Tensor:
+        """x on the grid, in x's type.
+
+        Args:
+            x: the site's values.
+            bounds: of an activation function that is computed here too, on activations.
+        """
         if not self.enabled:
-            return x
+            return x if bounds is None else clipped(x, bounds)
         if not self.is_parameter:
-            return self.round(x, *self.numbers())
+            return self.round(x, *self.numbers(), bounds)
         if torch.compiler.is_compiling():
             return self.round(x, *(self._followed(x) if self.follows else self.numbers()))
         if self.follows:
@@ -193,18 +198,22 @@ class FakeQuantize(nn.Module):
                 self._rounded = [_version(t) for t in made_of], self.round(x, *self.numbers())
         return self._rounded[1]
 
-    def round(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-        """x on the grid with these numbers, or with those in force."""
+    def round(
+        self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, bounds: Bounds | None = None
+    ) -> Tensor:
+        """x, clipped to bounds where there are any, on the grid with these numbers, or with those in force."""
         if scale is None or zero is None:
             scale, zero = self.numbers()
         form, factor = self._form, 1.0
+        if bounds is not None and (form.run_time is not None or form.float_format is not None):
+            x, bounds = clipped(x, bounds), None
         if form.run_time is not None:
             return round_at_run_time(x, form.run_time)
         if self.evened:
             factor = lsq_factor(Groups.of(tuple(x.shape), self._granularity).elements, form.grid)
         if form.float_format is not None:
             return round_to_float(x, scale, form.float_format, self._granularity, factor)
-        return round_to_grid(x, scale, zero, form.grid, self._granularity, factor)
+        return round_to_grid(x, scale, zero, form.grid, self._granularity, factor, bounds)
 
     def _followed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

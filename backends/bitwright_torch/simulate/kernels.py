@@ -147,11 +147,46 @@ def _backward(g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
     return rounded_vjp(NAMESPACE, g, x, scale, low, high)  # type: ignore[no-any-return]
 
 
+def clipped_forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
+    """`composed_forward` of what an activation function clips to its bounds first, in place on one temporary."""
+    return torch.clamp(x, floor, ceiling).div_(scale).round_().clamp_(low, high).mul_(scale)
+
+
+def clipped_backward(
+    g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
+) -> Tensor:
+    """Its gradient to x: nothing at a bound, as of ReLU and ReLU6."""
+    dx = composed_backward(g, torch.clamp(x, floor, ceiling), scale, low, high)
+    return torch.where((x > floor).logical_and_(x < ceiling), dx, 0.0)
+
+
+def clipped_learned(
+    g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with gradients to scale and zero point, as `composed_learned`."""
+    dx, ds, dz = composed_learned(g, torch.clamp(x, floor, ceiling), scale, low, high)
+    return torch.where((x > floor) & (x < ceiling), dx, 0.0), ds, dz
+
+
+def _clipped_forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
+    return _forward(torch.clamp(x, floor, ceiling), scale, low, high)
+
+
+def _clipped_backward(
+    g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
+) -> Tensor:
+    dx = _backward(g, torch.clamp(x, floor, ceiling), scale, low, high)
+    return torch.where((x > floor) & (x < ceiling), dx, 0.0)
+
+
 Kernel = Callable[..., Any]
 _FORMS: dict[str, tuple[Kernel, Kernel]] = {
     "forward": (composed_forward, _forward),
     "backward": (composed_backward, _backward),
     "learned": (composed_learned, composed_learned),
+    "clipped_forward": (clipped_forward, _clipped_forward),
+    "clipped_backward": (clipped_backward, _clipped_backward),
+    "clipped_learned": (clipped_learned, clipped_learned),
 }
 
 
@@ -166,7 +201,8 @@ class Kernels:
     def __call__(self, name: str, *operands: Tensor) -> Any:
         """Run "forward" (x, scale, low, high), "backward" (g, x, …) or "learned" (g, x, …).
 
-        Tensors are (elements,) with scalars, or (groups, elements) with columns (groups, 1); float32.
+        Tensors are (elements,) with scalars, or (groups, elements) with columns (groups, 1); float32. With "clipped_"
+        before its name, each takes the bounds (…, floor, ceiling) of an activation function that comes first.
         """
         composed = _FORMS[name][0]
         x = operands[0]
@@ -250,11 +286,13 @@ def _probe(name: str, rank: int, size: int, device: torch.device) -> list[Tensor
     zero = torch.randint(0, 200, (rows, 1), generator=generator).float()
     g = torch.randn(rows, size, generator=generator)
     operands = [x, scale, 0.0 - zero, 255.0 - zero]
-    if name != "forward":
+    if not name.endswith("forward"):
         operands.insert(0, g)
     wide = len(operands) - 3
     if rank == 1:
         operands = [t.reshape(-1) if i < wide else t.reshape(()) for i, t in enumerate(operands)]
+    if name.startswith("clipped"):  # the upper bound is a value that occurs
+        operands += [torch.zeros(()), halves.abs().max() * 0.25 * scale[0, 0]]
     return [t.to(device) for t in operands]
 
 

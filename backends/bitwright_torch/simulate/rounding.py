@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bitwright.grids import (
     CODE_TABLES,
@@ -15,6 +18,7 @@ from bitwright.grids import (
     Granularity,
     Grid,
     Groups,
+    PerTensor,
     RunTimeGrid,
     cast_vjp,
     fake_quantize,
@@ -23,10 +27,20 @@ from bitwright.grids import (
     run_time_rounded,
 )
 from bitwright_torch.simulate.kernels import NAMESPACE, kernels
+from bitwright_torch.simulate.passing import passing
+
+Bounds = tuple[float, float]
+"""What an activation function clips to, with no gradient at either: ReLU (0, ∞), ReLU6 and its like."""
 
 
 def round_to_grid(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granularity: Granularity, factor: float = 1.0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    granularity: Granularity,
+    factor: float = 1.0,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """x on an integer grid, in x's type; computed in float32 and bit-equal to `grid.fake_quantize`.
 
@@ -36,11 +50,23 @@ def round_to_grid(
         grid: the codes.
         granularity: in the tensor's own layout.
         factor: of the gradients to scale and zero point.
+        bounds: of an activation function that comes first; where one scale serves the whole tensor, both are one pass
+            over memory.
     """
+    if bounds is not None and (
+        grid.steps >= WIDE or not isinstance(granularity, PerTensor) or torch.compiler.is_compiling()
+    ):
+        x, bounds = clipped(x, bounds), None
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
-        result: Tensor = _RoundToGrid.apply(x, scale, zero_point, grid, granularity, factor)  # type: ignore[no-untyped-call]
+        result: Tensor = _RoundToGrid.apply(x, scale, zero_point, grid, granularity, factor, bounds)  # type: ignore[no-untyped-call]
         return result
-    return _rounded(x, scale, zero_point, grid, granularity)
+    return _rounded(x, scale, zero_point, grid, granularity, bounds)
+
+
+def clipped(x: Tensor, bounds: Bounds) -> Tensor:
+    """What the activation function with these bounds computes."""
+    floor, ceiling = bounds
+    return torch.relu(x) if bounds == (0.0, math.inf) else functional.hardtanh(x, floor, ceiling)
 
 
 def round_at_run_time(x: Tensor, grid: RunTimeGrid) -> Tensor:
@@ -65,21 +91,28 @@ def round_to_float(
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, factor: float
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        grid: Grid,
+        granularity: Granularity,
+        factor: float,
+        bounds: Bounds | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
-        ctx.grid, ctx.granularity, ctx.factor = grid, granularity, factor
-        return _rounded(x, scale, zero, grid, granularity)
+        ctx.grid, ctx.granularity, ctx.factor, ctx.bounds = grid, granularity, factor, bounds
+        return _rounded(x, scale, zero, grid, granularity, bounds)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = cotangents
         x, scale, zero = ctx.saved_tensors
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, ds, dz = _backward(g, x, scale, zero, ctx.grid, ctx.granularity, learned)
+        dx, ds, dz = _backward(g, x, scale, zero, ctx.grid, ctx.granularity, learned, ctx.bounds)
         if ds is not None and ctx.factor != 1.0:
             ds, dz = ds * ctx.factor, dz * ctx.factor
-        return dx.to(x.dtype), ds, dz, None, None, None
+        return dx.to(x.dtype), ds, dz, None, None, None, None
 
 
 class _RoundToFloat(torch.autograd.Function):
@@ -102,7 +135,9 @@ class _RoundToFloat(torch.autograd.Function):
         return dx.to(x.dtype), None if ds is None else ds * ctx.factor, None, None, None
 
 
-def _rounded(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity) -> Tensor:
+def _rounded(
+    x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, bounds: Bounds | None = None
+) -> Tensor:
     groups = Groups.of(tuple(x.shape), granularity)
     value = x.float()
     if grid.steps >= WIDE:
@@ -113,7 +148,10 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Gr
     low, high = grid.qmin - zero, grid.qmax - zero
     if not groups.scale:
         value = _dense(value)
-        y = kernels("forward", _flat(value), scale, low, high)
+        if bounds is None:
+            y = kernels("forward", _flat(value), scale, low, high)
+        else:
+            y = kernels("clipped_forward", _flat(value), scale, low, high, *_scalars(bounds, value.device))
         return _shaped(y, value).to(x.dtype)
     if _in_rows(groups):
         columns = (v.reshape(-1, 1) for v in (scale, low, high))
@@ -131,7 +169,14 @@ def _rounded_wide(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, groups: Gr
 
 
 def _backward(
-    g: Tensor, x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, learned: bool
+    g: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    granularity: Granularity,
+    learned: bool,
+    bounds: Bounds | None,
 ) -> tuple[Tensor, Tensor | None, Any]:
     groups = Groups.of(tuple(x.shape), granularity)
     value, g = x.float(), g.float()
@@ -150,10 +195,18 @@ def _backward(
         value = _dense(value)
         operands = [_flat(value), scale, low, high]
         cotangent = _flat(g if g.stride() == value.stride() else torch.empty_like(value).copy_(g))
+    if not rows and not learned and value.device.type == "cpu":
+        limits = passing(scale.item(), low.item(), high.item())
+        if limits is not None:
+            dx = _between(cotangent, operands[0], limits, bounds)
+            return _shaped(dx, value), None, None
+    kind = ""
+    if bounds is not None:
+        kind, operands = "clipped_", [*operands, *_scalars(bounds, value.device)]
     if not learned:
-        dx = kernels("backward", cotangent, *operands)
+        dx = kernels(f"{kind}backward", cotangent, *operands)
         return dx.view(x.shape) if rows else _shaped(dx, value), None, None
-    dx, ds, dz = kernels("learned", cotangent, *operands)
+    dx, ds, dz = kernels(f"{kind}learned", cotangent, *operands)
     return dx.view(x.shape) if rows else _shaped(dx, value), ds.reshape(groups.scale), dz.reshape(groups.scale)
 
 
@@ -167,6 +220,23 @@ def _cast(x: Tensor, scale: Tensor, form: FloatFormat, granularity: Granularity)
         value = value.clamp(-largest, largest).to(getattr(torch, DTYPES[form])).float()
     result: Tensor = groups.joined(NAMESPACE, value * s)
     return result.to(x.dtype)
+
+
+def _between(g: Tensor, x: Tensor, limits: tuple[float, float], bounds: Bounds | None) -> Tensor:
+    """The gradient where x lies strictly between limits and bounds: one pass over memory, as torch has an op for it."""
+    low, high = limits
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    dx: Tensor = torch.ops.aten.hardtanh_backward(g, x, low, high)
+    return dx
+
+
+@cache
+def _scalars(bounds: Bounds, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bounds as tensors; made once, as each would be a transfer to a GPU."""
+    with torch.inference_mode(False):
+        floor, ceiling = (torch.tensor(v, dtype=torch.float32, device=device) for v in bounds)
+    return floor, ceiling
 
 
 def _in_rows(groups: Groups) -> bool:

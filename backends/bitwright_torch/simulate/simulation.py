@@ -10,6 +10,7 @@ its own, so that training it leaves the float model alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from bitwright.errors import ModelError
 from bitwright.graph import ParamId, TensorId
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Plan, SiteId
+from bitwright_torch.graph.attributes import arguments
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.constants import constant_nodes
 from bitwright_torch.graph.model import NAMES, CapturedModel, device_of, info, program_of, share
@@ -31,7 +33,10 @@ from bitwright_torch.graph.operands import Operand, operands
 from bitwright_torch.graph.params import native_values, write_params
 from bitwright_torch.simulate.fake_quant import FakeQuantize
 from bitwright_torch.simulate.pullback import TorchPullback
+from bitwright_torch.simulate.rounding import Bounds
 from bitwright_torch.simulate.session import TorchSession
+
+aten = torch.ops.aten
 
 
 class SimulatedModel(CapturedModel):
@@ -130,6 +135,8 @@ class TorchSimulation(SimulationBase):
             call = _insert(graph, node, f"{name}.{key}", site, floats.get(node, ()))
             if is_parameter:
                 self._rounded_in[site] = call
+            else:
+                _merge_activation(graph, call)
         holder.add_module(name, quantizers.to(device_of(self._float)))
         graph.lint()
         quantizers.train(holder.training)
@@ -289,3 +296,26 @@ def _insert(graph: fx.Graph, node: fx.Node, target: str, site: SiteId, but: Coll
     kept = {*but, call, *([graph.output_node()] if node.op == "placeholder" else [])}
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user not in kept)
     return call
+
+
+def _merge_activation(graph: fx.Graph, call: fx.Node) -> None:
+    """Let a quantizer compute the ReLU or ReLU6 that it rounds, if nothing else reads it: one pass over memory."""
+    (source,) = call.args
+    if not isinstance(source, fx.Node) or len(source.users) > 1 or (bounds := _bounds(source)) is None:
+        return
+    call.args = (source.args[0], bounds)
+    graph.erase_node(source)
+
+
+def _bounds(node: fx.Node) -> Bounds | None:
+    """What an activation function clips to, if that is all it does and its gradient is 0 at its bounds."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.relu.default:
+        return 0.0, math.inf
+    if node.target is aten.relu6.default:
+        return 0.0, 6.0
+    if node.target is aten.hardtanh.default:
+        given = arguments(node)
+        return float(given["min_val"]), float(given["max_val"])
+    return None
