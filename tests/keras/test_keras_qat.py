@@ -22,6 +22,8 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
     Grid,
     Groups,
     PerTensor,
+    QuantSpec,
+    encoding_from_range,
     encoding_of_weights,
     fake_quantize_vjp,
 )
@@ -30,6 +32,7 @@ from bitwright.placement import Derived  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_keras.graph.engine import value_of  # noqa: E402
 from bitwright_keras.graph.model import variables_of  # noqa: E402
+from bitwright_keras.simulate import fake_quant  # noqa: E402
 from bitwright_keras.simulate.fake_quant import FakeQuantize  # noqa: E402
 from bitwright_keras.simulate.rounding import round_to_grid  # noqa: E402
 from bitwright_keras.simulate.weights import QuantizedLayer  # noqa: E402
@@ -245,6 +248,44 @@ def test_xla_keeps_midpoints() -> None:
     layer = FakeQuantize(encoding)
     for jit in (False, True):
         assert np.array_equal(tf.function(layer, jit_compile=jit)(tf.constant(x)), encoding.fake_quantize(x))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="XLA")
+@pytest.mark.parametrize("learns", [False, True])
+def test_large_activations_are_compiled_in_training_alone(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    monkeypatch.setattr(fake_quant, "COMPILED_FROM", 64)
+    encoding = encoding_from_range(QuantSpec(8, signed=False, symmetric=False), -1.0, 2.0)
+    codes = np.arange(-300, 300) / 2
+    points = (codes * np.float64(encoding.scale)).astype(np.float32)
+    x = np.stack([points, np.nextafter(points, np.float32(9)), np.nextafter(points, np.float32(-9))])
+    g = RNG.normal(size=x.shape).astype(np.float32)
+    layer = FakeQuantize(encoding, learns=learns)
+
+    def step(training: bool) -> tf.types.experimental.ConcreteFunction:
+        @tf.function
+        def gradients(x: tf.Tensor, g: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=training)
+            return y, tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], g)
+
+        return gradients.get_concrete_function(tf.constant(x), tf.constant(g))
+
+    results = []
+    for training in (False, True):
+        function = step(training)
+        text = str(function.graph.as_graph_def())
+        assert ("_XlaCompile" in text) == training
+        for _ in range(3):
+            y, (dx, *others) = function(tf.constant(x), tf.constant(g))
+        assert np.array_equal(y, encoding.fake_quantize(x))
+        results.append((dx.numpy(), [v.numpy() for v in others]))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert len(results[0][1]) == (2 if learns else 0)
+    for plain, compiled_ in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_allclose(compiled_, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["float16", "bfloat16", "fp8", "float8e5m2"])

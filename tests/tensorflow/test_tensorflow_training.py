@@ -21,6 +21,7 @@ from bitwright.errors import CapabilityError, EncodingError, InputError  # noqa:
 from bitwright.grids import (  # noqa: E402
     FLOAT_FORMATS,
     Groups,
+    PerTensor,
     encoding_of_weights,
     lsq_factor,
     min_max_numbers,
@@ -31,7 +32,8 @@ from bitwright.grids._gradients import NumpyNamespace  # noqa: E402
 from bitwright.placement import Derived  # noqa: E402
 from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
-from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, kind_of, trained  # noqa: E402
+from bitwright_tensorflow.simulate import fake_quant  # noqa: E402
+from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, in_one_pass, kind_of, trained  # noqa: E402
 
 v1 = tf.compat.v1
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
@@ -93,6 +95,37 @@ def test_gradients_are_the_core_s(spec):
         assert np.allclose(dz, expected.zero_point / 4, rtol=1e-4, atol=1e-5 * np.abs(expected.zero_point).max())
     assert np.array_equal(dx, expected.x.astype(np.float32))
     assert np.allclose(ds, expected.scale / 4, rtol=1e-4, atol=1e-5 * np.abs(expected.scale).max())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_grid_clips_gets_no_gradient(compiled, monkeypatch):
+    """One scale that isn't learned: the limits are computed in the graph, to the bit."""
+    monkeypatch.setattr(fake_quant, "COMPILED_FROM", 64 if compiled else 2**40)
+    rng = np.random.default_rng(0)
+    with tf.Graph().as_default(), v1.Session() as session:
+        given, on = v1.placeholder(tf.float32, (2, 1206)), v1.placeholder(tf.bool, ())
+        scale, zero, qmin, qmax = (v1.placeholder(tf.float32, ()) for _ in range(4))
+        with in_one_pass(given):
+            y = trained(given, Ends("integer", scale, zero, qmin, qmax), Groups.of((), PerTensor()), on, name="y")
+        cotangent = v1.placeholder(tf.float32, (2, 1206))
+        (dx,) = tf.gradients(y, [given], cotangent)
+        assert ("_XlaCompile" in str(session.graph.as_graph_def())) == compiled
+        for bits in (4, 8, 16) * 12:
+            top = 2**bits - 1
+            s, z = np.float32(10.0 ** rng.uniform(-30, 30)), int(rng.integers(0, top + 1))
+            ends = np.concatenate([np.arange(-100, 101), np.arange(2 * top - 100, 2 * top + 101)]) / 2 - z
+            points = (ends * np.float64(s)).astype(np.float32)
+            up, down = (np.nextafter(points, np.float32(end)) for end in (np.inf, -np.inf))
+            x = np.resize(np.concatenate([points, up, down]), (2, 1206))
+            x = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)  # TensorFlow flushes them too
+            g = rng.normal(size=x.shape).astype(np.float32)
+            feed = {given: x, on: True, scale: s, zero: z, qmin: 0, qmax: top, cotangent: g}
+            value, found = session.run([y, dx], feed)
+            q = np.rint(x / s)
+            assert np.array_equal(value, np.clip(q, np.float32(-z), np.float32(top - z)) * s)
+            assert np.array_equal(found, np.where((q >= -z) & (q <= top - z), g, 0)), (bits, s, z)
+            bypassed = session.run([y, dx], {**feed, on: False})
+            assert np.array_equal(bypassed, [x, g])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

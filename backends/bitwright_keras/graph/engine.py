@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any
@@ -75,6 +76,24 @@ def _hand_over(registry: dict[str, dict[str, Any]], name: str, graph: Any) -> No
 
     entry["type"] = looked_up
     weakref.finalize(graph, registry.pop, name, None)
+
+
+def in_one_pass(wanted: bool = True) -> AbstractContextManager[Any]:
+    """Lets XLA compile what is traced within on TensorFlow's CPUs: elementwise ops, each of which is a pass over memory
+    of its own, become one. It is a hint in the graph, which a runtime without XLA passes over. Sums are taken outside:
+    with them, XLA computes what leads there again for each result.
+
+    Args:
+        wanted: whether it is; compiling takes a tenth of a second for each shape of a tensor.
+    """
+    if not wanted or keras.backend.backend() != "tensorflow":
+        return nullcontext()
+    import tensorflow as tf
+
+    if tf.executing_eagerly() or tf.config.list_physical_devices("GPU"):  # XLA's division isn't exact on GPUs
+        return nullcontext()
+    scope: AbstractContextManager[Any] = tf.xla.experimental.jit_scope()
+    return scope
 
 
 def traces_once() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ from bitwright.grids import (
 from bitwright_keras.graph.engine import switched, value_of
 from bitwright_keras.graph.layouts import Layout
 from bitwright_keras.simulate.rounding import NAMESPACE, round_to_float, round_to_grid, round_wide
+
+COMPILED_FROM = 2**13
+"""Values of a sample from which training compiles an activation's rounding: for fewer it takes longer than it saves."""
 
 
 @keras.saving.register_keras_serializable(package="bitwright")
@@ -198,14 +202,20 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         # The gradient stays that of the grid's own logarithm: plain gradient descent isn't sped up twice.
         return value if self.grid_rate == 1 else value + ops.stop_gradient((self.grid_rate - 1) * value)
 
-    def call(self, x: Any) -> Any:
-        """x on the grid, in x's type."""
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        """x on the grid, in x's type.
+
+        Args:
+            x: the site's values.
+            training: whether gradients are wanted; only then is anything compiled.
+        """
         on = switched(self.enabled)
         if on is not None:
             return self._round(x) if on else x
-        return ops.cond(value_of(self.enabled), lambda: self._round(x), lambda: x)
+        compiled = bool(training) and self._layout is None and math.prod(n or 1 for n in x.shape[1:]) >= COMPILED_FROM
+        return ops.cond(value_of(self.enabled), lambda: self._round(x, compiled), lambda: x)
 
-    def _round(self, x: Any) -> Any:
+    def _round(self, x: Any, compiled: bool = False) -> Any:
         dtype = keras.backend.standardize_dtype(x.dtype)
         value = x if dtype == "float32" else ops.cast(x, "float32")
         if self._form.run_time is not None:
@@ -225,7 +235,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         elif form.grid.steps >= WIDE:
             y = round_wide(cut, s, low, high)
         else:
-            y = round_to_grid(cut, s, low, high, learned=learned, factor=factor)
+            moves = self.zero_shift is not None
+            y = round_to_grid(cut, s, low, high, learned=learned, moves=moves, factor=factor, compiled=compiled)
         if groups is not None:
             y = self._joined(y, groups)
         return y if dtype == "float32" else ops.cast(y, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from keras import ops
 
 from bitwright.grids import CODE_TABLES, DTYPES, FloatFormat, Groups, cast_vjp, largest_of, learned_vjp, rounded_vjp
-from bitwright_keras.graph.engine import clip, opaque, with_gradient
+from bitwright_keras.graph.engine import clip, in_one_pass, opaque, with_gradient
 
 
 class KerasNamespace:
@@ -87,7 +87,17 @@ class KerasNamespace:
 NAMESPACE = KerasNamespace()
 
 
-def round_to_grid(x: Any, scale: Any, low: Any, high: Any, *, learned: bool = False, factor: float = 1.0) -> Any:
+def round_to_grid(
+    x: Any,
+    scale: Any,
+    low: Any,
+    high: Any,
+    *,
+    learned: bool = False,
+    moves: bool = True,
+    factor: float = 1.0,
+    compiled: bool = False,
+) -> Any:
     """clip(round(x / scale), low, high) · scale, gradients passed straight through within the grid.
 
     Args:
@@ -96,21 +106,27 @@ def round_to_grid(x: Any, scale: Any, low: Any, high: Any, *, learned: bool = Fa
         low, high: the grid's ends as seen from its zero (qmin − z, qmax − z); of scale's shape.
         learned: gradients to the scale and the ends too. A zero point's is the sum of those of both ends, negated:
             each gets what lies beyond it.
+        moves: where a scale is learned, so is a zero point.
         factor: of the gradients to scale and ends.
+        compiled: see `engine.in_one_pass`.
     """
 
     @with_gradient
     def rounded(x: Any, scale: Any, low: Any, high: Any) -> Any:
-        y = clip(ops.round(ops.divide(x, scale)), low, high) * scale
+        with in_one_pass(compiled):
+            y = clip(ops.round(ops.divide(x, scale)), low, high) * scale
 
         def gradient(*upstream: Any, **named: Any) -> Any:
             g = _upstream(upstream, named)
             if not learned:
-                return rounded_vjp(NAMESPACE, g, x, scale, low, high), *(ops.zeros_like(v) for v in (scale, low, high))
-            dx, ds, dz = learned_vjp(NAMESPACE, g, x, scale, low, high)
+                with in_one_pass(compiled):
+                    dx = rounded_vjp(NAMESPACE, g, x, scale, low, high)
+                return dx, *(ops.zeros_like(v) for v in (scale, low, high))
+            with in_one_pass(compiled):
+                dx, ds, dz = learned_vjp(NAMESPACE, g, x, scale, low, high)
             # ∂z is −∂low and −∂high together; low = qmin − z carries it all, so that the sum over both is right.
-            ds, dz = (summed_to(v, scale) * factor for v in (ds, dz))
-            return dx, ds, -dz, ops.zeros_like(high)
+            dlow = -summed_to(dz, scale) * factor if moves else ops.zeros_like(low)
+            return dx, summed_to(ds, scale) * factor, dlow, ops.zeros_like(high)
 
         return y, gradient
 
