@@ -274,6 +274,78 @@ def test_statistics_that_are_none_are_told(acme):
             sim.apply(Asks())
 
 
+@pytest.mark.parametrize("where", ["apply", "statistics", "stages"])
+def test_a_technique_that_ends_the_process_is_named(acme, where, capsys, tmp_path):
+    impl = (
+        "import sys\nfrom bitwright.technique import Outcome, Settings as Base\n"
+        "class Leaves:\n    name, Settings, requires = 'leaves', Base, frozenset()\n"
+        "    def statistics(self, graph, plan, settings): return ()\n"
+        "    def apply(self, ctx): return Outcome()\n"
+        f"    def {where}(self, *given): sys.exit(3)\n"
+    )
+    acme({"techniques": 'TechniqueInfo("leaves", "", factory="acme_plugin.impl:Leaves")'}, impl)
+    sim = QuantSim(gemm(), target="generic-int8")
+    reason = r"technique 'leaves' of plugin 'acme' \(bitwright-acme 1.0\) can't be used: it ends the process by itself"
+    with pytest.raises(PluginError, match=reason + r" \(SystemExit: 3\)"):
+        sim.apply("leaves")
+    (tmp_path / "m.onnx").write_bytes(gemm().SerializeToString())
+    np.savez(tmp_path / "d.npz", x=DATA)
+    words = ["quantize", tmp_path / "m.onnx", "--data", tmp_path / "d.npz", "--recipe", "leaves", "--quiet",
+             "--out", tmp_path / "o"]  # fmt: skip
+    assert main([str(w) for w in words]) == 2
+    assert "technique 'leaves' of plugin 'acme'" in capsys.readouterr().err
+
+
+def test_a_backend_that_ends_the_process_is_named(acme, capsys, tmp_path):
+    impl = (
+        "import sys\nfrom bitwright.testing.reference import ReferenceBackend\n"
+        "class Leaves(ReferenceBackend):\n    name = 'leaves'\n"
+        "    def load(self, path, **given): sys.exit()\n"
+    )
+    info = 'BackendInfo("leaves", "", factory="acme_plugin.impl:Leaves", suffixes=(".leaves",))'
+    acme({"backends": info}, impl)
+    (tmp_path / "m.leaves").touch()
+    assert main(["validate", str(tmp_path / "m.leaves")]) == 2
+    assert "plugin 'acme' (bitwright-acme 1.0) ends the process by itself" in capsys.readouterr().err
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Frameworks that take seconds to import are left out."""
+    there = Registry.backends
+    monkeypatch.setattr(
+        Registry, "backends", lambda self: {n: i for n, i in there(self).items() if n in ("aa", "onnx")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("notes", "reason"),
+    [
+        ("raise KeyError('lost')", "KeyError: 'lost'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("return None", "TypeError: host_notes gives None, where a tuple of lines belongs"),
+    ],
+)
+def test_the_doctor_names_a_broken_backend_and_goes_on(acme, few, capsys, notes, reason):
+    impl = (
+        "from bitwright.testing.reference import ReferenceBackend\n"
+        f"class Broken(ReferenceBackend):\n    name = 'aa'\n    def host_notes(self): {notes}\n"
+    )
+    acme({"backends": 'BackendInfo("aa", "", factory="acme_plugin.impl:Broken")'}, impl)
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert f"backend aa: backend 'aa' of plugin 'acme' (bitwright-acme 1.0) can't be used: {reason}" in told
+    assert "backend onnx: ready" in told and "techniques" in told and "backend aa: ready" not in told
+
+
+def test_the_doctor_goes_on_past_a_broken_backend_of_bitwrights_own(acme, few, capsys, monkeypatch):
+    onnx = type(acme({}).backend("onnx"))
+    monkeypatch.setattr(onnx, "host_notes", lambda self: 1 / 0)
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "backend onnx: ZeroDivisionError: division by zero" in told and "techniques" in told
+
+
 # -- results that are kept
 
 

@@ -80,6 +80,7 @@ def _run(words: list[str], *, debug: bool) -> int:
 
     from bitwright.cli.app import add_commands_of_tools, app
     from bitwright.errors import BitwrightError, CheckFailed
+    from bitwright.plugins import default_registry
 
     # Typer's own copy of click has no public name for its base of usage errors.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
@@ -106,6 +107,13 @@ def _run(words: list[str], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         complain(f"bitwright: {error}")
+        return BAD_INPUT
+    except SystemExit as error:
+        if not (plugins := default_registry().culprits(error)):
+            raise  # of Typer, whose completion of words ends so
+        if debug:
+            traceback.print_exc()
+        complain(f"bitwright: {plugins[0]} ends the process by itself (SystemExit: {error}); --debug shows where")
         return BAD_INPUT
     except Exception as error:
         if debug:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
 from bitwright.cli import console
 
+if TYPE_CHECKING:
+    from bitwright.plugins.registry import Registry
+
 
 def doctor() -> None:
     """Check the installation: versions, backends, plugins. Exits with 1 if something needs attention."""
-    from bitwright.backend import capabilities
-    from bitwright.bundle import HostNotes
+    from bitwright.catalogue import described
     from bitwright.errors import BitwrightError, MissingExtraError
     from bitwright.plugins.registry import default_registry
     from bitwright.runs import versions
@@ -29,16 +32,15 @@ def doctor() -> None:
     working = 0
     for name in registry.backends():
         try:
-            backend = registry.backend(name)
+            told = _told(registry, name)
         except MissingExtraError as error:
             console.say(f"{error}")
-        except (BitwrightError, ImportError) as error:
-            problems.append(f"backend {name}: {error}")
+        except Exception as error:  # whatever is broken: the others are told of all the same
+            problems.append(f"backend {name}: {error if isinstance(error, BitwrightError) else described(error)}")
         else:
             working += 1
-            console.say(f"backend {name}: ready ({', '.join(sorted(capabilities(backend))) or 'nothing optional'})")
-            for note in backend.host_notes() if isinstance(backend, HostNotes) else ():
-                console.say(f"  {note}")
+            for line in told:
+                console.say(line)
     for name in registry.techniques():
         try:
             registry.technique(name)
@@ -58,3 +60,22 @@ def doctor() -> None:
     console.say("all well" if not problems else f"{len(problems)} problems")
     if problems:
         raise typer.Exit(1)
+
+
+def _told(registry: Registry, name: str) -> list[str]:
+    """What a backend can do, and what it has to say of this host.
+
+    Raises:
+        MissingExtraError: its framework isn't installed.
+        PluginError: it can't be made, or breaks when it is asked.
+    """
+    from bitwright.backend import capabilities
+    from bitwright.bundle import HostNotes
+
+    backend = registry.backend(name)
+    with registry.blaming(registry.backend_info(name)):
+        lines = [f"backend {name}: ready ({', '.join(sorted(capabilities(backend))) or 'nothing optional'})"]
+        notes: object = backend.host_notes() if isinstance(backend, HostNotes) else ()
+        if not isinstance(notes, tuple | list):
+            raise TypeError(f"host_notes gives {notes!r}, where a tuple of lines belongs")
+        return lines + [f"  {note}" for note in notes]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from bitwright.calibration import (
     to_calibrate,
     weight_encodings,
 )
+from bitwright.catalogue import described
 from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, Remembering, Watching, doubts_of_calibration
 from bitwright.errors import InputError, PluginError
 from bitwright.graph import Graph, TensorId
@@ -50,7 +52,7 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
     require(state.backend, body.requires, body.name)
     dataset = None if data is None else state.open(data)
     bank = BankView(dataset, state) if isinstance(dataset, Bank) else None
-    if isinstance(body, Staged) and len(stages := body.stages(state.graph, state.plan, chosen)) > 1:
+    if len(stages := _stages(body, state, chosen)) > 1:
         return staged.run(
             state, body.name, chosen, stages, lambda now, stage: apply(now, body, dataset, stage.model_dump())
         )
@@ -88,12 +90,37 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         blocks=blocks,
         **_branching(state),
     )
-    outcome = body.apply(context)
+    with _going_on(body):
+        outcome = body.apply(context)
     if bank is not None:
         outcome = bank.noted(outcome)
     step = getattr(store, "fingerprint", "")
     now = taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
     return now if bank is None else bank.followed(now, outcome)
+
+
+@contextmanager
+def _going_on(technique: Technique) -> Iterator[None]:
+    """Run a technique's code, which is not to end the process: other exceptions pass, and tell where they arose.
+
+    Raises:
+        PluginError: it calls `sys.exit`; the technique is named, and the plugin that it comes from.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        whose = next((f" of {plugin}" for plugin in registry.default_registry().culprits(error)), "")
+        raise PluginError(
+            f"technique {technique.name!r}{whose} can't be used: it ends the process by itself ({described(error)})"
+        ) from error
+
+
+def _stages(technique: Technique, state: SimState, settings: Settings) -> Sequence[Settings]:
+    """Those that a technique works in, if it says so."""
+    if not isinstance(technique, Staged):
+        return ()
+    with _going_on(technique):
+        return technique.stages(state.graph, state.plan, settings)
 
 
 def _branching(state: SimState) -> dict[str, Any]:
@@ -241,7 +268,8 @@ def _requests(technique: Technique, state: SimState, settings: object) -> list[R
     Raises:
         PluginError: it gives something else.
     """
-    given: object = technique.statistics(state.graph, state.plan, settings)
+    with _going_on(technique):
+        given: object = technique.statistics(state.graph, state.plan, settings)
     found: list[Request] = []
     for request in given if isinstance(given, Iterable) else [given]:
         if not isinstance(request, Request):
