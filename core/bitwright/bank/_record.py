@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,7 +25,10 @@ PRECISION = 10
 """Mantissa bits of the histograms: the most that a scheme asks for, from which all coarser ones follow exactly."""
 
 Number = Literal["float32", "float64"]
-Span = tuple[int, int]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of things, or a place among them, that numpy can hold."""
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Span = tuple[Count, Count]
 """First and last (exclusive) place in the file that holds the numbers of all."""
 
 
@@ -39,7 +42,7 @@ class FileEntry(Entry):
     """A file's checksum and size."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    bytes: Count
 
 
 class StepEntry(Entry):
@@ -60,9 +63,9 @@ class TensorEntry(Entry):
         channels: in `ranges`; of all values, counted or not.
     """
 
-    axis: int | None
-    step: int = Field(ge=1)
-    layout: int | None
+    axis: Count | None
+    step: Positive
+    layout: Count | None
     low: float
     high: float
     bins: Span
@@ -81,11 +84,11 @@ class MomentsEntry(Entry):
     """
 
     file: str = Field(pattern=r"^moments-[0-9]+\.npy$")
-    groups: int = Field(ge=1)
-    features: int = Field(ge=1)
-    count: int = Field(ge=1)
+    groups: Positive
+    features: Positive
+    count: Positive
     means: Span
-    blocks: int = Field(1, ge=1)
+    blocks: Positive = 1
 
 
 class Record(Entry):
@@ -108,13 +111,13 @@ class Record(Entry):
     format: Literal[1] = FORMAT
     network: str
     steps: tuple[StepEntry, ...] = ()
-    samples: int = Field(ge=0)
+    samples: Count
     data: tuple[str, ...] = Field(min_length=1)
     versions: dict[str, str]
     number: Number
     tensors: dict[str, TensorEntry]
     moments: tuple[MomentsEntry, ...]
-    layers: dict[str, int]
+    layers: dict[str, Count]
     left_out: dict[str, str]
     files: dict[str, FileEntry]
 
