@@ -143,5 +143,15 @@ def test_models_in_models_are_not_written_out_without_end():
         return model
 
     assert len(normalize(nested(3, 3)).nodes) == 27
+    # A video's frames through one network: fifty times as many calls as are stated, and no bomb.
+    frames = keras.Input((4,))
+    y = cell = keras.Input((4,))
+    for _ in range(100):
+        y = keras.layers.ReLU()(y)
+    once = keras.Model(cell, y)
+    x = frames
+    for _ in range(50):
+        x = once(x)
+    assert len(normalize(keras.Model(frames, x)).nodes) == 5_000
     with pytest.raises(ModelError, match="2,850 calls"):
         normalize(nested(4, 6))

@@ -20,7 +20,7 @@ from bitwright_keras.graph.model import KerasModel
 
 _BYTES, _TIMES = 2**24, 20
 """What a file holds may unpack to so many bytes, or to so many times its own."""
-_CALLS, _TIMES_WRITTEN = 500, 20
+_CALLS, _TIMES_WRITTEN = 2_000, 100
 """So many calls may a model have with its nested models written out, or so many times those that it states."""
 _COMPARED_BYTES, _TIMES_WEIGHTS = 2**27, 64
 """What a trial run of a file's model may compute, or so many times its weights."""

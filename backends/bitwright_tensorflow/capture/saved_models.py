@@ -71,8 +71,10 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
         return from_concrete(signature_of(loaded.signatures, name), Kind.SAVED_MODEL, name)
     except BitwrightError:
         raise
-    except (tf.errors.OpError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # TensorFlow's loader takes a description at its word, and falls over one that contradicts itself.
+    except (tf.errors.OpError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError,
+            RuntimeError) as error:  # fmt: skip
+        # TensorFlow's loader takes a description at its word, and falls over one that contradicts itself; ops that it
+        # doesn't know (a custom one whose library isn't loaded) are a RuntimeError.
         raise ModelError(f"the SavedModel {path} can't be loaded: {reason(error)}") from error
 
 

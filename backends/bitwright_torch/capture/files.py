@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from bitwright.backend import silenced
-from bitwright.errors import InputError, ModelError, first_line
+from bitwright.errors import BitwrightError, InputError, ModelError, first_line
 from bitwright.files import atomic_write
 from bitwright_torch.capture.archive import check_name, trusted_copy
 from bitwright_torch.capture.capturing import from_exported
@@ -142,7 +142,13 @@ def load_pt2(path: Path) -> CapturedModel:
             exported = torch.export.load(archive)
     except Exception as error:
         raise InputError(f"{path} isn't a torch.export program: {first_line(error, 200)}") from error
-    return load_exported(exported, _record(path, text))
+    record = _record(path, text)
+    try:
+        return load_exported(exported, record)
+    except BitwrightError:
+        raise
+    except Exception as error:  # PyTorch and its signatures take a program at its word
+        raise InputError(f"{path} isn't opened: its program contradicts itself: {first_line(error, 200)}") from error
 
 
 def _record(path: Path, text: str) -> dict[str, Any] | None:
