@@ -108,6 +108,11 @@ def test_the_same_command_again_resumes_and_gives_the_same_bytes(net, run, tmp_p
         ({"--weights": "int1"}, "int1"),
         ({"--scheme": "guess"}, "guess"),
         ({"--encodings-version": "3.0"}, "there is no encodings version '3.0'; there are 0.6.1"),
+        (
+            {"--weights": "fp8"},
+            "schema 1.0.0 has no float8e4m3fn; use schema 2.0.0 (of an export: `--encodings-version",
+        ),
+        ({"--weights": "bfloat16", "--encodings-version": "0.6.1"}, "schema 0.6.1 has no bfloat16; use schema 2.0.0"),
         ({"--name": "a/b"}, "can't be a file name"),
         ({"--override": "fc"}, "isn't of the form NAME=TYPE"),
         ({"--override": "cf=float"}, "no op or tensor 'cf'"),

@@ -22,6 +22,7 @@ from bitwright.bundle._artefact import (
     plan_of,
     read_encodings,
     refuse_planned,
+    refuse_unnamed_types,
 )
 from bitwright.bundle._checks import against_record, against_simulation, recorded_inputs
 from bitwright.bundle._crushed import OutputQuality, risky
@@ -73,6 +74,7 @@ __all__ = [
     "read_encodings",
     "recorded_inputs",
     "refuse_planned",
+    "refuse_unnamed_types",
     "reopen",
     "risky",
     "run_simulated",

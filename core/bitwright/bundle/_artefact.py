@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitwright import formats
 from bitwright._version import __version__
 from bitwright.backend import (
@@ -215,6 +217,28 @@ def refuse_planned(state: SimState, folder: Path, name: str) -> None:
         InputError: one of the files that an export of this name may write is that file, or belongs to it.
     """
     refuse_overwriting(state, planned_files(state, folder, name))
+
+
+def refuse_unnamed_types(plan: Plan, version: str) -> None:
+    """Refuse, before any work, an encodings file that has no word for a float type of the plan.
+
+    Args:
+        plan: of the simulation.
+        version: schema of the file.
+
+    Raises:
+        EncodingError: the schema is unknown, or lacks a type; the message names a schema that has it.
+    """
+    schema, seen = formats.schema(version), set[str]()
+    for site in plan:
+        spec = plan.spec(site)
+        kind = None if spec is None or spec.run_time is not None else spec.float_format
+        left_out = kind in formats.CAST_FORMATS and version[0] == "2"
+        if spec is None or kind is None or kind in seen or left_out:
+            continue
+        seen.add(kind)
+        one = Encoding(spec.bits, True, True, np.ones((), np.float32), np.zeros((), np.int32), float_format=kind)
+        schema.render_entry(site, formats.unbind(one))
 
 
 def _others(backend: Backend[Any], model: object) -> Mapping[str, str]:

@@ -73,7 +73,7 @@ def quantize(
     report.html.
     Interrupted, the same command goes on from the last finished layer.
     """
-    from bitwright.bundle import refuse_planned
+    from bitwright.bundle import refuse_planned, refuse_unnamed_types
     from bitwright.runs import run_in
     from bitwright.simulation import QuantSim, read_recipe
     from bitwright.targets import load_target
@@ -100,6 +100,7 @@ def quantize(
             )  # fmt: skip
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
+            refuse_unnamed_types(sim.plan, encodings_version)
             calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples, text=text)
             scored = Scored.open(sim, asked.samples, labels, batch_size) if labels is not None else None
             if asked.metrics:

@@ -178,7 +178,10 @@ def render_entry(name: str, entry: Entry) -> list[dict[str, Any]]:
     """One tensor's list. LPBQ is written as the block scales that it amounts to."""
     if entry.float_format is not None:
         if entry.float_format != "float16":
-            raise EncodingError(f"tensor {name!r}: schema 0.6.1 has no {entry.float_format}; use 2.0.0 or float16")
+            raise EncodingError(
+                f"tensor {name!r}: schema 0.6.1 has no {entry.float_format}; use schema 2.0.0 (of an export: "
+                "`--encodings-version 2.0.0`), or float16"
+            )
         return [{"bitwidth": 16, "dtype": "float"}]
     scale, offset = _flat(name, entry)
     low, high = _range(scale, offset, entry.bits, bool(entry.strict))

@@ -136,7 +136,10 @@ def render_entry(name: str, entry: Entry) -> dict[str, Any]:
     """One tensor's object."""
     if entry.float_format is not None:
         if entry.float_format != "float16":
-            raise EncodingError(f"tensor {name!r}: schema 1.0.0 has no {entry.float_format}; use 2.0.0 or float16")
+            raise EncodingError(
+                f"tensor {name!r}: schema 1.0.0 has no {entry.float_format}; use schema 2.0.0 (of an export: "
+                "`--encodings-version 2.0.0`), or float16"
+            )
         return {"name": name, "dtype": "FLOAT", "bw": 16, "enc_type": "PER_TENSOR"}
     layout = entry.layout or (ScaleLayout.TENSOR if entry.count == 1 else None)
     if layout is None:
