@@ -17,6 +17,7 @@ h5py = pytest.importorskip("h5py")
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
+from bitwright_keras.capture.files import load_native  # noqa: E402
 from bitwright_keras.capture.normalize import normalize  # noqa: E402
 
 BACKEND = KerasBackend()
@@ -155,3 +156,21 @@ def test_models_in_models_are_not_written_out_without_end():
     assert len(normalize(keras.Model(frames, x)).nodes) == 5_000
     with pytest.raises(ModelError, match="2,850 calls"):
         normalize(nested(4, 6))
+
+
+def test_heaps_whose_objects_have_no_size_are_refused(tmp_path):
+    """The HDF5 library would go from such an object to itself for ever."""
+    path = tmp_path / "a.h5"
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(path)
+    assert load_native(path).count_params() == 15
+    content = bytearray(path.read_bytes())
+    heap = at = content.index(b"GCOL\1\0\0\0")
+    end = heap + int.from_bytes(content[heap + 8 : heap + 16], "little")
+    at += 16
+    while content[at : at + 2] != b"\0\0":  # to the space that is left
+        at += 16 + -(-int.from_bytes(content[at + 8 : at + 16], "little") // 8) * 8
+    assert at + 16 <= end
+    content[at + 8 : at + 16] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.h5 can't be opened: its texts are damaged"):
+        load_native(path)

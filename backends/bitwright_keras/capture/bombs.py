@@ -8,7 +8,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,8 @@ _CALLS, _TIMES_WRITTEN = 2_000, 100
 _COMPARED_BYTES, _TIMES_WEIGHTS = 2**27, 64
 """What a trial run of a file's model may compute, or so many times its weights."""
 _WEIGHTS = "model.weights"
+_HEAP, _OBJECT, _PIECE = b"GCOL\1\0\0\0", 16, 2**20
+"""How a global heap of an HDF5 file begins, with its version; bytes of an object's header; bytes read at once."""
 _LOADING = threading.Lock()
 
 
@@ -69,14 +71,19 @@ def _weights_of(path: Path, size: int) -> int:
     """Bytes of the weights in a file, by its own account; 0 where it isn't one.
 
     Raises:
-        InputError: they, or the members of the archive, are far larger than the file.
+        InputError: they, or the members of the archive, are far larger than the file; or a heap never ends.
     """
     most = max(_BYTES, _TIMES * size)
     held = 0
     # What else is wrong with it, Keras says.
     wrong = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError, KeyError, ValueError)
-    with suppress(*wrong), path.open("rb") as file:
-        held = _in_archive(file, most) if path.suffix == ".keras" else _in_h5(file)
+    try:
+        with path.open("rb") as file:
+            held = _in_archive(file, most) if path.suffix == ".keras" else _in_h5(file)
+    except InputError as error:
+        raise InputError(f"{path} can't be opened: {error}") from None
+    except wrong:
+        pass
     if held > most:
         raise InputError(
             f"{path} can't be opened: its {size / 2**20:,.1f} MiB unpack to {held / 2**20:,.0f} MiB or more"
@@ -117,9 +124,48 @@ def _in_h5(file: BinaryIO) -> int:
         if isinstance(item, h5py.Dataset):
             found.append(math.prod(item.shape or ()) * item.dtype.itemsize)
 
+    _check_heaps(file)
     with h5py.File(file, "r") as opened:
         opened.visititems(take)  # each object once, and no links to elsewhere
     return sum(found)
+
+
+def _check_heaps(file: BinaryIO) -> None:
+    """See that each global heap of an HDF5 file, which holds texts of any length, can be gone through.
+
+    The HDF5 library goes from object to object by their sizes, and never ends where one has none (HDF5 File Format
+    Specification 3.0, III.E). The file is left at its beginning.
+
+    Raises:
+        InputError: one can't be.
+    """
+    start, before = 0, b""
+    file.seek(0)
+    while piece := file.read(_PIECE):
+        held = before + piece
+        at = held.find(_HEAP)
+        while at >= 0:
+            here = file.tell()
+            _check_heap(file, start - len(before) + at)
+            file.seek(here)
+            at = held.find(_HEAP, at + 1)
+        start, before = start + len(piece), held[-(len(_HEAP) - 1) :]
+    file.seek(0)
+
+
+def _check_heap(file: BinaryIO, start: int) -> None:
+    file.seek(start + len(_HEAP))
+    size = int.from_bytes(file.read(8), "little")
+    at, end = _OBJECT, size
+    while at + _OBJECT <= end:
+        file.seek(start + at)
+        header = file.read(_OBJECT)
+        held = int.from_bytes(header[8:], "little")
+        free = header[:2] == b"\0\0"  # the space that is left, whose size counts its header
+        step = held if free else _OBJECT + -(-held // 8) * 8
+        if len(header) < _OBJECT or step < _OBJECT or at + step > end:
+            raise InputError(f"its texts are damaged: an object of {held:,} bytes at {start + at:,}")
+        at += step
 
 
 def _in_npz(file: BinaryIO) -> int:
