@@ -87,3 +87,21 @@ def test_a_folder_takes_another_s_place_or_leaves_it(tmp_path, monkeypatch):
 
 def _full():
     raise OSError(errno.ENOSPC, "disk full")
+
+
+def test_an_interrupt_between_the_two_moves_of_a_folder_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "saved"
+    path.mkdir()
+    (path / "a").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "saved" and Path(target) == path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), written_beside(path) as folder:
+        (folder / "saved").mkdir()
+    assert (path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]

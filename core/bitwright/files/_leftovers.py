@@ -66,11 +66,12 @@ def _put(made: Path, place: Path, aside: Path) -> None:
         made.replace(place)
         return
     old = aside / f".{place.name}.old"  # no system replaces one folder by another
-    place.rename(old)
     try:
+        place.rename(old)
         made.rename(place)
-    except OSError:
-        old.rename(place)
+    except BaseException:  # Ctrl-C between the two as well
+        if old.exists() and not place.exists():
+            old.rename(place)
         raise
 
 
