@@ -1,5 +1,6 @@
 """What a newcomer types first: print(sim), sim(x), sim["site"], short names of types and schemes, subgraphs."""
 
+import copy
 import sys
 import types
 import warnings
@@ -235,3 +236,17 @@ class TestImplausibleData:
     )  # fmt: skip
     def test_accuracy_of_guessing(self, top1, classes, samples, doubted):
         assert bool(doubt_of_accuracy(top1, classes, samples)) is doubted
+
+
+def test_a_simulation_is_copied_as_python_copies_and_the_copy_goes_its_own_way():
+    sim = simulation().calibrate(DATA)
+    for twin in (copy.copy(sim), copy.deepcopy(sim), copy.deepcopy({"best": sim})["best"]):
+        assert type(twin) is QuantSim and dict(twin.encodings) == dict(sim.encodings)
+        twin["r2"].float()
+        assert "r2" in floats(twin) and "r2" not in floats(sim)
+        assert np.isfinite(sim(DATA["x"])).all()
+
+
+def test_a_site_kept_in_float_says_so_once_with_the_reason():
+    sim = simulation().calibrate(DATA)
+    assert repr(sim["r2"].float()) == "<r2: float, kept in float by an override>"

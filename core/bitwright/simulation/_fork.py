@@ -17,6 +17,7 @@ def fork(
     scheme: str | None = None,
     weight_scheme: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    wanted_by: str = "a search",
 ) -> SimState:
     """The same model, encodings and history, without a model in training; see `QuantSim.fork`.
 
@@ -24,11 +25,12 @@ def fork(
         state: stays as it is.
         scheme, weight_scheme: other calibration schemes, in force from the next calibration on.
         overrides: further exceptions by op or site, on top of those that it has.
+        wanted_by: what the fork is for, as the error names it.
 
     Raises:
         InputError: an override names nothing, or no type; or a trained model wasn't taken over.
     """
-    require_taken(state, "a search")
+    require_taken(state, wanted_by)
     twin = replace(
         state,
         scheme=state.scheme if scheme is None else scheme,

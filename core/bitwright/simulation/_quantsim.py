@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +119,8 @@ class QuantSim(StateView):
 
     def _twin(self, state: SimState) -> Self:
         """Another simulation of the same class."""
-        twin = copy.copy(self)
-        twin._state, twin._opened = state, None
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _state=state, _opened=None)
         return twin
 
     def attach(
@@ -179,6 +178,13 @@ class QuantSim(StateView):
             InputError: an override names nothing, or no type; or a trained model wasn't taken over.
         """
         return self._twin(_fork.fork(self._state, scheme=scheme, weight_scheme=weight_scheme, overrides=overrides))
+
+    def __copy__(self) -> Self:
+        return self._twin(self._state)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """A fork: states and models are never changed in place, so nothing of them has to be copied."""
+        return self._twin(_fork.fork(self._state, wanted_by="a copy"))
 
     def retyped(self, types: Mapping[SiteId, str]) -> Self:
         """A fork with other types at some sites; encodings of another type are dropped, frozen ones too.

@@ -117,9 +117,11 @@ class SiteHandle:
     def __repr__(self) -> str:
         row = self._state().plan.row(self.id)
         found = self.encoding
-        told = f"{row.bits} {row.granularity}".strip() if row.decision != "float" else "float"
+        told = f"{row.bits} {row.granularity}".strip()
         if found is not None and found.is_fixed:
             told += f", {float(found.minimum.min()):.4g} to {float(found.maximum.max()):.4g}"
+        if row.decision == "float":
+            return f"<{self.id}: float, {row.reason}>"
         state = "frozen" if self.frozen else "calibrated" if found is not None else why_none(self._state(), self.id)
         return f"<{self.id}: {told}, {state}>"
 
