@@ -6,8 +6,8 @@
 Prints a line for each figure: seconds, and the ratio to the float pass of the same run, which is ONNX Runtime's own
 session of the file. Without --model, MobileNetV2 of `cost_torch.py` is exported: weights are random, and time doesn't
 depend on them. A network of one's own has one input of images. Calibration and the simulation are timed as in long
-use, after the sessions have been made anew (`RUNS_BEFORE_BLOCKED`). Opening and exporting are given in float passes of
-16 samples.
+use, after the sessions have been made anew (`BLOCKED_AFTER` of the backend's sessions); `calibrate()` is timed whole.
+Opening and exporting are given in float passes of 16 samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import numpy as np
 import onnxruntime as ort
 
 from bitwright.simulation import QuantSim
-from bitwright_onnx.simulate.session import RUNS_BEFORE_BLOCKED, session_options
+from bitwright_onnx.simulate.session import session_options
+
+RUNS_BEFORE_TIMED = 8
 
 
 def exported(path):
@@ -60,10 +62,10 @@ def measure(path, out, options):
     for scheme in ("minmax", "sqnr"):
         sim = QuantSim(path, scheme=scheme).calibrate(two)
         tasks[f"calibration, {scheme}, a batch"] = calibration = cost.calibration(sim, two[0])
-        calibration()  # and once more before it is timed: more than `RUNS_BEFORE_BLOCKED`
+        calibration()
         tasks[f"calibrate(), {scheme}, one batch"] = lambda sim=sim: sim.fork().calibrate(two[:1])
     simulated = sim.model
-    for _ in range(RUNS_BEFORE_BLOCKED):
+    for _ in range(RUNS_BEFORE_TIMED):
         simulated(two[0])
     tasks["simulated pass"] = lambda: simulated(two[0])
     found = cost.interleaved(tasks, options.repeats, options.clock)

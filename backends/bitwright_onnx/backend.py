@@ -27,7 +27,7 @@ from bitwright_onnx.graph.edits import edit_model
 from bitwright_onnx.graph.operands import dtype_name
 from bitwright_onnx.graph.params import read_params
 from bitwright_onnx.graph.tensors import DATA_FILES
-from bitwright_onnx.simulate.session import RUNS_BEFORE_BLOCKED, OrtSession
+from bitwright_onnx.simulate.session import OrtSession
 from bitwright_onnx.simulate.session import segment as segment_session
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class OnnxBackend:
 
     def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""
-        return OrtSession(model, taps, blocked_after=RUNS_BEFORE_BLOCKED)
+        return OrtSession(model, taps, blocked=True)
 
     def segment(self, model: ir.Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
         """See `PartialExecution`."""

@@ -25,6 +25,7 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, Quan
 from bitwright.placement import Float, SharedWith
 from bitwright_onnx.graph.params import read_params
 from bitwright_onnx.simulate import session as sessions
+from bitwright_onnx.simulate import simulation as simulation_module
 from bitwright_onnx.simulate.simulation import OnnxSimulation
 
 SPECS = {
@@ -54,6 +55,7 @@ def built(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(sessions.ort, "InferenceSession", counting)
+    monkeypatch.setattr(sessions, "BLOCKED_AFTER", np.inf)
     return made
 
 
@@ -156,9 +158,9 @@ def test_encodings_and_bypass_change_without_a_new_session(built):
     simulation = OnnxSimulation(native, graph, plan, encodings)
     model = simulation.model
     first = model.run(batch)["y"]
-    count = len(built)
     simulation.set({"s": encodings["s"].with_(scale=encodings["s"].scale * 3)})
     coarse = model.run(batch)["y"]
+    count = len(built)
     simulation.set({"s": None})
     bypassed = model.run(batch)["y"]
     narrow = QuantSpec(4)
@@ -178,6 +180,51 @@ def test_encodings_and_bypass_change_without_a_new_session(built):
         last = model.run(batch)["y"]
     assert len(built) == count + 1
     assert np.array_equal(last, first)
+
+
+def test_numbers_are_constants_while_they_last(built, monkeypatch):
+    native, graph = conv_net()
+    plan = plan_of(graph)
+    batch = {"x": np.random.default_rng(3).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)}
+    encodings = encodings_of(native, graph, plan, batch)
+    simulation = OnnxSimulation(native, graph, plan, encodings)
+    fed: list[int] = []
+    made = simulation_module.OrtSession
+
+    def kept(part, *given, **options):
+        fed.append(len([v for v in part.graph.inputs if "/quantizer/" in str(v.name)]))
+        return made(part, *given, **options)
+
+    monkeypatch.setattr(simulation_module, "OrtSession", kept)
+    model = simulation.model
+    other = encodings["s"].with_(scale=encodings["s"].scale * 3)
+    results = {}
+    for runs, grid in ((2, encodings["s"]), (1, other), (9, encodings["s"]), (9, other), (1, encodings["s"])):
+        simulation.set({"s": grid})
+        for _ in range(runs):
+            result = model.run(batch)["y"]
+            np.testing.assert_array_equal(result, results.setdefault(float(grid.scale), result))
+    assert fed[0] == 0, "constants to begin with"
+    assert fed[1] > 0, "fed, after a change that came early"
+    assert fed[2:] == [0, 0, 0], "constants again after eight runs, and from then on as long as they last"
+    assert len(results) == 2
+    np.testing.assert_array_equal(result, OnnxSimulation(native, graph, plan, encodings).model.run(batch)["y"])
+
+
+def test_a_bypassed_site_keeps_ops_apart_in_every_session():
+    """ONNX Runtime fuses ops that nothing parts, which changes bits."""
+    native, graph = conv_net()
+    plan = plan_of(graph)
+    batch = {"x": np.random.default_rng(3).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)}
+    encodings = encodings_of(native, graph, plan, batch)
+    for site in [s for s in encodings if s in graph.tensors]:
+        changing = OnnxSimulation(native, graph, plan, encodings)
+        model = changing.model
+        for grid in (encodings[site].with_(scale=encodings[site].scale * 2), encodings[site], None):
+            changing.set({site: grid})
+            result = model.run(batch)["y"]
+        fresh = OnnxSimulation(native, graph, plan, {**encodings, site: None})
+        np.testing.assert_array_equal(fresh.model.run(batch)["y"], result)
 
 
 def test_everything_bypassed_is_the_float_model():

@@ -90,10 +90,12 @@ class _Rewritten:
             for name in _read(node):
                 self._readers.setdefault(name, []).append(node)
         self._shapes = {v.name: _shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
-        self._scalars = {name for name, shape in self._shapes.items() if shape == ()}
-        self._scalars |= {i.name for i in graph.initializer if not i.dims}
+        self._numbers = {i.name: i for i in graph.initializer if not i.dims}
+        self._scalars = {name for name, shape in self._shapes.items() if shape == ()} | self._numbers.keys()
         self._blocked: dict[str, tuple[str, onnx.NodeProto]] = {}
-        """Tensor → its blocked form, and the node that brings it back."""
+        """Tensor, or codes within a pair → its blocked form, and the node that brings such values back."""
+        self._codes: set[str] = set()
+        """What within pairs alone is read."""
         self._made: set[str] = set()
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
@@ -145,11 +147,39 @@ class _Rewritten:
         if node.op_type == "If" and len(set(tensors)) == 1 and _value_by_value(node, self._scalars):
             self.kept += 1
             return self._blocked[tensors[0]][1]
+        if node.output[0] in self._codes or self._begins_pair(node):
+            return self._blocked[node.input[0]][1]
+        if node.op_type == "DequantizeLinear" and node.input[0] in self._codes:
+            self.kept += 1
+            return self._blocked[node.input[0]][1]
         if node.op_type in SUMS and len(read) == len(tensors) == 2:
             shapes = [self._shapes.get(name) for name in tensors]
             if shapes[0] is not None and None not in shapes[0] and shapes[0] == shapes[1]:
                 return self._blocked[tensors[0]][1]
         return None
+
+    def _begins_pair(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is the first of QuantizeLinear → Clip → DequantizeLinear or without Clip, by constants.
+
+        Nothing else may read the codes: there is no ReorderOutput for them.
+        """
+        if node.op_type != "QuantizeLinear" or node.input[0] not in self._blocked:
+            return False
+        inner = [node]
+        while inner[-1].op_type != "DequantizeLinear":
+            readers = self._readers.get(inner[-1].output[0], ())
+            if len(readers) != 1 or readers[0].op_type not in ("Clip", "DequantizeLinear"):
+                return False
+            inner.append(readers[0])
+        if any(name not in self._numbers for n in inner for name in n.input[1:]):
+            return False
+        # What fills up a block stays a number.
+        scales = (numpy_helper.to_array(self._numbers[n.input[1]]) for n in (inner[0], inner[-1]))
+        codes = {n.output[0] for n in inner[:-1]}
+        if not all(0 < scale < np.inf for scale in scales) or codes & {v.name for v in self._graph.output}:
+            return False
+        self._codes |= codes
+        return True
 
     def _tap(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         """For a node that a tap is made of: what is in its place; None where it isn't, or has to read what it does."""

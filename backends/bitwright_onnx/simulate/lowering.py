@@ -71,6 +71,10 @@ class Lowering:
         # A model output that is an input goes by the input's name, so it stays as it is.
         return self._named(value, y, outputs=False)
 
+    def is_pair(self, value: ir.Value, form: SiteForm, encoding: Encoding) -> bool:
+        """Whether a fixed chain would be a pair of QuantizeLinear and DequantizeLinear, and no more."""
+        return self._place(value, form).is_pair(encoding)
+
     def _place(self, value: ir.Value, form: SiteForm) -> SiteContext:
         return SiteContext(form, value.dtype or ir.DataType.FLOAT, self._opset, has_quantize_linear(self._opset))
 

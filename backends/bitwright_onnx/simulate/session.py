@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,9 +28,10 @@ SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
 
 BLOCKED_BYTES = 2**28
 """Weights of a model whose sites may be blocked; beyond it, reading it back takes more time than it saves."""
-RUNS_BEFORE_BLOCKED = 8
-"""Batches after which a session is made anew with blocked sites and taps, which takes about as long as it saves in so
-many."""
+BLOCKED_AFTER = 2.0
+"""A session is made anew with blocked sites and taps once its runs have taken so many times as long as making it.
+
+Making it anew takes two to three times as long as the first time, and a third of the time of each run is saved."""
 _SHARED_TYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
                            "uint32", "uint64", "bool"})  # fmt: skip
 
@@ -212,9 +214,10 @@ class OrtSession:
         bound: further model inputs whose values don't come with the batch; read anew at each run, so that
             changing the mapping changes the next run.
         config: ONNX Runtime session configuration.
-        blocked_after: runs after which the session is made anew with sites and taps that take tensors in the layout of
-            ONNX Runtime's convolutions (`blocked_session`): the same results sooner, from a session that takes three
-            times as long to make. 0 for never.
+        sites: whether quantizers are among the model's ops.
+        blocked: whether the session may be made anew, when it has run for a while (`BLOCKED_AFTER`), with sites and
+            taps that take tensors in the layout of ONNX Runtime's convolutions (`blocked_session`): the same results
+            sooner, from a session that takes three times as long to make.
 
     Raises:
         ModelError: a tap is unknown or can't be computed from the feeds, or ONNX Runtime refuses the model.
@@ -228,7 +231,8 @@ class OrtSession:
         feeds: Sequence[str] | None = None,
         bound: Mapping[str, Array] | None = None,
         config: Mapping[str, str] | None = None,
-        blocked_after: int = 0,
+        sites: bool = False,
+        blocked: bool = False,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
         self._bound = bound if bound is not None else {}
@@ -241,7 +245,7 @@ class OrtSession:
         self._fetch: dict[Tap, tuple[str, ...]] = {}
         self._session: ort.InferenceSession | None = None
         self._blocked: Callable[[], ort.InferenceSession] | None = None
-        self._left = blocked_after
+        self._left = 0.0
         self._inputs: dict[str, Input] = {}
         if computed:
             # A feed that no tap depends on is dropped, so that run() needs only what is used.
@@ -256,9 +260,11 @@ class OrtSession:
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
                 part.graph.inputs.remove(value)
+            begin = time.perf_counter()
             self._session = _compile(part, config=config)
+            self._left = BLOCKED_AFTER * (time.perf_counter() - begin)
             self._inputs = inputs_of(self._session)
-            if blocked_after and _may_be_blocked(part) and (bound or any(map(_in_graph, computed))):
+            if blocked and _may_be_blocked(part) and (sites or any(map(_in_graph, computed))):
                 self._blocked = partial(_compile, part, config=config, blocked=True)
         self._fed = tuple(self._inputs)
         for name in self._passed.values():
@@ -278,13 +284,14 @@ class OrtSession:
             InputError: a needed array is missing, or has the wrong dtype, rank or shape.
             ModelError: an op failed while running.
         """
-        if self._blocked is not None:
-            self._count()
+        if self._blocked is not None and self._left <= 0:
+            self._make_blocked(self._blocked)
         bound = self._bound
         feeds = {n: np.asarray(bound[n]) if n in bound else i.of(batch) for n, i in self._inputs.items()}
         fetched: dict[str, Array] = {}
         if self._session is not None:
             given = {n: feeds[n] for n in self._fed}
+            begin = time.perf_counter()
             try:
                 fetched = dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
             except Exception as error:
@@ -293,6 +300,7 @@ class OrtSession:
                 )
                 kind = InputError if "INVALID_ARGUMENT" in str(error) else ModelError
                 raise kind(f"running the model on {shapes} failed: {reason(error)}") from error
+            self._left -= time.perf_counter() - begin
         results: dict[Tap, Array] = {}
         for tap in self.taps:
             if tap in self._passed:
@@ -312,15 +320,10 @@ class OrtSession:
                 results[tap] = np.stack([low, high]).astype(np.float32, copy=False)
         return results
 
-    def _count(self) -> None:
-        """Make the session anew when it has run often enough."""
-        if self._left:
-            self._left -= 1
-            return
-        assert self._blocked is not None
+    def _make_blocked(self, made: Callable[[], ort.InferenceSession]) -> None:
         # It only saves time: whatever stands against it, such as no space for a file, leaves the session that runs.
         with contextlib.suppress(ModelError):
-            self._session = self._blocked()
+            self._session = made()
         self._blocked = None
 
 

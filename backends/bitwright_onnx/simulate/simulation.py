@@ -2,16 +2,19 @@
 
 What a change costs:
 
-- Activation encodings (scale, zero point, integer widths up to 8, None, back again): O(1). The numbers are graph
-  inputs and a bypass is a fed switch, so the compiled session stays.
+- A session is compiled for the encodings that it begins with: their numbers are constants, sites of up to 8 bits and
+  full ones of 16 a bare pair of QuantizeLinear and DequantizeLinear. Once encodings have changed before it ran
+  `LASTING` batches, it is built with numbers as graph inputs and bypasses as fed switches; from then on a change of
+  activation encodings (scale, zero point, integer widths up to 8, None, back again) costs nothing, and a batch a
+  fourth more. When encodings have stayed for `LASTING` batches, they are constants again.
 - An activation that leaves the kinds of grid seen so far (its first width above 8 bits, its first float format or
   32-bit grid, its first change between one scale and many): the session is built again at its next run, once.
 - Parameter encodings: parameters are quantized in numpy and enter as constants (as inputs they would cost ONNX
   Runtime's blocked convolution layout, 2.6 × the time of the float model); a session that holds a changed parameter
   is built again at its next run, 0.1 s for EfficientNet-Lite0. One way of lowering also means that equal encodings
   give bit-equal results, whatever came before.
-- A session that has run `RUNS_BEFORE_BLOCKED` batches is built once more, with sites in the layout of ONNX Runtime's
-  convolutions (`blocked`): 0.5 s for EfficientNet-Lite0, whose batches of 8 photos take 0.07 s less from then on.
+- A session that has run for a while is built once more, with sites in the layout of ONNX Runtime's convolutions
+  (`session.BLOCKED_AFTER`, `blocked`): 0.1 s for MobileNetV2, whose batches of 8 images take a third less from then on.
 
 Sites that share an encoding have no op where the values lie on the grid already (reshape, max pooling, concat, … of
 tensors on the same grid). Biases whose encoding is derived stay in float unless an encoding is set for them
@@ -41,8 +44,11 @@ from bitwright_onnx.graph.params import native_tensors
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import tensor_array
 from bitwright_onnx.simulate.lowering import Lowering, fake_quantized
-from bitwright_onnx.simulate.session import RUNS_BEFORE_BLOCKED, SIMULATION_CONFIG, OrtSession
+from bitwright_onnx.simulate.session import SIMULATION_CONFIG, OrtSession
 from bitwright_onnx.simulate.site_ops import SiteForm, constants, form_of, numbers
+
+LASTING = 8
+"""Batches by which encodings that a session runs have lasted, so that they are worth a session of their own."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class OnnxSimulation(SimulationBase):
         self.bound: dict[str, Array] = {}
         self._quantized: dict[SiteId, tuple[Encoding, ir.TensorProtocol]] = {}
         self._replaced: dict[ParamId, tuple[int, ir.TensorProtocol]] = {}
-        self.revision = 0
+        self.changes = 0
+        """Grows with every encoding or value that is set."""
         for root in self._prefix:
             spec = plan.spec(root)
             self._install(root, None, SiteForm("integer8") if spec is None else form_of(spec, self._rank(root)))
@@ -106,6 +113,7 @@ class OnnxSimulation(SimulationBase):
 
     def install(self, changes: Mapping[SiteId, Encoding | None]) -> None:
         """See `SimulationBase`."""
+        self.changes += 1
         for root, encoding in changes.items():
             if encoding is None:
                 self._table.pop(root, None)
@@ -113,15 +121,13 @@ class OnnxSimulation(SimulationBase):
                 self._table[root] = encoding
             if root in self._prefix:
                 self._install(root, encoding)
-            if any(self._sites.is_parameter(s) for s in self._plan.tied(root)):
-                self.revision += 1
 
     def set_params(self, values: Mapping[ParamId, NDArray[np.floating]]) -> None:
         """See `bitwright.backend.ParamUpdates`; sessions opened before are built again where they hold what changed."""
         replaced = native_tensors(self._float, values)
-        self.revision += 1
+        self.changes += 1
         for id, tensor in replaced.items():
-            self._replaced[id] = self.revision, tensor
+            self._replaced[id] = self.changes, tensor
             self._quantized.pop(id, None)
 
     def in_force(self) -> Mapping[SiteId, Encoding]:
@@ -153,15 +159,26 @@ class OnnxSimulation(SimulationBase):
         if known is not None and (form is None or known.covers(form)):
             form = known
         assert form is not None
-        if form != known:
-            self._forms[root] = form
-            self.revision += 1
+        self._forms[root] = form
         prefix = self._prefix[root]
         for suffix, value in {**numbers(form, encoding), **constants(form)}.items():
             self.bound[f"{prefix}/{suffix}"] = value
 
-    def lower(self, outputs: Sequence[TensorId], feeds: tuple[TensorId, ...] | None, *, fixed: bool = False) -> Lowered:
-        """The part between feeds and outputs with its chains: on inputs that follow the encodings, or `fixed`."""
+    def lower(
+        self,
+        outputs: Sequence[TensorId],
+        feeds: tuple[TensorId, ...] | None,
+        *,
+        fixed: bool = False,
+        pairs: bool = False,
+    ) -> Lowered:
+        """The part between feeds and outputs with its chains.
+
+        Args:
+            fixed: their numbers are constants; without it, inputs that follow the encodings.
+            pairs: those of chains that are no more than a pair are constants. What ONNX Runtime makes of the other ops
+                depends on that as little as the bits of chains do: it looks through neither a switch nor a pair.
+        """
         part = extract(self._float, list(dict.fromkeys(outputs)), feeds)
         values = values_of(part.graph)
         active = [s for s in self._rounded if s not in (feeds or ()) and s in values]
@@ -183,10 +200,10 @@ class OnnxSimulation(SimulationBase):
         for site in active:
             root = self._plan.root(site)
             encoding = self._table.get(root)
-            if not fixed:
-                alias = lowering.live(values[site], forms[site], self._prefix[root])
-            elif encoding is not None:
+            if encoding is not None and (fixed or (pairs and lowering.is_pair(values[site], forms[site], encoding))):
                 alias = lowering.fixed(values[site], forms[site], self._prefix[root], encoding)
+            elif not fixed:
+                alias = lowering.live(values[site], forms[site], self._prefix[root])
             else:
                 continue
             if alias != site:
@@ -207,6 +224,10 @@ class OnnxSimulation(SimulationBase):
         }
         replaced: dict[str, object] = {p: r for p, (r, _) in self._replaced.items() if p in content.parameters}
         return forms, encodings, replaced
+
+    def numbers_of(self, content: Content) -> dict[str, object]:
+        """The encodings of a part's sites, as they are now."""
+        return {r: self._table.get(r) for r in content.roots}
 
     @property
     def inputs(self) -> tuple[TensorId, ...]:
@@ -244,7 +265,12 @@ class SimulatedSession:
         self._taps = tuple(dict.fromkeys(taps))
         self._content: Content | None = None
         self._held: tuple[dict[str, object], ...] = ()
-        self._revision = -1
+        self._numbers: dict[str, object] = {}
+        self._constant = True
+        """Whether numbers are constants where they can be."""
+        self._runs = 0
+        """Batches since the numbers changed."""
+        self._changes = -1
         self._aliases: dict[Tap, Tap] = {}
         self._session: OrtSession | None = None
         require_tensors((*(t.tensor for t in self._taps), *(feeds or ())), simulation.values)
@@ -261,26 +287,40 @@ class SimulatedSession:
     def _compiled(self) -> OrtSession:
         """The session for the simulation's present graph; built again only where it holds what has changed."""
         simulation = self._simulation
-        if self._session is not None and self._revision == simulation.revision:
-            return self._session
-        if self._session is None or self._content is None or self._held != simulation.held_by(self._content):
-            self._session = self._made()
-        self._revision = simulation.revision
-        return self._session
+        session, content = self._session, self._content
+        if session is None or content is None:
+            session = self._made(constant=True)
+        elif self._changes != simulation.changes:
+            self._changes = simulation.changes
+            held, numbers = simulation.held_by(content), simulation.numbers_of(content)
+            if numbers != self._numbers:
+                lasted, self._runs, self._numbers = self._runs >= LASTING, 0, numbers
+                if self._constant or held != self._held:
+                    session = self._made(constant=lasted)
+            elif held != self._held:
+                session = self._made(constant=self._constant)
+        elif not self._constant and self._runs >= LASTING:
+            session = self._made(constant=True)
+        self._runs += 1
+        return session
 
-    def _made(self) -> OrtSession:
+    def _made(self, *, constant: bool) -> OrtSession:
         simulation = self._simulation
-        lowered = simulation.lower([t.tensor for t in self._taps], self._feeds)
+        lowered = simulation.lower([t.tensor for t in self._taps], self._feeds, pairs=constant)
         self._aliases = {t: replace(t, tensor=lowered.aliases.get(t.tensor, t.tensor)) for t in self._taps}
         self._content, self._held = lowered.content, simulation.held_by(lowered.content)
-        return OrtSession(
+        self._numbers, self._constant = simulation.numbers_of(lowered.content), constant
+        self._changes = simulation.changes
+        self._session = OrtSession(
             lowered.part,
             list(self._aliases.values()),
             feeds=None if self._feeds is None else [*self._feeds, *lowered.live],
             bound=simulation.bound,
             config=SIMULATION_CONFIG,
-            blocked_after=RUNS_BEFORE_BLOCKED,
+            sites=bool(lowered.content.roots),
+            blocked=True,
         )
+        return self._session
 
 
 class SimulatedModel:

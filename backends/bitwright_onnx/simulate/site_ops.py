@@ -182,6 +182,13 @@ class SiteContext:
     opset: int
     pairs: bool = True
 
+    def is_pair(self, encoding: Encoding) -> bool:
+        """Whether the chain of one encoding is QuantizeLinear and DequantizeLinear, with a Clip of codes at most."""
+        if self.form.kind not in ("integer8", "integer") or self.form.rank is not None or not self.pairs:
+            return False
+        wide = encoding.grid.steps == 2**16 - 1 and self.opset >= WIDE_OPSET
+        return self.dtype is ir.DataType.FLOAT and (encoding.bits <= 8 or wide)
+
     def narrow(self, chain: NodeList, x: ir.Value, operand: Operand, *, clip: bool = True) -> ir.Value:
         """Grids of up to 8 bits."""
         if self.pairs:
