@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import (
     Array,
+    Index,
     RoundingProblem,
+    Settled,
     act_order,
     carried,
     clipped,
@@ -27,12 +29,12 @@ from bitwright_techniques.rounding_descent import (
     turn,
 )
 from bitwright_techniques.scale_search import largest_multiple, segments
-from bitwright_techniques.weight_grid import Matrix, WeightGrid
+from bitwright_techniques.weight_grid import WeightGrid
 
 
 def block_rounding(
     problem: Reconstruction, grid: WeightGrid, *, in_act_order: bool = True, candidates: int = 20
-) -> tuple[WeightGrid, Matrix]:
+) -> tuple[WeightGrid, Settled]:
     """Round block after block with scales chosen on the way.
 
     Args:
@@ -43,7 +45,7 @@ def block_rounding(
             in their place. They are tried as `least_of` says.
 
     Returns:
-        The grid with the scales chosen, and codes (groups, rows, K).
+        The grid with the scales chosen, and the codes.
 
     Raises:
         EncodingError: blocks straddle the groups of a grouped op.
@@ -58,6 +60,8 @@ def block_rounding(
     scale = grid.scale.astype(np.float32).copy()
     multiples = None if grid.multiples is None else grid.multiples.copy()
     unit = None if multiples is None else grid.scale / multiples
+    most = largest_multiple(grid)
+    factors = np.arange(candidates, 0, -1) / candidates if unit is None else np.arange(most, 0, -1)
     begin = 0
     for members in parts:
         run = slice(begin, begin + len(members))
@@ -69,20 +73,18 @@ def block_rounding(
         # The optimum of the block's values, those before it settled and those after it free.
         inverse = np.linalg.inv(np.swapaxes(own, 1, 2).astype(np.float64)).astype(np.float32)
         values = target[:, run] - inverse @ so_far
-        if unit is None:
-            tried = _covering(values, low, high)[..., None] * (np.arange(candidates, 0, -1) / candidates)
-        else:
-            tried = unit[cells][..., None] * np.arange(largest_multiple(grid), 0, -1)
-        choice = _choose(_Block(own, values, low, high), tried.astype(np.float32), None if grid.alone else cells)
-        scale[cells] = np.take_along_axis(tried, choice[..., None], axis=2)[..., 0].astype(np.float32)
+        block = _Block(own, values, low, high, _covering(values, low, high) if unit is None else unit[cells], factors)
+        choice = _choose(block, None if grid.alone else cells)
+        scale[cells] = block.scale(choice)
         if multiples is not None:
-            multiples[cells] = largest_multiple(grid) - choice
+            multiples[cells] = most - choice
         step, low, high = (b[:, None] for b in (scale[cells], low, high))
         posed = RoundingProblem(own, target[:, run], step, low, high)
         codes[:, run], error[:, run] = settle(posed, own, so_far)
-    result = np.empty_like(codes)
-    result[lead, order] = codes
-    return grid.with_scale(scale, multiples), turn(result)
+    placed = [np.empty_like(codes), target]  # the target isn't needed any more
+    for into, array in zip(placed, (codes, error), strict=True):
+        into[lead, order] = array
+    return grid.with_scale(scale, multiples), Settled(*placed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,20 +95,29 @@ class _Block:
         upper: R of its features, (groups, n, n).
         values: its optimum over real numbers, (groups, n, rows).
         low, high: bounds of the codes, (groups, rows).
+        base: what candidates are multiples of, (groups, rows).
+        factors: the multiples, (candidates,).
     """
 
     upper: Array
     values: Array
     low: Array
     high: Array
+    base: NDArray[np.floating]
+    factors: NDArray[np.floating] | NDArray[np.integer]
 
-    def cost(self, scale: Array, rows: NDArray[np.intp]) -> Array:
-        """What some rows, rounded to nearest at a scale, (groups, rows), add to the objective, (groups, rows)."""
-        values = self.values[:, :, rows] if len(rows) < self.values.shape[2] else self.values
-        low, high, step = (b[:, None] for b in (self.low[:, rows], self.high[:, rows], scale))
-        error = np.divide(values, step)
-        clipped(np.rint(error, out=error), low, high)
-        error *= step
+    def scale(self, at: Index, rows: Index | slice = slice(None)) -> Array:
+        """The candidates of some rows, (groups, rows)."""
+        return np.asarray(self.base[:, rows] * self.factors[at], np.float32)
+
+    def cost(self, at: Index, rows: Index) -> Array:
+        """What some rows, rounded to nearest at their candidates, add to the objective, (groups, rows)."""
+        values, low, high, step = self.values, self.low, self.high, self.scale(at, rows)
+        if len(rows) < values.shape[2]:
+            values, low, high = values.take(rows, axis=2), low[:, rows], high[:, rows]
+        error = np.divide(values, step[:, None])
+        clipped(np.rint(error, out=error), low[:, None], high[:, None])
+        error *= step[:, None]
         error -= values
         spread = np.swapaxes(self.upper, 1, 2) @ error
         return np.asarray(np.einsum("gkr,gkr->gr", spread, spread))
@@ -131,17 +142,25 @@ def _covering(values: Array, low: Array, high: Array) -> NDArray[np.float64]:
     return np.maximum(np.maximum(above, below), np.finfo(np.float32).tiny).astype(np.float64)
 
 
-def _choose(block: _Block, tried: Array, cells: NDArray[np.intp] | None) -> NDArray[np.intp]:
+def _choose(block: _Block, cells: Index | None) -> Index:
     """The candidate of each row, (groups, rows); where `cells` says which rows share a scale, one for all of them."""
-    groups, rows, count = tried.shape
-    own = np.arange(groups * rows) if cells is None else np.unique(cells, return_inverse=True)[1]
-    owners, own = int(own.max()) + 1, own.reshape(groups, rows)
+    groups, rows = block.base.shape
+    if cells is None:
 
-    def cost(at: NDArray[np.intp], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        rows = np.flatnonzero(wanted[own].any(axis=0))
-        mine = own[:, rows]
-        scale = np.take_along_axis(tried[:, rows], at[mine][..., None], axis=2)[..., 0]
-        sums = np.bincount(mine.reshape(-1), block.cost(scale, rows).reshape(-1), owners)
+        def alone(at: Index, wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+            some = np.flatnonzero(wanted.reshape(groups, rows).any(axis=0))
+            power = np.zeros((groups, rows))
+            power[:, some] = block.cost(at.reshape(groups, rows)[:, some], some)
+            return power.reshape(-1)
+
+        return least_of(len(block.factors), groups * rows, alone).reshape(groups, rows)
+    own = np.unique(cells, return_inverse=True)[1].reshape(groups, rows)
+    owners = int(own.max()) + 1
+
+    def shared(at: Index, wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        some = np.flatnonzero(wanted[own].any(axis=0))
+        mine = own[:, some]
+        sums = np.bincount(mine.reshape(-1), block.cost(at[mine], some).reshape(-1), owners)
         return sums.astype(np.float64)
 
-    return least_of(count, owners, cost)[own]
+    return least_of(len(block.factors), owners, shared)[own]

@@ -25,12 +25,12 @@ from bitwright_techniques.reconstruction import Reconstruction
 from bitwright_techniques.rounding_descent import (
     Array,
     RoundingProblem,
+    Settled,
     act_order,
     clipped,
     factor,
     least_of,
     successive_rounding,
-    turn,
 )
 from bitwright_techniques.scale_refit import sweep, sweep_with_scales
 from bitwright_techniques.scale_search import search_channel_scales
@@ -38,6 +38,8 @@ from bitwright_techniques.weight_grid import Matrix, WeightGrid
 
 Factored = tuple[NDArray[np.intp], Array]
 """Order of rounding and R, of `factor`."""
+Option = tuple[WeightGrid, Matrix, NDArray[np.float64]]
+"""Codes on a grid, and the output error of each row."""
 
 
 class GptqSettings(RoundingSettings):
@@ -103,13 +105,14 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
 
     def choose(task: RoundingTask) -> Rounded:
         problem, given = task.problem, task.given
-        start = task.widest if task.searched else given
+        dynamic = task.searched and settings.groups == "dynamic" and not given.whole_rows
+        start = task.bounds if dynamic else task.widest if task.searched else given
         options = []
         if np.array_equal(given.encoding.zero_point, start.encoding.zero_point):
             options.append((given, task.given_codes, task.given_loss))
         if not task.searched:
             found = given, rounded(problem, given, settings)
-        elif settings.groups == "dynamic" and not given.whole_rows:
+        elif dynamic:
             if not options:
                 options.append(_nearest(problem, start))
             if start.multiples is not None:
@@ -123,31 +126,31 @@ def round_layer(layer: Layer, settings: GptqSettings) -> LayerResult:
                 grid = task.grid
             options.append(_nearest(problem, grid))
             found = grid, rounded(problem, grid, settings, factored)
-        grid, codes = improved(problem, *found, settings, refit=task.searched)
-        return _best(problem, [*options, (grid, codes, problem.loss(grid.values(codes)))])
+        return _best(problem, [*options, improved(problem, *found, settings, refit=task.searched)])
 
     return solve_layer(layer, settings, Gptq.name, choose, floats=True)
 
 
 def improved(
-    problem: Reconstruction, grid: WeightGrid, codes: Matrix, settings: GptqSettings, *, refit: bool
-) -> tuple[WeightGrid, Matrix]:
+    problem: Reconstruction, grid: WeightGrid, found: Settled, settings: GptqSettings, *, refit: bool
+) -> Option:
     """Codes after `sweeps` of coordinate descent; with `refit` scales are fitted to them on the way."""
     for _ in range(settings.sweeps):
         if refit:
-            grid, codes = sweep_with_scales(problem, grid, codes)
+            grid, found = sweep_with_scales(problem, grid, found)
         else:
-            codes = sweep(problem, grid, codes)
-    return grid, codes
+            found = sweep(problem, grid, found)
+    loss = problem.loss(grid.values(found.codes)) if found.loss is None else found.loss
+    return grid, found.codes, loss
 
 
 def rounded(
     problem: Reconstruction, grid: WeightGrid, settings: GptqSettings, factored: Factored | None = None
-) -> Matrix:
-    """Codes by successive rounding at fixed scales, (groups, rows, K)."""
+) -> Settled:
+    """Codes by successive rounding at fixed scales."""
     posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
     order, upper = factor(problem.unit_gram, _order(problem, settings)) if factored is None else factored
-    return turn(successive_rounding(posed, order, upper, block=settings.block_size))
+    return Settled(successive_rounding(posed, order, upper, block=settings.block_size))
 
 
 def _order(problem: Reconstruction, settings: GptqSettings) -> NDArray[np.intp]:
@@ -182,12 +185,8 @@ def search_row_scales(problem: Reconstruction, grid: WeightGrid, factored: Facto
     return grid.scaled(fractions[least_of(candidates, int(grid.ties.max()) + 1, cost)])
 
 
-Option = tuple[WeightGrid, Matrix, NDArray[np.float64]]
-"""Codes on a grid, and the output error of each row."""
-
-
 def _nearest(problem: Reconstruction, grid: WeightGrid) -> Option:
-    codes = grid.nearest(problem.weight)
+    codes = grid.nearest(problem.single)
     return grid, codes, problem.loss(grid.values(codes))
 
 

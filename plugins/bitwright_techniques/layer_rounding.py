@@ -86,7 +86,7 @@ class RoundingTask:
     @cached_property
     def given_codes(self) -> Matrix:
         """Nearest rounding at the encoding that came in."""
-        return self.given.nearest(self.problem.weight)
+        return self.given.nearest(self.problem.single)
 
     @cached_property
     def given_loss(self) -> NDArray[np.float64]:
@@ -97,6 +97,13 @@ class RoundingTask:
     def widest(self) -> WeightGrid:
         """The grid that covers the weight's whole range."""
         return full_range(self.given, self.weight)
+
+    @cached_property
+    def bounds(self) -> WeightGrid:
+        """A grid with the codes and zero points of `widest`, for those who choose each scale anew."""
+        e = self.given.encoding
+        same = e.signed and e.symmetric and e.pair_limit is None and e.block_scale is None
+        return self.given if same else self.widest
 
     @cached_property
     def grid(self) -> WeightGrid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,26 @@ Inputs = Literal["asymmetric", "quantized", "float"]
 _ROUNDOFF = 2.0**-22
 """Moments are sums of float32 products: an eigenvalue below this share of the largest is rounding noise."""
 _PANEL = 192
+
+
+class UnitGram(NamedTuple):
+    """Second moments of mean diagonal 1 in single precision.
+
+    Attributes:
+        diagonal: as it was, (groups, K).
+        unit: its mean, (groups,).
+        gram: (groups, K, K).
+    """
+
+    diagonal: Array
+    unit: Array
+    gram: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, gram: Array, into: NDArray[np.float32] | None = None) -> UnitGram:
+        """Of a damped Ĥ, (groups, K, K); `into` is an array to write to."""
+        unit = np.asarray(np.einsum("gkk->g", gram) / gram.shape[1])
+        return cls(np.einsum("gkk->gk", gram).copy(), unit, _divided(gram, unit, into))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +55,7 @@ class Reconstruction:
             output is the sum.
         undamped: makes Ĥ, (groups, K, K). It isn't held: a wide layer's takes as much as a part of the network.
         damping: (groups,).
+        scaled: Ĥ + damping·I, of mean diagonal 1.
         target: T, minimiser of the damped error over real matrices, (groups, rows, K); W itself where x̂ = x.
         cross: W C, (groups, rows, K); None where x̂ = x, so that the error is that of Ŵ − W alone.
         energy: power of the output that is to be reproduced, (groups, rows): W H Wᵀ, or E(W x + r)² where the layer
@@ -44,6 +65,7 @@ class Reconstruction:
     weight: Array
     undamped: Callable[[], Array]
     damping: Array
+    scaled: UnitGram
     target: Array
     cross: Array | None
     energy: Array
@@ -52,11 +74,19 @@ class Reconstruction:
         """Mean squared output error of each row, without damping, (groups, rows)."""
         if self.cross is None:
             error = np.asarray(values - self.goal, np.float32)
-            squares = np.einsum("grk,grk->gr", error, error, dtype=np.float64) * self.damping[:, None]
-            return np.asarray(np.maximum(self._power(error) - squares, 0.0))
+            return self.undamp(_powers(error, self.unit_gram), np.einsum("grk,grk->gr", error, error, dtype=np.float64))
         values = values.astype(np.float64)
         product = values @ self.gram - self.damping[:, None, None] * values - 2 * self.cross
         return np.asarray(np.maximum(np.einsum("grk,grk->gr", values, product) + self.energy, 0.0))
+
+    def undamp(self, power: NDArray[np.floating], squares: NDArray[np.floating]) -> Array:
+        """`loss` where x̂ = x, of rows whose errors e = ŵ − W are known by e·unit_gram·eᵀ and their sums of squares.
+
+        Args:
+            power, squares: (groups, rows).
+        """
+        damped = power.astype(np.float64) * self.unit[:, None]
+        return np.asarray(np.maximum(damped - squares * self.damping[:, None], 0.0))
 
     def relative_loss(self, values: NDArray[np.floating]) -> float:
         """Output error of all rows over the power of the output."""
@@ -81,30 +111,27 @@ class Reconstruction:
     @property
     def diagonal(self) -> Array:
         """Of the damped Ĥ, (groups, K)."""
-        return self._scaled[0]
+        return self.scaled.diagonal
 
     @property
     def unit(self) -> Array:
         """Mean diagonal of the damped Ĥ, (groups,): what `unit_gram` is divided by."""
-        return self._scaled[1]
+        return self.scaled.unit
 
     @property
     def unit_gram(self) -> NDArray[np.float32]:
         """Damped Ĥ of mean diagonal 1, safe in float32 whatever the input's magnitude."""
-        return self._scaled[2]
-
-    @cached_property
-    def _scaled(self) -> tuple[Array, Array, NDArray[np.float32]]:
-        gram = self.gram
-        unit = np.asarray(np.einsum("gkk->g", gram) / gram.shape[1])
-        single = np.empty(gram.shape, np.float32)
-        np.divide(gram, unit[:, None, None], out=single, casting="same_kind")
-        return np.einsum("gkk->gk", gram).copy(), unit, single
+        return self.scaled.gram
 
     @cached_property
     def goal(self) -> NDArray[np.float32]:
         """T in float32."""
         return self.target.astype(np.float32)
+
+    @property
+    def single(self) -> NDArray[np.float32]:
+        """W in float32."""
+        return self.goal if self.target is self.weight else self.weight.astype(np.float32)
 
     def quick_objective(self, values: NDArray[np.float32]) -> Array:
         """`objective` with products in float32: for comparing many candidates."""
@@ -113,6 +140,12 @@ class Reconstruction:
     def _power(self, error: NDArray[np.float32]) -> Array:
         """Damped output power of rows, (groups, rows), with products in float32."""
         return _powers(error, self.unit_gram).astype(np.float64) * self.unit[:, None]
+
+
+def _divided(gram: Array, unit: Array, into: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Ĥ over a number for each group, in single precision."""
+    single = np.empty(gram.shape, np.float32) if into is None else into
+    return np.divide(gram, unit[:, None, None], out=single, casting="same_kind")
 
 
 def _powers(matrix: NDArray[np.float32], gram: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -169,10 +202,10 @@ def reconstruction(
     ridge = np.where(ridge > np.finfo(np.float32).tiny, ridge, 1.0)
     if same:
         unit = np.maximum(trace / features, np.finfo(np.float32).tiny)
-        single = np.empty(gram.shape, np.float32)
-        np.divide(gram, unit[:, None, None], out=single, casting="same_kind")
+        single = _divided(gram, unit)
         energy = _powers(matrix.astype(np.float32), single) * unit[:, None]
-        return Reconstruction(matrix, undamped, ridge, matrix, None, energy)
+        np.einsum("gkk->gk", gram)[...] += ridge[:, None]
+        return Reconstruction(matrix, undamped, ridge, UnitGram.of(gram, single), matrix, None, energy)
     energy = np.einsum("grk,grk->gr", matrix @ second("xx"), matrix)
     cross = matrix @ second("xq")
     if moments.has_residual:
@@ -185,7 +218,7 @@ def reconstruction(
     right = cross + ridge[:, None, None] * matrix
     np.einsum("gkk->gk", gram)[...] += ridge[:, None]
     target = np.swapaxes(np.linalg.solve(gram, np.swapaxes(right, 1, 2)), 1, 2)
-    return Reconstruction(matrix, undamped, ridge, target, cross, energy)
+    return Reconstruction(matrix, undamped, ridge, UnitGram.of(gram), target, cross, energy)
 
 
 def corrected_bias(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,26 @@ class RoundingProblem:
     def at(self, array: Array, feature: int) -> Array:
         """Row `feature` of a step or bound that may be shared by all features, (groups, rows)."""
         return array[:, feature if array.shape[1] > 1 else 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """Codes of a weight that have been chosen, features first, and what is known of them.
+
+    Attributes:
+        turned: (groups, K, rows).
+        error: c·s − T, shaped likewise.
+        loss: output error of each row, (groups, rows).
+    """
+
+    turned: Array
+    error: Array | None = None
+    loss: NDArray[np.float64] | None = None
+
+    @cached_property
+    def codes(self) -> Array:
+        """In `linear_form`'s order, (groups, rows, K)."""
+        return turn(self.turned)
 
 
 def least_of(count: int, owners: int, cost: Callable[[Index, NDArray[np.bool_]], NDArray[np.float64]]) -> Index:

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright_techniques.reconstruction import Reconstruction
-from bitwright_techniques.rounding_descent import Array, RoundingProblem, coordinate_descent, descend, turn
+from bitwright_techniques.rounding_descent import Array, RoundingProblem, Settled, coordinate_descent, descend, turn
 from bitwright_techniques.scale_search import segments
 from bitwright_techniques.weight_grid import Matrix, WeightGrid
 
 
-def sweep_with_scales(problem: Reconstruction, grid: WeightGrid, codes: Matrix) -> tuple[WeightGrid, Matrix]:
+def sweep_with_scales(problem: Reconstruction, grid: WeightGrid, found: Settled) -> tuple[WeightGrid, Settled]:
     """Scales and codes after one pass over all: each scale is fitted to the codes that it has, then those are moved.
 
     A scale stays where the best isn't positive or, once it is of the type that scales are stored in, no better. LPBQ's
@@ -27,54 +27,71 @@ def sweep_with_scales(problem: Reconstruction, grid: WeightGrid, codes: Matrix) 
     Args:
         problem: the layer.
         grid: that of the codes.
-        codes: (groups, rows, K).
+        found: the codes.
     """
-    if not grid.whole_rows:
-        parts = segments(grid)
-        cells = np.stack([grid.cells[..., p[0]] for p in parts], axis=-1)
-        if grid.multiples is None and grid.alone:
-            return _sweep_blocks(problem, grid, codes, parts, cells)
-    else:
-        grid = _refit_rows(problem, grid, codes)
-    return grid, sweep(problem, grid, codes)
+    if grid.whole_rows:
+        grid = _refit_rows(problem, grid, found.codes)
+    elif grid.multiples is None and grid.alone:
+        return _sweep_blocks(problem, grid, found)
+    return grid, sweep(problem, grid, found)
 
 
-def sweep(problem: Reconstruction, grid: WeightGrid, codes: Matrix) -> Matrix:
+def sweep(problem: Reconstruction, grid: WeightGrid, found: Settled) -> Settled:
     """Codes after one pass over all, at these scales."""
     posed = RoundingProblem.of(problem.unit_gram, problem.goal, grid.step, grid.low, grid.high, grid.snap)
-    return turn(coordinate_descent(posed, turn(codes), max_sweeps=1))
+    return Settled(coordinate_descent(posed, found.turned, max_sweeps=1))
 
 
-def _sweep_blocks(
-    problem: Reconstruction, grid: WeightGrid, codes: Matrix, parts: list[NDArray[np.intp]], cells: NDArray[np.intp]
-) -> tuple[WeightGrid, Matrix]:
-    """Block after block; their scales are `cells`, (groups, rows, blocks)."""
+def _sweep_blocks(problem: Reconstruction, grid: WeightGrid, found: Settled) -> tuple[WeightGrid, Settled]:
+    """Block after block, features in the order of blocks: those of one needn't lie together."""
+    parts = segments(grid)
     order = np.concatenate(parts)
-    gram, goal, step, mine = problem.unit_gram, problem.goal, grid.step, codes
-    if np.any(np.diff(order) != 1):
+    gram, target, turned, error = problem.unit_gram, turn(problem.goal), found.turned, found.error
+    low, high = turn(grid.low), turn(grid.high)
+    ordered = bool(np.all(np.diff(order) == 1))
+    if error is None:
+        error = turned * turn(grid.step) - target
+    if ordered:
+        turned, error = turned.copy(), error.copy()
+    else:
         gram = gram[:, order[:, None], order]
-        goal, step, mine = (a[..., order] for a in (goal, step, mine))
-    low, high = (b if b.shape[2] == 1 else b[..., order] for b in (grid.low, grid.high))
-    posed = RoundingProblem.of(gram, goal, step, low, high, grid.snap)
-    turned, scale = turn(mine), grid.scale.astype(np.float32)
-    before = turned * posed.step
-    moved = before - posed.target
-    slope = gram @ moved
+        target, turned, error = (a[:, order] for a in (target, turned, error))
+        low, high = (b if b.shape[1] == 1 else b[:, order] for b in (low, high))
+    scale = grid.scale.astype(np.float32)
+    posed = RoundingProblem(gram, target, np.empty((len(gram), 1, 0), np.float32), low, high, grid.snap)
+    power, squares = np.zeros((2, len(gram), target.shape[2]))
     begin = 0
-    for block, members in enumerate(parts):
+    for members in parts:
         run = slice(begin, begin + len(members))
-        own, mine, at, now = posed.run(run), turned[:, run], cells[..., block], slope[:, run]
-        if begin:
-            now += gram[:, run, :begin] @ moved[:, :begin]
+        own, mine, at = posed.run(run), turned[:, run], grid.cells[..., members[0]]
+        # Of the slope Ĥ e what the features before make, as they are now: twice that is their part of the error.
+        settled = gram[:, run, :begin] @ error[:, :begin]
+        slope = gram[:, run, begin:] @ error[:, begin:]
+        slope += settled
         reach = own.gram @ mine
-        now += reach * _fit(grid, scale, at, mine, reach, now)[:, None]
+        slope += reach * _fit(grid, scale, at, mine, reach, slope)[:, None]
         step = scale[at][:, None]
-        descend(replace(own, step=step), mine, now)
-        np.subtract(mine * step, before[:, run], out=moved[:, run])
+        descend(replace(own, step=step), mine, slope)
+        left = error[:, run]
+        np.multiply(mine, step, out=left)
+        left -= own.target
+        settled *= 2
+        settled += own.gram @ left
+        power += np.einsum("gkr,gkr->gr", settled, left)
+        squares += np.einsum("gkr,gkr->gr", left, left)
         begin = run.stop
-    result = np.empty_like(codes)
-    result[..., order] = turn(turned)
-    return grid.with_scale(scale), result
+    if not ordered:
+        turned, error = (_placed(a, order) for a in (turned, error))
+    # With other inputs than the float network's, T isn't W, and little is left of the difference to its error.
+    loss = problem.undamp(power, squares) if problem.cross is None else None
+    return grid.with_scale(scale), Settled(turned, error, loss)
+
+
+def _placed(array: Array, order: NDArray[np.intp]) -> Array:
+    """Features, in some order, where they belong."""
+    placed = np.empty_like(array)
+    placed[:, order] = array
+    return placed
 
 
 def _fit(grid: WeightGrid, scale: Array, cells: NDArray[np.intp], codes: Array, reach: Array, slope: Array) -> Array:

@@ -24,7 +24,7 @@ from bitwright.statistics import Request
 from bitwright.technique import Context, LayerResult, LayerwiseSettings, Outcome, frozen_note, walk_of
 from bitwright.technique import Settings as BaseSettings
 from bitwright_techniques.layerwise_outcome import outcome_of, search_report, select_layers
-from bitwright_techniques.reconstruction import Reconstruction, reconstruction
+from bitwright_techniques.reconstruction import Reconstruction, UnitGram, reconstruction
 from bitwright_techniques.scale_search import full_range, search_scales
 from bitwright_techniques.weight_grid import WeightGrid
 
@@ -112,7 +112,8 @@ def weight_problem(op: Op, weight: NDArray[np.floating]) -> Reconstruction:
     matrix = np.asarray(to_matrix(op, weight), np.float64)
     groups, _, features = matrix.shape
     identity = partial(np.tile, np.eye(features), (groups, 1, 1))
-    return Reconstruction(matrix, identity, np.zeros(groups), matrix, matrix, np.square(matrix).sum(axis=2))
+    scaled = UnitGram.of(identity())
+    return Reconstruction(matrix, identity, np.zeros(groups), scaled, matrix, matrix, np.square(matrix).sum(axis=2))
 
 
 def clip_layer(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bitwright.errors import EncodingError
 from bitwright.graph import Op, from_matrix, join_columns, split_columns, to_matrix
 from bitwright.grids import CODE_TABLES, Blockwise, Encoding, cast_float, largest_of, spread
+from bitwright_techniques.rounding_descent import clipped
 
 Matrix = NDArray[np.float32]
 """(groups, rows, K), as `linear_form.to_matrix` gives it; rows = output channels of a group."""
@@ -178,7 +179,7 @@ class WeightGrid:
     def nearest(self, matrix: NDArray[np.floating]) -> Matrix:
         """Codes of the grid points nearest to a real matrix."""
         codes = np.divide(matrix, self.step, dtype=np.float32)
-        return np.asarray(np.clip(self.snap(codes), self.low, self.high, out=codes))
+        return clipped(self.snap(codes), self.low, self.high)
 
     def neighbours(self, matrix: NDArray[np.floating]) -> tuple[Matrix, Matrix]:
         """Codes just below and just above a real matrix, clipped to the grid; equal where it lies on the grid."""

@@ -16,7 +16,7 @@ from bitwright.layerwise import solution
 from bitwright_techniques.block_rounding import block_rounding
 from bitwright_techniques.gptq import GptqSettings, round_layer, rounded
 from bitwright_techniques.reconstruction import reconstruction
-from bitwright_techniques.rounding_descent import act_order, least_of
+from bitwright_techniques.rounding_descent import Settled, act_order, least_of, turn
 from bitwright_techniques.scale_refit import sweep_with_scales
 from bitwright_techniques.weight_grid import WeightGrid
 
@@ -47,7 +47,7 @@ def test_equals_the_textbook_loop(kind, in_act_order, block):
     layer = make_layer(kind, noise=0.2)
     problem = reconstruction(layer.op, layer.weight, layer.moments)
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
-    found = rounded(problem, grid, GptqSettings(act_order=in_act_order, block_size=block))
+    found = rounded(problem, grid, GptqSettings(act_order=in_act_order, block_size=block)).codes
     features = problem.weight.shape[2]
     order = act_order(problem.diagonal) if in_act_order else np.tile(np.arange(features), (len(problem.gram), 1))
     assert np.array_equal(found, textbook(problem, grid, order))
@@ -109,7 +109,8 @@ def test_block_rounding_takes_the_candidate_whose_nearest_rounding_costs_least()
     layer = make_layer("linear", spec=QuantSpec(4, granularity=Blockwise(0, 1, 12)))
     problem = reconstruction(layer.op, layer.weight, layer.moments)
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
-    chosen, codes = block_rounding(problem, grid, candidates=10)
+    chosen, found = block_rounding(problem, grid, candidates=10)
+    codes = found.codes
     full = np.maximum(problem.target.max(axis=2) / 7, -problem.target.min(axis=2) / 8).reshape(-1)
     trials = [grid.with_scale(full * i / 10) for i in range(10, 0, -1)]
     costs = np.stack([problem.objective(t.values(t.nearest(problem.target)))[0] for t in trials])
@@ -117,7 +118,7 @@ def test_block_rounding_takes_the_candidate_whose_nearest_rounding_costs_least()
     assert np.array_equal(chosen.scale, np.choose(taken, [t.scale for t in trials]))
     assert np.array_equal(taken, least_of(10, 6, lambda at, wanted: costs[at, np.arange(6)]))
     assert np.allclose(costs[taken, np.arange(6)], costs.min(axis=0), rtol=0.1)
-    assert np.array_equal(codes, rounded(problem, chosen, GptqSettings()))
+    assert np.array_equal(codes, rounded(problem, chosen, GptqSettings()).codes)
 
 
 def test_the_least_of_a_valley_is_found_in_few_trials():
@@ -141,17 +142,37 @@ def test_scales_are_fitted_to_codes(granularity, scale_type):
     layer = make_layer("linear", spec=QuantSpec(4, granularity=granularity, scale_type=scale_type))
     problem = reconstruction(layer.op, layer.weight, layer.moments)
     grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
-    codes = grid.nearest(problem.weight)
-    known = replace(problem, target=grid.values(codes).astype(np.float64))
+    codes = Settled(turn(grid.nearest(problem.weight)))
+    known = replace(problem, target=grid.values(codes.codes).astype(np.float64))
     wrong = grid.scale.copy()
     wrong[::3] *= 1.3
     found, kept = sweep_with_scales(known, grid.with_scale(wrong), codes)
     assert np.allclose(found.scale, grid.scale, rtol=1e-4 if scale_type is None else 1e-3)
-    assert np.array_equal(kept, codes)
+    assert np.array_equal(kept.codes, codes.codes)
     found, moved = sweep_with_scales(problem, grid, codes)
-    before, after = problem.objective(grid.values(codes)).sum(), problem.objective(found.values(moved)).sum()
+    before = problem.objective(grid.values(codes.codes)).sum()
+    after = problem.objective(found.values(moved.codes)).sum()
     assert after < 0.99 * before
     assert np.array_equal(found.scale, found.encoding.typed(found.scale))
+
+
+@pytest.mark.parametrize(("kind", "block"), [("linear", 4), ("conv", 2), ("grouped", 1)])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_sweep_knows_the_error_that_it_leaves(kind, block, noise):
+    """Where x̂ = x, from the products that it needs anyway; blocks of convolutions don't lie together."""
+    layer = make_layer(kind, spec=QuantSpec(4, granularity=Blockwise(0, 1, block)), noise=noise)
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid = WeightGrid.of(layer.op, layer.weight.shape, layer.encoding)
+    start = Settled(turn(grid.nearest(problem.weight)))
+    grid, first = sweep_with_scales(problem, grid, start)
+    again, second = sweep_with_scales(problem, grid, first)
+    alone = sweep_with_scales(problem, grid, Settled(first.turned))
+    assert np.array_equal(alone[0].scale, again.scale) and np.array_equal(alone[1].turned, second.turned)
+    for found, at in ((first, grid), (second, again)):
+        assert np.allclose(found.error, turn(at.values(found.codes) - problem.goal), atol=1e-6)
+        exact = problem.loss(at.values(found.codes))
+        assert (found.loss is None) == bool(noise)
+        assert found.loss is None or np.allclose(found.loss, exact, rtol=1e-4, atol=1e-7 * problem.energy.max())
 
 
 def test_scales_that_no_better_ones_exist_for_stay():
@@ -162,14 +183,14 @@ def test_scales_that_no_better_ones_exist_for_stay():
     codes = grid.nearest(problem.weight)
     codes[0, 0, :4] = 0
     codes[0, 1] *= -1
-    found, moved = sweep_with_scales(problem, grid, codes)
+    found, moved = sweep_with_scales(problem, grid, Settled(turn(codes)))
     assert found.scale[0] == grid.scale[0]
     assert (found.scale > 0).all()
-    assert (problem.objective(found.values(moved)) <= problem.objective(grid.values(codes)) * (1 + 1e-6)).all()
+    assert (problem.objective(found.values(moved.codes)) <= problem.objective(grid.values(codes)) * (1 + 1e-6)).all()
     lpbq = WeightGrid.of(
         layer.op, layer.weight.shape, make_layer("linear", spec=QuantSpec(4, granularity=BLOCKS["lpbq"])).encoding
     )
-    assert sweep_with_scales(problem, lpbq, lpbq.nearest(problem.weight))[0] is lpbq
+    assert sweep_with_scales(problem, lpbq, Settled(turn(lpbq.nearest(problem.weight))))[0] is lpbq
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(0), Blockwise(0, 1, 4)])
