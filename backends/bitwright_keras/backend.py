@@ -21,13 +21,13 @@ from bitwright.backend import (
     Training,
 )
 from bitwright.errors import InputError
-from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_keras.capture.files import load_model, save_model
 from bitwright_keras.capture.normalize import normalize
 from bitwright_keras.graph.canonical import canonical
-from bitwright_keras.graph.edits import edit_model
+from bitwright_keras.graph.edits import KerasEditor, edit_model
 from bitwright_keras.graph.model import KerasModel
 from bitwright_keras.graph.params import read_params
 from bitwright_keras.simulate.session import KerasSession
@@ -100,10 +100,7 @@ class KerasBackend(QdqBundles):
 
     def branch_obstacle(self, model: KerasModel, op: OpId) -> str:
         """See `bitwright.backend.Branching`."""
-        graph = self.graph(model)
-        found = graph.op(op)
-        shape = None if found.weight is None else graph.params[found.weight].shape
-        return branch_obstacle(found, graph.tensors, shape, graph)
+        return KerasEditor(model).branch_obstacle(op)
 
     def session(self, model: KerasModel, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

@@ -16,14 +16,14 @@ from bitwright.backend import Batch, Bundle, Pair, QuantizedNetwork, Session, Si
 from bitwright.bundle import PlainRisks
 from bitwright.errors import InputError
 from bitwright.files import Array
-from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.capture.model import adopt_model, load_model
 from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.graph.attributes import static_dims
 from bitwright_onnx.graph.canonical import canonical_graph
-from bitwright_onnx.graph.edits import edit_model
+from bitwright_onnx.graph.edits import OnnxEditor, edit_model
 from bitwright_onnx.graph.operands import dtype_name
 from bitwright_onnx.graph.params import read_params
 from bitwright_onnx.graph.tensors import DATA_FILES
@@ -98,10 +98,7 @@ class OnnxBackend:
 
     def branch_obstacle(self, model: ir.Model, op: OpId) -> str:
         """See `bitwright.backend.Branching`."""
-        graph = self.graph(model)
-        found = graph.op(op)
-        shape = None if found.weight is None else graph.params[found.weight].shape
-        return branch_obstacle(found, graph.tensors, shape, graph)
+        return OnnxEditor(model, self.graph(model)).branch_obstacle(op)
 
     def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

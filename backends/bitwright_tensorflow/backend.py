@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Bundle, Session, Simulation, Tap, TrainableSimulation, Training
 from bitwright.errors import InputError
-from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.qdq_bundles import QdqBundles
 from bitwright_tensorflow.capture import sources
 from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
-from bitwright_tensorflow.graph.edits import edit_model
+from bitwright_tensorflow.graph.edits import TfEditor, edit_model
 from bitwright_tensorflow.graph.model import Kind, TfModel
 from bitwright_tensorflow.graph.params import read_params
 from bitwright_tensorflow.simulate.session import open_taps
@@ -118,10 +118,7 @@ class TensorFlowBackend(QdqBundles):
 
     def branch_obstacle(self, model: TfModel, op: OpId) -> str:
         """See `bitwright.backend.Branching`."""
-        graph = self.graph(model)
-        found = graph.op(op)
-        shape = None if found.weight is None else graph.params[found.weight].shape
-        return branch_obstacle(found, graph.tensors, shape, graph)
+        return TfEditor(model).branch_obstacle(op)
 
     def session(self, model: TfModel, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

@@ -23,15 +23,22 @@ from bitwright.backend import (
     Training,
 )
 from bitwright.errors import CapabilityError, InputError, ModelError
-from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId, branch_obstacle
+from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_torch.capture.capturing import capture
 from bitwright_torch.capture.files import load_exported, load_pt2, run_factory, save_pt2
 from bitwright_torch.capture.free_dimensions import DynamicShapes
-from bitwright_torch.capture.parts import PartitionedModel, capture_parts, edit_parts, parts_graph, read_parts
+from bitwright_torch.capture.parts import (
+    PartitionedModel,
+    capture_parts,
+    edit_parts,
+    parts_graph,
+    parts_obstacle,
+    read_parts,
+)
 from bitwright_torch.graph.canonical import canonical
-from bitwright_torch.graph.edits import edit_model
+from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
 from bitwright_torch.graph.model import CapturedModel
 from bitwright_torch.graph.params import read_params
 from bitwright_torch.simulate.parts_session import parts_segment, parts_session
@@ -138,10 +145,7 @@ class TorchBackend:
 
     def branch_obstacle(self, model: Model, op: OpId) -> str:
         """See `bitwright.backend.Branching`."""
-        graph = self.graph(model)
-        found = graph.op(op)
-        shape = None if found.weight is None else graph.params[found.weight].shape
-        return branch_obstacle(found, graph.tensors, shape, graph)
+        return parts_obstacle(model, op) if isinstance(model, PartitionedModel) else obstacle_to_branch(model, op)
 
     def session(self, model: Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""

@@ -81,10 +81,9 @@ def block_rounding(
         step, low, high = (b[:, None] for b in (scale[cells], low, high))
         posed = RoundingProblem(own, target[:, run], step, low, high)
         codes[:, run], error[:, run] = settle(posed, own, so_far)
-    placed = [np.empty_like(codes), target]  # the target isn't needed any more
-    for into, array in zip(placed, (codes, error), strict=True):
-        into[lead, order] = array
-    return grid.with_scale(scale, multiples), Settled(*placed)
+    placed, left = np.empty_like(codes), target  # which isn't needed any more
+    placed[lead, order], left[lead, order] = codes, error
+    return grid.with_scale(scale, multiples), Settled(placed, left)
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,10 +92,10 @@ class InputSample:
 
 def input_axis_of(graph: Graph, op: Op) -> int:
     """Where the channels (features) of a linear op's input lie."""
-    tensor = graph.tensors[op.data_inputs[0]]
-    if tensor.channel_axis is not None:
-        return tensor.channel_axis
-    return -1 if op.kind is OpKind.LINEAR else 1
+    known = graph.tensors[op.data_inputs[0]]
+    if op.kind is OpKind.LINEAR:  # its features, whichever axis the network's channels are on
+        return -1 if known.shape is None else len(known.shape) - 1
+    return 1 if known.channel_axis is None else known.channel_axis
 
 
 def features_of(graph: Graph, op: Op) -> int:

@@ -493,3 +493,68 @@ def test_checkpoints_have_no_place_for_branches(tmp_path):
     sim.calibrate()
     with pytest.raises(ModelError, match=r"has no tensor '.*branch_down'.*Leave out the technique that added it"):
         check_names(model(sim), checkpoint, "gguf")
+
+
+def _onnx_with_a_hidden_name():
+    """Two layers; the bias of the first is added by a node that is called as its branch's sum would be."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    held = {n: rng.normal(size=s).astype(np.float32) for n, s in (("a", (12, 10)), ("b", (10,)), ("c", (10, 8)))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["p"], "fc"),
+        helper.make_node("Add", ["p", "b"], ["q"], "fc/sum"),
+        helper.make_node("MatMul", ["q", "c"], ["y"], "head"),
+    ]
+    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", w])] for n, w in (("x", 12), ("y", 8))]
+    graph = helper.make_graph(nodes, "g", *ends, [numpy_helper.from_array(v, n) for n, v in held.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return model, rng.normal(size=(64, 12)).astype(np.float32), "there is an op 'fc/sum' already"
+
+
+def _tensorflow_of_unknown_rank():
+    """Of what the first layer reads, not even the rank is known."""
+    import tensorflow as tf
+
+    from bitwright_tensorflow import SessionModel
+
+    rng, v1 = np.random.default_rng(0), tf.compat.v1
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 3, 12), name="x")
+        shape = v1.placeholder_with_default(tf.shape(x), (None,))
+        a, c = (v1.get_variable(n, initializer=rng.normal(size=s).astype(np.float32))
+                for n, s in (("a", (12, 10)), ("c", (10, 8))))  # fmt: skip
+        y = tf.linalg.matmul(tf.reshape(tf.linalg.matmul(tf.reshape(x, shape), a, name="fc"), (-1, 10)), c, name="head")
+        session = v1.Session(graph=graph)
+        session.run(v1.global_variables_initializer())
+    model = SessionModel(session, inputs=[x], outputs=[y])
+    return model, rng.normal(size=(64, 3, 12)).astype(np.float32), "the rank of 'fc:0' isn't known"
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("onnx", _onnx_with_a_hidden_name), ("tensorflow", _tensorflow_of_unknown_rank)]
+)
+def test_what_the_framework_refuses_is_known_before_any_work(name, made):
+    if name not in FRAMEWORKS:
+        pytest.skip(f"needs {name}")
+    model, samples, reason = made()
+    sim = QuantSim(model, samples, backend=name, **WEIGHTS_ONLY)
+    sim.apply("low_rank", samples, rank=2)
+    rows = {row[0]: row for row in sim.reports[-1][1].rows}
+    first = next(id for id in rows if id.startswith("fc"))
+    assert rows[first][1] == reason
+    assert [op.id for op in sim.graph if op.id.endswith("/down")] == ["head/down"]
+    with pytest.raises(ModelError, match=reason):
+        sim.backend.edit(sim.native, [AddBranch(first, np.ones((1, 12), np.float32), np.ones((10, 1), np.float32))])
+
+
+def test_convolutions_of_one_point_are_told_why():
+    port, model = next(iter(FRAMEWORKS.values())), models.residual()
+    sim = port.sim(model, **WEIGHTS_ONLY)
+    point = [op for op in sim.graph.linear_ops if set(op.attrs.kernel) == {1}]
+    wider = [op for op in sim.graph.linear_ops if set(op.attrs.kernel) != {1}]
+    assert point and wider
+    for op in (*point, *wider):
+        told = sim.backend.branch_obstacle(sim.native, op.id)
+        assert "branches are for matrix products along the last axis" in told
+        assert ("be it of one point" in told) == (op in point)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
-from bitwright.graph import ACTIVATION_TYPES, BranchNames, Edit, Formula, Graph, Op, ParamId, TensorId, free_name
+from bitwright.graph import ACTIVATION_TYPES, BranchNames, Edit, Formula, Graph, Op, OpId, ParamId, TensorId, free_name
 from bitwright_onnx.graph.canonical import canonical_graph
 from bitwright_onnx.graph.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.graph.operands import parameters
@@ -135,13 +135,15 @@ class OnnxEditor(Editor):
         self._graph.insert_after(node if made is None else made, add)
         self._nodes[name] = add
 
+    def names_taken(self) -> Container[OpId]:
+        """See `Editor`; several nodes may be one op, which has the name of the first."""
+        return self._nodes.keys() | self.ops.keys()
+
     def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
         """See `Editor`."""
         node = self._nodes[op.id]
         last, weight, source = bias_add(node) or node, linear_weight(node), node.inputs[0]
         assert weight is not None and weight.const_value is not None and source is not None
-        if hidden := [n for n in (names.down, names.up, names.total) if n in self._nodes]:
-            raise ModelError(f"{op.id!r} can't be given a branch: there is a node {hidden[0]!r} already")
         result, dtype = last.outputs[0], weight.const_value.dtype
         product = unique_name(self._graph, f"{op.id}/product")
         behind, read = last, source

@@ -160,13 +160,16 @@ class TfEditor(Editor):
         self._found[found.id] = replace(found, nodes=inner, reads={**found.reads, ParamRole.BIAS: read})
         return source
 
+    def own_obstacle(self, op: Op) -> str:
+        """See `Editor`."""
+        return "" if self._rank(self._found[op.id]) is not None else f"the rank of {op.output!r} isn't known"
+
     def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
         """See `Editor`; the sum gets the name of the node whose tensor it now computes."""
         found = self._found[op.id]
         weight, rank, end = found.reads[ParamRole.WEIGHT], self._rank(found), found.end
         (source,) = found.inputs
-        if rank is None:
-            raise ModelError(f"{op.id!r} can't be given a branch: the rank of {op.output!r} isn't known")
+        assert rank is not None
         dtype, read = weight.dtype, source
         made: list[Recognized] = []
         for name, matrix in ((names.down, down), (names.up, up)):

@@ -26,7 +26,7 @@ from bitwright_torch.capture.capturing import CaptureNotice, capture, kept, priv
 from bitwright_torch.capture.free_dimensions import with_batch
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.graph.canonical import canonical
-from bitwright_torch.graph.edits import edit_model
+from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
 from bitwright_torch.graph.model import NAMES, CapturedModel, info, program_of, share, with_program
 from bitwright_torch.graph.params import read_params
 
@@ -310,6 +310,15 @@ def edit_parts(model: PartitionedModel, edits: Sequence[Edit]) -> PartitionedMod
             op = edit.batch_norm if isinstance(edit, FoldBatchNorm) else edit.op
             work.setdefault(part_of(model, op), []).append(edit)
     return model.with_parts({name: edit_model(model.parts[name], todo) for name, todo in work.items()})
+
+
+def parts_obstacle(model: PartitionedModel, op: str) -> str:
+    """As `edits.obstacle_to_branch`.
+
+    Raises:
+        ModelError: the model has no such op.
+    """
+    return obstacle_to_branch(model.parts[part_of(model, op)], op)
 
 
 def part_of(model: PartitionedModel, id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ def edit_model(model: CapturedModel, edits: Sequence[Edit]) -> CapturedModel:
     return editor.finish()
 
 
+def obstacle_to_branch(model: CapturedModel, op: OpId) -> str:
+    """See `bitwright.backend.Branching`."""
+    return TorchEditor(model, copied=False).branch_obstacle(op)
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with the nodes' information."""
     copied = fx.Graph()
@@ -53,16 +59,21 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 class TorchEditor(Editor):
-    """Edits a copy of the graph; tensors are copied when they change."""
+    """Edits a copy of the graph; tensors are copied when they change.
+
+    Args:
+        model: stays as it is.
+        copied: whether there is a copy of the graph; one that is only asked needs none.
+    """
 
     activations = frozenset(ACTIVATION_TYPES) & _CALLS.keys()
 
-    def __init__(self, model: CapturedModel) -> None:
+    def __init__(self, model: CapturedModel, *, copied: bool = True) -> None:
         shown = canonical(model)
         super().__init__(shown.graph)
         self._program = program_of(model)
-        self._tree = share(model)
-        self._graph = copy_graph(self._program.graph)
+        self._model = model
+        self._graph = copy_graph(self._program.graph) if copied else self._program.graph
         self._known: dict[str, tuple[Operand, Param]] = dict(shown.params)
         self._nodes: dict[OpId, fx.Node] = {}
         for node in self._graph.nodes:
@@ -70,6 +81,10 @@ class TorchEditor(Editor):
                 self._nodes.setdefault(info(node).op, node)
         self._owned: set[str] = set()
         self._restructured = False
+
+    @cached_property
+    def _tree(self) -> nn.Module:
+        return share(self._model)
 
     def finish(self) -> CapturedModel:
         """The edited model."""
@@ -120,12 +135,18 @@ class TorchEditor(Editor):
         )
         return id
 
+    def own_obstacle(self, op: Op) -> str:
+        """See `Editor`."""
+        if op.id not in self._nodes:
+            return "it is a part of fused attention"
+        reads = isinstance(self._data_argument(self._nodes[op.id]), fx.Node)
+        return "" if reads else f"it reads {op.data_inputs[0]!r} in a way that can't be edited"
+
     def add_branch(self, op: Op, names: BranchNames, down: NDArray[np.float32], up: NDArray[np.float32]) -> Branch:
         """See `Editor`; the matrices lie beside the layer's own parameters."""
         node, (operand, _) = self._node(op), self._known[str(op.weight)]
         source = self._data_argument(node)
-        if not isinstance(source, fx.Node):
-            raise ModelError(f"{op.id!r} ({op.type}) reads {op.data_inputs[0]!r} in a way that can't be edited")
+        assert isinstance(source, fx.Node)
         about, product = info(node), self.free_tensor(f"{op.id}/product")
         inner, outer = self.free_tensor(names.down), self.free_tensor(names.up)
         read: list[fx.Node] = []

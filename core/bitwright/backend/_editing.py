@@ -6,7 +6,7 @@ A backend derives its editor from `Editor` and gives the primitives that truly d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +141,24 @@ class Editor(ABC):
         """
         raise ModelError(f"{op.id!r} can't be given a branch: this backend puts no ops beside others")
 
+    def branch_obstacle(self, op: OpId) -> str:
+        """Why the op, as it is at present, can't have a branch, in words; "" if it can.
+
+        Raises:
+            ModelError: the model has no such op.
+        """
+        found = self.op(op)
+        shape = None if found.weight is None else self._shapes[found.weight]
+        return branch_obstacle(found, self._tensors, shape, self.names_taken()) or self.own_obstacle(found)
+
+    def names_taken(self) -> Container[OpId]:
+        """Names that ops which are put in can't have; those of `ops` unless the framework's model has others."""
+        return self.ops
+
+    def own_obstacle(self, op: Op) -> str:
+        """What the framework's form of the model says against a branch beside a matrix product, or ""."""
+        return ""
+
     def is_shared(self, op: Op, param: ParamId) -> bool:
         """Whether anything but the op uses one of its parameters."""
         return any(other.id != op.id and param in other.params.values() for other in self.ops.values())
@@ -230,9 +248,9 @@ class Editor(ABC):
         self.ops[op.id] = replace(self.ops[op.id], params=params)
 
     def _add_branch(self, op: Op, down: object, up: object) -> None:
-        shape = None if op.weight is None else self._shapes[op.weight]
-        if (reason := branch_obstacle(op, self._tensors, shape, self.ops)) or shape is None:
+        if reason := self.branch_obstacle(op.id):
             raise ModelError(f"{op.id!r} can't be given a branch: {reason}")
+        shape = self._shapes[op.weight or ""]
         names, matrices = branch_names(op.id), checked_branch(op.id, down, up, shape)
         made = self.add_branch(op, names, *matrices)
         self._shapes.update(zip(made.params, (m.shape for m in matrices), strict=True))

@@ -65,10 +65,10 @@ def _channels_of(graph: Graph, tensor: TensorId) -> int | None:
     readers = [op for op in linear_ops(graph) if op.data_inputs[0] == tensor]
     if not readers:
         return None
-    known = graph.tensors[tensor].channel_axis
-    if known is not None:
-        return known
-    return -1 if readers[0].kind is OpKind.LINEAR else 1
+    known = graph.tensors[tensor]
+    if readers[0].kind is OpKind.LINEAR:  # its features, whichever axis the network's channels are on
+        return -1 if known.shape is None else len(known.shape) - 1
+    return 1 if known.channel_axis is None else known.channel_axis
 
 
 def linear_ops(graph: Graph) -> list[Op]:

@@ -32,7 +32,6 @@ from bitwright.graph import (
     ParamId,
     ParamRole,
     TensorId,
-    branch_obstacle,
     formula,
 )
 from bitwright.grids import EncodingTable
@@ -152,9 +151,7 @@ class FlowBackend(ABC, Generic[M]):
 
     def branch_obstacle(self, model: M, op: OpId) -> str:
         """See `bitwright.backend.Branching`."""
-        found, graph = model.graph.op(op), model.graph
-        shape = None if found.weight is None else graph.params[found.weight].shape
-        return branch_obstacle(found, graph.tensors, shape, graph)
+        return FlowEditor(model).branch_obstacle(op)
 
     def session(self, model: M, taps: Sequence[Tap]) -> FlowSession:
         """The whole model."""
@@ -201,7 +198,7 @@ class FlowBackend(ABC, Generic[M]):
         if ParamRole.BIAS not in op.params or self.adds_bias(model, op):
             return function
         tensor = model.graph.tensors[op.output]
-        axis = tensor.channel_axis if tensor.channel_axis is not None else -1 if op.kind is OpKind.LINEAR else 1
+        axis = -1 if op.kind is OpKind.LINEAR else 1 if tensor.channel_axis is None else tensor.channel_axis
 
         def biased(inputs: Sequence[Array], params: Mapping[ParamRole, Array]) -> Sequence[Array]:
             y, *more = function(inputs, {r: v for r, v in params.items() if r is not ParamRole.BIAS})

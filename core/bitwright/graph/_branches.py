@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from bitwright.graph._graph import Op, OpId, OpKind, Tensor, TensorId
+from bitwright.graph._graph import ConvAttrs, Op, OpId, OpKind, Tensor, TensorId
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ def branch_obstacle(
 ) -> str:
     """Why an op can't have a branch, in words; "" if it can.
 
-    A branch is for a matrix product along the last axis, with a constant weight.
+    A branch is for a matrix product along the last axis, with a constant weight: its two ops are such themselves. A
+    convolution of one point is one too, but over an axis that most frameworks have in the middle.
 
     Args:
         op: that is to have one.
@@ -41,17 +42,22 @@ def branch_obstacle(
         shape: of the op's weight, canonical; None where it has none.
         ops: names that are taken.
     """
+    shown = op.native or op.type
+    if op.kind in (OpKind.CONV, OpKind.CONV_TRANSPOSE):
+        own = ", which are put beside no convolution, be it of one point" if _is_pointwise(op) else ""
+        return f"it is a {shown}, and branches are for matrix products along the last axis{own}"
     if op.kind is not OpKind.LINEAR or shape is None or len(op.data_inputs) != 1 or len(op.outputs) != 1:
-        return f"it is a {op.native or op.type}, and branches are for matrix products with a constant weight"
+        return f"it is a {shown}, and branches are for matrix products with a constant weight"
     names = branch_names(op.id)
     if taken := [n for n in (names.down, names.up, names.total) if n in ops]:
         return f"there is an op {taken[0]!r} already"
     for tensor, width in ((op.data_inputs[0], shape[1]), (op.output, shape[0])):
-        known = tensors[tensor]
-        if known.shape is None:
-            continue
-        last = len(known.shape) - 1
-        axis = last if known.channel_axis is None else known.channel_axis % len(known.shape)
-        if axis != last or known.shape[-1] not in (None, width):
-            return f"the {width} features of {tensor!r} don't lie on its last axis"
+        # Not `channel_axis`, which is the network's: what mixes tokens has those for features.
+        known = tensors[tensor].shape
+        if known and known[-1] not in (None, width):
+            return f"the last axis of {tensor!r} has {known[-1]} numbers, not the {width} features of the weight"
     return ""
+
+
+def _is_pointwise(op: Op) -> bool:
+    return isinstance(op.attrs, ConvAttrs) and set(op.attrs.kernel) == {1}

@@ -1,7 +1,8 @@
 """The canonical graph: how every backend shows its model to the core, in one vocabulary and one layout.
 
 Layouts of parameters: conv (out, in/groups, *kernel), transposed conv (in, out/groups, *kernel),
-linear (out, in). Activations keep the model's own layout; `Tensor.channel_axis` says where channels lie.
+linear (out, in). Activations keep the model's own layout; `Tensor.channel_axis` says where channels lie. What a linear
+op reads and computes has its features on the last axis, though the network's channels may lie on another (tokens).
 """
 
 from __future__ import annotations

@@ -82,14 +82,15 @@ def columns(op: Op, x: NDArray[np.floating], channel_axis: int | None = None) ->
     Args:
         op: a convolution, transposed convolution or linear op.
         x: (samples, channels, *spatial) or with channels on `channel_axis`; (…, features) for a linear op.
-        channel_axis: where the channels of x lie; default 1, last for a linear op.
+        channel_axis: where the channels of x lie; default 1. Not asked for a linear op: the network's channels may lie
+            on another axis of what it reads (an MLP-Mixer's tokens), its features are on the last.
 
     Raises:
         ModelError: the op isn't linear, or x has the wrong rank.
     """
     x = np.asarray(x, np.float32)
     if op.kind is OpKind.LINEAR:
-        yield from _rows(x if channel_axis in (None, -1, x.ndim - 1) else np.moveaxis(x, channel_axis, -1))
+        yield from _rows(x)
         return
     if op.kind not in (OpKind.CONV, OpKind.CONV_TRANSPOSE) or not isinstance(op.attrs, ConvAttrs):
         raise ModelError(f"{op.id!r} ({op.type}) is not a linear op; only convolutions and linear ops have columns")

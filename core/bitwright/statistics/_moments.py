@@ -67,7 +67,9 @@ class LayerMoments:
         if features % blocks or (blocks > 1 and residual_outputs):
             raise InputError(f"{op.id!r}: {features} features with a residual operand, or in {blocks} unequal blocks")
         groups, features = groups_of(op) * blocks, features // blocks
-        self.op, self.channel_axis, self.paired, self.blocks = op, channel_axis, paired, blocks
+        # Features of a linear op lie last, whichever axis the network's channels are on.
+        self.op, self.channel_axis = op, None if op.kind is OpKind.LINEAR else channel_axis
+        self.paired, self.blocks = paired, blocks
         self.count = 0
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""

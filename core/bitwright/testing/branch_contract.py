@@ -13,7 +13,7 @@ import pytest
 
 from bitwright.backend import Backend, Branching, Tap
 from bitwright.errors import ModelError
-from bitwright.graph import AddBranch, Edit, Op, OpKind, ParamRole, SetBias, SetParams, branch_names
+from bitwright.graph import AddBranch, Edit, Graph, Op, OpKind, ParamRole, SetBias, SetParams, branch_names
 from bitwright.testing.contract_base import Case, Contract, assert_close, bare, min_max_table, run
 from bitwright.testing.edit_contract import check_replays
 from bitwright.testing.harness import simple_plan
@@ -80,6 +80,8 @@ class BranchContract(Contract):
                 backend.edit(model, [AddBranch(op.id, down[:2], up)])
             with pytest.raises(ModelError, match="holds NaN or infinity"):
                 backend.edit(model, [AddBranch(op.id, down, np.full_like(up, np.inf))])
+        both = [AddBranch(op.id, *(np.ones(s, np.float32) for s in self._sizes(graph, op))) for op in able]
+        assert {o.id for o in backend.graph(backend.edit(model, both))} >= {branch_names(op.id).total for op in able}
         one = np.ones((1, 1), np.float32)
         for op in graph:
             if obstacle := backend.branch_obstacle(model, op.id):
@@ -89,6 +91,10 @@ class BranchContract(Contract):
         with pytest.raises(ModelError, match="the model has no op 'nowhere'"):
             backend.edit(model, [AddBranch("nowhere", one, one)])
         assert backend.graph(model) is graph, "editing changed the original"
+
+    def _sizes(self, graph: Graph, op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
+        out, width = graph.params[op.weight or ""].shape
+        return (1, width), (out, 1)
 
 
 def _itself(model: object) -> object:

@@ -244,6 +244,8 @@ class Builder:
         source = self._tensors[inputs[0]]
         same_rank = len(source.shape or ()) == len(shape)
         axis = len(shape) - 1 if kind in (OpKind.LINEAR, OpKind.EMBEDDING) else source.channel_axis if same_rank else 1
+        if kind is OpKind.TRANSPOSE and axis is not None:
+            axis = self._perms[name].index(axis % len(shape))
         self._tensors[output] = Tensor(output, shape, channel_axis=axis)
         self._ops.append(Op(name, kind, type, inputs, (output,), dict(params or {}), attrs, native=type, call=call))
         return output

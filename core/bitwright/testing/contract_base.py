@@ -256,7 +256,7 @@ def linear_output(graph: Graph, op: Op, x: Array, params: Mapping[str, Array]) -
 def rows(graph: Graph, op: Op, y: Array) -> Array:
     """An output tensor as (out, rows)."""
     known = graph.tensors[op.output].channel_axis
-    axis = (-1 if op.kind is OpKind.LINEAR else 1) if known is None else known
+    axis = -1 if op.kind is OpKind.LINEAR else 1 if known is None else known
     return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1)
 
 

@@ -112,10 +112,8 @@ def _bias(y: Array, params: Params) -> Array:
 
 def _linear(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:
     x, weight = inputs[0], params[ParamRole.WEIGHT]
-    axis = _channel_axis(graph, op.data_inputs[0], -1) % x.ndim
-    rows = np.concatenate([to_matrix(op, weight)[0] @ c[0] for c in columns(op, x, axis)], axis=1)
-    moved = np.moveaxis(x, axis, -1).shape[:-1]
-    return np.ascontiguousarray(np.moveaxis(_bias(rows, params).T.reshape(*moved, -1), -1, axis))
+    rows = np.concatenate([to_matrix(op, weight)[0] @ c[0] for c in columns(op, x)], axis=1)
+    return np.ascontiguousarray(_bias(rows, params).T.reshape(*x.shape[:-1], -1))
 
 
 def _conv(op: Op, graph: Graph, inputs: tuple[Array, ...], params: Params) -> Array:

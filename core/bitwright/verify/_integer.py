@@ -291,7 +291,7 @@ class IntegerSimulation:
         weight = self._table[op.weight]
         axis = self._graph.tensors[op.data_inputs[0]].channel_axis
         total = kernels.accumulate(op, codes, inputs, self._weight_codes(op), axis)
-        channel = (1 if op.kind is not OpKind.LINEAR else -1) if axis is None else axis
+        channel = -1 if op.kind is OpKind.LINEAR else 1 if axis is None else axis
         bias = op.params.get(ParamRole.BIAS)
         scale = kernels.along(np.asarray(inputs.scale * weight.scale, np.float32), total.ndim, channel)
         if bias is not None:

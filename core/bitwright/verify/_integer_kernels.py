@@ -33,7 +33,7 @@ def accumulate(
         codes: input codes.
         inputs: the input's per-tensor encoding.
         weight_codes: weight codes minus their zero points, canonical layout.
-        channel_axis: of the input.
+        channel_axis: of a convolution's input.
     """
     centred = (codes - int(inputs.zero_point)).astype(F)
     matrix = to_matrix(op, weight_codes.astype(np.float64))
@@ -62,9 +62,7 @@ def _reach(encoding: Encoding) -> int:
 def _shaped(op: Op, flat: NDArray[np.float64], shape: tuple[int, ...], channel_axis: int | None) -> NDArray[np.float64]:
     """(outputs, rows) → the op's output layout."""
     if op.kind is OpKind.LINEAR:
-        axis = -1 if channel_axis is None else channel_axis
-        lead = [n for i, n in enumerate(shape) if i != axis % len(shape)]
-        return np.moveaxis(flat.T.reshape(*lead, len(flat)), -1, axis)
+        return flat.T.reshape(*shape[:-1], len(flat))
     attrs = op.attrs
     assert isinstance(attrs, ConvAttrs)
     axis = 1 if channel_axis is None else channel_axis % len(shape)
