@@ -346,6 +346,25 @@ def test_constraints_are_honoured(name):
     assert (e.minimum, e.maximum) == (0, pytest.approx(1))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_left_out_where_nothing_is_negative_is_zero(exact):
+    """The side below zero of rectified values costs half of a search and adds nothing to any error, to the bit."""
+    values = np.maximum(np.random.default_rng(0).standard_normal((3, 4000)), 0).astype(np.float32)
+    statistic = HistogramStatistic(0)
+    statistic.update(values)
+    density = Density.of_values(values) if exact else Density.of_statistic(statistic)
+    for spec in (QuantSpec(8, **ASYMMETRIC), QuantSpec(4, **SYMMETRIC), QuantSpec(4, **ASYMMETRIC, minimum=0.0)):
+        search = _search._Search(density, spec, _search._codes(spec, density))
+        assert search.left is None
+        found = search.run()
+        right = search.right
+        outwards = (np.ascontiguousarray(a[:, ::-1]) for a in (-right.high, -right.low, right.mass))
+        search.left = _search._Tail.of(*outwards)
+        np.testing.assert_array_equal(search.run(), found)
+    below = Density.of_values(np.where(values == 0, np.float32(-0.01), values))
+    assert _search._Search(below, QuantSpec(8, **ASYMMETRIC), None).left is not None
+
+
 @pytest.mark.parametrize("name", ["sqnr", "mse"])
 def test_searched_grids_follow_the_policy_flags(name):
     x = samples("relu")

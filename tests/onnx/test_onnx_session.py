@@ -1,5 +1,8 @@
 """Sessions: taps, reductions, segments, bad batches."""
 
+import json
+from pathlib import Path
+
 import builders as b
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
 from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.simulate import session as sessions
 from bitwright_onnx.simulate.session import OrtSession, compile_session
 
 BACKEND = OnnxBackend()
@@ -184,3 +188,34 @@ def test_an_error_that_is_handled_already_is_no_reason_that_a_model_cannot_be_wr
     except InputError:
         with pytest.raises(ModelError, match=r"can't be serialized \(more than 2 GB\)"):
             compile_session(BACKEND.adopt(b.mlp()))
+
+
+@pytest.mark.parametrize("thinned", [False, True])
+def test_taps_run_soon_behind_their_tensors(thinned, monkeypatch, tmp_path):
+    """So that these are let go before those of later layers come; a session of few runs makes no plan for memory."""
+    m = b.ModelBuilder()
+    m.input("x", ["n", 16, 8, 8])
+    m.output("y", ["n", 16])
+    for i in range(8):
+        m.node("Conv", [f"r{i - 1}" if i else "x", m.weight(f"w{i}", 16, 16, 3, 3)], f"c{i}", pads=[1] * 4)
+        m.node("Relu", [f"c{i}"], f"r{i}")
+    m.node("GlobalAveragePool", ["r7"], "pool")
+    m.node("Flatten", ["pool"], "y")
+    made = sessions.session_options
+
+    def profiled(config=None):
+        options = made(config)
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+        return options
+
+    monkeypatch.setattr(sessions, "session_options", profiled)
+    taps = [Tap(f"r{i}", axis=1, step=3) if thinned else Tap(f"r{i}", "minmax") for i in range(7)] + [Tap("r7")]
+    session = OrtSession(BACKEND.adopt(m.build()), taps)
+    found = session.run({"x": b.image(1, 16, 8, 8)})
+    assert found[taps[-1]].shape == (1, 16, 8, 8)
+    assert found[taps[0]].shape == ((1, 342) if thinned else (2,))
+    assert not session._session.get_session_options().enable_mem_pattern
+    events = json.loads(Path(session._session.end_profiling()).read_text())
+    run = [e["args"]["op_name"] for e in sorted(events, key=lambda e: e["ts"]) if e["name"].endswith("_kernel_time")]
+    work = [op for op in run if op in ("Conv", "GlobalMaxPool", "Slice")]
+    assert work == ["Conv", "Slice" if thinned else "GlobalMaxPool"] * 7 + ["Conv"]

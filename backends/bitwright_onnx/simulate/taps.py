@@ -29,13 +29,21 @@ class TapOps:
         op, the maxima alone, of channels or of more.
         """
         if tap.reduce == "none":
-            return [value if tap.step == 1 else self._thinned(value, tap)]
+            return [self._as_it_is(value) if tap.step == 1 else self._thinned(value, tap)]
         if tap.axis is not None and value.shape is None:
             return [value]
         if _never_negative(value) and value.shape is not None and len(value.shape) == 4 and tap.axis in (None, 1):
             # Unlike ReduceMax, this op reads the blocked layout that ONNX Runtime's convolutions write.
-            return [self._append("GlobalMaxPool", [value], f"{value.name}/GlobalMaxPool")]
+            pooled = self._append("GlobalMaxPool", [value], f"{value.name}/GlobalMaxPool")
+            # ONNX Runtime makes pools and ways out of its layout anew; what follows keeps its place among the nodes.
+            return [self._append("Flatten", [pooled], f"{value.name}/Maxima")]
         return self._extremes(value, tap)
+
+    def _as_it_is(self, value: ir.Value) -> ir.Value:
+        """A tensor that convolutions may have made, behind a node that changes nothing and keeps its place."""
+        if value.shape is None or len(value.shape) != 4:
+            return value
+        return self._append("Reshape", [value, self._constant([0] * 4)], f"{value.name}/Whole")
 
     def _extremes(self, value: ir.Value, tap: Tap) -> list[ir.Value]:
         source = value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from typing import Any
 
@@ -147,9 +145,8 @@ def activation_grids(
         except EncodingError as error:
             raise EncodingError(f"tensor {site!r}: {error}") from None
 
-    # Each site's search is its own, so that threads change nothing but the time.
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        return dict(zip(sites, pool.map(encoding, sites), strict=True))
+    # One after another: a search is many operations on small arrays, for which threads only wait for each other.
+    return {site: encoding(site) for site in sites}
 
 
 def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> list[Request]:

@@ -79,9 +79,12 @@ class _Search:
         low = data.low / unit
         high = low if data.exact else data.high / unit
         self.right = _Tail.of(low, high, data.mass)
-        # Contiguous, since `beyond` looks values up by flat position.
-        inner, outer, mass = (np.ascontiguousarray(a[:, ::-1]) for a in (-high, -low, data.mass))
-        self.left = _Tail.of(inner, outer, mass)
+        self.left: _Tail | None = None
+        """None where nothing is below zero, so that no grid cuts anything off there."""
+        if low.min(initial=0.0) < 0:
+            # Contiguous, since `beyond` looks values up by flat position.
+            inner, outer, mass = (np.ascontiguousarray(a[:, ::-1]) for a in (-high, -low, data.mass))
+            self.left = _Tail.of(inner, outer, mass)
         self.octaves = _octaves(data, self.unit)
         self.refinements = FINEST if data.exact else FINE
 
@@ -141,7 +144,9 @@ class _Search:
         s = scale[..., None]
         error = self.right.rounding(s)
         cost = error.sum(axis=-1, keepdims=True)
-        cost = cost + self.right.beyond(s, top, error) + self.left.beyond(s, -bottom, error[..., ::-1])
+        cost = cost + self.right.beyond(s, top, error)
+        if self.left is not None:
+            cost = cost + self.left.beyond(s, -bottom, error[..., ::-1])
         if self.codes is None:
             slack = 1e-6 + 0.5 * s
             outside = (bottom * s < self.floor[:, None] - slack) | (top * s > self.ceiling[:, None] + slack)
