@@ -37,9 +37,14 @@ class LayerwiseSettings(Settings):
             blocks of its input channels that don't make up for one another's errors; in none, or by a technique that
             takes none, it stays rounded to nearest. K input features (channels times kernel positions) take 8 K² bytes
             where inputs are those of the float network, 24 K² where quantized ones are compared with them.
+        thin: of each sample, count one position (of an image, one token) for every so many input features of a layer, 4
+            at least, spread evenly, in place of all. A layer with K features then sees K/`thin` columns of each sample,
+            so that many samples are needed: 100 with `thin` 16 give 6 columns a feature. Layers that come to fewer than
+            4 a feature are named in a warning. A bank has the moments that it was collected with.
     """
 
     moments_gib: float = Field(2.0, gt=0)
+    thin: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class LayerWalk(Protocol):
         residuals: bool = False,
         moments_gib: float | None = None,
         column_blocks: bool = False,
+        thin: int | None = None,
     ) -> Mapping[OpId, LayerResult]:
         """Run `solve` on each op, resuming finished ones from the store.
 
@@ -147,6 +153,8 @@ class LayerWalk(Protocol):
             moments_gib: memory that one layer's moments may take, see `LayerwiseSettings`; None for the default.
             column_blocks: `solve` takes moments in blocks (`LayerMoments.blocks`), which those that are too large are
                 collected in then; such layers are named in a warning, and have the figure `blocks`.
+            thin: features of a layer for each position that is counted, see `LayerwiseSettings`; None for all
+                positions, or on a bank for those that it has.
         """
 
 

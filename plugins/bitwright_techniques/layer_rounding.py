@@ -173,6 +173,7 @@ def round_layers(
         quantized_activations=s.quantized_activations,
         residuals=s.residuals,
         moments_gib=s.moments_gib,
+        thin=s.thin,
         column_blocks=True,
     )
     return outcome_of(ctx, results, rounding_report(results, skipped, extra=extra), weights=True)

@@ -122,6 +122,7 @@ class LowRank:
             partial(correct_layer, settings=s, types=types),
             quantized_inputs=False,
             moments_gib=s.moments_gib,
+            thin=s.thin,
             column_blocks=True,
         )
         branches = [AddBranch(id, r.extra["down"], r.extra["up"]) for id, r in results.items() if "down" in r.extra]

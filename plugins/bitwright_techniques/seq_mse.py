@@ -77,6 +77,7 @@ class SeqMse:
             quantized_inputs=s.inputs != "float",
             quantized_activations=s.quantized_activations,
             moments_gib=s.moments_gib,
+            thin=s.thin,
             column_blocks=True,
         )
         report = search_report(results, skipped, "weight scale", note=frozen_note(ctx))

@@ -90,6 +90,7 @@ class WeightClipping:
                     quantized_inputs=False,
                     quantized_activations=False,
                     moments_gib=s.moments_gib,
+                    thin=s.thin,
                 )
             )
         else:

@@ -66,7 +66,9 @@ class Bank:
 
     def fingerprint(self) -> str:
         """Of all that it holds."""
-        return of_json({name: entry.sha256 for name, entry in self.record.files.items()} | {"of": self.record.network})
+        files = {name: entry.sha256 for name, entry in self.record.files.items()}
+        thin = {} if self.record.thin is None else {"thin": str(self.record.thin)}
+        return of_json(files | {"of": self.record.network} | thin)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -172,7 +174,7 @@ class Bank:
         # Nothing is made in a size that the files don't have: an index can state any.
         if means.shape[1] != entry.groups * entry.features or groups_of(op) * blocks != shape[0]:
             raise InputError(f"bank {str(self.path)!r}: {op.id!r} has other columns than those it was collected on")
-        found = LayerMoments(op, features, paired=False, products=products, blocks=blocks)
+        found = LayerMoments(op, features, paired=False, products=products, blocks=blocks, thin=self.record.thin)
         state: dict[str, NDArray[Any]] = {
             "count": np.array(entry.count), "sum_x": means[0].reshape(shape), "shift_x": means[1].reshape(shape)
         }  # fmt: skip

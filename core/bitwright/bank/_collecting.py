@@ -36,6 +36,7 @@ from bitwright.graph import (
     TensorId,
     groups_of,
 )
+from bitwright.layerwise import name_scarce
 from bitwright.placement import build_plan
 from bitwright.plugins import registry
 from bitwright.runs import versions
@@ -59,6 +60,7 @@ def collect(
     every_tensor: bool = False,
     steps: Sequence[Step] = (),
     share: int | None = None,
+    thin: int | None = None,
 ) -> Bank:
     """Run the float network once over the data, and keep the statistics that solving takes.
 
@@ -83,26 +85,34 @@ def collect(
         share: batches that are collected together; shares are added in the order of the data, here or as the
             simulation's workers bring them (`attach`): the bank is the same to the bit. None for all of them together,
             or with workers 8.
+        thin: of each sample, moments count one position for every so many features of a layer, 4 at least, as
+            `LayerwiseSettings.thin` does on data; None for all positions. Layers that come to fewer than 4 columns a
+            feature are named in a warning.
 
     Raises:
-        InputError: the data are empty, don't fit, or hold NaN; a pattern matches no layer; the folder is there already.
+        InputError: the data are empty, don't fit, or hold NaN; `thin` is less than 1; a pattern matches no layer; the
+            folder is there already.
     """
     state = sim.state
     dataset = state.open(data)
     if isinstance(dataset, Bank):
         raise InputError("a bank is collected from data, and this is a bank; banks are joined by `merge`")
+    if thin is not None and thin < 1:
+        raise InputError(f"thin={thin}: moments count one position for every 1, 2, … features of a layer")
     wanted, left_out = _chosen(state.graph, layers, number, budget_gib, moments_gib)
     tensors = _tensors(state, every_tensor=every_tensor)
     entries = tuple(StepEntry(technique=s.technique, settings=dict(s.settings)) for s in steps)
     sweep_beside(Path(out))
-    if (there := _whole(Path(out), dataset, network_of(state), number, entries, wanted, left_out, tensors)) is not None:
+    network, kind = network_of(state), (number, thin)
+    if (there := _whole(Path(out), dataset, network, kind, entries, wanted, left_out, tensors)) is not None:
         return there
-    with Writer(Path(out), number) as writer:
+    scarce: dict[str, float] = {}
+    with Writer(Path(out), number, thin) as writer:
         seen = Seen(dataset)
         shared: dict[object, list[Op]] = {}
         for op in wanted:
             shared.setdefault(columns_key(op, state.graph), []).append(op)
-        requests = all_requests(state.graph, tensors, shared, moments_gib)
+        requests = all_requests(state.graph, tensors, shared, moments_gib, thin)
         size = SHARE if share is None and state.workers is not None else share
         pending: dict[str, Statistic] = {}
         places: dict[str, int] = {}
@@ -124,6 +134,8 @@ def collect(
                 left_out.update({op.id: "no value of the data reached it" for op in readers[key]})
             elif (place := writer.add_moments(statistic)) is not None:
                 places.update({op.id: place for op in readers[key]})
+                if statistic.scarce:
+                    scarce.update({op.id: statistic.per_feature for op in readers[key]})
             else:
                 left_out.update({op.id: f"its moments overflow {number}" for op in readers[key]})
 
@@ -131,17 +143,18 @@ def collect(
             opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
             collect_statistics(requests, opened, seen, progress=state.progress, divided=whole, finished=finished)
         else:
-            asked = Wanted(tuple(tensors), tuple(ops[0].id for ops in shared.values()), moments_gib)
+            asked = Wanted(tuple(tensors), tuple(ops[0].id for ops in shared.values()), moments_gib, thin)
             for key, statistic in in_shares(state, requests, seen, size, asked, writer.folder).items():
                 finished(key, statistic)
         info = registry.backends().get(state.backend.name)
         writer.finish(
-            network=network_of(state),
+            network=network,
             steps=entries,
             samples=seen.count, data=[seen.fingerprint()],
             versions=versions(info.modules if info is not None else ()), left_out=left_out,
             layers={op.id: places[op.id] for op in wanted if op.id in places},
         )  # fmt: skip
+    name_scarce("collect", scarce)
     return Bank.open(out)
 
 
@@ -149,7 +162,7 @@ def _whole(
     out: Path,
     data: Dataset,
     network: str,
-    number: Number,
+    kind: tuple[Number, int | None],
     steps: tuple[StepEntry, ...],
     wanted: Sequence[Op],
     left_out: Mapping[str, str],
@@ -160,7 +173,7 @@ def _whole(
         return None
     bank = Bank.open(out)
     record, ids = bank.record, {op.id for op in wanted}
-    same = (record.network, record.number, record.steps) == (network, number, steps)
+    same = (record.network, (record.number, record.thin), record.steps) == (network, kind, steps)
     held = record.layers.keys() <= ids and left_out.items() <= record.left_out.items()
     if not (same and held and record.tensors.keys() <= set(tensors)):
         return None

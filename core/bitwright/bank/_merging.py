@@ -44,7 +44,7 @@ def merge(banks: Sequence[Bank | str | Path], out: str | Path) -> Bank:
     sweep_beside(Path(out))
     if (there := _whole(Path(out), first, prints)) is not None:
         return there
-    with Writer(Path(out), first.record.number) as writer:
+    with Writer(Path(out), first.record.number, first.record.thin) as writer:
         tensors = [t for t in first.record.tensors if all(t in b.record.tensors for b in others)]
         for tensor in tensors:
             histogram = first.histogram(tensor)
@@ -79,8 +79,9 @@ def _whole(out: Path, like: Bank, prints: Sequence[str]) -> Bank | None:
     if not (out / INDEX).is_file():
         return None
     bank = Bank.open(out)
-    of = bank.record.network, bank.record.number, bank.record.steps, bank.record.data
-    if of != (like.record.network, like.record.number, like.record.steps, tuple(prints)):
+    record, other = bank.record, like.record
+    of = record.network, record.number, record.thin, record.steps, record.data
+    if of != (other.network, other.number, other.thin, other.steps, tuple(prints)):
         return None
     bank.verify()
     return bank
@@ -103,6 +104,9 @@ def _require_alike(first: Bank, other: Bank) -> None:
         raise InputError(f"{names} were collected on different networks; collect on the same model")
     if a.number != b.number:
         raise InputError(f"{names} hold moments of different types, {a.number} and {b.number}; collect with the same")
+    if a.thin != b.thin:
+        told = " and ".join("all" if r.thin is None else f"those of thin={r.thin}" for r in (a, b))
+        raise InputError(f"{names} have moments of different positions, {told}; collect with the same")
     if a.steps != b.steps:
         raise InputError(f"{names} say that different techniques were applied before")
     for tensor in a.tensors.keys() & b.tensors.keys():

@@ -101,6 +101,7 @@ class Record(Entry):
         data: fingerprint of the data of each collection that is in here.
         versions: of what collected.
         number: type of the second moments.
+        thin: features of a layer for each position of a sample that its moments count; None where they count all.
         tensors, moments: what is held.
         layers: which moments are those of an op.
         left_out: linear ops without moments, with the reason.
@@ -115,6 +116,7 @@ class Record(Entry):
     data: tuple[str, ...] = Field(min_length=1)
     versions: dict[str, str]
     number: Number
+    thin: Positive | None = None
     tensors: dict[str, TensorEntry]
     moments: tuple[MomentsEntry, ...]
     layers: dict[str, Count]

@@ -45,10 +45,14 @@ def divided(backend: Backend[Any], model: object, graph: Graph) -> InParts | Non
 
 
 def all_requests(
-    graph: Graph, tensors: Iterable[TensorId], shared: Mapping[object, Sequence[Op]], moments_gib: float
+    graph: Graph,
+    tensors: Iterable[TensorId],
+    shared: Mapping[object, Sequence[Op]],
+    moments_gib: float,
+    thin: int | None,
 ) -> list[Request]:
     """Everything, under `histogram/TENSOR`, `range/TENSOR` and `moments/OP`, of ops that share columns the first."""
-    return [*_tensor_requests(graph, tensors), *_moment_requests(graph, shared, moments_gib)]
+    return [*_tensor_requests(graph, tensors), *_moment_requests(graph, shared, moments_gib, thin)]
 
 
 def _tensor_requests(graph: Graph, tensors: Iterable[TensorId]) -> Iterator[Request]:
@@ -91,10 +95,12 @@ def blocks_of(op: Op, graph: Graph, memory: float) -> tuple[int, str]:
     return blocks_within(memory, op, graph.params[op.weight or ""].shape, features_of(op, graph))
 
 
-def _moment_requests(graph: Graph, shared: Mapping[object, Sequence[Op]], gib: float) -> Iterator[Request]:
+def _moment_requests(
+    graph: Graph, shared: Mapping[object, Sequence[Op]], gib: float, thin: int | None
+) -> Iterator[Request]:
     for op, *_ in shared.values():
         features, (blocks, _) = features_of(op, graph), blocks_of(op, graph, gib)
         axis = graph.tensors[op.data_inputs[0]].channel_axis
-        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks)
+        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks, thin=thin)
         memory = LayerMoments.bytes_for(op, features, paired=False, blocks=blocks)
         yield Request(f"moments/{op.id}", (op.data_inputs[0],), make, memory=memory)

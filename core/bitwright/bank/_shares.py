@@ -33,11 +33,13 @@ States = Mapping[str, Mapping[str, NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is collected, in words that travel: tensors, ops for their columns, and the memory of one op's moments."""
+    """What is collected, in words that travel: tensors, ops for their columns, the memory of one op's moments, and what
+    they count."""
 
     tensors: tuple[TensorId, ...]
     ops: tuple[OpId, ...]
     moments_gib: float
+    thin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,5 +182,5 @@ def _open(backend: str, network: str, wanted: Wanted) -> tuple[Opener, InParts |
     return (
         float_only(adapter, model),
         divided(adapter, model, graph),
-        all_requests(graph, wanted.tensors, shared, wanted.moments_gib),
+        all_requests(graph, wanted.tensors, shared, wanted.moments_gib, wanted.thin),
     )

@@ -94,7 +94,11 @@ class BankView:
         """An outcome whose report says that it rests on the bank, where it does."""
         if not self.used:
             return outcome
-        told = f"{outcome.report.summary}; on a bank of {self.bank.samples} samples: inputs are the float network's"
+        thin = self.bank.record.thin
+        some = "" if thin is None else f" with thin={thin}"
+        told = (
+            f"{outcome.report.summary}; on a bank of {self.bank.samples} samples{some}: inputs are the float network's"
+        )
         return replace(outcome, report=replace(outcome.report, summary=told))
 
     def followed(self, now: SimState, outcome: Outcome) -> SimState:

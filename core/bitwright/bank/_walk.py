@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bitwright.bank._bank import Bank
+from bitwright.errors import InputError
 from bitwright.graph import Op
 from bitwright.grids import EncodingTable
 from bitwright.layerwise import Solving, blocks_within, dump, layer_of, left_at_nearest, load, name_blocks, name_left
@@ -42,13 +43,21 @@ class BankWalk:
         residuals: bool = False,
         moments_gib: float | None = None,
         column_blocks: bool = False,
+        thin: int | None = None,
     ) -> Mapping[str, LayerResult]:
         """See `LayerWalk`.
 
         Raises:
-            InputError: the bank is of another network.
+            InputError: the bank is of another network, or its moments count other positions than are asked for.
         """
         self._require()
+        if thin is not None and thin != self._bank.record.thin:
+            held = self._bank.record.thin
+            has = "count every position" if held is None else f"were collected with thin={held}"
+            raise InputError(
+                f"{self._name}: thin={thin}, but the moments of bank {str(self._bank.path)!r} {has}; leave thin out, "
+                f"or collect another bank (`bitwright collect --thin {thin}`)"
+            )
         budget = LayerwiseSettings().moments_gib if moments_gib is None else moments_gib
         state, bank = self._state, self._bank
         results: dict[str, LayerResult] = {}

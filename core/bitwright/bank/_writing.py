@@ -25,6 +25,7 @@ class Writer:
     Args:
         out: the folder; it isn't there yet, or is empty.
         number: type of the second moments.
+        thin: what the moments count, see `Record`.
 
     Attributes:
         folder: that is written to, until `finish`.
@@ -33,10 +34,10 @@ class Writer:
         InputError: something is there, or the folder can't be written.
     """
 
-    def __init__(self, out: Path, number: Number) -> None:
+    def __init__(self, out: Path, number: Number, thin: int | None = None) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{str(out)!r} is there already; give another folder for the bank, or remove it")
-        self.out, self.number = out, number
+        self.out, self.number, self.thin = out, number, thin
         self.folder = out.with_name(f".{out.name}.{getpid()}.partial")
         self._codes: list[NDArray[Any]] = []
         self._counts: list[NDArray[Any]] = []
@@ -121,7 +122,7 @@ class Writer:
             self._write(f"{name}.npy", np.concatenate([empty, *parts], axis=-1))
         record = Record(
             network=network, steps=tuple(steps), samples=samples, data=tuple(data), versions=dict(versions),
-            number=self.number, tensors=self.tensors, moments=tuple(self.moments), layers=dict(layers),
+            number=self.number, thin=self.thin, tensors=self.tensors, moments=tuple(self.moments), layers=dict(layers),
             left_out=dict(left_out), files=self._files,
         )  # fmt: skip
         write_text(self.folder / INDEX, record.text())

@@ -51,6 +51,14 @@ def collect(
     float64: Annotated[
         bool, typer.Option("--float64", help="Keep moments in twice the space, to merge many banks without loss.")
     ] = False,
+    thin: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Let moments count one position of a sample for every so many features of a layer, 4 at least.",
+            show_default=False,
+        ),
+    ] = None,
     share: Annotated[
         int | None,
         typer.Option(min=1, help="Batches collected together, by a worker: all, or 8 of them.", show_default=False),
@@ -90,7 +98,8 @@ def collect(
         bank = collected(
             sim, dataset, out, layers=layers.split(",") if layers else (), budget_gib=budget_gib,
             moments_gib=moments_gib,
-            number="float64" if float64 else "float32", every_tensor=every_tensor, steps=steps.steps, share=share,
+            number="float64" if float64 else "float32", every_tensor=every_tensor, steps=steps.steps,
+            share=share, thin=thin,
         )  # fmt: skip
     return _tell(bank)
 
@@ -101,5 +110,8 @@ def _tell(bank: Bank) -> None:
         f"{bank.path}: {record.samples} samples; {len(record.tensors)} tensors, {len(record.layers)} layers, "
         f"{bank.bytes / 2**20:.1f} MiB"
     )
+    if record.thin is not None and record.moments:
+        fewest = min(entry.count / (entry.features * entry.blocks) for entry in record.moments)
+        console.say(f"thin {record.thin}: each layer has {fewest:.1f} columns a feature, or more")
     for op, reason in record.left_out.items():
         console.say(f"left out: {op}: {reason}")

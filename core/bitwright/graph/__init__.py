@@ -35,6 +35,7 @@ from bitwright.graph._graph import (
     TensorId,
 )
 from bitwright.graph._linear_form import (
+    as_convolution,
     columns,
     from_matrix,
     groups_of,
@@ -138,6 +139,7 @@ __all__ = [
     "TransformerKind",
     "around",
     "as_called",
+    "as_convolution",
     "batch_norm_fold",
     "branch_names",
     "branch_obstacle",

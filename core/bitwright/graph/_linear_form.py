@@ -107,7 +107,7 @@ def columns(op: Op, x: NDArray[np.floating], channel_axis: int | None = None) ->
         yield from x.reshape(*x.shape[:2], -1)[:, None]
         return
     if op.kind is OpKind.CONV_TRANSPOSE:
-        attrs = _as_convolution(attrs)
+        attrs = as_convolution(attrs)
     spatial = output_spatial(x.shape[2:], attrs, dilate=op.attrs.strides if op.kind is OpKind.CONV_TRANSPOSE else None)
     per_sample = 4 * x.shape[1] * int(np.prod(attrs.kernel)) * int(np.prod(spatial))
     step = max(1, CHUNK_BYTES // max(per_sample, 1))
@@ -137,7 +137,8 @@ def output_spatial(
     )
 
 
-def _as_convolution(attrs: ConvAttrs) -> ConvAttrs:
+def as_convolution(attrs: ConvAttrs) -> ConvAttrs:
+    """The geometry of the convolution that a transposed one is, of its input with zeros between the elements."""
     extra = attrs.output_padding or (0,) * len(attrs.kernel)
     pads = tuple(
         (d * (k - 1) - begin, d * (k - 1) - end + e)

@@ -13,6 +13,7 @@ from bitwright.layerwise._solving import (
     load,
     name_blocks,
     name_left,
+    name_scarce,
     solution,
 )
 from bitwright.layerwise._walk import LayerwiseWalk
@@ -29,5 +30,6 @@ __all__ = [
     "load",
     "name_blocks",
     "name_left",
+    "name_scarce",
     "solution",
 ]

@@ -17,7 +17,7 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import Op, OpId, ParamRole, groups_of, input_channels, split_columns, to_matrix
 from bitwright.grids import Blockwise, Encoding, encoding_arrays, encoding_of_arrays
 from bitwright.placement import SiteId
-from bitwright.statistics import LayerMoments
+from bitwright.statistics import SCARCE, LayerMoments
 from bitwright.technique import Layer, LayerResult, Solve
 
 GIB = 2**30
@@ -129,6 +129,17 @@ def name_blocks(name: str, results: Mapping[OpId, LayerResult]) -> None:
         warnings.warn(
             f"{name}: the moments of {', '.join(told)} are larger than moments_gib: they are solved in blocks of input "
             "channels that don't make up for one another's errors; raise it, or that of the bank, where memory allows",
+            stacklevel=4,
+        )
+
+
+def name_scarce(name: str, scarce: Mapping[OpId, float]) -> None:
+    """Warn of layers whose moments left positions out though few columns came, with the columns for each feature."""
+    if scarce:
+        told = ", ".join(f"{op!r} ({columns:.1f})" for op, columns in scarce.items())
+        warnings.warn(
+            f"{name}: thin leaves fewer than {SCARCE} columns for each input feature of {told}; give more samples, or "
+            "count more positions by a smaller thin",
             stacklevel=4,
         )
 

@@ -30,7 +30,7 @@ from bitwright.layerwise._base import Finished, Walk
 from bitwright.layerwise._cuts import Visit, schedule
 from bitwright.layerwise._networks import Networks
 from bitwright.layerwise._side_by_side import Solving
-from bitwright.layerwise._solving import blocks_within, layer_of, left_at_nearest, name_blocks, name_left
+from bitwright.layerwise._solving import blocks_within, layer_of, left_at_nearest, name_blocks, name_left, name_scarce
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 from bitwright.workers import Workers
@@ -62,6 +62,7 @@ class LayerwiseWalk(Walk):
         residuals: bool = False,
         moments_gib: float | None = None,
         column_blocks: bool = False,
+        thin: int | None = None,
     ) -> Mapping[OpId, LayerResult]:
         """See `LayerWalk`."""
         results: dict[OpId, LayerResult] = {}
@@ -77,9 +78,10 @@ class LayerwiseWalk(Walk):
         )
         observing = _Observing(
             self.graph, encodings, self.moments_gib if moments_gib is None else moments_gib, paired=quantized_inputs,
-            products=products, residuals=residuals, most=None if column_blocks else 1,
+            products=products, residuals=residuals, most=None if column_blocks else 1, thin=thin,
         )  # fmt: skip
         last = max((i for i, s in enumerate(visits) if s.op.id not in stored), default=-1)
+        scarce: dict[OpId, float] = {}
         # A weight that several ops share is settled by the first of them.
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
@@ -114,6 +116,8 @@ class LayerwiseWalk(Walk):
                     pair.run(visit, observed, seen.addend)
                     if observed is not None:
                         observed.settle()
+                        if observed.scarce:
+                            scarce[op.id] = observed.per_feature
                     if large:
                         let_go()  # before the layer is solved, which takes memory itself
                 if result is not None:
@@ -134,6 +138,7 @@ class LayerwiseWalk(Walk):
         results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
         name_blocks(self.name, results)
+        name_scarce(self.name, scarce)
         return results
 
 
@@ -164,6 +169,7 @@ class _Observing:
         paired: the quantized network's inputs are observed beside the float one's.
         products, residuals: see `LayerWalk`.
         most: blocks of columns that moments may be cut into.
+        thin: see `LayerMoments`.
     """
 
     def __init__(
@@ -176,9 +182,11 @@ class _Observing:
         products: bool,
         residuals: bool,
         most: int | None,
+        thin: int | None,
     ) -> None:
         self._graph, self._encodings, self._budget = graph, encodings, budget
         self._paired, self._products, self._residuals, self._most = paired, products, residuals, most
+        self._thin = thin
         self._known: tuple[object, LayerMoments] | None = None
 
     def of(self, visit: Visit) -> _Observed:
@@ -205,7 +213,7 @@ class _Observing:
         moments = LayerMoments(
             op, features, self._graph.tensors[op.data_inputs[0]].channel_axis, paired=self._paired,
             products=self._products, residual_outputs=output_channels(op, shape) if addend is not None else 0,
-            blocks=blocks,
+            blocks=blocks, thin=self._thin,
         )  # fmt: skip
         if addend is None:
             self._known = same, moments

@@ -13,15 +13,17 @@ from bitwright.errors import InputError
 from bitwright.graph import ConvAttrs, Op, OpKind, columns, groups_of
 from bitwright.statistics._base import finite
 from bitwright.statistics._displacement import Centred, centred_products, column_sums
+from bitwright.statistics._thinned import Thinned, rows_of
 
 Moments = NDArray[np.float64]
 RESIDUAL = ("rx", "rq", "sum_r", "sum_rr")
 STEADY = 4.0
 """Mean squared over variance from which a feature is summed about its mean: float32 products lose too much there."""
+SCARCE = 4
+"""Columns for each feature below which moments that leave positions out are told to be thin."""
 CHUNK = 2**14
 """Positions of a sample that are squared at a time."""
-SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
-THIN = 4
+NARROW = 4
 """Channels of a group up to which a convolution is summed by displacement; columns of wider ones are as fast."""
 
 
@@ -48,6 +50,11 @@ class LayerMoments:
             for. 0 for none. Needs an op without groups.
         blocks: equal parts of the features whose second moments with one another are left out, which takes as many
             times less memory: everything has (groups · blocks, K / blocks) in place of (groups, K).
+        thin: of each sample, count one position for every so many features, 4 at least, spread evenly (`_positions`),
+            in place of all positions. None counts all.
+
+    Raises:
+        InputError: the features can't be parted so, or `thin` isn't a number of features.
     """
 
     reduction: Reduction = "none"
@@ -63,14 +70,19 @@ class LayerMoments:
         products: bool = True,
         residual_outputs: int = 0,
         blocks: int = 1,
+        thin: int | None = None,
     ) -> None:
+        if thin is not None and thin < 1:
+            raise InputError(f"{op.id!r}: thin={thin}; one position is counted for every 1, 2, … features")
         if features % blocks or (blocks > 1 and residual_outputs):
             raise InputError(f"{op.id!r}: {features} features with a residual operand, or in {blocks} unequal blocks")
         groups, features = groups_of(op) * blocks, features // blocks
         # Features of a linear op lie last, whichever axis the network's channels are on.
         self.op, self.channel_axis = op, None if op.kind is OpKind.LINEAR else channel_axis
         self.paired, self.blocks = paired, blocks
-        self.count = 0
+        self.thin, self._columns = thin, features * blocks
+        self._count = 0
+        self._some = None if thin is None else Thinned(op, self.channel_axis, self._columns, thin, (groups, features))
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""
         self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
@@ -106,38 +118,78 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: expected {expected} tensors, got {len(values)}")
         if self.paired and values[0].shape != values[1].shape:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
+        if self._some is not None and values[0].ndim > 1:
+            if self._some.take(values[: 1 + self.paired], values[-1] if self.has_residual else None):
+                self._flush()
+            return
         sums = [self._over_samples(v) for v in values]
-        error = self._rows(values[-1]) if self.has_residual else None
+        error = rows_of(self.op, values[-1], self.channel_axis) if self.has_residual else None
         values, sums = values[: 1 + self.paired], sums[: 1 + self.paired]
         means = [self._over_positions(total) for total in sums]
         count = means[0][1] * (1 if values[0].ndim == 1 else len(values[0]))
         if count == 0:
             return
         totals = [total for total, _ in means]
-        if self._products and self.count == 0:
+        if self._products and self._count == 0:
             self._shift = [self._steady(v, s, count) for v, s in zip(values, sums, strict=True)]
         for own, total, shift in zip(self._sum, totals, self._shift, strict=True):
             own += total - count * shift
-        if self._products and self._thin:
+        if self._products and self._narrow:
             self._add_by_displacement(values, sums)
         elif self._products:
             self._add_by_columns(values, error)
-        self.count += count
+        self._count += count
 
     def _add_by_columns(self, values: Sequence[NDArray[Any]], error: NDArray[np.float32] | None) -> None:
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
-            chunks = tuple(c.reshape(*self._sum[0].shape, c.shape[2]) for c in chunks)
-            if any(shift.any() for shift in self._shift):
-                chunks = tuple(c - s[..., None].astype(np.float32) for c, s in zip(chunks, self._shift, strict=True))
-            x, q = chunks[0], chunks[-1]
-            if error is not None:
-                part, error = np.split(error, [q.shape[2]], axis=1)
-                sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
-                for total, addend in zip(self._residual, sums, strict=True):
-                    total += addend
-            for total, (a, b) in zip(self._products, self._pairs, strict=True):
-                # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
-                total += chunks[a] @ np.swapaxes(chunks[b], 1, 2)
+            part, error = (None, None) if error is None else np.split(error, [chunks[0].shape[2]], axis=1)
+            self._add_chunks(tuple(c.reshape(*self._sum[0].shape, c.shape[2]) for c in chunks), part)
+
+    def _add_chunks(self, chunks: tuple[NDArray[np.float32], ...], part: NDArray[np.float32] | None) -> None:
+        """Add the products of columns (groups, K, rows), and of the residual operand's rows."""
+        if any(shift.any() for shift in self._shift):
+            chunks = tuple(c - s[..., None].astype(np.float32) for c, s in zip(chunks, self._shift, strict=True))
+        x, q = chunks[0], chunks[-1]
+        if part is not None:
+            sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
+            for total, addend in zip(self._residual, sums, strict=True):
+                total += addend
+        for total, (a, b) in zip(self._products, self._pairs, strict=True):
+            # numpy turns a @ a.T into a symmetric rank-k update, half the work of a general product.
+            total += chunks[a] @ np.swapaxes(chunks[b], 1, 2)
+
+    def _flush(self) -> None:
+        """Put columns that wait into the sums."""
+        waiting = None if self._some is None else self._some.handed_over()
+        if waiting is None:
+            return
+        chunks, totals, error = waiting
+        count = chunks[0].shape[2]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._products and self._count == 0:
+                squares = (np.einsum("gkr,gkr->gk", c, c).astype(np.float64) for c in chunks)
+                self._shift = [_shift_of(t / count, q / count) for t, q in zip(totals, squares, strict=True)]
+            for own, total, shift in zip(self._sum, totals, self._shift, strict=True):
+                own += total - count * shift
+            if self._products:
+                self._add_chunks(chunks, error)
+        self._count += count
+
+    @property
+    def count(self) -> int:
+        """Columns that were seen."""
+        self._flush()
+        return self._count
+
+    @property
+    def per_feature(self) -> float:
+        """Columns that were seen for each of their features."""
+        return self.count / self._columns
+
+    @property
+    def scarce(self) -> bool:
+        """Whether positions weren't counted though fewer columns came than `SCARCE` for each feature."""
+        return self._some is not None and self._some.passed_over and self.per_feature < SCARCE
 
     def _add_by_displacement(self, values: Sequence[NDArray[Any]], sums: Sequence[NDArray[np.float64]]) -> None:
         attrs = self.op.attrs
@@ -159,7 +211,7 @@ class LayerMoments:
         By displacement, they are those of channels: what padding takes part in varies otherwise, and is told apart.
         """
         squares = _squares(values[None] if values.ndim == 1 else values)
-        if not self._thin:
+        if not self._narrow:
             mean, square = (self._over_positions(total)[0] / count for total in (sums, squares))
         else:
             size = values.size / len(self._sum[0]) / (self._sum[0].shape[1] // self._taps)
@@ -168,9 +220,7 @@ class LayerMoments:
                 (self._channels_first(t).sum(axis=spatial) / size).reshape(len(self._sum[0]), -1).repeat(self._taps, 1)
                 for t in (sums, squares)
             )
-        variance = square - np.square(mean)
-        steady: Moments = np.where(np.square(mean) > STEADY * variance, mean, 0.0)
-        return steady.astype(np.float32).astype(np.float64)
+        return _shift_of(mean, square)
 
     def _channels_first(self, values: NDArray[Any]) -> NDArray[Any]:
         return np.moveaxis(values, 1 if self.channel_axis is None else self.channel_axis, 1)
@@ -180,18 +230,13 @@ class LayerMoments:
         return int(np.prod(self.op.attrs.kernel)) if isinstance(self.op.attrs, ConvAttrs) else 1
 
     @property
-    def _thin(self) -> bool:
+    def _narrow(self) -> bool:
         """Whether products are summed by displacement; a residual operand needs columns."""
         attrs = self.op.attrs
         if self.op.kind is not OpKind.CONV or not isinstance(attrs, ConvAttrs) or len(attrs.kernel) > 2:
             return False
         plain = self.blocks == 1 and not self._residual
-        return plain and self._taps > 1 and self._sum[0].shape[1] <= THIN * self._taps
-
-    def _rows(self, error: NDArray[Any]) -> NDArray[np.float32]:
-        """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
-        axis = self.channel_axis if self.channel_axis is not None else (1 if self.op.kind in SPATIAL else -1)
-        return np.moveaxis(np.asarray(error, np.float32), axis, 0).reshape(error.shape[axis], -1)
+        return plain and self._taps > 1 and self._sum[0].shape[1] <= NARROW * self._taps
 
     def _over_samples(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """The sum of a batch's samples, as a batch of one.
@@ -221,10 +266,15 @@ class LayerMoments:
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
         assert not self._settled
+        if self.thin != other.thin:
+            raise InputError(f"{self.op.id!r}: moments of other positions, thin={self.thin} and thin={other.thin}")
+        other._flush()
         if self.count == 0:
             self._shift = [shift.copy() for shift in other._shift]
+        self._count += other._count
+        if self._some is not None and other._some is not None:
+            self._some.passed_over |= other._some.passed_over
         moved = other._about(self._shift)
-        self.count += other.count
         for mine, theirs in zip(self._all, moved, strict=True):
             mine += theirs
 
@@ -233,12 +283,12 @@ class LayerMoments:
         steps = [own - shift for own, shift in zip(self._shift, shifts, strict=True)]
         if not any(step.any() for step in steps):
             return self._all
-        sums = [total + self.count * step for total, step in zip(self._sum, steps, strict=True)]
+        sums = [total + self._count * step for total, step in zip(self._sum, steps, strict=True)]
         products = [
             total
             + _outer(self._sum[a], steps[b])
             + _outer(steps[a], self._sum[b])
-            + self.count * _outer(steps[a], steps[b])
+            + self._count * _outer(steps[a], steps[b])
             for total, (a, b) in zip(self._products, self._pairs, strict=True)
         ]
         residual = list(self._residual)
@@ -255,14 +305,17 @@ class LayerMoments:
 
     def settle(self) -> None:
         """Nothing more is added: second moments that are given in single precision anyway are held in it."""
+        self._flush()
         self._products = [self._rounded(i) for i in range(len(self._products))]
         self._settled = True
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Plain arrays."""
+        self._flush()
         names = ("sum_x", "sum_q")[: len(self._sum)], ("xx", "qq", "xq")[: len(self._products)]
         return {
-            "count": np.array(self.count),
+            "count": np.array(self._count),
+            **({} if self._some is None else {"passed_over": np.array(self._some.passed_over)}),
             **dict(zip(names[0], self._sum, strict=True)),
             **dict(zip(("shift_x", "shift_q"), self._shift, strict=False)),
             **dict(zip(names[1], self._products, strict=True)),
@@ -271,7 +324,10 @@ class LayerMoments:
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take a saved state."""
-        self.count = int(state["count"])
+        self._count = int(state["count"])
+        if self._some is not None:
+            self._some.handed_over()
+            self._some.passed_over = bool(state.get("passed_over", False))
         self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
         self._shift = [np.array(state[n]) for n in ("shift_x", "shift_q")[: len(self._sum)]]
         self._products = [np.array(state[n]) for n in ("xx", "qq", "xq")[: len(self._products)]]
@@ -295,6 +351,7 @@ class LayerMoments:
         """
         if not self._residual:
             raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        self._flush()
         rx, rq, mean, square = (self._scaled(total) for total in self._residual)
         return rx + np.outer(mean, self._shift[0][0]), rq + np.outer(mean, self._shift[-1][0]), mean, square
 
@@ -306,6 +363,7 @@ class LayerMoments:
         """
         if not self._residual:
             raise InputError(f"{self.op.id!r}: no residual operand was observed")
+        self._flush()
         rx, rq, mean, square = (self._scaled(total) for total in self._residual)
         x, q = self._scaled(self._sum[0])[0], self._scaled(self._sum[-1])[0]
         return rx - np.outer(mean, x), rq - np.outer(mean, q), square - np.square(mean)
@@ -318,6 +376,7 @@ class LayerMoments:
     def _centred(self, index: int) -> Moments:
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        self._flush()
         a, b = (self._scaled(self._sum[i]) for i in self._pairs[index])
         total = self._scaled(self._rounded(index))
         for group, rows in enumerate(total):
@@ -329,6 +388,7 @@ class LayerMoments:
         """About zero: what the shift has taken out put in again."""
         if not self._products:
             raise InputError(f"{self.op.id!r}: only means were collected (products=False)")
+        self._flush()
         total = self._scaled(self._rounded(index))
         (a, b), shifts = self._pairs[index], self._shift
         if not (shifts[a].any() or shifts[b].any()):
@@ -357,7 +417,7 @@ class LayerMoments:
         return single
 
     def _scaled(self, total: NDArray[np.floating[Any]]) -> Moments:
-        if self.count == 0:
+        if self._count == 0:
             raise InputError(f"{self.op.id!r}: no calibration data reached this layer")
         return np.asarray(np.divide(total, self.count, dtype=np.float64))
 
@@ -369,11 +429,13 @@ class LayerMoments:
     @property
     def mean(self) -> Moments:
         """E[x], (groups, K)."""
+        self._flush()
         return self._shift[0] + self._scaled(self._sum[0])
 
     @property
     def mean_quantized(self) -> Moments:
         """E[x̂], (groups, K)."""
+        self._flush()
         return self._shift[-1] + self._scaled(self._sum[-1])
 
     @property
@@ -396,6 +458,12 @@ class LayerMoments:
         if not self.paired:
             return (self._centred(0),) * 3
         return self._centred(0), self._centred(1), self._centred(2)
+
+
+def _shift_of(mean: Moments, square: Moments) -> Moments:
+    """The means of features that barely vary around them, as float32; 0 for the others."""
+    steady: Moments = np.where(np.square(mean) > STEADY * (square - np.square(mean)), mean, 0.0)
+    return steady.astype(np.float32).astype(np.float64)
 
 
 def _outer(a: Moments, b: Moments) -> Moments:

@@ -161,6 +161,7 @@ class SimpleWalk:
         residuals: bool = False,
         moments_gib: float | None = None,
         column_blocks: bool = False,
+        thin: int | None = None,
     ) -> dict[OpId, LayerResult]:
         """See `LayerWalk`; every layer's moments are collected, however large."""
         graph = self.backend.graph(self.model)
@@ -171,7 +172,7 @@ class SimpleWalk:
             key = f"layer/{op.id}"
             result = load(self.store.get(key))
             if result is None:
-                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations)
+                layer = self._layer(op.id, current, encodings, quantized_inputs, quantized_activations, thin)
                 self.visited.append(op.id)
                 self.layers[op.id] = layer
                 result = solve(layer if products else replace(layer, moments=_means_only(layer.moments)))
@@ -184,7 +185,15 @@ class SimpleWalk:
             results[op.id] = result
         return results
 
-    def _layer(self, id: OpId, current: object, encodings: EncodingTable, quantized: bool, activations: bool) -> Layer:
+    def _layer(
+        self,
+        id: OpId,
+        current: object,
+        encodings: EncodingTable,
+        quantized: bool,
+        activations: bool,
+        thin: int | None,
+    ) -> Layer:
         op = self.backend.graph(self.model).op(id)
         assert op.weight is not None
         bias = op.params.get(ParamRole.BIAS)
@@ -192,7 +201,7 @@ class SimpleWalk:
         tap = Tap(op.data_inputs[0])
         axis = self.backend.graph(self.model).tensors[tap.tensor].channel_axis
         features = to_matrix(op, values[op.weight]).shape[2]
-        moments = LayerMoments(op, features, axis, paired=quantized)
+        moments = LayerMoments(op, features, axis, paired=quantized, thin=thin)
         sessions = [self.backend.session(self.model, [tap])]
         if quantized:
             simulation = self.backend.simulate(current, self.plan, encodings)
@@ -212,7 +221,9 @@ class SimpleWalk:
 
 def _means_only(moments: LayerMoments) -> LayerMoments:
     features = moments.mean.shape[1]
-    bare = LayerMoments(moments.op, features, moments.channel_axis, paired=moments.paired, products=False)
+    bare = LayerMoments(
+        moments.op, features, moments.channel_axis, paired=moments.paired, products=False, thin=moments.thin
+    )
     bare.restore(moments.state())
     return bare
 

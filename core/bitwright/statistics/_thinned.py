@@ -1,0 +1,134 @@
+"""Columns of a layer's input at some positions of each sample, until there are enough of them to be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import InputError
+from bitwright.graph import ConvAttrs, Op, OpKind, columns
+from bitwright.statistics._base import finite
+from bitwright.statistics._positions import Picks, picks
+
+WAITING = 128
+"""Columns, or as many as a group has features, that are multiplied together: of fewer the products take less time than
+adding K² of them up does."""
+SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
+
+
+class Waiting(NamedTuple):
+    """What waits to be added up.
+
+    Attributes:
+        columns: of each input, (groups, K, rows).
+        sums: of each input's columns, (groups, K).
+        rows: of a tensor shaped like the output, (outputs, rows).
+    """
+
+    columns: tuple[NDArray[np.float32], ...]
+    sums: tuple[NDArray[np.float64], ...]
+    rows: NDArray[np.float32] | None
+
+
+class Thinned:
+    """Takes batches of a layer's input and hands over the columns that count.
+
+    Args:
+        op: the layer.
+        channel_axis: where the channels of its input lie.
+        features: K of a column.
+        thin: one position of a sample counts for every so many features.
+        shape: (groups, K) that columns are handed over in, of an op's groups or parts of them.
+
+    Attributes:
+        passed_over: whether any position wasn't counted.
+    """
+
+    def __init__(self, op: Op, channel_axis: int | None, features: int, thin: int, shape: tuple[int, int]) -> None:
+        self._op, self._axis, self._features, self._thin, self._shape = op, channel_axis, features, thin, shape
+        self._samples = self._held = 0
+        self._columns: list[tuple[NDArray[np.float32], ...]] = []
+        self._sums: list[tuple[NDArray[np.float64], ...]] = []
+        self._errors: list[NDArray[np.float32]] = []
+        self.passed_over = False
+
+    def take(self, inputs: Sequence[NDArray[Any]], error: NDArray[Any] | None) -> bool:
+        """Take a batch of one or more inputs, and of a tensor shaped like the output.
+
+        Returns:
+            Whether so many columns wait that they should be handed over.
+
+        Raises:
+            InputError: a value isn't finite; nothing is taken then.
+        """
+        found = tuple(self._picked(np.asarray(x, np.float32)) for x in inputs)
+        count = found[0].shape[2]
+        sums = tuple((c @ np.ones(count, np.float32)).astype(np.float64) for c in found)
+        others = [] if error is None else [self._errors_at(error, inputs[0])]
+        # A value that isn't shows in the sum, where finite ones may overflow too.
+        if not finite([*sums, *others]) and not finite([*found, *others]):
+            raise InputError(f"{self._op.id!r}: NaN or infinite values reach this layer; check the calibration data")
+        self._samples += len(inputs[0])
+        if count:
+            self._held += count
+            self._columns.append(found)
+            self._sums.append(sums)
+            self._errors += others
+        return self._held >= max(WAITING, self._shape[1])
+
+    def handed_over(self) -> Waiting | None:
+        """What waits; None where nothing does."""
+        columns, sums, errors = self._columns, self._sums, self._errors
+        self._held, self._columns, self._sums, self._errors = 0, [], [], []
+        if not columns:
+            return None
+        return Waiting(
+            tuple(np.concatenate(parts, axis=2) for parts in zip(*columns, strict=True)),
+            tuple(np.sum(parts, axis=0) for parts in zip(*sums, strict=True)),
+            np.concatenate(errors, axis=1) if errors else None,
+        )
+
+    def _picked(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The columns of a batch that count, (groups, K, rows)."""
+        chosen, seen = self._picks(x)
+        if chosen is None:
+            whole = list(columns(self._op, x, self._axis))
+            found = whole[0] if len(whole) == 1 else np.concatenate(whole, axis=2)
+            if np.may_share_memory(found, x):  # a batch is its owner's, who may write the next into it
+                found = found.copy()
+        else:
+            self.passed_over = True
+            found = chosen.columns(seen, self._samples)
+        return found.reshape(*self._shape, found.shape[-1])
+
+    def _picks(self, x: NDArray[Any]) -> tuple[Picks | None, NDArray[Any]]:
+        """What counts of a batch, and the batch as (samples, channels, *spatial)."""
+        default = -1 if self._op.kind is OpKind.LINEAR else 1
+        seen = np.moveaxis(x, default if self._axis is None else self._axis, 1)
+        rank = len(self._op.attrs.kernel) if isinstance(self._op.attrs, ConvAttrs) else seen.ndim - 2
+        if seen.ndim != rank + 2:
+            return None, seen  # which `columns` refuses
+        return picks(self._op, seen.shape[2:], self._features, self._thin), seen
+
+    def _errors_at(self, error: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float32]:
+        chosen, _ = self._picks(x)
+        if chosen is None:
+            return rows_of(self._op, error, self._axis)
+        return chosen.rows(
+            np.moveaxis(np.asarray(error, np.float32), _outputs_on(self._op, self._axis), 1), self._samples
+        )
+
+
+def rows_of(op: Op, values: NDArray[Any], channel_axis: int | None) -> NDArray[np.float32]:
+    """A tensor shaped like the op's output → (output channels, rows), rows ordered as in `columns`."""
+    axis = _outputs_on(op, channel_axis)
+    return np.moveaxis(np.asarray(values, np.float32), axis, 0).reshape(values.shape[axis], -1)
+
+
+def _outputs_on(op: Op, channel_axis: int | None) -> int:
+    if channel_axis is not None:
+        return channel_axis
+    return 1 if op.kind in SPATIAL else -1
