@@ -67,7 +67,10 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
         with _inert(saved, path) as folder:
             # Optimizers' variables find no object; a network's that has no value is noticed when it is read.
             options = tf.saved_model.LoadOptions(allow_partial_checkpoint=True)
-            loaded = tf.saved_model.load(str(folder), tags=list(tags), options=options)
+            try:
+                loaded = tf.saved_model.load(str(folder), tags=list(tags), options=options)
+            except Exception as error:  # some of its errors derive from nothing else, as NotEncodableError
+                raise ModelError(f"the SavedModel {path} can't be loaded: {reason(error)}") from error
         return from_concrete(signature_of(loaded.signatures, name), Kind.SAVED_MODEL, name)
     except BitwrightError:
         raise

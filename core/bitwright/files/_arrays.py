@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import sys
 import tokenize
 import zipfile
 import zlib
@@ -28,6 +29,7 @@ _UNPACKED_TIMES = 20
 """The compressed arrays of a file may take this many bytes, or this many times those of the file."""
 _AXES = 32
 _VERSIONS = ((1, 0), (2, 0), (3, 0))
+_LAST_CHARACTER = sys.maxunicode
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name; the last four are the lengths of name and extra field."""
 
@@ -88,7 +90,7 @@ def open_npz(path: Path) -> dict[str, Array | StoredArray]:
                     arrays[name] = _piecewise(path, file, _start(file, entry), entry.file_size)
                 else:
                     with archive.open(entry) as member:
-                        arrays[name] = np.asanyarray(np.lib.format.read_array(member, allow_pickle=False))
+                        arrays[name] = _texts(np.asanyarray(np.lib.format.read_array(member, allow_pickle=False)))
     except InputError:
         raise
     except DAMAGED as error:
@@ -109,9 +111,27 @@ def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 def _piecewise(path: Path, file: BinaryIO, start: int, size: int) -> Array | StoredArray:
     """The array of a .npy stream of `size` bytes that begins at `start`, to be read piece by piece."""
     shape, fortran, dtype, offset = _header(file, start, size)
+    if dtype.kind == "U":
+        texts = _texts(np.asarray(stored(path, file.fileno(), offset, shape[::-1] if fortran else shape, dtype)))
+        return texts.T if fortran else texts
     if not fortran:
         return stored(path, file.fileno(), offset, shape, dtype)
     return np.asarray(stored(path, file.fileno(), offset, shape[::-1], dtype)).T
+
+
+def _texts(values: Array) -> Array:
+    """An array as it is; of texts, once each character is one that Unicode has.
+
+    numpy makes texts of any numbers, and Python's functions on them fail then in ways of their own (SystemError).
+
+    Raises:
+        ValueError: one isn't.
+    """
+    if values.dtype.kind == "U" and values.dtype.itemsize:
+        codes = np.ascontiguousarray(values).reshape(-1).view(np.dtype(np.uint32).newbyteorder(values.dtype.byteorder))
+        if codes.size and codes.max() > _LAST_CHARACTER:
+            raise ValueError(f"its texts hold the character {int(codes.max()):#x}, and Unicode has none after 0x10ffff")
+    return values
 
 
 def _header(file: BinaryIO, start: int, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
