@@ -16,6 +16,7 @@ h5py = pytest.importorskip("h5py")
 
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
+from bitwright_keras.capture import trial_reading  # noqa: E402
 from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
 from bitwright_keras.capture.files import load_native  # noqa: E402
 from bitwright_keras.capture.normalize import normalize  # noqa: E402
@@ -174,3 +175,37 @@ def test_heaps_whose_objects_have_no_size_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.h5 can't be opened: its texts are damaged"):
         load_native(path)
+
+
+def _external(file):
+    head = next(name for name in ("head", "model_weights/head") if name in file)
+    file[head]["elsewhere"] = h5py.ExternalLink("other.h5", "/weights")
+
+
+def _outside(file):
+    file.create_dataset("outside", shape=(4,), dtype="float32", external=[("/etc/hostname", 0, 16)])
+
+
+@pytest.mark.parametrize("change", [_external, _outside])
+def test_values_that_lie_in_other_files_are_refused(files, tmp_path, change):
+    path = shutil.copy(files / "model.h5", tmp_path / "model.h5")
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(InputError, match=r"lies? in (an)?other file"):
+        load_native(path)
+
+
+@pytest.mark.parametrize("end", ["crash", "never"])
+def test_a_file_over_which_the_library_crashes_or_never_ends_costs_another_process(files, monkeypatch, tmp_path, end):
+    program = tmp_path / "reading.py"
+    program.write_text("import os, sys, time\nsys.stdin.readline()\n" + (
+        "os.abort()\n" if end == "crash" else "time.sleep(600)\n"))  # fmt: skip
+    monkeypatch.setattr(trial_reading, "_READER", trial_reading._Reader())
+    monkeypatch.setattr(trial_reading, "_SECONDS", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_reading.hdf5, "__file__", str(program))
+        for suffix in (".keras", ".h5"):
+            with pytest.raises(InputError, match="crashes over it or doesn't end"):
+                load_native(files / f"model{suffix}")
+    monkeypatch.setattr(trial_reading, "_SECONDS", 20.0)
+    assert load_native(files / "model.h5").count_params()  # by another process
