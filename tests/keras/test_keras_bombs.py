@@ -209,3 +209,18 @@ def test_a_file_over_which_the_library_crashes_or_never_ends_costs_another_proce
                 load_native(files / f"model{suffix}")
     monkeypatch.setattr(trial_reading, "_SECONDS", 20.0)
     assert load_native(files / "model.h5").count_params()  # by another process
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_settings_that_no_op_can_have_are_refused_before_tensorflow_ends_the_process_over_them(files, tmp_path, suffix):
+    def change(layers):
+        layers["conv"]["strides"] = [1, 2**31]
+
+    path = _config(files / f"model{suffix}", tmp_path / f"model{suffix}", change)
+    with pytest.raises(InputError, match="'strides' of 'conv' is 2147483648"):
+        load_native(path)
+
+    def seed(layers):
+        layers["conv"]["kernel_initializer"]["config"]["seed"] = 2**40
+
+    assert load_native(_config(files / f"model{suffix}", tmp_path / f"seeded{suffix}", seed)).count_params()

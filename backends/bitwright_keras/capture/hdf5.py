@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 WEIGHTS = "model.weights"
+_CONFIG, _CONFIG_IN_H5 = "config.json", "model_config"
+_GEOMETRY = {
+    "axis", "cropping", "dilation_rate", "kernel_size", "output_padding", "padding", "pool_size", "size", "strides",
+}  # fmt: skip
+_LARGEST = 2**31 - 1
+"""These settings become attributes of ops, of 32 bits; TensorFlow ends the process over one that doesn't fit."""
 _HEAP, _OBJECT, _PIECE = b"GCOL\1\0\0\0", 16, 2**20
 """How a global heap of an HDF5 file begins, with its version; bytes of an object's header; bytes read at once."""
 _DEPTH = 100
@@ -37,7 +43,7 @@ def weight_bytes(path: Path, most: int) -> int:
         most: with more than so many, nothing is read.
 
     Raises:
-        Refused: a heap never ends, or values lie in other files.
+        Refused: a heap never ends, values lie in other files, or a layer has a setting that no op can have.
         Exception: whatever h5py and zipfile raise over what isn't such a file.
     """
     with path.open("rb") as file:
@@ -51,6 +57,8 @@ def _in_archive(file: BinaryIO, most: int) -> int:
             return unpacked
         held = 0
         for entry in entries:
+            if entry.filename == _CONFIG:
+                _check_settings(archive.read(entry))
             if entry.filename in (f"{WEIGHTS}.h5", f"{WEIGHTS}.npz"):
                 with _member(archive, entry) as member:
                     held += _in_h5(member, most) if entry.filename.endswith(".h5") else _in_npz(member)
@@ -78,6 +86,7 @@ def _in_h5(file: BinaryIO, most: int) -> int:
 
     _check_heaps(file)
     with h5py.File(file, "r") as opened:
+        _check_settings(opened.attrs.get(_CONFIG_IN_H5, "null"))
         objects = list(_objects(opened, h5py))
         sets = [found for found in objects if isinstance(found, h5py.Dataset)]
         held = sum(math.prod(found.shape or ()) * found.dtype.itemsize for found in sets)
@@ -125,6 +134,25 @@ def _read(found: Any) -> None:
             found[piece]
     elif found.dtype.hasobject or found.dtype.names is not None or not found.shape:
         found[()]
+
+
+def _check_settings(config: Any) -> None:
+    """See that the geometry that a network's description gives its layers is one that ops have.
+
+    Raises:
+        Refused: one isn't.
+    """
+    waiting = [("", "", json.loads(config))]
+    while waiting:
+        layer, name, value = waiting.pop()
+        if isinstance(value, dict):
+            called = value.get("name")
+            layer = called if isinstance(called, str) else layer
+            waiting += [(layer, key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(layer, name, inner) for inner in value]
+        elif name in _GEOMETRY and isinstance(value, int) and abs(value) > _LARGEST:
+            raise Refused(f"the setting {name!r} of {layer!r} is {value}, more than 32 bits hold")
 
 
 def _check_heaps(file: BinaryIO) -> None:
