@@ -89,13 +89,13 @@ def _in_h5(file: BinaryIO, most: int) -> int:
         _check_settings(opened.attrs.get(_CONFIG_IN_H5, "null"))
         objects = list(_objects(opened, h5py))
         sets = [found for found in objects if isinstance(found, h5py.Dataset)]
-        held = sum(math.prod(found.shape or ()) * found.dtype.itemsize for found in sets)
+        held = sum(math.prod(found.shape or ()) * int(found.dtype.itemsize) for found in sets)
         if held <= most:
             for found in objects:
                 list(found.attrs.items())
             for found in sets:
                 _read(found)
-    return held
+    return int(held)
 
 
 def _objects(opened: Any, h5py: Any) -> Iterator[Any]:
