@@ -1,4 +1,5 @@
-"""Mean intersection over union of a segmentation network, for `--evaluate segmentation.py:mean_iou`.
+"""Mean intersection over union of a segmentation network, for `--evaluate segmentation.py:mean_iou` (ONNX) or
+`…:torchvision_mean_iou`.
 
 The evaluation data lie in segmentation.npz in the current folder: `images` (n, 3, height, width) and `masks`
 (n, height, width) of classes; pixels of 255 don't count.
@@ -19,12 +20,29 @@ BATCH = 8
 
 def mean_iou(model: Callable[[dict[str, Array]], dict[str, Array]]) -> float:
     """Of an ONNX model whose output `logits` is (n, classes, height, width)."""
+    return evaluated(lambda images: model({"image": images})["logits"])
+
+
+def torchvision_mean_iou(model: Any) -> float:
+    """Of a network of `torchvision.models.segmentation`, whose outputs are a mapping with the logits as `out`."""
+    import torch
+
+    def logits(images: Array) -> Array:
+        with torch.inference_mode():
+            found: Array = model(torch.tensor(images))["out"].numpy()
+            return found
+
+    return evaluated(logits)
+
+
+def evaluated(logits: Callable[[Array], Array]) -> float:
+    """Mean intersection over union on segmentation.npz, of a function from images to logits."""
     with np.load("segmentation.npz") as data:
         images, masks = data["images"], data["masks"]
     counts: Array = np.zeros((0, 0), np.int64)
     for i in range(0, len(images), BATCH):
-        logits = model({"image": images[i : i + BATCH]})["logits"]
-        counts = counted(counts, logits.argmax(1), masks[i : i + BATCH], logits.shape[1])
+        found = logits(images[i : i + BATCH])
+        counts = counted(counts, found.argmax(1), masks[i : i + BATCH], found.shape[1])
     return iou(counts)
 
 
