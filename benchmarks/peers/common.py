@@ -134,7 +134,12 @@ def network() -> Any:
     from efficientnet_lite0 import build
 
     torch.set_num_threads(1)
-    return build()
+    net = build()
+    for kind in {type(module) for module in net.modules()}:
+        if "<locals>" in kind.__qualname__:  # so that peers can pickle the network
+            kind.__qualname__ = kind.__name__
+            setattr(sys.modules[kind.__module__], kind.__name__, kind)
+    return net
 
 
 def evaluate(module: Any) -> Callable[[np.ndarray], np.ndarray]:

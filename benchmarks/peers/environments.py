@@ -1,0 +1,71 @@
+"""An environment for each peer and a process for each run, on one thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def environment(packages: Sequence[str], folder: Path) -> Path:
+    """The python of the environment in `folder`, made on first use.
+
+    Raises:
+        subprocess.CalledProcessError: pip can't install the packages here.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for wanted in (("--upgrade", "pip"), packages):  # an old pip searches these trees for hours
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / "installed").touch()
+    return python
+
+
+def run(packages: Sequence[str], folder: Path, program: Path, arguments: Sequence[Any], timeout: int) -> dict[str, Any]:
+    """The figures that `program` prints in the environment in `folder`; {"failed": why} if there are none."""
+    try:
+        python = environment(packages, folder)
+    except subprocess.CalledProcessError:
+        return {"failed": "doesn't install here"}
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    try:
+        done = subprocess.run(
+            [python, program, *map(str, arguments)], check=False, stdout=subprocess.PIPE, text=True,
+            env=os.environ | single, timeout=timeout,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not ready after {timeout} s"}
+    line = next((x for x in done.stdout.splitlines() if x.startswith("FIGURES ")), None)
+    if line is None:
+        return {"failed": f"its program ended with {done.returncode}"}
+    figures: dict[str, Any] = json.loads(line.removeprefix("FIGURES "))
+    return figures
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def replaced_section(page: str, heading: str, section: str) -> str:
+    """The page with its section of that heading (up to the next of its rank) replaced, or put at its end."""
+    rank = heading.split(" ", maxsplit=1)[0] + " "
+    before, found, rest = page.partition(f"\n{heading}\n")
+    if not found:
+        return page.rstrip("\n") + "\n\n" + section
+    _, follows, after = rest.partition(f"\n{rank}")
+    return before.rstrip("\n") + "\n\n" + section.rstrip("\n") + "\n" + (f"\n{rank}{after}" if follows else "")
+
+
+def kept_section(page: str, heading: str) -> str:
+    """The section of that heading; empty where the page has none."""
+    rank = heading.split(" ", maxsplit=1)[0] + " "
+    _, found, rest = page.partition(f"\n{heading}\n")
+    return f"{heading}\n{rest.partition(f'{chr(10)}{rank}')[0]}".rstrip("\n") + "\n" if found else ""
