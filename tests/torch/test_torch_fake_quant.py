@@ -384,6 +384,28 @@ def test_an_activation_function_is_computed_on_the_way(
         assert torch.equal(torch.nan_to_num(module(x, bounds), 7.0), torch.nan_to_num(clipped(x, bounds), 7.0))
 
 
+@pytest.mark.parametrize("first", ["fake", "real"])
+@pytest.mark.parametrize("bounds", [(0.0, 5.5), (-0.75, np.inf)])
+def test_what_is_kept_between_runs_is_not_shared_with_fake_tensors(first: str, bounds: tuple[float, float]) -> None:
+    """Tensors without values, of one who counts memory, don't get into other runs, nor real ones there."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    encoding = encoding_from_range(INTEGERS["uint8"], 0.0, 6.0)
+    alone = bounds[0] + len(first) / 64 + (first == "real") / 8, bounds[1]  # bounds that no other test has
+
+    def run() -> torch.Tensor:
+        x, scale, zero = torch.ones(41_000), torch.tensor(0.1), torch.tensor(0)
+        return round_to_grid(x, scale, zero, encoding.grid, PerTensor(), bounds=alone)
+
+    if first == "real":
+        run()
+    with FakeTensorMode():
+        assert type(run()) is FakeTensor
+    assert type(run()) is torch.Tensor
+    with FakeTensorMode():
+        assert type(run()) is FakeTensor
+
+
 @pytest.mark.parametrize("name", ["int32", "float16", "float8e4m3fn", "per channel"])
 def test_other_grids_take_an_activation_function_too(name: str) -> None:
     spec = INTEGERS.get(name) or QuantSpec(8, float_format=None if name == "per channel" else name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ def _rounded(
         if bounds is None:
             y = kernels("forward", _flat(value), scale, low, high)
         else:
-            y = kernels("clipped_forward", _flat(value), scale, low, high, *_scalars(bounds, value.device))
+            y = kernels("clipped_forward", _flat(value), scale, low, high, *_scalars(bounds, value))
         return _shaped(y, value).to(x.dtype)
     if _in_rows(groups):
         columns = (v.reshape(-1, 1) for v in (scale, low, high))
@@ -202,7 +201,7 @@ def _backward(
             return _shaped(dx, value), None, None
     kind = ""
     if bounds is not None:
-        kind, operands = "clipped_", [*operands, *_scalars(bounds, value.device)]
+        kind, operands = "clipped_", [*operands, *_scalars(bounds, value)]
     if not learned:
         dx = kernels(f"{kind}backward", cotangent, *operands)
         return dx.view(x.shape) if rows else _shaped(dx, value), None, None
@@ -231,11 +230,21 @@ def _between(g: Tensor, x: Tensor, limits: tuple[float, float], bounds: Bounds |
     return dx
 
 
-@cache
-def _scalars(bounds: Bounds, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bounds as tensors; made once, as each would be a transfer to a GPU."""
+_KEPT: dict[tuple[Bounds, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _scalars(bounds: Bounds, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds as tensors where another is; made once for plain tensors, as each would be a transfer to a GPU.
+
+    Those that are made under `FakeTensorMode` are of no use outside of it, nor the other way round.
+    """
+    key = bounds, beside.device
+    if type(beside) is Tensor and key in _KEPT:
+        return _KEPT[key]
     with torch.inference_mode(False):
-        floor, ceiling = (torch.tensor(v, dtype=torch.float32, device=device) for v in bounds)
+        floor, ceiling = (torch.tensor(v, dtype=torch.float32, device=beside.device) for v in bounds)
+    if type(floor) is Tensor:
+        _KEPT[key] = floor, ceiling
     return floor, ceiling
 
 
