@@ -107,7 +107,7 @@ def section(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> st
         rows.append(
             [
                 PEERS[name][0], f"`{what}`", f"{GRIDS[grid]}, {symmetry}", f"{f['kl']:.4f} ± {f['kl deviation']:.4f}",
-                f"{f['ratio']:.3f}", f"{f['seconds']:.0f}", f"{f['memory MiB']:.0f}",
+                f"{f['ratio']:.3f}", f"{f['seconds']:.0f}", f"{f['memory MiB']:.0f}" if "memory MiB" in f else "–",
             ]
         )  # fmt: skip
     installed = {PEERS[key.partition(": ")[0]][0]: f["versions"] for key, f in done.items()}

@@ -58,10 +58,12 @@ class Bench:
         return [torch.from_numpy(row[None]) for row in self.calibration]
 
     def seconds(self, action: Callable[[], Any]) -> Any:
-        """What `action` gives; the CPU seconds that it took, all threads of the process, are kept."""
+        """What `action` gives; the CPU seconds that it took, all threads of the process, are kept, and the most
+        memory that the process has held."""
         begin = time.process_time()
         given = action()
         self.figures["seconds"] = time.process_time() - begin
+        self.figures["memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return given
 
     def same_type(self, net: Any, size: int = 32) -> None:
@@ -86,7 +88,6 @@ class Bench:
     def end(self, logits: Logits, *packages: str) -> None:
         """Measure and print the figures: divergence from float over all tokens, the ratio of perplexities over all
         next tokens, as `bitwright.metrics` has them; and the versions of `packages`."""
-        self.figures["memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         terms, losses = [], []
         for row, wanted in zip(self.test, self.reference, strict=True):
             logs, reference = log_softmax(np.asarray(logits(row[None]))[0]), log_softmax(wanted)
