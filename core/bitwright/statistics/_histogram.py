@@ -133,7 +133,7 @@ class HistogramStatistic:
             np.right_shift(part, MANTISSA, out=codes[:n])
             self._shift.take(codes[:n], out=index[:n], mode="clip")  # the default mode copies
             if index[:n].min() <= _ABSENT:
-                self._hold(np.unique(codes[:n]))
+                self._hold(np.flatnonzero(np.bincount(codes[:n])))  # a fifth of np.unique's time
                 self._shift.take(codes[:n], out=index[:n], mode="clip")
             np.right_shift(part, MANTISSA - self.precision, out=codes[:n])
             index[:n] += codes[:n]
