@@ -65,8 +65,10 @@ def train(model, steps=40, rate=0.02):
     return losses
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_gradients_are_the_core_s(spec):
+def test_gradients_are_the_core_s(spec, compiled, monkeypatch):
+    monkeypatch.setattr(fake_quant, "COMPILED_FROM", 1 if compiled else 2**40)
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(6, 8, 3, 2)).astype(np.float32)
     encoding = encoding_of_weights(weights * np.float32(0.7), spec)
@@ -78,14 +80,17 @@ def test_gradients_are_the_core_s(spec):
         given, on = v1.placeholder(tf.float32, x.shape), v1.placeholder(tf.bool, ())
         scale, zero = (v1.placeholder(dtype, encoding.scale.shape) for _ in range(2))
         ends = Ends(kind, scale, zero, dtype(encoding.grid.qmin), dtype(encoding.grid.qmax), True, True)
-        y = trained(given, ends, groups, on, factor=0.25, name="y")
+        with in_one_pass(given):
+            y = trained(given, ends, groups, on, factor=0.25, name="y")
         found = tf.gradients(y, [given, scale, zero], tf.constant(g))
+        assert ("_XlaCompile" in str(session.graph.as_graph_def())) == compiled
         feed = {given: x, on: True, scale: encoding.scale, zero: encoding.zero_point}
         value, dx, ds, dz = session.run([y, *found], feed)
-        bypassed = session.run([y, found[0]], {**feed, on: False})
+        bypassed = session.run([y, *found], {**feed, on: False})
     assert np.array_equal(value, encoding.fake_quantize(x))
     assert np.array_equal(bypassed[0], x)
     assert np.array_equal(bypassed[1], g)
+    assert not np.any(bypassed[2]) and not np.any(bypassed[3])
     if encoding.float_format is not None:
         largest = FLOAT_FORMATS[encoding.float_format][2]
         expected = gradients.cast_vjp(NumpyNamespace, g, x, value, encoding.scale, largest, groups)

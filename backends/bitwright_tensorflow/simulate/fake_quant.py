@@ -249,12 +249,28 @@ COMPILED_FROM = 2**13
 """Values of a sample from which an activation's rounding is compiled: for fewer it takes longer than it saves."""
 
 
+COLUMNS = 64
+"""Columns from which XLA sums fast over the rows of a matrix."""
+
+
+def _compiles(x: Node) -> bool:
+    sizes = [] if x.shape.rank is None else [n or 1 for n in x.shape.as_list()[1:]]
+    return math.prod(sizes) >= COMPILED_FROM and not tf.config.list_physical_devices("GPU")
+
+
 def in_one_pass(x: Node) -> AbstractContextManager[Any]:
     """Lets XLA compile what is made of a large activation within, on CPUs: on GPUs, its division isn't exact."""
-    sizes = [] if x.shape.rank is None else [n or 1 for n in x.shape.as_list()[1:]]
-    if math.prod(sizes) < COMPILED_FROM or tf.config.list_physical_devices("GPU"):
+    if not _compiles(x):
         return nullcontext()
     scope: AbstractContextManager[Any] = tf.xla.experimental.jit_scope(separate_compiled_gradients=True)
+    return scope
+
+
+def _apart(x: Node) -> AbstractContextManager[Any]:
+    """What is made within `in_one_pass` of the same tensor isn't compiled, nor are its gradients."""
+    if not _compiles(x):
+        return nullcontext()
+    scope: AbstractContextManager[Any] = tf.xla.experimental.jit_scope(compile_ops=False)
     return scope
 
 
@@ -291,15 +307,17 @@ def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | flo
         x: any float tensor.
         ends: the grid.
         groups: which elements of x share a scale.
-        on: scalar bool; while false x passes, with its gradient.
+        on: scalar bool; while false x passes, with its gradient, and the grid gets none.
         factor: of the gradients to scale and zero point.
         name: of the last node.
     """
-    if ends.kind == "integer" and not ends.learned and not groups.scale:
-        return _clipped(x, ends, on, name)
+    if ends.kind == "integer" and not groups.scale:
+        columns = _columns(x) if ends.learned else 0
+        if columns is not None:
+            return _clipped(x, ends, on, columns, factor, name)
     stop, ns = tf.stop_gradient, NAMESPACE
     value = groups.cut(ns, tf.cast(x, tf.float64 if ends.kind == "wide" else tf.float32))
-    scale, zero = groups.broadcast(ns, ends.scale), groups.broadcast(ns, ends.zero)
+    scale, zero = (groups.broadcast(ns, chosen(on, v, stop(v))) for v in (ends.scale, ends.zero))
     s, nil = stop(scale), tf.zeros_like(value)
     r = stop(value / s)
     if ends.kind in FLOAT_FORMATS or ends.kind in CODE_TABLES:
@@ -327,39 +345,74 @@ def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | flo
     return tf.identity(tf.cast(y, x.dtype), name=name)
 
 
-def _clipped(x: Node, ends: Ends, on: Node, name: str) -> Node:
-    """`trained` for one scale that isn't learned: t = x between the least and the largest value that isn't clipped.
+def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, name: str) -> Node:
+    """`trained` for one scale: t = x between the least and the largest value that isn't clipped.
 
-    TensorFlow's gradient of that is made of x and the two limits, so that nothing is kept for it.
+    TensorFlow's gradient of that is made of x and the two limits, so that nothing is kept for it. A zero point moves
+    the limits. A learned scale is multiplied by what a step of it makes of each value, the one tensor that is kept; its
+    gradient is a sum over the rows of a matrix, which XLA takes in the pass that multiplies, and over no other shape.
+
+    Args:
+        columns: of the matrix, where the scale is learned.
     """
     stop, ns = tf.stop_gradient, NAMESPACE
-    value, s = tf.cast(x, tf.float32), stop(ends.scale)
-    low, high = ends.qmin - stop(ends.zero), ends.qmax - stop(ends.zero)
-    y = stop(chosen(on, ns.clip(tf.round(value / s), low, high) * s, value))
     largest = np.finfo(np.float32).max
-    least, most = -_largest_kept(s, -low), _largest_kept(s, high)
-    t = tf.raw_ops.ClipByValue(
-        t=value,
-        clip_value_min=chosen(on, least, tf.fill([], -largest)),
-        clip_value_max=chosen(on, most, tf.fill([], largest)),
-    )
+    with _apart(x):  # numbers of the grid: each would be a program of its own
+        s, zero = stop(ends.scale), stop(ends.zero)
+        low, high = ends.qmin - zero, ends.qmax - zero
+        least, most = tf.unstack(_largest_kept(s, tf.stack([-low, high])))
+        least = -least
+        if ends.moves:
+            moved = (ends.zero - zero) * (s * factor)  # 0
+            least, most = least - moved, most - moved
+        least, most = chosen(on, least, tf.fill([], -largest)), chosen(on, most, tf.fill([], largest))
+        scales = tf.broadcast_to(chosen(on, ends.scale, s), [columns]) if ends.learned else None
+    value = tf.cast(x, tf.float32)
+    r = stop(value / s)
+    q = tf.round(r)
+    held = ns.clip(q, low, high)
+    y = stop(chosen(on, held * s, value))
+    t = tf.raw_ops.ClipByValue(t=value, clip_value_min=least, clip_value_max=most)
+    if scales is not None:
+        share = held - tf.raw_ops.Select(condition=tf.equal(q, held), x=r, y=tf.zeros_like(r))
+        t += tf.reshape(scales * stop(tf.reshape(share * factor, [-1, columns])), tf.shape(value))
     return tf.identity(tf.cast(y + (t - stop(t)), x.dtype), name=name)
 
 
-def _largest_kept(scale: Node, code: Node) -> Node:
-    """The largest float32 whose quotient by a scale rounds to `code` or less, halves to even; a scalar.
+def _columns(x: Node) -> int | None:
+    """The columns of the matrix that a tensor is summed as: its last axis, with the one before where that is short.
+
+    None where their length isn't known before it runs.
+    """
+    sizes = [] if x.shape.rank is None else x.shape.as_list()[1:]
+    found = None
+    for size in reversed(sizes[-2:]):
+        if size is None or (found is not None and found >= COLUMNS):
+            break
+        found = size * (found or 1)
+    return found or None
+
+
+def _largest_kept(scale: Node, codes: Node) -> Node:
+    """The largest float32 whose quotient by a scale rounds to a code or less, halves to even.
 
     It lies within two steps of (code + ½) · scale: the product is rounded, and so is the quotient.
+
+    Args:
+        scale: a scalar.
+        codes: any number of them, in a vector.
     """
     infinity = tf.fill([], np.float32(np.inf))
-    quotient = code + 0.5
-    quotient = chosen(tf.not_equal(tf.math.floormod(code, 2.0), 0.0), tf.math.nextafter(quotient, -infinity), quotient)
-    above = [quotient * scale]
+    quotients = codes + 0.5
+    odd = tf.not_equal(tf.math.floormod(codes, 2.0), 0.0)
+    quotients = tf.raw_ops.Select(condition=odd, x=tf.math.nextafter(quotients, -infinity), y=quotients)
+    above = [quotients * scale]
     below = [tf.math.nextafter(above[0], -infinity)]
     for steps, end in ((above, infinity), (below, -infinity)):
         while len(steps) < 3:
             steps.append(tf.math.nextafter(steps[-1], end))
     found = below[-1]
     for candidate in (*reversed(below[:-1]), *above):
-        found = chosen(tf.less_equal(candidate / scale, quotient), candidate, found)
+        kept = tf.less_equal(candidate / scale, quotients)
+        found = tf.raw_ops.Select(condition=kept, x=candidate, y=found)
     return tf.maximum(tf.minimum(found, np.finfo(np.float32).max), np.finfo(np.float32).min)
