@@ -5,11 +5,15 @@ import weakref
 import numpy as np
 import pytest
 
+from bitwright import registry
 from bitwright.calibration import collect
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError
 from bitwright.graph import Op, OpKind
+from bitwright.simulation import QuantSim
 from bitwright.statistics import ChannelMoments, HistogramStatistic, LayerMoments, RangeStatistic, Request
+from bitwright.testing import models
+from bitwright.testing.reference import ReferenceBackend
 
 FC = Op("fc", OpKind.LINEAR, "MatMul", ("h",), ("y",))
 
@@ -162,3 +166,23 @@ def test_a_batch_s_values_are_gone_when_the_next_one_runs():
     ]
     found = collect(requests, Watched().open, ArrayDataset({"x": np.ones((8, 3), np.float32)}, 2))
     assert len(handed) == 12 and found["h"].total == 24
+
+
+def test_memory_goes_back_once_a_calibration_when_its_statistics_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after each pass: the next one would take the same memory anew, page by page."""
+    seen: list[int] = []
+    held: weakref.WeakSet[HistogramStatistic] = weakref.WeakSet()
+    made = HistogramStatistic.__init__
+
+    def noted(self: HistogramStatistic, *args: object, **named: object) -> None:
+        held.add(self)
+        made(self, *args, **named)
+
+    monkeypatch.setattr(HistogramStatistic, "__init__", noted)
+    monkeypatch.setattr("bitwright.backend._parts._trim", lambda _: seen.append(len(held)))
+    collect([Request("h", ("y",), HistogramStatistic)], Network().open, DATA)
+    assert not seen and not held
+    monkeypatch.setattr(registry, "backend_for_model", lambda model: ReferenceBackend())
+    model = models.mlp()
+    QuantSim(model, scheme="sqnr").calibrate(models.batch(model))
+    assert seen == [0]

@@ -20,6 +20,7 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
     two_level,
 )
 from bitwright_torch.simulate import kernels as kernel_module  # noqa: E402
+from bitwright_torch.simulate import rounding  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 from bitwright_torch.simulate.passing import passing  # noqa: E402
 from bitwright_torch.simulate.rounding import clipped, round_to_grid  # noqa: E402
@@ -324,6 +325,30 @@ def test_autocast_leaves_the_arithmetic_alone() -> None:
     x = torch.randn(1000)
     with torch.autocast("cpu", torch.bfloat16):
         np.testing.assert_array_equal(module(x).numpy(), encoding.fake_quantize(x.numpy()))
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.5), (0.0, np.inf)])
+@pytest.mark.parametrize("mode", ["composed", "compiled"])
+def test_results_in_the_place_of_values_are_the_same(
+    mode: str, bounds: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", mode)
+    monkeypatch.setattr(rounding, "kernels", kernels := kernel_module.Kernels())
+    encoding = encoding_from_range(INTEGERS["uint8"], -1.0, 2.0)
+    module = FakeQuantize()
+    module.set(encoding)
+    halves = torch.arange(-600, 600).repeat(40) / 2 * float(encoding.scale)
+    for x in (halves, torch.nextafter(halves, torch.tensor(9.0)), torch.nextafter(halves, torch.tensor(-9.0))):
+        x = x.reshape(2, 20, 30, 40)
+        last = x.contiguous(memory_format=torch.channels_last)
+        for held, takes in ((x, True), (last, True), (x.half(), False), (x.transpose(1, 2), False)):
+            expected = module(held, bounds)
+            place = held.clone()
+            found = module(place, bounds, spent=True)
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+            assert (found.data_ptr() == place.data_ptr()) == takes
+    name = "forward_over" if bounds is None else "clipped_forward_over"
+    assert kernels.state().get(f"{name}/1/cpu") == (None if mode == "composed" else "compiled")
 
 
 def test_kernels_that_fail_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

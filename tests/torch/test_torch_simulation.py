@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,6 +64,59 @@ def test_quantizers_compute_the_activation_functions_that_they_round(net: Setup)
     assert not [n for n in nodes if n.target in (torch.ops.aten.relu.default, torch.ops.aten.relu6.default)]
     bounds = [n.args[1] for n in nodes if n.op == "call_module" and len(n.args) > 1]
     assert sorted(bounds) == [(0.0, 6.0), (0.0, np.inf), (0.0, np.inf)]
+
+
+def test_results_take_the_place_of_what_nothing_else_reads(net: Setup) -> None:
+    simulation = net.simulation()
+    model = simulation.model
+    program = program_of(model)
+    calls = [n for n in program.graph.nodes if n.kwargs.get("spent")]
+    # Not the input, which is the user's, nor what max pooling and concat have of it, nor the mean.
+    assert sorted(c.args[0].target.__name__ for c in calls) == [
+        "add.Tensor", "batch_norm", "conv2d.default", "conv2d.default", "linear.default"
+    ]  # fmt: skip
+    places: list[bool] = []
+
+    def look(module: FakeQuantize, x: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        y = FakeQuantize.forward(module, x, *rest, **named)
+        places.append(y.data_ptr() == x.data_ptr())
+        return y
+
+    given = net.sample.clone()
+    with torch.no_grad():
+        once = model(given)
+        assert torch.equal(given, net.sample)
+        assert torch.equal(model(given), once)
+        for call in calls:
+            module = model.get_submodule(call.target)
+            module.forward = partial(look, module)
+        assert torch.equal(model(given), once)
+        assert places == [True] * len(calls)
+        for call in calls:  # whoever looks at a quantizer's calls may keep them
+            del model.get_submodule(call.target).forward
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for call in calls:
+            model.get_submodule(call.target).register_forward_hook(lambda _, x, y: seen.append((x[0].clone(), x[0])))
+        assert torch.equal(model(given), once)
+        assert len(seen) == len(calls) and all(torch.equal(before, after) for before, after in seen)
+    # Where gradients are recorded, what they are made of stays.
+    model.zero_grad()
+    model(given).sum().backward()
+
+
+def test_what_is_handed_out_or_fed_stays_as_it_is(net: Setup) -> None:
+    simulation = net.simulation()
+    source = next(n.args[0] for n in program_of(simulation.model).graph.nodes if n.kwargs.get("spent"))
+    own = next(name for name, node in simulation._tensors.items() if node is source)
+    both = simulation.session([Tap(own), Tap("fc.output")]).run({"x": net.sample.numpy()})
+    with torch.no_grad():
+        np.testing.assert_array_equal(both[Tap("fc.output")], simulation.model(net.sample).numpy())
+    fed = np.array(both[Tap(own)])
+    assert np.unique(fed).size > 256  # not rounded
+    part = simulation.segment([own], [Tap("fc.output")])
+    for _ in range(2):
+        np.testing.assert_array_equal(part.run({own: fed})[Tap("fc.output")], both[Tap("fc.output")])
+        np.testing.assert_array_equal(fed, both[Tap(own)])
 
 
 def test_sessions_hand_out_the_same(net: Setup) -> None:

@@ -174,17 +174,18 @@ class FakeQuantize(nn.Module):
             zero = learned_zero(NAMESPACE, zero, self.zero_shift, self._form.grid.qmin, self._form.grid.qmax)
         return scale, zero
 
-    def forward(self, x: Tensor, bounds: Bounds | None = None) -> Tensor:
+    def forward(self, x: Tensor, bounds: Bounds | None = None, spent: bool = False) -> Tensor:
         """x on the grid, in x's type.
 
         Args:
             x: the site's values.
             bounds: of an activation function that is computed here too, on activations.
+            spent: the graph has made x for this call alone; see `round_to_grid`.
         """
         if not self.enabled:
             return x if bounds is None else clipped(x, bounds)
         if not self.is_parameter:
-            return self.round(x, *self.numbers(), bounds)
+            return self.round(x, *self.numbers(), bounds, spent and not self._is_watched())
         if torch.compiler.is_compiling():
             return self.round(x, *(self._followed(x) if self.follows else self.numbers()))
         if self.follows:
@@ -198,8 +199,23 @@ class FakeQuantize(nn.Module):
                 self._rounded = [_version(t) for t in made_of], self.round(x, *self.numbers())
         return self._rounded[1]
 
+    def _is_watched(self) -> bool:
+        """Whether a hook sees what the module is called with, and may keep it."""
+        everywhere = nn.modules.module
+        return bool(
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or everywhere._global_forward_hooks
+            or everywhere._global_forward_pre_hooks
+        )
+
     def round(
-        self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, bounds: Bounds | None = None
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        bounds: Bounds | None = None,
+        spent: bool = False,
     ) -> Tensor:
         """x, clipped to bounds where there are any, on the grid with these numbers, or with those in force."""
         if scale is None or zero is None:
@@ -213,7 +229,7 @@ class FakeQuantize(nn.Module):
             factor = lsq_factor(Groups.of(tuple(x.shape), self._granularity).elements, form.grid)
         if form.float_format is not None:
             return round_to_float(x, scale, form.float_format, self._granularity, factor)
-        return round_to_grid(x, scale, zero, form.grid, self._granularity, factor, bounds)
+        return round_to_grid(x, scale, zero, form.grid, self._granularity, factor, bounds, spent)
 
     def _followed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

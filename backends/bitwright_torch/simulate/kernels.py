@@ -179,6 +179,28 @@ def _clipped_backward(
     return torch.where((x > floor) & (x < ceiling), dx, 0.0)
 
 
+def forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
+    """`composed_forward` that leaves its result in x."""
+    x.div_(scale).round_().clamp_(low, high).mul_(scale)
+
+
+def clipped_forward_over(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
+) -> None:
+    """`clipped_forward` that leaves its result in x."""
+    forward_over(x.clamp_(floor, ceiling), scale, low, high)
+
+
+def _forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
+    x.copy_(_forward(x, scale, low, high))
+
+
+def _clipped_forward_over(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
+) -> None:
+    x.copy_(_clipped_forward(x, scale, low, high, floor, ceiling))
+
+
 Kernel = Callable[..., Any]
 _FORMS: dict[str, tuple[Kernel, Kernel]] = {
     "forward": (composed_forward, _forward),
@@ -187,6 +209,8 @@ _FORMS: dict[str, tuple[Kernel, Kernel]] = {
     "clipped_forward": (clipped_forward, _clipped_forward),
     "clipped_backward": (clipped_backward, _clipped_backward),
     "clipped_learned": (clipped_learned, clipped_learned),
+    "forward_over": (forward_over, _forward_over),
+    "clipped_forward_over": (clipped_forward_over, _clipped_forward_over),
 }
 
 
@@ -200,6 +224,8 @@ class Kernels:
 
     def __call__(self, name: str, *operands: Tensor) -> Any:
         """Run "forward" (x, scale, low, high), "backward" (g, x, …) or "learned" (g, x, …).
+
+        "forward_over" leaves its result in x, and returns nothing.
 
         Tensors are (elements,) with scalars, or (groups, elements) with columns (groups, 1); float32. With "clipped_"
         before its name, each takes the bounds (…, floor, ceiling) of an activation function that comes first.
@@ -258,13 +284,20 @@ def _trusted(name: str, rank: int, device: torch.device) -> Kernel | None:
             warnings.simplefilter("ignore")
             for size in (40_009, 32_768, 7):  # with a vector's tail, without, and none whole
                 operands = _probe(name, rank, size, device)
-                if not _equal(compiled(*operands), composed(*operands)):
+                if not _equal(_results(compiled, operands), _results(composed, operands)):
                     logger.warning("compiled fake quantization isn't bit-equal on %s; it stays composed", device)
                     return None
     except Exception as error:
         logger.info("fake quantization stays composed: compiling failed (%s)", first_line(error))
         return None
     return compiled
+
+
+def _results(kernel: Kernel, operands: list[Tensor]) -> Any:
+    """What a kernel returns, or leaves in its first operand."""
+    copies = [t.clone() for t in operands]
+    returned = kernel(*copies)
+    return copies[0] if returned is None else returned
 
 
 def _has_exact_division() -> bool:
@@ -288,7 +321,7 @@ def _probe(name: str, rank: int, size: int, device: torch.device) -> list[Tensor
     zero = torch.randint(0, 200, (rows, 1), generator=generator).float()
     g = torch.randn(rows, size, generator=generator)
     operands = [x, scale, 0.0 - zero, 255.0 - zero]
-    if not name.endswith("forward"):
+    if "forward" not in name:
         operands.insert(0, g)
     wide = len(operands) - 3
     if rank == 1:

@@ -40,6 +40,7 @@ def round_to_grid(
     granularity: Granularity,
     factor: float = 1.0,
     bounds: Bounds | None = None,
+    spent: bool = False,
 ) -> Tensor:
     """x on an integer grid, in x's type; computed in float32 and bit-equal to `grid.fake_quantize`.
 
@@ -51,6 +52,8 @@ def round_to_grid(
         factor: of the gradients to scale and zero point.
         bounds: of an activation function that comes first; where one scale serves the whole tensor, both are one pass
             over memory.
+        spent: x is memory of its own that nobody reads afterwards: where no gradient is recorded, the result may take
+            its place, which saves writing to other memory.
     """
     if bounds is not None and (
         grid.steps >= WIDE or not isinstance(granularity, PerTensor) or torch.compiler.is_compiling()
@@ -59,7 +62,7 @@ def round_to_grid(
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         result: Tensor = _RoundToGrid.apply(x, scale, zero_point, grid, granularity, factor, bounds)  # type: ignore[no-untyped-call]
         return result
-    return _rounded(x, scale, zero_point, grid, granularity, bounds)
+    return _rounded(x, scale, zero_point, grid, granularity, bounds, spent)
 
 
 def clipped(x: Tensor, bounds: Bounds) -> Tensor:
@@ -135,7 +138,13 @@ class _RoundToFloat(torch.autograd.Function):
 
 
 def _rounded(
-    x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, granularity: Granularity, bounds: Bounds | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    granularity: Granularity,
+    bounds: Bounds | None = None,
+    spent: bool = False,
 ) -> Tensor:
     groups = Groups.of(tuple(x.shape), granularity)
     value = x.float()
@@ -147,11 +156,11 @@ def _rounded(
     low, high = grid.qmin - zero, grid.qmax - zero
     if not groups.scale:
         value = _dense(value)
-        if bounds is None:
-            y = kernels("forward", _flat(value), scale, low, high)
-        else:
-            y = kernels("clipped_forward", _flat(value), scale, low, high, *_scalars(bounds, value))
-        return _shaped(y, value).to(x.dtype)
+        name, limits = ("forward", ()) if bounds is None else ("clipped_forward", _scalars(bounds, value))
+        if spent:
+            kernels(f"{name}_over", _flat(value), scale, low, high, *limits)
+            return value.to(x.dtype)
+        return _shaped(kernels(name, _flat(value), scale, low, high, *limits), value).to(x.dtype)
     if _in_rows(groups):
         columns = (v.reshape(-1, 1) for v in (scale, low, high))
         y = kernels("forward", value.reshape(scale.numel(), -1), *columns)

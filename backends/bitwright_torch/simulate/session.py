@@ -16,6 +16,7 @@ from bitwright.files import Array
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.model import NAMES, CapturedModel, compile_graph, device_of, info, program_of
 from bitwright_torch.graph.modes import is_flag
+from bitwright_torch.simulate.spent import SPENT, mark
 
 aten = torch.ops.aten
 
@@ -198,6 +199,7 @@ def extract(graph: fx.Graph, wanted: Sequence[fx.Node], sources: set[fx.Node]) -
         else:
             values[node] = part.node_copy(node, lambda n: values[n])
     part.output([values[n] for n in wanted])
+    mark(n for n in part.nodes if SPENT in n.kwargs)  # what is handed out, or fed, has another reader
     return part, tuple(names)
 
 

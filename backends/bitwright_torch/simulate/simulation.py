@@ -35,6 +35,7 @@ from bitwright_torch.simulate.fake_quant import FakeQuantize
 from bitwright_torch.simulate.pullback import TorchPullback
 from bitwright_torch.simulate.rounding import Bounds
 from bitwright_torch.simulate.session import TorchSession
+from bitwright_torch.simulate.spent import mark
 
 aten = torch.ops.aten
 
@@ -121,6 +122,7 @@ class TorchSimulation(SimulationBase):
                 roots[id] = _insert(graph, computed, f"{name}.{key}", id, floats[computed])
                 floats[roots[id]] = set()
         rounded = frozenset(self._sites.rounded)
+        roundings: list[fx.Node] = []
         for site in self._plan.quantized:
             is_parameter = self._sites.is_parameter(site)
             node = roots.get(site) if is_parameter else nodes.get(site)
@@ -137,6 +139,9 @@ class TorchSimulation(SimulationBase):
                 self._rounded_in[site] = call
             else:
                 _merge_activation(graph, call)
+                if isinstance(module, FakeQuantize):
+                    roundings.append(call)
+        mark(roundings)
         holder.add_module(name, quantizers.to(device_of(self._float)))
         graph.lint()
         quantizers.train(holder.training)

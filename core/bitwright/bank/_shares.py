@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch
+from bitwright.backend import Batch, trim
 from bitwright.bank._requests import Opener, all_requests, divided, float_only
 from bitwright.calibration import InParts, collect
 from bitwright.data import Dataset, samples_in
@@ -95,6 +95,7 @@ def in_shares(
         state.progress.finish()
     if not shares:
         raise InputError("the calibration data are empty: not one batch came; give at least one sample")
+    trim()
     return total
 
 

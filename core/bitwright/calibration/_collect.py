@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bitwright.backend import trim
 from bitwright.calibration._collected import Collected, pack, taps_of, update_all
 from bitwright.calibration._part_by_part import InParts, OpenSession, stream_in_parts
 from bitwright.data import Dataset, samples_in
@@ -35,6 +34,9 @@ def collect(
     allows it. Statistics are updated side by side on threads, each by its batches in order, so that results don't
     depend on timing. Requests whose memory exceeds the budget together are collected in several passes; one that
     exceeds it alone has a pass of its own.
+
+    What the C library keeps of freed values serves the next pass; a caller that runs none gives it back
+    (`bitwright.backend.trim`).
 
     Args:
         requests: what to collect; keys are unique.
@@ -74,7 +76,6 @@ def collect(
             finally:
                 if progress is not None:
                     progress.finish()
-    trim()
     return {key: found[key] for key in keys if key in found}
 
 

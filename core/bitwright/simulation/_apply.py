@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bitwright.backend import Branching, Part, PartialExecution, Session, Simulation, Tap, require
+from bitwright.backend import Branching, Part, PartialExecution, Session, Simulation, Tap, require, trim
 from bitwright.bank import Bank, BankView
 from bitwright.calibration import (
     activation_encodings,
@@ -202,7 +202,9 @@ def _statistics(
         return state.backend.segment(state.native, feeds, taps)
 
     divided = in_parts(state.backend, state.graph, open_part)
-    return collect(requests, open_session, dataset, progress=state.progress, divided=divided)
+    found = collect(requests, open_session, dataset, progress=state.progress, divided=divided)
+    trim()
+    return found
 
 
 def _walk(kind: type[W], state: SimState, name: str, table: EncodingTable, dataset: Dataset, store: Store) -> W:
@@ -233,6 +235,7 @@ def calibrated_activations(state: SimState, table: EncodingTable, dataset: Datas
         for site, encoding in done.items():
             store.put(f"site/{site}", encoding_arrays(encoding))
         store.put("sites", {"sites": np.array(list(done), dtype=np.str_)})
+        trim()  # the statistics are gone too
     return done
 
 
