@@ -184,9 +184,7 @@ def forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
     x.div_(scale).round_().clamp_(low, high).mul_(scale)
 
 
-def clipped_forward_over(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
-) -> None:
+def clipped_forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor) -> None:
     """`clipped_forward` that leaves its result in x."""
     forward_over(x.clamp_(floor, ceiling), scale, low, high)
 
@@ -195,9 +193,7 @@ def _forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
     x.copy_(_forward(x, scale, low, high))
 
 
-def _clipped_forward_over(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor
-) -> None:
+def _clipped_forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: Tensor, ceiling: Tensor) -> None:
     x.copy_(_clipped_forward(x, scale, low, high, floor, ceiling))
 
 
