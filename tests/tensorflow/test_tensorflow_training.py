@@ -34,6 +34,7 @@ from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
 from bitwright_tensorflow.simulate import fake_quant  # noqa: E402
 from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, in_one_pass, kind_of, trained  # noqa: E402
+from bitwright_tensorflow.simulate.recomputed import recompute  # noqa: E402
 
 v1 = tf.compat.v1
 MODES = {"regular": Training(), "range learning": Training(True), "lsq": Training(True, True)}
@@ -65,9 +66,10 @@ def train(model, steps=40, rate=0.02):
     return losses
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", ["plain", "compiled", "recomputed"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_gradients_are_the_core_s(spec, compiled, monkeypatch):
+def test_gradients_are_the_core_s(spec, form, monkeypatch):
+    compiled = form != "plain"
     monkeypatch.setattr(fake_quant, "COMPILED_FROM", 1 if compiled else 2**40)
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(6, 8, 3, 2)).astype(np.float32)
@@ -80,8 +82,12 @@ def test_gradients_are_the_core_s(spec, compiled, monkeypatch):
         given, on = v1.placeholder(tf.float32, x.shape), v1.placeholder(tf.bool, ())
         scale, zero = (v1.placeholder(dtype, encoding.scale.shape) for _ in range(2))
         ends = Ends(kind, scale, zero, dtype(encoding.grid.qmin), dtype(encoding.grid.qmax), True, True)
-        with in_one_pass(given):
+        with in_one_pass(given), tf.name_scope("site"):
             y = trained(given, ends, groups, on, factor=0.25, name="y")
+        if form == "recomputed":
+            recompute(session.graph)
+            ours = [o for o in session.graph.get_operations() if o._gradient_function is not None]
+            assert len(ours) == (3 if kind == "integer" and not encoding.scale.shape else 0)
         found = tf.gradients(y, [given, scale, zero], tf.constant(g))
         assert ("_XlaCompile" in str(session.graph.as_graph_def())) == compiled
         feed = {given: x, on: True, scale: encoding.scale, zero: encoding.zero_point}
@@ -147,6 +153,32 @@ def test_weight_ranges_are_the_core_s(spec):
             scale, zero = session.run([two_level_scales(NAMESPACE, scale, expected), zero], {given: weights})
         assert np.array_equal(scale, expected.scale)
         assert np.array_equal(zero, expected.zero_point)
+
+
+def test_gradients_are_made_again_in_this_process_s_graphs_alone(monkeypatch):
+    """Those of the standard ops, which a written graph has elsewhere, are the same."""
+    monkeypatch.setattr(fake_quant, "COMPILED_FROM", 1)
+    net = setup()
+    model = net.simulation(Training(True)).model
+    with model.graph.as_default():
+        ours = [o for o in model.graph.get_operations() if o._gradient_function is not None]
+        assert len(ours) >= 9
+        loss = tf.reduce_sum(model.graph.get_tensor_by_name(model.outputs[0]) ** 2)
+        sought = [*model.trainable_variables, model.graph.get_tensor_by_name(model.inputs[0])]
+        made = tf.gradients(loss, sought)
+        for operation in ours:
+            operation._gradient_function = None
+        standard = tf.gradients(loss, sought)
+    assert [g is None for g in made] == [g is None for g in standard]
+    wanted = [[g for g in found if g is not None] for found in (made, standard)]
+    pairs = list(zip(*model.session.run(wanted, {model.inputs[0]: batch()[0]}), strict=True))
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+    assert np.mean([np.any(other) for _, other in pairs]) > 0.8
+    with tf.Graph().as_default() as elsewhere:
+        v1.train.import_meta_graph(model.meta)
+    assert all(o._gradient_function is None for o in elsewhere.get_operations())
+    assert any(o._gradient_function is not None for o in model.function.concrete.graph.get_operations())
 
 
 @pytest.mark.parametrize("mode", [MODES["regular"], MODES["range learning"]], ids=["regular", "range learning"])

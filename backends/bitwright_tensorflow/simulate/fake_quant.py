@@ -249,6 +249,8 @@ COMPILED_FROM = 2**13
 """Values of a sample from which an activation's rounding is compiled: for fewer it takes longer than it saves."""
 
 
+QUOTIENT, RAISED, HELD, CLIPPED, STEPS, SHAPED = "quotient", "raised", "held", "clipped", "scale_steps", "steps"
+"""Names of nodes of a site with one learned scale, by which `recomputed` finds them."""
 COLUMNS = 64
 """Columns from which XLA sums fast over the rows of a matrix."""
 
@@ -349,13 +351,14 @@ def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, 
     """`trained` for one scale: t = x between the least and the largest value that isn't clipped.
 
     TensorFlow's gradient of that is made of x and the two limits, so that nothing is kept for it. A zero point moves
-    the limits. A learned scale is multiplied by what a step of it makes of each value, the one tensor that is kept; its
-    gradient is a sum over the rows of a matrix, which XLA takes in the pass that multiplies, and over no other shape.
+    the limits. A learned scale is multiplied by what a step of it makes of each value, the one tensor that is kept (see
+    `recomputed`); its gradient is a sum over the rows of a matrix, which XLA takes in the pass that multiplies, and
+    over no other shape.
 
     Args:
         columns: of the matrix, where the scale is learned.
     """
-    stop, ns = tf.stop_gradient, NAMESPACE
+    stop = tf.stop_gradient
     largest = np.finfo(np.float32).max
     with _apart(x):  # numbers of the grid: each would be a program of its own
         s, zero = stop(ends.scale), stop(ends.zero)
@@ -366,16 +369,17 @@ def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, 
             moved = (ends.zero - zero) * (s * factor)  # 0
             least, most = least - moved, most - moved
         least, most = chosen(on, least, tf.fill([], -largest)), chosen(on, most, tf.fill([], largest))
-        scales = tf.broadcast_to(chosen(on, ends.scale, s), [columns]) if ends.learned else None
+        scales = tf.broadcast_to(chosen(on, ends.scale, s) * factor, [columns]) if ends.learned else None
     value = tf.cast(x, tf.float32)
-    r = stop(value / s)
+    r = stop(tf.math.divide(value, s, name=QUOTIENT))
     q = tf.round(r)
-    held = ns.clip(q, low, high)
+    held = tf.minimum(tf.maximum(q, low, name=RAISED), high, name=HELD)
     y = stop(chosen(on, held * s, value))
-    t = tf.raw_ops.ClipByValue(t=value, clip_value_min=least, clip_value_max=most)
+    t = tf.raw_ops.ClipByValue(t=value, clip_value_min=least, clip_value_max=most, name=CLIPPED)
     if scales is not None:
         share = held - tf.raw_ops.Select(condition=tf.equal(q, held), x=r, y=tf.zeros_like(r))
-        t += tf.reshape(scales * stop(tf.reshape(share * factor, [-1, columns])), tf.shape(value))
+        steps = tf.multiply(scales, stop(tf.reshape(share, [-1, columns])), name=STEPS)
+        t += tf.reshape(steps, tf.shape(value), name=SHAPED)
     return tf.identity(tf.cast(y + (t - stop(t)), x.dtype), name=name)
 
 

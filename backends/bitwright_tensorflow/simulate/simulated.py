@@ -12,6 +12,7 @@ from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.graph_function import GraphFunction, feed_of, import_meta, named_arguments
 from bitwright_tensorflow.graph.model import VARIABLES, Array, MetaGraphDef, Signature
 from bitwright_tensorflow.graph.runtime import session_config
+from bitwright_tensorflow.simulate.recomputed import recompute
 
 v1 = tf.compat.v1
 
@@ -100,6 +101,7 @@ class SimulatedModel:
         self.graph = tf.Graph()
         with self.graph.as_default():
             import_meta(meta)
+        recompute(self.graph)
         self.session = v1.Session(graph=self.graph, config=session_config())
         self._assigner = Assigner(self.session)
         self._function: GraphFunction | None = None
@@ -177,6 +179,7 @@ class SimulatedModel:
             names = [n for n in self._assigner.names if not n.startswith("bitwright/")]
             values = read_variables(self.session, names)
             self._function = GraphFunction(self.meta, values, self.inputs, self.signature_outputs, self.signature)
+            recompute(self._function.concrete.graph)
         return self._function
 
     # -- for the simulation
