@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it compiles its kernels first, which takes a while
+
 import nncf
 import torch
 from common import BATCH, bench, evaluate, log, network, training_step
