@@ -9,9 +9,10 @@ Text: Python's own help topics (`pydoc_data.topics`), or `--text FILE`, cut into
 is for calibration, the second for what searches evaluate, the third for the figures: none is in two of them.
 
 Columns: KL, the mean over tokens of the divergence from the float model, in nats; ratio, its perplexity over the float
-model's; seconds of work (techniques and calibration, or the search) on so many threads as `--threads` says. `auto` is
-one command, without a word on which sites are sensitive; what it spends is printed. `family` is W8A8 with the types
-that `bitwright validate --data` proposes from the calibration text.
+model's, each ± half of its 95 % confidence interval, sequences being taken as independent; seconds of work (techniques
+and calibration, or the search) on so many threads as `--threads` says. `--also FILE` measures on another text too.
+`auto` is one command, without a word on which sites are sensitive; what it spends is printed. `family` is W8A8 with the
+types that `bitwright validate --data` proposes from the calibration text.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from bitwright import QuantSim, auto_quantize
+from bitwright.metrics import student
 from bitwright_analysis.family_types import family_types
 from bitwright_search.evaluation import ByMetric
 
@@ -82,14 +84,19 @@ def sequences(folder: Path, text: Path | None, length: int) -> list[np.ndarray]:
     """[calibration, search, test]: int64 (n, length) each."""
     import pydoc_data.topics
 
-    from transformers import AutoTokenizer
-
     words = (
         text.read_text(encoding="utf-8") if text else "\n".join(v for _, v in sorted(pydoc_data.topics.topics.items()))
     )
-    ids = AutoTokenizer.from_pretrained(folder)(words, return_tensors="np").input_ids[0].astype(np.int64)
-    rows = ids[: len(ids) // length * length].reshape(-1, length)
+    rows = cut(folder, words, length)
     return [rows[i::3] for i in range(3)]
+
+
+def cut(folder: Path, words: str, length: int) -> np.ndarray:
+    """Sequences of a text: int64 (n, length)."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(words, return_tensors="np").input_ids[0].astype(np.int64)
+    return ids[: len(ids) // length * length].reshape(-1, length)
 
 
 def spread(rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -106,11 +113,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="default: Python's help topics")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--calibrate", type=int, default=8, help="sequences")
-    parser.add_argument("--search", type=int, default=4, help="sequences that `auto` evaluates on")
+    parser.add_argument("--search", type=int, default=8, help="sequences that `auto` evaluates on")
     parser.add_argument("--test", type=int, default=6, help="sequences")
-    parser.add_argument("--metric", default="kl", choices=["kl", "perplexity"], help="what `auto` evaluates")
-    parser.add_argument("--allowed", type=float, default=1.07, help="ratio of perplexities that `auto` may have; of "
+    parser.add_argument("--also", type=Path, action="append", default=[], help="another text to measure on")
+    parser.add_argument("--metric", default="perplexity", choices=["kl", "perplexity"], help="what `auto` evaluates")
+    parser.add_argument("--allowed", type=float, default=1.08, help="ratio of perplexities that `auto` may have; of "
                         "kl, its logarithm")  # fmt: skip
+    parser.add_argument("--confidence", type=float, help="that `auto` keeps it with; 0.5 judges by the mean alone")
     parser.add_argument("--recipe", help="techniques that `auto` tries; default: all that take part")
     parser.add_argument("--schemes", nargs="*", help="calibration schemes that `auto` tries; default: all five")
     parser.add_argument("--run", type=Path, help="where `auto` keeps finished stages")
@@ -126,17 +135,24 @@ def main() -> None:
     kinds = sequences(options.folder, options.text, options.length)
     counts = (options.calibrate, options.search, options.test)
     calibration, search, test = (spread(r, n) for r, n in zip(kinds, counts, strict=True))
+    further = {
+        path.name: cut(options.folder, path.read_text(encoding="utf-8"), options.length) for path in options.also
+    }
     net = opened(options.folder, options.layers)
     sample = {"input_ids": torch.from_numpy(calibration["input_ids"][:1])}
 
     def tell(name: str, sim: QuantSim, before: QuantSim, seconds: float) -> None:
-        found = sim.measure(sim.open(test, batch_size=1), "kl", "perplexity", reference=before)
-        ppl = found["perplexity"]
-        print(
-            f"{name:18} KL {found['kl'].simulated:.4f}   ratio {ppl.simulated / ppl.float_model:.4f}   "
-            f"{seconds:5.0f} s   (float {ppl.float_model:.2f}, {ppl.count} tokens)",
-            flush=True,
-        )
+        for text, data in {name: test, **{f"  on {k}": {"input_ids": rows} for k, rows in further.items()}}.items():
+            found = sim.measure(sim.open(data, batch_size=1), "kl", "perplexity", reference=before)
+            kl, ppl = found["kl"], found["perplexity"]
+            ratio = ppl.simulated / (ppl.float_model or math.nan)
+            half = student(0.975, max(1, len(data["input_ids"]) - 1))
+            print(
+                f"{text:18} KL {kl.simulated:.4f} ± {half * (kl.error or math.nan):.4f}   "
+                f"ratio {ratio:.4f} ± {half * ratio * (ppl.error or math.nan):.4f}   {seconds:5.0f} s   "
+                f"(float {ppl.float_model:.2f}, {ppl.count} tokens)",
+                flush=True,
+            )
 
     for name, (how, steps) in rows.items():
         sim = QuantSim(net, sample, **how)
@@ -160,13 +176,14 @@ def main() -> None:
         before, begin = QuantSim(net, sample, target=TARGET), time.perf_counter()
         result = auto_quantize(
             before, calibration, ByMetric(search, options.metric, batch_size=1), batch_size=1,
-            allowed_drop=math.log(options.allowed), techniques=options.recipe, schemes=options.schemes,
-            run=options.run,
+            allowed_drop=math.log(options.allowed), confidence=options.confidence, techniques=options.recipe,
+            schemes=options.schemes, run=options.run,
         )  # fmt: skip
         tell(AUTO, result.sim, before, time.perf_counter() - begin)
         print(result)
         for t in result.trials:
-            print(f"  {t.name:24} {t.status.value:10} {'' if t.score is None else f'{t.score:.4f}':>9}  {t.reason}")
+            drop = "" if t.score is None else f"{result.float_score - t.score:.4f} ± {t.margin:.4f}"
+            print(f"  {t.name:24} {t.status.value:10} {drop:>18}  {t.reason}")
 
 
 if __name__ == "__main__":

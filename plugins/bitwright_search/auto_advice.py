@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bitwright_search.auto_result import Status, Trial
+from bitwright_search.drops import Drop
 from bitwright_search.scores import Scale
 
 FEW_SAMPLES = 64
@@ -17,6 +18,8 @@ def advise(
     score: float,
     allowed_drop: float,
     met: bool,
+    lost: Drop,
+    confidence: float | None,
     weights_only: float | None,
     activations_only: float | None,
     trials: Sequence[Trial],
@@ -31,7 +34,9 @@ def advise(
     """Sentences in the order of their weight.
 
     Args:
-        float_score, score, allowed_drop, met, weights_only, activations_only, trials: see `AutoQuantResult`.
+        float_score, score, allowed_drop, met, confidence, weights_only, activations_only, trials: see
+            `AutoQuantResult`.
+        lost: what the best network loses.
         stopped: the budget that ended the search, if one did.
         samples: of calibration.
         per_channel: whether the target gives weights a scale for each channel.
@@ -48,12 +53,14 @@ def advise(
         )
     if stopped and not met:
         said.append(f"The search ended at its budget of {stopped}; give it more, the stages that are done are kept.")
-    if not met and widened and not stopped:
+    said += _of_margins(lost, allowed_drop, confidence, scale, met=met)
+    beyond = lost.value > allowed_drop  # not by the margin alone
+    if not met and beyond and widened and not stopped:
         said.append(
             "Not even 16 bits for all activations and 8 for all weights that the target runs with so many are enough: "
             "look for what overflows or is clipped with `bitwright analyze`, or leave the sensitive ops in float."
         )
-    elif not met:
+    elif not met and beyond:
         said += _causes(float_score, allowed_drop, weights_only, activations_only, per_channel, activation_bits, scale)
     failed = [t for t in trials if t.status is Status.FAILED]
     said += [f"{t.name} failed and was left out: {t.reason}" for t in failed]
@@ -64,12 +71,30 @@ def advise(
         )
     if in_float:
         said.append(f"{in_float} ops run in float because no target knows their type; see the findings.")
-    if not met:
+    if not met and beyond:
         said.append(
             "If nothing else helps, fine-tune with quantization in the loop (`sim.trainable()`), starting from this "
             "result."
         )
     return tuple(said)
+
+
+def _of_margins(lost: Drop, allowed: float, confidence: float | None, scale: Scale, *, met: bool) -> list[str]:
+    if lost.margin is None:
+        one = "The evaluation has one sample, which doesn't say how sure the drop is: give several."
+        return [] if confidence is None else [one]
+    most = scale.drop(lost.value + lost.margin)
+    if not met and lost.value <= allowed:
+        return [
+            f"The drop itself is within the allowed one; on other samples it may be {most}. Evaluate on more: four "
+            "times as many halve the margin."
+        ]
+    if met and confidence is None and lost.value + lost.margin > allowed:
+        return [
+            f"On other samples the loss may be {most}, which is more than is allowed: evaluate on more of them, or ask "
+            "for confidence=0.95."
+        ]
+    return []
 
 
 def _causes(

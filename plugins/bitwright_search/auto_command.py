@@ -9,6 +9,7 @@ import typer
 from bitwright.cli import console, options
 from bitwright.errors import CheckFailed
 from bitwright_search.evaluation_options import (
+    Confidence,
     EvaluationData,
     EvaluationFunction,
     EvaluationLabels,
@@ -34,6 +35,7 @@ def auto(
     evaluate: EvaluationFunction = None,
     metric: EvaluationMetric = None,
     evaluation_data: EvaluationData = None,
+    confidence: Confidence = None,
     target: options.Target = "default",
     weights: options.WeightType = None,
     activations: options.ActivationType = None,
@@ -78,8 +80,9 @@ def auto(
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(
             model, calibration, evaluation, sample=options.sample_of(model, data), allowed_drop=allowed_drop,
-            target=target, weights=weights, activations=activations, overrides=options.read_overrides(override),
-            seed=seed, schemes=schemes.split(",") if schemes else None, techniques=recipe, wider=wider,
+            confidence=confidence, target=target, weights=weights, activations=activations,
+            overrides=options.read_overrides(override), seed=seed,
+            schemes=schemes.split(",") if schemes else None, techniques=recipe, wider=wider,
             batch_size=batch_size, out=out, name=name, encodings_version=encodings_version, plain_session=plain_session,
             formats=formats, budget_seconds=budget_seconds, budget_evaluations=budget_evaluations, executor=crew,
             progress=progress,
@@ -93,7 +96,7 @@ def _tell(result: AutoQuantResult) -> None:
     scale = Scale(result.metric)
     rows = [
         (t.name, t.status.value, "" if t.score is None else scale.text(t.score),
-         "" if t.score is None else scale.drop(result.float_score - t.score), f"{t.seconds:.1f}")
+         "" if t.score is None else scale.drop(result.float_score - t.score, t.margin), f"{t.seconds:.1f}")
         for t in result.trials
     ]  # fmt: skip
     columns = ("trial", "outcome", result.metric, "drop", "seconds")
@@ -110,5 +113,5 @@ def _tell(result: AutoQuantResult) -> None:
     if not result.met:
         raise CheckFailed(
             f"no network is within a drop of {scale.drop(result.allowed_drop)}; the best, {result.best}, loses "
-            f"{scale.drop(result.drop)} and was exported"
+            f"{scale.drop(result.drop, result.margin)} and was exported"
         )

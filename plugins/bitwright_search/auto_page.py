@@ -44,7 +44,12 @@ def verdict(result: AutoQuantResult) -> str:
     if result.drop <= 0:
         return told + "nothing is lost."
     whether = "no more than" if result.met else "more than"
-    return told + f"a loss of {scale.drop(result.drop)}, {whether} the {scale.drop(result.allowed_drop)} allowed."
+    lost = scale.drop(result.drop, result.margin)
+    return told + f"a loss of {lost}, {whether} the {scale.drop(result.allowed_drop)} allowed{_sure(result)}."
+
+
+def _sure(result: AutoQuantResult) -> str:
+    return "" if result.confidence is None else f" (with a confidence of {result.confidence:.4g}, the margin included)"
 
 
 def _article(metric: str) -> str:
@@ -111,6 +116,7 @@ def _tried(result: AutoQuantResult) -> str:
         "Outcome",
         _capital(scale.label),
         _drop(scale),
+        "±",
         "Seconds",
         "Remark",
     )
@@ -123,7 +129,8 @@ def _tried(result: AutoQuantResult) -> str:
         settings = ", ".join(f"{k} {v}" for k, v in trial.settings.items())
         remark = "; ".join(text for text in (settings, trial.reason) if text)
         base = " → ".join(trial.steps[:-1]) if trial.kind != "reference" else " → ".join(trial.steps)
-        rows.append((index, trial.name, base, outcome, score, drop, round(trial.seconds, 2), remark))
+        margin = None if trial.margin is None else round(scale.place(trial.margin), 6)
+        rows.append((index, trial.name, base, outcome, score, drop, margin, round(trial.seconds, 2), remark))
     return parts.section("What was tried", parts.table(columns, rows))
 
 

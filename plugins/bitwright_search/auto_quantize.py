@@ -24,7 +24,8 @@ from bitwright.workers import lent
 from bitwright_search.auto_advice import advise
 from bitwright_search.auto_result import AutoQuantResult
 from bitwright_search.auto_search import SCHEMES, WIDE, AutoSearch, Limits
-from bitwright_search.evaluation import Mode, read_evaluate
+from bitwright_search.drops import Allowance
+from bitwright_search.evaluation import Mode, Score, read_evaluate
 from bitwright_search.exporting import refuse_unwritable, write
 from bitwright_search.participants import split_steps
 from bitwright_search.scores import Scale, metric_of
@@ -41,6 +42,7 @@ def auto_quantize(
     evaluate: Any,
     *,
     allowed_drop: float,
+    confidence: float | None = None,
     target: Any = None,
     weights: str | None = None,
     activations: str | None = None,
@@ -68,9 +70,13 @@ def auto_quantize(
     Args:
         model: a framework's model, a path, or a `QuantSim` (whose settings then hold).
         calibration: calibration data in any form that `QuantSim.open` takes.
-        evaluate: a function from the native simulated model to a number, higher is better; or ``(data, labels)`` for
-            top-1. For an executor of processes it must be picklable.
+        evaluate: a function from the native simulated model to a number, higher is better, or to a numpy array with
+            one for each sample, whose mean counts; or ``(data, labels)`` for top-1. For an executor of processes it
+            must be picklable.
         allowed_drop: largest loss against the float model, in the unit of `evaluate` (top-1: 0.01 is one point).
+        confidence: probability, at least 0.5, with which the drop must be within it on other samples like those
+            evaluated: the upper bound of the paired difference, by Student's t over samples, is what counts. 0.5 is the
+            drop on these samples alone. Default: 0.95 of perplexity and kl, 0.5 of everything else.
         target, weights, activations, overrides, sample, backend, seed: as `QuantSim` takes them.
         schemes: calibration schemes of activations to try, or pairs of (activations, weights); default: those of
             `auto_search.SCHEMES`, for activations of 16 bits and more `sqnr` alone, which keeps their whole range.
@@ -106,12 +112,13 @@ def auto_quantize(
         refuse_unwritable(sim, out, model, name, formats)
         data = sim.open(calibration, batch_size=batch_size)
         scored = read_evaluate(evaluate, sim)
+        allowance = Allowance.of(allowed_drop, confidence, scored)
         search = AutoSearch(
             sim,
             data,
             scored,
             SearchStore(directory),
-            Limits(allowed_drop, budget_seconds, budget_evaluations),
+            Limits(allowance, budget_seconds, budget_evaluations),
             _schemes(schemes, sim),
             preparations,
             steps,
@@ -171,13 +178,16 @@ def _activation_bits(sim: QuantSim) -> int:
 
 def _result(search: AutoSearch, validation: Validation | None, data: Dataset) -> AutoQuantResult:
     best, sim = search.best, search.best.built.sim
-    scores = {m: search.diagnosis.get(m) for m in (Mode.WEIGHTS, Mode.ACTIVATIONS)}
+    scores = {m: _value(search.diagnosis.get(m)) for m in (Mode.WEIGHTS, Mode.ACTIVATIONS)}
+    lost, allowance = search.lost(best.result), search.limits.allowance
     specs = [sim.plan.spec(op.weight) for op in sim.graph.linear_ops if op.weight is not None]
     advice = advise(
         float_score=search.float_score,
         score=best.score,
-        allowed_drop=search.limits.allowed_drop,
+        allowed_drop=allowance.drop,
         met=search.met,
+        lost=lost,
+        confidence=allowance.confidence,
         weights_only=scores[Mode.WEIGHTS],
         activations_only=scores[Mode.ACTIVATIONS],
         trials=search.trials,
@@ -196,7 +206,9 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         score=best.score,
         float_score=search.float_score,
         met=search.met,
-        allowed_drop=search.limits.allowed_drop,
+        allowed_drop=allowance.drop,
+        margin=lost.margin,
+        confidence=allowance.confidence,
         best=best.name,
         steps=best.steps,
         metric=metric_of(search.evaluate),
@@ -210,6 +222,10 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         evaluations=search.evaluations,
         target=sim.target.name,
     )
+
+
+def _value(score: Score | None) -> float | None:
+    return None if score is None else score.value
 
 
 def _findings(found: Validation) -> tuple[str, ...]:

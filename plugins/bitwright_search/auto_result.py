@@ -39,6 +39,7 @@ class Trial:
         seconds: what making and evaluating it took, in whichever process.
         reason: why it failed or was skipped, or what the technique reports.
         settings: the technique's, where they aren't its defaults.
+        margin: how far its drop on other samples may lie above the one on these, see `AutoQuantResult.margin`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Trial:
     seconds: float = 0.0
     reason: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    margin: float | None = None
 
 
 @dataclass
@@ -58,8 +60,11 @@ class AutoQuantResult:
     Attributes:
         sim: the best network, calibrated; its `model` is the native simulated model.
         score, float_score: what `evaluate` gave for it, and for the float model.
-        met: whether it loses no more than `allowed_drop`.
+        met: whether it loses no more than `allowed_drop`, with the margin where `confidence` asks for it.
         allowed_drop: as given.
+        margin: the drop on other samples like those evaluated lies at most so much above `drop`, with a probability of
+            `confidence`, or 0.95; None where `evaluate` gives a number alone, or there is one sample.
+        confidence: probability with which the allowed drop had to be kept; None judged by the drop alone.
         best: name of its trial.
         steps: the stages that made it, in order.
         trials: everything that was tried, in order.
@@ -91,6 +96,8 @@ class AutoQuantResult:
     target: str
     metric: str = "score"
     wider: Mapping[str, str] = field(default_factory=dict)
+    margin: float | None = None
+    confidence: float | None = None
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -117,5 +124,5 @@ class AutoQuantResult:
         verdict, scale = "within" if self.met else "beyond", Scale(self.metric)
         return (
             f"{self.best}: {scale.text(self.score)}, float {scale.text(self.float_score)}; a drop of "
-            f"{scale.drop(self.drop)} is {verdict} the allowed {scale.drop(self.allowed_drop)}"
+            f"{scale.drop(self.drop, self.margin)} is {verdict} the allowed {scale.drop(self.allowed_drop)}"
         )

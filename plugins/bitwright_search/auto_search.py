@@ -16,7 +16,8 @@ from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright.workers import Workers
 from bitwright_search.auto_result import Status, Trial
-from bitwright_search.evaluation import Evaluate, Mode, measure, measure_saved
+from bitwright_search.drops import SCORE_FORM, Allowance, Drop, read_score, recorded
+from bitwright_search.evaluation import Evaluate, Mode, Score, measure, measure_saved
 from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 SCHEMES = (
@@ -44,11 +45,11 @@ class Limits:
     """When to stop.
 
     Attributes:
-        allowed_drop: largest loss that is good enough.
+        allowance: largest loss that is good enough, and how sure it must be.
         seconds, evaluations: budgets; None is unlimited. A stage that has begun is finished.
     """
 
-    allowed_drop: float
+    allowance: Allowance
     seconds: float | None = None
     evaluations: int | None = None
 
@@ -59,11 +60,16 @@ class Candidate:
 
     steps: tuple[str, ...]
     built: Built
-    score: float
+    result: Score
     refined: bool = False
     """Made by a technique, and not by calibration alone."""
     wider: Mapping[SiteId, str] = field(default_factory=dict)
     """Sites that have more bits than was asked for, with their types."""
+
+    @property
+    def score(self) -> float:
+        """What `evaluate` gave."""
+        return self.result.value
 
     @property
     def name(self) -> str:
@@ -98,8 +104,9 @@ class AutoSearch:
     trials: list[Trial] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     evaluations: int = 0
-    float_score: float = 0.0
-    diagnosis: dict[Mode, float] = field(default_factory=dict)
+    reference: Score = field(default_factory=lambda: Score(0.0))
+    """The float model's score."""
+    diagnosis: dict[Mode, Score] = field(default_factory=dict)
     stopped: str = ""
     """Which budget ended the search; empty if none did."""
 
@@ -143,7 +150,7 @@ class AutoSearch:
 
         Of equal calibrations the first; a technique that scores the same takes over, since it lowers errors that a
         small evaluation can't show."""
-        good = [c for c in self.candidates if self.good(c.score)]
+        good = [c for c in self.candidates if self.good(c.result)]
         pool = [c for c in good if len(c.wider) == min(len(c.wider) for c in good)] or self.candidates
         best = pool[0]
         for candidate in pool[1:]:
@@ -164,11 +171,20 @@ class AutoSearch:
     @property
     def met(self) -> bool:
         """Whether some candidate is good enough."""
-        return bool(self.candidates) and self.good(self.best.score)
+        return bool(self.candidates) and self.good(self.best.result)
 
-    def good(self, score: float) -> bool:
-        """Whether a score is within the allowed drop; the last bit of a difference doesn't decide."""
-        return self.float_score - score <= self.limits.allowed_drop + 1e-12 * max(1.0, abs(self.float_score))
+    @property
+    def float_score(self) -> float:
+        """What `evaluate` gave for the float model."""
+        return self.reference.value
+
+    def good(self, score: Score) -> bool:
+        """Whether a score is within the allowed drop, as sure as it must be."""
+        return self.limits.allowance.keeps(self.reference, score)
+
+    def lost(self, score: Score) -> Drop:
+        """What a network loses against the float model."""
+        return self.limits.allowance.lost(self.reference, score)
 
     # -- stages
 
@@ -209,7 +225,8 @@ class AutoSearch:
         (result,) = self._scores([("float", first[1], Mode.FLOAT)])
         if isinstance(result, Exception):
             raise result
-        self.float_score, seconds = result
+        self.reference, seconds = result
+        self.limits.allowance.require(self.reference)
         self.note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
 
     def _diagnose(self, first: tuple[int, Built]) -> None:
@@ -226,8 +243,11 @@ class AutoSearch:
             if isinstance(result, Exception):
                 self.failed(mode.value, "reference", steps, result)
                 continue
-            self.diagnosis[mode] = result[0]
-            self.note(Trial(mode.value, "reference", Status.REFERENCE, steps, *result))
+            score, seconds = self.diagnosis[mode], _ = result
+            self.note(
+                Trial(mode.value, "reference", Status.REFERENCE, steps, score.value, seconds,
+                      margin=self.lost(score).margin)
+            )  # fmt: skip
 
     def _calibrations(self, base: QuantSim, first: tuple[int, Built]) -> None:
         """Each calibration scheme, until one is good enough."""
@@ -261,9 +281,12 @@ class AutoSearch:
                     self.failed(steps[-1], "calibration", steps, result)
                     continue
                 score, seconds = result
-                status = Status.KEPT if not self.candidates or score > self.best.score else Status.WORSE
+                status = Status.KEPT if not self.candidates or score.value > self.best.score else Status.WORSE
                 self.candidates.append(Candidate(steps, built, score))
-                self.note(Trial(steps[-1], "calibration", status, steps, score, built.seconds + seconds))
+                self.note(
+                    Trial(steps[-1], "calibration", status, steps, score.value, built.seconds + seconds,
+                          margin=self.lost(score).margin)
+                )  # fmt: skip
                 if self.met:
                     return
         if len(affordable) < len(useful):
@@ -277,7 +300,7 @@ class AutoSearch:
             (Mode.WEIGHTS, activations == first_activations),
         ):
             score = self.diagnosis.get(mode)
-            if same and score is not None and score >= self.float_score:
+            if same and score is not None and score.value >= self.float_score:
                 return f"quantized {mode.value.split()[0]} alone cost nothing"
         return ""
 
@@ -310,10 +333,10 @@ class AutoSearch:
             self.failed(step.technique, "technique", steps, result)
             return current
         score, seconds = result
-        kept = score >= current.score
+        kept = score.value >= current.score
         self.note(
-            Trial(step.technique, "technique", Status.KEPT if kept else Status.WORSE, steps, score,
-                  built.seconds + seconds, summary, step.settings)
+            Trial(step.technique, "technique", Status.KEPT if kept else Status.WORSE, steps, score.value,
+                  built.seconds + seconds, summary, step.settings, self.lost(score).margin)
         )  # fmt: skip
         candidate = Candidate(steps, built, score, refined=True)
         self.candidates.append(candidate)
@@ -324,12 +347,12 @@ class AutoSearch:
         weights, activations = self.diagnosis.get(Mode.WEIGHTS), self.diagnosis.get(Mode.ACTIVATIONS)
         if weights is None:
             return ""
-        by_weights = self.float_score - weights
+        by_weights = self.float_score - weights.value
         if by_weights <= 0:
             return "quantized weights alone cost nothing, and it repairs weights"
         if activations is not None and not self.good(activations):
-            by_activations = self.float_score - activations
-            if by_weights <= min(NEGLIGIBLE * by_activations, self.limits.allowed_drop / 2):
+            by_activations = self.float_score - activations.value
+            if by_weights <= min(NEGLIGIBLE * by_activations, self.limits.allowance.drop / 2):
                 return (
                     f"it repairs weights, which alone cost {by_weights:.4g}; activations cost {by_activations:.4g}, "
                     "which is beyond the allowed drop"
@@ -355,7 +378,7 @@ class AutoSearch:
             self.failed(name, "calibration", (*self._prepared, name), error)
             return None
 
-    def _scores(self, jobs: Iterable[Job]) -> Generator[tuple[float, float] | Exception]:
+    def _scores(self, jobs: Iterable[Job]) -> Generator[tuple[Score, float] | Exception]:
         """(score, seconds) of each network, or the error, in order; to be closed when enough is known.
 
         Without workers each is evaluated when it is asked for. With some, all are sent before the first is waited for;
@@ -380,15 +403,15 @@ class AutoSearch:
                 yield self._scored(job, next(futures) if travels else None)
 
     def _depends(self, built: Built, mode: Mode) -> Record:
-        return {"network": built.content, "mode": str(mode), "evaluation": self._evaluation}
+        return {"network": built.content, "mode": str(mode), "evaluation": self._evaluation, "form": SCORE_FORM}
 
-    def _scored(self, job: Job, future: Future[tuple[float, float]] | None) -> tuple[float, float] | Exception:
+    def _scored(self, job: Job, future: Future[tuple[Score, float]] | None) -> tuple[Score, float] | Exception:
         name, built, mode = job
         self.sim.progress.start(f"Evaluating {name}", 1)
 
         def work() -> Record:
             score, seconds = measure(self.evaluate, built.sim, mode) if future is None else future.result()
-            return {"score": score, "seconds": seconds}
+            return {**recorded(score), "seconds": seconds}
 
         try:
             record = self.stages.once("auto: evaluate", self._depends(built, mode), work)
@@ -398,7 +421,7 @@ class AutoSearch:
         finally:
             self.sim.progress.finish()
         self.evaluations += 1
-        return record["score"], record["seconds"]
+        return read_score(record), record["seconds"]
 
     def left(self, name: str, kind: str, steps: tuple[str, ...]) -> bool:
         """Whether the budget allows one more stage; if not, that is noted once."""
@@ -434,11 +457,11 @@ class AutoSearch:
         """Tell what became of something."""
         self.trials.append(trial)
 
-    def add(self, steps: tuple[str, ...], built: Built, score: float, wider: Mapping[SiteId, str]) -> None:
+    def add(self, steps: tuple[str, ...], built: Built, score: Score, wider: Mapping[SiteId, str]) -> None:
         """A candidate that has more bits at some sites."""
         self.candidates.append(Candidate(steps, built, score, refined=True, wider=wider))
 
-    def score(self, name: str, built: Built, mode: Mode) -> tuple[float, float] | Exception:
+    def score(self, name: str, built: Built, mode: Mode) -> tuple[Score, float] | Exception:
         """(score, seconds) of one network, evaluated here, or the error."""
         return self._scored((name, built, mode), None)
 

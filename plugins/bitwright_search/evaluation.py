@@ -18,7 +18,7 @@ import numpy as np
 from bitwright.backend import Simulation, Tap
 from bitwright.data import DataLike, Dataset, labels_of
 from bitwright.errors import InputError
-from bitwright.metrics import metric_factory
+from bitwright.metrics import Terms, metric_factory
 from bitwright.runs import fingerprint
 from bitwright.simulation import QuantSim
 
@@ -30,6 +30,19 @@ class Mode(StrEnum):
     WEIGHTS = "weights only"
     ACTIVATIONS = "activations only"
     FULL = "quantized"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation gave, higher is better.
+
+    Attributes:
+        value: the number.
+        terms: the mean that it is, sample by sample; None of a function that returns a number alone.
+    """
+
+    value: float
+    terms: Terms | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Labelled:
         values = read_labels(self.labels) if isinstance(self.labels, str | Path) else self.labels
         return Labelled(dataset, labels_of(values, dataset, fixed=sim.fixed_batch), self.batch_size)
 
-    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> float:
+    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> Score:
         """Top-1 of the first output, as a fraction."""
         tap = Tap(sim.graph.outputs[0])
         session = simulation.session([tap])
@@ -66,7 +79,8 @@ class Labelled:
         predicted = np.concatenate([y.reshape(len(y), -1).argmax(axis=1) for y in found])
         if len(predicted) != len(self.labels):
             raise InputError(f"there are {len(self.labels)} labels for {len(predicted)} samples")
-        return float((predicted == self.labels).mean())
+        right = predicted == self.labels
+        return Score(float(right.mean()), Terms.single(right))
 
     def identity(self) -> list[str]:
         """By the content of the opened data and labels.
@@ -108,7 +122,7 @@ class ByMetric:
         dataset = sim.open(self.data, batch_size=self.batch_size)
         return ByMetric(dataset, self.metric, self.batch_size, sim.fork() if compares else None)
 
-    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> float:
+    def score(self, sim: QuantSim, simulation: Simulation[Any]) -> Score:
         """The metric of the first output, its sign so that higher is better."""
         metric = metric_factory(self.metric)()
         tap = Tap(sim.graph.outputs[0])
@@ -119,7 +133,9 @@ class ByMetric:
             wanted = None if floating is None else np.asarray(floating.run(batch)[tap])
             metric.add(inputs, np.asarray(session.run(batch)[tap]), wanted)
         name, value = self.metric.partition(":")[0], metric.value()
-        return -math.log(value) if name == "perplexity" else -value if name == "kl" else value
+        if name == "perplexity":
+            return Score(-math.log(value), -metric.terms)
+        return Score(-value, -metric.terms) if name == "kl" else Score(value, metric.terms)
 
     def identity(self) -> list[str]:
         """By the metric and the content of the opened data; the network that is compared with is the run's own."""
@@ -226,24 +242,37 @@ def simulation_in(sim: QuantSim, mode: Mode) -> Simulation[Any]:
     return simulation
 
 
-def measure(evaluate: Evaluate, sim: QuantSim, mode: Mode) -> tuple[float, float]:
+def measure(evaluate: Evaluate, sim: QuantSim, mode: Mode) -> tuple[Score, float]:
     """(score, seconds) of a calibrated network.
 
     Raises:
-        InputError: the evaluation returned no finite number.
+        InputError: the evaluation returned no finite number, nor an array with one for each sample.
     """
     begin = time.perf_counter()
     simulation = simulation_in(sim, mode)
-    value = evaluate.score(sim, simulation) if isinstance(evaluate, Labelled | ByMetric) else evaluate(simulation.model)
+    if isinstance(evaluate, Labelled | ByMetric):
+        score = evaluate.score(sim, simulation)
+    else:
+        score = _read(evaluate(simulation.model))
+    if not math.isfinite(score.value):
+        raise InputError(f"evaluate returned {score.value}; it must return a finite number, higher is better")
+    return score, time.perf_counter() - begin
+
+
+def _read(value: Any) -> Score:
+    """What a user's function returned: a number, or an array with one a sample, whose mean it is then."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.size > 1 and value.dtype.kind in "fiub":
+        terms = Terms.single(value.astype(np.float64))
+        return Score(terms.mean, terms)
     try:
-        number = float(value)
+        return Score(float(value))
     except (TypeError, ValueError):
-        raise InputError(f"evaluate returned {value!r}; it must return a number, higher is better") from None
-    if not math.isfinite(number):
-        raise InputError(f"evaluate returned {number}; it must return a finite number, higher is better")
-    return number, time.perf_counter() - begin
+        raise InputError(
+            f"evaluate returned {value!r}; it must return a number, higher is better, or a numpy array with a score "
+            "for each sample"
+        ) from None
 
 
-def measure_saved(directory: str, evaluate: Evaluate, mode: str) -> tuple[float, float]:
+def measure_saved(directory: str, evaluate: Evaluate, mode: str) -> tuple[Score, float]:
     """`measure` of a saved simulation: what is sent to an executor, so all of it travels by value or by path."""
     return measure(evaluate, QuantSim.load(directory), Mode(mode))

@@ -34,6 +34,15 @@ EvaluationData = Annotated[
     Path | None, typer.Option(help="Samples that labels and metrics are about (default: --data).", show_default=False)
 ]
 
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        help="Probability with which the drop must be kept on other samples like these; 0.5 judges by the drop on "
+        "these alone (default: 0.95 of perplexity and kl, otherwise 0.5).",
+        show_default=False,
+    ),
+]
+
 
 def read_evaluation(
     function: str | None, labels: Path | None, data: Path | None, batch_size: int, metric: str | None = None

@@ -10,6 +10,7 @@ import typer
 from bitwright.cli import console, options
 from bitwright.errors import CheckFailed, InputError
 from bitwright_search.evaluation_options import (
+    Confidence,
     EvaluationData,
     EvaluationFunction,
     EvaluationLabels,
@@ -55,6 +56,7 @@ def mixed(
     evaluate: EvaluationFunction = None,
     metric: EvaluationMetric = None,
     evaluation_data: EvaluationData = None,
+    confidence: Confidence = None,
     target: options.Target = "default",
     scheme: options.Scheme = "sqnr",
     weight_scheme: options.WeightScheme = "mse",
@@ -101,8 +103,8 @@ def mixed(
             cost = "latency"
         result = mixed_precision(
             model, calibration, evaluation, sample=options.sample_of(model, data), candidates=pairs,
-            allowed_drop=allowed_drop, budget=budget, lite=lite, latency=table, techniques=recipe,
-            cost=cost, solver=solver,  # type: ignore[arg-type]
+            allowed_drop=allowed_drop, confidence=confidence, budget=budget, lite=lite, latency=table,
+            techniques=recipe, cost=cost, solver=solver,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, plain_session=plain_session, formats=formats,

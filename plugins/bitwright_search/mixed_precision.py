@@ -20,6 +20,7 @@ from bitwright.simulation import QuantSim, RecipeLike, read_recipe
 from bitwright.workers import lent
 from bitwright_search.candidates import group_sites, read_candidates, shared_activations
 from bitwright_search.costs import Cost, CostModel, multiply_accumulates
+from bitwright_search.drops import Allowance
 from bitwright_search.evaluation import read_evaluate
 from bitwright_search.exporting import refuse_unwritable, write
 from bitwright_search.latency import read_latency
@@ -41,6 +42,7 @@ def mixed_precision(
     *,
     candidates: Sequence[Any] = CANDIDATES,
     allowed_drop: float | None = None,
+    confidence: float | None = None,
     budget: float | None = None,
     lite: float | None = None,
     cost: Cost = "bit_operations",
@@ -76,6 +78,7 @@ def mixed_precision(
         candidates: pairs of types (weights, activations). Where all have the same activations, a model gets them
             throughout, and a `QuantSim` wherever an op reads one that has another type.
         allowed_drop: largest loss against the float model: the cheapest assignment within it is wanted.
+        confidence: as `auto_quantize` takes it.
         budget: largest cost, as a share (0 to 1) of the reference, which has the dearest candidate everywhere. Alone:
             the least noise within it. With `allowed_drop`: no assignment above it is tried.
         lite: no search: everything at the cheapest candidate, but this percentage of the groups, the most sensitive
@@ -102,7 +105,7 @@ def mixed_precision(
         InputError: no goal or contradicting ones, an unattainable budget, or unusable data or arguments.
         MissingExtraError: the exact solver without scipy.
     """
-    goal = _goal(evaluate, allowed_drop, budget, lite)
+    _check_goal(evaluate, allowed_drop, budget, lite)
     choices = read_candidates(candidates)
     if solver not in ("exact", "greedy"):
         raise InputError(f"solver={solver!r}: choose exact or greedy")
@@ -138,6 +141,7 @@ def mixed_precision(
         else:
             noises, notes = predicted_noise(sim, groups, choices, bank), (*notes, NOTE)
         scored = None if evaluate is None else read_evaluate(evaluate, sim)
+        allowance = None if allowed_drop is None else Allowance.of(allowed_drop, confidence, scored)
         search = MixedSearch(
             sim=sim,
             data=data,
@@ -149,7 +153,7 @@ def mixed_precision(
             noises=noises,
             outside=costs.outside(groups),
             solver=solver,
-            goal=goal,
+            goal=Goal(allowance, budget, lite),
             steps=tuple(steps),
         )
         result = search.run(cost, notes)
@@ -162,7 +166,7 @@ def mixed_precision(
     return result
 
 
-def _goal(evaluate: Any, allowed_drop: float | None, budget: float | None, lite: float | None) -> Goal:
+def _check_goal(evaluate: Any, allowed_drop: float | None, budget: float | None, lite: float | None) -> None:
     if allowed_drop is None and budget is None and lite is None:
         raise InputError("mixed precision needs a goal: allowed_drop (with evaluate), budget, or lite")
     if lite is not None and (allowed_drop is not None or budget is not None):
@@ -175,4 +179,3 @@ def _goal(evaluate: Any, allowed_drop: float | None, budget: float | None, lite:
         raise InputError(f"budget={budget}: give a share of the reference's cost, more than 0 and at most 1")
     if lite is not None and not 0 <= lite <= 100:
         raise InputError(f"lite={lite}: give a percentage, 0 to 100")
-    return Goal(allowed_drop, budget, lite)

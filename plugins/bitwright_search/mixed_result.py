@@ -61,11 +61,15 @@ class MixedPrecisionResult:
         cost_kind: "bit_operations", "weight_bytes" or "latency".
         score, float_score, reference_score: what `evaluate` gave for the chosen network, the float one and the
             reference; None where it wasn't asked.
-        met: whether the chosen network loses no more than `allowed_drop`, and costs no more than the budget.
+        met: whether the chosen network loses no more than `allowed_drop`, with the margin where `confidence` asks for
+            it, and costs no more than the budget.
         front: assignments by rising cost and rising predicted SQNR.
         measured: those of them that were evaluated, without the ones that cost more and score no better than another.
         sensitivities: what phase 1 measured.
         metric: what scores are: "top-1", a metric's name, or "score" for a function of the user.
+        margin: the loss on other samples like those evaluated lies at most so much above the one on these, with a
+            probability of `confidence`, or 0.95; None where `evaluate` gives a number alone, or there is one sample.
+        confidence: probability with which the allowed drop had to be kept; None judged by the drop alone.
         notes: what was left alone and why, and where the search ended.
         seconds: of work, earlier processes included.
         files: every file written, by purpose.
@@ -89,6 +93,8 @@ class MixedPrecisionResult:
     seconds: float
     target: str
     metric: str = "score"
+    margin: float | None = None
+    confidence: float | None = None
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -117,4 +123,6 @@ class MixedPrecisionResult:
         if self.score is not None and self.float_score is not None:
             scale = Scale(self.metric)
             text += f"; {self.metric} {scale.text(self.score)}, float {scale.text(self.float_score)}"
+            if self.margin is not None:
+                text += f", a drop of {scale.drop(self.float_score - self.score, self.margin)}"
         return text

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from bitwright.runs import identity
 from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
-from bitwright_search.evaluation import Evaluate, Mode, measure
+from bitwright_search.drops import SCORE_FORM, Allowance, read_score, recorded
+from bitwright_search.evaluation import Evaluate, Mode, Score, measure
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
 from bitwright_search.scores import metric_of
 from bitwright_search.sensitivity import decibels
@@ -39,7 +41,7 @@ from bitwright_search.stages import Built, Record, SearchStore, content_of
 class Goal:
     """What is wanted, see `mixed_precision`."""
 
-    allowed_drop: float | None
+    allowance: Allowance | None
     budget: float | None
     lite: float | None
 
@@ -70,7 +72,7 @@ class MixedSearch:
     solver: Solver
     goal: Goal
     steps: tuple[Step, ...]
-    scores: dict[Choice, float] = field(default_factory=dict)
+    scores: dict[Choice, Score] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,20 +88,22 @@ class MixedSearch:
     def run(self, kind: str, notes: Sequence[str]) -> MixedPrecisionResult:
         """Search, and tell."""
         points = front(self.costs, self.noises, self.solver)
-        float_score = None
+        reference = None
         if self.goal.lite is not None:
             chosen = self._lite(self.goal.lite)
-        elif self.goal.allowed_drop is None:
+        elif self.goal.allowance is None:
             chosen = self._solve()
         if self.evaluate is not None:
-            float_score = self._float_score()
-            if self.goal.allowed_drop is not None:
-                chosen = self._bisect(points, float_score - self.goal.allowed_drop)
+            reference = self._float_score()
+            if self.goal.allowance is not None:
+                self.goal.allowance.require(reference)
+                chosen = self._bisect(points, reference)
             else:
                 self._score(chosen.choice)
             self._score(self.reference.choice)
         built = self._built(chosen.choice)
-        met = self._good(self.scores.get(chosen.choice), float_score) and within(chosen.cost, self._limit)
+        score = self.scores.get(chosen.choice)
+        met = self._good(score, reference) and within(chosen.cost, self._limit)
         told = undominated([*points, chosen])
         measured = [
             self._told(p) for c in self.scores if c != chosen.choice for p in [point(c, self.costs, self.noises)]
@@ -111,10 +115,12 @@ class MixedSearch:
             reference_cost=self.reference.cost + self.outside,
             cost_kind=kind,
             solver=self.solver,
-            score=self.scores.get(chosen.choice),
-            float_score=float_score,
-            reference_score=self.scores.get(self.reference.choice),
-            allowed_drop=self.goal.allowed_drop,
+            score=_value(score),
+            float_score=_value(reference),
+            reference_score=_value(self.scores.get(self.reference.choice)),
+            allowed_drop=None if self.goal.allowance is None else self.goal.allowance.drop,
+            margin=None if score is None or reference is None else self._allowance.lost(reference, score).margin,
+            confidence=self._allowance.confidence,
             met=met,
             front=tuple(map(self._told, told)),
             measured=monotone([*measured, self._told(chosen)] if chosen.choice in self.scores else measured),
@@ -126,6 +132,10 @@ class MixedSearch:
         )
 
     # -- choosing
+
+    @property
+    def _allowance(self) -> Allowance:
+        return self.goal.allowance or Allowance(0.0)
 
     @property
     def _limit(self) -> float:
@@ -159,7 +169,7 @@ class MixedSearch:
         return point([h if g in flipped else c for g, (c, h) in enumerate(zip(low, high, strict=True))], self.costs,
                      self.noises)  # fmt: skip
 
-    def _bisect(self, points: Sequence[Point], goal: float) -> Point:
+    def _bisect(self, points: Sequence[Point], reference: Score) -> Point:
         """The cheapest assignment on the front that reaches the goal, where scores rise along it.
 
         Where they don't, it is one that reaches the goal all the same. If none that is tried does, it is the one with
@@ -170,10 +180,10 @@ class MixedSearch:
             # Raises, and says what the least cost is.
             allowed = [self._solve()]
         low, high = 0, len(allowed) - 1
-        if self._reaches(allowed[low], goal):
+        if self._reaches(allowed[low], reference):
             return allowed[low]
-        if not self._reaches(allowed[high], goal):
-            best = max(allowed, key=lambda p: (self.scores.get(p.choice, -math.inf), -p.cost))
+        if not self._reaches(allowed[high], reference):
+            best = max(allowed, key=lambda p: (_value(self.scores.get(p.choice), -math.inf), -p.cost))
             self.notes.append(
                 "not even the most precise assignment reaches the goal; the best that was evaluated is returned. Add a "
                 "more precise candidate, or give techniques"
@@ -181,19 +191,19 @@ class MixedSearch:
             return best
         while high - low > 1:
             middle = (low + high) // 2
-            if self._reaches(allowed[middle], goal):
+            if self._reaches(allowed[middle], reference):
                 high = middle
             else:
                 low = middle
         return allowed[high]
 
-    def _reaches(self, candidate: Point, goal: float) -> bool:
-        return self._score(candidate.choice) >= goal - 1e-12 * max(1.0, abs(goal))
+    def _reaches(self, candidate: Point, reference: Score) -> bool:
+        return self._allowance.keeps(reference, self._score(candidate.choice))
 
-    def _good(self, score: float | None, float_score: float | None) -> bool:
-        if self.goal.allowed_drop is None or score is None or float_score is None:
-            return self.goal.allowed_drop is None
-        return float_score - score <= self.goal.allowed_drop + 1e-12 * max(1.0, abs(float_score))
+    def _good(self, score: Score | None, reference: Score | None) -> bool:
+        if self.goal.allowance is None or score is None or reference is None:
+            return self.goal.allowance is None
+        return self.goal.allowance.keeps(reference, score)
 
     # -- networks
 
@@ -222,18 +232,19 @@ class MixedSearch:
             found |= group.types(self.sim, self.candidates[c])
         return found
 
-    def _score(self, choice: Choice) -> float:
+    def _score(self, choice: Choice) -> Score:
         if choice not in self.scores:
             self.scores[choice] = self._evaluated(self._built(choice), Mode.FULL)
         return self.scores[choice]
 
-    def _float_score(self) -> float:
+    def _float_score(self) -> Score:
         return self._evaluated(self._built(self.reference.choice), Mode.FLOAT)
 
-    def _evaluated(self, built: Built, mode: Mode) -> float:
+    def _evaluated(self, built: Built, mode: Mode) -> Score:
         assert self.evaluate is not None
         evaluate = self.evaluate
-        depends = {"network": built.content, "mode": str(mode), "evaluation": self._evaluation}
+        depends = {"network": built.content, "mode": str(mode), "evaluation": self._evaluation,
+                   "form": SCORE_FORM}  # fmt: skip
 
         def work() -> Record:
             self.sim.progress.start("Evaluating", 1)
@@ -241,9 +252,9 @@ class MixedSearch:
                 score, seconds = measure(evaluate, built.sim, mode)
             finally:
                 self.sim.progress.finish()
-            return {"score": score, "seconds": seconds}
+            return {**recorded(score), "seconds": seconds}
 
-        return float(self.stages.once("mixed precision: evaluate", depends, work)["score"])
+        return read_score(self.stages.once("mixed precision: evaluate", depends, work))
 
     # -- telling
 
@@ -257,7 +268,7 @@ class MixedSearch:
             cost=total,
             relative_cost=total / reference if reference else 1.0,
             predicted_sqnr_db=decibels(p.noise),
-            score=self.scores.get(p.choice),
+            score=_value(self.scores.get(p.choice)),
             counts=dict(Counter(assignment.values())),
             assignment=assignment,
         )
@@ -268,6 +279,18 @@ class MixedSearch:
             for i, g in enumerate(self.groups)
             for c in g.allowed
         ]
+
+
+@overload
+def _value(score: Score | None) -> float | None: ...
+
+
+@overload
+def _value(score: Score | None, otherwise: float) -> float: ...
+
+
+def _value(score: Score | None, otherwise: float | None = None) -> float | None:
+    return otherwise if score is None else score.value
 
 
 def monotone(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:

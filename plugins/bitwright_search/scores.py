@@ -40,9 +40,10 @@ class Scale:
         """A score."""
         return f"{score:.2%}" if self.metric in SHARES else number(score)
 
-    def drop(self, loss: float) -> str:
-        """A difference of two scores."""
-        return f"{self.figure(loss)} points" if self.metric in SHARES else number(loss)
+    def drop(self, loss: float, margin: float | None = None) -> str:
+        """A difference of two scores, with its margin where there is one."""
+        told = self.figure(loss) if margin is None else f"{self.figure(loss)} ± {self.figure(margin)}"
+        return f"{told} points" if self.metric in SHARES else told
 
     def figure(self, score: float) -> str:
         """A score or a difference without its unit, where that stands elsewhere."""

@@ -115,7 +115,8 @@ class Spending:
         score, seconds = result
         good = search.good(score)
         kept = Status.KEPT if good else Status.WORSE
-        search.note(Trial(steps[-1], "types", kept, steps, score, built.seconds + seconds, told))
+        margin = search.lost(score).margin
+        search.note(Trial(steps[-1], "types", kept, steps, score.value, built.seconds + seconds, told, margin=margin))
         search.add(steps, built, score, {w.root: w.text for w in chosen})
         return good
 

@@ -327,12 +327,18 @@ def _print_floats(sim: QuantSim) -> None:
 def _print_summary(out: Path, files: dict[str, str], accuracy: Accuracy | None, figures: Sequence[Figure] = ()) -> None:
     if figures:
         console.table(
-            ("metric", "float", "simulated", "positions"),
+            ("metric", "float", "simulated", "positions", "standard error"),
             [
-                (f.metric, "" if f.float_model is None else f"{f.float_model:.4f}", f"{f.simulated:.4f}", str(f.count))
+                (
+                    f.metric,
+                    "" if f.float_model is None else f"{f.float_model:.4f}",
+                    f"{f.simulated:.4f}",
+                    str(f.count),
+                    "" if f.error is None else f"{f.error:.4f}",
+                )
                 for f in figures
             ],
-            numbers=("float", "simulated", "positions"),
+            numbers=("float", "simulated", "positions", "standard error"),
         )
     if accuracy is not None:
         console.table(

@@ -13,6 +13,7 @@ from bitwright.metrics._metrics import (
     metric_factory,
     token_input,
 )
+from bitwright.metrics._terms import Terms, student
 
 __all__ = [
     "METRICS",
@@ -21,7 +22,9 @@ __all__ = [
     "Figure",
     "Metric",
     "Perplexity",
+    "Terms",
     "Top1",
     "metric_factory",
+    "student",
     "token_input",
 ]

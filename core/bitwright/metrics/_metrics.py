@@ -1,8 +1,8 @@
 """What networks are scored by: perplexity, divergence from the float network, agreement with it, accuracy.
 
 Each metric takes batches one after another and keeps sums alone, so that logits are never held beyond a batch. Sums are
-float64. Classes lie on the last axis of an output: (samples, classes), or (samples, positions, classes) of language
-models, where every position counts for itself.
+float64, and there is one for each sample, which says how sure a value is. Classes lie on the last axis of an output:
+(samples, classes), or (samples, positions, classes) of language models, where every position counts for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import InputError, unknown_name
+from bitwright.metrics._terms import Terms
 
 Values = NDArray[Any]
 Inputs = Mapping[str, Values]
@@ -31,12 +32,15 @@ class Figure:
         simulated: of the simulated network.
         float_model: of the float network; None where the metric compares the two.
         count: positions (or samples) that it is the mean of.
+        error: standard error of what the simulation loses against the float network on the same samples, which are
+            taken as independent: of a difference of means, of perplexity of the ratio's logarithm. None for one sample.
     """
 
     metric: str
     simulated: float
     float_model: float | None
     count: int
+    error: float | None = None
 
 
 class Metric(Protocol):
@@ -62,6 +66,10 @@ class Metric(Protocol):
     def count(self) -> int:
         """Positions or samples counted so far."""
 
+    @property
+    def terms(self) -> Terms:
+        """What the mean consists of, by sample; of perplexity it is the mean before exp, cross-entropy."""
+
 
 class _Mean:
     """A mean over positions."""
@@ -70,14 +78,31 @@ class _Mean:
 
     def __init__(self, name: str) -> None:
         self.name, self.total, self._count = name, 0.0, 0
+        self._sums: list[NDArray[np.float64]] = []
+        self._counts: list[NDArray[np.int64]] = []
 
     @property
     def count(self) -> int:
         return self._count
 
-    def _take(self, values: Values) -> None:
+    @property
+    def terms(self) -> Terms:
+        return Terms(
+            tuple(float(v) for batch in self._sums for v in batch), tuple(int(n) for b in self._counts for n in b)
+        )
+
+    def _begin(self, samples: int) -> None:
+        """A batch of so many samples."""
+        self._sums.append(np.zeros(samples))
+        self._counts.append(np.zeros(samples, np.int64))
+
+    def _take(self, values: Values, samples: NDArray[np.integer]) -> None:
+        """Values of the batch, and the sample in it that each is of."""
         self.total += float(np.sum(values, dtype=np.float64))
         self._count += int(values.size)
+        places = len(self._sums[-1])
+        self._sums[-1] += np.bincount(samples, np.asarray(values, np.float64).ravel(), places)
+        self._counts[-1] += np.bincount(samples, minlength=places)
 
     def value(self) -> float:
         if self._count == 0:
@@ -112,8 +137,9 @@ class Perplexity(_Mean):
             raise InputError(f"perplexity: token ids from {ids.min()} to {ids.max()}, of {outputs.shape[2]} logits")
         mask = _counted(inputs, outputs.shape[:2])
         kept = mask[:, 1:] & mask[:, :-1]
-        for logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, ids[:, 1:]):
-            self._take(-np.take_along_axis(logs, targets[:, None], axis=-1))
+        self._begin(len(outputs))
+        for samples, logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, ids[:, 1:]):
+            self._take(-np.take_along_axis(logs, targets[:, None], axis=-1), samples)
 
     def value(self) -> float:
         """exp of the mean."""
@@ -133,11 +159,12 @@ class Divergence(_Mean):
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
         kept = _counted(inputs, outputs.shape[:-1])
-        for logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
+        self._begin(_samples(kept))
+        for samples, logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
             wanted = _log_softmax(self.name, rows)
             p = np.exp(wanted)
             terms = np.where(p > 0, p * (np.where(p > 0, wanted, 0.0) - logs), 0.0)
-            self._take(terms.sum(axis=-1))
+            self._take(terms.sum(axis=-1), samples)
 
 
 class Agreement(_Mean):
@@ -154,7 +181,9 @@ class Agreement(_Mean):
         kept = _counted(inputs, outputs.shape[:-1])
         _finite(self.name, outputs)
         _finite(self.name, reference)
-        self._take((outputs.argmax(axis=-1) == reference.argmax(axis=-1))[kept])
+        self._begin(_samples(kept))
+        same = outputs.argmax(axis=-1) == reference.argmax(axis=-1)
+        self._take(same[kept], np.flatnonzero(kept) // _positions(kept))
 
 
 class Top1(_Mean):
@@ -175,7 +204,8 @@ class Top1(_Mean):
         expected = self.labels[self.count : self.count + len(found)]
         if len(expected) != len(found):
             raise InputError(f"top1: there are {len(self.labels)} labels, but more samples: give one label a sample")
-        self._take(found == expected)
+        self._begin(len(found))
+        self._take(found == expected, np.arange(len(found)))
 
     def value(self) -> float:
         """The share; refused where labels are left over."""
@@ -242,17 +272,26 @@ def _counted(inputs: Inputs, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return counted
 
 
+def _samples(kept: NDArray[np.bool_]) -> int:
+    return len(kept) if kept.ndim else 1
+
+
+def _positions(kept: NDArray[np.bool_]) -> int:
+    """Of a sample."""
+    return max(1, kept.size // max(1, _samples(kept)))
+
+
 def _log_probabilities(
     name: str, logits: Values, kept: NDArray[np.bool_], *beside: Values
-) -> Iterator[tuple[NDArray[np.float64], list[Values]]]:
-    """Log-softmax of the positions kept, a piece at a time, with the same positions of other arrays."""
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[Values]]]:
+    """Log-softmax of the positions kept, a piece at a time: their samples, it, and the same positions of others."""
     flat = logits.reshape(-1, logits.shape[-1])
     index = np.flatnonzero(kept.reshape(-1))
     others = [v.reshape(len(flat), *v.shape[kept.ndim :]) for v in beside]
     step = max(1, _ELEMENTS // max(1, flat.shape[-1]))
     for begin in range(0, len(index), step):
         rows = index[begin : begin + step]
-        yield _log_softmax(name, flat[rows]), [v[rows] for v in others]
+        yield rows // _positions(kept), _log_softmax(name, flat[rows]), [v[rows] for v in others]
 
 
 def _log_softmax(name: str, logits: Values) -> NDArray[np.float64]:

@@ -195,6 +195,7 @@ class MetricRecord(Record):
     simulated: float
     float_model: float | None
     count: int
+    error: float | None = None
 
 
 class RunReport(Record):

@@ -57,7 +57,13 @@ def measured(
             if beside is not None:
                 beside.add(inputs, wanted, None)
     return {
-        name: Figure(name, metric.value(), None if beside is None else beside.value(), metric.count)
+        name: Figure(
+            name,
+            metric.value(),
+            None if beside is None else beside.value(),
+            metric.count,
+            (metric.terms if beside is None else metric.terms - beside.terms).error,
+        )
         for name, (metric, beside) in pairs.items()
     }
 
