@@ -12,6 +12,8 @@ from bitwright.placement import SiteId
 from bitwright.simulation import QuantSim
 from bitwright.targets import Kernel
 
+FLOAT = "float"
+"""Activations that aren't quantized."""
 COSTED = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR, OpKind.MATMUL})
 """Ops that are matrix products."""
 
@@ -30,8 +32,8 @@ class Candidate:
 
     @property
     def activation_bits(self) -> int:
-        """Width of an activation's code."""
-        return parse_type(self.activations)[0]
+        """Width of an activation's code; of "float" 32."""
+        return _width(self.activations)[0]
 
     def __str__(self) -> str:
         return f"{self.weights} × {self.activations}"
@@ -53,7 +55,7 @@ def read_candidates(given: Sequence[tuple[str, str] | str | Candidate]) -> tuple
             pair = tuple(item)
         if len(pair) != 2:
             raise InputError(f"candidate {item!r}: give a pair of types, such as ('int4', 'uint8')")
-        if parse_type(pair[1])[3] is not None:
+        if pair[1] != FLOAT and parse_type(pair[1])[3] is not None:
             raise InputError(
                 f"candidate {item!r}: blocks are for weights, and ranges at run time aren't searched; activations have "
                 "one scale"
@@ -62,6 +64,10 @@ def read_candidates(given: Sequence[tuple[str, str] | str | Candidate]) -> tuple
         found.append(Candidate(*pair))
     if len(set(found)) < 2 or len(set(found)) != len(found):
         raise InputError("mixed precision needs at least two different candidates, such as int8/uint8 and int4/uint8")
+    if len({c.activations for c in found}) > 1 and any(c.activations == FLOAT for c in found):
+        raise InputError(
+            "candidates: activations in float are for all candidates or none, such as int8/float,int4/float"
+        )
     return tuple(found)
 
 
@@ -100,6 +106,11 @@ def group_sites(sim: QuantSim, candidates: Sequence[Candidate]) -> tuple[tuple[G
     """
     graph, plan = sim.graph, sim.plan
     shared = shared_activations(candidates)
+    if shared == FLOAT and plan.activations:
+        raise InputError(
+            f"candidates have activations in float, and the network quantizes some, such as {plan.activations[0]!r}: "
+            'open it with activations="float"'
+        )
     parent: dict[SiteId, SiteId] = {}
 
     def top(site: SiteId) -> SiteId:
@@ -194,6 +205,8 @@ def _present(spec: QuantSpec | None) -> tuple[int, str | None]:
 
 
 def _width(text: str) -> tuple[int, str | None]:
+    if text == FLOAT:
+        return 32, None
     bits, _, float_format, _ = parse_type(text)
     return bits, float_format
 

@@ -62,6 +62,9 @@ def mixed(
     weight_scheme: options.WeightScheme = "mse",
     override: options.Overrides = None,
     calibration_samples: options.SampleLimit = None,
+    sensitivities: Annotated[
+        str, typer.Option(help="noise: measured at the outputs; fisher: predicted divergence, by gradients.")
+    ] = "noise",
     sensitivity_samples: Annotated[int, typer.Option(min=1, help="Samples that sensitivities are measured on.")] = 64,
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
@@ -104,7 +107,8 @@ def mixed(
         result = mixed_precision(
             model, calibration, evaluation, sample=options.sample_of(model, data), candidates=pairs,
             allowed_drop=allowed_drop, confidence=confidence, budget=budget, lite=lite, latency=table,
-            techniques=recipe, cost=cost, solver=solver,  # type: ignore[arg-type]
+            techniques=recipe,
+            cost=cost, solver=solver, sensitivities=sensitivities,  # type: ignore[arg-type]
             sensitivity_samples=sensitivity_samples, target=target, scheme=scheme, weight_scheme=weight_scheme,
             overrides=overrides, seed=seed, batch_size=batch_size, out=out, name=name,
             encodings_version=encodings_version, plain_session=plain_session, formats=formats,
@@ -115,11 +119,14 @@ def mixed(
 
 def _tell(result: MixedPrecisionResult) -> None:
     chosen = {s.group: s for s in result.sensitivities if s.candidate == result.assignment[s.group]}
+    nats = result.predicted_kl is not None
+    alone = "nats alone" if nats else "SQNR alone"
     rows = [
-        (group, types, console.decibels(chosen[group].sqnr_db), f"{chosen[group].cost:.4g}")
+        (group, types, f"{chosen[group].kl:.4g}" if nats else console.decibels(chosen[group].sqnr_db),
+         f"{chosen[group].cost:.4g}")
         for group, types in result.assignment.items()
-    ]
-    console.table(("group", "types", "SQNR alone", "cost"), rows, numbers=("SQNR alone", "cost"))
+    ]  # fmt: skip
+    console.table(("group", "types", alone, "cost"), rows, numbers=(alone, "cost"))
     console.say(str(result))
     for line in result.notes:
         console.say(f"- {line}")

@@ -7,7 +7,7 @@ from html import escape
 from bitwright.report import Cell, charts, parts
 from bitwright_search.auto_page import duration
 from bitwright_search.figures import STYLE, Spot, front, legend
-from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult
+from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
 from bitwright_search.scores import Scale
 
 
@@ -30,7 +30,7 @@ def verdict(result: MixedPrecisionResult) -> str:
     if result.score is None or result.float_score is None:
         return f"{told}; its accuracy wasn't measured."
     scale, drop = Scale(result.metric), result.float_score - result.score
-    change = f"loses {scale.drop(drop)} of" if drop > 0 else "keeps"
+    change = f"loses {scale.drop(drop, result.margin)} of" if drop > 0 else "keeps"
     told += f" and {change} float's {result.metric}, {scale.text(result.float_score)}"
     if result.met:
         return f"{told}."
@@ -49,8 +49,10 @@ def _overview(result: MixedPrecisionResult) -> str:
         goal = "" if result.allowed_drop is None else f", allowed {scale.drop(result.allowed_drop)}"
         tiles += [
             parts.tile("Float", scale.text(result.float_score), f"{result.metric} of the model given"),
-            parts.tile("Mixed", scale.text(result.score), f"drop {scale.drop(drop)}{goal}"),
+            parts.tile("Mixed", scale.text(result.score), f"drop {scale.drop(drop, result.margin)}{goal}"),
         ]
+    if result.predicted_kl is not None:
+        tiles.append(parts.tile("Predicted", f"{result.predicted_kl:.4g}", "nats from float, by gradients"))
     tiles += [
         parts.tile(name, str(count), "group" if count == 1 else "groups") for name, count in _counts(result).items()
     ]
@@ -108,50 +110,66 @@ def _evaluated(result: MixedPrecisionResult) -> list[FrontPoint]:
 
 
 def _predicted(result: MixedPrecisionResult) -> str:
-    shown = [(p, p.predicted_sqnr_db) for p in result.front if p.predicted_sqnr_db is not None]
+    nats = result.predicted_kl is not None
+    found = [(p, p.predicted_kl if nats else p.predicted_sqnr_db) for p in result.front]
+    shown = [(p, value) for p, value in found if value is not None]
     if len(shown) < 2:
         return ""
-    spots = [
-        Spot(100 * p.relative_cost, sqnr, f"{p.relative_cost:.1%}: {sqnr:.1f} dB",
-             "mark" if p.assignment == result.assignment else "first")
-        for p, sqnr in shown
-    ]  # fmt: skip
+    what = "predicted divergence, nats" if nats else "predicted SQNR at the outputs, dB"
+
+    def spot(p: FrontPoint, value: float) -> Spot:
+        told = f"{value:.4g} nats" if nats else f"{value:.1f} dB"
+        kind = "mark" if p.assignment == result.assignment else "first"
+        return Spot(100 * p.relative_cost, value, f"{p.relative_cost:.1%}: {told}", kind)
+
     scale = Scale(result.metric)
-    trace = [(100 * p.relative_cost, sqnr) for p, sqnr in shown]
-    plot = front(spots, labels=(_cost(result), "predicted SQNR at the outputs, dB"), trace=trace)
+    trace = [(100 * p.relative_cost, value) for p, value in shown]
+    plot = front([spot(p, value) for p, value in shown], labels=(_cost(result), what), trace=trace)
     caption = legend([("mark", "chosen"), ("first", "solved")])
-    columns = ("Cost", "Share %", "Predicted SQNR dB", scale.label, "Groups")
+    columns = ("Cost", "Share %", "Predicted divergence" if nats else "Predicted SQNR dB", scale.label, "Groups")
     rows = [
-        (p.cost, 100 * p.relative_cost, p.predicted_sqnr_db, None if p.score is None else scale.place(p.score),
+        (p.cost, 100 * p.relative_cost, value, None if p.score is None else scale.place(p.score),
          ", ".join(f"{n} at {c}" for c, n in p.counts.items()))
-        for p in result.front
+        for p, value in found
     ]  # fmt: skip
     table = parts.fold(f"{len(rows)} assignments", parts.table(columns, rows))
     return parts.section("The front", parts.figure(plot, caption) + table)
 
 
+def _alone(s: Sensitivity) -> float | None:
+    return s.sqnr_db if s.kl is None else s.kl
+
+
 def _sensitivity(result: MixedPrecisionResult) -> str:
+    nats = result.predicted_kl is not None
+    unit, label = (" nats", "divergence, nats") if nats else (" dB", "SQNR at the outputs, dB")
     pieces = []
     for candidate in dict.fromkeys(s.candidate for s in result.sensitivities):
         found = [s for s in result.sensitivities if s.candidate == candidate]
-        values = [s.sqnr_db for s in found]
+        values = [_alone(s) for s in found]
         known = [v for v in values if v is not None]
         if not known:
             continue
-        axis = charts.linear_axis(min(0.0, *known), max(known), " dB", label="SQNR at the outputs, dB")
+        axis = charts.linear_axis(min(0.0, *known), max(known), unit, label=label)
         names = [result.sim.graph.layer_name(s.group) for s in found]
-        plot = charts.bars(names, values, axis, " dB", across="groups, from input to output")
+        plot = charts.bars(names, values, axis, unit, across="groups, from input to output")
         pieces.append(parts.figure(plot, f"Each group alone at {escape(candidate)}."))
-    note = "<p class=note>SQNR at the network's outputs with one group quantized alone: low bars are sensitive.</p>"
+    told = (
+        "Divergence from float with one group quantized alone, as gradients predict it: high bars are sensitive."
+        if nats
+        else "SQNR at the network's outputs with one group quantized alone: low bars are sensitive."
+    )
+    note = f"<p class=note>{told}</p>"
     return parts.section("Sensitivity", note + "".join(pieces)) if pieces else ""
 
 
 def _assignment(result: MixedPrecisionResult) -> str:
     by_group: dict[str, dict[str, tuple[float | None, float]]] = {}
     for s in result.sensitivities:
-        by_group.setdefault(s.group, {})[s.candidate] = (s.sqnr_db, s.cost)
+        by_group.setdefault(s.group, {})[s.candidate] = (_alone(s), s.cost)
     rows: list[tuple[Cell, ...]] = []
     for group, candidate in result.assignment.items():
-        sqnr, cost = by_group.get(group, {}).get(candidate, (None, 0.0))
-        rows.append((result.sim.graph.layer_name(group), group, candidate, sqnr, cost))
-    return parts.section("The assignment", parts.table(("Layer", "Group", "Types", "SQNR alone dB", "Cost"), rows))
+        value, cost = by_group.get(group, {}).get(candidate, (None, 0.0))
+        rows.append((result.sim.graph.layer_name(group), group, candidate, value, cost))
+    alone = "Nats alone" if result.predicted_kl is not None else "SQNR alone dB"
+    return parts.section("The assignment", parts.table(("Layer", "Group", "Types", alone, "Cost"), rows))

@@ -23,6 +23,8 @@ from bitwright_search.costs import Cost, CostModel, multiply_accumulates
 from bitwright_search.drops import Allowance
 from bitwright_search.evaluation import read_evaluate
 from bitwright_search.exporting import refuse_unwritable, write
+from bitwright_search.fisher import NOTE as DIVERGENCE
+from bitwright_search.fisher import predicted_divergence
 from bitwright_search.latency import read_latency
 from bitwright_search.mixed_result import MixedPrecisionResult
 from bitwright_search.mixed_search import Goal, MixedSearch
@@ -49,6 +51,7 @@ def mixed_precision(
     latency: Any = None,
     solver: Literal["exact", "greedy"] = "exact",
     techniques: RecipeLike = None,
+    sensitivities: Literal["noise", "fisher"] = "noise",
     sensitivity_samples: int = SAMPLES,
     target: Any = None,
     scheme: str | None = None,
@@ -75,8 +78,9 @@ def mixed_precision(
             are predicted in closed form: nothing runs but `evaluate`.
         evaluate: a function from the native simulated model to a number, higher is better, or ``(data, labels)``;
             needed for `allowed_drop`.
-        candidates: pairs of types (weights, activations). Where all have the same activations, a model gets them
-            throughout, and a `QuantSim` wherever an op reads one that has another type.
+        candidates: pairs of types (weights, activations); "float" leaves the activations of all candidates in float.
+            Where all have the same activations, a model gets them throughout, and a `QuantSim` wherever an op reads one
+            that has another type.
         allowed_drop: largest loss against the float model: the cheapest assignment within it is wanted.
         confidence: as `auto_quantize` takes it.
         budget: largest cost, as a share (0 to 1) of the reference, which has the dearest candidate everywhere. Alone:
@@ -87,6 +91,10 @@ def mixed_precision(
         latency: for `cost="latency"`: a table (`latency.LatencyTable`, a file, decoded JSON) or a `LatencyModel`.
         solver: "exact" (integer programming; needs scipy) or "greedy".
         techniques: a recipe that every network gets before it is calibrated and evaluated, such as "adaround".
+        sensitivities: "noise" measures the noise at the outputs, a forward pass for each group and candidate; "fisher"
+            predicts the divergence from float, in nats a position, from one backward pass a batch and the second
+            moments of layers' inputs: for networks with logits, candidates that differ in weights alone, and backends
+            with gradients (PyTorch, Keras).
         sensitivity_samples: samples of the calibration data for phase 1; whole batches where the model fixes the size.
         target, scheme, weight_scheme, overrides, sample, backend, seed: as `QuantSim` takes them; `weight_scheme` is
             "mse" by default, which suits narrow weights.
@@ -104,6 +112,7 @@ def mixed_precision(
     Raises:
         InputError: no goal or contradicting ones, an unattainable budget, or unusable data or arguments.
         MissingExtraError: the exact solver without scipy.
+        CapabilityError: `sensitivities="fisher"` and a backend without gradients.
     """
     _check_goal(evaluate, allowed_drop, budget, lite)
     choices = read_candidates(candidates)
@@ -111,6 +120,8 @@ def mixed_precision(
         raise InputError(f"solver={solver!r}: choose exact or greedy")
     if sensitivity_samples < 1:
         raise InputError(f"sensitivity_samples={sensitivity_samples}: use at least one sample")
+    if sensitivities not in ("noise", "fisher"):
+        raise InputError(f"sensitivities={sensitivities!r}: choose noise or fisher")
     steps = read_recipe(techniques)
     is_sim = isinstance(model, QuantSim)
     options: dict[str, Any] = {"target": target, "scheme": scheme, "weight_scheme": weight_scheme,
@@ -136,7 +147,12 @@ def mixed_precision(
         costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))
         table = costs.table(groups, choices)
         stages = SearchStore(directory)
-        if bank is None:
+        if sensitivities == "fisher":
+            if bank is not None:
+                raise InputError('sensitivities="fisher" takes gradients, and a bank has no samples: give data')
+            noises = predicted_divergence(sim, groups, choices, data, batches, directory)
+            notes = (*notes, DIVERGENCE)
+        elif bank is None:
             noises = measure_noise(sim, groups, choices, data, batches, directory)
         else:
             noises, notes = predicted_noise(sim, groups, choices, bank), (*notes, NOTE)
@@ -151,6 +167,7 @@ def mixed_precision(
             candidates=choices,
             costs=table,
             noises=noises,
+            nats=sensitivities == "fisher",
             outside=costs.outside(groups),
             solver=solver,
             goal=Goal(allowance, budget, lite),

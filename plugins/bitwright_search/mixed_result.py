@@ -23,6 +23,7 @@ class FrontPoint:
         score: what `evaluate` gave, where it was asked.
         counts: groups by candidate.
         assignment: candidate of each group.
+        predicted_kl: divergence from float that the gradients predict, in nats a position; None where noise was taken.
     """
 
     cost: float
@@ -31,6 +32,7 @@ class FrontPoint:
     score: float | None
     counts: dict[str, int]
     assignment: dict[str, str]
+    predicted_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Sensitivity:
         candidate: its types.
         sqnr_db: at the network's outputs, with all else in float; None without noise.
         cost: of the group.
+        kl: divergence from float that the gradients predict, in nats a position; None where noise was taken.
     """
 
     group: str
     candidate: str
     sqnr_db: float | None
     cost: float
+    kl: float | None = None
 
 
 @dataclass
@@ -63,7 +67,8 @@ class MixedPrecisionResult:
             reference; None where it wasn't asked.
         met: whether the chosen network loses no more than `allowed_drop`, with the margin where `confidence` asks for
             it, and costs no more than the budget.
-        front: assignments by rising cost and rising predicted SQNR.
+        predicted_kl: of the chosen network, with `sensitivities="fisher"`, in nats a position.
+        front: assignments by rising cost and falling predicted noise.
         measured: those of them that were evaluated, without the ones that cost more and score no better than another.
         sensitivities: what phase 1 measured.
         metric: what scores are: "top-1", a metric's name, or "score" for a function of the user.
@@ -95,6 +100,7 @@ class MixedPrecisionResult:
     metric: str = "score"
     margin: float | None = None
     confidence: float | None = None
+    predicted_kl: float | None = None
     bundle: Bundle | None = None
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -120,6 +126,8 @@ class MixedPrecisionResult:
 
     def __str__(self) -> str:
         text = f"{self.relative_cost:.1%} of the reference's {self.cost_kind.replace('_', ' ')}"
+        if self.predicted_kl is not None:
+            text += f"; predicted divergence {self.predicted_kl:.4g} nats"
         if self.score is not None and self.float_score is not None:
             scale = Scale(self.metric)
             text += f"; {self.metric} {scale.text(self.score)}, float {scale.text(self.float_score)}"

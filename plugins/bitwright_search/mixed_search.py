@@ -56,6 +56,7 @@ class MixedSearch:
         evaluate: the user's evaluation; None decides by noise alone.
         stages: where finished stages are kept.
         groups, candidates, costs, noises: what is chosen between; tables are (groups, candidates).
+        nats: what `noises` are is predicted divergences from float, in nats a position, and not relative noise.
         outside: cost of what no group decides on.
         solver, goal, steps: see `mixed_precision`.
     """
@@ -68,6 +69,7 @@ class MixedSearch:
     candidates: Sequence[Candidate]
     costs: Table
     noises: Table
+    nats: bool
     outside: float
     solver: Solver
     goal: Goal
@@ -122,6 +124,7 @@ class MixedSearch:
             margin=None if score is None or reference is None else self._allowance.lost(reference, score).margin,
             confidence=self._allowance.confidence,
             met=met,
+            predicted_kl=chosen.noise if self.nats else None,
             front=tuple(map(self._told, told)),
             measured=monotone([*measured, self._told(chosen)] if chosen.choice in self.scores else measured),
             sensitivities=tuple(self._sensitivities()),
@@ -267,7 +270,8 @@ class MixedSearch:
         return FrontPoint(
             cost=total,
             relative_cost=total / reference if reference else 1.0,
-            predicted_sqnr_db=decibels(p.noise),
+            predicted_sqnr_db=None if self.nats else decibels(p.noise),
+            predicted_kl=p.noise if self.nats else None,
             score=_value(self.scores.get(p.choice)),
             counts=dict(Counter(assignment.values())),
             assignment=assignment,
@@ -275,7 +279,13 @@ class MixedSearch:
 
     def _sensitivities(self) -> list[Sensitivity]:
         return [
-            Sensitivity(g.name, str(self.candidates[c]), decibels(float(self.noises[i, c])), float(self.costs[i, c]))
+            Sensitivity(
+                g.name,
+                str(self.candidates[c]),
+                None if self.nats else decibels(float(self.noises[i, c])),
+                float(self.costs[i, c]),
+                float(self.noises[i, c]) if self.nats else None,
+            )
             for i, g in enumerate(self.groups)
             for c in g.allowed
         ]

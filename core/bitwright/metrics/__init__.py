@@ -10,6 +10,7 @@ from bitwright.metrics._metrics import (
     Metric,
     Perplexity,
     Top1,
+    counted,
     metric_factory,
     token_input,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Perplexity",
     "Terms",
     "Top1",
+    "counted",
     "metric_factory",
     "student",
     "token_input",

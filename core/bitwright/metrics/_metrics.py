@@ -135,7 +135,7 @@ class Perplexity(_Mean):
             )
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < outputs.shape[2]:
             raise InputError(f"perplexity: token ids from {ids.min()} to {ids.max()}, of {outputs.shape[2]} logits")
-        mask = _counted(inputs, outputs.shape[:2])
+        mask = counted(inputs, outputs.shape[:2])
         kept = mask[:, 1:] & mask[:, :-1]
         self._begin(len(outputs))
         for samples, logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, ids[:, 1:]):
@@ -158,7 +158,7 @@ class Divergence(_Mean):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
-        kept = _counted(inputs, outputs.shape[:-1])
+        kept = counted(inputs, outputs.shape[:-1])
         self._begin(_samples(kept))
         for samples, logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
             wanted = _log_softmax(self.name, rows)
@@ -178,7 +178,7 @@ class Agreement(_Mean):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
-        kept = _counted(inputs, outputs.shape[:-1])
+        kept = counted(inputs, outputs.shape[:-1])
         _finite(self.name, outputs)
         _finite(self.name, reference)
         self._begin(_samples(kept))
@@ -263,7 +263,7 @@ def token_input(inputs: Inputs, shape: tuple[int, ...]) -> str:
     return found[0]
 
 
-def _counted(inputs: Inputs, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def counted(inputs: Inputs, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Positions that count: all but those that an input called a mask, of the same shape, has zeros at."""
     counted = np.ones(shape, bool)
     for name, values in inputs.items():
