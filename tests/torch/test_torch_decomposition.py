@@ -104,6 +104,29 @@ def test_slices_are_one_split_and_found_in_a_few_tries(monkeypatch: pytest.Monke
     assert few <= 8 < many
 
 
+def test_rules_are_tried_at_nodes_of_their_first_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.optimizer import optimize_ir
+
+    matcher = pytest.importorskip("onnxscript.rewriter._matcher").SimplePatternMatcher
+    tries: list[Any] = []
+    search = matcher._match_node
+    monkeypatch.setattr(matcher, "_match_node", lambda *a, **k: tries.append(a) or search(*a, **k))
+
+    def optimized(quick: bool) -> tuple[list[tuple[str, list[str]]], int]:
+        model = network(40)
+        tries.clear()
+        if quick:
+            with first_by_type():
+                optimize_ir(model)
+        else:
+            optimize_ir(model)
+        return [(n.op_type, [v.name for v in n.outputs]) for n in model.graph], len(tries)
+
+    (quick, few), (plain, many) = optimized(True), optimized(False)
+    assert quick == plain
+    assert few < many / 10
+
+
 def network(length: int) -> Any:
     """A chain of ops, and two halves of what it gives."""
 

@@ -18,7 +18,7 @@ from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
-from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, trim
+from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, settled, trim
 from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
@@ -137,6 +137,7 @@ __all__ = [
     "require_params",
     "require_tensors",
     "session_in_parts",
+    "settled",
     "silenced",
     "thinned_places",
     "trial_batches",

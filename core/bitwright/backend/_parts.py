@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,6 +113,31 @@ def let_go() -> None:
     trim()
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """While it is open, `let_go` looks for circles among what is made from now on.
+
+    It takes a second to look through all objects of a process with a large graph, and there is a part for every 64 MiB
+    of parameters. What is there now and becomes a circle that nobody needs is found once this is closed. Where somebody
+    else has frozen objects, which would be thawed with them, nothing is done.
+    """
+    if not _settled and gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    _settled.append(True)
+    try:
+        yield
+    finally:
+        _settled.pop()
+        if not _settled:
+            gc.unfreeze()
+
+
+_settled: list[bool] = []
+"""One for each `settled` that is open."""
+
+
 def trim() -> None:
     """Give back what the C library keeps of arrays that were freed, without looking for more of them."""
     if _trim is not None:
@@ -158,6 +183,10 @@ class _InParts:
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed one batch."""
+        with settled():
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> dict[Tap, Array]:
         found: dict[Tap, Array] = {}
         held: dict[TensorId, Array] = {}
         for index, part in enumerate(self.parts):

@@ -25,6 +25,7 @@ from bitwright.backend import (
     Simulation,
     ToCompile,
     let_go,
+    settled,
 )
 from bitwright.backend import (
     parts_of as network_parts,
@@ -103,6 +104,7 @@ def export(
         large = len(network_parts(state.graph)) > 1
         if large:
             let_go()  # what calibration has left behind
+            conversions.enter_context(settled())
         run = export_gate.simulated(state, simulate, max(reference_samples, 1))
         if large:
             let_go()
