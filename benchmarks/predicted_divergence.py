@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from bitwright import QuantSim, mixed_precision
-from bitwright.metrics import student
+from bitwright.metrics import metric_factory, student
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows: list[tuple[float, float]] = []
     half = student(0.975, options.test - 1)
+    (wanted,) = sim.predict(sim.open(test, batch_size=1), simulated=False)
 
     def told(name: str, assignment: dict[str, str]) -> None:
         predicted = sum(alone[g, c].kl or 0.0 for g, c in assignment.items())
@@ -59,11 +60,14 @@ def main() -> None:
         share = cost / sum(alone[g, wide].cost for g in assignment)
         types = {str(sim.graph.op(g).weight): c.split()[0] for g, c in assignment.items()}
         twin = sim.retyped(types).calibrate(data)
-        figure = twin.measure(sim.open(test, batch_size=1), "kl", reference=sim)["kl"]
-        rows.append((predicted, figure.simulated))
+        (logits,) = twin.predict(sim.open(test, batch_size=1))
+        metric = metric_factory("kl")()
+        metric.add(test, logits, wanted)
+        rows.append((predicted, metric.value()))
+        count = list(assignment.values()).count(narrow)
         print(
-            f"{name:14} {share:6.1%}   predicted {predicted:.4f}   measured {figure.simulated:.4f} "
-            f"± {half * (figure.error or 0.0):.4f}   {list(assignment.values()).count(narrow)} in {options.narrow}",
+            f"{name:14} {share:6.1%}   predicted {predicted:.4f}   measured {metric.value():.4f} "
+            f"± {half * (metric.terms.error or 0.0):.4f}   {count} in {options.narrow}",
             flush=True,
         )
 
