@@ -182,7 +182,7 @@ def main() -> None:
         tell(AUTO, result.sim, before, time.perf_counter() - begin)
         print(result)
         for t in result.trials:
-            drop = "" if t.score is None else f"{result.float_score - t.score:.4f} ± {t.margin:.4f}"
+            drop = "" if t.score is None else f"{result.float_score - t.score:.4f} ± {t.margin or 0:.4f}"
             print(f"  {t.name:24} {t.status.value:10} {drop:>18}  {t.reason}")
 
 

@@ -18,7 +18,7 @@ from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
-from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, settled, trim
+from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, trim
 from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
@@ -63,6 +63,7 @@ from bitwright.backend._sessions import (
     not_computable,
     require_tensors,
 )
+from bitwright.backend._settled import settled
 from bitwright.backend._simulated import SimulationBase
 from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from bitwright.backend._protocols import Batch, Session
+from bitwright.backend._settled import settled
 from bitwright.backend._taps import Tap
 from bitwright.files import Array
 from bitwright.graph import Graph, OpId, ParamId, TensorId
@@ -111,31 +112,6 @@ def let_go() -> None:
     """
     gc.collect()
     trim()
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """While it is open, `let_go` looks for circles among what is made from now on.
-
-    It takes a second to look through all objects of a process with a large graph, and there is a part for every 64 MiB
-    of parameters. What is there now and becomes a circle that nobody needs is found once this is closed. Where somebody
-    else has frozen objects, which would be thawed with them, nothing is done.
-    """
-    if not _settled and gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    _settled.append(True)
-    try:
-        yield
-    finally:
-        _settled.pop()
-        if not _settled:
-            gc.unfreeze()
-
-
-_settled: list[bool] = []
-"""One for each `settled` that is open."""
 
 
 def trim() -> None:
