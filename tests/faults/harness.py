@@ -1,4 +1,4 @@
-"""Runs a command in a forked process in which the chosen call that changes a file is its last, or fails."""
+"""Runs a command in a process in which the chosen call that changes a file is its last, or fails."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SHIM = Path(__file__).with_name("shim.c")
-LONGEST = 120
+LONGEST = 900
+"""Seconds, on a clock: a busy machine gives a command a tenth of a core."""
 VOLATILE = frozenset({"contents", "created", "seal", "seconds"})
 """Keys of JSON files that hold when something was done, how long it took, or a hash of a file that holds that."""
 CUT = "cut short"
+TELEMETRY = "tmp/.ses"
+"""What ONNX Runtime's import writes, in a process of its own, and keeps; no call of ours."""
 NUMBERED = ("saved_model.pb", "fingerprint.pb")
 """TensorFlow numbers functions by what the process has traced before, and SavedModels at random."""
 
@@ -60,14 +63,18 @@ class Ended:
     calls: tuple[str, ...]
 
 
-def run(words: Sequence[object], folder: Path, fault: Fault = Fault.NONE, number: int = 0, code: int = 0) -> Ended:
-    """Run ``bitwright WORDS`` in a fork; calls that change something below `folder` are counted from 1.
+def run(
+    words: Sequence[object], folder: Path, fault: Fault = Fault.NONE, number: int = 0, code: int = 0, *,
+    started: bool = False,
+) -> Ended:  # fmt: skip
+    """Run ``bitwright WORDS``; calls that change something below `folder` are counted from 1.
 
     Args:
         words: the command.
         folder: what is watched; temporary files lie in ``tmp`` there.
         fault: what happens at call `number`.
         code: the errno of a call that fails.
+        started: start a process of its own instead of a fork of this one, which takes seconds for its imports.
     """
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     outside = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be cleared away by the child's end
@@ -75,19 +82,18 @@ def run(words: Sequence[object], folder: Path, fault: Fault = Fault.NONE, number
         said, log = outside / "said", outside / "log"
         process = os.fork()
         if process == 0:
-            _child([str(w) for w in words], folder, fault, number, code, said, log)
+            child = _exchanged if started else _child
+            child([str(w) for w in words], folder, fault, number, code, said, log)
         status = _waited(process)
         return Ended(status, said.read_text(errors="replace"), tuple(log.read_text(errors="replace").splitlines()))
     finally:
         shutil.rmtree(outside)
 
 
-def _child(words: list[str], folder: Path, fault: Fault, number: int, code: int, said: Path, log: Path) -> None:
+def _child(words: list[str], folder: Path, fault: Fault, number: int, code: int, said: Path, log: Path) -> NoReturn:
     status = 70
     try:
-        for stream in (1, 2):
-            os.dup2(os.open(said if stream == 2 else os.devnull, os.O_CREAT | os.O_WRONLY, 0o600), stream)
-        handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        handle = _streams(said, log)
         os.environ["TMPDIR"], tempfile.tempdir = str(folder / "tmp"), None
         from bitwright.cli import main
 
@@ -98,6 +104,26 @@ def _child(words: list[str], folder: Path, fault: Fault, number: int, code: int,
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def _exchanged(words: list[str], folder: Path, fault: Fault, number: int, code: int, said: Path, log: Path) -> NoReturn:
+    try:
+        handle = _streams(said, log)
+        os.set_inheritable(handle, True)
+        environment = {
+            **os.environ, "TMPDIR": str(folder / "tmp"), "FAULT_FOLDER": str(folder), "FAULT_KIND": str(int(fault)),
+            "FAULT_CALL": str(number), "FAULT_ERRNO": str(code), "FAULT_LOG": str(handle),
+        }  # fmt: skip
+        os.execve(sys.executable, [sys.executable, "-m", "bitwright", *words], environment)
+    finally:
+        os._exit(70)
+
+
+def _streams(said: Path, log: Path) -> int:
+    """Send what a command says to a file; gives the handle of the list of its calls."""
+    for stream in (1, 2):
+        os.dup2(os.open(said if stream == 2 else os.devnull, os.O_CREAT | os.O_WRONLY, 0o600), stream)
+    return os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
 
 
 def _waited(process: int) -> int:
@@ -121,6 +147,8 @@ def tree(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if name == TELEMETRY:
+            continue
         if ("/.run/" in name or name.startswith("tmp/")) and not is_temporary(name):
             continue
         if path.is_dir():

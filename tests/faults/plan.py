@@ -1,8 +1,13 @@
 """Kills commands at each call that changes a file, and fails each such call; `make faults`.
 
-    python tests/faults/plan.py                      every scenario, every call (hours)
+    python tests/faults/plan.py                      every scenario, every call (an hour or two)
     python tests/faults/plan.py quantize --every 10  a tenth of the calls of one
     python tests/faults/plan.py --write              put the table into docs/security.md
+    python tests/faults/plan.py --resume tries.jsonl --minutes 10 --share 1/2
+                                                     some of it; the same line again goes on
+    python tests/faults/plan.py collect --started    processes of their own in place of forks (some seconds a try more)
+
+A try is a fork of a process that has imported what the command takes, and has started no threads.
 
 A scenario's command is run once undisturbed, and its calls are listed (see shim.c). Then, for each of them: the command
 is killed there, and run again; or the call fails, once with EIO, or with ENOSPC from there on, and the command is run
@@ -18,16 +23,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness import CUT, Ended, Fault, compiled, is_temporary, run, tree
 from scenarios import SCENARIOS, Scenario, prepared
@@ -54,6 +62,28 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where and how a scenario's command is run.
+
+    Attributes:
+        scenario: the scenario.
+        inputs: what it is given.
+        work: the folder that is watched.
+        started: whether each run is a process of its own, not a fork.
+    """
+
+    scenario: Scenario
+    inputs: Path
+    work: Path
+    started: bool = False
+
+    def run(self, fault: Fault = Fault.NONE, number: int = 0, code: int = 0) -> Ended:
+        """The command, with a fault at a call."""
+        words = self.scenario.words(self.inputs, self.work / "out")
+        return run(words, self.work, fault, number, code, started=self.started)
+
+
+@dataclass(frozen=True)
 class Reference:
     """Undisturbed runs.
 
@@ -67,37 +97,70 @@ class Reference:
     old: Mapping[str, str]
     new: Mapping[str, str]
 
+    def key(self) -> str:
+        """Of the calls, but for their files' names, which are temporary ones: tries of another list are void."""
+        return hashlib.sha256(" ".join(call.split()[0] for call in self.calls).encode()).hexdigest()[:16]
 
-def reference(scenario: Scenario, inputs: Path, work: Path) -> Reference:
+
+@dataclass(frozen=True)
+class Extent:
+    """Which faults are tried.
+
+    Attributes:
+        kinds: the kinds.
+        every: each so many calls only.
+        share: of the tries, which share of how many.
+        known: a file of the tries that were done, a line each, which grows; those that held aren't done again.
+        until: when to stop, by `time.monotonic`.
+    """
+
+    kinds: Sequence[str]
+    every: int = 1
+    share: tuple[int, int] = (1, 1)
+    known: Path | None = None
+    until: float = float("inf")
+
+    def tries(self, calls: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """The kinds and calls, counted from 1: each so many and the last."""
+        numbers = sorted({*range(1, len(calls) + 1, self.every), *([len(calls)] if self.every > 1 else [])})
+        yield from ((kind, number) for kind in self.kinds for number in numbers)
+
+    def mine(self, position: int) -> bool:
+        """Whether a try, by its position among all, belongs to the share."""
+        return position % self.share[1] == self.share[0] - 1
+
+
+def reference(place: Place) -> Reference:
     """Run a scenario undisturbed, twice: what differs then could not be compared.
 
     Raises:
         RuntimeError: it fails, or two runs differ.
     """
-    found = []
+    found, name = [], place.scenario.name
     for _ in range(2):
-        fresh(scenario, inputs, work)
-        old = tree(work)
-        ended = run(scenario.words(inputs, work / "out"), work)
+        fresh(place)
+        old = tree(place.work)
+        ended = place.run()
         if ended.status:
-            raise RuntimeError(f"{scenario.name}: undisturbed, it ends with {ended.status}: {ended.text}")
-        found.append(Reference(ended.calls, old, tree(work)))
+            raise RuntimeError(f"{name}: undisturbed, it ends with {ended.status}: {ended.text}")
+        found.append(Reference(ended.calls, old, tree(place.work)))
     first, second = found
     if first.new != second.new or len(first.calls) != len(second.calls):
         odd = sorted(k for k in {*first.new, *second.new} if first.new.get(k) != second.new.get(k))
-        raise RuntimeError(f"{scenario.name}: two undisturbed runs differ: {odd or 'in their calls'}")
+        raise RuntimeError(f"{name}: two undisturbed runs differ: {odd or 'in their calls'}")
     return first
 
 
-def fresh(scenario: Scenario, inputs: Path, work: Path) -> None:
+def fresh(place: Place) -> None:
     """The folder as it is before the command: empty, or with an older export."""
+    scenario, work = place.scenario, place.work
     shutil.rmtree(work, ignore_errors=True)
     (work / "tmp").mkdir(parents=True)
     if scenario.before is None:
         return
-    kept = inputs / f"{scenario.name}-before"
+    kept = place.inputs / f"{scenario.name}-before"
     if not kept.exists():
-        ended = run(scenario.before(inputs, work / "out"), work)
+        ended = run(scenario.before(place.inputs, work / "out"), work)
         if ended.status:
             raise RuntimeError(f"{scenario.name}: the export before it ends with {ended.status}: {ended.text}")
         shutil.copytree(work / "out", kept)
@@ -105,30 +168,28 @@ def fresh(scenario: Scenario, inputs: Path, work: Path) -> None:
     shutil.copytree(kept, work / "out")
 
 
-def judged(scenario: Scenario, kind: str, number: int, inputs: Path, work: Path, known: Reference) -> Iterator[str]:
+def judged(place: Place, kind: str, number: int, known: Reference) -> Iterator[str]:
     """Run the command with a fault at a call, then again; gives what is wrong."""
     fault, code = FAULTS[kind]
-    call = known.calls[number - 1]
-    fresh(scenario, inputs, work)
-    words = scenario.words(inputs, work / "out")
-    ended = run(words, work, fault, number, code)
-    now = tree(work)
+    fresh(place)
+    ended = place.run(fault, number, code)
+    now = tree(place.work)
     if fault is Fault.KILL:
         if ended.status != -9:
             yield f"it ended with {ended.status} where it should have been killed: {ended.text[-200:]}"
         yield from _mixed(now, known)
     else:
-        yield from _failed(ended, call, now, known)
-    again = run(words, work)
+        yield from _failed(ended, known.calls[number - 1], now, known)
+    again = place.run()
     if again.status:
         yield f"run again, it ends with {again.status}: {again.text[-200:]}"
-    yield from (f"run again, {what}" for what in _differences(tree(work), known.new))
+    yield from (f"run again, {what}" for what in _differences(tree(place.work), known.new))
 
 
 def _mixed(now: Mapping[str, str], known: Reference) -> Iterator[str]:
     """Visible files that are cut short, and an export that is neither the old nor the new one."""
     for name, digest in now.items():
-        if digest == CUT:
+        if digest == CUT and not is_temporary(name):
             yield f"{name} is half written"
     exported = _export(now)
     if any(name.endswith(".encodings") for name in exported) and exported not in (
@@ -170,27 +231,38 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> Iterato
             yield f"{name} has another content"
 
 
-def points(calls: Sequence[str], every: int) -> list[int]:
-    """The calls to try, counted from 1: all of them, or each so many, with the last."""
-    return sorted({*range(1, len(calls) + 1, every), *([len(calls)] if every > 1 else [])})
-
-
-def carry_out(
-    scenario: Scenario, kinds: Sequence[str], every: int, folder: Path, say: Callable[[str], None] = print
-) -> tuple[int, dict[str, Tally]]:
-    """Every fault of a scenario; gives the number of calls, and what became of the faults."""
-    inputs, work = folder / "inputs", folder / "work"
-    known = reference(scenario, inputs, work)
-    tallies = {kind: Tally() for kind in kinds}
-    for kind, tally in tallies.items():
-        for number in points(known.calls, every):
-            tally.tried += 1
-            wrong = list(judged(scenario, kind, number, inputs, work, known))
+def carry_out(place: Place, extent: Extent, say: Callable[[str], None] = print) -> tuple[int, dict[str, Tally], int]:
+    """The faults of a scenario; gives the number of calls, what became of the faults, and how many are left to try."""
+    known, name = reference(place), place.scenario.name
+    tallies, left = {kind: Tally() for kind in extent.kinds}, 0
+    done = {
+        (entry["kind"], entry["call"])
+        for entry in _entries(extent.known)
+        if (entry["command"], entry["calls"], entry["wrong"]) == (name, known.key(), [])
+    }
+    for position, (kind, number) in enumerate(extent.tries(known.calls)):
+        if (kind, number) in done:
+            tallies[kind].tried += 1
+        elif not extent.mine(position) or time.monotonic() > extent.until:
+            left += 1
+        else:
+            tallies[kind].tried += 1
+            wrong = list(judged(place, kind, number, known))
             if wrong:
                 call = known.calls[number - 1]
-                tally.problems.append(f"{scenario.name}, {kind} at call {number} ({call}): {'; '.join(wrong)[:1000]}")
-                say(tally.problems[-1])
-    return len(known.calls), tallies
+                tallies[kind].problems.append(f"{name}, {kind} at call {number} ({call}): {'; '.join(wrong)[:1000]}")
+                say(tallies[kind].problems[-1])
+            if extent.known is not None:
+                entry = {"command": name, "calls": known.key(), "kind": kind, "call": number, "wrong": wrong}
+                with extent.known.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+    return len(known.calls), tallies, left
+
+
+def _entries(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def table(results: Mapping[str, tuple[int, Mapping[str, Tally]]]) -> str:
@@ -204,49 +276,71 @@ def table(results: Mapping[str, tuple[int, Mapping[str, Tally]]]) -> str:
 
 
 def main() -> int:
-    """Status 1 if anything didn't hold."""
+    """Status 1 if anything didn't hold, 3 if anything is left to try."""
+    arguments = _arguments()
+    if "LD_PRELOAD" not in os.environ:
+        return _preloaded()
+    extent = Extent(
+        arguments.kinds, arguments.every, arguments.share, arguments.resume, time.monotonic() + 60 * arguments.minutes
+    )
+    folder, failed, open_ends, results = Path(tempfile.mkdtemp(prefix="faults-", dir=MEMORY)), False, 0, {}
+    for name in arguments.names or SCENARIOS:
+        place = Place(SCENARIOS[name], folder / name / "inputs", folder / name / "work", arguments.started)
+        calls, tallies, left = _apart(place, extent)
+        results[name] = calls, tallies
+        failed |= any(t.problems for t in tallies.values())
+        open_ends += left
+        print(table({name: results[name]}).splitlines()[-1], *([f" ({left} left)"] if left else []), flush=True)
+    shutil.rmtree(folder)
+    print(table(results))
+    if arguments.write and not open_ends:
+        text = PAGE.read_text()
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        PAGE.write_text(f"{text[:start]}\n{table(results)}\n{text[end:]}")
+    return 1 if failed else 3 if open_ends else 0
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--every", type=int, default=1, help="try each so many calls only")
     parser.add_argument("--kinds", nargs="*", choices=[*FAULTS], default=[*FAULTS])
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
-    arguments = parser.parse_args()
-    if "LD_PRELOAD" not in os.environ:
-        return _preloaded()
-    folder, failed, results = Path(tempfile.mkdtemp(prefix="faults-", dir=MEMORY)), False, {}
-    for name in arguments.names or SCENARIOS:
-        # Each in a process of its own, that has imported what it takes and started no threads.
-        results[name] = found = _apart(SCENARIOS[name], arguments.kinds, arguments.every, folder / name)
-        failed |= any(t.problems for t in found[1].values())
-        print(table({name: found}).splitlines()[-1], flush=True)
-    shutil.rmtree(folder)
-    print(table(results))
-    if arguments.write:
-        text = PAGE.read_text()
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        PAGE.write_text(f"{text[:start]}\n{table(results)}\n{text[end:]}")
-    return int(failed)
+    parser.add_argument("--started", action="store_true", help="start a process for each run instead of forking one")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="where tries are kept; those that held count")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; status 3")
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="I/N", help="a share of the tries only")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}, if nothing is left")
+    return parser.parse_args()
 
 
-def _apart(scenario: Scenario, kinds: Sequence[str], every: int, folder: Path) -> tuple[int, dict[str, Tally]]:
+def _share(text: str) -> tuple[int, int]:
+    which, of = map(int, text.split("/"))
+    if not 1 <= which <= of:
+        raise ValueError
+    return which, of
+
+
+def _apart(place: Place, extent: Extent) -> tuple[int, dict[str, Tally], int]:
+    """A scenario in a process of its own, which has imported what it takes and started no threads."""
+    folder = place.inputs.parent
     told = Path(f"{folder}.json")
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            prepared(scenario, folder / "inputs")
-            calls, tallies = carry_out(scenario, kinds, every, folder, lambda line: print(line, flush=True))
-            told.write_text(json.dumps([calls, {k: [t.tried, t.problems] for k, t in tallies.items()}]))
+            prepared(place.scenario, place.inputs)
+            calls, tallies, left = carry_out(place, extent, lambda line: print(line, flush=True))
+            told.write_text(json.dumps([calls, {k: [t.tried, t.problems] for k, t in tallies.items()}, left]))
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
     if os.waitpid(process, 0)[1]:
-        return 0, {k: Tally(0, ["it couldn't be tried"]) for k in kinds}
-    calls, tallies = json.loads(told.read_text())
+        return 0, {k: Tally(0, ["it couldn't be tried"]) for k in extent.kinds}, 0
+    calls, tallies, left = json.loads(told.read_text())
     shutil.rmtree(folder)
-    return calls, {k: Tally(*t) for k, t in tallies.items()}
+    return calls, {k: Tally(*t) for k, t in tallies.items()}, left
 
 
 def _preloaded() -> int:

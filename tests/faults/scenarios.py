@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
+import multiprocessing
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Words = Callable[[Path, Path], Sequence[object]]
 """From the folder of the inputs and the output folder to a command."""
+
+IMPORTED_THREADS = 1
+"""ONNX Runtime's import starts one, which no session needs."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +33,23 @@ class Scenario:
         words: the command.
         model: writes the model.
         before: a command whose export lies in the folder already.
-        imports: modules to import before anything is forked, so that each fork doesn't.
-        warm: the command may run once before anything is forked, as it starts no threads.
+        warm: the command may run once before anything is forked, as it starts no threads. Where it starts some, the
+            modules that it takes are imported, and nothing else is done.
     """
 
     name: str
     words: Words
     model: Callable[[Path], None]
     before: Words | None = None
-    imports: tuple[str, ...] = ()
     warm: bool = True
 
 
 def prepared(scenario: Scenario, inputs: Path) -> None:
-    """Import what the command needs, and write its inputs in a process of their own."""
-    import multiprocessing
+    """Write what the command is given, in a process of its own, and import what it takes, so that each fork doesn't.
 
+    Raises:
+        RuntimeError: the model can't be written, or importing starts threads, which forks would lack.
+    """
     inputs.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(12, 3, 6, 6)).astype(np.float32)
@@ -54,19 +63,37 @@ def prepared(scenario: Scenario, inputs: Path) -> None:
     writing.join()
     if writing.exitcode:
         raise RuntimeError(f"{scenario.name}: its model can't be written")
-    for name in (
-        "bitwright.cli.app",
-        "bitwright.simulation",
-        "bitwright.bundle",
-        "bitwright.verify",
-        *scenario.imports,
-    ):
-        importlib.import_module(name)
     if scenario.warm:
-        from bitwright.cli import main
+        _once(scenario, inputs)
+    else:
+        for name in _taken(scenario, inputs):
+            with contextlib.suppress(ImportError):  # what modules put into `sys.modules` under names of their own
+                importlib.import_module(name)
+    if len(list(Path("/proc/self/task").iterdir())) > 1 + IMPORTED_THREADS:
+        raise RuntimeError(f"{scenario.name}: threads run before it is forked")
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that it looks at
 
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            main([str(word) for word in scenario.words(inputs, Path(out))])
+
+def _once(scenario: Scenario, inputs: Path) -> None:
+    from bitwright.cli import main
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        main([str(word) for word in scenario.words(inputs, Path(out))])
+
+
+def _taken(scenario: Scenario, inputs: Path) -> list[str]:
+    """The modules that a command imports, in order, from a fork that runs it once."""
+    told = inputs / "modules"
+    process = os.fork()
+    if process == 0:
+        try:
+            _once(scenario, inputs)
+            told.write_text("\n".join(name for name in list(sys.modules) if not name.startswith("__")))
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
+    return told.read_text().splitlines()
 
 
 def _onnx(folder: Path) -> None:
@@ -84,6 +111,26 @@ def _onnx(folder: Path) -> None:
     ]  # fmt: skip
     arrays = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
     graph = onnx.helper.make_graph(nodes, "net", [info("x", 1, ["n", 3, 6, 6])], [info("y", 1, ["n", 4])], arrays)
+    _save(graph, folder)
+
+
+def _small(folder: Path) -> None:
+    """A single layer: each site is a trial and a curve of its own, written as all others are."""
+    import onnx
+
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    weight = onnx.numpy_helper.from_array(np.random.default_rng(1).normal(size=(4, 3, 3, 3)).astype(np.float32), "w")
+    nodes = [node("Conv", ["x", "w"], ["c"], "conv"), node("Relu", ["c"], ["y"], "relu")]
+    _save(
+        onnx.helper.make_graph(
+            nodes, "net", [info("x", 1, ["n", 3, 6, 6])], [info("y", 1, ["n", 4, 4, 4])], [weight]
+        ), folder,
+    )  # fmt: skip
+
+
+def _save(graph: Any, folder: Path) -> None:
+    import onnx
+
     onnx.save(
         onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8),
         folder / "net.onnx",
@@ -120,39 +167,29 @@ def _command(name: str, model: str, *more: object) -> Words:
 
 
 _QUANTIZE = ("quantize", "net.onnx", "--recipe", "@recipe.yaml")
-_ONNX = ("bitwright_onnx.backend", "bitwright_onnx.onnx_runtime", "bitwright_techniques.plugin")
-_SEARCH = (*_ONNX, "bitwright_search.plugin", "scipy.optimize")
-
 SCENARIOS = {
     s.name: s
     for s in (
-        Scenario("quantize", _command(*_QUANTIZE), _onnx, imports=_ONNX),
+        Scenario("quantize", _command(*_QUANTIZE), _onnx),
         Scenario(
-            "quantize, over an older export", _command(*_QUANTIZE, "--weights", "int4"), _onnx, _command(*_QUANTIZE),
-            imports=_ONNX,
+            "quantize, over an older export", _command(*_QUANTIZE, "--weights", "int4"), _onnx, _command(*_QUANTIZE)
         ),
         Scenario(
             "auto",
             _command("auto", "net.onnx", "--labels", "@labels.npy", "--allowed-drop", 0.9, "--schemes", "minmax"),
-            _onnx, imports=_SEARCH,
+            _onnx,
         ),
         Scenario(
             "mixed-precision",
-            _command("mixed-precision", "net.onnx", "--budget", 0.9, "--candidates", "int8/uint8,int4/uint8"),
-            _onnx, imports=_SEARCH,
+            _command("mixed-precision", "net.onnx", "--budget", 0.9, "--candidates", "int8/uint8,int4/uint8"), _small,
+        ),
+        Scenario("analyze", _command("analyze", "net.onnx"), _small),
+        Scenario("collect", _command("collect", "net.onnx", "--techniques", "fold_batch_norm"), _onnx),
+        Scenario(
+            "quantize, Keras", _command("quantize", "net.keras", "--recipe", "fold_batch_norm"), _keras, warm=False
         ),
         Scenario(
-            "analyze", _command("analyze", "net.onnx"), _onnx,
-            imports=(*_ONNX, "bitwright_analysis.plugin", "bokeh.plotting"),
-        ),
-        Scenario("collect", _command("collect", "net.onnx", "--techniques", "fold_batch_norm"), _onnx, imports=_ONNX),
-        Scenario(
-            "quantize, Keras", _command("quantize", "net.keras", "--recipe", "fold_batch_norm"), _keras,
-            imports=("keras", "tensorflow", "bitwright_keras.backend", *_ONNX), warm=False,
-        ),
-        Scenario(
-            "quantize, TensorFlow", _command("quantize", "net", "--recipe", "fold_batch_norm"), _tensorflow,
-            imports=("tensorflow", "bitwright_tensorflow.backend", *_ONNX), warm=False,
+            "quantize, TensorFlow", _command("quantize", "net", "--recipe", "fold_batch_norm"), _tensorflow, warm=False
         ),
     )
 }  # fmt: skip

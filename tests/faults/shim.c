@@ -1,7 +1,8 @@
 /* Counts the calls by which a process changes files below a folder, and kills it, or fails the call, at a chosen one.
  *
  * Preloaded (LD_PRELOAD), so that nothing escapes: Python's own calls, HDF5's, TensorFlow's. The harness forks, calls
- * fault_arm in the child, and lets the command run. A write that is hit is done by half first, as a crash would.
+ * fault_arm in the child, and lets the command run; or it starts a process with FAULT_FOLDER, FAULT_KIND, FAULT_CALL,
+ * FAULT_ERRNO and FAULT_LOG in its environment. A write that is hit is done by half first, as a crash would.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -33,9 +34,25 @@ void fault_arm(const char *folder, int what, int number, int error, int log) {
 
 void fault_disarm(void) { armed = 0; }
 
+static int number_of(const char *variable) {
+    const char *value = getenv(variable);
+    return value ? atoi(value) : 0;
+}
+
+/* Processes that this one starts aren't watched, as they aren't when it was forked. */
+__attribute__((constructor)) static void arm_by_environment(void) {
+    const char *folder = getenv("FAULT_FOLDER");
+    if (!folder) return;
+    fault_arm(folder, number_of("FAULT_KIND"), number_of("FAULT_CALL"), number_of("FAULT_ERRNO"),
+              number_of("FAULT_LOG"));
+    unsetenv("FAULT_FOLDER");
+}
+
 /* Whether this call is to fail (1; errno is set), or to die half done (2). */
 static int hit(const char *call, const char *path, int takes_space) {
     if (!armed || strncmp(path, root, root_length)) return 0;
+    /* The session of ONNX Runtime's telemetry, which its import may write into the folder of temporary files. */
+    if (!strcmp(path + root_length, "tmp/.ses")) return 0;
     int saved = errno, number = __sync_add_and_fetch(&count, 1);
     if (log_to >= 0) {
         char line[PATH_MAX + 64];

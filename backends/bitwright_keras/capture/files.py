@@ -22,6 +22,7 @@ from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import written_beside
 from bitwright_keras.capture.bombs import bounded_loading
+from bitwright_keras.capture.h5_writing import write_hdf5
 from bitwright_keras.capture.normalize import normalize_file
 from bitwright_keras.capture.plain_layers import with_layers
 from bitwright_keras.graph.model import KerasModel, Ref, substitute
@@ -86,12 +87,21 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r}: Keras models are saved as .keras or .h5")
     if path.suffix != ".keras" and (why := beyond_h5(model.operations)):
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
-    with written_beside(path) as folder:
-        with silenced("absl"):  # it calls .h5 an old format
+    with written_beside(path) as folder, silenced("absl"):  # it calls .h5 an old format
+        if path.suffix == ".keras":
             model.save(folder / path.name)
-        if names:
-            write_names(folder / path.name, names)
+            if names:
+                with zipfile.ZipFile(folder / path.name, "a") as archive:
+                    archive.writestr(_MEMBER, json.dumps(names))
+        else:
+            write_hdf5(folder / path.name, lambda file: _fill(file, model, names or {}))
     return path
+
+
+def _fill(file: Any, model: keras.Model, names: Mapping[str, Any]) -> None:
+    model.save(file)
+    if names:
+        file.create_dataset("bitwright", data=json.dumps(names))
 
 
 def beyond_h5(operations: Iterable[keras.Operation]) -> str:
@@ -185,19 +195,6 @@ def renamed(model: KerasModel, names: Mapping[str, Any]) -> KerasModel:
         raise ModelError(_MISFIT)
     outputs = substitute(model.outputs, lambda ref: Ref(tensors.get(ref.id, ref.id)))
     return model.with_(nodes=tuple(nodes), specs=specs, outputs=outputs)
-
-
-def write_names(path: Path, names: Mapping[str, Any]) -> None:
-    """Keep names in a file that Keras has written."""
-    text = json.dumps(names)
-    if path.suffix == ".keras":
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(_MEMBER, text)
-        return
-    import h5py
-
-    with h5py.File(path, "a") as file:
-        file.create_dataset("bitwright", data=text)
 
 
 def read_names(path: Path) -> dict[str, Any]:
