@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
+import numpy as np
 import pytest
 
 tf = pytest.importorskip("tensorflow")
@@ -98,3 +100,123 @@ def test_others_open(tmp_path, graph_def, type, count):
     path = tmp_path / "plain.pb"
     path.write_bytes(graph_def.SerializeToString())
     assert [op.type for op in BACKEND.graph(BACKEND.load(path))].count(type) == count
+
+
+@tf.function(input_signature=[tf.TensorSpec([1], tf.int32)])
+def _filled(n):
+    return tf.raw_ops.Fill(dims=n, value=tf.constant(2))[:2]
+
+
+def _one_hot(n):
+    return tf.raw_ops.OneHot(indices=1, depth=tf.reshape(n, []), on_value=1, off_value=0)
+
+
+def _doubled(n):
+    for _ in range(28):
+        n = tf.concat([n, n], 0)
+    return n
+
+
+def _product(n):
+    rows = tf.range(tf.reshape(n, []))
+    return tf.reshape(rows[:, None] * rows[None], [-1])
+
+
+LARGE = {
+    "Fill": (lambda n: tf.raw_ops.Fill(dims=n, value=2), 2**28),
+    "Range": (lambda n: tf.range(tf.reshape(n, [])), 2**28),
+    "Tile": (lambda n: tf.tile([2], n), 2**28),
+    "BroadcastTo": (lambda n: tf.broadcast_to([2], n), 2**28),
+    "OneHot": (_one_hot, 2**28),
+    "ConcatV2": (_doubled, 2),
+    "Mul": (_product, 2**14),
+    "Where": (lambda n: tf.tile(tf.reshape(tf.cast(tf.where([True, False, True]), tf.int32), [-1]), n), 2**27),
+    "floats": (lambda n: tf.cast(tf.fill(n, 2.0), tf.int32), 2**28),
+    "function": (_filled, 2**28),
+    "value": (lambda n: None, 2**28),
+}
+"""Vectors of 2**28 numbers made of a few, and what their `n`, a constant of shape (1,), then is."""
+
+
+def _asked(kind: str) -> GraphDef:
+    """A Reshape whose shape is the beginning of a large vector; for "value", a bias that is one's beginning."""
+    make, number = LARGE[kind]
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4), "x")
+        n = tf.compat.v1.placeholder(tf.int32, (1,), "n")
+        if kind == "value":
+            tf.add(x, tf.fill(n, 2.0)[:4], name="y")
+        else:
+            tf.identity(make(n)[:2], "made")
+            tf.raw_ops.Reshape(tensor=x, shape=tf.compat.v1.placeholder(tf.int32, (2,), "shape"), name="y")
+    graph_def = graph.as_graph_def()
+    unread = [node for node in graph_def.node if node.name == "shape"]
+    for node in unread:
+        graph_def.node.remove(node)
+    for reader in graph_def.node:
+        reader.input[:] = ["made" if name == "shape" else name for name in reader.input]
+    node = next(node for node in graph_def.node if node.name == "n")
+    node.op = "Const"
+    node.attr.clear()
+    node.attr["dtype"].type = tf.int32.as_datatype_enum
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([number], tf.int32))
+    return graph_def
+
+
+@pytest.mark.parametrize("kind", [*LARGE])
+def test_what_opening_would_compute(tmp_path, kind):
+    path = tmp_path / "bomb.pb"
+    path.write_bytes(_asked(kind).SerializeToString())
+    started, before = time.process_time(), _peak()
+    message = "by more than 100,000 ways" if kind == "ConcatV2" else r"opening it would compute .*, from [\d,]+ MiB"
+    with pytest.raises(ModelError, match=message):
+        BACKEND.graph(BACKEND.load(path))
+    assert time.process_time() - started < 2
+    assert _peak() - before < 200
+
+
+def test_what_a_saved_models_functions_would_compute(tmp_path):
+    class Model(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 4), tf.float32)])
+        def __call__(self, x):
+            n = tf.constant([12_345])
+            return {"y": tf.reshape(x, tf.concat([tf.shape(x)[:1], tf.tile([4], n)[:1]], 0))}
+
+    model = Model()
+    tf.saved_model.save(model, str(tmp_path), signatures=model.__call__)
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel.FromString((tmp_path / "saved_model.pb").read_bytes())
+    for function in saved.meta_graphs[0].graph_def.library.function:
+        for node in function.node_def:
+            node.attr.pop("_output_shapes", None)
+        for node in (n for n in function.node_def if n.op == "Const"):
+            value = tf.make_ndarray(node.attr["value"].tensor)
+            if value.tolist() == [12_345]:
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(np.full_like(value, 2**28)))
+    (tmp_path / "saved_model.pb").write_bytes(saved.SerializeToString())
+    (tmp_path / "fingerprint.pb").unlink()
+    started, before = time.process_time(), _peak()
+    with pytest.raises(ModelError, match=r"opening it would compute .*, a constant, from 1,024 MiB"):
+        BACKEND.load(tmp_path)
+    assert time.process_time() - started < 2
+    assert _peak() - before < 200
+
+
+def test_masks_and_positions_that_networks_compute_open(tmp_path):
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 2048, 2), "x")
+        scores = tf.matmul(x, x, transpose_b=True)
+        for _ in range(8):  # in each layer anew
+            rows = tf.range(2048)
+            mask = tf.cast(rows[:, None] >= rows[None], tf.float32)
+            scores += (1.0 - mask) * -1e9
+        tf.identity(tf.gather(scores, tf.reshape(tf.where(np.arange(9) % 2 == 0), [-1]), axis=1), "y")
+    path = tmp_path / "net.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    assert "GatherV2" in {op.id for op in BACKEND.graph(BACKEND.load(path))}
+
+
+def _peak() -> float:
+    """MB of memory that the process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from bitwright.errors import ModelError
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef
+from bitwright_tensorflow.graph.sizes import refuse_computed
 
 _BYTES, _TIMES = 2**26, 20
 """All constants of a graph may take so many bytes, or so many times its own: of equal values one is stored."""
@@ -19,7 +20,7 @@ _NESTED = 100
 
 
 def refuse_bombs(graph_def: GraphDef, where: str) -> None:
-    """Refuse a graph whose constants, or whose functions written out, are far larger than the graph.
+    """Refuse a graph whose constants, given or computed, or whose functions written out, are far larger than it.
 
     Args:
         graph_def: of a file.
@@ -34,6 +35,7 @@ def refuse_bombs(graph_def: GraphDef, where: str) -> None:
         raise ModelError(
             f"{where} isn't opened: the constants in its {stored / 2**20:,.1f} MiB are {claimed / 2**20:,.0f} MiB large"
         )
+    refuse_computed(graph_def, where)
     if not graph_def.library.function:
         return
     functions = {f.signature.name: f for f in graph_def.library.function}

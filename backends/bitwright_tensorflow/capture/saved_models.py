@@ -25,6 +25,7 @@ from bitwright_tensorflow.capture.sources import SessionModel, default_key, from
 from bitwright_tensorflow.capture.trust import refuse_outside
 from bitwright_tensorflow.graph.model import Kind, MetaGraphDef, Signature, TfModel
 from bitwright_tensorflow.graph.runtime import reason
+from bitwright_tensorflow.graph.sizes import refuse_computed
 
 SERVE = ("serve",)
 _PLAIN_OBJECTS = ("_generic_user_object", "signature_map", "trackable_")
@@ -71,7 +72,9 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
                 loaded = tf.saved_model.load(str(folder), tags=list(tags), options=options)
             except Exception as error:  # some of its errors derive from nothing else, as NotEncodableError
                 raise ModelError(f"the SavedModel {path} can't be loaded: {reason(error)}") from error
-        return from_concrete(signature_of(loaded.signatures, name), Kind.SAVED_MODEL, name)
+        model = from_concrete(signature_of(loaded.signatures, name), Kind.SAVED_MODEL, name)
+        refuse_computed(model.graph_def, str(path))  # what functions compute of constants that they are given
+        return model
     except BitwrightError:
         raise
     except (tf.errors.OpError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError,

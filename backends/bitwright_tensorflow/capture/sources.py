@@ -23,6 +23,7 @@ from bitwright_tensorflow.graph.graphs import Wiring
 from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, Kind, MetaGraphDef, Signature, TfModel, tensor_id
 from bitwright_tensorflow.graph.rewriter import constant
 from bitwright_tensorflow.graph.runtime import reason
+from bitwright_tensorflow.graph.sizes import refuse_computed
 
 Names = Sequence[Any] | Mapping[str, Any] | str | None
 
@@ -174,6 +175,8 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
     if any(wiring.nodes[n].op in CALLS for n in wiring.order(list(outputs.values()), set(inputs.values()))):
         ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
         meta.graph_def.CopyFrom(inline_calls(meta.graph_def, [*inputs.values(), *outputs.values(), *ends]))
+        if file:
+            refuse_computed(meta.graph_def, file)
     normalize(meta.graph_def, list(inputs.values()), list(outputs.values()))
     return TfModel(meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs))
 

@@ -15,6 +15,7 @@ from bitwright_tensorflow.graph.frames import regions
 from bitwright_tensorflow.graph.graphs import Spec, Wiring, extract
 from bitwright_tensorflow.graph.model import Array, TfModel
 from bitwright_tensorflow.graph.runtime import import_graph, open_graph
+from bitwright_tensorflow.graph.sizes import static_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Inference:
         regions: the same, by loop or condition.
         graph: the part, imported.
         places: placeholder of each input that the outputs depend on.
+        specs: types and shapes of the inputs.
+        stored: bytes of the model's graph as it is written.
     """
 
     wiring: Wiring
@@ -37,6 +40,7 @@ class Inference:
     graph: tf.Graph
     places: dict[TensorId, TensorId]
     specs: dict[TensorId, Spec]
+    stored: int
 
     def tensor(self, tensor: TensorId) -> Any:
         """The imported tensor."""
@@ -63,11 +67,12 @@ class Inference:
         return str(self.spec(tensor)[0].name)
 
     def value(self, tensor: TensorId) -> Array | None:
-        """The value, where it doesn't depend on data or variables."""
-        if tensor in self.places:
-            return None
-        found = tf.get_static_value(self.tensor(tensor))
-        return None if found is None else np.asarray(found)
+        """The value, where it doesn't depend on data or variables.
+
+        Raises:
+            ModelError: it is computed, and far larger than the graph.
+        """
+        return None if tensor in self.places else static_value(self.tensor(tensor), self.stored)
 
 
 def inference(model: TfModel) -> Inference:
@@ -112,4 +117,4 @@ def _infer(model: TfModel) -> Inference:
         else:
             spec(tensor)
     part, places = extract(model.graph_def, model.inputs, model.outputs, spec, controlled=controlled)
-    return Inference(wiring, order, controlled, inner, import_graph(part), dict(places), specs)
+    return Inference(wiring, order, controlled, inner, import_graph(part), dict(places), specs, part.ByteSize())
