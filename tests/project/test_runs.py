@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitwright.errors import InputError
+from bitwright.errors import InputError, WriteError
 from bitwright.files import _durable as durable
 from bitwright.runs import MemoryStore, RunDirectory, versions
 from bitwright.runs._directory import FileStore
@@ -219,3 +219,18 @@ def test_lock_is_free_after_close(tmp_path):
 def test_versions_name_what_results_depend_on():
     assert versions().keys() == {"python", "bitwright", "results", "numpy"}
     assert versions(["pluggy", "no_such_module"]).keys() == {"python", "bitwright", "results", "numpy", "pluggy"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of the length of files")
+def test_a_disk_on_which_the_lock_cant_be_written_is_named(tmp_path):
+    import resource
+
+    before, handled = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"can't write '.*lock': File too large"):
+            RunDirectory(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handled)
+    RunDirectory(tmp_path / "run").close()

@@ -278,10 +278,15 @@ def _acquire(folder: Path) -> IO[str]:
         raise InputError(
             f"run directory {str(folder)!r} is in use by {holder}; wait for it to end or choose another directory"
         ) from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()}")
-    file.flush()
+    try:
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()}")
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise cannot_write(path, error) from error
     return file
 
 
