@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bitwright_search.auto_result import Status, Trial
-from bitwright_search.drops import Drop
+from bitwright_search.drops import ONE_SAMPLE, Drop
 from bitwright_search.scores import Scale
 
 FEW_SAMPLES = 64
@@ -81,8 +81,7 @@ def advise(
 
 def _of_margins(lost: Drop, allowed: float, confidence: float | None, scale: Scale, *, met: bool) -> list[str]:
     if lost.margin is None:
-        one = "The evaluation has one sample, which doesn't say how sure the drop is: give several."
-        return [] if confidence is None else [one]
+        return [] if confidence is None else [ONE_SAMPLE]
     most = scale.drop(lost.value + lost.margin)
     if not met and lost.value <= allowed:
         return [

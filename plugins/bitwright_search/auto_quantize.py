@@ -208,7 +208,7 @@ def _result(search: AutoSearch, validation: Validation | None, data: Dataset) ->
         met=search.met,
         allowed_drop=allowance.drop,
         margin=lost.margin,
-        confidence=allowance.confidence,
+        confidence=allowance.judged(lost),
         best=best.name,
         steps=best.steps,
         metric=metric_of(search.evaluate),

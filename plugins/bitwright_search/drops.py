@@ -16,7 +16,9 @@ GRADED = ("perplexity", "kl")
 """Metrics whose drops are judged with a margin unless said otherwise: they tell small losses from few samples. Of
 shares, as top-1, each sample that changes is a whole step, and a margin asks for thousands of them."""
 
-SCORE_FORM = 2
+ONE_SAMPLE = "The evaluation has one sample, which doesn't say how sure the drop is: give several."
+
+SCORE_FORM = 3
 """Raised where stored scores hold something else."""
 
 
@@ -73,10 +75,20 @@ class Allowance:
         return Drop(value, margin)
 
     def keeps(self, reference: Score, score: Score) -> bool:
-        """Whether a loss is no more than is allowed; the last bit of a difference doesn't decide."""
+        """Whether a loss is no more than is allowed; the last bit of a difference doesn't decide.
+
+        Raises:
+            InputError: a margin was asked for, and this network's score has none.
+        """
         lost = self.lost(reference, score)
-        most = lost.value + (lost.margin or 0.0 if self.confidence is not None else 0.0)
+        if lost.margin is None:
+            self.require(score)
+        most = lost.value + (0.0 if self.judged(lost) is None else lost.margin or 0.0)
         return most <= self.drop + 1e-12 * max(1.0, abs(reference.value))
+
+    def judged(self, lost: Drop) -> float | None:
+        """The confidence with which a network was judged: None without a margin."""
+        return None if lost.margin is None else self.confidence
 
     def require(self, reference: Score) -> None:
         """Refuse a margin that was asked for and that the evaluation, by the float network's score, can't give.
@@ -94,10 +106,11 @@ class Allowance:
 def recorded(score: Score) -> dict[str, Any]:
     """A score as JSON takes it."""
     terms = score.terms
-    return {"score": score.value, "terms": None if terms is None else [list(terms.sums), list(terms.counts)]}
+    told = None if terms is None else [list(terms.sums), list(terms.counts), terms.shares]
+    return {"score": score.value, "terms": told}
 
 
 def read_score(record: Mapping[str, Any]) -> Score:
     """Of what `recorded` made."""
     terms = record["terms"]
-    return Score(record["score"], None if terms is None else Terms(tuple(terms[0]), tuple(terms[1])))
+    return Score(record["score"], None if terms is None else Terms(tuple(terms[0]), tuple(terms[1]), terms[2]))

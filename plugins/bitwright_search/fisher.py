@@ -16,7 +16,7 @@ the sum of the squares', so that one backward pass serves all positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ GRADIENT_BYTES = 2**29
 """Gradients of one backward pass at most; larger networks take several."""
 FEATURES = 8192
 """Inputs of a layer at most whose second moments are taken; wider ones go by the diagonal."""
+MOMENTS_BYTES = 2**30
+"""Second moments of one pass over the data at most; those of a larger network take several."""
 NOTE = (
     "sensitivities are predicted divergences from float (nats a position) by the gradients of the float network, for "
     "weights rounded to nearest; measure the result"
@@ -69,7 +71,7 @@ def predicted_divergence(
 
     Raises:
         CapabilityError: the backend has no gradients.
-        InputError: a group has activations, or the output isn't one of logits.
+        InputError: a group has activations, or the output isn't one of logits (probabilities are none).
     """
     require(sim.backend, [Capability.DIFFERENTIABLE], 'sensitivities="fisher"')
     if with_activations := [g.name for g in groups if g.activations]:
@@ -112,13 +114,16 @@ def _table(
         found |= {(c, w): 0.5 * float((squares * np.square(error(c, w), dtype=np.float64)).sum()) for c in grids[w]}
         if w in ops:
             rows[w] = to_matrix(ops[w], squares).sum(axis=-1, dtype=np.float64)
-    for op, moments in _moments(sim, list(grids), data):
+
+    def take(op: Op, moments: Values) -> None:
         assert op.weight is not None
         trace = np.maximum(np.trace(moments, axis1=1, axis2=2), np.finfo(np.float64).tiny)
         matter = rows[op.weight] / trace[:, None]
         for c in grids[op.weight]:
             delta = to_matrix(op, error(c, op.weight)).astype(np.float64)
             found[c, op.weight] = 0.5 * float(np.einsum("gr,grk,grk->", matter, delta @ moments, delta))
+
+    _with_moments(sim, list(grids), data, take)
     table = np.full((len(groups), len(candidates)), np.inf)
     for g, group in enumerate(groups):
         for c in group.allowed:
@@ -169,6 +174,11 @@ def _gradients(
         if logits.ndim < 2:
             raise InputError(f'sensitivities="fisher": {tap!r} has shape {logits.shape}; it takes logits, classes last')
         kept = counted({k: np.asarray(v) for k, v in batch.items()}, logits.shape[:-1])
+        if _are_probabilities(logits):
+            raise InputError(
+                f'sensitivities="fisher": {tap!r} has probabilities, and it takes logits: give the network without its '
+                "last softmax"
+            )
         p = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
         p /= p.sum(axis=-1, keepdims=True)
         drawn = (np.cumsum(p, axis=-1) < rng.random(p.shape[:-1])[..., None]).sum(axis=-1)
@@ -180,6 +190,11 @@ def _gradients(
 
     found = pullback.gradients(batch, values, cotangents)
     return found, seen[-1]
+
+
+def _are_probabilities(outputs: Values) -> bool:
+    """Whether all are at least 0 and add up to 1 over classes, as no network's logits do."""
+    return bool(outputs.min(initial=0) >= 0 and np.allclose(outputs.sum(axis=-1, dtype=np.float64), 1, atol=1e-2))
 
 
 def _parts(sim: QuantSim, weights: Sequence[ParamId]) -> Iterator[list[ParamId]]:
@@ -197,8 +212,11 @@ def _parts(sim: QuantSim, weights: Sequence[ParamId]) -> Iterator[list[ParamId]]
         yield part
 
 
-def _moments(sim: QuantSim, weights: Sequence[ParamId], data: Dataset) -> Iterator[tuple[Op, Values]]:
-    """Linear ops that alone read one of the weights, with the second moments of their inputs, (groups, K, K)."""
+def _with_moments(sim: QuantSim, weights: Sequence[ParamId], data: Dataset, take: Callable[[Op, Values], None]) -> None:
+    """Give linear ops that alone read one of the weights, with the second moments of their inputs, (groups, K, K).
+
+    Each as soon as it is known: those of all layers together take more than a large network.
+    """
     graph, wanted = sim.graph, set(weights)
     shared: dict[object, list[Op]] = {}
     for op in graph.linear_ops:
@@ -212,13 +230,16 @@ def _moments(sim: QuantSim, weights: Sequence[ParamId], data: Dataset) -> Iterat
         memory = LayerMoments.bytes_for(op, features, paired=False)
         requests.append(Request(op.id, (op.data_inputs[0],), make, memory=memory))
     readers = {ops[0].id: ops for ops in shared.values()}
-    found: dict[str, Statistic] = collect(
-        requests, lambda source, taps: sim.backend.session(sim.native, taps), data, progress=sim.progress
-    )
-    for key, statistic in found.items():
+
+    def finished(key: str, statistic: Statistic) -> None:
         assert isinstance(statistic, LayerMoments)
         for op in readers[key]:
-            yield op, statistic.xx
+            take(op, statistic.xx)
+
+    collect(
+        requests, lambda source, taps: sim.backend.session(sim.native, taps), data, budget_bytes=MOMENTS_BYTES,
+        progress=sim.progress, finished=finished,
+    )  # fmt: skip
 
 
 def _features(sim: QuantSim, op: Op) -> int:

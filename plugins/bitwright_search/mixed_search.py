@@ -16,7 +16,7 @@ from bitwright.runs import identity
 from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
-from bitwright_search.drops import SCORE_FORM, Allowance, read_score, recorded
+from bitwright_search.drops import ONE_SAMPLE, SCORE_FORM, Allowance, read_score, recorded
 from bitwright_search.evaluation import Evaluate, Mode, Score, measure
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
 from bitwright_search.scores import metric_of
@@ -105,6 +105,9 @@ class MixedSearch:
             self._score(self.reference.choice)
         built = self._built(chosen.choice)
         score = self.scores.get(chosen.choice)
+        lost = None if score is None or reference is None else self._allowance.lost(reference, score)
+        if lost is not None and lost.margin is None and self._allowance.confidence is not None:
+            self.notes.append(ONE_SAMPLE)
         met = self._good(score, reference) and within(chosen.cost, self._limit)
         told = undominated([*points, chosen])
         measured = [
@@ -121,8 +124,8 @@ class MixedSearch:
             float_score=_value(reference),
             reference_score=_value(self.scores.get(self.reference.choice)),
             allowed_drop=None if self.goal.allowance is None else self.goal.allowance.drop,
-            margin=None if score is None or reference is None else self._allowance.lost(reference, score).margin,
-            confidence=self._allowance.confidence,
+            margin=None if lost is None else lost.margin,
+            confidence=None if lost is None else self._allowance.judged(lost),
             met=met,
             predicted_kl=chosen.noise if self.nats else None,
             front=tuple(map(self._told, told)),

@@ -75,9 +75,10 @@ def block_rounding(
         values = target[:, run] - inverse @ so_far
         block = _Block(own, values, low, high, _covering(values, low, high) if unit is None else unit[cells], factors)
         choice = _choose(block, None if grid.alone else cells)
-        scale[cells] = block.scale(choice)
-        if multiples is not None:
-            multiples[cells] = most - choice
+        if multiples is None:
+            scale[cells] = grid.stored(block.scale(choice), cells)
+        else:
+            scale[cells], multiples[cells] = block.scale(choice), most - choice
         step, low, high = (b[:, None] for b in (scale[cells], low, high))
         posed = RoundingProblem(own, target[:, run], step, low, high)
         codes[:, run], error[:, run] = settle(posed, own, so_far)

@@ -46,8 +46,23 @@ def test_what_the_default_is():
             Allowance.of(0.1, wrong, len)
 
 
+def test_shares_that_no_sample_changes_need_samples():
+    """Ten right answers that stay right don't tell that a hundredth is kept; 300 do."""
+    few, many = score(*[1.0] * 10), score(*[1.0] * 300)
+    sure = Allowance.of(0.01, 0.95, len)
+    assert not sure.keeps(few, few)
+    assert sure.keeps(many, many)
+    assert Allowance.of(0.01, None, len).keeps(few, few)
+
+
+def test_a_margin_that_was_asked_for_is_never_left_out():
+    """A function that gives an array for one network and a number for another."""
+    with pytest.raises(InputError, match=r"confidence=0\.9"):
+        Allowance.of(0.06, 0.9, len).keeps(score(1.0, 0.5), Score(0.75))
+
+
 def test_scores_come_back_from_files():
-    for given in (Score(0.5), score(0.25, 0.75)):
+    for given in (Score(0.5), score(0.25, 0.75), score(0.0, 1.0)):
         assert read_score(json.loads(json.dumps(recorded(given)))) == given
 
 
@@ -92,7 +107,7 @@ def test_too_few_samples_are_said(net):
     assert any("four times as many halve" in line for line in few.advice)
     one = auto_quantize(net.model, net.images, ByMetric(net.images[:1], "kl"), allowed_drop=1.0, **options)
     assert one.met
-    assert one.margin is None
+    assert (one.margin, one.confidence) == (None, None), "it was judged by the drop alone"
     assert any("one sample" in line for line in one.advice)
 
 
@@ -133,6 +148,10 @@ def test_mixed_precision_judges_so_too(net):
     assert mean.assignment == first.assignment
     assert -sure.score + sure.margin <= allowed
     assert sure.cost > mean.cost
+    one = mixed_precision(net.model, net.images, ByMetric(net.images[:1], "kl"), allowed_drop=1.0,
+                          candidates=["int8/uint8", "int4/uint8"], solver="greedy")  # fmt: skip
+    assert (one.met, one.margin, one.confidence) == (True, None, None)
+    assert any("one sample" in note for note in one.notes)
     with pytest.raises(InputError, match=r"confidence=0\.9"):
         mixed_precision(net.model, net.images, net.fidelity, confidence=0.9, allowed_drop=0.1,
                         candidates=["int8/uint8", "int4/uint8"], solver="greedy")  # fmt: skip

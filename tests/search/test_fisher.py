@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 from bitwright import QuantSim, RunDirectory, mixed_precision  # noqa: E402
 from bitwright.bank import collect  # noqa: E402
 from bitwright.errors import CapabilityError, InputError  # noqa: E402
+from bitwright.statistics import LayerMoments  # noqa: E402
 from bitwright_search import fisher  # noqa: E402
 from bitwright_search.candidates import group_sites, read_candidates  # noqa: E402
 from bitwright_search.evaluation import ByMetric  # noqa: E402
@@ -108,7 +110,7 @@ def test_a_matrix_that_two_ops_read_goes_by_the_diagonal(tmp_path, monkeypatch):
     place = next(i for i, g in enumerate(groups) if weight in g.weights)
     assert 0.4 < nats[place, 0] / alone(sim, weight, "int8") < 2.5
     # What moments add for the others: by the diagonal alone they have something else.
-    monkeypatch.setattr(fisher, "_moments", lambda *given: iter(()))
+    monkeypatch.setattr(fisher, "_with_moments", lambda *given: None)
     _, diagonal = table(sim, BITS[:2], tmp_path / "diagonal")
     assert diagonal[place, 1] == nats[place, 1]
     others = [i for i in range(len(groups)) if i != place]
@@ -152,6 +154,36 @@ def test_large_networks_take_several_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(fisher, "GRADIENT_BYTES", 4)
     _, parts = table(sim, BITS, tmp_path / "parts")
     assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_moments_of_one_pass_are_held_at_most(tmp_path, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(LayerMoments):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            alive.add(self)
+
+        def update(self, *values):
+            super().update(*values)
+            most.append(len(alive))
+
+    sim = opened()
+    _, whole = table(sim, BITS, tmp_path)
+    monkeypatch.setattr(fisher, "LayerMoments", Counted)
+    monkeypatch.setattr(fisher, "MOMENTS_BYTES", 1)
+    _, one_by_one = table(sim, BITS, tmp_path / "one by one")
+    assert (one_by_one == whole).all()
+    assert max(most) == 1
+
+
+def test_probabilities_are_no_logits(tmp_path):
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5), torch.nn.Softmax(-1))
+    rows = torch.randn(16, 8)
+    sim = QuantSim(net.eval(), rows[:2], activations="float")
+    with pytest.raises(InputError, match="without its last softmax"):
+        table(sim, BITS, tmp_path, [rows])
 
 
 def test_grouped_convolutions(tmp_path):

@@ -252,3 +252,17 @@ def test_frozen_scales_are_kept():
     layer = make_layer("conv", spec=W4)
     layer.encoding = layer.encoding.with_(frozen=True, scale=layer.encoding.scale * np.float32(0.7))
     assert np.array_equal(round_layer(layer, GptqSettings()).encoding.scale, layer.encoding.scale)
+
+
+@pytest.mark.parametrize("scale_type", [None, "float16", "float16+minimum"])
+def test_blocks_are_rounded_at_the_scales_that_they_get(scale_type):
+    """Scales of a type are of it when codes and what is left of the error are worked out, not afterwards."""
+    spec = QuantSpec(4, granularity=Blockwise(0, 1, 4), scale_type=scale_type)
+    if scale_type == "float16+minimum":
+        spec = spec.with_(symmetric=False, signed=False)
+    layer = make_layer("linear", spec=spec)
+    problem = reconstruction(layer.op, layer.weight, layer.moments)
+    grid, found = block_rounding(problem, WeightGrid.of(layer.op, layer.weight.shape, layer.encoding))
+    assert np.array_equal(grid.scale, grid.encoding.typed(grid.scale))
+    left = found.turned * turn(grid.step) - turn(problem.goal)
+    assert np.array_equal(found.error, left)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
+from bitwright import RunDirectory
 from bitwright.bank import Bank, collect, merge
 from bitwright.errors import InputError
 from bitwright.testing import models
@@ -128,6 +129,20 @@ def test_shares_are_the_same_wherever_they_are_collected(sim, tmp_path):
 
 
 @onnx_only
+@pytest.mark.parametrize("workers", [False, True])
+def test_shares_go_on_with_the_positions(workers, sim, bank, tmp_path):
+    """In shares of one sample, each would otherwise have the positions of the first."""
+    data = sim.open(samples(sim), batch_size=1)
+    with open_workers(ThreadPoolExecutor(3)) as crew:
+        twin = sim.fork().attach(executor=crew) if workers else sim
+        found = collect(twin, data, tmp_path / "bank", share=1, thin=THIN)
+    for op in sim.graph.linear_ops:
+        ours, whole = found.layer(op), bank.layer(op)
+        assert ours.count == whole.count
+        np.testing.assert_allclose(ours.xx, whole.xx, rtol=1e-5, atol=1e-5 * np.abs(whole.xx).max())
+
+
+@onnx_only
 def test_a_bank_that_is_there_is_kept_only_if_it_counts_the_same(sim, bank, tmp_path):
     copy = shutil.copytree(bank.path, tmp_path / "copy")
     assert collect(sim, samples(sim), copy, thin=THIN).record == bank.record
@@ -149,6 +164,15 @@ def test_few_columns_are_told(sim, tmp_path, recwarn):
     collect(sim, samples(sim, 2), tmp_path / "all")
     collect(sim, samples(sim, 64), tmp_path / "enough", thin=THIN)
     assert not [w for w in recwarn if "thin" in str(w.message)]
+
+
+@onnx_only
+def test_few_columns_are_told_when_a_run_is_resumed_too(tmp_path):
+    for _ in range(2):
+        with RunDirectory(tmp_path / "run") as run:
+            sim = PORT.sim(network(), weights="int4", run=run).apply("fold_batch_norm")
+            with pytest.warns(UserWarning, match="gptq: thin leaves fewer than 4 columns"):
+                sim.apply("gptq", samples(sim, 2), inputs="float", thin=1000)
 
 
 @onnx_only

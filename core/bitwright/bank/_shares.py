@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -24,7 +24,7 @@ from bitwright.files import cannot_write
 from bitwright.graph import Op, OpId, TensorId
 from bitwright.plugins import registry
 from bitwright.state import SimState
-from bitwright.statistics import Request, Statistic
+from bitwright.statistics import LayerMoments, Request, Statistic
 
 SHARE = 8
 """Batches of a share where there are workers, and nothing else is said."""
@@ -49,10 +49,12 @@ class _Share:
     Attributes:
         batches: them.
         first: number of the first one among all.
+        before: samples in those before it.
     """
 
     batches: tuple[Batch, ...]
     first: int
+    before: int
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -106,7 +108,10 @@ def _collected(
     opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
     if state.workers is None or (file := _laid_out(state, folder)) is None:
         for share in _shares(data, size):
-            yield share.samples, collect(requests, opened, share, divided=whole, first_batch=share.first)
+            yield (
+                share.samples,
+                collect(_of_share(share, requests), opened, share, divided=whole, first_batch=share.first),
+            )
         return
     try:
         ready: dict[int, States] = {}
@@ -134,10 +139,24 @@ def _collected(
 
 
 def _shares(data: Dataset, size: int) -> Iterator[_Share]:
-    batches, first = iter(data), 0
+    batches, first, before = iter(data), 0, 0
     while some := tuple(islice(batches, size)):
-        yield _Share(some, first)
+        share = _Share(some, first, before)
+        yield share
         first += len(some)
+        before += share.samples
+
+
+def _of_share(share: _Share, requests: Sequence[Request]) -> list[Request]:
+    """Requests whose moments know which samples of the data theirs are."""
+    return [replace(r, make=partial(_begun, r.make, share.before)) for r in requests]
+
+
+def _begun(make: Callable[[], Statistic], sample: int) -> Statistic:
+    statistic = make()
+    if isinstance(statistic, LayerMoments):
+        statistic.begin_at(sample)
+    return statistic
 
 
 def _laid_out(state: SimState, folder: Path) -> Path | None:
@@ -166,7 +185,7 @@ def share_of(backend: str, network: str, wanted: Wanted, share: _Share) -> State
     """A share's statistics: what is sent to workers."""
     with _ONE_AT_A_TIME:
         opened, whole, requests = _open(backend, network, wanted)
-        found = collect(requests, opened, share, divided=whole, first_batch=share.first)
+        found = collect(_of_share(share, requests), opened, share, divided=whole, first_batch=share.first)
     return {key: {name: np.asarray(v) for name, v in s.state().items()} for key, s in found.items()}
 
 

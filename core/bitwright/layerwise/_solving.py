@@ -90,6 +90,8 @@ def solution(solve: Solve, layer: Layer) -> LayerResult:
     figures = {**result.figures, "seconds": time.perf_counter() - begin}
     if layer.moments.blocks > 1:
         figures["blocks"] = float(layer.moments.blocks)
+    if layer.moments.scarce:
+        figures["columns_per_feature"] = layer.moments.per_feature
     if layer.moments.has_products and not figures.keys() & {"loss", "after"}:  # it has measured that itself
         figures["loss"] = reconstruction_loss(layer.op, layer.weight, result.weight, layer.moments)
     return replace(result, figures=figures)

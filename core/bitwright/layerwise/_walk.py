@@ -81,7 +81,6 @@ class LayerwiseWalk(Walk):
             products=products, residuals=residuals, most=None if column_blocks else 1, thin=thin,
         )  # fmt: skip
         last = max((i for i, s in enumerate(visits) if s.op.id not in stored), default=-1)
-        scarce: dict[OpId, float] = {}
         # A weight that several ops share is settled by the first of them.
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
@@ -116,8 +115,6 @@ class LayerwiseWalk(Walk):
                     pair.run(visit, observed, seen.addend)
                     if observed is not None:
                         observed.settle()
-                        if observed.scarce:
-                            scarce[op.id] = observed.per_feature
                     if large:
                         let_go()  # before the layer is solved, which takes memory itself
                 if result is not None:
@@ -138,7 +135,8 @@ class LayerwiseWalk(Walk):
         results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
         name_blocks(self.name, results)
-        name_scarce(self.name, scarce)
+        few = {op: result.figures.get("columns_per_feature") for op, result in results.items()}
+        name_scarce(self.name, {op: columns for op, columns in few.items() if columns is not None})
         return results
 
 

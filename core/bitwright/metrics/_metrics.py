@@ -75,6 +75,8 @@ class _Mean:
     """A mean over positions."""
 
     compares = False
+    shares = False
+    """Whether each position has 0 or 1."""
 
     def __init__(self, name: str) -> None:
         self.name, self.total, self._count = name, 0.0, 0
@@ -88,7 +90,9 @@ class _Mean:
     @property
     def terms(self) -> Terms:
         return Terms(
-            tuple(float(v) for batch in self._sums for v in batch), tuple(int(n) for b in self._counts for n in b)
+            tuple(float(v) for batch in self._sums for v in batch),
+            tuple(int(n) for b in self._counts for n in b),
+            shares=self.shares,
         )
 
     def _begin(self, samples: int) -> None:
@@ -171,6 +175,7 @@ class Agreement(_Mean):
     """The share of positions at which both networks' largest logits have the same index."""
 
     compares = True
+    shares = True
 
     def __init__(self) -> None:
         super().__init__("agreement")
@@ -192,6 +197,8 @@ class Top1(_Mean):
     Args:
         labels: class indices, one a sample, in the order of the data.
     """
+
+    shares = True
 
     def __init__(self, labels: Sequence[int] | NDArray[np.integer]) -> None:
         super().__init__("top1")

@@ -28,10 +28,12 @@ class Terms:
     Attributes:
         sums: of each sample, in the order of the data.
         counts: positions of each sample that count; 0 where all are masked.
+        shares: each position has 0 or 1, as of an accuracy, or in a difference -1, 0 or 1.
     """
 
     sums: tuple[float, ...]
     counts: tuple[int, ...]
+    shares: bool = False
 
     def __post_init__(self) -> None:
         if len(self.sums) != len(self.counts):
@@ -39,9 +41,9 @@ class Terms:
 
     @classmethod
     def single(cls, values: Iterable[float]) -> Terms:
-        """Of one value a sample."""
+        """Of one value a sample; shares if each is 0 or 1."""
         sums = tuple(map(float, values))
-        return cls(sums, (1,) * len(sums))
+        return cls(sums, (1,) * len(sums), shares=all(v in (0.0, 1.0) for v in sums))
 
     @property
     def samples(self) -> int:
@@ -60,7 +62,7 @@ class Terms:
         return math.fsum(self.sums) / total
 
     def __neg__(self) -> Terms:
-        return Terms(tuple(-v for v in self.sums), self.counts)
+        return Terms(tuple(-v for v in self.sums), self.counts, self.shares)
 
     def __sub__(self, other: Terms) -> Terms:
         """The difference on the same samples.
@@ -73,7 +75,8 @@ class Terms:
                 f"two networks were evaluated on different samples ({len(self.counts)} and {len(other.counts)}, or "
                 "other positions of them): give both the same data"
             )
-        return Terms(tuple(a - b for a, b in zip(self.sums, other.sums, strict=True)), self.counts)
+        sums = tuple(a - b for a, b in zip(self.sums, other.sums, strict=True))
+        return Terms(sums, self.counts, self.shares and other.shares)
 
     @property
     def error(self) -> float | None:
@@ -88,13 +91,51 @@ class Terms:
         return float(np.sqrt(n / (n - 1) * squares) / counts.sum())
 
     def margin(self, confidence: float) -> float | None:
-        """How far the true mean may lie above this one, or below, with a probability: Student's t of one side.
+        """How far the true mean may lie above this one with a probability; None of fewer than two samples.
+
+        By Student's t of one side. Shares of few samples, or of which few change, aren't near normal, and where none
+        changes their standard error is 0: theirs is the score interval's (`changes_bound`), and of samples of several
+        positions at least what it is if those are independent.
 
         Args:
             confidence: at least 0.5, which leaves no margin, and less than 1.
         """
-        error = self.error
-        return None if error is None else student(confidence, self.samples - 1) * error
+        if (error := self.error) is None:
+            return None
+        usual = student(confidence, self.samples - 1) * error
+        if not self.shares:
+            return usual
+        lost, gained = (sum(max(sign * v, 0.0) for v in self.sums) for sign in (1, -1))
+        bound = changes_bound(lost, gained, sum(self.counts), confidence) - self.mean
+        return bound if max(self.counts) == 1 else max(usual, bound)
+
+
+def changes_bound(lost: float, gained: float, count: int, confidence: float) -> float:
+    """Upper bound of a difference of two shares of the same positions, by the score test (Tango 1998).
+
+    It is the largest Δ that the counts don't contradict: ``nΔ − (b − c) = z √(n (2q + Δ(1 − Δ)))`` with b lost and c
+    gained of n, and q the likeliest share of gains if Δ is the difference. With c = 0 it is Wilson's of b of n.
+
+    Args:
+        lost, gained: positions that have 1 and -1.
+        count: all positions, more than 0.
+        confidence: at least 0.5 and less than 1.
+    """
+    z = NormalDist().inv_cdf(confidence)
+
+    def contradicted(delta: float) -> bool:
+        linear = (2 * count - lost + gained) * delta - lost - gained
+        root = math.sqrt(max(linear * linear + 8 * count * gained * delta * (1 - delta), 0.0))
+        variance = count * ((root - linear) / (2 * count) + delta * (1 - delta))
+        return count * delta - (lost - gained) > z * math.sqrt(max(variance, 0.0))
+
+    low, high = (lost - gained) / count, 1.0
+    if z == 0:
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if contradicted(middle) else (middle, high)
+    return high
 
 
 @functools.cache

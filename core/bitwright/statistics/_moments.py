@@ -175,6 +175,11 @@ class LayerMoments:
                 self._add_chunks(chunks, error)
         self._count += count
 
+    def begin_at(self, sample: int) -> None:
+        """What comes first is this sample of the data: which positions are counted depends on its number."""
+        if self._some is not None:
+            self._some.samples = sample
+
     @property
     def count(self) -> int:
         """Columns that were seen."""

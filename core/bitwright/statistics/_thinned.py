@@ -45,11 +45,12 @@ class Thinned:
 
     Attributes:
         passed_over: whether any position wasn't counted.
+        samples: number of the next sample.
     """
 
     def __init__(self, op: Op, channel_axis: int | None, features: int, thin: int, shape: tuple[int, int]) -> None:
         self._op, self._axis, self._features, self._thin, self._shape = op, channel_axis, features, thin, shape
-        self._samples = self._held = 0
+        self.samples = self._held = 0
         self._columns: list[tuple[NDArray[np.float32], ...]] = []
         self._sums: list[tuple[NDArray[np.float64], ...]] = []
         self._errors: list[NDArray[np.float32]] = []
@@ -71,7 +72,7 @@ class Thinned:
         # A value that isn't shows in the sum, where finite ones may overflow too.
         if not finite([*sums, *others]) and not finite([*found, *others]):
             raise InputError(f"{self._op.id!r}: NaN or infinite values reach this layer; check the calibration data")
-        self._samples += len(inputs[0])
+        self.samples += len(inputs[0])
         if count:
             self._held += count
             self._columns.append(found)
@@ -101,7 +102,7 @@ class Thinned:
                 found = found.copy()
         else:
             self.passed_over = True
-            found = chosen.columns(seen, self._samples)
+            found = chosen.columns(seen, self.samples)
         return found.reshape(*self._shape, found.shape[-1])
 
     def _picks(self, x: NDArray[Any]) -> tuple[Picks | None, NDArray[Any]]:
@@ -118,7 +119,7 @@ class Thinned:
         if chosen is None:
             return rows_of(self._op, error, self._axis)
         return chosen.rows(
-            np.moveaxis(np.asarray(error, np.float32), _outputs_on(self._op, self._axis), 1), self._samples
+            np.moveaxis(np.asarray(error, np.float32), _outputs_on(self._op, self._axis), 1), self.samples
         )
 
 
