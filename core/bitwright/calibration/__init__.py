@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bitwright.calibration._base import Scheme
 from bitwright.calibration._collect import collect
+from bitwright.calibration._lost import doubts_of_weights
 from bitwright.calibration._part_by_part import InParts, in_parts
 from bitwright.calibration._ranges import (
     activation_encodings,
@@ -30,6 +31,7 @@ __all__ = [
     "activation_requests",
     "bias_encoding",
     "collect",
+    "doubts_of_weights",
     "dynamic_encodings",
     "fits_accumulator",
     "full_table",

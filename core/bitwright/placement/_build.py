@@ -44,7 +44,8 @@ def build_plan(
         graph: the model.
         target: a preset's name, a configuration file, or a loaded target.
         weights: type of weights ("int8", "int4:block32", "int4:lpbq64", "float16", …); None takes the target's.
-            Blocks that don't divide a weight's inputs fall back to one scale a channel, noted in `Plan.notes`.
+            Blocks that don't divide a weight's inputs fall back to one scale a channel, noted in `Plan.notes`, and in
+            `Plan.unblocked` where the layer has more inputs than a block.
             Only the weights of convolutions and linear ops go below 8 bits; one that an embedding shares has 8.
             "float" leaves parameters in float.
         activations: type of activations ("uint8", "uint16", "float16", …); None takes the target's. "float" quantizes
@@ -123,6 +124,7 @@ def build_plan(
         weight_scheme=weight_scheme,
         observed=shared.observed,
         notes=tuple(dict.fromkeys(notes)),
+        unblocked=params.unblocked,
     )
 
 

@@ -34,6 +34,9 @@ class ParameterPlacement:
         weights: precision of weights; None leaves parameters in float.
         constants: precision of activations, for constants; None if they stay in float.
         notes: takes what the user should know of fallbacks.
+
+    Attributes:
+        unblocked: weights with at least a block's inputs that can't be divided into blocks as was asked, by reason.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ParameterPlacement:
         self.graph, self.target = activations.graph, activations.target
         self.overrides = activations.overrides
         self.weights, self.constants, self.notes = weights, constants, notes
+        self.unblocked: dict[ParamId, str] = {}
         self._lookups = activations.lookups
         self._inside = {op.id: c for c in activations.composites for op in c.ops}
 
@@ -184,6 +188,8 @@ class ParameterPlacement:
             why = "a grouped transposed convolution" if grouped else f"{length} inputs aren't a multiple of {size}"
             fallback = "per channel" if isinstance(plain, PerChannel) else "per tensor"
             self.notes.append(f"{param.id}: {why}: quantized {fallback} instead of in blocks")
+            if length >= size:
+                self.unblocked[param.id] = why
             return plain
         return replace(precision.blocks, axis=axis, block_axis=block_axis)
 

@@ -14,6 +14,8 @@ from bitwright.grids import Blockwise, Dynamic, PerChannel, PerTensor, QuantSpec
 from bitwright.tables import Table, Tabular
 
 E = TypeVar("E")
+SHOWN = 3
+"""Weights that a warning names."""
 SiteId = str
 """A tensor id or a parameter id; backends keep the two sets disjoint."""
 
@@ -87,6 +89,9 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         weight_scheme: the same for parameters.
         observed: for roots of ties whose range several tensors span together: those tensors.
         notes: what the user should know of fallbacks and exceptions.
+        unblocked: weights that were asked to be in blocks, have the inputs of one, and can't be divided: the reasons.
+            Layers with fewer inputs than a block (depthwise ones, the first convolution) aren't among them: one scale
+            for all of their inputs is what a block would be.
     """
 
     def __init__(
@@ -98,12 +103,14 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         weight_scheme: str = "minmax",
         observed: Mapping[SiteId, tuple[SiteId, ...]] | None = None,
         notes: tuple[str, ...] = (),
+        unblocked: Mapping[SiteId, str] | None = None,
     ) -> None:
         self._sites = dict(sites)
         self.target = target
         self.scheme = scheme
         self.weight_scheme = weight_scheme
         self.notes = notes
+        self.unblocked = dict(unblocked or {})
         self._observed = dict(observed or {})
 
     def __getitem__(self, site: SiteId) -> Site:
@@ -124,6 +131,20 @@ class Plan(Tabular, Mapping[SiteId, Site]):
             weight_scheme=self.weight_scheme,
             observed=self._observed,
             notes=self.notes,
+            unblocked=self.unblocked,
+        )
+
+    def doubt_of_blocks(self) -> str:
+        """What to tell of `unblocked`: the first few weights, how many there are, what they have instead; or ""."""
+        if not self.unblocked:
+            return ""
+        shown = ", ".join(f"{site!r} ({why})" for site, why in list(self.unblocked.items())[:SHOWN])
+        more = f" and {len(self.unblocked) - SHOWN} more" if len(self.unblocked) > SHOWN else ""
+        specs = [spec for site in self.unblocked if (spec := self.spec(site)) is not None]
+        had = sorted({"per channel" if isinstance(s.granularity, PerChannel) else "per tensor" for s in specs})
+        return (
+            f"weights are quantized {' or '.join(had)} and not in blocks as was asked: {shown}{more}. Take a block "
+            "size that divides their inputs, or give these layers a type of their own with overrides"
         )
 
     def root(self, site: SiteId) -> SiteId:

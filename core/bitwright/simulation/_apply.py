@@ -19,6 +19,7 @@ from bitwright.calibration import (
     activation_grids,
     activation_requests,
     collect,
+    doubts_of_weights,
     dynamic_encodings,
     guarded,
     in_parts,
@@ -136,6 +137,7 @@ def calibrated(state: SimState, data: DataLike | None) -> SimState:
         table = _without_data(state, EncodingTable(state.encodings.held, state.encodings.provenance))
         if missing := to_calibrate(state.plan, table):
             raise InputError(f"calibrate: {len(missing)} activations take their range of data, {missing[0]!r} first")
+        _doubt_weights(state, table)
         return replace(state, encodings=guarded(state.plan, table, state.params))
     opened = state.open(data)
     if isinstance(opened, Bank):
@@ -147,7 +149,14 @@ def calibrated(state: SimState, data: DataLike | None) -> SimState:
     table = table.merged(calibrated_activations(state, table, dataset))
     for doubt in doubts_of_calibration(watched.seen, _unscaled(state.graph)):
         warnings.warn(f"calibrate: {doubt}", ImplausibleDataWarning, stacklevel=3)
+    _doubt_weights(state, table)
     return replace(state, encodings=guarded(state.plan, table, params), reference=dataset.taken())
+
+
+def _doubt_weights(state: SimState, table: EncodingTable) -> None:
+    """Warn of weights that the least step of a grid loses, before scales are raised for the sake of biases."""
+    for doubt in doubts_of_weights(state.plan, table, state.params):
+        warnings.warn(f"calibrate: {doubt}", stacklevel=4)
 
 
 def _without_data(state: SimState, held: EncodingTable) -> EncodingTable:
@@ -175,6 +184,7 @@ def _calibrated_on_bank(state: SimState, bank: Bank) -> SimState:
         "whose weights aren't rounded",
         {"sites": float(len(sites))},
     )
+    _doubt_weights(state, table)
     return replace(
         state,
         encodings=guarded(state.plan, table, params).recorded(Provenance("calibrate", settings)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,9 @@ class QuantSim(StateView):
         TargetError: the target's configuration is invalid.
         InputError: no such scheme or type, or an override that names nothing.
         MissingExtraError: the model's framework isn't installed.
+
+    Warns:
+        UserWarning: weights were asked to be in blocks of a size that doesn't divide their inputs.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class QuantSim(StateView):
         )
         self._opened: tuple[SimState, Simulation[Any]] | None = None
         """The open simulation, and the state that it was made of."""
+        if doubt := self._state.plan.doubt_of_blocks():
+            warnings.warn(doubt, stacklevel=2)
 
     @classmethod
     def of(cls, state: SimState) -> Self:
@@ -257,7 +263,8 @@ class QuantSim(StateView):
     def calibrate(self, data: DataLike | None = None) -> Self:
         """Set the ranges of every site that isn't frozen or kept: weights by their values, activations on `data`.
 
-        Nothing changes if it fails (empty data, NaN).
+        Nothing changes if it fails (empty data, NaN). Warns of data that are hardly those that the network was trained
+        on, and of weights so small that all of them become zero.
 
         Args:
             data: as for `open`: arrays, a path, batches; or a forward pass of your own, a function of the model. None
