@@ -180,6 +180,11 @@ def test_what_is_wrong_is_refused_and_few_columns_are_told():
     bad[:] = np.nan
     with pytest.raises(InputError, match="NaN or infinite"):
         m.update(bad)
+    for place in range(0, x.size, x.size // 7):  # most of them where nothing is counted
+        one = x.copy()
+        one.reshape(-1)[place] = np.nan
+        with pytest.raises(InputError, match="NaN or infinite"):
+            m.update(one)
     assert m.count == 0
     m.update(x)
     assert m.scarce

@@ -70,7 +70,9 @@ class Thinned:
         sums = tuple((c @ np.ones(count, np.float32)).astype(np.float64) for c in found)
         others = [] if error is None else [self._errors_at(error, inputs[0])]
         # A value that isn't shows in the sum, where finite ones may overflow too.
-        if not finite([*sums, *others]) and not finite([*found, *others]):
+        # Of what isn't counted likewise: bad data are bad, wherever they are looked at.
+        whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
+        if not (finite([*sums, *others]) or finite([*found, *others])) or not _all_finite(whole):
             raise InputError(f"{self._op.id!r}: NaN or infinite values reach this layer; check the calibration data")
         self.samples += len(inputs[0])
         if count:
@@ -121,6 +123,11 @@ class Thinned:
         return chosen.rows(
             np.moveaxis(np.asarray(error, np.float32), _outputs_on(self._op, self._axis), 1), self.samples
         )
+
+
+def _all_finite(values: Sequence[NDArray[Any]]) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return finite([np.sum(v) for v in values]) or finite(values)
 
 
 def rows_of(op: Op, values: NDArray[Any], channel_axis: int | None) -> NDArray[np.float32]:
