@@ -224,3 +224,43 @@ def test_settings_that_no_op_can_have_are_refused_before_tensorflow_ends_the_pro
         layers["conv"]["kernel_initializer"]["config"]["seed"] = 2**40
 
     assert load_native(_config(files / f"model{suffix}", tmp_path / f"seeded{suffix}", seed)).count_params()
+
+
+def test_a_piece_that_is_larger_than_its_data_set_counts_as_what_it_unpacks_to(files, tmp_path):
+    path = shutil.copy(files / "model.h5", tmp_path / "model.h5")
+    with h5py.File(path, "r+") as file:
+        parent = next(g for g in _groups(file) if "bias" in g)
+        values = parent["bias"][()]
+        del parent["bias"]
+        made = parent.create_dataset("bias", values.shape, "f4", maxshape=(None,), chunks=(2**24,), compression="gzip")
+        made[...] = values
+    with pytest.raises(InputError, match="unpack to 64 MiB"):
+        load_native(path)
+
+
+def _groups(file):
+    found = [file]
+    file.visititems(lambda _, item: found.append(item) if isinstance(item, h5py.Group) else None)
+    return found
+
+
+@pytest.mark.parametrize("damaged", ["values", "group"])
+def test_what_cannot_be_read_and_keras_does_not_read_hides_nothing(tmp_path, damaged):
+    """The weights beside it are counted, and what comes behind it is tried too."""
+    path = tmp_path / "model.h5"
+    x = keras.Input((6,))
+    keras.Model(x, keras.layers.Dense(800_000)(x)).save(path)  # more than a file without weights may ask for
+    with h5py.File(path, "r+") as file:
+        made = file.create_dataset("a", (100,), "f4", chunks=(100,), compression="gzip")
+        made[...] = 1
+        place = made.id.get_chunk_info(0).byte_offset
+        if damaged == "group":
+            place = h5py.h5o.get_info(file.create_group("b").id).addr
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    assert load_native(path).count_params() == 5_600_000
+    with h5py.File(path, "r+") as file:
+        file["z"] = h5py.ExternalLink("other.h5", "/weights")
+    with pytest.raises(InputError, match="'z' lies in another file"):
+        load_native(path)

@@ -6,6 +6,7 @@ a program first (`trial_reading` starts it), which needs nothing but h5py.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -29,6 +30,8 @@ _DEPTH = 100
 """So deep may groups lie in groups."""
 _SPARE_BYTES = 2**30
 """What the program may take beside what files hold."""
+_WRONG = (OSError, RuntimeError, KeyError, ValueError, TypeError, NotImplementedError)
+"""What h5py raises over an object that can't be read."""
 
 
 class Refused(ValueError):
@@ -89,13 +92,30 @@ def _in_h5(file: BinaryIO, most: int) -> int:
         _check_settings(opened.attrs.get(_CONFIG_IN_H5, "null"))
         objects = list(_objects(opened, h5py))
         sets = [found for found in objects if isinstance(found, h5py.Dataset)]
-        held = sum(math.prod(found.shape or ()) * int(found.dtype.itemsize) for found in sets)
+        held = sum(map(_size, sets))
         if held <= most:
             for found in objects:
-                list(found.attrs.items())
-            for found in sets:
-                _read(found)
-    return int(held)
+                _tried(found)
+    return held
+
+
+def _size(found: Any) -> int:
+    """Bytes that reading a data set takes: a piece may be larger than the set, and is unpacked as a whole."""
+    with contextlib.suppress(*_WRONG):  # as of a type that numpy doesn't have
+        values = max(math.prod(found.shape or ()), math.prod(found.chunks or ()))
+        return int(values) * int(found.dtype.itemsize)
+    return 0
+
+
+def _tried(found: Any) -> None:
+    """Read an object; what it raises, Keras says if it reads it too. What comes behind it is tried all the same."""
+    import h5py
+
+    with contextlib.suppress(*_WRONG):
+        list(found.attrs.items())
+    with contextlib.suppress(*_WRONG):
+        if isinstance(found, h5py.Dataset):
+            _read(found)
 
 
 def _objects(opened: Any, h5py: Any) -> Iterator[Any]:
@@ -119,12 +139,21 @@ def _objects(opened: Any, h5py: Any) -> Iterator[Any]:
         elif isinstance(found, h5py.Group):
             if depth > _DEPTH:
                 raise Refused("its groups lie too deep in one another")
-            for name in found:
-                link = found.get(name, getlink=True)
+            for name, link in _links(found):
                 if isinstance(link, h5py.ExternalLink):
                     raise Refused(f"{name!r} lies in another file")
                 if isinstance(link, h5py.HardLink):
-                    waiting.append((found[name], depth + 1))
+                    with contextlib.suppress(*_WRONG):
+                        waiting.append((found[name], depth + 1))
+
+
+def _links(group: Any) -> Iterator[tuple[str, Any]]:
+    names: list[str] = []
+    with contextlib.suppress(*_WRONG):
+        names += group
+    for name in names:
+        with contextlib.suppress(*_WRONG):  # as of a link of somebody's own kind
+            yield name, group.get(name, getlink=True)
 
 
 def _read(found: Any) -> None:
