@@ -220,3 +220,51 @@ def test_masks_and_positions_that_networks_compute_open(tmp_path):
 def _peak() -> float:
     """MB of memory that the process has had at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+SELECTED = {
+    "Where": lambda: tf.where(tf.fill([2**13, 2**13], True)),
+    "Unique": lambda: tf.unique(tf.fill([2**26], 1.0)),
+    "ListDiff": lambda: tf.raw_ops.ListDiff(x=tf.fill([2**26], 1.0), y=tf.constant([2.0])),
+}
+
+
+@pytest.mark.parametrize("kind", [*SELECTED])
+def test_what_selects_of_something_enormous_is_not_run_to_tell_its_size(tmp_path, kind):
+    with tf.Graph().as_default() as graph:
+        SELECTED[kind]()
+        tf.nn.relu(tf.compat.v1.placeholder(tf.float32, (None, 4), "x"), "y")
+    path = tmp_path / "bomb.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    before = _peak()
+    BACKEND.load(path)  # nothing reads it
+    assert _peak() - before < 200
+
+
+def test_what_selects_of_something_whose_size_is_not_told_opens(tmp_path):
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4), "x")
+        kept = tf.where(tf.not_equal(tf.io.decode_raw(tf.constant(b"a\0b\0"), tf.uint8), 0))
+        tf.gather(x, tf.reshape(kept, [-1]), axis=1, name="y")
+    path = tmp_path / "net.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    assert [op.type for op in BACKEND.graph(BACKEND.load(path)) if op.id == "y"] == ["Gather"]
+
+
+def test_buckets_of_relative_positions_open(tmp_path):
+    """As T5 has them, of 4,096 positions: integers of 576 MiB, which no shape is made of."""
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4096, 2), "x")
+        rows = tf.range(4096)
+        apart = rows[None] - rows[:, None]
+        near = tf.cast(apart > 0, tf.int32) * 16
+        apart = tf.abs(apart)
+        far = 8 + tf.cast(tf.math.log(tf.cast(apart, tf.float32) / 8) * 2.9, tf.int32)
+        bucket = near + tf.where(apart < 8, apart, tf.minimum(far, 15))
+        bias = tf.gather(tf.constant(np.arange(32, dtype=np.float32)), bucket)
+        tf.add(tf.matmul(x, x, transpose_b=True), bias, name="y")
+    path = tmp_path / "net.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    before = _peak()
+    BACKEND.load(path)
+    assert _peak() - before < 200

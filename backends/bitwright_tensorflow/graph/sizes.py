@@ -30,7 +30,18 @@ _CALM = frozenset({
 })  # fmt: skip
 """Ops whose results are about as large as their operands at most."""
 _SELECTING = frozenset({"ListDiff", "Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2", "Where"})
-"""Ops whose results are no larger than their operands, and of which only running them says how large."""
+"""Ops whose results have no more elements than their operands, times the rank, and of which only running them says how
+many."""
+_UNASKED: dict[str, int | None] = {
+    **dict.fromkeys(("Abs", "Add", "AddV2", "Cast", "Equal", "FloorDiv", "FloorMod", "GatherNd", "Greater",
+                     "GreaterEqual", "Identity", "Less", "LessEqual", "Maximum", "Minimum", "Mul", "Neg", "NotEqual",
+                     "RealDiv", "Rank", "Select", "SelectV2", "Shape", "Sign", "Size", "Square", "Squeeze", "Sub")),
+    **dict.fromkeys(("BroadcastTo", "ExpandDims", "Pad", "PadV2", "Reshape", "Slice", "StridedSlice", "Tile",
+                     "Transpose"), 1),
+    "GatherV2": 2,
+}  # fmt: skip
+"""Ops, and how many of their operands, the first ones (None for all), say nothing of a result's shape by their values:
+their shape functions in TensorFlow never ask for those."""
 _FLOW = frozenset({
     "Enter", "Exit", "LoopCond", "Merge", "NextIteration", "PlaceholderWithDefault", "RefEnter", "RefExit", "RefMerge",
     "RefNextIteration", "RefSwitch",
@@ -112,8 +123,12 @@ def _visits(behind: Sequence[Any]) -> int:
 def _bytes(tensor: Any) -> int | None:
     if not tensor.shape.is_fully_defined():
         return None
-    width = {tf.string: 16, tf.variant: 64, tf.resource: 64}.get(tensor.dtype.base_dtype) or tensor.dtype.size
-    return int(math.prod(tensor.shape.as_list()) * max(width, 1))
+    return int(math.prod(tensor.shape.as_list()) * _width(tensor))
+
+
+def _width(tensor: Any) -> int:
+    found = {tf.string: 16, tf.variant: 64, tf.resource: 64}.get(tensor.dtype.base_dtype) or tensor.dtype.size
+    return max(int(found), 1)
 
 
 def _refused(where: str, name: str, type: str, total: int) -> ModelError:
@@ -150,6 +165,8 @@ class _Constants:
         """Imported outputs by node."""
         self._large: dict[str, dict[str, int]] = {}
         """By node: the large tensors that it is computed from, its own included, with their bytes."""
+        self._untold: set[str] = set()
+        """Nodes whose values can't be computed here: placeholders are in the place of what they are computed from."""
 
     def check(self) -> None:
         """Raise a ModelError where importing the graph would evaluate too much."""
@@ -223,7 +240,8 @@ class _Constants:
 
     def _look(self, node: NodeDef) -> None:
         """Refuse a node that may ask for an operand whose value takes too much."""
-        for operand in _operands(node):
+        unasked = _UNASKED.get(node.op, 0)
+        for operand in () if unasked is None else _operands(node)[unasked:]:
             source = operand.partition(":")[0]
             large = self._large.get(source)
             if not large or (total := sum(large.values())) <= self._most:
@@ -257,12 +275,14 @@ class _Constants:
             return
         for name, op in zip(batch, ops, strict=True):
             self._tensors[name] = list(op.outputs)
-            self._settle(name, op, graph)
             behind: dict[str, int] = {}
             for source in _sources(self._nodes[name]):
+                if source in self._untold:
+                    self._untold.add(name)
                 if sum(behind.values()) <= self._most:
                     behind |= self._large.get(source, {})
-            own = sum(_bytes(t) or 0 for t in self._tensors[name]) + self._listed(op)
+            own = self._settle(name, op, graph, sum(behind.values()))
+            own += sum(_bytes(t) or 0 for t in self._tensors[name]) + self._listed(op)
             if own >= _NOTED and op.type not in ("Identity", "StopGradient"):
                 behind[name] = own
             if behind:
@@ -275,24 +295,47 @@ class _Constants:
         number = int(index) if index.isdigit() else -1 if index else 0
         return outputs[number] if 0 <= number < len(outputs) else None
 
-    def _settle(self, name: str, op: Any, graph: Any) -> None:
-        """Where no shape is told: run what only selects; of the rest, nothing is taken for known."""
+    def _settle(self, name: str, op: Any, graph: Any, behind: int) -> int:
+        """Where no shape is told: run what only selects; of the rest, nothing is taken for known.
+
+        Args:
+            behind: bytes of what the node is computed from.
+
+        Returns:
+            Bytes that its results may have, where running it takes too much.
+        """
         if all(t.shape.is_fully_defined() for t in op.outputs):
-            return
-        if op.type in _SELECTING:
-            with tf.compat.v1.Session(graph=graph) as session:
-                values = session.run(list(op.outputs))
-            self._tensors[name] = [tf.constant(v) for v in values]
-        elif op.type == "RaggedRange":
+            return 0
+        if op.type == "RaggedRange":
             raise ModelError(f"{self._where} isn't opened: how long {name!r} ({op.type}) is can't be told beforehand")
-        else:
-            self._tensors[name] = [tf.compat.v1.placeholder(t.dtype.base_dtype, t.shape) for t in op.outputs]
+        selected = _selected_bytes(op)
+        if op.type in _SELECTING and name not in self._untold and behind + selected <= self._most:
+            try:
+                with tf.compat.v1.Session(graph=graph) as session:
+                    values = session.run(list(op.outputs))
+            except tf.errors.OpError:  # as when TensorFlow evaluates it: nothing comes of it
+                pass
+            else:
+                self._tensors[name] = [tf.constant(v) for v in values]
+                return 0
+        self._untold.add(name)
+        self._tensors[name] = [tf.compat.v1.placeholder(t.dtype.base_dtype, t.shape) for t in op.outputs]
+        return selected if behind + selected > self._most else 0
 
     def _listed(self, op: Any) -> int:
         if op.type not in _LISTS:
             return 0
         count = static_value(op.inputs[_LISTS[op.type]], 0)
         return 64 * int(count) if count is not None and count.size == 1 else 0
+
+
+def _selected_bytes(op: Any) -> int:
+    """Bytes that an op's results have at most; 0 for one that makes more than a selection of its operands."""
+    if op.type not in _SELECTING or not all(t.shape.is_fully_defined() for t in op.inputs):
+        return 0
+    elements = sum(math.prod(t.shape.as_list()) for t in op.inputs)
+    width = 8 * op.inputs[0].shape.rank if op.type == "Where" else sum(_width(t) for t in op.outputs)
+    return int(elements * width)
 
 
 def _operands(node: NodeDef) -> list[str]:
