@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from simulated import ConvNet, Setup, TiedNet, conv_setup, setup  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bitwright.backend import Tap, Training  # noqa: E402
 from bitwright.errors import EncodingError, ModelError  # noqa: E402
@@ -99,6 +101,19 @@ def test_results_take_the_place_of_what_nothing_else_reads(net: Setup) -> None:
             model.get_submodule(call.target).register_forward_hook(lambda _, x, y: seen.append((x[0].clone(), x[0])))
         assert torch.equal(model(given), once)
         assert len(seen) == len(calls) and all(torch.equal(before, after) for before, after in seen)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if "convolution" in str(func) or "conv2d" in str(func):
+                kept.append((result.clone(), result))
+            return result
+
+    plain = net.simulation().model
+    with torch.no_grad(), Keeping():
+        assert torch.equal(plain(given), once)
+    assert kept and all(torch.equal(before, after) for before, after in kept)
     # Where gradients are recorded, what they are made of stays.
     model.zero_grad()
     model(given).sum().backward()

@@ -200,8 +200,12 @@ class FakeQuantize(nn.Module):
         return self._rounded[1]
 
     def _is_watched(self) -> bool:
-        """Whether a hook sees what the module is called with, and may keep it."""
+        """Whether a hook, or a mode, sees what the module is called with or an op's result, and may keep it."""
         everywhere = nn.modules.module
+        if not torch.compiler.is_compiling() and (
+            torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        ):
+            return True
         return bool(
             self._forward_hooks
             or self._forward_pre_hooks
