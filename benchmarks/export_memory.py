@@ -1,0 +1,118 @@
+"""What the export of a Keras or a TensorFlow network takes of memory above the loaded model, as a multiple of its size.
+
+    python benchmarks/export_memory.py --framework keras
+    python benchmarks/export_memory.py --framework tensorflow
+
+A residual network of dense layers of random weights, 132 MiB of them, is opened and calibrated, and exported in every
+form that its framework has. Everything happens in one process, in which a network of one layer has gone the same way
+before, so that the framework's own is in memory when the measurement begins. Counted are private pages (RssAnon,
+looked at every 2 ms), above those of the model before it was opened by bitwright and, of the export alone, above those
+that were there when it began.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from memory import MIB, Peaks, status
+
+WIDTH = 1024
+
+
+def keras_model(layers: int) -> Any:
+    """The network in Keras."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((WIDTH,), name="x")
+    for _ in range(layers):
+        x = keras.layers.Add()([x, keras.layers.Dense(WIDTH, activation="relu")(x)])
+    return keras.Model(inputs, x)
+
+
+def tensorflow_model(layers: int) -> Any:
+    """The network as a `tf.Module` with one signature."""
+    import tensorflow as tf
+
+    class Network(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rng = np.random.default_rng(0)
+            self.weights = [
+                tf.Variable(rng.standard_normal((WIDTH, WIDTH), np.float32) * np.float32(WIDTH**-0.5))
+                for _ in range(layers)
+            ]
+
+        @tf.function(input_signature=[tf.TensorSpec([None, WIDTH], tf.float32, name="x")])
+        def __call__(self, x: Any) -> Any:
+            for weight in self.weights:
+                x = x + tf.nn.relu(tf.matmul(x, weight))
+            return x
+
+    return Network()
+
+
+def settled() -> int:
+    """Private memory, what is free given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("RssAnon")
+
+
+def run(framework: str, layers: int, folder: Path) -> None:
+    """Open, calibrate and export the network of so many layers; tells the peaks, of each form too."""
+    from bitwright import QuantSim
+
+    model = (keras_model if framework == "keras" else tensorflow_model)(layers)
+    data = np.random.default_rng(1).standard_normal((8, WIDTH)).astype(np.float32)
+    size = layers * WIDTH * WIDTH * 4
+    loaded = settled()
+    peaks = Peaks()
+    with peaks.step("calibrate"):
+        sim = QuantSim(model, data if framework == "tensorflow" else None).calibrate(data)
+    begin = settled()
+    backend = sim.backend
+    write = backend.export
+
+    def one_form(native: Any, plan: Any, table: Any, path: Path, form: str) -> Any:
+        starts.append(f"{form} {(status('RssAnon') - loaded) / size:.2f}x")
+        with peaks.step(f"  {form}"):
+            return write(native, plan, table, path, form)
+
+    starts: list[str] = []
+    backend.export = one_form
+    try:
+        with peaks.step("export"):
+            bundle = sim.export(folder)
+    finally:
+        del backend.export
+    print(f"{framework}, {size / MIB:.0f} MiB of weights; the process with the model loaded: {loaded / MIB:.0f} MiB")
+    for name, step in peaks.found.items():
+        print(f"{name:13} private peak {(step['private'] - loaded) / MIB:6.0f} MiB above it = "
+              f"{(step['private'] - loaded) / size:5.2f}x   {step['seconds']:.1f} s")  # fmt: skip
+    held = begin - loaded
+    print(f"when the export began: {held / MIB:.0f} MiB above the loaded model = {held / size:.2f}x")
+    print("when each form began: " + ", ".join(starts))
+    print("written: " + ", ".join(f"{key} {path.name}" for key, path in bundle.files.items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=["keras", "tensorflow"], default="keras")
+    parser.add_argument("--layers", type=int, default=33, help="of 4 MiB each")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args.framework, 1, Path(folder) / "small")
+        run(args.framework, args.layers, Path(folder) / "model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
