@@ -195,11 +195,11 @@ def test_values_that_lie_in_other_files_are_refused(files, tmp_path, change):
         load_native(path)
 
 
-@pytest.mark.parametrize("end", ["crash", "never"])
+@pytest.mark.parametrize("end", ["crash", "never", "chatter"])
 def test_a_file_over_which_the_library_crashes_or_never_ends_costs_another_process(files, monkeypatch, tmp_path, end):
     program = tmp_path / "reading.py"
-    program.write_text("import os, sys, time\nsys.stdin.readline()\n" + (
-        "os.abort()\n" if end == "crash" else "time.sleep(600)\n"))  # fmt: skip
+    ends = {"crash": "os.abort()", "never": "time.sleep(600)", "chatter": "print('not an answer', flush=True)"}
+    program.write_text(f"import os, sys, time\nsys.stdin.readline()\n{ends[end]}\n")
     monkeypatch.setattr(trial_reading, "_READER", trial_reading._Reader())
     monkeypatch.setattr(trial_reading, "_SECONDS", 0.5)
     with monkeypatch.context() as patch:

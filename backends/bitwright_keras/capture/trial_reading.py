@@ -26,6 +26,11 @@ class _Reader:
         self._child: subprocess.Popen[str] | None = None
         self._owner = 0
         atexit.register(self.end)
+        if hasattr(os, "register_at_fork"):  # another thread may hold the lock, and won't let it go in the child
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
 
     def ask(self, path: Path, most: int, seconds: float) -> dict[str, object] | None:
         """Its answer; None when it died over the file, or took too long and was ended.
@@ -45,17 +50,16 @@ class _Reader:
                 child.stdin.write(json.dumps([str(path.resolve()), most]) + "\n")
                 child.stdin.flush()
                 line = child.stdout.readline()
-            except OSError:
-                line = ""
+                found: dict[str, object] | None = json.loads(line) if line else None
+            except (OSError, ValueError):  # ValueError: something else has written there
+                found = None
             except BaseException:  # an interrupt: the answer would be taken for that of the next question
                 self.end()
                 raise
             finally:
                 timer.cancel()
-            if not line:
+            if found is None:
                 self.end()
-                return None
-            found: dict[str, object] = json.loads(line)
             return found
 
     def _running(self) -> subprocess.Popen[str]:
