@@ -34,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -131,24 +132,26 @@ class Extent:
 
 
 def reference(place: Place) -> Reference:
-    """Run a scenario undisturbed, twice: what differs then could not be compared.
+    """Run a scenario undisturbed until two runs in succession are equal: what differs then could not be compared.
 
     Raises:
-        RuntimeError: it fails, or two runs differ.
+        RuntimeError: it fails, or no two runs of four are.
     """
-    found, name = [], place.scenario.name
-    for _ in range(2):
+    found: list[Reference] = []
+    name = place.scenario.name
+    for _ in range(4):
         fresh(place)
         old = tree(place.work)
         ended = place.run()
         if ended.status:
             raise RuntimeError(f"{name}: undisturbed, it ends with {ended.status}: {ended.text}")
         found.append(Reference(ended.calls, old, tree(place.work)))
-    first, second = found
-    if first.new != second.new or len(first.calls) != len(second.calls):
-        odd = sorted(k for k in {*first.new, *second.new} if first.new.get(k) != second.new.get(k))
-        raise RuntimeError(f"{name}: two undisturbed runs differ: {odd or 'in their calls'}")
-    return first
+        if len(found) > 1 and found[-2].new == found[-1].new and len(found[-2].calls) == len(found[-1].calls):
+            return found[-2]
+    first, second = found[-2:]
+    odd = sorted(k for k in {*first.new, *second.new} if first.new.get(k) != second.new.get(k))
+    calls = list(unified_diff(first.calls, second.calls, lineterm="", n=0))[2:]
+    raise RuntimeError(f"{name}: undisturbed runs differ: {odd or calls}")
 
 
 def fresh(place: Place) -> None:
