@@ -7,6 +7,7 @@ from common import bench
 
 from bitwright.simulation import QuantSim
 
+TARGETS = {"sym": "default_per_channel", "asym": "w4a16_asymmetric"}
 CODES = {"sym": "int4", "asym": "uint4"}
 BLOCKS = {"block32": ":block32", "channel": ""}
 FLOAT = {"*embed_tokens": {"weights": "float"}, "*lm_head": {"weights": "float"}}
@@ -31,7 +32,7 @@ net = Logits(run.network())
 
 def quantized() -> QuantSim:
     sim = QuantSim(
-        net, {"input_ids": run.tokens()[0]}, target="default_per_channel", weights=CODES[symmetry] + BLOCKS[kind],
+        net, {"input_ids": run.tokens()[0]}, target=TARGETS[symmetry], weights=CODES[symmetry] + BLOCKS[kind],
         activations="float", overrides=FLOAT,
     )  # fmt: skip
     data = sim.open({"input_ids": run.calibration}, batch_size=1)
