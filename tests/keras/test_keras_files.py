@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -179,3 +180,12 @@ def test_kept_names_of_a_wrong_shape_are_refused(names, tmp_path) -> None:
         archive.writestr("bitwright.json", names)
     with pytest.raises(BitwrightError, match="the names kept in the file"):
         BACKEND.load(path)
+
+
+def test_keras_s_temporary_files_are_where_those_of_killed_processes_are_swept(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    sim = QuantSim(nets.settled(nets.separable()))
+    for name in ("model.keras", "model.h5"):
+        BACKEND.save(sim.native, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.h5", "model.keras"]
+    assert tempfile.tempdir == str(tmp_path / "nowhere")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,7 @@ import keras
 
 from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
-from bitwright.files import written_beside
+from bitwright.files import staging, written_beside
 from bitwright_keras.capture.bombs import bounded_loading
 from bitwright_keras.capture.h5_writing import write_hdf5
 from bitwright_keras.capture.normalize import normalize_file
@@ -77,6 +79,17 @@ def save_model(model: KerasModel, path: Path) -> Path:
     return save_native(keras_model(written), path, names_of(model))
 
 
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Keras's own temporary files are put where those of a killed process are swept, by all threads meanwhile."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None = None) -> Path:
     """Write a Keras model atomically, with names beside (see `names_of`).
 
@@ -89,7 +102,8 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
     with written_beside(path) as folder, silenced("absl"):  # it calls .h5 an old format
         if path.suffix == ".keras":
-            model.save(folder / path.name)
+            with staging(path.parent) as scratch, _temporary_files_in(scratch):
+                model.save(folder / path.name)
             if names:
                 with zipfile.ZipFile(folder / path.name, "a") as archive:
                     archive.writestr(_MEMBER, json.dumps(names))
