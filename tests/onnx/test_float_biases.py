@@ -38,6 +38,7 @@ class Whole:
         return "whole"
 
 
+@pytest.mark.filterwarnings("ignore:calibrate. the weights of 'w'")  # of 1e-9: that they become zero
 @pytest.mark.parametrize(
     ("kind", "size", "bits", "attributes", "split"),
     [
