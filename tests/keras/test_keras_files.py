@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import keras_nets as nets  # noqa: E402
 from bitwright.errors import BitwrightError, InputError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
+from bitwright_keras.capture.files import save_native  # noqa: E402
 
 BACKEND = KerasBackend()
 X = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
@@ -189,3 +192,21 @@ def test_keras_s_temporary_files_are_where_those_of_killed_processes_are_swept(t
         BACKEND.save(sim.native, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.h5", "model.keras"]
     assert tempfile.tempdir == str(tmp_path / "nowhere")
+
+
+def test_temporary_folders_of_other_threads_outlive_a_save(tmp_path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    model = nets.settled(nets.separable())
+    save = type(model).save
+
+    def meanwhile(self, *args, **kwargs):
+        other = threading.Thread(target=lambda: made.append(Path(tempfile.mkdtemp())))
+        other.start()
+        other.join()
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "save", meanwhile)
+    save_native(model, tmp_path / "out/model.keras")
+    assert [p.is_dir() and p.parent == tmp_path for p in made] == [True]

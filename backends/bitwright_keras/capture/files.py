@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from bitwright_keras.graph.native import first_line, keras_model
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 _MEMBER = "bitwright.json"
+_SAVING = threading.Lock()
 _MISFIT = "the names kept in the file don't fit its model; remove bitwright.json from the archive"
 
 
@@ -80,14 +82,21 @@ def save_model(model: KerasModel, path: Path) -> Path:
 
 
 @contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Keras's own temporary files are put where those of a killed process are swept, by all threads meanwhile."""
-    before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
+def _temporary_folders_in(folder: Path) -> Iterator[None]:
+    """Keras's own temporary folders are put where those of a killed process are swept; other threads' are not."""
+    own = threading.get_ident()
+
+    def made(suffix: Any = None, prefix: Any = None, dir: Any = None) -> Any:
+        here = dir is None and threading.get_ident() == own
+        return make(suffix, prefix, str(folder) if here else dir)
+
+    with _SAVING:
+        make = tempfile.mkdtemp
+        tempfile.mkdtemp = made
+        try:
+            yield
+        finally:
+            tempfile.mkdtemp = make
 
 
 def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None = None) -> Path:
@@ -102,7 +111,7 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
     with written_beside(path) as folder, silenced("absl"):  # it calls .h5 an old format
         if path.suffix == ".keras":
-            with staging(path.parent) as scratch, _temporary_files_in(scratch):
+            with staging(path.parent) as scratch, _temporary_folders_in(scratch):
                 model.save(folder / path.name)
             if names:
                 with zipfile.ZipFile(folder / path.name, "a") as archive:
