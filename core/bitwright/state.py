@@ -83,6 +83,7 @@ class SimState:
         encodings: set so far, by site; not those that are shared or derived.
         folded: what batch-norm folding left behind.
         reports: of the techniques applied, in order, by name.
+        changed_by: what has changed the float model since it was opened, each once, in order: techniques, "training".
         reference: the first samples of the calibration data, which an export is proven on.
         training: a model of `QuantSim.trainable`, if there is one.
         rounded: says that `native` was rounded on a bank, which still serves it then; of another model it says nothing.
@@ -107,6 +108,7 @@ class SimState:
     encodings: EncodingTable = field(default_factory=EncodingTable)
     folded: Folded = field(default_factory=dict)
     reports: tuple[tuple[str, Report], ...] = ()
+    changed_by: tuple[str, ...] = ()
     reference: Samples | None = None
     training: InTraining | None = None
     rounded: Rounded | None = None
@@ -121,6 +123,7 @@ class SimState:
         object.__setattr__(self, "overrides", MappingProxyType(overrides))
         object.__setattr__(self, "folded", MappingProxyType(dict(self.folded)))
         object.__setattr__(self, "reports", tuple(self.reports))
+        object.__setattr__(self, "changed_by", tuple(dict.fromkeys(self.changed_by)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -258,6 +261,11 @@ class StateView:
     def reports(self) -> tuple[tuple[str, Report], ...]:
         """What each technique did, in order, by its name."""
         return self._state.reports
+
+    @property
+    def changed_by(self) -> tuple[str, ...]:
+        """What has changed the float model since it was opened, in order: names of techniques, "training"."""
+        return self._state.changed_by
 
     @property
     def reference(self) -> Samples | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from backends import FRAMEWORKS
 
+from bitwright import QuantSim
 from bitwright.bank import collect
 from bitwright.errors import InputError
 from bitwright.testing import models
@@ -45,6 +48,37 @@ def test_techniques_need_the_model_as_it_was(port):
         sim.measure(data, "kl")
     found = sim.measure(data, "kl", reference=before)["kl"].simulated
     assert found == pytest.approx(divergence(p, sim.predict(data)[0]), rel=1e-4)
+
+
+def test_scales_alone_leave_the_float_model_as_it_was(port, tmp_path):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL, weights="int4")
+    sim.apply("seq_mse", data).apply("weight_clipping", data).calibrate(data)
+    assert sim.changed_by == ()
+    found = sim.measure(data, "kl")["kl"].simulated
+    p, q = (sim.predict(data, simulated=s)[0] for s in (False, True))
+    assert found == pytest.approx(divergence(p, q), rel=1e-4)
+
+
+def test_a_saved_simulation_knows_what_has_changed_it(port, tmp_path):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL, weights="int4")
+    before = sim.fork()
+    sim.apply("gptq", data, candidates=4).calibrate(data)
+    again = QuantSim.load(sim.save(tmp_path / "saved"))
+    with pytest.raises(InputError, match="'gptq' has changed the float model"):
+        again.measure(data, "kl")
+    wanted = sim.measure(data, "kl", reference=before)["kl"].simulated
+    assert again.measure(data, "kl", reference=port.sim(MODEL))["kl"].simulated == pytest.approx(wanted, rel=1e-5)
+
+
+def test_states_saved_before_changes_were_noted_take_techniques_for_such(port, tmp_path):
+    data = port.batch(models.batch(MODEL, 20, 1))
+    folder = port.sim(MODEL, weights="int4").apply("gptq", data, candidates=4).calibrate(data).save(tmp_path / "saved")
+    file = folder / "quantsim.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in content.items() if k not in ("changed_by", "seal")}))
+    assert QuantSim.load(folder).changed_by == ("gptq",)
 
 
 def test_ranges_from_a_bank_leave_the_float_model_as_it_was(port, tmp_path):

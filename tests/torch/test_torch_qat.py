@@ -187,6 +187,12 @@ def test_quantsim_trains_and_takes_back(tmp_path: Path) -> None:
             step()
     assert not list(tmp_path.iterdir())
     sim.take()
+    assert sim.changed_by == ("training",)
+    with pytest.raises(InputError, match="'training' has changed the float model"):
+        sim.measure(data[0][0], "agreement")
+    assert sim.measure(data[0][0], "agreement", reference=QuantSim(module, data[0][0]))["agreement"].count == len(
+        data[0][0]
+    )
     with torch.no_grad():
         step = float(sim.encodings["fc.output"].scale)  # biases are int32 in the one, float in the other
         assert (sim.model(data[0][0]) - model(data[0][0])).abs().max() <= 1.01 * step

@@ -41,13 +41,15 @@ class BankView:
             InputError: it is one; says by which techniques the network became another.
         """
         if not self.valid:
-            path, steps = str(self.bank.path), [name for name, _ in self.state.reports if name != "calibrate"]
-            if steps:
-                names = ",".join(dict.fromkeys(steps))
+            path = str(self.bank.path)
+            if changed := self.state.changed_by:
+                steps = [name for name, _ in self.state.reports if name != "calibrate"]
+                by_command = ""
+                if set(changed) <= set(steps):  # not after a training, nor of a saved simulation
+                    by_command = f"`bitwright collect --techniques {','.join(dict.fromkeys(steps))}`, or "
                 way = (
-                    f"{names} changed the network since: collect behind these steps (`bitwright collect --techniques "
-                    f"{names}`, or `bank.collect` of this simulation); only what rounds weights on this bank keeps it "
-                    "valid"
+                    f"{','.join(changed)} changed the network since: collect behind these steps ({by_command}"
+                    "`bank.collect` of this simulation); only what rounds weights on this bank keeps it valid"
                 )
             else:
                 way = "it is of another model, other weights, or another framework; collect on this model"

@@ -30,11 +30,11 @@ def measured(
         raise InputError("measure: name a metric, such as 'perplexity' or 'kl'")
     if len(set(metrics)) != len(metrics):
         raise InputError(f"measure: a metric is named twice in {', '.join(metrics)}")
-    changed = [name for name, _ in state.reports if name != "calibrate"]  # which changes no weight
-    if reference is None and changed:
+    if reference is None and state.changed_by:
         raise InputError(
-            f"measure: {changed[0]!r} has changed the float model since it was opened, so there is nothing "
-            "to compare with: make `before = sim.fork()` before techniques, and pass reference=before"
+            f"measure: {state.changed_by[0]!r} has changed the float model since it was opened, so there is nothing "
+            "to compare with: pass reference=before, with `before = sim.fork()` made before techniques, or a QuantSim "
+            "of the model as it was"
         )
     tap = Tap(_output(state, output))
     origin = reference or state

@@ -55,7 +55,9 @@ def taken(
         same = _unchanged(state, native, graph)
         table = EncodingTable({s: e for s, e in table.held.items() if e.frozen or s in same}, table.provenance)
     owned = {op: (_owned(gamma), _owned(beta)) for op, (gamma, beta) in folded.items()}
-    now = rebuilt(state, native=native, encodings=table, folded={**state.folded, **owned}, overrides=overrides)
+    changed_by = state.changed_by if native is state.native else (*state.changed_by, technique)
+    folded_now = {**state.folded, **owned}
+    now = rebuilt(state, native=native, encodings=table, folded=folded_now, overrides=overrides, changed_by=changed_by)
     check_encodings(now.graph, now.plan, encodings)
     report = outcome.report
     figures = {**report.figures, "seconds": seconds}

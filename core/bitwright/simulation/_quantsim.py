@@ -442,14 +442,15 @@ class QuantSim(StateView):
             data: as for `open`; not what was calibrated on.
             metrics: "perplexity" ("perplexity:INPUT" names the input that holds the tokens), "kl", "agreement", "top1";
                 see `bitwright.metrics`. Positions that an input called a mask has zeros at don't count.
-            reference: the simulation whose float model is compared with: a fork made before techniques, which change
-                the float model. Default: this one, where none was applied.
+            reference: the simulation whose float model is compared with: a fork made before techniques or training that
+                change the float model, or one of the model as it was. Default: this one, where nothing has changed it
+                (`changed_by`).
             labels: class indices of the samples, for "top1".
             output: which output holds the logits; default: the first.
 
         Raises:
-            InputError: no such metric or output, outputs of another shape or with NaN, or a technique was applied and
-                no reference is given.
+            InputError: no such metric or output, outputs of another shape or with NaN, or the float model was changed
+                and no reference is given.
             EncodingError: not calibrated yet.
         """
         self._require_taken("measure()")

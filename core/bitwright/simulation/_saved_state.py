@@ -61,6 +61,7 @@ def save(state: SimState, directory: Path) -> Path:
         "held_by": {site: e.held_by for site, e in state.encodings.items() if e.held_by},
         "folded": list(state.folded),
         "reference": None if kept is None else _about(kept),
+        "changed_by": list(state.changed_by),
         "provenance": [
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in state.encodings.provenance
@@ -88,6 +89,7 @@ class _Saved:
     reference: Samples | None
     contents: Mapping[str, str]
     rounded_from: str
+    changed_by: tuple[str, ...]
 
 
 def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState:
@@ -126,7 +128,7 @@ def load(directory: Path, model: object, options: Mapping[str, Any]) -> SimState
     own = bool(saved.rounded_from) and model is None and saved.model in saved.contents
     return replace(
         state, encodings=saved.encodings, folded=saved.folded, reference=saved.reference,
-        rounded=Rounded(state.native, saved.rounded_from) if own else None,
+        rounded=Rounded(state.native, saved.rounded_from) if own else None, changed_by=saved.changed_by,
     )  # fmt: skip
 
 
@@ -163,10 +165,12 @@ def _read(directory: Path) -> _Saved:
         for i, op in enumerate(content["folded"])
     }
     provenance = tuple(Provenance(**p) for p in content["provenance"])
+    # Of states saved before this was noted, any of their techniques may have.
+    changed_by = content.get("changed_by", [p.technique for p in provenance if p.technique != "calibrate"])
     return _Saved(
         str(content["backend"]), str(content["model"]), str(content["graph"]), dict(content["options"]),
         str(content.get("target", "custom")), EncodingTable(table, provenance), folded, reference, contents,
-        str(content.get("rounded_from", "")),
+        str(content.get("rounded_from", "")), tuple(map(str, changed_by)),
     )  # fmt: skip
 
 

@@ -82,5 +82,6 @@ def taken(state: SimState) -> SimState:
     table = {s: found[s].with_(frozen=True, kept=False, held_by="training") for s in own if s in found}
     settings = asdict(training.settings)
     encodings = state.encodings.merged(table).recorded(Provenance("training", settings))
-    now = rebuilt(state, native=native, encodings=encodings)
+    changed_by = state.changed_by if content == training.taken else (*state.changed_by, "training")
+    now = rebuilt(state, native=native, encodings=encodings, changed_by=changed_by)
     return replace(now, training=InTraining(training.simulation, training.settings, native, now.plan, content))
