@@ -29,7 +29,7 @@ from bitwright.data import Dataset
 from bitwright.errors import InputError
 from bitwright.graph import Op, ParamId, groups_of, input_channels, to_matrix
 from bitwright.grids import Encoding
-from bitwright.metrics import counted
+from bitwright.metrics import are_probabilities, counted
 from bitwright.placement import SiteId
 from bitwright.runs import RunDirectory, fingerprint
 from bitwright.simulation import QuantSim
@@ -174,7 +174,7 @@ def _gradients(
         if logits.ndim < 2:
             raise InputError(f'sensitivities="fisher": {tap!r} has shape {logits.shape}; it takes logits, classes last')
         kept = counted({k: np.asarray(v) for k, v in batch.items()}, logits.shape[:-1])
-        if _are_probabilities(logits):
+        if are_probabilities(logits):
             raise InputError(
                 f'sensitivities="fisher": {tap!r} has probabilities, and it takes logits: give the network without its '
                 "last softmax"
@@ -190,11 +190,6 @@ def _gradients(
 
     found = pullback.gradients(batch, values, cotangents)
     return found, seen[-1]
-
-
-def _are_probabilities(outputs: Values) -> bool:
-    """Whether all are at least 0 and add up to 1 over classes, as no network's logits do."""
-    return bool(outputs.min(initial=0) >= 0 and np.allclose(outputs.sum(axis=-1, dtype=np.float64), 1, atol=1e-2))
 
 
 def _parts(sim: QuantSim, weights: Sequence[ParamId]) -> Iterator[list[ParamId]]:

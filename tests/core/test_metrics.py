@@ -105,6 +105,29 @@ def test_what_cannot_be_measured_is_refused(name, inputs, outputs, message):
         metric(name, (inputs, outputs, logits(P)))
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("name", ["kl", "perplexity"])
+def test_probabilities_are_no_logits(name, rows):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1, rows, 5)).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    inputs = {"ids": np.zeros((1, rows), np.int64)}
+    with pytest.raises(InputError, match=f"{name}: the outputs are probabilities.*ahead of the softmax"):
+        metric(name, (inputs, p, p))
+    for reference in (np.log(p), p * 1.5, p - 0.3):
+        assert metric(name, (inputs, reference, reference))[1] > 0
+    # One batch whose logits look like some is none among others.
+    few = {"ids": np.zeros((1, 2), np.int64)}
+    assert metric(name, (few, p[:, :2], p[:, :2]), (few, logits[:, :2], logits[:, :2]))[1] > 0
+
+
+@pytest.mark.parametrize("name", ["kl", "perplexity"])
+def test_one_class_says_nothing(name):
+    one = np.random.default_rng(0).normal(size=(2, 4, 1))
+    with pytest.raises(InputError, match="one class"):
+        metric(name, ({"ids": np.zeros((2, 4), np.int64)}, one, one))
+
+
 @pytest.mark.parametrize("name", ["ppl", "kl:x"])
 def test_unknown_metrics(name):
     with pytest.raises(InputError, match="metric"):

@@ -94,7 +94,7 @@ def test_bad_requests(port):
     for names, options, message in (
         ((), {}, "name a metric"),
         (("kl", "kl"), {}, "named twice"),
-        (("kl",), {"output": "nothing"}, "no output 'nothing'"),
+        (("kl",), {"output": "nothing"}, "no tensor 'nothing'"),
         (("perplexity",), {}, r"logits \(samples, length, vocabulary\)"),
     ):
         with pytest.raises(InputError, match=message):

@@ -18,7 +18,7 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bitwright.backend import Tap, Training  # noqa: E402
-from bitwright.errors import EncodingError, ModelError  # noqa: E402
+from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.grids import PerChannel  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright.testing.contract_base import holds  # noqa: E402
@@ -385,3 +385,16 @@ def test_ids_that_arrive_as_floats_stay_exact():
     sim = QuantSim(Text().eval(), ids).calibrate([ids])
     assert sqnr(sim.predict([ids], simulated=False)[0], sim.predict([ids])[0]) > 30
     assert sim.graph.inputs[0] not in sim.plan.quantized
+
+
+def test_divergence_behind_a_softmax_is_read_ahead_of_it() -> None:
+    torch.manual_seed(0)
+    logits = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).eval()
+    whole = torch.nn.Sequential(*logits, torch.nn.Softmax(-1)).eval()
+    rows = torch.randn(24, 8)
+    sims = [QuantSim(net, rows[:2], weights="int4").calibrate(rows) for net in (logits, whole)]
+    (tensor,) = (op.inputs[0] for op in sims[1].graph if op.type == "Softmax")
+    with pytest.raises(InputError, match="the outputs are probabilities"):
+        sims[1].measure(rows, "kl")
+    wanted, found = (sim.measure(rows, "kl", output=t)["kl"] for sim, t in zip(sims, (None, tensor), strict=True))
+    assert found.simulated == pytest.approx(wanted.simulated, rel=1e-5)

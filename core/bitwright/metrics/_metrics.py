@@ -21,6 +21,8 @@ Values = NDArray[Any]
 Inputs = Mapping[str, Values]
 _ELEMENTS = 1 << 22
 """Logits that are worked on at a time, in float64."""
+_ROWS = 16
+"""Positions that look like probabilities before the data's end is not waited for: no logits do by chance."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,44 @@ class _Mean:
         return self.total / self._count
 
 
-class Perplexity(_Mean):
+class _OfLogits(_Mean):
+    """A mean of what softmax makes of logits; outputs on which a softmax has been are refused."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._suspects: int | None = 0  # positions seen, as long as all are probabilities
+
+    def _doubt(self, outputs: Values) -> None:
+        """Look at a batch's outputs, (..., classes), of the float network where there is one.
+
+        Raises:
+            InputError: there is one class, or all positions so far are probabilities.
+        """
+        if outputs.shape[-1] == 1:
+            raise InputError(
+                f"{self.name}: the output has shape {outputs.shape}, one class on its last axis, where a softmax always "
+                "gives 1; it takes logits of several classes"
+            )
+        if self._suspects is None or not outputs.size:
+            return
+        self._suspects = self._suspects + outputs.size // outputs.shape[-1] if are_probabilities(outputs) else None
+        if (self._suspects or 0) >= _ROWS:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise InputError(
+            f"{self.name}: the outputs are probabilities (none is negative, and each position's add up to 1), and it "
+            "takes logits: name the tensor ahead of the softmax, as `output` of measure(), or give the network without "
+            "its last softmax; agreement and top1 take either"
+        )
+
+    def value(self) -> float:
+        if self._suspects:
+            self._refuse()
+        return super().value()
+
+
+class Perplexity(_OfLogits):
     """exp of the mean cross-entropy of each next token: logits (n, length, vocabulary), tokens (n, length) an input.
 
     Args:
@@ -131,6 +170,7 @@ class Perplexity(_Mean):
             raise InputError(
                 f"perplexity: the output has shape {outputs.shape}; it takes logits (samples, length, vocabulary)"
             )
+        self._doubt(outputs)
         ids = inputs[self.tokens or token_input(inputs, outputs.shape[:2])]
         if ids.shape != outputs.shape[:2] or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(
@@ -150,7 +190,7 @@ class Perplexity(_Mean):
         return float(np.exp(super().value()))
 
 
-class Divergence(_Mean):
+class Divergence(_OfLogits):
     """Mean over positions of the Kullback–Leibler divergence of the network's distribution from the float network's,
     Σ p ln(p / q) in nats; softmax over the last axis."""
 
@@ -162,6 +202,7 @@ class Divergence(_Mean):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
+        self._doubt(reference)
         kept = counted(inputs, outputs.shape[:-1])
         self._begin(_samples(kept))
         for samples, logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
@@ -252,6 +293,11 @@ def metric_factory(text: str, labels: Sequence[int] | NDArray[np.integer] | None
     if name == "perplexity":
         return lambda: Perplexity(setting or None)
     return Divergence if name == "kl" else Agreement
+
+
+def are_probabilities(outputs: Values) -> bool:
+    """Whether outputs (..., classes) are all at least 0 and add up to 1 over classes, as no network's logits do."""
+    return bool(outputs.min(initial=0) >= 0 and np.allclose(outputs.sum(axis=-1, dtype=np.float64), 1, atol=1e-2))
 
 
 def token_input(inputs: Inputs, shape: tuple[int, ...]) -> str:

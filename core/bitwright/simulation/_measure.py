@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Simulation, Tap
 from bitwright.data import DataLike
-from bitwright.errors import InputError
+from bitwright.errors import InputError, unknown_name
 from bitwright.metrics import Figure, Metric, metric_factory
 from bitwright.state import SimState
 
@@ -39,7 +39,7 @@ def measured(
     tap = Tap(_output(state, output))
     origin = reference or state
     if tap.tensor not in origin.graph.tensors:
-        raise InputError(f"measure: the reference has no output {tap.tensor!r}")
+        raise InputError(f"measure: the reference has no tensor {tap.tensor!r}")
     factories = {name: metric_factory(name, labels) for name in metrics}
     pairs: dict[str, tuple[Metric, Metric | None]] = {}
     for name, make in factories.items():
@@ -71,6 +71,9 @@ def measured(
 def _output(state: SimState, name: str | None) -> str:
     if name is None:
         return state.graph.outputs[0]
-    if name not in state.graph.outputs:
-        raise InputError(f"measure: the model has no output {name!r}; it has {', '.join(state.graph.outputs)}")
+    if name not in state.graph.tensors:
+        raise InputError(
+            f"measure: the model has no tensor {name!r}{unknown_name(name, state.graph.tensors, listed=False)}; its outputs are "
+            f"{', '.join(state.graph.outputs)}"
+        )
     return name

@@ -446,10 +446,12 @@ class QuantSim(StateView):
                 change the float model, or one of the model as it was. Default: this one, where nothing has changed it
                 (`changed_by`).
             labels: class indices of the samples, for "top1".
-            output: which output holds the logits; default: the first.
+            output: the tensor that holds the logits: an output, or what a network's last softmax reads; default: the
+                first output.
 
         Raises:
-            InputError: no such metric or output, outputs of another shape or with NaN, or the float model was changed
+            InputError: no such metric or tensor, outputs of another shape, with NaN, or (for "kl" and "perplexity")
+                probabilities, or the float model was changed
                 and no reference is given.
             EncodingError: not calibrated yet.
         """
