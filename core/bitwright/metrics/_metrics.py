@@ -131,8 +131,8 @@ class _OfLogits(_Mean):
         """
         if outputs.shape[-1] == 1:
             raise InputError(
-                f"{self.name}: the output has shape {outputs.shape}, one class on its last axis, where a softmax always "
-                "gives 1; it takes logits of several classes"
+                f"{self.name}: the output has shape {outputs.shape}, one class on its last axis, where a softmax "
+                "always gives 1; it takes logits of several classes"
             )
         if self._suspects is None or not outputs.size:
             return

@@ -73,7 +73,7 @@ def _output(state: SimState, name: str | None) -> str:
         return state.graph.outputs[0]
     if name not in state.graph.tensors:
         raise InputError(
-            f"measure: the model has no tensor {name!r}{unknown_name(name, state.graph.tensors, listed=False)}; its outputs are "
-            f"{', '.join(state.graph.outputs)}"
+            f"measure: the model has no tensor {name!r}{unknown_name(name, state.graph.tensors, listed=False)}; its "
+            f"outputs are {', '.join(state.graph.outputs)}"
         )
     return name
