@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,7 +40,7 @@ from bitwright_torch.capture.parts import (
 )
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
-from bitwright_torch.graph.model import CapturedModel
+from bitwright_torch.graph.model import CapturedModel, program_of
 from bitwright_torch.graph.params import read_params
 from bitwright_torch.simulate.parts_session import parts_segment, parts_session
 from bitwright_torch.simulate.session import open_session
@@ -209,9 +210,10 @@ class TorchBackend:
     def input_specs(self, model: Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
         """See `Backend`."""
         if isinstance(model, PartitionedModel):
-            return dict(model.specs)
+            return copy.copy(model.specs)
         graph = self.graph(model)
-        return {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
+        shapes = {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
+        return program_of(model).convention.specs(shapes)
 
 
 def _simulation(

@@ -16,7 +16,9 @@ from torch import nn  # noqa: E402
 import bitwright  # noqa: E402
 import bitwright_torch  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
+from bitwright.data import FirstSamples  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
+from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright.verify import verify  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
 
@@ -304,3 +306,46 @@ def test_validate_tells_why_a_model_can_t_be_captured():
     report = bitwright.validate(Bad(), torch.ones(2))
     assert not report.opened
     assert "test_torch_parts.py" in str(report) and "torch.where" in str(report)
+
+
+class ListDetector(nn.Module):
+    """Takes a list of images (C, H, W), as those of torchvision do; its loop over them can't be captured."""
+
+    def __init__(self, whole=False):
+        super().__init__()
+        self.body, self.whole = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), whole
+
+    def forward(self, images):
+        found = self.body(torch.stack(images))
+        return found if self.whole or float(found.sum()) > 1e9 else [{"scores": v.amax((1, 2))} for v in found]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_images_of_a_detector_are_samples_whatever_their_channels(whole):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bitwright_torch.CaptureNotice)
+        sim = QuantSim(ListDetector(whole).eval(), ([torch.rand(3, 8, 8)],))
+    images = [torch.rand(3, 8, 8) for _ in range(5)]
+    for data in (images, [([x],) for x in images], [{"images": [x]} for x in images], torch.stack(images).numpy()):
+        dataset = sim.open(data)
+        assert dataset.samples == 5
+        assert [b["images.0"].shape for b in dataset] == [(3, 8, 8)] * 5
+        assert [b["images.0"].shape for b in FirstSamples(dataset, 2)] == [(3, 8, 8)] * 2
+    assert [b["images.0"].shape for b in sim.open(images, limit=2)] == [(3, 8, 8)] * 2
+    sim.calibrate(images)
+    with pytest.raises(InputError, match="'images' has 5 elements, and the model was opened on a sample with 1"):
+        sim.open([(images,)])
+
+
+def test_elements_of_lists_that_are_batches_stay_such():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, features):
+            return self.a(features[0]) + features[1]
+
+    sim = QuantSim(Two().eval(), ([torch.rand(2, 4), torch.rand(2, 4)],))
+    assert sim.open([([torch.rand(5, 4), torch.rand(5, 4)],)]).samples == 5

@@ -8,6 +8,7 @@ model's own inputs and results are Python's, and aren't quantized; the inputs an
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,13 +25,12 @@ from bitwright.errors import InputError, ModelError
 from bitwright.graph import Edit, FoldBatchNorm, Graph, Op, OpKind, ParamId, SetParams, Tensor
 from bitwright_torch.capture.capturing import CaptureNotice, capture, kept, private_copy
 from bitwright_torch.capture.free_dimensions import with_batch
-from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
+from bitwright_torch.graph.calling import Arguments, CallingConvention, Spec, arguments_of, convention_of
 from bitwright_torch.graph.canonical import canonical
 from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
 from bitwright_torch.graph.model import NAMES, CapturedModel, info, program_of, share, with_program
 from bitwright_torch.graph.params import read_params
 
-Spec = tuple[tuple[int | None, ...], str]
 OUTSIDE = "object"
 """Dtype of tensors that only Python handles: no target quantizes them."""
 
@@ -58,7 +58,7 @@ class PartitionedModel(nn.Module):
         self.__dict__["_root"] = root
         self._parts = parts
         self.convention = convention
-        self.specs = dict(specs)
+        self.specs = copy.copy(specs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the user's `forward`."""
@@ -124,12 +124,13 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
     if not captured:
         raise ModelError(f"no part of {type(module).__name__} can be captured: {'; '.join(failures)[:600]}")
     fixed = _fixed(root, signature, arguments, calls, captured)
+    convention = convention_of(signature, arguments, pytree.tree_flatten(result)[1])
+    whole = convention.listed if not fixed and not _grows(root, signature, arguments, convention) else frozenset()
     for name, part in captured.items():
         _swap(root, name, part)
     for name, submodule in root.named_modules():
         submodule.training = flags.get(name, submodule.training)
     order = tuple(sorted(captured, key=list(calls).index))
-    convention = convention_of(signature, arguments, pytree.tree_flatten(result)[1])
     if names is None:
         left = [n for n, m in root.named_modules() if n and not any(n == p or n.startswith(p + ".") for p in order)
                 and next(m.children(), None) is None and next(m.parameters(), None) is not None]  # fmt: skip
@@ -140,7 +141,8 @@ def capture_parts(module: nn.Module, sample: Any, names: Sequence[str] | None, f
         reasons = "; ".join(dict.fromkeys(r for name in fixed for r in program_of(captured[name]).notices))
         text = f"{type(module).__name__} takes only the sample's batch size, as {', '.join(fixed)} does: {reasons}"
         warnings.warn(text, CaptureNotice, stacklevel=3)
-    return PartitionedModel(root, order, convention, _specs(arguments, convention, fixed=bool(fixed)))
+    specs = _specs(arguments, convention, set(convention.names) if fixed else whole)
+    return PartitionedModel(root, order, convention, convention.specs(specs))
 
 
 def _fixed(
@@ -163,18 +165,31 @@ def _fixed(
     return [n for n in suspects if n not in larger or _shapes(larger[n]) != _shapes(calls[n])]
 
 
+def _grows(root: nn.Module, signature: inspect.Signature, arguments: Arguments, convention: CallingConvention) -> bool:
+    """Whether elements of lists may be longer along their first axes, as batches are, and channels of images aren't."""
+    if not convention.listed:
+        return True
+    doubled, _ = with_batch(arguments, signature, doubled=True)
+    try:
+        with kept(root):
+            _record(root, doubled)
+    except ModelError:
+        return False
+    return True
+
+
 def _shapes(call: _Call) -> list[Any]:
     leaves = pytree.tree_leaves((call.arguments.args, call.arguments.kwargs))
     return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
 
 
-def _specs(arguments: Arguments, convention: CallingConvention, *, fixed: bool = False) -> dict[str, Spec]:
-    """What the sample shows of the inputs."""
+def _specs(arguments: Arguments, convention: CallingConvention, fixed: Collection[str]) -> dict[str, Spec]:
+    """What the sample shows of the inputs; first axes are free but for those named."""
     leaves = pytree.tree_leaves((arguments.args, arguments.kwargs))
     found: dict[str, Spec] = {}
     for name, leaf in zip(convention.names, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
-            free = leaf.ndim > 0 and not fixed
+            free = leaf.ndim > 0 and name not in fixed
             found[name] = (
                 (None, *leaf.shape[1:]) if free else tuple(leaf.shape),
                 str(leaf.dtype).removeprefix("torch."),

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from bitwright.backend import FeedSpecs
 from bitwright.errors import InputError
+
+Spec = tuple[tuple[int | None, ...], str]
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,23 @@ class CallingConvention:
             else:
                 raise InputError(f"the batch has no array for input {name!r}; it holds {', '.join(batch) or 'nothing'}")
         return leaves
+
+    @property
+    def listed(self) -> frozenset[str]:
+        """Names of leaves that are elements of a list or tuple, which may be samples of their own, as images are."""
+        values = pytree.tree_unflatten(list(self.names), self.in_spec)
+        found: set[str] = set()
+        for given, value in zip(self.given, values, strict=True):
+            several = self.signature.parameters[given].kind is inspect.Parameter.VAR_POSITIONAL
+            leaves, _ = pytree.tree_flatten_with_path(value)
+            found |= {str(name) for path, name in leaves if len(path) > several and hasattr(path[-1], "idx")}
+        return frozenset(found)
+
+    def specs(self, shapes: Mapping[str, Spec]) -> Mapping[str, Spec]:
+        """What the core is told of inputs: elements of a list whose first axis is fixed are no batches of samples."""
+        listed = self.listed
+        whole = any(n in listed and shape and (shape[0] or 0) > 1 for n, (shape, _) in shapes.items())
+        return FeedSpecs(shapes) if whole else dict(shapes)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from bitwright.backend._checks import (
 )
 from bitwright.backend._conversion import array_of, check_numeric, converted, fed
 from bitwright.backend._editing import Branch, Editor
+from bitwright.backend._feeds import Feed, FeedSpecs
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
@@ -81,6 +82,8 @@ __all__ = [
     "DifferentiableSimulation",
     "Divisible",
     "Editor",
+    "Feed",
+    "FeedSpecs",
     "FormatWriter",
     "IntegerRuntime",
     "NonFiniteWarning",

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from bitwright.backend import Batch, array_of, check_numeric, converted
+from bitwright.backend import Batch, Feed, FeedSpecs, array_of, check_numeric, converted
 from bitwright.errors import InputError
 from bitwright.files import Array
 
@@ -48,11 +48,15 @@ def in_names_of(specs: InputSpecs, arrays: Mapping[str, V]) -> dict[str, V]:
 
 
 def one_run(specs: InputSpecs) -> bool:
-    """Whether the inputs' first axes aren't samples of one batch: an input is a scalar, or two fix different sizes.
+    """Whether the inputs' first axes aren't samples of one batch: an input is a scalar, two fix different sizes,
+    or the backend says so.
 
-    So it is with streaming models: frames with time first, recurrent states, a sampling rate. Data are whole feeds
+    So it is with streaming models: frames with time first, recurrent states, a sampling rate; and with
+    detectors, whose images come in a list. Data are whole feeds
     then, one for each run of the model, and are never cut or joined.
     """
+    if isinstance(specs, FeedSpecs):
+        return True
     return any(not shape for shape, _ in specs.values()) or len(_fixed_sizes(specs)) > 1
 
 
@@ -67,6 +71,8 @@ def _fixed_sizes(specs: InputSpecs) -> set[int]:
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common length of first axes; 1 where they have none (a whole feed)."""
+    if isinstance(batch, Feed):
+        return 1
     lengths = {np.shape(v)[0] if np.ndim(v) else None for v in batch.values()}
     length = next(iter(lengths)) if len(lengths) == 1 else None
     return 1 if length is None else length
@@ -74,7 +80,7 @@ def samples_in(batch: Batch) -> int:
 
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first so many samples of a batch; a whole feed stays whole."""
-    if count >= samples_in(batch) or len({np.shape(v)[:1] for v in batch.values()}) > 1:
+    if isinstance(batch, Feed) or count >= samples_in(batch) or len({np.shape(v)[:1] for v in batch.values()}) > 1:
         return batch
     return {name: values[:count] for name, values in batch.items()}
 
@@ -132,10 +138,22 @@ def opened_up(item: Mapping[Any, object], specs: InputSpecs) -> dict[str, object
         if name not in specs and any(spec.startswith(f"{name}.") for spec in specs):
             inner = value if isinstance(value, Mapping) else dict(enumerate(value)) if _is_list(value) else None
             if inner is not None:
+                if _is_list(value):
+                    _check_elements(name, value, specs)
                 found |= opened_up({f"{name}.{k}": v for k, v in inner.items()}, specs)
                 continue
         found[name] = value
     return found
+
+
+def _check_elements(name: str, value: Sequence[object], specs: InputSpecs) -> None:
+    taken = {spec.removeprefix(f"{name}.").partition(".")[0] for spec in specs if spec.startswith(f"{name}.")}
+    if any(str(place) not in taken for place in range(len(value))):
+        raise InputError(
+            f"{name!r} has {len(value)} elements, and the model was opened on a sample with {len(taken)}: give "
+            f"{'each as a feed of its own' if len(taken) == 1 else f'feeds of {len(taken)}'}, or open the model on a "
+            f"sample with {len(value)}"
+        )
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:
@@ -202,7 +220,7 @@ def check_batch(
         _check_finite(values, place, None if whole else first_sample)
         checked[name] = converted(values, dtype, place)
     if whole:
-        return checked
+        return Feed(checked)
     lengths = {name: len(values) for name, values in checked.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name!r} {n}" for name, n in lengths.items())

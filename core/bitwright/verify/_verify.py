@@ -412,9 +412,9 @@ def _few(dataset: Dataset, samples: int, specs: InputSpecs, session: Session) ->
     for batch in dataset:
         if left <= 0:
             return
-        part = dict(batch) if fixed else first_samples(batch, left)
+        part = batch if fixed else first_samples(batch, left)
         if samples_in(part) < samples_in(batch) and not _runs(session, part):
-            part = dict(batch)
+            part = batch
         left -= samples_in(part)
         yield part
 
