@@ -77,10 +77,20 @@ def _plain(values: Array) -> Array:
     return values.astype(str) if values.dtype == object else values
 
 
+class _WrongCodes(Exception):
+    """Codes of another type than `stored` writes."""
+
+
 def restored(about: StoredTensor, values: Array) -> Array:
-    """The inverse of `stored`."""
+    """The inverse of `stored`.
+
+    Raises:
+        _WrongCodes: a tensor on a grid isn't kept in codes of one or two bytes.
+    """
     if about.scale is None or about.offset is None:
         return np.asarray(values)
+    if values.dtype not in (np.uint8, np.uint16):
+        raise _WrongCodes(f"{about.tensor!r} is on a grid, and its values are {values.dtype} and not uint8 or uint16")
     return (np.asarray(values, np.int32) + about.offset).astype(np.float32) * np.float32(about.scale)
 
 
@@ -164,6 +174,8 @@ def read_reference(folder: Path, record: ReferenceRecord) -> Reference:
         )  # fmt: skip
     except KeyError as error:
         raise InputError(f"{path}: it lacks {error}; it isn't the file that the export wrote") from None
+    except _WrongCodes as error:
+        raise InputError(f"{path}: {error}; it isn't the file that the export wrote") from None
 
 
 # -- the report

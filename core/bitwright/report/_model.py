@@ -126,7 +126,7 @@ class StoredTensor(Record):
 
     tensor: str
     scale: float | None = None
-    offset: int | None = None
+    offset: int | None = Field(default=None, ge=-(2**30), le=2**30)
 
 
 class ReferenceRecord(Record):
