@@ -290,3 +290,49 @@ def test_notes_of_the_host():
     assert ("saturate" in note) == saturates_here()
     assert sqnr(np.ones(3), np.ones(3)) == float("inf")
     assert Bundle({}).stored_anew == ()
+
+
+# -- float weights between quantized tensors, which a default session would round to 8 bits per tensor
+
+
+def uneven(*shape):
+    """Weights of channels a thousand times apart: one scale for all loses most of them."""
+    return RNG.normal(size=shape) * np.logspace(-2, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+
+
+FLOAT_WEIGHTS = {
+    "Conv": ([N("Conv", ["x", "w", "b"], ["y"], kernel_shape=[3, 3])], {"w": uneven(8, 4, 3, 3), "b": uneven(8)}),
+    "Conv, Relu": ([N("Conv", ["x", "w"], ["c"], kernel_shape=[3, 3]), N("Relu", ["c"], ["y"])],
+                   {"w": uneven(8, 4, 3, 3)}),
+    "ConvTranspose": ([N("ConvTranspose", ["x", "w"], ["y"], kernel_shape=[3, 3])], {"w": uneven(4, 8, 3, 3)}),
+    "Gemm": ([N("Flatten", ["x"], ["f"]), N("Gemm", ["f", "w", "b"], ["y"], transB=1)],
+             {"w": uneven(6, 256), "b": uneven(6)}),
+    "MatMul, Add": ([N("Flatten", ["x"], ["f"]), N("MatMul", ["f", "w"], ["m"]), N("Add", ["m", "b"], ["y"])],
+                    {"w": uneven(6, 256).T, "b": uneven(6)}),
+    "MaxPool, Conv": ([N("MaxPool", ["x"], ["p"], kernel_shape=[2, 2]), N("Conv", ["p", "w"], ["y"])],
+                      {"w": uneven(8, 4, 1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", ["float", "float16"])
+@pytest.mark.parametrize("form", FLOAT_WEIGHTS)
+def test_float_weights_are_left_in_float(tmp_path, form, kept):
+    """ONNX Runtime's WeightBiasQuantization finds no such op in the file: a default session computes what it says."""
+    nodes, weights = FLOAT_WEIGHTS[form]
+    data = {"x": RNG.uniform(0, 1, (8, 4, 8, 8)).astype(np.float32)}
+    model = proto(nodes, {"x": ["N", 4, 8, 8]}, ["y"], weights)
+    sim = calibrated(model=model, data=data, overrides={"w": kept})
+    path = sim.export(tmp_path).files["qdq"]
+    literal = session_options()
+    literal.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    said = ort.InferenceSession(str(path), literal, providers=["CPUExecutionProvider"]).run(None, dict(data))[0]
+    step = sim.encodings["y"].scale.max()
+    far = np.abs(plain_output(path, data) - said) > 1e-3 * step
+    assert far.mean() < 0.002  # a sum in another order falls on the other side now and then
+    assert any(node.op_type == "Max" for node in onnx.load(path).graph.node)
+
+
+def test_quantized_weights_and_float_activations_get_no_guard(tmp_path):
+    for options in ({}, {"activations": "float", "overrides": {"w1": "float"}}):
+        path = calibrated(**options).export(tmp_path / str(len(options))).files["qdq"]
+        assert not any(node.op_type == "Max" for node in onnx.load(path).graph.node)

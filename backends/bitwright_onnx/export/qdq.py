@@ -29,6 +29,7 @@ from bitwright.placement import Derived, OwnForms, Plan, SiteId, SiteKind
 from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.export.byte_blocks import turn_byte_blocks
 from bitwright_onnx.export.float_biases import split_large_biases
+from bitwright_onnx.export.float_weights import guard_float_weights
 from bitwright_onnx.export.qdq_writer import PairWriter, canonical_values
 from bitwright_onnx.export.storage import opset_for, storage_type
 from bitwright_onnx.graph.opset import MINIMUM_OPSET, opset_of, raise_opset
@@ -129,6 +130,7 @@ def build_qdq(
     # What ONNX Runtime wants spelled otherwise, once all pairs are there.
     turn_byte_blocks(work.graph, writer.fresh)
     split_large_biases(work, writer.initializer, writer.fresh)
+    guard_float_weights(work, writer.fresh)
     _runnable_pairs(work)
     work.metadata_props[NAMES] = json.dumps(writer.names)
     if writer.forms:

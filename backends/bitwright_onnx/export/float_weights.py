@@ -1,0 +1,74 @@
+"""Float weights that ONNX Runtime would round to 8 bits, out of its reach.
+
+A default session rounds the float weight of a convolution or Gemm between quantized tensors itself, with one scale for
+the whole tensor (its optimizer `WeightBiasQuantization`; before that it folds what is computed from constants, and
+makes Gemm of MatMul and Add). What the plan leaves in float, or in float16, then has 8 bits per tensor without a word.
+A maximum of a single tensor, which is that tensor, between the dequantized input and the op isn't touched by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_MOVING = frozenset("Identity Reshape Flatten Squeeze Unsqueeze Transpose Slice Gather MaxPool".split())  # noqa: SIM905
+"""Ops that ONNX Runtime moves pairs through."""
+_FUSED = _MOVING | {"Relu", "Clip", "Add", "Sub", "Mul", "Div", "BatchNormalization"}
+"""What may lie between a product and the pair that quantizes it: fused with the one, or moved through by the other."""
+
+
+def guard_float_weights(model: ir.Model, fresh: Callable[[str], str]) -> None:
+    """Put a maximum before each such op.
+
+    Args:
+        model: a QDQ model; changed.
+        fresh: makes a name one that the model doesn't have.
+    """
+    guards: dict[ir.Value, ir.Value] = {}
+    for node in list(model.graph):
+        if node.domain or node.op_type not in _PRODUCTS or not _in_float(node.inputs[1]):
+            continue
+        source = node.inputs[0]
+        if source is None or not _dequantized(source) or not _quantized(node.outputs[0]):
+            continue
+        if source not in guards:
+            guard = ir.node("Max", [source], name=fresh(f"{source.name}_guard"))
+            out = guard.outputs[0]
+            out.name, out.type, out.shape = fresh(f"{source.name}_guarded"), source.type, source.shape
+            model.graph.insert_before(node, guard)
+            guards[source] = out
+        node.replace_input_with(0, guards[source])
+
+
+def _in_float(value: ir.Value | None) -> bool:
+    """Whether a tensor is stored, or computed from what is stored, and not dequantized."""
+    if value is None:
+        return False
+    producer = value.producer()
+    if producer is None:
+        return value.const_value is not None
+    return producer.op_type != "DequantizeLinear" and all(_in_float(v) for v in producer.inputs if v is not None)
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    """Whether a tensor comes from a DequantizeLinear, moved at most."""
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in _MOVING:
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _quantized(value: ir.Value) -> bool:
+    """Whether the only use of a tensor, after what may be fused or moved, is to be quantized."""
+    while True:
+        users = [user for user, _ in value.uses()]
+        if len(users) != 1:
+            return False
+        if users[0].op_type == "QuantizeLinear":
+            return True
+        if users[0].op_type not in _FUSED:
+            return False
+        value = users[0].outputs[0]
