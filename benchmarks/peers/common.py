@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +33,20 @@ class Bench:
     work: Path
     rounding: int
     """Images for techniques that learn how to round; with 0 they are left out."""
+    iterations: int
+    """Steps a layer of those that would take hours at their defaults; with 0 their defaults."""
     repeats: int
+    passes: bool
+    """Whether the passes and steps alone are measured, which want a machine to themselves."""
     figures: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.calibration = np.load(self.work / "calibration.npy")
         self.evaluation = np.load(self.work / "evaluation.npy")
         self.labels = np.load(self.work / "labels.npy")
+        if self.passes:  # ranges take little of a pass's time; two batches are enough for any
+            self.calibration, self.rounding = self.calibration[: 2 * BATCH], 0
+        self.few = self.calibration[: self.rounding]
         self.onnx = self.work / "lite0.onnx"
         self.begin = resident()
 
@@ -52,6 +60,8 @@ class Bench:
 
     def accuracy(self, name: str, run: Callable[[np.ndarray], Any]) -> None:
         """Top-1 and, from the second call on, the share of photos with the first call's (float's) class; percent."""
+        if self.passes:
+            return
         found = self.classes(run)
         self.figures[f"{name} top-1"] = 100 * float((found == self.labels).mean())
         if hasattr(self, "float_classes"):
@@ -61,12 +71,36 @@ class Bench:
         log(f"{name}: {self.figures[f'{name} top-1']:.1f}")
 
     def seconds(self, name: str, action: Callable[[], Any]) -> Any:
-        """What `action` gives; the CPU seconds that it took, all threads of the process, are kept."""
+        """What `action` gives; the CPU seconds that it took, all threads of the process, are kept, and the most memory
+        that the process held meanwhile, above what it held at its start."""
+        forget_peak()
         begin = time.process_time()
         given = action()
         self.figures[f"{name} s"] = time.process_time() - begin
-        log(f"{name}: {self.figures[f'{name} s']:.1f} s")
+        self.figures[f"{name} MiB"] = peak() - self.begin
+        log(f"{name}: {self.figures[f'{name} s']:.1f} s, {self.figures[f'{name} MiB']:.0f} MiB")
         return given
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> None:
+        """Run what a peer may be unable to do: the error's first line is a figure then, not the end of the run."""
+        if self.passes:
+            return
+        try:
+            action()
+        except Exception as e:
+            self.figures[f"{name} failed"] = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+            log(traceback.format_exc())
+
+    def export(self, write: Callable[[], Path]) -> None:
+        """Time what writes an ONNX file, and run the file."""
+        self.attempt("export", lambda: self.artefact(self.seconds("export", write)))
+
+    def rounded(
+        self, name: str, solve: Callable[[], Any], opened: Callable[[Any], Callable[[np.ndarray], Any]]
+    ) -> None:
+        """Time a technique for 4-bit weights, and take the accuracy of what `opened` makes of its result."""
+        if self.rounding:
+            self.attempt(name, lambda: self.accuracy(f"W4A8 {name}", opened(self.seconds(name, solve))))
 
     def turns(self, tasks: dict[str, Callable[[], Any]]) -> None:
         """Median CPU seconds of each task; they take turns, so that all of them see the same machine."""
@@ -81,10 +115,19 @@ class Bench:
         self.figures |= {f"{name} s": statistics.median(taken) for name, taken in times.items()}
 
     def artefact(self, path: Path) -> None:
-        """Top-1 of a written ONNX file in a plain session of ONNX Runtime, as its users open it."""
+        """Top-1 of a written ONNX file in a plain session of ONNX Runtime, as its users open it; where its weights are
+        in float, also in a session that leaves them so."""
+        self.accuracy("runtime", self.session(path))
+        if float_weights(path):
+            self.accuracy("runtime, float weights", self.session(path, "WeightBiasQuantization"))
+
+    def session(self, path: Path, *without: str) -> Callable[[np.ndarray], np.ndarray]:
+        """What runs an ONNX file, `without` these optimizers of ONNX Runtime."""
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            path, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
+        )
         entry = session.get_inputs()[0]
         single = entry.shape[0] == 1  # some exporters freeze the batch
 
@@ -92,11 +135,10 @@ class Bench:
             parts = [batch[i : i + 1] for i in range(len(batch))] if single else [batch]
             return np.concatenate([session.run(None, {entry.name: part})[0] for part in parts])
 
-        self.accuracy("runtime", run)
+        return run
 
     def end(self, *packages: str) -> None:
-        """Print the figures, with the versions of `packages` and the memory that the run took above its start."""
-        self.figures["memory MiB"] = max(0.0, peak() - self.begin)
+        """Print the figures, with the versions of `packages`."""
         self.figures["versions"] = {name: importlib.metadata.version(name) for name in packages}
         print("FIGURES " + json.dumps(self.figures), flush=True)
 
@@ -105,7 +147,9 @@ def bench() -> Bench:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--rounding", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--passes", action="store_true")
     hold_to_one_thread()
     return Bench(**vars(parser.parse_args()))
 
@@ -173,11 +217,31 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def float_weights(path: Path) -> bool:
+    """Whether convolutions of an ONNX file read weights in float.
+
+    ONNX Runtime rounds those to 8 bits itself, with one scale for the tensor, wherever it finds quantized inputs and
+    outputs (its optimizer `WeightBiasQuantization`).
+    """
+    import onnx
+
+    graph = onnx.load(path).graph
+    held = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    quantizes = any(node.op_type == "QuantizeLinear" for node in graph.node)
+    return quantizes and any(node.op_type == "Conv" and node.input[1] in held for node in graph.node)
+
+
 def resident() -> float:
     """MiB of this process that lie in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
+def forget_peak() -> None:
+    """Let `peak` count from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak() -> float:
-    """MiB at the process's highest."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB of this process at its highest since the last `forget_peak`."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ def environment(packages: Sequence[str], folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         for wanted in (("--upgrade", "pip"), packages):  # an old pip searches these trees for hours
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
-        (folder / "installed").touch()
+        (folder / "installed").write_text(commit())
     return python
+
+
+def commit() -> str:
+    """The repository's, which an environment's `installed` keeps: bitwright's code there is of that commit."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, check=False, capture_output=True)
+    return done.stdout.decode().strip() or "no repository"
 
 
 def run(packages: Sequence[str], folder: Path, program: Path, arguments: Sequence[Any], timeout: int) -> dict[str, Any]:
@@ -35,16 +42,22 @@ def run(packages: Sequence[str], folder: Path, program: Path, arguments: Sequenc
     except subprocess.CalledProcessError:
         return {"failed": "doesn't install here"}
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    try:
-        done = subprocess.run(
-            [python, program, *map(str, arguments)], check=False, stdout=subprocess.PIPE, text=True,
-            env=os.environ | single, timeout=timeout,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not ready after {timeout} s"}
+    with tempfile.TemporaryFile("w+") as told:
+        try:
+            done = subprocess.run(
+                [python, program, *map(str, arguments)], check=False, stdout=subprocess.PIPE, stderr=told, text=True,
+                env=os.environ | single, timeout=timeout,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not ready after {timeout} s"}
+        finally:
+            told.seek(0)
+            errors = told.read()
+            sys.stderr.write(errors)
     line = next((x for x in done.stdout.splitlines() if x.startswith("FIGURES ")), None)
     if line is None:
-        return {"failed": f"its program ended with {done.returncode}"}
+        last = next((x for x in reversed(errors.splitlines()) if x.strip()), f"ended with {done.returncode}")
+        return {"failed": f"`{last.strip()}`"}
     figures: dict[str, Any] = json.loads(line.removeprefix("FIGURES "))
     return figures
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,13 +11,13 @@ import onnxruntime
 from aimet_onnx import QuantizationSimModel, apply_adaround, apply_seq_mse
 from aimet_onnx.common.defs import QuantScheme
 from aimet_onnx.common.quantsim_config.utils import get_path_for_per_channel_config
-from common import BATCH, bench, log
+from common import BATCH, bench
 
 run = bench()
 model = onnx.load(run.onnx)
 plain = onnxruntime.InferenceSession(run.onnx, providers=["CPUExecutionProvider"])
 feeds = [{"image": batch} for batch in run.batches(run.calibration)]
-few = [{"image": batch} for batch in run.batches(run.calibration[: run.rounding])]
+few = [{"image": batch} for batch in run.batches(run.few)]
 
 
 def simulation(bits: str) -> QuantizationSimModel:
@@ -42,18 +43,31 @@ def through(session):
 run.accuracy("float", through(plain))
 sim = run.seconds("calibrate", calibrated)
 run.accuracy("W8A8", through(sim.session))
-try:
-    run.seconds("export", lambda: sim.export(str(run.work), "aimet_onnx"))
-except Exception as e:  # what a peer can't do is a row of the table, not the end of the run
-    log(f"export: {type(e).__name__}: {e}")
+
+
+def exported() -> Path:
+    path = run.work / "aimet_onnx.onnx"
+    onnx.save(sim.to_onnx_qdq(), path)
+    return path
+
+
+run.export(exported)
 first = run.calibration[:BATCH]
 run.turns({"float pass": lambda: through(plain)(first), "simulated pass": lambda: through(sim.session)(first)})
-for name, technique in (("seq_mse", apply_seq_mse), ("adaround", apply_adaround)) if run.rounding else ():
+
+
+def rounded(technique):
     low = simulation("int4")
-    try:
-        run.seconds(name, lambda low=low, technique=technique: technique(low, few))
-        low.compute_encodings(feeds)
-        run.accuracy(f"W4A8 {name}", through(low.session))
-    except Exception as e:
-        log(f"{name}: {type(e).__name__}: {e}")
+    technique(low)
+    return low
+
+
+def calibrated_low(low):
+    low.compute_encodings(feeds)
+    return through(low.session)
+
+
+steps = run.iterations or 10_000
+run.rounded("seq_mse", lambda: rounded(lambda low: apply_seq_mse(low, few)), calibrated_low)
+run.rounded(f"adaround {steps}", lambda: rounded(lambda low: apply_adaround(low, few, steps)), calibrated_low)
 run.end("aimet-onnx", "onnxruntime")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnxruntime
 from common import BATCH, bench
@@ -10,7 +12,7 @@ from bitwright.backend import Tap
 from bitwright.simulation import QuantSim
 
 run = bench()
-few = {"image": run.calibration[: run.rounding]}
+few = {"image": run.few}
 data = {"image": run.calibration}
 sim = run.seconds("calibrate", lambda: QuantSim(run.onnx, target="onnxruntime-cpu").calibrate(data))
 
@@ -25,16 +27,16 @@ def in_float(images: np.ndarray) -> np.ndarray:
 
 run.accuracy("float", in_float)
 run.accuracy("W8A8", simulated)
-run.seconds("export", lambda: sim.export(run.work / "bitwright_onnx"))
-run.artefact(next((run.work / "bitwright_onnx").glob("*.qdq.onnx")))
+run.export(lambda: sim.export(run.work / "bitwright_onnx").files["qdq"])
 # As the peers': a plain session of the float file, and the simulation's own session, each opened once.
 plain = onnxruntime.InferenceSession(run.onnx, providers=["CPUExecutionProvider"])
 session = sim.simulation.session([Tap(t) for t in sim.graph.outputs])
 first = {"image": run.calibration[:BATCH]}
 run.turns({"float pass": lambda: plain.run(None, first), "simulated pass": lambda: session.run(first)})
-for technique in ("adaround", "gptq") if run.rounding else ():
-    low = QuantSim(run.onnx, weights="int4")
-    run.seconds(technique, lambda low=low, technique=technique: low.apply(technique, few))
-    low.calibrate(data)
-    run.accuracy(f"W4A8 {technique}", lambda images, low=low: simulated(images, low))
+for technique in ("adaround", "gptq"):
+    run.rounded(
+        technique,
+        lambda technique=technique: QuantSim(run.onnx, weights="int4").apply(technique, few),
+        lambda low: functools.partial(simulated, sim=low.calibrate(data)),
+    )
 run.end("bitwright", "onnxruntime")

@@ -11,7 +11,6 @@ run = bench()
 module = network()
 sample = torch.from_numpy(run.calibration[:BATCH])
 run.accuracy("float", evaluate(module))
-few = run.calibration[: run.rounding]
 
 
 def calibrated() -> QuantSim:
@@ -20,8 +19,7 @@ def calibrated() -> QuantSim:
 
 sim = run.seconds("calibrate", calibrated)
 run.accuracy("W8A8", evaluate(sim.model))
-run.seconds("export", lambda: sim.export(run.work / "bitwright_torch"))
-run.artefact(next((run.work / "bitwright_torch").glob("*.qdq.onnx")))
+run.export(lambda: sim.export(run.work / "bitwright_torch").files["qdq"])
 run.turns(
     {
         "float pass": lambda: evaluate(module)(run.calibration[:BATCH]),
@@ -34,8 +32,12 @@ run.turns(
         "training step": training_step(sim.trainable(), run),
     }
 )
-for technique in ("adaround", "gptq") if run.rounding else ():
-    low = QuantSim(module, sample, weights="int4").apply("fold_batch_norm")
-    run.seconds(technique, lambda low=low, technique=technique: low.apply(technique, few))
-    run.accuracy(f"W4A8 {technique}", evaluate(low.calibrate(run.calibration).model))
+for technique in ("adaround", "gptq"):
+    run.rounded(
+        technique,
+        lambda technique=technique: (
+            QuantSim(module, sample, weights="int4").apply("fold_batch_norm").apply(technique, run.few)
+        ),
+        lambda low: evaluate(low.calibrate(run.calibration).model),
+    )
 run.end("bitwright", "torch")

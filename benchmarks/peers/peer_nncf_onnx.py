@@ -11,10 +11,15 @@ float_model = onnx.load(run.onnx)
 for entry in (*float_model.graph.input, *float_model.graph.output):  # bias correction takes a static batch only
     entry.type.tensor_type.shape.dim[0].dim_value = 1
 dataset = nncf.Dataset(list(range(len(run.calibration))), lambda i: {"image": run.calibration[i : i + 1]})
-run.artefact(run.onnx)
-run.figures["float top-1"] = run.figures.pop("runtime top-1")
+run.accuracy("float", run.session(run.onnx))
 quantized = run.seconds("calibrate", lambda: nncf.quantize(float_model, dataset, subset_size=len(run.calibration)))
-path = run.work / "nncf_onnx.onnx"
-run.seconds("export", lambda: onnx.save(quantized, path))
-run.artefact(path)
+
+
+def exported():
+    path = run.work / "nncf_onnx.onnx"
+    onnx.save(quantized, path)
+    return path
+
+
+run.export(exported)
 run.end("nncf", "onnxruntime")

@@ -7,8 +7,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 run = bench()
-run.artefact(run.onnx)
-run.figures["float top-1"] = run.figures.pop("runtime top-1")
+run.accuracy("float", run.session(run.onnx))
 
 
 class Reader(CalibrationDataReader):

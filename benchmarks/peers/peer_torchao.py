@@ -35,6 +35,17 @@ run.turns(
         "simulated pass": lambda: evaluate(quantized)(run.calibration[:BATCH]),
     }
 )
+
+
+def written():
+    path = run.work / "torchao.onnx"
+    torch.onnx.export(
+        quantized, sample, path, input_names=["image"], output_names=["logits"], dynamo=True, dynamic_shapes=(batch,)
+    )
+    return path
+
+
+run.export(written)
 learner = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
 training = prepare_qat_pt2e(exported(), learner)
 run.turns({"float step": training_step(network(), run), "training step": training_step(training, run)})

@@ -2,6 +2,7 @@
 
     python benchmarks/peers/language FOLDER [--only bitwright,nncf] [--environments FOLDER] [--text FILE]
                                      [--calibrate 8] [--test 12] [--length 256] [--markdown docs/benchmarks.md]
+    python benchmarks/peers/language FOLDER --layers 1 --calibrate 2 --test 2 --length 32     # does all of it run?
 
 FOLDER is a folder of transformers (config.json, model.safetensors and a tokenizer). One environment for each peer
 (made by pip on first use; a peer that doesn't install is a row with the reason), one process for each row. Text as in
@@ -66,36 +67,42 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--calibrate", type=int, default=8, help="sequences")
     parser.add_argument("--test", type=int, default=12, help="sequences")
+    parser.add_argument("--layers", type=int, help="of the decoder: the first alone, to see that everything runs")
     parser.add_argument("--timeout", type=int, default=7200, help="seconds for one row")
     parser.add_argument("--markdown", type=Path, help="put the section into this page")
     options = parser.parse_args()
     work = options.environments.resolve() / "language"
     work.mkdir(parents=True, exist_ok=True)
-    prepare(work, options)
+    folder = work / f"first-{options.layers}" if options.layers else options.folder.resolve()
+    prepare(work, folder, options)
     store = work / "figures.json"
     found: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
     for name in options.only.split(","):
         _, packages, rows = PEERS[name]
         for row in (r for r in rows if not options.rows or r.startswith(options.rows)):
             print(f"== {name}: {row}", flush=True)
-            arguments = (options.folder.resolve(), work, row)
+            arguments = (folder, work, row)
             place = options.environments / f"language_{name}"
             found[f"{name}: {row}"] = run(packages, place, HERE / f"peer_{name}.py", arguments, options.timeout)
             store.write_text(json.dumps(found, indent=1))
     text = section(found, options)
     print(text)
-    if options.markdown:
+    if options.markdown and not options.layers:
         page = options.markdown.read_text(encoding="utf-8")
         options.markdown.write_text(replaced_section(page, SECTION, text), encoding="utf-8")
 
 
-def prepare(work: Path, options: argparse.Namespace) -> None:
-    """Tokens and the float network's logits; by what bitwright's own environment has."""
+def prepare(work: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Tokens and the float network's logits, and the network's first layers where those are wanted; by what bitwright's
+    own environment has."""
     _, packages, _ = PEERS["bitwright"]
     python = environment(packages, options.environments / "language_bitwright")
     cut = [f"--{name}={getattr(options, name)}" for name in ("length", "calibrate", "test")]
     text = [f"--text={options.text.resolve()}"] if options.text else []
-    subprocess.run([python, HERE / "prepare.py", options.folder.resolve(), work, *cut, *text], check=True)
+    if options.layers:
+        arguments = [options.folder.resolve(), folder, str(options.layers)]
+        subprocess.run([python, HERE / "first_layers.py", *arguments], check=True)
+    subprocess.run([python, HERE / "prepare.py", folder, work, *cut, *text], check=True)
 
 
 def section(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
