@@ -224,7 +224,7 @@ class OnnxBackend:
         return contents_of(_qdq(bundle))
 
     def input_specs(self, model: ir.Model) -> Mapping[TensorId, tuple[tuple[int | None, ...], str]]:
-        """See `Backend`; an input of unknown rank has shape ()."""
+        """See `Backend`; an input of unknown rank has shape (); `data.require_ranks` refuses data for it."""
         return {str(v.name): (static_dims(v) or (), dtype_name(v.dtype)) for v in model.graph.inputs}
 
 

@@ -23,6 +23,7 @@ from bitwright.data import (
     is_forward_pass,
     open_data,
     recorded,
+    require_ranks,
 )
 from bitwright.graph import Graph, OpId
 from bitwright.grids import EncodingTable
@@ -166,6 +167,7 @@ class SimState:
         """See `QuantSim.open`."""
         if isinstance(data, Dataset):
             return data
+        require_ranks(self.graph)
         if is_forward_pass(data):
             data = recorded(self.backend, self.native, data)
         return open_data(

@@ -16,7 +16,7 @@ h5py = pytest.importorskip("h5py")
 
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
-from bitwright_keras.capture import trial_reading  # noqa: E402
+from bitwright_keras.capture import hdf5, trial_reading  # noqa: E402
 from bitwright_keras.capture.comparing import CaptureNotice  # noqa: E402
 from bitwright_keras.capture.files import load_native  # noqa: E402
 from bitwright_keras.capture.normalize import normalize  # noqa: E402
@@ -264,3 +264,28 @@ def test_what_cannot_be_read_and_keras_does_not_read_hides_nothing(tmp_path, dam
         file["z"] = h5py.ExternalLink("other.h5", "/weights")
     with pytest.raises(InputError, match="'z' lies in another file"):
         load_native(path)
+
+
+@pytest.mark.parametrize("asked", ["place", "values"])
+def test_an_object_that_is_opened_and_says_nothing_of_itself_is_refused(tmp_path, monkeypatch, asked):
+    """Where the walk ends there may be links to other files, and weights of any size."""
+    path = tmp_path / "model.h5"
+    x = keras.Input((6,))
+    keras.Model(x, keras.layers.Dense(4, name="d")(x)).save(path)
+    if asked == "place":
+        true = h5py.h5o.get_info
+
+        def get_info(id):
+            if h5py.h5i.get_name(id).endswith(b"kernel"):
+                raise RuntimeError("Unable to get object info")
+            return true(id)
+
+        monkeypatch.setattr(h5py.h5o, "get_info", get_info)
+    else:
+
+        def broken(self):
+            raise RuntimeError("Unable to get external count")
+
+        monkeypatch.setattr(h5py.Dataset, "external", property(broken))
+    with pytest.raises(hdf5.Refused, match="is damaged: Unable to get"):
+        hdf5.weight_bytes(path, 1 << 20)

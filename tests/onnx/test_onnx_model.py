@@ -586,3 +586,11 @@ def test_a_matrix_that_is_a_weight_and_an_operand_of_einsum_stays_one(tmp_path):
     assert [dict(op.params) for op in sim.graph] == [{ParamRole.WEIGHT: "table"}, {ParamRole.CONSTANT: "table"}]
     written = onnx.load(sim.export(tmp_path).files["qdq"])
     assert [i.data_type for i in written.graph.initializer if np.prod(i.dims) == 40] == [onnx.TensorProto.INT8]
+
+
+def test_an_input_without_a_rank_is_named():
+    model = b.mlp()
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    sim = QuantSim(model)
+    with pytest.raises(InputError, match=f"says nothing of the shape of its input '{model.graph.input[0].name}'"):
+        sim.calibrate(np.ones((8, 4), np.float32))

@@ -377,3 +377,14 @@ def test_what_changes_something_is_not_run_to_compare_it() -> None:
 
     assert BACKEND.adopt(counting, np.ones((3, 2), np.float32)).outputs
     assert count.numpy() == 0
+
+
+def test_a_placeholder_without_a_rank_is_named() -> None:
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, None, name="x")
+        y = tf.matmul(x, tf.constant(np.ones((4, 3), np.float32)), name="y")
+        session = tf.compat.v1.Session(graph=graph)
+    sim = QuantSim(SessionModel(session, inputs=[x], outputs=[y]))
+    with pytest.raises(InputError, match="says nothing of the shape of its input 'x:0'.*None for axes that are free"):
+        sim.calibrate(np.ones((8, 4), np.float32))

@@ -122,19 +122,23 @@ def _objects(opened: Any, h5py: Any) -> Iterator[Any]:
     """Groups and data sets, each once.
 
     Raises:
-        Refused: a link or values lead to other files, or groups lie too deep.
+        Refused: a link or values lead to other files, or nobody can tell; or groups lie too deep.
     """
     seen: set[Any] = set()
     waiting = [(opened, 0)]
     while waiting:
         found, depth = waiting.pop()
-        address = h5py.h5o.get_info(found.id).addr
+        try:
+            address = h5py.h5o.get_info(found.id).addr
+            elsewhere = isinstance(found, h5py.Dataset) and (found.external or found.is_virtual)
+        except _WRONG as error:  # it was opened, so Keras may read it, and what is behind it wasn't looked at
+            raise Refused(f"{found.name!r} is damaged: {error}") from error
         if address in seen:
             continue
         seen.add(address)
         yield found
         if isinstance(found, h5py.Dataset):
-            if found.external or found.is_virtual:
+            if elsewhere:
                 raise Refused(f"the values of {found.name!r} lie in other files")
         elif isinstance(found, h5py.Group):
             if depth > _DEPTH:

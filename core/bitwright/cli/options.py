@@ -232,10 +232,11 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     Raises:
         InputError: either can't be read, or the samples don't fit the model's inputs.
     """
-    from bitwright.data import TextOptions, open_data
+    from bitwright.data import TextOptions, open_data, require_ranks
     from bitwright.simulation import open_model
 
     backend, native = open_model(model, sample_of(model, data))
+    require_ranks(backend.graph(native))
     return open_data(
         data, backend.input_specs(native), batch_size=batch_size, limit=limit, text=TextOptions.beside(model)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, samples_in
+from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, require_ranks, samples_in
 from bitwright.data._cut_cache import CACHE_BYTES, CutCache
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._first import first_arrays
@@ -44,6 +44,7 @@ __all__ = [
     "labels_of",
     "open_data",
     "recorded",
+    "require_ranks",
     "samples_in",
     "whole_batches",
 ]

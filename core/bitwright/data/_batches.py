@@ -10,6 +10,7 @@ import numpy as np
 from bitwright.backend import Batch, Feed, FeedSpecs, array_of, check_numeric, converted
 from bitwright.errors import InputError
 from bitwright.files import Array
+from bitwright.graph import Graph
 
 V = TypeVar("V")
 
@@ -33,6 +34,20 @@ def single_input(specs: InputSpecs) -> str:
             "or a list of batches that are tuples in this order"
         )
     return next(iter(specs))
+
+
+def require_ranks(graph: Graph) -> None:
+    """Refuse a model whose inputs don't say how many axes they have: data can't be told from samples of data there.
+
+    Raises:
+        InputError: an input's shape is unknown altogether.
+    """
+    for name in graph.inputs:
+        if graph.tensors[name].shape is None:
+            raise InputError(
+                f"the model says nothing of the shape of its input {name!r}, not even how many axes it has: give it one "
+                "where the model is made, with None for axes that are free"
+            )
 
 
 def in_names_of(specs: InputSpecs, arrays: Mapping[str, V]) -> dict[str, V]:
