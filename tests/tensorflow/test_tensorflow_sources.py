@@ -386,5 +386,5 @@ def test_a_placeholder_without_a_rank_is_named() -> None:
         y = tf.matmul(x, tf.constant(np.ones((4, 3), np.float32)), name="y")
         session = tf.compat.v1.Session(graph=graph)
     sim = QuantSim(SessionModel(session, inputs=[x], outputs=[y]))
-    with pytest.raises(InputError, match="says nothing of the shape of its input 'x:0'.*None for axes that are free"):
+    with pytest.raises(InputError, match=r"says nothing of the shape of its input 'x:0'.*None for axes that are free"):
         sim.calibrate(np.ones((8, 4), np.float32))

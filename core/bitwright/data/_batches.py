@@ -45,8 +45,8 @@ def require_ranks(graph: Graph) -> None:
     for name in graph.inputs:
         if graph.tensors[name].shape is None:
             raise InputError(
-                f"the model says nothing of the shape of its input {name!r}, not even how many axes it has: give it one "
-                "where the model is made, with None for axes that are free"
+                f"the model says nothing of the shape of its input {name!r}, not even how many axes it has: give it "
+                "one where the model is made, with None for axes that are free"
             )
 
 
