@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.data import DataLike
 from bitwright.errors import InputError
+from bitwright.files import Scratch
 from bitwright.report import finite
 from bitwright_analysis.scoring import Power, decibels
 from bitwright_deploy.layer_outputs import Dump, Stored, layer_outputs
@@ -170,8 +170,8 @@ def compare(
     if data is None:
         raise InputError("a simulation is compared on data: give the samples that the target ran")
     found = TargetDump.open(target)
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:
-        dump = layer_outputs(reference, data, Path(folder) / "dump", **options)
+    with Scratch() as folder:
+        dump = layer_outputs(reference, data, folder / "dump", **options)
         return _compare(dump, found, min_sqnr, dict(names or {}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bitwright.backend import Capability, OpTimer, require
 from bitwright.data import DataLike, whole_batches
 from bitwright.errors import InputError
+from bitwright.files import Scratch
 from bitwright.progress import Progress
 from bitwright.simulation import QuantSim
 from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
@@ -85,7 +85,7 @@ def measure_latency(
         types = {s: t for g in groups if index in g.allowed for s, t in g.types(sim, candidate).items()}
         twin = sim.retyped(types).calibrate(dataset)
         ops = [op.id for op in twin.graph if op.kind in COSTED]
-        with tempfile.TemporaryDirectory() as folder:
+        with Scratch() as folder:
             bundle = twin.export(folder, name="timed")
             seconds = timer.op_seconds(bundle, ops, batches, repeats=repeats, threads=threads)
         entries += _entries(twin, seconds, macs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.errors import BitwrightError, InputError, WriteError
+from bitwright.files import Scratch
 from bitwright.plugins import registry
 from bitwright.progress import Progress
 from bitwright.runs import RunDirectory, fingerprint, run_in, versions
@@ -181,7 +181,7 @@ def run_of(run: RunDirectory | str | Path | None, out: str | Path | None) -> Ite
             yield opened
             opened.finish()
         return
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder, RunDirectory(run or folder) as opened:
+    with Scratch() as folder, RunDirectory(run or folder) as opened:
         yield opened
         opened.finish()
 

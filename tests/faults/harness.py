@@ -163,8 +163,6 @@ def tree(folder: Path) -> dict[str, str]:
 def is_temporary(name: str) -> bool:
     """Whether a path of `tree` is that of something that should be gone when a command has ended."""
     top, _, rest = name.partition("/")
-    if rest.startswith("__autograph_generated_file"):  # TensorFlow's own, which it removes at its exit alone
-        return False
     return (top == "tmp" and bool(rest)) or any(p.startswith(".") and p != ".run" for p in Path(name).parts)
 
 

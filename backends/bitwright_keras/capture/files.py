@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
-import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +20,7 @@ import keras
 
 from bitwright.backend import silenced
 from bitwright.errors import BitwrightError, InputError, ModelError
-from bitwright.files import staging, written_beside
+from bitwright.files import staging, temporaries_in, written_beside
 from bitwright_keras.capture.bombs import bounded_loading
 from bitwright_keras.capture.h5_writing import write_hdf5
 from bitwright_keras.capture.normalize import normalize_file
@@ -33,7 +30,6 @@ from bitwright_keras.graph.native import first_line, keras_model
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 _MEMBER = "bitwright.json"
-_SAVING = threading.Lock()
 _MISFIT = "the names kept in the file don't fit its model; remove bitwright.json from the archive"
 
 
@@ -81,24 +77,6 @@ def save_model(model: KerasModel, path: Path) -> Path:
     return save_native(keras_model(written), path, names_of(model))
 
 
-@contextmanager
-def _temporary_folders_in(folder: Path) -> Iterator[None]:
-    """Keras's own temporary folders are put where those of a killed process are swept; other threads' are not."""
-    own = threading.get_ident()
-
-    def made(suffix: Any = None, prefix: Any = None, dir: Any = None) -> Any:
-        here = dir is None and threading.get_ident() == own
-        return make(suffix, prefix, str(folder) if here else dir)
-
-    with _SAVING:
-        make = tempfile.mkdtemp
-        tempfile.mkdtemp = made
-        try:
-            yield
-        finally:
-            tempfile.mkdtemp = make
-
-
 def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None = None) -> Path:
     """Write a Keras model atomically, with names beside (see `names_of`).
 
@@ -111,7 +89,7 @@ def save_native(model: keras.Model, path: Path, names: Mapping[str, Any] | None 
         raise InputError(f"{path.name!r} can't be written: {why}; save as .keras")
     with written_beside(path) as folder, silenced("absl"):  # it calls .h5 an old format
         if path.suffix == ".keras":
-            with staging(path.parent) as scratch, _temporary_folders_in(scratch):
+            with staging(path.parent) as scratch, temporaries_in(scratch):
                 model.save(folder / path.name)
             if names:
                 with zipfile.ZipFile(folder / path.name, "a") as archive:

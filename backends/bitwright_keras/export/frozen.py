@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any
 import keras
 
 from bitwright.errors import CapabilityError, ModelError, needs_extra
+from bitwright.files import Scratch
 from bitwright.graph import ParamId, TensorId, free_name
 from bitwright_keras.graph.canonical import canonical
 from bitwright_keras.graph.constants import constant_of, with_operand
@@ -249,9 +249,9 @@ def _elsewhere(model: KerasModel, batch_size: int | None) -> FrozenGraph:
 
     from bitwright_keras.capture.files import save_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = save_model(model, Path(folder) / "model.keras")
-        result = Path(folder) / "graph.pb"
+    with Scratch() as folder:
+        source = save_model(model, folder / "model.keras")
+        result = folder / "graph.pb"
         command = [
             sys.executable,
             "-m",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from bitwright.backend import Bundle
+from bitwright.files import Scratch
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_keras.export.export import export
@@ -30,8 +29,8 @@ def departures(model: KerasModel, plan: Plan, encodings: EncodingTable, bundle: 
     if TFLITE not in bundle.files:
         return []
     found = TfliteFile.read(bundle.files[TFLITE])
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:
-        made = export(model, plan, encodings, Path(folder) / "again.tflite", TFLITE)
+    with Scratch() as folder:
+        made = export(model, plan, encodings, folder / "again.tflite", TFLITE)
         wanted = TfliteFile.read(made.files[TFLITE])
     sites = {tensor: site for site, tensor in made.names.items()}
     pairs = _matched(found, wanted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ import onnxruntime as ort
 
 from bitwright.backend import Batch
 from bitwright.errors import InputError, ModelError, first_line
+from bitwright.files import Scratch
 from bitwright.graph import OpId
 from bitwright_onnx.export.runtime import INTEGER_CONFIG
 from bitwright_onnx.simulate.session import inputs_of, session_options
@@ -41,8 +41,8 @@ def op_times(
     options.intra_op_num_threads = threads
     options.enable_profiling = True
     wanted = set(ops)
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
+    with Scratch() as folder:
+        options.profile_file_prefix = str(folder / "profile")
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -10,10 +10,8 @@ picked where they lie in the blocks. Nothing is computed otherwise: results are 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+
+from bitwright.files import Scratch
 
 DOMAIN = "com.microsoft.nchwc"
 VALUE_BY_VALUE = frozenset({"QuantizeLinear", "DequantizeLinear", "Clip", "Identity", "Cast", "Div", "Mul", "Round",
@@ -39,8 +39,8 @@ def blocked_session(proto: bytes, options: ort.SessionOptions, again: ort.Sessio
         options: to optimize it by; the file of the optimized model is set in them.
         again: like `options`, for the graph that comes of it; its level is set to none.
     """
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:
-        file = Path(folder) / "optimized.onnx"
+    with Scratch() as folder:
+        file = folder / "optimized.onnx"
         options.optimized_model_filepath = str(file)
         session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         model = onnx.load(file)

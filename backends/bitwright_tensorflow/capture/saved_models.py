@@ -8,7 +8,6 @@ weights, so a copy of the description without it is loaded.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from bitwright.errors import BitwrightError, InputError, ModelError
+from bitwright.files import Scratch, cannot_write
 from bitwright.graph import TensorId
 from bitwright_tensorflow.capture.bombs import refuse_bombs
 from bitwright_tensorflow.capture.restoring import restored
@@ -99,13 +99,15 @@ def _inert(saved: Any, path: Path) -> Iterator[Path]:
                 kept = [c for c in node.children if c.local_name not in _INERT]
                 del node.children[:]
                 node.children.extend(kept)
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as made:
-        folder = Path(made)
-        (folder / "saved_model.pb").write_bytes(saved.SerializeToString())
+    with Scratch() as folder:
         try:
-            (folder / "variables").symlink_to((path / "variables").resolve(), target_is_directory=True)
-        except OSError:  # no links here
-            shutil.copytree(path / "variables", folder / "variables")
+            (folder / "saved_model.pb").write_bytes(saved.SerializeToString())
+            try:
+                (folder / "variables").symlink_to((path / "variables").resolve(), target_is_directory=True)
+            except OSError:  # no links here
+                shutil.copytree(path / "variables", folder / "variables")
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         yield folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.errors import ModelError
-from bitwright.files import atomic_write, cannot_write, written_beside
+from bitwright.files import atomic_write, cannot_write, staging, temporaries_in, written_beside
 from bitwright.graph import free_name
 from bitwright_tensorflow.graph.graphs import extract
 from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
@@ -218,7 +218,7 @@ def save_saved_model(model: TfModel, path: Path) -> Path:
     """
     module = InferenceModule(model)
     try:
-        with written_beside(path) as folder:
+        with written_beside(path) as folder, staging(path.parent) as scratch, temporaries_in(scratch):
             tf.saved_model.save(module, str(folder / path.name), signatures={model.signature.key: module.concrete})
     except tf.errors.OpError as error:
         raise cannot_write(path, OSError(0, str(error))) from error

@@ -14,7 +14,6 @@ import io
 import json
 import keyword
 import math
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from bitwright.errors import InputError, first_line
+from bitwright.files import scratch_file
 from bitwright_torch.capture.size_expressions import check_expression
 
 _IN_MEMORY = 2**28
@@ -80,7 +80,7 @@ def _copied(source: zipfile.ZipFile, size: int, record: str) -> tuple[IO[bytes],
     program = _PROGRAM if _PROGRAM in kept else _OLD_PROGRAM
     if program not in kept:
         raise InputError("it holds no exported program (models/model.json); compiled packages can't be quantized")
-    made: IO[bytes] = tempfile.TemporaryFile() if size > _IN_MEMORY else io.BytesIO()  # noqa: SIM115
+    made: IO[bytes] = scratch_file() if size > _IN_MEMORY else io.BytesIO()
     with zipfile.ZipFile(made, "w") as copy:
 
         def put(name: str, data: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch
+from bitwright.files import Scratch, cannot_write
 from bitwright.graph import TensorId
 
 CACHE_BYTES = 128 * 2**20
@@ -25,10 +25,14 @@ class CutCache:
         self._budget = budget
         self._held = 0
         self._batches: list[dict[TensorId, NDArray[Any] | Path]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
 
     def append(self, batch: Mapping[TensorId, NDArray[Any]]) -> None:
-        """Keep one more batch."""
+        """Keep one more batch.
+
+        Raises:
+            WriteError: the disk is full.
+        """
         kept: dict[TensorId, NDArray[Any] | Path] = {}
         for name, values in batch.items():
             if self._held + values.nbytes > self._budget:
@@ -40,9 +44,12 @@ class CutCache:
 
     def _spill(self, values: NDArray[Any], batch: int, index: int) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="bitwright-")
-        path = Path(self._folder.name) / f"{batch}-{index}.npy"
-        np.save(path, values, allow_pickle=False)
+            self._folder = Scratch()
+        path = self._folder.path / f"{batch}-{index}.npy"
+        try:
+            np.save(path, values, allow_pickle=False)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         return path
 
     def __len__(self) -> int:
@@ -61,7 +68,7 @@ class CutCache:
         """Free memory and disk."""
         self._batches = []
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
 
     def __enter__(self) -> Self:

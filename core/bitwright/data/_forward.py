@@ -10,14 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from bitwright.backend import Backend, Batch, array_of, observed
 from bitwright.errors import InputError
-from bitwright.files import Array, read_npz
+from bitwright.files import Array, Scratch, cannot_write, read_npz
 
 HELD_BYTES = 256 * 2**20
 """Bytes of recorded feeds that stay in memory."""
@@ -62,13 +61,14 @@ class Recording:
     def __init__(self) -> None:
         self._feeds: list[Batch | Path] = []
         self._held = 0
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
 
     def add(self, feed: Batch) -> None:
         """Keep copies of the inputs of one call, as arrays by input name.
 
         Raises:
             InputError: they aren't numeric.
+            WriteError: the disk is full.
         """
         where = f"call {len(self._feeds)} of the model"
         arrays = {name: np.array(array_of(value, f"{where}, input {name!r}")) for name, value in feed.items()}
@@ -78,11 +78,14 @@ class Recording:
             return
         self._held -= size
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="bitwright-feeds-", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / f"{len(self._feeds)}.npz"
+            self._folder = Scratch()
+        path = self._folder.path / f"{len(self._feeds)}.npz"
         # Numbered, as a name such as "file" or "x/y" isn't what np.savez takes; the names come first.
         numbered: dict[str, Any] = {str(i): a for i, a in enumerate(arrays.values())}
-        np.savez(path, names=np.array(list(arrays)), **numbered)
+        try:
+            np.savez(path, names=np.array(list(arrays)), **numbered)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         self._feeds.append(path)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Files: durable writes, arrays on disk, what killed processes left behind."""
+"""Files: durable writes, arrays on disk, temporary folders, what killed processes left behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from bitwright.files._durable import (
 from bitwright.files._held import HeldFile
 from bitwright.files._leftovers import staging, sweep, sweep_beside, written_beside
 from bitwright.files._pieces import StoredArray
+from bitwright.files._scratch import Scratch, scratch_file, sweep_scratch, temporaries_in
 from bitwright.files._spill import Spill, is_spilled
 
 __all__ = [
     "DAMAGED",
     "Array",
     "HeldFile",
+    "Scratch",
     "Spill",
     "StoredArray",
     "atomic_write",
@@ -33,10 +35,13 @@ __all__ = [
     "open_npz",
     "read_npy",
     "read_npz",
+    "scratch_file",
     "staging",
     "sweep",
     "sweep_beside",
+    "sweep_scratch",
     "sync_directory",
+    "temporaries_in",
     "write_text",
     "written_beside",
 ]

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
 from bitwright.files._durable import cannot_write, discard, sync_directory
+from bitwright.files._scratch import Scratch, hold
 
 _NAMES = (
     re.compile(r"\.(?:.+\.)?(?P<process>\d+)\.(?:tmp|partial|old|probe)"),
@@ -27,14 +27,8 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         WriteError: it can't be made.
     """
-    try:
-        made = Path(tempfile.mkdtemp(prefix=f".bitwright-{os.getpid()}-", dir=folder))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    try:
+    with Scratch(folder, prefix=f".bitwright-{os.getpid()}-") as made:
         yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextmanager
@@ -88,11 +82,26 @@ def sweep(folder: Path) -> list[Path]:
         if process is None or _lives(process):
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            if not _swept(path):
+                continue
         else:
             discard(path)
         removed.append(path)
     return removed
+
+
+def _swept(folder: Path) -> bool:
+    """Remove a folder unless someone holds it: a process of another container, whose number isn't known here."""
+    try:
+        handle = hold(folder)
+    except OSError:
+        return False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return True
 
 
 def sweep_beside(path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import tempfile
 import weakref
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bitwright.files._scratch import scratch_file
 
 HELD_BYTES = 2**26
 """Bytes that stay in memory before the first array goes to disk."""
@@ -35,7 +36,7 @@ class Spill:
             return values
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="bitwright-")  # noqa: SIM115 – closed with the spill
+                self._file = scratch_file()
                 weakref.finalize(self, self._file.close)  # maps outlive it
             place = self._file.seek(0, 2)
             self._file.write(np.ascontiguousarray(values).view(np.uint8).data)

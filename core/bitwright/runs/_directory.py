@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from bitwright import _version
 from bitwright.errors import InputError
-from bitwright.files import DAMAGED, atomic_write, cannot_write, make_directory, sweep
+from bitwright.files import DAMAGED, atomic_write, cannot_write, make_directory, sweep, sweep_scratch
 from bitwright.runs import fingerprint
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -215,7 +215,7 @@ class RunDirectory:
 def run_in(out: Path) -> Iterator[RunDirectory]:
     """The run directory inside an output folder; a failure that leaves nothing to resume leaves no folders either.
 
-    What killed runs have left there is swept.
+    What killed runs have left there, and in the system's folder for temporary files, is swept.
 
     Raises:
         InputError: another process holds it, or the folder can't be written.
@@ -225,6 +225,7 @@ def run_in(out: Path) -> Iterator[RunDirectory]:
     try:
         with RunDirectory(out / RUN_FOLDER) as run:
             sweep(out)
+            sweep_scratch()
             try:
                 yield run
             except BaseException:

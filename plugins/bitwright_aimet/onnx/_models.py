@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from bitwright.errors import InputError
+from bitwright.files import Scratch
 from bitwright.simulation import QuantSim
 
 
@@ -29,8 +28,8 @@ def write(model: Any, simulation: QuantSim) -> None:
     proto = proto_of(model)
     if not hasattr(proto, "ParseFromString"):
         raise InputError(f"a {type(model).__name__} can't be changed in place; give a ModelProto, or use QuantSim")
-    with TemporaryDirectory(prefix="bitwright-aimet-") as folder:
-        path = simulation.backend.save(simulation.native, Path(folder) / "model.onnx")
+    with Scratch() as folder:
+        path = simulation.backend.save(simulation.native, folder / "model.onnx")
         if len(list(path.parent.iterdir())) > 1:
             raise InputError("a model of more than 2 GB can't be changed in place; use QuantSim, and export it")
         content = path.read_bytes()
