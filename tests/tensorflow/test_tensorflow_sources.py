@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from bitwright import registry  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.graph import OpKind  # noqa: E402
+from bitwright.runs import run_in  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
@@ -388,3 +392,42 @@ def test_a_placeholder_without_a_rank_is_named() -> None:
     sim = QuantSim(SessionModel(session, inputs=[x], outputs=[y]))
     with pytest.raises(InputError, match=r"says nothing of the shape of its input 'x:0'.*None for axes that are free"):
         sim.calibrate(np.ones((8, 4), np.float32))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tensorflow as tf
+from tensorflow.python.saved_model import save
+from bitwright_tensorflow.backend import TensorFlowBackend
+from bitwright_tensorflow.export.freezing import save_saved_model
+
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+at, source, made = sys.argv[1:]
+if at == "opening":
+    tf.saved_model.load = killed
+else:
+    build = save._build_meta_graph_impl
+    save._build_meta_graph_impl = lambda *given: killed(build(*given))
+save_saved_model(TensorFlowBackend().load(Path(source)), Path(made))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is swept there")
+@pytest.mark.parametrize("at", ["opening", "saving"])
+def test_a_killed_process_leaves_nothing_that_the_next_one_does_not_sweep(at: str, tmp_path, monkeypatch) -> None:
+    temporary, out = tmp_path / "tmp", tmp_path / "out"
+    temporary.mkdir()
+    out.mkdir()
+    module = tfnets.Module(tfnets.residual, 8, 8, 3)
+    tf.saved_model.save(module, str(tmp_path / "net"), signatures=module.call.get_concrete_function())
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    words = [sys.executable, "-c", KILLED, at, str(tmp_path / "net"), str(out / "made")]
+    assert subprocess.run(words, check=False).returncode == -9
+    assert [*temporary.iterdir(), *out.iterdir()], "nothing was left that could be swept"
+    with run_in(out):
+        BACKEND.load(tmp_path / "net")
+    assert not [*temporary.iterdir(), *(p for p in out.iterdir() if p.name != ".run")]
