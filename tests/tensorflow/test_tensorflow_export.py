@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +247,31 @@ def test_failures_leave_what_was_there(net, tmp_path, monkeypatch, format):
     with pytest.raises(BitwrightError, match="No space"):
         exported(net, tmp_path, format, name)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_parts_that_tensorflow_could_not_remove_are_no_part_of_an_export(net, tmp_path, monkeypatch, caplog):
+    saved, checkpoint = tf.saved_model.save, v1.train.Saver.save
+
+    def save(module, folder, **given):
+        tf.get_logger().warning("AutoGraph could not transform a function\nCause: Input/output error")
+        saved(module, folder, **given)
+        (Path(folder) / "variables/variables_temp").mkdir()
+        (Path(folder) / "variables/variables_temp/part-00000-of-00001.index").touch()
+
+    def save_checkpoint(self, session, prefix, **given):
+        Path(f"{prefix}_temp").mkdir()
+        return checkpoint(self, session, prefix, **given)
+
+    monkeypatch.setattr(tf.saved_model, "save", save)
+    monkeypatch.setattr(v1.train.Saver, "save", save_checkpoint)
+    monkeypatch.setattr(tf.get_logger(), "propagate", True)
+    exported(net, tmp_path, "saved_model", "saved")
+    assert sorted(p.name for p in (tmp_path / "saved/variables").iterdir()) == [
+        "variables.data-00000-of-00001", "variables.index",
+    ]  # fmt: skip
+    exported(net, tmp_path, "meta", "net.meta")
+    assert not list(tmp_path.rglob("*_temp"))
+    assert not caplog.records
 
 
 def test_bad_formats_and_sizes_are_refused(net, tmp_path, monkeypatch):

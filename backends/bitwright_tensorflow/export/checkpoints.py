@@ -7,6 +7,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from bitwright.files import cannot_write, written_beside
+from bitwright_tensorflow.export.freezing import remove_parts
 from bitwright_tensorflow.graph.model import TfModel, open_session
 from bitwright_tensorflow.graph.shapes import inference
 
@@ -26,6 +27,7 @@ def save_checkpoint(model: TfModel, path: Path) -> Path:
             variables = tf.compat.v1.global_variables()
             saver = tf.compat.v1.train.Saver(variables, save_relative_paths=True)
             saver.save(session, str(folder / path.stem), write_meta_graph=False, write_state=False)
+            remove_parts(folder)
             meta = tf.compat.v1.train.export_meta_graph(
                 graph=session.graph, saver_def=saver.as_saver_def(), clear_devices=True
             )

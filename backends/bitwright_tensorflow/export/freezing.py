@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bitwright.backend import silenced
 from bitwright.errors import ModelError
 from bitwright.files import atomic_write, cannot_write, staging, temporaries_in, written_beside
 from bitwright.graph import free_name
@@ -210,6 +212,13 @@ def _read(graph_def: GraphDef, nodes: dict[str, NodeDef], name: str) -> str:
     return read
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove folders of parts beside a checkpoint: TensorFlow merges them, and is silent where it can't remove one."""
+    for parts in folder.glob("*_temp*"):
+        if parts.is_dir():
+            shutil.rmtree(parts, ignore_errors=True)
+
+
 def save_saved_model(model: TfModel, path: Path) -> Path:
     """Write a SavedModel folder, whole or not at all; one that is there is replaced.
 
@@ -219,7 +228,10 @@ def save_saved_model(model: TfModel, path: Path) -> Path:
     module = InferenceModule(model)
     try:
         with written_beside(path) as folder, staging(path.parent) as scratch, temporaries_in(scratch):
-            tf.saved_model.save(module, str(folder / path.name), signatures={model.signature.key: module.concrete})
+            made = folder / path.name
+            with silenced("tensorflow"):  # that a function can't be translated, on a disk that fails
+                tf.saved_model.save(module, str(made), signatures={model.signature.key: module.concrete})
+            remove_parts(made / "variables")
     except tf.errors.OpError as error:
         raise cannot_write(path, OSError(0, str(error))) from error
     return path
