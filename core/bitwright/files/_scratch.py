@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from bitwright.errors import WriteError
 from bitwright.files._durable import cannot_write
@@ -125,10 +125,10 @@ def temporaries_in(folder: Path) -> Iterator[None]:
                 setattr(tempfile, name, make)
 
 
-def _moved(make: Callable[..., Any], place: int, folder: str) -> Callable[..., Any]:
+def _moved(make: Callable[..., object], place: int, folder: str) -> Callable[..., object]:
     own = threading.get_ident()
 
-    def made(*given: Any, **named: Any) -> Any:
+    def made(*given: object, **named: object) -> object:
         if threading.get_ident() == own:
             if len(given) > place:
                 given = (*given[:place], given[place] or folder, *given[place + 1 :])
