@@ -107,7 +107,7 @@ def test_what_is_more_than_memory_should_hold_lies_in_files_and_they_go(monkeypa
     feeds = [{"file": RNG.normal(size=(2, 4)).astype(np.float32), "a/b": np.arange(2)} for _ in range(4)]
     for feed in feeds:
         recording.add(feed)
-    folder = recording._folder.name
+    folder = recording._folder.path
     kinds = [isinstance(f, dict) for f in recording._feeds]
     assert kinds == [True, True, False, False]
     for _ in range(2):

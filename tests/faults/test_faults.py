@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PLAN = Path(__file__).with_name("plan.py")
-SAMPLED = {"quantize": 40, "quantize, over an older export": 23, "auto": 60, "analyze": 90, "collect": 23}
+SAMPLED = {"quantize": 40, "quantize, over an older export": 23, "auto": 60, "analyze": 90, "collect": 23,
+           "quantize, Keras": 120, "quantize, TensorFlow": 100}  # fmt: skip
 
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("name", SAMPLED)
 def test_nothing_is_lost_or_left(name):
     pytest.importorskip("onnxruntime")
-    if name != "quantize":
+    if name.endswith(("Keras", "TensorFlow")):
+        pytest.importorskip("keras")
+        pytest.importorskip("tensorflow")
+    elif name != "quantize":
         pytest.importorskip("scipy")
         pytest.importorskip("bokeh")
     ran = subprocess.run(

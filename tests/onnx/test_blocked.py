@@ -138,15 +138,19 @@ def test_it_follows_later_encodings(written, monkeypatch):
 
 
 def test_what_stands_against_it_leaves_the_session_that_runs(monkeypatch):
-    def refused(*_):
+    tried = []
+
+    def refused(**given):
+        tried.append(given)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(session, "BLOCKED_AFTER", SOON)
-    monkeypatch.setattr(blocked.tempfile, "TemporaryDirectory", refused)
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
     model = QuantSim(NET).calibrate({"x": X}).model
     first = model.run({"x": X})["y"]
     for _ in range(3):
         np.testing.assert_array_equal(model.run({"x": X})["y"], first)
+    assert tried
 
 
 def test_models_without_convolutions_and_large_ones_are_left_alone(written, monkeypatch):
