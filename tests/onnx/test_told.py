@@ -2,6 +2,7 @@
 
 import warnings
 
+import builders as b
 import numpy as np
 import onnx
 import pytest
@@ -116,3 +117,17 @@ class TestLostWeights:
 
     def test_the_way_out_silences_it(self):
         assert not told(lambda: QuantSim(network(scale=1e-30), overrides={"conv1": "float"}).calibrate(DATA))
+
+
+def test_unsigned_weights_on_symmetric_grids_are_told(recwarn):
+    with pytest.warns(UserWarning, match=r"'default'.*uint4 with the zero point 8 stands for what int4 does, -8 … 7"):
+        sim = QuantSim(b.mlp(), weights="uint4")
+    recwarn.clear()
+    weight = sim.plan.mirrored[0]
+    for weights, target in (("int4", "default"), ("4", "default"), (None, "default"), ("uint8", "gguf_q4_1")):
+        assert QuantSim(b.mlp(), weights=weights, target=target).plan.mirrored == ()
+    assert not recwarn.list
+    data = np.random.default_rng(0).normal(size=(16, 3, 6)).astype(np.float32)
+    found, wanted = (s.calibrate(data).encodings[weight] for s in (sim, QuantSim(b.mlp(), weights="int4")))
+    values = sim.params[weight]
+    np.testing.assert_array_equal(found.fake_quantize(values), wanted.fake_quantize(values))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bitwright.errors import TargetError
-from bitwright.graph import Graph, ParamRole
+from bitwright.graph import Graph, ParamId, ParamRole
 from bitwright.grids import QuantSpec, parse_scheme
 from bitwright.placement import _ties as ties
 from bitwright.placement._activations import ActivationPlacement
@@ -117,6 +117,7 @@ def build_plan(
         decisions.update(limited_pairs(graph, decisions, spec_of))
     decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
     notes += _outside_kernels(graph, target, spec_of)
+    mirrored = _mirrored(graph, weights, spec_of)
     return Plan(
         _sites(graph, decisions),
         target.name,
@@ -125,7 +126,17 @@ def build_plan(
         observed=shared.observed,
         notes=tuple(dict.fromkeys(notes)),
         unblocked=params.unblocked,
+        mirrored=mirrored,
     )
+
+
+def _mirrored(graph: Graph, weights: str | None, spec_of: SpecOf) -> tuple[ParamId, ...]:
+    """Weights of linear ops that were asked to be of an unsigned type, and whose grid the target makes symmetric."""
+    if weights is None or not weights.strip().lower().startswith("u"):
+        return ()
+    found = dict.fromkeys(op.weight for op in graph.linear_ops if op.weight is not None)
+    specs = {w: spec_of(w) for w in found}
+    return tuple(w for w, spec in specs.items() if spec is not None and spec.symmetric and not spec.signed)
 
 
 def _symmetric(placement: ActivationPlacement, members: tuple[SiteId, ...]) -> bool:

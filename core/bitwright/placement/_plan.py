@@ -92,6 +92,7 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         unblocked: weights that were asked to be in blocks, have the inputs of one, and can't be divided: the reasons.
             Layers with fewer inputs than a block (depthwise ones, the first convolution) aren't among them: one scale
             for all of their inputs is what a block would be.
+        mirrored: weights that were asked to be unsigned, and whose grid is symmetric, since the target says so.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         observed: Mapping[SiteId, tuple[SiteId, ...]] | None = None,
         notes: tuple[str, ...] = (),
         unblocked: Mapping[SiteId, str] | None = None,
+        mirrored: tuple[SiteId, ...] = (),
     ) -> None:
         self._sites = dict(sites)
         self.target = target
@@ -111,6 +113,7 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         self.weight_scheme = weight_scheme
         self.notes = notes
         self.unblocked = dict(unblocked or {})
+        self.mirrored = mirrored
         self._observed = dict(observed or {})
 
     def __getitem__(self, site: SiteId) -> Site:
@@ -132,6 +135,23 @@ class Plan(Tabular, Mapping[SiteId, Site]):
             observed=self._observed,
             notes=self.notes,
             unblocked=self.unblocked,
+            mirrored=self.mirrored,
+        )
+
+    def doubt_of_signs(self) -> str:
+        """What to tell of `mirrored`: the first few weights, how many there are, what their codes stand for; or ""."""
+        if not self.mirrored:
+            return ""
+        spec = self.spec(self.mirrored[0])
+        assert spec is not None
+        shown = ", ".join(map(repr, self.mirrored[:SHOWN]))
+        more = f" and {len(self.mirrored) - SHOWN} more" if len(self.mirrored) > SHOWN else ""
+        half = 2 ** (spec.bits - 1)
+        return (
+            f"weights of unsigned codes have a symmetric grid, since target {self.target!r} asks for one: "
+            f"uint{spec.bits} with the zero point {half} stands for what int{spec.bits} does, {-half} … {half - 1} steps "
+            f"({shown}{more}). For grids that follow both ends of the weights take a target whose params have "
+            "is_symmetric False, such as w4a16_asymmetric"
         )
 
     def doubt_of_blocks(self) -> str:

@@ -68,7 +68,8 @@ class QuantSim(StateView):
         MissingExtraError: the model's framework isn't installed.
 
     Warns:
-        UserWarning: weights were asked to be in blocks of a size that doesn't divide their inputs.
+        UserWarning: weights were asked to be in blocks of a size that doesn't divide their inputs, or to be unsigned
+            where the target makes their grids symmetric.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class QuantSim(StateView):
         )
         self._opened: tuple[SimState, Simulation[Any]] | None = None
         """The open simulation, and the state that it was made of."""
-        if doubt := self._state.plan.doubt_of_blocks():
+        plan = self._state.plan
+        for doubt in filter(None, (plan.doubt_of_blocks(), plan.doubt_of_signs())):
             warnings.warn(doubt, stacklevel=2)
 
     @classmethod
