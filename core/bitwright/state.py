@@ -167,7 +167,7 @@ class SimState:
         """See `QuantSim.open`."""
         if isinstance(data, Dataset):
             return data
-        require_ranks(self.graph)
+        require_ranks(self.graph, self.inputs)
         if is_forward_pass(data):
             data = recorded(self.backend, self.native, data)
         return open_data(

@@ -236,10 +236,9 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     from bitwright.simulation import open_model
 
     backend, native = open_model(model, sample_of(model, data))
-    require_ranks(backend.graph(native))
-    return open_data(
-        data, backend.input_specs(native), batch_size=batch_size, limit=limit, text=TextOptions.beside(model)
-    )
+    specs = backend.input_specs(native)
+    require_ranks(backend.graph(native), specs)
+    return open_data(data, specs, batch_size=batch_size, limit=limit, text=TextOptions.beside(model))
 
 
 def sample_of(model: Path, data: Path | None) -> Any:

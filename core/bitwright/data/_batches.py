@@ -36,14 +36,14 @@ def single_input(specs: InputSpecs) -> str:
     return next(iter(specs))
 
 
-def require_ranks(graph: Graph) -> None:
+def require_ranks(graph: Graph, specs: InputSpecs) -> None:
     """Refuse a model whose inputs don't say how many axes they have: data can't be told from samples of data there.
 
     Raises:
         InputError: an input's shape is unknown altogether.
     """
-    for name in graph.inputs:
-        if graph.tensors[name].shape is None:
+    for name, (shape, _) in specs.items():
+        if not shape and name in graph.tensors and graph.tensors[name].shape is None:
             raise InputError(
                 f"the model says nothing of the shape of its input {name!r}, not even how many axes it has: give it "
                 "one where the model is made, with None for axes that are free"

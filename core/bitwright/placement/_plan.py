@@ -149,8 +149,8 @@ class Plan(Tabular, Mapping[SiteId, Site]):
         half = 2 ** (spec.bits - 1)
         return (
             f"weights of unsigned codes have a symmetric grid, since target {self.target!r} asks for one: "
-            f"uint{spec.bits} with the zero point {half} stands for what int{spec.bits} does, {-half} … {half - 1} steps "
-            f"({shown}{more}). For grids that follow both ends of the weights take a target whose params have "
+            f"uint{spec.bits} with the zero point {half} stands for what int{spec.bits} does, {-half} … {half - 1} "
+            f"steps ({shown}{more}). For grids that follow both ends of the weights take a target whose params have "
             "is_symmetric False, such as w4a16_asymmetric"
         )
 
