@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,7 @@ from bitwright.errors import InputError
 if TYPE_CHECKING:
     from bitwright.bank import Bank
     from bitwright.simulation import QuantSim
-    from bitwright_analysis.records import Analysis
+    from bitwright_analysis.records import Analysis, Hint
 
 SHOWN = 10
 
@@ -245,13 +248,19 @@ def validate(
     from bitwright_analysis.hints import architecture_hints
 
     found = run(model, target=target, weights=weights, activations=activations)
-    hints = architecture_hints(model, target, multiple=multiple) if found.opened else ()
+    hints: Sequence[Hint] = ()
     family = None
-    if found.opened and data is not None:
-        sim = QuantSim(model, options.sample_of(model, data), target=target, weights=weights, activations=activations)
-        sim.apply("fold_batch_norm")
-        samples = sim.open(data)
-        family = family_types(sim.calibrate(samples), samples)
+    with warnings.catch_warnings():
+        for notice in found.notices:  # which opening it again would tell again
+            warnings.filterwarnings("ignore", re.escape(notice))
+        if found.opened:
+            hints = architecture_hints(model, target, multiple=multiple)
+        if found.opened and data is not None:
+            sample = options.sample_of(model, data)
+            sim = QuantSim(model, sample, target=target, weights=weights, activations=activations)
+            sim.apply("fold_batch_norm")
+            samples = sim.open(data)
+            family = family_types(sim.calibrate(samples), samples)
     if as_json:
         record = {**asdict(found), "hints": [h.model_dump() for h in hints]}
         if data is not None:

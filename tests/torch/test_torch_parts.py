@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 import bitwright  # noqa: E402
 import bitwright_torch  # noqa: E402
 from bitwright.backend import Tap  # noqa: E402
+from bitwright.cli import main  # noqa: E402
 from bitwright.data import FirstSamples  # noqa: E402
 from bitwright.errors import InputError, ModelError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
@@ -349,3 +350,28 @@ def test_elements_of_lists_that_are_batches_stay_such():
 
     sim = QuantSim(Two().eval(), ([torch.rand(2, 4), torch.rand(2, 4)],))
     assert sim.open([([torch.rand(5, 4), torch.rand(5, 4)],)]).samples == 5
+
+
+DETECTOR_FILE = """
+import torch
+from test_torch_parts import ListDetector
+
+def build():
+    return ListDetector().eval(), ([torch.rand(3, 8, 8)],)
+
+def score(model):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("command", ["validate", "auto"])
+def test_a_command_tells_once_that_a_model_is_in_parts(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(DETECTOR_FILE)
+    np.save("images.npy", np.random.default_rng(0).random((6, 3, 8, 8), np.float32))
+    words = ["--data", "images.npy"]
+    if command == "auto":
+        words += ["--evaluate", "own.py:score", "--allowed-drop", "1", "--out", "out"]
+    assert main([command, "own.py:build", *words]) == 0
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("is captured in parts") == 1

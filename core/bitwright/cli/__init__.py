@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         # What a command has to say doesn't depend on how Python was started.
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+        warnings.showwarning = _once()
         with _terminated_as_stopped() as terminated:
             try:
                 status = _run(words, debug=debug)
@@ -63,6 +63,18 @@ def _terminated_as_stopped() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _once() -> Callable[..., None]:
+    """Show a warning as a line, and no text twice: a command may open a model for its data, and again for its work."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if (text := str(message)) not in said:
+            said.add(text)
+            complain(f"warning: {text}")
+
+    return show
 
 
 _LONGEST = 2_000
