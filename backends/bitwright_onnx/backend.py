@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Bundle, Pair, QuantizedNetwork, Session, Simulation, Tap
+from bitwright.backend import Batch, Bundle, Pair, PickingSession, QuantizedNetwork, Session, Simulation, Tap
 from bitwright.bundle import PlainRisks
 from bitwright.errors import InputError
 from bitwright.files import Array
@@ -102,6 +102,10 @@ class OnnxBackend:
 
     def session(self, model: ir.Model, taps: Sequence[Tap]) -> Session:
         """See `Backend`."""
+        return OrtSession(model, taps, blocked=True)
+
+    def picking_session(self, model: ir.Model, taps: Sequence[Tap]) -> PickingSession:
+        """See `bitwright.backend.Picking`."""
         return OrtSession(model, taps, blocked=True)
 
     def segment(self, model: ir.Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:

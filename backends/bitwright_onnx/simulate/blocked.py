@@ -4,8 +4,8 @@ ONNX Runtime convolves in a layout of blocks of channels (its domain com.microso
 before and a ReorderInput behind each op that it doesn't know in that layout, such as the chain of a site. A chain with
 one scale works value by value, so it gives the same in any order. Here the graph that ONNX Runtime optimized is read
 back, chains and sums of tensors that are blocked alike take the blocked tensors, and only what other ops or outputs
-read is reordered. Taps too (`taps.TapOps`): extremes are the same in any order, and of a thinned tensor the values are
-picked where they lie in the blocks. Nothing is computed otherwise: results are equal bit for bit.
+read is reordered. Taps too (`taps.TapOps`): extremes are the same in any order, and of a thinned tensor, or at places
+of it, the values are picked where they lie in the blocks. Nothing is computed otherwise: results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def keep_blocked(model: onnx.ModelProto) -> bool:
     if not rewritten.kept:
         return False
     del model.graph.node[:]
-    model.graph.node.extend(_early(nodes))
+    model.graph.node.extend(_early(_read_at_all(nodes, {v.name for v in model.graph.output})))
     model.graph.initializer.extend(rewritten.constants)
     # Shapes of blocked tensors have their channels rounded up, which what is noted doesn't say.
     del model.graph.value_info[:]
@@ -83,6 +83,9 @@ class _Rewritten:
         self.constants: list[onnx.TensorProto] = []
         self._graph = graph
         self._whole = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.INT64}
+        self._laid: dict[str, onnx.NodeProto] = {}
+        """What only picking reads → the node that lays the positions of a blocked tensor in a row."""
+        self._makers = {name: node for node in graph.node for name in node.output}
         self._flattened: dict[str, onnx.NodeProto] = {}
         """What only thinning reads → the node that flattens a blocked tensor."""
         self._readers: dict[str, list[onnx.NodeProto]] = {}
@@ -206,7 +209,71 @@ class _Rewritten:
             return []
         if node.op_type == "Slice" and source in self._flattened:
             return self._thinned(self._flattened[source], node)
+        if node.op_type == "Reshape" and source in self._blocked and self._lays(node):
+            self._laid[node.output[0]] = node
+            return []
+        if node.op_type == "Shape" and source in self._laid:  # of which the number of samples is read
+            node.input[0] = self._blocked[self._laid[source].input[0]][0]
+            return [node]
+        if node.op_type == "GatherElements" and source in self._laid:
+            return self._picked(self._laid[source], node)
         return None
+
+    def _lays(self, node: onnx.NodeProto) -> bool:
+        """Whether a Reshape to (samples, channels, positions) is read by picking alone (`TapOps.picked`)."""
+        shape = self._shapes.get(node.input[0])
+        if shape is None or len(shape) != 4:
+            return False
+        sizes = [d for d in shape[1:] if isinstance(d, int)]
+        if len(sizes) != 3 or self._constant(node.input[1]) != [0, sizes[0], sizes[1] * sizes[2]]:
+            return False
+        return all(
+            reader.op_type == "Shape" or (reader.op_type == "GatherElements" and self._spread(reader) is not None)
+            for reader in self._readers.get(node.output[0], ())
+        )
+
+    def _spread(self, node: onnx.NodeProto) -> str | None:
+        """Of a node that picks along axis 2 the same places in every channel: their name, (samples, 1, places)."""
+        index = self._makers.get(node.input[1])
+        if _numbers(node).get("axis") != 2 or index is None or index.op_type != "Expand":
+            return None
+        lengths = self._constant(index.input[1])
+        return index.input[0] if lengths is not None and lengths[::2] == [1, 1] and len(lengths) == 3 else None
+
+    def _picked(self, laid: onnx.NodeProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Whole blocks of channels, at each place."""
+        source, name, places = laid.input[0], node.output[0], self._spread(node)
+        shape = self._shapes[source]
+        assert shape is not None
+        assert places is not None
+        channels, height, width = (int(d) for d in shape[1:] if d is not None)
+        block = block_size()
+        blocks = -(-channels // block)
+        one, zero = np.array(1), np.array(0)
+        for suffix, array in (
+            ("zero", zero), ("one", one), ("blocks", np.array(blocks)), ("area", np.array(height * width)),
+            ("rows", np.array([-1, block])), ("column", np.array([-1, blocks, 1])),
+            ("back", np.array([0, blocks * block, -1])), ("first", np.array([0])), ("last", np.array([channels])),
+            ("axis", np.array([1])),
+        ):  # fmt: skip
+            self.constants.append(numpy_helper.from_array(array.astype(np.int64), f"{name}/{suffix}"))
+        self.kept += 1
+        blocked = self._blocked[source][0]
+        ops: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
+            ("Reshape", (blocked, f"{name}/rows"), f"{name}/flat", {}),
+            ("Shape", (blocked,), f"{name}/shape", {}),
+            ("Gather", (f"{name}/shape", f"{name}/zero"), f"{name}/samples", {}),
+            ("Mul", (f"{name}/samples", f"{name}/blocks"), f"{name}/all", {}),
+            ("Range", (f"{name}/zero", f"{name}/all", f"{name}/one"), f"{name}/each", {}),
+            ("Mul", (f"{name}/each", f"{name}/area"), f"{name}/begin", {}),
+            ("Reshape", (f"{name}/begin", f"{name}/column"), f"{name}/begins", {}),
+            ("Add", (f"{name}/begins", places), f"{name}/places", {}),
+            ("Gather", (f"{name}/flat", f"{name}/places"), f"{name}/blocked", {}),
+            ("Transpose", (f"{name}/blocked",), f"{name}/turned", {"perm": [0, 1, 3, 2]}),
+            ("Reshape", (f"{name}/turned", f"{name}/back"), f"{name}/filled", {}),
+            ("Slice", (f"{name}/filled", *(f"{name}/{part}" for part in ("first", "last", "axis"))), name, {}),
+        )
+        return [helper.make_node(op, inputs, [output], output, **given) for op, inputs, output, given in ops]
 
     def _step(self, node: onnx.NodeProto) -> int:
         """Of a node that takes every so-manieth value along axis 1; 0 for any other."""
@@ -239,6 +306,16 @@ class _Rewritten:
     def _constant(self, name: str) -> list[int] | None:
         held = self._whole.get(name)
         return None if held is None else [int(n) for n in numpy_helper.to_array(held).ravel()]
+
+
+def _read_at_all(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The nodes whose results are outputs, or are read on the way to one."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if not needed.isdisjoint(node.output):
+            kept.append(node)
+            needed.update(_read(node))
+    return kept[::-1]
 
 
 def _early(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitwright.backend import Batch, Tap, feed, given, reduced, require_tensors
+from bitwright.backend import Batch, Tap, feed, given, picked, reduced, require_tensors
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import Array
 from bitwright_onnx.graph.subgraph import extract, values_of
@@ -251,6 +251,8 @@ class OrtSession:
         self._passed = {t: t.tensor for t in self.taps if t.tensor in sources}
         computed = [t for t in self.taps if t not in self._passed]
         self._fetch: dict[Tap, tuple[str, ...]] = {}
+        self._first: dict[Tap, str] = {}
+        """Inputs that say which the first sample of a tap's tensor is."""
         self._session: ort.InferenceSession | None = None
         self._blocked: Callable[[], ort.InferenceSession] | None = None
         self._left = 0.0
@@ -266,8 +268,12 @@ class OrtSession:
             # first tensor, and so on, each runs soon behind its tensor, which is let go then: for extremes in
             # MobileNetV2 a third of the memory, and half of the time of a session's first run.
             for tap in reversed(computed):
-                plain = tap.step == 1 and not reduces if tap.reduce == "none" else tap.tensor in results
-                outputs = [values[tap.tensor]] if plain else ops.made(values[tap.tensor], tap)
+                if tap.places is not None and (counter := ops.picked(values[tap.tensor], tap)) is not None:
+                    outputs, first = counter
+                    self._first[tap] = str(first.name)
+                else:
+                    plain = tap.step == 1 and not reduces if tap.reduce == "none" else tap.tensor in results
+                    outputs = [values[tap.tensor]] if plain else ops.made(values[tap.tensor], tap)
                 self._fetch[tap] = tuple(str(v.name) for v in outputs)
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
@@ -278,6 +284,8 @@ class OrtSession:
             self._inputs = inputs_of(self._session)
             if blocked and _may_be_blocked(part) and (sites or reduces):
                 self._blocked = partial(_compile, part, config=config, blocked=True)
+        for name in self._first.values():
+            del self._inputs[name]
         self._fed = tuple(self._inputs)
         for name in self._passed.values():
             dtype = known[name].dtype
@@ -296,6 +304,15 @@ class OrtSession:
             InputError: a needed array is missing, or has the wrong dtype, rank or shape.
             ModelError: an op failed while running.
         """
+        return self.run_at(batch, {})
+
+    def run_at(self, batch: Batch, first: Mapping[Tap, int]) -> dict[Tap, Array]:
+        """See `bitwright.backend.PickingSession`.
+
+        Raises:
+            InputError: a needed array is missing, or has the wrong dtype, rank or shape.
+            ModelError: an op failed while running.
+        """
         if self._blocked is not None and self._left <= 0:
             self._make_blocked(self._blocked)
         bound = self._bound
@@ -303,6 +320,7 @@ class OrtSession:
         fetched: dict[str, Array] = {}
         if self._session is not None:
             given = {n: feeds[n] for n in self._fed}
+            given |= {name: np.array(first[tap], np.int64) for tap, name in self._first.items()}
             begin = time.perf_counter()
             try:
                 fetched = dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
@@ -316,7 +334,10 @@ class OrtSession:
         results: dict[Tap, Array] = {}
         for tap in self.taps:
             if tap in self._passed:
-                results[tap] = reduced(feeds[tap.tensor], tap)
+                value = feeds[tap.tensor]
+                results[tap] = reduced(value, tap) if tap.places is None else picked(value, tap, first[tap])
+            elif tap in self._first:
+                results[tap] = fetched[self._fetch[tap][0]]
             elif len(names := self._fetch[tap]) == 1:
                 value = fetched[names[0]]
                 if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment
@@ -324,7 +345,10 @@ class OrtSession:
                     continue
                 # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
                 done = tap.step > 1 and names[0] != tap.tensor
-                results[tap] = value if done else reduced(value, tap)
+                if tap.places is not None:
+                    results[tap] = picked(value, tap, first[tap])
+                else:
+                    results[tap] = value if done else reduced(value, tap)
                 if tap.reduce == "minmax" and names[0] != tap.tensor:
                     results[tap][0] = 0.0
             else:
@@ -341,7 +365,7 @@ class OrtSession:
 
 def _in_graph(tap: Tap) -> bool:
     """Whether ops are made of a tap that read blocks as well."""
-    return tap.step > 1 or (tap.reduce == "minmax" and tap.axis is None)
+    return tap.step > 1 or tap.places is not None or (tap.reduce == "minmax" and tap.axis is None)
 
 
 def _may_be_blocked(part: ir.Model) -> bool:

@@ -37,6 +37,8 @@ from bitwright.backend._protocols import (
     Pair,
     ParamUpdates,
     PartialExecution,
+    Picking,
+    PickingSession,
     Pullback,
     QuantizedArtefact,
     QuantizedNetwork,
@@ -67,7 +69,7 @@ from bitwright.backend._sessions import (
 from bitwright.backend._settled import settled
 from bitwright.backend._simulated import SimulationBase
 from bitwright.backend._sites import Sites
-from bitwright.backend._taps import Reduction, Tap, reduced, thinned_places
+from bitwright.backend._taps import Places, Reduction, Tap, picked, reduced, thinned_places
 
 __all__ = [
     "ArtefactWriter",
@@ -95,6 +97,9 @@ __all__ = [
     "Params",
     "Part",
     "PartialExecution",
+    "Picking",
+    "PickingSession",
+    "Places",
     "Pullback",
     "QuantizedArtefact",
     "QuantizedNetwork",
@@ -135,6 +140,7 @@ __all__ = [
     "observed",
     "on_grid",
     "parts_of",
+    "picked",
     "precision_of",
     "reduced",
     "require",

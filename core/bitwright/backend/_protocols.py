@@ -57,6 +57,19 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class PickingSession(Session, Protocol):
+    """A session that may be asked for some positions of each sample, others in successive ones (`Tap.places`)."""
+
+    def run_at(self, batch: Batch, first: Mapping[Tap, int]) -> Mapping[Tap, Array]:
+        """As `run`; taps with places hand out what `picked` would take of the whole tensor.
+
+        Args:
+            batch: as for `run`.
+            first: for each tap with places, the number of the first sample along axis 0 of its tensor.
+        """
+
+
+@runtime_checkable
 class Simulation(Protocol[M_co]):
     """The native model with fake quantization at the planned sites."""
 
@@ -339,6 +352,18 @@ class PartialExecution(Protocol[M_contra]):
 
 
 @runtime_checkable
+class Picking(Protocol[M_contra]):
+    """Taking some positions out of large tensors inside of the graph, so that the rest never leaves it."""
+
+    def picking_session(self, model: M_contra, taps: Sequence[Tap]) -> PickingSession:
+        """As `Backend.session`, of taps that may have places.
+
+        Raises:
+            ModelError: a tap is unknown, or the framework can't run the model.
+        """
+
+
+@runtime_checkable
 class IntegerRuntime(Protocol):
     """A runtime that executes an exported bundle with integer kernels, for `verify`; see `RuntimeInfo`."""
 
@@ -521,6 +546,7 @@ class Capability(StrEnum):
     SHARED_CONVERSION = "shared_conversion"
     BRANCHING = "branching"
     OBSERVABLE = "observable"
+    PICKING = "picking"
     SOURCE_FILES = "source_files"
     REPRODUCED_ARTEFACT = "reproduced_artefact"
 
@@ -542,6 +568,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.SHARED_CONVERSION: SharedConversion,
     Capability.BRANCHING: Branching,
     Capability.OBSERVABLE: Observable,
+    Capability.PICKING: Picking,
     Capability.SOURCE_FILES: SourceFiles,
     Capability.REPRODUCED_ARTEFACT: ReproducedArtefact,
 }

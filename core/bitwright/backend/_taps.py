@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,23 @@ from numpy.typing import NDArray
 from bitwright.graph import TensorId
 
 Reduction = Literal["none", "minmax"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some positions of a tensor's samples, others in successive ones, which come again after some samples.
+
+    Attributes:
+        of: what they follow from: places are equal where this is.
+        table: (turns, positions): sample n has those of row n mod turns, counted through its axes but the channels'.
+    """
+
+    of: Hashable
+    table: NDArray[np.intp] = field(compare=False, repr=False)
+
+    def rows(self, first: int, samples: int) -> NDArray[np.intp]:
+        """Of so many samples, the first of which has this number, (samples, positions)."""
+        return np.asarray(self.table[(first + np.arange(samples)) % len(self.table)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +44,29 @@ class Tap:
         axis: channel axis: of a reduction, or of a tensor that is thinned.
         step: with "none": hand out every `step`-th value of each sample, (samples, ⌈size/step⌉), counted with the
             channels first (`axis`), so that it is the same values whatever the layout; see `thinned`.
+        places: with "none": hand out all channels (`axis`) at these positions, (samples, channels, positions); of
+            sessions that can (`Picking`), see `picked`.
     """
 
     tensor: TensorId
     reduce: Reduction = "none"
     axis: int | None = None
     step: int = 1
+    places: Places | None = None
+
+
+def picked(values: NDArray[Any], tap: Tap, first: int) -> NDArray[Any]:
+    """What a tap with places hands out of a whole tensor, (samples, channels, positions), a new array.
+
+    Args:
+        values: the tensor.
+        tap: with places; no axis stands for channels on axis 1.
+        first: number of the first sample.
+    """
+    assert tap.places is not None
+    seen = np.moveaxis(values, 1 if tap.axis is None else tap.axis, 1)
+    flat = seen.reshape(*seen.shape[:2], -1)
+    return np.take_along_axis(flat, tap.places.rows(first, len(flat))[:, None], axis=2)
 
 
 def reduced(values: NDArray[Any], tap: Tap) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitwright.backend import Batch
+from bitwright.backend import Batch, Picking
 from bitwright.bank._bank import Bank
 from bitwright.bank._record import INDEX, Number, StepEntry
 from bitwright.bank._requests import (
@@ -42,7 +42,7 @@ from bitwright.plugins import registry
 from bitwright.runs import versions
 from bitwright.state import SimState, StateView
 from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Statistic
-from bitwright.targets import target_names
+from bitwright.targets import load_target, target_names
 from bitwright.technique import LayerwiseSettings, Step
 
 GIB = 2**30
@@ -64,9 +64,9 @@ def collect(
 ) -> Bank:
     """Run the float network once over the data, and keep the statistics that solving takes.
 
-    Held are, for every tensor that one of the registered targets or this simulation quantizes, a histogram and its
-    range (by channel where a linear op reads it), and for every linear op the means and second moments of its input.
-    Ops that read the same columns share them.
+    Held are, for every tensor that this simulation or one of the registered targets quantizes (but those that keep out
+    of banks, `targets.Extension.in_banks`), a histogram and its range (by channel where a linear op reads it), and for
+    every linear op the means and second moments of its input. Ops that read the same columns share them.
 
     Args:
         sim: the simulation, in the state that the bank will be valid for.
@@ -141,7 +141,10 @@ def collect(
 
         if size is None:
             opened, whole = float_only(state.backend, state.native), divided(state.backend, state.native, state.graph)
-            collect_statistics(requests, opened, seen, progress=state.progress, divided=whole, finished=finished)
+            collect_statistics(
+                requests, opened, seen, progress=state.progress, divided=whole,
+                picking=isinstance(state.backend, Picking), finished=finished,
+            )  # fmt: skip
         else:
             asked = Wanted(tuple(tensors), tuple(ops[0].id for ops in shared.values()), moments_gib, thin)
             for key, statistic in in_shares(state, requests, seen, size, asked, writer.folder).items():
@@ -217,7 +220,7 @@ class Seen:
 
 
 def _tensors(state: SimState, *, every_tensor: bool) -> list[TensorId]:
-    """Tensors whose values some target needs, in the order of the graph."""
+    """Tensors whose values this simulation or a target needs, in the order of the graph."""
     graph = state.graph
     produced = [*graph.inputs, *(t for op in graph.ops for t in op.outputs)]
     floats = [t for t in dict.fromkeys(produced) if t in graph.tensors and graph.tensors[t].dtype in FLOAT_DTYPES]
@@ -226,7 +229,8 @@ def _tensors(state: SimState, *, every_tensor: bool) -> list[TensorId]:
     plans = [state.plan]
     for name in target_names():
         with suppress(TargetError):  # one that contradicts itself on this graph, or is broken, quantizes nothing
-            plans.append(build_plan(graph, name))
+            if (target := load_target(name)).config.bitwright.in_banks:
+                plans.append(build_plan(graph, target))
     needed = {t for plan in plans for site in plan.activations for t in plan.observed(site)}
     needed |= {op.data_inputs[0] for op in linear_ops(graph)}
     return [t for t in floats if t in needed]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Backend, Part, PartialExecution, Session, Tap
+from bitwright.backend import Backend, Part, PartialExecution, Picking, Session, Tap
 from bitwright.bank._record import PRECISION
 from bitwright.calibration import InParts, in_parts, sampled
-from bitwright.graph import Graph, Op, OpKind, TensorId, groups_of, input_channels
+from bitwright.graph import Graph, Op, OpKind, Tensor, TensorId, groups_of, input_channels
 from bitwright.layerwise import blocks_within
 from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic, Request, Source
 
@@ -20,13 +20,14 @@ Opener = Callable[[Source, Sequence[Tap]], Session]
 
 
 def float_only(backend: Backend[Any], model: object) -> Opener:
-    """Opens sessions of a float model; those of the same taps are one."""
+    """Opens sessions of a float model, that pick if the backend's can; those of the same taps are one."""
+    opens = backend.picking_session if isinstance(backend, Picking) else backend.session
     known: dict[tuple[Tap, ...], Session] = {}
 
     def opened(source: Source, taps: Sequence[Tap]) -> Session:
         found = known.get(tuple(taps))
         if found is None:
-            found = known[tuple(taps)] = backend.session(model, taps)
+            found = known[tuple(taps)] = opens(model, taps)
         return found
 
     return opened
@@ -100,7 +101,21 @@ def _moment_requests(
 ) -> Iterator[Request]:
     for op, *_ in shared.values():
         features, (blocks, _) = features_of(op, graph), blocks_of(op, graph, gib)
-        axis = graph.tensors[op.data_inputs[0]].channel_axis
-        make = partial(LayerMoments, op, features, axis, paired=False, blocks=blocks, thin=thin)
+        read = graph.tensors[op.data_inputs[0]]
+        make = partial(
+            LayerMoments, op, features, read.channel_axis, paired=False, blocks=blocks, thin=thin,
+            spatial=_spatial(op, read),
+        )  # fmt: skip
         memory = LayerMoments.bytes_for(op, features, paired=False, blocks=blocks)
         yield Request(f"moments/{op.id}", (op.data_inputs[0],), make, memory=memory)
+
+
+def _spatial(op: Op, read: Tensor) -> tuple[int, ...] | None:
+    """The axes of an op's input but samples and channels, where their lengths are known."""
+    if read.shape is None or len(read.shape) < 3:
+        return None
+    default = -1 if op.kind is OpKind.LINEAR else 1
+    channels = default if op.kind is OpKind.LINEAR or read.channel_axis is None else read.channel_axis
+    rest = [n for i, n in enumerate(read.shape) if i not in (0, channels % len(read.shape))]
+    known = tuple(n for n in rest if n is not None)
+    return known if len(known) == len(rest) else None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, trim
+from bitwright.backend import Batch, Picking, trim
 from bitwright.bank._requests import Opener, all_requests, divided, float_only
 from bitwright.calibration import InParts, collect
 from bitwright.data import Dataset, samples_in
@@ -110,7 +110,10 @@ def _collected(
         for share in _shares(data, size):
             yield (
                 share.samples,
-                collect(_of_share(share, requests), opened, share, divided=whole, first_batch=share.first),
+                collect(
+                    _of_share(share, requests), opened, share, divided=whole, first_batch=share.first,
+                    picking=isinstance(state.backend, Picking),
+                ),
             )
         return
     try:
@@ -185,7 +188,10 @@ def share_of(backend: str, network: str, wanted: Wanted, share: _Share) -> State
     """A share's statistics: what is sent to workers."""
     with _ONE_AT_A_TIME:
         opened, whole, requests = _open(backend, network, wanted)
-        found = collect(_of_share(share, requests), opened, share, divided=whole, first_batch=share.first)
+        found = collect(
+            _of_share(share, requests), opened, share, divided=whole, first_batch=share.first,
+            picking=isinstance(registry.backend(backend), Picking),
+        )  # fmt: skip
     return {key: {name: np.asarray(v) for name, v in s.state().items()} for key, s in found.items()}
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bitwright.calibration._collected import Collected, pack, taps_of, update_all
+from bitwright.calibration._collected import Collected, pack, run, taps_of, update_all
 from bitwright.calibration._part_by_part import InParts, OpenSession, stream_in_parts
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import InputError
@@ -26,6 +26,7 @@ def collect(
     progress: Progress | None = None,
     divided: InParts | None = None,
     first_batch: int = 0,
+    picking: bool = False,
     finished: Callable[[str, Statistic], None] | None = None,
 ) -> dict[str, Statistic]:
     """Run the networks over the data and return the finished statistics by key.
@@ -47,6 +48,8 @@ def collect(
         divided: the parts of a large network: all data run through one before the next is compiled, and what crosses
             between them is kept, in memory or on disk.
         first_batch: what messages number batches from.
+        picking: sessions that `open_session` opens are `PickingSession`s: moments that count some positions are given
+            these alone. Not for networks in parts.
         finished: takes each statistic with its key as soon as it has seen all: of a large network, behind its part.
             None is held then, and none returned.
 
@@ -58,7 +61,7 @@ def collect(
         raise InputError(f"two statistics are requested under the key {min(twice)!r}")
     found: dict[str, Statistic] = {}
     take = found.__setitem__ if finished is None else finished
-    collected = [Collected(r) for r in requests]
+    collected = [Collected(r, picking=picking and divided is None) for r in requests]
     passes = [collected] if divided is not None and collected else pack(collected, budget_bytes)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for number, members in enumerate(passes):
@@ -90,7 +93,7 @@ def _stream(
     sessions = {source: open_session(source, tuple(taps)) for source, taps in taps_of(collected).items()}
     batches = 0
     for batch in data:
-        values = {source: session.run(batch) for source, session in sessions.items()}
+        values = {source: run(session, batch, collected) for source, session in sessions.items()}
         update_all(pool, collected, values, first + batches)
         del values  # before the next batch runs: of a deep network they are most of what a pass takes
         batches += 1

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from bitwright.backend import Tap
+from bitwright.backend import Batch, PickingSession, Session, Tap
 from bitwright.errors import InputError
 from bitwright.files import Array
-from bitwright.statistics import Request, Source, Statistic
+from bitwright.statistics import LayerMoments, Request, Source, Statistic
 
 
 class Collected:
@@ -19,11 +19,14 @@ class Collected:
     Attributes:
         request: for it.
         taps: what it is updated with, and the network that it is of.
+        picked: whether that is some places of the tensor (`LayerMoments.places`).
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, picking: bool = False) -> None:
         self.request = request
-        self.taps = _taps(request, request.make())
+        empty = request.make()
+        self.picked = picking and isinstance(empty, LayerMoments) and empty.places is not None
+        self.taps = _taps(request, empty, picked=self.picked)
         self._statistic: Statistic | None = None
 
     @property
@@ -39,8 +42,10 @@ class Collected:
         return found
 
 
-def _taps(request: Request, s: Statistic) -> tuple[tuple[Source, Tap], ...]:
+def _taps(request: Request, s: Statistic, *, picked: bool) -> tuple[tuple[Source, Tap], ...]:
     pairs = zip(request.sources, request.tensors, strict=True)
+    if picked and isinstance(s, LayerMoments):
+        return tuple((source, Tap(tensor, axis=s.place_axis, places=s.places)) for source, tensor in pairs)
     step = getattr(s, "step", 1)
     axis = s.axis if step == 1 else getattr(s, "layout", None)
     taps = [(source, Tap(tensor, s.reduction, axis, step)) for source, tensor in pairs]
@@ -73,6 +78,20 @@ def taps_of(collected: Iterable[Collected]) -> dict[Source, dict[Tap, None]]:
     return wanted
 
 
+def run(session: Session, batch: Batch, collected: Iterable[Collected]) -> Mapping[Tap, Array]:
+    """What a session finds in a batch, the next one for these statistics."""
+    first = {
+        tap: c.statistic.next_sample
+        for c in collected
+        if c.picked and isinstance(c.statistic, LayerMoments)
+        for _, tap in c.taps
+    }
+    if not first:
+        return session.run(batch)
+    assert isinstance(session, PickingSession)
+    return session.run_at(batch, first)
+
+
 def update_all(
     pool: ThreadPoolExecutor,
     collected: Sequence[Collected],
@@ -93,7 +112,11 @@ def update_all(
 
 def _update(collected: Collected, values: Mapping[Source, Mapping[Tap, Array]], batch: int) -> None:
     try:
-        collected.statistic.update(*(np.asarray(values[source][tap]) for source, tap in collected.taps))
+        found = [np.asarray(values[source][tap]) for source, tap in collected.taps]
+        if collected.picked and isinstance(collected.statistic, LayerMoments):
+            collected.statistic.update_picked(*found)
+        else:
+            collected.statistic.update(*found)
     except InputError as error:
         names = ", ".join(f"{t!r}" for t in dict.fromkeys(collected.request.tensors))
         networks = " and ".join(dict.fromkeys(collected.request.sources))

@@ -52,6 +52,12 @@ class LayerMoments:
             times less memory: everything has (groups · blocks, K / blocks) in place of (groups, K).
         thin: of each sample, count one position for every so many features, 4 at least, spread evenly (`_positions`),
             in place of all positions. None counts all.
+        spatial: of the input, where it is known ahead and the same for all samples: `places` then says which of it is
+            enough. Needs an input that isn't paired.
+
+    Attributes:
+        places: of a sample of the input, all that is counted of it; None for the whole. Updates may bring these values
+            by `update_picked`, channels lying on `place_axis`.
 
     Raises:
         InputError: the features can't be parted so, or `thin` isn't a number of features.
@@ -71,6 +77,7 @@ class LayerMoments:
         residual_outputs: int = 0,
         blocks: int = 1,
         thin: int | None = None,
+        spatial: tuple[int, ...] | None = None,
     ) -> None:
         if thin is not None and thin < 1:
             raise InputError(f"{op.id!r}: thin={thin}; one position is counted for every 1, 2, … features")
@@ -83,6 +90,8 @@ class LayerMoments:
         self.thin, self._columns = thin, features * blocks
         self._count = 0
         self._some = None if thin is None else Thinned(op, self.channel_axis, self._columns, thin, (groups, features))
+        self._spatial = () if spatial is None else spatial
+        self.places = None if self._some is None or spatial is None or paired else self._some.places(spatial)
         self._sum: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
         """Of x − shift."""
         self._shift: list[Moments] = [np.zeros((groups, features)) for _ in range(1 + paired)]
@@ -111,6 +120,28 @@ class LayerMoments:
         assert not self._settled
         with np.errstate(over="ignore", invalid="ignore"):
             self._take(values)
+
+    def update_picked(self, values: NDArray[Any]) -> None:
+        """Take of one batch what `places` asks for, (samples, channels, positions): the same as of the whole input.
+
+        Raises:
+            InputError: a value isn't finite; nothing is taken then. What isn't picked goes unseen.
+        """
+        assert self.places is not None
+        assert self._some is not None
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._some.take_picked(values, self._spatial):
+                self._flush()
+
+    @property
+    def place_axis(self) -> int:
+        """Where the channels of the input lie that `places` is of."""
+        return (-1 if self.op.kind is OpKind.LINEAR else 1) if self.channel_axis is None else self.channel_axis
+
+    @property
+    def next_sample(self) -> int:
+        """Number of the sample that comes next."""
+        return 0 if self._some is None else self._some.samples
 
     def _take(self, values: tuple[NDArray[Any], ...]) -> None:
         expected = 1 + self.paired + self.has_residual

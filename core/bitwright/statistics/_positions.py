@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Places
 from bitwright.graph import ConvAttrs, Op, OpKind, as_convolution, output_spatial
 
 TURNS = 16
@@ -39,11 +40,13 @@ class Picks:
         outputs: (TURNS, positions), counted through the op's output, row after row.
         inputs: (TURNS, taps, positions), counted through the input likewise.
         inside: whether there is an input, likewise; None where there always is.
+        places: all of an input that is read at these positions, tap by tap.
     """
 
     outputs: NDArray[np.intp]
     inputs: NDArray[np.intp]
     inside: NDArray[np.bool_] | None
+    places: Places
 
     def columns(self, x: NDArray[np.float32], first: int) -> NDArray[np.float32]:
         """Columns of a batch at these positions, (channels · taps, samples · positions).
@@ -69,6 +72,20 @@ class Picks:
             found[:, :, sample] = picked.reshape(channels, taps, count)
         return found.reshape(channels * taps, -1)
 
+    def columns_of(self, values: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+        """As `columns`, of what was picked of a batch.
+
+        Args:
+            values: of `places`, (samples, channels, taps · positions).
+            first: number of the first sample.
+        """
+        samples, channels = values.shape[:2]
+        turns, taps, count = self.inputs.shape
+        found = values.reshape(samples, channels, taps, count)
+        if self.inside is not None:
+            found = found * self.inside[(first + np.arange(samples)) % turns][:, None]
+        return np.ascontiguousarray(found.transpose(1, 2, 0, 3)).reshape(channels * taps, -1)
+
     def rows(self, y: NDArray[np.float32], first: int) -> NDArray[np.float32]:
         """Of a tensor shaped like the op's output, (samples, channels, *spatial), the same rows: (channels, rows)."""
         flat = y.reshape(*y.shape[:2], -1)
@@ -93,9 +110,10 @@ def picks(op: Op, spatial: tuple[int, ...], features: int, thin: int) -> Picks |
 
 @lru_cache(maxsize=256)
 def _picks(attrs: ConvAttrs | None, transposed: bool, spatial: tuple[int, ...], count: int) -> Picks | None:
+    of = attrs, transposed, spatial, count
     if attrs is None:
         outputs = spread(spatial, count)
-        return None if outputs is None else Picks(outputs, outputs[:, None], None)
+        return None if outputs is None else Picks(outputs, outputs[:, None], None, Places(of, outputs))
     steps = attrs.strides if transposed else (1,) * len(spatial)
     if transposed:
         attrs = as_convolution(attrs)
@@ -114,7 +132,8 @@ def _picks(attrs: ConvAttrs | None, transposed: bool, spatial: tuple[int, ...], 
         where, gap = np.divmod(at[:, None] * stride + tap[:, None] * dilation - before, step)
         inside &= (gap == 0) & (where >= 0) & (where < size)
         inputs = inputs * size + where.clip(0, size - 1)
-    return Picks(outputs, inputs, None if inside.all() else inside)
+    places = Places(of, inputs.reshape(len(inputs), -1))
+    return Picks(outputs, inputs, None if inside.all() else inside, places)
 
 
 @lru_cache(maxsize=256)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Places
 from bitwright.errors import InputError
 from bitwright.graph import ConvAttrs, Op, OpKind, columns
 from bitwright.statistics._base import finite
@@ -66,15 +68,44 @@ class Thinned:
             InputError: a value isn't finite; nothing is taken then.
         """
         found = tuple(self._picked(np.asarray(x, np.float32)) for x in inputs)
+        others = [] if error is None else [self._errors_at(error, inputs[0])]
+        # Bad data are bad, wherever they are looked at.
+        whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
+        return self._kept(found, others, whole, len(inputs[0]))
+
+    def take_picked(self, values: NDArray[Any], spatial: tuple[int, ...]) -> bool:
+        """As `take`, of one input, of which a session has picked the `places`.
+
+        Args:
+            values: (samples, channels, positions).
+            spatial: of the input.
+        """
+        chosen = self._chosen(spatial)
+        assert chosen is not None
+        self.passed_over = True
+        found = chosen.columns_of(np.asarray(values, np.float32), self.samples)
+        return self._kept((found.reshape(*self._shape, -1),), [], [], len(values))
+
+    def places(self, spatial: tuple[int, ...]) -> Places | None:
+        """What is read of an input; None where that is more than half of it."""
+        chosen = self._chosen(spatial)
+        if chosen is None or 2 * chosen.places.table.shape[1] > math.prod(spatial):
+            return None
+        return chosen.places
+
+    def _kept(
+        self,
+        found: tuple[NDArray[np.float32], ...],
+        others: list[NDArray[np.float32]],
+        whole: Sequence[NDArray[Any]],
+        samples: int,
+    ) -> bool:
         count = found[0].shape[2]
         sums = tuple((c @ np.ones(count, np.float32)).astype(np.float64) for c in found)
-        others = [] if error is None else [self._errors_at(error, inputs[0])]
         # A value that isn't shows in the sum, where finite ones may overflow too.
-        # Of what isn't counted likewise: bad data are bad, wherever they are looked at.
-        whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
         if not (finite([*sums, *others]) or finite([*found, *others])) or not _all_finite(whole):
             raise InputError(f"{self._op.id!r}: NaN or infinite values reach this layer; check the calibration data")
-        self.samples += len(inputs[0])
+        self.samples += samples
         if count:
             self._held += count
             self._columns.append(found)
@@ -114,7 +145,10 @@ class Thinned:
         rank = len(self._op.attrs.kernel) if isinstance(self._op.attrs, ConvAttrs) else seen.ndim - 2
         if seen.ndim != rank + 2:
             return None, seen  # which `columns` refuses
-        return picks(self._op, seen.shape[2:], self._features, self._thin), seen
+        return self._chosen(seen.shape[2:]), seen
+
+    def _chosen(self, spatial: tuple[int, ...]) -> Picks | None:
+        return picks(self._op, spatial, self._features, self._thin)
 
     def _errors_at(self, error: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float32]:
         chosen, _ = self._picks(x)

@@ -195,6 +195,8 @@ class Extension(_Section):
         runtime: the integer runtime that executes the exported model, for `verify`: "onnxruntime", "tflite", or one
             that a plugin registers.
         extra_op_types: custom op types that this file may name.
+        in_banks: banks keep what it quantizes whether or not they are collected for it. Off for a target with many
+            tensors that no other has, which then have to be asked for (`bitwright collect --target`).
     """
 
     extends: str | None = None
@@ -210,6 +212,7 @@ class Extension(_Section):
     weight_scales: ScaleType | None = None
     runtime: str | None = None
     extra_op_types: tuple[str, ...] = ()
+    in_banks: Annotated[bool, BeforeValidator(_flag)] = True
 
     @field_validator("activations")
     @classmethod
