@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from direct_convolution import CASES, conv_op
 
+from bitwright.backend import Tap, picked
 from bitwright.errors import InputError
 from bitwright.graph import ConvAttrs, Op, OpKind, columns, to_matrix
 from bitwright.statistics import LayerMoments
@@ -46,6 +47,41 @@ def test_they_are_those_of_the_columns_at_these_positions(name, last):
     assert m.count == rows.shape[2] == len(x) * wanted(features, thin)
     np.testing.assert_allclose(m.xx, rows @ rows.swapaxes(1, 2) / m.count, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(m.mean, rows.mean(axis=2), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_picked_gives_the_same_bits(name, last):
+    """In each geometry: strides, dilations and borders, where taps lie outside of the image."""
+    op, x, features = case(name)
+    axis = -1 if last else None
+    if last:
+        x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    spatial = x.shape[1:-1] if last else x.shape[2:]
+    thin = max(1, features // 4)
+    whole, some = (LayerMoments(op, features, axis, paired=False, thin=thin, spatial=spatial) for _ in range(2))
+    if some.places is None:
+        chosen = picks(op, spatial, features, thin)
+        assert chosen is None or 2 * chosen.places.table.shape[1] > np.prod(spatial), "half of it would do"
+        return
+    tap = Tap("x", axis=some.place_axis, places=some.places)
+    for batch in np.array_split(x, 4):
+        whole.update(batch)
+        some.update_picked(picked(batch, tap, some.next_sample))
+    assert whole.state().keys() == some.state().keys()
+    for key, value in whole.state().items():
+        np.testing.assert_array_equal(some.state()[key], value, err_msg=key)
+    bad = picked(x[:2], tap, 0)
+    bad[1, 0, -1] = np.nan
+    with pytest.raises(InputError, match="NaN or infinite"):
+        some.update_picked(bad)
+
+
+def test_pairs_and_unknown_shapes_are_taken_whole():
+    op, x, features = case("plain")
+    for given in ({"paired": True, "spatial": x.shape[2:]}, {"paired": False}, {"paired": False, "thin": None}):
+        assert LayerMoments(op, features, **{"thin": 9, **given}).places is None
+    assert LayerMoments(op, features, paired=False, thin=9, spatial=(64, 64)).places is not None
 
 
 def test_tokens_of_a_sequence():

@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 from bitwright import QuantSim
-from bitwright.backend import Tap
+from bitwright.backend import Picking, Places, Tap, picked
 from bitwright.grids import Encoding, PerChannel
 from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.simulate import blocked, session
@@ -111,6 +111,53 @@ def test_taps_of_the_float_network_are_the_same_bits(channels, written, monkeypa
     whole = session.OrtSession(model, [Tap("c3")]).run({"x": X})[Tap("c3")]
     np.testing.assert_allclose([lowest, highest], [whole.min(), whole.max()], rtol=1e-5)
     assert lowest > 900, "no zero of a block that isn't full"
+
+
+@pytest.mark.parametrize("channels", [24, 32])
+def test_places_are_those_of_the_whole_tensor(channels, written, monkeypatch):
+    """Before and after tensors stay in their blocks; other places in each sample, from any number on."""
+    monkeypatch.setattr(session, "BLOCKED_AFTER", SOON)
+    assert isinstance(OnnxBackend(), Picking)
+    rng = np.random.default_rng(4)
+    names = ("x", "r1", "c2", "h2", "sum", "c5")
+    places = [Places(n, rng.integers(0, 144, (5, count))) for n, count in enumerate((1, 4, 9, 9, 20, 7))]
+    some = [Tap(t, axis=1, places=p) for t, p in zip(names, places, strict=True)]
+    others = [Tap(t) for t in names] + [Tap(t, axis=1, step=7) for t in names]
+    model = OnnxBackend().adopt(residual_net(channels))
+    run = OnnxBackend().picking_session(model, [*some, *others])
+    alone = OnnxBackend().picking_session(model, some)
+    for n in range(4):
+        first = {tap: n * 3 + i for i, tap in enumerate(some)}
+        found, lone = run.run_at({"x": X}, first), alone.run_at({"x": X}, first)
+        for tap in some:
+            expected = picked(found[Tap(tap.tensor)], tap, first[tap])
+            assert expected.shape == (len(X), expected.shape[1], tap.places.table.shape[1])
+            np.testing.assert_array_equal(found[tap], expected, err_msg=tap.tensor)
+            np.testing.assert_allclose(lone[tap], expected, rtol=1e-4, atol=1e-5, err_msg=tap.tensor)
+            at = tap.places.table[(first[tap] + 2) % 5]
+            whole = found[Tap(tap.tensor)][2].reshape(expected.shape[1], -1)
+            np.testing.assert_array_equal(found[tap][2], whole[:, at], err_msg=tap.tensor)
+    assert len(written) == 2
+    assert written[1][1] < written[1][0], "what is picked alone needn't leave the blocks"
+
+
+@pytest.mark.parametrize(("axis", "sizes"), [(1, [6, 5]), (2, [6, 5]), (-1, [4, 3, 5]), (2, [4, 3, 5])])
+def test_places_wherever_the_channels_lie(axis, sizes):
+    """Of tokens, whose channels lie last; in the midst of others they are picked outside of the graph."""
+    m = b.ModelBuilder()
+    m.input("x", ["n", *sizes])
+    m.output("y", ["n", *sizes])
+    m.node("Neg", ["x"], "mid")
+    m.node("Relu", ["mid"], "y")
+    x = np.random.default_rng(0).normal(size=(7, *sizes)).astype(np.float32)
+    positions = np.prod(sizes) // x.shape[axis]
+    tap = Tap("mid", axis=axis, places=Places("some", np.random.default_rng(1).integers(0, positions, (3, 2))))
+    run = OnnxBackend().picking_session(OnnxBackend().adopt(m.build()), [tap, Tap("y")])
+    for first in (0, 2, 100):
+        found = run.run_at({"x": x}, {tap: first})[tap]
+        for n, sample in enumerate(-x):
+            flat = np.moveaxis(sample, (axis % x.ndim) - 1, 0).reshape(x.shape[axis], -1)
+            np.testing.assert_array_equal(found[n], flat[:, tap.places.table[(first + n) % 3]])
 
 
 def test_it_follows_later_encodings(written, monkeypatch):

@@ -541,3 +541,19 @@ def test_layers_are_solved_on_workers(sim, bank, monkeypatch):
         there = sim.fork().attach(executor=workers).apply("gptq", bank)
     assert sent == [op.id for op in sim.graph.linear_ops]
     same_weights(there, here)
+
+
+@onnx_only
+def test_tensors_of_one_target_alone_are_asked_for(tmp_path):
+    """htp_v66 has a grid ahead of each activation; no other preset has, and a bank for all of them does without."""
+    sim = PORT.sim(network(), weights="int4").apply("fold_batch_norm")
+    other = PORT.sim(network(), weights="int4", target="htp_v66").apply("fold_batch_norm")
+    needed = {t for site in other.plan.activations for t in other.plan.observed(site)}
+    usual, named = (collect(s, samples(sim), tmp_path / str(n)) for n, s in enumerate((sim, other)))
+    assert usual.record.tensors.keys() < named.record.tensors.keys()
+    assert needed <= named.record.tensors.keys()
+    for target in ("default", "htp_v68", "htp_v73", "onnxruntime-cpu", "tflite-int8"):
+        PORT.sim(network(), weights="int4", target=target).apply("fold_batch_norm").calibrate(usual)
+    with pytest.raises(InputError, match=r"knows nothing of tensor .*; collect with this target .*--target"):
+        other.fork().calibrate(usual)
+    other.calibrate(named)

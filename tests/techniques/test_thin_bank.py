@@ -79,6 +79,25 @@ def test_histograms_and_ranges_are_of_all_values(sim, bank, tmp_path):
 
 
 @onnx_only
+def test_the_bank_is_the_same_whether_or_not_the_session_picks(sim, bank, tmp_path, monkeypatch):
+    """To the bit, in shares too, of which each begins with another sample."""
+    from bitwright_onnx.simulate.session import OrtSession
+
+    data = sim.open(samples(sim), batch_size=4)
+    asked = []
+    run = OrtSession.run_at
+    monkeypatch.setattr(OrtSession, "run_at", lambda self, *given: asked.append(given[1]) or run(self, *given))
+    picking = [collect(sim, data, tmp_path / f"picking {share}", thin=THIN, share=share) for share in (None, 3)]
+    assert any(asked), "nothing was picked"
+    monkeypatch.setattr("bitwright.bank._requests._spatial", lambda *given: None)
+    asked.clear()
+    whole = [collect(sim, data, tmp_path / f"whole {share}", thin=THIN, share=share) for share in (None, 3)]
+    assert not any(asked)
+    for one, other in zip(picking, whole, strict=True):
+        assert one.record.files == other.record.files
+
+
+@onnx_only
 def test_quantized_inputs_with_residuals(sim):
     """Every way in which moments are collected on data takes the setting."""
     data = samples(sim, 64)

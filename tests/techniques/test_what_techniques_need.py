@@ -19,7 +19,7 @@ from bitwright.testing.reference import ReferenceBackend
 OFFERED = {
     "onnx": {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
-        "observable", "branching",
+        "observable", "branching", "picking",
     },
     "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable", "branching"},
     "keras": {

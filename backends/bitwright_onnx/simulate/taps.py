@@ -93,7 +93,9 @@ class TapOps:
         axis = 1 if tap.axis is None else tap.axis % len(shape)
         if len(sizes) + 1 < len(shape) or axis not in (1, len(shape) - 1):
             return None
-        first = ir.Value(name=self._free(f"{value.name}/First"), type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+        first = ir.Value(
+            name=self._free(f"{value.name}/First"), type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
+        )
         self._graph.inputs.append(first)
         table, last = tap.places.table, axis == len(shape) - 1 and axis != 1
         positions = math.prod(sizes) // sizes[axis - 1]

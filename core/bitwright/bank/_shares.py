@@ -111,7 +111,11 @@ def _collected(
             yield (
                 share.samples,
                 collect(
-                    _of_share(share, requests), opened, share, divided=whole, first_batch=share.first,
+                    _of_share(share, requests),
+                    opened,
+                    share,
+                    divided=whole,
+                    first_batch=share.first,
                     picking=isinstance(state.backend, Picking),
                 ),
             )
