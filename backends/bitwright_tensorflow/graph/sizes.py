@@ -83,14 +83,17 @@ def static_value(tensor: Any, graph_bytes: int) -> Array | None:
         graph_bytes: how large the graph's description is.
 
     Raises:
-        ModelError: the value, or what it is computed from, is.
+        ModelError: the value, or what it is computed from, is; or TensorFlow can't read a constant behind it.
     """
     behind = _behind(tensor)
     if (total := sum(_bytes(t) or 0 for t in behind)) > max(_BYTES, _TIMES * graph_bytes):
         raise _refused("the graph", tensor.op.name, tensor.op.type, total)
     if _visits(behind) > _VISITS:
         raise _repeated("the graph", tensor.op.name)
-    found = tf.get_static_value(tensor)
+    try:
+        found = tf.get_static_value(tensor)
+    except (TypeError, ValueError) as error:  # a constant of a type that has no values, or that contradicts itself
+        raise ModelError(f"the graph can't be read: the value of {tensor.op.name!r} isn't one: {error}") from error
     return None if found is None else np.asarray(found)
 
 
