@@ -268,3 +268,65 @@ def test_buckets_of_relative_positions_open(tmp_path):
     before = _peak()
     BACKEND.load(path)
     assert _peak() - before < 200
+
+
+def _joined(text, times):
+    for _ in range(times):
+        text = tf.raw_ops.StringJoin(inputs=[text, text])
+    return text
+
+
+def _reduced(text, times):
+    for _ in range(times):
+        text = tf.raw_ops.ReduceJoin(inputs=tf.tile(tf.reshape(text, [1]), [8]), reduction_indices=0)
+    return text
+
+
+def _encoded(text, times):
+    for _ in range(times):
+        text = tf.io.encode_base64(text)
+    return text
+
+
+def _measured_text(make, times: int) -> GraphDef:
+    """A Reshape whose shape is pieced together from how long a text is, which is made of a short one."""
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4), "x")
+        length = tf.strings.length(make(tf.compat.v1.placeholder(tf.string, (), "text"), times))
+        tf.reshape(x, tf.stack([-1, length * 0 + 4]), name="y")
+    graph_def = graph.as_graph_def()
+    node = next(node for node in graph_def.node if node.name == "text")
+    node.op = "Const"
+    node.attr.clear()
+    node.attr["dtype"].type = tf.string.as_datatype_enum
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(b"a" * 100))
+    return graph_def
+
+
+@pytest.mark.parametrize("make", [_joined, _reduced, _encoded])
+def test_texts_that_grow_are_not_written_to_tell_a_shape(tmp_path, make):
+    path = tmp_path / "texts.pb"
+    path.write_bytes(_measured_text(make, 60).SerializeToString())
+    started, before = time.process_time(), _peak()
+    with pytest.raises(ModelError, match=r"opening it would compute .*, from [\d,]+ MiB"):
+        BACKEND.graph(BACKEND.load(path))
+    assert time.process_time() - started < 2
+    assert _peak() - before < 200
+
+
+@pytest.mark.parametrize("make", [_joined, _reduced])
+def test_short_texts_open(tmp_path, make):
+    path = tmp_path / "texts.pb"
+    path.write_bytes(_measured_text(make, 3).SerializeToString())
+    assert BACKEND.graph(BACKEND.load(path)).inputs == ("x:0",)
+
+
+def test_what_no_input_reaches_is_no_output(tmp_path):
+    """It was taken for one, over which opening ended in a KeyError."""
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 4), "x")
+        tf.matmul(x, tf.ones((4, 3)), name="y")
+        tf.raw_ops.AsString(input=tf.fill([3], 1.0), name="told")
+    path = tmp_path / "told.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    assert BACKEND.graph(BACKEND.load(path)).outputs == ("y:0",)

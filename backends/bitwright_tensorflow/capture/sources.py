@@ -265,7 +265,8 @@ def signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
 
 
 def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None, file: str = "the graph") -> TfModel:
-    """A graph whose weights are constants. By default the inputs are its placeholders, the outputs what nothing reads.
+    """A graph whose weights are constants. By default the inputs are its placeholders, the outputs what depends on
+    them and nothing reads.
 
     Raises:
         InputError: unknown names, no inputs or no outputs.
@@ -279,11 +280,27 @@ def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None
     if outputs is None:
         read = {i.lstrip("^").partition(":")[0] for n in own.node for i in n.input}
         idle = ("Const", "NoOp", "Assert", "Placeholder")
-        outputs = [n.name for n in own.node if n.name not in read and n.op not in idle]
+        fed = _fed(own)
+        outputs = [n.name for n in own.node if n.name not in read and n.op not in idle and n.name in fed]
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(own)
     del wiring
     return open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN, file)
+
+
+def _fed(graph_def: GraphDef) -> set[str]:
+    """Nodes that depend on a placeholder, with these."""
+    readers: dict[str, list[str]] = {}
+    for node in graph_def.node:
+        for operand in node.input:
+            readers.setdefault(operand.lstrip("^").partition(":")[0], []).append(node.name)
+    waiting = [n.name for n in graph_def.node if n.op.startswith("Placeholder")]
+    found = set(waiting)
+    while waiting:
+        new = [name for name in readers.get(waiting.pop(), ()) if name not in found]
+        found.update(new)
+        waiting += new
+    return found
 
 
 def read_frozen(path: Path) -> GraphDef:

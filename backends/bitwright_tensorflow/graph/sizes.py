@@ -49,6 +49,12 @@ _FLOW = frozenset({
 """What TensorFlow takes for no constant, whatever its operands are."""
 _LISTS = {"TensorListReserve": 1, "TensorListResize": 1}
 """Ops that make so many tensors as an operand says, by its place."""
+_TEXTS = frozenset({
+    "BroadcastTo", "Concat", "ConcatV2", "ExpandDims", "Fill", "Gather", "GatherNd", "GatherV2", "Identity", "Pack",
+    "Pad", "PadV2", "Reshape", "Select", "SelectV2", "Slice", "Split", "Squeeze", "StopGradient", "StridedSlice",
+    "StringLower", "StringStrip", "StringUpper", "Substr", "Tile", "Transpose", "Unpack",
+})  # fmt: skip
+"""Ops that make no text longer than the longest of their operands."""
 _VISITS = 100_000
 """How many times operands are looked at for one value."""
 _PIECED = frozenset({"Cast", "Concat", "ConcatV2", "Pack", "StridedSlice"})
@@ -168,6 +174,8 @@ class _Constants:
         """Imported outputs by node."""
         self._large: dict[str, dict[str, int]] = {}
         """By node: the large tensors that it is computed from, its own included, with their bytes."""
+        self._longest: dict[str, int] = {}
+        """By node that makes texts: bytes of the longest at most."""
         self._untold: set[str] = set()
         """Nodes whose values can't be computed here: placeholders are in the place of what they are computed from."""
 
@@ -285,7 +293,7 @@ class _Constants:
                 if sum(behind.values()) <= self._most:
                     behind |= self._large.get(source, {})
             own = self._settle(name, op, graph, sum(behind.values()))
-            own += sum(_bytes(t) or 0 for t in self._tensors[name]) + self._listed(op)
+            own += sum(_bytes(t) or 0 for t in self._tensors[name]) + self._listed(op) + self._texts(name, op)
             if own >= _NOTED and op.type not in ("Identity", "StopGradient"):
                 behind[name] = own
             if behind:
@@ -324,6 +332,30 @@ class _Constants:
         self._untold.add(name)
         self._tensors[name] = [tf.compat.v1.placeholder(t.dtype.base_dtype, t.shape) for t in op.outputs]
         return selected if behind + selected > self._most else 0
+
+    def _texts(self, name: str, op: Any) -> int:
+        """Bytes of the texts that an op makes at most, which no shape tells."""
+        made = [t for t in op.outputs if t.dtype.base_dtype == tf.string]
+        if not made:
+            return 0
+        longest = self._longest[name] = min(self._longest_text(self._nodes[name], op), 2 * self._most)
+        return max(
+            (math.prod(t.shape.as_list()) * longest for t in made if t.shape.is_fully_defined()), default=longest
+        )
+
+    def _longest_text(self, node: NodeDef, op: Any) -> int:
+        """Of those that an op makes; far too much where nobody knows."""
+        lengths = [self._longest.get(source, 0) for source in _sources(node)]
+        if node.op == "Const":
+            tensor = node.attr["value"].tensor
+            return max(map(len, tensor.string_val), default=len(tensor.tensor_content))
+        if node.op in _TEXTS:
+            return max(lengths, default=0)
+        if node.op == "StringJoin":
+            return sum(lengths) + len(lengths) * len(node.attr["separator"].s)
+        if node.op == "ReduceJoin" and op.inputs[0].shape.is_fully_defined():
+            return int(math.prod(op.inputs[0].shape.as_list()) * (lengths[0] + len(node.attr["separator"].s)))
+        return 2 * self._most
 
     def _listed(self, op: Any) -> int:
         if op.type not in _LISTS:
