@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -78,6 +79,8 @@ def main() -> None:
     store = options.environments / "figures.json"
     found: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
     ready = prepared(options)
+    if options.passes:  # or else the system takes the memory of each pass back, and what zeroing it again takes varies
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
     with tempfile.TemporaryDirectory() as folder:
         for file in ready.iterdir():
             shutil.copy(file, folder)

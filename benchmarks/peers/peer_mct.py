@@ -52,7 +52,7 @@ def few():
         yield [torch.from_numpy(batch)]
 
 
-EPOCHS = 50
+EPOCHS = 10
 """How often its `gptq` sees the photos; it has no default."""
 
 

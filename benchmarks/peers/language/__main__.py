@@ -131,7 +131,7 @@ def section(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> st
         "deviation of that mean as the sequences show it; *ratio* that of perplexities; CPU seconds from the opened "
         "float model to the quantized one; memory the most that the process held.\n",
         table(["", "what is done", "grid", "KL", "ratio", "CPU s", "MiB"], rows) + "\n",
-        *(["Not here:\n", "\n".join(failed) + "\n"] if failed else []),
+        *(["Ended with an error:\n", "\n".join(failed) + "\n"] if failed else []),
         f"Versions: {'; '.join(versions)}.\n",
     ]  # fmt: skip
     if (notes := HERE / "notes.md").exists():
