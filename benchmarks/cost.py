@@ -33,13 +33,17 @@ def parser(description):
     return found
 
 
-def interleaved(tasks, repeats, clock):
-    """Median seconds of each task; they take turns, so that all see the same machine."""
+def interleaved(tasks, repeats, clock, before=lambda: None):
+    """Median seconds of each task; they take turns, so that all see the same machine.
+
+    `before` runs before each and isn't timed: a pass that takes back the memory that the last task has given away.
+    """
     for task in tasks.values():
         task()
     times = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
+            before()
             begin = CLOCKS[clock]()
             task()
             times[name].append((CLOCKS[clock]() - begin) / getattr(task, "batches", 1))

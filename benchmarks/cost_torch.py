@@ -101,14 +101,14 @@ def main():
 
     tasks["simulated pass"] = simulated_pass
     theirs = {scheme: aimet(module, x, scheme) for scheme in ("min_max", "tf_enhanced")} if options.aimet else {}
-    for scheme, sim in sims.items() if theirs else ():
-        # Like for like: weights, the pass, and the search of each site's range.
-        tasks[f"calibrate(), {scheme}, one batch"] = lambda sim=sim: sim.calibrate([x])
     for scheme, peer in theirs.items():
         tasks[f"AIMET calibration, {scheme}"] = lambda peer=peer: peer.compute_encodings(forward(x))
     if theirs:
         tasks["AIMET simulated pass"] = lambda: forward(x)(theirs["min_max"].model)
     found = cost.interleaved(tasks, options.repeats, options.clock)
+    # All of it: weights, the pass, and the search of each site's range.
+    whole = {f"calibrate(), {n}, one batch": lambda sim=sim: sim.calibrate([x]) for n, sim in sims.items()}
+    found |= cost.interleaved(whole, options.repeats, options.clock, before=float_pass)
 
     qat = QuantSim(module, x, weights="int8", activations="uint8", scheme="minmax").calibrate([x])
     steps = {

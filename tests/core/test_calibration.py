@@ -640,6 +640,41 @@ def test_scales_are_tried_from_the_largest_down_twelve_in_an_octave(monkeypatch)
 
 
 @pytest.mark.parametrize("way", ["values", "histogram"])
+@pytest.mark.parametrize("name", ["normal", "laplace", "rectified", "two numbers", "outlier", "narrow bins", "rows"])
+def test_scales_that_saturation_rules_out_change_nothing(name, way, monkeypatch):
+    """The search that leaves them out finds the very range of one that weighs every scale."""
+    rng = np.random.default_rng(5)
+    x = {
+        "normal": rng.standard_normal((1, 3000)),
+        "laplace": rng.laplace(size=(1, 3000)) + 0.3,
+        "rectified": np.maximum(rng.standard_normal((1, 3000)), 0),
+        "two numbers": np.where(rng.random((1, 3000)) < 0.01, 1.0, 0.0),
+        "outlier": np.append(rng.standard_normal(2999), 1e3)[None],
+        "narrow bins": rng.choice([0.5, 0.5 + 2.0**-20, 1.0, -0.25], (1, 3000)),
+        "rows": rng.standard_normal((5, 600)) * np.geomspace(1e-3, 1, 5)[:, None] ** rng.integers(1, 3, (5, 600)),
+    }[name].astype(np.float32)
+    statistic = HistogramStatistic(0)
+    statistic.update(x)
+    density = Density.of_values(x) if way == "values" else Density.of_statistic(statistic)
+    weighed = []
+    cost, hopeful = _search._Search._cost, _search._Search._hopeful
+    monkeypatch.setattr(
+        _search._Search, "_cost", lambda self, *a, **k: (weighed.append(len(a[0])), cost(self, *a, **k))[1]
+    )
+    for spec in (QuantSpec(4, **SYMMETRIC), QuantSpec(8, **ASYMMETRIC), QuantSpec(3, **ASYMMETRIC)):
+        for shape in (_search.WEIGHED, 2000):  # and however many are weighed together
+            monkeypatch.setattr(_search, "WEIGHED", shape)
+            monkeypatch.setattr(_search._Search, "_hopeful", hopeful)
+            weighed.clear()
+            found = _search.least_squares_range(density, spec)
+            fewer = sum(weighed)
+            monkeypatch.setattr(_search._Search, "_hopeful", lambda self, best, cuts: np.ones(len(cuts[0].end), bool))
+            weighed.clear()
+            np.testing.assert_array_equal(_search.least_squares_range(density, spec), found)
+            assert fewer <= sum(weighed) and (fewer < sum(weighed) or name not in ("normal", "laplace", "rectified"))
+
+
+@pytest.mark.parametrize("way", ["values", "histogram"])
 def test_a_search_knows_no_unit(way):
     """Values and bounds in units a power of two as large give ranges that are as large to the last bit."""
     x = samples("laplace", 4000)

@@ -21,6 +21,7 @@ from bitwright.grids import (  # noqa: E402  # noqa: E402
 )
 from bitwright_torch.simulate import kernels as kernel_module  # noqa: E402
 from bitwright_torch.simulate import rounding  # noqa: E402
+from bitwright_torch.simulate.absorbed import absorbs  # noqa: E402
 from bitwright_torch.simulate.fake_quant import FakeQuantize  # noqa: E402
 from bitwright_torch.simulate.passing import passing  # noqa: E402
 from bitwright_torch.simulate.rounding import clipped, round_to_grid  # noqa: E402
@@ -407,6 +408,115 @@ def test_an_activation_function_is_computed_on_the_way(
     with torch.no_grad():
         module.set(None)
         assert torch.equal(torch.nan_to_num(module(x, bounds), 7.0), torch.nan_to_num(clipped(x, bounds), 7.0))
+
+
+AROUND_ZERO = (0.0, np.inf), (0.0, 6.0), (-1.0, 1.0), (0.5, 4.0)
+
+
+@pytest.mark.parametrize("zero", [0, 3, 128, 255])
+@pytest.mark.parametrize("bounds", AROUND_ZERO)
+def test_an_absorbed_activation_function_changes_no_float(bounds: tuple[float, float], zero: int) -> None:
+    """All halves of codes and their neighbours, where decisions fall, and a draw of all float32 patterns."""
+    rng = np.random.default_rng(zero)
+    patterns = rng.integers(0, 2**32, 40_000, np.uint32).view(np.float32)
+    told = set()
+    for scale in (*rng.uniform(1e-3, 0.1, 20), 6 / 255, 1 / 127, 1e-40, 1e30):
+        encoding = encoding_from_range(INTEGERS["uint8"], 0.0, 1.0).with_(
+            scale=np.float32(scale), zero_point=np.int32(zero)
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            points = np.concatenate([probe(encoding), patterns, np.float32([*bounds, -0.0, np.nan, np.inf, -np.inf])])
+            clips = np.clip(points, *np.float32(bounds))
+            same = np.array_equal(encoding.fake_quantize(clips), encoding.fake_quantize(points), equal_nan=True)
+        absorbed = absorbs(float(encoding.scale), 0.0 - zero, 255.0 - zero, *bounds)
+        assert absorbed == same  # these points show whatever clips at all
+        told.add(absorbed)
+    if (bounds, zero) in (((0.0, 6.0), 0), ((-1.0, 1.0), 128)):
+        assert told == {True, False}
+
+
+@pytest.mark.parametrize("mode", ["composed", "compiled"])
+@pytest.mark.parametrize("spent", [False, True])
+def test_absorbed_or_not_results_are_equal_bit_by_bit(mode: str, spent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", mode)
+    monkeypatch.setattr(rounding, "kernels", kernels := kernel_module.Kernels())
+    bounds = 0.0, 6.0
+    module = FakeQuantize()
+    specials = np.float32([-0.0, np.nan, np.inf, -np.inf, 1e-45, -1e-45, 6.0, 3e38, -3e38])
+    calls = []
+    run = kernel_module.Kernels.__call__
+    monkeypatch.setattr(
+        kernel_module.Kernels, "__call__", lambda self, *a, **k: (calls.append(k["absorbed"]), run(self, *a, **k))[1]
+    )
+    for low, high in ((0.0, 6.0), (0.0, 4.3), (0.0, 9.0), (-1.0, 6.0)):
+        module.set(encoding := encoding_from_range(INTEGERS["uint8"], low, high))
+        x = torch.tensor(np.resize(np.concatenate([probe(encoding), specials]), 40_003))
+        with torch.no_grad():
+            found = module(x.clone(), bounds, spent)
+            expected = module(clipped(x, bounds))
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num().view(torch.int32), expected.nan_to_num().view(torch.int32))
+        assert not torch.signbit(found[found == 0]).any() or mode == "composed"
+        # The grid in force decides, at each call.
+        assert calls[-2] == (low == 0 and high <= 6)
+    name = "forward_over" if spent else "forward"
+    left = {f"{name}/1/cpu", f"clipped_{name}/1/cpu"}
+    assert left <= kernels.state().keys() if mode == "compiled" else not kernels.state()
+
+
+def test_a_grid_written_in_place_decides_anew_whether_it_absorbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be told when numbers change: not even writes that leave a tensor's version."""
+    monkeypatch.setenv("BITWRIGHT_TORCH_KERNELS", "compiled")
+    module = FakeQuantize()
+    module.set(encoding_from_range(INTEGERS["uint8"], 0.0, 6.0))
+    x = torch.linspace(-2, 9, 40_001)
+    with torch.inference_mode():
+        assert float(module(x, (0.0, 6.0)).max()) == pytest.approx(6.0)
+        module.scale.data.mul_(1.5)
+        assert float(module(x).max()) == pytest.approx(9.0)
+        assert float(module(x, (0.0, 6.0)).max()) == pytest.approx(6.0, abs=0.02)
+        module.zero_point.data.fill_(100)
+        assert float(module(x).min()) == pytest.approx(-2.0, abs=0.02)
+        assert float(module(x, (0.0, 6.0)).min()) == 0.0
+
+
+def test_gradients_keep_to_an_absorbed_function() -> None:
+    """Below zero the grid alone would pass a gradient down to half a step."""
+    module = FakeQuantize()
+    module.set(encoding_from_range(INTEGERS["uint8"], 0.0, 2.55))
+    x = torch.tensor([-0.004, 0.0, 0.004, 2.5, 2.553, 3.0], requires_grad=True)
+    module(x, (0.0, 6.0)).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_grids_under_transforms_are_not_read() -> None:
+    """`vmap` over stacked buffers has numbers for each member: none can be read as a Python number."""
+    module = FakeQuantize()
+    scales = torch.tensor([0.01, 0.02])
+    module.set(encoding_from_range(INTEGERS["uint8"], 0.0, 2.55))
+    x = torch.linspace(-1, 6, 50).repeat(2, 1)
+
+    def run(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"scale": scale}, (x, (0.0, 6.0)))
+
+    found = torch.func.vmap(run)(scales, x)
+    for scale, given, row in zip(scales, x, found, strict=True):
+        assert torch.equal(run(scale, given), row)
+
+
+@pytest.mark.parametrize("steps", [3, 255, 65_535, 2**24 - 1])
+def test_codes_clipped_by_relus_are_codes_clipped(steps: int) -> None:
+    rng = np.random.default_rng(steps)
+    for zero in (0, steps // 3, steps):
+        low, high = torch.tensor(0.0 - zero), torch.tensor(float(steps - zero))
+        ends = np.float32([low, high])
+        codes = np.concatenate([ends, ends - 1, ends + 1, rng.integers(-steps, steps, 500), [np.nan, 1e30, -1e30]])
+        x = torch.tensor(np.concatenate([codes, [np.inf, -np.inf, -0.0, 2.0**24, -(2.0**24), 2.0**25]]).astype("f4"))
+        found = kernel_module._forward(x, torch.tensor(1.0), low, high)
+        expected = kernel_module.composed_forward(x, torch.tensor(1.0), low, high)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert not torch.signbit(found[found == 0]).any()
 
 
 @pytest.mark.parametrize("first", ["fake", "real"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from bitwright.backend import checked_param, known_param
 from bitwright.errors import ModelError
 from bitwright.graph import Param, ParamId
 from bitwright_torch.graph.canonical import canonical
-from bitwright_torch.graph.model import CapturedModel, replace_tensor, tensor_of
+from bitwright_torch.graph.model import CapturedModel, replace_tensors, tensor_of
 from bitwright_torch.graph.operands import Operand
 
 Known = Mapping[ParamId, tuple[Operand, Param]]
@@ -54,9 +54,9 @@ def write_params(
         operand, _ = known_param(known, id)
         if operand.evaluator is not None:
             raise ModelError(f"{id!r} is computed from other parameters; it must be made a parameter before it is set")
+    own(model, [known_param(known, id)[0].base for id in native], owned)
     for id, value in native.items():
         operand, _ = known_param(known, id)
-        own(model, operand.base, owned)
         with torch.no_grad():
             operand.view(model).copy_(torch.from_numpy(value))
 
@@ -76,8 +76,9 @@ def native_values(known: Known, values: Mapping[ParamId, NDArray[np.floating]]) 
     return native
 
 
-def own(model: nn.Module, name: str, owned: set[str]) -> None:
-    """Give the model memory of its own for a tensor that it shares with other models."""
-    if name not in owned:
-        replace_tensor(model, name, tensor_of(model, name).detach().clone())
-        owned.add(name)
+def own(model: nn.Module, names: Iterable[str], owned: set[str]) -> None:
+    """Give the model memory of its own for tensors that it shares with other models."""
+    shared = dict.fromkeys(n for n in names if n not in owned)
+    if shared:
+        replace_tensors(model, {n: tensor_of(model, n).detach().clone() for n in shared})
+        owned.update(shared)

@@ -188,16 +188,23 @@ class FakeQuantize(nn.Module):
             return self.round(x, *self.numbers(), bounds, spent and not self._is_watched())
         if torch.compiler.is_compiling():
             return self.round(x, *(self._followed(x) if self.follows else self.numbers()))
-        if self.follows:
-            self.follow(x)
-        if self.training or (torch.is_grad_enabled() and (x.requires_grad or self.log_scale is not None)):
+        recorded = torch.is_grad_enabled() and (x.requires_grad or self.log_scale is not None)
+        if self.training or recorded:
             self._rounded = None
+            if self.follows:
+                self.follow(x)
             return self.round(x, *self.numbers())
-        made_of = [t for t in (x, self.scale, self.log_scale) if t is not None]
-        if self._rounded is None or not _unchanged(made_of, self._rounded[0]):
+        # While x and the grid are what was rounded, the grid needn't follow x either.
+        if self._rounded is None or not _unchanged(self._made_of(x), self._rounded[0]):
+            if self.follows:
+                self.follow(x)
             with torch.inference_mode(False), torch.no_grad():  # it may serve a backward pass later
-                self._rounded = [_version(t) for t in made_of], self.round(x, *self.numbers())
+                self._rounded = [_version(t) for t in self._made_of(x)], self.round(x, *self.numbers())
         return self._rounded[1]
+
+    def _made_of(self, x: Tensor) -> list[Tensor]:
+        """What a rounded parameter depends on."""
+        return [x, self.scale] if self.log_scale is None else [x, self.scale, self.log_scale]
 
     def _is_watched(self) -> bool:
         """Whether a hook, or a mode, sees what the module is called with or an op's result, and may keep it."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import first_line
-from bitwright.grids import learned_vjp, rounded, rounded_vjp
+from bitwright.grids import learned_vjp, rounded_vjp
 
 PAYS_AFTER = 2**30
 """Elements after which compiling pays: it saves 10 ns each on two cores, and takes about 10 s (cached: 3 s)."""
@@ -140,7 +140,14 @@ def composed_learned(g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Ten
 
 
 def _forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return rounded(NAMESPACE, x, scale, low, high)  # type: ignore[no-any-return]
+    """`gradients.rounded`, its codes clipped by ReLUs: compiled, one instruction each, where a clamp takes eight.
+
+    With q = round(x / scale) and whole numbers low ≤ 0 ≤ high less than 2**24 apart, high − relu(high − low −
+    relu(q − low)) is q between them, since all three differences are exact there; low below, as the inner one is 0;
+    and high above and at ∞, as the outer one is. NaN passes. Zeros are positive, whatever the sign of x.
+    """
+    above = torch.relu(torch.round(torch.div(x, scale)) - low)
+    return (high - torch.relu((high - low) - above)) * scale
 
 
 def _backward(g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -198,6 +205,8 @@ def _clipped_forward_over(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, f
 
 
 Kernel = Callable[..., Any]
+_PLAIN = {Tensor, nn.Parameter}
+"""What compiled kernels take."""
 _FORMS: dict[str, tuple[Kernel, Kernel]] = {
     "forward": (composed_forward, _forward),
     "backward": (composed_backward, _backward),
@@ -218,35 +227,40 @@ class Kernels:
         self._seen = 0
         self._lock = threading.Lock()
 
-    def __call__(self, name: str, *operands: Tensor) -> Any:
+    def __call__(self, name: str, *operands: Tensor, absorbed: bool = False) -> Any:
         """Run "forward" (x, scale, low, high), "backward" (g, x, …) or "learned" (g, x, …).
 
         "forward_over" leaves its result in x, and returns nothing.
 
         Tensors are (elements,) with scalars, or (groups, elements) with columns (groups, 1); float32. With "clipped_"
-        before its name, each takes the bounds (…, floor, ceiling) of an activation function that comes first.
+        before its name, each takes the bounds (…, floor, ceiling) of an activation function that comes first. If the
+        codes' ends absorb them (`absorbed.absorbs`), a compiled forward pass leaves them out. A composed one doesn't:
+        it would give some zeros a negative sign.
         """
         composed = _FORMS[name][0]
         x = operands[0]
         size = x.numel()
         # Compiled code without guards reads memory, which tensors of other classes (`FakeTensor`) may have none of.
-        plain = all(type(t) in (Tensor, nn.Parameter) for t in operands)
+        plain = {type(t) for t in operands} <= _PLAIN
         if size < SMALL or x.shape[-1] < 2 or x.shape[0] < 2 or not plain:
             return composed(*operands)
-        key = (name, x.ndim, x.device.type)
+        own, taken = (name.removeprefix("clipped_"), operands[:-2]) if absorbed else (name, operands)
+        key = (own, x.ndim, x.device.type)
         if key not in self._compiled:
             self._seen += size
             if not self._wanted():
                 return composed(*operands)
             with self._lock:
                 if key not in self._compiled:
-                    self._compiled[key] = _trusted(name, x.ndim, x.device)
+                    self._compiled[key] = _trusted(own, x.ndim, x.device)
         kernel = self._compiled[key]
         if kernel is None:
             return composed(*operands)
         try:
+            if not torch.is_grad_enabled():
+                return kernel(*taken)
             with torch.no_grad():
-                return kernel(*(t.detach() for t in operands))
+                return kernel(*(t.detach() for t in taken))
         except Exception as error:  # a recompilation for another layout may fail where the first one didn't
             logger.warning("compiled fake quantization gave up (%s); composed from now on", first_line(error))
             self._compiled[key] = None
@@ -304,7 +318,7 @@ def _has_exact_division() -> bool:
 
 
 def _probe(name: str, rank: int, size: int, device: torch.device) -> list[Tensor]:
-    """Operands on which a wrong rounding shows: codes, midpoints, their neighbours, values far outside, zeros."""
+    """Operands on which a wrong rounding shows: codes, midpoints, their neighbours, values far outside, zeros, NaN."""
     generator = torch.Generator().manual_seed(size)
     rows = 1 if rank == 1 else 5
     scale = torch.rand(rows, 1, generator=generator) * 0.3 + 1e-3
@@ -317,7 +331,11 @@ def _probe(name: str, rank: int, size: int, device: torch.device) -> list[Tensor
     zero = torch.randint(0, 200, (rows, 1), generator=generator).float()
     g = torch.randn(rows, size, generator=generator)
     operands = [x, scale, 0.0 - zero, 255.0 - zero]
-    if "forward" not in name:
+    if "forward" in name:
+        edges = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-40, -0.0])
+        x[:, -7:] = edges  # in a vector's tail, and
+        x[:, : size - 7 : size // 3] = torch.nan  # within vectors
+    else:
         operands.insert(0, g)
     wide = len(operands) - 3
     if rank == 1:
@@ -328,8 +346,8 @@ def _probe(name: str, rank: int, size: int, device: torch.device) -> list[Tensor
 
 
 def _equal(found: Any, expected: Any) -> bool:
-    """Elementwise results to the bit; sums may be taken in another order."""
+    """Elementwise results to the bit, but for the sign of zeros; sums may be taken in another order."""
     if isinstance(found, Tensor):
-        return torch.equal(found, expected)
+        return torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
     sums = zip(found[1:], expected[1:], strict=True)
     return torch.equal(found[0], expected[0]) and all(torch.allclose(a, b, rtol=1e-3, atol=1e-2) for a, b in sums)

@@ -25,11 +25,9 @@ from bitwright.grids import (
     largest_of,
     run_time_rounded,
 )
+from bitwright_torch.simulate.ends import Bounds, as_tensors, ends
 from bitwright_torch.simulate.kernels import NAMESPACE, kernels
 from bitwright_torch.simulate.passing import passing
-
-Bounds = tuple[float, float]
-"""What an activation function clips to, with no gradient at either: ReLU (0, ∞), ReLU6 and its like."""
 
 
 def round_to_grid(
@@ -146,27 +144,30 @@ def _rounded(
     bounds: Bounds | None = None,
     spent: bool = False,
 ) -> Tensor:
+    if isinstance(granularity, PerTensor) and grid.steps < WIDE and not torch.compiler.is_compiling():
+        return _rounded_per_tensor(x, scale, zero, grid, bounds, spent)
     groups = Groups.of(tuple(x.shape), granularity)
     value = x.float()
     if grid.steps >= WIDE:
         return _rounded_wide(value, scale, zero, grid, groups).to(x.dtype)
-    if torch.compiler.is_compiling():
-        traced: Tensor = fake_quantize(NAMESPACE, value, scale, zero, grid, groups)
-        return traced.to(x.dtype)
-    low, high = grid.qmin - zero, grid.qmax - zero
-    if not groups.scale:
-        value = _dense(value)
-        name, limits = ("forward", ()) if bounds is None else ("clipped_forward", _scalars(bounds, value))
-        if spent:
-            kernels(f"{name}_over", _flat(value), scale, low, high, *limits)
-            return value.to(x.dtype)
-        return _shaped(kernels(name, _flat(value), scale, low, high, *limits), value).to(x.dtype)
-    if _in_rows(groups):
-        columns = (v.reshape(-1, 1) for v in (scale, low, high))
+    if not torch.compiler.is_compiling() and _in_rows(groups):
+        columns = (v.reshape(-1, 1) for v in (scale, grid.qmin - zero, grid.qmax - zero))
         y = kernels("forward", value.reshape(scale.numel(), -1), *columns)
         return y.view(x.shape).to(x.dtype)  # type: ignore[no-any-return]
     general: Tensor = fake_quantize(NAMESPACE, value, scale, zero, grid, groups)
     return general.to(x.dtype)
+
+
+def _rounded_per_tensor(
+    x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, bounds: Bounds | None, spent: bool
+) -> Tensor:
+    value = _dense(x.float())
+    low, high, absorbed = ends(scale, zero, grid, bounds)
+    name, limits = ("forward", ()) if bounds is None else ("clipped_forward", as_tensors(bounds, value))
+    if spent:
+        kernels(f"{name}_over", _flat(value), scale, low, high, *limits, absorbed=absorbed)
+        return value.to(x.dtype)
+    return _shaped(kernels(name, _flat(value), scale, low, high, *limits, absorbed=absorbed), value).to(x.dtype)
 
 
 def _rounded_wide(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, groups: Groups) -> Tensor:
@@ -210,7 +211,7 @@ def _backward(
             return _shaped(dx, value), None, None
     kind = ""
     if bounds is not None:
-        kind, operands = "clipped_", [*operands, *_scalars(bounds, value)]
+        kind, operands = "clipped_", [*operands, *as_tensors(bounds, value)]
     if not learned:
         dx = kernels(f"{kind}backward", cotangent, *operands)
         return dx.view(x.shape) if rows else _shaped(dx, value), None, None
@@ -237,24 +238,6 @@ def _between(g: Tensor, x: Tensor, limits: tuple[float, float], bounds: Bounds |
         low, high = max(low, bounds[0]), min(high, bounds[1])
     dx: Tensor = torch.ops.aten.hardtanh_backward(g, x, low, high)
     return dx
-
-
-_KEPT: dict[tuple[Bounds, torch.device], tuple[Tensor, Tensor]] = {}
-
-
-def _scalars(bounds: Bounds, beside: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds as tensors where another is; made once for plain tensors, as each would be a transfer to a GPU.
-
-    Those that are made under `FakeTensorMode` are of no use outside of it, nor the other way round.
-    """
-    key = bounds, beside.device
-    if type(beside) is Tensor and key in _KEPT:
-        return _KEPT[key]
-    with torch.inference_mode(False):
-        floor, ceiling = (torch.tensor(v, dtype=torch.float32, device=beside.device) for v in bounds)
-    if type(floor) is Tensor:
-        _KEPT[key] = floor, ceiling
-    return floor, ceiling
 
 
 def _in_rows(groups: Groups) -> bool:

@@ -3,13 +3,17 @@
 Zero is on the grid, so rounding depends on the scale alone and the zero point only says where the grid ends. One
 pass over the intervals gives the rounding error of a scale; with its cumulative sums, and those of mass, mean and
 square, the error of every zero point follows at once: nothing is left to a sparse grid of offsets.
+
+What saturation costs needs no such pass. Where that alone is more than the best grid's cost so far, whatever the zero
+point, the pass is left out (`_Search._hopeful`): of the smallest scales, nearly always.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.calibration._density import Density, Rows
 from bitwright.grids import QuantSpec
@@ -17,8 +21,14 @@ from bitwright.grids import QuantSpec
 CELLS = 2**19
 """Intervals looked at together, for bounded memory."""
 
+WEIGHED = 2**15
+"""Intervals, once for each scale, whose rounding errors are computed together, so that these stay in caches."""
+
 COARSE = 12
 """Scales tried in an octave, everywhere."""
+
+FIRST = 4
+"""Scales tried before any can be left out."""
 
 FINE, FINEST = (96,), (96, 768)
 """Scales tried in an octave around the best so far, again and again; the error of single points is not smooth."""
@@ -92,9 +102,10 @@ class _Search:
         """Low and high end of the best grid of each row, in the data's own unit."""
         rows = len(self.unit)
         best = _Best(np.full(rows, np.inf), np.ones(rows), np.zeros(rows), np.zeros(rows))
-        together = int(np.clip(CELLS // max(self.right.low.size, 1), 1, COARSE))
+        together = max(1, CELLS // (POSITIONS * rows))
         steps = np.arange(np.ceil(self.octaves.max() * COARSE) + 1)
-        for part in np.split(steps, range(together, len(steps), together)):
+        # Some of the largest come first, so that the others are compared with a cost that isn't far from the best.
+        for part in np.split(steps, range(FIRST, len(steps), together)):
             self._attempt(best, np.outer(2.0 ** (-part / COARSE), np.ones(rows)))
         wide = COARSE
         for fine in self.refinements:
@@ -110,19 +121,32 @@ class _Search:
         scale = np.maximum(self.largest * fraction, np.finfo(np.float64).tiny)
         top = self._tops(scale, around)
         bottom = top - self.steps if self.codes is None else np.full(top.shape, float(self.codes[0]))
-        cost = self._cost(scale, bottom, top)
-        if around is None:
-            # A row's candidates depend on nothing but itself, so that channels come out as if each were alone.
-            cost[fraction < 2.0 ** (-self.octaves - 1 / COARSE)] = np.inf
-        rows = np.arange(len(self.unit))
-        flat = cost.transpose(1, 0, 2).reshape(len(rows), -1)
-        choice = flat.argmin(axis=1)
-        attempt, position = np.divmod(choice, top.shape[2])
-        found, step = flat[rows, choice], scale[attempt, rows]
-        better = found < best.cost
-        best.cost[better], best.fraction[better] = found[better], fraction[attempt, rows][better]
-        best.low[better] = (bottom[attempt, rows, position] * step)[better]
-        best.high[better] = (top[attempt, rows, position] * step)[better]
+        tails = self._cuts(scale, bottom, top)
+        kept = np.flatnonzero(self._hopeful(best, [cut for _, cut in tails]))
+        together = max(1, WEIGHED // max(self.right.low.size, 1))
+        for part in (kept[i : i + together] for i in range(0, len(kept), together)):
+            cost = self._cost(scale[part], bottom[part], top[part], [(tail, cut.at(part)) for tail, cut in tails])
+            if around is None:
+                # A row's candidates depend on nothing but itself, so that channels come out as if each were alone.
+                cost[fraction[part] < 2.0 ** (-self.octaves - 1 / COARSE)] = np.inf
+            best.take(cost, scale[part], fraction[part], bottom[part], top[part])
+
+    def _cuts(self, scale: Rows, bottom: Rows, top: Rows) -> list[tuple[_Tail, _Cut]]:
+        """What grids cut off on each side."""
+        found = [(self.right, self.right.cut(scale[..., None], top))]
+        if self.left is not None:
+            found.append((self.left, self.left.cut(scale[..., None], -bottom)))
+        return found
+
+    def _hopeful(self, best: _Best, cuts: list[_Cut]) -> NDArray[np.bool_]:
+        """Which attempts may cost less than the best so far, of a row at least, (attempts,).
+
+        The cost is what saturates and what is rounded, which isn't negative. What `_cost` makes of an interval that
+        the grid's end splits is a difference, whose rounding errors `_Cut.noise` bounds; those of sums over all
+        intervals are parts of what is summed, a millionth is more.
+        """
+        least = sum((cut.saturated * (1 - 1e-6) - cut.noise for cut in cuts), start=np.zeros(()))
+        return np.asarray(~(least > best.cost[:, None]).all(axis=(1, 2)))
 
     def _tops(self, scale: Rows, around: Rows | None) -> Rows:
         """The grid's highest multiple of the scale, for each candidate, (attempts, rows, candidates)."""
@@ -139,14 +163,14 @@ class _Search:
         count = int(min(POSITIONS, (last - first).max() + 1))
         return np.rint(np.linspace(first, last, count, axis=-1))
 
-    def _cost(self, scale: Rows, bottom: Rows, top: Rows) -> Rows:
-        """Expected squared error times mass, (attempts, rows, candidates)."""
+    def _cost(self, scale: Rows, bottom: Rows, top: Rows, tails: list[tuple[_Tail, _Cut]] | None = None) -> Rows:
+        """Expected squared error times mass, (attempts, rows, candidates); `tails`: the `_cuts`, if known."""
         s = scale[..., None]
+        tails = self._cuts(scale, bottom, top) if tails is None else tails
         error = self.right.rounding(s)
         cost = error.sum(axis=-1, keepdims=True)
-        cost = cost + self.right.beyond(s, top, error)
-        if self.left is not None:
-            cost = cost + self.left.beyond(s, -bottom, error[..., ::-1])
+        for tail, cut in tails:
+            cost = cost + tail.beyond(s, cut, error if tail is self.right else error[..., ::-1])
         if self.codes is None:
             slack = 1e-6 + 0.5 * s
             outside = (bottom * s < self.floor[:, None] - slack) | (top * s > self.ceiling[:, None] + slack)
@@ -163,16 +187,69 @@ class _Best:
     low: Rows
     high: Rows
 
+    def take(self, cost: Rows, scale: Rows, fraction: Rows, bottom: Rows, top: Rows) -> None:
+        """Take the first of the cheapest of further grids, where they cost less.
+
+        Args:
+            cost, bottom, top: (attempts, rows, candidates).
+            scale, fraction: (attempts, rows).
+        """
+        rows = np.arange(len(self.cost))
+        flat = cost.transpose(1, 0, 2).reshape(len(rows), -1)
+        choice = flat.argmin(axis=1)
+        attempt, position = np.divmod(choice, cost.shape[2])
+        found, step = flat[rows, choice], scale[attempt, rows]
+        better = found < self.cost
+        self.cost[better], self.fraction[better] = found[better], fraction[attempt, rows][better]
+        self.low[better] = (bottom[attempt, rows, position] * step)[better]
+        self.high[better] = (top[attempt, rows, position] * step)[better]
+
+
+@dataclass
+class _Cut:
+    """Where grids end on one side, all (attempts, rows, candidates).
+
+    Attributes:
+        end: multiple of the scale.
+        whole: the first interval that lies beyond it as a whole.
+        saturated: mass times squared error of those beyond as a whole.
+        split: whether the end lies within an interval.
+        high, share: of that interval, its upper edge and its mass by its width; 0 of others.
+        noise: far more than what rounding can make of the difference that it adds to the cost.
+    """
+
+    end: Rows
+    whole: NDArray[np.intp]
+    saturated: Rows
+    split: NDArray[np.bool_]
+    high: Rows
+    share: Rows
+    noise: Rows
+
+    def at(self, attempts: NDArray[np.intp]) -> _Cut:
+        """Some of the attempts."""
+        return _Cut(*(getattr(self, f.name)[attempts] for f in fields(self)))
+
 
 @dataclass
 class _Tail:
-    """One side of the distribution, values rising outwards, with suffix sums of mass, mean and square."""
+    """One side of the distribution, values rising outwards, with suffix sums of mass, mean and square.
+
+    Attributes:
+        low, high, mass: as of `Density`.
+        sums: of mass, mean and square, (rows, intervals + 1).
+        flat: upper edges, for one search in all rows.
+        edges: of all intervals; where one begins at another's end, that edge once. (rows, edges)
+        places: of the intervals' lower edges in `edges`; the next one is the upper edge; None: all but the last.
+    """
 
     low: Rows
     high: Rows
     mass: Rows
     sums: tuple[Rows, Rows, Rows]
     flat: Rows
+    edges: Rows
+    places: NDArray[np.intp] | None
 
     @classmethod
     def of(cls, low: Rows, high: Rows, mass: Rows) -> _Tail:
@@ -180,23 +257,31 @@ class _Tail:
         square = (low * low + low * high + high * high) / 3
         # Rows lie 4 apart on one line, so that one search serves them all: values are within [−1, 1].
         flat = (high + 4.0 * np.arange(len(high))[:, None]).ravel()
-        return cls(low, high, mass, (_suffix(mass), _suffix(mass * mean), _suffix(mass * square)), flat)
+        sums = _suffix(mass), _suffix(mass * mean), _suffix(mass * square)
+        return cls(low, high, mass, sums, flat, *_edges(low, high))
 
     def rounding(self, s: Rows) -> Rows:
         """Mass times mean squared rounding error of each interval, as if the grid had no ends."""
-        u = self.low / s
-        error = u - np.rint(u)
-        np.square(error, out=error)
-        if self.high is not self.low:
-            v = self.high / s
-            width = v - u
-            wide = width > 1e-6
-            error = np.where(wide, (_integral(v) - _integral(u)) / np.where(wide, width, 1.0), error)
+        if self.high is self.low:
+            u = self.low / s
+            error = u - np.rint(u)
+            np.square(error, out=error)
+        else:
+            u = self.edges / s
+            integral = _integral(u)
+            error, width = integral[..., 1:] - integral[..., :-1], u[..., 1:] - u[..., :-1]
+            narrow = np.nonzero(~(width > 1e-6))
+            width[narrow] = 1.0
+            error /= width
+            at = u[..., :-1][narrow]
+            error[narrow] = np.square(at - np.rint(at))
+            if self.places is not None:
+                error = error.take(self.places, axis=-1)
         error *= self.mass * np.square(s)
         return error
 
-    def beyond(self, s: Rows, end: Rows, error: Rows) -> Rows:
-        """What ending the grid at `end` · s adds to the error: saturation in place of rounding."""
+    def cut(self, s: Rows, end: Rows) -> _Cut:
+        """What lies beyond `end` · s, for grids of which it is the end."""
         bound = end * s
         count = self.low.shape[1]
         row = np.arange(len(self.low))[:, None]
@@ -207,20 +292,45 @@ class _Tail:
         split = (first < count) & (low < bound) & (bound < high)
         whole = first + split
         mass, mean, square = (sums.ravel()[whole + (count + 1) * row] for sums in self.sums)
-        rounded = _suffix(error)
-        each = (count + 1) * np.arange(rounded.size // (count + 1)).reshape(*rounded.shape[:-1], 1)
-        added = square - 2 * bound * mean + np.square(bound) * mass - rounded.ravel()[whole + each]
-        if split.any():
-            share = np.where(split, self.mass.ravel()[at] / np.where(split, high - low, 1.0), 0.0)
-            added = added + share * ((high - bound) ** 3 / 3 - s**3 * (_integral(high / s) - end / 12))
+        saturated = square - 2 * bound * mean + np.square(bound) * mass
+        share = np.where(split, self.mass.ravel()[at] / np.where(split, high - low, 1.0), 0.0)
+        noise = share * s**3 * (np.abs(end) + 1) * 1e-13
+        return _Cut(end, whole, saturated, split, high, share, noise)
+
+    def beyond(self, s: Rows, cut: _Cut, error: Rows) -> Rows:
+        """What ending the grid there adds to the error: saturation in place of rounding."""
+        begin = cut.whole.min()
+        rounded = _suffix(error[..., begin:])
+        each = rounded.shape[-1] * np.arange(rounded.size // rounded.shape[-1]).reshape(*rounded.shape[:-1], 1)
+        added = cut.saturated - rounded.ravel()[cut.whole - begin + each]
+        if cut.split.any():
+            bound = cut.end * s
+            added = added + cut.share * ((cut.high - bound) ** 3 / 3 - s**3 * (_integral(cut.high / s) - cut.end / 12))
         return np.asarray(added)
+
+
+def _edges(low: Rows, high: Rows) -> tuple[Rows, NDArray[np.intp] | None]:
+    """`_Tail.edges` and `_Tail.places`."""
+    if high is low:
+        return low, None
+    apart = np.append((high[:, :-1] != low[:, 1:]).any(axis=0), True)
+    places = np.arange(low.shape[1]) + np.cumsum(apart) - apart
+    edges = np.empty((len(low), places[-1] + 2))
+    edges[:, places] = low
+    edges[:, places[apart] + 1] = high[:, apart]
+    return edges, None if len(places) == edges.shape[1] - 1 else places
 
 
 def _integral(u: Rows) -> Rows:
     """∫₀ᵘ (t − round(t))² dt."""
     nearest = np.rint(u)
     rest = u - nearest
-    return np.asarray(nearest / 12 + rest * rest * rest / 3)
+    cube = rest * rest
+    cube *= rest
+    cube /= 3
+    nearest /= 12
+    nearest += cube
+    return np.asarray(nearest)
 
 
 def _suffix(values: Rows) -> Rows:
