@@ -30,8 +30,9 @@ from bitwright.grids import (
     stored_granularity,
 )
 from bitwright.grids import two_level as two_level_encoding
+from bitwright_torch.simulate.ends import Bounds
 from bitwright_torch.simulate.kernels import NAMESPACE
-from bitwright_torch.simulate.rounding import Bounds, clipped, round_at_run_time, round_to_float, round_to_grid
+from bitwright_torch.simulate.rounding import clipped, round_at_run_time, round_to_float, round_to_grid
 
 
 class FakeQuantize(nn.Module):

@@ -31,9 +31,9 @@ from bitwright_torch.graph.constants import constant_nodes
 from bitwright_torch.graph.model import NAMES, CapturedModel, device_of, info, program_of, share
 from bitwright_torch.graph.operands import Operand, operands
 from bitwright_torch.graph.params import native_values, write_params
+from bitwright_torch.simulate.ends import Bounds
 from bitwright_torch.simulate.fake_quant import FakeQuantize
 from bitwright_torch.simulate.pullback import TorchPullback
-from bitwright_torch.simulate.rounding import Bounds
 from bitwright_torch.simulate.session import TorchSession
 from bitwright_torch.simulate.spent import mark
 
