@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as npst
 from bitwright.backend._taps import thinned
 from bitwright.errors import InputError
 from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Request, Statistic, finite
+from bitwright.statistics._histogram import MANY
 
 FLOATS = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 
@@ -183,6 +184,42 @@ def test_counts_are_exact_across_chunks_and_dtypes():
     h.update(np.array([1, 2], np.int64))
     assert h.bins().count[0].tolist() == [50001, 50001, 50001, 50000]
     assert h.total.tolist() == [n + 2]
+
+
+@pytest.mark.parametrize("precision", [1, 9, 10, 11, 14])
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_many_values_are_counted_as_few_are(precision, sign):
+    """Channels of many values go through counters of all bins, where bins may be so many: octave by octave, signs,
+    zeros of both signs and subnormals are where the bits say, batch after batch."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 3, MANY + 5)) * 10.0 ** rng.integers(-40, 30, (2, 3, MANY + 5))).astype(np.float32)
+    x[:, 1] *= 1e3  # octaves that the first channel hasn't
+    x[:, :, :7] = [0.0, -0.0, 1e-44, -1e-44, 1.0, -1.0, 3e38]
+    if sign:
+        x = sign * np.abs(x)
+    many, few = HistogramStatistic(1, precision=precision), HistogramStatistic(1, precision=precision)
+    for batch in x:
+        many.update(batch[None])
+        for part in np.array_split(batch, 9, axis=1):
+            few.update(part[None])
+    for key, value in few.state().items():
+        np.testing.assert_array_equal(many.state()[key], value)
+    codes, counts = np.unique(np.moveaxis(x, 1, 0)[2].view(np.uint32) >> (23 - precision), return_counts=True)
+    state = many.state()
+    np.testing.assert_array_equal(state["counts"][2][np.isin(state["codes"], codes)], counts)
+
+
+def test_counting_that_is_broken_off_leaves_nothing_to_the_next(monkeypatch):
+    """Counters of all bins belong to a thread, not to a statistic."""
+    x = np.random.default_rng(0).normal(size=(2, MANY)).astype(np.float32)
+    broken = HistogramStatistic()
+    with monkeypatch.context() as patch:
+        patch.setattr(HistogramStatistic, "_hold", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.update(x)
+    whole = HistogramStatistic()
+    whole.update(x)
+    assert whole.total == x.size
 
 
 def test_histograms_per_channel_are_those_of_the_channels():

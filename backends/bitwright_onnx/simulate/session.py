@@ -343,6 +343,9 @@ class OrtSession:
                 if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment
                     results[tap] = value
                     continue
+                if tap.reduce == "minmax" and tap.axis is None and names[0] != tap.tensor:
+                    results[tap] = np.array([0, value.max(initial=-np.inf)], np.float32)
+                    continue
                 # A thinned tensor arrives thinned, unless its rank or its size isn't known to the graph.
                 done = tap.step > 1 and names[0] != tap.tensor
                 if tap.places is not None:

@@ -13,6 +13,10 @@ from bitwright.files import Array
 from bitwright.statistics import LayerMoments, Request, Source, Statistic
 
 
+SMALL = 2**12
+"""Values up to which a statistic takes them at once: handing them to a thread takes longer."""
+
+
 class Collected:
     """A statistic that is being collected: it takes memory from its first batch until it is handed over.
 
@@ -103,11 +107,26 @@ def update_all(
     Raises:
         InputError: a tensor holds NaN or infinity.
     """
+    tasks = [None if _size(c, values) <= SMALL else pool.submit(_update, c, values, batch) for c in collected]
     # Every task is waited for, so that none still runs, and which error is raised doesn't depend on timing.
-    tasks = [pool.submit(_update, c, values, batch) for c in collected]
-    errors = [task.exception() for task in tasks]
+    errors = [
+        _error(c, values, batch) if task is None else task.exception() for c, task in zip(collected, tasks, strict=True)
+    ]
     if error := next((e for e in errors if e is not None), None):
         raise error
+
+
+def _size(collected: Collected, values: Mapping[Source, Mapping[Tap, Array]]) -> int:
+    return sum(np.size(values[source][tap]) for source, tap in collected.taps)
+
+
+def _error(collected: Collected, values: Mapping[Source, Mapping[Tap, Array]], batch: int) -> Exception | None:
+    """Update a statistic on this thread; what went wrong."""
+    try:
+        _update(collected, values, batch)
+    except Exception as error:
+        return error
+    return None
 
 
 def _update(collected: Collected, values: Mapping[Source, Mapping[Tap, Array]], batch: int) -> None:

@@ -13,6 +13,7 @@ pattern, shifted, so that
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,8 +27,12 @@ from bitwright.statistics._base import by_channel, require_finite
 
 MANTISSA = 23
 EXPONENTS = 8
-CHUNK = 2**16
-"""Values counted at a time: scratch (8 bytes each) stays in the second-level cache."""
+CHUNK = 2**15
+"""Values counted at a time: scratch (12 bytes each) stays in the second-level cache, beside the counters."""
+MANY = 2**13
+"""Values of a channel from which it pays to have a counter for every bin there might be, see `_Counters`."""
+ALL_BINS = 2**19
+"""Counters of every bin there might be are held up to so many (2 MiB): up to 10 bits of mantissa."""
 _COUNTERS = (np.uint16, np.uint32, np.int64)
 """Types of counters, the smallest that does: histograms of all tensors of a network are in memory at a time."""
 _ABSENT = -(1 << 60)
@@ -46,6 +51,47 @@ class Bins:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     count: NDArray[np.float64]
+
+
+class _Counters:
+    """A counter for every bin of a precision, from which a statistic takes what it counted of a batch.
+
+    A value's own bits say which, without a look at where a statistic holds that octave; and those of the octaves that
+    occur are the same few from tensor to tensor, which stay in the cache as no statistic's own do.
+
+    Args:
+        precision: mantissa bits.
+
+    Attributes:
+        bins: (octaves, bins of an octave), uint32; whoever reads them sets them to zero.
+    """
+
+    def __init__(self, precision: int) -> None:
+        self.bins = np.zeros((1 << (1 + EXPONENTS), 1 << precision), np.uint32)
+        self._index = np.empty(CHUNK, np.intp)
+        self._shift = MANTISSA - precision
+
+    def count(self, row: NDArray[np.float32]) -> None:
+        """Count values, fewer than 2**32 and finite."""
+        patterns, flat, one = row.view(np.uint32), self.bins.ravel(), np.uint32(1)
+        for start in range(0, len(row), CHUNK):
+            part = patterns[start : start + CHUNK]
+            index = self._index[: len(part)]
+            np.right_shift(part, self._shift, out=index, casting="unsafe")
+            np.add.at(flat, index, one)
+
+    def occupied(self, low: np.float32, high: np.float32) -> NDArray[np.intp]:
+        """Octaves that have been counted into, of values between these two."""
+        sign = 1 << EXPONENTS
+        found = []
+        for first, farthest in ((0, high), (sign, -low)):
+            last = int(np.maximum(farthest, np.float32(0)).view(np.uint32)) >> MANTISSA
+            found.append(first + np.flatnonzero(self.bins[first : first + last + 1].any(axis=1)))
+        return np.concatenate(found)
+
+
+_LOCAL = threading.local()
+"""`counters`: those of this thread, by precision, all zero."""
 
 
 class HistogramStatistic:
@@ -112,17 +158,36 @@ class HistogramStatistic:
         rows = np.ascontiguousarray(
             tensor.reshape(1, -1) if self.axis is None else by_channel(tensor, self.axis), np.float32
         )
-        low, high = rows.min(axis=1), rows.max(axis=1)
+        low, high = lows, highs = rows.min(axis=1), rows.max(axis=1)
         for pair in pairs:
             low, high = np.minimum(low, pair[0]), np.maximum(high, pair[1])
         require_finite(low, high)
         self._open(len(rows))
         self._expect(rows.shape[1])
         for channel, row in enumerate(rows):
-            self._add(row, channel)
+            self._add(row, channel, lows[channel], highs[channel])
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
 
-    def _add(self, row: NDArray[np.float32], channel: int) -> None:
+    def _add(self, row: NDArray[np.float32], channel: int, low: np.float32, high: np.float32) -> None:
+        if not MANY <= len(row) < 2**32 or 1 << (1 + EXPONENTS + self.precision) > ALL_BINS:
+            self._add_few(row, channel)
+            return
+        own: dict[int, _Counters] = _LOCAL.__dict__.setdefault("counters", {})
+        counters = own.pop(self.precision, None) or _Counters(self.precision)
+        counters.count(row)
+        known = np.array(self._octaves, np.intp)
+        counts = counters.bins[known]
+        if int(counts.sum()) != len(row):
+            self._hold(counters.occupied(low, high))
+            known = np.array(self._octaves, np.intp)
+            counts = counters.bins[known]
+        mine = self._table[channel]
+        np.add(mine, counts.ravel(), out=mine, casting="unsafe")  # `_expect` has made them wide enough
+        counters.bins[known] = 0
+        own[self.precision] = counters  # not before they are zero, whatever comes in between
+
+    def _add_few(self, row: NDArray[np.float32], channel: int) -> None:
+        """Straight into the bins that are held: what it takes grows with the values alone."""
         patterns = row.view(np.uint32)
         size = min(CHUNK, len(row))
         codes, index = np.empty(size, np.uint32), np.empty(size, np.intp)
