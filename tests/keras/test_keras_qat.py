@@ -251,6 +251,31 @@ def test_xla_keeps_midpoints() -> None:
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="XLA")
+def test_large_weights_are_compiled_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    monkeypatch.setattr(fake_quant, "COMPILED_PARAMETER", 12)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="large"), keras.layers.Dense(2)])
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    trained = QuantSim(model, weights="int8", activations="uint8", scheme="minmax").calibrate([x]).trainable()
+
+    def step(training: bool) -> tuple[str, list[np.ndarray]]:
+        @tf.function
+        def gradients() -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                y = tf.reduce_sum(trained(tf.constant(x), training=training) ** 2)
+            return tape.gradient(y, [v.value for v in trained.trainable_variables])
+
+        function = gradients.get_concrete_function()
+        return str(function.graph.as_graph_def()), [g.numpy() for g in function()]
+
+    (plain, before), (compiled, after) = step(False), step(True)
+    assert "_XlaCompile" not in plain
+    assert "_XlaCompile" in compiled
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="XLA")
 @pytest.mark.parametrize("learns", [False, True])
 def test_large_activations_are_compiled_in_training_alone(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf

@@ -33,7 +33,7 @@ from bitwright.placement import Derived  # noqa: E402
 from bitwright.testing.contract_base import holds  # noqa: E402
 from bitwright_tensorflow.graph.params import read_params  # noqa: E402
 from bitwright_tensorflow.simulate import fake_quant  # noqa: E402
-from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, in_one_pass, kind_of, trained  # noqa: E402
+from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, compiles, in_one_pass, kind_of, trained  # noqa: E402
 from bitwright_tensorflow.simulate.recomputed import recompute  # noqa: E402
 
 v1 = tf.compat.v1
@@ -82,8 +82,8 @@ def test_gradients_are_the_core_s(spec, form, monkeypatch):
         given, on = v1.placeholder(tf.float32, x.shape), v1.placeholder(tf.bool, ())
         scale, zero = (v1.placeholder(dtype, encoding.scale.shape) for _ in range(2))
         ends = Ends(kind, scale, zero, dtype(encoding.grid.qmin), dtype(encoding.grid.qmax), True, True)
-        with in_one_pass(given), tf.name_scope("site"):
-            y = trained(given, ends, groups, on, factor=0.25, name="y")
+        with in_one_pass(compiles(given)), tf.name_scope("site"):
+            y = trained(given, ends, groups, on, factor=0.25, name="y", compiled=compiles(given))
         if form == "recomputed":
             recompute(session.graph)
             ours = [o for o in session.graph.get_operations() if o._gradient_function is not None]
@@ -116,8 +116,9 @@ def test_what_a_grid_clips_gets_no_gradient(compiled, monkeypatch):
     with tf.Graph().as_default(), v1.Session() as session:
         given, on = v1.placeholder(tf.float32, (2, 1206)), v1.placeholder(tf.bool, ())
         scale, zero, qmin, qmax = (v1.placeholder(tf.float32, ()) for _ in range(4))
-        with in_one_pass(given):
-            y = trained(given, Ends("integer", scale, zero, qmin, qmax), Groups.of((), PerTensor()), on, name="y")
+        with in_one_pass(compiles(given)):
+            ends = Ends("integer", scale, zero, qmin, qmax)
+            y = trained(given, ends, Groups.of((), PerTensor()), on, name="y", compiled=compiles(given))
         cotangent = v1.placeholder(tf.float32, (2, 1206))
         (dx,) = tf.gradients(y, [given], cotangent)
         assert ("_XlaCompile" in str(session.graph.as_graph_def())) == compiled
@@ -179,6 +180,24 @@ def test_gradients_are_made_again_in_this_process_s_graphs_alone(monkeypatch):
         v1.train.import_meta_graph(model.meta)
     assert all(o._gradient_function is None for o in elsewhere.get_operations())
     assert any(o._gradient_function is not None for o in model.function.concrete.graph.get_operations())
+
+
+@pytest.mark.parametrize("mode", [MODES["regular"], MODES["range learning"]], ids=["regular", "range learning"])
+def test_large_weights_are_compiled_and_train_alike(mode, monkeypatch):
+    found = []
+    for values in (2**40, 64):
+        monkeypatch.setattr(fake_quant, "COMPILED_PARAMETER", values)
+        model = setup().simulation(mode).model
+        names = {n.name for n in model.meta.graph_def.node if "_XlaCompile" in n.attr}
+        assert bool(names) == (values == 64)
+        with model.graph.as_default():
+            loss = tf.reduce_sum(model.graph.get_tensor_by_name(model.outputs[0]) ** 2)
+            gradients = tf.gradients(loss, model.trainable_variables)
+        fetches = [loss, *(g for g in gradients if g is not None)]
+        found.append(model.session.run(fetches, {model.inputs[0]: batch()[0]}))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("mode", [MODES["regular"], MODES["range learning"]], ids=["regular", "range learning"])

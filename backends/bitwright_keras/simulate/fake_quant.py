@@ -39,6 +39,8 @@ from bitwright_keras.simulate.rounding import NAMESPACE, round_to_float, round_t
 
 COMPILED_FROM = 2**13
 """Values of a sample from which training compiles an activation's rounding: for fewer it takes longer than it saves."""
+COMPILED_PARAMETER = 2**16
+"""Values from which it compiles a parameter's."""
 
 
 @keras.saving.register_keras_serializable(package="bitwright")
@@ -212,8 +214,13 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         on = switched(self.enabled)
         if on is not None:
             return self._round(x) if on else x
-        compiled = bool(training) and self._layout is None and math.prod(n or 1 for n in x.shape[1:]) >= COMPILED_FROM
+        compiled = bool(training) and self._large(x)
         return ops.cond(value_of(self.enabled), lambda: self._round(x, compiled), lambda: x)
+
+    def _large(self, x: Any) -> bool:
+        if self._layout is not None:
+            return math.prod(x.shape) >= COMPILED_PARAMETER
+        return math.prod(n or 1 for n in x.shape[1:]) >= COMPILED_FROM
 
     def _round(self, x: Any, compiled: bool = False) -> Any:
         dtype = keras.backend.standardize_dtype(x.dtype)

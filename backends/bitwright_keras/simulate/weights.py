@@ -37,16 +37,17 @@ class QuantizedLayer(keras.layers.Layer):  # type: ignore[misc]
         if not self.layer.built:
             self.layer.build(input_shape)
 
-    def quantized(self) -> dict[str, Any]:
-        """Parameters on their grids, by path."""
+    def quantized(self, training: bool | None = None) -> dict[str, Any]:
+        """Parameters on their grids, by path; `training` as `FakeQuantize.call` takes it."""
         variables = variables_of(self.layer)
-        return {k: q(value_of(variables[k])) for k, q in zip(self.keys, self.quantizers, strict=True)}
+        pairs = zip(self.keys, self.quantizers, strict=True)
+        return {k: q(value_of(variables[k]), training=training) for k, q in pairs}
 
     def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Any:
         """What the layer computes with quantized parameters; its own updates (moving averages) take place."""
         if training is not None and "training" in self.layer._call_signature.parameters:
             kwargs["training"] = training
-        quantized = self.quantized()
+        quantized = self.quantized(training)
         by_id = {id(v): quantized[k] for k, v in variables_of(self.layer).items() if k in quantized}
         mapping = [(v, by_id.get(id(v), v.value)) for v in self.layer.variables]
         with keras.StatelessScope(state_mapping=mapping) as scope:

@@ -247,6 +247,8 @@ def switched(
 
 COMPILED_FROM = 2**13
 """Values of a sample from which an activation's rounding is compiled: for fewer it takes longer than it saves."""
+COMPILED_PARAMETER = 2**16
+"""Values from which a parameter's is."""
 
 
 QUOTIENT, RAISED, HELD, CLIPPED, STEPS, SHAPED = "quotient", "raised", "held", "clipped", "scale_steps", "steps"
@@ -255,22 +257,26 @@ COLUMNS = 64
 """Columns from which XLA sums fast over the rows of a matrix."""
 
 
-def _compiles(x: Node) -> bool:
-    sizes = [] if x.shape.rank is None else [n or 1 for n in x.shape.as_list()[1:]]
-    return math.prod(sizes) >= COMPILED_FROM and not tf.config.list_physical_devices("GPU")
+def compiles(x: Node, *, parameter: bool = False) -> bool:
+    """Whether the rounding of a tensor is compiled: of a large one, on CPUs; on GPUs, XLA's division isn't exact."""
+    if tf.config.list_physical_devices("GPU"):
+        return False
+    sizes = [] if x.shape.rank is None else x.shape.as_list()
+    values = math.prod(n or 1 for n in (sizes if parameter else sizes[1:]))
+    return values >= (COMPILED_PARAMETER if parameter else COMPILED_FROM)
 
 
-def in_one_pass(x: Node) -> AbstractContextManager[Any]:
-    """Lets XLA compile what is made of a large activation within, on CPUs: on GPUs, its division isn't exact."""
-    if not _compiles(x):
+def in_one_pass(wanted: bool) -> AbstractContextManager[Any]:
+    """Lets XLA compile what is made within, and what becomes of it in a gradient, where that is wanted (`compiles`)."""
+    if not wanted:
         return nullcontext()
     scope: AbstractContextManager[Any] = tf.xla.experimental.jit_scope(separate_compiled_gradients=True)
     return scope
 
 
-def _apart(x: Node) -> AbstractContextManager[Any]:
-    """What is made within `in_one_pass` of the same tensor isn't compiled, nor are its gradients."""
-    if not _compiles(x):
+def _apart(compiled: bool) -> AbstractContextManager[Any]:
+    """What is made within `in_one_pass` isn't compiled, nor are its gradients."""
+    if not compiled:
         return nullcontext()
     scope: AbstractContextManager[Any] = tf.xla.experimental.jit_scope(compile_ops=False)
     return scope
@@ -302,7 +308,16 @@ class Ends:
     moves: bool = False
 
 
-def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | float = 1.0, name: str) -> Node:
+def trained(
+    x: Node,
+    ends: Ends,
+    groups: Groups,
+    on: Node,
+    *,
+    factor: Node | float = 1.0,
+    name: str,
+    compiled: bool = False,
+) -> Node:
     """x on a grid with the gradients of `bitwright.grids.fake_quantize_vjp` (`cast_vjp` for float formats).
 
     Args:
@@ -312,11 +327,12 @@ def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | flo
         on: scalar bool; while false x passes, with its gradient, and the grid gets none.
         factor: of the gradients to scale and zero point.
         name: of the last node.
+        compiled: it is called within `in_one_pass`.
     """
     if ends.kind == "integer" and not groups.scale:
         columns = _columns(x) if ends.learned else 0
         if columns is not None:
-            return _clipped(x, ends, on, columns, factor, name)
+            return _clipped(x, ends, on, columns, factor, name, compiled)
     stop, ns = tf.stop_gradient, NAMESPACE
     value = groups.cut(ns, tf.cast(x, tf.float64 if ends.kind == "wide" else tf.float32))
     scale, zero = (groups.broadcast(ns, chosen(on, v, stop(v))) for v in (ends.scale, ends.zero))
@@ -347,7 +363,7 @@ def trained(x: Node, ends: Ends, groups: Groups, on: Node, *, factor: Node | flo
     return tf.identity(tf.cast(y, x.dtype), name=name)
 
 
-def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, name: str) -> Node:
+def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, name: str, compiled: bool) -> Node:
     """`trained` for one scale: t = x between the least and the largest value that isn't clipped.
 
     TensorFlow's gradient of that is made of x and the two limits, so that nothing is kept for it. A zero point moves
@@ -360,7 +376,7 @@ def _clipped(x: Node, ends: Ends, on: Node, columns: int, factor: Node | float, 
     """
     stop = tf.stop_gradient
     largest = np.finfo(np.float32).max
-    with _apart(x):  # numbers of the grid: each would be a program of its own
+    with _apart(compiled):  # numbers of the grid: each would be a program of its own
         s, zero = stop(ends.scale), stop(ends.zero)
         low, high = ends.qmin - zero, ends.qmax - zero
         least, most = tf.unstack(_largest_kept(s, tf.stack([-low, high])))

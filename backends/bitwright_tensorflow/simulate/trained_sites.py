@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +38,16 @@ from bitwright.grids import (
 )
 from bitwright_tensorflow.graph.layouts import Layout, Reshaped, Transposed
 from bitwright_tensorflow.graph.model import Array
-from bitwright_tensorflow.simulate.fake_quant import NAMESPACE, Ends, Node, chosen, in_one_pass, kind_of, trained
+from bitwright_tensorflow.simulate.fake_quant import (
+    NAMESPACE,
+    Ends,
+    Node,
+    chosen,
+    compiles,
+    in_one_pass,
+    kind_of,
+    trained,
+)
 from bitwright_tensorflow.simulate.instrument import Instrument
 
 
@@ -175,9 +183,10 @@ class TrainedSite:
             factor: Node | float = 1.0
             if self.training.gradient_scale and self.policy.learns:
                 factor = self._factor(values)
-            # Parameters are small beside activations.
-            with nullcontext() if isinstance(x, Operand) else in_one_pass(values):
-                return back(trained(values, self._ends, groups, self._on, factor=factor, name="value"))
+            compiled = compiles(values, parameter=isinstance(x, Operand))
+            with in_one_pass(compiled):
+                y = trained(values, self._ends, groups, self._on, factor=factor, name="value", compiled=compiled)
+            return back(y)
 
     def _factor(self, x: Node) -> Node:
         """`gradients.lsq_factor`, of a tensor whose size isn't known before it runs."""
