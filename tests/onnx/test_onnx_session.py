@@ -1,6 +1,8 @@
 """Sessions: taps, reductions, segments, bad batches."""
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 import builders as b
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from bitwright.backend import Tap
 from bitwright.errors import InputError, ModelError
+from bitwright.graph import SetParams
 from bitwright_onnx.backend import OnnxBackend
+from bitwright_onnx.graph.collector import without_collection
 from bitwright_onnx.simulate import session as sessions
 from bitwright_onnx.simulate.session import OrtSession, compile_session
 
@@ -188,6 +192,40 @@ def test_an_error_that_is_handled_already_is_no_reason_that_a_model_cannot_be_wr
     except InputError:
         with pytest.raises(ModelError, match=r"can't be serialized \(more than 2 GB\)"):
             compile_session(BACKEND.adopt(b.mlp()))
+
+
+def test_graphs_are_copied_and_written_without_the_collector():
+    """It would go through all that the process holds; it is on again afterwards, also where something fails."""
+    model, copying = BACKEND.adopt(b.small_cnn()), []
+
+    def called(phase, _):
+        frame = sys._getframe()
+        while frame is not None:
+            copying.append(Path(frame.f_code.co_filename).name in ("_cloner.py", "serde.py"))
+            frame = frame.f_back
+
+    before, threshold = gc.isenabled(), gc.get_threshold()
+    gc.callbacks.append(called)
+    gc.set_threshold(5)
+    try:
+        gc.enable()
+        changed = BACKEND.edit(
+            model, [SetParams({"conv1.weight": BACKEND.read(model, ["conv1.weight"])["conv1.weight"] / 2})]
+        )
+        BACKEND.session(changed, [Tap("c1", "minmax")])
+        assert copying
+        assert not any(copying)
+        with pytest.raises(ModelError), without_collection():
+            BACKEND.session(changed, [Tap("nothing")])
+        assert gc.isenabled()
+        gc.disable()
+        with without_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.callbacks.remove(called)
+        gc.set_threshold(*threshold)
+        gc.enable() if before else gc.disable()
 
 
 @pytest.mark.parametrize("thinned", [False, True])

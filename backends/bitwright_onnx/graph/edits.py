@@ -12,6 +12,7 @@ from bitwright.backend import Branch, Editor
 from bitwright.errors import ModelError
 from bitwright.graph import ACTIVATION_TYPES, BranchNames, Edit, Formula, Graph, Op, OpId, ParamId, TensorId, free_name
 from bitwright_onnx.graph.canonical import canonical_graph
+from bitwright_onnx.graph.collector import without_collection
 from bitwright_onnx.graph.initializers import add_initializer, is_private, unique_name
 from bitwright_onnx.graph.operands import parameters
 from bitwright_onnx.graph.opset import opset_of
@@ -32,7 +33,8 @@ def edit_model(model: ir.Model, edits: Sequence[Edit]) -> ir.Model:
     Raises:
         ModelError: an edit names what isn't there, or would change what the model computes elsewhere.
     """
-    copy = model.clone()
+    with without_collection():
+        copy = model.clone()
     copy.graph.meta.update(model.graph.meta)
     editor = OnnxEditor(copy, canonical_graph(model))
     editor.apply_all(edits)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx_ir as ir
 
 from bitwright.backend import not_computable, require_tensors
+from bitwright_onnx.graph.collector import without_collection
 
 
 def values_of(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -69,7 +70,8 @@ def extract(model: ir.Model, outputs: Sequence[str], feeds: Sequence[str] | None
         opset_imports=graph.opset_imports,
         name=graph.name,
     )
-    part = view.clone()
+    with without_collection():
+        part = view.clone()
     own = set(graph.inputs)
     for original, value in zip(inputs, part.inputs, strict=True):
         value.const_value = None

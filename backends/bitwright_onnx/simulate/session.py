@@ -18,6 +18,7 @@ import onnxruntime as ort
 from bitwright.backend import Batch, Tap, feed, given, picked, reduced, require_tensors
 from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import Array
+from bitwright_onnx.graph.collector import without_collection
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
 from bitwright_onnx.simulate.blocked import blocked_session
@@ -103,7 +104,7 @@ def _compile(
         options.add_external_initializers(list(shared), list(shared.values()))
     handled = sys.exception()
     try:
-        with _detached(part, shared):
+        with _detached(part, shared), without_collection():
             proto = ir.to_proto(part).SerializeToString()
     except Exception as error:
         for inner in _chain(error, handled):

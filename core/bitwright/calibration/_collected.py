@@ -12,7 +12,6 @@ from bitwright.errors import InputError
 from bitwright.files import Array
 from bitwright.statistics import LayerMoments, Request, Source, Statistic
 
-
 SMALL = 2**12
 """Values up to which a statistic takes them at once: handing them to a thread takes longer."""
 
