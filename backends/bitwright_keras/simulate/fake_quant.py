@@ -219,8 +219,8 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     def _large(self, x: Any) -> bool:
         if self._layout is not None:
-            return math.prod(x.shape) >= COMPILED_PARAMETER
-        return math.prod(n or 1 for n in x.shape[1:]) >= COMPILED_FROM
+            return bool(math.prod(x.shape) >= COMPILED_PARAMETER)
+        return bool(math.prod(n or 1 for n in x.shape[1:]) >= COMPILED_FROM)
 
     def _round(self, x: Any, compiled: bool = False) -> Any:
         dtype = keras.backend.standardize_dtype(x.dtype)

@@ -263,7 +263,7 @@ def compiles(x: Node, *, parameter: bool = False) -> bool:
         return False
     sizes = [] if x.shape.rank is None else x.shape.as_list()
     values = math.prod(n or 1 for n in (sizes if parameter else sizes[1:]))
-    return values >= (COMPILED_PARAMETER if parameter else COMPILED_FROM)
+    return bool(values >= (COMPILED_PARAMETER if parameter else COMPILED_FROM))
 
 
 def in_one_pass(wanted: bool) -> AbstractContextManager[Any]:
