@@ -95,7 +95,7 @@ def export(model: KerasModel, plan: Plan, encodings: EncodingTable, path: Path, 
         case "pb":
             graph = frozen(model)
             with atomic_write(path) as file:
-                file.write(graph.graph_def.SerializeToString(deterministic=True))
+                graph.write(file)
             return Bundle({"pb": path}, graph.names)
         case "saved_model":
             return Bundle({"saved_model": save_saved_model(model, path)})

@@ -2,6 +2,9 @@
 
 The graph is traced call by call, so that every activation is known by its tensor; nodes are then renamed, so that the
 activation "block/relu" is the tensor "block/relu:0" and the parameter "block/kernel" the constant "block/kernel".
+
+TensorFlow's own freezing copies the weights five times and more. Here large ones aren't in the graph: their constants
+are of the right type and shape, and the values are read, one by one, when the graph is written.
 """
 
 from __future__ import annotations
@@ -11,25 +14,31 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
+import numpy as np
 
 from bitwright.errors import CapabilityError, ModelError, needs_extra
-from bitwright.files import Scratch
+from bitwright.files import Array, Scratch, write_graph_def
 from bitwright.graph import ParamId, TensorId, free_name
 from bitwright_keras.graph.canonical import canonical
 from bitwright_keras.graph.constants import constant_of, with_operand
 from bitwright_keras.graph.model import KerasModel, Node, execute, variables_of
 from bitwright_keras.graph.native import first_line
 from bitwright_keras.graph.optable import AUGMENTATION
+from bitwright_keras.graph.params import native_value
 
 _PLAIN = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 """What TensorFlow allows as a node's name."""
+LARGE = 2**16
+"""Bytes of a weight that is left out of the graph until it is written; shapes and the like are smaller."""
+LARGEST = 2**31 - 1
+"""Bytes that a protobuf message holds at most."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,37 @@ class FrozenGraph:
     """A graph without variables.
 
     Attributes:
-        graph_def: with static shapes noted at its nodes.
+        outline: the graph, with static shapes noted at its nodes; constants in `left_out` have NaN for their values.
         tensors: activation → tensor ("name:0"); model inputs and outputs too.
         constants: parameter → constant's node name; those that the graph computes anew are missing.
+        left_out: node of a large constant → what reads its values from the model.
     """
 
-    graph_def: Any
+    outline: Any
     tensors: Mapping[TensorId, str]
     constants: Mapping[ParamId, str]
+    left_out: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, str]:
         """Site → its name in the file."""
         return {**self.tensors, **self.constants}
+
+    @property
+    def graph_def(self) -> Any:
+        """The graph with all values in it, which is as large as the model."""
+        import tensorflow as tf
+
+        whole = type(self.outline)()
+        whole.CopyFrom(self.outline)
+        for node in whole.node:
+            if node.name in self.left_out:
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(self.left_out[node.name]()))
+        return whole
+
+    def write(self, file: BinaryIO) -> None:
+        """Write `graph_def`, one large constant in memory at a time."""
+        write_graph_def(self.outline, self.left_out, file)
 
 
 def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
@@ -77,7 +104,6 @@ def frozen(model: KerasModel, *, batch_size: int | None = None) -> FrozenGraph:
 
 def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     recorded: dict[TensorId, Any] = {}
     operands: dict[ParamId, Any] = {}
@@ -101,12 +127,51 @@ def _traced(model: KerasModel, batch_size: int | None) -> FrozenGraph:
         names = {t: x.name for t, x in recorded.items() if hasattr(x, "graph") and x.graph is concrete.graph}
         constants = _constant_names(model, concrete)
         constants |= {p: x.op.name for p, x in operands.items() if x.graph is concrete.graph}
-        made = convert_variables_to_constants_v2(concrete)
+        made, left_out = _without_variables(concrete)
     except Exception as error:
         raise ModelError(f"TensorFlow can't freeze {model.name!r}: {first_line(error)}") from error
     outputs = dict(zip(model.output_ids, (t.name for t in made.outputs), strict=True))
     graph_def = made.graph.as_graph_def(add_shapes=True)
-    return _renamed(graph_def, names, constants, outputs)
+    return _renamed(graph_def, names, constants, outputs, left_out)
+
+
+class _Absent(np.ndarray[Any, Any]):
+    """In the place of a large weight's values, which TensorFlow writes as one number for all.
+
+    Attributes:
+        variable: that has them.
+        shape: theirs.
+    """
+
+    variable: Any
+
+    @property
+    def shape(self) -> Any:
+        """The variable's."""
+        return tuple(self.variable.shape)
+
+
+def _without_variables(concrete: Any) -> tuple[Any, dict[str, Any]]:
+    """The function with constants in the place of its variables, as `convert_variables_to_constants_v2` makes it, and
+    the variables of those that have no values: node → variable."""
+    from tensorflow.python.framework import convert_to_constants as tensorflow_freezing
+
+    class Outlined(tensorflow_freezing._FunctionConverterDataInEager):  # type: ignore[misc]
+        def _eval(self, tensor: Any) -> Any:
+            dtype = np.dtype(tensor.dtype.as_numpy_dtype) if tensor.dtype.is_floating else None
+            if dtype is None or dtype.itemsize * (tensor.shape.num_elements() or 0) < LARGE:
+                return super()._eval(tensor)
+            absent = np.full((), np.nan, dtype).view(_Absent)
+            absent.variable = tensor
+            return absent
+
+    found = Outlined(concrete, lower_control_flow=True, aggressive_inlining=False)
+    left_out = {name: d.numpy.variable for name, d in found.tensor_data.items() if isinstance(d.numpy, _Absent)}
+    size = sum(v.dtype.size * v.shape.num_elements() for v in left_out.values())
+    if size > LARGEST:
+        raise ValueError(f"it has {size / 2**30:.1f} GiB of weights, and a frozen graph holds less than 2")
+    graph_def, converted = tensorflow_freezing._replace_variables_by_constants(converter_data=found)
+    return tensorflow_freezing._construct_concrete_function(concrete, graph_def, converted), left_out
 
 
 def _spec(tf: Any, model: KerasModel, name: TensorId, batch_size: int | None, index: int) -> Any:
@@ -177,7 +242,11 @@ def _constant_names(model: KerasModel, concrete: Any) -> dict[ParamId, str]:
 
 
 def _renamed(
-    graph_def: Any, tensors: Mapping[TensorId, str], constants: Mapping[ParamId, str], outputs: Mapping[TensorId, str]
+    graph_def: Any,
+    tensors: Mapping[TensorId, str],
+    constants: Mapping[ParamId, str],
+    outputs: Mapping[TensorId, str],
+    variables: Mapping[str, Any],
 ) -> FrozenGraph:
     """Nodes called by the sites that they compute; the outputs' Identity nodes are left out."""
     nodes = {n.name: n for n in graph_def.node}
@@ -208,7 +277,17 @@ def _renamed(
     names = {t: _moved(n, fresh) for t, n in known.items()}
     present = {n.name for n in left.node}
     held = {p: fresh.get(n, n) for p, n in constants.items()}
-    return FrozenGraph(left, names, {p: n for p, n in held.items() if n in present})
+    left_out = {fresh.get(n, n): _reading(v) for n, v in variables.items()}
+    return FrozenGraph(
+        left,
+        names,
+        {p: n for p, n in held.items() if n in present},
+        {n: read for n, read in left_out.items() if n in present},
+    )
+
+
+def _reading(variable: Any) -> Callable[[], Array]:
+    return lambda: np.asarray(variable.numpy())
 
 
 def _source(nodes: Mapping[str, Any], tensor: str) -> str:
@@ -270,18 +349,28 @@ def _elsewhere(model: KerasModel, batch_size: int | None) -> FrozenGraph:
                 f"{said[-1][:300] if said else 'no message'}; run with KERAS_BACKEND=tensorflow"
             )
         graph_def = graph_pb2.GraphDef.FromString(result.read_bytes())
-        names = json.loads(result.with_suffix(".json").read_text())
-    return FrozenGraph(graph_def, names["tensors"], names["constants"])
+        found = json.loads(result.with_suffix(".json").read_text())
+    left_out = {node: _value(model, param) for node, param in found["left_out"].items()}
+    return FrozenGraph(graph_def, found["tensors"], found["constants"], left_out)
+
+
+def _value(model: KerasModel, param: ParamId) -> Callable[[], Array]:
+    return lambda: native_value(canonical(model).places[param])
 
 
 def _main(source: str, result: str, batch_size: str) -> None:
+    from tensorflow.core.framework import types_pb2
+
     from bitwright_keras.capture.files import load_model
 
     found = frozen(load_model(Path(source)), batch_size=int(batch_size) if batch_size else None)
-    Path(result).with_suffix(".json").write_text(
-        json.dumps({"tensors": dict(found.tensors), "constants": dict(found.constants)})
-    )
-    Path(result).write_bytes(found.graph_def.SerializeToString())
+    # The other process has these parameters too, in this type; what else there may be goes with the graph.
+    types = {node.name: node.attr["dtype"].type for node in found.outline.node if node.name in found.left_out}
+    params = {n: p for p, n in found.constants.items() if types.get(n) == types_pb2.DT_FLOAT}
+    names = {"tensors": dict(found.tensors), "constants": dict(found.constants), "left_out": params}
+    Path(result).with_suffix(".json").write_text(json.dumps(names))
+    with Path(result).open("wb") as file:
+        write_graph_def(found.outline, {n: v for n, v in found.left_out.items() if n not in params}, file)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import onnx
 
-from bitwright.files import HeldFile
-from bitwright_onnx.capture.writing import GRAPH, INITIALIZER, RAW_DATA, STREAMED, prefix
+from bitwright.files import HeldFile, field_prefix
+from bitwright_onnx.capture.writing import GRAPH, INITIALIZER, RAW_DATA, STREAMED
 
 LAZY_ABOVE = 2**27
 """Size of a file from which on weights are left in it."""
@@ -66,7 +66,7 @@ def _skeleton(file: HeldFile) -> bytes:
         if field.number == GRAPH and field.kind == _BYTES:
             graphs += 1
             graph = _graph(file, field)
-            made += prefix(GRAPH, len(graph)) + graph
+            made += field_prefix(GRAPH, len(graph)) + graph
         else:
             made += _bytes(file, field.start, field.end)
     if graphs != 1:
@@ -79,7 +79,7 @@ def _graph(file: HeldFile, graph: _Field) -> bytes:
     for field in _fields(file, graph.content, graph.end):
         if field.number == INITIALIZER and field.kind == _BYTES and field.end - field.content >= STREAMED:
             tensor = _tensor(file, field)
-            made += prefix(INITIALIZER, len(tensor)) + tensor
+            made += field_prefix(INITIALIZER, len(tensor)) + tensor
         else:
             made += _bytes(file, field.start, field.end)
     return bytes(made)

@@ -7,15 +7,13 @@ the large weights, and their bytes are put in where it is written; the file is t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import onnx
 import onnx_ir as ir
 
 from bitwright.errors import InputError
-from bitwright.files import written_beside
+from bitwright.files import field_prefix, split_message, written_beside
 from bitwright_onnx.graph.opset import minimal_ir_version, opset_of
 from bitwright_onnx.graph.tensors import byte_size
 
@@ -78,49 +76,24 @@ def write_inline(model: ir.Model, file: BinaryIO) -> None:
         if weight is not None:
             for field in ("external_data", "data_location"):
                 initializer.ClearField(field)
-        before, after = _around(initializer, RAW_DATA)
+        before, after = split_message(initializer, RAW_DATA)
         heads.append((before, weight, after))
     del proto.graph.initializer[:]
-    graph_before, graph_after = _around(proto.graph, INITIALIZER)
+    graph_before, graph_after = split_message(proto.graph, INITIALIZER)
     proto.ClearField("graph")
-    model_before, model_after = _around(proto, GRAPH)
+    model_before, model_after = split_message(proto, GRAPH)
     lengths = [_length(before, weight, after) for before, weight, after in heads]
-    inside = sum(len(prefix(INITIALIZER, n)) + n for n in lengths)
-    file.write(model_before + prefix(GRAPH, len(graph_before) + inside + len(graph_after)) + graph_before)
+    inside = sum(len(field_prefix(INITIALIZER, n)) + n for n in lengths)
+    file.write(model_before + field_prefix(GRAPH, len(graph_before) + inside + len(graph_after)) + graph_before)
     for (before, weight, after), length in zip(heads, lengths, strict=True):
-        file.write(prefix(INITIALIZER, length) + before)
+        file.write(field_prefix(INITIALIZER, length) + before)
         if weight is not None:
-            file.write(prefix(RAW_DATA, weight.nbytes))
+            file.write(field_prefix(RAW_DATA, weight.nbytes))
             file.write(weight.tobytes())
         file.write(after)
     file.write(graph_after + model_after)
 
 
 def _length(before: bytes, weight: ir.TensorProtocol | None, after: bytes) -> int:
-    data = 0 if weight is None else len(prefix(RAW_DATA, weight.nbytes)) + weight.nbytes
+    data = 0 if weight is None else len(field_prefix(RAW_DATA, weight.nbytes)) + weight.nbytes
     return len(before) + data + len(after)
-
-
-def _around(message: onnx.ModelProto | onnx.GraphProto | onnx.TensorProto, number: int) -> tuple[bytes, bytes]:
-    """A message in two pieces: its fields below a number, and the others."""
-    pieces = []
-    for below in (True, False):
-        piece = type(message)()
-        piece.CopyFrom(message)
-        for field, _ in message.ListFields():
-            if (field.number < number) is not below:
-                piece.ClearField(field.name)
-        pieces.append(piece.SerializeToString())
-    return pieces[0], pieces[1]
-
-
-def prefix(number: int, length: int) -> bytes:
-    """What stands before the bytes of a field of that number: its key and how many they are."""
-    return bytes([*_varint(number << 3 | 2), *_varint(length)])
-
-
-def _varint(value: int) -> Iterator[int]:
-    while value > 0x7F:
-        yield value & 0x7F | 0x80
-        value >>= 7
-    yield value

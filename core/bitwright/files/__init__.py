@@ -14,6 +14,7 @@ from bitwright.files._durable import (
 )
 from bitwright.files._held import HeldFile
 from bitwright.files._leftovers import staging, sweep, sweep_beside, written_beside
+from bitwright.files._messages import field_prefix, split_message, write_graph_def
 from bitwright.files._pieces import StoredArray
 from bitwright.files._scratch import Scratch, scratch_file, sweep_scratch, temporaries_in
 from bitwright.files._spill import Spill, is_spilled
@@ -28,6 +29,7 @@ __all__ = [
     "atomic_write",
     "cannot_write",
     "discard",
+    "field_prefix",
     "is_file",
     "is_spilled",
     "make_directory",
@@ -36,12 +38,14 @@ __all__ = [
     "read_npy",
     "read_npz",
     "scratch_file",
+    "split_message",
     "staging",
     "sweep",
     "sweep_beside",
     "sweep_scratch",
     "sync_directory",
     "temporaries_in",
+    "write_graph_def",
     "write_text",
     "written_beside",
 ]
