@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from bitwright.backend import Backend, Batch, Bundle, Session, Tap
+from bitwright.backend import Backend, Batch, Bundle, LazyValues, Session, Tap, session_in_parts
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.files import Array
 from bitwright.graph import Graph, OpId, ParamId, TensorId
@@ -29,6 +30,7 @@ from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.emit.emitter import emit, values_equal
 from bitwright_onnx.emit.sheet import NotEmittable
 from bitwright_onnx.export.known_parameters import with_parameters
+from bitwright_onnx.graph.opset import detach_weights
 from bitwright_onnx.graph.subgraph import values_of
 from bitwright_onnx.qdq_bundles import QdqBundles
 
@@ -65,16 +67,18 @@ def write_graph(graph: Graph, params: Mapping[ParamId, Array], path: Path | None
         InputError: the file can't be written.
     """
     model = emit(graph, params).model
-    proto = ir.to_proto(model)
-    _check(proto)
+    _check(model)
     if path is not None:
         save_model(model, path)
-    return proto
+    return ir.to_proto(model)
 
 
-def _check(proto: onnx.ModelProto) -> None:
+def _check(model: ir.Model) -> None:
+    """Refuse what onnx.checker does. It copies all weights several times, so that large ones are inputs for it."""
+    outline = model.clone()
+    detach_weights(outline)
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(ir.to_proto(outline), full_check=True)
     except Exception as error:
         raise ModelError(f"the graph makes no valid ONNX model: {first_line(error)}") from error
 
@@ -97,6 +101,8 @@ def written(backend: Backend[Any], model: Any, *, sample: Batch | None = None) -
 
     Every tensor of the graph is compared, in ONNX Runtime and in the backend, on one batch.
 
+    Large parameters are read from `model` when the ONNX model is run or written, one by one.
+
     Args:
         backend, model: whose.
         sample: feeds for the comparison; None: normal random numbers in the inputs' shapes.
@@ -106,7 +112,7 @@ def written(backend: Backend[Any], model: Any, *, sample: Batch | None = None) -
         ModelError: the ONNX model is invalid, or computes something else; says which tensor.
     """
     graph = backend.graph(model)
-    values = backend.read(model, list(graph.params))
+    values = LazyValues({p: partial(_read, backend, model, p) for p in graph.params})
     return written_graph(graph, values, lambda taps: backend.session(model, taps), sample=sample)
 
 
@@ -119,13 +125,18 @@ def written_graph(
     tensors: Collection[TensorId] | None = None,
 ) -> Written:
     """`written`, of a graph with its parameters' values and what opens a session for some taps; `tensors`: those that
-    it has, where the graph has others besides."""
+    it has, where the graph has others besides. Large values are taken out of `params` when they are needed, each time
+    anew."""
     emitted = emit(graph, params)
-    _check(ir.to_proto(emitted.model))
+    _check(emitted.model)
     made = OnnxBackend().adopt(emitted.model)
     own = graph.tensors if tensors is None else tensors
     _compare(session, graph, own, made, emitted.names, sample if sample is not None else _sample(graph))
     return Written(made, emitted.names)
+
+
+def _read(backend: Backend[Any], model: Any, param: ParamId) -> Array:
+    return np.asarray(backend.read(model, [param])[param])
 
 
 def _sample(graph: Graph) -> Batch:
@@ -153,7 +164,8 @@ def _compare(
     twins = {t: n for t, n in twins.items() if present[n].const_value is None and graph.tensors[t].dtype != "sequence"}
     tapped = session([Tap(t) for t in twins]).run(sample)
     expected = {t: np.asarray(tapped[Tap(t)]) for t in twins}
-    found = OnnxBackend().session(made, [Tap(n) for n in dict.fromkeys(twins.values())]).run(sample)
+    wanted = [Tap(n) for n in dict.fromkeys(twins.values())]
+    found = session_in_parts(OnnxBackend().graph(made), _Made(made), wanted).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
     halves = any(about.dtype in ("float16", "bfloat16") for about in graph.tensors.values())
     other = [
@@ -170,6 +182,21 @@ def _compare(
                 f"not emittable as ONNX: tensor {tensor!r}, {made_by}, has other values in the ONNX model: the op's "
                 f"type, attributes or `call` don't say what it computes"
             )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A written model, to be run in parts where it is large."""
+
+    model: ir.Model
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """See `Divisible`."""
+        return OnnxBackend().session(self.model, taps)
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """See `Divisible`."""
+        return OnnxBackend().segment(self.model, feeds, taps)
 
 
 def _of_equal_inputs(

@@ -5,14 +5,15 @@ is here several that do. The others, and all names, are the same; so it is for w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import keras
-import numpy as np
 
+from bitwright.backend import LazyValues
 from bitwright.errors import ModelError
+from bitwright.files import Array
 from bitwright.graph import Graph, Op, OpKind, ParamId, TensorId, free_name, lacking
 from bitwright_keras.capture.comparing import CaptureNotice
 from bitwright_keras.capture.normalize import Normalizer
@@ -28,11 +29,12 @@ DEPTH = 4
 """Layers within layers that are looked into."""
 
 
-def complete(model: KerasModel, depth: int = DEPTH) -> tuple[Graph, dict[ParamId, Any]]:
-    """The graph and the values of its parameters; ops that can't be looked into are left as they are."""
+def complete(model: KerasModel, depth: int = DEPTH) -> tuple[Graph, Mapping[ParamId, Array]]:
+    """The graph and the values of its parameters, read from the layers whenever they are asked for; ops that can't be
+    looked into are left as they are."""
     found = canonical(model)
-    graph, values = found.graph, read_params(model, list(found.graph.params))
-    made = _Made(graph, values)
+    graph = found.graph
+    made = _Made(graph, {param: partial(_read, model, param) for param in graph.params})
     for op in graph:
         node = found.nodes[op.id][0]
         if lacking(op, graph) is None:
@@ -43,7 +45,11 @@ def complete(model: KerasModel, depth: int = DEPTH) -> tuple[Graph, dict[ParamId
             made.splice(op, node, inner, *complete(inner, depth - 1))
         else:
             made.ops.append(op)
-    return Graph(made.ops, made.tensors, made.params, graph.inputs, graph.outputs), made.values
+    return Graph(made.ops, made.tensors, made.params, graph.inputs, graph.outputs), LazyValues(made.reads)
+
+
+def _read(model: KerasModel, param: ParamId) -> Array:
+    return read_params(model, [param])[param]
 
 
 def _inside(model: KerasModel, node: Node) -> KerasModel | None:
@@ -72,12 +78,12 @@ def _inside(model: KerasModel, node: Node) -> KerasModel | None:
 class _Made:
     """The graph in the making."""
 
-    def __init__(self, graph: Graph, values: Mapping[ParamId, Any]) -> None:
+    def __init__(self, graph: Graph, reads: Mapping[ParamId, Callable[[], Array]]) -> None:
         self.ops: list[Op] = []
-        self.tensors, self.params, self.values = dict(graph.tensors), dict(graph.params), dict(values)
+        self.tensors, self.params, self.reads = dict(graph.tensors), dict(graph.params), dict(reads)
         self._taken = {*graph.tensors, *graph.params, *(op.id for op in graph)}
 
-    def splice(self, op: Op, node: Node, inner: KerasModel, graph: Graph, values: Mapping[ParamId, Any]) -> None:
+    def splice(self, op: Op, node: Node, inner: KerasModel, graph: Graph, values: Mapping[ParamId, Array]) -> None:
         """Put a layer's ops in the place of its one."""
         names: dict[TensorId, TensorId] = dict(zip(inner.inputs, dict.fromkeys(node.inputs), strict=True))
         passed: list[Op] = []
@@ -94,7 +100,7 @@ class _Made:
                 self.tensors[names[held.id]] = replace(held, id=names[held.id])
         params = {param: self._fresh(f"{op.id}/{param}") for param in graph.params}
         self.params |= {params[p.id]: replace(p, id=params[p.id]) for p in graph.params.values()}
-        self.values |= {params[p]: np.asarray(value) for p, value in values.items()}
+        self.reads |= {params[p]: partial(values.__getitem__, p) for p in values}
         for made in graph:
             self.ops.append(
                 replace(

@@ -146,7 +146,7 @@ class _Absent(np.ndarray[Any, Any]):
     variable: Any
 
     @property
-    def shape(self) -> Any:
+    def shape(self) -> Any:  # type: ignore[misc]
         """The variable's."""
         return tuple(self.variable.shape)
 

@@ -17,7 +17,8 @@ from bitwright.errors import ModelError
 from bitwright.graph import Constant, Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId, free_name, operands
 
 _TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
-
+LAZY_VALUES = 2**18
+"""Values of a parameter that are read only when somebody asks for them."""
 
 SIZES: Mapping[str, int] = {
     **dict.fromkeys(("Reshape", "Expand", "Tile", "Slice", "Split", "TopK", "GatherND"), 1),
@@ -132,12 +133,8 @@ class Sheet:
         name = op.params[role]
         stored = self.initializers.get(name)
         if stored is None:
-            array = np.asarray(self._params(name))
-            kept_turned = name in self._turned
-            array = array.T if kept_turned else array.reshape(shape) if shape is not None else array
-            self._forms[name] = (-1,) if kept_turned else shape
-            dtype = onnx_type(self.graph.params[name].dtype)
-            stored = self._initializer(name, np.asarray(array, order="C").astype(dtype.numpy(), copy=False), dtype)
+            self._forms[name] = (-1,) if name in self._turned else shape
+            stored = self._stored(name, shape)
         form = self._forms[name]
         value = stored
         if turned != (form == (-1,)):
@@ -149,6 +146,23 @@ class Sheet:
             value = self.node(op, "Cast", value, to=int(onnx_type(wanted)))
         return value
 
+    def _stored(self, name: ParamId, shape: tuple[int, ...] | None) -> ir.Value:
+        """The initializer of a parameter."""
+        dtype, turned = onnx_type(self.graph.params[name].dtype), name in self._turned
+        params = self._params  # not the sheet, which a tensor would keep with all that is on it
+
+        def made() -> ir.TensorProtocol:
+            array = np.asarray(params(name))
+            array = array.T if turned else array.reshape(shape) if shape is not None else array
+            array = np.asarray(array, order="C").astype(dtype.numpy(), copy=False)
+            return ir.Tensor(array, dtype=dtype, name=name)
+
+        canonical = self.graph.params[name].shape
+        if int(np.prod(canonical, dtype=np.int64)) < LAZY_VALUES:
+            return self._held(name, made())
+        held = canonical[::-1] if turned else canonical if shape is None else shape
+        return self._held(name, ir.LazyTensor(made, dtype, ir.Shape(held), name=name))
+
     def literal(self, op: Op, values: Any, dtype: str | None = None) -> ir.Value:
         """An initializer that the op alone reads; whole numbers are int64, floats of `dtype`."""
         array = np.asarray(values)
@@ -158,8 +172,11 @@ class Sheet:
         return self._initializer(self.fresh(f"{op.id}/constant"), array.astype(kind.numpy(), copy=False), kind)
 
     def _initializer(self, name: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
-        tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
-        made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        return self._held(name, ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name))
+
+    def _held(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        shape = ir.Shape(tensor.shape.numpy())
+        made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.initializers[name] = made
         return made
 

@@ -37,7 +37,7 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
     bare.ir_version = max(bare.ir_version, 4)  # before, initializers had to be inputs too
     if present < NUMPY_BROADCASTING:
         broadcast_as_numpy(bare)
-    weights = _detach(bare)
+    weights = detach_weights(bare)
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(bare), version))
     except Exception as error:
@@ -70,8 +70,14 @@ def minimal_ir_version(opset: int) -> int:
     return int(onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)], ignore_unknown=True))
 
 
-def _detach(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """Make inputs of the big initializers, so that no weight passes through the converter."""
+def detach_weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Make inputs of the big initializers of a model that the caller owns; returns their values.
+
+    So no weight passes through what takes the model as one message.
+
+    Raises:
+        ModelError: an initializer has no data.
+    """
     graph = model.graph
     weights: dict[str, ir.TensorProtocol] = {}
     for name, value in list(graph.initializers.items()):

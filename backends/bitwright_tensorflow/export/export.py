@@ -5,13 +5,16 @@ None of these files needs bitwright: plain TensorFlow (or an ONNX runtime) loads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitwright.backend import Bundle
+from bitwright.backend import Bundle, LazyValues, Session, Tap, session_in_parts
 from bitwright.errors import InputError, ModelError
+from bitwright.files import Array
+from bitwright.graph import ParamId, TensorId
 from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.qdq_bundles import onnx_backend
@@ -97,7 +100,30 @@ def as_onnx(model: TfModel) -> Written:
 
     found = recognize(model, complete=True)
     made = {p: read for p, read in found.params.items() if ":" in read.source}
-    values = {p: to_canonical(model, read) for p, read in found.params.items() if p not in made}
-    arrays = computed(model, [read.source for read in made.values()]) if made else []
-    values |= {p: read.form.canonical(array) for (p, read), array in zip(made.items(), arrays, strict=True)}
-    return written_graph(found.graph, values, lambda taps: open_taps(model, taps))
+    reads: dict[ParamId, Callable[[], Array]] = {
+        p: partial(to_canonical, model, read) for p, read in found.params.items() if p not in made
+    }
+    if made:
+        arrays = computed(model, [read.source for read in made.values()])
+        held = {p: read.form.canonical(array) for (p, read), array in zip(made.items(), arrays, strict=True)}
+        reads |= {p: partial(held.__getitem__, p) for p in held}
+
+    def session(taps: Sequence[Tap]) -> Session:
+        return session_in_parts(found.graph, _Float(model), taps)
+
+    return written_graph(found.graph, LazyValues(reads), session)
+
+
+@dataclass(frozen=True)
+class _Float:
+    """The float model, to be run in parts where it is large."""
+
+    model: TfModel
+
+    def session(self, taps: Sequence[Tap]) -> Session:
+        """See `Divisible`."""
+        return open_taps(self.model, taps)
+
+    def segment(self, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
+        """See `Divisible`."""
+        return open_taps(self.model, taps, feeds)

@@ -17,6 +17,7 @@ from bitwright.backend._conversion import array_of, check_numeric, converted, fe
 from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._feeds import Feed, FeedSpecs
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
+from bitwright.backend._lazy_values import LazyValues
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
 from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, trim
@@ -88,6 +89,7 @@ __all__ = [
     "FeedSpecs",
     "FormatWriter",
     "IntegerRuntime",
+    "LazyValues",
     "NonFiniteWarning",
     "Observable",
     "OpTimer",

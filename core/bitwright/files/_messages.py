@@ -97,5 +97,5 @@ def _write_constant(node: Any, value: Callable[[], NDArray[Any]], file: BinaryIO
     whole = len(entry) + len(attribute) + inside
     head = before + attributes[0] + field_prefix(ATTRIBUTES, whole) + entry + attribute + held
     file.write(field_prefix(NODE, len(head) + data.size + len(attributes[1]) + len(after)) + head)
-    file.write(memoryview(data))
+    file.write(data.data)
     file.write(attributes[1] + after)
