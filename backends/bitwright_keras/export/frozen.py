@@ -145,8 +145,8 @@ class _Absent(np.ndarray[Any, Any]):
 
     variable: Any
 
-    @property
-    def shape(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def shape(self) -> Any:
         """The variable's."""
         return tuple(self.variable.shape)
 

@@ -19,7 +19,7 @@ from bitwright.grids import EncodingTable
 from bitwright.placement import Plan
 from bitwright_onnx.qdq_bundles import onnx_backend
 from bitwright_tensorflow.export.checkpoints import save_checkpoint
-from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
+from bitwright_tensorflow.export.freezing import LARGEST, save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.model import Kind, TfModel
 from bitwright_tensorflow.graph.params import to_canonical
@@ -36,8 +36,6 @@ FORMATS: Mapping[str, str] = {
     "saved_model": "the float model as a SavedModel folder, with the source's signature",
     "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
 }
-LARGEST = 2**31 - 1
-"""Bytes that a protobuf message holds at most."""
 
 
 def export(model: TfModel, plan: Plan, encodings: EncodingTable, path: Path, format: str) -> Bundle:

@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import tensorflow as tf
 
 from bitwright.backend import silenced
 from bitwright.errors import ModelError
-from bitwright.files import atomic_write, cannot_write, staging, temporaries_in, written_beside
+from bitwright.files import atomic_write, cannot_write, staging, temporaries_in, write_graph_def, written_beside
 from bitwright.graph import free_name
 from bitwright_tensorflow.graph.graphs import extract
-from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, NodeDef, TfModel, node_of
+from bitwright_tensorflow.graph.model import VARIABLES, Array, GraphDef, NodeDef, TfModel, node_of
 from bitwright_tensorflow.graph.rewriter import constant
 from bitwright_tensorflow.graph.shapes import inference
+
+LARGEST = 2**31 - 1
+"""Bytes that a protobuf message holds at most."""
+LARGE = 2**16
+"""Bytes of a variable whose values are put in when a frozen graph is written."""
 
 
 def inference_graph(model: TfModel) -> GraphDef:
@@ -64,14 +70,32 @@ def frozen_graph(model: TfModel) -> GraphDef:
     Raises:
         ModelError: the body of a loop or condition reads a variable.
     """
+    graph_def, left_out = _frozen_outline(model)
+    for node in graph_def.node:
+        if node.name in left_out:
+            node.CopyFrom(constant(node.name, left_out[node.name], left_out[node.name].dtype.name))
+    return graph_def
+
+
+def _frozen_outline(model: TfModel) -> tuple[GraphDef, dict[str, Array]]:
+    """`frozen_graph` without the values of large variables, and these by node."""
     graph_def = inference_graph(model)
+    left_out: dict[str, Array] = {}
     held: set[str] = set()
     references = {n.name for n in graph_def.node if n.op in VARIABLES and n.op != "VarHandleOp"}
     for node in graph_def.node:
         if node.op in VARIABLES:
             held.add(node.name)
             kind = tf.as_dtype(node.attr["dtype"].type).base_dtype
-            node.CopyFrom(constant(node.name, np.asarray(model.values[node.name]), kind.name))
+            array = np.asarray(model.values[node.name])
+            if array.nbytes >= LARGE and array.dtype == kind.as_numpy_dtype and kind.is_floating:
+                left_out[node.name] = array
+                made = NodeDef(name=node.name, op="Const")
+                made.attr["dtype"].type = made.attr["value"].tensor.dtype = kind.as_datatype_enum
+                made.attr["value"].tensor.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
+            else:
+                made = constant(node.name, array, kind.name)
+            node.CopyFrom(made)
     _rewrite_readers(graph_def, held, _to_identity)
     for node in graph_def.node:
         if not any(value.HasField("func") for value in node.attr.values()):
@@ -82,7 +106,7 @@ def frozen_graph(model: TfModel) -> GraphDef:
                 f"{node.op} {node.name!r} reads the variable {inner[0]!r} inside of its body, where a frozen graph can "
                 "have no constant; export as saved_model or meta, or read the variable before the loop or condition"
             )
-    return graph_def
+    return graph_def, left_out
 
 
 def _rewrite_readers(graph_def: GraphDef, held: set[str], rewrite: Any) -> None:
@@ -109,14 +133,17 @@ def _to_identity(node: NodeDef, source: NodeDef) -> None:
 
 
 def save_frozen(model: TfModel, path: Path) -> Path:
-    """Write a frozen .pb.
+    """Write a frozen .pb, large weights one by one.
 
     Raises:
         InputError: the file can't be written.
+        ModelError: the graph is larger than a .pb can be.
     """
-    data = frozen_graph(model).SerializeToString(deterministic=True)
+    outline, left_out = _frozen_outline(model)
+    if outline.ByteSize() + sum(array.nbytes for array in left_out.values()) > LARGEST:
+        raise ModelError("the frozen graph exceeds 2 GiB, which a .pb can't hold; export as meta or saved_model")
     with atomic_write(path) as file:
-        file.write(data)
+        write_graph_def(outline, {name: partial(np.asarray, array) for name, array in left_out.items()}, file)
     return path
 
 

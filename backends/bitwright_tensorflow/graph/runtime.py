@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from bitwright.errors import InputError, ModelError
 
 VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 """Ops that hold a variable."""
+
+FED_BYTES = 2**24
+"""Values of variables that are set at once."""
 
 Array = NDArray[Any]
 
@@ -57,28 +60,46 @@ def import_graph(graph_def: GraphDef) -> tf.Graph:
     return graph
 
 
-def import_values(session: tf.compat.v1.Session, values: Mapping[str, Array]) -> None:
+def import_values(session: tf.compat.v1.Session, values: Mapping[str, Any]) -> None:
     """Set variables of a session's graph by node name; names that the graph lacks are passed over."""
     graph = session.graph
     known = {op.name: op for op in graph.get_operations() if op.type in VARIABLES and op.name in values}
-    assigned, feed = [], {}
     with graph.as_default(), graph.control_dependencies(None):
-        for name, op in known.items():
-            array = np.asarray(values[name])
-            dtype = tf.as_dtype(op.get_attr("dtype")).base_dtype
-            given = tf.compat.v1.placeholder(dtype, array.shape, name="bitwright/value")
-            feed[given] = array
-            if op.type == "VarHandleOp":
-                assigned.append(tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=given))
-            else:
-                assigned.append(tf.compat.v1.assign(op.outputs[0], given, validate_shape=False).op)
-    if assigned:
-        session.run(assigned, feed)
+        for names in set_together(known, values):
+            assigned, feed = [], {}
+            for name in names:
+                op, array = known[name], np.asarray(values[name])
+                dtype = tf.as_dtype(op.get_attr("dtype")).base_dtype
+                given = tf.compat.v1.placeholder(dtype, array.shape, name="bitwright/value")
+                feed[given] = array
+                if op.type == "VarHandleOp":
+                    assigned.append(tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=given))
+                else:
+                    assigned.append(tf.compat.v1.assign(op.outputs[0], given, validate_shape=False).op)
+            session.run(assigned, feed)
 
 
-def open_graph(
-    graph_def: GraphDef, values: Mapping[str, Array], made: Callable[..., Any] = tf.compat.v1.Session
-) -> Any:
+def set_together(names: Iterable[str], values: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Variables whose values are set at once: TensorFlow copies what it is fed, and some are computed when they are.
+
+    Args:
+        names: of the variables.
+        values: theirs.
+    """
+    found: list[str] = []
+    size = 0
+    for name in names:
+        added = getattr(values[name], "nbytes", 0)
+        if found and size + added > FED_BYTES:
+            yield found
+            found, size = [], 0
+        found.append(name)
+        size += added
+    if found:
+        yield found
+
+
+def open_graph(graph_def: GraphDef, values: Mapping[str, Any], made: Callable[..., Any] = tf.compat.v1.Session) -> Any:
     """A session on a new graph of these nodes, with its variables set; `made` is its class."""
     graph = import_graph(graph_def)
     session = made(graph=graph, config=session_config())

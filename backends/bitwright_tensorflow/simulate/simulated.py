@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
+import numpy as np
 import tensorflow as tf
 
 from bitwright.errors import CapabilityError
 from bitwright.graph import TensorId
 from bitwright_tensorflow.graph.graph_function import GraphFunction, feed_of, import_meta, named_arguments
 from bitwright_tensorflow.graph.model import VARIABLES, Array, MetaGraphDef, Signature
-from bitwright_tensorflow.graph.runtime import session_config
+from bitwright_tensorflow.graph.runtime import session_config, set_together
 from bitwright_tensorflow.simulate.recomputed import recompute
 
 v1 = tf.compat.v1
@@ -33,16 +34,16 @@ class Assigner:
         """Every variable node."""
         return frozenset(self._handles)
 
-    def assign(self, values: Mapping[str, Array]) -> None:
+    def assign(self, values: Mapping[str, Any]) -> None:
         """Set some variables by node name, shapes included where these are free."""
         graph = self._session.graph
         with graph.as_default(), graph.control_dependencies(None), graph.name_scope("bitwright/"):
             for name in values:
                 if name not in self._made:
                     self._made[name] = self._make(self._handles[name])
-        if values:
-            pairs = {name: self._made[name] for name in values}
-            self._session.run([a for a, _ in pairs.values()], {p: values[n] for n, (_, p) in pairs.items()})
+        for names in set_together(values, values):
+            pairs = {name: self._made[name] for name in names}
+            self._session.run([a for a, _ in pairs.values()], {p: np.asarray(values[n]) for n, (_, p) in pairs.items()})
 
     def _make(self, op: Any) -> tuple[Any, Any]:
         dtype = tf.as_dtype(op.get_attr("dtype")).base_dtype
@@ -88,7 +89,7 @@ class SimulatedModel:
     def __init__(
         self,
         meta: MetaGraphDef,
-        values: Mapping[str, Array],
+        values: Mapping[str, Any],
         inputs: Sequence[TensorId],
         outputs: Mapping[TensorId, TensorId],
         signature: Signature,

@@ -13,16 +13,19 @@ Sessions for taps are graphs of their own, cut to what the taps need; they take 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Session, SimulationBase, Tap
+from bitwright.backend import Batch, Session, SimulationBase, Tap, parts_of
 from bitwright.graph import ParamId, TensorId
 from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright_tensorflow.graph.canonical import Canonical, recognize
+from bitwright_tensorflow.graph.layouts import Layout
 from bitwright_tensorflow.graph.model import Array, TfModel, array_of
 from bitwright_tensorflow.graph.params import native_values
 from bitwright_tensorflow.graph.shapes import Inference
@@ -30,6 +33,33 @@ from bitwright_tensorflow.simulate.building import Builder, SimulatedNetwork, ch
 from bitwright_tensorflow.simulate.fake_quant import SiteForm, numbers
 from bitwright_tensorflow.simulate.session import TfSession, known_tensor
 from bitwright_tensorflow.simulate.simulated import Assigner, SimulatedModel
+
+LAZY_BYTES = 2**20
+"""Bytes of a large network's weight that isn't held on its grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A parameter on its grid, rounded whenever numpy makes an array of it.
+
+    Attributes:
+        native: its float values, in native layout.
+        form: how they lie in canonical layout.
+        encoding: the grid.
+    """
+
+    native: Array
+    form: Layout
+    encoding: Encoding
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.native.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        values = self.encoding.fake_quantize(self.form.canonical(self.native).astype(np.float32))
+        return np.asarray(self.form.to_native(values).astype(self.native.dtype), dtype)
 
 
 class TfSimulation(SimulationBase):
@@ -50,13 +80,15 @@ class TfSimulation(SimulationBase):
         self._roots = tuple(dict.fromkeys(plan.root(s) for s in self._sites.rounded))
         self._table: dict[SiteId, Encoding] = {}
         self._natives: dict[str, Array] = {}
-        self._rounded: dict[SiteId, tuple[Encoding | None, Array]] = {}
+        self._rounded: dict[SiteId, tuple[Encoding | None, Array | Rounded]] = {}
+        self._held = len(parts_of(self._graph)) == 1
+        """Whether weights on their grids are in memory; those of large networks are rounded when they are looked at."""
         self._user: SimulatedModel | None = None
         self._network = SimulatedNetwork(model.copy_meta())
         self.revision = 0
         """How often the graph was built."""
-        self.values: dict[str, Array] = {}
-        """Contents of the simulated graph's variables; a changed one is another array."""
+        self.values: dict[str, Any] = {}
+        """Contents of the simulated graph's variables, or what becomes such an array; a changed one is another."""
         self._start(encodings)
 
     def _start(self, encodings: Mapping[SiteId, Encoding | None]) -> None:
@@ -92,9 +124,9 @@ class TfSimulation(SimulationBase):
         self._put([*self._roots, *(self._plan.root(p) for p in network.quantized)])
         return network
 
-    def _put(self, roots: Sequence[SiteId]) -> dict[str, Array]:
+    def _put(self, roots: Sequence[SiteId]) -> dict[str, Any]:
         """Bring the values of some roots' variables up to date; returns what has changed."""
-        changed: dict[str, Array] = {}
+        changed: dict[str, Any] = {}
         for root in dict.fromkeys(roots):
             encoding = self._table.get(root)
             if root in self._network.switches:
@@ -108,15 +140,15 @@ class TfSimulation(SimulationBase):
         self.values.update(changed)
         return changed
 
-    def _parameter(self, param: SiteId, encoding: Encoding | None) -> Array:
+    def _parameter(self, param: SiteId, encoding: Encoding | None) -> Array | Rounded:
         """A parameter on its grid, in native layout."""
         known = self._rounded.get(param)
         if known is None or known[0] is not encoding:
-            native = self._native(param)
+            native: Array | Rounded = self._native(param)
             if encoding is not None:
-                form = self._found.params[param].form
-                values = encoding.fake_quantize(form.canonical(native).astype(np.float32))
-                native = form.to_native(values).astype(native.dtype)
+                native = Rounded(np.asarray(native), self._found.params[param].form, encoding)
+                if self._held or native.nbytes < LAZY_BYTES:
+                    native = np.asarray(native)
             known = self._rounded[param] = encoding, native
         return known[1]
 

@@ -135,6 +135,8 @@ def export(
             others.setdefault(runtime.artefact, runtime.suffix)
         quantized: list[export_gate.Quantized] = []
         for other, suffix in others.items():
+            if large:
+                let_go()  # what the form before has left behind
             try:
                 made = backend.export(state.native, state.plan, table, staging / f"{name}{suffix}", other)
                 if other == QDQ and plain:
