@@ -9,7 +9,7 @@ import onnx_ir as ir
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.files import HeldFile
 from bitwright_onnx.capture.reading import INSIDE, read_proto
-from bitwright_onnx.graph.stored import StoredTensor, stored_tensor
+from bitwright_onnx.graph.stored import ReadTensor, StoredTensor, stored_tensor
 from bitwright_onnx.graph.tensors import DATA_FILES, tensor_array
 
 
@@ -47,7 +47,7 @@ def own_tensors(model: ir.Model, files: DataFiles) -> None:
 
 def _own_tensor(tensor: ir.TensorProtocol, name: str | None, files: DataFiles) -> ir.TensorProtocol:
     name = name or tensor.name
-    if isinstance(tensor, StoredTensor):
+    if isinstance(tensor, StoredTensor | ReadTensor):
         return tensor
     if isinstance(tensor, ir.ExternalTensor):
         tensor.name = name or ""

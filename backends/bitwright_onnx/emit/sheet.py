@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bitwright.errors import ModelError
 from bitwright.graph import Constant, Graph, Op, OpId, OpKind, ParamId, ParamRole, TensorId, free_name, operands
+from bitwright_onnx.graph.stored import ReadTensor
 
 _TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
 LAZY_VALUES = 2**18
@@ -155,13 +156,16 @@ class Sheet:
             array = np.asarray(params(name))
             array = array.T if turned else array.reshape(shape) if shape is not None else array
             array = np.asarray(array, order="C").astype(dtype.numpy(), copy=False)
+            if lazy and array.shape != held:
+                raise ModelError(f"parameter {name!r} is {array.shape} where its op reads {held}")
             return ir.Tensor(array, dtype=dtype, name=name)
 
         canonical = self.graph.params[name].shape
-        if int(np.prod(canonical, dtype=np.int64)) < LAZY_VALUES:
-            return self._held(name, made())
         held = canonical[::-1] if turned else canonical if shape is None else shape
-        return self._held(name, ir.LazyTensor(made, dtype, ir.Shape(held), name=name))
+        lazy = int(np.prod(canonical, dtype=np.int64)) >= LAZY_VALUES
+        if not lazy:
+            return self._held(name, made())
+        return self._held(name, ReadTensor(made, dtype, ir.Shape(held), name=name))
 
     def literal(self, op: Op, values: Any, dtype: str | None = None) -> ir.Value:
         """An initializer that the op alone reads; whole numbers are int64, floats of `dtype`."""

@@ -1,4 +1,4 @@
-"""Constant tensors that lie in files beside the model, read when they are asked for."""
+"""Constant tensors that lie in files beside the model or in another framework, read when they are asked for."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ class StoredTensor(ir.LazyTensor):
             held.flags.writeable = False
             self._held = weakref.ref(held)
         return held
+
+
+class ReadTensor(ir.LazyTensor):
+    """A parameter of another framework's model, read from there each time that its values are asked for."""
 
 
 def stored_tensor(tensor: ir.ExternalTensor, file: HeldFile) -> ir.TensorProtocol:
