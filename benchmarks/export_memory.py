@@ -1,7 +1,9 @@
-"""What the export of a Keras or a TensorFlow network takes of memory above the loaded model, as a multiple of its size.
+"""What the export of a network takes of memory above the loaded model, as a multiple of its size.
 
     python benchmarks/export_memory.py --framework keras
     python benchmarks/export_memory.py --framework tensorflow
+    python benchmarks/export_memory.py --framework torch
+    python benchmarks/export_memory.py --limit 3       # exit status 1 where the export takes more
 
 A residual network of dense layers of random weights, 132 MiB of them, is opened and calibrated, and exported in every
 form that its framework has. Everything happens in one process, in which a network of one layer has gone the same way
@@ -23,21 +25,19 @@ from typing import Any
 import numpy as np
 from memory import MIB, Peaks, status
 
-WIDTH = 1024
 
-
-def keras_model(layers: int) -> Any:
+def keras_model(layers: int, width: int) -> Any:
     """The network in Keras."""
     import keras
 
     keras.utils.set_random_seed(0)
-    x = inputs = keras.Input((WIDTH,), name="x")
+    x = inputs = keras.Input((width,), name="x")
     for _ in range(layers):
-        x = keras.layers.Add()([x, keras.layers.Dense(WIDTH, activation="relu")(x)])
+        x = keras.layers.Add()([x, keras.layers.Dense(width, activation="relu")(x)])
     return keras.Model(inputs, x)
 
 
-def tensorflow_model(layers: int) -> Any:
+def tensorflow_model(layers: int, width: int) -> Any:
     """The network as a `tf.Module` with one signature."""
     import tensorflow as tf
 
@@ -46,17 +46,48 @@ def tensorflow_model(layers: int) -> Any:
             super().__init__()
             rng = np.random.default_rng(0)
             self.weights = [
-                tf.Variable(rng.standard_normal((WIDTH, WIDTH), np.float32) * np.float32(WIDTH**-0.5))
+                tf.Variable(rng.standard_normal((width, width), np.float32) * np.float32(width**-0.5))
                 for _ in range(layers)
             ]
 
-        @tf.function(input_signature=[tf.TensorSpec([None, WIDTH], tf.float32, name="x")])
+        @tf.function(input_signature=[tf.TensorSpec([None, width], tf.float32, name="x")])
         def __call__(self, x: Any) -> Any:
             for weight in self.weights:
                 x = x + tf.nn.relu(tf.matmul(x, weight))
             return x
 
     return Network()
+
+
+def torch_model(layers: int, width: int) -> Any:
+    """The network in PyTorch."""
+    import torch
+    from torch import nn
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = x + torch.relu(layer(x))
+            return x
+
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+def sample_of(framework: str, data: Any) -> Any:
+    """What a network is opened with."""
+    if framework == "torch":
+        import torch
+
+        return torch.from_numpy(data)
+    return data if framework == "tensorflow" else None
+
+
+MODELS = {"keras": keras_model, "tensorflow": tensorflow_model, "torch": torch_model}
 
 
 def settled() -> int:
@@ -66,17 +97,21 @@ def settled() -> int:
     return status("RssAnon")
 
 
-def run(framework: str, layers: int, folder: Path) -> None:
-    """Open, calibrate and export the network of so many layers; tells the peaks, of each form too."""
+def run(framework: str, layers: int, width: int, folder: Path) -> float:
+    """Open, calibrate and export the network of so many layers; tells the peaks, of each form too.
+
+    Returns:
+        The peak of the export as a multiple of the network's size.
+    """
     from bitwright import QuantSim
 
-    model = (keras_model if framework == "keras" else tensorflow_model)(layers)
-    data = np.random.default_rng(1).standard_normal((8, WIDTH)).astype(np.float32)
-    size = layers * WIDTH * WIDTH * 4
+    model = MODELS[framework](layers, width)
+    data = np.random.default_rng(1).standard_normal((8, width)).astype(np.float32)
+    size = layers * width * width * 4
     loaded = settled()
     peaks = Peaks()
     with peaks.step("calibrate"):
-        sim = QuantSim(model, data if framework == "tensorflow" else None).calibrate(data)
+        sim = QuantSim(model, sample_of(framework, data)).calibrate(data)
     begin = settled()
     backend = sim.backend
     write = backend.export
@@ -101,17 +136,20 @@ def run(framework: str, layers: int, folder: Path) -> None:
     print(f"when the export began: {held / MIB:.0f} MiB above the loaded model = {held / size:.2f}x")
     print("when each form began: " + ", ".join(starts))
     print("written: " + ", ".join(f"{key} {path.name}" for key, path in bundle.files.items()))
+    return (peaks.found["export"]["private"] - loaded) / size
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--framework", choices=["keras", "tensorflow"], default="keras")
-    parser.add_argument("--layers", type=int, default=33, help="of 4 MiB each")
+    parser.add_argument("--framework", choices=list(MODELS), default="keras")
+    parser.add_argument("--layers", type=int, default=33)
+    parser.add_argument("--width", type=int, default=1024, help="a layer has so many squared weights")
+    parser.add_argument("--limit", type=float, help="multiple of the network's size that the export may take")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run(args.framework, 1, Path(folder) / "small")
-        run(args.framework, args.layers, Path(folder) / "model")
-    return 0
+        run(args.framework, 1, args.width, Path(folder) / "small")
+        taken = run(args.framework, args.layers, args.width, Path(folder) / "model")
+    return 1 if args.limit is not None and taken > args.limit else 0
 
 
 if __name__ == "__main__":

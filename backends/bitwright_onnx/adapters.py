@@ -50,6 +50,8 @@ QDQ_FORMAT: Mapping[str, str] = {
     "qdq": "the quantized model as ONNX with QuantizeLinear/DequantizeLinear pairs, for integer runtimes",
 }
 """For `formats`."""
+_PART_BYTES = 2**24
+"""Of a large written model that is compared at once: ONNX Runtime has its weights twice."""
 _SAMPLES, _SIZE = 2, 32
 """Of the batch that a written model is checked with: samples, and the length of other free dimensions."""
 
@@ -169,7 +171,7 @@ def _compare(
     shown = OnnxBackend().graph(made)
     # Packed weights are a copy of all, made for speed.
     config = {"session.disable_prepacking": "1"} if len(parts_of(shown)) > 1 else {}
-    found = session_in_parts(shown, _Made(made, config), wanted).run(sample)
+    found = session_in_parts(shown, _Made(made, config), wanted, _PART_BYTES).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
     halves = any(about.dtype in ("float16", "bfloat16") for about in graph.tensors.values())
     other = [

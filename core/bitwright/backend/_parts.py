@@ -40,13 +40,17 @@ class Part:
     params: frozenset[ParamId]
 
 
-def parts_of(graph: Graph) -> list[Part]:
+def parts_of(graph: Graph, part_bytes: int = PART_BYTES) -> list[Part]:
     """The parts of a network: one where its parameters are few, else cut where few values cross.
 
     It depends on the graph alone, so that a run that goes on computes the same.
+
+    Args:
+        graph: of the network.
+        part_bytes: bytes of parameters of a part, where no single op has more.
     """
     sizes = _parameter_bytes(graph)
-    cuts = [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph))
+    cuts = [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes)
     born = dict.fromkeys(graph.inputs, -1) | {t: i for i, op in enumerate(graph.ops) for t in op.outputs}
     last = {t: i for i, op in enumerate(graph.ops) for t in op.data_inputs}
     parts = []
@@ -88,13 +92,13 @@ def _crossing_values(graph: Graph) -> list[int]:
     return [int(n) for n in np.cumsum(change)[:-1]]
 
 
-def _cuts(sizes: Sequence[int], crossing: Sequence[int]) -> list[int]:
+def _cuts(sizes: Sequence[int], crossing: Sequence[int], part_bytes: int) -> list[int]:
     """Indices of the ops that parts begin with."""
     cuts: list[int] = []
     start, held = 0, 0
     totals = np.cumsum([0, *sizes])
     for index, size in enumerate(sizes):
-        if held and held + size > PART_BYTES:
+        if held and held + size > part_bytes:
             # Anywhere in the part's second half, the least crosses; the latest such place.
             places = [i for i in range(start + 1, index + 1) if totals[i] - totals[start] > held // 2]
             start = min(reversed(places), key=lambda i: crossing[i])
@@ -135,15 +139,16 @@ class Divisible(Protocol):
         """Compile what lies between; a fed tensor is taken as it is given."""
 
 
-def session_in_parts(graph: Graph, network: Divisible, taps: Sequence[Tap]) -> Session:
+def session_in_parts(graph: Graph, network: Divisible, taps: Sequence[Tap], part_bytes: int = PART_BYTES) -> Session:
     """A session for few batches: each part of a large network is compiled, run and let go for each of them.
 
     Args:
         graph: of the network.
         network: a simulation, or another form of it, with the tensors of the graph.
         taps: as for `Backend.session`.
+        part_bytes: bytes of parameters of a part.
     """
-    parts = parts_of(graph)
+    parts = parts_of(graph, part_bytes)
     known = {t for part in parts for t in part.computed}
     if len(parts) == 1 or any(tap.tensor not in known for tap in taps):
         return network.session(taps)
