@@ -5,7 +5,7 @@
 
 Each network is a chain of 3 × 3 convolutions of 8 channels on 16 × 16 positions (ONNX, 16 samples, one thread), each
 run a process of its own, after the same steps with two layers. Printed are MiB of private memory (RssAnon) above what
-the process had then: the peak, and what is left when the technique is done.
+the process had then: the peak, and what is left when the technique is done; `open` only opens the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-TECHNIQUES = ("calibrate", "adaround", "gptq", "seq_mse", "bias_correction", "analyze")
+TECHNIQUES = ("open", "calibrate", "adaround", "gptq", "seq_mse", "bias_correction", "analyze")
 
 
 def chain(layers: int):
@@ -58,6 +58,8 @@ def run(technique: str, layers: int) -> None:
 
             return quant_analyzer(model, data, weights="int4")
         sim = QuantSim(model, weights="int4")
+        if technique == "open":
+            return sim
         return sim.calibrate(data) if technique == "calibrate" else sim.apply(technique, data)
 
     taken(chain(2))

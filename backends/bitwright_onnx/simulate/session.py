@@ -88,11 +88,15 @@ def _compile(
     optimize: bool = True,
     blocked: bool = False,
     patterns: bool = True,
+    arena: bool = True,
 ) -> ort.InferenceSession:
     options = _options(part, config)
     # By a pattern of the first run, the second takes all memory at once and anew, page by page: of a calibration, whose
     # runs are few, it takes twice the time.
     options.enable_mem_pattern = patterns
+    # Arenas of several sessions that are open at a time, one for each stage of a network, add up. Without one, runs
+    # take as long: the C library has kept what was freed.
+    options.enable_cpu_mem_arena = arena
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Such sessions run once or twice, and an arena grows by powers of two for weights dequantized one by one.
@@ -280,7 +284,7 @@ class OrtSession:
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
                 part.graph.inputs.remove(value)
             begin = time.perf_counter()
-            self._session = _compile(part, config=config, patterns=not reduces)
+            self._session = _compile(part, config=config, patterns=not reduces, arena=feeds is None)
             self._left = BLOCKED_AFTER * (time.perf_counter() - begin)
             self._inputs = inputs_of(self._session)
             if blocked and _may_be_blocked(part) and (sites or reduces):

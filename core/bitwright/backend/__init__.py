@@ -20,7 +20,7 @@ from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._lazy_values import LazyValues
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
-from bitwright.backend._parts import Divisible, Part, let_go, parts_of, session_in_parts, trim
+from bitwright.backend._parts import Divisible, LettingGo, Part, let_go, parts_at, parts_of, session_in_parts, trim
 from bitwright.backend._protocols import (
     ArtefactWriter,
     Backend,
@@ -90,6 +90,7 @@ __all__ = [
     "FormatWriter",
     "IntegerRuntime",
     "LazyValues",
+    "LettingGo",
     "NonFiniteWarning",
     "Observable",
     "OpTimer",
@@ -141,6 +142,7 @@ __all__ = [
     "not_computable",
     "observed",
     "on_grid",
+    "parts_at",
     "parts_of",
     "picked",
     "precision_of",

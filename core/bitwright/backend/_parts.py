@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ WHOLE_BYTES = 2**27
 """Bytes of parameters (as float32) of a network that is run as a whole."""
 PART_BYTES = 2**26
 """Bytes of parameters of a part of a larger one, where no single op has more."""
+
+GC_SHARE = 0.05
+"""Of the time of many small steps, what the collector may take."""
+GC_SECONDS = 0.05
+"""What a collection is taken to cost before there was one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,11 @@ def parts_of(graph: Graph, part_bytes: int = PART_BYTES) -> list[Part]:
         part_bytes: bytes of parameters of a part, where no single op has more.
     """
     sizes = _parameter_bytes(graph)
-    cuts = [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes)
+    return parts_at(graph, [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes))
+
+
+def parts_at(graph: Graph, cuts: Sequence[int]) -> list[Part]:
+    """A network in parts; `cuts` are the indices, rising, of the ops that all parts but the first begin with."""
     born = dict.fromkeys(graph.inputs, -1) | {t: i for i, op in enumerate(graph.ops) for t in op.outputs}
     last = {t: i for i, op in enumerate(graph.ops) for t in op.data_inputs}
     parts = []
@@ -122,6 +132,26 @@ def trim() -> None:
     """Give back what the C library keeps of arrays that were freed, without looking for more of them."""
     if _trim is not None:
         _trim(0)
+
+
+class LettingGo:
+    """`let_go` between many small steps: `trim` each time, the collector as often as costs `GC_SHARE` of the time.
+
+    Both are needed for memory that doesn't grow: sessions leave circles behind, and what is kept of each step would lie
+    among pieces of memory that were used once, so that these never went back.
+    """
+
+    def __init__(self) -> None:
+        self._cost, self._since = GC_SECONDS, time.perf_counter()
+
+    def __call__(self) -> None:
+        """Between two steps."""
+        begin = time.perf_counter()
+        if begin - self._since > self._cost / GC_SHARE:
+            gc.collect()
+            self._since = time.perf_counter()
+            self._cost = self._since - begin
+        trim()
 
 
 _trim: Any = None

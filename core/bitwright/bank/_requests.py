@@ -42,7 +42,8 @@ def divided(backend: Backend[Any], model: object, graph: Graph) -> InParts | Non
         assert isinstance(backend, PartialExecution)
         return backend.segment(model, feeds, taps)
 
-    return in_parts(backend, graph, open_part)
+    found = in_parts(backend, graph, open_part)
+    return found if found is not None and len(found.parts) > 1 else None
 
 
 def all_requests(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bitwright.calibration._base import Scheme
 from bitwright.calibration._collect import collect
 from bitwright.calibration._lost import doubts_of_weights
-from bitwright.calibration._part_by_part import InParts, in_parts
 from bitwright.calibration._ranges import (
     activation_encodings,
     activation_grids,
@@ -22,6 +21,7 @@ from bitwright.calibration._ranges import (
     weight_encodings,
 )
 from bitwright.calibration._schemes import scheme
+from bitwright.calibration._step import InParts, in_parts
 
 __all__ = [
     "InParts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Params, Part, PartialExecution, Session, Tap
 from bitwright.calibration._collect import collect
-from bitwright.calibration._part_by_part import in_parts
 from bitwright.calibration._schemes import calibrate_array, scheme
+from bitwright.calibration._step import in_parts
 from bitwright.data import Dataset
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph, SetParams, Tensor, TensorId
@@ -88,16 +89,22 @@ def activation_encodings(
     def open_session(source: Source, taps: Sequence[Tap]) -> Session:
         return backend.session(quantized_weights(backend, model, encodings), taps)
 
+    @cache
+    def rounded() -> object:
+        return quantized_weights(backend, model, encodings)
+
     def open_part(source: Source, part: Part, feeds: Sequence[TensorId] | None, taps: Sequence[Tap]) -> Session:
-        rounded = quantized_weights(backend, model, {s: e for s, e in encodings.items() if s in part.params})
+        if large:
+            network = quantized_weights(backend, model, {s: e for s, e in encodings.items() if s in part.params})
+        else:
+            network = rounded()  # once for all stages
         if feeds is None:
-            return backend.session(rounded, taps)
+            return backend.session(network, taps)
         assert isinstance(backend, PartialExecution)
-        return backend.segment(rounded, feeds, taps)
+        return backend.segment(network, feeds, taps)
 
     divided = in_parts(backend, graph, open_part)
-    if divided is None:
-        return activation_grids(plan, wanted, collect(requests, open_session, data, progress=progress))
+    large = divided is not None and len(divided.parts) > 1
     found: dict[SiteId, Encoding] = {}
     known: dict[str, Statistic] = {}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitwright.backend import ParamReader, PartialExecution, let_go, parts_of
+from bitwright.backend import LettingGo, ParamReader, PartialExecution, let_go, parts_of
 from bitwright.graph import (
     Graph,
     Op,
@@ -85,7 +85,7 @@ class LayerwiseWalk(Walk):
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
         params = ParamReader(self.backend, self.model, self.graph)
-        large = len(parts_of(self.graph)) > 1
+        tidy = let_go if len(parts_of(self.graph)) > 1 else LettingGo()
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
             if fresh:
@@ -115,8 +115,7 @@ class LayerwiseWalk(Walk):
                     pair.run(visit, observed, seen.addend)
                     if observed is not None:
                         observed.settle()
-                    if large:
-                        let_go()  # before the layer is solved, which takes memory itself
+                    tidy()  # before the layer is solved, which takes memory itself
                 if result is not None:
                     finish(op, result, fresh=False)
                 elif shared is not None:

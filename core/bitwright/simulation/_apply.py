@@ -97,6 +97,8 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         outcome = bank.noted(outcome)
     step = getattr(store, "fingerprint", "")
     now = taken(state, body.name, chosen.model_dump(mode="json"), outcome, step, time.perf_counter() - begin)
+    if walk is not None:
+        trim()
     return now if bank is None else bank.followed(now, outcome)
 
 
