@@ -46,17 +46,19 @@ class Part:
     params: frozenset[ParamId]
 
 
-def parts_of(graph: Graph, part_bytes: int = PART_BYTES) -> list[Part]:
+def parts_of(graph: Graph, part_bytes: int | None = None) -> list[Part]:
     """The parts of a network: one where its parameters are few, else cut where few values cross.
 
     It depends on the graph alone, so that a run that goes on computes the same.
 
     Args:
         graph: of the network.
-        part_bytes: bytes of parameters of a part, where no single op has more.
+        part_bytes: bytes of parameters of a part, where no single op has more; default: `PART_BYTES`.
     """
     sizes = _parameter_bytes(graph)
-    return parts_at(graph, [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes))
+    return parts_at(
+        graph, [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes or PART_BYTES)
+    )
 
 
 def parts_at(graph: Graph, cuts: Sequence[int]) -> list[Part]:
@@ -169,14 +171,14 @@ class Divisible(Protocol):
         """Compile what lies between; a fed tensor is taken as it is given."""
 
 
-def session_in_parts(graph: Graph, network: Divisible, taps: Sequence[Tap], part_bytes: int = PART_BYTES) -> Session:
+def session_in_parts(graph: Graph, network: Divisible, taps: Sequence[Tap], part_bytes: int | None = None) -> Session:
     """A session for few batches: each part of a large network is compiled, run and let go for each of them.
 
     Args:
         graph: of the network.
         network: a simulation, or another form of it, with the tensors of the graph.
         taps: as for `Backend.session`.
-        part_bytes: bytes of parameters of a part.
+        part_bytes: bytes of parameters of a part; default: `PART_BYTES`.
     """
     parts = parts_of(graph, part_bytes)
     known = {t for part in parts for t in part.computed}
