@@ -47,6 +47,7 @@ def net(kind: str) -> tuple[onnx.ModelProto, np.ndarray]:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), x
 
 
+@pytest.mark.filterwarnings("ignore:weights of unsigned codes")
 @pytest.mark.parametrize("weights", ["int8:block16", "uint8:block16"])
 @pytest.mark.parametrize("kind", NETS)
 def test_a_default_session_computes_the_simulation(kind: str, weights: str, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_risks_are_those_of_the_codes(tmp_path):
     assert risks.rounded == ()
 
 
+@pytest.mark.filterwarnings("ignore:weights of unsigned codes")
 @pytest.mark.parametrize("options", [{"weights": "int4"}, {"activations": "uint16"}, {"weights": "uint8"}])
 def test_other_kernels_have_no_pairs(tmp_path, options):
     assert risks_of(calibrated(**options).export(tmp_path).files["qdq"]).pairs == ()

@@ -6,8 +6,8 @@ it is written; the file is the same, byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,41 @@ from numpy.typing import NDArray
 NODE, ATTRIBUTES, VALUE, TENSOR, CONTENT = 1, 5, 2, 8, 4
 """Numbers of the fields in TensorFlow's GraphDef, NodeDef, entry of a map, AttrValue and TensorProto that lead to a
 constant's bytes."""
+
+
+class Message(Protocol):
+    """What is asked of a protobuf message, whose classes the core doesn't know."""
+
+    def CopyFrom(self, other: Self, /) -> None:
+        """Take the other's fields."""
+
+    def ListFields(self) -> Sequence[tuple[Any, Any]]:
+        """Fields that are set, by their numbers: descriptor and value."""
+
+    def ClearField(self, name: str, /) -> None:
+        """Unset one."""
+
+    def SerializeToString(self, *, deterministic: bool = ...) -> bytes:
+        """The message as it stands in a file."""
+
+
+class NodeDef(Message, Protocol):
+    """TensorFlow's node of a graph."""
+
+    name: str
+    op: str
+
+    @property
+    def attr(self) -> Mapping[str, Any]:
+        """Attributes by name: a map of messages."""
+
+
+class GraphDef(Message, Protocol):
+    """TensorFlow's graph."""
+
+    @property
+    def node(self) -> Sequence[NodeDef]:
+        """The nodes."""
 
 
 def field_prefix(number: int, length: int) -> bytes:
@@ -29,7 +64,7 @@ def _varint(value: int) -> Iterator[int]:
     yield value
 
 
-def split_message(message: Any, number: int) -> tuple[bytes, bytes]:
+def split_message(message: Message, number: int) -> tuple[bytes, bytes]:
     """A message in two pieces: its fields below a number, and the others."""
     pieces = []
     for below in (True, False):
@@ -42,7 +77,7 @@ def split_message(message: Any, number: int) -> tuple[bytes, bytes]:
     return pieces[0], pieces[1]
 
 
-def write_graph_def(graph_def: Any, values: Mapping[str, Callable[[], NDArray[Any]]], file: BinaryIO) -> None:
+def write_graph_def(graph_def: GraphDef, values: Mapping[str, Callable[[], NDArray[Any]]], file: BinaryIO) -> None:
     """Write a TensorFlow graph as `SerializeToString(deterministic=True)` gives it, large constants one by one.
 
     Args:
@@ -69,7 +104,7 @@ def write_graph_def(graph_def: Any, values: Mapping[str, Callable[[], NDArray[An
     file.write(rest.SerializeToString(deterministic=True))
 
 
-def _write_constant(node: Any, value: Callable[[], NDArray[Any]], file: BinaryIO) -> None:
+def _write_constant(node: NodeDef, value: Callable[[], NDArray[Any]], file: BinaryIO) -> None:
     if node.op != "Const":
         raise ValueError(f"{node.name!r} is a {node.op}, not a constant")
     tensor = type(node.attr["value"].tensor)(
