@@ -353,6 +353,8 @@ def _preloaded() -> int:
             print("the faults need Linux and a C compiler (cc)", file=sys.stderr)
             return 2
         environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+        # A try takes TensorFlow as it was imported here, where the command asks it for errors alone before it does so.
+        environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
 
 
