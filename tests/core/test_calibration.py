@@ -762,3 +762,13 @@ def test_arrays_are_searched_in_bins_of_the_schemes_precision(monkeypatch, preci
     values = np.linspace(1, 1.999, 4096, dtype=np.float32)
     Watching().of_array(values, QuantSpec(8, signed=False, symmetric=False, granularity=PerTensor()))
     assert seen["width"] == pytest.approx(2.0**-bits / 1.999, rel=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 33])
+def test_candidates_are_spread_as_numpy_does(count):
+    rng = np.random.default_rng(count)
+    for zero in (False, True):
+        first = np.floor(rng.uniform(-256, 0, (5, 7)))
+        last = first + rng.integers(1 - zero, 300, (5, 7))
+        last[0, 0] -= (last - first)[0, 0] * zero
+        assert np.array_equal(_search._spread(first, last, count), np.linspace(first, last, count, axis=-1))

@@ -1,5 +1,9 @@
 """One pass serves all requests: shared taps, budgets, several sources, errors that name the tensor."""
 
+import os
+import platform
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -186,3 +190,13 @@ def test_memory_goes_back_once_a_calibration_when_its_statistics_are_gone(monkey
     model = models.mlp()
     QuantSim(model, scheme="sqnr").calibrate(models.batch(model))
     assert seen == [0]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_who_says_what_the_c_library_keeps_is_left_to_it(asked):
+    held = {"MALLOC_TRIM_THRESHOLD_": str(2**32)} if asked else {}
+    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_TRIM_THRESHOLD_"} | held
+    code = "from bitwright.backend import _parts; print(_parts._trim is None)"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert found.stdout.strip() == str(asked or not glibc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -131,7 +132,10 @@ def let_go() -> None:
 
 
 def trim() -> None:
-    """Give back what the C library keeps of arrays that were freed, without looking for more of them."""
+    """Give back what the C library keeps of arrays that were freed, without looking for more of them.
+
+    Not where MALLOC_TRIM_THRESHOLD_ is set: who sets it has said what the C library is to keep.
+    """
     if _trim is not None:
         _trim(0)
 
@@ -158,7 +162,8 @@ class LettingGo:
 
 _trim: Any = None
 with suppress(AttributeError, OSError, TypeError):
-    _trim = ctypes.CDLL(None).malloc_trim
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        _trim = ctypes.CDLL(None).malloc_trim
 
 
 class Divisible(Protocol):
