@@ -316,3 +316,66 @@ def test_an_output_that_is_an_input_is_handed_out_as_it_came(tmp_path) -> None:
     figures = {o.name: o.sqnr_db for o in found.outputs}
     assert figures["x"]["integer_float"] == float("inf")
     assert 30 < figures["p"]["integer_float"] < 60 and figures["p"]["integer_simulated"] > 100
+
+
+@keras.saving.register_keras_serializable("bitwright-tests")
+class _Table(keras.layers.Layer):
+    """Adds a large constant that is no weight."""
+
+    def build(self, shape: Any) -> None:
+        self.table = tf.constant(np.random.default_rng(1).normal(size=(256, 128)).astype(np.float32))
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return x + self.table
+
+
+@keras.saving.register_keras_serializable("bitwright-tests")
+class _Choice(keras.layers.Layer):
+    """A condition with a constant in one of its branches."""
+
+    def call(self, x: Any) -> Any:
+        return tf.cond(tf.reduce_sum(x) > 1e6, lambda: tf.zeros((8, 6)), lambda: tf.tanh(x @ tf.transpose(x) @ x))
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+@keras.saving.register_keras_serializable("bitwright-tests")
+class _Loop(keras.layers.Layer):
+    """A loop with a weight and constants in it."""
+
+    def build(self, shape: Any) -> None:
+        self.kernel = self.add_weight(shape=(6, 6), name="kernel")
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, 2.0 * tf.tanh(x @ self.kernel)), [0, x])[1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (_Table(), (256, 128)),
+        (_Choice(), (6,)),
+        (_Loop(), (6,)),
+        (keras.layers.LSTM(6), (5, 4)),
+        (keras.layers.Bidirectional(keras.layers.GRU(6)), (5, 4)),
+    ],
+    ids=["table", "choice", "loop", "lstm", "gru"],
+)
+@pytest.mark.parametrize("large", [1, 2**16])
+def test_constants_branches_and_loops_are_in_the_file(
+    layer: Any, shape: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("bitwright_keras.export.frozen.LARGE", large)
+    given = keras.Input(shape, name="given")
+    model = keras.Model(given, keras.layers.Dense(3)(layer(given)))
+    data = {"given": np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)}
+    adopted = BACKEND.adopt(model)
+    graph = frozen(adopted)
+    with (tmp_path / "net.pb").open("wb") as file:
+        graph.write(file)
+    written = tf.compat.v1.GraphDef.FromString((tmp_path / "net.pb").read_bytes())
+    (found,) = _run(written, [graph.tensors[adopted.output_ids[0]]], data)
+    np.testing.assert_allclose(found, model(data["given"]).numpy(), rtol=1e-4, atol=1e-5)

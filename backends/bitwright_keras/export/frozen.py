@@ -158,7 +158,9 @@ def _without_variables(concrete: Any) -> tuple[Any, dict[str, Any]]:
 
     class Outlined(tensorflow_freezing._FunctionConverterDataInEager):  # type: ignore[misc]
         def _eval(self, tensor: Any) -> Any:
-            dtype = np.dtype(tensor.dtype.as_numpy_dtype) if tensor.dtype.is_floating else None
+            # A constant that a layer holds is copied into an array here, which would lose the shape.
+            variable = hasattr(tensor, "handle") and tensor.dtype.is_floating
+            dtype = np.dtype(tensor.dtype.as_numpy_dtype) if variable else None
             if dtype is None or dtype.itemsize * (tensor.shape.num_elements() or 0) < LARGE:
                 return super()._eval(tensor)
             absent = np.full((), np.nan, dtype).view(_Absent)
@@ -268,12 +270,13 @@ def _renamed(
         given.add(name)
         taken.add(name)
     left = type(graph_def)(versions=graph_def.versions, library=graph_def.library)
-    for node in _needed(graph_def, nodes, {n.rpartition(":")[0] for n in known.values()}):
+    flows = any(n.op in ("Switch", "Enter") for n in graph_def.node)
+    for node in _needed(graph_def, nodes, {n.rpartition(":")[0] for n in known.values()}, flows):
         copy = left.node.add()
         copy.CopyFrom(node)
         copy.name = fresh.get(node.name, node.name)
         del copy.input[:]
-        copy.input.extend(_moved(i, fresh) for i in node.input if not i.startswith("^"))
+        copy.input.extend(_moved(i, fresh) for i in _inputs(node, flows))
     names = {t: _moved(n, fresh) for t, n in known.items()}
     present = {n.name for n in left.node}
     held = {p: fresh.get(n, n) for p, n in constants.items()}
@@ -300,8 +303,8 @@ def _source(nodes: Mapping[str, Any], tensor: str) -> str:
     return tensor
 
 
-def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str]) -> list[Any]:
-    """Nodes that the ends are computed from; control edges only order reads of variables, which are gone."""
+def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str], flows: bool) -> list[Any]:
+    """Nodes that the ends are computed from."""
     found: set[str] = set()
     stack = list(ends)
     while stack:
@@ -309,8 +312,15 @@ def _needed(graph_def: Any, nodes: Mapping[str, Any], ends: set[str]) -> list[An
         if name in found:
             continue
         found.add(name)
-        stack += [i.partition(":")[0] for i in nodes[name].input if not i.startswith("^")]
+        stack += [i.lstrip("^").partition(":")[0] for i in _inputs(nodes[name], flows)]
     return [n for n in graph_def.node if n.name in found]
+
+
+def _inputs(node: Any, flows: bool) -> list[str]:
+    """What a node reads, and in a graph that branches or loops (`flows`) what it waits for if it reads nothing: so a
+    constant is of its branch and its loop. Other control edges only order reads of variables, which are gone."""
+    data = [i for i in node.input if not i.startswith("^")]
+    return data or (list(node.input) if flows else [])
 
 
 def _moved(reference: str, fresh: Mapping[str, str]) -> str:
