@@ -319,7 +319,7 @@ def test_an_output_that_is_an_input_is_handed_out_as_it_came(tmp_path) -> None:
 
 
 @keras.saving.register_keras_serializable("bitwright-tests")
-class _Table(keras.layers.Layer):
+class Table(keras.layers.Layer):
     """Adds a large constant that is no weight."""
 
     def build(self, shape: Any) -> None:
@@ -331,7 +331,7 @@ class _Table(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("bitwright-tests")
-class _Choice(keras.layers.Layer):
+class Choice(keras.layers.Layer):
     """A condition with a constant in one of its branches."""
 
     def call(self, x: Any) -> Any:
@@ -342,7 +342,7 @@ class _Choice(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("bitwright-tests")
-class _Loop(keras.layers.Layer):
+class Loop(keras.layers.Layer):
     """A loop with a weight and constants in it."""
 
     def build(self, shape: Any) -> None:
@@ -356,9 +356,9 @@ class _Loop(keras.layers.Layer):
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (_Table(), (256, 128)),
-        (_Choice(), (6,)),
-        (_Loop(), (6,)),
+        (Table(), (256, 128)),
+        (Choice(), (6,)),
+        (Loop(), (6,)),
         (keras.layers.LSTM(6), (5, 4)),
         (keras.layers.Bidirectional(keras.layers.GRU(6)), (5, 4)),
     ],
