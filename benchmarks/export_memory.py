@@ -4,12 +4,18 @@
     python benchmarks/export_memory.py --framework tensorflow
     python benchmarks/export_memory.py --framework torch
     python benchmarks/export_memory.py --limit 3       # exit status 1 where the export takes more
+    python benchmarks/export_memory.py --kept 10       # what Keras simulations leave behind
 
 A residual network of dense layers of random weights, 132 MiB of them, is opened and calibrated, and exported in every
 form that its framework has. Everything happens in one process, in which a network of one layer has gone the same way
 before, so that the framework's own is in memory when the measurement begins. Counted are private pages (RssAnon,
 looked at every 2 ms), above those of the model before it was opened by bitwright and, of the export alone, above those
 that were there when it began.
+
+With `--kept N`, MobileNetV2 (Keras, width 0.35, 96 × 96 pixels, random weights) is opened, calibrated with one batch of
+8 and let go N times: the same model each time, then another model each time. Printed is the private memory after each,
+Python's collector having run, above that after the first, which brings what the framework loads once; and the same of
+Keras alone, whose new models are made, run once and let go.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import ctypes
 import gc
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +146,45 @@ def run(framework: str, layers: int, width: int, folder: Path) -> float:
     return (peaks.found["export"]["private"] - loaded) / size
 
 
+def mobilenet() -> Any:
+    """MobileNetV2 of random weights."""
+    import keras
+
+    return keras.applications.MobileNetV2(alpha=0.35, weights=None, input_shape=(96, 96, 3))
+
+
+def kept(times: int) -> None:
+    """Tells what is left in memory of Keras simulations that were let go, after each of them."""
+    from bitwright import QuantSim
+
+    data = np.random.default_rng(0).standard_normal((8, 96, 96, 3)).astype(np.float32)
+    same = mobilenet()
+    ways: dict[str, Callable[[], Any]] = {
+        "one model, simulated": lambda: QuantSim(same).calibrate(data),
+        "new models, run once": lambda: mobilenet()(data),
+        "new models, simulated": lambda: QuantSim(mobilenet()).calibrate(data),
+    }
+    for name, way in ways.items():
+        left = []
+        for _ in range(times + 1):
+            way()
+            gc.collect()
+            left.append(status("RssAnon") / MIB)
+        later = [value - left[0] for value in left[1:]]
+        print(f"{name:22} {', '.join(f'{value:.1f}' for value in later)} MiB: {later[-1] / times:.2f} each", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=list(MODELS), default="keras")
     parser.add_argument("--layers", type=int, default=33)
     parser.add_argument("--width", type=int, default=1024, help="a layer has so many squared weights")
     parser.add_argument("--limit", type=float, help="multiple of the network's size that the export may take")
+    parser.add_argument("--kept", type=int, metavar="N", help="only tell what N Keras simulations leave behind")
     args = parser.parse_args()
+    if args.kept:
+        kept(args.kept)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         run(args.framework, 1, args.width, Path(folder) / "small")
         taken = run(args.framework, args.layers, args.width, Path(folder) / "model")
