@@ -161,11 +161,11 @@ class Peaks:
     def step(self, name: str) -> Iterator[None]:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
-        private, done = [status("RssAnon")], threading.Event()
+        private, data, done = [status("RssAnon")], [status("VmData")], threading.Event()
 
         def watch() -> None:
             while not done.wait(0.002):
-                private[0] = max(private[0], status("RssAnon"))
+                private[0], data[0] = max(private[0], status("RssAnon")), max(data[0], status("VmData"))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -176,7 +176,7 @@ class Peaks:
             done.set()
             watcher.join()
             self.found[name] = {
-                "peak": status("VmHWM"), "private": private[0], "data": status("VmData"),
+                "peak": status("VmHWM"), "private": private[0], "data": data[0],
                 "seconds": time.perf_counter() - begin,
             }  # fmt: skip
 
@@ -282,9 +282,9 @@ def main() -> int:
         print(f"{args.framework}, {size / MIB:.0f} MiB of weights; the framework's own: {base['peak'] / MIB:.0f} MiB, "
               f"{base['private'] / MIB:.0f} private")  # fmt: skip
         for name, step in found.items():
-            peak, private = step["peak"] - base["peak"], step["private"] - base["private"]
+            peak, private, data = (step[key] - base[key] for key in ("peak", "private", "data"))
             print(f"{name:10} peak {peak / MIB:6.0f} MiB = {peak / size:5.2f}x   private {private / MIB:6.0f} MiB = "
-                  f"{private / size:5.2f}x   {step['seconds']:.1f} s")  # fmt: skip
+                  f"{private / size:5.2f}x   mapped {data / MIB:6.0f} MiB   {step['seconds']:.1f} s")  # fmt: skip
         if error:
             print(f"ended early: {error}")
         return 1 if error else 0
