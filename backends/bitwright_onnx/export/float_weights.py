@@ -15,7 +15,9 @@ import onnx_ir as ir
 _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVING = frozenset("Identity Reshape Flatten Squeeze Unsqueeze Transpose Slice Gather MaxPool".split())  # noqa: SIM905
 """Ops that ONNX Runtime moves pairs through."""
-_FUSED = _MOVING | {"Relu", "Clip", "Add", "Sub", "Mul", "Div", "BatchNormalization"}
+_DROPPED = frozenset({"Add", "Cast", "Div", "Dropout", "Expand", "Mul", "Pad", "Sub"})
+"""Ops that it may make part of a product, or leave out: a sum with zeros, an Expand to the same shape."""
+_FUSED = _MOVING | _DROPPED | {"Relu", "Clip", "BatchNormalization"}
 """What may lie between a product and the pair that quantizes it: fused with the one, or moved through by the other."""
 
 
@@ -53,11 +55,13 @@ def _in_float(value: ir.Value | None) -> bool:
 
 
 def _dequantized(value: ir.Value | None) -> bool:
-    """Whether a tensor comes from a DequantizeLinear, moved at most."""
+    """Whether a tensor comes from a DequantizeLinear, or may do when ONNX Runtime has moved and dropped ops."""
     producer = None if value is None else value.producer()
-    while producer is not None and producer.op_type in _MOVING:
-        value = producer.inputs[0]
-        producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in _MOVING | _DROPPED:
+        varying = [v for v in producer.inputs if not _in_float(v)]
+        if len(varying) != 1:
+            return False
+        producer = None if varying[0] is None else varying[0].producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
