@@ -25,6 +25,7 @@ class Listed(nn.Module):
         self.register_module("none", None)
         self.table, self.pair, self.kept = {"a": [1]}, ([1], 2), {3}
         self.inside = [self.norm]
+        self.norm.cache = self.linear.cache = {}
         self.register_buffer("mask", torch.ones(2), persistent=False)
 
 
@@ -54,7 +55,7 @@ def test_every_attribute_is_copied_and_every_tensor_shared():
         assert all(type(v) is type(theirs.__dict__[k]) for k, v in new.__dict__.items())
         assert repr(new) == repr(theirs)
     assert made.again is made.first and made.inside[0] is made.norm and made.none is None
-    assert made.tied.weight is made.linear.weight
+    assert made.tied.weight is made.linear.weight and made.norm.cache is made.linear.cache is not module.norm.cache
     for name, tensor in made.state_dict(keep_vars=True).items():
         old = module.state_dict(keep_vars=True)[name]
         assert tensor is not old and tensor.data_ptr() == old.data_ptr()

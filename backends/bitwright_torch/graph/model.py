@@ -237,7 +237,7 @@ def _attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
     if kind in _PLAIN or (kind is tuple and all(type(v) in _PLAIN for v in value)):
         return value
     if kind in (dict, OrderedDict, set) and not value:
-        return kind()
+        return memo.setdefault(id(value), kind())  # two modules may hold the same one
     if key == "_modules":
         return kind((n, None if m is None else _copied(m, memo)) for n, m in value.items())
     return copy.deepcopy(value, memo)
