@@ -301,6 +301,10 @@ def uneven(*shape):
     return RNG.normal(size=shape) * np.logspace(-2, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
 
 
+def whole(name, *numbers):
+    return N("Constant", [], [name], value_ints=numbers)
+
+
 FLOAT_WEIGHTS = {
     "Conv": ([N("Conv", ["x", "w", "b"], ["y"], kernel_shape=[3, 3])], {"w": uneven(8, 4, 3, 3), "b": uneven(8)}),
     "Conv, Relu": ([N("Conv", ["x", "w"], ["c"], kernel_shape=[3, 3]), N("Relu", ["c"], ["y"])],
@@ -312,6 +316,18 @@ FLOAT_WEIGHTS = {
                     {"w": uneven(6, 256).T, "b": uneven(6)}),
     "MaxPool, Conv": ([N("MaxPool", ["x"], ["p"], kernel_shape=[2, 2]), N("Conv", ["p", "w"], ["y"])],
                       {"w": uneven(8, 4, 1, 1)}),
+    "Pad, Conv": ([whole("pads", 0, 0, 1, 1, 0, 0, 1, 1), N("Pad", ["x", "pads"], ["p"]), N("Conv", ["p", "w"], ["y"])],
+                  {"w": uneven(8, 4, 3, 3)}),
+    "Dropout, Conv": ([N("Dropout", ["x"], ["p"]), N("Conv", ["p", "w"], ["y"])], {"w": uneven(8, 4, 3, 3)}),
+    "Dropout without ratio, Conv": ([N("Dropout", ["x", ""], ["p"]), N("Conv", ["p", "w"], ["y"])],
+                                    {"w": uneven(8, 4, 3, 3)}),
+    "Expand, Conv": ([whole("shape", 1, 1, 1, 1), N("Expand", ["x", "shape"], ["p"]), N("Conv", ["p", "w"], ["y"])],
+                     {"w": uneven(8, 4, 3, 3)}),
+    "Reshape by a computed shape, Gemm": (
+        [N("Shape", ["x"], ["s"]), whole("at", 0), whole("to", 1), N("Slice", ["s", "at", "to"], ["n"]),
+         whole("rest", 256), N("Concat", ["n", "rest"], ["sizes"], axis=0), N("Reshape", ["x", "sizes"], ["f"]),
+         N("Gemm", ["f", "w"], ["y"], transB=1)],
+        {"w": uneven(6, 256)}),
 }  # fmt: skip
 
 
@@ -322,7 +338,8 @@ def test_float_weights_are_left_in_float(tmp_path, form, kept):
     nodes, weights = FLOAT_WEIGHTS[form]
     data = {"x": RNG.uniform(0, 1, (8, 4, 8, 8)).astype(np.float32)}
     model = proto(nodes, {"x": ["N", 4, 8, 8]}, ["y"], weights)
-    sim = calibrated(model=model, data=data, overrides={"w": kept})
+    between = {name: "float" for node in nodes for name in node.output if name in ("p", "f")}
+    sim = calibrated(model=model, data=data, overrides={"w": kept} | between)
     path = sim.export(tmp_path).files["qdq"]
     literal = session_options()
     literal.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

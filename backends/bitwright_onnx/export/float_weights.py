@@ -58,10 +58,13 @@ def _dequantized(value: ir.Value | None) -> bool:
     """Whether a tensor comes from a DequantizeLinear, or may do when ONNX Runtime has moved and dropped ops."""
     producer = None if value is None else value.producer()
     while producer is not None and producer.op_type in _MOVING | _DROPPED:
-        varying = [v for v in producer.inputs if not _in_float(v)]
-        if len(varying) != 1:
-            return False
-        producer = None if varying[0] is None else varying[0].producer()
+        moved = producer.inputs[0]  # its other operands say how; they may be computed
+        if producer.op_type not in _MOVING:
+            varying = [v for v in producer.inputs if v is not None and not _in_float(v)]
+            if len(varying) != 1:
+                return False
+            moved = varying[0]
+        producer = None if moved is None else moved.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
