@@ -70,3 +70,13 @@ def test_every_attribute_is_copied_and_every_tensor_shared():
 @pytest.mark.parametrize("kind", [Own, Restored])
 def test_modules_that_say_how_they_are_copied_are_asked(kind):
     assert share(nn.Sequential(kind(2, 2)))[0].told
+
+
+def test_a_compiled_module_runs_with_its_copy_s_own_parameters():
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0].compile(backend="eager")
+    made = share(module)
+    made[0].weight = nn.Parameter(torch.zeros(2, 2))
+    made[0].bias = nn.Parameter(torch.ones(2))
+    assert torch.equal(made(torch.ones(1, 2)), torch.ones(1, 2))
+    assert module[0]._compiled_call_impl is not None

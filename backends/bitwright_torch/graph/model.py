@@ -219,7 +219,8 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if _says_how(type(module)):  # type: ignore[arg-type]  # as a key of the cache, a class is hashed as a class
         return copy.deepcopy(module, memo)
     made = memo[id(module)] = type(module).__new__(type(module))
-    for key, value in module.__dict__.items():
+    state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+    for key, value in state.items():  # without what `nn.Module.compile` bound to this one
         made.__dict__[key] = _attribute(key, value, memo)
     return made
 
