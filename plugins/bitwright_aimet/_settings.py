@@ -26,6 +26,11 @@ _SCHEMES = {
 """AIMET's name → schemes of activations and weights, and whether ranges are learned in training."""
 
 
+CONFIG_1, CONFIG_2 = "per_tensor", "default"
+"""The targets that no configuration means: in AIMET 1, which Keras and sessions follow, and in AIMET 2, which PyTorch
+and ONNX follow. There Conv, ConvTranspose, Gemm and MatMul have a scale for each channel."""
+
+
 @dataclass(frozen=True)
 class SimulationSettings:
     """What AIMET's constructor says of a simulation.
@@ -56,10 +61,10 @@ def read_settings(
     config_file: Any = None,
     data_type: Any = None,
     rounding_mode: str = "nearest",
+    *,
+    default_config: str = CONFIG_1,
 ) -> SimulationSettings:
-    """AIMET's arguments, checked.
-
-    Without a configuration the target is "per_tensor", which is AIMET's `default_config`.
+    """AIMET's arguments, checked; without a `config_file` the target is `default_config`.
 
     Raises:
         InputError: an argument that AIMET doesn't have either, or that means nothing here.
@@ -71,7 +76,7 @@ def read_settings(
             "QuantizeLinear and the targets do"
         )
     scheme, weight_scheme, learning = _SCHEMES[scheme_name(quant_scheme)]
-    target = load_target("per_tensor" if config_file is None else os.fspath(config_file))
+    target = load_target(default_config if config_file is None else os.fspath(config_file))
     symmetric = bool(target.config.defaults.ops.is_symmetric)
     defaults = target.config.bitwright
     return SimulationSettings(

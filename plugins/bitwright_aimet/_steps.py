@@ -9,7 +9,7 @@ from typing import Any
 from bitwright.errors import InputError
 from bitwright.placement import SiteKind
 from bitwright.simulation import QuantSim
-from bitwright_aimet._settings import read_settings, refuse
+from bitwright_aimet._settings import CONFIG_1, read_settings, refuse
 
 
 def fold(simulation: QuantSim) -> list[tuple[str, str]]:
@@ -115,6 +115,7 @@ def adaround_simulation(
     quant_scheme: Any,
     config_file: Any,
     name_of: Callable[[Any], str],
+    default_config: str = CONFIG_1,
 ) -> tuple[QuantSim, list[str]]:
     """A simulation whose weights AdaRound has rounded, and which weights these are.
 
@@ -122,8 +123,11 @@ def adaround_simulation(
         overrides: AIMET's `param_bw_override_list`: pairs of a layer and a width.
         ignored: AIMET's `ignore_quant_ops_list`: layers that stay as they are.
         name_of: the name of a layer.
+        default_config: the target where `config_file` is None; that of the simulation which is given the encodings.
     """
-    settings = read_settings(quant_scheme or "tf_enhanced", param_bw=param_bw, config_file=config_file)
+    settings = read_settings(
+        quant_scheme or "tf_enhanced", param_bw=param_bw, config_file=config_file, default_config=default_config
+    )
     widths = {name_of(layer): {"weights": f"int{bits}"} for layer, bits in overrides or ()}
     simulation = QuantSim(model, sample, overrides=widths, **settings.options)
     exclude = tuple(name_of(layer) for layer in ignored or ())
@@ -143,6 +147,8 @@ class QuantParams:
         config_file: a configuration, or a target's name.
     """
 
+    default_config = CONFIG_1
+
     def __init__(
         self,
         weight_bw: int = 8,
@@ -151,7 +157,9 @@ class QuantParams:
         quant_scheme: Any = "tf_enhanced",
         config_file: Any = None,
     ) -> None:
-        self.settings = read_settings(quant_scheme, act_bw, weight_bw, config_file, rounding_mode=round_mode)
+        self.settings = read_settings(
+            quant_scheme, act_bw, weight_bw, config_file, rounding_mode=round_mode, default_config=self.default_config
+        )
 
 
 def corrected(

@@ -9,7 +9,7 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.plugins import registry
-from bitwright_aimet._settings import SimulationSettings, is_float, read_settings, type_of
+from bitwright_aimet._settings import CONFIG_1, SimulationSettings, is_float, read_settings, type_of
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet._steps import AdaroundParameters, batches
 
@@ -80,6 +80,8 @@ class BaseAutoQuant:
 class BaseQuantAnalyzer:
     """QuantAnalyzer but for a framework: bitwright's `quant_analyzer` by AIMET's arguments."""
 
+    default_config = CONFIG_1
+
     def __init__(
         self,
         model: Any,
@@ -108,7 +110,9 @@ class BaseQuantAnalyzer:
         Returns:
             The `Analysis`; AIMET returns nothing.
         """
-        settings = read_settings(quant_scheme, default_output_bw, default_param_bw, config_file)
+        settings = read_settings(
+            quant_scheme, default_output_bw, default_param_bw, config_file, default_config=self.default_config
+        )
         made = SimulationModel(self._model, self._sample, settings)
         made.compute_encodings(self._forward)
         return registry.tool("quant_analyzer")(

@@ -69,7 +69,7 @@ def float_outputs(model, batches):
 
 
 def own(net, scheme="minmax", **options):
-    return QuantSim(net, target="per_tensor", scheme=scheme, weight_scheme=scheme, **options)
+    return QuantSim(net, target="default", scheme=scheme, weight_scheme=scheme, **options)
 
 
 def test_fold_equalize_simulate_export(net, batches, tmp_path, assert_equal):

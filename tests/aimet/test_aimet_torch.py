@@ -13,6 +13,10 @@ torch = pytest.importorskip("torch")
 from bitwright.errors import EncodingError, InputError, ModelError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme  # noqa: E402
+from bitwright_aimet.common.quantsim_config.utils import (  # noqa: E402
+    get_path_for_per_channel_config,
+    get_path_for_per_tensor_config,
+)
 from bitwright_aimet.common.utils import CallbackFunc  # noqa: E402
 from bitwright_aimet.torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
 from bitwright_aimet.torch.auto_quant import AutoQuant  # noqa: E402
@@ -77,7 +81,7 @@ def accuracy(model, loader):
 
 
 def own(net, loader, scheme="minmax", **options):
-    return QuantSim(net, loader[0][0], target="per_tensor", scheme=scheme, weight_scheme=scheme, **options)
+    return QuantSim(net, loader[0][0], target="default", scheme=scheme, weight_scheme=scheme, **options)
 
 
 def test_simulate_evaluate_export(net, loader, batches, tmp_path, assert_equal):
@@ -97,6 +101,40 @@ def test_simulate_evaluate_export(net, loader, batches, tmp_path, assert_equal):
     bundle = wanted.export(tmp_path / "own", name="net")
     for section in ("activation_encodings", "param_encodings"):
         assert held[section] == json.loads(bundle.files["encodings"].read_text())[section]
+
+
+def test_no_configuration_means_a_scale_for_each_channel_as_in_the_second_generation(
+    net, loader, batches, assert_equal
+):
+    sims = [
+        QuantizationSimModel(net, loader[0][0], config_file=config)
+        for config in (None, "default", get_path_for_per_channel_config())
+    ]
+    for sim in sims:
+        sim.compute_encodings(forward, loader)
+        assert_equal(sim.bitwright, sims[0].bitwright)
+    assert sims[0].bitwright.encodings["conv1.weight"].scale.shape == (6,)
+    assert sims[0].bitwright.encodings["fc.weight"].scale.shape == (4,)
+    first = QuantizationSimModel(net, loader[0][0], config_file=get_path_for_per_tensor_config())
+    first.compute_encodings(forward, loader)
+    assert first.bitwright.encodings["conv1.weight"].scale.shape == ()
+
+
+def test_the_second_generations_export(net, loader, tmp_path):
+    sim = QuantizationSimModel(net, loader[0][0])
+    sim.compute_encodings(lambda model: forward(model, loader))
+    bundle = sim.onnx.export(loader[0][0], str(tmp_path / "folder" / "q.onnx"), encoding_version="2.0.0")
+    assert bundle.files["model"] == tmp_path / "folder" / "q.onnx"
+    held = json.loads((tmp_path / "folder" / "q.encodings").read_text())
+    assert held["version"] == "2.0.0"
+    assert "conv2.bias" in {entry["name"] for entry in held["encodings"]}
+    sim.onnx.export(loader[0][0], tmp_path / "q.onnx", encoding_version="2.0.0", export_int32_bias=False)
+    held = json.loads((tmp_path / "q.encodings").read_text())
+    assert "conv2.bias" not in {entry["name"] for entry in held["encodings"]}
+    with pytest.raises(InputError, match=r"path of an \.onnx file"):
+        sim.onnx.export(loader[0][0], str(tmp_path / "q"))
+    with pytest.raises(InputError, match="force_activation_as"):
+        sim.onnx.export(loader[0][0], str(tmp_path / "q.onnx"), force_activation_as="signed")
 
 
 def test_a_configuration_file_and_widths_are_read_as_they_are(net, loader, batches, tmp_path, assert_equal):
@@ -291,7 +329,7 @@ def test_percentile(net, loader, batches, assert_equal):
     sim = QuantizationSimModel(net, loader[0][0], QuantScheme.post_training_percentile)
     sim.set_percentile_value(99.0)
     sim.compute_encodings(lambda model: forward(model, loader))
-    wanted = QuantSim(net, loader[0][0], target="per_tensor", scheme="percentile:99.0").calibrate(batches)
+    wanted = QuantSim(net, loader[0][0], target="default", scheme="percentile:99.0").calibrate(batches)
     assert_equal(sim.bitwright, wanted)
     with pytest.raises(InputError, match="between 50 and 100"):
         sim.set_percentile_value(10)
@@ -325,7 +363,7 @@ def test_quant_analyzer(net, loader, tmp_path):
     analyzer.enable_per_layer_mse_loss(loader, num_batches=2)
     found = analyzer.analyze(QuantScheme.post_training_tf, 8, 8, None, str(tmp_path))
     assert (tmp_path / "analysis.html").is_file()
-    assert found.target == "per_tensor"
+    assert found.target == "default"
     assert {layer.op for layer in found.layers} >= {"conv1", "conv2", "fc"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet._tools import BaseQuantAnalyzer
 from bitwright_aimet.common.defs import CallbackFunc
 from bitwright_aimet.onnx._models import proto_of
@@ -22,6 +23,8 @@ class QuantAnalyzer(BaseQuantAnalyzer):
         forward_pass_callback: runs a session on calibration data.
         eval_callback: a session to its score.
     """
+
+    default_config = CONFIG_2
 
     def __init__(
         self,

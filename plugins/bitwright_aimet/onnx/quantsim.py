@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bitwright.errors import InputError
-from bitwright_aimet._settings import read_settings, refuse
+from bitwright_aimet._settings import CONFIG_2, read_settings, refuse
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.onnx._models import proto_of
@@ -26,7 +26,7 @@ class QuantizationSimModel(SimulationModel):
         default_param_bw, default_activation_bw: widths, as in AIMET 1.
         param_type, activation_type: types as in AIMET 2, such as "int4"; they win over the widths.
         use_symmetric_encodings: False: the configuration says which activations are symmetric.
-        config_file: a path, or a target's name; None is AIMET's default configuration.
+        config_file: a path, or a target's name; None is "default", as in AIMET 2 (1.x: "per_tensor").
         default_data_type: integers or floats.
         user_onnx_libs: none: models with custom ops are opened with `load(path, custom_ops=[…])`.
         others: AIMET's options of devices and sessions, which aren't looked at.
@@ -66,7 +66,10 @@ class QuantizationSimModel(SimulationModel):
         activation_bw, other = _width(activation_type, default_activation_bw, default_data_type)
         if kind is not other:
             raise InputError("param_type and activation_type: both integers or both floats; QuantSim takes any two")
-        settings = read_settings(quant_scheme, activation_bw, param_bw, config_file, kind, rounding_mode)
+        settings = read_settings(
+            quant_scheme, activation_bw, param_bw, config_file, kind, rounding_mode,
+            default_config=CONFIG_2,
+        )  # fmt: skip
         super().__init__(proto_of(model), None, settings)
 
     def _opened(self) -> Any:

@@ -1,1 +1,7 @@
 """`aimet_torch`: what takes a module changes it in place where AIMET does, and gives modules back."""
+
+from __future__ import annotations
+
+from bitwright_aimet.torch.quantsim import QuantizationSimModel
+
+__all__ = ["QuantizationSimModel"]

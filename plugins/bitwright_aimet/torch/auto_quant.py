@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bitwright_aimet._settings import read_settings
+from bitwright_aimet._settings import CONFIG_2, read_settings
 from bitwright_aimet._tools import BaseAutoQuant
 
 
@@ -39,5 +39,7 @@ class AutoQuant(BaseAutoQuant):
         strict_validation: bool = True,
         model_prepare_required: bool = True,
     ) -> None:
-        settings = read_settings(quant_scheme, output_bw, param_bw, config_file, rounding_mode=rounding_mode)
+        settings = read_settings(
+            quant_scheme, output_bw, param_bw, config_file, rounding_mode=rounding_mode, default_config=CONFIG_2
+        )
         super().__init__(model, dummy_input, data_loader, eval_callback, settings, results_dir)

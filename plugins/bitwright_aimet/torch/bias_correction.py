@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright_aimet import _steps as steps
-from bitwright_aimet._steps import QuantParams
+from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet.torch import _in_place as in_place
 
 __all__ = ["QuantParams", "correct_bias"]
+
+
+class QuantParams(steps.QuantParams):
+    """Types and scheme; without a configuration those of this package's simulations."""
+
+    default_config = CONFIG_2
 
 
 def correct_bias(

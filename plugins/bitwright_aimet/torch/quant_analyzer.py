@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bitwright_aimet._settings import refuse
+from bitwright_aimet._settings import CONFIG_2, refuse
 from bitwright_aimet._tools import BaseQuantAnalyzer
 from bitwright_aimet.common.defs import CallbackFunc
 
@@ -22,6 +22,8 @@ class QuantAnalyzer(BaseQuantAnalyzer):
         eval_callback: a model to its score.
         modules_to_ignore: none.
     """
+
+    default_config = CONFIG_2
 
     def __init__(
         self,

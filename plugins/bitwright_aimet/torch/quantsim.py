@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from bitwright_aimet._settings import read_settings, refuse
+from bitwright.backend import Bundle
+from bitwright.errors import InputError
+from bitwright_aimet._settings import CONFIG_2, read_settings, refuse
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.torch._in_place import name_in
@@ -22,7 +25,8 @@ class QuantizationSimModel(SimulationModel):
         rounding_mode: "nearest".
         default_output_bw, default_param_bw: widths of activations and parameters.
         in_place: False: `model` of the simulation is a copy.
-        config_file: a path, or a target's name (`bitwright targets`); None is AIMET's default configuration.
+        config_file: a path, or a target's name (`bitwright targets`); None is "default", as in AIMET 2 (1.x:
+            "per_tensor").
         default_data_type: integers or floats.
     """
 
@@ -42,14 +46,66 @@ class QuantizationSimModel(SimulationModel):
     ) -> None:
         refuse({"in_place": (in_place, False, "your model stays as it is; evaluate and train sim.model")})
         settings = read_settings(
-            quant_scheme, default_output_bw, default_param_bw, config_file, default_data_type, rounding_mode
-        )
+            quant_scheme, default_output_bw, default_param_bw, config_file, default_data_type, rounding_mode,
+            default_config=CONFIG_2,
+        )  # fmt: skip
         self._user = model
         super().__init__(model, dummy_input, settings)
 
     def name_of(self, layer: Any) -> str:
         """The name of a module, or of what is a name already."""
         return name_in(self._user, layer)
+
+    @property
+    def onnx(self) -> OnnxExport:
+        """AIMET 2's export: ``sim.onnx.export(args, "net.onnx")``."""
+        return OnnxExport(self)
+
+
+class OnnxExport:
+    """What `QuantizationSimModel.onnx` is."""
+
+    def __init__(self, simulation: SimulationModel) -> None:
+        self._simulation = simulation
+
+    def export(
+        self,
+        args: Any,
+        f: str | Path,
+        *,
+        encoding_version: str | None = None,
+        export_int32_bias: bool | None = None,
+        force_activation_as: str | None = "unsigned",
+        **kwargs: Any,
+    ) -> Bundle:
+        """Write the float model to `f`, its encodings beside it, and what `QuantSim.export` writes.
+
+        Args:
+            args: not needed, and so are further options of torch's exporter.
+            f: path of the ONNX file.
+            encoding_version: schema of the encodings file; default 1.0.0.
+            export_int32_bias: encodings of biases too; default: in schemas from 2.0.0 on.
+            force_activation_as: "unsigned", as bitwright writes them.
+
+        Raises:
+            InputError: `f` isn't the path of an `.onnx` file, or an option can't be meant here.
+        """
+        refuse(
+            {
+                "force_activation_as": (
+                    force_activation_as, "unsigned", "the configuration says of which type activations are"
+                )
+            }
+        )  # fmt: skip
+        if not isinstance(f, str | Path) or Path(f).suffix != ".onnx":
+            raise InputError(f"f={f!r}: give the path of an .onnx file; its encodings are written beside it")
+        path = Path(f)
+        return self._simulation.settle().export(
+            path.parent,
+            name=path.stem,
+            encodings_version=encoding_version or self._simulation.encoding_version,
+            include_bias=export_int32_bias,
+        )
 
 
 def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, encoding_path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet._simulation import SimulationModel, param_encodings
 from bitwright_aimet._steps import AdaroundParameters, adaround_simulation
 from bitwright_aimet.onnx._models import proto_of, write
@@ -31,7 +32,7 @@ class Adaround:
         """A new `ModelProto` with rounded weights; encodings are in `<path>/<filename_prefix>.encodings`."""
         simulation, rounded = adaround_simulation(
             proto_of(model), None, params, default_param_bw, param_bw_override_list, ignore_quant_ops_list,
-            default_quant_scheme, default_config_file, str,
+            default_quant_scheme, default_config_file, str, CONFIG_2,
         )  # fmt: skip
         param_encodings(simulation, rounded, path, filename_prefix)
         made = copy.deepcopy(proto_of(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet._simulation import param_encodings
 from bitwright_aimet._steps import AdaroundParameters, adaround_simulation
 from bitwright_aimet.torch import _in_place as in_place
@@ -34,7 +35,7 @@ class Adaround:
         """
         simulation, rounded = adaround_simulation(
             model, dummy_input, params, default_param_bw, param_bw_override_list, ignore_quant_ops_list,
-            default_quant_scheme, default_config_file, partial(in_place.name_in, model),
+            default_quant_scheme, default_config_file, partial(in_place.name_in, model), CONFIG_2,
         )  # fmt: skip
         param_encodings(simulation, rounded, path, filename_prefix)
         return in_place.written(model, simulation, dummy_input)

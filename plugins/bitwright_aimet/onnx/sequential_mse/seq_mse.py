@@ -1,4 +1,4 @@
-"""`aimet_onnx.sequential_mse` and `apply_seq_mse`."""
+"""`aimet_onnx.sequential_mse.seq_mse`."""
 
 from __future__ import annotations
 
