@@ -12,6 +12,7 @@ import pytest
 from backends import FRAMEWORKS
 
 from bitwright.backend import Tap, parts_of, session_in_parts
+from bitwright.backend import _giving_back as giving_back_module
 from bitwright.backend import _parts as parts_module
 from bitwright.bank import collect
 from bitwright.bank._writing import Writer
@@ -91,6 +92,32 @@ def test_calibration_bank_and_export_in_parts_are_those_of_the_whole(name, make,
     np.testing.assert_allclose(found, expected, atol=1.01 * step)
     assert (np.abs(found - expected) > 0.01 * step).mean() < 0.01
     assert parted.export(tmp_path / "out").files["encodings"].is_file()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_freed_arrays_go_back_at_once_while_parts_run(tmp_path, monkeypatch):
+    """Else the heap is full of holes where weights of parts were, and a limit of memory is met by what nobody uses."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(giving_back_module, "_mallopt", lambda *a: asked.append(a))
+    port, model = FRAMEWORKS["onnx"], models.residual()
+    sim, data = port.sim(model, weights="int4"), batches(model, port)
+    within: list[bool] = []
+    collected = SimpleNamespace(collect=lambda: within.append(bool(giving_back_module._open)))
+    monkeypatch.setattr(parts_module, "gc", collected)
+    begin, end = (giving_back_module.M_MMAP_THRESHOLD, 2**20), (giving_back_module.M_MMAP_THRESHOLD, 2**25)
+    steps = {
+        "bank": lambda: collect(sim, data, tmp_path / "bank"),
+        "layers": lambda: sim.apply("gptq", data, inputs="float"),
+        "calibration": lambda: sim.calibrate(data),
+    }
+    for name, step in steps.items():
+        asked.clear(), within.clear()
+        step()
+        assert within and all(within), name
+        assert asked[0] == begin and end in asked and not giving_back_module._open, name
+    asked.clear()
+    sim.export(tmp_path / "out")
+    assert asked[0] == begin and end in asked, "export"
 
 
 @pytest.mark.usefixtures("small_parts")

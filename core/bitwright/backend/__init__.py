@@ -17,6 +17,7 @@ from bitwright.backend._conversion import array_of, check_numeric, converted, fe
 from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._feeds import Feed, FeedSpecs
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
+from bitwright.backend._giving_back import giving_back
 from bitwright.backend._lazy_values import LazyValues
 from bitwright.backend._observed import observed
 from bitwright.backend._params import ParamReader, Params
@@ -135,6 +136,7 @@ __all__ = [
     "fed",
     "feed",
     "given",
+    "giving_back",
     "handed_out",
     "known_param",
     "let_go",

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bitwright.backend._giving_back import giving_back
 from bitwright.backend._protocols import Batch, Session
 from bitwright.backend._settled import settled
 from bitwright.backend._taps import Tap
@@ -201,7 +202,7 @@ class _InParts:
 
     def run(self, batch: Batch) -> dict[Tap, Array]:
         """Feed one batch."""
-        with settled():
+        with giving_back(), settled():
             return self._run(batch)
 
     def _run(self, batch: Batch) -> dict[Tap, Array]:

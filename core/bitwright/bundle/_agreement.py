@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Divisible, Session, Tap, let_go, parts_of, session_in_parts, settled
+from bitwright.backend import Divisible, Session, Tap, giving_back, let_go, parts_of, session_in_parts, settled
 from bitwright.errors import BitwrightError, CapabilityError
 from bitwright.graph import Graph, TensorId
 from bitwright.grids import FLOAT_FORMATS, Encoding
@@ -177,7 +177,7 @@ def _by_part(graph: Graph, groups: Iterable[Sequence[TensorId]]) -> Iterator[Seq
         yield from groups
         return
     place = {t: i for i, part in enumerate(parts) for t in part.computed}
-    with settled():
+    with giving_back(), settled():
         for group in groups:
             for index in range(len(parts)):
                 if some := [t for t in group if place.get(t, 0) == index]:

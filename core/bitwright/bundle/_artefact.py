@@ -24,6 +24,7 @@ from bitwright.backend import (
     SharedConversion,
     Simulation,
     ToCompile,
+    giving_back,
     let_go,
     settled,
 )
@@ -104,6 +105,7 @@ def export(
         large = len(network_parts(state.graph)) > 1
         if large:
             let_go()  # what calibration has left behind
+            conversions.enter_context(giving_back())
             conversions.enter_context(settled())
         run = export_gate.simulated(state, simulate, max(reference_samples, 1))
         if large:

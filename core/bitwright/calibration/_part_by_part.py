@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-from bitwright.backend import let_go
+from bitwright.backend import giving_back, let_go
 from bitwright.calibration._collected import Collected, pack
 from bitwright.calibration._step import InParts, Places, Step
 from bitwright.data import CACHE_BYTES, CutCache, Dataset
@@ -36,7 +36,7 @@ def stream_in_parts(
         InputError: the data are empty, or a tensor holds NaN or infinity.
     """
     places = Places(collected, divided.parts)
-    with ExitStack() as caches:
+    with giving_back(), ExitStack() as caches:
         held: dict[Source, CutCache] = {}
         for index in range(places.last + 1):
             kept = places.kept(index)

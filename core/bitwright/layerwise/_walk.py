@@ -9,11 +9,12 @@ run executes the same segments as the first, so that its numbers are bit-equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitwright.backend import LettingGo, ParamReader, PartialExecution, let_go, parts_of
+from bitwright.backend import LettingGo, ParamReader, PartialExecution, giving_back, let_go, parts_of
 from bitwright.graph import (
     Graph,
     Op,
@@ -85,7 +86,9 @@ class LayerwiseWalk(Walk):
         replaced: dict[ParamId, LayerResult] = {}
         solving = Solving(self.graph, self.workers, solve)
         params = ParamReader(self.backend, self.model, self.graph)
-        tidy = let_go if len(parts_of(self.graph)) > 1 else LettingGo()
+        large = len(parts_of(self.graph)) > 1
+        tidy = let_go if large else LettingGo()
+        memory = ExitStack()
 
         def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
             if fresh:
@@ -96,6 +99,8 @@ class LayerwiseWalk(Walk):
             self.progress.advance(1, op.id)
 
         try:
+            if large:
+                memory.enter_context(giving_back())
             for index, visit in enumerate(visits):
                 op, result = visit.op, stored.get(visit.op.id)
                 for done in solving.of_weight(op.weight):
@@ -130,6 +135,7 @@ class LayerwiseWalk(Walk):
         finally:
             solving.close()
             pair.close()
+            memory.close()
             self.progress.finish()
         results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
