@@ -394,6 +394,19 @@ def test_a_placeholder_without_a_rank_is_named() -> None:
         sim.calibrate(np.ones((8, 4), np.float32))
 
 
+def test_outputs_of_a_frozen_graph_are_what_depends_on_its_inputs_of_any_op() -> None:
+    """A data pipeline's batch is fed in its place; what else the graph computes from placeholders is no output."""
+    with tf.Graph().as_default() as graph:
+        data = v1.data.Dataset.from_tensors(np.ones((4, 3), np.float32))
+        batch = v1.data.make_one_shot_iterator(data).get_next()
+        tf.nn.relu(tf.matmul(batch, tf.constant(np.eye(3, dtype=np.float32))), name="y")
+        tf.nn.relu(v1.placeholder(tf.float32, (2,), name="other"), name="z")
+    model = sources.from_frozen(graph.as_graph_def(), inputs=["IteratorGetNext"])
+    assert model.outputs == ("y:0",)
+    np.testing.assert_array_equal(model(np.full((4, 3), 5, np.float32)), np.full((4, 3), 5))
+    assert sources.from_frozen(graph.as_graph_def()).outputs == ("z:0",)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

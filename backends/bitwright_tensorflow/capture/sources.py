@@ -20,7 +20,16 @@ from bitwright_tensorflow.capture.normalize import normalize
 from bitwright_tensorflow.capture.restoring import restored, session_values
 from bitwright_tensorflow.capture.trust import refuse_outside
 from bitwright_tensorflow.graph.graphs import Wiring
-from bitwright_tensorflow.graph.model import VARIABLES, GraphDef, Kind, MetaGraphDef, Signature, TfModel, tensor_id
+from bitwright_tensorflow.graph.model import (
+    VARIABLES,
+    GraphDef,
+    Kind,
+    MetaGraphDef,
+    Signature,
+    TfModel,
+    node_of,
+    tensor_id,
+)
 from bitwright_tensorflow.graph.rewriter import constant
 from bitwright_tensorflow.graph.runtime import reason
 from bitwright_tensorflow.graph.sizes import refuse_computed
@@ -278,9 +287,10 @@ def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None
         raise ModelError(f"the graph holds the variable {held[0]!r} without its value; freeze it, or open its session")
     wiring = Wiring(own)
     if outputs is None:
+        given = [node_of(tensor) for tensor in _named(wiring, inputs, "inputs").values()]
         read = {i.lstrip("^").partition(":")[0] for n in own.node for i in n.input}
         idle = ("Const", "NoOp", "Assert", "Placeholder")
-        fed = _fed(own)
+        fed = _fed(own, given or [n.name for n in own.node if n.op.startswith("Placeholder")])
         outputs = [n.name for n in own.node if n.name not in read and n.op not in idle and n.name in fed]
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(own)
@@ -288,13 +298,13 @@ def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None
     return open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN, file)
 
 
-def _fed(graph_def: GraphDef) -> set[str]:
-    """Nodes that depend on a placeholder, with these."""
+def _fed(graph_def: GraphDef, inputs: Sequence[str]) -> set[str]:
+    """Nodes that depend on some, with these."""
     readers: dict[str, list[str]] = {}
     for node in graph_def.node:
         for operand in node.input:
             readers.setdefault(operand.lstrip("^").partition(":")[0], []).append(node.name)
-    waiting = [n.name for n in graph_def.node if n.op.startswith("Placeholder")]
+    waiting = list(inputs)
     found = set(waiting)
     while waiting:
         new = [name for name in readers.get(waiting.pop(), ()) if name not in found]
