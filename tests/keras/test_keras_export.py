@@ -379,3 +379,29 @@ def test_constants_branches_and_loops_are_in_the_file(
     written = tf.compat.v1.GraphDef.FromString((tmp_path / "net.pb").read_bytes())
     (found,) = _run(written, [graph.tensors[adopted.output_ids[0]]], data)
     np.testing.assert_allclose(found, model(data["given"]).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lacking", ["_FunctionConverterDataInEager", "_replace_variables_by_constants", "_construct_concrete_function"]
+)
+def test_a_tensorflow_of_other_insides_freezes_all_the_same(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorflow.python.framework import convert_to_constants
+
+    monkeypatch.setattr("bitwright_keras.export.frozen.LARGE", 1)
+    model = nets.settled(nets.separable())
+    assert frozen(BACKEND.adopt(model)).left_out
+    kept = getattr(convert_to_constants, lacking)
+    public = convert_to_constants.convert_variables_to_constants_v2
+
+    def convert(concrete: Any) -> Any:  # which finds the part under another name, so to speak
+        with pytest.MonkeyPatch.context() as found:
+            found.setattr(convert_to_constants, lacking, kept, raising=False)
+            return public(concrete)
+
+    monkeypatch.setattr(convert_to_constants, "convert_variables_to_constants_v2", convert)
+    monkeypatch.delattr(convert_to_constants, lacking)
+    adopted, data = BACKEND.adopt(model), _data(model)
+    graph = frozen(adopted)
+    assert not graph.left_out
+    (found,) = _run(graph.graph_def, [graph.tensors[adopted.output_ids[0]]], data)
+    np.testing.assert_allclose(found, model(next(iter(data.values()))), rtol=1e-4, atol=1e-5)

@@ -39,6 +39,8 @@ LARGE = 2**16
 """Bytes of a weight that is left out of the graph until it is written; shapes and the like are smaller."""
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message holds at most."""
+_FREEZING = ("_FunctionConverterDataInEager", "_replace_variables_by_constants", "_construct_concrete_function")
+"""What TensorFlow freezes with; no part of what it promises, so that a release may lack it."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,12 @@ class _Absent(np.ndarray[Any, Any]):
 
 def _without_variables(concrete: Any) -> tuple[Any, dict[str, Any]]:
     """The function with constants in the place of its variables, as `convert_variables_to_constants_v2` makes it, and
-    the variables of those that have no values: node → variable."""
+    the variables of those that have no values: node → variable. Where TensorFlow lacks what is in `_FREEZING`, all have
+    some, which takes more memory."""
     from tensorflow.python.framework import convert_to_constants as tensorflow_freezing
+
+    if not all(hasattr(tensorflow_freezing, name) for name in _FREEZING):
+        return tensorflow_freezing.convert_variables_to_constants_v2(concrete), {}
 
     class Outlined(tensorflow_freezing._FunctionConverterDataInEager):  # type: ignore[misc]
         def _eval(self, tensor: Any) -> Any:
