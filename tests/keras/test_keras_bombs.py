@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+import sys
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras")
@@ -175,6 +179,101 @@ def test_heaps_whose_objects_have_no_size_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.h5 can't be opened: its texts are damaged"):
         load_native(path)
+
+
+def _references(content):
+    """Where the references to texts in global heaps begin: a text's length, then its heap's address and an index."""
+    for heap in re.finditer(re.escape(b"GCOL\1\0\0\0"), content):
+        for found in re.finditer(re.escape(heap.start().to_bytes(8, "little")), content):
+            if 0 < int.from_bytes(content[found.start() - 4 : found.start()], "little") < 2**12:
+                yield found.start() - 4
+
+
+def _peak(process, begin=False):
+    """MiB of a process: the most since `begin`."""
+    if begin:
+        Path(f"/proc/{process}/clear_refs").write_text("5")
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there the other process has a limit of memory")
+@pytest.mark.parametrize("length", [2**28, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("place", ["attribute", "values"])
+def test_texts_of_an_enormous_length_take_no_memory(tmp_path, place, length):
+    """The HDF5 library takes as much as a reference to a text says, before it looks how long the text is."""
+    path = tmp_path / "a.h5"
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(path)
+    if place == "values":
+        with h5py.File(path, "r+") as file:
+            file.create_dataset("bitwright", data="{}" + " " * 9)
+    assert load_native(path).count_params() == 15
+    content = bytearray(path.read_bytes())
+    at = max(
+        a for a in _references(content) if (int.from_bytes(content[a : a + 4], "little") == 11) == (place == "values")
+    )
+    content[at : at + 4] = length.to_bytes(4, "little")
+    path.write_bytes(content)
+    other = trial_reading._READER._child.pid
+    held, began = [_peak(process, begin=True) for process in ("self", other)], time.process_time()
+    with pytest.raises(InputError, match="reading it takes far more memory than it has bytes"):
+        load_native(path)
+    assert time.process_time() - began < 2
+    assert trial_reading._READER._child.pid == other
+    for process, before in zip(("self", other), held, strict=True):
+        assert _peak(process) - before < 200
+
+
+def test_what_the_other_process_cannot_open_is_not_opened(files, tmp_path):
+    """It may be for want of memory, and Keras would have more of it."""
+    content = bytearray((files / "model.h5").read_bytes())
+    root = int.from_bytes(content[64:72], "little")
+    content[root + 8 : root + 12] = (2**28).to_bytes(4, "little")  # the size of its header
+    path = tmp_path / "model.h5"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="the HDF5 library can't open it"):
+        load_native(path)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_weights_that_take_as_much_as_is_let_through_are_read(tmp_path, suffix):
+    """As one piece, packed to a twentieth: the most that values may unpack to, and all memory that this takes."""
+    x = keras.Input((2000,))
+    keras.Model(x, keras.layers.Dense(4_000, use_bias=False, name="d", kernel_initializer="zeros")(x)).save(
+        tmp_path / f"a{suffix}"
+    )
+
+    def packed(file):
+        parent = next(g for g in _groups(file) for n in ("kernel", "0") if n in g and isinstance(g[n], h5py.Dataset))
+        name = next(n for n in ("kernel", "0") if n in parent)
+        values = parent[name][()]
+        values.ravel()[: values.size // 16] = np.random.default_rng(0).normal(size=values.size // 16)
+        del parent[name]
+        parent.create_dataset(name, data=values, chunks=values.shape, compression="gzip", shuffle=True, fletcher32=True)
+
+    if suffix == ".h5":
+        with h5py.File(tmp_path / "a.h5", "r+") as file, h5py.File(tmp_path / "b.h5", "w") as made:
+            packed(file)
+            for name in file:
+                file.copy(name, made)
+            made.attrs.update(file.attrs)
+    else:
+
+        def change(name, data):
+            if name != "model.weights.h5":
+                return data
+            buffer, small = io.BytesIO(data), io.BytesIO()
+            with h5py.File(buffer, "r+") as file, h5py.File(small, "w") as made:
+                packed(file)
+                for inner in file:
+                    file.copy(inner, made)
+                made.attrs.update(file.attrs)
+            return small.getvalue()
+
+        _packed(tmp_path / "a.keras", tmp_path / "b.keras", change)
+    path = tmp_path / f"b{suffix}"
+    assert 32e6 / 20 < path.stat().st_size < 32e6 / 15
+    assert load_native(path).count_params() == 8_000_000
 
 
 def _external(file):

@@ -7,6 +7,8 @@ a program first (`trial_reading` starts it), which needs nothing but h5py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
 import json
 import math
@@ -28,8 +30,8 @@ _HEAP, _OBJECT, _PIECE = b"GCOL\1\0\0\0", 16, 2**20
 """How a global heap of an HDF5 file begins, with its version; bytes of an object's header; bytes read at once."""
 _DEPTH = 100
 """So deep may groups lie in groups."""
-_SPARE_BYTES = 2**30
-"""What the program may take beside what files hold."""
+_SPARE_BYTES, _TIMES_HELD = 2**27, 4
+"""What the program may take beside the file, and how often what that may hold: packed, unpacked and as values."""
 _WRONG = (OSError, RuntimeError, KeyError, ValueError, TypeError, NotImplementedError)
 """What h5py raises over an object that can't be read."""
 
@@ -88,8 +90,14 @@ def _in_h5(file: BinaryIO, most: int) -> int:
     import h5py
 
     _check_heaps(file)
-    with h5py.File(file, "r") as opened:
-        _check_settings(opened.attrs.get(_CONFIG_IN_H5, "null"))
+    try:
+        opened = h5py.File(file, "r")
+    except _WRONG as error:  # of what, nobody can tell: for want of memory, which Keras would take
+        raise Refused(f"the HDF5 library can't open it: {error}") from error
+    with opened:
+        with _telling_want():
+            config = opened.attrs.get(_CONFIG_IN_H5, "null")
+        _check_settings(config)
         objects = list(_objects(opened, h5py))
         sets = [found for found in objects if isinstance(found, h5py.Dataset)]
         held = sum(map(_size, sets))
@@ -101,19 +109,19 @@ def _in_h5(file: BinaryIO, most: int) -> int:
 
 def _size(found: Any) -> int:
     """Bytes that reading a data set takes: a piece may be larger than the set, and is unpacked as a whole."""
-    with contextlib.suppress(*_WRONG):  # as of a type that numpy doesn't have
+    with _passing_over():  # as of a type that numpy doesn't have
         values = max(math.prod(found.shape or ()), math.prod(found.chunks or ()))
         return int(values) * int(found.dtype.itemsize)
     return 0
 
 
 def _tried(found: Any) -> None:
-    """Read an object; what it raises, Keras says if it reads it too. What comes behind it is tried all the same."""
+    """Read an object; what comes behind it is tried all the same."""
     import h5py
 
-    with contextlib.suppress(*_WRONG):
+    with _passing_over():
         list(found.attrs.items())
-    with contextlib.suppress(*_WRONG):
+    with _passing_over():
         if isinstance(found, h5py.Dataset):
             _read(found)
 
@@ -147,17 +155,57 @@ def _objects(opened: Any, h5py: Any) -> Iterator[Any]:
                 if isinstance(link, h5py.ExternalLink):
                     raise Refused(f"{name!r} lies in another file")
                 if isinstance(link, h5py.HardLink):
-                    with contextlib.suppress(*_WRONG):
+                    with _passing_over():
                         waiting.append((found[name], depth + 1))
 
 
 def _links(group: Any) -> Iterator[tuple[str, Any]]:
     names: list[str] = []
-    with contextlib.suppress(*_WRONG):
+    links: list[tuple[str, Any]] = []
+    with _passing_over():
         names += group
     for name in names:
-        with contextlib.suppress(*_WRONG):  # as of a link of somebody's own kind
-            yield name, group.get(name, getlink=True)
+        with _passing_over():  # as of a link of somebody's own kind
+            links.append((name, group.get(name, getlink=True)))
+    yield from links
+
+
+@contextlib.contextmanager
+def _passing_over() -> Iterator[None]:
+    """Go on after what h5py can't read: Keras says so if it reads it too.
+
+    Raises:
+        MemoryError: it couldn't for want of memory, and Keras would read it without a limit.
+    """
+    with contextlib.suppress(*_WRONG), _telling_want():
+        yield
+
+
+@contextlib.contextmanager
+def _telling_want() -> Iterator[None]:
+    """Tell want of memory from damage: h5py raises the same over both.
+
+    Raises:
+        MemoryError: the HDF5 library asked for memory and got none.
+    """
+    last = _last_error()
+    last.value = 0
+    try:
+        yield
+    except _WRONG as error:
+        if last.value == errno.ENOMEM:
+            raise MemoryError from error
+        raise
+
+
+def _last_error() -> ctypes.c_int:
+    """C's errno, which ctypes hides; on systems that call it otherwise, and limit no memory, one that is always 0."""
+    place = getattr(ctypes.pythonapi, "__errno_location", None)
+    if place is None:
+        return ctypes.c_int(0)
+    place.restype = ctypes.POINTER(ctypes.c_int)
+    found: ctypes.c_int = place().contents
+    return found
 
 
 def _read(found: Any) -> None:
@@ -262,8 +310,10 @@ class _Window(io.RawIOBase):
 
 def answer(path: Path, most: int) -> dict[str, Any]:
     """What `weight_bytes` gives, as {"held": bytes}, {"refused": why} or {"failed": why}."""
+    with contextlib.suppress(ImportError):
+        import h5py  # noqa: F401 - what that takes isn't the file's
     try:
-        with _limited(path.stat().st_size + most):
+        with _limited(path.stat().st_size + _TIMES_HELD * most):
             return {"held": weight_bytes(path, most)}
     except Refused as error:
         return {"refused": str(error)}
