@@ -189,7 +189,8 @@ def test_formats_of_the_backend_by_name(tmp_path):
     sim = simulated(SYMMETRIC, "int4:block32")
     bundle = sim.export(tmp_path, formats=["safetensors", "autogptq"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "model.encodings", "model.gptq", "model.record.npz", "model.safetensors", "report.json",
+        "model.encodings", "model.gptq", "model.record.npz", "model.safetensors", "report.html",
+        "report.json",
     ]  # fmt: skip
     assert set(bundle.files) == {"weights", "gptq", "encodings"}
     report = json.loads((tmp_path / "report.json").read_text())

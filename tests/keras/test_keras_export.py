@@ -99,7 +99,8 @@ def test_parameters_are_constants_of_the_frozen_graph(net: str) -> None:
 def test_a_bundle_has_all_files_and_encodings_name_tensors_of_the_pb(exported: Any) -> None:
     sim, _, folder = exported
     assert {p.name for p in folder.iterdir()} == {
-        "net.keras", "net.h5", "net.pb", "net.qdq.onnx", "net.encodings", "net.record.npz", "report.json"}  # fmt: skip
+        "net.keras", "net.h5", "net.pb", "net.qdq.onnx", "net.encodings", "net.record.npz", "report.json",
+        "report.html"}  # fmt: skip
     graph_def = tf.compat.v1.GraphDef.FromString((folder / "net.pb").read_bytes())
     nodes = {n.name for n in graph_def.node}
     file = formats.read(folder / "net.encodings")

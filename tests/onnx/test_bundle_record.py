@@ -85,7 +85,7 @@ def test_an_export_says_what_was_simulated(tmp_path):
     report = read_report(tmp_path, "model").report
     assert (report.target, report.weights, report.name) == ("default", "int4", "model")
     record = report.record
-    written = {p.name for p in tmp_path.iterdir()} - {"report.json"}
+    written = {p.name for p in tmp_path.iterdir()} - {"report.json", "report.html"}
     assert record.contents == {name: of_file(tmp_path / name) for name in written}
     assert {p.name for p in bundle.files.values()} <= written
     rows = {row.site: row for row in report.sites}

@@ -45,7 +45,7 @@ def test_everything_loads_without_bitwright(net, tmp_path):
     """The bundle of a session's model, and its SavedModel, in a process with nothing but TensorFlow."""
     bundle = net.sim.export(tmp_path, name="net")
     endings = ["data-00000-of-00001", "encodings", "index", "meta", "pb", "qdq.onnx", "record.npz"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"net.{e}" for e in endings), "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"net.{e}" for e in endings), "report.html", "report.json"]
     assert set(bundle.files) == {"model", "meta", "checkpoint", "checkpoint_data", "qdq", "encodings"}
     exported(net, tmp_path, "saved_model", "saved")
     np.savez(tmp_path / "data.npz", x=net.sample, y=float_output(net))

@@ -181,7 +181,8 @@ def test_quantsim_bundles_reopen_in_the_onnx_backend(tmp_path: Path) -> None:
     assert isinstance(sim.encodings["up.weight"].granularity, PerChannel)
     bundle = sim.export(tmp_path, name="net", encodings_version="2.0.0")
     assert {p.name for p in tmp_path.iterdir()} == {
-        "net.onnx", "net.qdq.onnx", "net.safetensors", "net.encodings", "net.record.npz", "report.json"}  # fmt: skip
+        "net.onnx", "net.qdq.onnx", "net.safetensors", "net.encodings", "net.record.npz", "report.json",
+        "report.html"}  # fmt: skip
     other = QuantSim(str(bundle.files["model"]), target="default_per_channel", weights="int8", scheme="minmax")
     other.load_encodings(bundle.files["encodings"], strict=False)
     for site in (*sim.plan.activations, *sim.plan.parameters):

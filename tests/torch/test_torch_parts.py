@@ -179,7 +179,7 @@ def test_parts_are_exported_one_by_one(detector, x, tmp_path):
     bundle = sim.export(tmp_path, name="net")
     assert {p.name for p in tmp_path.iterdir()} == {
         "net.backbone.onnx", "net.head.onnx", "net.backbone.qdq.onnx", "net.head.qdq.onnx", "net.safetensors",
-        "net.encodings", "net.record.npz", "report.json"}  # fmt: skip
+        "net.encodings", "net.record.npz", "report.json", "report.html"}  # fmt: skip
     graph = BACKEND.graph(sim.native)
     taps = [Tap(t) for t in ("head.input", "head.output") if t in graph.tensors]
     seen = {t.tensor: v for t, v in sim.simulation.session(taps).run({"x": x.numpy()}).items()}

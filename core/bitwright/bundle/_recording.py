@@ -14,10 +14,10 @@ from bitwright.bundle._parts import handed_to_parts
 from bitwright.bundle._record import ARRAYS_SUFFIX, BUDGET, hashes, stored, write_arrays
 from bitwright.data import Samples
 from bitwright.errors import BitwrightError
-from bitwright.files import Array, write_text
+from bitwright.files import Array
 from bitwright.graph import TensorId
 from bitwright.grids import Encoding
-from bitwright.report import REPORT, BundleRecord, ReferenceRecord, RunReport, build_report, dumped
+from bitwright.report import BundleRecord, ReferenceRecord, RunReport, build_report, write_report
 from bitwright.runs import of_arrays
 from bitwright.state import SimState
 
@@ -65,9 +65,9 @@ def write_with(
     by_purpose = {purpose: path.name for purpose, path in files.items()}
     if reference is not None:
         by_purpose["record"] = reference.file
-    source = state.source.name if state.source is not None else type(state.native).__name__
+    source = state.source.name if state.source is not None else f"a {state.backend.name} model"
     report = build_report(state, name=name, source=source, files=by_purpose, record=record, names=names)
-    write_text(folder / REPORT, dumped(report))
+    write_report(report, folder)
     return report
 
 
