@@ -167,6 +167,7 @@ def _show(analysis: Analysis, out: Path) -> None:
                 if x is not None
             )
             for o in analysis.overall
+            if o.setting != "float" or o.score is not None
         ),
         numbers=("top-1", "output SQNR"),
     )

@@ -303,6 +303,8 @@ class Analysis(Record):
     def __str__(self) -> str:
         lines = [line for line in (self.verdict, f"{self.name} on {self.target}: {self.widths}") if line]
         for o in self.overall:
+            if o.setting == "float" and o.score is None:
+                continue
             score = "" if o.score is None else f"  {self.score_name} {o.score:.4g}"
             sqnr = "" if o.setting == "float" else "  exact" if o.sqnr_db is None else f"  SQNR {o.sqnr_db:.1f} dB"
             lines.append(f"  {o.setting:<18}{score}{sqnr}")

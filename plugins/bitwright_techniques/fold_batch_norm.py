@@ -122,7 +122,8 @@ class FoldBatchNorm:
         run = Folding(ctx)
         left: list[tuple[Op, str]] = []
         norms = [op for op in ctx.graph if op.kind is OpKind.BATCH_NORM]
-        ctx.progress.start("Folding batch norms", len(norms))
+        if norms:
+            ctx.progress.start("Folding batch norms", len(norms))
         waiting = []
         for norm in norms:
             reason = _fold_backward(run, norm) if settings.backward else "backward folding is off"
@@ -136,7 +137,8 @@ class FoldBatchNorm:
         for norm, reason in left:
             done = settings.standalone and _rewrite(run, norm)
             run.note(norm, "", "standalone" if done else "left", reason)
-        ctx.progress.finish()
+        if norms:
+            ctx.progress.finish()
         return _outcome(run, len(norms))
 
 

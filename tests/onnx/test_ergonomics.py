@@ -30,7 +30,7 @@ def test_print_says_what_is_quantized_how_far_it_is_and_what_comes_next():
     sim = simulation()
     before = str(sim)
     assert "QuantSim of" in before and "onnxruntime-cpu" in before
-    assert "10 of 10 sites have no encoding yet, 'x' first" in before
+    assert "10 of 10 encodings are missing, 'x' first" in before
     assert before.splitlines()[-1].startswith("next: calibrate(data)")
     after = str(sim.calibrate(DATA))
     encoding = sim.encodings["r2"]
@@ -40,9 +40,9 @@ def test_print_says_what_is_quantized_how_far_it_is_and_what_comes_next():
     assert "export" in after.splitlines()[-1]
     assert "applied: fold_batch_norm" in str(sim.apply("fold_batch_norm"))
     sim.calibrate(DATA)
-    assert "0 of them held" in str(sim)
+    assert "calibrated, 10 encodings\n" in str(sim)
     sim["r2"].freeze()
-    assert "1 of them held" in str(sim) and "frozen" in str(sim)
+    assert "1 of them frozen or kept" in str(sim)
     page = sim._repr_html_()
     assert "<table>" in page and "relu2" in page and "next: " in page
     assert "\n" not in repr(sim)

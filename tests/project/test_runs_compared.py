@@ -82,8 +82,11 @@ def test_commands_write_both_pages(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [r["Run"] for r in rows] == ["high", "low", "none"]
     assert [r["Top-1 %"] for r in rows] == [75.0, 50.0, None] and rows[0]["Points to float"] == pytest.approx(-15)
+    assert main(["report", str(tmp_path)]) == DONE
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[1:4]] == ["high/high", "low/low", "none/none"]
     index = (tmp_path / "index.html").read_text()
-    assert 'href="high/report.html"' in index and "the best of 2 with labels is high" in index
+    assert 'href="high/report.html"' in index and "the best of 2 with labels is high/high" in index
 
 
 def test_what_is_no_run_is_refused_or_named(tmp_path, capsys):

@@ -181,12 +181,14 @@ def test_quantsim_trains_and_takes_back(tmp_path: Path) -> None:
     before = {n: p.clone() for n, p in module.named_parameters()}
     for step in (
         lambda: sim.export(tmp_path / "out"), lambda: sim.save(tmp_path / "kept"), lambda: sim.predict(data[0][0]),
-        lambda: sim.calibrate(data[0][0]), lambda: sim.apply("cle"), sim.fork,
+        lambda: sim.calibrate(data[0][0]), lambda: sim.apply("cle"), sim.fork, lambda: sim.model,
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"trained and not taken.*take\(\).*drop_training"):
             step()
     assert not list(tmp_path.iterdir())
+    assert str(sim).splitlines()[-1] == "next: take(), or drop_training()"
     sim.take()
+    assert "\ntrained\n" in str(sim) and "export(folder)" in str(sim).splitlines()[-1]
     assert sim.changed_by == ("training",)
     with pytest.raises(InputError, match="'training' has changed the float model"):
         sim.measure(data[0][0], "agreement")

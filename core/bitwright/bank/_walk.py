@@ -72,7 +72,7 @@ class BankWalk:
             results[op.id] = settled[op.weight or ""] = result
             state.progress.advance(1, op.id)
 
-        state.progress.start("Layers", len(order))
+        state.progress.start(f"Layers ({self._name})", len(order))
         try:
             for op in order:
                 for done in solving.of_weight(op.weight):

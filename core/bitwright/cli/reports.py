@@ -65,6 +65,8 @@ def report(
         rows = [{"path": str(run.path), **dict(zip(COLUMNS, run.row(), strict=True))} for run in runs]
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
-    rows_shown = (tuple(f"{v:.2f}" if isinstance(v, float) else v for v in run.row()) for run in runs)
+    rows_shown = (
+        (run.label(folder), *(f"{v:.2f}" if isinstance(v, float) else v for v in run.row()[1:])) for run in runs
+    )
     console.table(COLUMNS, rows_shown, numbers=("Top-1 %", "Points to float", "Parameters"))
     console.say(str(page))

@@ -180,11 +180,11 @@ def _show(result: Verification) -> None:
         for reason, ops in list(_by_reason(result.uncovered).items())[:SHOWN_TENSORS]:
             console.say(f"  {ops[0]}{f' and {len(ops) - 1} more' if len(ops) > 1 else ''}: {reason}")
     if result.tensors:
-        compared = any(t.simulated_differs is not None for t in result.tensors)
-        most = "in which simulation and runtime differ most" if compared else "with the least signal to noise"
+        differ = any(t.simulated_differs for t in result.tensors)
+        most = "in which simulation and runtime differ most" if differ else "that the simulation changes most"
         console.say(f"\ntensors {most}:")
         console.table(
-            ("tensor", "SQNR", "codes that differ", "by steps"),
+            ("tensor", "SQNR to float", "codes that differ", "by steps"),
             (
                 (
                     t.name,
@@ -194,5 +194,5 @@ def _show(result: Verification) -> None:
                 )
                 for t in result.tensors[:SHOWN_TENSORS]
             ),
-            numbers=("SQNR", "codes that differ", "by steps"),
+            numbers=("SQNR to float", "codes that differ", "by steps"),
         )

@@ -42,7 +42,7 @@ class BlockwiseWalk(Walk):
         results: dict[OpId, LayerResult] = {}
         # Behind the last unfinished span nothing has to run any more.
         pair = _Pair(self, quantized_inputs, quantized_activations) if unfinished else None
-        self.progress.start("Blocks", len(spans))
+        self.progress.start(f"Blocks ({self.name})", len(spans))
         try:
             for index, span in enumerate(spans):
                 active = pair if unfinished and index <= unfinished[-1] else None

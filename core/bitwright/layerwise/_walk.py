@@ -73,7 +73,7 @@ class LayerwiseWalk(Walk):
         encodings = self.encodings
         if quantized_activations and quantized_inputs and len(stored) < len(ops):
             encodings = self.with_activations()
-        self.progress.start("Layers", len(visits))
+        self.progress.start(f"Layers ({self.name})", len(visits))
         pair = Networks(
             self, encodings, [s.op for s in visits], quantized=quantized_inputs, activations=quantized_activations
         )

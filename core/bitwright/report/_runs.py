@@ -194,6 +194,10 @@ class Listed:
     path: Path
     report: RunReport
 
+    def label(self, folder: Path) -> str:
+        """Its name behind the folders that lead to it: stems of files are often the same."""
+        return (self.path.parent.relative_to(folder) / self.report.name).as_posix()
+
     def row(self) -> tuple[Cell, ...]:
         """What the index says of it; accuracies in percent."""
         r, found = self.report, self.report.accuracy
@@ -236,9 +240,8 @@ def render_index(folder: Path, runs: list[Listed]) -> str:
     """The page of a folder of runs, each linked with its own page."""
     rows: list[tuple[Cell | Link, ...]] = []
     for run in runs:
-        where = run.path.parent.relative_to(folder)
         own = run.path.with_name(run.path.name.removesuffix("json") + "html")
-        name = f"{where.as_posix()}/{run.report.name}" if where.parts else run.report.name
+        name = run.label(folder)
         link = Link(name, quote(own.relative_to(folder).as_posix())) if own.is_file() else name
         rows.append((link, *run.row()[1:]))
     scored = [run for run in runs if run.report.accuracy is not None]
@@ -247,12 +250,12 @@ def render_index(folder: Path, runs: list[Listed]) -> str:
         best = scored[0].report
         assert best.accuracy is not None
         told += (
-            f"; the best of {len(scored)} with labels is {best.name} on {best.target} with a top-1 of "
+            f"; the best of {len(scored)} with labels is {scored[0].label(folder)} on {best.target} with a top-1 of "
             f"{best.accuracy.simulated:.2%} (float {best.accuracy.float_model:.2%})"
         )
     parts = [f"<section><p class=verdict>{escape(told)}.</p>{table(COLUMNS, rows)}</section>"]
     if len(scored) > 1:
-        labels = [run.report.name for run in scored]
+        labels = [run.label(folder) for run in scored]
         values = [100 * run.report.accuracy.simulated for run in scored if run.report.accuracy is not None]
         axis = charts.linear_axis(0.0, 100.0, " %", label="simulated top-1, %")
         plot = charts.bars(labels, values, axis, " %", across="runs, in the order of the table")

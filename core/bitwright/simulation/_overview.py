@@ -9,6 +9,7 @@ from bitwright.graph import Op
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Float, SharedWith, SiteId
 from bitwright.report import plan_widths
+from bitwright.simulation._training import is_untaken
 from bitwright.state import SimState
 from bitwright.tables import Table, Value
 
@@ -50,8 +51,9 @@ class Overview:
 
 def title(state: SimState) -> str:
     """Model and target in a few words."""
-    model = state.source.name if state.source is not None else f"a {type(state.native).__name__}"
-    return f"QuantSim of {model} ({state.backend.name}) for {state.target.name}"
+    backend = state.backend.name
+    model = f"{state.source.name} ({backend})" if state.source is not None else f"a {backend} model"
+    return f"QuantSim of {model} for target {state.target.name}"
 
 
 def overview(state: SimState) -> Overview:
@@ -60,26 +62,32 @@ def overview(state: SimState) -> Overview:
     floats = sum(isinstance(site.decision, Float) for site in plan.values())
     missing = _missing(state)
     wanted = len(plan.activations) + len(plan.parameters)
+    others = len(plan.quantized) - wanted
+    follow = f" ({others} of them by the encodings of others)" if others else ""
     held = sum(e.frozen or e.kept for e in state.encodings.values())
     lines = [
-        f"{plan_widths(plan)}; {len(plan.quantized)} of {len(plan)} sites quantized, {floats} stay in float",
-        f"calibrated, {wanted} encodings, {held} of them held"
+        f"{plan_widths(plan)}; {len(plan.quantized)} of {len(plan)} sites quantized{follow}, {floats} stay in float",
+        f"calibrated, {wanted} encodings" + (f", {held} of them frozen or kept at later calibrations" if held else "")
         if not missing
-        else f"{len(missing)} of {wanted} sites have no encoding yet, {missing[0]!r} first",
+        else f"{len(missing)} of {wanted} encodings are missing, {missing[0]!r} first",
     ]
     if state.reports:
         lines.append("applied: " + ", ".join(name for name, _ in state.reports))
-    if state.training is not None:
-        lines.append("a model is out for training")
-    return Overview(title(state), tuple(lines), _table(state), _next(state, bool(missing)))
+    untaken, trained = is_untaken(state), "training" in state.changed_by
+    if untaken:
+        lines.append("the model of trainable() was trained, and not taken over yet")
+    elif trained:
+        lines.append("trained")
+    steps = "take(), or drop_training()" if untaken else _next(state, bool(missing), trained)
+    return Overview(title(state), tuple(lines), _table(state), steps)
 
 
 def _missing(state: SimState) -> list[SiteId]:
     return [s for s in (*state.plan.activations, *state.plan.parameters) if s not in state.encodings]
 
 
-def _next(state: SimState, missing: bool) -> str:
-    if state.training is not None:
+def _next(state: SimState, missing: bool, trained: bool) -> str:
+    if state.training is not None and not trained:
         return "train the model of trainable(), then take()"
     if missing:
         return "calibrate(data); techniques such as apply('adaround', data) go before it"

@@ -368,7 +368,12 @@ class QuantSim(StateView):
 
     @property
     def model(self) -> Any:
-        """The native model with quantization simulated, for your own evaluation."""
+        """The native model with quantization simulated, for your own evaluation.
+
+        Raises:
+            InputError: the model of `trainable` was trained and not taken over: this one has the weights from before.
+        """
+        self._require_taken("sim.model")
         return self.simulation.model
 
     def trainable(self, *, range_learning: bool = False, gradient_scale: bool = False) -> Any:
@@ -476,7 +481,7 @@ class QuantSim(StateView):
         reference_samples: int = SAMPLES,
         formats: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Bundle:
-        """Write the float model with updated weights, its encodings, the quantized artefact and `report.json`.
+        """Write the float model with updated weights, its encodings, the quantized artefact and the report.
 
         The quantized ONNX file is compared with the simulation on a few samples, tensor by tensor; what computes
         something else isn't handed out. The report records what was simulated, for `bitwright verify`.
