@@ -105,8 +105,8 @@ class OnnxBackend:
         return OrtSession(model, taps, blocked=True)
 
     def picking_session(self, model: ir.Model, taps: Sequence[Tap]) -> PickingSession:
-        """See `bitwright.backend.Picking`."""
-        return OrtSession(model, taps, blocked=True)
+        """See `bitwright.backend.Picking`: what picks runs over all data."""
+        return OrtSession(model, taps, blocked="at once")
 
     def segment(self, model: ir.Model, feeds: Sequence[TensorId], taps: Sequence[Tap]) -> Session:
         """See `PartialExecution`."""

@@ -126,6 +126,11 @@ def test_places_are_those_of_the_whole_tensor(channels, written, monkeypatch):
     model = OnnxBackend().adopt(residual_net(channels))
     run = OnnxBackend().picking_session(model, [*some, *others])
     alone = OnnxBackend().picking_session(model, some)
+    assert len(written) == 2, "at once"
+    plain = session.OrtSession(model, [*some, *others])
+    expected = plain.run_at({"x": X}, dict.fromkeys(some, 3))
+    for tap, value in run.run_at({"x": X}, dict.fromkeys(some, 3)).items():
+        np.testing.assert_array_equal(value, expected[tap], err_msg=tap.tensor)
     for n in range(4):
         first = {tap: n * 3 + i for i, tap in enumerate(some)}
         found, lone = run.run_at({"x": X}, first), alone.run_at({"x": X}, first)
@@ -158,6 +163,44 @@ def test_places_wherever_the_channels_lie(axis, sizes):
         for n, sample in enumerate(-x):
             flat = np.moveaxis(sample, (axis % x.ndim) - 1, 0).reshape(x.shape[axis], -1)
             np.testing.assert_array_equal(found[n], flat[:, tap.places.table[(first + n) % 3]])
+
+
+def test_whole_tensors_leave_the_blocks_once(written, monkeypatch):
+    """Nothing copies them again behind what brings them out, unless it is read by other ops or handed out itself."""
+    nodes, keep = [], blocked.keep_blocked
+
+    def kept(graph):
+        done = keep(graph)
+        nodes.append([n.op_type for n in graph.graph.node])
+        return done
+
+    monkeypatch.setattr(blocked, "keep_blocked", kept)
+    model = OnnxBackend().adopt(residual_net(32))
+    taps = [Tap("sum"), Tap("c5"), Tap("c3", "minmax")]
+    for given in (taps, [*taps, Tap("c4")]):  # which a product that broadcasts reads as it is
+        found = session.OrtSession(model, given, blocked="at once").run({"x": X})
+        for tap, value in session.OrtSession(model, given).run({"x": X}).items():
+            np.testing.assert_array_equal(found[tap], value, err_msg=tap.tensor)
+    assert len(written) == 2
+    assert [ops.count("Reshape") for ops in nodes] == [0, 1]
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_memory_is_taken_by_a_pattern_where_the_plain_session_takes_it_so(reduced, monkeypatch):
+    """Of a calibration the second run would take all of it anew."""
+    patterns, make = [], session.blocked_session
+
+    def made(proto, options, again):
+        patterns.append((options.enable_mem_pattern, again.enable_mem_pattern))
+        return make(proto, options, again)
+
+    monkeypatch.setattr(session, "blocked_session", made)
+    sim = QuantSim(NET).calibrate({"x": X})
+    monkeypatch.setattr(session, "BLOCKED_AFTER", SOON)
+    taps = [Tap("y"), *([Tap("r1", "minmax")] if reduced else [])]
+    run = sim.simulation.session(taps)
+    [run.run({"x": X}) for _ in range(2)]
+    assert patterns == [(not reduced, not reduced)]
 
 
 def test_it_follows_later_encodings(written, monkeypatch):
@@ -198,6 +241,13 @@ def test_what_stands_against_it_leaves_the_session_that_runs(monkeypatch):
     for _ in range(3):
         np.testing.assert_array_equal(model.run({"x": X})["y"], first)
     assert tried
+    tried.clear()
+    tap = Tap("c2", axis=1, places=Places("some", np.array([[0, 5], [7, 11]])))
+    model = OnnxBackend().adopt(NET)
+    found = OnnxBackend().picking_session(model, [tap]).run_at({"x": X}, {tap: 1})[tap]
+    assert tried
+    whole = session.OrtSession(model, [Tap("c2")]).run({"x": X})[Tap("c2")]
+    np.testing.assert_array_equal(found, picked(whole, tap, 1))
 
 
 def test_models_without_convolutions_and_large_ones_are_left_alone(written, monkeypatch):

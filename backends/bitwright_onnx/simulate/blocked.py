@@ -10,6 +10,7 @@ of it, the values are picked where they lie in the blocks. Nothing is computed o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -62,11 +63,15 @@ def keep_blocked(model: onnx.ModelProto) -> bool:
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in rewritten.nodes()]
     if not rewritten.kept:
         return False
+    outputs = {v.name for v in model.graph.output}
     del model.graph.node[:]
-    model.graph.node.extend(_early(_read_at_all(nodes, {v.name for v in model.graph.output})))
+    model.graph.node.extend(_early(rewritten.copied_once(_read_at_all(nodes, outputs), outputs)))
     model.graph.initializer.extend(rewritten.constants)
     # Shapes of blocked tensors have their channels rounded up, which what is noted doesn't say.
     del model.graph.value_info[:]
+    for value in model.graph.output:
+        if value.name in rewritten.in_blocks:
+            value.type.tensor_type.ClearField("shape")
     return True
 
 
@@ -75,16 +80,19 @@ class _Rewritten:
 
     Attributes:
         kept: how many sites and taps take blocked tensors.
+        in_blocks: outputs whose channels stay in blocks, see `unblocked`.
         constants: that nodes read which weren't there.
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.kept = 0
+        self.in_blocks: set[str] = set()
         self.constants: list[onnx.TensorProto] = []
         self._graph = graph
         self._whole = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.INT64}
         self._laid: dict[str, onnx.NodeProto] = {}
         """What only picking reads → the node that lays the positions of a blocked tensor in a row."""
+        self._outputs = {v.name for v in graph.output}
         self._makers = {name: node for node in graph.node for name in node.output}
         self._flattened: dict[str, onnx.NodeProto] = {}
         """What only thinning reads → the node that flattens a blocked tensor."""
@@ -233,7 +241,12 @@ class _Rewritten:
         )
 
     def _spread(self, node: onnx.NodeProto) -> str | None:
-        """Of a node that picks along axis 2 the same places in every channel: their name, (samples, 1, places)."""
+        """Of a node that picks along axis 2 the same places in every channel: their name, (samples, 1, places).
+
+        What it picks is handed out, and nothing else reads it: it may stay in its blocks.
+        """
+        if node.output[0] not in self._outputs or node.output[0] in self._readers:
+            return None
         index = self._makers.get(node.input[1])
         if _numbers(node).get("axis") != 2 or index is None or index.op_type != "Expand":
             return None
@@ -241,7 +254,7 @@ class _Rewritten:
         return index.input[0] if lengths is not None and lengths[::2] == [1, 1] and len(lengths) == 3 else None
 
     def _picked(self, laid: onnx.NodeProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Whole blocks of channels, at each place."""
+        """Whole blocks of channels, at each place; `unblocked` brings them together where they are handed out."""
         source, name, places = laid.input[0], node.output[0], self._spread(node)
         shape = self._shapes[source]
         assert shape is not None
@@ -249,15 +262,13 @@ class _Rewritten:
         channels, height, width = (int(d) for d in shape[1:] if d is not None)
         block = block_size()
         blocks = -(-channels // block)
-        one, zero = np.array(1), np.array(0)
         for suffix, array in (
-            ("zero", zero), ("one", one), ("blocks", np.array(blocks)), ("area", np.array(height * width)),
-            ("rows", np.array([-1, block])), ("column", np.array([-1, blocks, 1])),
-            ("back", np.array([0, blocks * block, -1])), ("first", np.array([0])), ("last", np.array([channels])),
-            ("axis", np.array([1])),
+            ("zero", np.array(0)), ("one", np.array(1)), ("blocks", np.array(blocks)),
+            ("area", np.array(height * width)), ("rows", np.array([-1, block])), ("column", np.array([-1, blocks, 1])),
         ):  # fmt: skip
             self.constants.append(numpy_helper.from_array(array.astype(np.int64), f"{name}/{suffix}"))
         self.kept += 1
+        self.in_blocks.add(name)
         blocked = self._blocked[source][0]
         ops: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
             ("Reshape", (blocked, f"{name}/rows"), f"{name}/flat", {}),
@@ -269,9 +280,7 @@ class _Rewritten:
             ("Reshape", (f"{name}/begin", f"{name}/column"), f"{name}/begins", {}),
             ("Add", (f"{name}/begins", places), f"{name}/places", {}),
             ("Gather", (f"{name}/flat", f"{name}/places"), f"{name}/blocked", {}),
-            ("Transpose", (f"{name}/blocked",), f"{name}/turned", {"perm": [0, 1, 3, 2]}),
-            ("Reshape", (f"{name}/turned", f"{name}/back"), f"{name}/filled", {}),
-            ("Slice", (f"{name}/filled", *(f"{name}/{part}" for part in ("first", "last", "axis"))), name, {}),
+            ("Transpose", (f"{name}/blocked",), name, {"perm": [0, 1, 3, 2]}),
         )
         return [helper.make_node(op, inputs, [output], output, **given) for op, inputs, output, given in ops]
 
@@ -302,6 +311,21 @@ class _Rewritten:
             ("GatherElements", (f"{name}/flat", f"{name}/all"), name, {"axis": 1}),
         )
         return [helper.make_node(op, inputs, [output], output, **given) for op, inputs, output, given in ops]
+
+    def copied_once(self, nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+        """The nodes without those that copy what comes out of the blocks for the caller alone (`TapOps`, of whole
+        tensors): what brings it out of the blocks has copied it already."""
+        readers = Counter(name for node in nodes for name in _read(node))
+        makers = {node.output[0]: node for node in nodes if node.domain == DOMAIN and node.op_type == "ReorderOutput"}
+        kept = []
+        for node in nodes:
+            copies = node.op_type == "Reshape" and self._constant(node.input[1]) == [0] * 4
+            source = makers.get(node.input[0]) if copies and node.output[0] in outputs else None
+            if source is None or readers[node.input[0]] > 1 or node.input[0] in outputs:
+                kept.append(node)
+            else:
+                source.output[0] = node.output[0]
+        return kept
 
     def _constant(self, name: str) -> list[int] | None:
         held = self._whole.get(name)
@@ -343,6 +367,15 @@ def blocked_places(channels: int, height: int, width: int, step: int) -> NDArray
     places = (channel // block * height * width + position) * block + channel % block
     found: NDArray[np.int32 | np.int64] = places.astype(np.int32 if places.max() < 2**31 else np.int64)
     return found
+
+
+def unblocked(values: NDArray[Any], channels: int) -> NDArray[Any]:
+    """What a session hands out of picked values: (samples, channels, places), also of (samples, blocks, channels of a
+    block, places)."""
+    if values.ndim == 3:
+        return values
+    samples, blocks, block, places = values.shape
+    return values.reshape(samples, blocks * block, places)[:, :channels]
 
 
 @cache

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from bitwright.files import Array
 from bitwright_onnx.graph.collector import without_collection
 from bitwright_onnx.graph.subgraph import extract, values_of
 from bitwright_onnx.graph.tensors import INLINE_BYTES, LIBRARIES, byte_size, reason, tensor_array
-from bitwright_onnx.simulate.blocked import blocked_session
+from bitwright_onnx.simulate.blocked import blocked_session, unblocked
 from bitwright_onnx.simulate.taps import TapOps
 
 SIMULATION_CONFIG: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
@@ -32,7 +32,8 @@ BLOCKED_BYTES = 2**28
 BLOCKED_AFTER = 2.0
 """A session is made anew with blocked sites and taps once its runs have taken so many times as long as making it.
 
-Making it anew takes two to three times as long as the first time, and a third of the time of each run is saved."""
+Making it anew takes two to three times as long as the first time, and a third of the time of each run is saved. Whoever
+knows that many runs come asks for it at once, and the plain session isn't made."""
 _SHARED_TYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
                            "uint32", "uint64", "bool"})  # fmt: skip
 
@@ -120,7 +121,9 @@ def _compile(
         ) from error
     try:
         if blocked:
-            return blocked_session(proto, options, _options(part, config))
+            again = _options(part, config)
+            again.enable_mem_pattern = patterns
+            return blocked_session(proto, options, again)
         session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(f"ONNX Runtime can't run the model: {reason(error)}{_hint(error)}") from error
@@ -230,7 +233,7 @@ class OrtSession:
         sites: whether quantizers are among the model's ops.
         blocked: whether the session may be made anew, when it has run for a while (`BLOCKED_AFTER`), with sites and
             taps that take tensors in the layout of ONNX Runtime's convolutions (`blocked_session`): the same results
-            sooner, from a session that takes three times as long to make.
+            sooner, from a session that takes three times as long to make. "at once": it is made so in the first place.
 
     Raises:
         ModelError: a tap is unknown or can't be computed from the feeds, or ONNX Runtime refuses the model.
@@ -245,7 +248,7 @@ class OrtSession:
         bound: Mapping[str, Array] | None = None,
         config: Mapping[str, str] | None = None,
         sites: bool = False,
-        blocked: bool = False,
+        blocked: bool | Literal["at once"] = False,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
         self._bound = bound if bound is not None else {}
@@ -258,6 +261,8 @@ class OrtSession:
         self._fetch: dict[Tap, tuple[str, ...]] = {}
         self._first: dict[Tap, str] = {}
         """Inputs that say which the first sample of a tap's tensor is."""
+        self._channels: dict[Tap, int] = {}
+        """Of what is picked in the graph."""
         self._session: ort.InferenceSession | None = None
         self._blocked: Callable[[], ort.InferenceSession] | None = None
         self._left = 0.0
@@ -276,6 +281,7 @@ class OrtSession:
                 if tap.places is not None and (counter := ops.picked(values[tap.tensor], tap)) is not None:
                     outputs, first = counter
                     self._first[tap] = str(first.name)
+                    self._channels[tap] = ops.channels(values[tap.tensor], tap)
                 else:
                     plain = tap.step == 1 and not reduces if tap.reduce == "none" else tap.tensor in results
                     outputs = [values[tap.tensor]] if plain else ops.made(values[tap.tensor], tap)
@@ -283,12 +289,15 @@ class OrtSession:
                 part.graph.outputs.extend(v for v in outputs if v not in part.graph.outputs)
             for value in [v for v in part.graph.inputs if not v.uses() and not v.is_graph_output()]:
                 part.graph.inputs.remove(value)
-            begin = time.perf_counter()
-            self._session = _compile(part, config=config, patterns=not reduces, arena=feeds is None)
-            self._left = BLOCKED_AFTER * (time.perf_counter() - begin)
-            self._inputs = inputs_of(self._session)
             if blocked and _may_be_blocked(part) and (sites or reduces):
-                self._blocked = partial(_compile, part, config=config, blocked=True)
+                self._blocked = partial(_compile, part, config=config, blocked=True, patterns=not reduces)
+                if blocked == "at once":
+                    self._make_blocked(self._blocked)
+            if self._session is None:
+                begin = time.perf_counter()
+                self._session = _compile(part, config=config, patterns=not reduces, arena=feeds is None)
+                self._left = BLOCKED_AFTER * (time.perf_counter() - begin)
+            self._inputs = inputs_of(self._session)
         for name in self._first.values():
             del self._inputs[name]
         self._fed = tuple(self._inputs)
@@ -342,7 +351,7 @@ class OrtSession:
                 value = feeds[tap.tensor]
                 results[tap] = reduced(value, tap) if tap.places is None else picked(value, tap, first[tap])
             elif tap in self._first:
-                results[tap] = fetched[self._fetch[tap][0]]
+                results[tap] = unblocked(fetched[self._fetch[tap][0]], self._channels[tap])
             elif len(names := self._fetch[tap]) == 1:
                 value = fetched[names[0]]
                 if not isinstance(value, np.ndarray):  # a sequence inside of the model, on its way to another segment

@@ -116,6 +116,13 @@ class TapOps:
         # In a third of the time that Gather takes.
         return [self._append("GatherElements", [flat, index], f"{value.name}/Picked", axis=2)], first
 
+    def channels(self, value: ir.Value, tap: Tap) -> int:
+        """Of a tensor that is `picked`."""
+        assert value.shape is not None
+        length = value.shape[1 if tap.axis is None else tap.axis]
+        assert isinstance(length, int)
+        return length
+
     def _scalar(self, number: int) -> ir.Value:
         return self._array(number, np.array(number, np.int64))
 

@@ -131,7 +131,7 @@ class LayerMoments:
         assert self._some is not None
         with np.errstate(over="ignore", invalid="ignore"):
             if self._some.take_picked(values, self._spatial):
-                self._flush()
+                self._add_waiting()
 
     @property
     def place_axis(self) -> int:
@@ -151,7 +151,7 @@ class LayerMoments:
             raise InputError(f"{self.op.id!r}: float input {values[0].shape}, quantized input {values[1].shape}")
         if self._some is not None and values[0].ndim > 1:
             if self._some.take(values[: 1 + self.paired], values[-1] if self.has_residual else None):
-                self._flush()
+                self._add_waiting()
             return
         sums = [self._over_samples(v) for v in values]
         error = rows_of(self.op, values[-1], self.channel_axis) if self.has_residual else None
@@ -174,12 +174,13 @@ class LayerMoments:
     def _add_by_columns(self, values: Sequence[NDArray[Any]], error: NDArray[np.float32] | None) -> None:
         for chunks in zip(*(columns(self.op, v, self.channel_axis) for v in values), strict=True):
             part, error = (None, None) if error is None else np.split(error, [chunks[0].shape[2]], axis=1)
-            self._add_chunks(tuple(c.reshape(*self._sum[0].shape, c.shape[2]) for c in chunks), part)
+            some = tuple(c.reshape(*self._sum[0].shape, c.shape[2]) for c in chunks)
+            if any(shift.any() for shift in self._shift):  # not in place: columns may be the batch itself
+                some = tuple(c - s[..., None].astype(np.float32) for c, s in zip(some, self._shift, strict=True))
+            self._add_chunks(some, part)
 
     def _add_chunks(self, chunks: tuple[NDArray[np.float32], ...], part: NDArray[np.float32] | None) -> None:
-        """Add the products of columns (groups, K, rows), and of the residual operand's rows."""
-        if any(shift.any() for shift in self._shift):
-            chunks = tuple(c - s[..., None].astype(np.float32) for c, s in zip(chunks, self._shift, strict=True))
+        """Add the products of columns (groups, K, rows) less the shift, and of the residual operand's rows."""
         x, q = chunks[0], chunks[-1]
         if part is not None:
             sums = part @ x[0].T, part @ q[0].T, part.sum(1, np.float64), np.square(part).sum(1, np.float64)
@@ -190,6 +191,12 @@ class LayerMoments:
             total += chunks[a] @ np.swapaxes(chunks[b], 1, 2)
 
     def _flush(self) -> None:
+        """Put columns that wait into the sums, where more may not come soon."""
+        self._add_waiting()
+        if self._some is not None:
+            self._some.let_go()
+
+    def _add_waiting(self) -> None:
         """Put columns that wait into the sums."""
         waiting = None if self._some is None else self._some.handed_over()
         if waiting is None:
@@ -203,6 +210,8 @@ class LayerMoments:
             for own, total, shift in zip(self._sum, totals, self._shift, strict=True):
                 own += total - count * shift
             if self._products:
+                for chunk, shift in zip(chunks, self._shift, strict=True):
+                    _take_out(shift, chunk)
                 self._add_chunks(chunks, error)
         self._count += count
 
@@ -363,6 +372,7 @@ class LayerMoments:
         self._count = int(state["count"])
         if self._some is not None:
             self._some.handed_over()
+            self._some.let_go()
             self._some.passed_over = bool(state.get("passed_over", False))
         self._sum = [np.array(state[n]) for n in ("sum_x", "sum_q")[: len(self._sum)]]
         self._shift = [np.array(state[n]) for n in ("shift_x", "shift_q")[: len(self._sum)]]
@@ -500,6 +510,15 @@ def _shift_of(mean: Moments, square: Moments) -> Moments:
     """The means of features that barely vary around them, as float32; 0 for the others."""
     steady: Moments = np.where(np.square(mean) > STEADY * (square - np.square(mean)), mean, 0.0)
     return steady.astype(np.float32).astype(np.float64)
+
+
+def _take_out(shift: Moments, columns: NDArray[np.float32]) -> None:
+    """Take a shift (groups, K) out of columns (groups, K, rows), in place: as a rule few features have one."""
+    some = np.nonzero(shift)
+    if 4 * len(some[0]) < shift.size:
+        columns[some] -= shift[some].astype(np.float32)[:, None]
+    else:
+        columns -= shift[..., None].astype(np.float32)
 
 
 def _outer(a: Moments, b: Moments) -> Moments:

@@ -38,53 +38,61 @@ class Picks:
 
     Attributes:
         outputs: (TURNS, positions), counted through the op's output, row after row.
-        inputs: (TURNS, taps, positions), counted through the input likewise.
-        inside: whether there is an input, likewise; None where there always is.
-        places: all of an input that is read at these positions, tap by tap.
+        inputs: (TURNS, positions, taps), counted through the input likewise.
+        inside: 1 where there is an input, likewise, and 0 where not; None where there always is.
+        places: all of an input that is read at these positions, position by position.
     """
 
     outputs: NDArray[np.intp]
     inputs: NDArray[np.intp]
-    inside: NDArray[np.bool_] | None
+    inside: NDArray[np.float32] | None
     places: Places
 
-    def columns(self, x: NDArray[np.float32], first: int) -> NDArray[np.float32]:
-        """Columns of a batch at these positions, (channels · taps, samples · positions).
+    @property
+    def taps(self) -> int:
+        """Values of a channel that a column has."""
+        return int(self.inputs.shape[2])
+
+    def columns(self, x: NDArray[np.float32], first: int, out: NDArray[np.float32]) -> None:
+        """Put the columns of a batch at these positions where they are wanted.
 
         Args:
             x: (samples, channels, *spatial), in whichever layout in memory.
             first: number of the first sample.
+            out: (groups, channels of a group · taps, samples · positions), likewise.
         """
         samples, channels = x.shape[:2]
-        turns, taps, count = self.inputs.shape
-        found = np.empty((channels, taps, samples, count), np.float32)
+        wanted = self._by_sample(out, samples)
         last = x.strides[1] == x.itemsize  # channels lie side by side: all of them are taken at once
         flat = np.moveaxis(x, 1, -1).reshape(samples, -1, channels) if last else x.reshape(samples, channels, -1)
-        for sample in range(samples):
-            turn = (first + sample) % turns
+        for sample, place in enumerate(wanted):
+            turn = (first + sample) % len(self.inputs)
             places = self.inputs[turn].reshape(-1)
             if last:
                 picked = flat[sample].take(places, axis=0, mode="clip").T
             else:
                 picked = flat[sample].take(places, axis=1, mode="clip")
-            if self.inside is not None:
-                picked *= self.inside[turn].reshape(-1)
-            found[:, :, sample] = picked.reshape(channels, taps, count)
-        return found.reshape(channels * taps, -1)
+            inside = None if self.inside is None else self.inside[turn]
+            _put(picked.reshape(place.shape), inside, place)
 
-    def columns_of(self, values: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+    def columns_of(self, values: NDArray[np.float32], first: int, out: NDArray[np.float32]) -> None:
         """As `columns`, of what was picked of a batch.
 
         Args:
-            values: of `places`, (samples, channels, taps · positions).
+            values: of `places`, (samples, channels, positions · taps).
             first: number of the first sample.
+            out: as for `columns`.
         """
-        samples, channels = values.shape[:2]
-        turns, taps, count = self.inputs.shape
-        found = values.reshape(samples, channels, taps, count)
-        if self.inside is not None:
-            found = found * self.inside[(first + np.arange(samples)) % turns][:, None]
-        return np.ascontiguousarray(found.transpose(1, 2, 0, 3)).reshape(channels * taps, -1)
+        wanted = self._by_sample(out, len(values))
+        turns = (first + np.arange(len(values))) % len(self.inputs)
+        inside = None if self.inside is None else self.inside[turns][:, None, None]
+        _put(values.reshape(wanted.shape), inside, wanted)
+
+    def _by_sample(self, out: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
+        """A view of where columns are wanted, (samples, groups, channels, positions, taps): axes are only parted."""
+        groups, features, _ = out.shape
+        parted = out.reshape(groups, features // self.taps, self.taps, samples, self.inputs.shape[1])
+        return parted.transpose(3, 0, 1, 4, 2)
 
     def rows(self, y: NDArray[np.float32], first: int) -> NDArray[np.float32]:
         """Of a tensor shaped like the op's output, (samples, channels, *spatial), the same rows: (channels, rows)."""
@@ -113,7 +121,7 @@ def _picks(attrs: ConvAttrs | None, transposed: bool, spatial: tuple[int, ...], 
     of = attrs, transposed, spatial, count
     if attrs is None:
         outputs = spread(spatial, count)
-        return None if outputs is None else Picks(outputs, outputs[:, None], None, Places(of, outputs))
+        return None if outputs is None else Picks(outputs, outputs[..., None], None, Places(of, outputs))
     steps = attrs.strides if transposed else (1,) * len(spatial)
     if transposed:
         attrs = as_convolution(attrs)
@@ -123,17 +131,25 @@ def _picks(attrs: ConvAttrs | None, transposed: bool, spatial: tuple[int, ...], 
         return None
     place = np.unravel_index(outputs, shape)
     taps = np.unravel_index(np.arange(math.prod(attrs.kernel)), attrs.kernel)
-    inputs = np.zeros((len(outputs), len(taps[0]), outputs.shape[1]), np.intp)
+    inputs = np.zeros((*outputs.shape, len(taps[0])), np.intp)
     inside = np.ones(inputs.shape, bool)
     for at, tap, size, step, stride, dilation, (before, _) in zip(
         place, taps, spatial, steps, attrs.strides, attrs.dilations, attrs.pads, strict=True
     ):
         # Among the inputs with zeros between them, of which each `step`-th one is an input.
-        where, gap = np.divmod(at[:, None] * stride + tap[:, None] * dilation - before, step)
+        where, gap = np.divmod(at[..., None] * stride + tap * dilation - before, step)
         inside &= (gap == 0) & (where >= 0) & (where < size)
         inputs = inputs * size + where.clip(0, size - 1)
     places = Places(of, inputs.reshape(len(inputs), -1))
-    return Picks(outputs, inputs, None if inside.all() else inside, places)
+    return Picks(outputs, inputs, None if inside.all() else inside.astype(np.float32), places)
+
+
+def _put(values: NDArray[np.float32], inside: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:
+    """Values where there is an input, and 0 where not."""
+    if inside is None:
+        out[...] = values
+    else:
+        np.multiply(values, inside, out=out)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Places
 from bitwright.errors import InputError
-from bitwright.graph import ConvAttrs, Op, OpKind, columns
+from bitwright.graph import ConvAttrs, Op, OpKind, columns, groups_of
 from bitwright.statistics._base import finite
 from bitwright.statistics._positions import Picks, picks
 
@@ -38,6 +39,9 @@ class Waiting(NamedTuple):
 class Thinned:
     """Takes batches of a layer's input and hands over the columns that count.
 
+    Columns are put where they wait as they come, and multiplied there: that memory is taken once, and not by every
+    batch anew.
+
     Args:
         op: the layer.
         channel_axis: where the channels of its input lie.
@@ -53,7 +57,11 @@ class Thinned:
     def __init__(self, op: Op, channel_axis: int | None, features: int, thin: int, shape: tuple[int, int]) -> None:
         self._op, self._axis, self._features, self._thin, self._shape = op, channel_axis, features, thin, shape
         self.samples = self._held = 0
-        self._columns: list[tuple[NDArray[np.float32], ...]] = []
+        self._room: list[NDArray[np.float32]] = []
+        """For each input, (groups, rows, K) or (groups, K, rows), see `_columns`."""
+        taps = math.prod(op.attrs.kernel) if isinstance(op.attrs, ConvAttrs) else 1
+        self._rows_apart = taps > 1 or op.kind is OpKind.LINEAR or channel_axis not in (None, 1)
+        """Whether a column's features lie side by side, as they are found."""
         self._sums: list[tuple[NDArray[np.float64], ...]] = []
         self._errors: list[NDArray[np.float32]] = []
         self.passed_over = False
@@ -67,11 +75,25 @@ class Thinned:
         Raises:
             InputError: a value isn't finite; nothing is taken then.
         """
-        found = tuple(self._picked(np.asarray(x, np.float32)) for x in inputs)
+        chosen, _ = self._picks(np.asarray(inputs[0]))
+        if chosen is None:
+            whole = [list(columns(self._op, np.asarray(x, np.float32), self._axis)) for x in inputs]
+            count = sum(part.shape[2] for part in whole[0])
+            for out, parts in zip(self._waiting(len(inputs), count), whole, strict=True):
+                end = 0
+                for part in parts:
+                    start, end = end, end + part.shape[2]
+                    out[..., start:end] = part.reshape(*self._shape, -1)
+        else:
+            count = len(inputs[0]) * chosen.outputs.shape[1]
+            self.passed_over = True
+            for out, x in zip(self._waiting(len(inputs), count), inputs, strict=True):
+                _, seen = self._picks(np.asarray(x, np.float32))
+                self._put(out, count, partial(chosen.columns, seen, self.samples), chosen.taps)
         others = [] if error is None else [self._errors_at(error, inputs[0])]
         # Bad data are bad, wherever they are looked at.
-        whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
-        return self._kept(found, others, whole, len(inputs[0]))
+        seen_whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
+        return self._kept(len(inputs), count, others, seen_whole, len(inputs[0]))
 
     def take_picked(self, values: NDArray[Any], spatial: tuple[int, ...]) -> bool:
         """As `take`, of one input, of which a session has picked the `places`.
@@ -83,24 +105,49 @@ class Thinned:
         chosen = self._chosen(spatial)
         assert chosen is not None
         self.passed_over = True
-        found = chosen.columns_of(np.asarray(values, np.float32), self.samples)
-        return self._kept((found.reshape(*self._shape, -1),), [], [], len(values))
+        count = len(values) * chosen.outputs.shape[1]
+        (out,) = self._waiting(1, count)
+        self._put(out, count, partial(chosen.columns_of, np.asarray(values, np.float32), self.samples), chosen.taps)
+        return self._kept(1, count, [], [], len(values))
 
     def places(self, spatial: tuple[int, ...]) -> Places | None:
-        """What is read of an input; None where that is more than half of it."""
+        """What is read of an input; None where that is more than all of it."""
         chosen = self._chosen(spatial)
-        if chosen is None or 2 * chosen.places.table.shape[1] > math.prod(spatial):
+        if chosen is None or chosen.places.table.shape[1] > math.prod(spatial):
             return None
         return chosen.places
 
+    def _waiting(self, inputs: int, count: int) -> list[NDArray[np.float32]]:
+        """Where so many more columns of each input are to be put, (groups, K, rows)."""
+        groups, features = self._shape
+        end, axis = self._held + count, 1 if self._rows_apart else 2
+        if not self._room or self._room[0].shape[axis] < end:
+            # Batches of the same size, until they are enough, just find room.
+            rows = max(end, -(-max(WAITING, features) // max(count, 1)) * count)
+            shape = (groups, rows, features) if self._rows_apart else (groups, features, rows)
+            held = [self._columns(room, 0, self._held) for room in self._room]
+            self._room = [np.empty(shape, np.float32) for _ in range(inputs)]
+            for room, old in zip(self._room, held, strict=False):
+                self._columns(room, 0, self._held)[...] = old
+        return [self._columns(room, self._held, end) for room in self._room]
+
+    def _columns(self, room: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """Some columns, (groups, K, rows), in whichever layout."""
+        return room[:, start:stop].swapaxes(1, 2) if self._rows_apart else room[:, :, start:stop]
+
+    def _put(self, out: NDArray[np.float32], count: int, put: Callable[[NDArray[np.float32]], None], taps: int) -> None:
+        """Have columns put where they are wanted, or brought there where parts of features part a channel's taps."""
+        if self._shape[1] % taps == 0:
+            put(out)
+            return
+        found = np.empty((groups_of(self._op), self._features, count), np.float32)
+        put(found)
+        out[...] = found.reshape(*self._shape, count)
+
     def _kept(
-        self,
-        found: tuple[NDArray[np.float32], ...],
-        others: list[NDArray[np.float32]],
-        whole: Sequence[NDArray[Any]],
-        samples: int,
+        self, inputs: int, count: int, others: list[NDArray[np.float32]], whole: Sequence[NDArray[Any]], samples: int
     ) -> bool:
-        count = found[0].shape[2]
+        found = self._waiting(inputs, count)
         sums = tuple((c @ np.ones(count, np.float32)).astype(np.float64) for c in found)
         # A value that isn't shows in the sum, where finite ones may overflow too.
         if not (finite([*sums, *others]) or finite([*found, *others])) or not _all_finite(whole):
@@ -108,35 +155,26 @@ class Thinned:
         self.samples += samples
         if count:
             self._held += count
-            self._columns.append(found)
             self._sums.append(sums)
             self._errors += others
         return self._held >= max(WAITING, self._shape[1])
 
     def handed_over(self) -> Waiting | None:
-        """What waits; None where nothing does."""
-        columns, sums, errors = self._columns, self._sums, self._errors
-        self._held, self._columns, self._sums, self._errors = 0, [], [], []
-        if not columns:
+        """What waits, until the next batch is put in its place; None where nothing does."""
+        held, sums, errors = self._held, self._sums, self._errors
+        self._held, self._sums, self._errors = 0, [], []
+        if not held:
             return None
         return Waiting(
-            tuple(np.concatenate(parts, axis=2) for parts in zip(*columns, strict=True)),
+            tuple(self._columns(room, 0, held) for room in self._room),
             tuple(np.sum(parts, axis=0) for parts in zip(*sums, strict=True)),
             np.concatenate(errors, axis=1) if errors else None,
         )
 
-    def _picked(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The columns of a batch that count, (groups, K, rows)."""
-        chosen, seen = self._picks(x)
-        if chosen is None:
-            whole = list(columns(self._op, x, self._axis))
-            found = whole[0] if len(whole) == 1 else np.concatenate(whole, axis=2)
-            if np.may_share_memory(found, x):  # a batch is its owner's, who may write the next into it
-                found = found.copy()
-        else:
-            self.passed_over = True
-            found = chosen.columns(seen, self.samples)
-        return found.reshape(*self._shape, found.shape[-1])
+    def let_go(self) -> None:
+        """Hold no room for columns until some come again."""
+        assert not self._held
+        self._room = []
 
     def _picks(self, x: NDArray[Any]) -> tuple[Picks | None, NDArray[Any]]:
         """What counts of a batch, and the batch as (samples, channels, *spatial)."""
