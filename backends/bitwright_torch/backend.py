@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
@@ -241,6 +242,11 @@ def capture_model(
         InputError: the sample doesn't fit `forward`; `dynamic_shapes` and `modules` together.
         ModelError: neither the whole nor any part can be captured.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is TorchScript, which has no Python that could be captured: give the nn.Module "
+            "that it was made from, or export it to ONNX and give that file"
+        )
     if modules is not None and dynamic_shapes is not None:
         raise InputError(
             "dynamic_shapes is of the whole model's arguments, and modules= captures parts, each on the inputs that a "

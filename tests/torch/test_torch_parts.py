@@ -127,6 +127,19 @@ def test_a_part_of_a_fixed_length_that_no_batch_reaches_leaves_it_free():
     assert torch.equal(model(y), net(y))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:.*torch.jit.trace")
+def test_torchscript_within_stays_as_it_is_and_alone_is_refused():
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    model = nn.Sequential(scripted, nn.Sequential(nn.Linear(4, 3), nn.ReLU())).eval()
+    x = torch.randn(5, 4)
+    with pytest.warns(bitwright_torch.CaptureNotice, match=r"in parts \(1\).*in float: 0"):
+        sim = QuantSim(model, x)
+    assert torch.equal(sim.backend.adopt(sim.native)(x), model(x))
+    for script in (scripted, torch.jit.trace(nn.Linear(4, 4), x)):
+        with pytest.raises(ModelError, match=r"TorchScript.*give the nn\.Module"):
+            QuantSim(script, x)
+
+
 def test_parts_can_be_named(detector, x):
     model = captured(detector, x, modules=["head"])
     assert list(model.parts) == ["head"]

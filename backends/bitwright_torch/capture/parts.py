@@ -212,7 +212,7 @@ def _record(root: nn.Module, arguments: Arguments) -> tuple[dict[str, _Call], An
         return before
 
     for name, submodule in root.named_modules():
-        if name:
+        if name and not isinstance(submodule, torch.jit.ScriptModule):  # which take no hooks, and are no parts
             handles.append(submodule.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
         with torch.no_grad():
