@@ -232,6 +232,22 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected", "hint"),
+    [
+        ((8, 16, 16), (None, 1, 16, 16), "add its axis 1, of length 1: x[:, None]"),
+        ((8, 3, 16), (None, 3, 16, 1), "add its axis 3, of length 1: x[:, :, :, None]"),
+        ((1, 16, 16), (None, 1, 16, 16), "add a samples axis in front"),
+        ((3, 16, 16), (None, 3, 16, 16), "add a samples axis in front"),
+        ((8, 9, 9), (None, 3, 16, 16), "add a samples axis in front"),
+    ],
+)
+def test_the_axis_that_is_missing_is_named(shape, expected, hint):
+    with pytest.raises(InputError) as caught:
+        list(open_data(np.ones(shape, np.float32), {"x": (expected, "float32")}, batch_size=8))
+    assert hint in str(caught.value)
+
+
 @pytest.mark.parametrize(("make", "message"), WRONG)
 def test_wrong_data(make, message):
     with pytest.raises(InputError, match=message):

@@ -14,6 +14,7 @@ from bitwright.errors import EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
 from bitwright.placement import Float
 from bitwright.simulation import QuantSim
+from bitwright_onnx.simulate.simulation import by_name
 
 DATA = {"x": np.random.default_rng(0).normal(size=(24, 3, 8, 8)).astype(np.float32)}
 
@@ -83,6 +84,14 @@ def test_calling_the_simulation_is_a_prediction_of_one_batch():
     assert np.array_equal(sim(x=DATA["x"][:5]), sim(DATA["x"])[:5])
     with pytest.raises(InputError, match="one batch"):
         sim()
+
+
+def test_the_simulated_model_takes_the_array_of_its_one_input():
+    sim = simulation().calibrate(DATA)
+    named, alone = sim.model({"x": DATA["x"]}), sim.model(DATA["x"])
+    assert named.keys() == alone.keys() and all(np.array_equal(named[k], alone[k]) for k in named)
+    with pytest.raises(InputError, match="the inputs 'a', 'b': give a mapping with an array for each"):
+        by_name(DATA["x"], ["a", "b"])
 
 
 def test_a_width_is_the_targets_type_of_that_width():

@@ -34,7 +34,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch, SimulationBase, Tap, parts_of, require_tensors
-from bitwright.errors import ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright.files import Array
 from bitwright.graph import Graph, Param, ParamId, TensorId
 from bitwright.grids import Encoding
@@ -323,6 +323,21 @@ class SimulatedSession:
         return self._session
 
 
+def by_name(batch: Batch | Array, inputs: Sequence[str]) -> Batch:
+    """A batch by input name; an array alone is that of the one input.
+
+    Raises:
+        InputError: an array alone, and there are several inputs or none.
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if len(inputs) != 1:
+        raise InputError(
+            f"the model has the inputs {', '.join(map(repr, inputs)) or 'none'}: give a mapping with an array for each"
+        )
+    return {inputs[0]: np.asarray(batch)}
+
+
 class SimulatedModel:
     """The simulated model, evaluated like a session: batches in, the model's outputs by name out.
 
@@ -335,8 +350,16 @@ class SimulatedModel:
         self.outputs: tuple[str, ...] = simulation.outputs
         self._session = simulation.session([Tap(name) for name in self.outputs])
 
-    def run(self, batch: Batch) -> dict[str, Array]:
-        """Outputs by name for one batch of model inputs; an output that is an input is handed out as it came."""
+    def run(self, batch: Batch | Array) -> dict[str, Array]:
+        """Outputs by name for one batch of model inputs; an output that is an input is handed out as it came.
+
+        Args:
+            batch: arrays by input name; of a model with one input the array alone will do.
+
+        Raises:
+            InputError: an array alone, and the model has several inputs; an array is missing or doesn't fit.
+        """
+        batch = by_name(batch, self.inputs)
         passed = {name: np.asarray(batch[name]) for name in self.outputs if name in self.inputs and name in batch}
         return {tap.tensor: passed.get(tap.tensor, array) for tap, array in self._session.run(batch).items()}
 

@@ -253,7 +253,7 @@ def _check_shape(
     if values.ndim != len(shape):
         hint = ""
         if values.ndim == len(shape) - 1:
-            hint = "; add an axis in front, x[None]" if whole else "; add a samples axis in front, x[None]"
+            hint = "; add an axis in front, x[None]" if whole else _missing_axis(values.shape, shape)
         raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected}{hint}")
     for axis, (n, wanted) in enumerate(zip(values.shape, shape, strict=True)):
         if wanted is not None and n != wanted and not (axis == 0 and any_length):
@@ -261,6 +261,18 @@ def _check_shape(
             raise InputError(f"{place}: shape {list(values.shape)}, but the model takes {expected} (axis {axis}){hint}")
     if values.size == 0:
         raise InputError(f"{place}: the array is empty, shape {list(values.shape)}")
+
+
+def _missing_axis(found: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
+    """Which axis to add: that of samples, unless only one of length one elsewhere, such as one channel, fits."""
+
+    def fits(left: tuple[int | None, ...]) -> bool:
+        return all(m in (None, n) for n, m in zip(found, left, strict=True))
+
+    places = (k for k in range(1, len(expected)) if expected[k] == 1 and fits(expected[:k] + expected[k + 1 :]))
+    if not fits(expected[1:]) and (place := next(places, None)) is not None:
+        return f"; add its axis {place}, of length 1: x[{':, ' * place}None]"
+    return "; add a samples axis in front, x[None]"
 
 
 def _check_finite(values: Array, place: str, first_sample: int | None) -> None:
