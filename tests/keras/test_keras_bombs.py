@@ -235,6 +235,26 @@ def test_what_the_other_process_cannot_open_is_not_opened(files, tmp_path):
         load_native(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory full of garbage is glibc's")
+def test_links_over_which_the_library_frees_what_it_never_set_are_refused(tmp_path):
+    """Whether that ends a process depends on what its memory held before."""
+    path, copied = tmp_path / "a.h5", tmp_path / "b.h5"
+    keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(3, name=f"d{i}") for i in range(12))]).save(path)
+    with h5py.File(path) as file, h5py.File(copied, "w", libver="latest") as made:
+        made.attrs.update(file.attrs)
+        weights = made.create_group("model_weights")
+        weights.attrs.update(file["model_weights"].attrs)
+        for name in file["model_weights"]:
+            file.copy(f"model_weights/{name}", weights)
+    assert load_native(copied).count_params() == 15 + 11 * 12
+    content = bytearray(copied.read_bytes())
+    content[content.index(b"BTLF") + 20] ^= 255  # a leaf of the tree that the group's links are in
+    copied.write_bytes(content)
+    for _ in range(3):
+        with pytest.raises(InputError, match="the HDF5 library crashes over it"):
+            load_native(copied)
+
+
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_weights_that_take_as_much_as_is_let_through_are_read(tmp_path, suffix):
     """As one piece, packed to a twentieth: the most that values may unpack to, and all memory that this takes."""

@@ -17,6 +17,10 @@ from bitwright_keras.capture import hdf5
 _SECONDS, _BYTES_A_SECOND = 20.0, 2**24
 """So long may reading a file take, and a second more for so many bytes that it holds or may unpack to."""
 
+_GARBAGE = {"GLIBC_TUNABLES": "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0"}
+"""glibc hands out memory full of garbage. Where the library frees pointers that it never set (those of a group's links,
+when one can't be read), it would else depend on what memory held whether this process dies, and later the user's."""
+
 
 class _Reader:
     """The process that reads; it is started when it is first needed, ends with this one, and is replaced if it dies."""
@@ -64,7 +68,7 @@ class _Reader:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
-            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **_GARBAGE}
             self._child, self._owner = None, os.getpid()
             self._child = subprocess.Popen(
                 [sys.executable, "-P", hdf5.__file__],
