@@ -6,16 +6,17 @@
     python benchmarks/bank.py --backend keras --images imagenet.tar --samples 50   # torch, keras or tensorflow: codes
 
 Prints the float pass, one calibration (sqnr) and the collection over the same photos, in seconds and float passes; the
-bank's bytes; the weight codes that differ between a bank (float32, float64, thin) and the data with `inputs: float` and
-the same positions; and the seconds that six solutions take from one bank (W4, W6, W8, per channel and in blocks of 32),
-beside one on the data. With `--accuracy` instead: top-1 and the KL divergence from the float network, of W4 solved on
-banks of all and of some positions, on the photos that they were not collected from.
+page faults of collecting; the bank's bytes; the weight codes that differ between a bank (float32, float64, thin) and
+the data with `inputs: float` and the same positions; and the seconds that six solutions take from one bank (W4, W6, W8,
+per channel and in blocks of 32), beside one on data. With `--accuracy` instead: top-1 and the KL divergence from the
+float network, of W4 solved on banks of all and of some positions, on the photos that they were not collected from.
 Seconds are of all threads together (CPU time), which other work on the machine doesn't lengthen.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +36,11 @@ TYPES = [f"int{bits}{blocks}" for bits in (4, 6, 8) for blocks in ("", ":block32
 def timed(what: Callable[[], Any]) -> tuple[Any, float]:
     begin = time.process_time()
     return what(), time.process_time() - begin
+
+
+def page_faults() -> int:
+    """Of this process so far: of memory that is touched for the first time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def codes(sim: QuantSim) -> list[np.ndarray]:
@@ -136,8 +142,15 @@ def main() -> None:
         kinds = {"float32": {}, "float64": {"number": "float64"}, "thin": {"thin": args.thin}}
         kinds = {kind: kinds[kind] for kind in args.banks}
         for kind, given in kinds.items():
+            before = page_faults()
             banks[kind], seconds = timed(lambda k=kind, g=given: collect(sim, data, Path(folder) / k, **g))
-            print(f"collecting, {kind}: {seconds / one:.2f} float passes, {banks[kind].bytes / 1e6:.1f} MB", flush=True)
+            taken = page_faults() - before
+            _, again = timed(lambda: [session.run(batch) for batch in data])
+            print(
+                f"collecting, {kind}: {seconds / one:.2f} float passes ({seconds / again:.2f} of one right after it), "
+                f"{taken} page faults, {banks[kind].bytes / 1e6:.1f} MB",
+                flush=True,
+            )
         for thin in {given.get("thin") for given in kinds.values()}:
             on_data[thin], seconds = timed(
                 lambda t=thin: sim.fork().apply(args.technique, data, inputs="float", thin=t)
