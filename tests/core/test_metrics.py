@@ -121,11 +121,22 @@ def test_probabilities_are_no_logits(name, rows):
     assert metric(name, (few, p[:, :2], p[:, :2]), (few, logits[:, :2], logits[:, :2]))[1] > 0
 
 
-@pytest.mark.parametrize("name", ["kl", "perplexity"])
+@pytest.mark.parametrize("name", ["kl", "perplexity", "agreement", "top1"])
 def test_one_class_says_nothing(name):
-    one = np.random.default_rng(0).normal(size=(2, 4, 1))
+    one = np.random.default_rng(0).normal(size=(2, 1) if name == "top1" else (2, 4, 1))
     with pytest.raises(InputError, match="one class"):
-        metric(name, ({"ids": np.zeros((2, 4), np.int64)}, one, one))
+        metric(name, ({"ids": np.zeros((2, 4), np.int64)}, one, one), labels=[0, 0])
+
+
+@pytest.mark.parametrize("labels", [np.eye(3), [[0], [1], [2]], [0, 1, -1], [0.0, 1.5, 2.0], ["a", "b", "c"]])
+def test_top1_refuses_what_are_no_class_indices(labels):
+    with pytest.raises(InputError, match="class indices"):
+        metric("top1", ({}, np.eye(3), None), labels=labels)
+
+
+def test_top1_refuses_labels_that_the_outputs_have_no_class_for():
+    with pytest.raises(InputError, match="a label is 3, of outputs with the classes 0 to 2"):
+        metric("top1", ({}, np.eye(3), None), labels=[0, 1, 3])
 
 
 @pytest.mark.parametrize("name", ["ppl", "kl:x"])

@@ -28,8 +28,19 @@ def read_labels(path: Path, samples: int | None) -> Labels:
 
 
 def classes(outputs: NDArray[Any]) -> Labels:
-    """The largest score's index in each sample's output."""
-    return np.asarray(outputs.reshape(len(outputs), -1).argmax(axis=1), np.int64)
+    """The largest score's index in each sample's output.
+
+    Raises:
+        InputError: there is one class, whose index says nothing, or a score is NaN or infinite.
+    """
+    scores = outputs.reshape(len(outputs), -1)
+    if scores.shape[1] == 1:
+        raise InputError(
+            f"labels: the first output has shape {outputs.shape}, one class; accuracy takes a score for each class"
+        )
+    if not np.isfinite(scores).all():
+        raise InputError("labels: the first output holds NaN or infinity, so its largest score says nothing")
+    return np.asarray(scores.argmax(axis=1), np.int64)
 
 
 def top1(predicted: Labels, labels: Labels) -> float:

@@ -224,6 +224,7 @@ class Agreement(_Mean):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
+        _several(self.name, outputs, outputs.shape[-1])
         kept = counted(inputs, outputs.shape[:-1])
         _finite(self.name, outputs)
         _finite(self.name, reference)
@@ -237,21 +238,34 @@ class Top1(_Mean):
 
     Args:
         labels: class indices, one a sample, in the order of the data.
+
+    Raises:
+        InputError: labels aren't that.
     """
 
     shares = True
 
     def __init__(self, labels: Sequence[int] | NDArray[np.integer]) -> None:
         super().__init__("top1")
-        self.labels = np.asarray(labels)
+        values = np.asarray(labels)
+        if values.ndim != 1 or (values.size and not np.issubdtype(values.dtype, np.integer)) or (values < 0).any():
+            raise InputError(
+                f"top1: labels are class indices, one a sample: non-negative integers of shape (samples,); got "
+                f"{values.dtype} {values.shape}"
+            )
+        self.labels = values
 
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None = None) -> None:
         """See `Metric.add`."""
+        scores = outputs.reshape(len(outputs), -1)
+        _several(self.name, outputs, scores.shape[1])
         _finite(self.name, outputs)
-        found = outputs.reshape(len(outputs), -1).argmax(axis=1)
+        found = scores.argmax(axis=1)
         expected = self.labels[self.count : self.count + len(found)]
         if len(expected) != len(found):
             raise InputError(f"top1: there are {len(self.labels)} labels, but more samples: give one label a sample")
+        if (highest := int(expected.max(initial=0))) >= scores.shape[1]:
+            raise InputError(f"top1: a label is {highest}, of outputs with the classes 0 to {scores.shape[1] - 1}")
         self._begin(len(found))
         self._take(found == expected, np.arange(len(found)))
 
@@ -353,6 +367,15 @@ def _log_softmax(name: str, logits: Values) -> NDArray[np.float64]:
     shifted -= shifted.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
+
+
+def _several(name: str, outputs: Values, classes: int) -> None:
+    """Refuse outputs of one class, whose largest is always the first."""
+    if classes == 1:
+        raise InputError(
+            f"{name}: the output has shape {outputs.shape}, one class, whose largest value is always at 0; it takes "
+            "outputs of several classes"
+        )
 
 
 def _finite(name: str, logits: Values) -> None:
