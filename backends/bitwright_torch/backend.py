@@ -214,7 +214,8 @@ class TorchBackend:
             return copy.copy(model.specs)
         graph = self.graph(model)
         shapes = {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
-        return program_of(model).convention.specs(shapes)
+        ends = [graph.tensors[t].shape for t in graph.outputs]
+        return program_of(model).convention.specs(shapes, ends)
 
 
 def _simulation(

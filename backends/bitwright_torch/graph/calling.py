@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,11 +171,23 @@ class CallingConvention:
             found |= {str(name) for path, name in leaves if len(path) > several and hasattr(path[-1], "idx")}
         return frozenset(found)
 
-    def specs(self, shapes: Mapping[str, Spec]) -> Mapping[str, Spec]:
-        """What the core is told of inputs: elements of a list whose first axis is fixed are no batches of samples."""
+    def specs(
+        self, shapes: Mapping[str, Spec], outputs: Collection[Sequence[int | None] | None] = ()
+    ) -> Mapping[str, Spec]:
+        """What the core is told of inputs: elements of a list whose first axis is fixed are no batches of samples.
+
+        Unless all inputs and outputs have the same first axis, and it isn't the list's own length: then the network
+        takes batches of that size.
+
+        Args:
+            shapes: of inputs, with their dtypes.
+            outputs: shapes, as far as they are known.
+        """
         listed = self.listed
         whole = any(n in listed and shape and (shape[0] or 0) > 1 for n, (shape, _) in shapes.items())
-        return FeedSpecs(shapes) if whole else dict(shapes)
+        first = {shape[0] if shape else None for shape in (*(s for s, _ in shapes.values()), *outputs)}
+        batches = bool(outputs) and len(first) == 1 and first.isdisjoint({None, len(listed)})
+        return FeedSpecs(shapes) if whole and not batches else dict(shapes)
 
     @property
     def inputs(self) -> tuple[str, ...]:
