@@ -398,3 +398,24 @@ def test_divergence_behind_a_softmax_is_read_ahead_of_it() -> None:
         sims[1].measure(rows, "kl")
     wanted, found = (sim.measure(rows, "kl", output=t)["kl"] for sim, t in zip(sims, (None, tensor), strict=True))
     assert found.simulated == pytest.approx(wanted.simulated, rel=1e-5)
+
+
+def test_a_segment_computes_with_the_memory_layout_that_the_whole_has():
+    """The order of values in memory decides which kernel runs, and so last bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1)).eval().to(memory_format=torch.channels_last)
+    x = torch.rand(4, 3, 17, 17)
+    sim = QuantSim(net, x)
+    backend, model, graph = sim.backend, sim.native, sim.graph
+    inner, end = (op.output for op in graph.ops)
+    whole = backend.session(model, [Tap(inner), Tap(end)]).run({graph.inputs[0]: x.numpy()})
+    assert not whole[Tap(inner)].flags.c_contiguous
+    for given in (whole[Tap(inner)], _read_only(whole[Tap(inner)])):
+        part = backend.segment(model, [inner], [Tap(end)]).run({inner: given})
+        np.testing.assert_array_equal(part[Tap(end)], whole[Tap(end)])
+
+
+def _read_only(array):
+    found = array.view()
+    found.flags.writeable = False
+    return found

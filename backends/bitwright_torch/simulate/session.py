@@ -103,11 +103,15 @@ def leaf(
 
 
 def as_tensor(given: Any) -> torch.Tensor:
-    """A tensor as it is, or of an array, whose memory it shares where the array may be written to."""
+    """A tensor as it is, or of an array, whose memory it shares where the array may be written to.
+
+    The order of its values in memory is kept: by it PyTorch chooses between kernels that differ in last bits.
+    """
     if isinstance(given, torch.Tensor):
         return given
     array = np.asarray(given)
-    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+    shared = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return torch.from_numpy(array if shared else array.copy(order="K"))
 
 
 def _reduce(graph: fx.Graph, wanted: Sequence[str], taps: Sequence[Tap]) -> None:
