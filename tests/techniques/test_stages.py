@@ -15,7 +15,7 @@ from bitwright.backend import Tap
 from bitwright.calibration import _stage_by_stage as stage_by_stage
 from bitwright.calibration import _stages as stages_module
 from bitwright.calibration._stages import stages_of
-from bitwright.errors import ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright.testing import models
 from bitwright_techniques.bias_correction import BiasCorrection
 
@@ -94,6 +94,48 @@ def test_what_the_backend_cannot_cut_is_run_whole(held, monkeypatch):
     monkeypatch.setattr(type(sim.backend), "segment", refused)
     equal(expected, sim.fork().calibrate(data))
     assert asked
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("held", [2**24, 1])
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("kind", [ModelError, InputError])
+def test_stages_that_do_not_run_are_taken_whole(held, batch, kind, monkeypatch):
+    """As where an op gives another shape than the graph has for it."""
+    model, port = models.residual(), FRAMEWORKS["onnx"]
+    sim, data = port.sim(model), batches(model, port)
+    expected = sim.fork().calibrate(data)
+    monkeypatch.setattr(stage_by_stage, "HELD_BYTES", held)
+    segment = type(sim.backend).segment
+    refused: list[int] = []
+
+    class Refusing:
+        def __init__(self, session):
+            self.session, self.runs = session, 0
+
+        def run(self, values):
+            self.runs += 1
+            if self.runs > batch:
+                refused.append(1)
+                raise kind("not this")
+            return self.session.run(values)
+
+    monkeypatch.setattr(type(sim.backend), "segment", lambda *a: Refusing(segment(*a)))
+    equal(expected, sim.fork().calibrate(data))
+    assert refused
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("held", [2**24, 1])
+def test_what_is_not_finite_in_a_stage_is_named(held, monkeypatch):
+    model, port = models.residual(), FRAMEWORKS["onnx"]
+    sim, data = port.sim(model), batches(model, port)
+    monkeypatch.setattr(stage_by_stage, "HELD_BYTES", held)
+    data[1] = {name: np.full_like(values, 3e38) for name, values in data[1].items()}
+    before = sim.encodings
+    with pytest.raises(InputError, match=r"\(float network, batch 1\): NaN or infinite"):
+        sim.calibrate(data)
+    assert sim.encodings is before
 
 
 def test_stages_hand_out_no_more_than_the_budget(monkeypatch):

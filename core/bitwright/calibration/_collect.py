@@ -105,7 +105,9 @@ def _pass(
     if divided is not None:
         stages = stages_of(divided.graph, taps_of(members), size)
         if len(stages) > 1:
-            members, batches = stream_in_stages(members, divided, stages, batches, pool, progress, first, take)
+            members, batches = stream_in_stages(
+                members, divided, stages, batches, data.__iter__, pool, progress, first, take
+            )
     if members:
         _stream(members, open_session, batches, pool, progress, first)
     for c in members:

@@ -39,6 +39,10 @@ class Collected:
             self._statistic = self.request.make()
         return self._statistic
 
+    def start_anew(self) -> None:
+        """Forget what it has seen."""
+        self._statistic = None
+
     def handed_over(self) -> Statistic:
         """The finished statistic, which isn't held here any more."""
         found, self._statistic = self.statistic, None

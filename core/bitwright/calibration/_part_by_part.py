@@ -67,7 +67,7 @@ def _run(
     batches = 0
     for batch in data:
         given = {source: next(rows) for source, rows in cached.items()}
-        rows = step.run(sessions, batch, given, pool, first + batches)
+        rows = step.take(step.run(sessions, batch, given), pool, first + batches)
         for source, row in rows.items():
             fresh[source].append(row)
         del given, rows  # before the next batch runs

@@ -12,7 +12,7 @@ from bitwright.calibration._collected import Collected
 from bitwright.calibration._stages import crossing_bytes
 from bitwright.calibration._step import InParts, Places, Step
 from bitwright.data import samples_in
-from bitwright.errors import ModelError
+from bitwright.errors import BitwrightError
 from bitwright.progress import Progress
 from bitwright.statistics import Source, Statistic
 
@@ -25,6 +25,7 @@ def stream_in_stages(
     divided: InParts,
     stages: Sequence[Part],
     batches: Iterator[Batch],
+    again: Callable[[], Iterator[Batch]],
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     first: int,
@@ -40,13 +41,15 @@ def stream_in_stages(
         divided: the network.
         stages: of it, in their order.
         batches: of all data, at least one.
+        again: begins anew with all data.
         pool: where statistics are updated.
         progress: where progress is shown, in samples.
         first: what messages number batches from.
         finished: takes each statistic with its key as soon as it has seen all.
 
     Returns:
-        What can't be collected so, since the backend doesn't compile a stage, and the data for it: none, as a rule.
+        What can't be collected so, since a stage by itself isn't compiled or doesn't run, and all data for it: none,
+        as a rule. Where the whole network doesn't run either, it is for that to say so.
 
     Raises:
         InputError: a tensor holds NaN or infinity.
@@ -54,32 +57,51 @@ def stream_in_stages(
     head, more = _few(batches, crossing_bytes(divided.graph, stages))
     places = Places(collected, stages)
     steps = [Step(divided, stages, i, places.at(i), places.kept(i)) for i in range(places.last + 1)]
-    if more is not None:
-        try:
-            opened = [step.opened() for step in steps]
-        except ModelError:
-            return list(collected), chain(head, more)
-        _batch_by_batch(steps, opened, _let_go(head, more), pool, progress, first)
-        for c in collected:
-            finished(c.request.key, c.handed_over())
-        return [], iter(())
-    held: list[Mapping[Source, Batch]] = [{} for _ in head]
+    if more is None:
+        left = _stage_by_stage(steps, head, pool, progress, first, finished)
+        return left, iter(head)
+    try:
+        opened = [step.opened() for step in steps]
+    except BitwrightError:
+        return list(collected), chain(head, more)
+    if not _batch_by_batch(steps, opened, _let_go(head, more), pool, progress, first):
+        return _anew(collected), again()
+    for c in collected:
+        finished(c.request.key, c.handed_over())
+    return [], iter(())
+
+
+def _stage_by_stage(
+    steps: Sequence[Step],
+    batches: Sequence[Batch],
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+    first: int,
+    finished: Callable[[str, Statistic], None],
+) -> list[Collected]:
+    """All batches through one stage after another; what is left where one of them can't be run."""
+    held: list[Mapping[Source, Batch]] = [{} for _ in batches]
     tidy = LettingGo()
     for index, step in enumerate(steps):
+        left = [c for later in steps[index:] for c in later.here]
         try:
             sessions = step.opened()
-        except ModelError:
-            left = [c for later in steps[index:] for c in later.here]
-            return left, iter(head)
-        for number, batch in enumerate(head):
-            held[number] = step.run(sessions, batch, held[number], pool, first + number)
+        except BitwrightError:
+            return left
+        for number, batch in enumerate(batches):
+            try:
+                values = step.run(sessions, batch, held[number])
+            except BitwrightError:
+                return _anew(left)
+            held[number] = step.take(values, pool, first + number)
+            del values  # before the next batch runs
             if progress is not None and step is steps[-1]:
                 progress.advance(samples_in(batch))
         del sessions
         for c in step.here:
             finished(c.request.key, c.handed_over())
         tidy()
-    return [], iter(())
+    return []
 
 
 def _batch_by_batch(
@@ -89,13 +111,28 @@ def _batch_by_batch(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     first: int,
-) -> None:
+) -> bool:
+    """Each batch through all stages; whether they could all be run."""
     for number, batch in enumerate(batches):
         held: Mapping[Source, Batch] = {}
         for step, sessions in zip(steps, opened, strict=True):
-            held = step.run(sessions, batch, held, pool, first + number)
+            try:
+                values = step.run(sessions, batch, held)
+            except BitwrightError:
+                return False
+            held = step.take(values, pool, first + number)
+            del values
         if progress is not None:
             progress.advance(samples_in(batch))
+    return True
+
+
+def _anew(collected: Iterable[Collected]) -> list[Collected]:
+    """Statistics that are to see all data once more."""
+    found = list(collected)
+    for c in found:
+        c.start_anew()
+    return found
 
 
 def _few(batches: Iterator[Batch], crossing: int) -> tuple[list[Batch], Iterator[Batch] | None]:

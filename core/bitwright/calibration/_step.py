@@ -77,30 +77,38 @@ class Step:
         return sessions
 
     def run(
-        self,
-        sessions: Mapping[Source, Session],
-        batch: Batch,
-        given: Mapping[Source, Batch],
-        pool: ThreadPoolExecutor,
-        number: int,
-    ) -> dict[Source, dict[TensorId, Array]]:
-        """Update the statistics with a batch; returned is what goes on.
+        self, sessions: Mapping[Source, Session], batch: Batch, given: Mapping[Source, Batch]
+    ) -> dict[Source, dict[Tap, Array]]:
+        """What is taken of each network of a batch.
 
         Args:
             sessions: see `opened`.
             batch: the model's inputs.
             given: of each network, what was kept of this batch before the part.
-            pool: where statistics are updated.
-            number: of the batch, for messages.
 
         Raises:
-            InputError: a tensor holds NaN or infinity.
+            BitwrightError: a network can't be run on this batch, or not on this part of it.
         """
         values: dict[Source, dict[Tap, Array]] = {}
         for source, taps in self.wanted.items():
             own = given.get(source, {})
             found = sessions[source].run({**batch, **own}) if source in sessions else {}
             values[source] = {tap: found[tap] if tap in found else reduced(own[tap.tensor], tap) for tap in taps}
+        return values
+
+    def take(
+        self, values: Mapping[Source, Mapping[Tap, Array]], pool: ThreadPoolExecutor, number: int
+    ) -> dict[Source, dict[TensorId, Array]]:
+        """Update the statistics with a batch; returned is what goes on.
+
+        Args:
+            values: see `run`.
+            pool: where statistics are updated.
+            number: of the batch, for messages.
+
+        Raises:
+            InputError: a tensor holds NaN or infinity.
+        """
         update_all(pool, self.here, values, number)
         return {source: {t: values[source][Tap(t)] for t in tensors} for source, tensors in self.kept.items()}
 
