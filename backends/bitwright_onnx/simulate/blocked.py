@@ -32,18 +32,21 @@ LARGEST_BLOCK = 16
 """Channels of a block are 16 or fewer, a power of 2, as the processor's registers are: so many fill up whole blocks."""
 
 
-def blocked_session(proto: bytes, options: ort.SessionOptions, again: ort.SessionOptions) -> ort.InferenceSession:
+def blocked_session(
+    proto: bytes, options: ort.SessionOptions, again: ort.SessionOptions, left_out: Sequence[str]
+) -> ort.InferenceSession:
     """A session that computes what `proto` says; sites and taps are blocked where ONNX Runtime blocks convolutions.
 
     Args:
         proto: a model.
         options: to optimize it by; the file of the optimized model is set in them.
         again: like `options`, for the graph that comes of it; its level is set to none.
+        left_out: optimizations that aren't done.
     """
     with Scratch() as folder:
         file = folder / "optimized.onnx"
         options.optimized_model_filepath = str(file)
-        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
         model = onnx.load(file)
     if not keep_blocked(model):
         return session

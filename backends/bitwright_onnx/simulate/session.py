@@ -34,6 +34,9 @@ BLOCKED_AFTER = 2.0
 
 Making it anew takes two to three times as long as the first time, and a third of the time of each run is saved. Whoever
 knows that many runs come asks for it at once, and the plain session isn't made."""
+LEFT_OUT = ["MatMulScaleFusion"]
+"""Optimizations that let a product read what a scaling of its operand reads, even where the scaled tensor is handed
+out: another product than that of the tensor, which a segment is fed."""
 _SHARED_TYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
                            "uint32", "uint64", "bool"})  # fmt: skip
 
@@ -123,8 +126,8 @@ def _compile(
         if blocked:
             again = _options(part, config)
             again.enable_mem_pattern = patterns
-            return blocked_session(proto, options, again)
-        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+            return blocked_session(proto, options, again, LEFT_OUT)
+        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=LEFT_OUT)
     except Exception as error:
         raise ModelError(f"ONNX Runtime can't run the model: {reason(error)}{_hint(error)}") from error
     session.bitwright_weights = shared

@@ -7,11 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from bitwright.backend import Part, Tap, parts_at
-from bitwright.graph import Graph, TensorId
+from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.statistics import Source
 
 TAP_BYTES = 2**21
 """Bytes of one batch's taps that are in memory together, unless the network's own values take more."""
+OTHERWISE_IN_BLOCKS = frozenset({OpKind.AVERAGE_POOL, OpKind.BATCH_NORM, OpKind.RESIZE})
+IN_BLOCKS = frozenset({
+    OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE,
+    OpKind.CONCAT, OpKind.MAX_POOL, OpKind.IDENTITY,
+})  # fmt: skip
+"""Ops that runtimes may run on tensors in blocks of channels, with other results or the same."""
+HALF = ("float16", "bfloat16")
 UNKNOWN = 64
 """In place of a dimension that isn't known."""
 
@@ -21,9 +28,10 @@ def stages_of(graph: Graph, taps: Mapping[Source, Iterable[Tap]], samples: int) 
 
     What the taps of a stage hand out of a batch takes no more than `TAP_BYTES`, or than what the network itself has in
     memory at a time where that is more, or is of a single op. A cut is made only where each tensor that crosses it is
-    one that the runtime computes as it is in any case, since it is handed out or read by several ops: elsewhere a cut
-    could keep a runtime from fusing ops, which changes last bits. It depends on the graph, the taps and the size of a
-    batch alone.
+    one that the runtime computes as it is in any case, since it is handed out: elsewhere a cut could keep a runtime
+    from fusing ops, which changes last bits. That several ops read a tensor doesn't tell so: they may be those of one
+    layer normalization. Tensors of half precision never do, of which ops may read the single precision that they were
+    computed in, nor those that `_blocked` names. It depends on the graph, the taps and the size of a batch alone.
 
     Args:
         graph: of the network.
@@ -37,15 +45,37 @@ def stages_of(graph: Graph, taps: Mapping[Source, Iterable[Tap]], samples: int) 
     budget = max(TAP_BYTES, _own_bytes(graph, values, crossing) * samples)
     if sum(sizes) <= budget:
         return parts_at(graph, [])
-    tapped = [{tap.tensor for tap in of_one} for of_one in taps.values()]
+    tapped, blocked = [{tap.tensor for tap in of_one} for of_one in taps.values()], _blocked(graph)
 
     def stands(tensor: TensorId) -> bool:
         known = graph.tensors.get(tensor)
-        computed = tensor not in graph.inputs and (known is None or known.is_float)
-        return not computed or len(graph.consumers(tensor)) > 1 or all(tensor in some for some in tapped)
+        if tensor in graph.inputs or (known is not None and not known.is_float):
+            return True
+        half = known is not None and known.dtype in HALF
+        return not half and tensor not in blocked and all(tensor in some for some in tapped)
 
     places = [i > 0 and all(map(stands, before)) for i, before in enumerate(crossing)]
     return parts_at(graph, _cuts(sizes, places, [sum(map(values.__getitem__, c)) for c in crossing], budget))
+
+
+def _blocked(graph: Graph) -> set[TensorId]:
+    """What ops read, or others of which they read, that may have kernels of their own for blocks of channels.
+
+    Behind a convolution runtimes keep tensors in such blocks, through elementwise ops too, as far as ops can take them.
+    Those that add up values or multiply them in another order then give other last bits than on a plain tensor.
+    """
+    found: set[TensorId] = set()
+    for op in reversed(graph.ops):
+        other = op.kind in OTHERWISE_IN_BLOCKS and op.type != "ReduceMean"
+        if other or (op.kind in IN_BLOCKS and not found.isdisjoint(op.outputs)):
+            found.update(t for t in op.data_inputs if _may_be_blocked(graph, t))
+    return found
+
+
+def _may_be_blocked(graph: Graph, tensor: TensorId) -> bool:
+    """Whether it has channels and two axes of places."""
+    shape = graph.tensors[tensor].shape if tensor in graph.tensors else None
+    return shape is None or len(shape) == 4
 
 
 def crossing_bytes(graph: Graph, stages: Sequence[Part]) -> int:
