@@ -190,9 +190,9 @@ def test_memory_is_taken_by_a_pattern_where_the_plain_session_takes_it_so(reduce
     """Of a calibration the second run would take all of it anew."""
     patterns, make = [], session.blocked_session
 
-    def made(proto, options, again):
+    def made(proto, options, again, left_out):
         patterns.append((options.enable_mem_pattern, again.enable_mem_pattern))
-        return make(proto, options, again)
+        return make(proto, options, again, left_out)
 
     monkeypatch.setattr(session, "blocked_session", made)
     sim = QuantSim(NET).calibrate({"x": X})
