@@ -48,7 +48,7 @@ def backend() -> KerasBackend:
     from bitwright.backend import without_native_logs
 
     if "tensorflow" not in sys.modules:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what is one reaches Python as an exception
     with without_native_logs("tensorflow"):
         from bitwright_keras.backend import KerasBackend
     return KerasBackend()

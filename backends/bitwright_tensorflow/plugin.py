@@ -36,11 +36,12 @@ def is_saved_model(path: Path) -> bool:
 
 
 def backend() -> TensorFlowBackend:
-    """The backend; what TensorFlow logs while it is imported stays out of the output, unless it is an error."""
+    """The backend; what TensorFlow logs stays out of the output, unless it was imported before."""
     from bitwright.backend import without_native_logs
 
     if "tensorflow" not in sys.modules:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+        # Errors reach Python as exceptions; one that isn't any is logged wherever there is no GPU.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with without_native_logs("tensorflow"):
         from bitwright_tensorflow.backend import TensorFlowBackend
     return TensorFlowBackend()

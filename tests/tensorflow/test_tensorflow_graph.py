@@ -215,7 +215,7 @@ def test_control_flow_is_one_opaque_op(frames: bool, value: bool) -> None:
     try:
         with tf.Graph().as_default() as graph:
             x = v1.placeholder(tf.float32, (None, 3), name="x")
-            y = controlled(x, v1.placeholder_with_default(value, (), name="flag"))
+            y = controlled(x, tf.greater(v1.placeholder_with_default(float(value), (), name="flag"), 0.5))
             session = v1.Session(graph=graph)
             session.run(v1.global_variables_initializer())
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def session_values(session: Any, chosen: Collection[str] | None = None) -> dict[
                     f"variable {name!r} can't be read: {reason(error)}; initialize or restore it"
                 ) from error
         return values
+
+
+def has_checkpoint(prefix: str) -> bool:
+    """Whether there is a checkpoint of this name, of TensorFlow's second or first format."""
+    return Path(f"{prefix}.index").is_file() or Path(prefix).is_file()
 
 
 def restored(meta: MetaGraphDef, prefix: str) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from bitwright.errors import BitwrightError, InputError, ModelError
 from bitwright.files import Scratch, cannot_write
 from bitwright.graph import TensorId
 from bitwright_tensorflow.capture.bombs import refuse_bombs
-from bitwright_tensorflow.capture.restoring import restored
+from bitwright_tensorflow.capture.restoring import has_checkpoint, restored
 from bitwright_tensorflow.capture.sources import SessionModel, default_key, from_concrete, open_graph, signature_of
 from bitwright_tensorflow.capture.trust import refuse_outside
 from bitwright_tensorflow.graph.model import Kind, MetaGraphDef, Signature, TfModel
@@ -119,7 +119,7 @@ def _first_generation(path: Path, meta: MetaGraphDef, key: str | None) -> TfMode
     outputs = {k: signature.outputs[k].name for k in signature.outputs}
     prefix = str(path / "variables" / "variables")
     given = SessionModel(None, outputs, inputs)
-    has_values = tf.compat.v1.train.checkpoint_exists(prefix)
+    has_values = has_checkpoint(prefix)
     model = open_graph(meta, lambda: restored(meta, prefix) if has_values else {}, given, Kind.SAVED_MODEL, str(path))
     order = _declared_order(meta, model)
     return TfModel(model.meta, model.values, order, model.outputs, model.kind, Signature(inputs, outputs, name))

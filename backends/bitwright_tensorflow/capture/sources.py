@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from bitwright.errors import InputError, ModelError
+from bitwright.errors import InputError, ModelError, unknown_name
 from bitwright.graph import TensorId
 from bitwright_tensorflow.capture.bombs import refuse_bombs
+from bitwright_tensorflow.capture.branches import take_branches
 from bitwright_tensorflow.capture.comparing import of_function, of_session
 from bitwright_tensorflow.capture.inline import CALLS, flatten, inline_calls
 from bitwright_tensorflow.capture.normalize import normalize
-from bitwright_tensorflow.capture.restoring import restored, session_values
+from bitwright_tensorflow.capture.restoring import has_checkpoint, restored, session_values
 from bitwright_tensorflow.capture.trust import refuse_outside
 from bitwright_tensorflow.graph.graphs import Wiring
 from bitwright_tensorflow.graph.model import (
@@ -141,7 +143,7 @@ def from_meta(path: Path, checkpoint: Path | None, inputs: Names, outputs: Names
     except (DecodeError, OSError) as error:
         raise InputError(f"{path} is not a MetaGraph: {error}") from error
     prefix = str(checkpoint or path.with_suffix(""))
-    if not tf.compat.v1.train.checkpoint_exists(prefix):
+    if not has_checkpoint(prefix):
         raise InputError(f"there is no checkpoint {prefix!r}; name it: load(path, checkpoint=…)")
     signature = next(iter(meta.signature_def.values()), None)
     if outputs is None and signature is not None:
@@ -167,7 +169,15 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
     _fix_constants(wiring, given.constants)
     outputs = _named(wiring, given.outputs, "outputs")
     if not outputs:
-        raise InputError("which tensors are the network's results? outputs=['logits']")
+        raise InputError(
+            f"which tensors{f' of {file}' if file else ''} are the network's results? Name them, outputs=['logits']"
+            + (
+                f": TensorFlowBackend().load({Path(file).name!r}, outputs=['logits']), on the command line "
+                "--load outputs=logits"
+                if file
+                else ""
+            )
+        )
     inputs = _named(wiring, given.inputs, "inputs")
     if not inputs:
         inputs = {n.removesuffix(":0"): n for n in _placeholders(wiring, list(outputs.values()))}
@@ -181,20 +191,43 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
         )
     if file:
         refuse_outside(meta.graph_def, list(outputs.values()), file)
-    if any(wiring.nodes[n].op in CALLS for n in wiring.order(list(outputs.values()), set(inputs.values()))):
-        ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
-        meta.graph_def.CopyFrom(inline_calls(meta.graph_def, [*inputs.values(), *outputs.values(), *ends]))
-        if file:
-            refuse_computed(meta.graph_def, file)
+    _flatten(meta.graph_def, list(inputs.values()), list(outputs.values()), kind, file)
     normalize(meta.graph_def, list(inputs.values()), list(outputs.values()))
     return TfModel(meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs))
+
+
+def _flatten(graph_def: GraphDef, inputs: list[TensorId], outputs: list[TensorId], kind: Kind, file: str) -> None:
+    """Calls between inputs and outputs inlined, and conditions that inference always decides the same way."""
+    before: set[str] = set()
+    while True:
+        # A session's graph is trained by feeding what its conditions hang on: nothing but `constants` decides them.
+        taken = take_branches(graph_def, inputs, outputs, defaults=kind is not Kind.SESSION)
+        wiring = Wiring(graph_def)
+        calls = {n for n in wiring.order(outputs, set(inputs)) if wiring.nodes[n].op in CALLS}
+        if not calls or (calls <= before and not taken.changed):  # what is left is compiled as a whole
+            break
+        before = calls
+        ends = [f"{n}:0" for n in wiring.nodes if not wiring.readers.get(f"{n}:0")]
+        graph_def.CopyFrom(inline_calls(graph_def, [*inputs, *outputs, *ends]))
+        if file:
+            refuse_computed(graph_def, file)
+    if taken.undecided:
+        name = taken.undecided[0]
+        warnings.warn(
+            f"conditions between inputs and outputs hang on the placeholder {name!r}, so they are left as they are, in "
+            f"float, with the batch norms in them; give its value in inference: constants={{{name!r}: False}}",
+            stacklevel=2,
+        )
 
 
 def _fix_constants(wiring: Wiring, constants: Mapping[str, Any]) -> None:
     for name, value in constants.items():
         node = wiring.nodes.get(str(name).partition(":")[0])
         if node is None or not node.op.startswith("Placeholder"):
-            raise InputError(f"constants: the graph has no placeholder {name!r}")
+            placeholders = [n for n, other in wiring.nodes.items() if other.op.startswith("Placeholder")]
+            raise InputError(
+                f"constants: the graph has no placeholder {name!r}{unknown_name(str(name), placeholders, listed=False)}"
+            )
         dtype = tf.as_dtype(node.attr["dtype"].type)
         node.CopyFrom(constant(node.name, np.asarray(value, dtype.as_numpy_dtype), dtype.name))
 
@@ -209,9 +242,16 @@ def _named(wiring: Wiring, given: Names, what: str) -> dict[str, TensorId]:
     for key, item in pairs:
         tensor = tensor_id(str(getattr(item, "name", item)))
         if tensor.partition(":")[0] not in wiring.nodes:
-            raise InputError(f"{what}: the graph has no tensor {tensor!r}")
+            raise InputError(f"{what}: the graph has no tensor {tensor!r}{_nearest(wiring, tensor)}")
         named[str(key) if key is not None else tensor.removesuffix(":0")] = tensor
     return named
+
+
+def _nearest(wiring: Wiring, tensor: TensorId) -> str:
+    """A hint at the name that was meant: the same in a scope, or a similar one."""
+    name = tensor.partition(":")[0]
+    scoped = sorted((n for n in wiring.nodes if n.endswith(f"/{name}")), key=lambda n: (n.count("/"), n))
+    return f"; did you mean {scoped[0]!r}?" if scoped else unknown_name(name, wiring.nodes, listed=False)
 
 
 def _placeholders(wiring: Wiring, outputs: Sequence[TensorId], inputs: set[TensorId] | None = None) -> list[TensorId]:

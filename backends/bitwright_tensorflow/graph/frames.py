@@ -22,7 +22,7 @@ def regions(wiring: Wiring, order: Sequence[str]) -> list[tuple[str, ...]]:
     depth: dict[str, int] = {}
     marked: list[str] = []
     # Control dependencies place constants inside of a branch, so they come from the whole order and not only data.
-    for name in _with_controls(wiring, order):
+    for name in in_order(wiring, order):
         node = wiring.nodes[name]
         above = max((depth.get(node_of(i), 0) for i in node.input if not _is_back(wiring, i)), default=0)
         if node.op in OPENING and not _of_loop(wiring, name):
@@ -52,7 +52,7 @@ def _of_loop(wiring: Wiring, name: str) -> bool:
     return False
 
 
-def _with_controls(wiring: Wiring, order: Sequence[str]) -> list[str]:
+def in_order(wiring: Wiring, order: Sequence[str]) -> list[str]:
     """The order, with control dependencies respected too."""
     done: set[str] = set()
     result: list[str] = []

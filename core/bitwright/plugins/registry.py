@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -479,15 +480,27 @@ class Registry:
         """
         path = model_file(path)
         if not path.exists():
-            raise InputError(f"there is no model {str(path)!r}")
+            raise InputError(f"there is no file {path}{self._others_like(path)}")
         offered = self._catalogue.of(BackendInfo)
         by_suffix = [d for d in offered if path.suffix.lower() in d.info.suffixes]
         if len(by_suffix) != 1:
             by_content = [d for d in by_suffix or offered if _recognizes(d, path)]
             by_suffix = by_content or by_suffix
         if not by_suffix:
-            raise InputError(f"no backend opens {str(path)!r}; there are {self._describe_backends()}")
+            raise InputError(
+                f"no backend opens {str(path)!r}{self._others_like(path)}; there are {self._describe_backends()}"
+            )
         return self._backend(by_suffix[0])
+
+    def _others_like(self, path: Path) -> str:
+        """The end of a message about a path that is no model: the models in that folder, or of that name and more."""
+        suffixes = {suffix for d in self._catalogue.of(BackendInfo) for suffix in d.info.suffixes}
+        try:
+            found = path.iterdir() if path.is_dir() else path.parent.glob(f"{escape(path.name)}.*")
+            models = sorted(p for p in found if p.suffix.lower() in suffixes and p.suffix != ".py" and p.is_file())
+        except (OSError, ValueError):
+            return ""
+        return f"; did you mean {str(models[0])!r}?" if models else ""
 
     def _describe_backends(self) -> str:
         if not (offered := self._catalogue.of(BackendInfo)):

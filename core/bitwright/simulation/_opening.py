@@ -29,7 +29,7 @@ def open_model(
     """
     if isinstance(model, (str, Path)):
         path = Path(model)
-        if not registry.model_file(path).exists():
+        if name and not registry.model_file(path).exists():
             raise InputError(f"there is no file {registry.model_file(path)}")
         backend = registry.backend(name) if name else registry.backend_for_path(path)
         traced = {} if sample is None else {"sample": sample}

@@ -1,0 +1,196 @@
+"""Conditions that inference always decides the same way: the branch that it takes, in the condition's place.
+
+Graphs of TF 1 often hold a network twice, behind `tf.cond(is_training, …)`: batch norms and dropouts in training and
+in inference. Once the predicate is a constant, one branch is left, and its ops are ops of the network as any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from bitwright.graph import TensorId
+from bitwright_tensorflow.graph.frames import in_order
+from bitwright_tensorflow.graph.graphs import Wiring, data_operands
+from bitwright_tensorflow.graph.model import GraphDef, NodeDef, node_of, operand_of, tensor_id
+
+_PASSING = frozenset({"Identity", "StopGradient", "PreventGradient", "Snapshot"})
+_SWITCHES = frozenset({"Switch", "RefSwitch"})
+_MERGES = frozenset({"Merge", "RefMerge"})
+CONDITIONS = frozenset({"If", "StatelessIf"})
+_DEFAULT = "PlaceholderWithDefault"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of conditions.
+
+    Attributes:
+        changed: whether there was one that is always decided the same way.
+        undecided: placeholders with a default that decide conditions which were left as they are.
+    """
+
+    changed: bool
+    undecided: tuple[str, ...]
+
+
+def take_branches(
+    graph_def: GraphDef, inputs: Collection[TensorId], outputs: Sequence[TensorId], *, defaults: bool
+) -> Taken:
+    """Put the branch that is always taken in the place of each condition between inputs and outputs.
+
+    Of TF 1's conditions (Switch … Merge) the tensors keep their names, and the dead branch stays in the graph for
+    whatever else reads it. Of those of TF 2 (`If`) a call of the branch is left, for `inline_calls`; those within
+    functions too.
+
+    Args:
+        graph_def: the caller's own.
+        inputs, outputs: of the network.
+        defaults: whether a placeholder that isn't an input has its default value. Where the graph goes back to the
+            user to be trained it hasn't: there somebody feeds it.
+    """
+    graph = _Branches(graph_def, inputs, defaults)
+    order = graph.wiring.order(outputs, set(inputs))
+    changed = graph.call(order)
+    for function in graph_def.library.function:
+        if any(node.op in CONDITIONS for node in function.node_def):
+            body = GraphDef()
+            body.node.extend(function.node_def)
+            if _Branches(body, (), defaults).call([node.name for node in body.node]):
+                changed = True
+                del function.node_def[:]
+                function.node_def.extend(body.node)
+    changed |= graph.join(order)
+    return Taken(changed, tuple(graph.undecided))
+
+
+class _Branches:
+    def __init__(self, graph_def: GraphDef, inputs: Collection[TensorId], defaults: bool) -> None:
+        self.wiring = Wiring(graph_def)
+        self.undecided: list[str] = []
+        self._inputs, self._defaults = set(inputs), defaults
+        self._dead: dict[str, bool] = {}
+
+    def predicate(self, tensor: TensorId) -> bool | None:
+        """What a condition's predicate always is, if it is always the same."""
+        while True:
+            node = self.wiring.nodes.get(node_of(tensor))
+            if node is None or tensor in self._inputs:
+                return None
+            if node.op in _PASSING or node.op in _SWITCHES or (node.op == _DEFAULT and self._defaults):
+                tensor = data_operands(node)[0]
+                continue
+            break
+        if node.op == "Const":
+            value = tf.make_ndarray(node.attr["value"].tensor)
+            return bool(value) if np.ndim(value) == 0 and value.dtype.kind in "biuf" else None
+        if node.op == _DEFAULT and node.name not in self.undecided:
+            self.undecided.append(node.name)
+        if node.op == "LogicalNot":
+            value = self.predicate(data_operands(node)[0])
+            return None if value is None else not value
+        if node.op in ("LogicalAnd", "LogicalOr"):
+            values = [self.predicate(t) for t in data_operands(node)]
+            decisive = node.op == "LogicalOr"
+            return decisive if decisive in values else None if None in values else not decisive
+        return None
+
+    def call(self, order: Sequence[str]) -> bool:
+        """Conditions of TF 2 in `order` as calls of their branches; whether there was one."""
+        changed = False
+        for name in order:
+            node = self.wiring.nodes[name]
+            if node.op in CONDITIONS and (taken := self.predicate(tensor_id(node.input[0]))) is not None:
+                _call(node, taken)
+                changed = True
+        return changed
+
+    def join(self, order: Sequence[str]) -> bool:
+        """Conditions of TF 1 in `order`: past their switches, and from their merges straight to what arrives."""
+        decided = False
+        reached = in_order(self.wiring, order)  # assignments that a branch waits for are in the branch too
+        for name in reached:
+            node = self.wiring.nodes[name]
+            decided |= self._taken(name) is not None
+            arrives = [not self._is_dead(i) for i in node.input]
+            self._dead[name] = not any(arrives) if node.op in _MERGES else not all(arrives)
+        if not decided:
+            return False
+        for name in reached:
+            node = self.wiring.nodes[name]
+            if self._dead[name]:
+                continue
+            if node.op in _MERGES and not self.wiring.readers.get(f"{name}:1"):
+                alive = [i for i in node.input if not i.startswith("^") and not self._is_dead(i)]
+                if len(alive) == 1 and any(self._is_dead(i) for i in node.input):
+                    self._pass_on(node, alive[0])
+            if self._taken(name) is None:
+                self._past_switches(node)
+        return True
+
+    def _taken(self, name: str) -> bool | None:
+        node = self.wiring.nodes[name]
+        return self.predicate(tensor_id(node.input[1])) if node.op in _SWITCHES else None
+
+    def _is_dead(self, operand: str) -> bool:
+        """Whether what an operand reads is never computed."""
+        name = node_of(operand)
+        if self._dead.get(name, False):
+            return True
+        if operand.startswith("^") or name not in self.wiring.nodes:
+            return False
+        taken = self._taken(name)
+        return taken is not None and tensor_id(operand) != f"{name}:{int(taken)}"
+
+    def _past_switches(self, node: NodeDef) -> None:
+        """Read what decided switches are given, and wait for none of them."""
+        kept: list[str] = []
+        for operand in node.input:
+            if operand.startswith("^"):
+                if not self._is_pivot(operand[1:]):
+                    kept.append(operand)
+                continue
+            tensor = tensor_id(operand)
+            while self._taken(node_of(tensor)) is not None:
+                tensor = data_operands(self.wiring.nodes[node_of(tensor)])[0]
+            kept.append(operand_of(tensor))
+        del node.input[:]
+        node.input.extend(kept)
+
+    def _is_pivot(self, name: str) -> bool:
+        """Whether a node only marks a branch that is taken."""
+        while (node := self.wiring.nodes.get(name)) is not None and node.op in (*_PASSING, *_SWITCHES):
+            if self._taken(name) is not None:
+                return True
+            name = node_of(node.input[0])
+        return False
+
+    def _pass_on(self, node: NodeDef, operand: str) -> None:
+        dtype = node.attr["T"].type
+        node.op = "Identity"
+        node.attr.clear()
+        node.attr["T"].type = dtype
+        del node.input[:]
+        node.input.append(operand)
+
+
+def _call(node: NodeDef, taken: bool) -> None:
+    """An `If` as a call of one of its branches."""
+    branch = node.attr["then_branch" if taken else "else_branch"].func
+    kept = {key: node.attr[key] for key in ("Tin", "Tout", "_output_shapes") if key in node.attr}
+    copies = {key: type(value)() for key, value in kept.items()}
+    for key, value in kept.items():
+        copies[key].CopyFrom(value)
+    function = type(branch)()
+    function.CopyFrom(branch)
+    operands = list(node.input[1:])
+    node.op = "PartitionedCall"
+    node.attr.clear()
+    for key, value in copies.items():
+        node.attr[key].CopyFrom(value)
+    node.attr["f"].func.CopyFrom(function)
+    del node.input[:]
+    node.input.extend(operands)
