@@ -239,7 +239,7 @@ def test_models_no_one_owns_and_paths_no_one_opens(tmp_path):
     found = Registry(entry_points=False)
     with pytest.raises(PluginError, match=r"no backend takes a builtins.dict; there are onnx \(\.onnx"):
         found.backend_for_model({})
-    with pytest.raises(InputError, match="there is no model"):
+    with pytest.raises(InputError, match="there is no file"):
         found.backend_for_path(tmp_path / "absent.onnx")
     text = tmp_path / "notes.txt"
     text.write_text("hello")
