@@ -13,6 +13,8 @@ from bitwright_aimet._settings import CONFIG_1, SimulationSettings, is_float, re
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet._steps import AdaroundParameters, batches
 
+Width = tuple[int, Any]
+
 
 def evaluation(callback: Callable[..., Any]) -> Callable[[Any], Any]:
     """AIMET's evaluation of a model and a number of samples, on all samples."""
@@ -77,6 +79,30 @@ class BaseAutoQuant:
         return self.result.model, self.result.score, str(self.result.bundle.files["encodings"])
 
 
+class WithMixedPrecision(BaseAutoQuant):
+    """AutoQuant under the name that promises mixed precision behind it: in bitwright that is a search of its own."""
+
+    def optimize(self, allowed_accuracy_drop: float = 0.0) -> Any:
+        """Search for the quantized model that loses no more than this.
+
+        Returns:
+            The simulated model, its score, the path of its encodings, and None: no front of mixed precision.
+        """
+        return (*super().optimize(allowed_accuracy_drop), None)
+
+    def set_mixed_precision_params(self, candidates: Sequence[tuple[Width, Width]], *args: Any, **named: Any) -> None:
+        """Not taken.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "set_mixed_precision_params: optimize() spends 16-bit activations and 8-bit weights by itself where "
+            "nothing else is enough; for candidates of your own, bitwright.mixed_precision(model, data, evaluate, "
+            "candidates=[('int8', 'uint8'), ('int4', 'uint8')], allowed_drop=…)"
+        )
+
+
 class BaseQuantAnalyzer:
     """QuantAnalyzer but for a framework: bitwright's `quant_analyzer` by AIMET's arguments."""
 
@@ -121,9 +147,6 @@ class BaseQuantAnalyzer:
             lambda model: float(self._evaluate(model)),
             out=results_dir,
         )
-
-
-Width = tuple[int, Any]
 
 
 def mixed_precision(

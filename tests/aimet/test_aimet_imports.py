@@ -54,7 +54,10 @@ from aimet_onnx.cross_layer_equalization import equalize_model
 from aimet_onnx.quant_analyzer import QuantAnalyzer
 from aimet_onnx.quantsim import QuantizationSimModel, load_encodings_to_sim
 from aimet_onnx.sequential_mse.seq_mse import apply_seq_mse
+from aimet_torch.auto_quant import AutoQuant, AutoQuantWithAutoMixedPrecision
+from aimet_tensorflow.keras.auto_quant_v2 import AutoQuantWithAutoMixedPrecision
 from aimet_tensorflow.keras.quantsim import QuantizationSimModel
+from aimet_tensorflow.bias_correction import BiasCorrection, BiasCorrectionParams, QuantParams
 from aimet_tensorflow.quantsim import QuantizationSimModel
 """
 """How scripts of AIMET 1.31 and 2.42 import what the page says is there."""

@@ -9,11 +9,12 @@ import pytest
 
 keras = pytest.importorskip("keras")
 
+from bitwright.errors import InputError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme  # noqa: E402
 from bitwright_aimet.common.utils import CallbackFunc  # noqa: E402
 from bitwright_aimet.tensorflow.keras.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
-from bitwright_aimet.tensorflow.keras.auto_quant_v2 import AutoQuant  # noqa: E402
+from bitwright_aimet.tensorflow.keras.auto_quant_v2 import AutoQuantWithAutoMixedPrecision  # noqa: E402
 from bitwright_aimet.tensorflow.keras.batch_norm_fold import (  # noqa: E402
     fold_all_batch_norms,
     fold_all_batch_norms_to_scale,
@@ -120,8 +121,13 @@ def test_analysis_auto_quant_and_mixed_precision(net, images, tmp_path):
     run, evaluate = CallbackFunc(forward, images), CallbackFunc(score, images)
     found = QuantAnalyzer(net, run, evaluate).analyze("tf", results_dir=str(tmp_path / "analysis"))
     assert found.overall
-    auto = AutoQuant(net, lambda model, samples: score(model, images), images, results_dir=str(tmp_path / "auto"))
-    model, best, _ = auto.optimize(0.9)
+    auto = AutoQuantWithAutoMixedPrecision(
+        net, lambda model, samples: score(model, images), images, results_dir=str(tmp_path / "auto")
+    )
+    model, best, _, front = auto.optimize(0.9)
+    assert front is None
+    with pytest.raises(InputError, match=r"bitwright\.mixed_precision"):
+        auto.set_mixed_precision_params(candidates=[])
     assert best == score(model, images)
     kind = QuantizationDataType.int
     sim = QuantizationSimModel(fold_all_batch_norms(net)[1], "tf", config_file="default")

@@ -7,6 +7,7 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+from bitwright.errors import InputError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
 from bitwright_aimet.common.utils import CallbackFunc  # noqa: E402
 from bitwright_aimet.tensorflow.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
@@ -20,7 +21,7 @@ from bitwright_aimet.tensorflow.bias_correction import (  # noqa: E402
 from bitwright_aimet.tensorflow.cross_layer_equalization import equalize_model  # noqa: E402
 from bitwright_aimet.tensorflow.quant_analyzer import QuantAnalyzer  # noqa: E402
 from bitwright_aimet.tensorflow.quantsim import QuantizationSimModel  # noqa: E402
-from bitwright_tensorflow import SessionModel  # noqa: E402
+from bitwright_tensorflow import SessionModel, dataset_batches  # noqa: E402
 
 v1 = tf.compat.v1
 ENDS = (["image"], ["logits"])
@@ -97,11 +98,36 @@ def test_adaround_and_bias_correction(session, images, tmp_path):
         np.testing.assert_array_equal(sim.bitwright.params[site], wanted.params[site])
         np.testing.assert_allclose(sim.bitwright.encodings[site].scale, wanted.encodings[site].scale, rtol=1e-6)
     params = BiasCorrectionParams(4, 10, 10, *ENDS)
-    corrected = BiasCorrection.correct_bias(session, params, QuantParams(4, quant_scheme="tf"), images)
-    wanted = own(session, weights="int4").apply("bias_correction", images, mode="empirical")
-    found = own(corrected, weights="int4")
+    corrected = BiasCorrection.correct_bias(session, params, QuantParams(quant_mode="tf", use_cuda=False), images)
+    wanted = own(session).apply("bias_correction", images, mode="empirical")
+    found = own(corrected)
     np.testing.assert_array_equal(found.params["b2"], wanted.params["b2"])
-    assert np.abs(found.params["b2"] - own(session).params["b2"]).max() > 1e-4
+    assert np.abs(found.params["b2"] - own(session).params["b2"]).max() > 1e-6
+
+
+def test_datasets_of_graph_mode(session, images, tmp_path):
+    """Scripts of sessions disable eager execution, and then nobody can iterate over a dataset in Python."""
+    whole = np.concatenate(images)
+    with tf.Graph().as_default():
+        dataset = tf.data.Dataset.from_tensor_slices(whole).batch(4)
+        with pytest.raises(RuntimeError, match="eager"):
+            next(iter(dataset))
+    made = dataset_batches(dataset)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.concatenate(list(made)), whole)
+    assert dataset_batches(images) is images
+    rounded = [
+        Adaround.apply_adaround(session, *ENDS, AdaroundParameters(data, 2), str(tmp_path), "adaround")
+        for data in (dataset, images)
+    ]
+    first, second = (own(made, weights="int4").params for made in rounded)
+    assert all(np.array_equal(first[p], second[p]) for p in ("k1", "k2", "k3"))
+    params = BiasCorrectionParams(4, 10, 10, *ENDS)
+    corrected = [BiasCorrection.correct_bias(session, params, QuantParams("tf"), data) for data in (dataset, images)]
+    first, second = (own(made).params["b2"] for made in corrected)
+    np.testing.assert_array_equal(first, second)
+    with pytest.raises(InputError, match="ops_to_ignore"):
+        QuantParams(ops_to_ignore=["conv1"])
 
 
 def test_analysis_and_auto_quant(session, images, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -63,7 +64,13 @@ def load_native(path: Path, *, custom_objects: Any = None, safe_mode: bool = Tru
         if "Lambda" in str(error) and safe_mode:
             remedy = "; if you trust the file, load it with safe_mode=False"
         elif "custom" in str(error).lower() or "Unknown layer" in str(error):
-            remedy = "; give its own classes as custom_objects={'Name': Class}"
+            named = re.search(r"(?:Could not locate class|Unknown layer:) '?(\w+)'?", str(error))
+            own = named.group(1) if named else "Name"
+            said = f"{own!r} is a class of its own" if named else said
+            remedy = (
+                f"; give it as custom_objects={{{own!r}: {own}}}, or open the model in Python, where its classes are, "
+                "and give that to QuantSim"
+            )
         raise InputError(f"{path} can't be opened as a Keras model: {said[:300]}{remedy}") from error
 
 

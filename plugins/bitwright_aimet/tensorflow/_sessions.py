@@ -22,5 +22,14 @@ def session_of(simulation: QuantSim) -> Any:
     return open_session(simulation.native)
 
 
+def data_of(dataset: Any) -> Any:
+    """Batches of a dataset, which in scripts of sessions is one of graph mode."""
+    if not any(base.__module__.partition(".")[0] == "tensorflow" for base in type(dataset).__mro__):
+        return dataset
+    from bitwright_tensorflow import dataset_batches
+
+    return dataset_batches(dataset)
+
+
 def _several(names: Sequence[str] | str) -> Sequence[str]:
     return [names] if isinstance(names, str) else names

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright_aimet._settings import read_settings
 from bitwright_aimet._tools import BaseAutoQuant
-from bitwright_aimet.tensorflow._sessions import network
+from bitwright_aimet.tensorflow._sessions import data_of, network
 
 
 class AutoQuant(BaseAutoQuant):
@@ -40,6 +40,6 @@ class AutoQuant(BaseAutoQuant):
     ) -> None:
         settings = read_settings(quant_scheme, output_bw, param_bw, config_file, rounding_mode=rounding_mode)
         model = network(session, starting_op_names, output_op_names)
-        super().__init__(model, None, dataset, eval_callback, settings, results_dir)
+        super().__init__(model, None, data_of(dataset), eval_callback, settings, results_dir)
         evaluate = self._evaluate
         self._evaluate = lambda simulated: evaluate(simulated.session)

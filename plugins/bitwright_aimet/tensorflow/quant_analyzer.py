@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright_aimet._tools import BaseQuantAnalyzer
 from bitwright_aimet.common.defs import CallbackFunc
-from bitwright_aimet.tensorflow._sessions import network
+from bitwright_aimet.tensorflow._sessions import data_of, network
 
 __all__ = ["CallbackFunc", "QuantAnalyzer"]
 
@@ -32,3 +32,7 @@ class QuantAnalyzer(BaseQuantAnalyzer):
     ) -> None:
         model = network(session, start_op_names, output_op_names)
         super().__init__(model, None, forward_pass_callback, lambda simulated: eval_callback(simulated.session))
+
+    def enable_per_layer_mse_loss(self, unlabeled_dataset_iterable: Any, num_batches: int) -> None:
+        """Take the layers' errors, which the page has in any case, on these batches."""
+        super().enable_per_layer_mse_loss(data_of(unlabeled_dataset_iterable), num_batches)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitwright_aimet._settings import CONFIG_2, read_settings
-from bitwright_aimet._tools import BaseAutoQuant
+from bitwright_aimet._tools import BaseAutoQuant, WithMixedPrecision
 
 
 class AutoQuant(BaseAutoQuant):
@@ -43,3 +43,7 @@ class AutoQuant(BaseAutoQuant):
             quant_scheme, output_bw, param_bw, config_file, rounding_mode=rounding_mode, default_config=CONFIG_2
         )
         super().__init__(model, dummy_input, data_loader, eval_callback, settings, results_dir)
+
+
+class AutoQuantWithAutoMixedPrecision(WithMixedPrecision, AutoQuant):
+    """`AutoQuant` by AIMET's name for it with mixed precision; `optimize` returns a fourth value, None."""

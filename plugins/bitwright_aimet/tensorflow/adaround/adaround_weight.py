@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitwright_aimet._simulation import param_encodings
-from bitwright_aimet._steps import DataSetAdaroundParameters as AdaroundParameters
-from bitwright_aimet._steps import adaround_simulation
-from bitwright_aimet.tensorflow._sessions import network, session_of
+from bitwright_aimet._steps import DataSetAdaroundParameters, adaround_simulation
+from bitwright_aimet.tensorflow._sessions import data_of, network, session_of
 
 __all__ = ["Adaround", "AdaroundParameters"]
+
+
+class AdaroundParameters(DataSetAdaroundParameters):
+    """The same as of Keras; `data_set` may be a `tf.data.Dataset` of graph mode."""
+
+    def __init__(self, data_set: Any, num_batches: int, *settings: Any, **named: Any) -> None:
+        super().__init__(data_of(data_set), num_batches, *settings, **named)
 
 
 class Adaround:
