@@ -34,10 +34,14 @@ class Bench:
     rounding: int
     """Images for techniques that learn how to round; with 0 they are left out."""
     iterations: int
-    """Steps a layer of those that would take hours at their defaults; with 0 their defaults."""
+    """Steps a layer to estimate from what techniques take that would take hours at their defaults; 0: run these."""
     repeats: int
     passes: bool
     """Whether the passes and steps alone are measured, which want a machine to themselves."""
+    techniques: str
+    """Techniques for 4-bit weights that alone are run, beginnings of names with commas between; empty: everything."""
+    packages: tuple[str, ...]
+    """Those whose versions belong to the figures."""
     figures: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,8 +51,9 @@ class Bench:
         if self.passes:  # ranges take little of a pass's time; two batches are enough for any
             self.calibration, self.rounding = self.calibration[: 2 * BATCH], 0
         self.few = self.calibration[: self.rounding]
-        self.onnx = self.work / "lite0.onnx"
+        self.onnx, self.keras, self.tflite = (self.work / f"lite0.{kind}" for kind in ("onnx", "keras", "tflite"))
         self.begin = resident()
+        self.figures["versions"] = {name: importlib.metadata.version(name) for name in self.packages}
 
     def batches(self, images: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(images), BATCH):
@@ -60,6 +65,9 @@ class Bench:
 
     def accuracy(self, name: str, run: Callable[[np.ndarray], Any]) -> None:
         """Top-1 and, from the second call on, the share of photos with the first call's (float's) class; percent."""
+        if self.techniques and not name.startswith("W4A8 "):
+            return
+        self.doing(name)
         found = self.classes(run)
         if self.passes:  # the photos have warmed the model up: bitwright compiles its kernels once they pay
             return
@@ -73,27 +81,43 @@ class Bench:
     def seconds(self, name: str, action: Callable[[], Any]) -> Any:
         """What `action` gives; the CPU seconds that it took, all threads of the process, are kept, and the most memory
         that the process held meanwhile, above what it held at its start."""
+        self.doing(name)
+        before = gauge()
         forget_peak()
         begin = time.process_time()
         given = action()
         self.figures[f"{name} s"] = time.process_time() - begin
         self.figures[f"{name} MiB"] = peak() - self.begin
+        self.figures.setdefault("gauge", []).extend((before, gauge()))
         log(f"{name}: {self.figures[f'{name} s']:.1f} s, {self.figures[f'{name} MiB']:.0f} MiB")
         return given
 
     def attempt(self, name: str, action: Callable[[], Any]) -> None:
         """Run what a peer may be unable to do: the error's first line is a figure then, not the end of the run."""
-        if self.passes:
+        if self.passes or (self.techniques and not name.startswith(tuple(self.techniques.split(",")))):
             return
+        self.doing(name)
         try:
             action()
         except Exception as e:
             self.figures[f"{name} failed"] = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
             log(traceback.format_exc())
 
-    def export(self, write: Callable[[], Path]) -> None:
-        """Time what writes an ONNX file, and run the file."""
-        self.attempt("export", lambda: self.artefact(self.seconds("export", write)))
+    def export(
+        self,
+        write: Callable[[], Path],
+        opened: Callable[[Path], Callable[[np.ndarray], np.ndarray]] | None = None,
+    ) -> None:
+        """Time what writes a file, and run it: by what `opened` makes of it; without, an ONNX file in ONNX Runtime."""
+
+        def run() -> None:
+            path = self.seconds("export", write)
+            if opened:
+                self.accuracy("runtime", opened(path))
+            else:
+                self.artefact(path)
+
+        self.attempt("export", run)
 
     def rounded(
         self, name: str, solve: Callable[[], Any], opened: Callable[[Any], Callable[[np.ndarray], Any]]
@@ -102,8 +126,36 @@ class Bench:
         if self.rounding:
             self.attempt(name, lambda: self.accuracy(f"W4A8 {name}", opened(self.seconds(name, solve))))
 
+    def rehearsed(self, name: str, default: int, steps: int, solve: Callable[[Callable[[], None]], Any]) -> None:
+        """Estimate the CPU seconds of a technique at its `default` steps (a layer) from a run of `steps` of them.
+
+        `solve` calls what it is given once in each step. What lies between two steps of a layer is multiplied, all
+        else counts once.
+        """
+        if not self.rounding:
+            return
+        marks: list[float] = []
+
+        def run() -> None:
+            before, begin = gauge(), time.process_time()
+            solve(lambda: marks.append(time.process_time()))
+            taken = time.process_time() - begin
+            layers, left = divmod(len(marks), steps)
+            if left or not layers:
+                raise RuntimeError(f"{len(marks)} steps are no whole number of layers of {steps}")
+            stepped = float(np.diff(np.reshape(marks, (layers, steps))).sum())
+            whole = taken - stepped + stepped * (default - 1) / (steps - 1)
+            self.figures |= {f"{name} {default} s, estimated": whole, f"{name} {default} steps timed": steps}
+            self.figures.setdefault("gauge", []).extend((before, gauge()))
+            log(f"{name}: {taken:.0f} s with {steps} steps, {whole:.0f} s with {default}")
+
+        self.attempt(name, run)
+
     def turns(self, tasks: dict[str, Callable[[], Any]]) -> None:
         """Median CPU seconds of each task; they take turns, so that all of them see the same machine."""
+        if self.techniques:
+            return
+        self.doing(" and ".join(tasks))
         for task in tasks.values():
             task()
         times: dict[str, list[float]] = {name: [] for name in tasks}
@@ -137,21 +189,26 @@ class Bench:
 
         return run
 
-    def end(self, *packages: str) -> None:
-        """Print the figures, with the versions of `packages`."""
-        self.figures["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    def doing(self, name: str) -> None:
+        """Print the figures so far, and what comes next: what a run that is cut off has measured counts."""
+        print("FIGURES " + json.dumps(self.figures | {"doing": name}), flush=True)
+
+    def end(self) -> None:
+        """Print the figures."""
         print("FIGURES " + json.dumps(self.figures), flush=True)
 
 
-def bench() -> Bench:
+def bench(*packages: str) -> Bench:
+    """The run that the command line asks for; figures come with the versions of `packages`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--rounding", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--passes", action="store_true")
+    parser.add_argument("--techniques", default="")
     hold_to_one_thread()
-    return Bench(**vars(parser.parse_args()))
+    return Bench(**vars(parser.parse_args()), packages=packages)
 
 
 def hold_to_one_thread() -> None:
@@ -170,6 +227,38 @@ def hold_to_one_thread() -> None:
     InferenceSession.__init__ = held
 
 
+def channels_last(images: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) → (N, H, W, C)."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def litert(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """What runs a .tflite file in LiteRT's interpreter on one thread, one photo after the other."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    entry, output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def codes(values: np.ndarray) -> np.ndarray:
+        if entry["dtype"] is np.float32:
+            return values
+        scale, zero = entry["quantization"]
+        limits = np.iinfo(entry["dtype"])
+        return np.clip(np.rint(values / scale) + zero, limits.min, limits.max).astype(entry["dtype"])
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        """Codes of the output rise with its values: the class is the same."""
+        found = []
+        for image in channels_last(batch):
+            interpreter.set_tensor(entry["index"], codes(image[None]))
+            interpreter.invoke()
+            found.append(interpreter.get_tensor(output["index"])[0])
+        return np.stack(found)
+
+    return run
+
+
 def network() -> Any:
     """EfficientNet-Lite0 with its ImageNet weights, a torch module in eval mode with its batch norms."""
     import torch
@@ -184,6 +273,25 @@ def network() -> Any:
             kind.__qualname__ = kind.__name__
             setattr(sys.modules[kind.__module__], kind.__name__, kind)
     return net
+
+
+def let_torchvision_load() -> None:
+    """Declare two operators of torchvision, which peers import and don't call.
+
+    PyPI's torchvision is built for CUDA. Beside a torch for CPUs its library can't be loaded, and its import fails
+    where it describes operators of it.
+    """
+    import torch
+
+    if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT.append(library)
+
+
+KEPT: list[Any] = []
+"""Libraries of operators: a declaration lasts as long as its object."""
 
 
 def evaluate(module: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -211,6 +319,20 @@ def training_step(module: Any, bench: Bench) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def gauge() -> float:
+    """CPU seconds of work that is always the same: what else the machine does stretches them too, by shared caches,
+    memory and cores."""
+    square, long = np.ones((384, 384), np.float32), np.ones(4 << 20, np.float32)
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        for _ in range(3):
+            square @ square
+            long.copy()
+        times.append(time.process_time() - begin)
+    return statistics.median(times)
 
 
 def log(line: str) -> None:

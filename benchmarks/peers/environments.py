@@ -36,29 +36,45 @@ def commit() -> str:
 
 
 def run(packages: Sequence[str], folder: Path, program: Path, arguments: Sequence[Any], timeout: int) -> dict[str, Any]:
-    """The figures that `program` prints in the environment in `folder`; {"failed": why} if there are none."""
+    """The figures that `program` prints in the environment in `folder`, as far as it got; {"failed": why} if there are
+    none.
+
+    A program may print its figures again and again, each time all it has; the last ones count. One that ends before
+    its end leaves under "doing" what it was at, which becomes a figure "NAME failed".
+    """
     try:
         python = environment(packages, folder)
     except subprocess.CalledProcessError:
         return {"failed": "doesn't install here"}
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
+        late = False
         try:
             done = subprocess.run(
-                [python, program, *map(str, arguments)], check=False, stdout=subprocess.PIPE, stderr=told, text=True,
+                [python, program, *map(str, arguments)], check=False, stdout=said, stderr=told,
                 env=os.environ | single, timeout=timeout,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"failed": f"not ready after {timeout} s"}
+            late = True
         finally:
+            said.seek(0)
             told.seek(0)
-            errors = told.read()
+            output, errors = said.read(), told.read()
             sys.stderr.write(errors)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("FIGURES ")), None)
+    why = None
+    if late:
+        why = f"not ready after {timeout} s"
+    elif done.returncode < 0:
+        why = f"killed by signal {-done.returncode}"
+    elif done.returncode or "FIGURES " not in output:
+        why = next((x.strip() for x in reversed(errors.splitlines()) if x.strip()), f"ended with {done.returncode}")
+    line = next((x for x in reversed(output.splitlines()) if x.startswith("FIGURES ")), None)
     if line is None:
-        last = next((x for x in reversed(errors.splitlines()) if x.strip()), f"ended with {done.returncode}")
-        return {"failed": f"`{last.strip()}`"}
+        return {"failed": why if late else f"`{why}`"}
     figures: dict[str, Any] = json.loads(line.removeprefix("FIGURES "))
+    doing = figures.pop("doing", "end")
+    if why:
+        figures[f"{doing} failed"] = why
     return figures
 
 

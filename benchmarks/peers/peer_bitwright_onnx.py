@@ -11,7 +11,7 @@ from common import BATCH, bench
 from bitwright.backend import Tap
 from bitwright.simulation import QuantSim
 
-run = bench()
+run = bench("bitwright", "onnxruntime")
 few = {"image": run.few}
 data = {"image": run.calibration}
 sim = run.seconds("calibrate", lambda: QuantSim(run.onnx, target="onnxruntime-cpu").calibrate(data))
@@ -39,4 +39,4 @@ for technique in ("adaround", "gptq"):
         lambda technique=technique: QuantSim(run.onnx, weights="int4").apply(technique, few),
         lambda low: functools.partial(simulated, sim=low.calibrate(data)),
     )
-run.end("bitwright", "onnxruntime")
+run.end()

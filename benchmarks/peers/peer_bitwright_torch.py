@@ -7,7 +7,7 @@ from common import BATCH, bench, evaluate, network, training_step
 
 from bitwright.simulation import QuantSim
 
-run = bench()
+run = bench("bitwright", "torch")
 module = network()
 sample = torch.from_numpy(run.calibration[:BATCH])
 run.accuracy("float", evaluate(module))
@@ -40,4 +40,4 @@ for technique in ("adaround", "gptq"):
         ),
         lambda low: evaluate(low.calibrate(run.calibration).model),
     )
-run.end("bitwright", "torch")
+run.end()

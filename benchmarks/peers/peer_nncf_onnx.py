@@ -6,7 +6,7 @@ import nncf
 import onnx
 from common import bench
 
-run = bench()
+run = bench("nncf", "onnxruntime")
 float_model = onnx.load(run.onnx)
 for entry in (*float_model.graph.input, *float_model.graph.output):  # bias correction takes a static batch only
     entry.type.tensor_type.shape.dim[0].dim_value = 1
@@ -22,4 +22,4 @@ def exported():
 
 
 run.export(exported)
-run.end("nncf", "onnxruntime")
+run.end()

@@ -23,7 +23,7 @@ class Whole(torch.nn.Module):
         return self.network(image)
 
 
-run = bench()
+run = bench("nncf", "torch")
 module = network()
 run.accuracy("float", evaluate(module))
 dataset = nncf.Dataset([torch.from_numpy(batch) for batch in run.batches(run.calibration)])
@@ -63,4 +63,4 @@ def four_bits():
 
 
 run.rounded("nearest, bias correction", four_bits, evaluate)
-run.end("nncf", "torch")
+run.end()

@@ -6,7 +6,7 @@ from common import bench
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-run = bench()
+run = bench("onnxruntime", "onnx")
 run.accuracy("float", run.session(run.onnx))
 
 
@@ -28,4 +28,4 @@ def quantized() -> None:
 
 run.seconds("calibrate", quantized)
 run.artefact(path)
-run.end("onnxruntime", "onnx")
+run.end()

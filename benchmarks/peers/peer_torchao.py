@@ -7,7 +7,7 @@ import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
 from common import BATCH, bench, evaluate, network, training_step
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
-run = bench()
+run = bench("torchao", "torch")
 module = network()
 sample = (torch.from_numpy(run.calibration[:BATCH]),)
 batch = {0: torch.export.Dim("N")}
@@ -49,4 +49,4 @@ run.export(written)
 learner = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
 training = prepare_qat_pt2e(exported(), learner)
 run.turns({"float step": training_step(network(), run), "training step": training_step(training, run)})
-run.end("torchao", "torch")
+run.end()
