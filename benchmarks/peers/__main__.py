@@ -45,7 +45,6 @@ PEERS: dict[str, tuple[str, ...]] = {
     "aimet_onnx": ("aimet-onnx", "onnxruntime"),
     "nncf_onnx": ("nncf", "onnx", "onnxruntime"),
     "onnxruntime": ("onnxruntime", "onnx", "sympy"),
-    "bitwright_keras": (f"{REPOSITORY}[keras]", "tensorflow-cpu", "ai-edge-litert"),
     "litert": ("litert-quantizer", "ai-edge-litert"),
 }
 """What pip installs for each peer; programs are `peer_NAME.py`."""
@@ -59,7 +58,6 @@ TITLES = {
     "torchao": "torchao PT2E",
     "mct": "MCT, PyTorch",
     "onnxruntime": "ONNX Runtime's quantizer",
-    "bitwright_keras": "**bitwright**, Keras",
     "litert": "LiteRT's quantizer",
 }
 PASSES = ("float pass", "simulated pass", "float step", "training step")
@@ -208,6 +206,8 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     def run_of(figures: dict[str, Any]) -> str:
         """The day of a row, its options where they aren't those of this run, and whether its seconds are stretched."""
         apart = {key: value for key, value in figures.get("options", {}).items() if value != getattr(options, key)}
+        if not estimated(figures):
+            apart.pop("iterations", None)  # they change nothing else
         told = [figures.get("day", "earlier"), *(f"`--{key} {value}`" for key, value in apart.items())]
         told += [f"{part} {figures[f'{part} day']}" for part in ("passes", "techniques") if f"{part} day" in figures]
         stretched = statistics.median(figures["gauge"]) / quiet if "gauge" in figures else 1.0

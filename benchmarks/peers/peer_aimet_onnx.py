@@ -23,9 +23,9 @@ feeds = [{"image": batch} for batch in run.batches(run.calibration)]
 few = [{"image": batch} for batch in run.batches(run.few)]
 
 
-def simulation(bits: str) -> QuantizationSimModel:
+def simulation(bits: str, scheme: QuantScheme = QuantScheme.post_training_tf_enhanced) -> QuantizationSimModel:
     return QuantizationSimModel(
-        copy.deepcopy(model), quant_scheme=QuantScheme.post_training_tf_enhanced, param_type=bits,
+        copy.deepcopy(model), quant_scheme=scheme, param_type=bits,
         activation_type="int8", config_file=get_path_for_per_channel_config(),
     )  # fmt: skip
 
@@ -60,8 +60,8 @@ run.turns({"float pass": lambda: through(plain)(first), "simulated pass": lambda
 
 
 def searched() -> QuantizationSimModel:
-    """Scales by the error of each layer's output; roundings are to nearest."""
-    low = simulation("int4")
+    """Scales by the error of each layer's output; roundings are to nearest. It takes min-max only."""
+    low = simulation("int4", QuantScheme.min_max)
     apply_seq_mse(low, few)
     return low
 
