@@ -76,8 +76,12 @@ def rounded(steps: int = STEPS) -> QuantizationSimModel:
     return low
 
 
+kept: list[QuantizationSimModel] = []
+
+
 def opened(low: QuantizationSimModel):
     low.compute_encodings(feeds)
+    kept.append(low)  # its sessions read what the simulation owns, and crash once that is gone
     return through(low.session)
 
 
