@@ -17,6 +17,7 @@ from bitwright import QuantSim  # noqa: E402
 from bitwright.graph import OpKind as K  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
+from bitwright_tensorflow.capture.sources import from_frozen  # noqa: E402
 from bitwright_tensorflow.graph.model import open_session  # noqa: E402
 
 v1 = tf.compat.v1
@@ -156,3 +157,52 @@ def test_nested_conditions_and_those_that_data_decide() -> None:
         with open_session(model) as again:
             found = again.run("y:0", {"x:0": data})
         np.testing.assert_allclose(found, session.run(y, {"x:0": data, "training:0": False}), rtol=1e-6)
+
+
+def decided_by_another(x: Any, first: bool) -> Any:
+    """A condition whose predicate another one gives, with an op in each branch: one would be there before the other."""
+    flag = v1.cond(tf.constant(first), lambda: tf.constant(False), lambda: tf.constant(True))
+    return v1.cond(flag, lambda: x * 2.0, lambda: tf.tanh(tf.tanh(tf.exp(x))) + 1.0)
+
+
+def loop(x: Any, taken: bool) -> Any:
+    def rounds() -> Any:
+        return tf.while_loop(lambda i, a: i < 3, lambda i, a: (i + 1, a * 2.0), [0, x])[1]
+
+    return v1.cond(tf.constant(taken), rounds, lambda: x + 1.0)
+
+
+def which_came(x: Any) -> Any:
+    """A merge that is asked which of its operands came."""
+    never, always = tf.raw_ops.Switch(data=x, pred=tf.constant(True))
+    merged, index = tf.raw_ops.Merge(inputs=[never, tf.tanh(always)])
+    return merged + tf.cast(index, tf.float32)
+
+
+def named_alike(x: Any) -> Any:
+    """A branch whose op has the name that the condition's own result has beside it, once it is inlined."""
+    return v1.cond(tf.constant(True), lambda: tf.identity(x * 2.0), lambda: x)
+
+
+@pytest.mark.usefixtures("conditions")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: decided_by_another(x, True),
+        lambda x: decided_by_another(x, False),
+        lambda x: loop(x, True),
+        lambda x: loop(x, False),
+        which_came,
+        named_alike,
+    ],
+)
+def test_a_branch_that_is_not_taken_never_gives_the_result(make: Any) -> None:
+    with tf.Graph().as_default() as graph:
+        y = tf.identity(make(v1.placeholder(tf.float32, (None, 3), name="x")), name="y")
+        data = {"x:0": tfnets.image(2, 3)}
+        with v1.Session(graph=graph) as session:
+            expected = session.run(y, data)
+    model = from_frozen(graph.as_graph_def(), ["x"], ["y"])
+    with open_session(model) as again:
+        for _ in range(5):  # of two that arrive, it is chance which is first
+            np.testing.assert_allclose(again.run("y:0", data), expected, rtol=1e-6)

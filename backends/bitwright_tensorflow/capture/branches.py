@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bitwright.graph import TensorId
-from bitwright_tensorflow.graph.frames import in_order
+from bitwright_tensorflow.graph.frames import in_order, is_back
 from bitwright_tensorflow.graph.graphs import Wiring, data_operands
 from bitwright_tensorflow.graph.model import GraphDef, NodeDef, node_of, operand_of, tensor_id
 
@@ -52,27 +52,34 @@ def take_branches(
         defaults: whether a placeholder that isn't an input has its default value. Where the graph goes back to the
             user to be trained it hasn't: there somebody feeds it.
     """
-    graph = _Branches(graph_def, inputs, defaults)
+    graph = _Branches(graph_def, inputs, outputs, defaults)
     order = graph.wiring.order(outputs, set(inputs))
     changed = graph.call(order)
     for function in graph_def.library.function:
         if any(node.op in CONDITIONS for node in function.node_def):
             body = GraphDef()
             body.node.extend(function.node_def)
-            if _Branches(body, (), defaults).call([node.name for node in body.node]):
+            if _Branches(body, (), (), defaults).call([node.name for node in body.node]):
                 changed = True
                 del function.node_def[:]
                 function.node_def.extend(body.node)
-    changed |= graph.join(order)
+    while graph.join(order):
+        changed = True  # and what a condition gave may decide others
+        graph = _Branches(graph_def, inputs, outputs, defaults)
+        order = graph.wiring.order(outputs, set(inputs))
+        graph.call(order)
     return Taken(changed, tuple(graph.undecided))
 
 
 class _Branches:
-    def __init__(self, graph_def: GraphDef, inputs: Collection[TensorId], defaults: bool) -> None:
+    def __init__(
+        self, graph_def: GraphDef, inputs: Collection[TensorId], outputs: Collection[TensorId], defaults: bool
+    ) -> None:
         self.wiring = Wiring(graph_def)
         self.undecided: list[str] = []
-        self._inputs, self._defaults = set(inputs), defaults
+        self._inputs, self._outputs, self._defaults = set(inputs), set(outputs), defaults
         self._dead: dict[str, bool] = {}
+        self._decided: dict[str, bool | None] = {}
 
     def predicate(self, tensor: TensorId) -> bool | None:
         """What a condition's predicate always is, if it is always the same."""
@@ -109,31 +116,44 @@ class _Branches:
         return changed
 
     def join(self, order: Sequence[str]) -> bool:
-        """Conditions of TF 1 in `order`: past their switches, and from their merges straight to what arrives."""
-        decided = False
+        """Conditions of TF 1 in `order`: past their switches, and from their merges straight to what arrives.
+
+        Returns:
+            Whether a merge is gone.
+        """
+        decided = joined = False
         reached = in_order(self.wiring, order)  # assignments that a branch waits for are in the branch too
         for name in reached:
             node = self.wiring.nodes[name]
             decided |= self._taken(name) is not None
-            arrives = [not self._is_dead(i) for i in node.input]
-            self._dead[name] = not any(arrives) if node.op in _MERGES else not all(arrives)
+            arrives = [not self._is_dead(i) for i in node.input if not is_back(self.wiring, i)]
+            self._dead[name] = not any(arrives) if node.op in _MERGES and arrives else not all(arrives)
         if not decided:
             return False
         for name in reached:
             node = self.wiring.nodes[name]
             if self._dead[name]:
                 continue
-            if node.op in _MERGES and not self.wiring.readers.get(f"{name}:1"):
+            if node.op in _MERGES and any(self._is_dead(i) for i in node.input):
                 alive = [i for i in node.input if not i.startswith("^") and not self._is_dead(i)]
-                if len(alive) == 1 and any(self._is_dead(i) for i in node.input):
-                    self._pass_on(node, alive[0])
+                if len(alive) > 1 or self._index_read(name):  # it waits for whichever comes: its switches stay
+                    continue
+                self._pass_on(node, alive[0])
+                joined = True
             if self._taken(name) is None:
                 self._past_switches(node)
-        return True
+        return joined
+
+    def _index_read(self, merge: str) -> bool:
+        """Whether somebody asks a merge which of its operands came."""
+        return bool(self.wiring.readers.get(f"{merge}:1")) or f"{merge}:1" in self._outputs
 
     def _taken(self, name: str) -> bool | None:
-        node = self.wiring.nodes[name]
-        return self.predicate(tensor_id(node.input[1])) if node.op in _SWITCHES else None
+        """Which of its outputs a switch always gives; as it was found first, for what decides it may change since."""
+        if name not in self._decided:
+            node = self.wiring.nodes[name]
+            self._decided[name] = self.predicate(tensor_id(node.input[1])) if node.op in _SWITCHES else None
+        return self._decided[name]
 
     def _is_dead(self, operand: str) -> bool:
         """Whether what an operand reads is never computed."""

@@ -41,6 +41,7 @@ def inline_calls(graph_def: GraphDef, fetches: Sequence[TensorId]) -> GraphDef:
         # Nor are functions taken apart that are compiled as a whole, as Keras's grouped convolutions are.
         if function.attr.pop(_COMPILED, None) is not None:
             function.attr.pop("_noinline", None)
+    _keep_apart(meta.graph_def)
     kept = meta_graph_pb2.CollectionDef()
     kept.node_list.value.extend(dict.fromkeys(fetches))
     meta.collection_def["train_op"].CopyFrom(kept)
@@ -50,6 +51,48 @@ def inline_calls(graph_def: GraphDef, fetches: Sequence[TensorId]) -> GraphDef:
     options.optimizers.append("function")
     inlined: GraphDef = tf_optimizer.OptimizeGraph(config, meta)
     return inlined
+
+
+def _keep_apart(graph_def: GraphDef) -> None:
+    """Rename what functions hold where it would get the name of a node beside the call, as "cond/Identity" of a
+    condition that became a call: grappler ends the process over two nodes of one name."""
+    functions = {function.signature.name: function for function in graph_def.library.function}
+    for nodes in (graph_def.node, *(function.node_def for function in functions.values())):
+        calls = {node.name: node.attr["f"].func.name for node in nodes if node.op in CALLS}
+        beside: dict[str, set[str]] = {}
+        for name in [node.name for node in nodes] if calls else []:
+            ends = [at for at, character in enumerate(name) if character == "/"]
+            for called in [name[:at] for at in ends if name[:at] in calls]:
+                inner = name[len(called) + 1 :].split("/")
+                taken = beside.setdefault(calls[called], set())
+                taken.update("/".join(inner[:count]) for count in range(1, len(inner) + 1))
+        for called, taken in beside.items():
+            if called in functions:
+                _rename(functions[called], taken)
+
+
+def _rename(function: Any, taken: set[str]) -> None:
+    """Give a function's nodes other names than some."""
+    free = taken | {node.name for node in function.node_def} | {arg.name for arg in function.signature.input_arg}
+    names: dict[str, str] = {}
+    for node in function.node_def:
+        if node.name in taken:
+            names[node.name] = free_name(node.name, free)
+            free.add(names[node.name])
+
+    def renamed(operand: str) -> str:
+        mark = "^" if operand.startswith("^") else ""
+        name, colon, rest = operand[len(mark) :].partition(":")
+        return f"{mark}{names.get(name, name)}{colon}{rest}"
+
+    for node in function.node_def:
+        node.name = names.get(node.name, node.name)
+        operands = [renamed(operand) for operand in node.input]
+        del node.input[:]
+        node.input.extend(operands)
+    for ends in (function.ret, function.control_ret):
+        for key in ends:
+            ends[key] = renamed(ends[key])
 
 
 def flatten(

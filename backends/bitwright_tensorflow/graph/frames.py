@@ -24,7 +24,7 @@ def regions(wiring: Wiring, order: Sequence[str]) -> list[tuple[str, ...]]:
     # Control dependencies place constants inside of a branch, so they come from the whole order and not only data.
     for name in in_order(wiring, order):
         node = wiring.nodes[name]
-        above = max((depth.get(node_of(i), 0) for i in node.input if not _is_back(wiring, i)), default=0)
+        above = max((depth.get(node_of(i), 0) for i in node.input if not is_back(wiring, i)), default=0)
         if node.op in OPENING and not _of_loop(wiring, name):
             above += 1
         deep = above > 0
@@ -36,7 +36,8 @@ def regions(wiring: Wiring, order: Sequence[str]) -> list[tuple[str, ...]]:
     return _components(wiring, marked, depth)
 
 
-def _is_back(wiring: Wiring, operand: str) -> bool:
+def is_back(wiring: Wiring, operand: str) -> bool:
+    """Whether an operand comes from a loop's last round."""
     node = wiring.nodes.get(node_of(operand))
     return node is not None and node.op in _BACK
 
@@ -45,7 +46,7 @@ def _of_loop(wiring: Wiring, name: str) -> bool:
     """Whether a Merge is a loop's head, or a Switch hangs on one."""
     node = wiring.nodes[name]
     if node.op in ("Merge", "RefMerge"):
-        return any(_is_back(wiring, i) for i in node.input)
+        return any(is_back(wiring, i) for i in node.input)
     if node.op in ("Switch", "RefSwitch"):
         predicate = wiring.nodes.get(node_of(node.input[1]))
         return predicate is not None and predicate.op == "LoopCond"
@@ -67,7 +68,7 @@ def in_order(wiring: Wiring, order: Sequence[str]) -> list[str]:
                 continue
             done.add(name)
             stack.append((name, True))
-            before = [node_of(i) for i in wiring.nodes[name].input if not _is_back(wiring, i)]
+            before = [node_of(i) for i in wiring.nodes[name].input if not is_back(wiring, i)]
             stack += [(source, False) for source in before if source not in done]
     return result
 
@@ -84,7 +85,7 @@ def _components(wiring: Wiring, marked: Sequence[str], depth: Mapping[str, int])
     for name in marked:
         for operand in wiring.nodes[name].input:
             source = node_of(operand)
-            if source in root and (depth[source] > 0 or _is_back(wiring, operand)):
+            if source in root and (depth[source] > 0 or is_back(wiring, operand)):
                 root[find(name)] = find(source)
     # Branches of one condition hang together by its predicate, even where no tensor joins them.
     by_predicate: dict[str, str] = {}
