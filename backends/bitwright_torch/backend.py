@@ -214,8 +214,8 @@ class TorchBackend:
             return copy.copy(model.specs)
         graph = self.graph(model)
         shapes = {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
-        ends = [graph.tensors[t].shape for t in graph.outputs]
-        return program_of(model).convention.specs(shapes, ends)
+        computed = [graph.tensors[t].shape for op in graph.ops for t in op.outputs]
+        return program_of(model).convention.specs(shapes, computed)
 
 
 def _simulation(

@@ -407,3 +407,26 @@ def test_elements_of_lists_that_are_batches_of_a_fixed_size_are_samples():
     assert sim.open({"features": [np.ones((8, 4), np.float32)] * 2}).samples == 8
     # Three images of three channels might be either: they stay a feed.
     assert three.open([([torch.rand(3, 8, 8) for _ in range(3)],)]).samples == 1
+
+
+class ImagesOfImages(nn.Module):
+    """An image (C, H, W) of each image of a list, or one of all of them."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.joined = joined
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, images):
+        return self.body(torch.stack(images).mean(0)) if self.joined else [self.body(x[None])[0] for x in images]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_images_of_which_a_network_makes_images_are_no_batches_of_channels(joined):
+    feeds = [([torch.rand(3, 8, 8) for _ in range(2)],) for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bitwright_torch.CaptureNotice)
+        sim = QuantSim(ImagesOfImages(joined).eval(), feeds[0])
+    assert sim.open(feeds).samples == 4
+    with pytest.raises(InputError, match=r"shape \[6, 8, 8\], but the model takes \[3, 8, 8\]"):
+        sim.open({"images": [np.ones((6, 8, 8), np.float32)] * 2})

@@ -172,21 +172,22 @@ class CallingConvention:
         return frozenset(found)
 
     def specs(
-        self, shapes: Mapping[str, Spec], outputs: Collection[Sequence[int | None] | None] = ()
+        self, shapes: Mapping[str, Spec], computed: Collection[Sequence[int | None] | None] = ()
     ) -> Mapping[str, Spec]:
         """What the core is told of inputs: elements of a list whose first axis is fixed are no batches of samples.
 
-        Unless all inputs and outputs have the same first axis, and it isn't the list's own length: then the network
-        takes batches of that size.
+        Unless all inputs and all that is computed of them have the same first axis, and it isn't the list's own length:
+        then the network takes batches of that size. Outputs alone don't tell: of an image (C, H, W) another is made,
+        but between them there are tensors with an axis of samples, or with other channels.
 
         Args:
             shapes: of inputs, with their dtypes.
-            outputs: shapes, as far as they are known.
+            computed: shapes of all other tensors, as far as they are known.
         """
         listed = self.listed
         whole = any(n in listed and shape and (shape[0] or 0) > 1 for n, (shape, _) in shapes.items())
-        first = {shape[0] if shape else None for shape in (*(s for s, _ in shapes.values()), *outputs)}
-        batches = bool(outputs) and len(first) == 1 and first.isdisjoint({None, len(listed)})
+        first = {shape[0] if shape else None for shape in (*(s for s, _ in shapes.values()), *computed)}
+        batches = bool(computed) and len(first) == 1 and first.isdisjoint({None, len(listed)})
         return FeedSpecs(shapes) if whole and not batches else dict(shapes)
 
     @property
