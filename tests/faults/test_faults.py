@@ -52,8 +52,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     first = subprocess.run([*words, "--share", "1/2"], capture_output=True, text=True, check=False)
     assert first.returncode == 3, first.stderr
     assert "(2 left)" in first.stdout
-    assert len(kept.read_text().splitlines()) == 2
+    assert len(kept.read_text().splitlines()) == 3
     second = subprocess.run(words, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    assert "| 4 of 4 |" in second.stdout
-    assert len(kept.read_text().splitlines()) == 4
+    assert "| 5 of 5 |" in second.stdout
+    assert len(kept.read_text().splitlines()) == 5

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +18,7 @@ from backends import FRAMEWORKS
 
 from bitwright.bank import Bank, collect, merge
 from bitwright.errors import InputError
+from bitwright.files import Scratch
 from bitwright.statistics import HistogramStatistic, LayerMoments, RangeStatistic
 from bitwright.testing import models
 from bitwright.workers import Flight, open_workers
@@ -177,6 +179,23 @@ def test_techniques_that_can_do_without_go_on(sim, bank):
     without = PORT.sim(network(), weights="int4").apply("fold_batch_norm").apply("cross_layer_equalization")
     for id in without.graph.params:
         np.testing.assert_array_equal(done.params[id], without.params[id])
+
+
+@onnx_only
+@pytest.mark.skipif(sys.platform == "win32", reason="folders aren't locked there")
+def test_a_bank_that_is_whole_is_handed_out_and_what_a_failed_run_left_goes(sim, tmp_path, monkeypatch):
+    """The run that finds it whole makes no folder of its own that would sweep others."""
+    made = collect(sim, samples(sim), tmp_path / "bank")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    scratch = Scratch()
+    left = shutil.copytree(scratch.path, scratch.path.with_name(f"{scratch.path.name}x"))
+    scratch.close()
+    again = collect(sim, samples(sim), tmp_path / "bank")
+    assert again.record == made.record
+    assert not left.exists()
 
 
 @onnx_only

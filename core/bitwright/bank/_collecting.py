@@ -28,7 +28,7 @@ from bitwright.bank._writing import Writer
 from bitwright.calibration import collect as collect_statistics
 from bitwright.data import DataLike, Dataset, samples_in
 from bitwright.errors import InputError, TargetError
-from bitwright.files import sweep_beside
+from bitwright.files import sweep_beside, sweep_scratch
 from bitwright.graph import (
     FLOAT_DTYPES,
     Graph,
@@ -103,6 +103,7 @@ def collect(
     tensors = _tensors(state, every_tensor=every_tensor)
     entries = tuple(StepEntry(technique=s.technique, settings=dict(s.settings)) for s in steps)
     sweep_beside(Path(out))
+    sweep_scratch()
     network, kind = network_of(state), (number, thin)
     if (there := _whole(Path(out), dataset, network, kind, entries, wanted, left_out, tensors)) is not None:
         return there
