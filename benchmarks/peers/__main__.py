@@ -5,14 +5,14 @@
                             [--timeout 3600]
                             [--passes | --techniques seq_mse,gptq] [--markdown docs/benchmarks.md]
 
-One environment for each peer (made by pip on first use; a peer that doesn't install is a row with the reason), one
-process for each run, one thread, CPU time. What else the machine does stretches CPU time too, by shared caches and
-memory: rows whose process found always the same work slower than others did say by how much. The first photos
-calibrate, the last evaluate. Figures of earlier runs stay in ENVIRONMENTS/figures.json, with their day and options, so
-that one peer can be run again; or with `--passes` its passes and training steps alone, a minute each, on a machine that
-does nothing else; or with `--techniques` some of its techniques for 4-bit weights. What a run that is cut off has
-measured is kept. With `--iterations` techniques that take hours at their default number of steps a layer are not run to
-their end: so many steps are timed, and what the default takes is estimated.
+One environment for each peer (made by pip on first use, bitwright in it renewed at each new commit; a peer that doesn't
+install is a row with the reason), one process for each run, one thread, CPU time. What else the machine does stretches
+CPU time too, by shared caches and memory: rows whose process found always the same work slower than others did say by
+how much. The first photos calibrate, the last evaluate. Figures of earlier runs stay in ENVIRONMENTS/figures.json, with
+their day and options, so that one peer can be run again; or with `--passes` its passes and training steps alone, a
+minute each, on a machine that does nothing else; or with `--techniques` some of its techniques for 4-bit weights. What
+a run that is cut off has measured is kept. With `--iterations` techniques that take hours at their default number of
+steps a layer are not run to their end: so many steps are timed, and what the default takes is estimated.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ PEERS: dict[str, tuple[str, ...]] = {
     "aimet_onnx": ("aimet-onnx", "onnxruntime"),
     "nncf_onnx": ("nncf", "onnx", "onnxruntime"),
     "onnxruntime": ("onnxruntime", "onnx", "sympy"),
+    "bitwright_tensorflow": (f"{REPOSITORY}[keras]", "tensorflow-cpu"),
+    "bitwright_keras": (f"{REPOSITORY}[keras]", "tensorflow-cpu", "ai-edge-litert"),
     "litert": ("litert-quantizer", "ai-edge-litert"),
 }
 """What pip installs for each peer; programs are `peer_NAME.py`."""
 TITLES = {
     "bitwright_torch": "**bitwright**, PyTorch",
     "bitwright_onnx": "**bitwright**, ONNX",
+    "bitwright_tensorflow": "**bitwright**, TensorFlow",
+    "bitwright_keras": "**bitwright**, Keras",
     "aimet_torch": "AIMET, PyTorch",
     "aimet_onnx": "AIMET, ONNX",
     "nncf_torch": "NNCF, PyTorch",
@@ -133,12 +137,16 @@ def main() -> None:
 
 
 def with_techniques(earlier: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    """A peer's figures with those of a run of techniques alone, in place of what failed before."""
+    """A peer's figures with those of a run of techniques alone, in place of what failed or was estimated before."""
     if "failed" in figures:
         return earlier | {"techniques failed": figures["failed"]}
     done = {key.removesuffix(" top-1") for key in figures if key.startswith("W4A8 ")}
     old = {f"{name} failed" for name in done} | {f"{name.removeprefix('W4A8 ')} failed" for name in done}
     apart = {"versions", "calibrate s", "calibrate MiB"}
+    kinds = tuple({name.removeprefix("W4A8 ").split()[0] for name in done})
+    old |= {
+        key for key in earlier if kinds and key.startswith(kinds) and key.endswith((" s, estimated", " steps timed"))
+    }
     kept = {key: value for key, value in earlier.items() if key not in old | {"techniques failed"}}
     return kept | {key: value for key, value in figures.items() if key not in apart}
 

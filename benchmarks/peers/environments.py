@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def environment(packages: Sequence[str], folder: Path) -> Path:
-    """The python of the environment in `folder`, made on first use.
+    """The python of the environment in `folder`, made on first use; bitwright in it is always of today's commit.
 
     Raises:
         subprocess.CalledProcessError: pip can't install the packages here.
@@ -25,6 +25,11 @@ def environment(packages: Sequence[str], folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         for wanted in (("--upgrade", "pip"), packages):  # an old pip searches these trees for hours
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / "installed").write_text(commit())
+    own = [wanted for wanted in packages if wanted.startswith(str(REPOSITORY))]
+    if own and (folder / "installed").read_text() != commit():
+        again = ("--force-reinstall", "--no-deps", *own)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *again], check=True)
         (folder / "installed").write_text(commit())
     return python
 

@@ -1,5 +1,6 @@
 # ruff: noqa: E402 -- torchvision has to be made loadable before what imports it
-"""MCT (Sony): post-training quantization at its defaults in PyTorch; W4A8 with its gradient-based `gptq`."""
+"""MCT (Sony): post-training quantization at its defaults in PyTorch; W4A8 with its gradient-based `gptq`, as
+by default and without the weights of layers, most of its time."""
 
 from __future__ import annotations
 
@@ -62,14 +63,14 @@ EPOCHS = 50
 """How often its `gptq` sees the photos; it has no default, its tutorial takes 50."""
 
 
-def rounded():
+def rounded(**settings):
     core = model_compression_toolkit.core
     bits = core.BitWidthConfig()
     for kind in (torch.nn.Conv2d, torch.nn.Linear):
         bits.set_manual_weights_bit_width(NodeTypeFilter(kind), 4, "weight")
     model, _ = model_compression_toolkit.gptq.pytorch_gradient_post_training_quantization(
         network(), data, core_config=core.CoreConfig(bit_width_config=bits), gptq_representative_data_gen=few,
-        gptq_config=model_compression_toolkit.gptq.get_pytorch_gptq_config(EPOCHS),
+        gptq_config=model_compression_toolkit.gptq.get_pytorch_gptq_config(EPOCHS, **settings),
     )  # fmt: skip
     return model.eval()
 
@@ -92,6 +93,12 @@ def rehearsal(mark):
         rounded()
 
 
+def unweighed():
+    """All layers count the same; that there be weights is an option of its `gptq`, on by default."""
+    return rounded(use_hessian_based_weights=False, use_hessian_sample_attention=False)
+
+
+run.rounded(f"unweighed gptq of {EPOCHS} epochs", unweighed, evaluate)
 if run.iterations:
     run.rehearsed("gptq before it trains", HESSIAN_NUM_ITERATIONS, 2, rehearsal)
 else:
