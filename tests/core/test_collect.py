@@ -4,13 +4,16 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import weakref
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from bitwright import registry
 from bitwright.calibration import collect
+from bitwright.calibration._products import side_by_side
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError
 from bitwright.graph import Op, OpKind
@@ -200,3 +203,49 @@ def test_who_says_what_the_c_library_keeps_is_left_to_it(asked):
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     glibc = platform.libc_ver()[0] == "glibc"
     assert found.stdout.strip() == str(asked or not glibc)
+
+
+def blas_threads():
+    """Of the BLAS in numpy's wheel; an empty set where it has none."""
+    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas" and "numpy" in lib["filepath"]}
+
+
+def test_products_that_are_computed_side_by_side_have_a_thread_each(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before, seen = blas_threads(), []
+
+    class Watched(LayerMoments):
+        def update(self, *values):
+            seen.append(blas_threads())
+            super().update(*values)
+
+    data = ArrayDataset({"x": np.ones((4, 2048), np.float32)}, batch_size=2)
+    make = lambda count: [Request(f"fc{i}", ("y",), lambda: Watched(FC, 2048, paired=False)) for i in range(count)]
+    collect(make(1), Network().open, data)
+    assert seen == [before] * 2
+    seen.clear()
+    collect(make(2), Network().open, data)
+    assert seen == [{1} if before else before] * 4
+    assert blas_threads() == before
+    with pytest.raises(InputError, match="NaN or infinite"):
+        collect(make(2), Network(poison=2).open, data)
+    assert blas_threads() == before
+
+
+def test_threads_come_back_when_the_last_of_several_passes_ends():
+    before = blas_threads()
+    inside, leave = threading.Event(), threading.Event()
+
+    def another():
+        with side_by_side(1 << 20):
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=another)
+    with side_by_side(1 << 20):
+        thread.start()
+        inside.wait()
+    assert blas_threads() == ({1} if before else before)
+    leave.set()
+    thread.join()
+    assert blas_threads() == before

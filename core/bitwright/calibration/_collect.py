@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from bitwright.backend import Batch
 from bitwright.calibration._collected import Collected, pack, run, taps_of, update_all
 from bitwright.calibration._part_by_part import stream_in_parts
+from bitwright.calibration._products import side_by_side
 from bitwright.calibration._stage_by_stage import stream_in_stages
 from bitwright.calibration._stages import stages_of
 from bitwright.calibration._step import InParts, OpenSession
@@ -69,7 +70,10 @@ def collect(
     collected = [Collected(r, picking=picking and divided is None) for r in requests]
     large = divided is not None and len(divided.parts) > 1
     passes = [collected] if large and collected else pack(collected, budget_bytes)
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    products = sum(c.multiplies for c in collected)
+    if divided is not None and large:  # those of a part come at a time
+        products //= len(divided.parts)
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool, side_by_side(products):
         for number, members in enumerate(passes):
             note = f" ({number + 1} of {len(passes)})" if len(passes) > 1 else ""
             if progress is not None:

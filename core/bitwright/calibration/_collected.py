@@ -23,6 +23,7 @@ class Collected:
         request: for it.
         taps: what it is updated with, and the network that it is of.
         picked: whether that is some places of the tensor (`LayerMoments.places`).
+        multiplies: whether its updates are products of matrices.
     """
 
     def __init__(self, request: Request, *, picking: bool = False) -> None:
@@ -30,6 +31,7 @@ class Collected:
         empty = request.make()
         self.picked = picking and isinstance(empty, LayerMoments) and empty.places is not None
         self.taps = _taps(request, empty, picked=self.picked)
+        self.multiplies = isinstance(empty, LayerMoments)
         self._statistic: Statistic | None = None
 
     @property

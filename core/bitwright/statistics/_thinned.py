@@ -19,6 +19,8 @@ from bitwright.statistics._positions import Picks, picks
 WAITING = 128
 """Columns, or as many as a group has features, that are multiplied together: of fewer the products take less time than
 adding K² of them up does."""
+SUMMED = 256
+"""Columns that are added up in single precision, before their sums are in double."""
 SPATIAL = frozenset({OpKind.CONV, OpKind.CONV_TRANSPOSE})
 
 
@@ -62,7 +64,6 @@ class Thinned:
         taps = math.prod(op.attrs.kernel) if isinstance(op.attrs, ConvAttrs) else 1
         self._rows_apart = taps > 1 or op.kind is OpKind.LINEAR or channel_axis not in (None, 1)
         """Whether a column's features lie side by side, as they are found."""
-        self._sums: list[tuple[NDArray[np.float64], ...]] = []
         self._errors: list[NDArray[np.float32]] = []
         self.passed_over = False
 
@@ -75,9 +76,10 @@ class Thinned:
         Raises:
             InputError: a value isn't finite; nothing is taken then.
         """
-        chosen, _ = self._picks(np.asarray(inputs[0]))
+        inputs = [np.asarray(x, np.float32) for x in inputs]
+        chosen, _ = self._picks(inputs[0])
         if chosen is None:
-            whole = [list(columns(self._op, np.asarray(x, np.float32), self._axis)) for x in inputs]
+            whole = [list(columns(self._op, x, self._axis)) for x in inputs]
             count = sum(part.shape[2] for part in whole[0])
             for out, parts in zip(self._waiting(len(inputs), count), whole, strict=True):
                 end = 0
@@ -88,12 +90,11 @@ class Thinned:
             count = len(inputs[0]) * chosen.outputs.shape[1]
             self.passed_over = True
             for out, x in zip(self._waiting(len(inputs), count), inputs, strict=True):
-                _, seen = self._picks(np.asarray(x, np.float32))
+                _, seen = self._picks(x)
                 self._put(out, count, partial(chosen.columns, seen, self.samples), chosen.taps)
         others = [] if error is None else [self._errors_at(error, inputs[0])]
         # Bad data are bad, wherever they are looked at.
-        seen_whole = [*inputs, *([] if error is None else [error])] if self.passed_over else []
-        return self._kept(len(inputs), count, others, seen_whole, len(inputs[0]))
+        return self._kept(count, others, [*inputs, *([] if error is None else [error])], len(inputs[0]))
 
     def take_picked(self, values: NDArray[Any], spatial: tuple[int, ...]) -> bool:
         """As `take`, of one input, of which a session has picked the `places`.
@@ -105,10 +106,11 @@ class Thinned:
         chosen = self._chosen(spatial)
         assert chosen is not None
         self.passed_over = True
+        values = np.asarray(values, np.float32)
         count = len(values) * chosen.outputs.shape[1]
         (out,) = self._waiting(1, count)
-        self._put(out, count, partial(chosen.columns_of, np.asarray(values, np.float32), self.samples), chosen.taps)
-        return self._kept(1, count, [], [], len(values))
+        self._put(out, count, partial(chosen.columns_of, values, self.samples), chosen.taps)
+        return self._kept(count, [], [values], len(values))
 
     def places(self, spatial: tuple[int, ...]) -> Places | None:
         """What is read of an input; None where that is more than all of it."""
@@ -144,32 +146,23 @@ class Thinned:
         put(found)
         out[...] = found.reshape(*self._shape, count)
 
-    def _kept(
-        self, inputs: int, count: int, others: list[NDArray[np.float32]], whole: Sequence[NDArray[Any]], samples: int
-    ) -> bool:
-        found = self._waiting(inputs, count)
-        sums = tuple((c @ np.ones(count, np.float32)).astype(np.float64) for c in found)
-        # A value that isn't shows in the sum, where finite ones may overflow too.
-        if not (finite([*sums, *others]) or finite([*found, *others])) or not _all_finite(whole):
+    def _kept(self, count: int, others: list[NDArray[np.float32]], whole: Sequence[NDArray[Any]], samples: int) -> bool:
+        if not _all_finite([*whole, *others]):
             raise InputError(f"{self._op.id!r}: NaN or infinite values reach this layer; check the calibration data")
         self.samples += samples
         if count:
             self._held += count
-            self._sums.append(sums)
             self._errors += others
         return self._held >= max(WAITING, self._shape[1])
 
     def handed_over(self) -> Waiting | None:
         """What waits, until the next batch is put in its place; None where nothing does."""
-        held, sums, errors = self._held, self._sums, self._errors
-        self._held, self._sums, self._errors = 0, [], []
+        held, errors = self._held, self._errors
+        self._held, self._errors = 0, []
         if not held:
             return None
-        return Waiting(
-            tuple(self._columns(room, 0, held) for room in self._room),
-            tuple(np.sum(parts, axis=0) for parts in zip(*sums, strict=True)),
-            np.concatenate(errors, axis=1) if errors else None,
-        )
+        found = tuple(self._columns(room, 0, held) for room in self._room)
+        return Waiting(found, tuple(map(_sum, found)), np.concatenate(errors, axis=1) if errors else None)
 
     def let_go(self) -> None:
         """Hold no room for columns until some come again."""
@@ -197,7 +190,15 @@ class Thinned:
         )
 
 
+def _sum(columns: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of columns (groups, K, rows), (groups, K): no more than some in single precision at a time."""
+    rows = columns.shape[2]
+    parts = (columns[:, :, i : i + SUMMED] for i in range(0, rows, SUMMED))
+    return np.asarray(sum((part @ np.ones(part.shape[2], np.float32)).astype(np.float64) for part in parts))
+
+
 def _all_finite(values: Sequence[NDArray[Any]]) -> bool:
+    """Whether all values are; one that isn't shows in their sum, where finite ones may overflow too."""
     with np.errstate(over="ignore", invalid="ignore"):
         return finite([np.sum(v) for v in values]) or finite(values)
 
