@@ -232,7 +232,7 @@ def test_products_that_are_computed_side_by_side_have_a_thread_each(monkeypatch)
     assert blas_threads() == before
 
 
-def test_threads_come_back_when_the_last_of_several_passes_ends():
+def test_passes_on_several_threads_leave_the_threads_of_products_as_they_were():
     before = blas_threads()
     inside, leave = threading.Event(), threading.Event()
 
@@ -245,7 +245,8 @@ def test_threads_come_back_when_the_last_of_several_passes_ends():
     with side_by_side(1 << 20):
         thread.start()
         inside.wait()
-    assert blas_threads() == ({1} if before else before)
+        assert blas_threads() == ({1} if before else before)
+    assert blas_threads() == before
     leave.set()
     thread.join()
     assert blas_threads() == before

@@ -8,40 +8,11 @@ much more processor time, than each on the thread that asks for it.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 from threadpoolctl import ThreadpoolController
-
-
-class _Held:
-    """How many ask for single threads now; the setting is the process's, and several passes may run at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asked = 0
-        self._limit: Any = None
-
-    @contextmanager
-    def single(self) -> Iterator[None]:
-        with self._lock:
-            self._asked += 1
-            if self._asked == 1:
-                self._limit = _libraries().limit(limits=1, user_api="blas")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._asked -= 1
-                if self._asked == 0:
-                    self._limit.restore_original_limits()
-                    self._limit = None
-
-
-_HELD = _Held()
 
 
 @cache
@@ -54,10 +25,12 @@ def _libraries() -> ThreadpoolController:
 def side_by_side(products: int) -> Iterator[None]:
     """Within it so many statistics are updated that multiply matrices.
 
-    Products then have a thread each, if there are as many as processors; fewer have all threads, one after another.
+    Products then have a thread each, if there are as many as processors; fewer have all threads, one after another. The
+    setting is the process's, and belongs to the Python thread that set it first (threadpoolctl 3.8): elsewhere nothing
+    is changed.
     """
     if products < (os.cpu_count() or 1):
         yield
         return
-    with _HELD.single():
+    with _libraries().limit(limits=1, user_api="blas"):
         yield
