@@ -8,6 +8,7 @@ much more processor time, than each on the thread that asks for it.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,10 +27,9 @@ def side_by_side(products: int) -> Iterator[None]:
     """Within it so many statistics are updated that multiply matrices.
 
     Products then have a thread each, if there are as many as processors; fewer have all threads, one after another. The
-    setting is the process's, and belongs to the Python thread that set it first (threadpoolctl 3.8): elsewhere nothing
-    is changed.
+    setting is the process's: only the main thread makes it, so that what one pass sets no other that ends later keeps.
     """
-    if products < (os.cpu_count() or 1):
+    if products < (os.cpu_count() or 1) or threading.current_thread() is not threading.main_thread():
         yield
         return
     with _libraries().limit(limits=1, user_api="blas"):
