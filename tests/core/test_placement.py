@@ -6,7 +6,7 @@ import pytest
 from bitwright.errors import InputError, TargetError
 from bitwright.graph import Graph, Op, OpKind, Param, ParamRole, RecurrentAttrs, Tensor
 from bitwright.grids import Blockwise, PerChannel, PerTensor, encoding_from_range
-from bitwright.placement import Derived, Float, SharedWith, build_plan
+from bitwright.placement import Derived, Float, Fused, SharedWith, build_plan
 from bitwright.targets import load_target
 from bitwright.testing.builder import Builder
 from bitwright.testing.models import concat_branches, residual, transposed
@@ -142,7 +142,8 @@ def test_supergroups_switch_off_what_is_inside():
         ten_ops(), config(ON, supergroups=[{"op_list": ["Conv", "Relu"]}, {"op_list": ["Conv", "Sigmoid", "Add"]}])
     )
     for inside, group in {"conv1": "Conv+Relu", "conv2": "Conv+Sigmoid+Add", "sig": "Conv+Sigmoid+Add"}.items():
-        assert plan[f"{inside}.output"].decision == Float(f"inside the supergroup {group}")
+        into = "relu.output" if inside == "conv1" else "add.output"
+        assert plan[f"{inside}.output"].decision == Fused(f"inside the supergroup {group}", into)
     assert {"relu.output", "add.output"} <= own(plan)
 
 
@@ -323,7 +324,7 @@ def test_ops_that_the_target_cannot_run_in_integers():
     x = b.batch_norm("bn", b.conv("conv", b.input("x", 3, 8, 8), 4))
     plan = build_plan(b.build(b.activation("swish", x, "HardSwish")).graph, "onnxruntime-cpu")
     assert "bn.output" in own(plan)  # the convolution's, once folded
-    assert plan["bn.mean"].decision == Float("folds into 'conv'")
+    assert plan["bn.mean"].decision == Fused("folds into 'conv'", "conv.weight")
 
 
 def integers():
@@ -411,11 +412,11 @@ def test_composite_normalization_is_one_op():
     assert own(plan) == {"x", "fc.output", "beta.output"}
     assert plan.spec("gamma.constant") is not None and not plan.spec("gamma.constant").symmetric
     for site in ("eps.constant", "beta.constant", "sub.output", "gamma.output"):
-        assert plan[site].decision == Float("inside LayerNormalization")
+        assert plan[site].decision == Fused("inside LayerNormalization", "beta.output")
     for target in ("default", "default_per_channel", "htp_v66", "generic-int8"):
-        assert build_plan(g, target)["sub.output"].decision == Float("inside LayerNormalization")
+        assert build_plan(g, target)["sub.output"].decision == Fused("inside LayerNormalization", "beta.output")
     # A file that says nothing of passes fuses norms; one that lists them fuses those.
-    assert build_plan(g, config(ON))["sub.output"].decision == Float("inside LayerNormalization")
+    assert build_plan(g, config(ON))["sub.output"].decision == Fused("inside LayerNormalization", "beta.output")
     assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=[])))
     assert "sub.output" in own(build_plan(g, config(ON, supergroup_pass_list=["RMSNormalization"])))
     ort = build_plan(g, "onnxruntime-cpu")
@@ -573,7 +574,7 @@ def test_table():
         "the grid of relu.output",
     )
     assert (rows["fc.bias"].bits, rows["fc.bias"].reason) == ("int32", "bias of flatten.output and fc.weight")
-    assert rows["bn.gamma"].decision == "float" and rows["bn.gamma"].reason == "folds into 'conv'"
+    assert rows["bn.gamma"].decision == "fused" and rows["bn.gamma"].reason == "folds into 'conv'"
 
 
 def test_pairs_are_limited_where_kernels_add_them_in_int16():

@@ -12,8 +12,9 @@ import pytest
 from bitwright.data import ImplausibleDataWarning, doubt_of_accuracy
 from bitwright.errors import EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
-from bitwright.placement import Float
+from bitwright.placement import Float, Fused
 from bitwright.simulation import QuantSim
+from bitwright.verify import validate
 from bitwright_onnx.simulate.simulation import by_name
 
 DATA = {"x": np.random.default_rng(0).normal(size=(24, 3, 8, 8)).astype(np.float32)}
@@ -47,6 +48,25 @@ def test_print_says_what_is_quantized_how_far_it_is_and_what_comes_next():
     page = sim._repr_html_()
     assert "<table>" in page and "relu2" in page and "next: " in page
     assert "\n" not in repr(sim)
+
+
+def test_what_is_fused_into_another_op_is_not_said_to_be_in_float():
+    sim, model = simulation(), b.small_cnn()
+    lines = str(sim).splitlines()
+    fused = [s for s, site in sim.plan.items() if isinstance(site.decision, Fused)]
+    assert {"c1", "bn1.gamma"} <= set(fused)
+    assert f", {len(fused)} fused into others, {len(floats(sim)) - len(fused)} stay in float" in lines[1]
+    first, norm = (next(line for line in lines if line.startswith(op)) for op in ("conv1 ", "bn1 "))
+    assert first.endswith("fused    into r1") and norm.count("into") == 2 and "float" not in first + norm
+    assert next(r for r in sim.plan.table() if r.site == "c1").bits == "fused"
+    found = validate(model, target="onnxruntime-cpu")
+    assert found.fused == len(fused) and not {f.where for f in found.in_float} & set(fused)
+    assert f"activations uint8; {len(fused)} more are fused into others" in str(found).splitlines()[1]
+    # Where nothing rounds the result, its parts are in float like it.
+    plan = simulation(activations="float").plan
+    assert plan["c1"].decision == Float("inside the supergroup Conv+Clip")
+    with pytest.raises(EncodingError, match="'c1' is fused .*; 'r1' has the grid. and takes no encoding"):
+        sim.plan.by_root({"c1": object()}, lambda site, encoding: None)
 
 
 def test_plan_and_encodings_are_tables_and_frames(monkeypatch):

@@ -26,7 +26,7 @@ from bitwright.bundle._record import ARRAYS_SUFFIX, hashes
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph
 from bitwright.grids import EncodingTable
-from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.placement import Decision, Derived, Float, Fused, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.plugins import registry
 from bitwright.report import REPORT, BundleRecord, RunReport, SiteRow, digest, read_report
 from bitwright.runs import of_arrays
@@ -229,7 +229,7 @@ def as_recorded(plan: Plan, graph: Graph, table: EncodingTable, report: RunRepor
             sites[name] = plan[name]
         else:
             sites[name] = _site(graph, name, _decision(here_of, table, row, name))
-            if name in plan and name not in table and row.decision != "float":
+            if name in plan and name not in table and row.decision not in ("float", "fused"):
                 sites[name] = plan[name]  # what it should have been
     return _without_loose_ends(Plan({n: sites[n] for n in dict.fromkeys([*plan, *sites])}, plan.target, plan.scheme,
                                     weight_scheme=plan.weight_scheme, notes=plan.notes))  # fmt: skip
@@ -259,7 +259,9 @@ def _decision(sites: Mapping[SiteId, SiteId], table: EncodingTable, row: SiteRow
     followed = tuple(sites[s] for s in row.follows if s in sites)
     if row.decision == "float" and followed and len(followed) == len(row.follows):
         return OwnForms(row.detail, tuple(zip(followed[::2], followed[1::2], strict=True)))
-    if row.decision == "float":
+    if row.decision == "fused" and len(followed) == len(row.follows) == 1:
+        return Fused(row.detail, followed[0])
+    if row.decision in ("float", "fused"):
         return Float(row.detail)
     if row.decision == "derived" and len(followed) == len(row.follows):
         return Derived(followed)

@@ -52,6 +52,7 @@ class DraftDecision:
         symmetric: set by `op_type`; None takes the default.
         limits: the range's constraints.
         precision: set by an override.
+        into: of a tensor within what is computed as one op: what that op hands out.
     """
 
     on: bool = False
@@ -60,10 +61,11 @@ class DraftDecision:
     symmetric: bool | None = None
     limits: Constraints | None = None
     precision: Precision | None = None
+    into: TensorId | None = None
 
-    def off(self, reason: str, *, final: bool = False) -> None:
+    def off(self, reason: str, *, final: bool = False, into: TensorId | None = None) -> None:
         """Switch off."""
-        self.on, self.reason, self.final = False, reason, final
+        self.on, self.reason, self.final, self.into = False, reason, final, into
 
 
 MASKED = "a mask, or masked by one: no grid holds its huge numbers and the others' steps"
@@ -223,16 +225,18 @@ class ActivationPlacement:
     def _supergroups(self) -> None:
         for fold in self.folds.values():
             if fold.direction == "backward" and self._all_run((fold.into, fold.batch_norm)):
-                self.drafts[fold.into.output].off(f"fused with batch norm {fold.batch_norm.id!r}", final=True)
+                norm = fold.batch_norm
+                self.drafts[fold.into.output].off(f"fused with batch norm {norm.id!r}", final=True, into=norm.output)
         for group in self.config.supergroups:
             pattern: Chain = chain(*(op_type(t) for t in group.op_list), through=_foldable)
             for match in pattern.find(self.graph):
                 if self._fuses(match):
                     for t in match.inner:
-                        self.drafts[t].off(f"inside the supergroup {'+'.join(group.op_list)}", final=True)
+                        within = f"inside the supergroup {'+'.join(group.op_list)}"
+                        self.drafts[t].off(within, final=True, into=match.output)
         for composite in self.composites:
             for t in composite.inner:
-                self.drafts[t].off(f"inside {composite.type}", final=True)
+                self.drafts[t].off(f"inside {composite.type}", final=True, into=composite.output.output)
 
     def _fuses(self, match: Match) -> bool:
         first = match.ops[0].attrs

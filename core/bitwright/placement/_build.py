@@ -20,7 +20,7 @@ from bitwright.placement._known_ranges import compared, known_ranges, scheme_for
 from bitwright.placement._overrides import parse_overrides
 from bitwright.placement._pairs import limited_pairs
 from bitwright.placement._parameters import ParameterPlacement, SpecOf, linear_biases
-from bitwright.placement._plan import Decision, Float, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.placement._plan import Decision, Float, Fused, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.placement._types import KeyValueType, Precision, activation_spec
 from bitwright.targets import NumberType, Target, load_target
 
@@ -79,7 +79,7 @@ def build_plan(
     scores = frozenset() if ranges is None else compared(graph)
     for t, draft in placement.drafts.items():
         if not draft.on:
-            decisions[t] = Float(draft.reason)
+            decisions[t] = Float(draft.reason) if draft.into is None else Fused(draft.reason, draft.into)
         elif t in shared.parent:
             decisions[t] = SharedWith(shared.parent[t])
         else:
@@ -116,6 +116,7 @@ def build_plan(
     if target.config.bitwright.pair_sum_bits is not None:
         decisions.update(limited_pairs(graph, decisions, spec_of))
     decisions.update({p: params.bias(p, spec_of, root_of) for p in used if p in biases})
+    decisions.update(_unfused(decisions, spec_of))
     notes += _outside_kernels(graph, target, spec_of)
     mirrored = _mirrored(graph, weights, spec_of)
     return Plan(
@@ -128,6 +129,18 @@ def build_plan(
         unblocked=params.unblocked,
         mirrored=mirrored,
     )
+
+
+def _unfused(decisions: Mapping[SiteId, Decision], spec_of: SpecOf) -> dict[SiteId, Float]:
+    """Parts of fused ops whose result has no grid either: these are computed in float."""
+    found = {}
+    for site, decision in decisions.items():
+        end = decision
+        while isinstance(end, Fused) and isinstance(further := decisions.get(end.into), Fused):
+            end = further
+        if isinstance(decision, Fused) and isinstance(end, Fused) and spec_of(end.into) is None:
+            found[site] = Float(decision.reason)
+    return found
 
 
 def _mirrored(graph: Graph, weights: str | None, spec_of: SpecOf) -> tuple[ParamId, ...]:

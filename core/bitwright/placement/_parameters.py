@@ -10,7 +10,7 @@ from bitwright.errors import TargetError
 from bitwright.graph import CONSTANT_KINDS, LINEAR_KINDS, ConvAttrs, Graph, Op, OpKind, Param, ParamId, ParamRole
 from bitwright.grids import Blockwise, Dynamic, Granularity, PerChannel, PerTensor, QuantSpec
 from bitwright.placement._activations import MASKED, WEIGHTS_ONLY, ActivationPlacement
-from bitwright.placement._plan import Decision, Derived, Float, OwnForms, SharedWith, SiteId
+from bitwright.placement._plan import Decision, Derived, Float, Fused, OwnForms, SharedWith, SiteId
 from bitwright.placement._types import Precision, activation_spec, param_spec
 
 SpecOf = Callable[[SiteId], QuantSpec | None]
@@ -128,7 +128,9 @@ class ParameterPlacement:
         if (reason := self.activations.floats(op)) is not None:
             return _Verdict(op, Float(reason))
         if op.id in self.activations.folds:
-            return _Verdict(op, Float(f"folds into {self.activations.folds[op.id].into.id!r}"))
+            into = self.activations.folds[op.id].into
+            assert into.weight is not None  # what a batch norm folds into has one
+            return _Verdict(op, Fused(f"folds into {into.id!r}", into.weight))
         if self.activations.floating and param.id not in self.overrides.sites and not _is_matrix(op, role):
             return _Verdict(op, Float(f"{WEIGHTS_ONLY}, and with them all parameters but matrices"))
         op_type = op.type
@@ -137,7 +139,7 @@ class ParameterPlacement:
             if composite is None:
                 return _Verdict(op, self._constant(op, param))
             if composite.gamma is None or composite.gamma.id != op.id:
-                return _Verdict(op, Float(f"inside {composite.type}"))
+                return _Verdict(op, Fused(f"inside {composite.type}", composite.output.output))
             if not self.target.runs(composite.type):
                 return _Verdict(op, Float(f"the target runs {composite.type} in float"))
             op_type, role = composite.type, ParamRole.GAMMA

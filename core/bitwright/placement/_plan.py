@@ -48,6 +48,11 @@ class Float:
 
     reason: str
 
+    @property
+    def told(self) -> str:
+        """What is to be said of the site, after its name."""
+        return f"stays in float ({self.reason})"
+
 
 @dataclass(frozen=True, slots=True)
 class OwnForms(Float):
@@ -57,6 +62,21 @@ class OwnForms(Float):
     """
 
     uses: tuple[tuple[SiteId, SiteId], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fused(Float):
+    """A part of what the target computes as one op, which rounds its result alone.
+
+    `into` is the site that has the grid: the result of the fused op, or the weight that a parameter is folded into.
+    """
+
+    into: SiteId = ""
+
+    @property
+    def told(self) -> str:
+        """What is to be said of the site, after its name."""
+        return f"is fused ({self.reason}; {self.into!r} has the grid)"
 
 
 Decision = QuantSpec | SharedWith | Derived | Float
@@ -240,7 +260,7 @@ class Plan(Tabular, Mapping[SiteId, Site]):
             decision = self._sites[root].decision
             if isinstance(decision, Float):
                 if encoding is not None:
-                    raise EncodingError(f"{site!r} stays in float ({decision.reason}) and takes no encoding")
+                    raise EncodingError(f"{site!r} {decision.told} and takes no encoding")
                 continue
             if encoding is not None:
                 check(site, encoding)
@@ -285,6 +305,8 @@ class Plan(Tabular, Mapping[SiteId, Site]):
     def _row(self, site: Site) -> Row:
         op, decision = site.op or "", site.decision
         match decision:
+            case Fused(reason):
+                return Row(site.id, op, "fused", "", "fused", reason)
             case Float(reason):
                 return Row(site.id, op, "float", "", "float", reason)
             case Derived(sources, rule):

@@ -15,7 +15,7 @@ from bitwright.errors import InputError
 from bitwright.files import write_text
 from bitwright.graph import Graph, OpKind, Tensor
 from bitwright.grids import Blockwise, Dynamic, Encoding, PerChannel, PerTensor, QuantSpec, fixed_layout, to_groups
-from bitwright.placement import Derived, Float, OwnForms, SharedWith, Site, SiteKind
+from bitwright.placement import Derived, Float, Fused, OwnForms, SharedWith, Site, SiteKind
 from bitwright.plugins import registry
 from bitwright.report._model import (
     Accuracy,
@@ -264,6 +264,8 @@ def _decision(site: Site, encoding: Encoding | None) -> tuple[str, str, tuple[st
             return "derived", f"{rule}, from {' and '.join(sites)}", sites
         case OwnForms(reason, uses):
             return "float", reason, tuple(s for use in uses for s in use)
+        case Fused(reason, into):
+            return "fused", reason, (into,)
         case Float(reason):
             return "float", reason, ()
 

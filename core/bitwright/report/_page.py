@@ -55,10 +55,11 @@ def _overview(report: RunReport) -> str:
         beside = f"float {metric.float_model:.4g}, " if metric.float_model is not None else "from float, "
         tiles.append(tile(metric.metric, f"{metric.simulated:.4g}", f"{beside}{metric.count} positions"))
     model = report.model
+    follow = sum(map(report.count, ("shared", "derived", "fused")))
     tiles += [
         tile("Parameters", size(model.quantized_bytes), f"from {size(model.float_bytes)}"),
         tile("Quantized", f"{report.count('quantized')}", f"of {len(report.sites)} sites"),
-        tile("Shared or derived", f"{report.count('shared') + report.count('derived')}", "follow another site"),
+        tile("Shared, derived, fused", f"{follow}", "follow another site"),
         tile("Float", f"{report.count('float')}", "sites, reasons below"),
     ]
     note = ""

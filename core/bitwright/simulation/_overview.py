@@ -7,7 +7,7 @@ from html import escape
 
 from bitwright.graph import Op
 from bitwright.grids import Encoding
-from bitwright.placement import Derived, Float, SharedWith, SiteId
+from bitwright.placement import Derived, Float, Fused, SharedWith, SiteId
 from bitwright.report import plan_widths
 from bitwright.simulation._training import is_untaken
 from bitwright.state import SimState
@@ -59,14 +59,17 @@ def title(state: SimState) -> str:
 def overview(state: SimState) -> Overview:
     """What is to be said of a state."""
     plan = state.plan
-    floats = sum(isinstance(site.decision, Float) for site in plan.values())
+    fused = sum(isinstance(site.decision, Fused) for site in plan.values())
+    floats = sum(isinstance(site.decision, Float) for site in plan.values()) - fused
     missing = _missing(state)
     wanted = len(plan.activations) + len(plan.parameters)
     others = len(plan.quantized) - wanted
     follow = f" ({others} of them by the encodings of others)" if others else ""
     held = sum(e.frozen or e.kept for e in state.encodings.values())
     lines = [
-        f"{plan_widths(plan)}; {len(plan.quantized)} of {len(plan)} sites quantized{follow}, {floats} stay in float",
+        f"{plan_widths(plan)}; {len(plan.quantized)} of {len(plan)} sites quantized{follow}, "
+        + (f"{fused} fused into others, " if fused else "")
+        + f"{floats} stay in float",
         f"calibrated, {wanted} encodings" + (f", {held} of them frozen or kept at later calibrations" if held else "")
         if not missing
         else f"{len(missing)} of {wanted} encodings are missing, {missing[0]!r} first",
@@ -120,7 +123,9 @@ def _shown(state: SimState, site: SiteId) -> tuple[str, str, str]:
     """Type, range, and who holds the encoding."""
     row, decision = state.plan.row(site), state.plan[site].decision
     root = state.plan.root(site)
-    if isinstance(state.plan[root].decision, Float):
+    if isinstance(end := state.plan[root].decision, Fused):
+        return "fused", f"into {end.into}", ""
+    if isinstance(end, Float):
         return "float", "", ""
     if isinstance(decision, Derived):
         return "int32", "", ""

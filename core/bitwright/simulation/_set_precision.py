@@ -180,7 +180,7 @@ class _Request:
         """Note one site, and those that share its grid."""
         decision = self.plan[self.plan.root(site)].decision
         if isinstance(decision, Float) and text != FLOAT and (self._before(site) or self._default(site)) != FLOAT:
-            self.conflicts.append(Conflict(site, f"it stays in float ({decision.reason}); {text} isn't set"))
+            self.conflicts.append(Conflict(site, f"it {decision.told}; {text} isn't set"))
             return
         # One grid serves the whole group, whoever of it was named.
         group = self.plan.tied(self.plan.root(site))

@@ -120,8 +120,8 @@ class SiteHandle:
         told = f"{row.bits} {row.granularity}".strip()
         if found is not None and found.is_fixed:
             told += f", {float(found.minimum.min()):.4g} to {float(found.maximum.max()):.4g}"
-        if row.decision == "float":
-            return f"<{self.id}: float, {row.reason}>"
+        if row.decision in ("float", "fused"):
+            return f"<{self.id}: {row.decision}, {row.reason}>"
         state = "frozen" if self.frozen else "calibrated" if found is not None else why_none(self._state(), self.id)
         return f"<{self.id}: {told}, {state}>"
 

@@ -12,7 +12,7 @@ from bitwright.backend import Batch
 from bitwright.bundle import risky
 from bitwright.errors import ModelError
 from bitwright.graph import Graph
-from bitwright.placement import Float, Plan, build_plan
+from bitwright.placement import Float, Fused, Plan, build_plan
 from bitwright.report import plan_widths
 from bitwright.targets import Target
 
@@ -46,6 +46,7 @@ class Validation:
         notes: fallbacks and exceptions of the target.
         widths: what weights and activations are quantized to, in words.
         ops, sites: number of ops, and of sites that are quantized.
+        fused: number of sites that are parts of what the target computes as one op, and rounded with its result.
     """
 
     opened: bool
@@ -58,6 +59,7 @@ class Validation:
     sites: int = 0
     risks: tuple[Finding, ...] = ()
     widths: str = ""
+    fused: int = 0
 
     @property
     def verdict(self) -> str:
@@ -75,7 +77,8 @@ class Validation:
     def __str__(self) -> str:
         if not self.opened:
             return self.verdict
-        lines = [self.verdict, f"{self.ops} ops, {self.sites} quantized sites: {self.widths}", *self.notices]
+        fused = f"; {self.fused} more are fused into others" if self.fused else ""
+        lines = [self.verdict, f"{self.ops} ops, {self.sites} quantized sites: {self.widths}{fused}", *self.notices]
         kinds = (
             ("may be lost", self.risks),
             ("in float, unknown to every target", self.unknown),
@@ -138,6 +141,7 @@ def validate(
         len(plan.quantized),
         tuple(Finding(op, what, graph.op(op).source) for op, what in risky(graph, plan)),
         plan_widths(plan),
+        sum(isinstance(site.decision, Fused) for site in plan.values()),
     )
 
 
@@ -145,7 +149,9 @@ def _in_float(graph: Graph, plan: Plan, told: set[str]) -> tuple[Finding, ...]:
     found = []
     for site, entry in plan.items():
         producer = graph.producer(site) if site in graph.tensors else None
-        if not isinstance(entry.decision, Float) or (producer is not None and producer.id in told):
+        if not isinstance(entry.decision, Float) or isinstance(entry.decision, Fused):
+            continue
+        if producer is not None and producer.id in told:
             continue
         if site in graph.tensors and not graph.tensors[site].is_float:
             continue
