@@ -1,14 +1,17 @@
 """Where long work shows how far it is: nowhere, as bars on a terminal, or as plain lines in a log.
 
-The library is silent unless it is given a `technique.Progress`; the command line gives `progress_for(stream)`.
+A simulation is silent unless it is given a `Progress`. Tools that take long (`shows_progress`) draw bars on a terminal,
+and are silent elsewhere; the command line gives `progress_for(stream)`.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+from typing import IO, TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LINE_SECONDS = 10.0
 """How often `Lines` reports within a stage."""
 
@@ -128,16 +133,20 @@ class Lines(Silent):
 class Bars(Silent):
     """Bars on a terminal, drawn by Rich: one for each stage, with time spent and time left.
 
-    Use it in a ``with`` block, so that the cursor comes back whatever happens.
+    Use it in a ``with`` block, so that the cursor comes back whatever happens. What was closed stays closed: a
+    simulation that outlives the block is silent.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
         self._bars: RichBars | None = None
         self._stages: list[TaskID] = []
+        self._closed = False
 
     def start(self, description: str, total: int | None) -> None:
         """A stage begins; it may lie within another."""
+        if self._closed:
+            return
         bars = self._shown()
         self._stages.append(bars.add_task("  " * len(self._stages) + description, total=total, note=""))
 
@@ -164,6 +173,7 @@ class Bars(Silent):
             self._bars.stop()
             self._bars = None
         self._stages.clear()
+        self._closed = True
 
     def _shown(self) -> RichBars:
         if self._bars is None:
@@ -196,3 +206,29 @@ def progress_for(stream: IO[str]) -> Bars | Lines:
 
         return Bars(Console(file=stream))
     return Lines(stream)
+
+
+def shows_progress(tool: Callable[P, R]) -> Callable[P, R]:
+    """A tool that is called without `progress` draws bars where the error stream is a terminal, and none elsewhere.
+
+    A simulation that is given to it and has a progress of its own keeps that one.
+    """
+
+    @wraps(tool)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> R:
+        stream = sys.stderr
+        given = kwargs.get("progress") is not None or any(map(_has_progress, (*args, *kwargs.values())))
+        if given or stream is None or not stream.isatty():  # there is no stream in a program without a console
+            return tool(*args, **kwargs)
+        with progress_for(stream) as bars:
+            kwargs["progress"] = bars
+            return tool(*args, **kwargs)
+
+    return shown
+
+
+def _has_progress(argument: object) -> bool:
+    """Whether it is a simulation that shows its progress somewhere."""
+    own = getattr(argument, "progress", None)
+    calls = (getattr(own, name, None) for name in ("start", "advance", "finish"))
+    return type(own) is not Silent and all(map(callable, calls))

@@ -31,7 +31,7 @@ from bitwright.placement import Plan
 from bitwright.progress import Progress, Silent
 from bitwright.runs import RunDirectory
 from bitwright.targets import Target, is_preset
-from bitwright.technique import Report
+from bitwright.technique import Report, Reports
 from bitwright.workers import Workers
 
 Folded = Mapping[OpId, tuple[NDArray[np.floating], NDArray[np.floating]]]
@@ -260,9 +260,9 @@ class StateView:
         return self._state.folded
 
     @property
-    def reports(self) -> tuple[tuple[str, Report], ...]:
-        """What each technique did, in order, by its name."""
-        return self._state.reports
+    def reports(self) -> Reports:
+        """What each technique did, in order, by its name; `print` shows it in words and tables."""
+        return Reports(self._state.reports)
 
     @property
     def changed_by(self) -> tuple[str, ...]:

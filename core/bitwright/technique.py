@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -21,6 +22,11 @@ from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId
 from bitwright.progress import Progress, Store
 from bitwright.statistics import LayerMoments, Request, Statistic
+from bitwright.tables import Table, Value, shown
+
+SHOWN = 40
+"""Rows of a report on a terminal."""
+NO_REPORT = "nothing was applied yet"
 
 
 class Settings(BaseModel):
@@ -55,6 +61,49 @@ class Report:
     figures: Mapping[str, float] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[object, ...], ...] = ()
+
+    def __str__(self) -> str:
+        table = self._table()
+        left = len(table.rows) - SHOWN
+        lines = [self.summary, *self._told()]
+        if table.rows:
+            lines.append(str(Table(table.columns, table.rows[:SHOWN])))
+        if left > 0:
+            lines.append(f"… and {left} more in rows")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        told = "<br>".join(map(escape, (self.summary, *self._told())))
+        table = self._table()
+        return f"<div>{told}{table.html() if table.rows else ''}</div>"
+
+    def _told(self) -> list[str]:
+        """The figures, in a line."""
+        return [", ".join(f"{name} {shown(value)}" for name, value in self.figures.items())] if self.figures else []
+
+    def _table(self) -> Table:
+        columns = self.columns or tuple("" for _ in self.rows[0]) if self.rows else self.columns
+        return Table(columns, tuple(tuple(map(_cell, row)) for row in self.rows))
+
+
+class Reports(tuple[tuple[str, Report], ...]):
+    """What each technique did, in order, by its name: `QuantSim.reports`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}: {report}" for name, report in self) or NO_REPORT
+
+    def _repr_html_(self) -> str:
+        told = [f"<strong>{escape(name)}</strong>{report._repr_html_()}" for name, report in self]
+        return f"<div>{''.join(told) or escape(NO_REPORT)}</div>"
+
+
+def _cell(value: object) -> Value:
+    """A value of a report's row as one of a table's."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph
 from bitwright.plugins import registry
-from bitwright.progress import Progress, Store
+from bitwright.progress import Progress, Store, shows_progress
 from bitwright.report import plan_widths
 from bitwright.runs import RunDirectory, identity, run_in
 from bitwright.simulation import QuantSim, open_store
@@ -37,6 +37,7 @@ from bitwright_analysis.sweeps import Switches, measured, ranked, sweep, units
 DIRECTIONS = ("alone", "without")
 
 
+@shows_progress
 def quant_analyzer(
     model: Any,
     data: DataLike,
@@ -82,7 +83,7 @@ def quant_analyzer(
         run: where finished measurements are kept, so that the same call goes on after an interruption; default: the
             simulation's own, or `.run` in `out`. An `evaluate` that has changed is asked again, as far as
             `evaluation_identity` sees it.
-        progress: where progress is shown.
+        progress: where progress is shown; default: as bars on a terminal, nowhere else.
         options: of `QuantSim`, for a model: target, weights, activations, scheme, overrides, seed, ….
 
     Raises:

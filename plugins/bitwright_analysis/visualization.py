@@ -18,7 +18,7 @@ from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph, ParamRole
 from bitwright.grids import PerChannel, to_groups
-from bitwright.progress import Progress
+from bitwright.progress import Progress, shows_progress
 from bitwright.report import Record, parts
 from bitwright.simulation import QuantSim
 from bitwright.statistics import ChannelMoments, HistogramStatistic, RangeStatistic, Request, Source
@@ -109,6 +109,7 @@ class _Seen:
         )
 
 
+@shows_progress
 def visualize(
     before: Any,
     after: Any,
@@ -130,7 +131,7 @@ def visualize(
         sample: one batch, for frameworks that trace a model.
         names: what the two are called.
         batch_size, limit: of the data.
-        progress: where progress is shown.
+        progress: where progress is shown; default: as bars on a terminal, nowhere else.
 
     Raises:
         InputError: the two have nothing in common, or the data don't fit.

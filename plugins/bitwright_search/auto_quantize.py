@@ -16,7 +16,7 @@ from bitwright.bundle import Formats
 from bitwright.calibration import scheme as calibration_scheme
 from bitwright.errors import InputError, ModelError
 from bitwright.grids import PerTensor
-from bitwright.progress import Progress
+from bitwright.progress import Progress, shows_progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike
 from bitwright.verify import Validation, validate
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bitwright.data import Dataset
 
 
+@shows_progress
 def auto_quantize(
     model: Any,
     calibration: Any,
@@ -95,7 +96,7 @@ def auto_quantize(
             solved, as `workers.open_workers` takes it: a number of processes, "local:N" or the address of a Dask
             scheduler, a Dask client, any `concurrent.futures.Executor`. Networks travel as paths, so its workers need
             the same file system.
-        progress: where progress is shown.
+        progress: where progress is shown; default: as bars on a terminal, nowhere else.
 
     Raises:
         InputError: an argument or the data can't be used, or not one network could be calibrated and evaluated.

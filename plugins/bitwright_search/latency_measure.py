@@ -10,7 +10,7 @@ from bitwright.backend import Capability, OpTimer, require
 from bitwright.data import DataLike, whole_batches
 from bitwright.errors import InputError
 from bitwright.files import Scratch
-from bitwright.progress import Progress
+from bitwright.progress import Progress, shows_progress
 from bitwright.simulation import QuantSim
 from bitwright_search.candidates import COSTED, group_sites, read_candidates, shared_activations
 from bitwright_search.costs import multiply_accumulates
@@ -20,6 +20,7 @@ from bitwright_search.participants import split_steps
 from bitwright_search.sensitivity import first_samples
 
 
+@shows_progress
 def measure_latency(
     model: Any,
     data: DataLike,
@@ -51,7 +52,7 @@ def measure_latency(
         repeats: passes that count, after one that warms up.
         threads: of the runtime.
         out: a file to write the table to.
-        progress: where progress is shown.
+        progress: where progress is shown; default: as bars on a terminal, nowhere else.
 
     Returns:
         Entries by op, by type and weight shape, and by type for each multiply-accumulate.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bitwright.bank import Bank
 from bitwright.bundle import Formats
 from bitwright.errors import InputError
-from bitwright.progress import Progress
+from bitwright.progress import Progress, shows_progress
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim, RecipeLike, read_recipe
 from bitwright.workers import lent
@@ -37,6 +37,7 @@ CANDIDATES = (("int8", "uint16"), ("int8", "uint8"), ("int4", "uint8"))
 """The candidates by default."""
 
 
+@shows_progress
 def mixed_precision(
     model: Any,
     calibration: Any,
@@ -107,7 +108,7 @@ def mixed_precision(
         executor: where sensitivities are measured and independent layers solved, as `workers.open_workers` takes it: a
             number of processes, "local:N" or the address of a Dask scheduler, a Dask client, an executor. Networks
             travel as paths, so its workers need the same file system.
-        progress: where progress is shown.
+        progress: where progress is shown; default: as bars on a terminal, nowhere else.
 
     Raises:
         InputError: no goal or contradicting ones, an unattainable budget, or unusable data or arguments.

@@ -14,6 +14,7 @@ from bitwright.errors import EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
 from bitwright.placement import Float, Fused
 from bitwright.simulation import QuantSim
+from bitwright.technique import Report
 from bitwright.verify import validate
 from bitwright_onnx.simulate.simulation import by_name
 
@@ -33,15 +34,19 @@ def test_print_says_what_is_quantized_how_far_it_is_and_what_comes_next():
     before = str(sim)
     assert "QuantSim of" in before and "onnxruntime-cpu" in before
     assert "10 of 10 encodings are missing, 'x' first" in before
-    assert before.splitlines()[-1].startswith("next: calibrate(data)")
+    assert before.splitlines()[-1].startswith("next: apply('fold_batch_norm')")
+    assert "(2 batch norms), then calibrate(data)" in before.splitlines()[-1]
     after = str(sim.calibrate(DATA))
     encoding = sim.encodings["r2"]
     row = next(line for line in after.splitlines() if line.startswith("relu2"))
     assert f"{float(encoding.minimum):.4g} … {float(encoding.maximum):.4g}" in row and "uint8" in row
     assert "with gap" in next(line for line in after.splitlines() if line.startswith("flatten"))
+    assert after.splitlines()[-1].startswith("next: 2 batch norms unfolded: apply('fold_batch_norm')")
     assert "export" in after.splitlines()[-1]
     assert "applied: fold_batch_norm" in str(sim.apply("fold_batch_norm"))
+    assert str(sim).splitlines()[-1].startswith("next: calibrate(data)")
     sim.calibrate(DATA)
+    assert str(sim).splitlines()[-1].startswith("next: compare predict(data)")
     assert "calibrated, 10 encodings\n" in str(sim)
     sim["r2"].freeze()
     assert "1 of them frozen or kept" in str(sim)
@@ -65,7 +70,7 @@ def test_what_is_fused_into_another_op_is_not_said_to_be_in_float():
     # Where nothing rounds the result, its parts are in float like it.
     plan = simulation(activations="float").plan
     assert plan["c1"].decision == Float("inside the supergroup Conv+Clip")
-    with pytest.raises(EncodingError, match="'c1' is fused .*; 'r1' has the grid. and takes no encoding"):
+    with pytest.raises(EncodingError, match=r"'c1' is fused .*; 'r1' has the grid\) and takes no encoding"):
         sim.plan.by_root({"c1": object()}, lambda site, encoding: None)
 
 
@@ -86,6 +91,40 @@ def test_plan_and_encodings_are_tables_and_frames(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", frame)
     rows, columns = sim.encodings.to_pandas()
     assert len(rows) == len(sim.encodings) and columns[0] == "site"
+
+
+def test_reports_and_bundles_are_shown_in_words(tmp_path):
+    sim = simulation()
+    assert str(sim.reports) == "nothing was applied yet" and "nothing" in sim.reports._repr_html_()
+    sim.apply("fold_batch_norm").apply("cle").calibrate(DATA)
+    first, second = str(sim.reports).split("\n\n")
+    assert first.splitlines()[0] == "fold_batch_norm: folded 2 of 2 batch norms"
+    assert "backward 2" in first.splitlines()[1] and first.splitlines()[2].split()[:2] == ["batch", "norm"]
+    assert first.splitlines()[3].split()[:3] == ["bn1", "conv1", "backward"]
+    assert second.startswith("cross_layer_equalization: ") and "Report(" not in str(sim.reports)
+    assert isinstance(sim.reports, tuple) and dict(sim.reports)["fold_batch_norm"].rows
+    page = sim.reports._repr_html_()
+    assert "<table>" in page and "bn1" in page and page.count("<strong>") == 2
+    bundle = sim.export(tmp_path, name="net")
+    lines = str(bundle).splitlines()
+    assert lines[0] == f"export of {len(bundle.files)} files in {tmp_path}"
+    assert lines[1] == "weights stored in another type, values unchanged: 1 (stored_anew)"
+    row = next(line for line in lines if line.startswith("encodings"))
+    size = bundle.files["encodings"].stat().st_size
+    assert row.split() == ["encodings", "net.encodings", *f"{size / 1e3:.3g} kB".split()]
+    assert lines[-1] == f"next: bitwright verify {tmp_path} --data test.npz"
+    assert "net.encodings" in bundle._repr_html_() and "verify" in bundle._repr_html_()
+    bundle.files["encodings"].unlink()
+    assert next(line for line in str(bundle).splitlines() if line.startswith("encodings")).endswith("   gone")
+
+
+def test_long_reports_are_cut_on_terminals_only():
+    report = Report("done", {}, ("layer", "error"), tuple((f"layer{i}", np.float32(i)) for i in range(100)))
+    lines = str(report).splitlines()
+    assert lines[-1] == "… and 60 more in rows" and len(lines) == 43 and lines[2].split() == ["layer0", "0"]
+    assert "layer99" in report._repr_html_()
+    assert str(Report("a <b>", {"c": 0.123456})).splitlines() == ["a <b>", "c 0.1235"]
+    assert "&lt;b&gt;" in Report("a <b>")._repr_html_()
 
 
 def test_html_escapes_names():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bitwright import progress
-from bitwright.progress import Bars, Lines, Silent, progress_for
+from bitwright.progress import Bars, Lines, Silent, progress_for, shows_progress
 
 
 def work(shown) -> None:
@@ -84,3 +84,55 @@ def test_choice_by_stream():
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     assert isinstance(progress_for(terminal), Bars)
+
+
+@shows_progress
+def tool(model, *, progress=None):
+    work(progress or Silent())
+    return progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Simulation:
+    """What has a progress of its own."""
+
+    def __init__(self, shown) -> None:
+        self.progress = shown
+
+
+def test_tools_draw_bars_at_a_terminal_only(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    used = tool(object())
+    text = terminal.getvalue()
+    assert "3/3" in text and text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    work(used)  # a simulation that a tool returns has the bars still
+    assert terminal.getvalue() == text
+    tool(Simulation(Silent()))
+    assert terminal.getvalue() != text
+    for stream in (io.StringIO(), None):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert tool(object()) is None
+        assert stream is None or stream.getvalue() == ""
+
+
+def test_a_progress_that_is_given_is_used(monkeypatch):
+    terminal, own = Terminal(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    tool(object(), progress=Lines(own))
+    assert "Layers: 3/3" in own.getvalue()
+    assert tool(object(), progress=Silent()) is not None
+    assert tool(Simulation(Lines(own))) is None  # the simulation tells it itself
+    assert terminal.getvalue() == ""
+
+
+def test_long_tools_draw_bars():
+    from bitwright.plugins import registry
+
+    for name in ("quant_analyzer", "auto_quantize", "mixed_precision", "visualize", "measure_latency"):
+        shown = registry.tool(name)
+        assert shown.__wrapped__.__name__ == name and shown.__code__ is tool.__code__

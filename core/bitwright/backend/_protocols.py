@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from html import escape
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -23,6 +24,7 @@ from bitwright.files import Array
 from bitwright.graph import Edit, Graph, OpId, ParamId, TensorId
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.placement import Plan, SiteId
+from bitwright.tables import Table, size
 
 M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
@@ -133,6 +135,45 @@ class Bundle:
     stored_anew: tuple[ParamId, ...] = ()
     constants: frozenset[SiteId] = frozenset()
     absent: frozenset[SiteId] = frozenset()
+
+    def __str__(self) -> str:
+        return "\n".join((self._title(), *self._told(), "", str(self._table()), "", *self._next())).rstrip()
+
+    def _repr_html_(self) -> str:
+        told = "<br>".join(map(escape, (*self._told(), *self._next())))
+        return f"<div><strong>{escape(self._title())}</strong><br>{told}{self._table().html()}</div>"
+
+    def _title(self) -> str:
+        folders = dict.fromkeys(path.parent for path in self.files.values())
+        count = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+        return f"export of {count}" + (f" in {next(iter(folders))}" if len(folders) == 1 else "")
+
+    def _told(self) -> list[str]:
+        """What of the model has another form in the files, where there is any."""
+        found = (
+            (len(self.names), "sites with other names in the files", "names"),
+            (len(self.constants), "activations that are constants in the files", "constants"),
+            (len(self.absent), "sites without a tensor in the files", "absent"),
+            (len(self.stored_anew), "weights stored in another type, values unchanged", "stored_anew"),
+        )
+        return [f"{what}: {count} ({where})" for count, what, where in found if count]
+
+    def _table(self) -> Table:
+        rows = tuple((purpose, path.name, _space(path)) for purpose, path in self.files.items())
+        return Table(("purpose", "file", "size"), rows)
+
+    def _next(self) -> list[str]:
+        """What to run on what `QuantSim.export` wrote: a report lies beside the files."""
+        folders = {path.parent for path in self.files.values() if (path.parent / "report.json").is_file()}
+        return [f"next: bitwright verify {folder} --data test.npz" for folder in sorted(folders)[:1]]
+
+
+def _space(path: Path) -> str:
+    """How large a file is; of a folder, all files in it."""
+    if not path.exists():
+        return "gone"
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return size(sum(p.stat().st_size for p in files))
 
 
 @dataclass(frozen=True)

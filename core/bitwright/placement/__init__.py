@@ -5,7 +5,18 @@ from __future__ import annotations
 from bitwright.placement._build import build_plan
 from bitwright.placement._masks import UNREAD, Extent, NodeView, is_mask, masks
 from bitwright.placement._overrides import ARROW, is_lost, ops_between, without_subgraphs
-from bitwright.placement._plan import Decision, Derived, Float, Fused, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
+from bitwright.placement._plan import (
+    Decision,
+    Derived,
+    Float,
+    Fused,
+    OwnForms,
+    Plan,
+    SharedWith,
+    Site,
+    SiteId,
+    SiteKind,
+)
 from bitwright.placement._types import sized, sized_overrides
 
 __all__ = [

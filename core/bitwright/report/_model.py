@@ -95,8 +95,8 @@ class SiteRow(Record):
         low, high: ends of the grid's range, over all its groups.
         scale_smallest, scale_largest: over groups; equal for one scale.
         name: the tensor's name in the exported files, where it isn't the site's own.
-        follows: whose encoding the site has, which ones it is derived from, or what it is fused into; of a bias in float that has an int32
-            form for each of its ops, their inputs and weights in turn.
+        follows: whose encoding the site has, which ones it is derived from, or what it is fused into; of a bias in
+            float that has an int32 form for each of its ops, their inputs and weights in turn.
         digest: of the encoding's numbers (`report.digest`).
     """
 

@@ -8,7 +8,8 @@ from html import escape
 from bitwright.report import charts
 from bitwright.report._model import Cell, LayerRow, RunReport, SiteRow, StepRecord
 from bitwright.report._widths import widths
-from bitwright.report.parts import facts, figure, fold, page, section, size, table, text, tile
+from bitwright.report.parts import facts, figure, fold, page, section, table, text, tile
+from bitwright.tables import size
 
 LAYERS = "layers, from input to output"
 """What stands below a chart of layers."""

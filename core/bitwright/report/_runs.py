@@ -14,7 +14,8 @@ from bitwright.report import charts
 from bitwright.report._model import Cell, RunReport, SiteRow
 from bitwright.report._page import LAYERS, run_widths, verdict
 from bitwright.report._seal import REPORT
-from bitwright.report.parts import Link, figure, fold, page, section, size, table, text, tile
+from bitwright.report.parts import Link, figure, fold, page, section, table, text, tile
+from bitwright.tables import size
 
 SUFFIX = f".{REPORT}"
 

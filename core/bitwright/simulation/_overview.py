@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from bitwright.graph import Op
+from bitwright.graph import Op, batch_norm_fold
 from bitwright.grids import Encoding
 from bitwright.placement import Derived, Float, Fused, SharedWith, SiteId
 from bitwright.report import plan_widths
@@ -92,9 +92,17 @@ def _missing(state: SimState) -> list[SiteId]:
 def _next(state: SimState, missing: bool, trained: bool) -> str:
     if state.training is not None and not trained:
         return "train the model of trainable(), then take()"
+    folds = sum(batch_norm_fold(state.graph, op) is not None for op in state.graph)
+    norms = f"{folds} batch norm{'s' if folds > 1 else ''}"
     if missing:
-        return "calibrate(data); techniques such as apply('adaround', data) go before it"
-    return "compare predict(data) with predict(data, simulated=False), then export(folder)"
+        first = f"apply('fold_batch_norm'), as targets multiply with folded weights ({norms}), then " if folds else ""
+        return f"{first}calibrate(data); techniques such as apply('adaround', data) go before it"
+    compare = "compare predict(data) with predict(data, simulated=False), then export(folder)"
+    if not folds:
+        return compare
+    if trained:
+        return f"apply('fold_batch_norm_to_scale'), which keeps the trained grids ({norms} unfolded); then {compare}"
+    return f"{norms} unfolded: apply('fold_batch_norm') and calibrate(data) again, or train with them; then {compare}"
 
 
 def _table(state: SimState) -> Table:
