@@ -9,7 +9,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Simulation, Tap
+from bitwright import metrics
+from bitwright.backend import Backend, Simulation, Tap, arrays_of
 from bitwright.data import CutCache, Dataset
 from bitwright.errors import InputError
 from bitwright.graph import Graph
@@ -114,19 +115,12 @@ class Top1:
         """Top-1 of the simulation as it is set now.
 
         Raises:
-            InputError: there are more or fewer samples than labels.
+            InputError: there are more or fewer samples than labels, or the output isn't (samples, classes).
         """
-        session, right, seen = simulation.session([self._tap]), 0, 0
+        session, metric = simulation.session([self._tap]), metrics.Top1(self._labels)
         for batch in self._data:
-            outputs = np.asarray(session.run(batch)[self._tap])
-            classes = outputs.reshape(len(outputs), -1).argmax(axis=1)
-            if seen + len(classes) > len(self._labels):
-                raise InputError(f"there are {len(self._labels)} labels, but more samples: give one label a sample")
-            right += int((classes == self._labels[seen : seen + len(classes)]).sum())
-            seen += len(classes)
-        if seen < len(self._labels):
-            raise InputError(f"there are {len(self._labels)} labels for {seen} samples: give one label a sample")
-        return right / seen if seen else math.nan
+            metric.add(arrays_of(batch), np.asarray(session.run(batch)[self._tap]))
+        return metric.value()
 
 
 class Evaluation:

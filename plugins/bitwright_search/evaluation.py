@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.backend import Simulation, Tap
+from bitwright.backend import Simulation, Tap, arrays_of
 from bitwright.data import DataLike, Dataset, labels_of
 from bitwright.errors import InputError
-from bitwright.metrics import Terms, metric_factory
+from bitwright.metrics import Terms, Top1, metric_factory
 from bitwright.runs import fingerprint
 from bitwright.simulation import QuantSim
 
@@ -75,12 +75,10 @@ class Labelled:
         """Top-1 of the first output, as a fraction."""
         tap = Tap(sim.graph.outputs[0])
         session = simulation.session([tap])
-        found = [np.asarray(session.run(batch)[tap]) for batch in sim.open(self.data, batch_size=self.batch_size)]
-        predicted = np.concatenate([y.reshape(len(y), -1).argmax(axis=1) for y in found])
-        if len(predicted) != len(self.labels):
-            raise InputError(f"there are {len(self.labels)} labels for {len(predicted)} samples")
-        right = predicted == self.labels
-        return Score(float(right.mean()), Terms.single(right))
+        metric = Top1(self.labels)
+        for batch in sim.open(self.data, batch_size=self.batch_size):
+            metric.add(arrays_of(batch), np.asarray(session.run(batch)[tap]))
+        return Score(metric.value(), metric.terms)
 
     def identity(self) -> list[str]:
         """By the content of the opened data and labels.
@@ -129,7 +127,7 @@ class ByMetric:
         session, origin = simulation.session([tap]), self.original
         floating = origin.backend.session(origin.native, [tap]) if origin is not None else None
         for batch in sim.open(self.data, batch_size=self.batch_size):
-            inputs = {name: np.asarray(values) for name, values in batch.items()}
+            inputs = arrays_of(batch)
             wanted = None if floating is None else np.asarray(floating.run(batch)[tap])
             metric.add(inputs, np.asarray(session.run(batch)[tap]), wanted)
         name, value = self.metric.partition(":")[0], metric.value()

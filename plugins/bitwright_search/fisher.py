@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, Capability, Differentiable, Pullback, require
+from bitwright.backend import Batch, Capability, Differentiable, Pullback, arrays_of, require
 from bitwright.calibration import collect
 from bitwright.data import Dataset
 from bitwright.errors import InputError
@@ -173,7 +173,7 @@ def _gradients(
         logits = outputs[tap]
         if logits.ndim < 2:
             raise InputError(f'sensitivities="fisher": {tap!r} has shape {logits.shape}; it takes logits, classes last')
-        kept = counted({k: np.asarray(v) for k, v in batch.items()}, logits.shape[:-1])
+        kept = counted(arrays_of(batch), logits.shape[:-1])
         if are_probabilities(logits):
             raise InputError(
                 f'sensitivities="fisher": {tap!r} has probabilities, and it takes logits: give the network without its '

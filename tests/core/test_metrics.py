@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from bitwright.backend import Feed
+from bitwright.data import labels as read_labels
+from bitwright.data import labels_of, open_data
 from bitwright.errors import InputError
 from bitwright.metrics import metric_factory, token_input
 
@@ -128,7 +133,7 @@ def test_one_class_says_nothing(name):
         metric(name, ({"ids": np.zeros((2, 4), np.int64)}, one, one), labels=[0, 0])
 
 
-@pytest.mark.parametrize("labels", [np.eye(3), [[0], [1], [2]], [0, 1, -1], [0.0, 1.5, 2.0], ["a", "b", "c"]])
+@pytest.mark.parametrize("labels", [np.eye(3), [0, 1, -1], [0.0, 1.5, 2.0], ["a", "b", "c"]])
 def test_top1_refuses_what_are_no_class_indices(labels):
     with pytest.raises(InputError, match="class indices"):
         metric("top1", ({}, np.eye(3), None), labels=labels)
@@ -143,3 +148,74 @@ def test_top1_refuses_labels_that_the_outputs_have_no_class_for():
 def test_unknown_metrics(name):
     with pytest.raises(InputError, match="metric"):
         metric_factory(name)
+
+
+# -- outputs without an axis of classes behind that of samples
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+@pytest.mark.parametrize("name", ["kl", "perplexity", "agreement", "top1"])
+def test_outputs_without_classes_are_refused(name, shape):
+    """Over (samples,) the last axis is samples: what was compared were samples with one another."""
+    one = np.random.default_rng(0).normal(size=shape)
+    with pytest.raises(InputError, match=rf"{name}: the output has shape {re.escape(str(shape))}.*\(samples, "):
+        metric(name, ({"ids": np.zeros(5, np.int64)}, one, one), labels=[0] * 5)
+
+
+@pytest.mark.parametrize("name", ["kl", "agreement", "top1"])
+def test_strings_are_refused(name):
+    with pytest.raises(InputError, match="takes numbers"):
+        metric(name, ({}, np.array([["a", "b"]]), np.array([["a", "b"]])), labels=[0])
+
+
+def test_a_whole_feed_is_one_sample():
+    feed = Feed({"x": np.zeros(4, np.float32)})
+    a, b = np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 1.0])
+    assert metric("agreement", (feed, a, a), (feed, a, b)) == (0.5, 2)
+    assert metric("kl", (feed, a, b)) == metric("kl", ({}, a[None], b[None]))
+    assert metric("top1", (feed, a, None), (feed, b, None), labels=[2, 2]) == (0.5, 2)
+    with pytest.raises(InputError, match="shape \\(\\)"):
+        metric("agreement", (feed, a[0], a[0]))
+    # Time first: the positions of one feed, of which masked ones don't count, aren't samples of their own.
+    steps = np.stack([a, b, a, b])
+    masked = Feed({"mask": np.array([1, 1, 1, 0])})
+    for name in ("agreement", "kl"):
+        found = metric_factory(name)()
+        for _ in range(2):
+            found.add(masked, steps, steps[::-1])
+        assert (found.count, found.terms.counts) == (6, (3, 3))
+        alike = metric_factory(name)()
+        alike.add({"mask": np.array([[1, 1, 1, 0]])}, steps[None], steps[None, ::-1])
+        assert found.value() == alike.value()
+    rows = metric_factory("top1", [2, 1, 0, 0])()
+    rows.add(feed, steps, None)
+    assert (rows.value(), rows.terms.counts) == (0.5, (4,))
+
+
+def test_perplexity_of_a_feed_needs_its_length_s_axis():
+    ids = np.zeros((2, 3), np.int64)
+    with pytest.raises(InputError, match="isn't known which axis is the text's length"):
+        metric("perplexity", (Feed({"ids": ids}), np.zeros((2, 3, 4)), None))
+    one = np.random.default_rng(0).normal(size=(1, 3, 4))
+    assert metric("perplexity", (Feed({"ids": ids[:1]}), one, None)) == metric(
+        "perplexity", ({"ids": ids[:1]}, one, None)
+    )
+
+
+def test_top1_takes_one_class_a_sample():
+    maps = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
+    with pytest.raises(InputError, match="several axes behind the first"):
+        metric("top1", ({}, maps, None), labels=[0, 1])
+    one = maps[:, :, :1, :1]
+    assert metric("top1", ({}, one, None), labels=one[:, :, 0, 0].argmax(1)) == (1.0, 2)
+    assert metric("top1", ({}, one.transpose(0, 2, 3, 1), None), labels=one[:, :, 0, 0].argmax(1)) == (1.0, 2)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [0.0, 1.0, 1.0], [False, True, True], [[0], [1], [1]]])
+def test_every_reader_of_labels_has_one_rule(labels, tmp_path):
+    wanted = np.array([0, 1, 1])
+    np.save(tmp_path / "l.npy", np.asarray(labels))
+    assert np.array_equal(read_labels(tmp_path / "l.npy"), wanted)
+    data = open_data(np.zeros((3, 2), np.float32), {"x": ((None, 2), "float32")})
+    assert np.array_equal(labels_of(labels, data), wanted)
+    assert metric("top1", ({}, np.eye(3), None), labels=labels) == (pytest.approx(2 / 3), 3)

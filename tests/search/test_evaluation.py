@@ -6,13 +6,16 @@ import copy
 from functools import partial
 
 import numpy as np
+import onnx
 import pytest
 from search_net import top1
 
 from bitwright import QuantSim
 from bitwright.errors import InputError
 from bitwright.runs import identity
-from bitwright_search.evaluation import FileFunction, Labelled
+from bitwright.verify import verify
+from bitwright_analysis.analyzer import quant_analyzer
+from bitwright_search.evaluation import ByMetric, FileFunction, Labelled
 
 
 def test_evaluations_are_told_apart_by_content(net, tmp_path):
@@ -104,3 +107,74 @@ def test_a_file_is_a_module_like_any_other(tmp_path):
     (tmp_path / "bad.py").write_text("1 / 0\n")
     with pytest.raises(InputError, match="ZeroDivisionError"):
         FileFunction.parse(f"{tmp_path / 'bad.py'}:score")
+
+
+# -- outputs whose first axis isn't samples, or whose last is
+
+
+def saved(path, nodes, inputs, output, **arrays):
+    h = onnx.helper
+    graph = h.make_graph(
+        nodes, "net", [h.make_tensor_value_info(n, 1, shape) for n, shape in inputs.items()],
+        [h.make_tensor_value_info("y", 1, output)],
+        [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in arrays.items()],
+    )  # fmt: skip
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def one_a_feed(tmp_path):
+    """A scalar beside a vector: each feed is one sample, whose output is (classes,)."""
+    weight = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    nodes = [onnx.helper.make_node("Mul", ["x", "gain"], ["loud"], "loud"),
+             onnx.helper.make_node("MatMul", ["loud", "w"], ["y"], "head")]  # fmt: skip
+    return saved(tmp_path / "feed.onnx", nodes, {"x": [4], "gain": []}, [3], w=weight)
+
+
+def feeds(count):
+    rng = np.random.default_rng(1)
+    return [{"x": rng.normal(size=4).astype(np.float32), "gain": np.float32(1 + 0.1 * i)} for i in range(count)]
+
+
+def test_each_feed_of_a_vector_of_classes_is_a_sample(one_a_feed):
+    data = feeds(12)
+    sim = QuantSim(one_a_feed, weights="int4", activations="uint4").calibrate(data)
+    p, q = (np.reshape(sim.predict(data, simulated=s)[0], (12, 3)) for s in (False, True))
+    same = (p.argmax(-1) == q.argmax(-1)).mean()
+    labels = p.argmax(-1)
+    found = sim.measure(data, "agreement", "kl", "top1", labels=labels)
+    assert (found["agreement"].simulated, found["agreement"].count) == (pytest.approx(same), 12)
+    assert (found["top1"].float_model, found["top1"].simulated) == (1.0, pytest.approx(same))
+    assert found["kl"].count == 12
+    for evaluation in (ByMetric(data, "agreement"), Labelled(data, labels)):
+        score = evaluation.opened(sim).score(sim, sim.simulation)
+        assert score.value == pytest.approx(same)
+        assert score.terms.counts == (1,) * 12
+
+
+def test_one_value_a_sample_has_no_class(tmp_path):
+    """The last axis is samples there: they would be compared with one another, or class 0 be found everywhere."""
+    rng = np.random.default_rng(0)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["column"], "head"),
+             onnx.helper.make_node("Squeeze", ["column", "axes"], ["y"], "flat")]  # fmt: skip
+    model = saved(tmp_path / "one.onnx", nodes, {"x": ["n", 4]}, ["n"], axes=np.array([1]),
+                  w=rng.normal(size=(4, 1)).astype(np.float32))  # fmt: skip
+    data, labels = rng.normal(size=(16, 4)).astype(np.float32), np.zeros(16, np.int64)
+    sim = QuantSim(model).calibrate(data)
+    for name in ("agreement", "kl", "top1"):
+        with pytest.raises(InputError, match="without an axis of classes"):
+            sim.measure(data, name, labels=labels)
+    for evaluation in (Labelled(data, labels), ByMetric(data, "agreement")):
+        with pytest.raises(InputError, match="without an axis of classes"):
+            evaluation.opened(sim).score(sim, sim.simulation)
+    with pytest.raises(InputError, match="without an axis of classes"):
+        quant_analyzer(sim, data, labels=labels)
+    sim.export(tmp_path / "out", name="m")
+    with pytest.raises(InputError, match="without an axis of classes"):
+        verify(tmp_path / "out", data, labels)
+    found = verify(tmp_path / "out", data)
+    assert not found.problems
+    assert not found.agreement
+    assert found.plain.agreement is None
+    assert found.sqnr_db["integer_float"] > 20

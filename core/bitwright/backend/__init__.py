@@ -13,9 +13,9 @@ from bitwright.backend._checks import (
     on_grid,
     require_params,
 )
-from bitwright.backend._conversion import array_of, check_numeric, converted, fed
+from bitwright.backend._conversion import array_of, check_numeric, class_indices, converted, fed
 from bitwright.backend._editing import Branch, Editor
-from bitwright.backend._feeds import Feed, FeedSpecs
+from bitwright.backend._feeds import Feed, FeedSpecs, arrays_of
 from bitwright.backend._finiteness import NonFiniteWarning, warn_where_it_began
 from bitwright.backend._giving_back import giving_back
 from bitwright.backend._lazy_values import LazyValues
@@ -124,6 +124,7 @@ __all__ = [
     "Training",
     "alike",
     "array_of",
+    "arrays_of",
     "between",
     "capabilities",
     "check_encodings",
@@ -132,6 +133,7 @@ __all__ = [
     "checked_bias",
     "checked_param",
     "checked_params",
+    "class_indices",
     "converted",
     "fed",
     "feed",

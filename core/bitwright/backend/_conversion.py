@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.errors import InputError
 from bitwright.files import Array
@@ -22,6 +23,41 @@ def array_of(value: object, where: str) -> Array:
         raise InputError(f"{where}: can't be read as an array ({error})") from None
     check_numeric(array, where)
     return array
+
+
+_LARGEST_INDEX = np.float64(2**53)
+"""Beyond it floats don't know one class from the next, and 64 bits without a sign don't fit those with one."""
+
+
+def class_indices(labels: object, where: str) -> NDArray[np.int64]:
+    """Class indices, one a sample, of what users give as labels: integers, whole floats, booleans; a column too.
+
+    Args:
+        labels: an array, a sequence, or a tensor of any framework.
+        where: what messages begin with.
+
+    Raises:
+        InputError: they aren't that.
+    """
+    if hasattr(labels, "detach"):
+        labels = labels.detach().cpu()
+    try:
+        values = np.asarray(labels)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: labels can't be read as an array ({error})") from None
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise InputError(
+            f"{where}: labels have shape (samples,), got {values.shape}: they are class indices, one a sample"
+        )
+    whole = values.dtype.kind in "biu" or (values.dtype.kind == "f" and bool((np.rint(values) == values).all()))
+    if not whole or (values < 0).any() or (values > _LARGEST_INDEX).any():
+        some = f" {values[:3]}…" if values.dtype.kind in "biuf" else ""
+        raise InputError(
+            f"{where}: labels are class indices, one a sample, non-negative integers; got {values.dtype}{some}"
+        )
+    return np.asarray(values, np.int64)
 
 
 def check_numeric(array: Array, where: str) -> None:

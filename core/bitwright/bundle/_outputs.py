@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.backend import Session
+from bitwright.backend import Feed, Session
 from bitwright.bundle._crushed import CRUSHED_DB
 from bitwright.data import Dataset, joined, samples_in
 from bitwright.errors import InputError
@@ -27,7 +27,8 @@ class OutputFigures(BaseModel):
     Attributes:
         name: the tensor.
         agreement: share of samples with equal argmax (of values that are equal, for integers and booleans):
-            "simulated_float", "integer_float", "integer_simulated".
+            "simulated_float", "integer_float", "integer_simulated"; empty where a sample has one value, whose index
+            says nothing.
         sqnr_db: signal to noise of the same pairs (second is the signal); null where the signal is nothing but zeros,
             or has no numbers.
     """
@@ -49,13 +50,13 @@ class _Pair:
     count: int = 0
     compared: bool = False
 
-    def add(self, other: NDArray[Any], signal: NDArray[Any]) -> None:
+    def add(self, other: NDArray[Any], signal: NDArray[Any], whole: bool) -> None:
         self.compared = True
         a, b = (np.asarray(v) for v in (other, signal))
         if a.shape != b.shape or a.dtype.kind not in "biuf" or b.dtype.kind not in "biuf":
             self.noise = float("inf")
             return
-        mine, theirs = classes_of(a), classes_of(b)
+        mine, theirs = classes_of(a, whole), classes_of(b, whole)
         if b.dtype.kind != "f":
             mine, theirs = a.reshape(-1), b.reshape(-1)
         if mine is not None and theirs is not None:
@@ -141,7 +142,7 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
                     problems[f"the {view} output {tensor!r} holds NaN or infinity"] = None
             for key, (other, signal) in known.items():
                 if tensor in runs[other] and tensor in runs[signal]:
-                    pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor])
+                    pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor], isinstance(batch, Feed))
         count = samples_in(batch)
         samples += count
         progress.advance(count)
@@ -196,8 +197,14 @@ def in_shape(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any] | Non
     return values.reshape(shape) if values.size == np.prod(shape) and merged else None
 
 
-def classes_of(values: NDArray[Any]) -> NDArray[Any] | None:
-    """The largest value's index for each sample; None where there are no samples or no values."""
+def classes_of(values: NDArray[Any], whole: bool = False) -> NDArray[Any] | None:
+    """The largest value's index for each sample; None where there are no samples or values, or one value a sample.
+
+    Args:
+        values: of a batch, or several, joined.
+        whole: they are of one whole feed, where (classes,) is one sample.
+    """
     if values.ndim == 0 or values.size == 0 or values.dtype.kind not in "biuf":
         return None
-    return np.asarray(values.reshape(len(values), -1).argmax(axis=1))
+    rows = values.reshape(1 if whole and values.ndim == 1 else len(values), -1)
+    return None if rows.shape[1] == 1 else np.asarray(rows.argmax(axis=1))

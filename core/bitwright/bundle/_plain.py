@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from bitwright.backend import Batch, Bundle, Session
+from bitwright.bundle._outputs import classes_of
 from bitwright.data import Dataset, joined
 from bitwright.graph import TensorId
 from bitwright.plugins import registry
@@ -81,7 +82,7 @@ class PlainView(BaseModel):
 
     Attributes:
         accuracy: top-1 as a fraction; None without labels.
-        agreement, sqnr_db: share of equal argmax, and of the output, against float.
+        agreement, sqnr_db: share of equal argmax (None where a sample has one value), and of the output, against float.
         differs: share of output values that aren't those of the session with options.
         layers, channels: how many weights, and output channels of them, can saturate on hosts without VNNI.
         weights: their names.
@@ -94,7 +95,7 @@ class PlainView(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     accuracy: float | None = None
-    agreement: float
+    agreement: float | None
     sqnr_db: float
     differs: float
     layers: int = 0
@@ -172,13 +173,13 @@ def plain_view(
         sqnr_db: of "integer" and "plain" against float.
         labels: class of each sample.
     """
-    plain, reference = (outputs[v].reshape(len(outputs[v]), -1).argmax(axis=1) for v in ("plain", "float"))
+    plain, reference = (classes_of(outputs[v]) for v in ("plain", "float"))
     one, other = outputs["plain"], outputs["integer"]
     both = np.isnan(one) & np.isnan(other) if one.dtype.kind == "f" else False  # NaN in both is not a difference
     differs = float(((one != other) & ~np.asarray(both)).mean()) if one.size else 0.0
     return PlainView(
-        accuracy=None if labels is None else float((plain == np.asarray(labels)[: len(plain)]).mean()),
-        agreement=float((plain == reference).mean()),
+        accuracy=None if labels is None or plain is None else float((plain == labels[: len(plain)]).mean()),
+        agreement=None if plain is None or reference is None else float((plain == reference).mean()),
         sqnr_db=sqnr_db["plain"],
         differs=differs,
         layers=len(risks.pairs),

@@ -31,16 +31,11 @@ def classes(outputs: NDArray[Any]) -> Labels:
     """The largest score's index in each sample's output.
 
     Raises:
-        InputError: there is one class, whose index says nothing, or a score is NaN or infinite.
+        InputError: it isn't (samples, classes), has one class, or a score is NaN or infinite.
     """
-    scores = outputs.reshape(len(outputs), -1)
-    if scores.shape[1] == 1:
-        raise InputError(
-            f"labels: the first output has shape {outputs.shape}, one class; accuracy takes a score for each class"
-        )
-    if not np.isfinite(scores).all():
-        raise InputError("labels: the first output holds NaN or infinity, so its largest score says nothing")
-    return np.asarray(scores.argmax(axis=1), np.int64)
+    from bitwright.metrics import class_scores
+
+    return np.asarray(class_scores("labels", outputs).argmax(axis=1), np.int64)
 
 
 def top1(predicted: Labels, labels: Labels) -> float:

@@ -98,6 +98,8 @@ def _broken_limits(
     broken = []
     view = "integer" if any("integer_float" in o.sqnr_db for o in result.outputs) else "simulated"
     several = len(result.outputs) > 1
+    if min_agreement is not None and result.outputs and not any(o.agreement for o in result.outputs):
+        broken.append("--min-agreement: no output has several values a sample to compare classes of; ask --min-sqnr")
     for output in result.outputs:
         named = f" in output {output.name!r}" if several else ""
         agreement, sqnr = output.agreement.get(f"{view}_float"), output.sqnr_db.get(f"{view}_float")
@@ -149,7 +151,14 @@ def _show(result: Verification) -> None:
         )
     if (plain := result.plain) is not None:
         shown = "" if plain.accuracy is None else console.percent(plain.accuracy)
-        rows.append(("plain session", shown, console.percent(plain.agreement), console.decibels(plain.sqnr_db)))
+        rows.append(
+            (
+                "plain session",
+                shown,
+                "" if plain.agreement is None else console.percent(plain.agreement),
+                console.decibels(plain.sqnr_db),
+            )
+        )
     columns: tuple[str, ...] = ("", "top-1", "same class as float", "output SQNR")
     if not result.accuracy:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch, array_of
+from bitwright.backend import Batch, array_of, class_indices
 from bitwright.data._batches import (
     WAYS,
     InputSpecs,
@@ -411,15 +411,11 @@ def _pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
         yield {k: np.ascontiguousarray(v[start : start + size]) for k, v in batch.items()}
 
 
-_LARGEST_LABEL = np.float64(2**53)
-"""Beyond it floats don't know one class from the next, and 64 bits without a sign don't fit those with one."""
-
-
 def labels(path: str | Path) -> NDArray[np.int64]:
     """Class indices from a .npy, an .npz with one array, or a text file with one integer a line.
 
     Raises:
-        InputError: the file can't be read, or isn't one non-negative integer for each sample.
+        InputError: the file can't be read, or doesn't hold what `backend.class_indices` takes.
     """
     path = Path(path)
     if not path.is_file():
@@ -436,12 +432,6 @@ def labels(path: str | Path) -> NDArray[np.int64]:
             values = np.array([int(line) for line in path.read_text().split()], np.int64)
         except (ValueError, OverflowError):
             raise InputError(f"{path}: labels are a .npy file, or text with one integer a line") from None
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1 or values.size == 0:
-        raise InputError(f"{path}: labels have shape (samples,), got {values.shape}")
-    whole = values.dtype.kind in "iu" or (values.dtype.kind == "f" and bool((np.rint(values) == values).all()))
-    if not whole or (values < 0).any() or (values > _LARGEST_LABEL).any():
-        some = f" {values[:3]}…" if values.dtype.kind in "biuf" else ""
-        raise InputError(f"{path}: labels are class indices, non-negative integers; got {values.dtype}{some}")
-    return np.asarray(values, np.int64)
+    if values.size == 0:
+        raise InputError(f"{path}: the file holds no labels, shape {values.shape}")
+    return class_indices(values, str(path))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Batch
+from bitwright.backend import Batch, class_indices
 from bitwright.data._batches import first_samples, samples_in
 from bitwright.data._dataset import Dataset, IterableDataset
 from bitwright.errors import InputError
@@ -61,7 +60,7 @@ def whole_batches(samples: int, fixed: int | None) -> int:
 
 def labels_of(
     labels: object, data: Dataset, *, limit: int | None = None, fixed: int | None = None
-) -> NDArray[np.integer[Any]]:
+) -> NDArray[np.int64]:
     """Class indices, one for each sample of a dataset.
 
     Args:
@@ -72,15 +71,9 @@ def labels_of(
         fixed: the batch size that the model fixes, if it does.
 
     Raises:
-        InputError: they aren't integers of shape (samples,), or not as many as there are samples.
+        InputError: `backend.class_indices` doesn't take them, or there aren't as many as samples.
     """
-    values = np.asarray(labels)
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise InputError(
-            f"labels are integers of shape (samples,), got {values.dtype} {values.shape}; a column is made one by "
-            "labels[:, 0]"
-        )
-    values, samples = values[:limit], data.samples
+    values, samples = class_indices(labels, "labels")[:limit], data.samples
     # Batches of the user's own may lose samples each, so that it isn't known which labels are those.
     if fixed is not None and samples is not None and not isinstance(data, IterableDataset):
         values = values[:samples] if 0 < len(values) - samples < fixed else values

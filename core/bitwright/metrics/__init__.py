@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitwright.metrics._classes import class_scores
 from bitwright.metrics._metrics import (
     METRICS,
     Agreement,
@@ -27,6 +28,7 @@ __all__ = [
     "Terms",
     "Top1",
     "are_probabilities",
+    "class_scores",
     "counted",
     "metric_factory",
     "student",

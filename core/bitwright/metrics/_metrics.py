@@ -2,7 +2,9 @@
 
 Each metric takes batches one after another and keeps sums alone, so that logits are never held beyond a batch. Sums are
 float64, and there is one for each sample, which says how sure a value is. Classes lie on the last axis of an output:
-(samples, classes), or (samples, positions, classes) of language models, where every position counts for itself.
+(samples, classes), or (samples, positions, classes) of language models, where every position counts for itself. A batch
+that is a whole feed (`backend.Feed`) has no axis of samples: it is one, and its outputs are (classes,) or
+(positions, classes).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.backend import Feed, class_indices
 from bitwright.errors import InputError, unknown_name
+from bitwright.metrics._classes import class_scores, require_classes, require_finite, require_several, samples_of
 from bitwright.metrics._terms import Terms
 
 Values = NDArray[Any]
@@ -55,7 +59,8 @@ class Metric(Protocol):
     compares: bool
 
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
-        """Take a batch: the model's inputs, an output, and what the float network makes of the same inputs."""
+        """Take a batch: the model's inputs (a `backend.Feed` where that is what the data hold), an output, and what the
+        float network makes of the same inputs."""
 
     def value(self) -> float:
         """The value of all batches.
@@ -170,6 +175,12 @@ class Perplexity(_OfLogits):
             raise InputError(
                 f"perplexity: the output has shape {outputs.shape}; it takes logits (samples, length, vocabulary)"
             )
+        if isinstance(inputs, Feed) and len(outputs) > 1:
+            raise InputError(
+                f"perplexity: the output has shape {outputs.shape} and the data are whole feeds, whose first axis "
+                "isn't samples, so that it isn't known which axis is the text's length; evaluate by a function"
+            )
+        require_classes(self.name, outputs, whole=False)
         self._doubt(outputs)
         ids = inputs[self.tokens or token_input(inputs, outputs.shape[:2])]
         if ids.shape != outputs.shape[:2] or not np.issubdtype(ids.dtype, np.integer):
@@ -181,8 +192,8 @@ class Perplexity(_OfLogits):
             raise InputError(f"perplexity: token ids from {ids.min()} to {ids.max()}, of {outputs.shape[2]} logits")
         mask = counted(inputs, outputs.shape[:2])
         kept = mask[:, 1:] & mask[:, :-1]
-        self._begin(len(outputs))
-        for samples, logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, ids[:, 1:]):
+        self._begin(count := samples_of(inputs, kept))
+        for samples, logs, (targets,) in _log_probabilities(self.name, outputs[:, :-1], kept, count, ids[:, 1:]):
             self._take(-np.take_along_axis(logs, targets[:, None], axis=-1), samples)
 
     def value(self) -> float:
@@ -202,10 +213,11 @@ class Divergence(_OfLogits):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
+        require_classes(self.name, outputs, whole=isinstance(inputs, Feed))
         self._doubt(reference)
         kept = counted(inputs, outputs.shape[:-1])
-        self._begin(_samples(kept))
-        for samples, logs, (rows,) in _log_probabilities(self.name, outputs, kept, reference):
+        self._begin(count := samples_of(inputs, kept))
+        for samples, logs, (rows,) in _log_probabilities(self.name, outputs, kept, count, reference):
             wanted = _log_softmax(self.name, rows)
             p = np.exp(wanted)
             terms = np.where(p > 0, p * (np.where(p > 0, wanted, 0.0) - logs), 0.0)
@@ -224,20 +236,22 @@ class Agreement(_Mean):
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None) -> None:
         """See `Metric.add`; masked positions don't count."""
         assert reference is not None
-        _several(self.name, outputs, outputs.shape[-1])
+        require_classes(self.name, outputs, whole=isinstance(inputs, Feed))
+        require_several(self.name, outputs, outputs.shape[-1])
         kept = counted(inputs, outputs.shape[:-1])
-        _finite(self.name, outputs)
-        _finite(self.name, reference)
-        self._begin(_samples(kept))
-        same = outputs.argmax(axis=-1) == reference.argmax(axis=-1)
-        self._take(same[kept], np.flatnonzero(kept) // _positions(kept))
+        require_finite(self.name, outputs)
+        require_finite(self.name, reference)
+        self._begin(count := samples_of(inputs, kept))
+        same = np.asarray(outputs.argmax(axis=-1) == reference.argmax(axis=-1))
+        self._take(same[kept], np.flatnonzero(kept) // _positions(kept, count))
 
 
 class Top1(_Mean):
     """The share of samples whose largest output is at their label.
 
     Args:
-        labels: class indices, one a sample, in the order of the data.
+        labels: class indices, one a sample, in the order of the data (see `backend.class_indices`). Of whole feeds one
+            for each row of the output, or for each feed where that is (classes,).
 
     Raises:
         InputError: labels aren't that.
@@ -245,29 +259,22 @@ class Top1(_Mean):
 
     shares = True
 
-    def __init__(self, labels: Sequence[int] | NDArray[np.integer]) -> None:
+    def __init__(self, labels: Sequence[int] | NDArray[Any]) -> None:
         super().__init__("top1")
-        values = np.asarray(labels)
-        if values.ndim != 1 or (values.size and not np.issubdtype(values.dtype, np.integer)) or (values < 0).any():
-            raise InputError(
-                f"top1: labels are class indices, one a sample: non-negative integers of shape (samples,); got "
-                f"{values.dtype} {values.shape}"
-            )
-        self.labels = values
+        self.labels = class_indices(labels, self.name)
 
     def add(self, inputs: Inputs, outputs: Values, reference: Values | None = None) -> None:
         """See `Metric.add`."""
-        scores = outputs.reshape(len(outputs), -1)
-        _several(self.name, outputs, scores.shape[1])
-        _finite(self.name, outputs)
+        scores = class_scores(self.name, outputs, whole=isinstance(inputs, Feed))
         found = scores.argmax(axis=1)
         expected = self.labels[self.count : self.count + len(found)]
         if len(expected) != len(found):
             raise InputError(f"top1: there are {len(self.labels)} labels, but more samples: give one label a sample")
         if (highest := int(expected.max(initial=0))) >= scores.shape[1]:
             raise InputError(f"top1: a label is {highest}, of outputs with the classes 0 to {scores.shape[1] - 1}")
-        self._begin(len(found))
-        self._take(found == expected, np.arange(len(found)))
+        samples = np.zeros(len(found), int) if isinstance(inputs, Feed) else np.arange(len(found))
+        self._begin(1 if isinstance(inputs, Feed) else len(found))
+        self._take(found == expected, samples)
 
     def value(self) -> float:
         """The share; refused where labels are left over."""
@@ -285,7 +292,7 @@ METRICS: Mapping[str, str] = {
 """Names, and what they mean."""
 
 
-def metric_factory(text: str, labels: Sequence[int] | NDArray[np.integer] | None = None) -> Callable[[], Metric]:
+def metric_factory(text: str, labels: Sequence[int] | NDArray[Any] | None = None) -> Callable[[], Metric]:
     """What makes a metric, of its name: "perplexity", "perplexity:input_ids", "kl", "agreement", "top1".
 
     Args:
@@ -333,23 +340,20 @@ def token_input(inputs: Inputs, shape: tuple[int, ...]) -> str:
 def counted(inputs: Inputs, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Positions that count: all but those that an input called a mask, of the same shape, has zeros at."""
     counted = np.ones(shape, bool)
+    positions = len(shape) > (0 if isinstance(inputs, Feed) else 1)
     for name, values in inputs.items():
-        if "mask" in name.lower() and values.shape == tuple(shape) and len(shape) > 1:
+        if "mask" in name.lower() and values.shape == tuple(shape) and positions:
             counted &= values != 0
     return counted
 
 
-def _samples(kept: NDArray[np.bool_]) -> int:
-    return len(kept) if kept.ndim else 1
-
-
-def _positions(kept: NDArray[np.bool_]) -> int:
+def _positions(kept: NDArray[np.bool_], samples: int) -> int:
     """Of a sample."""
-    return max(1, kept.size // max(1, _samples(kept)))
+    return max(1, kept.size // max(1, samples))
 
 
 def _log_probabilities(
-    name: str, logits: Values, kept: NDArray[np.bool_], *beside: Values
+    name: str, logits: Values, kept: NDArray[np.bool_], samples: int, *beside: Values
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[Values]]]:
     """Log-softmax of the positions kept, a piece at a time: their samples, it, and the same positions of others."""
     flat = logits.reshape(-1, logits.shape[-1])
@@ -358,26 +362,12 @@ def _log_probabilities(
     step = max(1, _ELEMENTS // max(1, flat.shape[-1]))
     for begin in range(0, len(index), step):
         rows = index[begin : begin + step]
-        yield rows // _positions(kept), _log_softmax(name, flat[rows]), [v[rows] for v in others]
+        yield rows // _positions(kept, samples), _log_softmax(name, flat[rows]), [v[rows] for v in others]
 
 
 def _log_softmax(name: str, logits: Values) -> NDArray[np.float64]:
-    _finite(name, logits)
+    require_finite(name, logits)
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
-
-
-def _several(name: str, outputs: Values, classes: int) -> None:
-    """Refuse outputs of one class, whose largest is always the first."""
-    if classes == 1:
-        raise InputError(
-            f"{name}: the output has shape {outputs.shape}, one class, whose largest value is always at 0; it takes "
-            "outputs of several classes"
-        )
-
-
-def _finite(name: str, logits: Values) -> None:
-    if not np.isfinite(logits).all():
-        raise InputError(f"{name}: the outputs hold NaN or infinity")

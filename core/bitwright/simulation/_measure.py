@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Simulation, Tap
+from bitwright.backend import Simulation, Tap, arrays_of
 from bitwright.data import DataLike
 from bitwright.errors import InputError, unknown_name
 from bitwright.metrics import Figure, Metric, metric_factory
@@ -48,7 +48,7 @@ def measured(
     quantized = simulation.session([tap])
     floating = origin.backend.session(origin.native, [tap])
     for batch in state.open(data):
-        inputs = {k: np.asarray(v) for k, v in batch.items()}
+        inputs = arrays_of(batch)
         found, wanted = (np.asarray(s.run(batch)[tap]) for s in (quantized, floating))
         if found.shape != wanted.shape:
             raise InputError(f"measure: {tap.tensor!r} has shape {found.shape}, and {wanted.shape} in the reference")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.backend import Backend, Batch, Bundle, Session, Tap
+from bitwright.backend import Backend, Batch, Bundle, Session, Tap, class_indices
 from bitwright.bundle import (
     QDQ,
     OutputQuality,
@@ -39,6 +39,7 @@ from bitwright.errors import BitwrightError, CapabilityError, EncodingError, Inp
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable
 from bitwright.hookspecs import RuntimeInfo
+from bitwright.metrics import class_scores
 from bitwright.placement import Plan, SiteKind
 from bitwright.plugins import registry
 from bitwright.progress import Progress, Silent
@@ -78,7 +79,7 @@ def verify(
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
         data: samples in any accepted form; default: the reference samples that the export carries.
-        labels: class index of each sample, for accuracy.
+        labels: class index of each sample, for accuracy of the first output, (samples, classes).
         name: stem of the files, if the directory holds several bundles, or only a part is wanted.
         batch_size, limit: of the data; the first `limit` samples are used.
         inspected: samples for the comparison inside; whole batches where the model fixes their size.
@@ -104,6 +105,7 @@ def verify(
                          runtime=runtime, progress=progress)
             for part in parts
         })  # fmt: skip
+    labels = None if labels is None else class_indices(labels, "verify")
     opened = reopen(Path(directory), name)
     if data is None:
         data = recorded_inputs(opened)
@@ -132,6 +134,8 @@ def verify(
     outputs, samples = figures.first, figures.samples
     if labels is not None and len(labels) < samples:
         raise InputError(f"{len(labels)} labels for {samples} samples")
+    if labels is not None:
+        class_scores("labels", outputs["float"], finite=False)  # NaN is told as a problem
     problems = [*against_record(opened, views.simulation), *views.problems, *figures.problems]
     batches = list(_few(dataset, inspected, backend.input_specs(model), sessions["simulated"]))
     problems += against_simulation(opened, views.simulation, batches[0])
@@ -148,7 +152,7 @@ def verify(
     own = by_output[graph.outputs[0]]
     classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
     if labels is not None and "float" in classes and len(classes["float"]) == samples:
-        right = float((classes["float"] == np.asarray(labels)[:samples]).mean())
+        right = float((classes["float"] == labels[:samples]).mean())
         if doubt := doubt_of_accuracy(right, outputs["float"][0].size, samples):
             opened.notes.append(doubt)
     return Verification(
@@ -157,7 +161,7 @@ def verify(
         float_model="exported" if original is None else "original",
         accuracy={}
         if labels is None
-        else {v: float((c == np.asarray(labels)[:samples]).mean()) for v, c in classes.items() if len(c) == samples},
+        else {v: float((c == labels[:samples]).mean()) for v, c in classes.items() if len(c) == samples},
         agreement=own.agreement,
         sqnr_db={k: v for k, v in own.sqnr_db.items() if v is not None},
         outputs=list(by_output.values()),
@@ -179,8 +183,8 @@ def _plain(
     labels: Labels | None,
     problems: list[str],
 ) -> PlainView | None:
-    """The session that users open; None where there is none, or the first output has no rows of samples."""
-    if "integer" not in outputs or any(classes_of(v) is None for v in outputs.values()):
+    """The session that users open; None where there is none, or the first output has no numbers."""
+    if "integer" not in outputs or any(v.size == 0 or v.dtype.kind not in "biuf" for v in outputs.values()):
         return None
     try:
         return seen_plain(bundle, dataset, output, outputs, labels, sqnr)
