@@ -24,9 +24,9 @@ from bitwright_tensorflow.graph.params import read_params
 from bitwright_tensorflow.simulate.session import open_taps
 
 _OPTIONS = {
-    ".pb": {"inputs", "outputs"},
+    ".pb": {"inputs", "outputs", "constants"},
     ".meta": {"checkpoint", "inputs", "outputs", "constants"},
-    "": {"signature", "tags"},
+    "": {"signature", "tags", "constants"},
 }
 
 
@@ -47,8 +47,8 @@ class TensorFlowBackend(QdqBundles):
             path: the file or folder; "saved_model.pb" stands for its folder.
             options: SavedModel: `signature` ("serving_default"), `tags` (("serve",)). Frozen: `inputs`, `outputs`
                 (placeholders, and what nothing reads). .meta: `checkpoint` (the prefix; default the same name),
-                `inputs` (placeholders), `outputs` (the signature's), `constants` (values of placeholders that are no
-                data). `sample` isn't needed.
+                `inputs` (placeholders), `outputs` (the signature's). All but SavedModels of functions: `constants`
+                (values of placeholders that are no data). `sample` isn't needed.
 
         Raises:
             InputError: no such file, not a model, an unknown option or name.
@@ -68,10 +68,14 @@ class TensorFlowBackend(QdqBundles):
         if form == "":
             from bitwright_tensorflow.capture.saved_models import SERVE, from_saved_model
 
-            return from_saved_model(path, options.get("signature"), options.get("tags", SERVE))
+            return from_saved_model(
+                path, options.get("signature"), options.get("tags", SERVE), options.get("constants")
+            )
         if form == ".pb":
             graph_def = sources.read_frozen(path)
-            return sources.from_frozen(graph_def, options.get("inputs"), options.get("outputs"), str(path))
+            return sources.from_frozen(
+                graph_def, options.get("inputs"), options.get("outputs"), str(path), options.get("constants")
+            )
         checkpoint = options.get("checkpoint")
         return sources.from_meta(
             path, None if checkpoint is None else Path(checkpoint), options.get("inputs"), options.get("outputs"),

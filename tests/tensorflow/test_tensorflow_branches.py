@@ -14,6 +14,7 @@ tf = pytest.importorskip("tensorflow")
 import tfnets  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
+from bitwright.errors import InputError  # noqa: E402
 from bitwright.graph import OpKind as K  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
@@ -128,10 +129,44 @@ def test_files_have_the_default(tmp_path: Path) -> None:
     frozen = v1.graph_util.convert_variables_to_constants(session, session.graph.as_graph_def(), ["y"])
     (tmp_path / "net.pb").write_bytes(frozen.SerializeToString())
     for path in (tmp_path / "saved", tmp_path / "net.pb"):
-        model = BACKEND.load(path)
-        assert [op.type for op in BACKEND.graph(model)] == EXPECTED
-        with open_session(model) as again:
-            np.testing.assert_allclose(again.run(model.outputs[0], data), expected, rtol=1e-5, atol=1e-6)
+        # Somebody may feed it, so that what decides is said; what is given decides, and is not.
+        with pytest.warns(UserWarning, match=rf"\('training' is False\).*load\('{path.name}', constants=") as told:
+            model = BACKEND.load(path)
+        assert len(told) == 1
+        for same in (model, BACKEND.load(path, constants={"training": False})):
+            assert [op.type for op in BACKEND.graph(same)] == EXPECTED
+            with open_session(same) as again:
+                np.testing.assert_allclose(again.run(same.outputs[0], data), expected, rtol=1e-5, atol=1e-6)
+        other = BACKEND.graph(BACKEND.load(path, constants={"training": True}))
+        assert K.BATCH_NORM not in [op.kind for op in other]
+        assert not [op for op in other if op.type == "If"]
+    with pytest.warns(UserWarning, match=r"SessionModel of a session.*constants=\{'training': False\}"):
+        BACKEND.adopt(frozen)
+    fed = BACKEND.graph(BACKEND.load(tmp_path / "net.pb", inputs=["x", "training"]))
+    assert [op.type for op in fed].count("If") == 2
+
+
+@pytest.mark.usefixtures("conditions")
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_default_is_told_where_it_decides_and_not_where_something_else_does(decided: bool) -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 3), name="x")
+        flags = [v1.placeholder_with_default(value, (), name=name) for name, value in (("on", True), ("off", False))]
+        flag = tf.logical_or(tf.constant(decided), tf.logical_and(*flags))
+        tf.identity(v1.cond(flag, lambda: x * 2.0, lambda: tf.tanh(x)), name="y")
+    if decided:
+        assert from_frozen(graph.as_graph_def(), ["x"], ["y"])
+    else:
+        with pytest.warns(UserWarning, match=r"\('off' is False\)"):
+            from_frozen(graph.as_graph_def(), ["x"], ["y"])
+
+
+def test_functions_whose_placeholders_nobody_feeds_take_no_constants(tmp_path: Path) -> None:
+    module = tf.Module()
+    module.f = tf.function(lambda x: x * 2.0, input_signature=[tf.TensorSpec((None, 3))])
+    tf.saved_model.save(module, str(tmp_path), signatures=module.f)
+    with pytest.raises(InputError, match="constants are for graphs of TF 1"):
+        BACKEND.load(tmp_path, constants={"training": False})
 
 
 @pytest.mark.usefixtures("conditions")

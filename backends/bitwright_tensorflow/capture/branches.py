@@ -6,8 +6,8 @@ in inference. Once the predicate is a constant, one branch is left, and its ops 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import tensorflow as tf
@@ -31,10 +31,22 @@ class Taken:
     Attributes:
         changed: whether there was one that is always decided the same way.
         undecided: placeholders with a default that decide conditions which were left as they are.
+        by_default: placeholders whose defaults decided conditions, with these.
     """
 
     changed: bool
     undecided: tuple[str, ...]
+    by_default: Mapping[str, bool]
+
+
+@dataclass
+class _Value:
+    """What a predicate always is, None if not always the same; and the placeholders with a default that it hangs on:
+    those without which it wouldn't be known, or whose value isn't."""
+
+    value: bool | None
+    by_default: dict[str, bool] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
 
 
 def take_branches(
@@ -49,26 +61,30 @@ def take_branches(
     Args:
         graph_def: the caller's own.
         inputs, outputs: of the network.
-        defaults: whether a placeholder that isn't an input has its default value. Where the graph goes back to the
-            user to be trained it hasn't: there somebody feeds it.
+        defaults: whether a placeholder that isn't an input has its default value, which the caller is to say. Where
+            the graph goes back to the user to be trained it hasn't: there somebody feeds it.
     """
     graph = _Branches(graph_def, inputs, outputs, defaults)
     order = graph.wiring.order(outputs, set(inputs))
     changed = graph.call(order)
+    by_default = graph.by_default
     for function in graph_def.library.function:
         if any(node.op in CONDITIONS for node in function.node_def):
             body = GraphDef()
             body.node.extend(function.node_def)
-            if _Branches(body, (), (), defaults).call([node.name for node in body.node]):
+            inside = _Branches(body, (), (), defaults)
+            if inside.call([node.name for node in body.node]):
                 changed = True
+                by_default |= inside.by_default
                 del function.node_def[:]
                 function.node_def.extend(body.node)
     while graph.join(order):
         changed = True  # and what a condition gave may decide others
+        by_default |= graph.by_default
         graph = _Branches(graph_def, inputs, outputs, defaults)
         order = graph.wiring.order(outputs, set(inputs))
         graph.call(order)
-    return Taken(changed, tuple(graph.undecided))
+    return Taken(changed, tuple(graph.undecided), by_default)
 
 
 class _Branches:
@@ -76,34 +92,42 @@ class _Branches:
         self, graph_def: GraphDef, inputs: Collection[TensorId], outputs: Collection[TensorId], defaults: bool
     ) -> None:
         self.wiring = Wiring(graph_def)
-        self.undecided: list[str] = []
+        self.undecided: dict[str, None] = {}
+        self.by_default: dict[str, bool] = {}
         self._inputs, self._outputs, self._defaults = set(inputs), set(outputs), defaults
         self._dead: dict[str, bool] = {}
         self._decided: dict[str, bool | None] = {}
 
     def predicate(self, tensor: TensorId) -> bool | None:
         """What a condition's predicate always is, if it is always the same."""
+        found = self._value(tensor)
+        if found.value is None:
+            self.undecided.update(dict.fromkeys(found.undecided))
+        else:
+            self.by_default |= found.by_default
+        return found.value
+
+    def _value(self, tensor: TensorId) -> _Value:
         while True:
             node = self.wiring.nodes.get(node_of(tensor))
             if node is None or tensor in self._inputs:
-                return None
-            if node.op in _PASSING or node.op in _SWITCHES or (node.op == _DEFAULT and self._defaults):
-                tensor = data_operands(node)[0]
-                continue
-            break
+                return _Value(None)
+            if node.op not in _PASSING and node.op not in _SWITCHES:
+                break
+            tensor = data_operands(node)[0]
         if node.op == "Const":
             value = tf.make_ndarray(node.attr["value"].tensor)
-            return bool(value) if np.ndim(value) == 0 and value.dtype.kind in "biuf" else None
-        if node.op == _DEFAULT and node.name not in self.undecided:
-            self.undecided.append(node.name)
+            return _Value(bool(value) if np.ndim(value) == 0 and value.dtype.kind in "biuf" else None)
+        if node.op == _DEFAULT:
+            found = self._value(data_operands(node)[0]) if self._defaults else _Value(None)
+            by_default = {} if found.value is None else {**found.by_default, node.name: found.value}
+            return replace(found, by_default=by_default, undecided=(node.name,))
         if node.op == "LogicalNot":
-            value = self.predicate(data_operands(node)[0])
-            return None if value is None else not value
+            found = self._value(data_operands(node)[0])
+            return found if found.value is None else replace(found, value=not found.value)
         if node.op in ("LogicalAnd", "LogicalOr"):
-            values = [self.predicate(t) for t in data_operands(node)]
-            decisive = node.op == "LogicalOr"
-            return decisive if decisive in values else None if None in values else not decisive
-        return None
+            return _either([self._value(t) for t in data_operands(node)], node.op == "LogicalOr")
+        return _Value(None)
 
     def call(self, order: Sequence[str]) -> bool:
         """Conditions of TF 2 in `order` as calls of their branches; whether there was one."""
@@ -195,6 +219,17 @@ class _Branches:
         node.attr["T"].type = dtype
         del node.input[:]
         node.input.append(operand)
+
+
+def _either(values: Sequence[_Value], decisive: bool) -> _Value:
+    """What several come to, of which one that is `decisive` decides alone."""
+    deciding = [v for v in values if v.value is decisive]
+    if deciding:
+        return min(deciding, key=lambda v: len(v.by_default))
+    known = all(v.value is not None for v in values)
+    by_default = {name: value for v in values for name, value in v.by_default.items()}
+    open = [v for v in values if v.value is None]
+    return _Value(not decisive if known else None, by_default, tuple(name for v in open for name in v.undecided))
 
 
 def _call(node: NodeDef, taken: bool) -> None:

@@ -8,7 +8,7 @@ weights, so a copy of the description without it is loaded.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,19 @@ _PLAIN_OBJECTS = ("_generic_user_object", "signature_map", "trackable_")
 _INERT = {"_initialize", "_destroy_resource", "_create_resource"}
 
 
-def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = SERVE) -> TfModel:
+def from_saved_model(
+    path: Path, key: str | None = None, tags: Sequence[str] = SERVE, constants: Mapping[str, Any] | None = None
+) -> TfModel:
     """A SavedModel folder, of TF 2 or TF 1.
 
     Args:
         path: the folder.
         key: which signature; "serving_default" or else the first.
         tags: of the MetaGraph.
+        constants: values of placeholders that are no data, in a graph of TF 1.
 
     Raises:
-        InputError: no SavedModel, or no such signature.
+        InputError: no SavedModel, no such signature, or constants for functions, into which nobody feeds any.
         ModelError: it can't be loaded, or it reaches outside of itself.
     """
     from tensorflow.core.protobuf import saved_model_pb2
@@ -59,7 +62,12 @@ def from_saved_model(path: Path, key: str | None = None, tags: Sequence[str] = S
     meta = found[0]
     try:
         if not (meta.HasField("object_graph_def") and meta.object_graph_def.nodes):
-            return _first_generation(path, meta, key)
+            return _first_generation(path, meta, key, constants or {})
+        if constants:
+            raise InputError(
+                f"{path} holds functions, whose placeholders nobody feeds: constants are for graphs of TF 1; trace the "
+                "function with the value that inference takes"
+            )
         signatures = {k: s for k, s in meta.signature_def.items() if not k.startswith("__")}
         refuse_bombs(meta.graph_def, str(path))
         name = key or default_key(signatures)
@@ -111,14 +119,14 @@ def _inert(saved: Any, path: Path) -> Iterator[Path]:
         yield folder
 
 
-def _first_generation(path: Path, meta: MetaGraphDef, key: str | None) -> TfModel:
+def _first_generation(path: Path, meta: MetaGraphDef, key: str | None, constants: Mapping[str, Any]) -> TfModel:
     signatures = {k: s for k, s in meta.signature_def.items() if not k.startswith("__")}
     name = key or default_key(signatures)
     signature = signature_of(signatures, name)
     inputs = {k: signature.inputs[k].name for k in signature.inputs}
     outputs = {k: signature.outputs[k].name for k in signature.outputs}
     prefix = str(path / "variables" / "variables")
-    given = SessionModel(None, outputs, inputs)
+    given = SessionModel(None, outputs, inputs, constants)
     has_values = has_checkpoint(prefix)
     model = open_graph(meta, lambda: restored(meta, prefix) if has_values else {}, given, Kind.SAVED_MODEL, str(path))
     order = _declared_order(meta, model)

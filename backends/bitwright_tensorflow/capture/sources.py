@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,9 +200,11 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
 def _flatten(graph_def: GraphDef, inputs: list[TensorId], outputs: list[TensorId], kind: Kind, file: str) -> None:
     """Calls between inputs and outputs inlined, and conditions that inference always decides the same way."""
     before: set[str] = set()
+    by_default: dict[str, bool] = {}
     while True:
         # A session's graph is trained by feeding what its conditions hang on: nothing but `constants` decides them.
         taken = take_branches(graph_def, inputs, outputs, defaults=kind is not Kind.SESSION)
+        by_default |= taken.by_default
         wiring = Wiring(graph_def)
         calls = {n for n in wiring.order(outputs, set(inputs)) if wiring.nodes[n].op in CALLS}
         if not calls or (calls <= before and not taken.changed):  # what is left is compiled as a whole
@@ -211,6 +214,14 @@ def _flatten(graph_def: GraphDef, inputs: list[TensorId], outputs: list[TensorId
         graph_def.CopyFrom(inline_calls(graph_def, [*inputs, *outputs, *ends]))
         if file:
             refuse_computed(graph_def, file)
+    if by_default:
+        told = ", ".join(f"{name!r} is {value}" for name, value in by_default.items())
+        warnings.warn(
+            f"conditions between inputs and outputs are decided by defaults of placeholders ({told}), and the other "
+            f"branches aren't in the network; to choose them, or to have it so without this warning, give the values "
+            f"in inference: {_as_constants(by_default, file)}",
+            stacklevel=2,
+        )
     if taken.undecided:
         name = taken.undecided[0]
         warnings.warn(
@@ -218,6 +229,15 @@ def _flatten(graph_def: GraphDef, inputs: list[TensorId], outputs: list[TensorId
             f"float, with the batch norms in them; give its value in inference: constants={{{name!r}: False}}",
             stacklevel=2,
         )
+
+
+def _as_constants(values: Mapping[str, bool], file: str) -> str:
+    """How a user gives them."""
+    given = f"constants={dict(values)}"
+    if not Path(file).exists():
+        return f"a SessionModel of a session that the graph is imported into, {given}"
+    told = json.dumps(dict(values))
+    return f"TensorFlowBackend().load({Path(file).name!r}, {given}), on the command line --load 'constants={told}'"
 
 
 def _fix_constants(wiring: Wiring, constants: Mapping[str, Any]) -> None:
@@ -313,9 +333,15 @@ def signature_of(signatures: Mapping[str, Any], key: str | None) -> Any:
 # -- frozen graphs
 
 
-def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None, file: str = "the graph") -> TfModel:
+def from_frozen(
+    graph_def: GraphDef,
+    inputs: Names = None,
+    outputs: Names = None,
+    file: str = "the graph",
+    constants: Mapping[str, Any] | None = None,
+) -> TfModel:
     """A graph whose weights are constants. By default the inputs are its placeholders, the outputs what depends on
-    them and nothing reads.
+    them and nothing reads; placeholders may have values in inference, `constants`.
 
     Raises:
         InputError: unknown names, no inputs or no outputs.
@@ -335,7 +361,7 @@ def from_frozen(graph_def: GraphDef, inputs: Names = None, outputs: Names = None
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(own)
     del wiring
-    return open_graph(meta, dict, SessionModel(None, outputs, inputs), Kind.FROZEN, file)
+    return open_graph(meta, dict, SessionModel(None, outputs, inputs, constants or {}), Kind.FROZEN, file)
 
 
 def _fed(graph_def: GraphDef, inputs: Sequence[str]) -> set[str]:
