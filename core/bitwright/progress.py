@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
@@ -192,6 +193,70 @@ class Bars(Silent):
             )
             self._bars.start()
         return self._bars
+
+
+@contextmanager
+def stage(progress: Progress, description: str, total: int | None) -> Iterator[None]:
+    """A stage that ends with the block, however that ends: what is shown next isn't taken for a part of it."""
+    progress.start(description, total)
+    try:
+        yield
+    finally:
+        progress.finish()
+
+
+@contextmanager
+def closing(progress: Progress) -> Iterator[Progress]:
+    """The progress for code of others: stages that it leaves open, since it fails, end with the block."""
+    watched = _Watched(progress)
+    try:
+        yield watched
+    finally:
+        while watched.open:
+            watched.finish()
+
+
+class _Watched:
+    """A progress, and how many of its stages are open."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.open = 0
+
+    def start(self, description: str, total: int | None) -> None:
+        self._progress.start(description, total)
+        self.open += 1
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._progress.advance(steps, note)
+
+    def finish(self) -> None:
+        self.open = max(self.open - 1, 0)
+        self._progress.finish()
+
+
+class Once:
+    """A stage's progress of work that may have to begin anew: what runs twice is shown once.
+
+    Args:
+        progress: where it is shown; None shows nothing.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._at = self._shown = 0
+
+    def anew(self) -> None:
+        """The work begins anew."""
+        self._at = 0
+
+    def advance(self, steps: int) -> None:
+        """So many steps are done; those that were shown already aren't once more."""
+        self._at += steps
+        if self._at > self._shown:
+            if self._progress is not None:
+                self._progress.advance(self._at - self._shown)
+            self._shown = self._at
 
 
 def silent() -> Silent:

@@ -12,7 +12,7 @@ from bitwright.backend import Backend, Simulation, Tap
 from bitwright.data import Dataset, samples_in
 from bitwright.graph import LINEAR_KINDS, Graph, TensorId
 from bitwright.placement import Plan
-from bitwright.progress import Progress
+from bitwright.progress import Progress, stage
 from bitwright_analysis.records import LayerError
 from bitwright_analysis.scoring import Power, decibels
 
@@ -100,16 +100,15 @@ def compare_tensors(
     """Float against simulated, tensor by tensor, in as many passes as memory asks for."""
     found = {t: TensorError(graph.tensors[t].channel_axis if t in graph.tensors else None) for t in tensors}
     parts = packed(graph, tensors, _batch_size(data))
-    progress.start("Comparing layers", len(parts) * data.samples if data.samples is not None else None)
-    for part in parts:
-        taps = [Tap(t) for t in part]
-        reference, simulated = backend.session(model, taps), simulation.session(taps)
-        for batch in data:
-            expected, got = reference.run(batch), simulated.run(batch)
-            for tap in taps:
-                found[tap.tensor].add(np.asarray(expected[tap]), np.asarray(got[tap]))
-            progress.advance(samples_in(batch))
-    progress.finish()
+    with stage(progress, "Comparing layers", len(parts) * data.samples if data.samples is not None else None):
+        for part in parts:
+            taps = [Tap(t) for t in part]
+            reference, simulated = backend.session(model, taps), simulation.session(taps)
+            for batch in data:
+                expected, got = reference.run(batch), simulated.run(batch)
+                for tap in taps:
+                    found[tap.tensor].add(np.asarray(expected[tap]), np.asarray(got[tap]))
+                progress.advance(samples_in(batch))
     return found
 
 

@@ -12,7 +12,7 @@ from bitwright.backend import Simulation
 from bitwright.graph import Graph, Op, OpId, ParamRole
 from bitwright.grids import Encoding
 from bitwright.placement import Plan, SiteId, SiteKind
-from bitwright.progress import Progress, Store
+from bitwright.progress import Progress, Store, stage
 from bitwright.report import finite
 from bitwright_analysis.records import Sensitivity
 from bitwright_analysis.scoring import Judge, OutputNoise, decibels
@@ -125,16 +125,15 @@ def sweep(
     jobs = [(d, u) for d in ("alone", "without") if d in directions for u in switched]
     same = {u.roots: u for u in switched if u.kind != "layer"}
     found: dict[tuple[str, str, str], float] = {}
-    progress.start("Sensitivities", len(jobs))
-    for direction, unit in jobs:
-        twin = same.get(unit.roots)
-        known = None if twin is None else found.get((direction, twin.kind, twin.name))
-        if known is None:
-            on = unit.roots if direction == "alone" else switches.roots - frozenset(unit.roots)
-            known = measured(switches, judge, f"{direction}/{judge.name}/{unit.kind}/{unit.name}", on, store)
-        found[direction, unit.kind, unit.name] = known
-        progress.advance(note=unit.name)
-    progress.finish()
+    with stage(progress, "Sensitivities", len(jobs)):
+        for direction, unit in jobs:
+            twin = same.get(unit.roots)
+            known = None if twin is None else found.get((direction, twin.kind, twin.name))
+            if known is None:
+                on = unit.roots if direction == "alone" else switches.roots - frozenset(unit.roots)
+                known = measured(switches, judge, f"{direction}/{judge.name}/{unit.kind}/{unit.name}", on, store)
+            found[direction, unit.kind, unit.name] = known
+            progress.advance(note=unit.name)
     return found
 
 

@@ -29,7 +29,7 @@ from bitwright.errors import InputError
 from bitwright.files import make_directory, write_text
 from bitwright.graph import Graph
 from bitwright.grids import Encoding
-from bitwright.progress import Progress
+from bitwright.progress import Progress, stage
 from bitwright.simulation import QuantSim
 from bitwright_analysis.analyzer import opened
 from bitwright_analysis.layer_errors import packed
@@ -271,26 +271,27 @@ class _Writer:
             (self.folder / "outputs" / f"layer_outputs_{sample}").mkdir(parents=True)
         size = samples_in(next(iter(data)))
         groups = packed(self.sim.graph, tensors, size)
-        self.sim.progress.start("Writing layer outputs", len(groups) * self.samples)
-        for group in groups:
-            taps = [Tap(t) for t in group]
-            session = (
-                self.sim.simulation.session(taps) if self.quantized else self.sim.backend.session(self.sim.native, taps)
-            )
-            begin = 0
-            for batch in data:
-                length = samples_in(batch)
-                found = session.run(batch)
-                for tap in taps:
-                    values = _by_sample(tap.tensor, np.asarray(found[tap]), length)
-                    for index in range(length):
-                        stem = self.names[tap.tensor]
-                        file = self.folder / "outputs" / f"layer_outputs_{begin + index}" / f"{stem}.raw"
-                        part = values if length == 1 else values[index : index + 1]
-                        self._write(file, tap.tensor, part, stem, self.stored)
-                begin += length
-                self.sim.progress.advance(length)
-        self.sim.progress.finish()
+        with stage(self.sim.progress, "Writing layer outputs", len(groups) * self.samples):
+            for group in groups:
+                taps = [Tap(t) for t in group]
+                session = (
+                    self.sim.simulation.session(taps)
+                    if self.quantized
+                    else self.sim.backend.session(self.sim.native, taps)
+                )
+                begin = 0
+                for batch in data:
+                    length = samples_in(batch)
+                    found = session.run(batch)
+                    for tap in taps:
+                        values = _by_sample(tap.tensor, np.asarray(found[tap]), length)
+                        for index in range(length):
+                            stem = self.names[tap.tensor]
+                            file = self.folder / "outputs" / f"layer_outputs_{begin + index}" / f"{stem}.raw"
+                            part = values if length == 1 else values[index : index + 1]
+                            self._write(file, tap.tensor, part, stem, self.stored)
+                    begin += length
+                    self.sim.progress.advance(length)
 
     def _write(self, file: Path, tensor: str, values: NDArray[Any], stem: str, into: dict[str, Stored]) -> None:
         known = self.sim.graph.tensors.get(tensor)

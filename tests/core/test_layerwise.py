@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitwright.backend import Tap
-from bitwright.data import CutCache
+from bitwright.data import CutCache, close_all
 from bitwright.data._dataset import ArrayDataset
 from bitwright.errors import InputError, ModelError
 from bitwright.files import Spill, is_spilled
@@ -315,3 +315,57 @@ def test_arrays_beyond_a_budget_lie_on_disk_and_are_arrays_all_the_same(monkeypa
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     assert Spill(budget=0).kept(first) is first
+
+
+class Stages(Quiet):
+    """How many stages are open."""
+
+    def __init__(self):
+        self.open = 0
+
+    def start(self, description, total):
+        self.open += 1
+
+    def finish(self):
+        self.open -= 1
+
+
+@pytest.mark.parametrize("broken", ["solving", "networks", "neither"])
+def test_all_is_let_go_though_something_cannot_be_closed(broken, monkeypatch):
+    from bitwright.backend import _giving_back
+    from bitwright.layerwise import _networks, _side_by_side, _walk
+
+    monkeypatch.setattr(_walk, "parts_of", lambda graph: [1, 2])  # as of a large network
+    monkeypatch.setattr(_giving_back, "_mallopt", lambda *_: 1)
+    closed = []
+    for name, kind in (("solving", _side_by_side.Solving), ("networks", _networks.Networks)):
+
+        def close(self, name=name, own=kind.close):
+            closed.append(name)
+            own(self)
+            if name == broken:
+                raise OSError("can't be closed")
+
+        monkeypatch.setattr(kind, "close", close)
+
+    def failing(layer):
+        raise KeyboardInterrupt
+
+    walk, graph, *_ = walk_of(models.mlp())
+    walk.progress = Stages()
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        walk([op.id for op in graph.linear_ops], failing)
+    assert {"solving", "networks"} <= set(closed)
+    assert (walk.progress.open, _giving_back._open) == (0, [])
+
+
+def test_caches_are_closed_though_one_cannot_be(monkeypatch):
+    caches = [CutCache(0) for _ in range(3)]
+    folders = []
+    for cache in caches:
+        cache.append({"x": np.ones(3)})
+        folders.append(cache._folder.path)
+    monkeypatch.setattr(caches[1]._folder, "close", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        close_all(caches)
+    assert [f.exists() for f in folders] == [False, True, False]

@@ -19,7 +19,7 @@ from bitwright.technique import Layer, LayerResult
 from bitwright.testing import models
 from bitwright.testing.harness import MemoryStore
 from bitwright.workers import open_workers, sendable
-from bitwright.workers._workers import TRIES
+from bitwright.workers._workers import TRIES, Place, Workers
 
 
 def runs(folder: Path) -> list[int]:
@@ -76,6 +76,20 @@ def test_errors_of_a_task_are_its_own():
 def test_what_is_no_executor_is_refused(given):
     with pytest.raises(InputError):
         open_workers(given)
+
+
+def test_all_places_are_closed_though_one_cannot_be():
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            shut.append(self)
+            raise OSError("it can't be reached")
+
+    shut: list[object] = []
+    pools = [Pool(1), Pool(1)]
+    with pytest.raises(OSError, match="can't be reached"):
+        Workers([Place(1, executor=pool) for pool in pools], lambda: shut.append("cluster")).close()
+    assert set(shut) == {*pools, "cluster"}
 
 
 def test_one_process_is_this_one():

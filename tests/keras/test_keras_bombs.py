@@ -314,6 +314,21 @@ def test_values_that_lie_in_other_files_are_refused(files, tmp_path, change):
         load_native(path)
 
 
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        (None, []),
+        ("", []),
+        ("glibc.malloc.arena_max=1", ["glibc.malloc.arena_max=1"]),
+        ("a=1:damaged:b=2", ["a=1", "b=2"]),
+    ],
+)
+def test_the_other_process_keeps_the_user_s_settings_of_glibc(own, kept):
+    environment = trial_reading._environment({"HOME": "h", **({} if own is None else {"GLIBC_TUNABLES": own})})
+    assert environment["GLIBC_TUNABLES"].split(":") == [*kept, *trial_reading._GARBAGE.split(":")]
+    assert environment["HOME"] == "h"
+
+
 @pytest.mark.parametrize("end", ["crash", "never", "chatter"])
 def test_a_file_over_which_the_library_crashes_or_never_ends_costs_another_process(files, monkeypatch, tmp_path, end):
     program = tmp_path / "reading.py"

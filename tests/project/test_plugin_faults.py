@@ -14,6 +14,7 @@ from bitwright.cli import main
 from bitwright.errors import PluginError, TargetError
 from bitwright.plugins import Registry, registry
 from bitwright.plugins.registry import PluginWarning
+from bitwright.progress import Silent
 from bitwright.report import read_report
 from bitwright.runs import RunDirectory
 from bitwright.simulation import QuantSim
@@ -431,3 +432,33 @@ def test_a_toolchain_takes_no_built_in_name(acme):
 
 def test_the_catalogue_is_the_processes_own_again():
     assert "acme" not in catalogue.current().names(type(registry.toolchain_info("qnn")))
+
+
+def test_a_technique_that_fails_leaves_no_stage_of_a_progress_open():
+    class Fails:
+        name, Settings, requires = "fails", BaseSettings, frozenset()
+
+        def statistics(self, graph, plan, settings):
+            return ()
+
+        def apply(self, ctx):
+            ctx.progress.start("Outer", 2)
+            ctx.progress.start("Inner", 2)
+            ctx.progress.finish()
+            ctx.progress.start("Another", 2)
+            raise KeyboardInterrupt
+
+    class Open(Silent):
+        depth = 0
+
+        def start(self, description, total):
+            self.depth += 1
+
+        def finish(self):
+            self.depth -= 1
+
+    shown = Open()
+    sim = QuantSim(gemm(), target="generic-int8", progress=shown)
+    with pytest.raises(KeyboardInterrupt):
+        sim.apply(Fails())
+    assert shown.depth == 0

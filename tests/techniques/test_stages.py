@@ -16,6 +16,7 @@ from bitwright.calibration import _stage_by_stage as stage_by_stage
 from bitwright.calibration import _stages as stages_module
 from bitwright.calibration._stages import stages_of
 from bitwright.errors import InputError, ModelError
+from bitwright.progress import Silent
 from bitwright.testing import models
 from bitwright_techniques.bias_correction import BiasCorrection
 
@@ -106,6 +107,8 @@ def test_stages_that_do_not_run_are_taken_whole(held, batch, kind, monkeypatch):
     sim, data = port.sim(model), batches(model, port)
     expected = sim.fork().calibrate(data)
     monkeypatch.setattr(stage_by_stage, "HELD_BYTES", held)
+    shown = Shown()
+    sim.attach(progress=shown)
     segment = type(sim.backend).segment
     refused: list[int] = []
 
@@ -121,8 +124,25 @@ def test_stages_that_do_not_run_are_taken_whole(held, batch, kind, monkeypatch):
             return self.session.run(values)
 
     monkeypatch.setattr(type(sim.backend), "segment", lambda *a: Refusing(segment(*a)))
-    equal(expected, sim.fork().calibrate(data))
+    equal(expected, sim.calibrate(data))
     assert refused
+    assert shown.stages == [("Collecting statistics", 12, 12)]
+
+
+class Shown(Silent):
+    """What was shown of each stage: its total, and what it came to."""
+
+    def __init__(self):
+        self.stages, self.open = [], []
+
+    def start(self, description, total):
+        self.open.append([description, total, 0])
+
+    def advance(self, steps=1, note=""):
+        self.open[-1][2] += steps
+
+    def finish(self):
+        self.stages.append(tuple(self.open.pop()))
 
 
 @pytest.mark.usefixtures("small_stages")

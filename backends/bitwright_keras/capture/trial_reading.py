@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from bitwright.errors import InputError
@@ -17,9 +18,17 @@ from bitwright_keras.capture import hdf5
 _SECONDS, _BYTES_A_SECOND = 20.0, 2**24
 """So long may reading a file take, and a second more for so many bytes that it holds or may unpack to."""
 
-_GARBAGE = {"GLIBC_TUNABLES": "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0"}
+_GARBAGE = "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0"
 """glibc hands out memory full of garbage. Where the library frees pointers that it never set (those of a group's links,
 when one can't be read), it would else depend on what memory held whether this process dies, and later the user's."""
+
+
+def _environment(own: Mapping[str, str]) -> dict[str, str]:
+    """What the other process is started with. The user's settings of glibc stay, ahead of those of `_GARBAGE`: of two
+    values the last is taken, and where a part has no value, newer versions take none at all."""
+    tunables = [part for part in own.get("GLIBC_TUNABLES", "").split(":") if "=" in part]
+    glibc = ":".join([*tunables, _GARBAGE])
+    return {**own, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": glibc}
 
 
 class _Reader:
@@ -68,7 +77,6 @@ class _Reader:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
-            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **_GARBAGE}
             self._child, self._owner = None, os.getpid()
             self._child = subprocess.Popen(
                 [sys.executable, "-P", hdf5.__file__],
@@ -76,7 +84,7 @@ class _Reader:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env=environment,
+                env=_environment(os.environ),
                 start_new_session=True,  # Ctrl-C is for this process, which ends the other
             )
         return self._child

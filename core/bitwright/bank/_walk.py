@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 from bitwright.bank._bank import Bank
 from bitwright.errors import InputError
 from bitwright.graph import Op
 from bitwright.grids import EncodingTable
 from bitwright.layerwise import Solving, blocks_within, dump, layer_of, left_at_nearest, load, name_blocks, name_left
-from bitwright.progress import Store
+from bitwright.progress import Store, stage
 from bitwright.state import SimState
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 
@@ -72,8 +73,7 @@ class BankWalk:
             results[op.id] = settled[op.weight or ""] = result
             state.progress.advance(1, op.id)
 
-        state.progress.start(f"Layers ({self._name})", len(order))
-        try:
+        with stage(state.progress, f"Layers ({self._name})", len(order)), closing(solving):
             for op in order:
                 for done in solving.of_weight(op.weight):
                     finish(*done)
@@ -95,9 +95,6 @@ class BankWalk:
                         finish(*done)
             for done in solving.rest():
                 finish(*done)
-        finally:
-            solving.close()
-            state.progress.finish()
         results = {op.id: results[op.id] for op in order}
         name_left(self._name, results)
         name_blocks(self._name, results)

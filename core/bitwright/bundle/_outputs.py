@@ -15,7 +15,7 @@ from bitwright.bundle._crushed import CRUSHED_DB
 from bitwright.data import Dataset, joined, samples_in
 from bitwright.errors import InputError
 from bitwright.graph import Graph, OpKind, TensorId
-from bitwright.progress import Progress
+from bitwright.progress import Progress, stage
 
 PAIRS = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
          "integer_simulated": ("integer", "simulated")}  # fmt: skip
@@ -123,30 +123,29 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
     pairs = {t: {k: _Pair() for k in known} for t in outputs}
     problems: dict[str, None] = {}
     samples = 0
-    progress.start("Verify", dataset.samples)
-    for batch in dataset:
-        runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
-        passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
-        runs = {view: _whole(graph, outputs, {**run, **passed}) for view, run in runs.items()}
-        for view, run in runs.items():
-            if outputs[0] in run:
-                parts[view].append(run[outputs[0]])
-        for tensor in outputs:
-            real = runs["float"][tensor]
-            if real.dtype.kind == "f" and np.isnan(real).any():
-                problems[f"the float output {tensor!r} holds NaN"] = None
+    with stage(progress, "Verify", dataset.samples):
+        for batch in dataset:
+            runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
+            passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
+            runs = {view: _whole(graph, outputs, {**run, **passed}) for view, run in runs.items()}
             for view, run in runs.items():
-                if tensor not in run:
-                    problems[f"the {view} output {tensor!r} isn't compared: there is no such tensor in it"] = None
-                if view != "float" and not _finite_alike(run.get(tensor), real):
-                    problems[f"the {view} output {tensor!r} holds NaN or infinity"] = None
-            for key, (other, signal) in known.items():
-                if tensor in runs[other] and tensor in runs[signal]:
-                    pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor], isinstance(batch, Feed))
-        count = samples_in(batch)
-        samples += count
-        progress.advance(count)
-    progress.finish()
+                if outputs[0] in run:
+                    parts[view].append(run[outputs[0]])
+            for tensor in outputs:
+                real = runs["float"][tensor]
+                if real.dtype.kind == "f" and np.isnan(real).any():
+                    problems[f"the float output {tensor!r} holds NaN"] = None
+                for view, run in runs.items():
+                    if tensor not in run:
+                        problems[f"the {view} output {tensor!r} isn't compared: there is no such tensor in it"] = None
+                    if view != "float" and not _finite_alike(run.get(tensor), real):
+                        problems[f"the {view} output {tensor!r} holds NaN or infinity"] = None
+                for key, (other, signal) in known.items():
+                    if tensor in runs[other] and tensor in runs[signal]:
+                        pairs[tensor][key].add(runs[other][tensor], runs[signal][tensor], isinstance(batch, Feed))
+            count = samples_in(batch)
+            samples += count
+            progress.advance(count)
     if not parts["float"]:
         raise InputError("there are no data to verify on")
     for tensor, of in pairs.items():

@@ -15,7 +15,7 @@ from bitwright.calibration._stages import stages_of
 from bitwright.calibration._step import InParts, OpenSession
 from bitwright.data import Dataset, samples_in
 from bitwright.errors import InputError
-from bitwright.progress import Progress
+from bitwright.progress import Once, Progress
 from bitwright.statistics import Request, Statistic
 
 BUDGET = 2 * 2**30
@@ -83,7 +83,7 @@ def collect(
                 if divided is not None and large:
                     stream_in_parts(members, divided, data, pool, progress, first_batch, budget_bytes, take)
                 else:
-                    _pass(members, open_session, divided, data, pool, progress, first_batch, take)
+                    _pass(members, open_session, divided, data, pool, Once(progress), first_batch, take)
             finally:
                 if progress is not None:
                     progress.finish()
@@ -96,7 +96,7 @@ def _pass(
     divided: InParts | None,
     data: Dataset,
     pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    progress: Once,
     first: int,
     take: Callable[[str, Statistic], None],
 ) -> None:
@@ -140,13 +140,13 @@ def _stream(
     open_session: OpenSession,
     batches: Iterable[Batch],
     pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    progress: Once,
     first: int,
 ) -> None:
     sessions = {source: open_session(source, tuple(taps)) for source, taps in taps_of(collected).items()}
+    progress.anew()  # stages that can't be run may have come some way
     for number, batch in enumerate(batches, first):
         values = {source: run(session, batch, collected) for source, session in sessions.items()}
         update_all(pool, collected, values, number)
         del values  # before the next batch runs: of a deep network they are most of what a pass takes
-        if progress is not None:
-            progress.advance(samples_in(batch))
+        progress.advance(samples_in(batch))

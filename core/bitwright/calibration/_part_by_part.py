@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from bitwright.backend import giving_back, let_go
 from bitwright.calibration._collected import Collected, pack
 from bitwright.calibration._step import InParts, Places, Step
-from bitwright.data import CACHE_BYTES, CutCache, Dataset
+from bitwright.data import CACHE_BYTES, CutCache, Dataset, close_all
 from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.statistics import Source, Statistic
@@ -47,8 +47,7 @@ def stream_in_parts(
                 for c in members:
                     finished(c.request.key, c.handed_over())
                 let_go()
-            for cache in held.values():
-                cache.close()
+            close_all(held.values())
             held = fresh
             if progress is not None:
                 progress.advance(1)

@@ -13,7 +13,7 @@ from bitwright.calibration._stages import crossing_bytes
 from bitwright.calibration._step import InParts, Places, Step
 from bitwright.data import samples_in
 from bitwright.errors import BitwrightError
-from bitwright.progress import Progress
+from bitwright.progress import Once
 from bitwright.statistics import Source, Statistic
 
 HELD_BYTES = 2**24
@@ -27,7 +27,7 @@ def stream_in_stages(
     batches: Iterator[Batch],
     again: Callable[[], Iterator[Batch]],
     pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    progress: Once,
     first: int,
     finished: Callable[[str, Statistic], None],
 ) -> tuple[list[Collected], Iterator[Batch]]:
@@ -75,7 +75,7 @@ def _stage_by_stage(
     steps: Sequence[Step],
     batches: Sequence[Batch],
     pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    progress: Once,
     first: int,
     finished: Callable[[str, Statistic], None],
 ) -> list[Collected]:
@@ -95,7 +95,7 @@ def _stage_by_stage(
                 return _anew(left)
             held[number] = step.take(values, pool, first + number)
             del values  # before the next batch runs
-            if progress is not None and step is steps[-1]:
+            if step is steps[-1]:
                 progress.advance(samples_in(batch))
         del sessions
         for c in step.here:
@@ -109,7 +109,7 @@ def _batch_by_batch(
     opened: Sequence[Mapping[Source, Session]],
     batches: Iterable[Batch],
     pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    progress: Once,
     first: int,
 ) -> bool:
     """Each batch through all stages; whether they could all be run."""
@@ -122,8 +122,7 @@ def _batch_by_batch(
                 return False
             held = step.take(values, pool, first + number)
             del values
-        if progress is not None:
-            progress.advance(samples_in(batch))
+        progress.advance(samples_in(batch))
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitwright.data._batches import InputSpecs, batch_dimension, first_samples, joined, require_ranks, samples_in
-from bitwright.data._cut_cache import CACHE_BYTES, CutCache
+from bitwright.data._cut_cache import CACHE_BYTES, CutCache, close_all
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._first import first_arrays
 from bitwright.data._forward import is_forward_pass, recorded
@@ -32,6 +32,7 @@ __all__ = [
     "TextOptions",
     "Watching",
     "batch_dimension",
+    "close_all",
     "doubt_of_accuracy",
     "doubts_of_calibration",
     "doubts_of_scale",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,12 +68,19 @@ class CutCache:
     def close(self) -> None:
         """Free memory and disk."""
         self._batches = []
-        if self._folder is not None:
-            self._folder.close()
-            self._folder = None
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def close_all(caches: Iterable[CutCache]) -> None:
+    """Close each, though another can't be closed."""
+    with ExitStack() as opened:
+        for cache in caches:
+            opened.callback(cache.close)

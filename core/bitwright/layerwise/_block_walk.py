@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitwright.backend import Capability, Differentiable, DifferentiableSimulation, ParamReader, require
-from bitwright.data import CutCache
+from bitwright.data import CutCache, close_all
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import OpId, ParamId, TensorId
 from bitwright.grids import Encoding
 from bitwright.layerwise._base import Finished, Walk, through
+from bitwright.progress import stage
 from bitwright.technique import Block, LayerResult, Span
 
 Solve = Callable[[Block], Mapping[OpId, LayerResult]]
@@ -42,8 +44,10 @@ class BlockwiseWalk(Walk):
         results: dict[OpId, LayerResult] = {}
         # Behind the last unfinished span nothing has to run any more.
         pair = _Pair(self, quantized_inputs, quantized_activations) if unfinished else None
-        self.progress.start(f"Blocks ({self.name})", len(spans))
-        try:
+        with ExitStack() as opened:
+            opened.enter_context(stage(self.progress, f"Blocks ({self.name})", len(spans)))
+            if pair is not None:
+                opened.callback(pair.close)
             for index, span in enumerate(spans):
                 active = pair if unfinished and index <= unfinished[-1] else None
                 if active is not None:
@@ -56,10 +60,6 @@ class BlockwiseWalk(Walk):
                 if active is not None:
                     active.replace(found)
                 self.progress.advance(1, span.name)
-        finally:
-            if pair is not None:
-                pair.close()
-            self.progress.finish()
         return results
 
 
@@ -91,9 +91,11 @@ class _Pair:
         """Move both networks to a cut."""
         if feeds == self.at:
             return
-        fresh = [self._through(i, feeds) for i in range(2 if self.quantized else 1)]
-        self._leave()
-        self.caches, self.at = fresh, feeds
+        with ExitStack() as fresh:
+            caches = [fresh.enter_context(self._through(i, feeds)) for i in range(2 if self.quantized else 1)]
+            self._leave()
+            self.caches, self.at = caches, feeds
+            fresh.pop_all()
 
     def _through(self, index: int, wanted: tuple[TensorId, ...]) -> CutCache:
         """The tensors that one of the two networks makes of those at the cut, for every batch."""
@@ -149,12 +151,12 @@ class _Pair:
         return self.inputs
 
     def _leave(self) -> None:
-        for cache in self.caches:
-            cache.close()
-        self.caches = []
+        caches, self.caches = self.caches, []
+        close_all(caches)
 
     def close(self) -> None:
         """Let what is kept go."""
-        self._leave()
-        if self.inputs is not None:
-            self.inputs.close()
+        with ExitStack() as opened:
+            if self.inputs is not None:
+                opened.callback(self.inputs.close)
+            self._leave()

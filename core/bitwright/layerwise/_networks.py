@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import ParamUpdates, Simulation
-from bitwright.data import CutCache
+from bitwright.data import CutCache, close_all
 from bitwright.graph import (
     Edit,
     Op,
@@ -96,8 +96,7 @@ class Networks:
                 if moments is not None:
                     moments.update(*(v[needed[0]] for v in seen), *(seen[0][t] - seen[1][t] for t in needed[1:]))
         except BaseException:
-            for cache in fresh:
-                cache.close()
+            close_all(fresh)
             raise
         if visit.moves:
             self.close()
@@ -142,7 +141,5 @@ class Networks:
 
     def close(self) -> None:
         """Let what is kept at the cut go."""
-        for cache in self.caches:
-            if cache is not None:
-                cache.close()
-        self.caches = [None, None]
+        caches, self.caches = self.caches, [None, None]
+        close_all(cache for cache in caches if cache is not None)

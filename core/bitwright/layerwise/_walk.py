@@ -32,6 +32,7 @@ from bitwright.layerwise._cuts import Visit, schedule
 from bitwright.layerwise._networks import Networks
 from bitwright.layerwise._side_by_side import Solving
 from bitwright.layerwise._solving import blocks_within, layer_of, left_at_nearest, name_blocks, name_left, name_scarce
+from bitwright.progress import stage
 from bitwright.statistics import LayerMoments
 from bitwright.technique import LayerResult, LayerwiseSettings, Solve
 from bitwright.workers import Workers
@@ -73,34 +74,36 @@ class LayerwiseWalk(Walk):
         encodings = self.encodings
         if quantized_activations and quantized_inputs and len(stored) < len(ops):
             encodings = self.with_activations()
-        self.progress.start(f"Layers ({self.name})", len(visits))
-        pair = Networks(
-            self, encodings, [s.op for s in visits], quantized=quantized_inputs, activations=quantized_activations
-        )
-        observing = _Observing(
-            self.graph, encodings, self.moments_gib if moments_gib is None else moments_gib, paired=quantized_inputs,
-            products=products, residuals=residuals, most=None if column_blocks else 1, thin=thin,
-        )  # fmt: skip
-        last = max((i for i, s in enumerate(visits) if s.op.id not in stored), default=-1)
-        # A weight that several ops share is settled by the first of them.
-        replaced: dict[ParamId, LayerResult] = {}
-        solving = Solving(self.graph, self.workers, solve)
-        params = ParamReader(self.backend, self.model, self.graph)
-        large = len(parts_of(self.graph)) > 1
-        tidy = let_go if large else LettingGo()
-        memory = ExitStack()
+        with ExitStack() as opened:
+            opened.enter_context(stage(self.progress, f"Layers ({self.name})", len(visits)))
+            pair = Networks(
+                self, encodings, [s.op for s in visits], quantized=quantized_inputs, activations=quantized_activations
+            )
+            opened.callback(pair.close)
+            largest = self.moments_gib if moments_gib is None else moments_gib
+            observing = _Observing(
+                self.graph, encodings, largest, paired=quantized_inputs, products=products, residuals=residuals,
+                most=None if column_blocks else 1, thin=thin,
+            )  # fmt: skip
+            last = max((i for i, s in enumerate(visits) if s.op.id not in stored), default=-1)
+            # A weight that several ops share is settled by the first of them.
+            replaced: dict[ParamId, LayerResult] = {}
+            solving = Solving(self.graph, self.workers, solve)
+            opened.callback(solving.close)
+            params = ParamReader(self.backend, self.model, self.graph)
+            large = len(parts_of(self.graph)) > 1
+            tidy = let_go if large else LettingGo()
 
-        def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
-            if fresh:
-                result = finished.keep(op.id, result)
-            results[op.id] = result
-            replaced[op.weight or ""] = result
-            pair.replace(op, result)
-            self.progress.advance(1, op.id)
+            def finish(op: Op, result: LayerResult, *, fresh: bool = True) -> None:
+                if fresh:
+                    result = finished.keep(op.id, result)
+                results[op.id] = result
+                replaced[op.weight or ""] = result
+                pair.replace(op, result)
+                self.progress.advance(1, op.id)
 
-        try:
             if large:
-                memory.enter_context(giving_back())
+                opened.enter_context(giving_back())
             for index, visit in enumerate(visits):
                 op, result = visit.op, stored.get(visit.op.id)
                 for done in solving.of_weight(op.weight):
@@ -132,11 +135,6 @@ class LayerwiseWalk(Walk):
                         finish(*done)
             for done in solving.rest():
                 finish(*done)
-        finally:
-            solving.close()
-            pair.close()
-            memory.close()
-            self.progress.finish()
         results = {visit.op.id: results[visit.op.id] for visit in visits}
         name_left(self.name, results)
         name_blocks(self.name, results)

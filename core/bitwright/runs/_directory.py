@@ -148,9 +148,9 @@ class RunDirectory:
 
     def discard_if_empty(self) -> None:
         """Release the lock, and remove the directory if no step has stored anything that a later run could use."""
-        if not any((self.path / "steps").glob("*/*.npz")):
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
+        with self._lock:
+            if not any((self.path / "steps").glob("*/*.npz")):
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def step(self, name: str, depends: Mapping[str, Any]) -> FileStore:
         """The store of one step; the same step of an equal run finds what an earlier process left.

@@ -34,7 +34,7 @@ from bitwright.grids import Encoding, EncodingTable, Provenance, encoding_arrays
 from bitwright.layerwise import BlockwiseWalk, LayerwiseWalk, Walk
 from bitwright.placement import SiteId
 from bitwright.plugins import registry
-from bitwright.progress import Store
+from bitwright.progress import Store, closing
 from bitwright.runs import MemoryStore, fingerprint, versions
 from bitwright.simulation import _stages as staged
 from bitwright.simulation._outcomes import taken
@@ -76,22 +76,22 @@ def apply(state: SimState, technique: str | Technique, data: DataLike | None, se
         statistics = _statistics(state, requests, table, dataset) if requests else {}
         walk = replace(_walk(LayerwiseWalk, state, body.name, table, dataset, store), workers=state.workers)
         blocks = _walk(BlockwiseWalk, state, body.name, table, dataset, store)
-    context = Context(
-        graph=state.graph,
-        plan=state.plan,
-        params=state.params,
-        encodings=table,
-        statistics=statistics,
-        settings=chosen,
-        walk=walk,
-        store=store,
-        progress=state.progress,
-        seed=state.seed,
-        folded=dict(state.folded),
-        blocks=blocks,
-        **_branching(state),
-    )
-    with _going_on(body):
+    with _going_on(body), closing(state.progress) as progress:
+        context = Context(
+            graph=state.graph,
+            plan=state.plan,
+            params=state.params,
+            encodings=table,
+            statistics=statistics,
+            settings=chosen,
+            walk=walk,
+            store=store,
+            progress=progress,
+            seed=state.seed,
+            folded=dict(state.folded),
+            blocks=blocks,
+            **_branching(state),
+        )
         outcome = body.apply(context)
     if bank is not None:
         outcome = bank.noted(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from multiprocessing import get_context
 from types import ModuleType
 from typing import Any, TypeVar
@@ -102,23 +102,23 @@ def _local(count: int) -> Workers:
         n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, env={**unset, **environment},
         memory_limit=0,
     )  # fmt: skip
-    client = distributed.Client(cluster, set_as_default=False)
-
-    def close() -> None:
-        client.close()
-        cluster.close()
-
-    return _of_client(client, close)
+    with ExitStack() as opened:
+        opened.callback(cluster.close)
+        client = distributed.Client(cluster, set_as_default=False)
+        opened.callback(client.close)
+        return _of_client(client, opened.pop_all().close)
 
 
 def _of_client(client: Any, closing: Callable[[], None] | None = None) -> Workers:
     """A Dask client's workers. Dask runs a lost worker's tasks again (`distributed.scheduler.allowed-failures`)."""
     distributed = _distributed()
-    threads: Mapping[str, int] = client.nthreads()
-    if not threads:
+    with ExitStack() as opened:
         if closing is not None:
-            closing()
-        raise WorkerError("the Dask cluster has no workers; start some (`dask worker ADDRESS`) and try again")
+            opened.callback(closing)
+        threads: Mapping[str, int] = client.nthreads()
+        if not threads:
+            raise WorkerError("the Dask cluster has no workers; start some (`dask worker ADDRESS`) and try again")
+        opened.pop_all()
     executor = _QuietExecutor(client)
     place = Place(
         sum(threads.values()),

@@ -7,6 +7,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -59,8 +60,8 @@ class Place:
     def close(self) -> None:
         """Shut the executor down, if it is ours."""
         if self.owned and self.executor is not None:
-            self.executor.shutdown(wait=False, cancel_futures=True)
-            self.executor = None
+            executor, self.executor = self.executor, None
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Workers:
@@ -101,11 +102,12 @@ class Workers:
 
     def close(self) -> None:
         """Let go of all executors that were made here."""
-        for place in self.places:
-            place.close()
-        if self._closing is not None:
-            self._closing()
-            self._closing = None
+        closing, self._closing = self._closing, None
+        with ExitStack() as opened:  # each is closed, though another can't be
+            if closing is not None:
+                opened.callback(closing)
+            for place in self.places:
+                opened.callback(place.close)
 
     def __enter__(self) -> Self:
         return self
