@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from bitwright.data import Dataset, FirstSamples, labels, open_data
+from bitwright.data import Dataset, FirstSamples, Watching, labels, open_data
 from bitwright.data._dataset import ArrayDataset, ImageOptions
 from bitwright.errors import InputError
 from bitwright.files import HeldFile, StoredArray, open_npy
@@ -617,3 +617,14 @@ def test_small_pictures_that_stand_for_enormous_ones(tmp_path, name, make, messa
         made.save(tmp_path / name)
     with pytest.raises(InputError, match=message):
         list(open_data(tmp_path, {"x": ((None, 3, 512, 512), "float32")}))
+
+
+def test_each_batch_is_noted_once_though_a_pass_is_given_up():
+    """As where stages can't be run: what was seen of some batches isn't what the data are."""
+    data = [{"x": np.full(3, v, np.float32)} for v in (0.0, 1.0, 2.0)]
+    watched = Watching(ArrayDataset({"x": np.stack([d["x"] for d in data])}, 1))
+    for _ in zip(range(2), watched, strict=False):
+        pass
+    for _ in range(2):
+        assert len(list(watched)) == 3
+    assert (watched.seen["x"].low, watched.seen["x"].high, watched.seen["x"].count) == (0, 2, 9)

@@ -147,3 +147,26 @@ def test_errors_of_the_user_s_function_come_through_and_nothing_changes(sim):
     with pytest.raises(KeyError, match="mine"):
         sim.calibrate(run)
     assert not sim.encodings
+
+
+def test_temporary_files_of_a_forward_pass_that_is_interrupted_go_at_once(monkeypatch, sim):
+    """Though the error, and all that it refers to, is kept."""
+    monkeypatch.setattr(forward, "HELD_BYTES", 0)
+    _, batches = batches_for(sim)
+    folders = []
+    add = forward.Recording.add
+    monkeypatch.setattr(
+        forward.Recording, "add", lambda self, feed: (add(self, feed), folders.append(self._folder.path))[0]
+    )
+
+    def run(model):
+        for x in batches:
+            model(x)
+        raise KeyboardInterrupt
+
+    before = sim.state
+    with pytest.raises(KeyboardInterrupt) as kept:
+        sim.calibrate(run)
+    assert folders and not folders[0].exists()
+    assert sim.state is before
+    assert kept.value.__traceback__ is not None

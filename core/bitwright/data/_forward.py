@@ -46,7 +46,11 @@ def recorded(backend: Backend[Any], model: object, run: ForwardPass) -> Recordin
         InputError: it never ran the model, or fed what isn't numeric.
     """
     recording = Recording()
-    run(observed(backend, model, recording.add))
+    try:
+        run(observed(backend, model, recording.add))
+    except BaseException:  # whoever keeps the error keeps the recording too
+        recording.close()
+        raise
     if not len(recording):
         raise InputError(
             f"the forward pass {getattr(run, '__name__', run)!r} never ran the model that it was called with, so there "
@@ -87,6 +91,13 @@ class Recording:
         except OSError as error:
             raise cannot_write(path, error) from error
         self._feeds.append(path)
+
+    def close(self) -> None:
+        """Let it go, and the temporary files with it."""
+        self._feeds = []
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.close()
 
     def __len__(self) -> int:
         return len(self._feeds)

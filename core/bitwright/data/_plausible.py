@@ -62,7 +62,8 @@ class Seen:
 
 @dataclass
 class Watching:
-    """A dataset that hands out another's batches, and notes what went by in the first pass.
+    """A dataset that hands out another's batches, and notes each once: in the first pass, or where that was given up
+    midway, in the pass that goes further.
 
     Attributes:
         data: the other.
@@ -71,13 +72,13 @@ class Watching:
 
     data: Dataset
     seen: dict[str, Seen] = field(default_factory=dict)
-    _passed: bool = False
+    _noted: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        first, self._passed = not self._passed, True
-        for batch in self.data:
-            if first:
+        for number, batch in enumerate(self.data):
+            if number >= self._noted:
                 self.note(batch)
+                self._noted = number + 1
             yield batch
 
     def note(self, batch: Batch) -> None:
