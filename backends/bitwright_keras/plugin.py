@@ -39,6 +39,9 @@ def register_runtimes() -> list[RuntimeInfo]:
             artefact="tflite",
             suffix=".tflite",
             arithmetic="LiteRT's kernels requantize in fixed point, the exact view follows ONNX Runtime's",
+            otherwise=".tflite files are written of Keras models alone: build the network in Keras and quantize that. "
+            "TensorFlow's own converter makes one of the float model that this export holds, with ranges of its own, "
+            "which are not those that were simulated",
         )
     ]
 

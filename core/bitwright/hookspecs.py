@@ -172,6 +172,8 @@ class RuntimeInfo:
         suffix: ending of the artefact's name, with the dot; needed for an artefact of its own.
         arithmetic: in words, how its arithmetic departs from ONNX Runtime's, which the exact integers follow: ops are
             compared as numbers then, not code by code. Empty where it doesn't.
+        otherwise: in words, what to do where neither the backend nor the runtime writes the artefact; told by the
+            export, which then goes without it.
         modules: top-level modules that must be installed.
         extra: the extra of its distribution that installs them; empty where there is none.
         api: version of the plugin interface that it was written for.
@@ -186,6 +188,7 @@ class RuntimeInfo:
     modules: tuple[str, ...] = ()
     extra: str = ""
     api: int = 1
+    otherwise: str = ""
 
 
 @dataclass(frozen=True)

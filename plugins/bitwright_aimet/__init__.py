@@ -5,3 +5,9 @@
 `docs/coming-from-aimet.md`; what can't be meant is refused with the call to make instead. No framework is imported
 before a model of it is given.
 """
+
+from __future__ import annotations
+
+from bitwright_aimet._elsewhere import tell_modules
+
+tell_modules()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from weakref import WeakValueDictionary
 from bitwright import formats
 from bitwright.backend import Bundle
 from bitwright.bundle import encodings_file, read_encodings
-from bitwright.errors import EncodingError, InputError
-from bitwright.files import make_directory
+from bitwright.errors import EncodingError, InputError, ModelError
+from bitwright.files import Scratch, atomic_write, make_directory
 from bitwright.grids import EncodingTable
 from bitwright.placement import SiteKind
 from bitwright.simulation import QuantSim
 from bitwright_aimet._settings import SimulationSettings
 
+QDQ = "qdq"
+"""Purpose of the quantized ONNX model in a bundle."""
 _NOT_GIVEN: Any = object()
 _SIMULATIONS: WeakValueDictionary[int, SimulationModel] = WeakValueDictionary()
 """By `id` of the model that each has handed out last."""
@@ -168,6 +171,27 @@ class SimulationModel:
         """
         version = encoding_version or self.encoding_version
         return self.settle().export(path, name=filename_prefix, encodings_version=version)
+
+
+def write_qdq(quantsim: QuantSim, path: Path) -> Path:
+    """Write the quantized ONNX model of an export that was proven, and nothing else of it.
+
+    Raises:
+        ModelError: ONNX can't express the model; the warning of the export says why.
+    """
+    make_directory(path.parent)
+    with Scratch() as folder:
+        bundle = quantsim.export(folder, name=path.stem)
+        if QDQ not in bundle.files:
+            raise ModelError(
+                "there is no quantized ONNX model of this network: see the warning; sim.export writes the rest"
+            )
+        made = bundle.files[QDQ]
+        # Large weights lie in a file beside, which the model calls by name.
+        for source in sorted(folder.glob(f"{made.name}*"), reverse=True):
+            with atomic_write(path if source == made else path.parent / source.name) as file, source.open("rb") as read:
+                shutil.copyfileobj(read, file)
+    return path
 
 
 def forward_pass(function: Callable[..., Any], argument: Any = _NOT_GIVEN) -> Callable[[Any], Any]:

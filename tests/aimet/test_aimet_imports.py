@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from bitwright_aimet._elsewhere import _MODULES, _NAMES, NotHere
+
 PROGRAM = """
 import importlib, pkgutil, sys
 import bitwright_aimet
@@ -45,6 +49,13 @@ from aimet_torch.model_preparer import prepare_model
 from aimet_torch.model_validator.model_validator import ModelValidator
 from aimet_torch.quant_analyzer import QuantAnalyzer
 from aimet_torch.seq_mse import apply_seq_mse
+from aimet_torch.mixed_precision import MixedPrecisionConfigurator
+from aimet_torch.quantsim import set_blockwise_quantization_for_weights, set_grouped_blockwise_quantization_for_weights
+from aimet_torch.utils import in_eval_mode
+aimet_torch.onnx.export
+from aimet_onnx import compute_encodings
+from aimet_onnx.utils import make_dummy_input
+from aimet_tensorflow.bn_reestimation import reestimate_bn_stats
 import aimet_onnx; QuantSim = aimet_onnx.QuantizationSimModel
 from aimet_onnx import apply_adaround, apply_seq_mse, int2, int4, int8, int16, float16
 from aimet_onnx.common.defs import QuantScheme
@@ -72,3 +83,47 @@ def test_the_pages_command_changes_imports_to_ones_that_work(tmp_path):
     assert not re.search(r"\baimet_", script.read_text())
     done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("from bitwright_aimet.torch.adascale import AdaScale", "block_reconstruction"),
+        ("import bitwright_aimet.torch.experimental.omniquant", "block_reconstruction"),
+        ("from bitwright_aimet.torch import nn", "compute_encodings"),
+        ("from bitwright_aimet.torch.layer_output_utils import LayerOutputUtil", "bitwright.layer_outputs"),
+        ("from bitwright_aimet.torch.visualize_model import visualize_weight_ranges", "quant_analyzer"),
+        ("from bitwright_aimet.torch.cross_layer_equalization import HighBiasFold", "equalize_model"),
+        ("from bitwright_aimet.onnx import analyze_per_layer_sensitivity", "QuantAnalyzer"),
+        ("from bitwright_aimet.onnx.lite_mp import flip_layers_to_higher_precision", "lite=10"),
+        ("from bitwright_aimet.common.defs import CostMetric", "not what bitwright does"),
+        ("from bitwright_aimet.common.utils import AimetLogger", "there is no log"),
+        ("from bitwright_aimet.tensorflow.utils.graph_saver import save_and_load_graph", "open_session"),
+        ("from bitwright_aimet.tensorflow.keras.compress import ModelCompressor", "not what bitwright does"),
+    ],
+)
+def test_what_is_not_here_says_what_to_call_instead(line, said):
+    with pytest.raises(NotHere, match="Instead: ") as caught:
+        exec(line)
+    assert said in str(caught.value) and isinstance(caught.value, ImportError)
+
+
+def test_names_that_nobody_has_fail_as_ever():
+    import bitwright_aimet.torch.quantsim
+
+    assert not hasattr(bitwright_aimet.torch.quantsim, "nobody")
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'bitwright_aimet\.torch\.nobody'"):
+        exec("import bitwright_aimet.torch.nobody")
+
+
+def test_what_is_told_to_be_elsewhere_is_not_here():
+    import importlib
+    import pkgutil
+
+    import bitwright_aimet
+
+    here = [m.name for m in pkgutil.walk_packages(bitwright_aimet.__path__, "bitwright_aimet.")]
+    assert not {f"bitwright_aimet.{name}" for name in _MODULES} & set(here)
+    for name in here:
+        module = importlib.import_module(name)
+        assert not set(vars(module)) & set(_NAMES), name

@@ -24,8 +24,13 @@ from bitwright_aimet.onnx.adaround.adaround_weight import (  # noqa: E402
 from bitwright_aimet.onnx.batch_norm_fold import fold_all_batch_norms_to_weight  # noqa: E402
 from bitwright_aimet.onnx.cross_layer_equalization import equalize_model  # noqa: E402
 from bitwright_aimet.onnx.quant_analyzer import QuantAnalyzer  # noqa: E402
-from bitwright_aimet.onnx.quantsim import QuantizationSimModel, load_encodings_to_sim  # noqa: E402
+from bitwright_aimet.onnx.quantsim import (  # noqa: E402
+    QuantizationSimModel,
+    compute_encodings,
+    load_encodings_to_sim,
+)
 from bitwright_aimet.onnx.sequential_mse import apply_seq_mse  # noqa: E402
+from bitwright_aimet.onnx.utils import make_dummy_input  # noqa: E402
 
 
 @pytest.fixture
@@ -102,6 +107,25 @@ def test_types_and_calibration_of_the_second_generation(net, batches, assert_equ
         QuantizationSimModel(net, param_type="int8", activation_type="float16")
     with pytest.raises(InputError, match="custom_ops"):
         QuantizationSimModel(net, user_onnx_libs=["lib.so"])
+
+
+def test_calibration_in_a_context_then_a_quantized_model(net, batches, assert_equal):
+    sim, given = QuantizationSimModel(net, param_type="int8", activation_type="int8"), [b.copy() for b in batches]
+    with compute_encodings(sim):
+        for batch, expected in zip(batches, float_outputs(net, batches), strict=True):
+            np.testing.assert_allclose(sim.session.run(None, {"image": batch})[0], expected, atol=1e-5)
+            batch[:] = 0  # a script may use one array for all batches
+    assert_equal(sim.bitwright, own(net).calibrate(given))
+    quantized = sim.to_onnx_qdq()
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in quantized.graph.node}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(quantized.SerializeToString(), options)
+    wanted = sim.session.run(None, {"image": given[0]})[0]
+    np.testing.assert_allclose(session.run(None, {"image": given[0]})[0], wanted, atol=1e-4)
+    with pytest.raises(InputError, match="nothing was run"), compute_encodings(sim):
+        pass
+    assert sim.session.run(["logits"], make_dummy_input(net, 3))[0].shape == (3, 4)
 
 
 def test_adaround_in_both_generations(net, batches, tmp_path, assert_equal):

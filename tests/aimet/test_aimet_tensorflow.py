@@ -9,15 +9,20 @@ tf = pytest.importorskip("tensorflow")
 
 from bitwright.errors import InputError  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
+from bitwright_aimet.common.quantsim_config.utils import get_path_for_per_channel_config  # noqa: E402
 from bitwright_aimet.common.utils import CallbackFunc  # noqa: E402
 from bitwright_aimet.tensorflow.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
 from bitwright_aimet.tensorflow.auto_quant import AutoQuant  # noqa: E402
-from bitwright_aimet.tensorflow.batch_norm_fold import fold_all_batch_norms  # noqa: E402
+from bitwright_aimet.tensorflow.batch_norm_fold import (  # noqa: E402
+    fold_all_batch_norms,
+    fold_all_batch_norms_to_scale,
+)
 from bitwright_aimet.tensorflow.bias_correction import (  # noqa: E402
     BiasCorrection,
     BiasCorrectionParams,
     QuantParams,
 )
+from bitwright_aimet.tensorflow.bn_reestimation import reestimate_bn_stats  # noqa: E402
 from bitwright_aimet.tensorflow.cross_layer_equalization import equalize_model  # noqa: E402
 from bitwright_aimet.tensorflow.quant_analyzer import QuantAnalyzer  # noqa: E402
 from bitwright_aimet.tensorflow.quantsim import QuantizationSimModel  # noqa: E402
@@ -103,6 +108,24 @@ def test_adaround_and_bias_correction(session, images, tmp_path):
     found = own(corrected)
     np.testing.assert_array_equal(found.params["b2"], wanted.params["b2"])
     assert np.abs(found.params["b2"] - own(session).params["b2"]).max() > 1e-6
+
+
+def test_norms_measured_anew_then_folded_into_the_scales(session, images, tmp_path, assert_equal):
+    config = str(get_path_for_per_channel_config())
+    sim = QuantizationSimModel(session, *ENDS, "tf", default_param_bw=4, config_file=config)
+    sim.compute_encodings(forward, images)
+    before = sim.bitwright.fork()
+    handle = reestimate_bn_stats(sim, *ENDS, images, num_batches=2)
+    wanted = before.fork().apply("batch_norm_reestimation", images[:2])
+    assert np.abs(wanted.params["mean"] - before.params["mean"]).max() > 1e-3
+    sim.compute_encodings(forward, images)  # ranges of untrained networks follow the statistics
+    assert_equal(sim.bitwright, wanted.calibrate(images))
+    fold_all_batch_norms_to_scale(sim, *ENDS)
+    assert "bn1" not in sim.bitwright.graph
+    bundle = sim.export(str(tmp_path), "net")
+    assert {"meta", "encodings"} <= set(bundle.files)
+    handle.remove()
+    assert_equal(sim.bitwright, before)
 
 
 def test_datasets_of_graph_mode(session, images, tmp_path):

@@ -18,18 +18,24 @@ from bitwright_aimet.common.quantsim_config.utils import (  # noqa: E402
     get_path_for_per_tensor_config,
 )
 from bitwright_aimet.common.utils import CallbackFunc  # noqa: E402
+from bitwright_aimet.torch import onnx as aimet_onnx_export  # noqa: E402
 from bitwright_aimet.torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
 from bitwright_aimet.torch.auto_quant import AutoQuant  # noqa: E402
 from bitwright_aimet.torch.batch_norm_fold import fold_all_batch_norms, fold_all_batch_norms_to_scale  # noqa: E402
 from bitwright_aimet.torch.bias_correction import QuantParams, correct_bias  # noqa: E402
 from bitwright_aimet.torch.bn_reestimation import reestimate_bn_stats  # noqa: E402
 from bitwright_aimet.torch.cross_layer_equalization import equalize_model  # noqa: E402
-from bitwright_aimet.torch.mixed_precision import choose_mixed_precision  # noqa: E402
+from bitwright_aimet.torch.mixed_precision import MixedPrecisionConfigurator, choose_mixed_precision  # noqa: E402
 from bitwright_aimet.torch.model_preparer import NotNeeded, prepare_model  # noqa: E402
 from bitwright_aimet.torch.model_validator.model_validator import ModelValidator  # noqa: E402
 from bitwright_aimet.torch.quant_analyzer import QuantAnalyzer  # noqa: E402
-from bitwright_aimet.torch.quantsim import QuantizationSimModel  # noqa: E402
+from bitwright_aimet.torch.quantsim import (  # noqa: E402
+    QuantizationSimModel,
+    set_blockwise_quantization_for_weights,
+    set_grouped_blockwise_quantization_for_weights,
+)
 from bitwright_aimet.torch.seq_mse import SeqMseParams, apply_seq_mse  # noqa: E402
+from bitwright_aimet.torch.utils import get_device, get_layer_name, in_eval_mode, is_leaf_module  # noqa: E402
 from bitwright_aimet.torch.visualize_model import visualize_changes_after_optimization  # noqa: E402
 
 nn = torch.nn
@@ -380,6 +386,74 @@ def test_mixed_precision(net, loader, tmp_path):
     assert all(0 < cost <= 1 for cost, _, _ in front)
     assert {sim.bitwright.plan.spec(s).bits for s in ("conv1.weight", "conv2.weight", "fc.weight")} <= {4, 8}
     assert accuracy(sim.model, loader) >= accuracy(net, loader) - 0.9
+
+
+def test_types_of_single_layers_then_a_quantized_onnx_file(net, loader, batches, tmp_path, assert_equal):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    fold_all_batch_norms(net, None, dummy_input=loader[0][0])
+    sim = QuantizationSimModel(net, loader[0][0], default_param_bw=4)
+    config = MixedPrecisionConfigurator(sim)
+    config.set_precision(nn.Conv2d, activation="int16", param={"weight": "int8"})
+    config.set_precision(net.conv2, activation="int8", param={"weight": "int8"})
+    config.set_model_output_precision("int16")
+    config.apply(log_file=str(tmp_path / "logs" / "mmp.txt"), strict=True)
+    assert (tmp_path / "logs" / "mmp.txt").read_text()
+    sim.compute_encodings(lambda model: forward(model, loader))
+    wanted = own(net, loader, weights="int4")
+    for what, types in (
+        (["conv1", "conv2"], {"weights": "int8", "inputs": "uint16"}),
+        (["conv2"], {"weights": "int8", "inputs": "uint8"}),
+        (list(wanted.graph.outputs), {"activations": "uint16"}),
+    ):
+        wanted.set_precision(what, **types)
+    assert_equal(sim.bitwright, wanted.calibrate(batches))
+    bits = {site: e.bits for site, e in sim.bitwright.encodings.items()}
+    assert (bits["conv1.weight"], bits["fc.weight"], bits[wanted.graph.inputs[0]]) == (8, 4, 16)
+    path = aimet_onnx_export.export(sim.model, loader[0][0], f=str(tmp_path / "q" / "net.onnx"), opset_version=21)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["net.onnx"]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path.read_bytes(), options)
+    found = session.run(None, {session.get_inputs()[0].name: batches[0]})[0]
+    with torch.no_grad(), in_eval_mode(sim.model):
+        expected = sim.model(loader[0][0]).numpy()
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()  # sums in another order move a code
+    types = onnx.TensorProto
+    held = {tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert {types.INT4, types.INT8, types.UINT16, types.UINT8, types.INT32} <= held
+    with pytest.raises(InputError, match="no module of the model"):
+        config.set_precision(nn.LSTM, activation="int8")
+    with pytest.raises(InputError, match="biases follow"):
+        config.set_precision(nn.Conv2d, activation="int8", param={"bias": "int8"})
+    with pytest.raises(InputError, match="one type for all inputs"):
+        config.set_precision(nn.Conv2d, activation=["int8", "int16"])
+
+
+def test_weights_in_blocks(net, loader, batches, assert_equal):
+    sim = QuantizationSimModel(net, loader[0][0])
+    set_blockwise_quantization_for_weights(sim, [nn.Linear], bitwidth=4, symmetric=True, block_size=4)
+    set_grouped_blockwise_quantization_for_weights(
+        sim, lambda module: module is net.conv2, bitwidth=4, symmetric=True, decompressed_bw=8, block_size=2
+    )
+    sim.compute_encodings(lambda model: forward(model, loader))
+    wanted = own(net, loader, overrides={"fc.weight": "int4:block4", "conv2.weight": "int4:lpbq2"})
+    assert_equal(sim.bitwright, wanted.calibrate(batches))
+    for arguments, said in (
+        ({"symmetric": False, "block_size": 4}, "w4a16_asymmetric"),
+        ({"symmetric": True, "block_size": (1, 4)}, "along a weight's inputs"),
+    ):
+        with pytest.raises(InputError, match=said):
+            set_blockwise_quantization_for_weights(sim, [nn.Linear], bitwidth=4, **arguments)
+
+
+def test_helpers_of_scripts(net):
+    net.train()
+    net.bn1.eval()
+    with in_eval_mode(net):
+        assert not net.training and not net.fc.training
+    assert net.training and not net.bn1.training
+    assert get_layer_name(net, net.conv2) == "conv2" and get_device(net).type == "cpu"
+    assert is_leaf_module(net.fc) and not is_leaf_module(net)
 
 
 def test_validate_prepare_visualize(net, loader, tmp_path):

@@ -13,6 +13,7 @@ from bitwright.data import ImplausibleDataWarning, doubt_of_accuracy
 from bitwright.errors import EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
 from bitwright.placement import Float, Fused
+from bitwright.report import read_report
 from bitwright.simulation import QuantSim
 from bitwright.technique import Report
 from bitwright.verify import validate
@@ -125,6 +126,16 @@ def test_long_reports_are_cut_on_terminals_only():
     assert "layer99" in report._repr_html_()
     assert str(Report("a <b>", {"c": 0.123456})).splitlines() == ["a <b>", "c 0.1235"]
     assert "&lt;b&gt;" in Report("a <b>")._repr_html_()
+
+
+def test_an_export_without_the_targets_own_file_says_how_to_get_one(tmp_path):
+    sim = QuantSim(b.small_cnn(), target="tflite-int8").apply("fold_batch_norm").calibrate(DATA)
+    with pytest.warns(
+        UserWarning, match=r"net\.tflite isn't written: .* of Keras models alone: build the network in Keras"
+    ):
+        bundle = sim.export(tmp_path, name="net")
+    assert "tflite" not in bundle.files
+    assert "build the network in Keras" in read_report(tmp_path, "net").report.record.missing["tflite"]
 
 
 def test_html_escapes_names():

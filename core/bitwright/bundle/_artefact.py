@@ -278,7 +278,7 @@ def compiled(state: SimState, info: RuntimeInfo, bundle: Bundle, stem: Path) -> 
     if not isinstance(runtime, ArtefactWriter):
         raise ModelError(
             f"the {state.backend.name} backend has no format {info.artefact!r}, and runtime {info.name!r} doesn't "
-            "write it itself"
+            "write it itself" + (f"; {info.otherwise}" if info.otherwise else "")
         )
     with registry.default_registry().blaming(info):
         written = runtime.write(ToCompile(state.graph, state.params, state.plan, state.table, bundle), path)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
+
 
 class QuantScheme(Enum):
     """How ranges are found, see `bitwright_aimet._settings`."""
@@ -34,3 +36,6 @@ class CallbackFunc:
     def __call__(self, model: Any) -> Any:
         """Call it with a model."""
         return self.func(model, self.args)
+
+
+__getattr__ = tell_names(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright_aimet import _steps as steps
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet.onnx._models import opened, write
 
 
@@ -13,3 +14,6 @@ def equalize_model(model: Any) -> None:
     simulation = opened(model)
     steps.equalize(simulation)
     write(model, simulation)
+
+
+__getattr__ = tell_names(__name__)

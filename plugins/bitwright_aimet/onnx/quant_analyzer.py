@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet._tools import BaseQuantAnalyzer
 from bitwright_aimet.common.defs import CallbackFunc
@@ -37,3 +38,6 @@ class QuantAnalyzer(BaseQuantAnalyzer):
             return eval_callback(SimulatedSession(simulated))
 
         super().__init__(proto_of(model), None, forward_pass_callback, score)
+
+
+__getattr__ = tell_names(__name__)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from bitwright.errors import InputError
+from bitwright.files import Scratch
+from bitwright.simulation import QuantSim
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import CONFIG_2, read_settings, refuse
-from bitwright_aimet._simulation import SimulationModel
+from bitwright_aimet._simulation import SimulationModel, write_qdq
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.onnx._models import proto_of
 
-__all__ = ["QuantScheme", "QuantizationDataType", "QuantizationSimModel", "load_encodings_to_sim"]
+__all__ = ["QuantScheme", "QuantizationDataType", "QuantizationSimModel", "compute_encodings", "load_encodings_to_sim"]
 
 
 class QuantizationSimModel(SimulationModel):
@@ -70,15 +76,100 @@ class QuantizationSimModel(SimulationModel):
             quant_scheme, activation_bw, param_bw, config_file, kind, rounding_mode,
             default_config=CONFIG_2,
         )  # fmt: skip
-        super().__init__(proto_of(model), None, settings)
+        self._proto = proto_of(model)
+        self._observed: ObservedSession | None = None
+        super().__init__(self._proto, None, settings)
 
     def _opened(self) -> Any:
         return self.bitwright.model
 
     @property
     def session(self) -> Any:
-        """The simulated model as ONNX Runtime's sessions are used: `run(names, feeds)`, `get_inputs`, `get_outputs`."""
-        return SimulatedSession(self.model)
+        """The simulated model as ONNX Runtime's sessions are used: `run(names, feeds)`, `get_inputs`, `get_outputs`.
+
+        Within `compute_encodings` as a context, the float model, whose feeds are what is calibrated on.
+        """
+        return SimulatedSession(self.model) if self._observed is None else self._observed
+
+    def to_onnx_qdq(
+        self,
+        *,
+        export_int32_bias: bool = True,
+        prequantize_constants: bool = False,
+        force_activation_as: str | None = "unsigned",
+    ) -> Any:
+        """The quantized network as a `ModelProto` with Q/DQ pairs, compared with the simulation.
+
+        Args:
+            export_int32_bias: True: biases have int32 codes, as integer runtimes add them.
+            prequantize_constants: not looked at: weights are stored as their codes, whose values are the same.
+            force_activation_as: "unsigned", as bitwright writes them.
+
+        Raises:
+            InputError: the model was given as a path, or takes more than 2 GB; or an option can't be meant here.
+        """
+        refuse(
+            {
+                "force_activation_as": (
+                    force_activation_as, "unsigned", "the configuration says of which type activations are"
+                )
+            }
+        )  # fmt: skip
+        if not hasattr(self._proto, "ParseFromString"):
+            raise InputError("the model was given as a path: sim.export(path, prefix) writes PREFIX.qdq.onnx")
+        with Scratch() as folder:
+            path = write_qdq(self.settle(), folder / "model.onnx")
+            if len(list(folder.iterdir())) > 1:
+                raise InputError("the model takes more than 2 GB: sim.export(path, prefix) writes PREFIX.qdq.onnx")
+            made = type(self._proto)()
+            made.ParseFromString(path.read_bytes())
+        return made
+
+
+@contextmanager
+def compute_encodings(sim: QuantizationSimModel) -> Iterator[None]:
+    """Calibrate on what `sim.session` is run on within the context: ``with compute_encodings(sim): …``.
+
+    Raises:
+        InputError: nothing was run.
+    """
+    observed = ObservedSession(sim.settle())
+    sim._observed = observed
+    try:
+        yield
+    finally:
+        sim._observed = None
+    if not observed.feeds:
+        raise InputError("compute_encodings: nothing was run; call sim.session.run(None, feeds) within the context")
+    sim.compute_encodings(observed.feeds)
+
+
+class ObservedSession:
+    """The float model by the calls of an `onnxruntime.InferenceSession`; keeps what it is fed.
+
+    Attributes:
+        feeds: a mapping for each run.
+    """
+
+    def __init__(self, quantsim: QuantSim) -> None:
+        self._quantsim = quantsim
+        self.feeds: list[dict[str, Any]] = []
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None) -> Any:
+        """The outputs asked for, or all, in a list."""
+        feed = {name: np.array(value) for name, value in input_feed.items()}
+        names = list(self._quantsim.graph.outputs)
+        found = dict(zip(names, self._quantsim.predict([feed], simulated=False), strict=True))
+        self.feeds.append(feed)
+        return [found[name] for name in (output_names or names)]
+
+    def get_inputs(self) -> list[Any]:
+        """What is fed; each has its `name`."""
+        return [SimpleNamespace(name=name) for name in self._quantsim.graph.inputs]
+
+    def get_outputs(self) -> list[Any]:
+        """What is computed; each has its `name`."""
+        return [SimpleNamespace(name=name) for name in self._quantsim.graph.outputs]
 
 
 class SimulatedSession:
@@ -128,3 +219,6 @@ def _width(asked: Any, width: int, data_type: Any) -> tuple[int, Any]:
         if text.startswith(prefix) and text.removeprefix(prefix).isdigit():
             return int(text.removeprefix(prefix)), kind
     raise InputError(f"type {asked!r}: int2 to int16, float16 or float32; QuantSim takes blocks and fp8 too")
+
+
+__getattr__ = tell_names(__name__)

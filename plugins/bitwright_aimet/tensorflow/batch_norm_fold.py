@@ -7,6 +7,7 @@ from typing import Any
 
 from bitwright.simulation import QuantSim
 from bitwright_aimet import _steps as steps
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.tensorflow._sessions import network, session_of
 
@@ -23,3 +24,6 @@ def fold_all_batch_norms(
 def fold_all_batch_norms_to_scale(sim: SimulationModel, *op_names: Any) -> None:
     """Fold batch norms into the scales of quantized weights, after training; `sim.session` is a new one."""
     sim.changed(lambda simulation: simulation.apply("fold_batch_norm_to_scale"))
+
+
+__getattr__ = tell_names(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import read_settings
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
@@ -48,3 +49,6 @@ class QuantizationSimModel(SimulationModel):
         The network's results after their own quantization are `sim.model.outputs`.
         """
         return self.model.session
+
+
+__getattr__ = tell_names(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright_aimet import _steps as steps
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet.torch import _in_place as in_place
 
 
@@ -17,3 +18,6 @@ def equalize_model(model: Any, input_shapes: Any = None, dummy_input: Any = None
     simulation = in_place.opened(model, sample)
     steps.equalize(simulation)
     in_place.write(model, simulation, sample)
+
+
+__getattr__ = tell_names(__name__)

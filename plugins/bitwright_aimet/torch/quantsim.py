@@ -7,12 +7,20 @@ from typing import Any
 
 from bitwright.backend import Bundle
 from bitwright.errors import InputError
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import CONFIG_2, read_settings, refuse
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.torch._in_place import name_in
 
-__all__ = ["QuantScheme", "QuantizationDataType", "QuantizationSimModel", "load_encodings_to_sim"]
+__all__ = [
+    "QuantScheme",
+    "QuantizationDataType",
+    "QuantizationSimModel",
+    "load_encodings_to_sim",
+    "set_blockwise_quantization_for_weights",
+    "set_grouped_blockwise_quantization_for_weights",
+]
 
 
 class QuantizationSimModel(SimulationModel):
@@ -55,6 +63,11 @@ class QuantizationSimModel(SimulationModel):
     def name_of(self, layer: Any) -> str:
         """The name of a module, or of what is a name already."""
         return name_in(self._user, layer)
+
+    @property
+    def modules(self) -> list[tuple[str, Any]]:
+        """The user's modules and their names, without the whole."""
+        return [(name, module) for name, module in self._user.named_modules() if name]
 
     @property
     def onnx(self) -> OnnxExport:
@@ -108,6 +121,67 @@ class OnnxExport:
         )
 
 
+def set_blockwise_quantization_for_weights(
+    sim: QuantizationSimModel, arg: Any, bitwidth: int, symmetric: bool, block_size: int
+) -> None:
+    """Give weights a scale for each block of inputs; `compute_encodings` follows.
+
+    Args:
+        sim: the simulation.
+        arg: modules of the user's model, their types, or a function of a module.
+        bitwidth: of the weights.
+        symmetric: True; asymmetric grids come by the target, such as "w4a16_asymmetric".
+        block_size: inputs a block; −1 for all of an output's.
+
+    Raises:
+        InputError: no such module, or blocks along other axes.
+    """
+    _set_blocks(sim, arg, symmetric, block_size, f"int{bitwidth}" if block_size == -1 else f"int{bitwidth}:block")
+
+
+def set_grouped_blockwise_quantization_for_weights(
+    sim: QuantizationSimModel,
+    arg: Any,
+    bitwidth: int,
+    symmetric: bool,
+    decompressed_bw: int,
+    block_size: int,
+    block_grouping: int = -1,
+) -> None:
+    """Give weights two-level scales (LPBQ): small integers a block times one scale for each output.
+
+    Args:
+        sim, arg, bitwidth, symmetric: as above.
+        decompressed_bw: twice `bitwidth`.
+        block_size: inputs a block.
+        block_grouping: −1: the blocks of an output share its scale.
+
+    Raises:
+        InputError: no such module, or an argument that can't be meant here.
+    """
+    refuse(
+        {
+            "decompressed_bw": (decompressed_bw, 2 * bitwidth, f"int{bitwidth} weights unfold to {2 * bitwidth} bits"),
+            "block_grouping": (block_grouping, -1, "all blocks of an output share its scale"),
+        }
+    )
+    _set_blocks(sim, arg, symmetric, block_size, f"int{bitwidth}:lpbq")
+
+
+def _set_blocks(sim: QuantizationSimModel, arg: Any, symmetric: bool, block_size: int, text: str) -> None:
+    from bitwright_aimet.torch._modules import names_of
+
+    refuse({"symmetric": (symmetric, True, "QuantSim(target='w4a16_asymmetric') has grids that follow both ends")})
+    if not isinstance(block_size, int) or not (block_size > 0 or text.isalnum()):
+        raise InputError(f"block_size={block_size!r}: blocks lie along a weight's inputs; give their length")
+    type = text if text.isalnum() else f"{text}{block_size}"
+    names = names_of(sim, arg)
+    sim.changed(lambda quantsim: quantsim.set_precision(names, weights=type))
+
+
 def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, encoding_path: str) -> None:
     """Take all encodings of a file."""
     quant_sim_model.load_encodings(encoding_path)
+
+
+__getattr__ = tell_names(__name__)

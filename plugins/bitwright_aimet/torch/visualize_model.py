@@ -7,6 +7,7 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.plugins import registry
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import refuse
 
 
@@ -32,3 +33,6 @@ def visualize_changes_after_optimization(
         raise InputError("dummy_input: give one batch, visualize_changes_after_optimization(…, dummy_input=batch)")
     page = Path(results_dir) / "visualize_changes_after_optimization.html"
     return registry.tool("visualize")(old_model, new_model, out=page, sample=dummy_input)
+
+
+__getattr__ = tell_names(__name__)

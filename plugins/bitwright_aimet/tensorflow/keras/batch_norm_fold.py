@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright_aimet import _steps as steps
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.tensorflow.keras._models import model_of, opened
 
@@ -19,3 +20,6 @@ def fold_all_batch_norms(model: Any) -> tuple[list[tuple[str, str]], Any]:
 def fold_all_batch_norms_to_scale(sim: SimulationModel) -> None:
     """Fold batch norms into the scales of quantized weights, after training; `sim.model` is a new one."""
     sim.changed(lambda simulation: simulation.apply("fold_batch_norm_to_scale"))
+
+
+__getattr__ = tell_names(__name__)

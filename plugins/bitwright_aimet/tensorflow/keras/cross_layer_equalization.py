@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright_aimet import _steps as steps
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet.tensorflow.keras._models import model_of, opened
 
 
@@ -13,3 +14,6 @@ def equalize_model(model: Any) -> Any:
     simulation = opened(model)
     steps.equalize(simulation)
     return model_of(simulation)
+
+
+__getattr__ = tell_names(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import read_settings, refuse
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
@@ -36,3 +37,6 @@ class QuantizationSimModel(SimulationModel):
             quant_scheme, default_output_bw, default_param_bw, config_file, default_data_type, rounding_mode
         )
         super().__init__(model, None, settings)
+
+
+__getattr__ = tell_names(__name__)

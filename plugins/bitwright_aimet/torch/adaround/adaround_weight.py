@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._settings import CONFIG_2
 from bitwright_aimet._simulation import param_encodings
 from bitwright_aimet._steps import AdaroundParameters, adaround_simulation
@@ -39,3 +40,6 @@ class Adaround:
         )  # fmt: skip
         param_encodings(simulation, rounded, path, filename_prefix)
         return in_place.written(model, simulation, dummy_input)
+
+
+__getattr__ = tell_names(__name__)
