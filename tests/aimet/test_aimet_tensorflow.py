@@ -122,6 +122,7 @@ def test_norms_measured_anew_then_folded_into_the_scales(session, images, tmp_pa
     assert_equal(sim.bitwright, wanted.calibrate(images))
     fold_all_batch_norms_to_scale(sim, *ENDS)
     assert "bn1" not in sim.bitwright.graph
+    sim.compute_encodings(forward, images)
     bundle = sim.export(str(tmp_path), "net")
     assert {"meta", "encodings"} <= set(bundle.files)
     handle.remove()
