@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from bitwright.errors import InputError
-from bitwright_aimet.torch.quantsim import QuantizationSimModel
 
 
-def names_of(sim: QuantizationSimModel, arg: Any) -> list[str]:
+class HasModules(Protocol):
+    """A simulation of a module, as far as names go."""
+
+    @property
+    def modules(self) -> list[tuple[str, Any]]:
+        """The user's modules and their names."""
+
+    def name_of(self, layer: Any) -> str:
+        """The name of a module, or of what is a name already."""
+
+
+def names_of(sim: HasModules, arg: Any) -> list[str]:
     """The names, in the model's order, of modules that have a weight.
 
     Args:

@@ -12,6 +12,7 @@ from bitwright_aimet._settings import CONFIG_2, read_settings, refuse
 from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.torch._in_place import name_in
+from bitwright_aimet.torch._modules import names_of
 
 __all__ = [
     "QuantScheme",
@@ -169,8 +170,6 @@ def set_grouped_blockwise_quantization_for_weights(
 
 
 def _set_blocks(sim: QuantizationSimModel, arg: Any, symmetric: bool, block_size: int, text: str) -> None:
-    from bitwright_aimet.torch._modules import names_of
-
     refuse({"symmetric": (symmetric, True, "QuantSim(target='w4a16_asymmetric') has grids that follow both ends")})
     if not isinstance(block_size, int) or not (block_size > 0 or text.isalnum()):
         raise InputError(f"block_size={block_size!r}: blocks lie along a weight's inputs; give their length")
