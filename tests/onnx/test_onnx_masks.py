@@ -169,6 +169,21 @@ def guarded_by_the_mask(net, s, fill=-np.inf):
     return net.node("Where", [lost, "zero", "cast"], "p")
 
 
+def looked_up(op, value):
+    """The rows of a causal triangle that belong to the positions given, as models with a cache of keys have it."""
+
+    def mask(net, s):
+        net.input("positions", ["n", S], b.INT64)
+        net.data["positions"] = np.tile(np.arange(S), (N, 1))
+        table = net.const("triangle", np.where(TRIANGLE, value, 0).astype(np.float32))
+        rows = "positions"
+        if op == "GatherND":
+            rows = net.node("Unsqueeze", [rows, net.const("last", np.array([-1]))], "rows")
+        return net.added(s, net.node(op, [table, rows], "am"))
+
+    return mask
+
+
 FORMS = {
     "triangle of -inf": causal(-np.inf),
     "triangle of -1e4": causal(-1e4),
@@ -189,6 +204,9 @@ FORMS = {
     "logarithm": logarithm,
     "logarithm of a float": logarithm_of_a_float,
     "computed triangle": filled_triangle,
+    "looked up -inf": looked_up("Gather", -np.inf),
+    "looked up -1e4": looked_up("Gather", -1e4),
+    "looked up by GatherND": looked_up("GatherND", LOWEST),
 }
 
 
@@ -265,6 +283,18 @@ def test_a_large_constant_that_no_softmax_reads_keeps_its_grid():
     net.output("y")
     plan = QuantSim(net.build()).plan
     assert {"a", "offset"} <= set(plan.quantized)
+
+
+def test_a_table_of_signals_with_a_large_value_keeps_its_grid():
+    net = b.ModelBuilder(opset=17)
+    net.input("ids", ["n", 4], b.INT64)
+    table = b_normal(20, D)
+    table[3, 2] = 2e3
+    net.node("Gather", [net.const("table", table), "ids"], "rows")
+    net.node("MatMul", ["rows", net.const("W", b_normal(D, D, seed=1))], "h")
+    net.node("Softmax", ["h"], "y", axis=-1)
+    net.output("y")
+    assert {"table", "h"} <= set(QuantSim(net.build()).plan.quantized)
 
 
 def test_an_input_that_is_also_a_signal_is_no_mask():

@@ -47,6 +47,8 @@ FORMS = {
     "computed triangle": (lambda m, s, mask: s + torch.full((S, S), -1e4).triu(1), KEPT),
     "two": (lambda m, s, mask: s + (1 - mask) * -1e4 + m.finite, KEPT.long()),
     "scaled behind": (lambda m, s, mask: s.masked_fill(~mask, -1e9) / 4, KEPT),
+    "looked up -inf": (lambda m, s, rows: s + m.triangle[rows], torch.arange(S).expand(N, S)),
+    "looked up -1e4": (lambda m, s, rows: s + m.finite.index_select(0, rows[0]), torch.arange(S).expand(N, S)),
     "bounded": (lambda m, s, mask: torch.max(s + m.triangle, torch.tensor(LOWEST)), KEPT),
 }
 

@@ -10,21 +10,29 @@ from bitwright.placement import UNREAD, Extent, NodeView, masks
 from bitwright_onnx.graph.attributes import constant
 from bitwright_onnx.graph.optable import FLOAT_TYPES, is_default_domain, is_float_constant
 
+_BEGINNING = 2**22
+"""Values of a table that are looked at where an op looks rows up in it: a table of masks shows in its first rows, and
+one of words may be a network's largest weight."""
+
 
 def mask_names(graph: ir.Graph) -> frozenset[str]:
     """Names of the values that are masks or masked (see `bitwright.placement._masks`)."""
     steps: list[NodeView] = []
     constants: dict[str, Extent] = {}
+    tables: dict[str, Extent] = {}
     dtypes: dict[str, ir.DataType | None] = {str(v.name): v.dtype for v in graph.inputs}
     for node in graph:
         kind = KINDS.get(node.op_type, OpKind.OPAQUE) if is_default_domain(node) else OpKind.OPAQUE
         names = [str(v.name) for v in node.inputs if v is not None]
-        if kind not in UNREAD and not _is_lookup(node):
+        if kind not in UNREAD:
+            read = tables if _is_lookup(node) else constants
             for value in node.inputs:
-                if value is not None and is_float_constant(value) and str(value.name) not in constants:
+                if value is not None and is_float_constant(value) and str(value.name) not in read:
                     array = constant(value)
                     assert array is not None
-                    constants[str(value.name)] = Extent.of(np.asarray(array, np.float32))
+                    if read is tables:
+                        array = array.reshape(-1)[:_BEGINNING]
+                    read[str(value.name)] = Extent.of(np.asarray(array, np.float32))
         filled = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
         if filled is not None:
             names.append(f"{node.name}\0value")
@@ -36,7 +44,7 @@ def mask_names(graph: ir.Graph) -> frozenset[str]:
         steps,
         [str(v.name) for v in graph.inputs],
         [str(v.name) for v in graph.outputs],
-        constants,
+        {**tables, **constants},
         lambda name: name in dtypes and (dtypes[name] is None or dtypes[name] in FLOAT_TYPES),
     )
 

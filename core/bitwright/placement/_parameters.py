@@ -127,6 +127,8 @@ class ParameterPlacement:
             return _Verdict(op, Float(f"{param.dtype} values are never quantized"))
         if (reason := self.activations.floats(op)) is not None:
             return _Verdict(op, Float(reason))
+        if op.kind is OpKind.EMBEDDING and self.graph.tensors[op.output].mask:
+            return _Verdict(op, Float(MASKED))  # rows of a table of masks, looked up by position
         if op.id in self.activations.folds:
             into = self.activations.folds[op.id].into
             assert into.weight is not None  # what a batch norm folds into has one
