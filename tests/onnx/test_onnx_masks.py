@@ -184,6 +184,36 @@ def looked_up(op, value):
     return mask
 
 
+def combined(op):
+    """Flags of keys resized, spread to neighbours, or paired with themselves before they become (1 − m) · −10⁹."""
+
+    def mask(net, s):
+        flags = net.flags(shape=(1, S // 2 if op == "Resize" else S))
+        flags = net.node("Cast", [flags], "flags", to=b.FLOAT)
+        if op == "Resize":
+            net.data["mask"] = net.data["mask"][..., ::2].copy()
+            scales = net.const("scales", np.array([1, 1, 2], np.float32))
+            flags = net.node("Resize", [flags, "", scales], "made", mode="nearest")
+        elif op == "MaxPool":
+            flags = net.node("MaxPool", [flags], "made", kernel_shape=[3], pads=[1, 1])
+        elif op == "Einsum":
+            flags = net.node("Einsum", [flags, flags], "made", equation="bik,bil->bkl")
+        net.const("one", np.float32(1))
+        inverse = net.node("Sub", ["one", flags], "inv")
+        return net.added(s, net.node("Mul", [inverse, net.const("big", np.float32(-1e9))], "am"))
+
+    return mask
+
+
+def one_hot(net, s):
+    """One key that doesn't count, told by its index."""
+    net.input("dropped", ["n", S], b.INT64)
+    net.data["dropped"] = np.tile((np.arange(S) + 3) % S, (N, 1))
+    net.const("depth", np.int64(S))
+    net.const("values", np.array([0, -1e9], np.float32))
+    return net.added(s, net.node("OneHot", ["dropped", "depth", "values"], "am", axis=-1))
+
+
 FORMS = {
     "triangle of -inf": causal(-np.inf),
     "triangle of -1e4": causal(-1e4),
@@ -204,6 +234,10 @@ FORMS = {
     "logarithm": logarithm,
     "logarithm of a float": logarithm_of_a_float,
     "computed triangle": filled_triangle,
+    "resized": combined("Resize"),
+    "spread": combined("MaxPool"),
+    "paired": combined("Einsum"),
+    "one hot": one_hot,
     "looked up -inf": looked_up("Gather", -np.inf),
     "looked up -1e4": looked_up("Gather", -1e4),
     "looked up by GatherND": looked_up("GatherND", LOWEST),

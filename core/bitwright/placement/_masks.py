@@ -41,7 +41,9 @@ _FILLS = frozenset({"Where", "ScatterND", "ScatterElements"})
 _CARRYING_KINDS = frozenset(
     {OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.SPLIT, OpKind.IDENTITY, OpKind.CONCAT, OpKind.PAD}
 )
-_CARRYING_TYPES = frozenset({"Cast", "Trilu", "Expand", "Tile", "Neg", "ConstantOfShape", "Identity"})
+_CARRYING_TYPES = frozenset({"Cast", "Trilu", "Expand", "Tile", "Neg", "ConstantOfShape", "Identity", "OneHot"})
+_COMBINING_KINDS = frozenset({OpKind.MATMUL, OpKind.RESIZE, OpKind.MAX_POOL})
+"""What makes conditions of conditions that aren't floats from the start: of a float input it may make a signal."""
 _BOUNDS = frozenset({"Max", "Min", "Clip"})
 _SIGNAL_KINDS = LINEAR_KINDS | {
     OpKind.MATMUL, OpKind.EMBEDDING, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RELU, OpKind.PRELU,
@@ -218,7 +220,7 @@ class _Search:
         sources = frozenset[str]().union(*(f.sources for f in known))
         arithmetic = step.kind in _CARRYING_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE}
         arithmetic |= step.type in _CARRYING_TYPES | _BOUNDS | _FILLS | {"Log"}
-        arithmetic |= step.kind is OpKind.MATMUL and not sources
+        arithmetic |= step.kind in _COMBINING_KINDS and not sources
         condition = arithmetic and all(f.condition for f in known)
         return condition, sources if condition else frozenset()
 
