@@ -3,16 +3,17 @@
     python benchmarks/peers --images imagenet.tar [--only bitwright_torch,aimet_torch] [--environments FOLDER]
                             [--calibrate 250] [--evaluate 250] [--rounding 64] [--iterations 0] [--repeats 5]
                             [--timeout 3600]
-                            [--passes | --techniques seq_mse,gptq] [--markdown docs/benchmarks.md]
+                            [--seconds | --passes | --techniques seq_mse,gptq] [--markdown docs/benchmarks.md]
 
 One environment for each peer (made by pip on first use, bitwright in it renewed at each new commit; a peer that doesn't
 install is a row with the reason), one process for each run, one thread, CPU time. What else the machine does stretches
 CPU time too, by shared caches and memory: rows whose process found always the same work slower than others did say by
 how much. The first photos calibrate, the last evaluate. Figures of earlier runs stay in ENVIRONMENTS/figures.json, with
-their day and options, so that one peer can be run again; or with `--passes` its passes and training steps alone, a
-minute each, on a machine that does nothing else; or with `--techniques` some of its techniques for 4-bit weights. What
-a run that is cut off has measured is kept. With `--iterations` techniques that take hours at their default number of
-steps a layer are not run to their end: so many steps are timed, and what the default takes is estimated.
+their day and options, so that one peer can be run again; or with `--seconds` its calibration and export alone, or with
+`--passes` its passes and training steps, a minute each, on a machine that does nothing else; or with `--techniques`
+some of its techniques for 4-bit weights. What a run that is cut off has measured is kept. With `--iterations`
+techniques that take hours at their default number of steps a layer are not run to their end: so many steps are timed,
+and what the default takes is estimated.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ TITLES = {
     "litert": "LiteRT's quantizer",
 }
 PASSES = ("float pass", "simulated pass", "float step", "training step")
+"""What `--passes` takes anew."""
+TAKEN = ("calibrate s", "calibrate MiB", "export s", "export MiB", "gauge")
+"""What `--seconds` takes anew."""
 SETTINGS = {"calibrate": 250, "evaluate": 250, "rounding": 64, "iterations": 0}
 """Options that change what the figures are of, with their defaults."""
 STRETCHED = 1.25
@@ -95,6 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--passes", action="store_true", help="passes and training steps alone; all else stays")
+    parser.add_argument("--seconds", action="store_true", help="calibration and export alone; all else stays")
     parser.add_argument("--techniques", default="", help="these techniques alone (beginnings of names); all else stays")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one peer")
     parser.add_argument("--markdown", type=Path, help="write the page here")
@@ -113,7 +118,9 @@ def main() -> None:
         for name in options.only.split(","):
             print(f"== {name}", flush=True)
             arguments = [folder, *(f"--{key}={getattr(options, key)}" for key in ("rounding", "iterations", "repeats"))]
-            arguments += ["--passes"] if options.passes else [f"--techniques={options.techniques}"]
+            parts = {"--seconds": options.seconds, "--passes": options.passes}
+            arguments += [part for part, wanted in parts.items() if wanted]
+            arguments += [f"--techniques={options.techniques}"]
             program = HERE / f"peer_{name}.py"
             figures = run(PEERS[name], options.environments / name, program, arguments, options.timeout)
             for package in figures.get("versions", {}):
@@ -121,8 +128,11 @@ def main() -> None:
                     figures["versions"][package] += f" ({(options.environments / name / 'installed').read_text()})"
             found |= json.loads(store.read_text()) if store.exists() else {}  # of a run beside this one
             measured = {f"{key} s": figures[f"{key} s"] for key in PASSES if f"{key} s" in figures}
+            taken = {key: figures[key] for key in TAKEN if key in figures}
             day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-            if options.passes:
+            if options.seconds:
+                found[name] = found.get(name, {}) | taken | {"seconds day": day}
+            elif options.passes:
                 found[name] = found.get(name, {}) | measured | {"passes day": day}
             elif options.techniques:
                 found[name] = with_techniques(found.get(name, {}), figures) | {"techniques day": day}
@@ -217,7 +227,8 @@ def page(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         if not estimated(figures):
             apart.pop("iterations", None)  # they change nothing else
         told = [figures.get("day", "earlier"), *(f"`--{key} {value}`" for key, value in apart.items())]
-        told += [f"{part} {figures[f'{part} day']}" for part in ("passes", "techniques") if f"{part} day" in figures]
+        parts = ("seconds", "passes", "techniques")
+        told += [f"{part} {figures[f'{part} day']}" for part in parts if f"{part} day" in figures]
         stretched = statistics.median(figures["gauge"]) / quiet if "gauge" in figures else 1.0
         return ", ".join(told + [f"seconds × {stretched:.1f}"] * (stretched > STRETCHED))
 

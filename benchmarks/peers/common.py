@@ -38,6 +38,8 @@ class Bench:
     repeats: int
     passes: bool
     """Whether the passes and steps alone are measured, which want a machine to themselves."""
+    seconds_alone: bool
+    """Whether calibration and export alone are timed, which are also shorter on a machine that does nothing else."""
     techniques: str
     """Techniques for 4-bit weights that alone are run, beginnings of names with commas between; empty: everything."""
     packages: tuple[str, ...]
@@ -50,6 +52,8 @@ class Bench:
         self.labels = np.load(self.work / "labels.npy")
         if self.passes:  # ranges take little of a pass's time; two batches are enough for any
             self.calibration, self.rounding = self.calibration[: 2 * BATCH], 0
+        if self.seconds_alone:
+            self.rounding = 0
         self.few = self.calibration[: self.rounding]
         self.onnx, self.keras, self.tflite = (self.work / f"lite0.{kind}" for kind in ("onnx", "keras", "tflite"))
         self.begin = resident()
@@ -68,6 +72,10 @@ class Bench:
         if self.techniques and not name.startswith("W4A8 "):
             return
         self.doing(name)
+        if self.seconds_alone:
+            if name == "float":  # as in a whole run, what calibrates isn't the process's first pass
+                run(self.evaluation[:BATCH])
+            return
         found = self.classes(run)
         if self.passes:  # the photos have warmed the model up: bitwright compiles its kernels once they pay
             return
@@ -94,7 +102,9 @@ class Bench:
 
     def attempt(self, name: str, action: Callable[[], Any]) -> None:
         """Run what a peer may be unable to do: the error's first line is a figure then, not the end of the run."""
-        if self.passes or (self.techniques and not name.startswith(tuple(self.techniques.split(",")))):
+        if self.passes or (self.seconds_alone and name != "export"):
+            return
+        if self.techniques and not name.startswith(tuple(self.techniques.split(","))):
             return
         self.doing(name)
         try:
@@ -112,7 +122,7 @@ class Bench:
 
         def run() -> None:
             path = self.seconds("export", write)
-            if opened:
+            if opened and not self.seconds_alone:
                 self.accuracy("runtime", opened(path))
             else:
                 self.artefact(path)
@@ -153,7 +163,7 @@ class Bench:
 
     def turns(self, tasks: dict[str, Callable[[], Any]]) -> None:
         """Median CPU seconds of each task; they take turns, so that all of them see the same machine."""
-        if self.techniques:
+        if self.techniques or self.seconds_alone:
             return
         self.doing(" and ".join(tasks))
         for task in tasks.values():
@@ -169,6 +179,8 @@ class Bench:
     def artefact(self, path: Path) -> None:
         """Top-1 of a written ONNX file in a plain session of ONNX Runtime, as its users open it; where its weights are
         in float, also in a session that leaves them so."""
+        if self.seconds_alone:
+            return
         self.accuracy("runtime", self.session(path))
         if float_weights(path):
             self.accuracy("runtime, float weights", self.session(path, "WeightBiasQuantization"))
@@ -206,6 +218,7 @@ def bench(*packages: str) -> Bench:
     parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--passes", action="store_true")
+    parser.add_argument("--seconds", action="store_true", dest="seconds_alone")
     parser.add_argument("--techniques", default="")
     hold_to_one_thread()
     return Bench(**vars(parser.parse_args()), packages=packages)
