@@ -45,6 +45,7 @@ FORMS = {
     "scaled behind": (lambda s, mask: softmax(ops.where(mask, s, -1e9) / 4.0), "bool"),
     "softmax layer": (lambda s, mask: L.Softmax()(s, mask=ops.logical_and(mask, ops.ones_like(s, "bool"))), "bool"),
     "logarithm": (lambda s, mask: softmax(s + ops.log(mask)), "float32"),
+    "looked up": (lambda s, mask: softmax(s + ops.take(TRIANGLE, ops.cumsum(mask * 0 + 1, -1)[:, 0] - 1, 0)), "int32"),
     "a float input": (lambda s, mask: softmax(s + mask), "float32"),
 }
 

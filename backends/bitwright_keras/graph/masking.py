@@ -26,7 +26,7 @@ def mask_names(model: KerasModel, kind_of: Callable[[Node], tuple[OpKind, str]])
         for index, leaf in enumerate(_leaves((node.args, dict(node.kwargs)))):
             if isinstance(leaf, Ref):
                 operands.append(leaf.id)
-            elif node.layer is None and node.type in _VALUES and is_constant(leaf):
+            elif node.layer is None and _reads_values(node, index) and is_constant(leaf):
                 operands.append(f"{node.op}\0{index}")
                 constants[operands[-1]] = Extent.of(leaf)
         steps.append(NodeView(kind, _TYPES.get(node.type, type), tuple(operands), node.outputs))
@@ -46,3 +46,8 @@ def _leaves(arguments: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield arguments
+
+
+def _reads_values(node: Node, place: int) -> bool:
+    """Whether an op's operand at this place is of values that masks are made of, or a table of rows of one."""
+    return node.type in _VALUES or (node.type == "Take" and place == 0)
