@@ -47,6 +47,16 @@ FORMS = {
     "lowest": (lambda s, mask: inverse(mask) * tf.float32.min + s, tf.int32),
     "GPT's": (lambda s, mask: s * tf.cast(mask, tf.float32) - tf.constant(1e10) * inverse(mask), tf.int32),
     "scaled behind": (lambda s, mask: (s + inverse(mask) * -1e9) / 4.0, tf.int32),
+    "looked up": (lambda s, mask: s + tf.gather(TRIANGLE, tf.cumsum(mask * 0 + 1, axis=-1)[0, 0] - 1), tf.int32),
+    "looked up -inf": (
+        lambda s, mask: (
+            s
+            + tf.gather(
+                np.where(TRIANGLE < 0, np.float32(-np.inf), TRIANGLE), tf.cumsum(mask * 0 + 1, axis=-1)[0, 0] - 1
+            )
+        ),
+        tf.int32,
+    ),
     "a float input": (lambda s, mask: s + mask, tf.float32),
 }
 

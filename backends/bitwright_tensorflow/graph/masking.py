@@ -14,6 +14,9 @@ _TYPES = {"IsNan": "IsNaN", "IsInf": "IsInf", "IsFinite": "IsFinite", "TopKV2": 
 _LEAVES = frozenset({"Const", "ReadVariableOp", *VARIABLES})
 _READ = frozenset({"Add", "Sub", "Sum", "Mul", "Div", "Where", "ConstantOfShape", "ScatterND", "Concat", "Pad"})
 """Types whose constant operands are looked at: those of others are weights, large and no masks."""
+_BEGINNING = 2**22
+"""Values of a table that are looked at where rows are looked up in it: a table of masks shows in its first rows, and
+one of words may be a network's largest weight."""
 
 
 def mask_names(net: Network) -> frozenset[str]:
@@ -28,11 +31,11 @@ def mask_names(net: Network) -> frozenset[str]:
         kind, named = KINDS.get(node.op, (OpKind.OPAQUE, node.op))
         type = str(_TYPES.get(node.op, named))
         operands = net.operands(node)
-        for tensor in operands if type in _READ else ():
+        for tensor in operands if type in _READ else operands[:1] if type == "Gather" else ():
             if tensor not in constants and tensor not in known and _float(net, tensor) and not net.is_data(tensor):
                 value = net.value(tensor)
                 if value is not None:
-                    constants[tensor] = Extent.of(value)
+                    constants[tensor] = Extent.of(value if type in _READ else value.reshape(-1)[:_BEGINNING])
         if name in net.constant and net.value(f"{name}:0") is not None:
             continue  # its value says more than its form
         outputs = tuple(f"{name}:{i}" for i in range(len(net.inference.graph.get_operation_by_name(name).outputs)))
