@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.graph import Op
-from bitwright.placement import Derived, SharedWith
+from bitwright.placement import Derived, Float, Fused, SharedWith
 from bitwright.simulation import QuantSim
 
 
@@ -34,6 +34,10 @@ def assert_equal_plans(
         elif isinstance(x, Derived):
             assert isinstance(y, Derived)
             assert tuple(names[s] for s in x.sites) == y.sites
+        elif isinstance(x, Fused):
+            assert isinstance(y, Fused)
+            assert names[x.into] == y.into
+            assert of(Float(x.reason)) == of(Float(y.reason))
         else:
             assert of(x) == of(y)
 

@@ -113,7 +113,7 @@ def test_weights_only_takes_exceptions():
         (("relu1", {"weights": "int4"}), "'relu1' has no weights"),
         (("mix.weight", {"activations": "uint8"}), "is not an op; pass weights="),
         (("image", {"weights": "int8"}), "is not an op; pass activations="),
-        (("stem_out", {"activations": "uint8"}), "stays in float"),
+        (("stem_out", {"activations": "uint8"}), "it is fused"),
     ],
 )
 def test_bad_requests_change_nothing(sim, arguments, message):

@@ -91,6 +91,15 @@ class QuantizationSimModel(SimulationModel):
         """
         return SimulatedSession(self.model) if self._observed is None else self._observed
 
+    @contextmanager
+    def observed(self) -> Iterator[ObservedSession]:
+        """Within the context `session` is the float model, which keeps what it is fed."""
+        self._observed = ObservedSession(self.settle())
+        try:
+            yield self._observed
+        finally:
+            self._observed = None
+
     def to_onnx_qdq(
         self,
         *,
@@ -133,12 +142,8 @@ def compute_encodings(sim: QuantizationSimModel) -> Iterator[None]:
     Raises:
         InputError: nothing was run.
     """
-    observed = ObservedSession(sim.settle())
-    sim._observed = observed
-    try:
+    with sim.observed() as observed:
         yield
-    finally:
-        sim._observed = None
     if not observed.feeds:
         raise InputError("compute_encodings: nothing was run; call sim.session.run(None, feeds) within the context")
     sim.compute_encodings(observed.feeds)
