@@ -293,7 +293,9 @@ def shows_progress(tool: Callable[P, R]) -> Callable[P, R]:
 
 
 def _has_progress(argument: object) -> bool:
-    """Whether it is a simulation that shows its progress somewhere."""
+    """Whether it is a simulation that shows its progress somewhere; one that a tool made has the tool's closed bars."""
     own = getattr(argument, "progress", None)
+    if isinstance(own, Bars) and own._closed:
+        return False
     calls = (getattr(own, name, None) for name in ("start", "advance", "finish"))
     return type(own) is not Silent and all(map(callable, calls))

@@ -19,7 +19,7 @@ from bitwright.bundle import over_outputs, risky
 from bitwright.bundle._agreement import departure, independent
 from bitwright.bundle._crushed import joined
 from bitwright.data import open_data
-from bitwright.errors import ModelError
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, Op, OpKind, Tensor
 from bitwright.grids import Encoding
 from bitwright.progress import Silent
@@ -190,6 +190,16 @@ def test_scalar_empty_integer_and_boolean_outputs(tmp_path):
     assert by_name["a"].sqnr_db["simulated_float"] > 25
     assert by_name["k"].agreement["integer_float"] > 0.9
     assert found.samples == 16
+
+
+def test_labels_of_samples_that_have_several_rows_of_classes_are_refused(tmp_path):
+    data = {"x": normal(16, 4, 12)}
+    nodes = [N("MatMul", ["x", "w"], ["a"]), N("Reshape", ["a", "rows"], ["y"])]
+    exported(tmp_path, nodes, {"x": ["n", 4, 12]}, {"y": FLOAT}, data, w=normal(12, 6), rows=np.array([-1, 6]))
+    for count in (16, 64):
+        with pytest.raises(InputError, match="64 rows for 16 samples"):
+            verify(tmp_path, data, labels=np.zeros(count, int))
+    assert verify(tmp_path, data).problems == []
 
 
 def test_a_fixed_batch_is_run_whole_and_samples_that_are_left_out_are_told(tmp_path):

@@ -114,6 +114,9 @@ def test_tools_draw_bars_at_a_terminal_only(monkeypatch):
     assert terminal.getvalue() == text
     tool(Simulation(Silent()))
     assert terminal.getvalue() != text
+    text = terminal.getvalue()
+    tool(Simulation(used))  # with that simulation the next tool draws bars of its own
+    assert terminal.getvalue() != text
     for stream in (io.StringIO(), None):
         monkeypatch.setattr("sys.stderr", stream)
         assert tool(object()) is None

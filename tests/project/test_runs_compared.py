@@ -66,6 +66,11 @@ def test_equal_runs_differ_in_nothing_and_decisions_are_told():
     assert "wasn't measured in both" in difference(run(), run(simulated=0.8)).verdict
 
 
+def test_fused_sites_that_an_older_report_calls_float_are_the_same():
+    assert difference(run(decision="float"), run(decision="fused")).sites == ()
+    assert difference(run(), run(decision="fused")).sites[0][1:3] == ("decision", "quantized, uint8 asymmetric")
+
+
 def test_the_page_is_escaped():
     page = render_difference(run(), run(low=-3.0), (EVIL, "b"))
     assert EVIL not in page and "Sites that differ" in page and "class=verdict" in page

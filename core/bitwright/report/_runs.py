@@ -126,11 +126,19 @@ def _settings(report: RunReport, other: RunReport) -> dict[str, str]:
 def _site(site: str, a: SiteRow | None, b: SiteRow | None) -> list[tuple[str, str, str, str]]:
     if a is None or b is None:
         return [(site, "is there", "no" if a is None else "yes", "no" if b is None else "yes")]
-    if (a.decision, a.detail) != (b.decision, b.detail):
+    if _decided(a) != _decided(b):
         return [(site, "decision", f"{a.decision}, {a.detail}", f"{b.decision}, {b.detail}")]
     if a.digest != b.digest:
         return [(site, "grid", _range(a), _range(b))]
     return []
+
+
+def _decided(site: SiteRow) -> tuple[str, str]:
+    """The decision and its detail; reports of before fused sites were told apart call them float, for the same reason.
+
+    Where that is a difference of two newer ones, the site that they are fused into differs too.
+    """
+    return "float" if site.decision == "fused" else site.decision, site.detail
 
 
 def _range(site: SiteRow) -> str:

@@ -135,7 +135,12 @@ def verify(
     if labels is not None and len(labels) < samples:
         raise InputError(f"{len(labels)} labels for {samples} samples")
     if labels is not None:
-        class_scores("labels", outputs["float"], finite=False)  # NaN is told as a problem
+        rows = len(class_scores("labels", outputs["float"], finite=False))  # NaN is told as a problem
+        if rows != samples:
+            raise InputError(
+                f"labels: the first output has {rows} rows for {samples} samples, so that there isn't one class a "
+                "sample; verify without labels"
+            )
     problems = [*against_record(opened, views.simulation), *views.problems, *figures.problems]
     batches = list(_few(dataset, inspected, backend.input_specs(model), sessions["simulated"]))
     problems += against_simulation(opened, views.simulation, batches[0])
