@@ -248,3 +248,10 @@ def test_what_is_wrong_is_refused_and_few_columns_are_told():
     m.update(x)
     assert m.scarce
     assert m.per_feature == m.count / features < 4
+
+
+def test_sums_that_overflow_are_infinite_without_a_warning(recwarn):
+    moments = LayerMoments(FC, 4, paired=False, thin=1)
+    moments.update(np.full((8, 40, 4), 3e38, np.float32))
+    assert moments.count and np.isinf(moments.mean).all()
+    assert not recwarn.list

@@ -194,7 +194,8 @@ def _sum(columns: NDArray[np.float32]) -> NDArray[np.float64]:
     """Of columns (groups, K, rows), (groups, K): no more than some in single precision at a time."""
     rows = columns.shape[2]
     parts = (columns[:, :, i : i + SUMMED] for i in range(0, rows, SUMMED))
-    return np.asarray(sum((part @ np.ones(part.shape[2], np.float32)).astype(np.float64) for part in parts))
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite moments, as squares that overflow are
+        return np.asarray(sum((part @ np.ones(part.shape[2], np.float32)).astype(np.float64) for part in parts))
 
 
 def _all_finite(values: Sequence[NDArray[Any]]) -> bool:
