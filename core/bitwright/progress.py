@@ -121,10 +121,10 @@ class Lines(Silent):
             self._write_line(f"{stage.description}: {stage.count}{stage.left}" + (f" {note}" if note else ""))
 
     def finish(self) -> None:
-        """Report the stage and its duration."""
+        """Report how far the stage came, which may have failed, and its duration."""
         if self._stages:
             stage = self._stages.pop()
-            self._write_line(f"{stage.description}: {stage.count} done, {stage.seconds:.1f} s")
+            self._write_line(f"{stage.description}: {stage.count} in {stage.seconds:.1f} s")
 
     def _write_line(self, line: str) -> None:
         self._stream.write("  " * len(self._stages) + line + "\n")

@@ -30,7 +30,7 @@ def test_lines_tell_each_stage(monkeypatch):
     stream = io.StringIO()
     work(Lines(stream))
     lines = stream.getvalue().splitlines()
-    assert [line.split(" done")[0] for line in lines] == ["  Batches: 5"] * 3 + ["Layers: 3/3"]
+    assert [line.split(" in ")[0] for line in lines] == ["  Batches: 5"] * 3 + ["Layers: 3/3"]
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     work(Lines(stream))
     assert "Layers: 2/3, about 0 s left conv2" in stream.getvalue()

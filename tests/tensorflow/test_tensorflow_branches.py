@@ -161,6 +161,26 @@ def test_a_default_is_told_where_it_decides_and_not_where_something_else_does(de
             from_frozen(graph.as_graph_def(), ["x"], ["y"])
 
 
+@pytest.mark.usefixtures("conditions")
+@pytest.mark.parametrize("join", [tf.logical_and, lambda a, b: tf.logical_not(tf.logical_or(a, b))])
+def test_long_chains_of_conditions_are_followed_and_their_parts_looked_at_once(join) -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 3), name="x")
+        flag = v1.placeholder_with_default(True, (), name="on")
+        for _ in range(1200):  # deeper than Python's stack, and 2 ** 1200 ways to the end
+            flag = join(flag, flag)
+        tf.identity(v1.cond(flag, lambda: x * 2.0, lambda: tf.tanh(x)), name="y")
+    with pytest.warns(UserWarning, match=r"\('on' is True\)"):
+        made = from_frozen(graph.as_graph_def(), ["x"], ["y"])
+    assert [op.type for op in BACKEND.graph(made)] == ["Mul"]
+    with graph.as_default():
+        flag = v1.placeholder(tf.bool, (), name="asked")
+        for _ in range(1200):
+            flag = join(flag, flag)
+        tf.identity(v1.cond(flag, lambda: x * 2.0, lambda: tf.tanh(x)), name="z")
+    assert from_frozen(graph.as_graph_def(), ["x", "asked"], ["z"])
+
+
 def test_functions_whose_placeholders_nobody_feeds_take_no_constants(tmp_path: Path) -> None:
     module = tf.Module()
     module.f = tf.function(lambda x: x * 2.0, input_signature=[tf.TensorSpec((None, 3))])

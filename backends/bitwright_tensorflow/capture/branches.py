@@ -22,6 +22,7 @@ _SWITCHES = frozenset({"Switch", "RefSwitch"})
 _MERGES = frozenset({"Merge", "RefMerge"})
 CONDITIONS = frozenset({"If", "StatelessIf"})
 _DEFAULT = "PlaceholderWithDefault"
+_LOGICAL = frozenset({"LogicalNot", "LogicalAnd", "LogicalOr"})
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,55 @@ class _Branches:
         return found.value
 
     def _value(self, tensor: TensorId) -> _Value:
-        while True:
+        """Each tensor that it hangs on is looked at once: chains of conditions may be long, and share their parts."""
+        start = self._origin(tensor)
+        found: dict[TensorId, _Value] = {}
+        waiting = {start: None}
+        while waiting:
+            current = next(reversed(waiting))
+            operands = self._deciding(current)
+            if missing := [t for t in operands if t not in found and t not in waiting]:
+                waiting[missing[0]] = None
+                continue
+            del waiting[current]
+            found[current] = self._from(current, [found.get(t, _Value(None)) for t in operands])
+        return found[start]
+
+    def _origin(self, tensor: TensorId) -> TensorId:
+        """What is passed on as this tensor."""
+        passed: set[TensorId] = set()
+        while tensor not in self._inputs and tensor not in passed:
             node = self.wiring.nodes.get(node_of(tensor))
-            if node is None or tensor in self._inputs:
-                return _Value(None)
-            if node.op not in _PASSING and node.op not in _SWITCHES:
+            if node is None or node.op not in {*_PASSING, *_SWITCHES}:
                 break
+            passed.add(tensor)
             tensor = data_operands(node)[0]
+        return tensor
+
+    def _deciding(self, tensor: TensorId) -> list[TensorId]:
+        """What a tensor's value follows from."""
+        node = self.wiring.nodes.get(node_of(tensor))
+        if node is None or tensor in self._inputs or (node.op == _DEFAULT and not self._defaults):
+            return []
+        return [self._origin(t) for t in data_operands(node)] if node.op in (*_LOGICAL, _DEFAULT) else []
+
+    def _from(self, tensor: TensorId, operands: Sequence[_Value]) -> _Value:
+        """A tensor's value, of those that it follows from."""
+        node = self.wiring.nodes.get(node_of(tensor))
+        if node is None or tensor in self._inputs:
+            return _Value(None)
         if node.op == "Const":
             value = tf.make_ndarray(node.attr["value"].tensor)
             return _Value(bool(value) if np.ndim(value) == 0 and value.dtype.kind in "biuf" else None)
         if node.op == _DEFAULT:
-            found = self._value(data_operands(node)[0]) if self._defaults else _Value(None)
+            found = operands[0] if operands else _Value(None)
             by_default = {} if found.value is None else {**found.by_default, node.name: found.value}
             return replace(found, by_default=by_default, undecided=(node.name,))
         if node.op == "LogicalNot":
-            found = self._value(data_operands(node)[0])
+            (found,) = operands
             return found if found.value is None else replace(found, value=not found.value)
-        if node.op in ("LogicalAnd", "LogicalOr"):
-            return _either([self._value(t) for t in data_operands(node)], node.op == "LogicalOr")
+        if node.op in _LOGICAL:
+            return _either(operands, node.op == "LogicalOr")
         return _Value(None)
 
     def call(self, order: Sequence[str]) -> bool:
@@ -228,8 +259,8 @@ def _either(values: Sequence[_Value], decisive: bool) -> _Value:
         return min(deciding, key=lambda v: len(v.by_default))
     known = all(v.value is not None for v in values)
     by_default = {name: value for v in values for name, value in v.by_default.items()}
-    open = [v for v in values if v.value is None]
-    return _Value(not decisive if known else None, by_default, tuple(name for v in open for name in v.undecided))
+    undecided = dict.fromkeys(name for v in values if v.value is None for name in v.undecided)
+    return _Value(not decisive if known else None, by_default, tuple(undecided))
 
 
 def _call(node: NodeDef, taken: bool) -> None:
