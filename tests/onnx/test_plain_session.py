@@ -12,10 +12,11 @@ from kernels_run import runtime_ops
 from onnx import helper, numpy_helper
 from small_nets import proto
 
-from bitwright.backend import Bundle
-from bitwright.bundle import PairRisk, PlainRisks
+from bitwright.backend import Bundle, Tap
+from bitwright.bundle import PairRisk, PlainRisks, _plain
 from bitwright.bundle import _saturation as saturation
-from bitwright.bundle._plain import plain_view
+from bitwright.bundle._outputs import OutputPair
+from bitwright.errors import ModelError
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.simulation import QuantSim
 from bitwright.verify import _integer_kernels as integer_kernels
@@ -277,13 +278,65 @@ def test_no_host_saturates_on_the_targets_export(tmp_path):
 )
 def test_when_it_is_a_problem(plain, risky, rounded, said):
     risks = PlainRisks((PairRisk("w", "conv", 3, 8),) if risky else (), ("v",) if rounded else (), "an option", "b")
-    outputs = {"float": np.ones((2, 3)), "integer": np.ones((2, 3)), "plain": np.zeros((2, 3))}
-    view = plain_view(risks, outputs, {"plain": plain, "integer": 40.0}, np.array([0, 1]))
-    assert bool(view.problem) == said
-    assert (view.accuracy, view.differs, bool(view.rounding)) == (0.5, 1.0, rounded)
-    assert (
-        plain_view(risks, {**outputs, "plain": outputs["integer"]}, {"plain": 1.0, "integer": 9.0}, None).problem == ""
-    )
+    beside = OutputPair(1.0, 1.0, different=6, values=6, compared=True)
+    sums = {"plain_float": pair_of(plain), "integer_float": pair_of(40.0), "plain_integer": beside}
+    assert bool(_plain._problem(risks, {"y": sums})) == said
+    assert bool(_plain._rounding(risks)) == rounded
+    good = {**sums, "plain_float": pair_of(40.0), "plain_integer": OutputPair(1.0, values=6, compared=True)}
+    assert _plain._problem(risks, {"y": good}) == ""
+    said_of = _plain._problem(risks, {"y": good, "z": sums})
+    assert bool(said_of) == said and ("output 'z'" in said_of) == said
+
+
+def pair_of(decibels):
+    return OutputPair(1.0, 10 ** (-decibels / 10), values=6, compared=True)
+
+
+def several():
+    """A convolution that saturates on x64 without VNNI is the second output; the first doesn't."""
+    uniform = np.random.default_rng(0).uniform
+    model = proto([N("Conv", ["x", "w", "b"], ["c"], kernel_shape=[3, 3]), N("Relu", ["c"], ["y"]),
+                   N("Relu", ["x"], ["r"])], {"x": ["N", 4, 8, 8]}, ["r", "y"],
+                  {"w": uniform(-1, 1, (8, 4, 3, 3)), "b": np.zeros(8)})  # fmt: skip
+    return model, {"x": uniform(0, 1, (16, 4, 8, 8)).astype(np.float32)}
+
+
+def test_verify_looks_at_every_output_of_a_plain_session(tmp_path, monkeypatch, run):
+    model, data = several()
+    sim = calibrated("default", model, data)
+    sim.export(tmp_path)
+    wrong, lost = avx2(sim, data)
+    assert lost > 0
+    if not saturates_here():
+        parts = iter((wrong[:8], wrong[8:]) * 2)
+        right = plain_session.PlainSession.run
+        monkeypatch.setattr(plain_session.PlainSession, "run",
+                            lambda self, batch: {**right(self, batch), Tap("y"): next(parts)})  # fmt: skip
+    found = verify(tmp_path, data)
+    assert found.outputs[0].sqnr_db["plain_float"] == found.outputs[0].sqnr_db["integer_float"] == found.plain.sqnr_db
+    assert found.outputs[1].sqnr_db["plain_float"] == pytest.approx(22.74, abs=0.02)
+    assert found.outputs[1].sqnr_db["integer_float"] == pytest.approx(48.23, abs=0.02)
+    assert 0 < found.plain.differs < 1
+    assert len(found.problems) == 1
+    assert "22.7 dB" in found.problems[0] and "output 'y'" in found.problems[0]
+    np.savez(tmp_path / "data.npz", **data)
+    result = run("verify", tmp_path, "--data", tmp_path / "data.npz", "-q")
+    assert result.status == 1 and "plain session 22.7 dB" in result.out
+
+
+@pytest.mark.parametrize("when", ["opened", "run"])
+def test_a_plain_session_that_refuses_is_a_problem(tmp_path, monkeypatch, when):
+    model, data = several()
+    calibrated("default", model, data).export(tmp_path)
+
+    def refused(*_):
+        raise ModelError("no kernel")
+
+    monkeypatch.setattr(plain_session.PlainSession, "__init__" if when == "opened" else "run", refused)
+    found = verify(tmp_path, data)
+    assert found.problems == ["a default session refuses the export: no kernel"]
+    assert found.plain is None
+    assert found.sqnr_db["integer_float"] > 30 and "plain_float" not in found.outputs[0].sqnr_db
 
 
 def test_notes_of_the_host():

@@ -28,10 +28,10 @@ from bitwright.bundle._checks import against_record, against_simulation, recorde
 from bitwright.bundle._crushed import OutputQuality, risky
 from bitwright.bundle._export_gate import Quantized, gate, run_simulated
 from bitwright.bundle._formats import Formats, chosen_formats
-from bitwright.bundle._outputs import OutputFigures, classes_of, in_shape, over_outputs, whole_of
+from bitwright.bundle._outputs import PAIRS, PLAIN, OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, parts_in
-from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainRuntime, PlainView, seen_plain
+from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainRuntime, PlainView, plain_session, plain_view
 from bitwright.bundle._record import ARRAYS_SUFFIX
 from bitwright.bundle._reopened import as_recorded, reopen
 from bitwright.bundle._saturation import bound
@@ -39,6 +39,8 @@ from bitwright.bundle._saturation import bound
 __all__ = [
     "ARRAYS_SUFFIX",
     "ENCODINGS_SUFFIX",
+    "PAIRS",
+    "PLAIN",
     "QDQ",
     "Formats",
     "HostNotes",
@@ -70,6 +72,8 @@ __all__ = [
     "parts_in",
     "parts_of",
     "passed_on",
+    "plain_session",
+    "plain_view",
     "plan_of",
     "read_encodings",
     "recorded_inputs",
@@ -78,6 +82,5 @@ __all__ = [
     "reopen",
     "risky",
     "run_simulated",
-    "seen_plain",
     "whole_of",
 ]

@@ -13,12 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitwright.backend import Feed, Session
 from bitwright.bundle._crushed import CRUSHED_DB
 from bitwright.data import Dataset, joined, samples_in
-from bitwright.errors import InputError
+from bitwright.errors import InputError, ModelError
 from bitwright.graph import Graph, OpKind, TensorId
 from bitwright.progress import Progress, stage
 
+PLAIN = "plain"
+"""The view of a session with a runtime's default options, which may be refused."""
 PAIRS = {"simulated_float": ("simulated", "float"), "integer_float": ("integer", "float"),
-         "integer_simulated": ("integer", "simulated")}  # fmt: skip
+         "integer_simulated": ("integer", "simulated"), "plain_float": (PLAIN, "float")}  # fmt: skip
+PLAIN_INTEGER = "plain_integer"
+"""A pair of which only how many values differ is told."""
 
 
 class OutputFigures(BaseModel):
@@ -27,8 +31,8 @@ class OutputFigures(BaseModel):
     Attributes:
         name: the tensor.
         agreement: share of samples with equal argmax (of values that are equal, for integers and booleans):
-            "simulated_float", "integer_float", "integer_simulated"; empty where a sample has one value, whose index
-            says nothing.
+            "simulated_float", "integer_float", "integer_simulated", "plain_float"; empty where a sample has one value,
+            whose index says nothing.
         sqnr_db: signal to noise of the same pairs (second is the signal); null where the signal is nothing but zeros,
             or has no numbers.
     """
@@ -41,21 +45,40 @@ class OutputFigures(BaseModel):
 
 
 @dataclass
-class _Pair:
-    """Sums of one output in two views."""
+class OutputPair:
+    """Sums of one output in two views.
+
+    Attributes:
+        signal, noise: Σ signal² and Σ (other − signal)² over finite values; noise is infinite where the views don't
+            have their finite values in the same places.
+        alike, count: samples with equal argmax, of how many.
+        different, values: values that aren't equal, of how many.
+        compared: whether there was anything.
+        numeric: whether both views have numbers.
+    """
 
     signal: float = 0.0
     noise: float = 0.0
     alike: int = 0
     count: int = 0
+    different: int = 0
+    values: int = 0
     compared: bool = False
+    numeric: bool = True
 
     def add(self, other: NDArray[Any], signal: NDArray[Any], whole: bool) -> None:
         self.compared = True
         a, b = (np.asarray(v) for v in (other, signal))
+        self.values += b.size
         if a.shape != b.shape or a.dtype.kind not in "biuf" or b.dtype.kind not in "biuf":
             self.noise = float("inf")
+            self.numeric &= a.dtype.kind in "biuf" and b.dtype.kind in "biuf"
+            self.different += b.size if a.shape != b.shape else int((a != b).sum())
             return
+        equal = a == b
+        if a.dtype.kind == b.dtype.kind == "f":
+            equal |= np.isnan(a) & np.isnan(b)  # NaN in both is not a difference
+        self.different += int(equal.size - np.count_nonzero(equal))
         mine, theirs = classes_of(a, whole), classes_of(b, whole)
         if b.dtype.kind != "f":
             mine, theirs = a.reshape(-1), b.reshape(-1)
@@ -72,7 +95,9 @@ class _Pair:
     def decibels(self) -> float | None:
         if self.noise == 0:
             return float("inf")
-        return None if self.signal <= 0 else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+        if self.signal <= 0:
+            return None
+        return float("-inf") if np.isinf(self.noise) else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
 
 
 @dataclass
@@ -88,7 +113,7 @@ class OutputSums:
 
     first: dict[str, NDArray[Any]]
     samples: int
-    pairs: dict[str, dict[str, _Pair]]
+    pairs: dict[str, dict[str, OutputPair]]
     problems: list[str]
 
     def figures(self) -> list[OutputFigures]:
@@ -96,8 +121,8 @@ class OutputSums:
         return [
             OutputFigures(
                 name=tensor,
-                agreement={k: p.alike / p.count for k, p in pairs.items() if p.count},
-                sqnr_db={k: p.decibels for k, p in pairs.items() if p.compared},
+                agreement={k: p.alike / p.count for k, p in pairs.items() if p.count and k in PAIRS},
+                sqnr_db={k: p.decibels for k, p in pairs.items() if p.compared and k in PAIRS},
             )
             for tensor, pairs in self.pairs.items()
         ]
@@ -110,7 +135,8 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
 
     Args:
         graph: whose outputs.
-        sessions: "float", "simulated", and "integer" where there is a runtime, compiled for the outputs.
+        sessions: "float", "simulated", and "integer" and "plain" where there is such a runtime, compiled for the
+            outputs. A plain session that refuses a batch is a problem, and isn't asked again.
         dataset: the samples.
         progress: where progress is shown.
 
@@ -119,13 +145,25 @@ def over_outputs(graph: Graph, sessions: Mapping[str, Session], dataset: Dataset
     """
     outputs = list(dict.fromkeys(graph.outputs))
     parts: dict[str, list[NDArray[Any]]] = {view: [] for view in sessions}
-    known = {k: pair for k, pair in PAIRS.items() if all(view in sessions for view in pair)}
-    pairs = {t: {k: _Pair() for k in known} for t in outputs}
+    open_views = dict(sessions)
+    pairings = {**PAIRS, PLAIN_INTEGER: (PLAIN, "integer")}
+    known = {k: pair for k, pair in pairings.items() if all(view in sessions for view in pair)}
+    pairs = {t: {k: OutputPair() for k in known} for t in outputs}
     problems: dict[str, None] = {}
     samples = 0
     with stage(progress, "Verify", dataset.samples):
         for batch in dataset:
-            runs = {v: {t.tensor: np.asarray(x) for t, x in s.run(batch).items()} for v, s in sessions.items()}
+            runs: dict[str, dict[TensorId, NDArray[Any]]] = {}
+            for view, session in list(open_views.items()):
+                try:
+                    runs[view] = {t.tensor: np.asarray(x) for t, x in session.run(batch).items()}
+                except (InputError, ModelError) as error:
+                    if view != PLAIN:
+                        raise
+                    problems[f"a default session refuses the export: {error}"] = None
+                    del open_views[view], parts[view]
+                    known = {k: pair for k, pair in known.items() if PLAIN not in pair}
+                    pairs = {t: {k: of[k] for k in known} for t, of in pairs.items()}
             passed = {t: np.asarray(batch[t]) for t in outputs if t in graph.inputs and t in batch}
             runs = {view: _whole(graph, outputs, {**run, **passed}) for view, run in runs.items()}
             for view, run in runs.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from bitwright.backend import Batch, Bundle, Session
-from bitwright.bundle._outputs import classes_of
-from bitwright.data import Dataset, joined
+from bitwright.backend import Batch, Bundle, Session, Tap
+from bitwright.bundle._outputs import PLAIN, PLAIN_INTEGER, OutputPair, OutputSums, classes_of
 from bitwright.graph import TensorId
 from bitwright.plugins import registry
 
@@ -78,12 +77,13 @@ class HostNotes(Protocol):
 
 
 class PlainView(BaseModel):
-    """A default session's figures, for `verify`.
+    """A default session's figures, for `verify`; those of each output are in `OutputFigures` ("plain_float").
 
     Attributes:
-        accuracy: top-1 as a fraction; None without labels.
-        agreement, sqnr_db: share of equal argmax (None where a sample has one value), and of the output, against float.
-        differs: share of output values that aren't those of the session with options.
+        accuracy: top-1 as a fraction, of the first output; None without labels.
+        agreement, sqnr_db: of the first output with numbers, against float: share of equal argmax (None where a sample
+            has one value), and signal to noise.
+        differs: share of all outputs' values that aren't those of the session with options.
         layers, channels: how many weights, and output channels of them, can saturate on hosts without VNNI.
         weights: their names.
         rounded: weights whose inputs are rounded to 8 bits.
@@ -119,38 +119,40 @@ def keep_exact(bundle: Bundle) -> Bundle:
     return replace(bundle, stored_anew=(*bundle.stored_anew, *moved))
 
 
-def seen_plain(
-    bundle: Bundle,
-    dataset: Dataset,
-    output: TensorId,
-    outputs: Mapping[str, NDArray[Any]],
-    labels: NDArray[np.integer] | None,
-    sqnr_db: Callable[[NDArray[Any], NDArray[Any]], float],
-) -> PlainView | None:
-    """A default session on data that other views have been run on; None where no runtime has other options.
+def plain_session(bundle: Bundle, outputs: Sequence[TensorId]) -> Session | None:
+    """A default session that hands out the model's outputs; None where no runtime has other options.
 
     Args:
         bundle: what `verify` runs.
-        dataset: the samples.
-        output: the model's output that is compared.
-        outputs: its values in "float" and "integer" (the session with options) over them.
-        labels: class of each sample.
-        sqnr_db: how signal and noisy are compared.
+        outputs: of the model.
+
+    Raises:
+        InputError, ModelError: the runtime refuses the artefact.
     """
     if QDQ not in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
         return None
-    session = runtime.plain_session(bundle)
-    # A file may list its outputs in another order than the model, and TensorFlow's names end in ":0".
-    names = {output, bundle.names.get(output, output), output.removesuffix(":0")}
+    return _Outputs(runtime.plain_session(bundle), bundle, tuple(dict.fromkeys(outputs)))
 
-    def values(batch: Batch) -> NDArray[Any]:
-        found = {tap.tensor: v for tap, v in session.run(batch).items()}
-        return np.asarray(found[next((t for t in found if t in names), next(iter(found)))])
 
-    parts = [values(batch) for batch in dataset]
-    views = {**outputs, "plain": joined(parts)}
-    figures = {view: sqnr_db(views["float"], views[view]) for view in ("integer", "plain")}
-    return plain_view(runtime.plain_risks(bundle), views, figures, labels)
+@dataclass(frozen=True)
+class _Outputs:
+    """A session under the names of the model's outputs: a file may list them in another order and under others."""
+
+    session: Session
+    bundle: Bundle
+    outputs: tuple[TensorId, ...]
+
+    def run(self, batch: Batch) -> Mapping[Tap, NDArray[Any]]:
+        """The outputs that the file has; a single one whatever it is called."""
+        found = {tap.tensor: v for tap, v in self.session.run(batch).items()}
+        if len(found) == len(self.outputs) == 1:
+            return {Tap(self.outputs[0]): next(iter(found.values()))}
+        handed: dict[Tap, NDArray[Any]] = {}
+        for output in self.outputs:
+            names = (output, self.bundle.names.get(output, output), output.removesuffix(":0"))
+            if (name := next((n for n in names if n in found), None)) is not None:
+                handed[Tap(output)] = found[name]
+        return handed
 
 
 def _runtime(path: Path) -> PlainRuntime | None:
@@ -160,36 +162,48 @@ def _runtime(path: Path) -> PlainRuntime | None:
 
 
 def plain_view(
-    risks: PlainRisks,
-    outputs: Mapping[str, NDArray[Any]],
-    sqnr_db: Mapping[str, float],
-    labels: NDArray[np.integer] | None,
-) -> PlainView:
-    """The figures of a default session.
+    bundle: Bundle, graph_outputs: Sequence[TensorId], seen: OutputSums, labels: NDArray[np.integer] | None
+) -> PlainView | None:
+    """The figures of a default session; None where there was none, or no output has numbers.
 
     Args:
-        risks: what the artefact's codes allow.
-        outputs: of "float", "integer" (with options) and "plain", over the same samples.
-        sqnr_db: of "integer" and "plain" against float.
+        bundle: what was run.
+        graph_outputs: of the model.
+        seen: of "float", "integer" (the session with options) and "plain", over the same samples.
         labels: class of each sample.
     """
-    plain, reference = (classes_of(outputs[v]) for v in ("plain", "float"))
-    one, other = outputs["plain"], outputs["integer"]
-    both = np.isnan(one) & np.isnan(other) if one.dtype.kind == "f" else False  # NaN in both is not a difference
-    differs = float(((one != other) & ~np.asarray(both)).mean()) if one.size else 0.0
+    compared = [t for t in dict.fromkeys(graph_outputs) if PLAIN_INTEGER in seen.pairs[t]]
+    compared = [t for t in compared if seen.pairs[t][PLAIN_INTEGER].numeric]
+    if not compared or QDQ not in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
+        return None
+    risks = runtime.plain_risks(bundle)
+    own = seen.pairs[compared[0]]["plain_float"]
+    beside = [seen.pairs[t][PLAIN_INTEGER] for t in compared]
+    values = sum(p.values for p in beside)
+    plain = None if labels is None or PLAIN not in seen.first else classes_of(seen.first[PLAIN])
     return PlainView(
-        accuracy=None if labels is None or plain is None else float((plain == labels[: len(plain)]).mean()),
-        agreement=None if plain is None or reference is None else float((plain == reference).mean()),
-        sqnr_db=sqnr_db["plain"],
-        differs=differs,
+        accuracy=None
+        if labels is None or plain is None
+        else float((plain == labels[: len(plain)]).mean()),
+        agreement=own.alike / own.count if own.count else None,
+        sqnr_db=_figure(own),
+        differs=sum(p.different for p in beside) / values if values else 0.0,
         layers=len(risks.pairs),
         channels=sum(r.channels for r in risks.pairs),
         weights=[r.weight for r in risks.pairs],
         rounded=list(risks.rounded),
         proof=_proof(risks),
         rounding=_rounding(risks),
-        problem=_problem(risks, differs, sqnr_db),
+        problem=_problem(risks, {t: seen.pairs[t] for t in compared}),
     )
+
+
+def _figure(pair: OutputPair) -> float:
+    """Decibels; far below zero where there is noise and the signal is nothing but zeros."""
+    known = pair.decibels
+    if known is not None:
+        return known
+    return float("-inf") if np.isinf(pair.noise) else 10 * float(np.log10(1e-300 / pair.noise))
 
 
 def _proof(risks: PlainRisks) -> str:
@@ -212,11 +226,21 @@ def _rounding(risks: PlainRisks) -> str:
     )
 
 
-def _problem(risks: PlainRisks, differs: float, sqnr_db: Mapping[str, float]) -> str:
-    plain, promised = sqnr_db["plain"], sqnr_db["integer"]
-    if differs == 0 or plain >= promised - TOLERATED_DB or (risks.rounded and not risks.pairs):
+def _problem(risks: PlainRisks, outputs: Mapping[TensorId, Mapping[str, OutputPair]]) -> str:
+    """Of the outputs that a plain session gets worse than promised, the one that loses most."""
+    if risks.rounded and not risks.pairs:
         return ""
+    worse: dict[TensorId, tuple[float, float]] = {}
+    for tensor, pairs in outputs.items():
+        plain, promised = _figure(pairs["plain_float"]), _figure(pairs["integer_float"])
+        if pairs[PLAIN_INTEGER].different and plain < promised - TOLERATED_DB:
+            worse[tensor] = plain, promised
+    if not worse:
+        return ""
+    tensor = min(worse, key=lambda t: worse[t][0] - min(worse[t][1], 1e3))
+    plain, promised = worse[tensor]
+    named = f" in output {tensor!r}" if len(outputs) > 1 else ""
     return (
-        f"a session with default options gives {plain:.1f} dB on this host, {promised:.1f} are promised: export with "
-        f"--plain-session, or set {risks.exact_option}"
+        f"a session with default options gives {plain:.1f} dB on this host{named}, {promised:.1f} are promised: export "
+        f"with --plain-session, or set {risks.exact_option}"
     )

@@ -164,8 +164,8 @@ def _show(result: Verification) -> None:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
     console.table(columns, rows, numbers=columns[1:])
     for output in result.outputs[1:]:
-        told = [f"{view} {console.decibels(db)}" for view in ("simulated", "integer")
-                if (db := output.sqnr_db.get(f"{view}_float")) is not None]  # fmt: skip
+        told = [f"{'plain session' if view == 'plain' else view} {console.decibels(db)}"
+                for view in ("simulated", "integer", "plain") if (db := output.sqnr_db.get(f"{view}_float")) is not None]  # fmt: skip
         console.say(f"output {output.name!r}: {', '.join(told) or 'no figure'}")
     if "integer_simulated" in result.sqnr_db:
         same = result.agreement.get("integer_simulated")

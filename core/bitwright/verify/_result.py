@@ -43,7 +43,7 @@ class Verification(BaseModel):
         accuracy: top-1 as a fraction, of "float", "simulated", "integer"; empty without labels.
         agreement: share of equal argmax of the first output: "simulated_float", "integer_float", "integer_simulated".
         sqnr_db: of the first output: "simulated_float", "integer_float", "integer_simulated" (second is the signal).
-        outputs: the same figures of every output.
+        outputs: the same figures of every output, and "plain_float" of a session with the runtime's default options.
         exact: the exact integer simulation against the runtime on the inspected samples: "output_differs" (share of
             output elements), "argmax_agreement", "integer_ops" and "float_ops" (counts), "peak_accumulator" (share of
             int32's range).

@@ -18,19 +18,21 @@ from numpy.typing import NDArray
 
 from bitwright.backend import Backend, Batch, Bundle, Session, Tap, class_indices
 from bitwright.bundle import (
+    PAIRS,
+    PLAIN,
     QDQ,
     OutputQuality,
     PlainRuntime,
-    PlainView,
     against_record,
     against_simulation,
     classes_of,
     in_shape,
     over_outputs,
     parts_of,
+    plain_session,
+    plain_view,
     recorded_inputs,
     reopen,
-    seen_plain,
     whole_of,
 )
 from bitwright.calibration import full_table
@@ -130,6 +132,13 @@ def verify(
     ran: tuple[str, ...] = ("simulated", "integer")
     sessions = {view: views.open[view](wanted) for view in ran if view in views.open}
     sessions["float"] = backend.session(reference, [Tap(t) for t in dict.fromkeys(wanted)])
+    if views.plain and "integer" in sessions:
+        try:
+            default = plain_session(bundle, wanted)
+        except (InputError, ModelError) as error:
+            views.problems.append(f"a default session refuses the export: {error}")
+        else:
+            sessions |= {} if default is None else {PLAIN: default}
     figures = over_outputs(graph, sessions, dataset, progress or Silent())
     outputs, samples = figures.first, figures.samples
     if labels is not None and len(labels) < samples:
@@ -146,7 +155,7 @@ def verify(
     problems += against_simulation(opened, views.simulation, batches[0])
     exact, tensors, exactness = _inside(views, batches)
     problems[:0] = exactness.problems
-    plain = _plain(bundle, dataset, graph.outputs[0], outputs, labels, problems) if views.plain else None
+    plain = plain_view(bundle, wanted, figures, labels)
     problems += [plain.problem] if plain is not None and plain.problem else []
     quality = OutputQuality(graph)
     taps = [t.tensor for t in quality.taps]
@@ -155,7 +164,7 @@ def verify(
     problems += [p for p in quality.crushed() if p not in problems]
     by_output = {f.name: f for f in figures.figures()}
     own = by_output[graph.outputs[0]]
-    classes = {view: c for view, v in outputs.items() if (c := classes_of(v)) is not None}
+    classes = {view: c for view, v in outputs.items() if view != PLAIN and (c := classes_of(v)) is not None}
     if labels is not None and "float" in classes and len(classes["float"]) == samples:
         right = float((classes["float"] == labels[:samples]).mean())
         if doubt := doubt_of_accuracy(right, outputs["float"][0].size, samples):
@@ -167,8 +176,8 @@ def verify(
         accuracy={}
         if labels is None
         else {v: float((c == labels[:samples]).mean()) for v, c in classes.items() if len(c) == samples},
-        agreement=own.agreement,
-        sqnr_db={k: v for k, v in own.sqnr_db.items() if v is not None},
+        agreement={k: v for k, v in own.agreement.items() if PLAIN not in PAIRS[k]},
+        sqnr_db={k: v for k, v in own.sqnr_db.items() if v is not None and PLAIN not in PAIRS[k]},
         outputs=list(by_output.values()),
         exact=exact,
         plain=plain,
@@ -178,24 +187,6 @@ def verify(
         notes=[*left_out, *opened.notes, *views.notes],
         problems=list(dict.fromkeys([*opened.problems, *problems])),
     )
-
-
-def _plain(
-    bundle: Bundle,
-    dataset: Dataset,
-    output: str,
-    outputs: Mapping[str, NDArray[Any]],
-    labels: Labels | None,
-    problems: list[str],
-) -> PlainView | None:
-    """The session that users open; None where there is none, or the first output has no numbers."""
-    if "integer" not in outputs or any(v.size == 0 or v.dtype.kind not in "biuf" for v in outputs.values()):
-        return None
-    try:
-        return seen_plain(bundle, dataset, output, outputs, labels, sqnr)
-    except (InputError, ModelError) as error:
-        problems.append(f"a default session refuses the export: {error}")
-        return None
 
 
 def _opened_data(
