@@ -182,9 +182,7 @@ def plain_view(
     values = sum(p.values for p in beside)
     plain = None if labels is None or PLAIN not in seen.first else classes_of(seen.first[PLAIN])
     return PlainView(
-        accuracy=None
-        if labels is None or plain is None
-        else float((plain == labels[: len(plain)]).mean()),
+        accuracy=None if labels is None or plain is None else float((plain == labels[: len(plain)]).mean()),
         agreement=own.alike / own.count if own.count else None,
         sqnr_db=_figure(own),
         differs=sum(p.different for p in beside) / values if values else 0.0,

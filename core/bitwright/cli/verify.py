@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bitwright.verify import Verification
 
 SHOWN_TENSORS = 10
+_VIEWS = {"plain": "plain session"}
 
 
 def verify(
@@ -164,8 +165,8 @@ def _show(result: Verification) -> None:
         columns, rows = (columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows]
     console.table(columns, rows, numbers=columns[1:])
     for output in result.outputs[1:]:
-        told = [f"{'plain session' if view == 'plain' else view} {console.decibels(db)}"
-                for view in ("simulated", "integer", "plain") if (db := output.sqnr_db.get(f"{view}_float")) is not None]  # fmt: skip
+        figures = {view: output.sqnr_db.get(f"{view}_float") for view in ("simulated", "integer", "plain")}
+        told = [f"{_VIEWS.get(view, view)} {console.decibels(db)}" for view, db in figures.items() if db is not None]
         console.say(f"output {output.name!r}: {', '.join(told) or 'no figure'}")
     if "integer_simulated" in result.sqnr_db:
         same = result.agreement.get("integer_simulated")
