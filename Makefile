@@ -48,10 +48,10 @@ help: ## show this list
 	$(DEMO_BIN)/python $(PIP) install --constraint constraints.txt --no-deps pillow rapidocr
 	touch $@
 
-check: .venv/.installed ## all that CI runs: lint, the core's coverage, then the tests; run it before a change is proposed
+check: .venv/.installed ## all that CI runs: lint, the core's tests with their coverage, then the others; run it before a change is proposed
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory floor
-	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test ARGS="--ignore=tests/core $(ARGS)"
 	$(MAKE) --no-print-directory jax
 
 test: .venv/.installed ## install what the tests need and run them all (ARGS="-k name" passes options to pytest, JOBS=1 takes one process)

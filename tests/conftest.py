@@ -28,6 +28,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def disks_take_their_time():
+    """Nothing here is read after a power cut, and on a slow disk some ten thousand waits for it are minutes; that files
+    are flushed before they are renamed is seen in tests/faults, and where tests let it fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_table_of_translations():
     """PyTorch's ONNX exporter collects its translations in each export, for half a second; here once a process."""
     if "torch" not in sys.modules:

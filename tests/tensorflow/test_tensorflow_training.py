@@ -13,6 +13,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import tfsims  # noqa: E402
+from shares import WHOLE  # noqa: E402
 from tfsims import SPECS, setup  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
@@ -215,8 +216,15 @@ def test_derived_grids_of_biases_stay(mode):
         assert found[site].equals(sim.table[site]), site
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("kind", ["session", "references", "frozen"])
+LOOPS = [
+    pytest.param(kind, mode, id=f"{kind}-{name}")
+    for i, kind in enumerate(["session", "references", "frozen"])
+    for j, (name, mode) in enumerate(MODES.items())
+    if WHOLE or (i + j) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), LOOPS)
 def test_a_session_s_loop_trains(kind, mode):
     net = setup(kind, weights="int4", activations="uint4")
     simulation = net.simulation(mode)
