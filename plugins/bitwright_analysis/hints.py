@@ -135,7 +135,7 @@ def unsupported_ops(s: Subject) -> Iterator[Hint]:
     """Ops that the target has no integer arithmetic for."""
     for op in s.graph:
         floats = any(s.graph.tensors[t].is_float for t in op.outputs)
-        if op.kind is not OpKind.OPAQUE and floats and not s.target.runs(op.type):
+        if op.kind is not OpKind.OPAQUE and floats and not s.target.runs(s.target.type_of(op)):
             yield _hint(
                 op,
                 "unsupported",
@@ -298,7 +298,7 @@ def uneven_weights(s: Subject) -> Iterator[Hint]:
     for op in s.graph.linear_ops:
         assert op.weight is not None
         encoding = s.table.get(op.weight)
-        per_channel = encoding.scale.ndim > 0 if encoding is not None else s.target.per_channel(op.type)
+        per_channel = encoding.scale.ndim > 0 if encoding is not None else s.target.per_channel(s.target.type_of(op))
         if per_channel:
             continue
         ranges = output_ranges(op, np.asarray(s.params[op.weight]))

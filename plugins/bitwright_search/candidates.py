@@ -190,7 +190,7 @@ def runs_kernel(sim: QuantSim, op_id: OpId, *, activation: str | None = None, we
         activation, weight: types in place of those that its input and weight have.
     """
     op = sim.graph.op(op_id)
-    kernels = sim.target.kernels(op.type) if op.kind in COSTED else ()
+    kernels = sim.target.kernels(sim.target.type_of(op)) if op.kind in COSTED else ()
     if not kernels:
         return True
     inputs = _width(activation) if activation is not None else _present(sim.plan.spec(op.data_inputs[0]))

@@ -238,6 +238,8 @@ def test_float16_must_be_present_in_1_0_0():
          "conv.weight: an asymmetric grid, expected the other kind"),
         (lambda f: changed(f, "conv.weight", symmetric=None, zero_point=np.array([128, 128, 127, 128])),
          "conv.weight: a zero point off the middle, expected a symmetric grid"),
+        (lambda f: changed(f, "conv.weight", zero_point=np.array([128, 128, 127, 128])),
+         "conv.weight: is said to be symmetric, but its zero point is off the middle"),
         (lambda f: changed(f, "strict.weight", strict=False), "strict.weight: a lowest code, expected none"),
         (lambda f: changed(f, "conv.weight", scale=np.ones(3), zero_point=np.full(3, 128)),
          "conv.weight: 3 scales, expected 4 channels"),

@@ -1,5 +1,7 @@
 """Placement: the configuration's sections on a ten-op graph, precedence, conflicts, ties, overrides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,30 @@ def ten_ops():
     y = b.binary("add", "Add", x, b.activation("sig", b.conv("conv2", x, 4, pad=1), "Sigmoid"))
     y = b.flatten("flatten", b.global_pool("gap", y))
     return b.build(b.softmax("softmax", b.linear("fc", y, 5))).graph
+
+
+def deep_linear():
+    """A linear layer on three dimensions, MatMul in ONNX's words, and ReLU."""
+    graph = Builder()
+    x = graph.linear("fc", graph.input("x", 6, 8), 5)
+    made = graph.build(graph.relu("relu", x)).graph
+    ops = [replace(op, type="MatMul") if op.id == "fc" else op for op in made.ops]
+    return Graph(ops, made.tensors, made.params, made.inputs, made.outputs)
+
+
+@pytest.mark.parametrize("name", ["Linear", "Dense"])
+def test_linear_layers_by_their_frameworks_name(name):
+    graph = deep_linear()
+    plan = build_plan(graph, config(ON, op_type={name: {"is_output_quantized": "False"}}))
+    assert "fc.output" not in plan.quantized and "relu.output" in plan.quantized
+    plan = build_plan(graph, config(ON, op_type={name: {"per_channel_quantization": "True"}}))
+    assert plan.spec("fc.weight").granularity == PerChannel(0)
+    plan = build_plan(graph, config(ON, supergroups=[{"op_list": [name, "ReLU"]}]))
+    assert isinstance(plan["fc.output"].decision, Fused)
+    plan = build_plan(graph, config(ON, bitwright={"quantized_ops": [name, "Relu"]}))
+    assert "fc.output" in plan.quantized
+    plan = build_plan(graph, config(ON, op_type={"MatMul": {"is_output_quantized": "False"}}))
+    assert "fc.output" not in plan.quantized
 
 
 OUTPUTS = {f"{n}.output" for n in ("conv1", "relu", "pool", "conv2", "sig", "add", "gap", "flatten", "fc", "softmax")}

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bitwright.errors import TargetError
-from bitwright.graph import ParamRole
+from bitwright.graph import Op, OpKind, ParamRole
 from bitwright.targets import Target, load_target, target_names, target_summary
 
 AIMET = {
@@ -285,8 +285,9 @@ def test_targets_are_frozen():
     assert len({target, load_target("default")}) == 1
 
 
-NAMES = [("GELU", "Gelu"), ("GroupNorm", "GroupNormalization"), ("MaxPooling2D", "MaxPool"), ("Dense", "Gemm"),
-         ("Conv2d", "Conv"), ("LayerNorm", "LayerNormalization"), ("SiLU", "Swish")]  # fmt: skip
+NAMES = [("GELU", "Gelu"), ("GroupNorm", "GroupNormalization"), ("MaxPooling2D", "MaxPool"), ("Conv2d", "Conv"),
+         ("LayerNorm", "LayerNormalization"), ("SiLU", "Swish"), ("AddV2", "Add"), ("MaxPool2D", "MaxPool"),
+         ("ReflectionPad2d", "Pad")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "type"), NAMES)
@@ -300,6 +301,31 @@ def test_names_that_other_tools_give_op_types(tmp_path, name, type):
     assert target.config.supergroups[0].op_list == (type, "Relu")
     assert target.config.bitwright.ties == (type,) and target.runs(type)
     assert load_target(json.loads(target.to_json())).config == target.config
+
+
+@pytest.mark.parametrize("name", ["Linear", "Dense"])
+def test_a_linear_layer_is_one_whatever_the_rank_of_its_input(tmp_path, name):
+    """Gemm, and MatMul with a weight, but no product of activations."""
+    flat, deep, product = (
+        Op("a", kind, type, ("x",), ("y",))
+        for kind, type in ((OpKind.LINEAR, "Gemm"), (OpKind.LINEAR, "MatMul"), (OpKind.MATMUL, "MatMul"))
+    )
+    config = changed(("op_type",), {name: {"is_output_quantized": "False", "per_channel_quantization": "True"}})
+    config["supergroups"] = [{"op_list": [name, "ReLU"]}]
+    config["bitwright"] = {"quantized_ops": [name, "Conv"]}
+    target = load_target(write(tmp_path, config))
+    for op, said in ((flat, True), (deep, True), (product, False)):
+        type = target.type_of(op)
+        assert (target.op(type).is_output_quantized is False) == said, op.type
+        assert target.per_channel(type) == said or target.config.defaults.per_channel_quantization
+        assert target.runs(type) == said
+    assert load_target(json.loads(target.to_json())).config == target.config
+    # Where the file doesn't name the layer, it is what ONNX calls it.
+    onnx = load_target(write(tmp_path, changed(("op_type",), {"MatMul": {"is_output_quantized": "False"}})))
+    assert [onnx.op(onnx.type_of(op)).is_output_quantized for op in (flat, deep, product)] == [None, False, False]
+    only = {"bitwright": {"quantized_ops": ["MatMul"]}}
+    assert [load_target({**changed(("op_type",), {}), **only}).runs(t) for t in ("Gemm", "Linear", "MatMul")] == [
+        False, True, True]  # fmt: skip
 
 
 def test_two_names_of_one_type(tmp_path):

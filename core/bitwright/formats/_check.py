@@ -119,6 +119,8 @@ def _mismatches(file: EncodingsFile, name: str, entry: Entry, wanted: ExpectedEn
 
 def _grid_mismatches(entry: Entry, wanted: ExpectedEntry) -> list[str]:
     found = []
+    # Of data that are never negative a symmetric grid begins with its zero.
+    central = bool(np.isin(entry.zero_point, (0, entry.middle)).all())
     if None not in (entry.signed, wanted.signed) and entry.signed != wanted.signed:
         found.append(
             f"{_word(entry.signed, 'signed', 'unsigned')} codes, expected {_word(wanted.signed, 'signed', 'unsigned')}"
@@ -126,7 +128,9 @@ def _grid_mismatches(entry: Entry, wanted: ExpectedEntry) -> list[str]:
     if entry.symmetric is not None:
         if wanted.symmetric is not None and entry.symmetric != wanted.symmetric:
             found.append(f"{_word(entry.symmetric, 'a symmetric', 'an asymmetric')} grid, expected the other kind")
-    elif wanted.symmetric and not bool(np.isin(entry.zero_point, (0, entry.middle)).all()):
+        elif entry.symmetric and not central:
+            found.append("is said to be symmetric, but its zero point is off the middle")
+    elif wanted.symmetric and not central:
         found.append("a zero point off the middle, expected a symmetric grid")
     if None not in (entry.strict, wanted.strict) and entry.strict != wanted.strict:
         found.append(f"{_word(entry.strict, 'no', 'a')} lowest code, expected {_word(wanted.strict, 'none', 'one')}")

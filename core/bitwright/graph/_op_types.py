@@ -41,11 +41,14 @@ VENDOR_TYPES = frozenset(
 """Names outside ONNX that AIMET's configuration files and ONNX Runtime's graphs use."""
 
 _NAMES = {
-    "Conv": "Conv1d Conv2d Conv3d Conv1D Conv2D Conv3D DepthwiseConv1D DepthwiseConv2D SeparableConv2D",
-    "ConvTranspose": "ConvTranspose1d ConvTranspose2d ConvTranspose3d Conv1DTranspose Conv2DTranspose Conv3DTranspose",
+    "Conv": "Conv1d Conv2d Conv3d Conv1D Conv2D Conv3D Convolution1D Convolution2D Convolution3D DepthwiseConv1D "
+    "DepthwiseConv2D DepthwiseConv2dNative SeparableConv1D SeparableConv2D",
+    "ConvTranspose": "ConvTranspose1d ConvTranspose2d ConvTranspose3d Conv1DTranspose Conv2DTranspose Conv3DTranspose "
+    "Convolution1DTranspose Convolution2DTranspose Convolution3DTranspose Conv2DBackpropInput",
     "Gemm": "Linear Dense",
-    "Gather": "Embedding",
-    "BatchNormalization": "BatchNorm BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
+    "Gather": "Embedding GatherV2",
+    "BatchNormalization": "BatchNorm BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm FusedBatchNorm FusedBatchNormV2 "
+    "FusedBatchNormV3",
     "LayerNormalization": "LayerNorm",
     "GroupNormalization": "GroupNorm",
     "InstanceNormalization": "InstanceNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d",
@@ -64,28 +67,47 @@ _NAMES = {
     "HardSwish": "Hardswish HardSiLU",
     "HardSigmoid": "Hardsigmoid",
     "LogSoftmax": "Logsoftmax",
-    "Add": "Addition",
+    "Add": "Addition AddV2",
     "Sub": "Subtract",
     "Mul": "Multiply",
-    "Div": "Divide",
+    "Div": "Divide RealDiv",
     "Max": "Maximum",
     "Min": "Minimum",
-    "Concat": "Concatenate",
-    "MatMul": "Matmul",
-    "AveragePool": "AvgPool AvgPool1d AvgPool2d AvgPool3d AveragePooling1D AveragePooling2D AveragePooling3D",
+    "Concat": "Concatenate ConcatV2",
+    "MatMul": "Matmul BatchMatMul BatchMatMulV2 BatchMatMulV3",
+    "AveragePool": "AvgPool AvgPool1d AvgPool2d AvgPool3d AvgPool1D AvgPool2D AvgPool3D AveragePooling1D "
+    "AveragePooling2D AveragePooling3D",
     "GlobalAveragePool": "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d GlobalAveragePooling1D "
-    "GlobalAveragePooling2D GlobalAveragePooling3D",
-    "MaxPool": "MaxPool1d MaxPool2d MaxPool3d MaxPooling1D MaxPooling2D MaxPooling3D",
-    "GlobalMaxPool": "AdaptiveMaxPool1d AdaptiveMaxPool2d GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D",
-    "Resize": "UpSampling1D UpSampling2D UpSampling3D",
+    "GlobalAveragePooling2D GlobalAveragePooling3D GlobalAvgPool1D GlobalAvgPool2D GlobalAvgPool3D",
+    "MaxPool": "MaxPool1d MaxPool2d MaxPool3d MaxPool1D MaxPool2D MaxPool3D MaxPooling1D MaxPooling2D MaxPooling3D",
+    "GlobalMaxPool": "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d GlobalMaxPooling1D GlobalMaxPooling2D "
+    "GlobalMaxPooling3D GlobalMaxPool1D GlobalMaxPool2D GlobalMaxPool3D",
+    "Resize": "UpSampling1D UpSampling2D UpSampling3D Interpolate ResizeBicubic ResizeBilinear ResizeNearestNeighbor",
     "DepthToSpace": "PixelShuffle",
     "SpaceToDepth": "PixelUnshuffle",
     "Transpose": "Permute",
     "Slice": "StridedSlice Cropping1D Cropping2D Cropping3D",
-    "Pad": "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
+    "Pad": "ZeroPadding1D ZeroPadding2D ZeroPadding3D PadV2 MirrorPad ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d "
+    "ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d "
+    "ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d",
+    "RNN": "SimpleRNN",
+    "Exp": "Exponential",
+    "Mean": "Average",
+    "Shrink": "Hardshrink Softshrink",
+    "Split": "SplitV",
+    "Unsqueeze": "ExpandDims",
+    "Where": "SelectV2",
+    "ReduceProd": "Prod",
+    "ArgMax": "Argmax",
+    "ArgMin": "Argmin",
+    "TopK": "TopKV2",
+    "NonMaxSuppression": "NonMaxSuppressionV2 NonMaxSuppressionV3 NonMaxSuppressionV4 NonMaxSuppressionV5",
 }
 OTHER_NAMES: Mapping[str, str] = {name: type for type, names in _NAMES.items() for name in names.split()}
-"""ONNX type by the names that configuration files of PyTorch's and Keras's tools give it."""
+"""ONNX type by the names that configuration files of PyTorch's, Keras's and TensorFlow's tools give it."""
+LINEAR_LAYER = "Linear"
+"""The type under which configuration files' settings of linear layers are kept, beside Gemm: PyTorch's and Keras's
+tools name the layer (`Linear`, `Dense`), which is a MatMul with a weight where its input isn't a matrix."""
 
 K = OpKind
 KINDS: Mapping[str, OpKind] = {

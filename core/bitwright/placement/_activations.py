@@ -16,6 +16,7 @@ from bitwright.graph import (
     COMPOSITES,
     INTEGER_TYPES,
     LINEAR_KINDS,
+    LINEAR_LAYER,
     BatchNormFold,
     Chain,
     Composite,
@@ -29,6 +30,7 @@ from bitwright.graph import (
     TensorId,
     batch_norm_fold,
     chain,
+    kind,
     op_type,
     preserves_grid,
     where,
@@ -147,7 +149,7 @@ class ActivationPlacement:
             return self.floats(fold.into)
         if op.kind is OpKind.OPAQUE:
             return f"opaque op {op.id!r} ({op.native or op.type}) runs in float"
-        if not self.target.runs(op.type) and not preserves_grid(op):
+        if not self.target.runs(self.target.type_of(op)) and not preserves_grid(op):
             return f"the target runs {op.type} in float"
         return None
 
@@ -184,7 +186,7 @@ class ActivationPlacement:
 
     def _op_types(self) -> None:
         for op in self.graph:
-            settings = self.config.op_type.get(op.type)
+            settings = self.target.said(self.target.type_of(op))
             if settings is None:
                 continue
             for t in op.outputs:
@@ -227,8 +229,10 @@ class ActivationPlacement:
             if fold.direction == "backward" and self._all_run((fold.into, fold.batch_norm)):
                 norm = fold.batch_norm
                 self.drafts[fold.into.output].off(f"fused with batch norm {norm.id!r}", final=True, into=norm.output)
+        layers = {LINEAR_LAYER} - set(self.config.bitwright.extra_op_types)
         for group in self.config.supergroups:
-            pattern: Chain = chain(*(op_type(t) for t in group.op_list), through=_foldable)
+            types = (kind(OpKind.LINEAR) if t in layers else op_type(t) for t in group.op_list)
+            pattern: Chain = chain(*types, through=_foldable)
             for match in pattern.find(self.graph):
                 if self._fuses(match):
                     for t in match.inner:

@@ -169,7 +169,7 @@ def _outside_kernels(graph: Graph, target: Target, spec_of: SpecOf) -> list[str]
     """Linear ops whose widths are not among the target's `supported_kernels`."""
     notes = []
     for op in graph.linear_ops:
-        kernels = target.kernels(op.type)
+        kernels = target.kernels(target.type_of(op))
         inputs, weight = spec_of(op.data_inputs[0]), spec_of(op.params[ParamRole.WEIGHT])
         if not kernels or inputs is None or weight is None:
             continue

@@ -90,7 +90,7 @@ class ParameterPlacement:
             if (reason := self.activations.floats(op)) is not None:
                 return Float(reason)
         op = users[0]
-        named = self.target.says_quantized(op.type, ParamRole.BIAS)
+        named = self.target.says_quantized(self.target.type_of(op), ParamRole.BIAS)
         if self.target.config.bitwright.integer_bias:
             sources = {(root_of(u.data_inputs[0]), u.params[ParamRole.WEIGHT]) for u in users}
             reason = next((r for u in users if (r := self._no_integer_bias(u, spec_of)) is not None), None)
@@ -102,7 +102,7 @@ class ParameterPlacement:
         else:
             reason = "the target keeps biases in float"
         if named:
-            _, symmetric = self.target.param(op.type, ParamRole.BIAS)
+            _, symmetric = self.target.param(self.target.type_of(op), ParamRole.BIAS)
             return param_spec(self.target, _vector(precision), symmetric=symmetric, granularity=PerTensor())
         return Float(reason)
 
@@ -135,7 +135,7 @@ class ParameterPlacement:
             return _Verdict(op, Fused(f"folds into {into.id!r}", into.weight))
         if self.activations.floating and param.id not in self.overrides.sites and not _is_matrix(op, role):
             return _Verdict(op, Float(f"{WEIGHTS_ONLY}, and with them all parameters but matrices"))
-        op_type = op.type
+        op_type = self.target.type_of(op)
         if role is ParamRole.CONSTANT:
             composite = self._inside.get(op.id)
             if composite is None:
@@ -172,7 +172,11 @@ class ParameterPlacement:
             wider = wider.with_(scale_type=None)  # that of blocks, which it won't have
         rows = [v for v in (first, other) if v.op.kind is OpKind.EMBEDDING and v.op.output not in self._lookups]
         rest = [v for v in (first, other) if v not in rows]
-        if len(rest) == 1 and rest[0].op.kind is OpKind.LINEAR and self.target.per_channel(rest[0].op.type):
+        if (
+            len(rest) == 1
+            and rest[0].op.kind is OpKind.LINEAR
+            and self.target.per_channel(self.target.type_of(rest[0].op))
+        ):
             return wider.with_(granularity=PerChannel(0))
         return wider if a.granularity == b.granularity else wider.with_(granularity=PerTensor())
 

@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 from bitwright.catalogue import Descriptor, blamed, current, item_of, kind_of
 from bitwright.errors import PluginError, TargetError, unknown_name
 from bitwright.files import is_file
-from bitwright.graph import COMPOSITES, GRIDLESS, ONNX_TYPES, OTHER_NAMES, VENDOR_TYPES, ParamRole
+from bitwright.graph import (
+    COMPOSITES,
+    GRIDLESS,
+    LINEAR_LAYER,
+    ONNX_TYPES,
+    OTHER_NAMES,
+    VENDOR_TYPES,
+    Op,
+    OpKind,
+    ParamRole,
+)
 from bitwright.hookspecs import RuntimeInfo, TargetInfo
 from bitwright.targets._schema import Kernel, OpSettings, QuantSimConfig, key_path, parse_config
 
@@ -73,9 +83,22 @@ class Target:
             return "float16" if number.bitwidth == 16 else "fp8" if number.bitwidth == 8 else fallback
         return f"{'int' if signed else 'uint'}{number.bitwidth}"
 
+    def type_of(self, op: Op) -> str:
+        """The type under which the sections speak of an op: its ONNX type, or `LINEAR_LAYER`.
+
+        That one has the settings of MatMul where the file doesn't name the layer.
+        """
+        layer = op.kind is OpKind.LINEAR and op.type == "MatMul"
+        return LINEAR_LAYER if layer and LINEAR_LAYER not in self.config.bitwright.extra_op_types else op.type
+
+    def said(self, type: str) -> OpSettings | None:
+        """What `op_type` says of a type (`type_of`), if anything."""
+        found = self.config.op_type.get(type)
+        return self.config.op_type.get("MatMul") if found is None and type == LINEAR_LAYER else found
+
     def op(self, type: str) -> OpSettings:
-        """What `op_type` says of an ONNX type; an empty entry if nothing."""
-        return self.config.op_type.get(type) or OpSettings()
+        """What `op_type` says of a type (`type_of`); an empty entry if nothing."""
+        return self.said(type) or OpSettings()
 
     def param(self, type: str, role: ParamRole) -> tuple[bool, bool]:
         """(quantized, symmetric) of a parameter: `op_type` over `params` over `defaults`."""
@@ -109,7 +132,7 @@ class Target:
     def runs(self, type: str) -> bool:
         """Whether the target has integer arithmetic for an op type."""
         listed = self.config.bitwright.quantized_ops
-        return listed is None or type in listed
+        return listed is None or type in listed or (type == LINEAR_LAYER and "MatMul" in listed)
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -334,7 +357,7 @@ def _is_file(path: Path | Traversable) -> bool:
 
 
 def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """A decoded file with the op types that PyTorch's and Keras's tools name otherwise renamed (`GELU`, `Conv2D`).
+    """A decoded file with the op types that frameworks' tools name otherwise renamed (`GELU`, `Conv2D`, `AddV2`).
 
     Raises:
         TargetError: two names of one type have settings that differ.
@@ -345,6 +368,12 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
 
     def renamed(name: T) -> T | str:
         return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
+
+    def layer(name: object) -> bool:
+        return name not in kept and (name == LINEAR_LAYER or renamed(name) == OTHER_NAMES[LINEAR_LAYER] != name)
+
+    def listed(names: list[Any]) -> list[Any]:
+        return list(dict.fromkeys(n for name in names for n in (renamed(name), *([LINEAR_LAYER] * layer(name)))))
 
     found = dict(raw)
     if isinstance(settings := raw.get("op_type"), dict):
@@ -359,18 +388,18 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
                 )
             merged[type] = value
             said_by.setdefault(type, name)
+            if layer(name):
+                merged[LINEAR_LAYER] = value
         found["op_type"] = merged
     if isinstance(groups := raw.get("supergroups"), list):
         found["supergroups"] = [
-            {**g, "op_list": [renamed(n) for n in g["op_list"]]}
+            {**g, "op_list": [LINEAR_LAYER if layer(n) else renamed(n) for n in g["op_list"]]}
             if isinstance(g, dict) and isinstance(g.get("op_list"), list)
             else g
             for g in groups
         ]
     if isinstance(extension, dict):
-        lists = {
-            k: [renamed(n) for n in v] for k in ("ties", "quantized_ops") if isinstance(v := extension.get(k), list)
-        }
+        lists = {k: listed(v) for k in ("ties", "quantized_ops") if isinstance(v := extension.get(k), list)}
         found["bitwright"] = {**extension, **lists}
     return found
 
@@ -403,7 +432,7 @@ def _build(name: str, raw: dict[str, Any], source: str, runtime_needed: bool) ->
 def _check_names(config: QuantSimConfig, source: str) -> None:
     """Op types, parameter names and graph passes must exist: a misspelt one would silently do nothing."""
     extension = config.bitwright
-    op_types = ONNX_TYPES | VENDOR_TYPES | set(extension.extra_op_types)
+    op_types = ONNX_TYPES | VENDOR_TYPES | {LINEAR_LAYER} | set(extension.extra_op_types)
     named: list[tuple[tuple[str | int, ...], str]] = [(("op_type",), n) for n in config.op_type]
     for i, group in enumerate(config.supergroups):
         named += [(("supergroups", i, "op_list", j), n) for j, n in enumerate(group.op_list)]
