@@ -215,7 +215,13 @@ class TorchBackend:
         graph = self.graph(model)
         shapes = {t: (graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in graph.inputs}
         computed = [graph.tensors[t].shape for op in graph.ops for t in op.outputs]
-        return program_of(model).convention.specs(shapes, computed)
+
+        def by_sample() -> bool:
+            from bitwright_torch.simulate.samples import turns
+
+            return turns(model, graph, lambda taps: self.session(model, taps))
+
+        return program_of(model).convention.specs(shapes, computed, by_sample)
 
 
 def _simulation(

@@ -393,20 +393,24 @@ def test_a_command_tells_once_that_a_model_is_in_parts(command, tmp_path, monkey
 
 def test_elements_of_lists_that_are_batches_of_a_fixed_size_are_samples():
     class Two(nn.Module):
-        def __init__(self):
+        def __init__(self, samples):
             super().__init__()
-            self.a = nn.Linear(4, 4)
+            self.a, self.samples = nn.Linear(4, 4), samples
 
         def forward(self, features):
-            return self.a(features[0]).view(4, 2, 2).flatten(1) + features[1]
+            return self.a(features[0]).view(self.samples, 2, 2).flatten(1) + features[1]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bitwright_torch.CaptureNotice)
-        sim = QuantSim(Two().eval(), ([torch.rand(4, 4), torch.rand(4, 4)],))
+        sim = QuantSim(Two(4).eval(), ([torch.rand(4, 4), torch.rand(4, 4)],))
+        pair = QuantSim(Two(2).eval(), ([torch.rand(2, 4), torch.rand(2, 4)],))
         three = QuantSim(ListDetector(True).eval(), ([torch.rand(3, 8, 8) for _ in range(3)],))
     assert sim.open([([torch.rand(4, 4), torch.rand(4, 4)],) for _ in range(3)]).samples == 12
     assert sim.open({"features": [np.ones((8, 4), np.float32)] * 2}).samples == 8
-    # Three images of three channels might be either: they stay a feed.
+    # As many elements as samples: shapes don't tell, but each sample is computed for itself.
+    assert pair.open([([torch.rand(2, 4), torch.rand(2, 4)],) for _ in range(3)]).samples == 6
+    assert pair.open({"features": [np.ones((8, 4), np.float32)] * 2}).samples == 8
+    # Three images of three channels have the same shapes, and aren't.
     assert three.open([([torch.rand(3, 8, 8) for _ in range(3)],)]).samples == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,22 +172,30 @@ class CallingConvention:
         return frozenset(found)
 
     def specs(
-        self, shapes: Mapping[str, Spec], computed: Collection[Sequence[int | None] | None] = ()
+        self,
+        shapes: Mapping[str, Spec],
+        computed: Collection[Sequence[int | None] | None] = (),
+        turns: Callable[[], bool] = lambda: False,
     ) -> Mapping[str, Spec]:
         """What the core is told of inputs: elements of a list whose first axis is fixed are no batches of samples.
 
-        Unless all inputs and all that is computed of them have the same first axis, and it isn't the list's own length:
-        then the network takes batches of that size. Outputs alone don't tell: of an image (C, H, W) another is made,
-        but between them there are tensors with an axis of samples, or with other channels.
+        Unless all inputs and all that is computed of them have the same first axis: then the network takes batches of
+        that size. Outputs alone don't tell: of an image (C, H, W) another is made, but between them there are tensors
+        with an axis of samples, or with other channels. Where that axis is as long as the list, it may be the list's
+        own (three images of three channels, joined), and what the network computes has to tell.
 
         Args:
             shapes: of inputs, with their dtypes.
             computed: shapes of all other tensors, as far as they are known.
+            turns: whether each sample is computed for itself (`bitwright_torch.simulate.samples.turns`); asked only
+                where shapes leave it open.
         """
         listed = self.listed
         whole = any(n in listed and shape and (shape[0] or 0) > 1 for n, (shape, _) in shapes.items())
         first = {shape[0] if shape else None for shape in (*(s for s, _ in shapes.values()), *computed)}
-        batches = bool(computed) and len(first) == 1 and first.isdisjoint({None, len(listed)})
+        batches = whole and bool(computed) and len(first) == 1 and None not in first
+        if batches and len(listed) in first:
+            batches = turns()
         return FeedSpecs(shapes) if whole and not batches else dict(shapes)
 
     @property
