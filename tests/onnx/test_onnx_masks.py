@@ -10,8 +10,9 @@ import pytest
 from bitwright.errors import InputError
 from bitwright.placement import Float
 from bitwright.simulation import QuantSim
-from bitwright.verify import sqnr
+from bitwright.verify import sqnr, verify
 
+DOUBLE = b.TensorProto.DOUBLE
 S, D, N = 12, 16, 24
 KEPT = np.arange(S) < 8
 TRIANGLE = np.triu(np.ones((S, S), bool), 1)
@@ -169,17 +170,29 @@ def guarded_by_the_mask(net, s, fill=-np.inf):
     return net.node("Where", [lost, "zero", "cast"], "p")
 
 
-def looked_up(op, value):
+def looked_up(op, value, dtype=np.float32):
     """The rows of a causal triangle that belong to the positions given, as models with a cache of keys have it."""
 
     def mask(net, s):
         net.input("positions", ["n", S], b.INT64)
         net.data["positions"] = np.tile(np.arange(S), (N, 1))
-        table = net.const("triangle", np.where(TRIANGLE, value, 0).astype(np.float32))
+        values = np.where(TRIANGLE, value, 0).astype(dtype)
         rows = "positions"
+        if op == "Gather, axis 1":
+            # (keys, n, queries), turned
+            found = net.node("Gather", [net.const("triangle", values.T.copy()), rows], "columns", axis=1)
+            return net.added(s, net.node("Transpose", [found], "am", perm=[1, 2, 0]))
+        if op == "GatherElements":
+            net.const("last", np.array([-1]))
+            rows = net.node("Unsqueeze", [rows, "last"], "rows")
+            rows = net.node("Expand", [rows, net.const("square", np.array([1, S, S]))], "all")
+            rows = net.node("Reshape", [rows, net.const("flat", np.array([-1, S]))], "indices")
+            found = net.node(op, [net.const("triangle", values), rows], "found", axis=0)
+            return net.added(s, net.node("Reshape", [found, net.const("cube", np.array([-1, S, S]))], "am"))
         if op == "GatherND":
             rows = net.node("Unsqueeze", [rows, net.const("last", np.array([-1]))], "rows")
-        return net.added(s, net.node(op, [table, rows], "am"))
+        found = net.node(op, [net.const("triangle", values), rows], "am")
+        return net.added(s, found if dtype is np.float32 else net.node("Cast", [found], "wide", to=b.FLOAT))
 
     return mask
 
@@ -241,6 +254,10 @@ FORMS = {
     "looked up -inf": looked_up("Gather", -np.inf),
     "looked up -1e4": looked_up("Gather", -1e4),
     "looked up by GatherND": looked_up("GatherND", LOWEST),
+    "looked up by GatherElements": looked_up("GatherElements", -1e4),
+    "looked up in columns": looked_up("Gather, axis 1", -1e4),
+    "looked up, float16's lowest": looked_up("Gather", float(np.finfo(np.float16).min), np.float16),
+    "looked up, float64's lowest": looked_up("Gather", float(np.finfo(np.float64).min), np.float64),
 }
 
 
@@ -260,6 +277,33 @@ def test_masked_attention_keeps_its_accuracy_and_exports(form, tmp_path):
     bundle = sim.export(tmp_path, name="net")
     assert np.array_equal(run(bundle.files["qdq"], net.data), found)
     assert {"s", "p", "k"} <= set(sim.plan.quantized)
+    if form.startswith("looked up"):
+        assert "triangle" not in sim.plan.quantized
+        assert verify(tmp_path).problems == []
+
+
+@pytest.mark.parametrize("lookup", [True, False])
+def test_masks_of_doubles(lookup, tmp_path):
+    """Float64's lowest number, in a model of doubles."""
+    net = b.ModelBuilder(opset=17)
+    net.input("q", ["n", S, D], DOUBLE)
+    net.input("positions", [S], b.INT64)
+    values = np.where(TRIANGLE, np.finfo(np.float64).min, 0)
+    net.const("triangle", values)
+    net.node("Transpose", ["q"], "t", perm=[0, 2, 1])
+    net.node("MatMul", ["q", "t"], "s0")
+    net.node("Mul", ["s0", net.const("scale", np.float64(D**-0.5))], "s")
+    offset = net.node("Gather", ["triangle", "positions"], "am") if lookup else "triangle"
+    net.node("Add", ["s", offset], "m")
+    net.node("Softmax", ["m"], "p", axis=-1)
+    net.node("MatMul", ["p", "q"], "y")
+    net.output("y", dtype=DOUBLE)
+    data = {"q": b_normal(N, S, D).astype(np.float64), "positions": np.arange(S)}
+    sim = QuantSim(net.build()).calibrate(data)
+    expected, found = sim.predict(data, simulated=False)[0], sim.predict(data)[0]
+    assert sqnr(expected, found) > 30
+    assert np.array_equal(run(sim.export(tmp_path, name="net").files["qdq"], data), found)
+    assert verify(tmp_path).problems == []
 
 
 @pytest.mark.parametrize("target", ["htp_v73", "onnxruntime-cpu", "generic-int8"])
@@ -317,6 +361,46 @@ def test_a_large_constant_that_no_softmax_reads_keeps_its_grid():
     net.output("y")
     plan = QuantSim(net.build()).plan
     assert {"a", "offset"} <= set(plan.quantized)
+
+
+@pytest.mark.parametrize("read", ["nothing", "ReduceMax", "GlobalMaxPool", "MatMul"])
+@pytest.mark.parametrize("outlier", [1500, 3])
+def test_a_codebook_with_an_outlier_keeps_its_grid(read, outlier):
+    """What is added to a signal that no softmax reads is a mask where it is of zeros and one huge number only."""
+    net = b.ModelBuilder(opset=17)
+    net.input("x", ["n", 4, D])
+    net.input("codes", ["n", 4], b.INT64)
+    net.node("Abs", ["x"], "h")
+    codebook = b_normal(20, D)
+    codebook[3, 2] = outlier
+    net.node("Gather", [net.const("codebook", codebook), "codes"], "c")
+    net.node("Mul", ["c", net.const("root", np.float32(32))], "scaled")
+    net.node("Add", ["h", "scaled"], "sum" if read != "nothing" else "y")
+    if read == "ReduceMax":
+        net.node("ReduceMax", ["sum"], "y", axes=[1], keepdims=0)
+    elif read == "GlobalMaxPool":
+        net.node("GlobalMaxPool", ["sum"], "y")
+    elif read == "MatMul":
+        net.node("Softmax", [net.node("MatMul", ["sum", net.const("W", b_normal(D, D, seed=1))], "z")], "y", axis=-1)
+    net.output("y")
+    sim = QuantSim(net.build())
+    assert not any(t.mask for t in sim.graph.tensors.values())
+    assert {"codebook", "y" if read == "nothing" else "sum"} <= set(sim.plan.quantized)
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_biases_by_position_keep_their_grid(scale):
+    """T5's and Swin's: small values, one for each difference of positions, added to scores."""
+    values = b_normal(2 * S, 1) * scale
+    values[3] = 25 * scale
+
+    def mask(net, s):
+        net.input("differences", ["n", S, S], b.INT64)
+        found = net.node("Gather", [net.const("table", values), "differences"], "found")
+        return net.added(s, net.node("Squeeze", [found, net.const("last", np.array([-1]))], "am"))
+
+    plan = plan_of(mask)
+    assert {"table", "m"} <= set(plan.quantized)
 
 
 def test_a_table_of_signals_with_a_large_value_keeps_its_grid():

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
+import numpy as np
+
 from bitwright.graph import FLOAT_DTYPES, OpKind
 from bitwright.placement import Extent, NodeView, masks
 from bitwright_keras.graph.constants import is_constant
-from bitwright_keras.graph.model import KerasModel, Node, Ref
+from bitwright_keras.graph.model import KerasModel, Node, Ref, variables_of
 
 _TYPES = {"Isnan": "IsNaN", "Isinf": "IsInf", "Isfinite": "IsFinite", "NanToNum": "NanToNum", "Argmax": "ArgMax",
           "TopK": "TopK", "Tril": "Trilu", "Triu": "Trilu", "FullLike": "ConstantOfShape"}  # fmt: skip
@@ -26,9 +29,15 @@ def mask_names(model: KerasModel, kind_of: Callable[[Node], tuple[OpKind, str]])
         for index, leaf in enumerate(_leaves((node.args, dict(node.kwargs)))):
             if isinstance(leaf, Ref):
                 operands.append(leaf.id)
-            elif node.layer is None and _reads_values(node, index) and is_constant(leaf):
+            elif node.layer is None and _is_float(leaf) and (node.type in _VALUES or (_looks_up(node) and index == 0)):
                 operands.append(f"{node.op}\0{index}")
-                constants[operands[-1]] = Extent.of(leaf)
+                constants[operands[-1]] = Extent.of_table(np.asarray(leaf)) if _looks_up(node) else Extent.of(leaf)
+        if (table := _table(node, kind)) is not None:
+            extent = Extent.of_table(table, keras.ops.convert_to_numpy)
+            if kind is OpKind.EMBEDDING or extent.offset:
+                operands.insert(0, f"{node.op}\0table")
+                constants[operands[0]] = extent
+                kind, type = _use(kind, node, model)
         steps.append(NodeView(kind, _TYPES.get(node.type, type), tuple(operands), node.outputs))
     specs = model.specs
     return masks(
@@ -48,6 +57,24 @@ def _leaves(arguments: Any) -> Iterator[Any]:
         yield arguments
 
 
-def _reads_values(node: Node, place: int) -> bool:
-    """Whether an op's operand at this place is of values that masks are made of, or a table of rows of one."""
-    return node.type in _VALUES or (node.type == "Take" and place == 0)
+def _looks_up(node: Node) -> bool:
+    """Whether an op makes its result of parts of its first operand."""
+    return node.type in ("Take", "TakeAlongAxis", "Slice")
+
+
+def _is_float(leaf: Any) -> bool:
+    return is_constant(leaf) or (isinstance(leaf, np.ndarray) and leaf.dtype.name in FLOAT_DTYPES)
+
+
+def _table(node: Node, kind: OpKind) -> keras.Variable | None:
+    """An embedding layer's table; the only variable of a layer of which nobody knows what it computes."""
+    if node.layer is None or kind not in (OpKind.EMBEDDING, OpKind.OPAQUE):
+        return None
+    found = [v for v in variables_of(node.layer).values() if keras.backend.standardize_dtype(v.dtype) in FLOAT_DTYPES]
+    return found[0] if len(found) == 1 else None
+
+
+def _use(kind: OpKind, node: Node, model: KerasModel) -> tuple[OpKind, str]:
+    """What a layer does with its table: it looks rows up in it, or adds it where it is given a signal."""
+    given = any(model.specs[t].dtype in FLOAT_DTYPES for t in node.inputs)
+    return (OpKind.ADD, "Add") if given and kind is OpKind.OPAQUE else (OpKind.SLICE, "Gather")

@@ -29,8 +29,8 @@ def read_params(model: KerasModel, ids: Collection[ParamId]) -> dict[ParamId, ND
     values: dict[ParamId, NDArray[np.float32]] = {}
     for id in ids:
         place = known_param(places, id)
-        native = native_value(place)
-        values[id] = np.array(place.layout.canonical(native), np.float32, order="C")
+        with np.errstate(over="ignore"):  # the lowest double, in a mask, is −∞
+            values[id] = np.array(place.layout.canonical(native_value(place)), np.float32, order="C")
     return values
 
 

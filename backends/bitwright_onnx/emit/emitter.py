@@ -231,4 +231,4 @@ def values_equal(expected: NDArray[Any], found: NDArray[Any], *, halves: bool = 
         return False
     whole = float(np.square(a[np.isfinite(a)]).sum())
     noise = 1e-6 if halves else 1e-9
-    return float(np.square((a - b)[apart]).sum()) <= noise * whole + 1e-24 * a.size
+    return float(np.square(a[apart] - b[apart]).sum()) <= noise * whole + 1e-24 * a.size

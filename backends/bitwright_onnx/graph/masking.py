@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import KINDS, OpKind
 from bitwright.placement import UNREAD, Extent, NodeView, masks
 from bitwright_onnx.graph.attributes import constant
 from bitwright_onnx.graph.optable import FLOAT_TYPES, is_default_domain, is_float_constant
-
-_BEGINNING = 2**22
-"""Values of a table that are looked at where an op looks rows up in it: a table of masks shows in its first rows, and
-one of words may be a network's largest weight."""
 
 
 def mask_names(graph: ir.Graph) -> frozenset[str]:
@@ -30,9 +25,7 @@ def mask_names(graph: ir.Graph) -> frozenset[str]:
                 if value is not None and is_float_constant(value) and str(value.name) not in read:
                     array = constant(value)
                     assert array is not None
-                    if read is tables:
-                        array = array.reshape(-1)[:_BEGINNING]
-                    read[str(value.name)] = Extent.of(np.asarray(array, np.float32))
+                    read[str(value.name)] = Extent.of_table(array) if read is tables else Extent.of(array)
         filled = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
         if filled is not None:
             names.append(f"{node.name}\0value")
@@ -50,4 +43,5 @@ def mask_names(graph: ir.Graph) -> frozenset[str]:
 
 
 def _is_lookup(node: ir.Node) -> bool:
-    return node.op_type in ("Gather", "GatherND", "GatherElements")
+    """Whether an op takes rows of a table; output layers that share one of words read it turned."""
+    return node.op_type in ("Gather", "GatherND", "GatherElements", "Transpose")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from bitwright.graph import ParamRole
@@ -84,7 +83,7 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
 
 def is_mask_constant(value: ir.Value) -> bool:
     """Whether a float initializer is a mask (−∞ for classes that don't count), and so no bias."""
-    return value.const_value is not None and is_mask(np.asarray(tensor_array(value.const_value), np.float32))
+    return value.const_value is not None and is_mask(tensor_array(value.const_value))
 
 
 def plain_bias(node: ir.Node) -> bool:

@@ -49,7 +49,8 @@ def to_canonical(value: ir.Value) -> NDArray[np.float32]:
     assert value.const_value is not None
     array = tensor_array(value.const_value)
     layout, shape = canonical_form(value)
-    return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
+    with np.errstate(over="ignore"):  # the lowest double, in a mask, is −∞
+        return np.asarray(array.transpose(layout).reshape(shape), np.float32, order="C")  # keeps scalars scalar
 
 
 def _native_tensor(value: ir.Value, given: np.ndarray) -> ir.TensorProtocol:

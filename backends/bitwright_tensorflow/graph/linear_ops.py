@@ -293,7 +293,7 @@ def bias_of(net: Network, found: Recognized, add: NodeDef, width: int) -> Read |
     operands = net.operands(add)
     places = [i for i, t in enumerate(operands) if not net.is_data(t)]
     if len(operands) == 2 and len(places) == 1 and add.op != "BiasAdd":
-        value = net.value(operands[places[0]])
+        value = net.held(add, places[0])
         if value is not None and is_mask(value):
             return None
     if len(operands) != 2 or len(places) != 1:

@@ -281,6 +281,12 @@ class Network:
         native = Layout(tuple(int(n or 0) for n in shape))
         return Read(tensor, (node.name, index), tensor, native, self.inference.dtype(tensor))
 
+    def held(self, node: NodeDef, index: int) -> Array | None:
+        """What a constant operand holds: its static value, or the variable's behind it, as that holds it."""
+        value = self.value(data_operands(node)[index])
+        read = self.read(node, index) if value is None else None
+        return value if read is None else self._model.values.get(read.source)
+
     def inference_has(self, tensor: TensorId) -> bool:
         """Whether a tensor lies between inputs and outputs."""
         try:

@@ -47,7 +47,8 @@ def native_value(model: TfModel, source: str) -> Array:
 
 def to_canonical(model: TfModel, read: Read) -> NDArray[np.float32]:
     """A parameter's values as its op sees them in canonical layout: the reader's own, whatever they are used for."""
-    return np.array(read.form.canonical(native_value(model, read.source)), np.float32, order="C")
+    with np.errstate(over="ignore"):  # the lowest double, in a mask, is −∞
+        return np.array(read.form.canonical(native_value(model, read.source)), np.float32, order="C")
 
 
 def checked_native(read: Read, value: NDArray[np.floating], id: ParamId) -> Array:

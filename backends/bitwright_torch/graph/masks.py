@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
-from torch import fx, nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 
-from bitwright.graph import FLOAT_DTYPES, LINEAR_KINDS, OpKind
-from bitwright.placement import Extent, NodeView, masks
+from bitwright.graph import FLOAT_DTYPES, OpKind
+from bitwright.placement import UNREAD, Extent, NodeView, masks
 from bitwright_torch.graph.model import info
 from bitwright_torch.graph.naming import call_name
 from bitwright_torch.graph.operands import Operand
@@ -17,8 +21,8 @@ from bitwright_torch.graph.optable import kind_of
 _FILLING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
 _TYPES = {"isnan": "IsNaN", "isinf": "IsInf", "isfinite": "IsFinite", "nan_to_num": "NanToNum", "argmax": "ArgMax",
           "topk": "TopK", "baddbmm": "Add"}  # fmt: skip
-_UNREAD = LINEAR_KINDS | {OpKind.EMBEDDING, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
-"""Kinds whose parameters are weights: large, and no masks."""
+_LOOKUP = (OpKind.SLICE, "Gather")
+"""What an embedding is here, as any other op that makes its result of rows of a table."""
 _WHOLE_NUMBERS = frozenset({"Where", "Add", "Sub", "Mul", "Div", "ConstantOfShape"})
 """Types among whose arguments a whole number is a value; of others it is an axis or a size."""
 
@@ -31,8 +35,10 @@ def mask_nodes(graph: fx.Graph, held: Mapping[fx.Node, Operand], model: nn.Modul
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
     for node in graph.nodes:
         if node in held:
-            if any(_kind(user) not in _UNREAD and user not in held for user in node.users):
-                constants[node.name] = Extent.of(held[node].view(model).float().cpu().numpy())
+            uses = {_classified(user) for user in node.users if user.op == "call_function" and user not in held}
+            if uses := {use for use in uses if use[0] not in UNREAD}:
+                value = held[node].view(model)
+                constants[node.name] = Extent.of_table(value, _array) if uses == {_LOOKUP} else Extent.of(_array(value))
         elif node.op == "call_function":
             kind, type = _classified(node)
             operands = []
@@ -61,14 +67,18 @@ def _classified(node: fx.Node) -> tuple[OpKind, str]:
         return OpKind.IDENTITY, "Identity"
     if name in _FILLING:
         return OpKind.OPAQUE, "ConstantOfShape"
+    if name == "embedding":
+        return _LOOKUP
     if name == "baddbmm":
         return OpKind.ADD, "Add"
     kind, type = kind_of(node)
     return kind, _TYPES.get(name, type)
 
 
-def _kind(node: fx.Node) -> OpKind:
-    return _classified(node)[0] if node.op == "call_function" else OpKind.OPAQUE
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values in a type that numpy has."""
+    wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return np.asarray(wide.cpu().numpy())
 
 
 def _is_whole(argument: object) -> bool:

@@ -286,9 +286,10 @@ class Emission:
             node = made.node
             for value in node.present:
                 array = self.nodes.values[value].array
-                if array is not None and made.kind not in UNREAD and node.type != "Gather":
-                    constants[value] = Extent.of(np.asarray(array, np.float32))
-            views.append(NodeView(made.kind, made.type, node.present, made.members[-1].outputs))
+                if array is not None and made.kind not in UNREAD and is_float(self.nodes.values[value]):
+                    constants[value] = Extent.of_table(array) if node.type == "Gather" else Extent.of(array)
+            kind = K.SLICE if made.kind is K.EMBEDDING else made.kind
+            views.append(NodeView(kind, made.type, node.present, made.members[-1].outputs))
 
         def floating(value: ValueId) -> bool:
             return value in names and is_float(self.nodes.values[value])

@@ -15,6 +15,7 @@ Backends translate their nodes to `NodeView`s, hidden ones and constants include
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,14 @@ LOST = 30.0
 """Magnitudes that mask where the form tells that they do: a softmax loses e⁻³⁰ = 10⁻¹³ beside 1."""
 _PART = 2**18
 """Values of a constant that are looked at at once."""
+_SAMPLED = 2**22
+"""Values of a table that are looked at: it may be a network's largest weight, and one of masks shows anywhere."""
+_RUNS = 16
+"""Places in a large table at which rows of it are looked at."""
 
 _READERS = frozenset({"Softmax", "LogSoftmax", "Hardmax", "ReduceLogSumExp", "ArgMax", "TopK", "Exp"})
-_MAXIMA = frozenset({"ReduceMax", "ReduceMin", "MaxPool", "GlobalMaxPool", "Sigmoid"})
+_MAXIMA = frozenset({"ReduceMax", "ReduceMin", "MaxPool", "GlobalMaxPool"})
+_LOOKUPS = frozenset({"Gather", "GatherND", "GatherElements"})
 _TESTS = frozenset({"IsNaN", "IsInf", "IsFinite", "NanToNum"})
 """Who reads a tensor through these expects it to hold NaN or ∞."""
 _FILLS = frozenset({"Where", "ScatterND", "ScatterElements"})
@@ -54,7 +60,10 @@ _SIGNAL_KINDS = LINEAR_KINDS | {
 UNREAD = LINEAR_KINDS | {OpKind.MATMUL, OpKind.BATCH_NORM, OpKind.LAYER_NORM, OpKind.NORM, OpKind.RECURRENT}
 """Kinds whose constants are weights: large, and no masks, so that nobody has to look at their values."""
 
-_NONE, _POSSIBLE, _LIKELY, _SURE = range(4)
+_NONE, _POSSIBLE, _UNEVEN, _LIKELY, _SURE = range(5)
+"""How surely something is a mask. An input of the model may be one (`_POSSIBLE`), if a softmax reads what it is added
+to. A constant with huge values among others (`_UNEVEN`) masks where they saturate what reads them, a softmax or
+sigmoid; elsewhere it may be a codebook with an outlier. Zeros beside one huge number (`_LIKELY`) are no codebook."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +87,30 @@ class Extent:
         binary = flat.size > 1 and all(bool(((p == 0) | (p == largest)).all()) for p in _magnitudes(flat))
         return cls(largest, min(low for low, _ in bounds), flat.size == 1, binary)
 
+    @classmethod
+    def of_table(cls, table: Any, read: Callable[[Any], ArrayLike] = np.asarray) -> Extent:
+        """Of an array in which rows are looked up, by runs of rows all over it.
+
+        Args:
+            table: what has a shape and gives rows by slices: an array, tensor or variable.
+            read: rows as an array, on this machine; nothing else of a table is read or copied.
+        """
+        rows = int(table.shape[0]) if len(table.shape) else 0
+        kept = max(1, _SAMPLED // max(1, math.prod(table.shape[1:])))
+        if rows <= kept:
+            return cls.of(read(table))
+        runs = min(kept, _RUNS)
+        starts = np.linspace(0, rows - kept // runs, runs).astype(int).tolist()
+        return cls.of(np.concatenate([np.asarray(read(table[at : at + kept // runs])) for at in starts]))
+
     @property
     def offset(self) -> int:
         """How surely an array is an offset by itself: it leaves something as it is, and takes the rest far away."""
         if self.largest >= BOUNDLESS:
             return _SURE
-        if self.scalar or self.smallest >= LOST:
+        if self.scalar or self.smallest >= LOST or self.largest < LOST:
             return _NONE
-        return _LIKELY if self.largest >= HUGE or (self.binary and self.largest >= LOST) else _NONE
+        return _LIKELY if self.binary else _UNEVEN if self.largest >= HUGE else _NONE
 
     def factor(self, least: float) -> int:
         """How surely a condition times this is an offset, or a tensor with this filled in masked."""
@@ -221,8 +246,15 @@ class _Search:
         arithmetic = step.kind in _CARRYING_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE}
         arithmetic |= step.type in _CARRYING_TYPES | _BOUNDS | _FILLS | {"Log"}
         arithmetic |= step.kind in _COMBINING_KINDS and not sources
-        condition = arithmetic and all(f.condition for f in known)
+        condition = arithmetic and all(f.condition for f in known) and not self._looks_up_signals(step)
         return condition, sources if condition else frozenset()
+
+    def _looks_up_signals(self, step: NodeView) -> bool:
+        """Whether rows of words, positions or biases are looked up: they are conditions where the table is of flags."""
+        if step.type not in _LOOKUPS or not step.inputs or step.inputs[0] in self._facts:
+            return False
+        table = self._constants.get(step.inputs[0])
+        return table is None or not (table.binary or table.scalar)
 
     def _given_mask(self, step: NodeView, data: Sequence[str]) -> str | None:
         """The operand of an addition that an input of the model alone makes up, where the other is computed."""
@@ -255,6 +287,8 @@ class _Search:
                 beside = [t for t in step.inputs[1:] if t in self._facts and self._is_float(t)]
                 hit.update(t for t in beside if self._facts[t].level > _NONE)
                 given.update(t for t in beside if self._facts[t].condition and self._facts[t].sources)
+            elif step.type == "Sigmoid":
+                hit.update(t for t in step.inputs[:1] if self._masks(t, _UNEVEN))
             elif step.type in _MAXIMA or step.kind is OpKind.MAX_POOL:
                 hit.update(t for t in step.inputs[:1] if self._masks(t, _LIKELY))
             if not hit.isdisjoint(step.outputs) and self._passes_on(step):
