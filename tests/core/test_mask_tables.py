@@ -120,6 +120,7 @@ def test_indices_and_bounds_are_no_masks():
     (signal,) = b.op("Relu", [x], [(None, 2000)], lambda x: [np.maximum(x, 0)])
     indices = b.constant(np.array([0, 1999]))
     (taken,) = b.op("Gather", [signal, indices], [(None, 2)], lambda x, i: [x[:, i]], attributes={"axis": 1})
-    (scores,) = b.op("Add", [more, taken], [(None, 2)], lambda a, c: [a + c])
+    (other,) = b.op("Relu", [more], [(None, 2)], lambda x: [np.maximum(x, 0)])
+    (scores,) = b.op("Add", [other, taken], [(None, 2)], lambda a, c: [a + c])
     (y,) = b.op("Softmax", [scores], [(None, 2)], lambda s: [np.exp(s)])
     assert not any(t.mask for t in b.build(FlowModel, [y]).graph.tensors.values())

@@ -176,8 +176,12 @@ def test_embeddings_of_masks_export(value, tmp_path):
         warnings.filterwarnings("error", message=".*overflow.*")
         sim = simulated(lambda rows: ops.cast(embedding(triangle(*VALUES[value]))(rows), "float32"))
         assert quality(sim) > 30
-        sim.export(tmp_path, name="net")
-        assert verify(tmp_path).problems == []
+        if "64" in value:  # the QDQ file holds float32 numbers: −∞ in its place
+            with pytest.warns(UserWarning, match="isn't written: not emittable as ONNX"):
+                sim.export(tmp_path, name="net")
+        else:
+            sim.export(tmp_path, name="net")
+            assert verify(tmp_path).problems == []
 
 
 def test_biases_by_position_keep_their_grid():

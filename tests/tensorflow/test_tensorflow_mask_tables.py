@@ -97,8 +97,12 @@ def test_variables_of_masks_export(value, resource, tmp_path):
         table = triangle(VALUES[value], np.float64 if "64" in value else np.float32)
         sim, data = simulate(lambda rows: tf.cast(tf.gather(variable(table, resource), rows), tf.float32))
         assert quality(sim.calibrate(data), data) > 30
-        sim.export(tmp_path, name="net")
-        assert verify(tmp_path).problems == []
+        if "64" in value:  # the QDQ file holds float32 numbers: −∞ in its place
+            with pytest.warns(UserWarning, match="isn't written: not emittable as ONNX"):
+                sim.export(tmp_path, name="net")
+        else:
+            sim.export(tmp_path, name="net")
+            assert verify(tmp_path).problems == []
 
 
 def test_biases_by_position_keep_their_grid():
