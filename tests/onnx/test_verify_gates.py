@@ -270,6 +270,61 @@ def test_a_crushed_part_of_a_concatenation_is_named(tmp_path):
     assert not any("Export it" in a.text for a in analysis.advice)
 
 
+SIZES = np.array([500, 500, 1], np.float32).reshape(3, 1, 1)
+BESIDE = {  # how values of other sizes come to lie side by side, without a concatenation that is an output
+    "channels of one layer": [N("Conv", ["x", "wide"], ["y"])],
+    "a product with a vector": [N("Conv", ["x", "w"], ["c"]), N("Mul", ["c", "sizes"], ["y"])],
+    "moved afterwards": [
+        N("Conv", ["x", "w"], ["c"]), N("Mul", ["c", "sizes"], ["p"]), N("Transpose", ["p"], ["y"], perm=[0, 2, 3, 1]),
+    ],
+    "a sum of padded parts": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Pad", ["c", "after"], ["p"]),
+        N("Pad", ["s", "before"], ["q"]), N("Add", ["p", "q"], ["y"]),
+    ],
+    "a selection": [N("Conv", ["x", "wide3"], ["c"]), N("Conv", ["x", "w"], ["s"]), N("Where", ["m", "c", "s"], ["y"])],
+    "concatenated, then added to": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("Add", ["j", "shift"], ["y"]),
+    ],
+    "concatenated, then multiplied": [
+        N("Conv", ["x", "two"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("Mul", ["j", "sizes"], ["y"]),
+    ],
+    "concatenated, then activated": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("Relu", ["j"], ["y"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", BESIDE)
+@pytest.mark.parametrize("evened", [False, True])
+def test_what_is_crushed_beside_larger_values_is_named(way, evened, tmp_path):
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in BESIDE[way]]
+    w, sizes = normal(3, 3, 1, 1), np.ones_like(SIZES) if evened else SIZES
+    held = {
+        "w": w, "sizes": sizes, "wide": w * sizes[..., None], "wide2": (w * sizes[..., None])[:2], "one": w[2:],
+        "wide3": w * sizes.max(), "two": w[:2], "after": np.array([0, 0, 0, 0, 0, 1, 0, 0]),
+        "before": np.array([0, 2, 0, 0, 0, 0, 0, 0]), "m": np.arange(8) % 4 > 0,
+        "shift": np.full((1, 3, 1, 1), 0.1, np.float32),
+    }  # fmt: skip
+    used = {name for node in nodes for name in node.input}
+    data = {"x": normal(16, 3, 8, 8)}
+    exported(tmp_path, nodes, {"x": ["n", 3, 8, 8]}, {"y": FLOAT}, data, **{k: v for k, v in held.items() if k in used})
+    found = verify(tmp_path, data)
+    assert found.sqnr_db["simulated_float"] > 20  # the whole looks well
+    assert len(found.problems) == (0 if evened else 1)
+    assert all("crushed" in p and "'y'" in p for p in found.problems)
+
+
+def test_a_few_idle_channels_are_no_part(tmp_path):
+    w = normal(16, 3, 1, 1)
+    w[3] /= 3000
+    data = {"x": normal(16, 3, 8, 8)}
+    exported(tmp_path, [N("Conv", ["x", "w"], ["y"])], {"x": ["n", 3, 8, 8]}, {"y": FLOAT}, data, w=w)
+    assert verify(tmp_path, data).problems == []
+
+
 def test_parts_of_one_range_are_not_crushed(tmp_path):
     sim, data = detector(tmp_path, 0.5)
     assert verify(tmp_path, data).problems == []

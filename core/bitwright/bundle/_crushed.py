@@ -1,7 +1,8 @@
-"""Outputs that quantization has silenced, alone or as a part of a concatenation, while the whole looks well.
+"""Outputs that quantization has silenced, alone or in parts, while the whole looks well.
 
 A concatenation has one grid for all that it joins. Boxes in pixels beside scores between 0 and 1 leave the scores one
-code; the output's signal to noise doesn't show it, as it is that of the boxes.
+code; the output's signal to noise doesn't show it, as it is that of the boxes. The same happens where a layer's own
+channels, a product with a vector, a sum of padded parts or a selection (Where) put values of other sizes side by side.
 """
 
 from __future__ import annotations
@@ -14,13 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Batch, Session, Tap
-from bitwright.graph import ActivationAttrs, AxisAttrs, Graph, Op, OpKind, TensorId
+from bitwright.graph import LINEAR_KINDS, ActivationAttrs, AxisAttrs, Graph, Op, OpKind, TensorId
 from bitwright.placement import Plan
 
 CRUSHED_DB = 3.0
 """Signal to noise of a part, in decibels, below which half of its power or more is noise."""
 KEEPING = frozenset({OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.IDENTITY, OpKind.PAD})
 """Ops that hand values on as they are."""
+POINTWISE = frozenset(
+    {OpKind.ADD, OpKind.MUL, OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.ELEMENTWISE}
+)
+"""Ops whose values stay where they are if all but one of their operands are constants."""
+MIXING = LINEAR_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.MATMUL}
+"""Ops whose channels may be of any sizes. Not those after which values are alike (norms), nor activations: what is
+rarely active is small without being a part of its own."""
+SELECTING = frozenset({"Where", "ScatterND", "ScatterElements"})
+"""Op types that put values of several tensors side by side, along any axis."""
+FAINT = 1e-3
+"""Power of a slice, of that of the strongest one, below which its values are of another size."""
+SHARE = 8
+"""One slice of so many that is silenced is a part of the output; fewer may be idle channels."""
 BOUNDED = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Hardmax", "Tanh"})
 """Op types whose values lie between −1 and 1, whatever comes in."""
 
@@ -34,28 +48,35 @@ class Joined:
         op: the concatenation.
         axis: along which it joins.
         inputs: what it joins.
+        carried: the last tensor, on the way to the output, in which the parts lie as in the concatenation.
     """
 
     output: TensorId
     op: Op
     axis: int
     inputs: tuple[TensorId, ...]
+    carried: TensorId
 
 
 def joined(graph: Graph) -> list[Joined]:
-    """Concatenations that reach an output through nothing but ops that keep values, nested ones too."""
+    """Concatenations that reach an output through nothing but ops that keep values, or change each by itself; nested
+    ones too."""
     found: dict[str, Joined] = {}
     for output in graph.outputs:
-        stack = [output]
+        stack = [(output, output)]
         while stack:
-            op = graph.producer(stack.pop())
+            tensor, carried = stack.pop()
+            op = graph.producer(tensor)
             if op is None:
                 continue
+            read = [t for t in op.data_inputs if graph.tensors[t].is_float]
             if op.kind in KEEPING:
-                stack += [t for t in op.data_inputs if graph.tensors[t].is_float]
+                stack += [(t, carried if op.kind is OpKind.IDENTITY else t) for t in read]
+            elif op.kind in POINTWISE and len(read) == 1:
+                stack.append((read[0], carried))
             elif op.kind is OpKind.CONCAT and isinstance(op.attrs, AxisAttrs) and op.id not in found:
-                found[op.id] = Joined(output, op, op.attrs.axis, op.data_inputs)
-                stack += op.data_inputs
+                found[op.id] = Joined(output, op, op.attrs.axis, op.data_inputs, carried)
+                stack += [(t, t) for t in op.data_inputs]
     return list(found.values())
 
 
@@ -78,6 +99,31 @@ class _Sums:
 
 
 @dataclass
+class _Slices:
+    """Signal and noise of each index along an axis."""
+
+    signal: NDArray[np.float64]
+    noise: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, real: NDArray[Any], simulated: NDArray[Any], axis: int) -> _Slices:
+        a, b = np.asarray(real, np.float64), np.asarray(simulated, np.float64)
+        finite = np.isfinite(a) & np.isfinite(b)
+        others = tuple(i for i in range(a.ndim) if i != axis)
+        signal, noise = np.where(finite, a, 0), np.where(finite, b - a, 0)
+        return cls(np.square(signal).sum(axis=others), np.square(noise).sum(axis=others))
+
+    def merged(self, other: _Slices) -> _Slices:
+        return _Slices(self.signal + other.signal, self.noise + other.noise)
+
+    def silenced(self) -> list[int]:
+        """Indices of slices of another size than the strongest one, of which nothing is left."""
+        faint = (self.signal > 0) & (self.signal < FAINT * self.signal.max(initial=0))
+        gone = np.flatnonzero(faint & (self.signal < 10 ** (CRUSHED_DB / 10) * self.noise))
+        return gone.tolist() if len(gone) * SHARE >= len(self.signal) else []
+
+
+@dataclass
 class OutputQuality:
     """Signal to noise of a model's outputs and of the parts that they are joined from, batch by batch.
 
@@ -88,13 +134,14 @@ class OutputQuality:
     graph: Graph
     _whole: dict[TensorId, _Sums] = field(default_factory=dict)
     _parts: dict[tuple[str, TensorId], _Sums] = field(default_factory=dict)
+    _slices: dict[tuple[TensorId, int], _Slices] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.joined = joined(self.graph)
         # An output that is an input is handed out as it came.
         made = [t for t in self.graph.outputs if t not in self.graph.inputs]
         outputs = [t for t in made if self.graph.tensors[t].is_float]
-        inside = [t for j in self.joined for t in (*j.inputs, j.op.output)]
+        inside = [t for j in self.joined for t in (*j.inputs, j.op.output, j.carried)]
         self.taps = tuple(Tap(t) for t in dict.fromkeys([*outputs, *inside]))
         self._outputs = outputs
 
@@ -110,15 +157,21 @@ class OutputQuality:
         for tensor in self._outputs:
             if np.shape(real[tensor]) == np.shape(simulated[tensor]):
                 self._whole.setdefault(tensor, _Sums()).add(real[tensor], simulated[tensor])
+                for axis in _part_axes(self.graph, tensor, np.ndim(real[tensor])):
+                    made, key = _Slices.of(real[tensor], simulated[tensor], axis), (tensor, axis)
+                    known = self._slices.get(key)
+                    if known is None or known.signal.shape == made.signal.shape:
+                        self._slices[key] = made if known is None else known.merged(made)
         for join in self.joined:
-            floats, whole, start = np.asarray(real[join.op.output]), np.asarray(simulated[join.op.output]), 0
+            floats, start = np.asarray(real[join.op.output]), 0
+            before, after = np.asarray(real[join.carried]), np.asarray(simulated[join.carried])
             for tensor in join.inputs:
                 value = np.asarray(real[tensor])
                 place = _place(floats, value, join.axis, start)
-                if place is not None and floats.shape == whole.shape:
+                if place is not None and floats.shape == before.shape == after.shape:
                     start = place + value.shape[join.axis]
-                    part = np.take(whole, range(place, start), axis=join.axis)
-                    self._parts.setdefault((join.op.id, tensor), _Sums()).add(value, part)
+                    part = [np.take(x, range(place, start), axis=join.axis) for x in (before, after)]
+                    self._parts.setdefault((join.op.id, tensor), _Sums()).add(*part)
 
     @property
     def decibels(self) -> dict[TensorId, float | None]:
@@ -143,7 +196,36 @@ class OutputQuality:
                     f"({join.op.type}) puts it on one grid with what has another range: give the output and "
                     f"{join.op.output!r} 16 bits, or make two outputs of it"
                 )
+        named = {j.output for j in self.joined if any(repr(j.output) in text for text in found)}
+        for (tensor, axis), slices in self._slices.items():
+            gone, whole = slices.silenced(), self._whole[tensor].decibels
+            if not gone or tensor in named or whole is None or whole < CRUSHED_DB:
+                continue
+            named.add(tensor)
+            found.append(
+                f"{len(gone)} of {len(slices.signal)} slices of output {tensor!r} along axis {axis} are crushed "
+                f"({_numbers(gone)}): less than {CRUSHED_DB:.0f} dB is left of them, while the whole output has "
+                f"{whole:.1f} dB. Their values are far smaller than the others, with which they share one grid: give "
+                f"{tensor!r} and what it is computed from 16 bits, or make two outputs of it"
+            )
         return found
+
+
+def _part_axes(graph: Graph, output: TensorId, rank: int) -> tuple[int, ...]:
+    """Axes along which an output may hold parts of different sizes, as far as its ops tell."""
+    op = graph.producer(output)
+    while op is not None and op.kind in KEEPING and op.data_inputs:
+        op = graph.producer(op.data_inputs[0])
+    if op is None or op.kind not in MIXING or op.type in BOUNDED:
+        return ()
+    if op.type in SELECTING:
+        return tuple(range(1, rank))
+    known = graph.tensors[output].channel_axis
+    return tuple(sorted({1, rank - 1} if known is None else {known % rank} - {0})) if rank > 1 else ()
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:6])) + (", …" if len(indices) > 6 else "")
 
 
 def _place(whole: NDArray[Any], part: NDArray[Any], axis: int, start: int) -> int | None:
@@ -161,7 +243,7 @@ def risky(graph: Graph, plan: Plan) -> list[tuple[str, str]]:
     """Concatenations of bounded and unbounded values that reach an output on 8 bits or fewer: op, and why."""
     found = []
     for join in joined(graph):
-        spec = plan.spec(join.op.output)
+        spec = plan.spec(join.op.output) or plan.spec(join.carried)  # fused into what follows
         if spec is None or spec.float_format is not None or spec.bits > 8:
             continue
         bounded = [t for t in join.inputs if _is_bounded(graph, t)]
