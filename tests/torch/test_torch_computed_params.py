@@ -232,3 +232,31 @@ def test_techniques_improve_layers_with_computed_weights():
     before = sqnr(net(data).detach().numpy(), sim.predict({"x": data.numpy()})[0])
     sim.apply("gptq", {"x": data.numpy()}).calibrate({"x": data.numpy()})
     assert sqnr(net(data).detach().numpy(), sim.predict({"x": data.numpy()})[0]) > before
+
+
+RESULTS = {
+    "sigmoid": lambda s: torch.sigmoid(s.g),
+    "softmax": lambda s: torch.softmax(s.m, -1),
+    "conv": lambda s: s.c(s.k),
+    "linear": lambda s: F.linear(s.m, s.m, s.m[:, 0]),
+}
+
+
+class WithResult(Net):
+    def forward(self, x):
+        return self.d(torch.relu(self.c(x))), self.give(self)
+
+
+@pytest.mark.parametrize("of", RESULTS)
+def test_results_of_parameters_alone(of, tmp_path):
+    torch.manual_seed(0)
+    net = WithResult(RESULTS[of])
+    net.k = nn.Parameter(torch.randn(1, 3, 4, 4))
+    sim = QuantSim(net.eval(), IMAGES[:2]).calibrate(IMAGES.numpy())
+    bundle = sim.export(tmp_path, name="m")
+    with torch.no_grad():
+        wanted = [v.numpy() for v in net(IMAGES)]
+    session = ort.InferenceSession(bundle.files["qdq"])
+    found = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    assert [sqnr(a, b) > 25 for a, b in zip(wanted, found, strict=True)] == [True, True]
+    assert verify(tmp_path, {"x": IMAGES.numpy()}).problems == []

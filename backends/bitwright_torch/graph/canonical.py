@@ -21,6 +21,7 @@ from torch import fx, nn
 from bitwright.graph import (
     CONSTANT_KINDS,
     FLOAT_DTYPES,
+    LINEAR_KINDS,
     ActivationAttrs,
     Attrs,
     Call,
@@ -157,7 +158,7 @@ class _Builder:
         else:
             kind = OpKind.OPAQUE
         params = self._register(kind, name, roles)
-        if params is None:
+        if params is None or (kind in LINEAR_KINDS and not self._activations(node)):  # a result of parameters alone
             kind, attrs, params = OpKind.OPAQUE, None, {}
         if kind is OpKind.IDENTITY and not any(n in self._visible for n in value_operands(node)):
             kind = OpKind.OPAQUE  # a result that has an input's dtype alone

@@ -42,7 +42,7 @@ def _bounds(op: Op, found: Mapping[TensorId, Range]) -> Range | None:
     if isinstance(op.attrs, ActivationAttrs) and op.attrs.minimum is not None and op.attrs.maximum is not None:
         return op.attrs.minimum, op.attrs.maximum
     if not op.data_inputs or op.params or any(t not in found for t in op.data_inputs):
-        return found.get(op.data_inputs[0]) if preserves_grid(op) else None
+        return found.get(op.data_inputs[0]) if op.data_inputs and preserves_grid(op) else None
     ranges = [found[t] for t in op.data_inputs]
     if op.kind is OpKind.MUL and len(ranges) == len(op.inputs) == 2:
         ends = [a * b for a in ranges[0] for b in ranges[1]]
@@ -56,7 +56,7 @@ def _bounds(op: Op, found: Mapping[TensorId, Range]) -> Range | None:
 
 def compared(graph: Graph) -> frozenset[TensorId]:
     """Scores that are compared with each other: what a softmax reads, or a sigmoid whose values are read so."""
-    gates = (op for op in graph if op.type in ("Sigmoid", "HardSigmoid"))
+    gates = (op for op in graph if op.type in ("Sigmoid", "HardSigmoid") and op.data_inputs)
     return frozenset(
         (*(s.scores for s in softmaxes(graph)), *(op.data_inputs[0] for op in gates if _handed_out(graph, op.output)))
     )
