@@ -1,6 +1,7 @@
 """Modules that keep tensors on themselves and renew them when shapes change: detection heads, positions, masks."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import onnxruntime as ort  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitwright import QuantSim  # noqa: E402
+from bitwright.errors import ModelError  # noqa: E402
 from bitwright.verify import sqnr  # noqa: E402
 from bitwright_torch import CaptureNotice  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
@@ -167,3 +169,120 @@ def test_a_batch_that_code_fixes_is_told():
     with pytest.warns(CaptureNotice, match="fixed input shapes"):
         model = TorchBackend().adopt(Fixed().eval(), torch.randn(3, 4))
     assert TorchBackend().input_specs(model)["x"][0] == (3, 4)
+
+
+TABLE, LAST = {}, None
+
+
+@functools.lru_cache
+def positions(width):
+    return torch.linspace(-1, 1, width)
+
+
+def remembering(function):
+    held = {}
+
+    @functools.wraps(function)
+    def inner(width):
+        if width not in held:
+            held[width] = function(width)
+        return held[width]
+
+    return inner
+
+
+@remembering
+def remembered(width):
+    return torch.linspace(-1, 1, width)
+
+
+class Elsewhere(nn.Module):
+    """Keeps positions outside of itself, in the ways that there are."""
+
+    by_width = {}  # noqa: RUF012 - a cache, as people write them
+
+    def __init__(self, way):
+        super().__init__()
+        self.c, self.way, self.nested, self.maker = nn.Conv2d(3, 4, 3, padding=1), way, {"of": {}}, Maker()
+
+    def forward(self, x):
+        y = self.c(x)
+        return y + getattr(self, self.way)(y.shape[-1])
+
+    def lru_cache(self, width):
+        return positions(width)
+
+    def closure(self, width):
+        return remembered(width)
+
+    def global_table(self, width):
+        if width not in TABLE:
+            TABLE[width] = torch.linspace(-1, 1, width)
+        return TABLE[width]
+
+    def global_variable(self, width):
+        global LAST  # noqa: PLW0603
+        if LAST is None or LAST.shape[0] != width:
+            LAST = torch.linspace(-1, 1, width)
+        return LAST
+
+    def on_the_class(self, width):
+        if width not in self.by_width:
+            self.by_width[width] = torch.linspace(-1, 1, width)
+        return self.by_width[width]
+
+    def nested_tables(self, width):
+        held = self.nested["of"].setdefault("cpu", {})
+        if width not in held:
+            held[width] = torch.linspace(-1, 1, width)
+        return held[width]
+
+    def helper_object(self, width):
+        return self.maker.of(width)
+
+    def default_argument(self, width, held={}):  # noqa: B006 - a cache, as people write them
+        if width not in held:
+            held[width] = torch.linspace(-1, 1, width)
+        return held[width]
+
+
+class Maker:
+    kept = None
+
+    def of(self, width):
+        if self.kept is None or self.kept.shape[0] != width:
+            self.kept = torch.linspace(-1, 1, width)
+        return self.kept
+
+
+WAYS = [
+    "lru_cache", "closure", "global_table", "global_variable", "on_the_class", "nested_tables", "helper_object",
+    "default_argument",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_caches_outside_of_modules_hold_no_tensors_without_data(way):
+    torch.manual_seed(0)
+    module = Elsewhere(way).eval()
+    x = torch.randn(4, 3, 6, 7)
+    for _ in range(2):  # the second time with what the first one left
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CaptureNotice)
+            sim = QuantSim(module, x[:2]).calibrate(x.numpy())
+        with torch.no_grad():
+            for size in (1, 4):
+                wanted = module(x[:size])
+                assert type(wanted) is torch.Tensor
+                assert torch.equal(sim.native(x[:size]), wanted)
+
+
+def test_tensors_without_data_of_another_trace_are_refused():
+    module = Elsewhere("global_table").eval()
+    x = torch.randn(4, 3, 6, 9)
+    torch.export.export(module, (x,))
+    try:
+        with pytest.raises(ModelError, match=r"tensor without data in a cache.*empty that cache"):
+            QuantSim(module, x)
+    finally:
+        TABLE.clear()

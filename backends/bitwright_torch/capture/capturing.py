@@ -14,7 +14,7 @@ import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from bitwright.backend import user_state_kept
 from bitwright.errors import ModelError, first_line
 from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, with_batch
 from bitwright_torch.capture.functionalize import functionalize
@@ -37,6 +38,11 @@ from bitwright_torch.graph.visibility import data_nodes
 
 aten = torch.ops.aten
 _LARGEST = 2**63 - 1
+WITHOUT_DATA = (
+    "an earlier torch.export or torch.compile has left a tensor without data in a cache of the model's code; empty "
+    "that cache, or open the model in a new process"
+)
+"""What to tell where the user's code meets what a trace other than ours has left."""
 
 
 class CaptureNotice(UserWarning):
@@ -148,24 +154,10 @@ def _export(holder: nn.Module, arguments: Arguments, dynamic_shapes: Any) -> Exp
         )
 
 
-@contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
-    """Give every attribute back what it was: traced modules keep tensors without data, and sizes that are symbols."""
-    saved = [(part, dict(part.__dict__), _contents(part)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes, contents in saved:
-            part.__dict__.clear()
-            part.__dict__.update(attributes)
-            for held, content in contents:
-                held.clear()
-                held.extend(content) if isinstance(held, list) else held.update(content)
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """What the containers among a module's attributes hold: its tensors and children too."""
-    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, list | dict | set)]
+def kept(module: nn.Module) -> AbstractContextManager[None]:
+    """Give all that the module's code reaches back what it was: traced code keeps tensors without data, and sizes that
+    are symbols, on modules, in dictionaries and behind caches."""
+    return user_state_kept(module, holders=(nn.Module,))
 
 
 def capture_error(holder: nn.Module, error: Exception) -> ModelError:
@@ -186,6 +178,8 @@ def _user_frame(trace: str) -> str | None:
 
 def _remedy(text: str) -> str:
     parts = "or name the parts to capture: modules=['backbone', …], the Python around them stays"
+    if "fake tensor" in text or "FakeTensor" in text:
+        return WITHOUT_DATA
     if "data-dependent" in text or "Could not guard" in text or "unbacked" in text:
         return f"its control flow or shapes depend on the data: use torch.where or masks there, {parts}"
     if "Constraints violated" in text or "dynamic" in text.lower():

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import Edit, FoldBatchNorm, Graph, Op, OpKind, ParamId, SetParams, Tensor
-from bitwright_torch.capture.capturing import CaptureNotice, capture, kept, private_copy
+from bitwright_torch.capture.capturing import WITHOUT_DATA, CaptureNotice, capture, kept, private_copy
 from bitwright_torch.capture.free_dimensions import with_batch
 from bitwright_torch.graph.calling import Arguments, CallingConvention, Spec, arguments_of, convention_of
 from bitwright_torch.graph.canonical import canonical
@@ -224,6 +225,8 @@ def _record(root: nn.Module, arguments: Arguments) -> tuple[dict[str, _Call], An
     finally:
         for handle in handles:
             handle.remove()
+    if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(result)):
+        raise ModelError(f"what {type(root).__name__} computes of the sample has no data: {WITHOUT_DATA}")
     return calls, result
 
 

@@ -72,6 +72,7 @@ from bitwright.backend._settled import settled
 from bitwright.backend._simulated import SimulationBase
 from bitwright.backend._sites import Sites
 from bitwright.backend._taps import Places, Reduction, Tap, picked, reduced, thinned_places
+from bitwright.backend._user_state import user_state_kept
 
 __all__ = [
     "ArtefactWriter",
@@ -160,6 +161,7 @@ __all__ = [
     "thinned_places",
     "trial_batches",
     "trim",
+    "user_state_kept",
     "warn_where_it_began",
     "without_native_logs",
 ]

@@ -1,0 +1,167 @@
+"""What code keeps while it is traced is gone afterwards, wherever it keeps it."""
+
+import functools
+from collections import deque
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from bitwright.backend import user_state_kept
+
+TABLE = {"before": 0}
+LAST = None
+LONG = [0]
+
+
+@functools.lru_cache
+def cached(n):
+    return object()
+
+
+def helper(value):
+    TABLE[value] = value
+    LONG.append(value)
+
+
+def remembering(function):
+    held = {}
+
+    @functools.wraps(function)
+    def inner(n):
+        return held.setdefault(n, function(n))
+
+    inner.held = held
+    return inner
+
+
+@remembering
+def remembered(n):
+    return object()
+
+
+def counting():
+    count = 0
+
+    def step():
+        nonlocal count
+        count += 1
+        return count
+
+    return step
+
+
+def with_default(value, held=[]):  # noqa: B006 - a cache, as people write them
+    held.append(value)
+    return held
+
+
+class Plain:
+    table = {}  # noqa: RUF012 - a cache, as people write them
+    seen = None
+
+    def __init__(self):
+        self.values, self.nested, self.queue = [1], {"a": {}}, deque([1])
+
+
+class Model(Plain):
+    def __init__(self):
+        super().__init__()
+        self.part, self.tuple, self.step = Plain(), ({},), functools.partial(with_default, 1)
+
+    @property
+    def shown(self):
+        return helper(9)
+
+    def globals(self):
+        global LAST, NEW  # noqa: PLW0603
+        helper(1)
+        LAST = NEW = self
+
+    def attributes(self):
+        self.values.append(2)
+        self.values = None
+        self.new = 1
+        self.nested["a"]["b"] = 1
+        self.queue.append(2)
+        self.part.values.append(1)
+        self.part.seen = 1
+        self.tuple[0][1] = 1
+
+    def on_the_class(self):
+        type(self).seen = 1
+        Plain.table[1] = 2
+        Model.other = 3
+
+    def behind_functions(self):
+        cached(1)
+        remembered(1)
+        self.step()
+        with_default(2)
+        helper.note = 1
+        return self.shown
+
+
+def reachable():
+    model = MODEL
+    own = {k: str(v) for k, v in model.__dict__.items() if k not in ("part", "step")}
+    classes = [{k: v for k, v in vars(c).items() if not k.startswith("__")} for c in (Plain, Model)]
+    scope = {k: globals().get(k, "absent") for k in ("LAST", "NEW")}
+    return (
+        str(own), str(model.part.__dict__), str(classes), str(scope), str(TABLE), str(LONG), str(remembered.held),
+        str(with_default.__defaults__), str(helper.__dict__), cached.cache_info().currsize,
+    )  # fmt: skip
+
+
+MODEL = Model()
+
+
+@pytest.mark.parametrize("way", ["globals", "attributes", "on_the_class", "behind_functions"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_is_put_back(way, fails):
+    before = reachable()
+    try:
+        with user_state_kept(MODEL):
+            getattr(MODEL, way)()
+            assert reachable() != before
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert reachable() == before
+
+
+def test_closures_are_put_back():
+    step = counting()
+    with user_state_kept(step):
+        assert step() == 1
+    assert step() == 1
+
+
+def test_what_the_user_had_cached_stays_where_nothing_was_added():
+    cached.cache_clear()
+    first = cached(5)
+    with user_state_kept(MODEL):
+        assert cached(5) is first
+    assert cached(5) is first
+
+
+def test_modules_are_looked_into_by_the_names_that_code_uses():
+    other = ModuleType("users_other_module")
+    exec("store = {}\ndef keep(n):\n    store[n] = n\n", other.__dict__)
+    scope = {"other": other, "__name__": "users_module"}
+    exec("def run():\n    other.keep(1)\n", scope)
+    with user_state_kept(scope["run"]):
+        scope["run"]()
+        assert other.store
+    assert not other.store
+
+
+def test_objects_of_libraries_are_left_alone_but_for_holders():
+    held = SimpleNamespace(a=[])
+    with user_state_kept([held]):
+        held.a.append(1)
+    assert held.a == [1]
+    with user_state_kept([held], holders=(SimpleNamespace,)):
+        held.a.append(2)
+        held.b = 1
+    assert held.__dict__ == {"a": [1]}
