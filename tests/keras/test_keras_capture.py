@@ -121,6 +121,49 @@ def test_subclassed_models_are_captured_through_call() -> None:
     assert graph.op("conv").params[ParamRole.WEIGHT] == "conv/kernel"
 
 
+class Remembers(L.Layer):
+    """Keeps what it computed last, and the positions of each width, on itself and on its class."""
+
+    positions = {}  # noqa: RUF012 - a cache, as people write them
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense, self.last, self.widths = L.Dense(4), None, {}
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x):
+        width = x.shape[-1]
+        if width not in self.positions:
+            self.positions[width] = self.widths[width] = ops.ones_like(x) * 0.5
+        self.last = self.dense(x) * ops.mean(self.positions[width])
+        return self.last
+
+
+def test_layers_that_remember_are_left_as_they_were() -> None:
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = Remembers()
+
+        def build(self, shape):
+            self.inner.build(shape)
+            self.built = True
+
+        def call(self, x):
+            return ops.relu(self.inner(x))
+
+    x = normal(3, 6)
+    model = Net()
+    model.build((None, 6))
+    for _ in range(2):
+        equal(model, x, sample=x)
+        assert model.inner.last is None or not isinstance(model.inner.last, keras.KerasTensor)
+        assert not any(isinstance(v, keras.KerasTensor) for v in (*Remembers.positions.values(), *model.inner.widths))
+
+
 @pytest.mark.filterwarnings("ignore:variable 'subclassed/shift', which:bitwright_keras.CaptureNotice")
 def test_an_unbuilt_model_needs_a_sample() -> None:
     with pytest.raises(ModelError, match=r"never called|sample batch"):

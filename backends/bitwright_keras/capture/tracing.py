@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from bitwright.backend import user_state_kept
 from bitwright.errors import ModelError
 from bitwright_keras.capture.training_mode import takes_training
 from bitwright_keras.graph.native import first_line
@@ -119,12 +120,13 @@ def _record(
     context = layer._get_call_context()
     context.training = training
     try:
-        outputs = layer.call(*new_args, **called_with)
-        leaves = keras.tree.flatten(outputs)
-        if not leaves or not all(isinstance(x, keras.KerasTensor) for x in leaves):
-            raise ModelError("it returns what is not a tensor")
-        layer._maybe_reset_call_context()
-        recording = recorded(keras.Function(fresh, outputs))
+        with user_state_kept(layer, holders=(keras.Operation,)):
+            outputs = layer.call(*new_args, **called_with)
+            leaves = keras.tree.flatten(outputs)
+            if not leaves or not all(isinstance(x, keras.KerasTensor) for x in leaves):
+                raise ModelError("it returns what is not a tensor")
+            layer._maybe_reset_call_context()
+            recording = recorded(keras.Function(fresh, outputs))
     except Exception as error:
         raise _refused(layer, first_line(error)) from error
     finally:
