@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from bitwright.errors import MissingExtraError
 from bitwright.hookspecs import BackendInfo, RuntimeInfo, hookimpl
 
 if TYPE_CHECKING:
@@ -47,11 +48,25 @@ def register_runtimes() -> list[RuntimeInfo]:
 
 
 def backend() -> KerasBackend:
-    """The backend; what TensorFlow logs while it is imported stays out of the output, unless it is an error."""
+    """The backend; what TensorFlow logs while it is imported stays out of the output, unless it is an error.
+
+    Raises:
+        MissingExtraError: what Keras computes with isn't installed.
+    """
     from bitwright.backend import without_native_logs
 
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what is one reaches Python as an exception
-    with without_native_logs("tensorflow"):
-        from bitwright_keras.backend import KerasBackend
+    try:
+        with without_native_logs("tensorflow"):
+            from bitwright_keras.backend import KerasBackend
+    except ModuleNotFoundError as error:
+        absent = (error.name or "").partition(".")[0]
+        if absent not in ("tensorflow", "torch", "jax"):
+            raise
+        raise MissingExtraError(
+            f"Keras is installed, but not what it computes with, {absent}: "
+            'pip install "bitwright[keras,tensorflow]", or set KERAS_BACKEND to torch or jax where one of these is '
+            "installed"
+        ) from None
     return KerasBackend()

@@ -16,6 +16,7 @@ from bitwright.calibration import full_table
 from bitwright.data import (
     DataLike,
     Dataset,
+    ImageOptions,
     InputSpecs,
     Samples,
     TextOptions,
@@ -162,7 +163,13 @@ class SimState:
         return full_table(self.plan, self.encodings)
 
     def open(
-        self, data: DataLike, *, batch_size: int = 8, limit: int | None = None, text: TextOptions | None = None
+        self,
+        data: DataLike,
+        *,
+        batch_size: int = 8,
+        limit: int | None = None,
+        text: TextOptions | None = None,
+        images: ImageOptions | None = None,
     ) -> Dataset:
         """See `QuantSim.open`."""
         if isinstance(data, Dataset):
@@ -170,9 +177,8 @@ class SimState:
         require_ranks(self.graph, self.inputs)
         if is_forward_pass(data):
             data = recorded(self.backend, self.native, data)
-        return open_data(
-            data, self.inputs, batch_size=batch_size, limit=limit, text=text or TextOptions.beside(self.source)
-        )
+        text = text or TextOptions.beside(self.source)
+        return open_data(data, self.inputs, batch_size=batch_size, limit=limit, images=images, text=text)
 
     def computes_as(self, other: SimState) -> bool:
         """Whether a simulation of the other serves for this one: it has the very same model, plan and encodings."""

@@ -105,6 +105,7 @@ def test_verify_fails_when_the_runtime_departs(net, exported, run, tmp_path):
     [
         (lambda folder: None, "is not a directory"),
         (lambda folder: folder.mkdir(), "holds 0 encodings files"),
+        (lambda folder: (folder.mkdir(), (folder / "quantsim.json").write_text("{}")), "a saved simulation; export it"),
         (lambda folder: (folder.mkdir(), (folder / "a.encodings").write_text("{}")), "no model a"),
     ],
 )

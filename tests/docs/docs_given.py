@@ -140,6 +140,17 @@ def bank() -> Names:
     return found
 
 
+def photographed() -> Names:
+    """A model, and a folder of pictures."""
+    from PIL import Image
+
+    Path("photos").mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(f"photos/{number}.png")
+    return onnx_files("mobilenet.onnx")
+
+
 def clusters() -> Names:
     """A client: threads are executors too."""
     from concurrent.futures import ThreadPoolExecutor
@@ -279,7 +290,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "on-target.md": lambda: exported("mobilenet.onnx"),
     "pytorch.md": torch_training,
     "techniques.md": lambda: onnx_files("mobilenet.onnx"),
-    "quickstart.md": lambda: onnx_files("mobilenet.onnx"),
+    "quickstart.md": photographed,
     "deploy/onnxruntime.md": lambda: onnx_files("mobilenet.onnx"),
     "deploy/openvino.md": lambda: onnx_files("mobilenet.onnx"),
     "deploy/qualcomm.md": lambda: onnx_files("mobilenet.onnx"),

@@ -1,6 +1,8 @@
 """A Keras model that runs on PyTorch is an nn.Module too; the backend of the nearer class gets it."""
 
 import importlib.machinery
+import os
+import subprocess
 import sys
 import types
 
@@ -37,3 +39,21 @@ def test_the_nearest_class_decides(monkeypatch) -> None:
     registry = Registry(default_plugins=["two_backends"], entry_points=False)
     assert registry.backend_for_model(own()).name == "near"
     assert registry.backend_for_model(far()).name == "far"
+
+
+def test_keras_without_what_it_computes_with_names_the_way_out() -> None:
+    script = """
+import sys
+sys.modules["tensorflow"] = None  # as where only keras was installed
+from bitwright.errors import MissingExtraError
+from bitwright_keras.plugin import backend
+try:
+    backend()
+except MissingExtraError as error:
+    print(error)
+"""
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert 'not what it computes with, tensorflow: pip install "bitwright[keras,tensorflow]"' in done.stdout, (
+        done.stderr
+    )

@@ -1,6 +1,7 @@
 """What a newcomer types first: print(sim), sim(x), sim["site"], short names of types and schemes, subgraphs."""
 
 import copy
+import pickle
 import sys
 import types
 import warnings
@@ -9,8 +10,8 @@ import builders as b
 import numpy as np
 import pytest
 
-from bitwright.data import ImplausibleDataWarning, doubt_of_accuracy
-from bitwright.errors import EncodingError, InputError, MissingExtraError
+from bitwright.data import ImageOptions, ImplausibleDataWarning, doubt_of_accuracy
+from bitwright.errors import CapabilityError, EncodingError, InputError, MissingExtraError
 from bitwright.grids import parse_type
 from bitwright.placement import Float, Fused
 from bitwright.report import read_report
@@ -299,6 +300,18 @@ class TestImplausibleData:
         with pytest.warns(ImplausibleDataWarning, match="spans 0 to 255, but the network was calibrated on -"):
             simulation().calibrate(DATA).predict({"x": pixels.astype(np.float32)})
 
+    def test_images_from_minus_one_for_ranges_from_zero(self):
+        sim = simulation().calibrate({"x": np.abs(DATA["x"])})
+        top = float(np.abs(DATA["x"]).max())
+        values = np.full((1, 3, 8, 8), 0.5 * top, np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ImplausibleDataWarning)
+            values[0, 0, 0, 0] = -0.2 * top
+            sim.predict({"x": values})
+        values[0, 0, 0, 0] = -top
+        with pytest.warns(ImplausibleDataWarning, match="but the network was calibrated on 0 to"):
+            sim.predict({"x": values})
+
     def test_plausible_data_are_not_remarked_on(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -329,3 +342,24 @@ def test_a_simulation_is_copied_as_python_copies_and_the_copy_goes_its_own_way()
 def test_a_site_kept_in_float_says_so_once_with_the_reason():
     sim = simulation().calibrate(DATA)
     assert repr(sim["r2"].float()) == "<r2: float, kept in float by an override>"
+
+
+def test_pickling_names_the_way_out(tmp_path):
+    sim = simulation().calibrate(DATA)
+    with pytest.raises(CapabilityError, match=r"save\(folder\) keeps it, and QuantSim\.load\(folder\) opens it"):
+        pickle.dumps(sim)
+    for twin in (copy.copy(sim), copy.deepcopy(sim), QuantSim.load(sim.save(tmp_path / "kept"))):
+        assert np.array_equal(twin.predict(DATA)[0], sim.predict(DATA)[0])
+
+
+def test_images_of_a_folder_are_scaled_as_asked_for(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    sim = simulation()
+    (plain,) = sim.open(tmp_path)
+    (scaled,) = sim.open(tmp_path, images=ImageOptions(scaling="-1..1"))
+    assert np.array_equal(plain["x"], (pixels.transpose(0, 3, 1, 2) / 255).astype(np.float32))
+    assert np.allclose(scaled["x"], 2 * plain["x"] - 1, atol=1e-6)
+    assert float(sim.calibrate(sim.open(tmp_path, images=ImageOptions(scaling="-1..1")))["x"].encoding.minimum) < -0.9

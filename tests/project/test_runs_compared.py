@@ -58,6 +58,19 @@ def test_the_difference_says_what_was_done_differently_and_what_came_of_it():
     assert found.layers == ((EVIL, 39.0, 38.0),)
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ("-1 to 1", "-1 to 1, not the same inside")),
+        ({"scale_smallest": 1e-7}, ("scales 0.1 to 0.1", "scales 1e-07 to 0.1")),
+    ],
+)
+def test_grids_of_the_same_ends_are_told_apart(changed, told):
+    report = run()
+    site = report.sites[0].model_copy(update={"digest": "other", **changed})
+    assert difference(report, report.model_copy(update={"sites": (site,)})).sites == (("x", "grid", *told),)
+
+
 def test_equal_runs_differ_in_nothing_and_decisions_are_told():
     found = difference(run(simulated=0.8), run(simulated=0.8))
     assert not found.settings and not found.sites

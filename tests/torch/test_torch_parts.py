@@ -435,3 +435,16 @@ def test_images_of_which_a_network_makes_images_are_no_batches_of_channels(joine
     assert sim.open(feeds).samples == 4
     with pytest.raises(InputError, match=r"shape \[6, 8, 8\], but the model takes \[3, 8, 8\]"):
         sim.open({"images": [np.ones((6, 8, 8), np.float32)] * 2})
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (torch.zeros(2, 8, 8, 3), r"float32 \[2, 8, 8, 3\].*expected input.* to have 3 channels"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"uint8 \[2, 3, 8, 8\]"),
+    ],
+)
+def test_a_sample_that_the_model_does_not_take_is_named(sample, reason):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    with pytest.raises(ModelError, match=f"Sequential doesn't run on the sample, {reason}.*axes in their order"):
+        QuantSim(model, sample)

@@ -126,7 +126,7 @@ def export_program(
             exported = _export(holder, arguments, wanted)
         except Exception as error:
             if dynamic_shapes is not None:
-                raise capture_error(holder, error) from error
+                raise capture_error(holder, error, given) from error
             reason = first_line(error, 200)
         else:
             if dynamic_shapes is not None or not (fixed := _fixed(exported)):
@@ -141,7 +141,7 @@ def export_program(
     try:
         exported = _export(holder, given, None)
     except Exception as error:
-        raise capture_error(holder, error) from error
+        raise capture_error(holder, error, given) from error
     if wanted is not None:
         notices.append(f"the model is captured with fixed input shapes; a free batch size isn't possible: {reason}")
     return exported
@@ -160,8 +160,22 @@ def kept(module: nn.Module) -> AbstractContextManager[None]:
     return user_state_kept(module, holders=(nn.Module,))
 
 
-def capture_error(holder: nn.Module, error: Exception) -> ModelError:
-    """What to tell the user about a failed export."""
+def capture_error(holder: nn.Module, error: Exception, arguments: Arguments) -> ModelError:
+    """What to tell the user about a failed export; of a model that can't run on the sample either, just that.
+
+    Args:
+        holder: what was to be captured.
+        error: what export raised.
+        arguments: the sample.
+    """
+    try:
+        with torch.no_grad(), kept(holder):
+            holder(*arguments.args, **arguments.kwargs)
+    except Exception as failure:
+        return ModelError(
+            f"{type(holder).__name__} doesn't run on the sample, {_shapes(arguments)}: {first_line(failure)}; give a "
+            "batch of what the model takes, with its axes in their order"
+        )
     trace = "".join(traceback.format_tb(error.__traceback__))
     line = last_user_line(str(error)) or _user_frame(trace)
     reason = first_line(error)
@@ -169,6 +183,14 @@ def capture_error(holder: nn.Module, error: Exception) -> ModelError:
     return ModelError(
         f"{name} can't be captured: {reason}" + (f" (at {line})" if line else "") + f"; {_remedy(str(error))}"
     )
+
+
+def _shapes(arguments: Arguments) -> str:
+    told = [
+        f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf in pytree.tree_leaves((arguments.args, arguments.kwargs))
+    ]
+    return ", ".join(told[:4]) + (", …" if len(told) > 4 else "")
 
 
 def _user_frame(trace: str) -> str | None:

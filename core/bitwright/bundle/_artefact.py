@@ -543,6 +543,8 @@ def find_bundle(directory: Path, name: str | None = None) -> Bundle:
         more = f" ({names}); choose one by --name" if found else ""
         if not found and any(directory.glob(f"{stems}.qdq.onnx")):
             more = ": the export is incomplete, it was interrupted or files are gone; export it again"
+        elif not found and name is None and (directory / "quantsim.json").is_file():
+            more = ": it is a saved simulation; export it, QuantSim.load(folder).export(other_folder)"
         raise InputError(f"{directory} holds {len(found)} encodings files{more}")
     stem = found[0].stem
     suffixes = [s for info in registry.backends().values() for s in info.suffixes]

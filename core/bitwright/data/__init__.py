@@ -7,6 +7,7 @@ from bitwright.data._cut_cache import CACHE_BYTES, CutCache, close_all
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._first import first_arrays
 from bitwright.data._forward import is_forward_pass, recorded
+from bitwright.data._images import ImageOptions
 from bitwright.data._plausible import (
     ImplausibleDataWarning,
     Watching,
@@ -25,6 +26,7 @@ __all__ = [
     "DataLike",
     "Dataset",
     "FirstSamples",
+    "ImageOptions",
     "ImplausibleDataWarning",
     "InputSpecs",
     "Remembering",

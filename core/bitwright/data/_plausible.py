@@ -18,6 +18,8 @@ FAR = 8.0
 """How many times larger than their grid values must be to be another scale, and not just rare."""
 SMALL = 64.0
 """How many times smaller."""
+CUT = 4.0
+"""Values below zero that a grid from zero on cuts off are rare ones up to this part of its range."""
 
 
 class ImplausibleDataWarning(UserWarning):
@@ -133,7 +135,9 @@ def doubts_of_scale(seen: Mapping[str, Seen], ranges: Mapping[str, tuple[float, 
         if s is None or not s.count:
             continue
         reach, own = max(-s.low, s.high), max(-low, high)
-        if own > 0 and (reach > FAR * own or 0 < reach < own / SMALL):
+        # Images from -1 to 1 and from 0 to 1 have one scale, and still aren't preprocessed alike.
+        below = low >= 0 and s.low < -own / CUT
+        if own > 0 and (below or reach > FAR * own or 0 < reach < own / SMALL):
             found.append(
                 f"input {name!r} spans {s.low:.4g} to {s.high:.4g}, but the network was calibrated on {low:.4g} to "
                 f"{high:.4g}: are the data preprocessed as those to calibrate were?"

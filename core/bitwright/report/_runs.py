@@ -129,8 +129,20 @@ def _site(site: str, a: SiteRow | None, b: SiteRow | None) -> list[tuple[str, st
     if _decided(a) != _decided(b):
         return [(site, "decision", f"{a.decision}, {a.detail}", f"{b.decision}, {b.detail}")]
     if a.digest != b.digest:
-        return [(site, "grid", _range(a), _range(b))]
+        return [(site, "grid", *_grids(a, b))]
     return []
+
+
+def _grids(a: SiteRow, b: SiteRow) -> tuple[str, str]:
+    """Two grids that differ, told so that it is seen: channels inside the same ends may."""
+    first, second = _range(a), _range(b)
+    if first != second:
+        return first, second
+    if a.scale_smallest is not None and a.scale_largest is not None:
+        scales = [f"scales {s.scale_smallest:.6g} to {s.scale_largest:.6g}" for s in (a, b)]
+        if scales[0] != scales[1]:
+            return scales[0], scales[1]
+    return first, f"{second}, not the same inside"
 
 
 def _decided(site: SiteRow) -> tuple[str, str]:

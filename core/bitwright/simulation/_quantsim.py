@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from bitwright.data import (
     SAMPLES,
     DataLike,
     Dataset,
+    ImageOptions,
     Remembering,
     Samples,
     TextOptions,
 )
-from bitwright.errors import InputError
+from bitwright.errors import CapabilityError, InputError
 from bitwright.graph import OpKind
 from bitwright.grids import Encoding
 from bitwright.metrics import Figure
@@ -194,6 +195,12 @@ class QuantSim(StateView):
         """A fork: states and models are never changed in place, so nothing of them has to be copied."""
         return self._twin(_fork.fork(self._state, wanted_by="a copy"))
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CapabilityError(
+            "a QuantSim can't be pickled: save(folder) keeps it, and QuantSim.load(folder) opens it, in other "
+            "processes too"
+        )
+
     def retyped(self, types: Mapping[SiteId, str]) -> Self:
         """A fork with other types at some sites; encodings of another type are dropped, frozen ones too.
 
@@ -250,15 +257,22 @@ class QuantSim(StateView):
         return found[0] if len(found) == 1 else tuple(found)
 
     def open(
-        self, data: DataLike, *, batch_size: int = 8, limit: int | None = None, text: TextOptions | None = None
+        self,
+        data: DataLike,
+        *,
+        batch_size: int = 8,
+        limit: int | None = None,
+        text: TextOptions | None = None,
+        images: ImageOptions | None = None,
     ) -> Dataset:
         """Data in any accepted form (see `data.open_data`), checked against this model's inputs.
 
         Text is read with the tokenizer of the folder that the model was opened from, unless `text` names another.
+        Images of a folder are given values from 0 to 1, unless `images` says how the network was trained.
         A function of one argument is a forward pass: it is called once with the float model, in the form in which its
         framework runs one, and what it feeds to it are the data.
         """
-        return self._state.open(data, batch_size=batch_size, limit=limit, text=text)
+        return self._state.open(data, batch_size=batch_size, limit=limit, text=text, images=images)
 
     # -- encodings
 
