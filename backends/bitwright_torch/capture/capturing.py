@@ -172,9 +172,11 @@ def capture_error(holder: nn.Module, error: Exception, arguments: Arguments) -> 
         with torch.no_grad(), kept(holder):
             holder(*arguments.args, **arguments.kwargs)
     except Exception as failure:
+        line = _user_frame("".join(traceback.format_tb(failure.__traceback__)))
         return ModelError(
-            f"{type(holder).__name__} doesn't run on the sample, {_shapes(arguments)}: {first_line(failure)}; give a "
-            "batch of what the model takes, with its axes in their order"
+            f"{type(holder).__name__} doesn't run on the sample, {_shapes(arguments)}: {first_line(failure)}"
+            + (f" (at {line})" if line else "")
+            + "; give a batch of what the model takes, with its axes in their order"
         )
     trace = "".join(traceback.format_tb(error.__traceback__))
     line = last_user_line(str(error)) or _user_frame(trace)
