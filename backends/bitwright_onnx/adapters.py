@@ -170,7 +170,7 @@ def _compare(
     wanted = [Tap(n) for n in dict.fromkeys(twins.values())]
     shown = OnnxBackend().graph(made)
     # Packed weights are a copy of all, made for speed.
-    config = {"session.disable_prepacking": "1"} if len(parts_of(shown)) > 1 else {}
+    config = {"session.disable_prepacking": "1"} if len(parts_of(shown, few=True)) > 1 else {}
     found = session_in_parts(shown, _Made(made, config), wanted, _PART_BYTES).run(sample)
     order = {t: i for i, op in enumerate(graph) for t in op.outputs}
     halves = any(about.dtype in ("float16", "bfloat16") for about in graph.tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import weakref
@@ -102,8 +103,13 @@ def test_freed_arrays_go_back_at_once_while_parts_run(tmp_path, monkeypatch):
     port, model = FRAMEWORKS["onnx"], models.residual()
     sim, data = port.sim(model, weights="int4"), batches(model, port)
     within: list[bool] = []
-    collected = SimpleNamespace(collect=lambda: within.append(bool(giving_back_module._open)))
-    monkeypatch.setattr(parts_module, "gc", collected)
+    spared: list[bool] = []
+
+    def collected():
+        within.append(bool(giving_back_module._open))
+        spared.append(bool(gc.get_freeze_count()))
+
+    monkeypatch.setattr(parts_module, "gc", SimpleNamespace(collect=collected))
     begin, end = (giving_back_module.M_MMAP_THRESHOLD, 2**20), (giving_back_module.M_MMAP_THRESHOLD, 2**25)
     steps = {
         "bank": lambda: collect(sim, data, tmp_path / "bank"),
@@ -111,9 +117,16 @@ def test_freed_arrays_go_back_at_once_while_parts_run(tmp_path, monkeypatch):
         "calibration": lambda: sim.calibrate(data),
     }
     for name, step in steps.items():
-        asked.clear(), within.clear()
-        step()
+        asked.clear(), within.clear(), spared.clear()
+        gc.unfreeze()  # what conftest.py spares the collector
+        try:
+            step()
+            assert not gc.get_freeze_count()
+        finally:
+            gc.freeze()
         assert within and all(within), name
+        # The collector looks through everything once, before there are parts, and then through what is new.
+        assert spared == [False, *[True] * (len(spared) - 1)] and len(spared) > 2, name
         assert asked[0] == begin and end in asked and not giving_back_module._open, name
     asked.clear()
     sim.export(tmp_path / "out")

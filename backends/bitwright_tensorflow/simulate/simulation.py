@@ -81,7 +81,7 @@ class TfSimulation(SimulationBase):
         self._table: dict[SiteId, Encoding] = {}
         self._natives: dict[str, Array] = {}
         self._rounded: dict[SiteId, tuple[Encoding | None, Array | Rounded]] = {}
-        self._held = len(parts_of(self._graph)) == 1
+        self._held = len(parts_of(self._graph, few=True)) == 1
         """Whether weights on their grids are in memory; those of large networks are rounded when they are looked at."""
         self._user: SimulatedModel | None = None
         self._network = SimulatedNetwork(model.copy_meta())

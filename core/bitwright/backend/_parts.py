@@ -24,6 +24,9 @@ WHOLE_BYTES = 2**27
 """Bytes of parameters (as float32) of a network that is run as a whole."""
 PART_BYTES = 2**26
 """Bytes of parameters of a part of a larger one, where no single op has more."""
+FEW = 4, 2
+"""By how much both are less where few samples run, as when exports are compared. Of many samples, the values that cross
+between two parts are kept, which costs time and disk; of few it doesn't."""
 
 GC_SHARE = 0.05
 """Of the time of many small steps, what the collector may take."""
@@ -48,7 +51,7 @@ class Part:
     params: frozenset[ParamId]
 
 
-def parts_of(graph: Graph, part_bytes: int | None = None) -> list[Part]:
+def parts_of(graph: Graph, part_bytes: int | None = None, *, few: bool = False) -> list[Part]:
     """The parts of a network: one where its parameters are few, else cut where few values cross.
 
     It depends on the graph alone, so that a run that goes on computes the same.
@@ -56,11 +59,11 @@ def parts_of(graph: Graph, part_bytes: int | None = None) -> list[Part]:
     Args:
         graph: of the network.
         part_bytes: bytes of parameters of a part, where no single op has more; default: `PART_BYTES`.
+        few: whether few samples run through them, so that smaller networks and parts are worth it (see `FEW`).
     """
     sizes = _parameter_bytes(graph)
-    return parts_at(
-        graph, [] if sum(sizes) <= WHOLE_BYTES else _cuts(sizes, _crossing_values(graph), part_bytes or PART_BYTES)
-    )
+    whole, part = (size // (by if few else 1) for size, by in zip((WHOLE_BYTES, PART_BYTES), FEW, strict=True))
+    return parts_at(graph, [] if sum(sizes) <= whole else _cuts(sizes, _crossing_values(graph), part_bytes or part))
 
 
 def parts_at(graph: Graph, cuts: Sequence[int]) -> list[Part]:
@@ -184,9 +187,9 @@ def session_in_parts(graph: Graph, network: Divisible, taps: Sequence[Tap], part
         graph: of the network.
         network: a simulation, or another form of it, with the tensors of the graph.
         taps: as for `Backend.session`.
-        part_bytes: bytes of parameters of a part; default: `PART_BYTES`.
+        part_bytes: bytes of parameters of a part; default: that of `parts_of` for few samples.
     """
-    parts = parts_of(graph, part_bytes)
+    parts = parts_of(graph, part_bytes, few=True)
     known = {t for part in parts for t in part.computed}
     if len(parts) == 1 or any(tap.tensor not in known for tap in taps):
         return network.session(taps)

@@ -172,7 +172,7 @@ def _judge(
 
 def _by_part(graph: Graph, groups: Iterable[Sequence[TensorId]]) -> Iterator[Sequence[TensorId]]:
     """The groups, of a large network in those of its parts: their parameters are in memory, and no others."""
-    parts = parts_of(graph)
+    parts = parts_of(graph, few=True)
     if len(parts) == 1:
         yield from groups
         return

@@ -102,7 +102,7 @@ def export(
     make_directory(staging)
     conversions = ExitStack()
     try:
-        large = len(network_parts(state.graph)) > 1
+        large = len(network_parts(state.graph, few=True)) > 1
         if large:
             let_go()  # what calibration has left behind
             conversions.enter_context(giving_back())

@@ -69,7 +69,7 @@ def simulated(state: SimState, simulate: Callable[[], Simulation[Any]], count: i
         return "there were no calibration data, and no made-up input runs: calibrate on data before the export"
     samples = samples.first(count)
     taps = compared_tensors(state.graph, state.plan)
-    budget = VALUES_BYTES if len(parts_of(state.graph)) == 1 else LARGE_VALUES_BYTES
+    budget = VALUES_BYTES if len(parts_of(state.graph, few=True)) == 1 else LARGE_VALUES_BYTES
     if _bytes(state.graph, taps, samples) > budget:
         samples = samples.first(1)
     simulation, entire = simulate(), samples.uncut()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-from bitwright.backend import giving_back, let_go
+from bitwright.backend import giving_back, let_go, settled
 from bitwright.calibration._collected import Collected, pack
 from bitwright.calibration._step import InParts, Places, Step
 from bitwright.data import CACHE_BYTES, CutCache, Dataset, close_all
@@ -37,6 +37,8 @@ def stream_in_parts(
     """
     places = Places(collected, divided.parts)
     with giving_back(), ExitStack() as caches:
+        let_go()  # what the opening of the network has left behind
+        caches.enter_context(settled())
         held: dict[Source, CutCache] = {}
         for index in range(places.last + 1):
             kept = places.kept(index)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitwright.backend import LettingGo, ParamReader, PartialExecution, giving_back, let_go, parts_of
+from bitwright.backend import LettingGo, ParamReader, PartialExecution, giving_back, let_go, parts_of, settled
 from bitwright.graph import (
     Graph,
     Op,
@@ -104,6 +104,8 @@ class LayerwiseWalk(Walk):
 
             if large:
                 opened.enter_context(giving_back())
+                let_go()  # what was opened before has left behind
+                opened.enter_context(settled())
             for index, visit in enumerate(visits):
                 op, result = visit.op, stored.get(visit.op.id)
                 for done in solving.of_weight(op.weight):
