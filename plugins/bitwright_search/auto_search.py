@@ -415,6 +415,7 @@ class AutoSearch:
 
         try:
             record = self.stages.once("auto: evaluate", self._depends(built, mode), work)
+            self.sim.progress.advance()
         except Exception as error:
             self.evaluations += 1
             return error

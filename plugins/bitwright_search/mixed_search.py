@@ -256,6 +256,7 @@ class MixedSearch:
             self.sim.progress.start("Evaluating", 1)
             try:
                 score, seconds = measure(evaluate, built.sim, mode)
+                self.sim.progress.advance()
             finally:
                 self.sim.progress.finish()
             return {**recorded(score), "seconds": seconds}

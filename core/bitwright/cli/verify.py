@@ -126,7 +126,8 @@ def _by_reason(uncovered: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _show(result: Verification) -> None:
     if not result.parts:
-        console.say(f"{result.samples} samples; float is the {result.float_model} model")
+        samples = "1 sample" if result.samples == 1 else f"{result.samples} samples"
+        console.say(f"{samples}; float is the {result.float_model} model")
     for note in result.notes:
         console.say(f"note: {note}")
     if result.parts:
@@ -186,7 +187,8 @@ def _show(result: Verification) -> None:
             f"accumulators use {console.percent(exact['peak_accumulator'])} of int32"
         )
     if result.uncovered:
-        console.say(f"{len(result.uncovered)} ops aren't compared code by code, but as float:")
+        listed = len(result.uncovered)
+        console.say(f"{'1 op is' if listed == 1 else f'{listed} ops are'} not compared code by code, but as float:")
         for reason, ops in list(_by_reason(result.uncovered).items())[:SHOWN_TENSORS]:
             console.say(f"  {ops[0]}{f' and {len(ops) - 1} more' if len(ops) > 1 else ''}: {reason}")
     if result.tensors:

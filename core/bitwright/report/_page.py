@@ -61,7 +61,7 @@ def _overview(report: RunReport) -> str:
         tile("Parameters", size(model.quantized_bytes), f"from {size(model.float_bytes)}"),
         tile("Quantized", f"{report.count('quantized')}", f"of {len(report.sites)} sites"),
         tile("Shared, derived, fused", f"{follow}", "follow another site"),
-        tile("Float", f"{report.count('float')}", "sites, reasons below"),
+        tile("Float", f"{report.count('float')}", "sites, reasons below" if report.count("float") else "sites"),
     ]
     note = ""
     if model.opaque_ops:
