@@ -328,6 +328,40 @@ def test_a_linear_layer_is_one_whatever_the_rank_of_its_input(tmp_path, name):
         False, True, True]  # fmt: skip
 
 
+def test_what_is_said_of_linear_layers_stands_over_matmul_and_beside_gemm(tmp_path):
+    """A rule for outputs leaves the weights' scales, which a preset says of MatMul and Gemm, as they are."""
+    flat, deep = (Op("a", OpKind.LINEAR, type, ("x",), ("y",)) for type in ("Gemm", "MatMul"))
+    outputs = {"is_output_quantized": "False"}
+
+    def of(op_type, base="default"):
+        target = load_target(write(tmp_path, {"bitwright": {"extends": base}, "op_type": op_type}))
+        again = load_target(json.loads(target.to_json()))
+        assert again.config == target.config
+        return [(again.op(again.type_of(op)).is_output_quantized, again.per_channel(again.type_of(op)))
+                for op in (flat, deep)]  # fmt: skip
+
+    assert of({"Linear": outputs}) == of({"Dense": outputs}) == [(False, True), (False, True)]
+    assert of({"Linear": {"per_channel_quantization": "False"}}) == [(None, False), (None, False)]
+    layers = write(tmp_path, {"bitwright": {"extends": "default"}, "op_type": {"Linear": outputs}}, "layers.json").name
+    assert of({"Gemm": {"is_output_quantized": "True"}}, layers) == [(True, True), (False, True)]
+    assert of({"Gemm": None}, layers) == [(None, False), (False, True)]
+    both = {"Linear": outputs, "Gemm": {"per_channel_quantization": "False"}}
+    assert of(both) == of(dict(reversed(both.items()))) == [(None, False), (False, True)]
+    with pytest.raises(TargetError, match="'Linear' and 'Dense' are both"):
+        of({"Linear": outputs, "Dense": {}})
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("supergroups", 0, "op_list"), ("bitwright", "ties"), ("bitwright", "quantized_ops"),
+     ("bitwright", "extra_op_types")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", [["Conv"], {"Conv": 1}, 1, None])
+def test_names_that_are_none(tmp_path, place, name):
+    with pytest.raises(TargetError, match=f"{place[0]}.*{place[-1]}.*string"):
+        load_target(write(tmp_path, changed(place, [name, "Relu"])))
+
+
 def test_two_names_of_one_type(tmp_path):
     same = {"is_symmetric": "True"}
     target = load_target(write(tmp_path, changed(("op_type",), {"Conv2D": same, "DepthwiseConv2D": same})))

@@ -93,8 +93,19 @@ class Target:
 
     def said(self, type: str) -> OpSettings | None:
         """What `op_type` says of a type (`type_of`), if anything."""
-        found = self.config.op_type.get(type)
-        return self.config.op_type.get("MatMul") if found is None and type == LINEAR_LAYER else found
+        return self._said.get(type)
+
+    @cached_property
+    def _said(self) -> Mapping[str, OpSettings]:
+        """`op_type`, with what is said of linear layers over what is said of MatMul, key by key."""
+        said = self.config.op_type
+        layer, product = said.get(LINEAR_LAYER), said.get("MatMul")
+        if product is None or LINEAR_LAYER in self.config.bitwright.extra_op_types:
+            return said
+        if layer is not None:
+            own = _merge_patch(*(s.model_dump(exclude_unset=True) for s in (product, layer)))
+            product = OpSettings.model_validate(own)
+        return {**said, LINEAR_LAYER: product}
 
     def op(self, type: str) -> OpSettings:
         """What `op_type` says of a type (`type_of`); an empty entry if nothing."""
@@ -349,6 +360,9 @@ def _extended(raw: dict[str, Any], source: str, folder: Path | Traversable, seen
         parent = _extended(parent, str(path), path.parent if isinstance(path, Path) else folder, (*seen, key))
     own = {**raw, "bitwright": {k: v for k, v in raw["bitwright"].items() if k != "extends"}}
     merged: dict[str, Any] = _merge_patch(parent, own)
+    if isinstance(settings := merged.get("op_type"), dict) and LINEAR_LAYER in settings:
+        # Where it was taken back, the file would else say the layer's of it when it is read again.
+        merged["op_type"] = {OTHER_NAMES[LINEAR_LAYER]: {}, **settings}
     return merged
 
 
@@ -364,32 +378,35 @@ def _in_onnx_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """
     extension = raw.get("bitwright")
     own = extension.get("extra_op_types") if isinstance(extension, dict) else None
-    kept = set(own) if isinstance(own, list) else set()
+    kept = {name for name in own if isinstance(name, str)} if isinstance(own, list) else set()
 
     def renamed(name: T) -> T | str:
         return OTHER_NAMES.get(name, name) if isinstance(name, str) and name not in kept else name
 
     def layer(name: object) -> bool:
-        return name not in kept and (name == LINEAR_LAYER or renamed(name) == OTHER_NAMES[LINEAR_LAYER] != name)
+        return isinstance(name, str) and name not in kept and OTHER_NAMES.get(name) == OTHER_NAMES[LINEAR_LAYER]
 
     def listed(names: list[Any]) -> list[Any]:
-        return list(dict.fromkeys(n for name in names for n in (renamed(name), *([LINEAR_LAYER] * layer(name)))))
+        told: list[Any] = []  # which may be anything, until it is checked
+        for n in (n for name in names for n in (renamed(name), *([LINEAR_LAYER] * layer(name)))):
+            told += [] if n in told else [n]
+        return told
 
     found = dict(raw)
     if isinstance(settings := raw.get("op_type"), dict):
         merged: dict[str, Any] = {}
         said_by: dict[str, str] = {}
         for name, value in settings.items():
-            type = renamed(name)
-            if type in merged and merged[type] != value:
-                raise TargetError(
-                    f"{source}: op_type: {said_by[type]!r} and {name!r} are both {type} here, and their settings "
-                    "differ; give them the same"
-                )
-            merged[type] = value
-            said_by.setdefault(type, name)
-            if layer(name):
-                merged[LINEAR_LAYER] = value
+            # What is said of Gemm by this name is said of matrices alone, and of them before what is said of layers.
+            matrices = [] if layer(name) and OTHER_NAMES[LINEAR_LAYER] in settings else [renamed(name)]
+            for type in (*matrices, *([LINEAR_LAYER] * layer(name))):
+                if type in merged and merged[type] != value:
+                    raise TargetError(
+                        f"{source}: op_type: {said_by[type]!r} and {name!r} are both {type} here, and their settings "
+                        "differ; give them the same"
+                    )
+                merged[type] = value
+                said_by.setdefault(type, name)
         found["op_type"] = merged
     if isinstance(groups := raw.get("supergroups"), list):
         found["supergroups"] = [
