@@ -68,8 +68,7 @@ def _key(clip: Op) -> str:
 
 def _channel_axis(graph: Graph, tensor: TensorId) -> int:
     known = graph.tensors[tensor]
-    if known.channel_axis is not None:
-        return known.channel_axis
     producer = graph.producer(tensor)
-    last = producer is not None and producer.kind is OpKind.LINEAR and known.shape is not None
-    return len(known.shape or ()) - 1 if last else 1
+    if producer is not None and producer.kind is OpKind.LINEAR and known.shape is not None:
+        return len(known.shape) - 1  # its features, wherever others have the tensor's channels
+    return 1 if known.channel_axis is None else known.channel_axis

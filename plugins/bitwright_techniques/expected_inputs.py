@@ -79,7 +79,7 @@ class ExpectedInputs:
     def columns(self, op: Op) -> Values | None:
         """E[x] of the op's columns, (groups, K); None where it can't be told. Padding is ignored, as in the paper."""
         known = self._of(op.data_inputs[0])
-        if known is None or op.weight is None:
+        if known is None or op.weight is None or not self._on_features(op, op.data_inputs[0]):
             return None
         shape = self.graph.params[op.weight].shape
         channels, groups = input_channels(op, shape), groups_of(op)
@@ -98,7 +98,7 @@ class ExpectedInputs:
 
     def _after(self, op: Op) -> Moments | None:
         if op.kind in LINEAR_KINDS:
-            if op.id not in self.folded:
+            if op.id not in self.folded or not self._on_features(op, op.output):
                 return None
             gamma, beta = self.folded[op.id]
             return np.asarray(beta, np.float64), np.abs(np.asarray(gamma, np.float64))
@@ -110,6 +110,9 @@ class ExpectedInputs:
 
     def _through(self, op: Op, known: list[Moments]) -> Moments | None:
         mean, std = known[0]
+        keeps = op.kind not in (OpKind.RESHAPE, OpKind.AVERAGE_POOL)
+        if keeps and any(self._axis(t) != self._axis(op.output) for t in op.data_inputs):
+            return None
         if op.kind is OpKind.IDENTITY:
             return mean, std
         if op.kind in (OpKind.RELU, OpKind.CLIPPED_RELU):
@@ -129,6 +132,11 @@ class ExpectedInputs:
         if op.kind is OpKind.RESHAPE:
             return self._flattened(op, mean, std)
         return None
+
+    def _on_features(self, op: Op, tensor: TensorId) -> bool:
+        """Whether an op has its features where the tensor's channels lie: a linear op on the last axis alone."""
+        place = self._axis(tensor)
+        return op.kind is not OpKind.LINEAR or place is None or place[0] == place[1] - 1
 
     def _axis(self, tensor: TensorId) -> tuple[int, int] | None:
         known = self.graph.tensors[tensor]

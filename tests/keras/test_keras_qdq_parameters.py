@@ -71,6 +71,7 @@ NETS = {
     "slopes": slopes,
     "slopes, shared": lambda x: slopes(x, shared_axes=[1, 2]),
     "norm behind activation": norm_behind_activation,
+    "norm over rows": lambda x: conv(4)(L.BatchNormalization(axis=1)(conv(4, activation="relu")(x))),
     "layers called twice": called_twice,
     "siamese": siamese,
     "dense slopes": lambda x: L.Dense(3)(L.PReLU()(L.Dense(6)(L.Flatten()(x)))),

@@ -9,6 +9,7 @@ from bitwright.graph._graph import Op, OpId, OpKind, TensorId
 Ranks = Mapping[TensorId, int | None]
 
 _LAST = frozenset({OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RECURRENT, OpKind.EMBEDDING})
+_FIRST = ({OpKind.CONV, OpKind.CONV_TRANSPOSE}, {OpKind.AVERAGE_POOL, OpKind.MAX_POOL})
 _KEEPING = frozenset(
     {OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.SOFTMAX, OpKind.ADD, OpKind.MUL,
      OpKind.ELEMENTWISE, OpKind.CONCAT, OpKind.SPLIT, OpKind.SLICE, OpKind.PAD, OpKind.IDENTITY, OpKind.RESIZE,
@@ -26,7 +27,9 @@ def channel_axes(
 
     Convolutions and their like say where theirs lie (`told`); linear ops, layer norms, recurrent ops and embeddings
     have them last; elementwise ops, pools, resizing and transpositions carry the axis along, forwards and then
-    backwards. Where several ops say, the first in order counts.
+    backwards. Where several ops say, a convolution counts first, whose inputs and outputs can't be read without it,
+    then a pool, then the first in order: a linear op before a convolution has its features on the last axis all the
+    same, and a batch norm says its own.
 
     Args:
         ops: in topological order.
@@ -35,6 +38,11 @@ def channel_axes(
         orders: permutation of each transposing op.
     """
     axes: dict[TensorId, int] = {}
+    for kinds in _FIRST:
+        for op in ops:
+            if op.kind in kinds:
+                for tensor, axis in told.get(op.id, {}).items():
+                    axes.setdefault(tensor, axis)
     for op in ops:
         if op.id in told:
             for tensor, axis in told[op.id].items():
