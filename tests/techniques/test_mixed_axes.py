@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from bitwright_techniques.expected_inputs import ExpectedInputs
 from torch import nn
 
 from bitwright import QuantSim
 from bitwright.graph import OpKind
 from bitwright.verify import verify
+from bitwright_techniques.expected_inputs import ExpectedInputs
 
 N = 6
 
