@@ -197,10 +197,8 @@ def _on_channels(graph: Graph, op: Op, norm: Op, tensor: TensorId) -> bool:
         rank = len(op.attrs.kernel) + 2 if isinstance(op.attrs, ConvAttrs) else 2
     else:
         rank = len(known.shape)
-    if op.kind is OpKind.LINEAR:  # its features are on the last axis, wherever others have the tensor's channels
-        axis = rank - 1
-    else:
-        axis = 1 if known.channel_axis is None else known.channel_axis
+    own = 1 if known.channel_axis is None else known.channel_axis
+    axis = rank - 1 if op.kind is OpKind.LINEAR else own  # features are last, wherever others have the channels
     return axis % rank == norm.attrs.axis % rank
 
 
