@@ -1,6 +1,7 @@
 """What code keeps while it is traced is gone afterwards, wherever it keeps it."""
 
 import functools
+import weakref
 from collections import deque
 from types import ModuleType, SimpleNamespace
 
@@ -53,6 +54,16 @@ def counting():
 def with_default(value, held=[]):  # noqa: B006 - a cache, as people write them
     held.append(value)
     return held
+
+
+class Owner:
+    def __init__(self):
+        self.table = {}
+
+
+class Refusing(dict):
+    def clear(self):
+        raise TypeError("it stays")
 
 
 class Plain:
@@ -165,3 +176,24 @@ def test_objects_of_libraries_are_left_alone_but_for_holders():
         held.a.append(2)
         held.b = 1
     assert held.__dict__ == {"a": [1]}
+
+
+def test_what_cannot_be_looked_into_is_left_alone():
+    """A weak reference's proxy outlives its object, as that of a trainer in the models that it trained."""
+    gone, owner = Owner(), Owner()
+    owner.table["trainer"], owner.rest = weakref.proxy(gone), [1]
+    del gone
+    with user_state_kept(owner):
+        owner.rest.append(2)
+        owner.table["new"] = 3
+    assert owner.rest == [1] and list(owner.table) == ["trainer"]
+
+
+def test_a_container_that_refuses_keeps_no_other_from_being_put_back():
+    owner = Owner()
+    owner.first, owner.between, owner.last = [1], Refusing(a=1), [1]
+    with pytest.raises(TypeError, match="it stays"), user_state_kept(owner):
+        owner.first.append(2)
+        owner.between["b"] = 2
+        owner.last.append(2)
+    assert owner.first == owner.last == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from small_nets import proto
 from bitwright.backend import Bundle, Tap
 from bitwright.bundle import PairRisk, PlainRisks, _plain
 from bitwright.bundle import _saturation as saturation
-from bitwright.bundle._outputs import OutputPair
+from bitwright.bundle._outputs import OutputPair, OutputSums
 from bitwright.errors import ModelError
 from bitwright.grids import PerChannel, QuantSpec, encoding_of_weights
 from bitwright.simulation import QuantSim
@@ -286,6 +287,17 @@ def test_when_it_is_a_problem(plain, risky, rounded, said):
     assert _plain._problem(risks, {"y": good}) == ""
     said_of = _plain._problem(risks, {"y": good, "z": sums})
     assert bool(said_of) == said and ("output 'z'" in said_of) == said
+
+
+def test_figures_are_of_outputs_that_a_plain_session_hands_out(tmp_path):
+    """One that it lacks, which is told as a problem, has no figure; infinity is that of equal values."""
+    model, data = case()
+    bundle = calibrated("default", model, data).export(tmp_path)
+    lacking = {"plain_float": OutputPair(), "integer_float": pair_of(40.0), "plain_integer": OutputPair()}
+    there = {"plain_float": pair_of(30.0), "integer_float": pair_of(40.0), "plain_integer": pair_of(35.0)}
+    of = functools.partial(_plain.plain_view, bundle, ["r", "y"], labels=None)
+    assert of(OutputSums({}, 6, {"r": lacking, "y": there}, [])).sqnr_db == pytest.approx(30.0)
+    assert of(OutputSums({}, 6, {"r": lacking, "y": lacking}, [])) is None
 
 
 def pair_of(decibels):

@@ -33,14 +33,24 @@ def user_state_kept(*roots: object, holders: tuple[type, ...] = ()) -> Iterator[
             frameworks and of the standard library are left alone, and so are the contents of arrays and tensors.
 
     Attributes, containers, global variables and closures get the values back that they had. A function's
-    `functools.lru_cache` is emptied if it was asked for anything new, as single entries can't be taken out.
+    `functools.lru_cache` is emptied if it was asked for anything new, as single entries can't be taken out. Objects
+    that don't let themselves be looked into (a weak reference's proxy whose object is gone) are left alone.
     """
     undo = _Walk(holders).over(roots)
     try:
         yield
     finally:
-        for step in undo:
+        _run_all(iter(undo))
+
+
+def _run_all(steps: Iterator[Callable[[], None]]) -> None:
+    """One that fails, as a container may refuse to be changed, keeps no other from it."""
+    try:
+        for step in steps:
             step()
+    except Exception:
+        _run_all(steps)
+        raise
 
 
 class _Walk:
@@ -55,11 +65,16 @@ class _Walk:
     def over(self, roots: Iterable[object]) -> list[Callable[[], None]]:
         self._todo.extend(roots)
         while self._todo:
+            with suppress(Exception):  # of what doesn't let itself be looked into; it goes on behind that
+                self._through()
+        return self._undo
+
+    def _through(self) -> None:
+        while self._todo:
             value = self._todo.pop()
             if not isinstance(value, _LEAVES) and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 self._visit(value)
-        return self._undo
 
     def _visit(self, value: Any) -> None:
         if isinstance(value, FunctionType):

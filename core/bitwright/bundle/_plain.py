@@ -173,7 +173,7 @@ def plain_view(
         labels: class of each sample.
     """
     compared = [t for t in dict.fromkeys(graph_outputs) if PLAIN_INTEGER in seen.pairs[t]]
-    compared = [t for t in compared if seen.pairs[t][PLAIN_INTEGER].numeric]
+    compared = [t for t in compared if (pair := seen.pairs[t][PLAIN_INTEGER]).compared and pair.numeric]
     if not compared or QDQ not in bundle.files or (runtime := _runtime(bundle.files[QDQ])) is None:
         return None
     risks = runtime.plain_risks(bundle)
