@@ -260,3 +260,36 @@ def test_results_of_parameters_alone(of, tmp_path):
     found = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     assert [sqnr(a, b) > 25 for a, b in zip(wanted, found, strict=True)] == [True, True]
     assert verify(tmp_path, {"x": IMAGES.numpy()}).problems == []
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda s: s.gate,
+        lambda s: s.gate.view(4),
+        lambda s: s.head.weight.T,
+        lambda s: s.head.weight.topk(2)[0],
+        lambda s: s.head.weight.chunk(2)[1],
+        lambda s: torch.sigmoid(s.head.weight).T,
+    ],
+    ids=["whole", "view", "transpose", "pick", "part", "computed"],
+)
+def test_results_that_are_views_of_parameters_are_results(result, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.gate = nn.Linear(6, 4), nn.Parameter(torch.randn(4, 1))
+
+        def forward(self, x):
+            return self.head(x), result(self)
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(8, 6)
+    sim = QuantSim(net, x[:2]).calibrate(x)
+    assert [op.id for op in sim.graph.linear_ops] == ["head"]
+    found, simulated = sim.predict(x, simulated=False), sim.predict(x)
+    assert len(found) == len(simulated) == 2
+    np.testing.assert_allclose(found[1], net(x)[1].detach().numpy(), rtol=1e-6)
+    written = onnx.load(sim.export(tmp_path, name="m").files["qdq"])
+    assert len(written.graph.output) == 2
+    assert not verify(tmp_path, {"x": x.numpy()}).problems

@@ -270,6 +270,7 @@ def from_exported(
     bind_modes(graph, holder, owner_of)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is aten.copy_.default)
     split_layouts(graph, holder)
+    _show_results(graph)
     example = tuple(_hint(n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
     annotate(graph, holder)
     graph.lint()
@@ -363,6 +364,25 @@ def _drop_copies(graph: fx.Graph) -> None:
             if kept is not node:
                 node.replace_all_uses_with(kept)
                 graph.erase_node(node)
+
+
+def _show_results(graph: fx.Graph) -> None:
+    """Give results that are parameters, parts or views of one an op: else the core would have one result less."""
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
+    output = graph.output_node()
+    results: list[fx.Node] = []
+    fx.node.map_arg(output.args, results.append)
+    for node in dict.fromkeys(results):
+        target = node.target
+        view = isinstance(target, torch._ops.OpOverload) and target.is_view
+        if node not in fed and (node.op == "get_attr" or target is operator.getitem or view):
+            with graph.inserting_before(output):
+                shown = graph.call_function(aten.clone.default, (node,))
+            shown.meta = dict(node.meta)
+            output.replace_input_with(node, shown)
 
 
 def _takes_all(node: fx.Node) -> bool:
