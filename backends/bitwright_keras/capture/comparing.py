@@ -68,7 +68,11 @@ def compare(
         values: dict[str, Any] = dict(batch)
         execute(normal.nodes, values)
         found = [values[t] for t in refs(normal.outputs)]
-        if _alike(expected, found, precision):
+        # What a call leaves in Python is put back when it is recorded: that it counts shows in another call.
+        asked_again = bool(traced) or not recording.replayed
+        if _alike(expected, found, precision) and not (
+            asked_again and not _alike(expected, _outputs(model, normal, batch), precision)
+        ):
             return
         if _draws(expected, lambda: _outputs(model, normal, batch), restore, precision):
             notice = f"{normal.name!r} draws random numbers in inference, so that its capture can't be checked"

@@ -76,7 +76,7 @@ class _Walk:
                 self._seen[id(value)] = value
                 self._visit(value)
 
-    def _visit(self, value: Any) -> None:
+    def _visit(self, value: object) -> None:
         if isinstance(value, FunctionType):
             if not _foreign(value.__module__):
                 self._function(value)
@@ -101,7 +101,7 @@ class _Walk:
         elif not isinstance(value, ModuleType):
             self._object(value)
 
-    def _object(self, value: Any) -> None:
+    def _object(self, value: object) -> None:
         """An instance: its attributes and, if it is a container, what it holds."""
         if isinstance(value, _CONTAINERS):
             content = dict(value) if isinstance(value, dict) else list(value)
@@ -187,7 +187,7 @@ def _rebind_class(owner: type, held: dict[str, Any]) -> None:
                 delattr(owner, name)
 
 
-def _refill(container: Any, content: Any) -> None:
+def _refill(container: list[Any] | dict[Any, Any] | set[Any] | deque[Any], content: list[Any] | dict[Any, Any]) -> None:
     now = dict(container) if isinstance(container, dict) else list(container)
     if len(now) == len(content) and _same(now, content):
         return
@@ -195,8 +195,8 @@ def _refill(container: Any, content: Any) -> None:
     container.extend(content) if isinstance(container, list | deque) else container.update(content)
 
 
-def _same(now: Any, before: Any) -> bool:
-    if isinstance(before, dict):
+def _same(now: list[Any] | dict[Any, Any], before: list[Any] | dict[Any, Any]) -> bool:
+    if isinstance(now, dict) and isinstance(before, dict):
         # Keys by identity too: comparing sizes that are symbols would decide them.
         return _same(list(now), list(before)) and _same(list(now.values()), list(before.values()))
     return all(a is b for a, b in zip(now, before, strict=True))
@@ -206,6 +206,6 @@ def _set_cell(cell: CellType, content: object) -> None:
     cell.cell_contents = content
 
 
-def _empty(cached: Any, misses: int) -> None:
+def _empty(cached: functools._lru_cache_wrapper[Any], misses: int) -> None:
     if cached.cache_info().misses != misses:
         cached.cache_clear()

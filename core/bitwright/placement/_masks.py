@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,6 +66,15 @@ to. A constant with huge values among others (`_UNEVEN`) masks where they satura
 sigmoid; elsewhere it may be a codebook with an outlier. Zeros beside one huge number (`_LIKELY`) are no codebook."""
 
 
+class _Rows(Protocol):
+    """An array, tensor or variable, of which rows are taken by slices."""
+
+    @property
+    def shape(self) -> Sequence[Any]: ...
+
+    def __getitem__(self, rows: slice, /) -> object: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """What a constant's values say of it: the largest and smallest magnitude, whether it has one value (`scalar`)
@@ -88,7 +97,7 @@ class Extent:
         return cls(largest, min(low for low, _ in bounds), flat.size == 1, binary)
 
     @classmethod
-    def of_table(cls, table: Any, read: Callable[[Any], ArrayLike] = np.asarray) -> Extent:
+    def of_table(cls, table: _Rows, read: Callable[[Any], ArrayLike] = np.asarray) -> Extent:
         """Of an array in which rows are looked up, by runs of rows all over it.
 
         Args:
