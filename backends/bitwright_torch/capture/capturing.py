@@ -29,6 +29,7 @@ from bitwright.errors import ModelError, first_line
 from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, with_batch
 from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
+from bitwright_torch.capture.python_state import NOTICE, changes_from_call_to_call
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.graph.matrix_reads import split_layouts
 from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program, aliases, program_of, tensor_of
@@ -73,6 +74,8 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     notices: list[str] = []
     with _quiet():
         exported = export_program(holder, arguments, dynamic_shapes, notices)
+        if changes_from_call_to_call(holder, arguments):
+            notices.append(NOTICE)
     convention = convention_of(signature, arguments, _out_spec(exported))
     model = from_exported(holder, exported, convention, notices)
     for name, submodule in holder.named_modules():
