@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from bitwright.errors import ModelError
 from bitwright.graph import TensorId, free_name
+from bitwright_tensorflow.capture.assignments import look_at_assignments
 from bitwright_tensorflow.graph.graphs import Wiring
 from bitwright_tensorflow.graph.model import Array, GraphDef, MetaGraphDef, NodeDef, node_of, operand_of, tensor_id
 from bitwright_tensorflow.graph.rewriter import constant
@@ -110,6 +111,9 @@ def flatten(
         graph_def = inline_calls(graph_def, fetches)
     nodes = {node.name: node for node in graph_def.node}
     replaced, values = _captured(function, nodes)
+    look_at_assignments(
+        nodes, list(inputs.values()), list(outputs.values()), {p: v.name for p, v in replaced.items()}, whole=True
+    )
     part = _Flat(nodes, replaced, set(inputs.values()))
     ends = {name: part.origin(tensor) for name, tensor in outputs.items()}
     if len(set(ends.values())) < len(ends) or set(ends.values()) & set(inputs.values()):

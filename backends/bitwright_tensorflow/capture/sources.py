@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from bitwright.errors import InputError, ModelError, unknown_name
 from bitwright.graph import TensorId
+from bitwright_tensorflow.capture.assignments import look_at_assignments
 from bitwright_tensorflow.capture.bombs import refuse_bombs
 from bitwright_tensorflow.capture.branches import take_branches
 from bitwright_tensorflow.capture.comparing import of_function, of_session
@@ -193,6 +194,8 @@ def open_graph(meta: MetaGraphDef, values: Any, given: SessionModel, kind: Kind,
     if file:
         refuse_outside(meta.graph_def, list(outputs.values()), file)
     _flatten(meta.graph_def, list(inputs.values()), list(outputs.values()), kind, file)
+    nodes = {node.name: node for node in meta.graph_def.node}
+    look_at_assignments(nodes, list(inputs.values()), list(outputs.values()), {}, whole=False)
     normalize(meta.graph_def, list(inputs.values()), list(outputs.values()))
     return TfModel(meta, values(), tuple(inputs.values()), tuple(outputs.values()), kind, Signature(inputs, outputs))
 
