@@ -88,7 +88,13 @@ class InPlace(Net):
         return self.fc(x.add_(1))
 
 
-@pytest.mark.parametrize("kind", [Caching, InABuffer, ANewBuffer, Noisy, InPlace])
+class Narrow(Net):
+    def forward(self, x):
+        y = self.fc(x)
+        return y, y.to(torch.bfloat16), y.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kind", [Caching, InABuffer, ANewBuffer, Noisy, InPlace, Narrow])
 def test_what_is_the_same_in_each_call_is_not(kind):
     module, x = kind().eval(), torch.ones(3, 4)
     drawn = torch.random.get_rng_state()

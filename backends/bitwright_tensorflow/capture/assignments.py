@@ -12,7 +12,7 @@ from bitwright_tensorflow.graph.model import VARIABLES, NodeDef, node_of
 
 _CHANGING = ("Assign", "ResourceScatter", "Scatter", "ResourceStridedSliceAssign", "ResourceApply", "Apply")
 """What names of ops begin with that change the variable of their first operand."""
-_NO_VARIABLE = frozenset({"ScatterNd"})
+_NO_VARIABLE = frozenset({"ScatterNd", "ScatterNdNonAliasingAdd"})
 _PASSING = frozenset({"Identity", "Enter", "RefEnter", "RefIdentity"})
 
 

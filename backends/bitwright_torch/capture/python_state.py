@@ -59,4 +59,5 @@ def changes_from_call_to_call(module: nn.Module, arguments: Arguments) -> bool:
 
 
 def _array(x: torch.Tensor) -> Any:
-    return (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy()
+    known = x.dtype in (torch.float16, torch.float32, torch.float64) or not x.is_floating_point()
+    return (x if known else x.float()).cpu().numpy()  # numpy has no bfloat16, and no floats of 8 bits
