@@ -75,8 +75,10 @@ class ActivationRanges:
             spec = plan.spec(site)
             assert spec is not None
             for kind, make in _kinds(spec, settings).items():
+                ends = make.keeps_ends(spec)
                 for t in plan.observed(site):
-                    yield Request(_key(kind, site, t), (t,), sampled(make.statistic(spec), graph.tensors[t]))
+                    wanted = sampled(make.statistic(spec), graph.tensors[t], extremes=ends)
+                    yield Request(_key(kind, site, t), (t,), wanted)
         for op in {op.id: op for site in sites for op in _readers(graph, plan, site)}.values():
             yield sample_request(graph, op, f"sample/{op.id}", settings.samples)
 
@@ -171,7 +173,9 @@ def _kinds(spec: QuantSpec, settings: ActivationRangesSettings) -> Mapping[str, 
 
 def _kind(chosen: Scheme, spec: QuantSpec) -> str:
     statistic = chosen.statistic(spec)()
-    return f"histogram{statistic.precision}" if isinstance(statistic, HistogramStatistic) else "range"
+    if not isinstance(statistic, HistogramStatistic):
+        return "range"
+    return f"histogram{statistic.precision}" + (" with ends" if chosen.keeps_ends(spec) else "")
 
 
 def _key(kind: str, site: SiteId, tensor: str) -> str:
@@ -230,7 +234,8 @@ def _own_error(ctx: Context[ActivationRangesSettings], site: SiteId, encoding: E
     kinds = [k for k in _kinds(spec, ctx.settings) if k.startswith("histogram")]
     if not kinds:
         return 0.0
-    histogram = _merged(ctx, max(kinds, key=lambda k: int(k.removeprefix("histogram"))), site)
+    finest = max(kinds, key=lambda k: int(k.removeprefix("histogram").removesuffix(" with ends")))
+    histogram = _merged(ctx, finest, site)
     assert isinstance(histogram, HistogramStatistic)
     bins = histogram.bins()
     at = (np.arange(_POINTS) + 0.5) / _POINTS

@@ -74,6 +74,7 @@ def test_extremes_are_asked_for_by_schemes_that_keep_them_and_only_of_some_value
     assert not made((3, 224, 224), "sqnr").extremes and not made((3, 224, 224), "percentile:99").extremes
     assert not made((3, 16), "scores").extremes, "all values are counted"
     assert isinstance(made((3, 224, 224), "minmax"), RangeStatistic)
+    assert isinstance(made((3, 224, 224), "percentile:100"), RangeStatistic), "the same as min-max"
 
 
 def test_unknown_shapes_are_counted_whole():

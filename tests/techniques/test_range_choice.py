@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from backends import FRAMEWORKS
 from layers import KINDS, W4, make_layer, make_op
 from pydantic import ValidationError
 
@@ -181,6 +182,23 @@ def test_chosen_ranges_are_frozen_and_frozen_ones_stay():
     assert set(only.outcome.encodings) == {"x"}
     with pytest.raises(InputError, match="matches no activation"):
         choose(model, data(model), include=("nothing*",))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("scores", 8), ("sqnr", 16)])
+def test_ends_are_those_of_all_values_where_a_scheme_keeps_them(name, bits):
+    """Of a tensor of which histograms count some values: the same grids as calibration has."""
+    b = Builder(0)
+    model = b.build(b.activation("y", b.input("x", 3, 100, 100), "Tanh"))
+    x = np.random.default_rng(0).normal(size=(2, 3, 100, 100)).astype(np.float32)
+    x[0, 0, 0, 1] = 30.0  # the first of each sample is counted, the second isn't
+    port = FRAMEWORKS["onnx"]
+    sim, data = port.sim(model, activations=f"uint{bits}", scheme=name), [port.batch({"x": x})]
+    (site, *_) = sim.plan.activations
+    calibrated = sim.fork().calibrate(data).encodings[site]
+    chosen = sim.fork().apply("activation_ranges", data, include=(site,), schemes=(name,)).encodings[site]
+    assert chosen.maximum == calibrated.maximum >= 29.9
+    mixed = sim.fork().apply("activation_ranges", data, include=(site,), schemes=("percentile:99.9", name))
+    assert mixed.encodings[site].maximum in (chosen.maximum, pytest.approx(3.1, abs=0.2))
 
 
 def test_unknown_schemes_are_refused_before_any_work():

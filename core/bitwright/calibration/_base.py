@@ -94,6 +94,10 @@ class Scheme(ABC):
         free = spec.float_format is None and spec.minimum is None and spec.maximum is None
         return one and free and spec.bits >= max(self.extremes_from, ROOM_BITS)
 
+    def keeps_ends(self, spec: QuantSpec) -> bool:
+        """Whether an activation's grid ends where all values do, also where a histogram counts some values only."""
+        return self.keeps_top or self.makes_room(spec)
+
     def of_array(self, values: NDArray[Any], spec: QuantSpec) -> Encoding:
         """The encoding of given values in canonical layout: every scale of a weight at once, exact on the values.
 

@@ -34,12 +34,13 @@ class Percentile(Scheme):
 
     def range(self, data: Density, spec: QuantSpec) -> tuple[Rows, Rows]:
         """The percentile of each side."""
-        if self.percentile == 100:
-            return data.minimum, data.maximum
         high = self._upper(data.low, data.mass)
         low = -self._upper(-data.high[:, ::-1], data.mass[:, ::-1])
         empty = (low >= 0) & (high <= 0)
         return np.where(empty, data.minimum, np.minimum(low, high)), np.where(empty, data.maximum, high)
+
+    def _extremes(self, spec: QuantSpec) -> bool:
+        return self.percentile == 100 or super()._extremes(spec)
 
     def _upper(self, edges: Rows, mass: Rows) -> Rows:
         below = np.cumsum(mass, axis=1)

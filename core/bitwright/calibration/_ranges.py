@@ -164,10 +164,10 @@ def activation_requests(graph: Graph, plan: Plan, sites: Sequence[SiteId]) -> li
         assert spec is not None
         strategy = scheme(plan.scheme_of(site))
         make = strategy.statistic(spec)
-        whole = strategy.keeps_top or strategy.makes_room(spec)
+        ends = strategy.keeps_ends(spec)
         # A grid that several tensors share must cover the values of all of them.
         requests += [
-            Request(f"{site}\0{t}", (t,), sampled(make, graph.tensors[t], extremes=whole)) for t in plan.observed(site)
+            Request(f"{site}\0{t}", (t,), sampled(make, graph.tensors[t], extremes=ends)) for t in plan.observed(site)
         ]
     return requests
 
