@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -421,6 +422,29 @@ def test_image_options(pictures):
     ]:
         with pytest.raises(InputError, match=message):
             open_data(pictures, specs, images=options)
+
+
+def test_pictures_that_fit_in_memory_are_read_once(pictures, monkeypatch):
+    from bitwright.data import _images
+
+    image = pytest.importorskip("PIL.Image")
+    opened, really = [], image.open
+    monkeypatch.setattr(image, "open", lambda file: opened.append(file) or really(file))
+
+    def passes(dataset):
+        opened.clear()
+        return [whole(dataset) for _ in range(3)], len(opened)
+
+    held = open_data(pictures, NCHW, batch_size=2)
+    found, times = passes(held)
+    assert times == 3  # pictures
+    sent = pickle.loads(pickle.dumps(held))
+    assert len(pickle.dumps(held)) == len(pickle.dumps(sent))  # of workers, each reads its own
+    assert passes(sent)[1] == 3
+    monkeypatch.setattr(_images, "HELD_BYTES", 3 * 3 * 4 * 6 - 1)
+    again, times = passes(open_data(pictures, NCHW, batch_size=2))
+    assert times == 9
+    assert all(np.array_equal(found[0], x) for x in (*found, *again))
 
 
 def test_cropping_keeps_the_aspect_and_stretching_does_not(tmp_path):

@@ -257,3 +257,11 @@ def test_taps_run_soon_behind_their_tensors(thinned, monkeypatch, tmp_path):
     run = [e["args"]["op_name"] for e in sorted(events, key=lambda e: e["ts"]) if e["name"].endswith("_kernel_time")]
     work = [op for op in run if op in ("Conv", "GlobalMaxPool", "Slice")]
     assert work == ["Conv", "Slice" if thinned else "GlobalMaxPool"] * 7 + ["Conv"]
+
+
+def test_threads_do_not_wait_busily_between_runs():
+    """For a core that products of matrices are computed on then: of a layer walk a quarter of the time."""
+    taken = compile_session(CNN).get_session_options()
+    assert taken.get_session_config_entry("session.force_spinning_stop") == "1"
+    both = sessions.session_options({"session.force_spinning_stop": "0", "session.disable_quant_qdq": "1"})
+    assert both.get_session_config_entry("session.force_spinning_stop") == "0"  # as a caller wants it

@@ -49,6 +49,9 @@ def session_options(config: Mapping[str, str] | None = None) -> ort.SessionOptio
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # Between runs its threads wait busily by default, for a core that products of matrices are computed on then. Within
+    # a run they go on doing so.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for variable in ("BITWRIGHT_THREADS", "OMP_NUM_THREADS"):
         if text := os.environ.get(variable):
             if not text.isdigit():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,9 @@ SCALINGS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 Fit = Literal["crop", "stretch"]
+HELD_BYTES = 2**28
+"""Pixels of a folder that stay in memory, if all of it fit: solving layers one after another goes through the data two
+times a layer, and to read pictures each time took as long as the rest."""
 _PIXELS, _PIXELS_A_BYTE = 2**24, 50
 """A picture may have so many pixels, or so many for each byte of its file; photographs have less than ten a byte."""
 
@@ -68,7 +71,8 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images of a folder and its subfolders, sorted by path, read batch by batch."""
+    """Images of a folder and its subfolders, sorted by path, read batch by batch; once, where all of their pixels take
+    no more than `HELD_BYTES` in the model's size."""
 
     files: tuple[Path, ...]
     specs: InputSpecs
@@ -77,6 +81,7 @@ class ImageFolder:
     channels: int
     channels_last: bool
     size: tuple[int, int]
+    _held: dict[Path, NDArray[np.uint8]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, specs: InputSpecs, batch_size: int, limit: int | None, options: ImageOptions) -> Self:
@@ -123,7 +128,22 @@ class ImageFolder:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()[:32]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
+
     def _read(self, file: Path) -> NDArray[Any]:
+        pixels: NDArray[Any] = self._pixels(file)
+        if np.dtype(self.specs[single_input(self.specs)][1]).kind == "f":
+            mean, deviation = self.options.moments()
+            pixels = (pixels - mean[: self.channels]) / deviation[: self.channels]
+        if self.options.bgr:
+            pixels = pixels[..., ::-1]
+        return pixels if self.channels_last else np.moveaxis(pixels, -1, 0)
+
+    def _pixels(self, file: Path) -> NDArray[np.uint8]:
+        """Of an image in the model's size, (height, width, channels)."""
+        if (held := self._held.get(file)) is not None:
+            return held
         image = _pillow()
         height, width = self.size
         try:
@@ -138,15 +158,12 @@ class ImageFolder:
                     picture = picture.crop((x, y, x + width, y + height))
                 else:
                     picture = picture.resize((width, height), image.Resampling.BILINEAR)
-                pixels: NDArray[Any] = np.asarray(picture).reshape(height, width, self.channels)
+                pixels = np.asarray(picture, np.uint8).reshape(height, width, self.channels)
         except Exception as error:  # Pillow's readers raise what damaged bytes lead them to
             raise InputError(f"can't read the image {str(file)!r}: {first_line(error)}") from None
-        if np.dtype(self.specs[single_input(self.specs)][1]).kind == "f":
-            mean, deviation = self.options.moments()
-            pixels = (pixels - mean[: self.channels]) / deviation[: self.channels]
-        if self.options.bgr:
-            pixels = pixels[..., ::-1]
-        return pixels if self.channels_last else np.moveaxis(pixels, -1, 0)
+        if len(self.files) * pixels.size <= HELD_BYTES:
+            self._held[file] = pixels
+        return pixels
 
 
 def _refuse_enormous(given: tuple[int, int], wanted: tuple[int, int], fit: Fit, size: int) -> None:
