@@ -52,6 +52,10 @@ def analyze(
     accumulator_bits: Annotated[int, typer.Option(min=8, max=64, help="Width of the target's accumulators.")] = 32,
     samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     name: Annotated[
         str | None, typer.Option(help="What the page calls the model (default: its file's stem).", show_default=False)
     ] = None,
@@ -72,6 +76,7 @@ def analyze(
     from bitwright_analysis.analyzer import quant_analyzer
     from bitwright_analysis.plots import require_bokeh
 
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
     source = options.open_bank(data, bank)
     if source is None:
         require_bokeh()
@@ -101,7 +106,7 @@ def analyze(
                 sim.apply(step.technique, source, **step.settings)
             return _on_bank(sim.calibrate(source), source, out, as_json=as_json)
         assert data is not None
-        dataset = sim.open(data, batch_size=batch_size, limit=samples)
+        dataset = sim.open(data, batch_size=batch_size, limit=samples, images=images)
         if known is not None:  # before any work
             labels_of(known, dataset, limit=samples, fixed=sim.fixed_batch)
         with run_in(out) as run:
@@ -201,14 +206,20 @@ def visualize(
     data: Annotated[Path | None, typer.Option(help="Samples, to draw activations too.", show_default=False)] = None,
     samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw weights and activations before and after a technique, each over the other."""
     from bitwright.cli import console
     from bitwright_analysis.visualization import visualize as run
 
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
+    shown = None if data is None else options.as_images(data, images)
     with options.shown_progress(quiet=quiet) as progress:
-        found = run(before, after, data, out=out, batch_size=batch_size, limit=samples, progress=progress)
+        found = run(before, after, shown, out=out, batch_size=batch_size, limit=samples, progress=progress)
     changed = sum(c.sqnr_db is not None for c in found.changes)
     console.say(f"{len(found.changes)} parameters and tensors, {changed} parameters changed: {found.file}")
 
@@ -231,6 +242,10 @@ def validate(
         Path | None,
         typer.Option(help="Some samples: which types a transformer's tensors need.", show_default=False),
     ] = None,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     as_json: options.Json = False,
 ) -> None:
     """Say in advance what quantizing a model will meet, and what in its architecture stands in the way.
@@ -248,6 +263,7 @@ def validate(
     from bitwright_analysis.family_types import family_types, told
     from bitwright_analysis.hints import architecture_hints
 
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
     found = run(model, target=target, weights=weights, activations=activations)
     hints: Sequence[Hint] = ()
     family = None
@@ -260,7 +276,7 @@ def validate(
             sample = options.sample_of(model, data)
             sim = QuantSim(model, sample, target=target, weights=weights, activations=activations)
             sim.apply("fold_batch_norm")
-            samples = sim.open(data)
+            samples = sim.open(data, images=images)
             family = family_types(sim.calibrate(samples), samples)
     if as_json:
         record = {**asdict(found), "hints": [h.model_dump() for h in hints]}

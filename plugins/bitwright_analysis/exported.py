@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.bundle import ENCODINGS_SUFFIX, find_bundle, plan_of, read_encodings
+from bitwright.data import DataLike
 from bitwright.errors import InputError
 from bitwright.progress import Progress
 from bitwright.report import RunReport, read_report
@@ -36,6 +37,21 @@ def exported(directory: str | Path, name: str | None = None, *, progress: Progre
     encodings = read_encodings(bundle.files["encodings"], sim.graph)
     plan = plan_of(sim.graph, encodings)
     return QuantSim.of(replace(sim.state, plan=plan, encodings=encodings.restricted(set(plan))))
+
+
+def samples_of(directory: str | Path, data: DataLike, name: str | None = None) -> DataLike:
+    """Data for `exported`: a folder of images is read as the calibration's images were, where that is known.
+
+    Args:
+        directory, name: of the export.
+        data: as it was given.
+
+    Raises:
+        InputError: the directory holds no bundle.
+    """
+    stem = find_bundle(Path(directory), name).files["encodings"].name.removesuffix(ENCODINGS_SUFFIX)
+    report = read_report(Path(directory), stem).report
+    return data if report is None else report.read_alike(data)
 
 
 def _opened(model: Path, report: RunReport | None, progress: Progress | None) -> QuantSim:

@@ -36,6 +36,10 @@ def layer_outputs(
     name: options.ExportName = None,
     samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Write each layer's output, one folder a sample, as the tools of targets dump and compare them.
@@ -43,16 +47,18 @@ def layer_outputs(
     A model file that is not an export can only be dumped with --float.
     """
     from bitwright.cli import console
-    from bitwright_analysis.exported import exported
+    from bitwright_analysis.exported import exported, samples_of
     from bitwright_deploy.layer_outputs import layer_outputs as run
 
     if not source.is_dir() and not float_model:
         raise typer.BadParameter(f"{source} is a model without grids: give an export's folder, or --float")
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
+    given = options.as_images(data, images)
     with options.shown_progress(quiet=quiet) as progress:
         model: Any = exported(source, name, progress=progress) if source.is_dir() else source
         dump = run(
             model,
-            data,
+            samples_of(source, given, name) if source.is_dir() else given,
             out,
             layout=layout,
             quantized=not float_model,
@@ -84,6 +90,10 @@ def compare(
         typer.Option(metavar="TENSOR=NAME", help="The target's name for a tensor. Repeatable.", show_default=False),
     ] = None,
     samples: options.SampleLimit = None,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     as_json: options.Json = False,
 ) -> None:
     """Say where a target's tensors first depart from the simulation's.
@@ -91,7 +101,7 @@ def compare(
     Exits with 1 if one does.
     """
     from bitwright.errors import CheckFailed
-    from bitwright_analysis.exported import exported
+    from bitwright_analysis.exported import exported, samples_of
     from bitwright_deploy.departures import compare as run
 
     names = {}
@@ -100,10 +110,12 @@ def compare(
         if not tensor or not name:
             raise typer.BadParameter(f"--rename {text!r} isn't of the form TENSOR=NAME")
         names[tensor] = name
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
     if data is None:
         found = run(reference, target, min_sqnr=min_sqnr, names=names)
     else:
-        found = run(exported(reference), target, data, min_sqnr=min_sqnr, names=names, limit=samples)
+        given = samples_of(reference, options.as_images(data, images))
+        found = run(exported(reference), target, given, min_sqnr=min_sqnr, names=names, limit=samples)
     if as_json:
         sys.stdout.write(found.model_dump_json(indent=1) + "\n")
     else:

@@ -50,6 +50,10 @@ def auto(
     wider: Annotated[bool, typer.Option(help="Spend 16-bit activations and 8-bit weights where it takes them.")] = True,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     budget_seconds: Annotated[
         float | None, typer.Option(help="Begin no stage after so much work.", show_default=False)
     ] = None,
@@ -75,8 +79,14 @@ def auto(
 
     options.check_encodings_version(encodings_version)
     formats = options.read_formats(format)
-    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric)
-    calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data, evaluation_data)
+    scored = evaluation_data or data
+    evaluation = read_evaluation(
+        evaluate, labels, None if scored is None else options.as_images(scored, images), batch_size, metric
+    )
+    calibration = options.open_calibration(
+        model, data, bank, batch_size=batch_size, limit=calibration_samples, images=images
+    )
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         result = auto_quantize(
             model, calibration, evaluation, sample=options.sample_of(model, data), allowed_drop=allowed_drop,

@@ -10,6 +10,7 @@ import typer
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
+    from bitwright.data import Images
     from bitwright_search.evaluation import ByMetric, FileFunction, Labelled
 
 EvaluationLabels = Annotated[
@@ -45,7 +46,7 @@ Confidence = Annotated[
 
 
 def read_evaluation(
-    function: str | None, labels: Path | None, data: Path | None, batch_size: int, metric: str | None = None
+    function: str | None, labels: Path | None, data: Path | Images | None, batch_size: int, metric: str | None = None
 ) -> FileFunction | Labelled | ByMetric:
     """What ``--evaluate``, ``--labels`` or ``--metric`` ask for.
 

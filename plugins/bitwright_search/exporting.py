@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from bitwright.backend import Bundle
 from bitwright.bank import Bank
 from bitwright.bundle import ARRAYS_SUFFIX, Formats, chosen_formats, refuse_planned
-from bitwright.data import Dataset
+from bitwright.data import Dataset, image_options_of
 from bitwright.files import make_directory, write_text
 from bitwright.report import Accuracy, Calibration, complete_report
 from bitwright.simulation import QuantSim
@@ -121,7 +121,7 @@ def export_network(
         source=Path(model).name if named else type(model).__name__,
         calibration=Calibration(
             source=type(data).__name__, samples=data.samples, batch_size=getattr(data, "batch_size", 0),
-            scheme=sim.scheme, fingerprint=data.fingerprint(),
+            scheme=sim.scheme, fingerprint=data.fingerprint(), images=image_options_of(data),
         ),
         seconds=seconds, accuracy=accuracy,
     )  # fmt: skip

@@ -67,6 +67,10 @@ def mixed(
     ] = "noise",
     sensitivity_samples: Annotated[int, typer.Option(min=1, help="Samples that sensitivities are measured on.")] = 64,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     seed: options.Seed = 0,
     name: options.Stem = None,
     encodings_version: options.EncodingsVersion = "1.0.0",
@@ -85,13 +89,18 @@ def mixed(
 
     options.check_encodings_version(encodings_version)
     formats = options.read_formats(format)
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data, evaluation_data)
     if measure and latency is not None:
         raise InputError("give either --latency or --measure")
     overrides = options.read_overrides(override)
     pairs = [part for part in candidates.split(",") if part.strip()]
     asked = any(given is not None for given in (evaluate, labels, metric))
-    evaluation = read_evaluation(evaluate, labels, evaluation_data or data, batch_size, metric) if asked else None
-    calibration = options.open_calibration(model, data, bank, batch_size=batch_size, limit=calibration_samples)
+    scored = evaluation_data or data
+    scored_on = None if scored is None else options.as_images(scored, images)
+    evaluation = read_evaluation(evaluate, labels, scored_on, batch_size, metric) if asked else None
+    calibration = options.open_calibration(
+        model, data, bank, batch_size=batch_size, limit=calibration_samples, images=images
+    )
     with options.shown_progress(quiet=quiet) as progress, options.opened_workers(workers, cluster) as crew:
         table: object = latency
         if measure:
@@ -100,8 +109,8 @@ def mixed(
 
             if data is None:
                 raise InputError("--measure runs the model: give --data")
-            table = measure_latency(model, data, sample=options.sample_of(model, data), candidates=pairs,
-                                    target=target, overrides=overrides, progress=progress,
+            table = measure_latency(model, options.as_images(data, images), sample=options.sample_of(model, data),
+                                    candidates=pairs, target=target, overrides=overrides, progress=progress,
                                     out=make_directory(out) / "latency.json")  # fmt: skip
             cost = "latency"
         result = mixed_precision(

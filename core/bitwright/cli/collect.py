@@ -65,6 +65,10 @@ def collect(
     ] = None,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     seed: Annotated[
         int, typer.Option(help="Of techniques that draw at random; what takes the bank has to have the same.")
     ] = 0,
@@ -89,10 +93,11 @@ def collect(
     from bitwright.bank import collect as collected
     from bitwright.simulation import QuantSim, read_recipe
 
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
     steps = read_recipe(techniques)
     with options.shown_progress(quiet=quiet) as progress:
         sim = QuantSim(model[0], options.sample_of(model[0], data), target=target, seed=seed, progress=progress)
-        dataset = sim.open(data, batch_size=batch_size, limit=calibration_samples)
+        dataset = sim.open(data, batch_size=batch_size, limit=calibration_samples, images=images)
         for step in steps:
             sim.apply(step.technique, **step.settings)
         bank = collected(

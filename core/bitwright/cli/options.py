@@ -15,7 +15,7 @@ from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.bank import Bank as Bank_
-    from bitwright.data import Dataset, TextOptions
+    from bitwright.data import Dataset, ImageOptions, Images, TextOptions
     from bitwright.progress import Progress
     from bitwright.technique import Recipe, Step
     from bitwright.workers import Workers as Crew
@@ -67,6 +67,28 @@ Tokenizer = Annotated[
     ),
 ]
 SequenceLength = Annotated[int, typer.Option(min=1, help="For data that are text: tokens a sample.")]
+ImageScaling = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCALING",
+        help="Pixel values of folders of images: 0..1, -1..1, 0..255, imagenet, or MEAN/DEVIATION of 0 to 255, as "
+        "127.5/127.5 or 124,116,104/58,57,57 (default: 0..1).",
+        show_default=False,
+    ),
+]
+ImageFit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIT", help="How images get the model's size: crop or stretch (default: crop).", show_default=False
+    ),
+]
+ImageBgr = Annotated[bool, typer.Option("--image-bgr", help="Channels of images as blue, green, red.")]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH", help="Size of images, where the model leaves it free, as 224x224.", show_default=False
+    ),
+]
 SampleLimit = Annotated[
     int | None, typer.Option(min=1, help="Use only the first samples (default: all).", show_default=False)
 ]
@@ -208,6 +230,62 @@ def text_options(model: Path, tokenizer: Path | None, length: int) -> TextOption
     return TextOptions(tokenizer or TextOptions.beside(model).tokenizer, length)
 
 
+def image_options(
+    scaling: str | None, fit: str | None, bgr: bool, size: str | None, *data: Path | None
+) -> ImageOptions | None:
+    """How folders of images are read, by ``--image-…``; None where none of these options is given.
+
+    Args:
+        scaling, fit, bgr, size: the options.
+        data: all that the command reads.
+
+    Raises:
+        InputError: an option can't be read, or none of the data is a folder of images.
+    """
+    from bitwright.data import ImageOptions, is_image_folder
+
+    if scaling is None and fit is None and size is None and not bgr:
+        return None
+    if fit not in (None, "crop", "stretch"):
+        raise InputError(f"--image-fit {fit!r}: give crop or stretch")
+    found = ImageOptions(_scaling(scaling), "stretch" if fit == "stretch" else "crop", bgr, _size(size))
+    found.moments()
+    there = [path for path in data if path is not None and path.exists()]
+    if there and not any(is_image_folder(path) for path in there):
+        raise InputError(f"--image-… say how a folder of images is read, and {str(there[0])!r} is none: leave them out")
+    return found
+
+
+def _scaling(text: str | None) -> str | tuple[Any, Any]:
+    if text is None:
+        return "0..1"
+    if "/" not in text:
+        return text
+    try:
+        mean, deviation = (tuple(float(n) for n in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        raise InputError(
+            f"--image-scaling {text!r} isn't of the form MEAN/DEVIATION, such as 127.5/127.5 or 124,116,104/58,57,57"
+        ) from None
+    return mean, deviation
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise InputError(f"--image-size {text!r} isn't of the form HEIGHTxWIDTH, such as 224x224")
+    return int(numbers[0]), int(numbers[1])
+
+
+def as_images(data: Path, images: ImageOptions | None) -> Path | Images:
+    """Data as every tool takes them: a folder of images with how it is to be read, where that was asked for."""
+    from bitwright.data import Images, is_image_folder
+
+    return Images(data, images) if images is not None and is_image_folder(data) else data
+
+
 def check_encodings_version(version: str) -> None:
     """Refuse a schema that can't be written.
 
@@ -220,7 +298,9 @@ def check_encodings_version(version: str) -> None:
         raise InputError(f"there is no encodings version {version!r}; there are {', '.join(versions())}")
 
 
-def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None) -> Dataset:
+def open_samples(
+    model: Path, data: Path, *, batch_size: int, limit: int | None, images: ImageOptions | None = None
+) -> Dataset:
     """Samples for a model that isn't simulated yet.
 
     Args:
@@ -228,6 +308,7 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
         data: as `bitwright.data.open_data` takes it.
         batch_size: samples a batch.
         limit: use only so many; None for all.
+        images: how a folder of images is read.
 
     Raises:
         InputError: either can't be read, or the samples don't fit the model's inputs.
@@ -238,7 +319,7 @@ def open_samples(model: Path, data: Path, *, batch_size: int, limit: int | None)
     backend, native = open_model(model, sample_of(model, data))
     specs = backend.input_specs(native)
     require_ranks(backend.graph(native), specs)
-    return open_data(data, specs, batch_size=batch_size, limit=limit, text=TextOptions.beside(model))
+    return open_data(data, specs, batch_size=batch_size, limit=limit, images=images, text=TextOptions.beside(model))
 
 
 def sample_of(model: Path, data: Path | None) -> Any:
@@ -254,7 +335,13 @@ def sample_of(model: Path, data: Path | None) -> Any:
 
 
 def open_calibration(
-    model: Path, data: Path | None, bank: Path | None, *, batch_size: int, limit: int | None
+    model: Path,
+    data: Path | None,
+    bank: Path | None,
+    *,
+    batch_size: int,
+    limit: int | None,
+    images: ImageOptions | None = None,
 ) -> Dataset:
     """`open_samples`, or the bank in their place.
 
@@ -265,7 +352,7 @@ def open_calibration(
     if opened is not None:
         return opened
     assert data is not None
-    return open_samples(model, data, batch_size=batch_size, limit=limit)
+    return open_samples(model, data, batch_size=batch_size, limit=limit, images=images)
 
 
 def open_bank(data: Path | None, bank: Path | None) -> Bank_ | None:

@@ -14,11 +14,11 @@ import typer
 
 from bitwright.bundle import is_stem
 from bitwright.cli import console, options
-from bitwright.data import SAMPLES, ImplausibleDataWarning, doubt_of_accuracy
+from bitwright.data import SAMPLES, ImplausibleDataWarning, doubt_of_accuracy, image_options_of
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
-    from bitwright.data import Dataset, TextOptions
+    from bitwright.data import Dataset, ImageOptions, TextOptions
     from bitwright.metrics import Figure
     from bitwright.report import Accuracy
     from bitwright.simulation import QuantSim
@@ -55,6 +55,10 @@ def quantize(
     ] = None,
     calibration_samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     tokenizer: options.Tokenizer = None,
     sequence_length: options.SequenceLength = 256,
     seed: options.Seed = 0,
@@ -79,7 +83,8 @@ def quantize(
     from bitwright.targets import load_target
 
     text = options.text_options(model, tokenizer, sequence_length)
-    asked = Asked.of(metric, evaluation_data or data, labels, batch_size, text)
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data, evaluation_data)
+    asked = Asked.of(metric, evaluation_data or data, labels, batch_size, text, images)
     stem = name if name is not None else model.name if model.is_dir() else model.stem
     source = options.open_bank(data, bank)
     batches = batch_size if source is None else 0
@@ -101,10 +106,12 @@ def quantize(
             sim.attach(source=model, executor=crew)
             refuse_planned(sim.state, out, job.name)
             refuse_unnamed_types(sim.plan, encodings_version)
-            calibration = source or sim.open(job.data, batch_size=batch_size, limit=calibration_samples, text=text)
-            scored = Scored.open(sim, asked.samples, labels, batch_size) if labels is not None else None
+            calibration = source or sim.open(
+                job.data, batch_size=batch_size, limit=calibration_samples, text=text, images=images
+            )
+            scored = Scored.open(asked.open(sim), labels) if labels is not None else None
             if asked.metrics:
-                sim.open(asked.samples, batch_size=batch_size, text=text)  # what doesn't fit fails before work
+                asked.open(sim)  # what doesn't fit fails before work
             # Held through the run, and with it the float weights: only where it is compared with.
             original = sim.fork() if asked.metrics else sim
         with run_in(out) as run:
@@ -173,11 +180,10 @@ class Scored:
     labels: object
 
     @classmethod
-    def open(cls, sim: QuantSim, data: Path, labels: Path, batch_size: int) -> Scored:
-        """Open data and labels together, and check that they go together."""
+    def open(cls, dataset: Dataset, labels: Path) -> Scored:
+        """Read labels, and check that they go with the data."""
         from bitwright.cli.labels import read_labels
 
-        dataset = sim.open(data, batch_size=batch_size)
         return cls(dataset, read_labels(labels, dataset.samples))
 
 
@@ -190,6 +196,7 @@ class Asked:
     labels: Path | None
     batch_size: int
     text: TextOptions | None = None
+    images: ImageOptions | None = None
 
     @classmethod
     def of(
@@ -199,6 +206,7 @@ class Asked:
         labels: Path | None,
         batch_size: int,
         text: TextOptions | None = None,
+        images: ImageOptions | None = None,
     ) -> Asked:
         """Read ``a,b,c``.
 
@@ -214,13 +222,17 @@ class Asked:
         names = tuple(part.strip() for part in named.split(",")) if named else ()
         for name in names:
             metric_factory(name, None if labels is None else ())
-        return cls(names, data, labels, batch_size, text)
+        return cls(names, data, labels, batch_size, text, images)
 
     @property
     def samples(self) -> Path:
         """What is evaluated on."""
         assert self.data is not None  # checked by `of`
         return self.data
+
+    def open(self, sim: QuantSim) -> Dataset:
+        """The samples, checked against the model's inputs."""
+        return sim.open(self.samples, batch_size=self.batch_size, text=self.text, images=self.images)
 
     def figures(self, sim: QuantSim, original: QuantSim, clock: Clock) -> tuple[Figure, ...]:
         """Of the calibrated simulation, against the model as it was opened."""
@@ -229,7 +241,7 @@ class Asked:
         if not self.metrics:
             return ()
         with clock("evaluate"):
-            data = sim.open(self.samples, batch_size=self.batch_size, text=self.text)
+            data = self.open(sim)
             labels = None if self.labels is None else read_labels(self.labels, data.samples)
             return tuple(sim.measure(data, *self.metrics, reference=original, labels=labels).values())
 
@@ -305,7 +317,7 @@ def _export(
         source=job.model.name,
         calibration=Calibration(
             source=str(job.data), samples=calibration.samples, batch_size=job.batch_size,
-            scheme=sim.scheme, fingerprint=calibration.fingerprint(),
+            scheme=sim.scheme, fingerprint=calibration.fingerprint(), images=image_options_of(calibration),
         ),
         accuracy=accuracy,
         metrics=[MetricRecord(**asdict(f)) for f in figures],

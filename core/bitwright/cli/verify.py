@@ -27,6 +27,10 @@ def verify(
     as_json: options.Json = False,
     samples: options.SampleLimit = None,
     batch_size: options.BatchSize = 8,
+    image_scaling: options.ImageScaling = None,
+    image_fit: options.ImageFit = None,
+    image_bgr: options.ImageBgr = False,
+    image_size: options.ImageSize = None,
     name: options.ExportName = None,
     float_model: Annotated[
         Path | None,
@@ -69,11 +73,12 @@ def verify(
 
     if max_drop is not None and labels is None:
         raise typer.BadParameter("--max-drop needs --labels")
+    images = options.image_options(image_scaling, image_fit, image_bgr, image_size, data)
     known = read_labels(labels, None) if labels is not None else None
     with options.shown_progress(quiet=quiet or as_json) as progress:
         result = run(
             directory,
-            data,
+            None if data is None else options.as_images(data, images),
             known,
             name=name,
             batch_size=batch_size,

@@ -7,7 +7,7 @@ from bitwright.data._cut_cache import CACHE_BYTES, CutCache, close_all
 from bitwright.data._dataset import DataLike, Dataset, labels, open_data
 from bitwright.data._first import first_arrays
 from bitwright.data._forward import is_forward_pass, recorded
-from bitwright.data._images import ImageOptions
+from bitwright.data._images import ImageOptions, Images, image_options_of, is_image_folder
 from bitwright.data._plausible import (
     ImplausibleDataWarning,
     Watching,
@@ -27,6 +27,7 @@ __all__ = [
     "Dataset",
     "FirstSamples",
     "ImageOptions",
+    "Images",
     "ImplausibleDataWarning",
     "InputSpecs",
     "Remembering",
@@ -40,8 +41,10 @@ __all__ = [
     "doubts_of_scale",
     "first_arrays",
     "first_samples",
+    "image_options_of",
     "is_fixed",
     "is_forward_pass",
+    "is_image_folder",
     "joined",
     "labels",
     "labels_of",

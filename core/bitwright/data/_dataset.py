@@ -35,7 +35,7 @@ from bitwright.data._batches import (
     stacked,
 )
 from bitwright.data._forward import Recording, needed_arguments
-from bitwright.data._images import ImageFolder, ImageOptions
+from bitwright.data._images import ImageFolder, ImageOptions, Images, is_image_folder
 from bitwright.data._text import SUFFIXES as TEXT_SUFFIXES
 from bitwright.data._text import TextOptions, text_rows
 from bitwright.errors import InputError
@@ -159,7 +159,14 @@ class IterableDataset:
 
 
 DataLike = (
-    Dataset | str | Path | NDArray[Any] | Mapping[str, object] | Iterable[object] | Callable[[], Iterable[object]]
+    Dataset
+    | str
+    | Path
+    | Images
+    | NDArray[Any]
+    | Mapping[str, object]
+    | Iterable[object]
+    | Callable[[], Iterable[object]]
 )
 """What users give as data, see `open_data`."""
 
@@ -180,7 +187,8 @@ def open_data(
     - a path to a .npz (array names are input names; any name for a model with one input) or a .npy: read batch
       by batch, unless an .npz is compressed; a file that changes while it is in use ends the run with an error;
     - a path to a folder of .npz files: each is a batch, or a whole feed; they are taken in the order of their names;
-    - a path to a folder of images, scaled to the model's height and width (needs Pillow);
+    - a path to a folder of images, scaled to the model's height and width (needs Pillow), or `Images`: such a path with
+      how the files are read;
     - a path to a text file (.txt, .md), cut into rows of tokens by the tokenizer of `text` (needs tokenizers);
     - a list, a DataLoader or any other object that can be gone through repeatedly, or a function without arguments
       that returns a new iterator: each item is a batch, as a mapping, an array, or a tuple in the order of the
@@ -216,6 +224,11 @@ def open_data(
     if isinstance(source, Dataset):
         return source
     size = batch_dimension(specs) or batch_size
+    if isinstance(source, Images):
+        path = Path(source.path)
+        if path.exists() and not is_image_folder(path):
+            raise InputError(f"{str(path)!r} is no folder of images: give the path alone")
+        return _open_path(path, specs, size, limit, source.options, text)
     if isinstance(source, str | Path):
         return _open_path(Path(source), specs, size, limit, images, text)
     if isinstance(source, Mapping):

@@ -42,8 +42,8 @@ class ImageOptions:
 
     Attributes:
         scaling: of pixel values: "0..1" (default), "-1..1", "0..255", or "imagenet" (mean and deviation of ImageNet,
-            RGB); or a pair (mean, deviation) in units of 0 to 255, each one number or one a channel. Integer inputs
-            get the plain pixel values whatever it is.
+            RGB); or a pair (mean, deviation) in units of 0 to 255, each one number or one for each of red, green and
+            blue. Integer inputs get the plain pixel values whatever it is.
         fit: "crop" scales the shorter side to the model's and cuts the middle out; "stretch" ignores the aspect.
         bgr: channels in the order blue, green, red.
         size: (height, width), needed only where the model leaves them free.
@@ -54,19 +54,59 @@ class ImageOptions:
     bgr: bool = False
     size: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        """As reports say it: ``values -1..1, crop, RGB``."""
+        size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
+        return f"values {_scaling_text(self.scaling)}, {self.fit}, {'BGR' if self.bgr else 'RGB'}{size}"
+
     def moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and deviation that pixel values are normalized with.
 
         Raises:
-            InputError: unknown scaling.
+            InputError: unknown scaling, or numbers that can't be a mean and a deviation of values from 0 to 255.
         """
         pair = SCALINGS.get(self.scaling) if isinstance(self.scaling, str) else self.scaling
         if pair is None:
             raise InputError(f"unknown image scaling {self.scaling!r}; known: {', '.join(SCALINGS)}, (mean, deviation)")
-        mean, deviation = (np.atleast_1d(np.asarray(p, np.float32)) for p in pair)
+        try:
+            mean, deviation = (np.atleast_1d(np.asarray(p, np.float32)) for p in pair)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"image scaling {self.scaling!r}: mean and deviation are numbers, or tuples of them"
+            ) from None
+        if not {mean.shape, deviation.shape} <= {(1,), (3,)}:
+            raise InputError(f"image scaling {self.scaling!r}: give one mean and one deviation, or three of each")
         if not (deviation > 0).all():
             raise InputError(f"image scaling {self.scaling!r}: the deviation must be greater than 0")
+        if (deviation < 1).all():  # would spread neighbouring pixel values by more than they are apart
+            raise InputError(
+                f"image scaling {self.scaling!r}: mean and deviation are in units of 0 to 255; multiply those of "
+                "values from 0 to 1 by 255"
+            )
         return mean, deviation
+
+
+@dataclass(frozen=True)
+class Images:
+    """A folder of images as data, wherever its path would be: with how they become input.
+
+    Attributes:
+        path: the folder; images of its subfolders too.
+        options: how its files are read.
+    """
+
+    path: str | Path
+    options: ImageOptions = field(default_factory=ImageOptions)
+
+
+def image_options_of(data: object) -> ImageOptions | None:
+    """How opened data are read from images; None of data that aren't a folder of images."""
+    return data.options if isinstance(data, ImageFolder) else None
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether data at a path are read as images: a folder without .npz files of its own."""
+    return path.is_dir() and not any(path.glob("*.npz"))
 
 
 @dataclass(frozen=True)
@@ -184,8 +224,16 @@ def _refuse_enormous(given: tuple[int, int], wanted: tuple[int, int], fit: Fit, 
     ratio = max(wanted[0] / max(height, 1), wanted[1] / max(width, 1))
     if fit == "crop" and width * height * ratio**2 > max(_PIXELS, width * height, 16 * wanted[0] * wanted[1]):
         raise InputError(
-            f"it is too narrow to be cropped: {width:,} x {height:,} pixels; stretch it (ImageOptions(fit='stretch'))"
+            f"it is too narrow to be cropped: {width:,} x {height:,} pixels; stretch it (ImageOptions(fit='stretch'), "
+            "--image-fit stretch)"
         )
+
+
+def _scaling_text(scaling: str | tuple[Any, Any]) -> str:
+    """A scaling as ``--image-scaling`` takes it."""
+    if isinstance(scaling, str):
+        return scaling
+    return "/".join(",".join(f"{n:g}" for n in np.atleast_1d(np.asarray(part, np.float64))) for part in scaling)
 
 
 def _layout(shape: tuple[int | None, ...], options: ImageOptions) -> tuple[int, bool, tuple[int, int]]:
@@ -197,10 +245,16 @@ def _layout(shape: tuple[int | None, ...], options: ImageOptions) -> tuple[int, 
     last = shape[1] not in (1, 3)
     height, width = shape[1:3] if last else shape[2:4]
     if options.size is not None:
-        height, width = height or options.size[0], width or options.size[1]
+        if (height or options.size[0], width or options.size[1]) != options.size:
+            raise InputError(
+                f"the model takes {told}, and images of {options.size[0]} x {options.size[1]} are asked for: leave the "
+                "size out"
+            )
+        height, width = options.size
     if height is None or width is None:
         raise InputError(
-            f"the model takes {told}: it leaves the image size free; set ImageOptions(size=(height, width))"
+            f"the model takes {told}: it leaves the image size free; set ImageOptions(size=(height, width)), or "
+            "--image-size HEIGHTxWIDTH"
         )
     return (shape[3] if last else shape[1]) or 3, last, (height, width)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright.data import DataLike, ImageOptions, Images, is_image_folder
 
 Cell = str | int | float | bool | None
 """A table cell; NaN and infinities are stored as null."""
@@ -45,13 +48,23 @@ class ModelInfo(Record):
 
 
 class Calibration(Record):
-    """The data that ranges and techniques were computed on."""
+    """The data that ranges and techniques were computed on.
+
+    Attributes:
+        source: the path, or the data's type.
+        samples: how many; null where that isn't known.
+        batch_size: samples a batch; 0 of a bank.
+        scheme: range setting of activations.
+        fingerprint: hash of the data.
+        images: how files of images became input; null of other data.
+    """
 
     source: str
     samples: int | None
     batch_size: int
     scheme: str
     fingerprint: str
+    images: ImageOptions | None = None
 
 
 class StepRecord(Record):
@@ -236,6 +249,13 @@ class RunReport(Record):
     files: dict[str, str]
     record: BundleRecord | None = None
     seal: str = ""
+
+    def read_alike(self, data: DataLike) -> DataLike:
+        """Data for this export: the path of a folder of images is read as its calibration's images were."""
+        known = None if self.calibration is None else self.calibration.images
+        if known is None or not isinstance(data, str | Path) or not is_image_folder(Path(data)):
+            return data
+        return Images(data, known)
 
     def count(self, decision: str) -> int:
         """How many sites were decided so."""

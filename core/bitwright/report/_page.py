@@ -203,6 +203,8 @@ def _about(report: RunReport) -> str:
         data = report.calibration
         batches = f", batches of {data.batch_size}" if data.batch_size else ""
         known["Calibration"] = f"{data.samples} samples of {data.source}{batches}, {data.scheme}"
+        if data.images is not None:
+            known["Images"] = str(data.images)
         known["Data fingerprint"] = data.fingerprint
     known |= {f"Input {name}": shape for name, shape in report.model.inputs.items()}
     known |= {f"Output {name}": shape for name, shape in report.model.outputs.items()}

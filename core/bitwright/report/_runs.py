@@ -115,6 +115,7 @@ def _settings(report: RunReport, other: RunReport) -> dict[str, str]:
     }
     if data is not None:
         known |= {"calibration scheme": data.scheme, "calibration samples": text(data.samples), "data": data.source}
+        known["images"] = "" if data.images is None else str(data.images)
         known["data fingerprint"] = data.fingerprint
     known |= {f"override of {name}": json.dumps(value) for name, value in report.overrides.items()}
     for step in report.steps:

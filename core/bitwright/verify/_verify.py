@@ -36,7 +36,7 @@ from bitwright.bundle import (
     whole_of,
 )
 from bitwright.calibration import full_table
-from bitwright.data import DataLike, Dataset, InputSpecs, doubt_of_accuracy, first_samples, is_fixed, samples_in
+from bitwright.data import DataLike, Dataset, Images, InputSpecs, doubt_of_accuracy, first_samples, is_fixed, samples_in
 from bitwright.errors import BitwrightError, CapabilityError, EncodingError, InputError, ModelError, PluginError
 from bitwright.graph import Graph
 from bitwright.grids import Encoding, EncodingTable
@@ -80,7 +80,9 @@ def verify(
 
     Args:
         directory: what `QuantSim.export` or ``bitwright quantize`` wrote.
-        data: samples in any accepted form; default: the reference samples that the export carries.
+        data: samples in any accepted form; default: the reference samples that the export carries. The path of a folder
+            of images alone is read as the calibration's images were, where the export's report knows; `Images` says
+            otherwise.
         labels: class index of each sample, for accuracy of the first output, (samples, classes).
         name: stem of the files, if the directory holds several bundles, or only a part is wanted.
         batch_size, limit: of the data; the first `limit` samples are used.
@@ -112,6 +114,10 @@ def verify(
     if data is None:
         data = recorded_inputs(opened)
         opened.notes.append("no data were given: the samples are those that the export carries")
+    if opened.report is not None and (alike := opened.report.read_alike(data)) is not data:
+        assert isinstance(alike, Images)
+        data = alike
+        opened.notes.append(f"images are read as the calibration's were: {alike.options}")
     chosen, told = _choose(opened.bundle, opened.report, runtime)
     artefacts = {info.artefact for info in registry.runtimes().values()} - {chosen.artefact if chosen else ""}
     bundle = replace(opened.bundle, files={k: p for k, p in opened.bundle.files.items() if k not in artefacts})
