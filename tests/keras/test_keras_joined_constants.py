@@ -13,6 +13,7 @@ if keras.backend.backend() != "tensorflow":
 from keras import layers as L  # noqa: E402
 from keras import ops  # noqa: E402
 
+from bitwright.bundle import OutputQuality  # noqa: E402
 from bitwright.graph import OpKind, ParamRole, SetParams  # noqa: E402
 from bitwright.placement import SharedWith  # noqa: E402
 from bitwright.simulation import QuantSim  # noqa: E402
@@ -60,3 +61,15 @@ def test_a_list_of_one_is_passed_on():
     x = L.Input((6,), name="x")
     sim = QuantSim(keras.Model(x, L.Concatenate()([L.ReLU()(x)])))
     assert [op.kind for op in sim.graph] == [OpKind.RELU, OpKind.IDENTITY]
+
+
+@pytest.mark.parametrize(("size", "crushed"), [(500, 1), (1, 0)])
+def test_what_is_crushed_beside_what_it_is_stacked_with_is_named(size, crushed):
+    x = L.Input((6,), batch_size=3, name="x")
+    sim = QuantSim(keras.Model(x, ops.stack([x * size, ops.sigmoid(x)], axis=-1)))
+    sim.calibrate({"x": X})
+    quality = OutputQuality(sim.graph)
+    real, simulated = sim.backend.session(sim.native, quality.taps), sim.simulation.session(quality.taps)
+    found = quality.run(real, simulated, [{"x": X}]).crushed()
+    assert len(found) == crushed
+    assert all("sigmoid" in text and "is crushed in output" in text for text in found)

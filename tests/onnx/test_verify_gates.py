@@ -282,6 +282,32 @@ BESIDE = {  # how values of other sizes come to lie side by side, without a conc
         N("Pad", ["s", "before"], ["q"]), N("Add", ["p", "q"], ["y"]),
     ],
     "a selection": [N("Conv", ["x", "wide3"], ["c"]), N("Conv", ["x", "w"], ["s"]), N("Where", ["m", "c", "s"], ["y"])],
+    "written over": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("Transpose", ["j"], ["t"], perm=[1, 0, 2, 3]), N("Transpose", ["s"], ["u"], perm=[1, 0, 2, 3]),
+        N("ScatterND", ["t", "last", "u"], ["v"]), N("Transpose", ["v"], ["y"], perm=[1, 0, 2, 3]),
+    ],
+    "concatenated, then pooled": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("MaxPool", ["j"], ["y"], kernel_shape=[2, 2], strides=[2, 2]),
+    ],
+    "concatenated, then averaged": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("GlobalAveragePool", ["j"], ["y"]),
+    ],
+    "concatenated, then resized": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("Resize", ["j", "", "twice"], ["y"], mode="nearest"),
+    ],
+    "one layer, then averaged": [N("Conv", ["x", "wide"], ["c"]), N("GlobalAveragePool", ["c"], ["y"])],
+    "a batch norm": [
+        N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
+        N("BatchNormalization", ["j", "still", "zeros", "zeros", "still"], ["y"]),
+    ],
+    "a batch norm that multiplies": [
+        N("Conv", ["x", "w"], ["c"]), N("Relu", ["c"], ["r"]),
+        N("BatchNormalization", ["r", "gammas", "zeros", "zeros", "still"], ["y"]),
+    ],
     "concatenated, then added to": [
         N("Conv", ["x", "wide2"], ["c"]), N("Conv", ["x", "one"], ["s"]), N("Concat", ["c", "s"], ["j"], axis=1),
         N("Add", ["j", "shift"], ["y"]),
@@ -306,7 +332,8 @@ def test_what_is_crushed_beside_larger_values_is_named(way, evened, tmp_path):
         "w": w, "sizes": sizes, "wide": w * sizes[..., None], "wide2": (w * sizes[..., None])[:2], "one": w[2:],
         "wide3": w * sizes.max(), "two": w[:2], "after": np.array([0, 0, 0, 0, 0, 1, 0, 0]),
         "before": np.array([0, 2, 0, 0, 0, 0, 0, 0]), "m": np.arange(8) % 4 > 0,
-        "shift": np.full((1, 3, 1, 1), 0.1, np.float32),
+        "shift": np.full((1, 3, 1, 1), 0.1, np.float32), "last": np.array([[2]]), "still": np.ones(3, np.float32),
+        "zeros": np.zeros(3, np.float32), "gammas": sizes.ravel(), "twice": np.array([1, 1, 2, 2], np.float32),
     }  # fmt: skip
     used = {name for node in nodes for name in node.input}
     data = {"x": normal(16, 3, 8, 8)}

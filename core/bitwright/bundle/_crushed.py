@@ -22,13 +22,16 @@ CRUSHED_DB = 3.0
 """Signal to noise of a part, in decibels, below which half of its power or more is noise."""
 KEEPING = frozenset({OpKind.RESHAPE, OpKind.TRANSPOSE, OpKind.SLICE, OpKind.IDENTITY, OpKind.PAD})
 """Ops that hand values on as they are."""
+POOLING = frozenset({OpKind.MAX_POOL, OpKind.AVERAGE_POOL, OpKind.RESIZE})
+"""Ops that put together or repeat what lies side by side, and leave channels apart."""
 POINTWISE = frozenset(
-    {OpKind.ADD, OpKind.MUL, OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.ELEMENTWISE}
-)
+    {OpKind.ADD, OpKind.MUL, OpKind.RELU, OpKind.CLIPPED_RELU, OpKind.PRELU, OpKind.ACTIVATION, OpKind.ELEMENTWISE,
+     OpKind.BATCH_NORM}
+)  # fmt: skip
 """Ops whose values stay where they are if all but one of their operands are constants."""
-MIXING = LINEAR_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.MATMUL}
-"""Ops whose channels may be of any sizes. Not those after which values are alike (norms), nor activations: what is
-rarely active is small without being a part of its own."""
+MIXING = LINEAR_KINDS | {OpKind.ADD, OpKind.MUL, OpKind.ELEMENTWISE, OpKind.MATMUL, OpKind.BATCH_NORM}
+"""Ops whose channels may be of any sizes. Not those after which values are alike (norms of a sample's own values), nor
+activations: what is rarely active is small without being a part of its own."""
 SELECTING = frozenset({"Where", "ScatterND", "ScatterElements"})
 """Op types that put values of several tensors side by side, along any axis."""
 FAINT = 1e-3
@@ -72,12 +75,18 @@ def joined(graph: Graph) -> list[Joined]:
             read = [t for t in op.data_inputs if graph.tensors[t].is_float]
             if op.kind in KEEPING:
                 stack += [(t, carried if op.kind is OpKind.IDENTITY else t) for t in read]
-            elif op.kind in POINTWISE and len(read) == 1:
+            elif len(read) == 1 and (op.kind in POINTWISE or (op.kind in POOLING and _same_rank(graph, op))):
                 stack.append((read[0], carried))
             elif op.kind is OpKind.CONCAT and isinstance(op.attrs, AxisAttrs) and op.id not in found:
                 found[op.id] = Joined(output, op, op.attrs.axis, op.data_inputs, carried)
                 stack += [(t, t) for t in op.data_inputs]
     return list(found.values())
+
+
+def _same_rank(graph: Graph, op: Op) -> bool:
+    """Whether a channel has the same place in what the op reads and in its result."""
+    shapes = [graph.tensors[t].shape for t in (op.data_inputs[0], op.output)]
+    return all(s is not None for s in shapes) and len({len(s or ()) for s in shapes}) == 1
 
 
 @dataclass
@@ -167,8 +176,11 @@ class OutputQuality:
             before, after = np.asarray(real[join.carried]), np.asarray(simulated[join.carried])
             for tensor in join.inputs:
                 value = np.asarray(real[tensor])
+                if value.ndim == floats.ndim - 1:  # stacked along a new axis
+                    value = np.expand_dims(value, join.axis)
                 place = _place(floats, value, join.axis, start)
-                if place is not None and floats.shape == before.shape == after.shape:
+                alike = before.shape == after.shape and before.ndim == floats.ndim
+                if place is not None and alike and before.shape[join.axis] == floats.shape[join.axis]:
                     start = place + value.shape[join.axis]
                     part = [np.take(x, range(place, start), axis=join.axis) for x in (before, after)]
                     self._parts.setdefault((join.op.id, tensor), _Sums()).add(*part)
@@ -214,12 +226,14 @@ class OutputQuality:
 def _part_axes(graph: Graph, output: TensorId, rank: int) -> tuple[int, ...]:
     """Axes along which an output may hold parts of different sizes, as far as its ops tell."""
     op = graph.producer(output)
-    while op is not None and op.kind in KEEPING and op.data_inputs:
+    while op is not None and op.kind in KEEPING | POOLING and op.data_inputs:
         op = graph.producer(op.data_inputs[0])
-    if op is None or op.kind not in MIXING or op.type in BOUNDED:
+    if op is None or op.type in BOUNDED:
         return ()
-    if op.type in SELECTING:
+    if op.type in SELECTING:  # of whatever kind: a backend may not say what it computes
         return tuple(range(1, rank))
+    if op.kind not in MIXING:
+        return ()
     known = graph.tensors[output].channel_axis
     return tuple(sorted({1, rank - 1} if known is None else {known % rank} - {0})) if rank > 1 else ()
 
