@@ -226,7 +226,7 @@ class AutoSearch:
         if isinstance(result, Exception):
             raise result
         self.reference, seconds = result
-        self.limits.allowance.require(self.reference)
+        self.limits.allowance.check(self.reference)
         self.note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
 
     def _diagnose(self, first: tuple[int, Built]) -> None:

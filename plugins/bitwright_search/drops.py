@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from bitwright.errors import InputError
 from bitwright.metrics import Terms
 from bitwright_search.evaluation import ByMetric, Evaluate, Score
+from bitwright_search.scores import SHARES, metric_of
 
 REPORTED = 0.95
 """Probability of the margins that are reported where drops are judged without one."""
@@ -56,8 +58,14 @@ class Allowance:
         """With the confidence that an evaluation has by default, where none is given.
 
         Raises:
-            InputError: it is no probability of at least one half.
+            InputError: it is no probability of at least one half; or the drop of a share is 1 or more, which every
+                network keeps.
         """
+        if (metric := metric_of(evaluate)) in SHARES and drop >= 1:
+            raise InputError(
+                f"an allowed drop of {drop:g} is {100 * drop:g} points of {metric}, which every network keeps: a point "
+                f"is 0.01{f', {drop:g} points are {drop / 100:g}' if drop < 100 else ''}"
+            )
         if confidence is None:
             graded = isinstance(evaluate, ByMetric) and evaluate.metric.partition(":")[0] in GRADED
             return cls(drop, REPORTED if graded else None)
@@ -89,6 +97,20 @@ class Allowance:
     def judged(self, lost: Drop) -> float | None:
         """The confidence with which a network was judged: None without a margin."""
         return None if lost.margin is None else self.confidence
+
+    def check(self, reference: Score) -> None:
+        """As `require`; warns of a drop that, by the float network's score, may be no limit at all.
+
+        Raises:
+            InputError: see `require`.
+        """
+        if 0 < reference.value <= 1 <= self.drop:
+            warnings.warn(
+                f"the float network scores {reference.value:.4g}, and the allowed drop is {self.drop:g}: if the score "
+                "is a share, every network keeps it; a point is 0.01",
+                stacklevel=2,
+            )
+        self.require(reference)
 
     def require(self, reference: Score) -> None:
         """Refuse a margin that was asked for and that the evaluation, by the float network's score, can't give.

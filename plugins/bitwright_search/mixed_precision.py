@@ -147,6 +147,8 @@ def mixed_precision(
             macs = {} if cost == "weight_bytes" else multiply_accumulates(sim, blank_batch(sim))
         costs = CostModel(sim, cost, macs, read_latency(latency, sim.graph, macs))
         table = costs.table(groups, choices)
+        scored = None if evaluate is None else read_evaluate(evaluate, sim)
+        allowance = None if allowed_drop is None else Allowance.of(allowed_drop, confidence, scored)
         stages = SearchStore(directory)
         if sensitivities == "fisher":
             if bank is not None:
@@ -157,8 +159,6 @@ def mixed_precision(
             noises = measure_noise(sim, groups, choices, data, batches, directory)
         else:
             noises, notes = predicted_noise(sim, groups, choices, bank), (*notes, NOTE)
-        scored = None if evaluate is None else read_evaluate(evaluate, sim)
-        allowance = None if allowed_drop is None else Allowance.of(allowed_drop, confidence, scored)
         search = MixedSearch(
             sim=sim,
             data=data,

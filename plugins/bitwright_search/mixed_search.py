@@ -98,7 +98,7 @@ class MixedSearch:
         if self.evaluate is not None:
             reference = self._float_score()
             if self.goal.allowance is not None:
-                self.goal.allowance.require(reference)
+                self.goal.allowance.check(reference)
                 chosen = self._bisect(points, reference)
             else:
                 self._score(chosen.choice)

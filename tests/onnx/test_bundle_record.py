@@ -437,7 +437,7 @@ def test_the_command_line_refuses_before_any_work(tmp_path, capsys):
     np.save(tmp_path / "labels.npy", np.zeros(16, np.int64))
     for command in (
         ["quantize", path, "--data", tmp_path / "data.npz", "--out", tmp_path, "-q"],
-        ["auto", path, "--data", tmp_path / "data.npz", "--labels", tmp_path / "labels.npy", "--allowed-drop", 1,
+        ["auto", path, "--data", tmp_path / "data.npz", "--labels", tmp_path / "labels.npy", "--allowed-drop", 0.99,
          "--out", tmp_path, "-q"],
         ["mixed-precision", path, "--data", tmp_path / "data.npz", "--budget", 0.9, "--out", tmp_path, "-q"],
     ):  # fmt: skip

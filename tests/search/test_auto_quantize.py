@@ -312,7 +312,7 @@ def test_what_it_writes(net, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["auto", "--allowed-drop", "1", "--schemes", "minmax", "--labels"],
+    ["auto", "--allowed-drop", "0.99", "--schemes", "minmax", "--labels"],
     ["mixed-precision", "--budget", "0.9", "--candidates", "int8/uint8,int4/uint8", "--labels"],
 ])  # fmt: skip
 def test_the_commands_write_the_formats_asked_for(net, tmp_path, words, capsys):

@@ -34,6 +34,21 @@ def test_the_upper_bound_decides():
     assert Allowance(0.06, 0.95).keeps(Score(1.0), Score(0.95)), "a number alone has no margin"
 
 
+@pytest.mark.parametrize("evaluate", [Labelled(None, None), ByMetric(None, "agreement")])
+def test_points_that_are_taken_for_shares_are_refused(evaluate):
+    with pytest.raises(InputError, match=r"500 points .*: a point is 0\.01, 5 points are 0\.05"):
+        Allowance.of(5, None, evaluate)
+    assert Allowance.of(0.99, None, evaluate).drop == 0.99
+    assert Allowance.of(5, None, ByMetric(None, "kl")).drop == 5
+
+
+def test_functions_that_seem_to_give_shares_are_warned_of():
+    with pytest.warns(UserWarning, match="scores 0.72, and the allowed drop is 5"):
+        Allowance.of(5, None, len).check(Score(0.72))
+    Allowance.of(5, None, len).check(Score(72.0))  # and not where it is one of 72 points
+    Allowance.of(0.05, None, len).check(Score(0.72))
+
+
 def test_what_the_default_is():
     assert Allowance.of(0.1, None, ByMetric(None, "perplexity:ids")).confidence == 0.95
     assert Allowance.of(0.1, None, ByMetric(None, "kl")).confidence == 0.95

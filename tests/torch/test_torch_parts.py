@@ -385,7 +385,7 @@ def test_a_command_tells_once_that_a_model_is_in_parts(command, tmp_path, monkey
     np.save("images.npy", np.random.default_rng(0).random((6, 3, 8, 8), np.float32))
     words = ["--data", "images.npy"]
     if command == "auto":
-        words += ["--evaluate", "own.py:score", "--allowed-drop", "1", "--out", "out"]
+        words += ["--evaluate", "own.py:score", "--allowed-drop", "0.5", "--out", "out"]
     assert main([command, "own.py:build", *words]) == 0
     told = capsys.readouterr()
     assert (told.out + told.err).count("is captured in parts") == 1
