@@ -10,6 +10,7 @@ from bitwright.backend import Picking, Places, Tap, picked
 from bitwright.grids import Encoding, PerChannel
 from bitwright_onnx.backend import OnnxBackend
 from bitwright_onnx.simulate import blocked, session
+from bitwright_onnx.simulate.simulation import LASTING
 
 
 def residual_net(channels: int = 24) -> onnx.ModelProto:
@@ -225,6 +226,24 @@ def test_it_follows_later_encodings(written, monkeypatch):
     assert not np.array_equal(model.run({"x": X})["y"], before), "parameters are constants: it was made anew"
     simulated.set({"c3.w": weight})
     np.testing.assert_array_equal(model.run({"x": X})["y"], before)
+
+
+def test_sessions_that_last_a_few_runs_are_not_made_anew(written, monkeypatch):
+    """A search that quantizes one weight after the other makes a session for each."""
+    monkeypatch.setattr(session, "BLOCKED_AFTER", SOON)
+    monkeypatch.setattr(session, "BRIEF_AFTER", np.inf)
+    sim = QuantSim(NET).calibrate({"x": X})
+    simulated = sim.backend.simulate(sim.native, sim.plan, sim.table)
+    run = simulated.session([Tap("y")]).run
+    weights = [root for root in sim.table if root in sim.graph.params][:4]
+    for weight in weights:
+        simulated.set({weight: None})
+        [run({"x": X}) for _ in range(3)]
+    assert len(written) == 1, "the first, which might have lasted"
+    [run({"x": X}) for _ in range(LASTING)]
+    simulated.set({weights[0]: sim.table[weights[0]]})
+    [run({"x": X}) for _ in range(3)]
+    assert len(written) == 2, "the one before it lasted"
 
 
 def test_what_stands_against_it_leaves_the_session_that_runs(monkeypatch):

@@ -34,6 +34,8 @@ BLOCKED_AFTER = 2.0
 
 Making it anew takes two to three times as long as the first time, and a third of the time of each run is saved. Whoever
 knows that many runs come asks for it at once, and the plain session isn't made."""
+BRIEF_AFTER = 8.0
+"""The same, of a session that may be dropped after a few runs: the one before it was."""
 LEFT_OUT = ["MatMulScaleFusion"]
 """Optimizations that let a product read what a scaling of its operand reads, even where the scaled tensor is handed
 out: another product than that of the tensor, which a segment is fed."""
@@ -240,6 +242,7 @@ class OrtSession:
         blocked: whether the session may be made anew, when it has run for a while (`BLOCKED_AFTER`), with sites and
             taps that take tensors in the layout of ONNX Runtime's convolutions (`blocked_session`): the same results
             sooner, from a session that takes three times as long to make. "at once": it is made so in the first place.
+        brief: whether it may be dropped after a few runs (`BRIEF_AFTER`).
 
     Raises:
         ModelError: a tap is unknown or can't be computed from the feeds, or ONNX Runtime refuses the model.
@@ -255,6 +258,7 @@ class OrtSession:
         config: Mapping[str, str] | None = None,
         sites: bool = False,
         blocked: bool | Literal["at once"] = False,
+        brief: bool = False,
     ) -> None:
         self.taps = tuple(dict.fromkeys(taps))
         self._bound = bound if bound is not None else {}
@@ -302,7 +306,7 @@ class OrtSession:
             if self._session is None:
                 begin = time.perf_counter()
                 self._session = _compile(part, config=config, patterns=not reduces, arena=feeds is None)
-                self._left = BLOCKED_AFTER * (time.perf_counter() - begin)
+                self._left = (BRIEF_AFTER if brief else BLOCKED_AFTER) * (time.perf_counter() - begin)
             self._inputs = inputs_of(self._session)
         for name in self._first.values():
             del self._inputs[name]

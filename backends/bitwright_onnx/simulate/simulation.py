@@ -270,6 +270,8 @@ class SimulatedSession:
         """Whether numbers are constants where they can be."""
         self._runs = 0
         """Batches since the numbers changed."""
+        self._ran = 0
+        """Batches that the session has run."""
         self._changes = -1
         self._aliases: dict[Tap, Tap] = {}
         self._session: OrtSession | None = None
@@ -293,18 +295,20 @@ class SimulatedSession:
         elif self._changes != simulation.changes:
             self._changes = simulation.changes
             held, numbers = simulation.held_by(content), simulation.numbers_of(content)
+            brief = held != self._held and self._ran < LASTING
             if numbers != self._numbers:
                 lasted, self._runs, self._numbers = self._runs >= LASTING, 0, numbers
                 if self._constant or held != self._held:
-                    session = self._made(constant=lasted)
+                    session = self._made(constant=lasted, brief=brief)
             elif held != self._held:
-                session = self._made(constant=self._constant)
+                session = self._made(constant=self._constant, brief=brief)
         elif not self._constant and self._runs >= LASTING:
             session = self._made(constant=True)
         self._runs += 1
+        self._ran += 1
         return session
 
-    def _made(self, *, constant: bool) -> OrtSession:
+    def _made(self, *, constant: bool, brief: bool = False) -> OrtSession:
         simulation = self._simulation
         lowered = simulation.lower([t.tensor for t in self._taps], self._feeds, pairs=constant)
         self._aliases = {t: replace(t, tensor=lowered.aliases.get(t.tensor, t.tensor)) for t in self._taps}
@@ -319,7 +323,9 @@ class SimulatedSession:
             config=SIMULATION_CONFIG,
             sites=bool(lowered.content.roots),
             blocked=True,
+            brief=brief,
         )
+        self._ran = 0
         return self._session
 
 
