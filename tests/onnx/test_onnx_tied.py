@@ -115,3 +115,35 @@ def test_edits_of_a_shared_matrix():
     assert own != "table" and len(BACKEND.graph(split).users("table")) == 2
     alone = BACKEND.edit(split, [SetParams({own: TABLE * 0})])
     assert not np.allclose(outputs(alone), before) and np.abs(outputs(alone)).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("Gemm", {}), ("Gemm", {"transB": 1})),
+        (("Gemm", {"transB": 1}), ("Gemm", {})),
+        (("Gemm", {"transB": 1}), ("MatMul", {})),
+        (("MatMul", {}), ("Gemm", {"transB": 1})),
+    ],
+    ids=["straight, transposed", "transposed, straight", "transposed, MatMul", "MatMul, transposed"],
+)
+def test_scales_of_the_other_axis_are_not_taken_for_those_of_channels(first, second, tmp_path):
+    """A square matrix has as many columns as rows, so that a default session can't see the difference."""
+    sizes = np.logspace(-1, 0, 16, dtype=np.float32)
+    arrays = {"w": RANDOM.normal(size=(16, 16)).astype(np.float32) * sizes * sizes[:, None]}
+    nodes = [
+        node(first[0], ["x", "w"], ["h"], name="one", **first[1]),
+        node("Relu", ["h"], ["r"], name="relu"),
+        node(second[0], ["r", "w"], ["y"], name="two", **second[1]),
+    ]
+    graph = helper.make_graph(
+        nodes, "square", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(v, k) for k, v in arrays.items()],
+    )  # fmt: skip
+    sim = QuantSim(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    data = {"x": RANDOM.normal(size=(16, 16)).astype(np.float32)}
+    file = sim.calibrate(data).export(tmp_path).files["qdq"]
+    (got,) = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, data)
+    assert sqnr(sim.predict(data)[0], got) > 60
+    assert verify(tmp_path, data).problems == []

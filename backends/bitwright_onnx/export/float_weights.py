@@ -4,6 +4,10 @@ A default session rounds the float weight of a convolution or Gemm between quant
 the whole tensor (its optimizer `WeightBiasQuantization`; before that it folds what is computed from constants, and
 makes Gemm of MatMul and Add). What the plan leaves in float, or in float16, then has 8 bits per tensor without a word.
 A maximum of a single tensor, which is that tensor, between the dequantized input and the op isn't touched by it.
+
+The same keeps such an op in float whose weight has scales along another axis than its output channels, as a matrix has
+that is read straight and transposed: the integer kernels take scales for those of output channels, and where there are
+as many of them as channels nothing stops a default session.
 """
 
 from __future__ import annotations
@@ -30,10 +34,12 @@ def guard_float_weights(model: ir.Model, fresh: Callable[[str], str]) -> None:
     """
     guards: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
-        if node.domain or node.op_type not in _PRODUCTS or not _in_float(node.inputs[1]):
+        if node.domain or node.op_type not in _PRODUCTS:
             continue
-        source = node.inputs[0]
-        if source is None or not _dequantized(source) or not _quantized(node.outputs[0]):
+        source, across = node.inputs[0], _across(node)
+        if source is None or not _dequantized(source):
+            continue
+        if not across and not (_in_float(node.inputs[1]) and _quantized(node.outputs[0])):
             continue
         if source not in guards:
             guard = ir.node("Max", [source], name=fresh(f"{source.name}_guard"))
@@ -42,6 +48,21 @@ def guard_float_weights(model: ir.Model, fresh: Callable[[str], str]) -> None:
             model.graph.insert_before(node, guard)
             guards[source] = out
         node.replace_input_with(0, guards[source])
+
+
+def _across(node: ir.Node) -> bool:
+    """Whether an op's weight has a scale for each index along another axis than that of the output channels."""
+    weight = node.inputs[1]
+    pair = None if weight is None else weight.producer()
+    if pair is None or pair.op_type != "DequantizeLinear" or pair.attributes.get_int("block_size", 0) != 0:
+        return False
+    codes, scale = (v if v is None else v.shape for v in pair.inputs[:2])
+    if codes is None or scale is None or len(scale) != 1 or node.op_type == "ConvTranspose":  # no integer kernel
+        return False
+    channels = 0 if node.op_type == "Conv" else len(codes) - 1
+    if node.op_type == "Gemm":
+        channels = 1 - node.attributes.get_int("transB", 0)
+    return pair.attributes.get_int("axis", 1) % len(codes) != channels
 
 
 def _in_float(value: ir.Value | None) -> bool:
