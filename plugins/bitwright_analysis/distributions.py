@@ -24,7 +24,7 @@ from bitwright_analysis.sweeps import layer_of
 BINS = 128
 TYPICAL = 0.999
 COUNTED = 2**16
-"""Values of each sample that a histogram counts at least, where a tensor has so many; ranges are of all values."""
+"""Values of each sample that a histogram counts, or somewhat fewer, where a tensor has so many; ranges are of all."""
 
 
 def parameter_distributions(

@@ -40,9 +40,15 @@ _TFLITE = (
 
 def tflite(job: Job) -> list[Command]:
     """TensorFlow Lite, on the host and on Android."""
-    path = job.needed(".tflite", "only models of the keras and tensorflow backends are exported to TFLite")
+    path = job.needed(".tflite", "it is written of Keras models alone, with --target tflite-int8; other models have none")
     return [
         Command("run it once on zeros", shell_line("python", "-c", _TFLITE.format(path=str(path)))),
+        Command(
+            "compare float, simulation and interpreter, tensor by tensor",
+            shell_line(
+                "bitwright", "verify", job.directory, "--data", job.data, "--name", job.stem, "--runtime", "tflite"
+            ),
+        ),
         Command(
             "time it on an Android device (benchmark_model is TensorFlow's)",
             shell_line("adb", "push", path, "/data/local/tmp/")

@@ -17,7 +17,7 @@ from bitwright.technique import Step
 from bitwright.workers import Workers
 from bitwright_search.auto_result import Status, Trial
 from bitwright_search.drops import SCORE_FORM, Allowance, Drop, read_score, recorded
-from bitwright_search.evaluation import Evaluate, Mode, Score, measure, measure_saved
+from bitwright_search.evaluation import Evaluate, Mode, Score, measure, measure_saved, warn_of_guessing
 from bitwright_search.stages import Built, Record, SearchStore, content_of
 
 SCHEMES = (
@@ -227,6 +227,7 @@ class AutoSearch:
             raise result
         self.reference, seconds = result
         self.limits.allowance.check(self.reference)
+        warn_of_guessing(self.evaluate, self.sim, self.reference)
         self.note(Trial("float", "reference", Status.REFERENCE, (), self.float_score, seconds))
 
     def _diagnose(self, first: tuple[int, Built]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.backend import Simulation, Tap, arrays_of
-from bitwright.data import DataLike, Dataset, labels_of
+from bitwright.data import DataLike, Dataset, ImplausibleDataWarning, doubt_of_accuracy, labels_of
 from bitwright.errors import InputError
 from bitwright.metrics import Terms, Top1, metric_factory
 from bitwright.runs import fingerprint
@@ -269,6 +270,17 @@ def _read(value: Any) -> Score:
             f"evaluate returned {value!r}; it must return a number, higher is better, or a numpy array with a score "
             "for each sample"
         ) from None
+
+
+def warn_of_guessing(evaluate: Evaluate, sim: QuantSim, score: Score) -> None:
+    """Warn (`ImplausibleDataWarning`) where the float network's top-1 is what guessing gives."""
+    shape = sim.graph.tensors[sim.graph.outputs[0]].shape
+    if not isinstance(evaluate, Labelled) or shape is None:
+        return
+    sizes = [n for n in shape[1:] if n is not None]
+    classes = math.prod(sizes) if len(sizes) == len(shape) - 1 else 0
+    if doubt := doubt_of_accuracy(score.value, classes, len(evaluate.labels)):
+        warnings.warn(doubt, ImplausibleDataWarning, stacklevel=2)
 
 
 def measure_saved(directory: str, evaluate: Evaluate, mode: str) -> tuple[Score, float]:

@@ -17,7 +17,7 @@ from bitwright.simulation import QuantSim
 from bitwright.technique import Step
 from bitwright_search.candidates import Candidate, Group
 from bitwright_search.drops import ONE_SAMPLE, SCORE_FORM, Allowance, read_score, recorded
-from bitwright_search.evaluation import Evaluate, Mode, Score, measure
+from bitwright_search.evaluation import Evaluate, Mode, Score, measure, warn_of_guessing
 from bitwright_search.mixed_result import FrontPoint, MixedPrecisionResult, Sensitivity
 from bitwright_search.scores import metric_of
 from bitwright_search.sensitivity import decibels
@@ -244,7 +244,10 @@ class MixedSearch:
         return self.scores[choice]
 
     def _float_score(self) -> Score:
-        return self._evaluated(self._built(self.reference.choice), Mode.FLOAT)
+        found = self._evaluated(self._built(self.reference.choice), Mode.FLOAT)
+        if self.evaluate is not None:
+            warn_of_guessing(self.evaluate, self.sim, found)
+        return found
 
     def _evaluated(self, built: Built, mode: Mode) -> Score:
         assert self.evaluate is not None

@@ -47,7 +47,7 @@ def test_onnxruntime_lines_run(out):
 
 def test_tflite_line_runs(out, tmp_path):
     tf = pytest.importorskip("tensorflow")
-    with pytest.raises(InputError, match=r"no net\.tflite"):
+    with pytest.raises(InputError, match=r"no net\.tflite.*Keras models alone"):
         bitwright.target_commands(out, "tflite")
     folder = tmp_path / "with lite"
     folder.mkdir()
@@ -60,11 +60,13 @@ def test_tflite_line_runs(out, tmp_path):
 
     converter = tf.lite.TFLiteConverter.from_concrete_functions([double.get_concrete_function()])
     (folder / "net.tflite").write_bytes(converter.convert())
-    first, second = bitwright.target_commands(folder, "tflite").commands
+    first, compared, last = bitwright.target_commands(folder, "tflite").commands
     result = run(first.line)
     assert result.returncode == 0, result.stderr
     assert "(1, 4)" in result.stdout
-    assert second.line.startswith("adb push ")
+    assert compared.line.startswith("bitwright verify ")
+    assert compared.line.endswith("--name net --runtime tflite")
+    assert last.line.startswith("adb push ")
 
 
 @pytest.mark.parametrize("tool", TOOLS)

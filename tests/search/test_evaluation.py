@@ -11,11 +11,14 @@ import pytest
 from search_net import top1
 
 from bitwright import QuantSim
+from bitwright.data import ImplausibleDataWarning
 from bitwright.errors import InputError
 from bitwright.runs import identity
 from bitwright.verify import verify
 from bitwright_analysis.analyzer import quant_analyzer
+from bitwright_search.auto_quantize import auto_quantize
 from bitwright_search.evaluation import ByMetric, FileFunction, Labelled
+from bitwright_search.mixed_precision import mixed_precision
 
 
 def test_evaluations_are_told_apart_by_content(net, tmp_path):
@@ -29,6 +32,15 @@ def test_evaluations_are_told_apart_by_content(net, tmp_path):
     one = identity(FileFunction.parse(f"{file}:score"))
     file.write_text("def score(model):\n    return 2\n")
     assert identity(FileFunction(str(file), "score")) != one
+
+
+def test_searches_warn_of_labels_that_are_guesses(net):
+    """A guessing float model loses nothing by quantization, whatever the network."""
+    wrong = (net.images, (net.labels + 1) % 5)
+    with pytest.warns(ImplausibleDataWarning, match="what guessing among 5 classes gives"):
+        auto_quantize(net.model, net.images, wrong, allowed_drop=0.5, schemes=["minmax"])
+    with pytest.warns(ImplausibleDataWarning, match="what guessing among 5 classes gives"):
+        mixed_precision(net.model, net.images, wrong, candidates=[("int8", "uint8"), ("int4", "uint8")], lite=50)
 
 
 class Scorer:
