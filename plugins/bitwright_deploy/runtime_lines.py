@@ -40,7 +40,7 @@ _TFLITE = (
 
 def tflite(job: Job) -> list[Command]:
     """TensorFlow Lite, on the host and on Android."""
-    path = job.needed(".tflite", "it is written of Keras models alone, with --target tflite-int8; other models have none")
+    path = job.needed(".tflite", "it is written of Keras models alone, with --target tflite-int8; others have none")
     return [
         Command("run it once on zeros", shell_line("python", "-c", _TFLITE.format(path=str(path)))),
         Command(
