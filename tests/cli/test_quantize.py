@@ -236,6 +236,19 @@ def stops(monkeypatch):
     catalogue.descriptors = [d for d in catalogue.descriptors if d.info.name != "stops"]
 
 
+def test_interrupts_that_keep_nothing_say_so(net, run, exported, tmp_path, monkeypatch):
+    def stop(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitwright.runs._directory._KEPT", [])
+    monkeypatch.setattr("bitwright.bank.collect", stop)
+    monkeypatch.setattr("bitwright.verify.verify", stop)
+    for command in (("collect", net.model, "--data", net.npz, "--out", tmp_path / "bank"), ("verify", exported)):
+        done = run(*command)
+        assert done.status == 130
+        assert done.err == "bitwright: stopped; nothing is kept that the same command could go on from\n"
+
+
 def test_interrupt_keeps_what_can_be_resumed(net, run, tmp_path, stops):
     out = tmp_path / "o"
     command = ("quantize", net.model, "--data", net.npz, "--recipe", "stops", "--out", out)

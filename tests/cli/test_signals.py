@@ -34,4 +34,4 @@ def test_while_modules_are_imported(remember, tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 143
     if remember == "pass":
-        assert done.stderr == "bitwright: stopped; the same command goes on from the last finished layer\n"
+        assert done.stderr == "bitwright: stopped; nothing is kept that the same command could go on from\n"

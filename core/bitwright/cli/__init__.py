@@ -138,7 +138,11 @@ def _run(words: list[str], *, debug: bool) -> int:
 
 
 def _stopped() -> int:
-    complain("bitwright: stopped; the same command goes on from the last finished layer")
+    runs = sys.modules.get("bitwright.runs")  # not imported here: it may be an import that was stopped
+    if getattr(runs, "kept_work", tuple)():
+        complain("bitwright: stopped; the same command goes on from the last finished layer")
+    else:
+        complain("bitwright: stopped; nothing is kept that the same command could go on from")
     return STOPPED
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from bitwright.runs._directory import MemoryStore, RunDirectory, run_in, versions
+from bitwright.runs._directory import MemoryStore, RunDirectory, kept_work, run_in, versions
 from bitwright.runs._evaluation_identity import identity
 from bitwright.runs.fingerprint import of_arrays, of_file, of_json
 
-__all__ = ["MemoryStore", "RunDirectory", "identity", "of_arrays", "of_file", "of_json", "run_in", "versions"]
+__all__ = [
+    "MemoryStore",
+    "RunDirectory",
+    "identity",
+    "kept_work",
+    "of_arrays",
+    "of_file",
+    "of_json",
+    "run_in",
+    "versions",
+]

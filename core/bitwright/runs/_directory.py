@@ -115,6 +115,14 @@ def _read(path: Path, key: str) -> Arrays | None:
         }
 
 
+_KEPT: list[Path] = []
+
+
+def kept_work() -> tuple[Path, ...]:
+    """Run directories that failed or stopped work of this process has left, with results that it can go on from."""
+    return tuple(_KEPT)
+
+
 class RunDirectory:
     """One run's durable state. Only one process may hold it; close it, or use it in a ``with`` block.
 
@@ -140,6 +148,8 @@ class RunDirectory:
         if error is not None:
             with contextlib.suppress(InputError):
                 self.record("interrupted", reason=f"{type(error).__name__}: {error}")
+            if self._has_results():
+                _KEPT.append(self.path)
         self.close()
 
     def close(self) -> None:
@@ -149,8 +159,11 @@ class RunDirectory:
     def discard_if_empty(self) -> None:
         """Release the lock, and remove the directory if no step has stored anything that a later run could use."""
         with self._lock:
-            if not any((self.path / "steps").glob("*/*.npz")):
+            if not self._has_results():
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    def _has_results(self) -> bool:
+        return any((self.path / "steps").glob("*/*.npz"))
 
     def step(self, name: str, depends: Mapping[str, Any]) -> FileStore:
         """The store of one step; the same step of an equal run finds what an earlier process left.
