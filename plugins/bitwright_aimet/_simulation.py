@@ -51,7 +51,13 @@ class SimulationModel:
             EncodingError: `compute_encodings` wasn't called, and no encodings were loaded.
         """
         if self._out is None:
-            self._out = self._opened()
+            try:
+                self._out = self._opened()
+            except EncodingError as error:
+                raise EncodingError(
+                    f"the simulated model is there once there are encodings: call compute_encodings first, then "
+                    f"compile, evaluate or train it ({error})"
+                ) from None
             _SIMULATIONS[id(self._out)] = self
         return self._out
 

@@ -119,26 +119,27 @@ class BaseQuantAnalyzer:
         self._forward, self._evaluate = forward_pass_callback, eval_callback
         self._data: Any = None
 
-    def enable_per_layer_mse_loss(self, unlabeled_dataset_iterable: Any, num_batches: int) -> None:
+    def measure_layers_on(self, data: Any, num_batches: int) -> None:
         """Take the layers' errors, which the page has in any case, on these batches."""
-        self._data = batches(unlabeled_dataset_iterable, num_batches)
+        self._data = batches(data, num_batches)
 
-    def analyze(
+    def analyzed(
         self,
-        quant_scheme: Any = "tf_enhanced",
-        default_param_bw: int = 8,
-        default_output_bw: int = 8,
-        config_file: Any = None,
-        results_dir: str = "./tmp/",
+        quant_scheme: Any,
+        default_param_bw: int,
+        default_output_bw: int,
+        config_file: Any,
+        results_dir: str,
+        rounding_mode: str = "nearest",
     ) -> Any:
         """Write `analysis.html` and `analysis.json` to a folder.
 
-        Returns:
-            The `Analysis`; AIMET returns nothing.
+        `analyze` and `enable_per_layer_mse_loss` have other arguments in each of AIMET's packages, in other places.
         """
         settings = read_settings(
-            quant_scheme, default_output_bw, default_param_bw, config_file, default_config=self.default_config
-        )
+            quant_scheme, default_output_bw, default_param_bw, config_file, rounding_mode=rounding_mode,
+            default_config=self.default_config,
+        )  # fmt: skip
         made = SimulationModel(self._model, self._sample, settings)
         made.compute_encodings(self._forward)
         return registry.tool("quant_analyzer")(

@@ -31,6 +31,7 @@ def test_no_framework_is_imported():
 IMPORTS = """
 from aimet_common.defs import QuantScheme, CallbackFunc
 from aimet_common.quantsim_config.utils import get_path_for_per_channel_config, get_path_for_per_tensor_config
+from aimet_common.defs import EvalFunction
 from aimet_common.utils import CallbackFunc
 import aimet_torch
 from aimet_torch import QuantizationSimModel
@@ -39,7 +40,10 @@ from aimet_torch.common.quantsim_config.utils import get_path_for_per_channel_co
 from aimet_torch.common.utils import CallbackFunc
 from aimet_torch.v2.quantsim import QuantizationSimModel
 from aimet_torch.v1.quantsim import QuantizationSimModel
-from aimet_torch.quantsim import QuantizationSimModel, load_encodings_to_sim
+from aimet_torch.quantsim import QuantParams, QuantizationSimModel, load_encodings_to_sim
+from aimet_torch.v2.quantsim.quantsim import QuantizationSimModel as QuantizationSimModelV2
+from aimet_torch.v2.quantsim.config_utils import set_grouped_blockwise_quantization_for_weights
+from aimet_torch.v1.auto_quant_v2 import AutoQuant
 from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
 from aimet_torch.batch_norm_fold import fold_all_batch_norms, fold_all_batch_norms_to_scale
 from aimet_torch.bn_reestimation import reestimate_bn_stats
@@ -94,6 +98,10 @@ def test_the_pages_command_changes_imports_to_ones_that_work(tmp_path):
         ("from bitwright_aimet.torch.layer_output_utils import LayerOutputUtil", "bitwright.layer_outputs"),
         ("from bitwright_aimet.torch.visualize_model import visualize_weight_ranges", "quant_analyzer"),
         ("from bitwright_aimet.torch.cross_layer_equalization import HighBiasFold", "equalize_model"),
+        ("from bitwright_aimet.torch.defs import ModuleCompRatioPair", "not what bitwright does"),
+        ("from bitwright_aimet.torch.utils import get_all_quantizers", "sites have names"),
+        ("from bitwright_aimet.tensorflow.cross_layer_equalization import GraphSearchUtils", "equalize_model"),
+        ("from bitwright_aimet.tensorflow.keras.mixed_precision import choose_fast_mixed_precision", "choose_mixed"),
         ("from bitwright_aimet.onnx import analyze_per_layer_sensitivity", "QuantAnalyzer"),
         ("from bitwright_aimet.onnx.lite_mp import flip_layers_to_higher_precision", "lite=10"),
         ("from bitwright_aimet.common.defs import CostMetric", "not what bitwright does"),

@@ -119,8 +119,13 @@ def test_training_by_fit_with_re_estimated_norms(net, images, tmp_path):
 def test_analysis_auto_quant_and_mixed_precision(net, images, tmp_path):
     pytest.importorskip("bokeh")
     run, evaluate = CallbackFunc(forward, images), CallbackFunc(score, images)
-    found = QuantAnalyzer(net, run, evaluate).analyze("tf", results_dir=str(tmp_path / "analysis"))
-    assert found.overall
+    analyzer = QuantAnalyzer(net, run, evaluate)
+    analyzer.enable_per_layer_mse_loss(unlabeled_dataset=[images], num_batches=1)
+    # As AIMET 1.31 has them, by place: the rounding comes before the widths, parameters' first.
+    found = analyzer.analyze("tf", "nearest", 4, 8, None, str(tmp_path / "analysis"))
+    assert "int4" in found.widths
+    with pytest.raises(InputError, match="rounding_mode"):
+        analyzer.analyze("tf", "stochastic", 4, 8, None, str(tmp_path / "analysis"))
     auto = AutoQuantWithAutoMixedPrecision(
         net, lambda model, samples: score(model, images), images, results_dir=str(tmp_path / "auto")
     )

@@ -152,4 +152,8 @@ def test_seq_mse_and_analysis(net, batches, tmp_path, assert_equal):
     assert_equal(sim.bitwright, wanted.calibrate(batches))
     pytest.importorskip("bokeh")
     analyzer = QuantAnalyzer(net, None, CallbackFunc(forward, batches), CallbackFunc(score, batches))
-    assert analyzer.analyze("tf", results_dir=str(tmp_path)).overall
+    analyzer.enable_per_layer_mse_loss(unlabeled_dataset_iterable=batches, num_batches=1)
+    found = analyzer.analyze(
+        "tf", default_param_bw=8, default_activation_bw=16, config_file=None, results_dir=str(tmp_path)
+    )
+    assert "uint16" in found.widths

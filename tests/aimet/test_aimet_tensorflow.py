@@ -157,8 +157,10 @@ def test_datasets_of_graph_mode(session, images, tmp_path):
 def test_analysis_and_auto_quant(session, images, tmp_path):
     pytest.importorskip("bokeh")
     run, evaluate = CallbackFunc(forward, images), CallbackFunc(score, images)
-    found = QuantAnalyzer(session, *ENDS, run, evaluate).analyze("tf", results_dir=str(tmp_path / "analysis"))
-    assert found.overall
+    found = QuantAnalyzer(session, *ENDS, run, evaluate, use_cuda=False).analyze(
+        "tf", "nearest", 4, 8, None, [images], 1, str(tmp_path / "analysis")
+    )
+    assert "int4" in found.widths
     auto = AutoQuant(session, *ENDS, images, lambda session, samples: score(session, images),
                      results_dir=str(tmp_path / "auto"))  # fmt: skip
     model, best, _ = auto.optimize(0.9)

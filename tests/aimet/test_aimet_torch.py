@@ -95,7 +95,7 @@ def test_simulate_evaluate_export(net, loader, batches, tmp_path, assert_equal):
         net, dummy_input=loader[0][0], quant_scheme=QuantScheme.post_training_tf_enhanced, default_output_bw=8,
         default_param_bw=8,
     )  # fmt: skip
-    with pytest.raises(EncodingError, match="no encoding yet"):
+    with pytest.raises(EncodingError, match="call compute_encodings first"):
         _ = sim.model
     sim.compute_encodings(forward_pass_callback=forward, forward_pass_callback_args=loader)
     wanted = own(net, loader, "sqnr").calibrate(batches)

@@ -8,6 +8,9 @@ from typing import Any
 
 from bitwright_aimet._elsewhere import tell_names
 
+EvalFunction = Callable[[Any, int | None, bool], float]
+"""What AIMET's own examples annotate: of a model, how many batches, and whether on a GPU."""
+
 
 class QuantScheme(Enum):
     """How ranges are found, see `bitwright_aimet._settings`."""

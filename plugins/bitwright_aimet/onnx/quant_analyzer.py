@@ -39,5 +39,24 @@ class QuantAnalyzer(BaseQuantAnalyzer):
 
         super().__init__(proto_of(model), None, forward_pass_callback, score)
 
+    def enable_per_layer_mse_loss(self, unlabeled_dataset_iterable: Any, num_batches: int) -> None:
+        """Take the layers' errors, which the page has in any case, on these batches."""
+        self.measure_layers_on(unlabeled_dataset_iterable, num_batches)
+
+    def analyze(
+        self,
+        quant_scheme: Any = "tf_enhanced",
+        default_param_bw: int = 8,
+        default_activation_bw: int = 8,
+        config_file: Any = None,
+        results_dir: str = "./tmp/",
+    ) -> Any:
+        """Write `analysis.html` and `analysis.json` to a folder.
+
+        Returns:
+            The `Analysis`; AIMET returns nothing.
+        """
+        return self.analyzed(quant_scheme, default_param_bw, default_activation_bw, config_file, results_dir)
+
 
 __getattr__ = tell_names(__name__)

@@ -21,8 +21,15 @@ def fold_all_batch_norms(
     return session_of(simulation), folded
 
 
-def fold_all_batch_norms_to_scale(sim: SimulationModel, *op_names: Any) -> None:
-    """Fold batch norms into the scales of quantized weights, after training; `sim.session` is a new one."""
+def fold_all_batch_norms_to_scale(
+    sim: SimulationModel, starting_op_names: Any = None, output_op_names: Any = None
+) -> None:
+    """Fold batch norms into the scales of quantized weights, after training; `sim.session` is a new one.
+
+    Args:
+        sim: the simulation.
+        starting_op_names, output_op_names: not needed: the simulation knows its ends.
+    """
     sim.changed(lambda simulation: simulation.apply("fold_batch_norm_to_scale"))
 
 

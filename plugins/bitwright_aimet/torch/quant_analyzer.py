@@ -36,3 +36,22 @@ class QuantAnalyzer(BaseQuantAnalyzer):
         instead = "bitwright.quant_analyzer(QuantSim(model, …, overrides={'layer': 'float'}), data)"
         refuse({"modules_to_ignore": (list(modules_to_ignore or ()), [], instead)})
         super().__init__(model, dummy_input, forward_pass_callback, eval_callback)
+
+    def enable_per_layer_mse_loss(self, unlabeled_dataset_iterable: Any, num_batches: int) -> None:
+        """Take the layers' errors, which the page has in any case, on these batches."""
+        self.measure_layers_on(unlabeled_dataset_iterable, num_batches)
+
+    def analyze(
+        self,
+        quant_scheme: Any = "tf_enhanced",
+        default_param_bw: int = 8,
+        default_output_bw: int = 8,
+        config_file: Any = None,
+        results_dir: str = "./tmp/",
+    ) -> Any:
+        """Write `analysis.html` and `analysis.json` to a folder.
+
+        Returns:
+            The `Analysis`; AIMET returns nothing.
+        """
+        return self.analyzed(quant_scheme, default_param_bw, default_output_bw, config_file, results_dir)

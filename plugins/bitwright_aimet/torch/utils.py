@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet.torch._in_place import name_in
 
 __all__ = ["get_device", "get_layer_name", "in_eval_mode", "in_train_mode", "is_leaf_module"]
@@ -55,3 +56,6 @@ def get_layer_name(model: Any, layer: Any) -> str:
 def is_leaf_module(module: Any) -> bool:
     """Whether a module has no modules of its own."""
     return next(iter(module.children()), None) is None
+
+
+__getattr__ = tell_names(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bitwright_aimet import _tools as tools
+from bitwright_aimet._elsewhere import tell_names
 from bitwright_aimet._simulation import SimulationModel
 
 
@@ -28,3 +29,6 @@ def choose_mixed_precision(
         sim, candidates, tools.required(forward_pass_callback), eval_callback_for_phase2, allowed_accuracy_drop,
         results_dir,
     )  # fmt: skip
+
+
+__getattr__ = tell_names(__name__)

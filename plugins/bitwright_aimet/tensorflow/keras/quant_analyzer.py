@@ -24,3 +24,23 @@ class QuantAnalyzer(BaseQuantAnalyzer):
         self, model: Any, forward_pass_callback: Callable[[Any], Any], eval_callback: Callable[[Any], Any]
     ) -> None:
         super().__init__(model, None, forward_pass_callback, eval_callback)
+
+    def enable_per_layer_mse_loss(self, unlabeled_dataset: Any, num_batches: int) -> None:
+        """Take the layers' errors, which the page has in any case, on these batches."""
+        self.measure_layers_on(unlabeled_dataset, num_batches)
+
+    def analyze(
+        self,
+        quant_scheme: Any = "tf_enhanced",
+        rounding_mode: str = "nearest",
+        default_param_bw: int = 8,
+        default_output_bw: int = 8,
+        config_file: Any = None,
+        results_dir: str = "./tmp/",
+    ) -> Any:
+        """Write `analysis.html` and `analysis.json` to a folder.
+
+        Returns:
+            The `Analysis`; AIMET returns nothing.
+        """
+        return self.analyzed(quant_scheme, default_param_bw, default_output_bw, config_file, results_dir, rounding_mode)

@@ -13,8 +13,10 @@ from bitwright_aimet._simulation import SimulationModel
 from bitwright_aimet.common.defs import QuantizationDataType, QuantScheme
 from bitwright_aimet.torch._in_place import name_in
 from bitwright_aimet.torch._modules import names_of
+from bitwright_aimet.torch.bias_correction import QuantParams
 
 __all__ = [
+    "QuantParams",
     "QuantScheme",
     "QuantizationDataType",
     "QuantizationSimModel",
@@ -178,9 +180,9 @@ def _set_blocks(sim: QuantizationSimModel, arg: Any, symmetric: bool, block_size
     sim.changed(lambda quantsim: quantsim.set_precision(names, weights=type))
 
 
-def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, encoding_path: str) -> None:
+def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, pytorch_encoding_path: str) -> None:
     """Take all encodings of a file."""
-    quant_sim_model.load_encodings(encoding_path)
+    quant_sim_model.load_encodings(pytorch_encoding_path)
 
 
 __getattr__ = tell_names(__name__)
