@@ -149,4 +149,4 @@ def refuse_unwritable(
     if formats is not None:
         chosen_formats(formats, sim.backend)
     if out is not None:
-        refuse_planned(sim.state, Path(out), named_model(model, name)[1])
+        refuse_planned(sim.state, Path(out), named_model(model, name)[1], formats)

@@ -448,6 +448,65 @@ def test_the_command_line_refuses_before_any_work(tmp_path, capsys):
         shutil.rmtree(tmp_path / ".run", ignore_errors=True)
 
 
+def test_a_model_given_as_an_object_is_not_overwritten(tmp_path):
+    """Nothing tells where it came from: what no export has written stays, whatever it is."""
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    sim = QuantSim(onnx.load(path)).calibrate(DATA)
+    with pytest.raises(InputError, match=r"would overwrite '.*model\.onnx', which no export has written; .*name="):
+        sim.export(tmp_path)
+    with pytest.raises(InputError, match=r"saving would overwrite '.*model\.onnx', .*another folder"):
+        sim.save(tmp_path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    sim.export(tmp_path, name="quantized")
+    path.unlink()
+    sim.export(tmp_path)
+    sim.export(tmp_path)  # in its own place
+
+
+@pytest.mark.parametrize(
+    "name", ["model.qdq.onnx", "model.record.npz", "model.encodings", "report.json", "report.html"]
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_nothing_of_the_users_is_replaced(tmp_path, name, after):
+    sim = calibrated()
+    if after and not name.startswith("report"):  # a report that a program has added to is one
+        sim.export(tmp_path)
+    (tmp_path / name).write_bytes(b"mine")
+    before = contents(tmp_path)
+    told = "was changed after an export" if after and not name.startswith("report") else "no export has written"
+    with pytest.raises(InputError, match=rf"would overwrite '.*{name}', which {told}"):
+        sim.export(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    sim = calibrated()
+    (tmp_path / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(InputError, match="which is a link"):
+        sim.export(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_what_a_killed_export_leaves_is_replaced_by_the_next(tmp_path, monkeypatch, number):
+    """Whichever of the moves was the last; nothing is undone, as in a process that is gone."""
+    sim, real, moves = calibrated(), Path.replace, []
+    sim.export(tmp_path)
+
+    def replace(path: Path, target: Path) -> Path:
+        moves.append(path)
+        return path if len(moves) > number else real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    sim.export(tmp_path)
+    monkeypatch.undo()
+    assert len(moves) >= number
+    sim.export(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model.onnx", "model.qdq.onnx", "model.record.npz", "model.encodings", "report.json", "report.html"
+    }  # fmt: skip
+
+
 # -- taking the place of an older export
 
 

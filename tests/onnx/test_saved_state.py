@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -33,6 +34,38 @@ def test_what_was_saved_comes_back(saved):
     again = QuantSim.load(folder)
     assert all(again.encodings[s].equals(e) for s, e in sim.encodings.items())
     assert np.array_equal(again.predict(x)[0], sim.predict(x)[0])
+
+
+def test_it_takes_the_place_of_an_older_one_alone(saved, tmp_path):
+    sim, folder, x = saved
+    sim.save(folder)
+    assert np.array_equal(QuantSim.load(folder).predict(x)[0], sim.predict(x)[0])
+    for name in ("model.onnx", "encodings.npz"):
+        mine = tmp_path / name.partition(".")[0]
+        mine.mkdir()
+        (mine / name).write_bytes(b"mine")
+        with pytest.raises(InputError, match=rf"saving would overwrite '.*{name}', which isn't .*another folder"):
+            sim.save(mine)
+        assert [p.read_bytes() for p in mine.iterdir()] == [b"mine"]
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_what_a_killed_process_leaves_is_replaced(saved, monkeypatch, number):
+    sim, folder, x = saved
+    real, moves = Path.replace, []
+
+    def replace(path: Path, target: Path) -> Path:
+        if folder not in (path.parent, target.parent):  # of a file that is being written
+            return real(path, target)
+        moves.append(path)
+        return path if len(moves) > number else real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    sim.save(folder)
+    monkeypatch.undo()
+    assert len(moves) == 6
+    sim.save(folder)
+    assert np.array_equal(QuantSim.load(folder).predict(x)[0], sim.predict(x)[0])
 
 
 def test_a_changed_scale_is_refused(saved):

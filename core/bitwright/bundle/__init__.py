@@ -2,13 +2,13 @@
 
 `record` is what was simulated (decisions, digests, hashes, samples), `agreement` decides whether two networks compute
 the same but for rounding, `export_gate` and `checks` ask it of a fresh and of a reopened export, `crushed` finds
-outputs that the quantization has silenced, `source_guard` keeps the user's own model from being overwritten.
+outputs that the quantization has silenced, `source_guard` and `placing` keep what is the user's from being
+overwritten.
 """
 
 from __future__ import annotations
 
 from bitwright.bundle._artefact import (
-    ENCODINGS_SUFFIX,
     QDQ,
     bound_entries,
     check_bundle,
@@ -31,8 +31,9 @@ from bitwright.bundle._formats import Formats, chosen_formats
 from bitwright.bundle._outputs import PAIRS, PLAIN, OutputFigures, classes_of, in_shape, over_outputs, whole_of
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, parts_in
+from bitwright.bundle._placing import ENCODINGS_SUFFIX
 from bitwright.bundle._plain import HostNotes, PairRisk, PlainRisks, PlainRuntime, PlainView, plain_session, plain_view
-from bitwright.bundle._record import ARRAYS_SUFFIX
+from bitwright.bundle._record import ARRAYS_SUFFIX, hashes
 from bitwright.bundle._reopened import as_recorded, reopen
 from bitwright.bundle._saturation import bound
 
@@ -66,6 +67,7 @@ __all__ = [
     "find_bundle",
     "gate",
     "geometry",
+    "hashes",
     "in_shape",
     "is_stem",
     "over_outputs",

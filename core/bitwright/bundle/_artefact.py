@@ -33,7 +33,7 @@ from bitwright.backend import (
 )
 from bitwright.bundle._formats import Formats, check_formats, chosen_formats, write_formats
 from bitwright.bundle._parts import of_part, parts_in
-from bitwright.bundle._placing import move_in
+from bitwright.bundle._placing import ENCODINGS_SUFFIX, move_in, refuse_strangers
 from bitwright.bundle._plain import keep_exact
 from bitwright.bundle._source_guard import refuse_overwriting
 from bitwright.errors import (
@@ -52,10 +52,9 @@ from bitwright.grids import Blockwise, Encoding, EncodingTable, PerChannel, PerT
 from bitwright.hookspecs import RuntimeInfo
 from bitwright.placement import Decision, Derived, Float, OwnForms, Plan, SharedWith, Site, SiteId, SiteKind
 from bitwright.plugins import registry
-from bitwright.report import REPORT, RunReport, read_report
+from bitwright.report import PAGE, REPORT, RunReport, read_report
 from bitwright.state import SimState
 
-ENCODINGS_SUFFIX = ".encodings"
 QDQ, WEIGHTS = "qdq", "safetensors"
 """Export formats that a bundle has too, where the backend offers them."""
 
@@ -95,7 +94,7 @@ def export(
         check_formats(chosen, whole)
     plain = state.target.config.bitwright.pair_sum_bits is not None if plain_session is None else plain_session
     stored_anew: tuple[ParamId, ...] = ()
-    refuse_planned(state, directory, name)
+    refuse_planned(state, directory, name, formats_asked)
     make_directory(directory)
     staging = directory / f".{name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -172,8 +171,7 @@ def export(
             state, staging, name, files, bundle.names, run if reference_samples else "none were asked for",
             missing=missing, compared=compared, not_compared=unreached, stored_anew=stored_anew,
         )  # fmt: skip
-        # The encodings come last, as the seal.
-        written = sorted(staging.iterdir(), key=lambda path: (path == files["encodings"], path.name == REPORT))
+        written = list(staging.iterdir())
         refuse_overwriting(state, [directory / path.name for path in written])
         move_in(written, directory, name)
         paths = {k: directory / p.name for k, p in files.items()}
@@ -216,13 +214,18 @@ def planned_files(state: SimState, directory: Path, name: str) -> list[Path]:
     return [*found, *(p.with_name(f"{p.name}.data") for p in found), *(p.with_suffix(".index") for p in found)]
 
 
-def refuse_planned(state: SimState, folder: Path, name: str) -> None:
-    """Refuse, before any work, an export that would write over the file that the model was opened from.
+def refuse_planned(state: SimState, folder: Path, name: str, formats_asked: Formats | None = None) -> None:
+    """Refuse, before any work, an export that would write over the file that the model was opened from, or over
+    anything else that no export has written.
 
     Raises:
-        InputError: one of the files that an export of this name may write is that file, or belongs to it.
+        InputError: one of the files that an export of this name may write is that file, or belongs to it; or one that
+            it surely writes isn't an older export's.
     """
     refuse_overwriting(state, planned_files(state, folder, name))
+    artefact, *_ = state.backend.formats()
+    endings = [ENCODINGS_SUFFIX, *([f".{artefact}"] if formats_asked is None else [])]
+    refuse_strangers(folder, name, [folder / REPORT, folder / PAGE, *(folder / f"{name}{e}" for e in endings)])
 
 
 def refuse_unnamed_types(plan: Plan, version: str) -> None:

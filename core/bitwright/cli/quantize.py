@@ -104,7 +104,7 @@ def quantize(
                 overrides=options.read_overrides(override), kv_cache=kv_cache, seed=seed, progress=progress,
             )  # fmt: skip
             sim.attach(source=model, executor=crew)
-            refuse_planned(sim.state, out, job.name)
+            refuse_planned(sim.state, out, job.name, job.formats)
             refuse_unnamed_types(sim.plan, encodings_version)
             calibration = source or sim.open(
                 job.data, batch_size=batch_size, limit=calibration_samples, text=text, images=images

@@ -16,6 +16,7 @@ from bitwright.files._held import HeldFile
 from bitwright.files._leftovers import staging, sweep, sweep_beside, written_beside
 from bitwright.files._messages import field_prefix, split_message, write_graph_def
 from bitwright.files._pieces import StoredArray
+from bitwright.files._replacing import put_in_place
 from bitwright.files._scratch import Scratch, scratch_file, sweep_scratch, temporaries_in
 from bitwright.files._spill import Spill, is_spilled
 
@@ -35,6 +36,7 @@ __all__ = [
     "make_directory",
     "open_npy",
     "open_npz",
+    "put_in_place",
     "read_npy",
     "read_npz",
     "scratch_file",

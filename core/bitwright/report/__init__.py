@@ -27,13 +27,14 @@ from bitwright.report._runs import (
     render_index,
     runs_in,
 )
-from bitwright.report._seal import REPORT, digest, named, read_report
+from bitwright.report._seal import PAGE, REPORT, digest, is_page, named, read_report
 from bitwright.report._widths import plan_widths
 from bitwright.report.charts import HEIGHT, Axis, linear_axis
 
 __all__ = [
     "COLUMNS",
     "HEIGHT",
+    "PAGE",
     "REPORT",
     "Accuracy",
     "Axis",
@@ -57,6 +58,7 @@ __all__ = [
     "digest",
     "dumped",
     "finite",
+    "is_page",
     "linear_axis",
     "named",
     "plan_widths",

@@ -99,10 +99,11 @@ def write_report(report: RunReport, directory: str | Path) -> tuple[Path, Path]:
         InputError: the folder can't be written, or the disk is full.
     """
     from bitwright.report._page import render
+    from bitwright.report._seal import PAGE, REPORT
 
     directory = Path(directory)
-    json_file = write_text(directory / "report.json", dumped(report))
-    return json_file, write_text(directory / "report.html", render(report))
+    json_file = write_text(directory / REPORT, dumped(report))
+    return json_file, write_text(directory / PAGE, render(report))
 
 
 def complete_report(

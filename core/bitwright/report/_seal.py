@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from bitwright.errors import first_line
 from bitwright.grids import Encoding
 from bitwright.report._model import RunReport
+from bitwright.report.parts import MARK
 from bitwright.runs import of_arrays
 
 Array = NDArray[Any]
 
 
 REPORT = "report.json"
+PAGE = "report.html"
 
 
 def digest(encoding: Encoding) -> str:
@@ -62,6 +64,14 @@ def named(path: Path) -> str | None:
         return str(json.loads(path.read_text())["name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that bitwright has written."""
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from importlib import resources
 
 from bitwright.report._model import Cell
 
+MARK = "<p class=mark>bitwright</p>"
+"""By which a page is known."""
+
 
 def page(title: str, subtitle: str, sections: Iterable[str], *, head: str = "", script: str = "") -> str:
     """One HTML file that needs nothing else: styles and script are inside.
@@ -23,7 +26,7 @@ def page(title: str, subtitle: str, sections: Iterable[str], *, head: str = "", 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{asset('style.css')}</style>{head}</head><body><main>"
-        f"<header><p class=mark>bitwright</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p></header>"
+        f"<header>{MARK}<h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p></header>"
         f"{''.join(sections)}</main><script>{asset('page.js')}{script}</script></body></html>\n"
     )
 

@@ -517,7 +517,8 @@ class QuantSim(StateView):
 
         Raises:
             EncodingError: the simulation isn't calibrated yet, or a format has no place for a grid.
-            InputError: a file that the model was opened from would be overwritten, or can't be written; no such format.
+            InputError: a file that the model was opened from, or that no export has written, would be overwritten; a
+                file can't be written; no such format.
             ModelError: the quantized model that was written departs from the simulation; the message names the tensor.
         """
         from bitwright.bundle import export
@@ -529,7 +530,11 @@ class QuantSim(StateView):
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> Path:
-        """Keep the whole state (model, encodings, provenance) to go on with `load`."""
+        """Keep the whole state (model, encodings, provenance) to go on with `load`.
+
+        Raises:
+            InputError: a file is in the way that isn't of a saved simulation, or one can't be written.
+        """
         from bitwright.simulation._saved_state import save
 
         self._require_taken("save()")

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import check_encodings
+from bitwright.bundle import hashes
 from bitwright.data import Samples, first_samples, samples_in
 from bitwright.errors import BitwrightError, InputError, ModelError
-from bitwright.files import DAMAGED, atomic_write, make_directory, read_npz, write_text
+from bitwright.files import DAMAGED, atomic_write, make_directory, put_in_place, read_npz, staging, write_text
 from bitwright.graph import OpId
 from bitwright.grids import EncodingTable, Provenance, encoding_arrays, encoding_of_arrays
 from bitwright.plugins import registry
@@ -29,8 +30,42 @@ STATE, ENCODINGS = "quantsim.json", "encodings.npz"
 
 
 def save(state: SimState, directory: Path) -> Path:
-    """See `QuantSim.save`. The JSON file is written last and names what belongs to it."""
+    """See `QuantSim.save`. The JSON file names what belongs to it; all appear when all are written."""
     make_directory(directory)
+    with staging(directory) as folder:
+        _write(state, folder)
+        # What names the files comes first and goes last, so that a killed process leaves nothing that isn't known.
+        written = sorted(folder.iterdir(), key=lambda p: (p.name != STATE, p.name == ENCODINGS))
+        put_in_place(written, directory, _older(directory, [p.name for p in written]))
+    return directory
+
+
+def _older(directory: Path, names: list[str]) -> list[Path]:
+    """The files of an older saved state, what names them last.
+
+    Raises:
+        InputError: something else is in a place that is to be taken.
+    """
+    taken = [directory / n for n in names if (directory / n).exists() or (directory / n).is_symlink()]
+    if not taken:
+        return []
+    try:
+        content = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        model, known = str(content["model"]), {str(k): str(v) for k, v in content.get("contents", {}).items()}
+    except (*DAMAGED, AttributeError, OSError):
+        model, known = "", {}
+    for path in taken:
+        recorded = {k: v for k, v in known.items() if k.partition("/")[0] == path.name}
+        own = recorded == hashes([path], directory) if recorded else path.name.startswith(model) and bool(model)
+        if path.is_symlink() or not (own or (model and path.name in (STATE, ENCODINGS))):
+            raise InputError(
+                f"saving would overwrite {str(path)!r}, which isn't the file of a saved simulation; choose another "
+                "folder, or remove it first"
+            )
+    return sorted(taken, key=lambda p: p.name == STATE)
+
+
+def _write(state: SimState, directory: Path) -> None:
     suffix = registry.backends()[state.backend.name].suffix
     model = state.backend.save(state.native, directory / f"model{suffix}")
     arrays = {
@@ -66,13 +101,12 @@ def save(state: SimState, directory: Path) -> Path:
             {"technique": p.technique, "settings": dict(p.settings), "fingerprint": p.fingerprint}
             for p in state.encodings.provenance
         ],
-        "contents": {p.name: fingerprint.of_file(p) for p in (model, directory / ENCODINGS) if p.is_file()},
+        "contents": hashes(sorted(directory.iterdir()), directory),
     }
     if state.rounded is not None and state.rounded.native is state.native:
         content["rounded_from"] = state.rounded.network
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are text
     write_text(directory / STATE, json.dumps({**content, "seal": _seal(content)}, indent=1))
-    return directory
 
 
 @dataclass(frozen=True)
