@@ -310,3 +310,19 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
         BACKEND.load(tmp_path / "bad.h5", threads=2)
     with pytest.raises(InputError, match=r"\.keras or \.h5"):
         BACKEND.save(BACKEND.adopt(nets.residual()), tmp_path / "model.onnx")
+
+
+def test_a_first_call_that_fails_is_told() -> None:
+    class Net(keras.Model):
+        def build(self, shape):
+            self.built = True
+
+        def __init__(self):
+            super().__init__()
+            self.dense = L.Dense(4)
+
+        def call(self, x):
+            raise RuntimeError("no such file")
+
+    with pytest.raises(ModelError, match="on the sample fails: no such file"):
+        BACKEND.adopt(Net(), normal(3, 6))

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitwright.errors import ModelError
 from bitwright_keras.capture.tracing import Recording, functional_of, recorded, trace
-from bitwright_keras.graph.native import copy_layer
+from bitwright_keras.graph.native import copy_layer, first_line
 
 
 def recording_of(model: keras.Model, sample: Any) -> tuple[Recording, keras.Model]:
@@ -35,7 +35,10 @@ def recording_of(model: keras.Model, sample: Any) -> tuple[Recording, keras.Mode
                 f"the subclassed model {model.name!r} was never called, so it has no weights yet: call it on a batch "
                 "first, or give a sample batch: QuantSim(model, sample, …)"
             )
-        model(_tensors(sample))
+        try:
+            model(_tensors(sample))
+        except Exception as error:  # whatever the user's Python raises
+            raise ModelError(f"calling {model.name!r} on the sample fails: {first_line(error)}") from error
     return trace(model, (symbols,), {}), model
 
 
