@@ -72,6 +72,16 @@ def test_linear_layers_by_their_frameworks_name(name):
     assert "fc.output" not in plan.quantized
 
 
+def test_a_rule_for_gemm_that_misses_linear_layers_is_told():
+    """They are MatMul in ONNX's words; AIMET's PyTorch tools mean both by Gemm."""
+    off = {"is_output_quantized": "False"}
+    (note,) = build_plan(deep_linear(), config(ON, op_type={"Gemm": off})).notes
+    assert note.startswith("op_type Gemm sets is_output_quantized for linear layers on matrices, and not for 'fc'")
+    for told in ({"Gemm": off, "MatMul": off}, {"Linear": off}, {"Gemm": off, "Linear": off}, {"Gemm": {}}):
+        assert not build_plan(deep_linear(), config(ON, op_type=told)).notes
+    assert not build_plan(ten_ops(), config(ON, op_type={"Gemm": off})).notes
+
+
 OUTPUTS = {f"{n}.output" for n in ("conv1", "relu", "pool", "conv2", "sig", "add", "gap", "flatten", "fc", "softmax")}
 
 
@@ -161,6 +171,21 @@ def test_op_type_section():
 def test_grid_preserving_ops_keep_their_inputs_grid_when_switched_off():
     plan = build_plan(ten_ops(), config(ON, op_type={"MaxPool": {"is_output_quantized": "False"}}))
     assert plan["pool.output"].decision == SharedWith("relu.output")
+
+
+@pytest.mark.parametrize("type", ["AveragePool", "Resize"])
+def test_what_averages_stays_in_float_when_switched_off(type):
+    """Its input's grid would round it: averages aren't on it, as maxima are."""
+    b = Builder()
+    x = b.relu("relu", b.conv("conv", b.input("x", 3, 8, 8), 4, pad=1))
+    made = b.build(b.conv("last", b.pool("pool", x, 2, stride=2), 4)).graph
+    kind = OpKind.AVERAGE_POOL if type == "AveragePool" else OpKind.RESIZE
+    ops = [replace(op, type=type, kind=kind, attrs=None) if op.id == "pool" else op for op in made.ops]
+    graph = Graph(ops, made.tensors, made.params, made.inputs, made.outputs)
+    assert build_plan(graph, config(ON))["pool.output"].decision == SharedWith("relu.output")
+    plan = build_plan(graph, config(ON, op_type={type: {"is_output_quantized": "False"}}))
+    assert plan["pool.output"].decision == Float(f"the target leaves outputs of {type} in float")
+    assert "relu.output" in own(plan)
 
 
 def test_supergroups_switch_off_what_is_inside():

@@ -287,7 +287,7 @@ def test_targets_are_frozen():
 
 NAMES = [("GELU", "Gelu"), ("GroupNorm", "GroupNormalization"), ("MaxPooling2D", "MaxPool"), ("Conv2d", "Conv"),
          ("LayerNorm", "LayerNormalization"), ("SiLU", "Swish"), ("AddV2", "Add"), ("MaxPool2D", "MaxPool"),
-         ("ReflectionPad2d", "Pad")]  # fmt: skip
+         ("ReflectionPad2d", "Pad"), ("GLU", "Glu"), ("LogSigmoid", "LogSigmoid"), ("Softmin", "Softmax")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "type"), NAMES)

@@ -33,12 +33,12 @@ ONNX_TYPES = frozenset(
 
 VENDOR_TYPES = frozenset(
     """
-    BatchPermutation BatchToSpace ChannelShuffle CropAndResize Moments SpaceToBatch
+    BatchPermutation BatchToSpace ChannelShuffle CropAndResize Glu LogSigmoid Moments SpaceToBatch
     BiasGelu FastGelu FusedConv FusedGemm FusedMatMul QuickGelu SkipLayerNormalization SkipSimplifiedLayerNormalization
     SimplifiedLayerNormalization
     """.split()  # noqa: SIM905
 )
-"""Names outside ONNX that AIMET's configuration files and ONNX Runtime's graphs use."""
+"""Names outside ONNX that AIMET's configuration files, PyTorch's layers and ONNX Runtime's graphs use."""
 
 _NAMES = {
     "Conv": "Conv1d Conv2d Conv3d Conv1D Conv2D Conv3D Convolution1D Convolution2D Convolution3D DepthwiseConv1D "
@@ -66,6 +66,9 @@ _NAMES = {
     "Swish": "SiLU Silu",
     "HardSwish": "Hardswish HardSiLU",
     "HardSigmoid": "Hardsigmoid",
+    "Glu": "GLU",
+    "LogSigmoid": "Logsigmoid",
+    "Softmax": "Softmin",  # a softmax, of what is negated
     "LogSoftmax": "Logsoftmax",
     "Add": "Addition AddV2",
     "Sub": "Subtract",

@@ -154,9 +154,11 @@ class ActivationPlacement:
         return None
 
     def interpolates(self, op: Op) -> bool:
-        """Whether the target makes the output of a pooling or resizing share its input's grid."""
+        """Whether the target makes the output of a pooling or resizing share its input's grid. What it computes isn't
+        on that grid by itself, so a target that leaves its outputs in float has it computed in float."""
         tied = op.type in self.config.bitwright.ties and op.kind in (OpKind.AVERAGE_POOL, OpKind.RESIZE)
-        return tied and self.floats(op) is None and bool(op.data_inputs)
+        off = self.target.op(self.target.type_of(op)).is_output_quantized is False
+        return tied and not off and self.floats(op) is None and bool(op.data_inputs)
 
     def follows(self, op: Op) -> bool:
         """Whether an op's outputs have no grid of their own where its input has one."""
@@ -185,6 +187,7 @@ class ActivationPlacement:
                     self.drafts[t].on = on
 
     def _op_types(self) -> None:
+        self._told_of_matrices_alone()
         for op in self.graph:
             settings = self.target.said(self.target.type_of(op))
             if settings is None:
@@ -213,6 +216,18 @@ class ActivationPlacement:
                 draft.on = True
             else:
                 draft.off(f"the target leaves outputs of {op.type} in float")
+
+    def _told_of_matrices_alone(self) -> None:
+        """Note what is said of Gemm and holds for matrices alone. AIMET's PyTorch tools mean every `nn.Linear` by it
+        (`map_torch_types_to_onnx` in `aimet_torch.onnx_utils`), its ONNX tools that operator."""
+        others = [op.id for op in self.graph if self.target.type_of(op) == LINEAR_LAYER]
+        gemm, layer = (self.target.op(t).model_dump(exclude_unset=True) for t in ("Gemm", LINEAR_LAYER))
+        if others and (only := [key for key in gemm if key not in layer]):
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            self.notes.append(
+                f"op_type Gemm sets {', '.join(only)} for linear layers on matrices, and not for {others[0]!r}{more}, "
+                "a MatMul with a weight: name the type Linear to mean both"
+            )
 
     def _vote(self, tensor: TensorId, what: str, value: bool, op: Op, key: str) -> None:
         before = self._votes.setdefault((tensor, what), (value, op, key))
