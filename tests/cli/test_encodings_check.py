@@ -53,6 +53,15 @@ def test_fresh_exports_of_every_kind_pass_without_a_target(options, run, tmp_pat
         assert "its quantized file" in done.out
 
 
+def test_files_of_an_export_that_are_gone_are_named(run, tmp_path):
+    model, data = BLOCKED["matmul"]()
+    QuantSim(model).calibrate(data).export(tmp_path, name="m")
+    assert run("encodings", "check", tmp_path).status == 0
+    (tmp_path / "m.qdq.onnx").unlink()
+    done = run("encodings", "check", tmp_path)
+    assert done.status == 1 and "m.qdq.onnx: the export wrote this file, but it is gone" in done.out
+
+
 # -- numbers changed
 
 

@@ -11,6 +11,7 @@ from backends import FRAMEWORKS
 from bitwright import QuantSim
 from bitwright.bank import collect
 from bitwright.errors import InputError
+from bitwright.progress import Silent
 from bitwright.testing import models
 from bitwright.testing.builder import Builder
 
@@ -47,6 +48,23 @@ def test_against_float(port):
         (p.argmax(-1) == 0).mean(),
         (q.argmax(-1) == 0).mean(),
     )
+
+
+def test_it_shows_how_far_it_is(port):
+    shown = []
+
+    class Shown(Silent):
+        def start(self, description, total):
+            shown.append((description, total))
+
+        def advance(self, steps=1, note=""):
+            shown.append(steps)
+
+    data = port.batch(models.batch(MODEL, 20, 1))
+    sim = port.sim(MODEL).calibrate(data)
+    sim.attach(progress=Shown())
+    sim.measure(data, "kl", "agreement")
+    assert shown[0] == ("Measuring kl, agreement", 20) and sum(shown[1:]) == 20
 
 
 def test_techniques_need_the_model_as_it_was(port):

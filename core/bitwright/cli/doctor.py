@@ -25,7 +25,8 @@ def doctor() -> None:
     registry = default_registry()
     problems: list[str] = []
     modules = [m for info in registry.backends().values() for m in info.modules]
-    rows = [(name, version) for name, version in versions(modules).items()]
+    # The layout of what runs store isn't a version that anybody has installed.
+    rows = [(name, version) for name, version in versions(modules).items() if name != "results"]
     rows.append(("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} CPUs"))
     rows.append(("executable", sys.executable))
     console.table(("", ""), rows)

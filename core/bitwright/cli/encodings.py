@@ -127,6 +127,7 @@ def check(
             said = {p.name for p in problems}
             problems += [p for p in found if p.name not in said]
             problems = [p for p in problems if not asked.of_other_parts(p.name)]
+            problems += [Problem(file, "the export wrote this file, but it is gone") for file in asked.gone]
     scope = asked.scope
     if as_json:
         told = [{"name": p.name, "message": p.message} for p in problems]
@@ -226,6 +227,13 @@ class Asked:
 
         parts = parts_in(self.report.files) if self.part and self.report is not None else ()
         return any(belongs(name, part, parts) for part in parts if part != self.part)
+
+    @property
+    def gone(self) -> list[str]:
+        """Files that the export's report names, and that aren't there, such as a quantized model."""
+        if self.report is None or self.report.record is None or self.part:
+            return []
+        return [f for f in self.report.record.contents if not (self.encodings.parent / f).exists()]
 
     @property
     def scope(self) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.backend import Simulation, Tap, arrays_of
-from bitwright.data import DataLike
+from bitwright.data import DataLike, samples_in
 from bitwright.errors import InputError, unknown_name
 from bitwright.metrics import Figure, Metric, metric_factory
+from bitwright.progress import closing
 from bitwright.state import SimState
 
 
@@ -47,15 +48,20 @@ def measured(
         pairs[name] = metric, None if metric.compares else make()
     quantized = simulation.session([tap])
     floating = origin.backend.session(origin.native, [tap])
-    for batch in state.open(data):
-        inputs = arrays_of(batch)
-        found, wanted = (np.asarray(s.run(batch)[tap]) for s in (quantized, floating))
-        if found.shape != wanted.shape:
-            raise InputError(f"measure: {tap.tensor!r} has shape {found.shape}, and {wanted.shape} in the reference")
-        for metric, beside in pairs.values():
-            metric.add(inputs, found, wanted)
-            if beside is not None:
-                beside.add(inputs, wanted, None)
+    dataset = state.open(data)
+    with closing(state.progress) as progress:
+        progress.start(f"Measuring {', '.join(metrics)}", dataset.samples)
+        for batch in dataset:
+            inputs = arrays_of(batch)
+            found, wanted = (np.asarray(s.run(batch)[tap]) for s in (quantized, floating))
+            if found.shape != wanted.shape:
+                shapes = f"{found.shape}, and {wanted.shape} in the reference"
+                raise InputError(f"measure: {tap.tensor!r} has shape {shapes}")
+            for metric, beside in pairs.values():
+                metric.add(inputs, found, wanted)
+                if beside is not None:
+                    beside.add(inputs, wanted, None)
+            progress.advance(samples_in(batch))
     return {
         name: Figure(
             name,
