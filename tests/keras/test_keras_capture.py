@@ -326,3 +326,12 @@ def test_a_first_call_that_fails_is_told() -> None:
 
     with pytest.raises(ModelError, match="on the sample fails: no such file"):
         BACKEND.adopt(Net(), normal(3, 6))
+
+
+@pytest.mark.parametrize("inner", [lambda: L.Dense(5, activation="relu"), lambda: L.Dense(5)])
+def test_spectral_normalization_is_the_layer_inside(inner) -> None:
+    x = keras.Input((6,), name="x")
+    model = nets.settled(keras.Model(x, L.Dense(3, name="head")(L.SpectralNormalization(inner(), name="sn")(x))))
+    graph = BACKEND.graph(equal(model, normal(3, 6)))
+    assert graph.unknown_ops == () and graph.op("sn").kind is OpKind.LINEAR
+    assert graph.params["sn/kernel"].shape == (5, 6)

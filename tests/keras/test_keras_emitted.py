@@ -77,6 +77,7 @@ OPS = {
     "strides": lambda x: ops.flip(x, axis=1)[..., ::2],
     "slice": lambda x: ops.slice(x, (0, 1, 0, 2), (2, 3, 6, 2)),
     "one minus": lambda x: 1.0 - x,
+    "mod": lambda x: ops.mod(x, 0.75) + ops.mod(2.5, ops.square(x) + 1.5),
     "divided": lambda x: 3 / (ops.square(x) + 1.5),
     "root": lambda x: ops.rsqrt(ops.abs(x) + 1),
     "where": lambda x: ops.where(x > 0.5, x, -1.0),

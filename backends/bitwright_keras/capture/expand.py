@@ -160,6 +160,20 @@ def _time_distributed(made: Emitter, layer: Any, name: str, args: tuple[Any, ...
     return activation(made, inner.activation, inner, name, made.emit(name, plain, *args, params=params))
 
 
+def _spectral(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layer inside, whose kernel holds what training has normalized; it has the wrapper's name."""
+    inner = layer.layer
+    known = type(inner).__module__.partition(".")[0] == "keras" and getattr(inner, "quantization_mode", None) is None
+    if not known or keras.backend.standardize_dtype(args[0].dtype) != inner.compute_dtype:  # it casts its result back
+        return None
+    expansion = EXPANSIONS.get(type(inner).__name__)
+    found = None if expansion is None else expansion(made, inner, name, args, kwargs)
+    if found is not None:
+        return found
+    plain, params = made.layer(inner, name)
+    return made.emit(name, plain, *args, params=params, **kwargs)
+
+
 def _embedding(made: Emitter, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With its mask as a comparison that is made where something reads it."""
     if not layer.mask_zero:
@@ -203,6 +217,7 @@ EXPANSIONS: Mapping[str, Expansion] = {
     "Rescaling": _rescaling,
     "Normalization": _normalization,
     "TimeDistributed": _time_distributed,
+    "SpectralNormalization": _spectral,
     "Matmul": _matmul,
 }  # fmt: skip
 """By class of Keras's own layers and operations."""

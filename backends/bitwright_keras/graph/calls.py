@@ -102,6 +102,12 @@ def _operands(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | N
     return Call(operands=found)
 
 
+def _remaining(node: Node, specs: Specs, roles: frozenset[ParamRole]) -> Call | None:
+    """With the divisor's sign, as Python has it; ONNX's Mod has it for whole numbers alone."""
+    made = _operands(node, specs, roles)
+    return None if made is None else Call(operands=made.operands, type="FloorMod")
+
+
 def _power(exponent: float) -> Maker:
     return lambda node, specs, roles: Call(operands={1: Constant(exponent)})
 
@@ -448,7 +454,8 @@ _BY_CLASS: Mapping[str, Maker] = {
     **dict.fromkeys(("Any", "All"), _truths),
     "OneHot": _one_hot,
     "Discretization": _discretized,
-    **dict.fromkeys(("Roll", "TakeAlongAxis", "RepeatVector", "Mod", "Remainder", "Embedding"),
+    **dict.fromkeys(("Mod", "Remainder"), _remaining),
+    **dict.fromkeys(("Roll", "TakeAlongAxis", "RepeatVector", "Embedding"),
                     lambda node, specs, roles: None),
 }  # fmt: skip
 """By class of the layer or operation, before the type is looked at."""
