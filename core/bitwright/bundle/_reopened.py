@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from bitwright import formats
 from bitwright.backend import Backend, Bundle, ParamReader
 from bitwright.bundle._artefact import (
-    ENCODINGS_SUFFIX,
     bound_entries,
     find_bundle,
     passed_on,
@@ -22,6 +21,7 @@ from bitwright.bundle._artefact import (
 )
 from bitwright.bundle._pair_check import check_pairs
 from bitwright.bundle._parts import belongs, of_part, parts_in
+from bitwright.bundle._placing import ENCODINGS_SUFFIX
 from bitwright.bundle._record import ARRAYS_SUFFIX, hashes
 from bitwright.errors import EncodingError
 from bitwright.graph import Graph
