@@ -160,6 +160,7 @@ def content_of(sim: QuantSim) -> str:
         {
             "backend": backend,
             "graph": fingerprint.of_graph(sim.graph),
+            "calls": fingerprint.of_calls(sim.graph),
             "params": fingerprint.of_params(sim.params),
             "plan": [(s, repr(site.decision)) for s, site in sim.plan.items()],
             "encodings": fingerprint.of_encodings(sim.encodings),

@@ -6,6 +6,7 @@ import json
 
 import builders as b
 import numpy as np
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from exactness_nets import CONV, conv, image, normal
@@ -124,6 +125,37 @@ def test_resumed_calibration_reads_no_data(tmp_path):
         assert encoding.equals(again.encodings[site])
     steps = [line for line in (tmp_path / "journal.jsonl").read_text().splitlines() if '"step"' in line]
     assert any(json.loads(line).get("resumed") for line in steps)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ScatterElements<axis = 1>(h, zeros, small)", "ScatterElements<axis = 1>(h, zeros, large)"),
+        ("CumSum(h, first)", "CumSum<reverse = 1>(h, first)"),
+        ("CumSum(h, first)", "CumSum(h, second)"),
+    ],
+    ids=["a literal", "an attribute", "an axis"],
+)
+def test_a_network_whose_ops_compute_something_else_is_not_resumed(one, other, tmp_path):
+    data = {"x": np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)}
+
+    def run(line, directory=None):
+        made = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+            net (float[4,6] x) => (float[4,6] y)
+            <int64[4,1] zeros = {{0, 0, 0, 0}}, float[4,1] small = {{1, 1, 1, 1}}, float[4,1] large = {{9, 9, 9, 9}},
+             int64 first = {{0}}, int64 second = {{1}}> {{ h = Tanh(x)
+             s = {line}
+             y = Neg(s) }}""")
+        return QuantSim(made, run=directory).calibrate(data).encodings
+
+    with RunDirectory(tmp_path) as directory:
+        run(one, directory)
+    with RunDirectory(tmp_path) as directory:
+        found, wanted = run(other, directory), run(other)
+    assert wanted["y"].minimum != run(one)["y"].minimum or wanted["y"].maximum != run(one)["y"].maximum
+    assert {s: (e.minimum, e.maximum) for s, e in found.items()} == {
+        s: (e.minimum, e.maximum) for s, e in wanted.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.graph import Graph
+from bitwright.graph import Constant, Graph
 from bitwright.grids import EncodingTable, encoding_arrays
 
 
@@ -47,6 +47,32 @@ def of_graph(graph: Graph) -> str:
             "outputs": graph.outputs,
         }
     )
+
+
+def of_calls(graph: Graph) -> str:
+    """Hash of what ops compute beyond `of_graph` and the parameters' values: their attributes and literal operands.
+
+    Apart from `of_graph`, by which saved simulations and banks of earlier versions know their network.
+    """
+    return of_json(
+        [
+            (
+                op.id,
+                op.call.type,
+                sorted((name, repr(value)) for name, value in op.call.attributes.items()),
+                [
+                    (at, _of_literal(operand.array) if isinstance(operand, Constant) else operand)
+                    for at, operand in sorted(op.call.operands.items())
+                ],
+            )
+            for op in graph.ops
+            if op.call is not None
+        ]
+    )
+
+
+def _of_literal(values: NDArray[Any]) -> str:
+    return of_arrays([("", values.astype(np.str_) if values.dtype == object else values)])
 
 
 def of_encodings(table: EncodingTable) -> str:

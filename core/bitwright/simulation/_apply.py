@@ -266,6 +266,7 @@ def open_store(
     depends = {
         "backend": versions(info.modules if info is not None else ()),
         "graph": fingerprint.of_graph(state.graph),
+        "calls": fingerprint.of_calls(state.graph),
         "params": fingerprint.of_params(state.params),
         "plan": fingerprint.of_json([(s, repr(site.decision)) for s, site in state.plan.items()]),
         "encodings": fingerprint.of_encodings(table),
