@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from bitwright.backend import compare_capture
 from bitwright.dataflow import FlowSession, FlowSimulation
-from bitwright.errors import BitwrightError, CapabilityError, InputError
+from bitwright.errors import BitwrightError, CapabilityError, InputError, ModelError
 from bitwright.graph import Graph, SetParams
 from bitwright.grids import Encoding, PerChannel
 from bitwright.placement import build_plan
@@ -20,7 +21,7 @@ from bitwright.statistics import RangeStatistic, Request
 from bitwright.targets import load_target
 from bitwright.technique import LayerResult, Outcome, Report
 from bitwright.testing import models
-from bitwright.testing.backend_contract import BackendContract, Case
+from bitwright.testing.backend_contract import BackendContract, Case, Held
 from bitwright.testing.contract_base import min_max_table
 from bitwright.testing.harness import MemoryStore, SimpleWalk, min_max_encodings, simple_plan
 from bitwright.testing.reference import ReferenceBackend
@@ -206,6 +207,76 @@ def test_faulty_backends_fail(backend, test, tmp_path):
     getattr(_Kit(ReferenceBackend()), test)(CASE, *arguments)
     with pytest.raises((AssertionError, pytest.fail.Exception, InputError)):
         getattr(_Kit(backend), test)(Case(CASE.build, CASE.batch), *arguments)
+
+
+class Owned:
+    """What users of the reference backend could hold: its model, in code that counts its calls."""
+
+    def __init__(self, counts=False):
+        self.model, self.counts, self.calls = CASE.build(), counts, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        return [v * self.calls if self.counts else v for v in self.model(batch).values()]
+
+
+class Adopting(ReferenceBackend):
+    def adopt(self, model, sample=None):
+        return model.model if isinstance(model, Owned) else super().adopt(model, sample)
+
+
+class AdoptsOtherWeights(Adopting):
+    def adopt(self, model, sample=None):
+        found = super().adopt(model, sample)
+        return replace(found, params={k: v * np.float32(1.01) for k, v in found.params.items()})
+
+
+class AdoptsOneOutputLess(Adopting):
+    def adopt(self, model, sample=None):
+        graph = super().adopt(model, sample).graph
+        known = Graph(graph.ops, graph.tensors, graph.params, graph.inputs, graph.outputs[1:])
+        return replace(model.model, graph=known)
+
+
+class RunsOnItsWay(Adopting):
+    def adopt(self, model, sample=None):
+        model(sample)
+        model.counts = True
+        return super().adopt(model, sample)
+
+
+class Comparing(Adopting):
+    """As an adapter does it."""
+
+    def adopt(self, model, sample=None):
+        found = super().adopt(model, sample)
+        specs = [((None, *found.graph.tensors[t].shape[1:]), "float32") for t in found.graph.inputs]
+        before = model.calls
+        finding = compare_capture(
+            lambda x: model(dict(zip(found.graph.inputs, x, strict=True))),
+            lambda x: list(found(dict(zip(found.graph.inputs, x, strict=True))).values()),
+            specs,
+            [sample[t] for t in found.graph.inputs],
+        )
+        model.calls = before
+        if finding is not None:
+            raise ModelError(str(finding))
+        return found
+
+
+def test_captures_that_compute_something_else_are_noticed():
+    def held(odd=""):
+        return Held(lambda: Owned(bool(odd)), lambda model, batch: model(batch), CASE.batch, odd)
+
+    for right in (Adopting(), Comparing()):
+        _Kit(right).test_a_capture_computes_what_the_model_does(held())
+    counts = held("how often it was called")
+    _Kit(Comparing()).test_a_capture_computes_what_the_model_does(counts)
+    for wrong, model in (
+        (AdoptsOtherWeights(), held()), (AdoptsOneOutputLess(), held()), (RunsOnItsWay(), held()), (Adopting(), counts),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match=r"on its sample|called again"):
+            _Kit(wrong).test_a_capture_computes_what_the_model_does(model)
 
 
 TICKS = itertools.count()

@@ -12,7 +12,7 @@ import keras_nets as nets  # noqa: E402
 import numpy as np  # noqa: E402
 from shares import EVERY  # noqa: E402
 
-from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
+from bitwright.testing.backend_contract import BackendContract, Case, Held  # noqa: E402
 from bitwright_keras.backend import KerasBackend  # noqa: E402
 from bitwright_keras.graph.canonical import canonical  # noqa: E402
 from bitwright_keras.graph.params import native_value  # noqa: E402
@@ -65,6 +65,58 @@ CASES = {
 }
 
 
+class Odd(keras.Model):
+    """A dense layer, times what its code makes of what no graph holds."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.fc, self.factor, self.calls = keras.layers.Dense(4), factor, 0
+
+    def call(self, x):
+        self.calls += 1
+        return self.fc(x) * self.factor(self, x)
+
+
+ODD = {
+    "how often it was called": lambda net, x: float(net.calls),
+    "whether it is traced": lambda net, x: 2.0 if isinstance(x, keras.KerasTensor) else 1.0,
+    "how many samples there are": lambda net, x: float(x.shape[0] or 1),
+    "whether it is one sample": lambda net, x: 2.0 if x.shape[0] == 1 else 1.0,
+}
+
+
+class Counting(keras.layers.Layer):
+    """It has a weight, so that it stays one op; its copy counts for itself."""
+
+    def build(self, shape):
+        self.scale, self.calls = self.add_weight(shape=(shape[-1],), initializer="ones"), 0
+
+    def call(self, x):
+        self.calls += 1
+        return x * self.scale * float(self.calls)
+
+
+def counting():
+    x = keras.Input((6,), name="x")
+    return keras.Model(x, Counting()(x))
+
+
+def held(build, odd="", **inputs):
+    def made():
+        keras.utils.set_random_seed(0)
+        model = build()
+        if not model.built:
+            model.fc.build((None, 6))
+        return nets.settled(model)
+
+    def run_it(model, batch):
+        found = model([keras.ops.convert_to_tensor(v) for v in batch.values()] if len(batch) > 1
+                      else keras.ops.convert_to_tensor(*batch.values()), training=False)  # fmt: skip
+        return [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(found)]
+
+    return Held(made, run_it, inputs, odd, sample=next(iter(inputs.values())))
+
+
 def gradients(loss, variables):
     """Of a function's value by Keras's variables, by whichever backend it runs on."""
     if keras.backend.backend() == "torch":
@@ -106,6 +158,12 @@ class TestKerasContract(BackendContract):
         for variable, gradient in zip(variables, gradients(loss, variables), strict=True):
             if gradient is not None:
                 variable.assign_sub(rate * keras.ops.convert_to_tensor(gradient))
+
+    def held(self):
+        odd = {what: held(lambda f=f: Odd(f), what, x=normal(4, 6)) for what, f in ODD.items()}
+        odd["a layer's calls"] = held(counting, "how often it was called", x=normal(4, 6))
+        plain = {"prenormed": held(prenormed, x=normal(4, 6, 6, 3)), "transformer": held(nets.transformer, ids=IDS)}
+        return {**plain, "subclassed": held(lambda: Odd(lambda net, x: 2.0), x=normal(4, 6)), **odd}
 
     def cases(self):
         return CASES

@@ -11,7 +11,7 @@ tf = pytest.importorskip("tensorflow")
 import tfnets  # noqa: E402
 from shares import EVERY  # noqa: E402
 
-from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
+from bitwright.testing.backend_contract import BackendContract, Case, Held  # noqa: E402
 from bitwright_tensorflow import SessionModel  # noqa: E402
 from bitwright_tensorflow.backend import TensorFlowBackend  # noqa: E402
 from bitwright_tensorflow.graph.params import native_value, read_of  # noqa: E402
@@ -85,6 +85,34 @@ CASES = {
 }
 
 
+class Odd(tf.Module):
+    """One product, times what its code makes of what no graph holds."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.w, self.factor, self.calls = tf.Variable(tfnets.image(6, 4)), factor, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return tf.matmul(x, self.w) * self.factor(self, x)
+
+
+ODD = {
+    "how often it was called": lambda net, x: float(net.calls),
+    "whether it is traced": lambda net, x: 2.0 if tf.executing_eagerly() else 1.0,
+    "how many samples there are": lambda net, x: float(x.shape[0] or 1),
+    "whether it is one sample": lambda net, x: 2.0 if x.shape[0] == 1 else 1.0,
+}
+
+
+def held(factor, odd="", compiled=False):
+    def run_it(model, batch):
+        return [model(tf.constant(batch["x"])).numpy()]
+
+    return Held(lambda: tf.function(Odd(factor)) if compiled else Odd(factor), run_it,
+                {"x": tfnets.image(4, 6)}, odd)  # fmt: skip
+
+
 class TestTensorFlowContract(BackendContract):
     every = EVERY
     suffix = ".pb"
@@ -106,6 +134,10 @@ class TestTensorFlowContract(BackendContract):
             step = v1.train.GradientDescentOptimizer(rate, name="step").minimize(loss)
         model.initialize()
         model.session.run(step, given)
+
+    def held(self):
+        made = {what: held(f, what) for what, f in ODD.items()}
+        return {"module": held(lambda net, x: 2.0), "function": held(lambda net, x: 2.0, compiled=True), **made}
 
     def cases(self):
         return CASES

@@ -10,7 +10,7 @@ import nets  # noqa: E402
 import numpy as np  # noqa: E402
 
 from bitwright.backend import Tap  # noqa: E402
-from bitwright.testing.backend_contract import BackendContract, Case  # noqa: E402
+from bitwright.testing.backend_contract import BackendContract, Case, Held  # noqa: E402
 from bitwright.testing.contract_base import run  # noqa: E402
 from bitwright_onnx.backend import OnnxBackend  # noqa: E402
 from bitwright_torch.backend import TorchBackend  # noqa: E402
@@ -74,6 +74,50 @@ class Sequence(torch.nn.Module):
         return self.prelu(self.fc(self.gru(self.lstm(x)[0])[0]))
 
 
+class Odd(torch.nn.Module):
+    """One linear op, times what its code makes of what no graph holds."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.fc, self.factor, self.calls = torch.nn.Linear(6, 4), factor, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x) * self.factor(self, x)
+
+
+def readable(x):
+    """Whether tensors have data: those of a trace haven't."""
+    try:
+        return float(x.abs().max()) >= 0
+    except Exception:
+        return False
+
+
+ODD = {
+    "how often it was called": lambda net, x: float(net.calls),
+    "whether it is the first call": lambda net, x: 2.0 if net.calls == 1 else 1.0,
+    "whether it is exported": lambda net, x: 2.0 if torch.compiler.is_compiling() else 1.0,
+    "what tensors are": lambda net, x: 2.0 if type(x) is torch.Tensor else 1.0,
+    "whether numbers can be read": lambda net, x: 2.0 if readable(x) else 1.0,
+    "whether it is one sample": lambda net, x: 2.0 if len(x) == 1 else 1.0,
+    "whether there are many samples": lambda net, x: 2.0 if len(x) > 5 else 1.0,
+}
+
+
+def held(build, odd="", **inputs):
+    def made():
+        torch.manual_seed(0)
+        return nets.settled(build()).to(DEVICE).eval()
+
+    def run_it(model, batch):
+        with torch.no_grad():
+            found = model(**{k: there(v.copy()) for k, v in batch.items()})
+        return [y.cpu().numpy() for y in torch.utils._pytree.tree_leaves(found)]
+
+    return Held(made, run_it, inputs, odd)
+
+
 class TestTorchContract(BackendContract):
     suffix = ".pt2"
 
@@ -102,6 +146,10 @@ class TestTorchContract(BackendContract):
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= rate * parameter.grad
+
+    def held(self):
+        odd = {what: held(lambda f=f: Odd(f), what, x=normal(4, 6)) for what, f in ODD.items()}
+        return {"prenormed": held(Prenormed, x=normal(4, 3, 6, 6)), "tied": held(nets.Tied, ids=ids(6, 5)), **odd}
 
     def cases(self):
         return {

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from bitwright.backend import alike, precision_of, trial_batches
+from bitwright.backend import Fault, alike, compare_capture, precision_of, user_state_kept
 from bitwright.errors import InputError, ModelError
 from bitwright_keras.capture.tracing import Recording
 from bitwright_keras.capture.training_mode import takes_training
@@ -49,103 +49,101 @@ def compare(
         InputError: the sample doesn't fit the model.
         ModelError: the results differ.
     """
-    with as_it_was(model) as restore:
-        batch, expected, said = None, [], ""
-        for made in _batches(normal, sample):
-            try:
-                expected = _outputs(model, normal, made)
-                batch = made
-                break
-            except Exception as error:
-                said = said or first_line(error)
-        if batch is None and sample is not None:
-            raise InputError(f"the sample doesn't fit the model: {said}")
-        if batch is None:  # made-up numbers needn't suit the model
-            notice = f"{normal.name!r} runs on no made-up numbers ({said}): give a sample, to have its capture checked"
-            warnings.warn(CaptureNotice(notice), stacklevel=3)
+
+    def run(batch: Sequence[Any]) -> list[Any]:
+        given = _tensors(normal, batch)
+        try:
+            return _arrays(model(substitute(normal.call, lambda ref: given[ref.id]), training=False))
+        except Exception as error:  # without the frame that Keras puts around it
+            raise ModelError(first_line(error)) from error
+
+    def captured(batch: Sequence[Any]) -> list[Any]:
+        values = _executed(normal, batch)
+        return _arrays([values[t] for t in refs(normal.outputs)])
+
+    specs = [(normal.specs[t].shape, normal.specs[t].dtype) for t in normal.inputs]
+    dtypes = {spec.dtype for spec in normal.specs.values()}
+    size = sum(int(np.prod(v.shape)) * 4 for v in model.variables)
+    with as_it_was(model) as (restore, drew), user_state_kept(model, holders=(keras.Operation,)):
+        finding = compare_capture(
+            run, captured, specs, _flat(normal, sample), dtypes=dtypes, size=size, restore=restore, drew=drew
+        )
+        if finding is None:
             return
-        precision = precision_of(spec.dtype for spec in normal.specs.values())
-        values: dict[str, Any] = dict(batch)
-        execute(normal.nodes, values)
-        found = [values[t] for t in refs(normal.outputs)]
-        # What a call leaves in Python is put back when it is recorded: that it counts shows in another call.
-        asked_again = bool(traced) or not recording.replayed
-        if _alike(expected, found, precision) and not (
-            asked_again and not _alike(expected, _outputs(model, normal, batch), precision)
-        ):
+        if finding.fault is Fault.UNCHECKED and sample is not None:
+            raise InputError(f"the sample doesn't fit the model: {finding.detail}")
+        if finding.fault in (Fault.UNCHECKED, Fault.DRAWS):  # made-up numbers needn't suit the model
+            more = "; give a sample, to have its capture checked" if finding.fault is Fault.UNCHECKED else ""
+            warnings.warn(CaptureNotice(f"{normal.name!r}: {finding}{more}"), stacklevel=3)
             return
-        if _draws(expected, lambda: _outputs(model, normal, batch), restore, precision):
-            notice = f"{normal.name!r} draws random numbers in inference, so that its capture can't be checked"
-            warnings.warn(CaptureNotice(notice), stacklevel=3)
-            return
-        culprit = _culprit(recording, normal, batch, values, tensors, precision)
+        culprit = _culprit(recording, normal, finding.batch, tensors, precision_of(dtypes))
     if culprit is not None and culprit not in traced:
         raise ModelError(
             f"the capture of layer {culprit!r} gives other results than the layer: it depends on what neither its "
-            "configuration nor its weights tell; give its class a get_config() with all of its constructor's arguments"
+            "configuration nor its weights tell; give its class a get_config() with all of its constructor's arguments "
+            f"({finding})"
         )
-    raise ModelError(
-        f"capturing {culprit or ', '.join(traced) or normal.name!r} through call() gives other results than "
-        "calling it: it depends on Python state, on values, or on the batch's shape; compute with keras.layers and "
-        "keras.ops only"
-    )
-
-
-def _outputs(model: keras.Model, normal: KerasModel, batch: Mapping[str, Any]) -> list[Any]:
-    return list(keras.tree.flatten(model(substitute(normal.call, lambda ref: batch[ref.id]), training=False)))
+    name = culprit or ", ".join(traced) or normal.name
+    raise ModelError(f"{name!r} can't be captured: {finding}; compute with keras.layers and keras.ops only")
 
 
 @contextmanager
-def as_it_was(model: keras.Model) -> Iterator[Callable[[], None]]:
-    """What calling a model may change (running statistics, random states) is put back at the end, or by a call."""
+def as_it_was(model: keras.Model) -> Iterator[tuple[Callable[[], None], Callable[[], bool]]]:
+    """What calling a model may change (running statistics, random states) is put back at the end, or by the first
+    function; the second says whether random states have changed."""
     held = [(v, keras.ops.convert_to_numpy(value_of(v))) for v in model.non_trainable_variables if v.dtype != "string"]
 
-    def restore() -> None:
+    def changed() -> Iterator[tuple[keras.Variable, Any]]:
         for variable, value in held:
             now = keras.ops.convert_to_numpy(value_of(variable))
             if not np.array_equal(now, value, equal_nan=value.dtype.kind == "f"):
-                variable.assign(value)
+                yield variable, value
+
+    def restore() -> None:
+        for variable, value in changed():
+            variable.assign(value)
 
     try:
-        yield restore
+        yield restore, lambda: any("seed_generator" in v.path for v, _ in changed())
     finally:
         restore()
 
 
-def _draws(first: Sequence[Any], run: Callable[[], Any], restore: Callable[[], None], precision: float) -> bool:
-    """Whether a model's results change from call to call, but for the state of its random generators."""
-    if _alike(first, run(), precision):
-        return False
-    restore()
-    return _alike(first, run(), precision)
+def _flat(normal: KerasModel, sample: Any) -> list[Any] | None:
+    """A sample's arrays in the order of the inputs."""
+    if sample is None:
+        return None
+    flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else keras.tree.flatten(sample)
+    return [np.asarray(x) for x in flat]
 
 
-def _alike(expected: Sequence[Any], found: Sequence[Any], precision: float) -> bool:
-    return alike([as_numpy(x) for x in expected], [as_numpy(x) for x in found], precision)
+def _tensors(normal: KerasModel, batch: Sequence[Any]) -> dict[str, Any]:
+    """A batch as tensors by the input's name."""
+    pairs = zip(normal.inputs, batch, strict=True)
+    return {t: keras.ops.convert_to_tensor(x, dtype=normal.specs[t].dtype) for t, x in pairs}
 
 
-def _batches(normal: KerasModel, sample: Any) -> Iterator[dict[str, Any]]:
-    """The sample, or batches that are made up, as tensors by name."""
-    given = None
-    if sample is not None:
-        flat = [sample[t] for t in normal.inputs] if isinstance(sample, Mapping) else keras.tree.flatten(sample)
-        given = [np.asarray(x) for x in flat]
-    specs = [(normal.specs[t].shape, normal.specs[t].dtype) for t in normal.inputs]
-    for batch in trial_batches(specs, given):
-        tensors = (keras.ops.convert_to_tensor(x, dtype=dtype) for x, (_, dtype) in zip(batch, specs, strict=True))
-        yield dict(zip(normal.inputs, tensors, strict=True))
+def _executed(normal: KerasModel, batch: Sequence[Any]) -> dict[str, Any]:
+    """All that a capture computes, by name."""
+    values = _tensors(normal, batch)
+    execute(normal.nodes, values)
+    return values
+
+
+def _arrays(results: Any) -> list[Any]:
+    return [as_numpy(x) for x in keras.tree.flatten(results)]
 
 
 def _culprit(
     recording: Recording,
     normal: KerasModel,
-    batch: Mapping[str, Any],
-    found: Mapping[str, Any],
+    batch: Sequence[Any],
     tensors: Mapping[int, str],
     precision: float,
 ) -> str | None:
     """The first of the user's layers whose results differ, each given what the user's layers before it computed."""
-    values = {id(t): batch[tensors[id(t)]] for t in recording.inputs}
+    found = _executed(normal, batch)
+    values = {id(t): found[tensors[id(t)]] for t in recording.inputs}
     for call in recording.calls:
         args, kwargs = keras.tree.map_structure(
             lambda x: values.get(id(x)) if isinstance(x, keras.KerasTensor) else x, (call.args, dict(call.kwargs))
@@ -159,6 +157,6 @@ def _culprit(
         for tensor, result in zip(call.outputs, results, strict=True):
             values[id(tensor)] = result
             mine = found.get(tensors.get(id(tensor), ""))
-            if mine is not None and not _alike([result], [mine], precision):
+            if mine is not None and not alike([as_numpy(result)], [as_numpy(mine)], precision):
                 return str(call.operation.name)
     return None

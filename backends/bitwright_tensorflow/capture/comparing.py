@@ -6,14 +6,15 @@ of its graph is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from bitwright.backend import alike, precision_of, trial_batches
-from bitwright.errors import ModelError
+from bitwright.backend import Fault, Finding, Run, compare_capture, user_state_kept
+from bitwright.graph import Graph
 from bitwright_tensorflow.capture.trust import closure
 from bitwright_tensorflow.graph.canonical import recognize
 from bitwright_tensorflow.graph.model import VARIABLES, Array, NodeDef, TfModel, open_session
@@ -24,66 +25,63 @@ _HARMLESS = VARIABLES | {
 }  # fmt: skip
 """Ops that TensorFlow calls stateful, which change nothing."""
 
-Results = Mapping[str, Any]
-"""By result name, as in `Signature.outputs`."""
 
-
-def compare(model: TfModel, run: Callable[[Sequence[Array]], Results], sample: Sequence[Any] | None = None) -> None:
-    """Refuse a capture that computes something else than the user's function or session.
+def compare(model: TfModel, run: Run, sample: Sequence[Any] | None = None) -> Finding | None:
+    """Whether a capture computes what the user's function or session does.
 
     Args:
         model: what was captured.
-        run: the user's own, on arrays in the order of the model's inputs.
+        run: the user's own, on arrays in the order of the model's inputs; results in the order of its signature.
         sample: one batch in that order; without one, numbers are made up (which needn't suit the model: then nothing
             is compared).
-
-    Raises:
-        ModelError: an output differs.
     """
-    outputs = model.signature.outputs
-    for batch in _batches(model, sample):
-        try:
-            expected = run(batch)
-        except Exception:  # whatever TensorFlow says of numbers that don't suit it
-            continue
-        with open_session(model) as session:
-            found = session.run(dict(outputs), dict(zip(model.inputs, batch, strict=True)))
-        precision = precision_of(np.asarray(v).dtype.name for v in (*batch, *expected.values()))
-        for name, tensor in outputs.items():
-            if not alike([np.asarray(expected[name])], [np.asarray(found[name])], precision):
-                raise ModelError(
-                    f"the captured graph gives other results at output {name!r} ({tensor}) than the model itself, on "
-                    "equal inputs; this is a fault of the capture, please report it with the model"
-                )
-        return
+    graph, outputs = recognize(model).graph, model.signature.outputs
+    specs = [(graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in model.inputs]
+    if (len(sample) != len(specs)) if sample is not None else not _plain(model, graph):
+        return None
+
+    given = None if sample is None else [np.asarray(x) for x in sample]
+    dtypes = {graph.tensors[t].dtype for t in (*model.inputs, *outputs.values()) if t in graph.tensors}
+
+    def fed(batch: Sequence[Any]) -> list[Array]:
+        return [np.asarray(x, None if given else dtype) for x, (_, dtype) in zip(batch, specs, strict=True)]
+
+    with closing(open_session(model)) as session:  # which isn't entered: its graph would be the user's code's
+
+        def captured(batch: Sequence[Any]) -> list[Array]:
+            found = session.run(dict(outputs), dict(zip(model.inputs, fed(batch), strict=True)))
+            return [np.asarray(found[name]) for name in outputs]
+
+        own = [*outputs]
+        finding = compare_capture(lambda x: run(fed(x)), captured, specs, given, dtypes=dtypes, names=own)
+    return None if finding is not None and finding.fault is Fault.UNCHECKED else finding
 
 
-def of_function(function: Any, model: TfModel, sample: Any = None) -> None:
+def of_function(function: Any, model: TfModel, sample: Any = None, *, called: Any = None) -> Finding | None:
     """Compare a concrete function with its capture (see `compare`).
 
     Args:
         function: the user's.
         model: what it was captured as.
         sample: what it was traced with: an array, a tuple, or a mapping by argument name.
-
-    Raises:
-        ModelError: an output differs.
+        called: what the user calls, if it isn't the function itself but what that was traced from.
     """
     graph_def = function.graph.as_graph_def()
     if not only_computes([*graph_def.node, *(n for f in graph_def.library.function for n in f.node_def)]):
-        return
+        return None
     given = function.structured_input_signature
     leaves = [x for x in tf.nest.flatten(given) if isinstance(x, tf.TensorSpec)]
     if len(leaves) != len(model.inputs):
-        return
+        return None
 
-    def run(arrays: Sequence[Array]) -> Results:
+    def run(arrays: Sequence[Array]) -> list[Any]:
         fed = iter(tf.constant(a, spec.dtype) for a, spec in zip(arrays, leaves, strict=True))
         args, kwargs = tf.nest.map_structure(lambda x: next(fed) if isinstance(x, tf.TensorSpec) else x, given)
-        flat = [x.numpy() for x in tf.nest.flatten(function(*args, **kwargs))]
-        return dict(zip(model.signature.outputs, flat, strict=True))
+        results = tf.nest.flatten((function if called is None else called)(*args, **kwargs))
+        return [tf.convert_to_tensor(x).numpy() for x in results]
 
-    compare(model, run, None if sample is None else _in_order(sample, given))
+    with user_state_kept(called, holders=(tf.Module,)):
+        return compare(model, run, None if sample is None else _in_order(sample, given))
 
 
 def _in_order(sample: Any, given: Any) -> list[Any] | None:
@@ -94,27 +92,24 @@ def _in_order(sample: Any, given: Any) -> list[Any] | None:
     return list(sample) if isinstance(sample, tuple | list) else [sample]
 
 
-def of_session(session: Any, model: TfModel, constants: Mapping[str, Any]) -> None:
+def of_session(session: Any, model: TfModel, constants: Mapping[str, Any]) -> Finding | None:
     """Compare a session with its capture (see `compare`).
 
     Args:
         session: the user's.
         model: what it was captured as.
         constants: placeholders that are fed what inference takes.
-
-    Raises:
-        ModelError: an output differs.
     """
     if not only_computes(closure(session.graph.as_graph_def(), model.signature.outputs.values())):
-        return
+        return None
     fixed = {session.graph.get_tensor_by_name(f"{str(n).partition(':')[0]}:0"): v for n, v in constants.items()}
 
-    def run(arrays: Sequence[Array]) -> Results:
+    def run(arrays: Sequence[Array]) -> list[Any]:
         fed = {session.graph.get_tensor_by_name(t): a for t, a in zip(model.inputs, arrays, strict=True)}
-        found: Results = session.run(dict(model.signature.outputs), {**fixed, **fed})
-        return found
+        found = session.run(dict(model.signature.outputs), {**fixed, **fed})
+        return [np.asarray(found[name]) for name in model.signature.outputs]
 
-    compare(model, run)
+    return compare(model, run)
 
 
 def only_computes(nodes: Iterable[NodeDef]) -> bool:
@@ -128,20 +123,11 @@ def only_computes(nodes: Iterable[NodeDef]) -> bool:
     return True
 
 
-def _batches(model: TfModel, sample: Sequence[Any] | None) -> Iterator[list[Array]]:
-    """The sample's first rows, or batches that are made up; none for inputs that aren't plain numbers."""
-    graph = recognize(model).graph
-    specs = [(graph.tensors[t].shape or (), graph.tensors[t].dtype) for t in model.inputs]
-    if sample is not None:
-        if len(sample) == len(specs):
-            yield from trial_batches(specs, [np.asarray(x) for x in sample])
-        return
+def _plain(model: TfModel, graph: Graph) -> bool:
+    """Whether numbers can be made up for all inputs."""
     if any(graph.tensors[t].shape is None for t in model.inputs):
-        return
+        return False
     try:
-        kinds = [np.dtype(dtype) for _, dtype in specs]
+        return all(np.dtype(graph.tensors[t].dtype).kind in "biuf" for t in model.inputs)
     except TypeError:
-        return
-    if all(kind.kind in "biuf" for kind in kinds):
-        for batch in trial_batches(specs, None):
-            yield [x.astype(kind) for x, kind in zip(batch, kinds, strict=True)]
+        return False

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
+from bitwright.backend import Fault, Finding
 from bitwright.errors import InputError, ModelError, unknown_name
 from bitwright.graph import TensorId
 from bitwright_tensorflow.capture.assignments import look_at_assignments
@@ -103,15 +104,35 @@ def adopt(model: object, sample: Any = None) -> TfModel:
     if _is_function(model):
         return _compared(_traced(model, sample), Kind.FUNCTION, sample)
     if isinstance(model, tf.Module) and callable(model):
-        return _compared(_traced(tf.function(model), sample), Kind.FUNCTION, sample)
+        return _of_module(model, sample)
     raise InputError(f"a {type(model).__name__} is not a TensorFlow model; give a function, a session or a SavedModel")
 
 
 def _compared(function: Any, kind: Kind, sample: Any = None) -> TfModel:
     """The capture of a function that the user holds, compared with it."""
     model = from_concrete(function, kind)
-    of_function(function, model, sample)
+    _refuse(of_function(function, model, sample))
     return model
+
+
+def _of_module(module: Any, sample: Any) -> TfModel:
+    """The capture of an object that is called, compared with its calls, whose Python runs each time."""
+    function = _traced(tf.function(module), sample)
+    model = from_concrete(function, Kind.FUNCTION)
+    finding = of_function(function, model, sample, called=module)
+    if finding is not None and finding.fault is Fault.SIZE:
+        fixed = _traced(tf.function(module), sample, free=False)
+        model, reason = from_concrete(fixed, Kind.FUNCTION), finding
+        finding = of_function(fixed, model, sample, called=module)
+        if finding is None:
+            warnings.warn(f"the model is captured for the sample's number of samples alone: {reason}", stacklevel=3)
+    _refuse(finding)
+    return model
+
+
+def _refuse(finding: Finding | None) -> None:
+    if finding is not None:
+        raise ModelError(f"the model can't be captured: {finding}")
 
 
 # -- sessions
@@ -128,7 +149,7 @@ def from_session(given: SessionModel) -> TfModel:
     with graph.as_default():
         meta = tf.compat.v1.train.export_meta_graph(graph=graph, clear_devices=True)
     model = open_graph(meta, lambda: session_values(given.session), given, Kind.SESSION)
-    of_session(given.session, model, given.constants)
+    _refuse(of_session(given.session, model, given.constants))
     return model
 
 
@@ -409,8 +430,8 @@ def _is_function(model: object) -> bool:
     return hasattr(model, "get_concrete_function")
 
 
-def _traced(function: Any, sample: Any) -> Any:
-    """A concrete function for a sample's types, the first axis free if possible."""
+def _traced(function: Any, sample: Any, *, free: bool = True) -> Any:
+    """A concrete function for a sample's types, the first axis free if that is wanted and possible."""
     if sample is None:
         if getattr(function, "input_signature", None) is not None:
             return function.get_concrete_function()
@@ -418,12 +439,12 @@ def _traced(function: Any, sample: Any) -> Any:
             "a tf.function without input_signature needs a sample batch to be traced: QuantSim(function, sample, …)"
         )
     failure: Exception | None = None
-    for free in (True, False):
+    for so in (True, False) if free else (False,):
         try:
             if isinstance(sample, Mapping):
-                return function.get_concrete_function(**{k: _spec(v, free, str(k)) for k, v in sample.items()})
+                return function.get_concrete_function(**{k: _spec(v, so, str(k)) for k, v in sample.items()})
             arguments = sample if isinstance(sample, tuple | list) else (sample,)
-            return function.get_concrete_function(*(_spec(v, free) for v in arguments))
+            return function.get_concrete_function(*(_spec(v, so) for v in arguments))
         except Exception as error:  # whatever the user's Python raises while it is traced
             failure = failure or error
     raise ModelError(f"the function can't be traced with this sample: {reason(failure or ValueError())}") from failure

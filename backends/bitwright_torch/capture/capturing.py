@@ -24,12 +24,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.backend import user_state_kept
+from bitwright.backend import Fault, Finding, user_state_kept
 from bitwright.errors import ModelError, first_line
+from bitwright_torch.capture.comparing import compare
 from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, with_batch
 from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
-from bitwright_torch.capture.python_state import NOTICE, changes_from_call_to_call
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
 from bitwright_torch.graph.matrix_reads import split_layouts
 from bitwright_torch.graph.model import NAMES, CapturedModel, NodeInfo, Program, aliases, program_of, tensor_of
@@ -64,8 +64,31 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
         InputError: the sample doesn't fit `forward`.
         ModelError: the module can't be captured; the message holds the source line and a remedy.
     """
+    arguments = arguments_of(sample, inspect.signature(module.forward))
+    model, finding = _compared(module, arguments, dynamic_shapes, why_fixed="")
+    if finding is not None and finding.fault is Fault.SIZE and dynamic_shapes is None:
+        model, finding = _compared(module, arguments, None, why_fixed=str(finding))
+    notices = program_of(model).notices
+    if finding is not None:
+        if finding.fault not in (Fault.DRAWS, Fault.UNCHECKED):
+            raise ModelError(f"{type(module).__name__} can't be captured: {finding}")
+        notices = (*notices, str(finding))
+    for notice in notices:
+        warnings.warn(notice, CaptureNotice, stacklevel=3)
+    return model
+
+
+def _compared(
+    module: nn.Module, arguments: Arguments, dynamic_shapes: DynamicShapes, *, why_fixed: str
+) -> tuple[CapturedModel, Finding | None]:
+    """The capture of a module, and in what it differs from it.
+
+    Args:
+        module, arguments: the user's.
+        dynamic_shapes: as for `capture`.
+        why_fixed: take the sample's own shapes, for this reason.
+    """
     signature = inspect.signature(module.forward)
-    arguments = arguments_of(sample, signature)
     # What is captured reads its parameters from a copy, since batch norms, dropouts and state are bound to its modules
     # below. Export runs in evaluation mode: there a batch norm is one op, which `bind_modes` gives its flag back.
     holder = private_copy(module)
@@ -73,17 +96,14 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     holder.eval()
     notices: list[str] = []
     with _quiet():
-        exported = export_program(holder, arguments, dynamic_shapes, notices)
-        if changes_from_call_to_call(holder, arguments):
-            notices.append(NOTICE)
-    convention = convention_of(signature, arguments, _out_spec(exported))
-    model = from_exported(holder, exported, convention, notices)
+        exported = export_program(holder, arguments, dynamic_shapes, notices, why_fixed)
+        convention = convention_of(signature, arguments, _out_spec(exported))
+        model = from_exported(holder, exported, convention, notices)
+        finding = compare(holder, arguments, model)
     for name, submodule in holder.named_modules():
         submodule.training = flags[name]
     model.training = flags[""]
-    for notice in program_of(model).notices:
-        warnings.warn(notice, CaptureNotice, stacklevel=3)
-    return model
+    return model, finding
 
 
 def private_copy(module: nn.Module) -> nn.Module:
@@ -115,16 +135,17 @@ def _quiet() -> Iterator[None]:
 
 
 def export_program(
-    holder: nn.Module, arguments: Arguments, dynamic_shapes: DynamicShapes, notices: list[str]
+    holder: nn.Module, arguments: Arguments, dynamic_shapes: DynamicShapes, notices: list[str], why_fixed: str = ""
 ) -> ExportedProgram:
-    """Export with free dimensions if that works, else with the sample's shapes."""
+    """Export with free dimensions if that works, and nothing speaks against it, else with the sample's shapes."""
     wanted: Any
     given, signature = arguments, inspect.signature(holder.forward)
     if dynamic_shapes is None:
         arguments, wanted = with_batch(arguments, signature)
     else:
         wanted = asked_for(arguments, dynamic_shapes, signature)
-    if wanted is not None:
+    reason = why_fixed
+    if wanted is not None and not reason:
         try:
             exported = _export(holder, arguments, wanted)
         except Exception as error:
@@ -132,13 +153,13 @@ def export_program(
                 raise capture_error(holder, error, given) from error
             reason = first_line(error, 200)
         else:
-            if dynamic_shapes is not None or not (fixed := _fixed(exported)):
+            if dynamic_shapes is not None or not (fixed := _fixed(exported) or _bounded(exported)):
                 return exported
             # What a module keeps from a run of the same size (anchors, masks) would be taken for good.
             with suppress(Exception):
                 doubled, wanted = with_batch(arguments, signature, doubled=True)
                 exported = _export(holder, doubled, wanted)
-                if not _fixed(exported) & fixed and _takes(exported, doubled):
+                if not (_fixed(exported) & fixed or _bounded(exported)) and _takes(exported, doubled):
                     return exported
             reason = "the model's code fixes it"
     try:
@@ -238,6 +259,17 @@ def _fixed(exported: ExportedProgram) -> frozenset[int]:
         i for i, v in enumerate(results)
         if isinstance(v, torch.Tensor) and v.ndim and not _free(v.shape[0]) and int(v.shape[0]) == batch
     )  # fmt: skip
+
+
+def _bounded(exported: ExportedProgram) -> frozenset[int]:
+    """−1 if the code takes another way for batches that are larger than the sample."""
+    given = set(exported.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in exported.graph.nodes if n.name in given]
+    sizes: list[Any] = [v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.ndim]
+    symbols = {n.node.expr for n in sizes if isinstance(n, torch.SymInt)}
+    # Larger limits come from kernels' indices, and not from the model's code.
+    small = any(s in symbols and known.upper < 2**20 for s, known in exported.range_constraints.items())
+    return frozenset({-1} if small else ())
 
 
 def _free(size: Any) -> bool:

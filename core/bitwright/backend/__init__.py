@@ -13,6 +13,7 @@ from bitwright.backend._checks import (
     on_grid,
     require_params,
 )
+from bitwright.backend._comparing import Fault, Finding, Run, compare_capture
 from bitwright.backend._conversion import array_of, check_numeric, class_indices, converted, fed
 from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._feeds import Feed, FeedSpecs, arrays_of
@@ -87,8 +88,10 @@ __all__ = [
     "DifferentiableSimulation",
     "Divisible",
     "Editor",
+    "Fault",
     "Feed",
     "FeedSpecs",
+    "Finding",
     "FormatWriter",
     "IntegerRuntime",
     "LazyValues",
@@ -111,6 +114,7 @@ __all__ = [
     "QuantizedReader",
     "Reduction",
     "ReproducedArtefact",
+    "Run",
     "Session",
     "SharedConversion",
     "Simulation",
@@ -135,6 +139,7 @@ __all__ = [
     "checked_param",
     "checked_params",
     "class_indices",
+    "compare_capture",
     "converted",
     "fed",
     "feed",

@@ -29,13 +29,42 @@ def alike(expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]], preci
         precision: see `precision_of`. Of integers and booleans, one in twenty may differ: a rounding may turn one
             decision of many over.
     """
-    return len(expected) == len(found) and all(_near(a, b, precision) for a, b in zip(expected, found, strict=True))
+    return not gap(expected, found, precision)
+
+
+def gap(
+    expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]], precision: float, names: Sequence[str] = ()
+) -> str:
+    """How outputs differ, in words; empty where they are `alike`.
+
+    Args:
+        expected, found, precision: see `alike`.
+        names: of the outputs, if they have any.
+    """
+    if len(expected) != len(found):
+        return f"{len(found)} outputs instead of {len(expected)}"
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        name = f"output {names[i]!r}" if len(names) == len(expected) else f"output {i}"
+        if a.shape != b.shape:
+            return f"{name} has shape {list(b.shape)} instead of {list(a.shape)}"
+        if a.dtype != b.dtype:
+            return f"{name} is {b.dtype} instead of {a.dtype}"
+        if not _near(a, b, precision):
+            return f"{name} {_far(a, b)}"
+    return ""
+
+
+def _far(a: NDArray[Any], b: NDArray[Any]) -> str:
+    if a.dtype.kind != "f":
+        return f"has {np.count_nonzero(a != b)} other values of {a.size}"
+    wide, both = a.astype(np.float64), np.isfinite(a) & np.isfinite(b)
+    far, most = (float(np.abs(x[both]).max(initial=0)) for x in (wide - b, wide))
+    odd = int(np.count_nonzero(~both))
+    return f"differs by up to {far:.3g} where values reach {most:.3g}" + (f", {odd} of them not finite" if odd else "")
 
 
 def _near(a: NDArray[Any], b: NDArray[Any], precision: float) -> bool:
-    if a.shape != b.shape:
-        return False
-    if a.dtype.kind != "f" or b.dtype.kind != "f":
+    if a.dtype.kind != "f":
         return bool(np.count_nonzero(a != b) <= 0.05 * a.size)
     finite = np.abs(a[np.isfinite(a)]).astype(np.float64)
     near = max(precision * float(finite.max(initial=0)), 1e-7)
@@ -43,8 +72,8 @@ def _near(a: NDArray[Any], b: NDArray[Any], precision: float) -> bool:
 
 
 def trial_batches(
-    specs: Sequence[tuple[Sequence[int | None], str]], sample: Sequence[NDArray[Any]] | None
-) -> Iterator[list[NDArray[Any]]]:
+    specs: Sequence[tuple[Sequence[int | None], str]], sample: Sequence[Any] | None
+) -> Iterator[list[Any]]:
     """What a model and its capture are compared on: a sample's first rows, or batches that are made up.
 
     These are normal numbers, then zeros and ones (for what may be indices), over two lengths of free dimensions:
@@ -52,16 +81,21 @@ def trial_batches(
 
     Args:
         specs: shape (None where free) and dtype of each input.
-        sample: the user's, in the same order.
+        sample: the user's, in the same order; arrays of any framework that are indexed as numpy's.
     """
     if sample is not None:
-        free = all(x.ndim and shape and shape[0] is None for x, (shape, _) in zip(sample, specs, strict=True))
-        yield [x[:SAMPLES] for x in sample] if free and len({len(x) for x in sample}) == 1 else list(sample)
+        yield [x[:SAMPLES] for x in sample] if in_rows(specs, sample) else list(sample)
         return
     for length in (8, 64):
         for whole in (False, True):
             rng = np.random.default_rng(0)
             yield [_made_up(rng, shape, dtype, length, whole) for shape, dtype in specs]
+
+
+def in_rows(specs: Sequence[tuple[Sequence[int | None], str]], batch: Sequence[Any]) -> bool:
+    """Whether the first axes of a batch are its samples, as many in each input as the capture leaves free."""
+    free = all(x.ndim and shape and shape[0] is None for x, (shape, _) in zip(batch, specs, strict=True))
+    return free and len({len(x) for x in batch}) == 1
 
 
 def _made_up(
