@@ -52,7 +52,8 @@ def of_graph(graph: Graph) -> str:
 def of_calls(graph: Graph) -> str:
     """Hash of what ops compute beyond `of_graph` and the parameters' values: their attributes and literal operands.
 
-    Apart from `of_graph`, by which saved simulations and banks of earlier versions know their network.
+    Apart from `of_graph`, by which saved simulations and banks of earlier versions know their network. Of an op without
+    a call, whose backend says nothing of them, they aren't told.
     """
     return of_json(
         [
