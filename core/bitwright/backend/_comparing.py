@@ -31,8 +31,9 @@ class Fault(Enum):
     DIFFERS = "the capture gives other results than the model for the same input"
     SIZE = "the capture gives other results than the model for another number of samples than it was captured with"
     CHANGES = (
-        "the model gives other results when it is called again with the same input: it keeps state, or draws numbers, "
-        "in Python, which a capture holds as it was; keep state in the framework's variables, or hand it in and out"
+        "the model gives other results when it is called again with the same input: it keeps Python state, or draws "
+        "numbers in Python, which a capture holds as it was; keep state in the framework's variables, or hand it in "
+        "and out"
     )
     DRAWS = (
         "the model draws random numbers in inference, so that no two calls give the same, and its capture can't be "
@@ -41,7 +42,7 @@ class Fault(Enum):
     UNCHECKED = "the model doesn't run on what its capture was to be checked with"
 
 
-_ADVICE = "what it computes must follow from its inputs and variables alone, and from no other state, mode or size"
+_ADVICE = "what it computes must follow from its inputs and variables alone, and from no Python state, mode or size"
 
 
 @dataclass(frozen=True)
