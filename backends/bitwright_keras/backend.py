@@ -27,6 +27,7 @@ from bitwright.placement import Plan
 from bitwright_keras.capture.files import load_model, save_model
 from bitwright_keras.capture.normalize import normalize
 from bitwright_keras.graph.canonical import canonical
+from bitwright_keras.graph.content import content
 from bitwright_keras.graph.edits import KerasEditor, edit_model
 from bitwright_keras.graph.model import KerasModel
 from bitwright_keras.graph.params import read_params
@@ -89,6 +90,10 @@ class KerasBackend(QdqBundles):
     def graph(self, model: KerasModel) -> Graph:
         """See `Backend`."""
         return canonical(model).graph
+
+    def fingerprint(self, model: KerasModel) -> str:
+        """See `Fingerprinting`."""
+        return content(model)
 
     def read(self, model: KerasModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """See `Backend`."""

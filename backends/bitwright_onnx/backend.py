@@ -23,6 +23,7 @@ from bitwright_onnx.capture.model import adopt_model, load_model
 from bitwright_onnx.capture.writing import save_model
 from bitwright_onnx.graph.attributes import static_dims
 from bitwright_onnx.graph.canonical import canonical_graph
+from bitwright_onnx.graph.content import content
 from bitwright_onnx.graph.edits import OnnxEditor, edit_model
 from bitwright_onnx.graph.operands import dtype_name
 from bitwright_onnx.graph.params import read_params
@@ -87,6 +88,10 @@ class OnnxBackend:
     def graph(self, model: ir.Model) -> Graph:
         """See `Backend`."""
         return canonical_graph(model)
+
+    def fingerprint(self, model: ir.Model) -> str:
+        """See `Fingerprinting`."""
+        return content(model)
 
     def read(self, model: ir.Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """See `Backend`."""

@@ -18,6 +18,7 @@ from bitwright_onnx.qdq_bundles import QdqBundles
 from bitwright_tensorflow.capture import sources
 from bitwright_tensorflow.export.freezing import save_frozen, save_saved_model
 from bitwright_tensorflow.graph.canonical import recognize
+from bitwright_tensorflow.graph.content import content
 from bitwright_tensorflow.graph.edits import TfEditor, edit_model
 from bitwright_tensorflow.graph.model import Kind, TfModel
 from bitwright_tensorflow.graph.params import read_params
@@ -111,6 +112,10 @@ class TensorFlowBackend(QdqBundles):
     def graph(self, model: TfModel) -> Graph:
         """See `Backend`."""
         return recognize(model).graph
+
+    def fingerprint(self, model: TfModel) -> str:
+        """See `Fingerprinting`."""
+        return content(model)
 
     def read(self, model: TfModel, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """See `Backend`."""

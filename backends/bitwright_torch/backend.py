@@ -35,11 +35,13 @@ from bitwright_torch.capture.parts import (
     PartitionedModel,
     capture_parts,
     edit_parts,
+    parts_content,
     parts_graph,
     parts_obstacle,
     read_parts,
 )
 from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.content import content
 from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
 from bitwright_torch.graph.model import CapturedModel, program_of
 from bitwright_torch.graph.params import read_params
@@ -136,6 +138,10 @@ class TorchBackend:
     def graph(self, model: Model) -> Graph:
         """See `Backend`."""
         return parts_graph(model) if isinstance(model, PartitionedModel) else canonical(model).graph
+
+    def fingerprint(self, model: Model) -> str:
+        """See `Fingerprinting`."""
+        return parts_content(model) if isinstance(model, PartitionedModel) else content(model)
 
     def read(self, model: Model, ids: Collection[ParamId]) -> Mapping[ParamId, NDArray[np.float32]]:
         """See `Backend`."""

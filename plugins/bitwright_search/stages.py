@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bitwright.backend import native_content
 from bitwright.errors import BitwrightError, InputError, WriteError
 from bitwright.files import Scratch
 from bitwright.plugins import registry
@@ -160,7 +161,7 @@ def content_of(sim: QuantSim) -> str:
         {
             "backend": backend,
             "graph": fingerprint.of_graph(sim.graph),
-            "calls": fingerprint.of_calls(sim.graph),
+            "content": native_content(sim.backend, sim.native, sim.graph),
             "params": fingerprint.of_params(sim.params),
             "plan": [(s, repr(site.decision)) for s, site in sim.plan.items()],
             "encodings": fingerprint.of_encodings(sim.encodings),

@@ -19,17 +19,20 @@ from bitwright.testing.reference import ReferenceBackend
 OFFERED = {
     "onnx": {
         "partial_execution", "integer_runtime", "op_timer", "quantized_artefact", "quantized_reader", "source_files",
-        "observable", "branching", "picking",
+        "observable", "branching", "picking", "fingerprinting",
     },
-    "torch": {"partial_execution", "trainable", "differentiable", "shared_conversion", "observable", "branching"},
+    "torch": {
+        "partial_execution", "trainable", "differentiable", "shared_conversion", "observable", "branching",
+        "fingerprinting",
+    },
     "keras": {
         "partial_execution", "trainable", "differentiable", "integer_runtime", "quantized_artefact",
         "reproduced_artefact",
-        "bundled_formats", "observable", "branching",
+        "bundled_formats", "observable", "branching", "fingerprinting",
     },
     "tensorflow": {
         "partial_execution", "trainable", "integer_runtime", "quantized_artefact", "bundled_formats", "observable",
-        "branching",
+        "branching", "fingerprinting",
     },
 }  # fmt: skip
 

@@ -24,10 +24,12 @@ from torch.utils import _pytree as pytree
 
 from bitwright.errors import InputError, ModelError
 from bitwright.graph import Edit, FoldBatchNorm, Graph, Op, OpKind, ParamId, SetParams, Tensor
+from bitwright.runs import fingerprint
 from bitwright_torch.capture.capturing import WITHOUT_DATA, CaptureNotice, capture, kept, private_copy
 from bitwright_torch.capture.free_dimensions import with_batch
 from bitwright_torch.graph.calling import Arguments, CallingConvention, Spec, arguments_of, convention_of
 from bitwright_torch.graph.canonical import canonical
+from bitwright_torch.graph.content import content
 from bitwright_torch.graph.edits import edit_model, obstacle_to_branch
 from bitwright_torch.graph.model import NAMES, CapturedModel, info, program_of, share, with_program
 from bitwright_torch.graph.params import read_params
@@ -349,3 +351,18 @@ def part_of(model: PartitionedModel, id: str) -> str:
     if not found:
         raise ModelError(f"the model has no op or parameter {id!r} in its captured parts ({', '.join(model.parts)})")
     return max(found, key=len)
+
+
+def parts_content(model: PartitionedModel) -> str:
+    """As `content`, of all parts, and of the Python around them: the code of its modules' `forward`."""
+    inside = tuple(f"{name}." for name in model.parts)
+    around = [
+        (name, fingerprint.of_object(type(module).forward))
+        for name, module in model.__dict__["_root"].named_modules()
+        if name not in model.parts and not f"{name}.".startswith(inside) and not _is_torchs(module)
+    ]
+    return fingerprint.of_json([[name, content(part)] for name, part in model.parts.items()] + around)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")

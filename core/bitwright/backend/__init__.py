@@ -14,6 +14,7 @@ from bitwright.backend._checks import (
     require_params,
 )
 from bitwright.backend._comparing import Fault, Finding, Run, compare_capture
+from bitwright.backend._content import native_content
 from bitwright.backend._conversion import array_of, check_numeric, class_indices, converted, fed
 from bitwright.backend._editing import Branch, Editor
 from bitwright.backend._feeds import Feed, FeedSpecs, arrays_of
@@ -33,6 +34,7 @@ from bitwright.backend._protocols import (
     Capability,
     Differentiable,
     DifferentiableSimulation,
+    Fingerprinting,
     FormatWriter,
     IntegerRuntime,
     Observable,
@@ -92,6 +94,7 @@ __all__ = [
     "Feed",
     "FeedSpecs",
     "Finding",
+    "Fingerprinting",
     "FormatWriter",
     "IntegerRuntime",
     "LazyValues",
@@ -148,6 +151,7 @@ __all__ = [
     "handed_out",
     "known_param",
     "let_go",
+    "native_content",
     "no_param",
     "not_computable",
     "observed",

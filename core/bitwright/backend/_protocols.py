@@ -405,6 +405,18 @@ class Picking(Protocol[M_contra]):
 
 
 @runtime_checkable
+class Fingerprinting(Protocol[M_contra]):
+    """Telling models apart by what their graphs and parameters don't show."""
+
+    def fingerprint(self, model: M_contra) -> str:
+        """Hash of what a model computes beyond its parameters' values: attributes and literal operands of its ops, its
+        constants, and the code and weights of ops that the graph shows as opaque.
+
+        Models that were opened alike have equal ones, in another process too.
+        """
+
+
+@runtime_checkable
 class IntegerRuntime(Protocol):
     """A runtime that executes an exported bundle with integer kernels, for `verify`; see `RuntimeInfo`."""
 
@@ -588,6 +600,7 @@ class Capability(StrEnum):
     BRANCHING = "branching"
     OBSERVABLE = "observable"
     PICKING = "picking"
+    FINGERPRINTING = "fingerprinting"
     SOURCE_FILES = "source_files"
     REPRODUCED_ARTEFACT = "reproduced_artefact"
 
@@ -610,6 +623,7 @@ _PROTOCOLS: Mapping[Capability, type] = {
     Capability.BRANCHING: Branching,
     Capability.OBSERVABLE: Observable,
     Capability.PICKING: Picking,
+    Capability.FINGERPRINTING: Fingerprinting,
     Capability.SOURCE_FILES: SourceFiles,
     Capability.REPRODUCED_ARTEFACT: ReproducedArtefact,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,51 @@ def of_calls(graph: Graph) -> str:
 
 def _of_literal(values: NDArray[Any]) -> str:
     return of_arrays([("", values.astype(np.str_) if values.dtype == object else values)])
+
+
+def of_object(value: object) -> str:
+    """Hash of settings, arguments and the like: of plain values, containers and arrays what they hold, of functions and
+    classes their code, of other objects their type and how they are written, without addresses in memory."""
+    return of_json(_plain(value))
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float | complex):
+        return repr(value)
+    if isinstance(value, bytes):
+        return {"bytes": _short(hashlib.blake2b(value))}
+    if isinstance(value, Mapping):
+        return {"mapping": [(_plain(k), _plain(v)) for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(of_object(v) for v in value)}
+    if isinstance(value, np.ndarray):
+        return {"array": _of_literal(value)}
+    if isinstance(value, CodeType):
+        return {"code": value.co_code.hex(), "names": value.co_names, "constants": _plain(value.co_consts)}
+    if isinstance(value, FunctionType | MethodType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if _is_plain(cell)]
+        return {"function": value.__qualname__, "of": _plain(value.__code__), "default": _plain(value.__defaults__),
+                "closure": [_plain(v) for v in held]}  # fmt: skip
+    kind = value if isinstance(value, type) else type(value)
+    told = {"type": f"{kind.__module__}.{kind.__qualname__}"}
+    return told if kind is value else {**told, "written": _ADDRESS.sub("", repr(value))}
+
+
+def _is_plain(cell: CellType) -> bool:
+    """Whether a closure's cell has something in it that says what it is."""
+    try:
+        return isinstance(
+            cell.cell_contents, bool | int | float | str | tuple | list | dict | np.ndarray | FunctionType
+        )
+    except ValueError:  # it is empty
+        return False
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def of_encodings(table: EncodingTable) -> str:

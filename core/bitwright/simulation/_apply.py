@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bitwright.backend import Branching, Part, PartialExecution, Session, Simulation, Tap, require, trim
+from bitwright.backend import Branching, Part, PartialExecution, Session, Simulation, Tap, native_content, require, trim
 from bitwright.bank import Bank, BankView
 from bitwright.calibration import (
     activation_encodings,
@@ -266,7 +266,7 @@ def open_store(
     depends = {
         "backend": versions(info.modules if info is not None else ()),
         "graph": fingerprint.of_graph(state.graph),
-        "calls": fingerprint.of_calls(state.graph),
+        "content": native_content(state.backend, state.native, state.graph),
         "params": fingerprint.of_params(state.params),
         "plan": fingerprint.of_json([(s, repr(site.decision)) for s, site in state.plan.items()]),
         "encodings": fingerprint.of_encodings(table),

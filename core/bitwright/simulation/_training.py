@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from bitwright.backend import Capability, ParamReader, Trainable, TrainableSimulation, Training, require
+from bitwright.backend import Capability, ParamReader, Trainable, TrainableSimulation, Training, native_content, require
 from bitwright.errors import EncodingError, InputError
 from bitwright.grids import Provenance
 from bitwright.runs import fingerprint
@@ -28,10 +28,12 @@ def started(state: SimState, settings: Training) -> SimState:
 
 
 def _content(state: SimState, simulation: TrainableSimulation) -> str:
-    """What the model in training has now, weights and grids, as a fingerprint."""
+    """What the model in training has now, weights and grids, as a fingerprint: weights of opaque ops too."""
     native = simulation.float_model()
-    weights = fingerprint.of_params(ParamReader(state.backend, native, state.backend.graph(native)))
-    return fingerprint.of_json([weights, fingerprint.of_encodings(simulation.get())])
+    graph = state.backend.graph(native)
+    weights = fingerprint.of_params(ParamReader(state.backend, native, graph))
+    content = native_content(state.backend, native, graph)
+    return fingerprint.of_json([weights, content, fingerprint.of_encodings(simulation.get())])
 
 
 def is_untaken(state: SimState) -> bool:
