@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -197,3 +197,42 @@ def test_a_container_that_refuses_keeps_no_other_from_being_put_back():
         owner.between["b"] = 2
         owner.last.append(2)
     assert owner.first == owner.last == [1]
+
+
+class Making(OrderedDict):
+    """As transformers' table of activations: holds classes, and gives a new instance at each look."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+class Doubling(dict):
+    def __iter__(self):
+        return iter([*dict.__iter__(self), "more"])
+
+    def __getitem__(self, key):
+        return 2 * dict.get(self, key, 0)
+
+    def keys(self):
+        return list(self)
+
+
+class Counting(list):
+    def __iter__(self):
+        return iter(range(len(self)))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_containers_hold_what_they_held_whatever_they_give_when_asked(change):
+    def held():
+        ordered = [(k, dict.__getitem__(making, k)) for k in OrderedDict.__iter__(making)]
+        return ordered, list(dict.items(doubling)), list(list.__iter__(counting))
+
+    making, doubling, counting = Making(a=Plain, b=Owner), Doubling(c=3), Counting([7, 8])
+    making.move_to_end("a")
+    before = held()
+    with user_state_kept(SimpleNamespace(all=[making, doubling, counting]), making, doubling, counting):
+        if change:
+            making["d"], doubling["d"] = list, 4
+            counting.append(9)
+    assert held() == before

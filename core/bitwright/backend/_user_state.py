@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -104,7 +104,7 @@ class _Walk:
     def _object(self, value: object) -> None:
         """An instance: its attributes and, if it is a container, what it holds."""
         if isinstance(value, _CONTAINERS):
-            content = dict(value) if isinstance(value, dict) else list(value)
+            content = _content(value)
             self._undo.append(functools.partial(_refill, value, content))
             self._todo.extend(content.values() if isinstance(content, dict) else content)
         kind = type(value)
@@ -187,8 +187,20 @@ def _rebind_class(owner: type, held: dict[str, Any]) -> None:
                 delattr(owner, name)
 
 
+def _content(container: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> list[Any] | dict[Any, Any]:
+    """What a container holds itself, whatever its class makes of that when it is asked (transformers' table of
+    activations holds classes and gives a new instance at each look; with the instances in it, it would be lost)."""
+    if isinstance(container, OrderedDict):
+        return {key: dict.__getitem__(container, key) for key in OrderedDict.__iter__(container)}
+    if isinstance(container, dict):
+        plain = type(container).__iter__ is dict.__iter__  # only then does a copy take what is held
+        return dict.copy(container) if plain else dict(dict.items(container))
+    kind: Any = next(k for k in _CONTAINERS if isinstance(container, k))
+    return list(kind.__iter__(container))
+
+
 def _refill(container: list[Any] | dict[Any, Any] | set[Any] | deque[Any], content: list[Any] | dict[Any, Any]) -> None:
-    now = dict(container) if isinstance(container, dict) else list(container)
+    now = _content(container)
     if len(now) == len(content) and _same(now, content):
         return
     container.clear()
