@@ -159,3 +159,16 @@ def test_numbers_are_made_up_until_the_model_takes_them():
     assert found(indices, twice, sample=None) is Fault.DIFFERS
     finding = compare_capture(indices, twice, FREE, [X])
     assert finding.fault is Fault.UNCHECKED and str(finding).endswith("(no such row)")
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "bfloat16"])
+def test_numbers_that_are_no_floats_of_numpy_may_be_rounded_too(dtype):
+    kind = np.dtype(dtype) if dtype == "complex64" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    model = lambda batch: [(batch[0] * (1 + 1j if kind.kind == "c" else 1)).astype(kind)]
+    rounded = lambda factor: lambda batch: [(model(batch)[0] * factor).astype(kind)]
+    assert found(model, rounded(np.float32(1 + 3e-6 if kind.kind == "c" else 1.01)), dtypes=[dtype]) is None
+    assert found(model, rounded(np.float32(2)), dtypes=[dtype]) is Fault.DIFFERS
+
+
+def test_a_sample_of_no_rows_is_no_obstacle():
+    assert found(twice, twice, sample=X[:0]) is None

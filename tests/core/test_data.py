@@ -424,6 +424,18 @@ def test_image_options(pictures):
             open_data(pictures, specs, images=options)
 
 
+def test_image_options_of_lists_and_arrays_are_plain_and_go_into_reports(pictures):
+    from bitwright.report import Calibration
+
+    plain = ImageOptions(((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)), size=(4, 6))
+    for scaling in ([[1, 2, 3], [4, 5, 6]], (np.array([1.0, 2, 3]), np.array([4.0, 5, 6], np.float32))):
+        given = ImageOptions(scaling, size=[np.int64(4), 6])
+        assert given == plain
+        assert open_data(pictures, NCHW, images=given).samples == 3
+        told = Calibration(source="", samples=3, batch_size=1, scheme="", fingerprint="", images=given)
+        assert Calibration.model_validate_json(told.model_dump_json()).images == plain
+
+
 def test_pictures_that_fit_in_memory_are_read_once(pictures, monkeypatch):
     from bitwright.data import _images
 

@@ -55,20 +55,30 @@ def gap(
 
 
 def _far(a: NDArray[Any], b: NDArray[Any]) -> str:
-    if a.dtype.kind != "f":
+    if not _rounded(a):
         return f"has {np.count_nonzero(a != b)} other values of {a.size}"
-    wide, both = a.astype(np.float64), np.isfinite(a) & np.isfinite(b)
-    far, most = (float(np.abs(x[both]).max(initial=0)) for x in (wide - b, wide))
+    wide, other = _wide(a), _wide(b)
+    both = np.isfinite(wide) & np.isfinite(other)
+    far, most = (float(np.abs(x[both]).max(initial=0)) for x in (wide - other, wide))
     odd = int(np.count_nonzero(~both))
     return f"differs by up to {far:.3g} where values reach {most:.3g}" + (f", {odd} of them not finite" if odd else "")
 
 
 def _near(a: NDArray[Any], b: NDArray[Any], precision: float) -> bool:
-    if a.dtype.kind != "f":
+    if not _rounded(a):
         return bool(np.count_nonzero(a != b) <= 0.05 * a.size)
-    finite = np.abs(a[np.isfinite(a)]).astype(np.float64)
-    near = max(precision * float(finite.max(initial=0)), 1e-7)
-    return bool(np.allclose(a, b, rtol=10 * precision, atol=near, equal_nan=True))
+    wide, other = _wide(a), _wide(b)
+    near = max(precision * float(np.abs(wide[np.isfinite(wide)]).max(initial=0)), 1e-7)
+    return bool(np.allclose(wide, other, rtol=10 * precision, atol=near, equal_nan=True))
+
+
+def _rounded(values: NDArray[Any]) -> bool:
+    """Whether values are of a type that computing rounds; numpy knows bfloat16 by its name alone."""
+    return values.dtype.kind in "fc" or values.dtype.name in PRECISION
+
+
+def _wide(values: NDArray[Any]) -> NDArray[Any]:
+    return values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)
 
 
 def trial_batches(

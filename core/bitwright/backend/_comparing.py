@@ -161,7 +161,7 @@ class _Comparison:
 
 
 def _of_another_size(batch: Sequence[Any], *, large: bool) -> list[Any] | None:
-    """The last sample alone, which is cheap and which traces know least of; of a single one, two."""
+    """The last sample alone, which is cheap and which traces know least of; of a single one, two; of none, none."""
     if len(batch[0]) > 1:
         return [x[-1:] for x in batch]
-    return None if large else [x[[0, 0]] for x in batch]
+    return None if large or not len(batch[0]) else [x[[0, 0]] for x in batch]

@@ -54,6 +54,11 @@ class ImageOptions:
     bgr: bool = False
     size: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        """Lists and numbers of numpy become plain ones: a report keeps them."""
+        for name in ("scaling", "size"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+
     def __str__(self) -> str:
         """As reports say it: ``values -1..1, crop, RGB``."""
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
@@ -227,6 +232,11 @@ def _refuse_enormous(given: tuple[int, int], wanted: tuple[int, int], fit: Fit, 
             f"it is too narrow to be cropped: {width:,} x {height:,} pixels; stretch it (ImageOptions(fit='stretch'), "
             "--image-fit stretch)"
         )
+
+
+def _plain(value: Any) -> Any:
+    given = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return tuple(_plain(v) for v in given) if isinstance(given, list | tuple) else given
 
 
 def _scaling_text(scaling: str | tuple[Any, Any]) -> str:

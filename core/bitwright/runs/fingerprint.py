@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -27,6 +28,9 @@ def of_arrays(arrays: Iterable[tuple[str, NDArray[Any]]]) -> str:
     digest = hashlib.blake2b()
     for name, values in arrays:
         digest.update(f"{name}{values.dtype}{values.shape}".encode())
+        if values.dtype == object:  # text of TensorFlow
+            digest.update(repr(values.tolist()).encode())
+            continue
         # As bytes: not every type (text, dates, bfloat16) has a buffer that can be hashed.
         digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return _short(digest)
@@ -64,7 +68,7 @@ def of_calls(graph: Graph) -> str:
                 op.call.type,
                 sorted((name, repr(value)) for name, value in op.call.attributes.items()),
                 [
-                    (at, _of_literal(operand.array) if isinstance(operand, Constant) else operand)
+                    (at, of_arrays([("", operand.array)]) if isinstance(operand, Constant) else operand)
                     for at, operand in sorted(op.call.operands.items())
                 ],
             )
@@ -74,37 +78,43 @@ def of_calls(graph: Graph) -> str:
     )
 
 
-def _of_literal(values: NDArray[Any]) -> str:
-    return of_arrays([("", values.astype(np.str_) if values.dtype == object else values)])
-
-
 def of_object(value: object) -> str:
     """Hash of settings, arguments and the like: of plain values, containers and arrays what they hold, of functions and
     classes their code, of other objects their type and how they are written, without addresses in memory."""
     return of_json(_plain(value))
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, around: frozenset[int] = frozenset()) -> object:
+    """As JSON has it.
+
+    Args:
+        value: what is told.
+        around: ids of what it lies in: a decorator's function may hold itself.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | complex):
         return repr(value)
     if isinstance(value, bytes):
         return {"bytes": _short(hashlib.blake2b(value))}
+    if id(value) in around:
+        return {"circle": type(value).__qualname__}
+    inner = partial(_plain, around=around | {id(value)})
     if isinstance(value, Mapping):
-        return {"mapping": [(_plain(k), _plain(v)) for k, v in value.items()]}
+        return {"mapping": [(inner(k), inner(v)) for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [inner(v) for v in value]
     if isinstance(value, set | frozenset):
-        return {"set": sorted(of_object(v) for v in value)}
+        return {"set": sorted(of_json(inner(v)) for v in value)}
     if isinstance(value, np.ndarray):
-        return {"array": _of_literal(value)}
+        return {"array": of_arrays([("", value)])}
     if isinstance(value, CodeType):
-        return {"code": value.co_code.hex(), "names": value.co_names, "constants": _plain(value.co_consts)}
+        return {"code": value.co_code.hex(), "names": value.co_names, "constants": inner(value.co_consts)}
     if isinstance(value, FunctionType | MethodType):
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_plain(cell)]
-        return {"function": value.__qualname__, "of": _plain(value.__code__), "default": _plain(value.__defaults__),
-                "closure": [_plain(v) for v in held]}  # fmt: skip
+        return {"function": value.__qualname__, "of": inner(value.__code__),
+                "default": inner((value.__defaults__, value.__kwdefaults__)),
+                "closure": [inner(v) for v in held]}  # fmt: skip
     kind = value if isinstance(value, type) else type(value)
     told = {"type": f"{kind.__module__}.{kind.__qualname__}"}
     return told if kind is value else {**told, "written": _ADDRESS.sub("", repr(value))}
