@@ -64,7 +64,7 @@ class Allowance:
         if (metric := metric_of(evaluate)) in SHARES and drop >= 1:
             raise InputError(
                 f"an allowed drop of {drop:g} is {100 * drop:g} points of {metric}, which every network keeps: a point "
-                f"is 0.01{f', {drop:g} points are {drop / 100:g}' if drop < 100 else ''}"
+                f"is 0.01{f', {drop:g} points are {drop / 100:g}' if 1 < drop < 100 else ''}"
             )
         if confidence is None:
             graded = isinstance(evaluate, ByMetric) and evaluate.metric.partition(":")[0] in GRADED

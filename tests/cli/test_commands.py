@@ -241,7 +241,7 @@ def test_plugins(run):
 def test_doctor(run):
     done = run("doctor")
     assert done.status == 0, done.out
-    assert "backend onnx: ready (branching, integer_runtime, observable, op_timer, partial_execution, " in done.out
+    assert "backend onnx: ready (branching, fingerprinting, integer_runtime, observable, op_timer, " in done.out
     assert "uint8 × int8 kernels" in done.out
     assert "all well" in done.out
     assert "results" not in done.out  # the layout of stored results, which nobody has installed

@@ -111,7 +111,7 @@ def test_banks_and_searches_read_photos_alike(net, photos, run, tmp_path):
     for data in (("photos", *HOW), ("photos.npy",)):
         bank, auto, mixed = (tmp_path / f"{data[0]} {word}" for word in ("bank", "auto", "mixed"))
         given = ("--data", photos / data[0], *data[1:], "--quiet", "--out")
-        labels = ("--labels", photos / "labels.npy", "--allowed-drop", 1)
+        labels = ("--labels", photos / "labels.npy", "--allowed-drop", 0.99)
         for words in (
             ("collect", net.model, *given, bank),
             ("auto", net.model, *labels, *given, auto),
