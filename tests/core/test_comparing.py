@@ -172,3 +172,27 @@ def test_numbers_that_are_no_floats_of_numpy_may_be_rounded_too(dtype):
 
 def test_a_sample_of_no_rows_is_no_obstacle():
     assert found(twice, twice, sample=X[:0]) is None
+
+
+def test_fewer_samples_than_a_capture_takes_are_not_tried():
+    another = lambda b: [2 * b[0] if len(b[0]) > 1 else b[0]]
+    assert compare_capture(twice, another, FREE, [X]).fault is Fault.SIZE
+    assert compare_capture(twice, another, FREE, [X], fewest=2) is None
+    many = lambda b: [2 * b[0] if len(b[0]) > 5 else b[0]]
+    assert compare_capture(twice, many, FREE, [np.tile(X, (4, 1))], fewest=6) is None
+
+
+def test_rows_that_count_on_each_other_are_run_together():
+    """Indices of rows beyond the first four."""
+    rows = np.arange(6)[::-1].copy()
+    specs = [((None, 3), "float32"), ((None,), "int64")]
+    x = np.arange(18, dtype=np.float32).reshape(6, 3)
+    gather = lambda b: [b[0][b[1]]]
+    assert compare_capture(gather, gather, specs, [x, rows]) is None
+    assert compare_capture(gather, lambda b: [b[0]], specs, [x, rows]).fault is Fault.DIFFERS
+
+
+def test_a_capture_that_fails_elsewhere_is_told_from_one_that_is_wrong():
+    finding = compare_capture(twice, lambda b: [2 * b[0][:4].reshape(4, 3)], FREE, [X])
+    assert finding.fault is Fault.SIZE and finding.fails
+    assert not compare_capture(twice, lambda b: [2 * b[0] if len(b[0]) > 1 else b[0]], FREE, [X]).fails

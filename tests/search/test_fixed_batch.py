@@ -22,7 +22,7 @@ def fixed():
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.*batches of exactly 12")
+@pytest.mark.filterwarnings("ignore:.*batches of exactly 12", "ignore:the float model's top-1 .* is what guessing")
 def test_searches_take_whole_batches(fixed, net):
     result = mixed_precision(fixed, net.images, net.data, candidates=CANDIDATES, lite=40, sensitivity_samples=20)
     assert 0 <= result.score <= 1

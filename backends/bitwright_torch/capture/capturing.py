@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from bitwright.backend import Fault, Finding, user_state_kept
 from bitwright.errors import ModelError, first_line
 from bitwright_torch.capture.comparing import compare
-from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, with_batch
+from bitwright_torch.capture.free_dimensions import DynamicShapes, asked_for, fewest_of, with_batch
 from bitwright_torch.capture.functionalize import functionalize
 from bitwright_torch.capture.inline import inline_regions
 from bitwright_torch.graph.calling import Arguments, CallingConvention, arguments_of, convention_of
@@ -66,12 +66,17 @@ def capture(module: nn.Module, sample: Any, *, dynamic_shapes: DynamicShapes = N
     """
     arguments = arguments_of(sample, inspect.signature(module.forward))
     model, finding = _compared(module, arguments, dynamic_shapes, why_fixed="")
+    if finding is not None and finding.fault is Fault.SIZE and finding.fails:
+        finding = None  # a number of samples that it doesn't run on makes nothing wrong, and others are free
     if finding is not None and finding.fault is Fault.SIZE and dynamic_shapes is None:
         model, finding = _compared(module, arguments, None, why_fixed=str(finding))
     notices = program_of(model).notices
     if finding is not None:
         if finding.fault not in (Fault.DRAWS, Fault.UNCHECKED):
-            raise ModelError(f"{type(module).__name__} can't be captured: {finding}")
+            fewer = (
+                "; dynamic_shapes may say which it takes: Dim('batch', min=2)" if finding.fault is Fault.SIZE else ""
+            )
+            raise ModelError(f"{type(module).__name__} can't be captured: {finding}{fewer}")
         notices = (*notices, str(finding))
     for notice in notices:
         warnings.warn(notice, CaptureNotice, stacklevel=3)
@@ -99,7 +104,7 @@ def _compared(
         exported = export_program(holder, arguments, dynamic_shapes, notices, why_fixed)
         convention = convention_of(signature, arguments, _out_spec(exported))
         model = from_exported(holder, exported, convention, notices)
-        finding = compare(holder, arguments, model)
+        finding = compare(holder, arguments, model, fewest_of(dynamic_shapes))
     for name, submodule in holder.named_modules():
         submodule.training = flags[name]
     model.training = flags[""]

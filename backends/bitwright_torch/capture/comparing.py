@@ -15,13 +15,14 @@ from bitwright_torch.graph.calling import Arguments
 from bitwright_torch.graph.model import NAMES, CapturedModel, info, program_of
 
 
-def compare(module: nn.Module, arguments: Arguments, model: CapturedModel) -> Finding | None:
+def compare(module: nn.Module, arguments: Arguments, model: CapturedModel, fewest: int = 1) -> Finding | None:
     """Whether a captured model computes what the module does.
 
     Args:
         module: what was captured, in evaluation mode. What its calls leave in buffers and in Python is put back.
         arguments: of its `forward`, the sample; calls are given copies.
         model: what it was captured as, in evaluation mode.
+        fewest: samples that it takes.
     """
     program = program_of(model)
     leaves, structure = pytree.tree_flatten((arguments.args, arguments.kwargs))
@@ -45,7 +46,7 @@ def compare(module: nn.Module, arguments: Arguments, model: CapturedModel) -> Fi
         sample = [leaves[i] for i in places]
         restore, drew = own
         return compare_capture(
-            run(module), run(model), specs, sample, dtypes=dtypes, size=size, restore=restore, drew=drew
+            run(module), run(model), specs, sample, dtypes=dtypes, size=size, fewest=fewest, restore=restore, drew=drew
         )
 
 

@@ -88,3 +88,19 @@ def _asks_of_one(wanted: Any, arguments: Arguments, signature: inspect.Signature
 
     bound = signature.bind(*arguments.args, **arguments.kwargs).arguments
     return asks(wanted, dict(bound) if isinstance(wanted, Mapping) else tuple(bound.values()))
+
+
+def fewest_of(shapes: DynamicShapes) -> int:
+    """The smallest length of first axes that the user asks for: 1 unless a `Dim` says so."""
+    found, stack = 1, [shapes]
+    while stack:
+        value: Any = stack.pop()
+        if isinstance(value, Mapping):
+            if 0 in value:
+                found = max(found, int(getattr(value[0], "min", 1) or 1))
+            stack += [v for v in value.values() if isinstance(v, Mapping | list | tuple)]
+        elif isinstance(value, list | tuple):
+            if value and hasattr(value[0], "min"):
+                found = max(found, int(value[0].min or 1))
+            stack += [v for v in value if isinstance(v, Mapping | list | tuple)]
+    return found

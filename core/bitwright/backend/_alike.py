@@ -82,9 +82,10 @@ def _wide(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def trial_batches(
-    specs: Sequence[tuple[Sequence[int | None], str]], sample: Sequence[Any] | None
+    specs: Sequence[tuple[Sequence[int | None], str]], sample: Sequence[Any] | None, fewest: int = 1
 ) -> Iterator[list[Any]]:
-    """What a model and its capture are compared on: a sample's first rows, or batches that are made up.
+    """What a model and its capture are compared on: a sample's first rows, or the whole of it where they count on each
+    other (as indices of rows do), or batches that are made up.
 
     These are normal numbers, then zeros and ones (for what may be indices), over two lengths of free dimensions:
     numbers that are made up needn't suit a model.
@@ -92,9 +93,13 @@ def trial_batches(
     Args:
         specs: shape (None where free) and dtype of each input.
         sample: the user's, in the same order; arrays of any framework that are indexed as numpy's.
+        fewest: rows that the model takes.
     """
     if sample is not None:
-        yield [x[:SAMPLES] for x in sample] if in_rows(specs, sample) else list(sample)
+        rows = max(SAMPLES, fewest)
+        if in_rows(specs, sample) and len(sample[0]) > rows:
+            yield [x[:rows] for x in sample]
+        yield list(sample)
         return
     for length in (8, 64):
         for whole in (False, True):

@@ -45,6 +45,9 @@ class Fault(Enum):
 _ADVICE = "what it computes must follow from its inputs and variables alone, and from no Python state, mode or size"
 
 
+_FAILS = "it fails where the model doesn't"
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a comparison has found.
@@ -53,11 +56,13 @@ class Finding:
         fault: its kind.
         batch: on which it showed.
         detail: which output differs, and how; of a model that doesn't run, what it says.
+        fails: the capture doesn't run there, which whoever uses it so will see, rather than giving other results.
     """
 
     fault: Fault
     batch: Sequence[Any] = ()
     detail: str = ""
+    fails: bool = False
 
     def __str__(self) -> str:
         told = f"{self.fault.value} ({self.detail})" if self.detail else self.fault.value
@@ -73,14 +78,15 @@ def compare_capture(
     dtypes: Iterable[str] = (),
     names: Sequence[str] = (),
     size: int = 0,
+    fewest: int = 1,
     restore: Callable[[], object] = lambda: None,
     drew: Callable[[], bool] = lambda: False,
 ) -> Finding | None:
     """Whether a capture computes what the model does, on a sample and on another number of samples.
 
-    Where the number of samples is free, they run on four at most, and on one: on two if there is but one, and the
-    model isn't large. Elsewhere the model runs on the same again. It runs once more to tell why they differ, and where
-    it draws random numbers.
+    Where the number of samples is free, they run on the first four, or on all where these don't do by themselves, and
+    on one: on two if there is but one, and the model isn't large. Elsewhere the model runs on the same again. It runs
+    once more to tell why they differ, and where it draws random numbers.
 
     Args:
         model: runs the user's model, in inference.
@@ -91,6 +97,7 @@ def compare_capture(
         dtypes: of the tensors that the model computes, which say how exact it is.
         names: of the results, if they have any.
         size: bytes of the model's parameters.
+        fewest: samples that the capture says it takes.
         restore: puts back what the framework keeps and a capture holds too (variables, states of random generators);
             called before each run. What is kept in Python isn't put back between the runs.
         drew: whether states of random generators have moved since `restore`.
@@ -99,14 +106,14 @@ def compare_capture(
         None if all is well.
     """
     precision, said = precision_of(dtypes), ""
-    for batch in trial_batches(specs, sample):
+    for batch in trial_batches(specs, sample, fewest):
         restore()
         try:
             expected = model(batch)
         except Exception as error:  # whatever a framework says of numbers that don't suit the model
             said = said or first_line(error)
             continue
-        other = _of_another_size(batch, large=size > LARGE) if in_rows(specs, batch) else None
+        other = _of_another_size(batch, fewest, large=size > LARGE) if in_rows(specs, batch) else None
         return _Comparison(model, capture, precision, names, restore, drew).of(batch, expected, other)
     return Finding(Fault.UNCHECKED, (), said)
 
@@ -136,7 +143,7 @@ class _Comparison:
             return Finding(Fault.CHANGES, batch)
         if here:
             return Finding(Fault.DIFFERS, batch, here)
-        return Finding(Fault.SIZE, other or (), elsewhere) if elsewhere else None
+        return Finding(Fault.SIZE, other or (), elsewhere, elsewhere.startswith(_FAILS)) if elsewhere else None
 
     def _where_it_runs(self, batch: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
         """The model's results; None if it doesn't take so many samples."""
@@ -150,7 +157,7 @@ class _Comparison:
         try:
             found = self.capture(batch)
         except Exception as error:
-            return f"it fails where the model doesn't: {first_line(error)}"
+            return f"{_FAILS}: {first_line(error)}"
         return gap(expected, found, self.precision, self.names)
 
     def _changes(self, batch: Sequence[Any], expected: Sequence[NDArray[Any]]) -> bool:
@@ -160,8 +167,9 @@ class _Comparison:
             return True  # it ran before
 
 
-def _of_another_size(batch: Sequence[Any], *, large: bool) -> list[Any] | None:
-    """The last sample alone, which is cheap and which traces know least of; of a single one, two; of none, none."""
-    if len(batch[0]) > 1:
-        return [x[-1:] for x in batch]
-    return None if large or not len(batch[0]) else [x[[0, 0]] for x in batch]
+def _of_another_size(batch: Sequence[Any], fewest: int, *, large: bool) -> list[Any] | None:
+    """The last sample alone, or the fewest that may be, which is cheap and which traces know least of; of a single one,
+    two; of none, none."""
+    if len(batch[0]) > fewest:
+        return [x[-fewest:] for x in batch]
+    return None if large or len(batch[0]) != 1 else [x[[0, 0]] for x in batch]

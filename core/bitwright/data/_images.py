@@ -234,8 +234,8 @@ def _refuse_enormous(given: tuple[int, int], wanted: tuple[int, int], fit: Fit, 
         )
 
 
-def _plain(value: Any) -> Any:
-    given = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+def _plain(value: object) -> object:
+    given: object = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     return tuple(_plain(v) for v in given) if isinstance(given, list | tuple) else given
 
 

@@ -110,7 +110,9 @@ def _plain(value: object, around: frozenset[int] = frozenset()) -> object:
         return {"array": of_arrays([("", value)])}
     if isinstance(value, CodeType):
         return {"code": value.co_code.hex(), "names": value.co_names, "constants": inner(value.co_consts)}
-    if isinstance(value, FunctionType | MethodType):
+    if isinstance(value, MethodType):
+        return inner(value.__func__)
+    if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_plain(cell)]
         return {"function": value.__qualname__, "of": inner(value.__code__),
                 "default": inner((value.__defaults__, value.__kwdefaults__)),
